@@ -29,10 +29,10 @@ from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import Split
-from dstune.models.attention import SamplesApart
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
+from dstune.models.packed_attention import attention_of_samples
 from dstune.protocols import method_of, task_of
 from dstune.rank import process
 from dstune.rank.finalize import write_result
@@ -96,13 +96,13 @@ def evaluate(
     if checkpoint is not None:
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.
-    apart = SamplesApart.of(loaded, model)
+    say = console.message if console else lambda text: None
+    apart = attention_of_samples(loaded, model, world, say)
     use_lean_norms(module, fused=config.model.fused_norms)
     use_joint_sums(module)
     head = task_of(loaded.task).head(model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
-    say = console.message if console else lambda text: None
     verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"

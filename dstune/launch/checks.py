@@ -78,7 +78,11 @@ def software() -> Iterator[Check]:
     yield from _torch(found)
     yield from _operators(found)
     if "kernels" in found:
-        yield Check("kernels", PASS, "; ".join(f"{name}: {kernel}" for name, kernel in found["kernels"].items()))
+        yield Check(
+            "kernels",
+            PASS,
+            "; ".join(f"{name.replace('_', ' ')}: {kernel}" for name, kernel in found["kernels"].items()),
+        )
     elif "kernels_error" in found:
         yield Check("kernels", FAIL, found["kernels_error"], "reinstall torch and transformers")
 

@@ -33,6 +33,8 @@ class SpanAttention:
 
     NAME: ClassVar[str]
     """Of the function in transformers' registry."""
+    title: str
+    """For `environment.json` and `dstune doctor`."""
     whole: bool = True
     """Whether a rank has all positions of its rows."""
 
@@ -104,12 +106,13 @@ class SamplesApart(SpanAttention):
     """What the head of a language model tells its attention of the samples in a row."""
 
     NAME = "dstune_samples"
+    title = "samples one by one"
 
     @classmethod
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
         """Where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it fits.
 
-        GPUs have kernels for packed rows (`models.varlen`), and would wait for the launch of one after the other here.
+        GPUs have kernels for packed rows (`models.packed_attention`), and would wait for the launch of one after the other here.
         """
         expected = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language

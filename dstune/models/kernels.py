@@ -1,4 +1,4 @@
-"""Which implementation computes what, for `environment.json` and `dstune doctor`."""
+"""Which implementation computes what, for `environment.json` and `dstune doctor`, in the same words."""
 
 from __future__ import annotations
 
@@ -8,49 +8,64 @@ import torch
 from torch import nn
 
 from dstune.models import varlen
+from dstune.models.attention import SamplesApart
 from dstune.models.cross_entropy import chunk_rows, vocabulary_size, wide_products
 from dstune.models.heads.language import CausalLmHead
-from dstune.models.norms import fused_norms
+from dstune.models.norms import Kind, is_as_exact, norms_computed_here
+from dstune.models.packed_attention import Heads, choose
 from dstune.zero import accelerator
+from dstune.zero.precision import fast_bf16
+
+HEADS, VOCABULARY, WIDTH, EPSILON = Heads(32, 8), 128_256, 4096, 1e-5
+"""Of Llama 3 8B."""
 
 
 def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Optimizer) -> dict[str, str]:
     """By operation, as a run has chosen it and the proofs at its start have left it. model: transformers' within `module`."""
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
-    found = {"attention": str(attention), "optimizer": _optimizer(optimizer)}
     rows = getattr(head, "rows", None)
-    if rows is not None:
-        found["attention"] = rows.kernel.name if isinstance(rows, varlen.PackedAttention) else rows.NAME
-    if count := fused_norms(module):
-        found["norms"] = f"torch's kernel ({count})"
+    loaded = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
+    found = {"attention": str(loaded) if rows is None else rows.title}
+    by_kernel, by_blocks = norms_computed_here(module)
+    if by_kernel:
+        found["norms"] = _norms(fused=True)
+    elif by_blocks:
+        found["norms"] = _norms(fused=False)
     if isinstance(head, CausalLmHead):
-        found["cross_entropy"] = _cross_entropy(head, model)
-    return found
+        found["cross_entropy"] = "whole logits"
+        if head.examined:
+            found["cross_entropy"] = _chunks(vocabulary_size(model.get_output_embeddings()), model.dtype)
+    return found | {"optimizer": _optimizer(optimizer)}
+
+
+def of_machine() -> dict[str, str]:
+    """What a chat run of Llama 3 8B would be computed by here, in the precision that `trainer.precision=auto` takes."""
+    dtype = torch.bfloat16 if fast_bf16() else torch.float16 if accelerator.capability() else torch.float32
+    found = {"attention": SamplesApart.title}
+    if accelerator.present():
+        half = dtype is not torch.float32
+        kernel, given_up = choose(varlen.kernels(), HEADS, dtype) if half else (None, [])
+        chosen = "sdpa" if kernel is None else kernel.name
+        found["attention"] = ", ".join([chosen, *(f"not {problem}" for problem in given_up)])
+    fused = accelerator.present() and is_as_exact(Kind.rounded, EPSILON, WIDTH, dtype)
+    adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # as `dstune.optim.adamw`
+    return found | {
+        "norms": _norms(fused=fused),
+        "cross_entropy": _chunks(VOCABULARY, dtype),
+        "optimizer": _optimizer(adamw),
+    }
+
+
+def _norms(*, fused: bool) -> str:
+    return "torch's kernel" if fused else "blocks of rows"
+
+
+def _chunks(vocabulary: int, dtype: torch.dtype) -> str:
+    device = accelerator.current()
+    rows = chunk_rows(torch.empty(0, device=device, dtype=dtype), vocabulary)
+    logits = torch.float32 if wide_products(device.type, dtype) else dtype
+    return f"chunks of {rows} targets, logits in {str(logits).removeprefix('torch.')}"
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:
     fused = " fused" if any(group.get("fused") for group in optimizer.param_groups) else ""
     return f"{type(optimizer).__module__.partition('.')[0]} {type(optimizer).__name__}{fused}"
-
-
-def _cross_entropy(head: CausalLmHead, model: Any) -> str:
-    if not head.examined:
-        return "whole logits"
-    device = accelerator.current()
-    hidden = torch.empty(0, device=device, dtype=model.dtype)
-    rows = chunk_rows(hidden, vocabulary_size(model.get_output_embeddings()))
-    wide = wide_products(device.type, model.dtype)
-    return f"chunks of {rows} targets, logits in {'fp32' if wide else str(model.dtype).removeprefix('torch.')}"
-
-
-def of_machine() -> dict[str, str]:
-    """What a language model in bf16 would be computed by here."""
-    if not accelerator.present():
-        return {"attention": "samples one by one", "norms": "blocks of rows", "cross entropy": "chunks"}
-    packed = [kernel.name for kernel in varlen.kernels()]
-    wide = wide_products(accelerator.kind(), torch.bfloat16)
-    return {
-        "attention": f"{packed[0]} (then {', '.join([*packed[1:], 'sdpa'])})" if packed else "sdpa",
-        "norms": "torch's kernel where it is as exact as the model's own",
-        "cross entropy": f"chunks, logits in {'fp32' if wide else 'bf16'}",
-    }

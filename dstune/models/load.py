@@ -333,12 +333,21 @@ def complete_generation(generation: GenerationConfig, architecture: PretrainedCo
 
 
 def _attention(config: RunConfig, dtype: torch.dtype) -> str | None:
-    """What transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba)."""
-    if config.model.attention is not Attention.auto:
-        return config.model.attention.value
+    """What transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba).
+
+    Raises UserError for flash attention where it is not installed, or there is no GPU.
+    """
+    requested = config.model.attention
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if requested is Attention.flash_attention_2 and not (installed and accelerator.present()):
+        reason = "the package flash-attn is not installed here" if accelerator.present() else "this machine has no GPU"
+        fix = "model.attention=auto, which takes the best kernel that is there"
+        raise UserError(Problem("model.attention", reason, fix, requested.value))
+    if requested is not Attention.auto:
+        return requested.value
     # transformers tells packed rows apart for flash attention in batches of one row only; sdpa does so in any batch.
-    flash = importlib.util.find_spec("flash_attn") is not None and accelerator.present()
-    return "flash_attention_2" if flash and dtype is not torch.float32 and not config.data.packing else None
+    flash = installed and accelerator.present() and dtype is not torch.float32
+    return "flash_attention_2" if flash and not config.data.packing else None
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

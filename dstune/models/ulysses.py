@@ -29,6 +29,7 @@ class SequenceCut(SpanAttention):
     """This rank's part of every row, and the ranks that have the others."""
 
     NAME = "dstune_ulysses"
+    title = "samples one by one, positions shared by ranks"
     whole = False
 
     def __init__(self, world: World, parts: int):

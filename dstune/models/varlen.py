@@ -1,8 +1,9 @@
 """Attention of rows whose samples lie one behind the other, in one kernel for all of them: what a GPU has in place of a mask of
 all positions with all others.
 
-A kernel gets the rows end to end as one sequence and where each sample begins in it. Which kernel is found out by its
-signature, not by versions: torch's own (2.10 and newer), flash-attn 2 to 4 where installed, else flex attention.
+A kernel gets the rows end to end as one sequence and where each sample begins in it. What a kernel takes is read from its
+signature, not from versions: torch's own (2.10 and newer), flash-attn 2 to 4 where installed, else flex attention. Which one a run
+takes is decided by `packed_attention.py`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
-from transformers import PreTrainedModel
 
-from dstune.config.schema import Attention, RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.models.attention import SpanAttention
-from dstune.models.spans import SPANS, attention_problem, no_mask
-from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
 
 
@@ -105,7 +101,7 @@ FLASH = (
 
 
 def flash_attn() -> Kernel | None:
-    """The newest flash-attn that is installed and fits this device."""
+    """The newest flash-attn that is installed, fits this device, and is deterministic where the run is to be."""
     major = (accelerator.capability() or (0, 0))[0]
     for name, module in FLASH:
         if (module == "flash_attn_interface" and major != 9) or (module == "flash_attn.cute" and major < 9):
@@ -113,6 +109,11 @@ def flash_attn() -> Kernel | None:
         try:
             function = importlib.import_module(module).flash_attn_varlen_func
         except Exception:  # one that is built for another torch raises whatever it likes
+            continue
+        if (
+            torch.are_deterministic_algorithms_enabled()
+            and "deterministic" not in inspect.signature(function).parameters
+        ):
             continue
         return Kernel(name, _flash(function))
     return None
@@ -203,82 +204,3 @@ def kernels() -> Iterator[Kernel]:
         yield from filter(None, (torch_varlen(), flash_attn()))
     if accelerator.present():
         yield from filter(None, (flex(),))
-
-
-SIZES = 8
-"""Flash kernels take heads whose size is a multiple of this; others are filled up with zeros."""
-
-
-class PackedAttention(SpanAttention):
-    """What the head of a language model tells its attention of the samples in a row, for one kernel."""
-
-    NAME = "dstune_packed"
-
-    def __init__(self, model: PreTrainedModel, kernel: Kernel, requested: str = Attention.auto.value):
-        self.kernel, self._requested = kernel, requested
-        self.install(model)
-
-    @classmethod
-    def of(cls, config: RunConfig, model: PreTrainedModel) -> PackedAttention | None:
-        """Where an accelerator has a kernel for the rows of this run, else None."""
-        requested = config.model.attention
-        if requested not in (Attention.auto, Attention.flash_attention_2) or not accelerator.present():
-            return None
-        if not task_of(config.task).language or model.dtype not in (torch.bfloat16, torch.float16):
-            return None
-        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-        if dropout or method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model):
-            return None
-        found = flash_attn() if requested is Attention.flash_attention_2 else None
-        found = found or next(kernels(), None)
-        return None if found is None else cls(model, found, requested.value)
-
-    def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> Boundaries:
-        return boundaries_of(inputs)
-
-    def own(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        labels: torch.Tensor,
-        boundaries: tuple[torch.Tensor, int] | None = None,
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels. boundaries: as the loader has made them."""
-        spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
-        own = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
-        if "position_ids" not in inputs:
-            rows, width = labels.shape
-            own["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
-        return own, labels
-
-    def refuse(self, reason: str) -> str:
-        """Let the model attend as it was loaded from now on; what to tell of it."""
-        self._model.set_attn_implementation(self._before)
-        return (
-            f"model.attention={self._requested}: {self._before}, since rows have other logits than their samples alone by"
-            f" {self.kernel.name} ({reason})"
-        )
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        spans: Any,
-        *,
-        dropout: float,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        rows, _, positions, size = query.shape
-        of_value = value.shape[-1]
-        width, dtype = max(size, of_value), self._model.dtype  # peft may leave norms in fp32
-        q, k, v = (_flat(states, width).to(dtype) for states in (query, key, value))
-        output = self.kernel.compute(q, k, v, spans, scale, window)[..., :of_value].to(query.dtype)
-        return output.view(rows, positions, -1, of_value).transpose(1, 2)
-
-
-def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
-    """[rows, heads, positions, size] -> [rows * positions, heads, size rounded up]."""
-    flat = states.transpose(1, 2).flatten(0, 1)
-    missing = -(-size // SIZES) * SIZES - states.shape[-1]
-    return functional.pad(flat, (0, missing)) if missing else flat

@@ -30,13 +30,12 @@ from dstune.core.rank_errors import tell_launcher, tell_once
 from dstune.core.secrets import REFERENCE, publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
-from dstune.models.attention import SamplesApart
 from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
+from dstune.models.packed_attention import attention_of_samples
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
-from dstune.models.varlen import PackedAttention
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank.finalize import finish
@@ -177,7 +176,7 @@ class Setup:
         self.model = model
         if self.cut is not None:
             self.cut.install(model)
-        self.rows = self.cut or PackedAttention.of(config, model) or SamplesApart.of(config, model)
+        self.rows = self.cut or attention_of_samples(config, model, self.world, self.message)
         self.module = self.method.apply(model, config)
         if self.shards is not None:
             slice_model(self.module, model, self.shards)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import torch.nn.functional as functional
 from support.tiny import save_decoder
 
 from dstune.config.compose import compose
-from dstune.models import varlen
+from dstune.models import packed_attention, varlen
 from dstune.models.heads.language import LONGEST, STARTS, CausalLmHead
-from dstune.models.varlen import Boundaries, Kernel, PackedAttention, boundaries_of
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.packed_attention import Heads, PackedAttention, choose
+from dstune.models.varlen import Boundaries, Kernel, boundaries_of
 from dstune.zero import accelerator
 from tests.unit.test_attention import batches, load, set_up_rank
 
@@ -174,12 +177,106 @@ def test_runs_whose_rows_go_through_one_kernel(tmp_path, monkeypatch, overrides,
     monkeypatch.setattr(accelerator, "capability", lambda: capability)
     monkeypatch.setattr(torch, "compile", lambda function, **unused: function)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(packed_attention, "problem_of", lambda *unused: "")
     config = compose(["model=smollm2", "data=chitchat", *overrides]).config
     model = load(save_decoder(tmp_path)).to(dtype)
     model.config.update(config.model.config_overrides)
-    found = PackedAttention.of(config, model)
+    found = PackedAttention.of(config, model, ranks(), pytest.fail)
     assert (found.kernel.name.split()[0] if found else None) == chosen
     assert model.config._attn_implementation == (PackedAttention.NAME if chosen else "sdpa")
+
+
+def ranks(*others: str) -> Any:
+    """What gathers, beside the value of this rank, those of others."""
+    return SimpleNamespace(gather=lambda value: [value, *others])
+
+
+def raising(*unused):
+    raise RuntimeError("head dimension at most 256\nsomewhere")
+
+
+class HalfGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, states):
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient / 2
+
+
+def wrong_backward(query, key, value, *more):
+    return looped(query, HalfGradient.apply(key), value, *more)
+
+
+def not_a_number(query, *more):
+    return looped(query, *more) * float("nan")
+
+
+def without_window(query, key, value, boundaries, scale, window):
+    return looped(query, key, value, boundaries, scale, None)
+
+
+HEADS = Heads(4, 2, (8, 16), window=True)
+
+
+def test_a_kernel_is_taken_that_computes_the_model_s_heads_forward_and_backward():
+    wrong = [Kernel(function.__name__, function) for function in (raising, crossing, wrong_backward, not_a_number)]
+    kernel, given_up = choose([*wrong, Kernel("without a window", without_window), LOOP], HEADS, torch.bfloat16)
+    assert kernel is LOOP
+    assert given_up[0] == "raising: RuntimeError head dimension at most 256"
+    assert [text.partition(":")[0] for text in given_up[1:4]] == ["crossing", "wrong_backward", "not_a_number"]
+    assert all("differs by" in text for text in given_up[1:])
+    without = Heads(4, 2, (8,))
+    assert choose([Kernel("without a window", without_window)], without, torch.bfloat16)[0] is not None
+    assert choose(wrong, HEADS, torch.bfloat16)[0] is None
+
+
+def test_heads_are_those_of_the_model_s_layers(tmp_path):
+    model = load(save_decoder(tmp_path))
+    assert Heads.of(model, model.config) == Heads(4, 2, (8,))
+    model.config.sliding_window = 16
+    model.model.layers[1].self_attn.head_dim = 12
+    assert Heads.of(model, model.config) == HEADS
+
+
+@pytest.mark.parametrize(("others", "chosen"), [(["a loop"], True), (["flex attention"], False), ([""], False)])
+def test_ranks_attend_by_one_kernel_or_by_none(tmp_path, monkeypatch, others, chosen):
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    monkeypatch.setattr(accelerator, "current", lambda: torch.device("cpu"))
+    monkeypatch.setattr(varlen, "kernels", lambda: iter([Kernel("raising", raising), LOOP]))
+    config = compose(["model=smollm2", "data=chitchat"]).config
+    model = load(save_decoder(tmp_path)).to(torch.bfloat16)
+    report = []
+    found = PackedAttention.of(config, model, ranks(*others), report.append)
+    assert (found is not None and found.title == "a loop") == chosen
+    assert report.pop(0) == "model.attention=auto: not by raising: RuntimeError head dimension at most 256"
+    kinds = "a loop, flex attention" if others[0] else "a loop, none"
+    assert chosen or report == [f"model.attention=auto: by masks, since ranks have different kernels ({kinds})"]
+    assert model.config._attn_implementation == (PackedAttention.NAME if chosen else "sdpa")
+
+
+@pytest.mark.parametrize(("gpu", "reason"), [(False, "this machine has no GPU"), (True, "is not installed here")])
+def test_flash_attention_that_is_not_there_is_refused_by_its_key(tmp_path, monkeypatch, gpu, reason):
+    monkeypatch.setattr(accelerator, "present", lambda: gpu)
+    model = save_decoder(tmp_path)
+    config = compose([f"model.path={model}", "data=chitchat", "model.attention=flash_attention_2"]).config
+    with pytest.raises(varlen.UserError) as error:
+        load_model(config, load_tokenizer(config.model), (), torch.bfloat16)
+    (problem,) = error.value.problems
+    assert problem.where == "model.attention" and reason in problem.reason
+
+
+def test_flash_attn_without_a_deterministic_backward_pass_is_not_taken_where_a_run_is_to_be(monkeypatch):
+    monkeypatch.setattr(accelerator, "capability", lambda: (9, 0))
+    for _, name in varlen.FLASH:
+        module = ModuleType(name)
+        known = ["deterministic"] if name == "flash_attn" else []
+        module.flash_attn_varlen_func, _ = recording_kernel([*known, "softmax_scale", "causal"])
+        monkeypatch.setitem(sys.modules, name, module)
+    assert varlen.flash_attn().name == "flash-attn 4"
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert varlen.flash_attn().name == "flash-attn 2"
 
 
 def test_heads_of_any_size_and_values_of_another(tmp_path):

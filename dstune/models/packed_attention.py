@@ -1,0 +1,218 @@
+"""Which kernel attends in packed rows on an accelerator: the first one that computes the heads of the model there, forward and
+backward, as attention by its definition does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from transformers import PreTrainedModel
+
+from dstune.config.schema import Attention, RunConfig
+from dstune.core.distributed import World
+from dstune.models import varlen
+from dstune.models.attention import SamplesApart, SpanAttention
+from dstune.models.spans import SPANS, attention_problem, no_mask
+from dstune.models.varlen import Boundaries, Kernel, boundaries_of
+from dstune.protocols import method_of, task_of
+from dstune.zero import accelerator
+
+SIZES = 8
+"""Flash kernels take heads whose size is a multiple of this; others are filled up with zeros."""
+
+
+LENGTHS = (9, 23)
+"""Of the samples by which a kernel is tried."""
+WINDOW = 5
+CLOSE = 0.05
+"""How far a kernel may be from fp32, of the largest entry: half precision rounds inputs, probabilities and outputs."""
+
+
+class Heads(NamedTuple):
+    """What a kernel has to compute."""
+
+    queries: int
+    keys: int
+    sizes: tuple[int, ...] = (128,)
+    """Of a head, each in some layer."""
+    window: bool = False
+    """Whether some layer has a sliding window."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        return (None, WINDOW) if self.window else (None,)
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any) -> Heads:
+        names = ("head_dim", "qk_head_dim", "v_head_dim")
+        found = {
+            max(own) for module in model.modules() if (own := [_number(module, name) for name in names]) and any(own)
+        }
+        sizes = found or {config.hidden_size // config.num_attention_heads}
+        keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        rounded = sorted({-(-size // SIZES) * SIZES for size in sizes})
+        return cls(config.num_attention_heads, keys, tuple(rounded), bool(getattr(config, "sliding_window", None)))
+
+
+def _number(module: nn.Module, name: str) -> int:
+    value = getattr(module, name, 0)
+    return value if isinstance(value, int) else 0
+
+
+def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple[Kernel | None, list[str]]:
+    """The first kernel that computes these heads on this rank's device, and why those before it do not."""
+    given_up = []
+    for kernel in kernels:
+        tried = (problem_of(kernel, heads, size, window, dtype) for size in heads.sizes for window in heads.windows)
+        if not (problem := next(filter(None, tried), "")):
+            return kernel, given_up
+        given_up.append(f"{kernel.name}: {problem}")
+    return None, given_up
+
+
+def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtype: torch.dtype) -> str:
+    """How the kernel differs from attention by its definition, in its output or a gradient, or what it raises; empty if it computes
+    two samples as it has to."""
+    generator = torch.Generator().manual_seed(0)
+    counts = (heads.queries, heads.keys, heads.keys, heads.queries)
+    drawn = [torch.randn(sum(LENGTHS), count, size, generator=generator).to(dtype) for count in counts]
+    starts = torch.tensor([0, LENGTHS[0], sum(LENGTHS)], dtype=torch.int32)
+    scale = size**-0.5
+    boundaries = Boundaries(starts.to(accelerator.current()), max(LENGTHS))
+    try:
+        given = [part.to(accelerator.current()) for part in drawn]
+        found = _with_gradients(lambda q, k, v: kernel.compute(q, k, v, boundaries, scale, window), given)
+        found = [part.cpu().float() for part in found]
+    except Exception as error:  # of a library, a compiler or a driver, in whatever words it has
+        first = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__} {first}".strip()
+    expected = _with_gradients(
+        lambda q, k, v: by_definition(q, k, v, starts.tolist(), scale, window), [part.float() for part in drawn]
+    )
+    apart = [float((one - true).abs().max() / true.abs().max()) for one, true in zip(found, expected, strict=True)]
+    worst = max(apart, key=lambda value: (value != value, value))
+    return "" if worst <= CLOSE else f"differs by {worst:.1%} of the largest"
+
+
+def _with_gradients(compute: Callable[..., torch.Tensor], given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output for queries, keys and values, and their gradients for the last of `given` as that of the output."""
+    *states, incoming = given
+    states = [part.detach().requires_grad_() for part in states]
+    with torch.enable_grad():
+        output = compute(*states)
+    return [output.detach(), *torch.autograd.grad(output, states, incoming)]
+
+
+def by_definition(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: list[int], scale: float, window: int | None
+) -> torch.Tensor:
+    """Causal attention of each sample on its own, [positions, heads, size]."""
+    groups = query.shape[1] // key.shape[1]
+    found = []
+    for begin, end in pairwise(starts):
+        q = query[begin:end].transpose(0, 1)
+        k, v = (part[begin:end].transpose(0, 1).repeat_interleave(groups, dim=0) for part in (key, value))
+        behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        hidden = (behind < 0) | (behind >= (window or end))
+        found.append(((q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(found)
+
+
+class PackedAttention(SpanAttention):
+    """What the head of a language model tells its attention of the samples in a row, for one kernel."""
+
+    NAME = "dstune_packed"
+
+    def __init__(self, model: PreTrainedModel, kernel: Kernel, requested: str = Attention.auto.value):
+        self.kernel, self.title, self._requested = kernel, kernel.name, requested
+        self.install(model)
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, model: PreTrainedModel, world: World, say: Callable[[str], None]
+    ) -> PackedAttention | None:
+        """Where an accelerator has a kernel for the rows of this run, the same on all ranks, else None.
+
+        Every rank calls it. `say` gets what a user does not expect."""
+        requested = config.model.attention
+        if requested not in (Attention.auto, Attention.flash_attention_2) or not accelerator.present():
+            return None
+        if not task_of(config.task).language or model.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+        if dropout or method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model):
+            return None
+        flash = [varlen.flash_attn()] if requested is Attention.flash_attention_2 else []
+        kernel, given_up = choose(
+            chain(filter(None, flash), varlen.kernels()), Heads.of(model, model.config.get_text_config()), model.dtype
+        )
+        for problem in given_up:
+            say(f"model.attention={requested.value}: not by {problem}")
+        names = world.gather("" if kernel is None else kernel.name)
+        if len(set(names)) > 1:
+            kinds = ", ".join(sorted({name or "none" for name in names}))
+            say(f"model.attention={requested.value}: by masks, since ranks have different kernels ({kinds})")
+            return None
+        return None if kernel is None else cls(model, kernel, requested.value)
+
+    def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> Boundaries:
+        return boundaries_of(inputs)
+
+    def own(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        boundaries: tuple[torch.Tensor, int] | None = None,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The model's inputs and the labels. boundaries: as the loader has made them."""
+        spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
+        own = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
+        if "position_ids" not in inputs:
+            rows, width = labels.shape
+            own["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
+        return own, labels
+
+    def refuse(self, reason: str) -> str:
+        """Let the model attend as it was loaded from now on; what to tell of it."""
+        self._model.set_attn_implementation(self._before)
+        return (
+            f"model.attention={self._requested}: {self._before}, since rows have other logits than their samples alone by"
+            f" {self.kernel.name} ({reason})"
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spans: Any,
+        *,
+        dropout: float,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        rows, _, positions, size = query.shape
+        of_value = value.shape[-1]
+        width, dtype = max(size, of_value), self._model.dtype  # peft may leave norms in fp32
+        q, k, v = (_flat(states, width).to(dtype) for states in (query, key, value))
+        output = self.kernel.compute(q, k, v, spans, scale, window)[..., :of_value].to(query.dtype)
+        return output.view(rows, positions, -1, of_value).transpose(1, 2)
+
+
+def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
+    """[rows, heads, positions, size] -> [rows * positions, heads, size rounded up]."""
+    flat = states.transpose(1, 2).flatten(0, 1)
+    missing = -(-size // SIZES) * SIZES - states.shape[-1]
+    return functional.pad(flat, (0, missing)) if missing else flat
+
+
+def attention_of_samples(
+    config: RunConfig, model: PreTrainedModel, world: World, say: Callable[[str], None]
+) -> SpanAttention | None:
+    """How samples of a row attend each on its own, in this run and on this device; None where masks keep them apart. Every rank
+    calls it."""
+    return PackedAttention.of(config, model, world, say) or SamplesApart.of(config, model)
