@@ -296,10 +296,12 @@ def check_schedule(config: RunConfig) -> Iterator[Problem]:
     yield from schedule_of(config.schedule).check(config.trainer.max_steps)
 
 
+HOLD_OUT = "data.validation=rows.jsonl or data.split.validation=0.05"
+
+
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, task_of(config.task)
     held_out = bool(config.data.validation) or config.data.split.validation > 0
-    rows = "data.validation=rows.jsonl or data.split.validation=0.05"
     metrics = metrics_of_run(config)
     if stopping.metric not in metrics:
         yield Problem(
@@ -317,23 +319,7 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", format_value(evaluate.slice_metric)
         )
-    every = "evaluate.every=25%, or a number of optimizer steps"
-    wishes = (
-        ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
-        ("trainer.early_stopping.max_gap", stopping.max_gap is not None, "the gap to", stopping.max_gap, True),
-        ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
-        ("evaluate.every", evaluate.every not in (0, EvaluateConfig.every), "evaluating", evaluate.every, False),
-        ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),
-        ("evaluate.slices", bool(evaluate.slices), "measuring slices", evaluate.slices, False),
-        ("evaluate.counterfactual", bool(evaluate.counterfactual), "swapping terms", evaluate.counterfactual, False),
-    )
-    for key, wished, what, value, needs_cadence in wishes:
-        if not wished:
-            continue
-        if not held_out and not (config.data.test and key in ("evaluate.slices", "evaluate.counterfactual")):
-            yield Problem(key, f"{what} needs validation rows, and none are held out", rows, format_value(value))
-        if needs_cadence and evaluate.every == 0:
-            yield Problem(key, f"{what} needs evaluations during training", every, format_value(value))
+    yield from _check_what_needs_evaluations(config, held_out)
     if stopping.max_gap is not None and not task.comparable_loss:
         reason = f"the loss of task={task.name} depends on how many texts are compared at once, so there is no gap to measure"
         yield Problem(
@@ -351,23 +337,50 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         fix = "evaluate.generate_rows=100, or trainer.early_stopping.metric=loss"
         yield Problem("trainer.early_stopping.metric", reason, fix, stopping.metric)
     if evaluate.baseline_shots:
-        shots = format_value(evaluate.baseline_shots)
-        if not held_out:
-            yield Problem(
-                "evaluate.baseline_shots", "the model is asked about validation rows; none are held out", rows, shots
-            )
-        if min(evaluate.baseline_shots) < 0:
-            yield Problem("evaluate.baseline_shots", "a number of examples is 0 or more", "[0,4]", shots)
-        if config.data.streaming:
-            reason = "worked examples are drawn from all training rows, and a stream is not read as a whole"
-            yield Problem("evaluate.baseline_shots", reason, "evaluate.baseline_shots=[]", shots)
-        if not task.language:
-            reason = f"the model of task={task.name} has no vocabulary to answer with"
-            fix = "evaluate.baseline_shots=[], and after training `dstune evaluate RUN --shots 0,4 --prompted MODEL`"
-            yield Problem("evaluate.baseline_shots", reason, fix, shots)
+        yield from _check_baseline(config, held_out)
     if evaluate.samples > 0 and not task.generates:
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", format_value(evaluate.samples))
+
+
+def _check_what_needs_evaluations(config: RunConfig, held_out: bool) -> Iterator[Problem]:
+    """Settings for which rows have to be held out, or evaluated during training."""
+    evaluate, stopping = config.evaluate, config.trainer.early_stopping
+    every = "evaluate.every=25%, or a number of optimizer steps"
+    requested = (
+        ("trainer.early_stopping.patience", stopping.patience > 0, "early stopping", stopping.patience, True),
+        ("trainer.early_stopping.max_gap", stopping.max_gap is not None, "the gap to", stopping.max_gap, True),
+        ("run.export", config.run.export is Export.best, "exporting the best weights", config.run.export, True),
+        ("evaluate.every", evaluate.every not in (0, EvaluateConfig.every), "evaluating", evaluate.every, False),
+        ("evaluate.samples", evaluate.samples > 0, "answering held-out prompts", evaluate.samples, False),
+        ("evaluate.slices", bool(evaluate.slices), "measuring slices", evaluate.slices, False),
+        ("evaluate.counterfactual", bool(evaluate.counterfactual), "swapping terms", evaluate.counterfactual, False),
+    )
+    for key, is_requested, what, value, needs_cadence in requested:
+        if not is_requested:
+            continue
+        if not held_out and not (config.data.test and key in ("evaluate.slices", "evaluate.counterfactual")):
+            yield Problem(key, f"{what} needs validation rows, and none are held out", HOLD_OUT, format_value(value))
+        if needs_cadence and evaluate.every == 0:
+            yield Problem(key, f"{what} needs evaluations during training", every, format_value(value))
+
+
+def _check_baseline(config: RunConfig, held_out: bool) -> Iterator[Problem]:
+    evaluate, task = config.evaluate, task_of(config.task)
+    shots = format_value(evaluate.baseline_shots)
+    if not held_out:
+        yield Problem(
+            "evaluate.baseline_shots", "the model is asked about validation rows; none are held out", HOLD_OUT, shots
+        )
+    if min(evaluate.baseline_shots) < 0:
+        yield Problem("evaluate.baseline_shots", "a number of examples is 0 or more", "[0,4]", shots)
+    if config.data.streaming:
+        reason = "worked examples are drawn from all training rows, and a stream is not read as a whole"
+        yield Problem("evaluate.baseline_shots", reason, "evaluate.baseline_shots=[]", shots)
+    if not task.language:
+        reason = f"the model of task={task.name} has no vocabulary to answer with"
+        fix = "evaluate.baseline_shots=[], and after training `dstune evaluate RUN --shots 0,4 --prompted MODEL`"
+        yield Problem("evaluate.baseline_shots", reason, fix, shots)
 
 
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:

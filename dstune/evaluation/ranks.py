@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
-from dstune.data.prepared import Split
+from dstune.data.prepared import PreparedData, Split
+from dstune.models.heads import Head
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
@@ -76,34 +77,13 @@ def evaluate(
         config = with_labels(config)
     stage = 3 if stage_of(config.zero) == 3 else 0
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
-    settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
-    part: Split | None = getattr(data, split)
-    if part is None:
-        fix = f"give data.{split}=FILE"
-        if split in ("validation", "test"):
-            fix += f", or data.split.{split}=0.1 to hold rows out"
-        raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
+    _rows_of(data, split)
     data = task_of(config.task).before_loading(config, data, tokenizer, world, precision)
-    part = getattr(data, split)
-    assert part is not None
-    loaded = config if shots is None else baseline.as_language_model(config)
-    activity.info("loading the model")
-    with partitioned_loading(settings):
-        model = load_model(loaded, tokenizer, data.labels if loaded is config else (), DTYPES[precision])
-    module = model if checkpoint is None else method_of(config.method).apply(model, config)
-    if checkpoint is not None:
-        load_trained(module, checkpoint)
-    # As in training, so that its numbers are the same.
+    part = _rows_of(data, split)
     say = console.message if console else lambda text: None
-    apart = attention_of_samples(loaded, model, world, say)
-    use_lean_norms(module, fused=config.model.fused_norms)
-    use_joint_sums(module)
-    head = task_of(loaded.task).head(model, apart)
-    engine = Engine(module, None, settings, world)
-    examine(head, engine)
-    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
+    engine, head = _build(config, data, tokenizer, checkpoint, precision, world, say, prompted=shots is not None)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
@@ -133,6 +113,48 @@ def evaluate(
             result["left_out"] = left_out
         write_result(directory, result | ({"row_results": row_results} if with_rows else {}))
     world.barrier()
+
+
+def _rows_of(data: PreparedData, split: str) -> Split:
+    """Raises UserError where there are none."""
+    part: Split | None = getattr(data, split)
+    if part is None:
+        fix = f"give data.{split}=FILE"
+        if split in ("validation", "test"):
+            fix += f", or data.split.{split}=0.1 to hold rows out"
+        raise UserError(Problem("--split", f"there are no {split} rows", fix, split))
+    return part
+
+
+def _build(
+    config: RunConfig,
+    data: PreparedData,
+    tokenizer: Any,
+    checkpoint: Path | None,
+    precision: Precision,
+    world: World,
+    say: Callable[[str], None],
+    *,
+    prompted: bool,
+) -> tuple[Engine, Head]:
+    """The engine and the head. prompted: the model is asked as the language model that it is."""
+    loaded = baseline.as_language_model(config) if prompted else config
+    settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
+    activity.info("loading the model")
+    with partitioned_loading(settings):
+        model = load_model(loaded, tokenizer, data.labels if loaded is config else (), DTYPES[precision])
+    module = model if checkpoint is None else method_of(config.method).apply(model, config)
+    if checkpoint is not None:
+        load_trained(module, checkpoint)
+    # As in training, so that its numbers are the same.
+    apart = attention_of_samples(loaded, model, world, say)
+    use_lean_norms(module, fused=config.model.fused_norms)
+    use_joint_sums(module)
+    head = task_of(loaded.task).head(model, apart)
+    engine = Engine(module, None, settings, world)
+    examine(head, engine)
+    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
+    return engine, head
 
 
 def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,51 +74,27 @@ def resolve_run(
     """
     config = with_replay(config)
     problems: list[Problem] = []
-    model = config.model
-    try:
+    model, fetched = config.model, False
+    with _collected(problems):
         model = resolve_model(config.model, stage, config)
-    except UserError as error:
-        problems += error.problems
-    try:
+    with _collected(problems):
         config = replace(config, task=resolve_further_models(config, stage))
-    except UserError as error:
-        problems += error.problems
-    try:
+    with _collected(problems):
         config = replace(config, data=hub_data.resolve(config.data, stage))
-        from_hub = True
-    except UserError as error:
-        problems += error.problems
-        from_hub = False
+        fetched = True
     config, refused = table_rows.resolve(config, stage)
     problems += refused
     for key, part, own in inputs.given(config):
-        if not from_hub and hub_name(getattr(own.data, part)):
-            continue  # told above
-        if refused and sources.data_source_of(getattr(own.data, part)):
-            continue
-        try:
+        given = getattr(own.data, part)
+        if (not fetched and hub_name(given)) or (refused and sources.data_source_of(given)):
+            continue  # it is among the problems
+        with _collected(problems):
             check_data(key, part, own, stage)
             found = first_row_problems(own, part, key, trains=trains)
             problems += [problem for problem in found if problem not in problems]
-        except UserError as error:
-            problems += error.problems
-    try:
+    with _collected(problems):
         config = replace(config, method=method_of(config.method).resolve())
-    except UserError as error:
-        problems += error.problems
-    method = method_of(config.method)
-    problems += method.missing()
-    if config.trainer.precision is Precision.fp16 or any(method.check_cpu(config)):  # looking for GPUs starts a program
-        problems += hardware_problems(config, count_gpus(os.environ))
-    template = config.model.chat_template
-    if template is not None and not template_path(template).is_file():
-        fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
-        problems.append(Problem("model.chat_template", "there is no such file", fix, template))
-    for tracker in TRACKERS.classes().values():
-        if tracker.enabled(config.tracking):
-            problems += tracker.missing(config.tracking)
-    problems += task_problems(config)
-    problems += cleaning.missing(config.data.clean)
+    problems += _missing(config)
     problems += augment_problems(config, stage) if trains else []
     _refuse(problems)
     config = replace(config, model=model)
@@ -131,6 +108,32 @@ def resolve_run(
     if trains:
         _refuse(memory_problems(config))
     return config
+
+
+@contextmanager
+def _collected(problems: list[Problem]) -> Iterator[None]:
+    """Adds what is raised within to `problems`."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+
+
+def _missing(config: RunConfig) -> Iterator[Problem]:
+    """What method, template, trackers, tasks and cleaning need and this machine does not have."""
+    method = method_of(config.method)
+    yield from method.missing()
+    if config.trainer.precision is Precision.fp16 or any(method.check_cpu(config)):  # looking for GPUs starts a program
+        yield from hardware_problems(config, count_gpus(os.environ))
+    template = config.model.chat_template
+    if template is not None and not template_path(template).is_file():
+        fix = f"give a Jinja file, or one of {', '.join(NAMES)}"
+        yield Problem("model.chat_template", "there is no such file", fix, template)
+    for tracker in TRACKERS.classes().values():
+        if tracker.enabled(config.tracking):
+            yield from tracker.missing(config.tracking)
+    yield from task_problems(config)
+    yield from cleaning.missing(config.data.clean)
 
 
 def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:

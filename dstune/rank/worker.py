@@ -400,21 +400,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     config: RunConfig | None = None
     given: dict[str, Any] | None = None
     if world.is_main:
-        try:
-            config, run_dir, place = prepare_run()
-            # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
-            names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
-            given = {
-                "run": run_dir,
-                "place": place,
-                "to do": config is not None,
-                "variables": {name: os.environ[name] for name in names},
-            }
-        except DstuneError as error:
-            given = {"error": to_json(error)}
-        except Exception as error:  # the other ranks wait for an answer whatever happens here
-            traceback.print_exc()
-            given = {"error": to_json(DstuneError(f"{type(error).__name__}: {error}"))}
+        config, given = _prepared_for_all(prepare_run)
     given = world.broadcast(given)
     assert given is not None
     if "error" in given:
@@ -440,6 +426,23 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
 
     code = guarded(work, leave_word)
     return Outcome(code, given["place"], errors[0] if errors else None)
+
+
+def _prepared_for_all(
+    prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]],
+) -> tuple[RunConfig | None, dict[str, Any]]:
+    """Rank 0's configuration, and what the other ranks are sent: the run, or the error that there is instead of one."""
+    try:
+        config, run_dir, place = prepare_run()
+        # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
+        names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
+        variables = {name: os.environ[name] for name in names}
+        return config, {"run": run_dir, "place": place, "to do": config is not None, "variables": variables}
+    except DstuneError as error:
+        return None, {"error": to_json(error)}
+    except Exception as error:  # the other ranks wait for an answer whatever happens here
+        traceback.print_exc()
+        return None, {"error": to_json(DstuneError(f"{type(error).__name__}: {error}"))}
 
 
 def refuse_unshared(world: World, run_dir: Path) -> None:

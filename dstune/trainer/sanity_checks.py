@@ -82,6 +82,35 @@ def rows_problem(
 
     One sample is longer than the window of the model's attention, where that is short enough to be tried before every run.
     """
+    samples, kept, batches = _trial(architecture, max_length)
+    engine.train(False)
+    difference = 0.0
+    with torch.no_grad():
+        with rows.temporary():
+            alone = torch.cat(
+                [
+                    head.logits(engine.forward, {"input_ids": sample[None].to(engine.device)}, (numbers >= 0)[None])
+                    for sample, numbers in zip(samples, kept, strict=True)
+                ]
+            )
+        largest = float(alone.abs().max())
+        for batch, expected in batches:
+            inputs, own = rows.own(
+                {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
+            )
+            found = head.logits(engine.forward, inputs, own >= 0)
+            worst = found.sub_(alone[own[own >= 0]]).abs_().amax() if len(found) else torch.zeros(())
+            difference = max(difference, float(worst) / largest, key=lambda value: (value != value, value))
+    engine.train(True)
+    wrong = max(world.gather(difference), key=lambda value: (value != value, value))
+    return f"by {wrong:.1%} of the largest" if not wrong <= TOLERANCE[alone.dtype] else None
+
+
+def _trial(
+    architecture: Any, max_length: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[tuple[dict[str, torch.Tensor], torch.Tensor]]]:
+    """Samples; numbers of the logits of each that are compared, `NO_TARGET` elsewhere; and (inputs, these numbers) of the same
+    samples packed and padded."""
     window = getattr(architecture, "sliding_window", None) or 0
     longest = window + 9 if window and window + 9 <= min(max_length, LONGEST_PROOF) else 21
     generator = torch.Generator().manual_seed(0)
@@ -115,27 +144,7 @@ def rows_problem(
             torch.stack([kept[2], apart(kept[0], fill=NO_TARGET)]),
         ),
     ]
-    engine.train(False)
-    difference = 0.0
-    with torch.no_grad():
-        with rows.temporary():
-            alone = torch.cat(
-                [
-                    head.logits(engine.forward, {"input_ids": sample[None].to(engine.device)}, (numbers >= 0)[None])
-                    for sample, numbers in zip(samples, kept, strict=True)
-                ]
-            )
-        largest = float(alone.abs().max())
-        for batch, expected in batches:
-            inputs, own = rows.own(
-                {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
-            )
-            found = head.logits(engine.forward, inputs, own >= 0)
-            worst = found.sub_(alone[own[own >= 0]]).abs_().amax() if len(found) else torch.zeros(())
-            difference = max(difference, float(worst) / largest, key=lambda value: (value != value, value))
-    engine.train(True)
-    wrong = max(world.gather(difference), key=lambda value: (value != value, value))
-    return f"by {wrong:.1%} of the largest" if not wrong <= TOLERANCE[alone.dtype] else None
+    return samples, kept, batches
 
 
 def refuse_different_rows(world: World, digest: str) -> None:

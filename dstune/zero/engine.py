@@ -134,8 +134,6 @@ class Engine:
         """optimizer: None for an engine that only evaluates, at stage 0 or 3. groups: the parameters that it trains. one_pass:
         the model is a decoder that each micro-batch goes through once, and what trains of it is the same at every step. slices:
         how ranks share the weights of `model`, below stage 3."""
-        import deepspeed
-
         self._world = world
         self.slices = slices
         self._replica = world.rank if slices is None else slices.replica
@@ -157,11 +155,7 @@ class Engine:
             -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
         ]
         swap.check_room(settings, shares, self._moments, world)
-        built = None if optimizer is None else optimizer.build(groups or [])
-        fewer_reads.install()
-        deepspeed.utils.groups.mpu = None  # of an engine before this one
-        with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=slices)
+        self._engine = self._initialize(model, groups or [], settings)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)
         from dstune.zero.shard_files import ShardFiles
@@ -169,9 +163,6 @@ class Engine:
         self._files = self._engine.checkpoint_engine = ShardFiles(_other_names_of_frozen(model))
         # A script beside the checkpoints; what it does is `dstune export`, and a full disk must not stop one rank there.
         self._engine._copy_recovery_script = lambda folder: None
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
-        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
-            scaler.raise_error_at_min_scale = False  # `hooks.NonFinite` stops the run, with a result and a reason
         self._engine.train()  # transformers hands a loaded model over in evaluation mode, without dropout
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
@@ -183,6 +174,21 @@ class Engine:
         trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
         self._gradients = swap.FirstGradients(trained) if self.swaps else None
         self._has_frozen = any(not parameter.requires_grad for parameter in self.module.parameters())
+
+    def _initialize(self, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Any:
+        import deepspeed
+
+        built = None if self._optimizer is None else self._optimizer.build(groups)
+        fewer_reads.install()
+        deepspeed.utils.groups.mpu = None  # of an engine before this one
+        with redirect_stdout(io.StringIO()):  # figures of memory that its bf16 optimizer prints
+            engine, *_ = deepspeed.initialize(model=model, optimizer=built, config=settings, mpu=self.slices)
+        scaler = getattr(engine.optimizer, "loss_scaler", None)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = (
+                False  # the callback `NonFinite` stops the run, with a result and a reason
+            )
+        return engine
 
     @property
     def trained_count(self) -> int:
