@@ -198,7 +198,7 @@ _OTHER: dict[str, Mutation] = {
     "unit/test_defaults.py::test_steps_passes_and_shares_of_the_run": undo(
         "config/cadence.py", "return step // period > (step - 1) // period", "return step % period == 0"
     ),
-    "unit/test_defaults.py::test_few_steps_are_told_with_the_way_from_rows_to_them_and_what_to_change": undo(
+    "unit/test_defaults.py::test_few_steps_are_reported_with_their_arithmetic_and_what_to_change": undo(
         "rank/startup.py", "if run.state.step or total >= FEW_STEPS:", "if True:"
     ),
     "unit/test_config_compose.py::test_quickstart_unless_an_experiment_a_model_or_data_is_named": undo(

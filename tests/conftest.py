@@ -32,7 +32,7 @@ ONLY_IN_CI = (
                 "loading",
                 "old_runs",
             ),
-            *("secrets", "serve", "several_tasks", "sources", "streaming", "sweep", "tracking"),
+            *("secrets", "serve", "multi_task", "sources", "streaming", "sweep", "tracking"),
             *("utilization", "watch", "zero_file"),
         )
     ),

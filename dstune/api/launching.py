@@ -28,7 +28,7 @@ def resume(run: Path, *overrides: str, progress: bool = True) -> Path:
     from dstune.config.flags import Flags
     from dstune.launch.train import Command
 
-    check_words(overrides)
+    check_overrides(overrides)
     return run_to_end(lambda: (Command(run, Flags(list(overrides)), json=False), None), progress)
 
 
@@ -65,7 +65,7 @@ def _ended(run_dir: Path, code: int) -> Path:
     raise TrainingFailed(f"{reason} (logs: {run_dir / 'logs'})")
 
 
-def check_words(overrides: Sequence[Any]) -> None:
+def check_overrides(overrides: Sequence[Any]) -> None:
     """Raises UserError for flags of the command line and for what is no text."""
     problems = []
     for word in overrides:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.api import rows as memory
-from dstune.api.launching import WriteRows, check_words, run_to_end
+from dstune.api.launching import WriteRows, check_overrides, run_to_end
 from dstune.api.run import Run
 from dstune.core.errors import (
     Problem,
@@ -69,7 +69,7 @@ def train(
     from dstune.config.flags import Flags
     from dstune.launch.train import Command
 
-    check_words(overrides)
+    check_overrides(overrides)
     overrides = (*overrides, *(() if launch is None else (f"launch={launch}",)))
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dstune.config.multi_task import tasks_of
 from dstune.config.names import all_keys
 from dstune.config.overrides import key_of
 from dstune.config.schema import RunConfig, stage_of
-from dstune.config.several_tasks import tasks_of
 from dstune.config.sweep_schema import Pruner, Sampler
 from dstune.core.errors import Problem
 from dstune.protocols import TRACKERS, schedule_of, task_of

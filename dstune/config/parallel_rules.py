@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dstune.config.convert import format_value
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import (
     Attention,
     Automatic,
@@ -15,7 +16,6 @@ from dstune.config.schema import (
     RunConfig,
     stage_of,
 )
-from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem
 from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
 

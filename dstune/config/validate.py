@@ -15,6 +15,7 @@ from dstune.config.callbacks import check_callbacks
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, format_value
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
+from dstune.config.multi_task import SHARED_METRICS, check_multi_task, tasks_of
 from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
 from dstune.config.schema import (
@@ -31,7 +32,6 @@ from dstune.config.schema import (
     SpikeAction,
 )
 from dstune.config.secret_rules import check_secrets
-from dstune.config.several_tasks import SHARED_METRICS, check_several_tasks, tasks_of
 from dstune.config.sweep_rules import check_sweep
 from dstune.config.task_rules import check_task
 from dstune.config.token_rules import check_token_ids
@@ -81,7 +81,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
         check_data,
         check_token_ids,
         check_mixture,
-        check_several_tasks,
+        check_multi_task,
         check_augment,
         check_streaming,
         check_task,

@@ -34,13 +34,13 @@ def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
     files.write(file, to_json(error))
 
 
-def tell_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
+def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
     """For a rank that dstune started: the error for its launcher, and in the rank's log."""
     leave_error(run_dir, rank, error)
     print(f"dstune: {error}", file=sys.stderr, flush=True)
 
 
-def tell_once(run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS) -> None:
+def report_once(run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS) -> None:
     """For a rank inside somebody else's launch: rank 0 tells its error, any other one only what rank 0 has not told.
 
     A rank leaves its file when it has looked at rank 0's, so rank 0 knows when nobody needs the folder any more.

@@ -16,8 +16,8 @@ import datasets
 import numpy as np
 
 from dstune.config.forgetting import mixes_in
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem, UserError
 from dstune.data import mixture
 from dstune.data.augment import augmented

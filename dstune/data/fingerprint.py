@@ -15,8 +15,8 @@ import xxhash
 
 from dstune.config.architectures import is_encoder_decoder, marked_stops
 from dstune.config.forgetting import mixes_in
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import tasks_of
 from dstune.core import plugins
 from dstune.data import sources
 from dstune.data.augment.rewrite import identity

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from dstune.config.data_schema import AUTOMATIC, SourceConfig
 from dstune.config.forgetting import general_rows
+from dstune.config.multi_task import task_of_source
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import task_of_source
 
 PARTS = ("train", "validation", "test", "guard", "ood")
 

@@ -18,11 +18,11 @@ from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.forgetting import measured_alone
+from dstune.config.multi_task import is_multi_task
 from dstune.config.overrides import quoted
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, tracking_class
-from dstune.config.several_tasks import is_of_several
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
@@ -237,7 +237,7 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
     if not task_of(config.task).few_shot:
         reason = f"task={config.task.name} has no answers that a prompted model could give"
         problems.append(Problem("--shots", reason, "leave --shots out"))
-    if is_of_several(config):
+    if is_multi_task(config):
         reason = "the rows are of several tasks, and worked examples are of one"
         problems.append(Problem("--shots", reason, "leave --shots out"))
     if config.data.streaming:

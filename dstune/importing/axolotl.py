@@ -137,12 +137,12 @@ def validation(found: Import, value: Any) -> None:
     pair = _source(found, value[0])
     if pair:
         found.put("data.validation", pair[0].path)
-        _tell_lost_settings(found, pair[0])
+        _report_lost_settings(found, pair[0])
     if len(value) > 1:
         found.drop("data.validation takes one source: the first", DIFFERENT)
 
 
-def _tell_lost_settings(found: Import, source: Source) -> None:
+def _report_lost_settings(found: Import, source: Source) -> None:
     """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
     temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
     pairs = [_source(temporary, entry) for entry in found.get("datasets", [])]

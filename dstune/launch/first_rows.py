@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.data_schema import OnBadRow
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import Precision, RunConfig
-from dstune.config.several_tasks import tasks_of
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.files import TABLES

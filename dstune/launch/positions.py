@@ -27,7 +27,7 @@ def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConf
     return replace(config, data=replace(config.data, max_length=limit))
 
 
-def cut_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
+def truncate_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
     """`config`, which asks for longer rows than the model of the run `before` takes, with those that this run got."""
     limit = None
     with suppress(UserError):

@@ -25,8 +25,8 @@ from dstune.config.architectures import (
 )
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
-from dstune.config.several_tasks import tasks_of
 from dstune.config.validate import at_stage
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object

@@ -22,7 +22,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE, write
 from dstune.core.secrets import publish
 from dstune.launch import records
-from dstune.launch.positions import cut_as_before
+from dstune.launch.positions import truncate_as_before
 from dstune.launch.queues import queue_of
 from dstune.protocols.launcher import Unreachable
 from dstune.tracking.trials import is_sweep
@@ -333,7 +333,7 @@ def _stored(path: Path, composed: Composed, given: Sequence[str]) -> Composed:
 
 
 def _going_on(stored: Composed, composed: Composed) -> Composed:
-    config = continue_run(stored, replace(composed, config=cut_as_before(stored.config, composed.config)))
+    config = continue_run(stored, replace(composed, config=truncate_as_before(stored.config, composed.config)))
     return replace(composed, config=config, origins=kept_origins(stored, config))
 
 

@@ -16,7 +16,7 @@ from dstune.launch import records
 from dstune.launch.manage import status_of
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
-from dstune.tracking.trials import Record, better_first, is_sweep, objectives_of, ranked, read_records
+from dstune.tracking.trials import Record, best_first, is_sweep, objectives_of, ranked, read_records
 
 MAX_SECONDS = 1e11
 """The year 5138."""
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         if arguments.sort not in known:
             fix = f"one of {', '.join(known)}" if known else "runs that have evaluated"
             raise UserError(Problem("--sort", "none of these runs has such a metric", fix, arguments.sort))
-        found.sort(key=lambda line: better_first(line.metrics.get(arguments.sort), arguments.sort))
+        found.sort(key=lambda line: best_first(line.metrics.get(arguments.sort), arguments.sort))
     if arguments.json:
         print(json.dumps({"runs": [asdict(line) for line in found]}))
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dstune.core import handoff
 from dstune.core.errors import EXIT_FAILED, DstuneError
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.core.rank_errors import tell_launcher
+from dstune.core.rank_errors import report_to_launcher
 
 
 def main(run: Callable[..., None]) -> None:
@@ -23,7 +23,9 @@ def main(run: Callable[..., None]) -> None:
     env = from_environment(os.environ) or RankEnv(0, 1, 0, 1, "alone")
     directory, arguments = Path(sys.argv[1]), sys.argv[2:]
     handoff.set_up_rank(env.rank, directory, os.environ)
-    leave(guarded(lambda: run(directory, env, *arguments), lambda error: tell_launcher(directory, env.rank, error)))
+    leave(
+        guarded(lambda: run(directory, env, *arguments), lambda error: report_to_launcher(directory, env.rank, error))
+    )
 
 
 def guarded(work: Callable[[], None], tell: Callable[[DstuneError], None]) -> int:

@@ -26,7 +26,7 @@ from dstune.core.distributed import World
 from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
-from dstune.core.rank_errors import tell_launcher, tell_once
+from dstune.core.rank_errors import report_once, report_to_launcher
 from dstune.core.secrets import REFERENCE, publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record_collectives(run_dir, os.environ)
         train(config, run_dir, start_process_group(env))
 
-    return guarded(work, lambda error: tell_launcher(run_dir, env.rank, error))
+    return guarded(work, lambda error: report_to_launcher(run_dir, env.rank, error))
 
 
 @dataclass(frozen=True)
@@ -416,15 +416,15 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     os.environ.update(given["variables"])
     errors: list[DstuneError] = []
 
-    def leave_word(error: DstuneError) -> None:
+    def report_error(error: DstuneError) -> None:
         errors.append(error)
-        tell_once(run_dir, env, error)
+        report_once(run_dir, env, error)
 
     def work() -> None:
         refuse_unshared(world, run_dir)
         train(config or read_decided(run_dir / "run.yaml").config, run_dir, world)
 
-    code = guarded(work, leave_word)
+    code = guarded(work, report_error)
     return Outcome(code, given["place"], errors[0] if errors else None)
 
 

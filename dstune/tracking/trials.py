@@ -101,12 +101,12 @@ def ranked(found: Sequence[Record], objective: str) -> list[Record]:
 
     def key(one: Record) -> tuple[int, bool, float]:
         rank = 2 if one.status not in FINISHED else 1 if one.status == "pruned" else 0
-        return (rank, *better_first(one.objective.get(objective), objective))
+        return (rank, *best_first(one.objective.get(objective), objective))
 
     return sorted(found, key=key)
 
 
-def better_first(value: float | None, objective: str) -> tuple[bool, float]:
+def best_first(value: float | None, objective: str) -> tuple[bool, float]:
     """A key that sorts what was reached: the best first, what has no value last."""
     if value is None:
         return (True, 0.0)
@@ -116,7 +116,7 @@ def better_first(value: float | None, objective: str) -> tuple[bool, float]:
 def unbeaten(found: Sequence[Record], objectives: Sequence[str]) -> set[str]:
     """Names of the finished trials that no other beats in all objectives (the Pareto front)."""
     whole = [one for one in found if one.status in ("completed", "stopped") and set(objectives) <= set(one.objective)]
-    costs = {one.name: tuple(better_first(one.objective[name], name)[1] for name in objectives) for one in whole}
+    costs = {one.name: tuple(best_first(one.objective[name], name)[1] for name in objectives) for one in whole}
 
     def beaten(name: str) -> bool:
         own = costs[name]

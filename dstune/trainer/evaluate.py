@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
-from dstune.config.several_tasks import tasks_of
 from dstune.core.distributed import World
 from dstune.data.batches import batch_of
 from dstune.data.collate import NO_TARGET

@@ -61,10 +61,10 @@ class Choice:
     """Why no larger size was tried or taken."""
 
 
-def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, room_gib: float) -> Choice:
+def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, headroom_gib: float) -> Choice:
     """The fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
 
-    trial: None for a size that ran out of memory. held_gib: what a micro-batch finds in memory when it begins. room_gib: what
+    trial: None for a size that ran out of memory. held_gib: what a micro-batch finds in memory when it begins. headroom_gib: what
     a rank may take at most.
     """
     first = trial(1)
@@ -76,7 +76,7 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, ro
             ended = "a rank has no more in a step"
             break
         size = min(2 * size, share)
-        if (expected := at_most(last, size, held_gib)) > room_gib:
+        if (expected := at_most(last, size, held_gib)) > headroom_gib:
             ended = f"{size} might take {expected:.1f} GiB"
             break
         tried = trial(size)
@@ -85,7 +85,7 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, ro
             break
         last = tried
         trials.append(last)
-        if last.gib > room_gib:
+        if last.gib > headroom_gib:
             ended = f"{size} take {last.gib:.1f} GiB"
             break
         if last.rows_per_second >= GAIN * best.rows_per_second:
@@ -110,7 +110,7 @@ def at_most(last: Trial, rows: int, held_gib: float) -> float:
     return held_gib + (last.gib - held_gib) / last.rows * rows
 
 
-def room_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
+def headroom_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
     """What this rank's peak may be."""
     if device.type != "cpu":
         free, _ = accelerator.memory(device)
@@ -141,7 +141,7 @@ class Trials:
         if trainer.micro_batch_size is not Automatic.auto:
             return self.config, None
         if known is None:
-            room = float(self.world.gather_numbers([room_gib(self.engine.device, self.world, self.memory)]).min())
+            room = float(self.world.gather_numbers([headroom_gib(self.engine.device, self.world, self.memory)]).min())
             choice = choose(self.run_or_none, self.share, self.held_gib(), room)
             known = {
                 "rows": choice.rows,

@@ -154,7 +154,7 @@ class Engine:
         shares = [
             -(-full_count(parameter) // world.size) for parameter in model.parameters() if parameter.requires_grad
         ]
-        swap.check_room(settings, shares, self._moments, world)
+        swap.check_disk_space(settings, shares, self._moments, world)
         self._engine = self._initialize(model, groups or [], settings)
         if self.stage == 3 and optimizer is not None:
             gather_persistent_together(self._engine.optimizer)

@@ -167,7 +167,7 @@ def _compile(tell: bool) -> None:
         builder.load(verbose=False)
 
 
-def check_room(settings: dict[str, Any], shares: list[int], moments: int, world: World) -> None:
+def check_disk_space(settings: dict[str, Any], shares: list[int], moments: int, world: World) -> None:
     """Raises UserError on all ranks where a node's disk has no room for the states, or a rank may not lock the memory of the
     buffers that they go through.
 

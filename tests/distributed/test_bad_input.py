@@ -125,7 +125,7 @@ def test_a_refused_continuation_leaves_the_run_as_it_was(workplace: Commands) ->
 
 
 @pytest.mark.ci
-def test_an_outer_launch_tells_an_error_of_all_ranks_once(workplace: Commands) -> None:
+def test_an_outer_launch_reports_an_error_of_all_ranks_once(workplace: Commands) -> None:
     """The second line is broken: both ranks find it, and both write to this terminal."""
     program = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dstune")
     run_dir = workplace.folder / "outer"

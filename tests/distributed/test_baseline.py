@@ -78,7 +78,7 @@ def loss_of(model, ids: list[int], answer: list[int]) -> float:
     return float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
 
 
-def test_seq2seq_is_asked_with_worked_examples_on_every_rank(bench, capsys, tmp_path):
+def test_seq2seq_is_prompted_with_worked_examples_on_every_rank(bench, capsys, tmp_path):
     from dstune.trainer.evaluate import limited
 
     out = tmp_path / "rows.jsonl"

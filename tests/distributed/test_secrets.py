@@ -170,7 +170,7 @@ def test_no_planted_value_is_in_the_cache_beside_the_run(workplace, run_dir):
     ],
     ids=lambda further: further[0].split("=")[0],
 )
-def test_a_refused_start_tells_the_reference(workplace, further):
+def test_a_refused_start_names_the_reference(workplace, further):
     refused = workplace.run("train", *overrides("refused", *further))
     assert refused.returncode == 2, refused.stderr
     assert "${oc.env:HIDDEN" in refused.stderr

@@ -101,14 +101,14 @@ def test_a_gap_too_wide_stops_the_run(workshop):
     assert result["reason"].startswith("overfitting") and "max_gap=0.5" in result["reason"]
 
 
-def test_a_run_that_was_stopped_tells_the_same(workshop):
+def test_a_run_that_was_stopped_reports_the_same(workshop):
     whole, cut = workshop.result("best"), workshop.result("again-cut")
     for key in ("guard", "ood", "overfitting", "test", "weights_step"):
         assert whole[key] == cut[key], key
     assert workshop.rows("best") == workshop.rows("again-cut")
 
 
-def test_console_and_report_tell_it(workshop, tmp_path):
+def test_console_and_report_show_it(workshop, tmp_path):
     page = summary(workshop.folder / "last")
     result = workshop.result("last")
     guard = result["guard"]

@@ -54,7 +54,7 @@ def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
 
 
 @pytest.mark.parametrize(("visible", "rank", "expected"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (2, 3, None)])
-def test_a_rank_takes_its_own_device_or_the_only_one_that_it_is_shown(monkeypatch, visible, rank, expected):
+def test_a_rank_takes_its_own_device_or_the_only_visible_one(monkeypatch, visible, rank, expected):
     device(monkeypatch, bf16=True, capability=(9, 0), count=visible)
     env = RankEnv(rank, 4, rank, 4, "openmpi")
     if expected is None:
@@ -186,7 +186,7 @@ class OnDevice:
         return torch.tensor(self.value, dtype=torch.float64)
 
 
-def test_what_else_is_wanted_of_a_step_is_read_with_the_norm():
+def test_the_sums_of_a_step_are_read_with_the_norm():
     reads = fewer_reads.NormReads()
     third = float(torch.tensor(1 / 3))
     reads.begin_step({"loss_sum": OnDevice(third), "weight": torch.tensor(7), "elsewhere": OnDevice(1.0, "sim:1")})

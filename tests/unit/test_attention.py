@@ -225,7 +225,7 @@ def test_another_attention_than_the_models_own_is_given_up_before_the_run(tmp_pa
     assert len(report) == 1 and report[0].startswith("model.attention=auto: sdpa, since samples")
 
 
-def test_a_model_that_does_not_tell_its_attention_ends_the_run(tmp_path):
+def test_a_model_that_does_not_declare_its_attention_ends_the_run(tmp_path):
     model = load(save_decoder(tmp_path))
     for layer in model.model.layers:
         inner = layer.self_attn.forward

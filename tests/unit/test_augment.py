@@ -179,7 +179,7 @@ def test_what_is_refused(tmp_path):
     assert keys(copies=1, models=["m"], prompt="Paraphrase") == {"data.augment.prompt"}
 
 
-def test_the_report_tells_it():
+def test_the_report_shows_it():
     augment = {"copies": 9, "changed": {"swap": {"rows": 9, "words": 31}, "models": {"rows": 4, "words": 0}}}
     formatted = part("train", {"rows": 20, "augment": augment | {"left_out": {"held_out": 2}}}, {})
     facts = {label: (value, remark) for label, value, remark in formatted.facts}

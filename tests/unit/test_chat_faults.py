@@ -270,7 +270,7 @@ def test_rows_that_need_continue_final_message_are_refused(tmp_path, task, row):
         data_of(tmp_path, CHATML, [row], task)
 
 
-def test_data_show_tells_context_and_target_turn_by_turn():
+def test_data_show_separates_context_and_target_turn_by_turn():
     tokenizer = byte_tokenizer(CHATML)
     (sample,) = encoded(tokenizer, [user("Hi"), assistant("Yes"), user("So"), assistant("No")])
     found, rest = turns(segments(tokenizer, sample.input_ids, sample.labels))

@@ -113,7 +113,7 @@ def test_all_wrong_overrides_are_reported_together():
     }
 
 
-def test_keys_of_a_group_with_a_wrong_choice_are_not_held_against_another_choice():
+def test_keys_of_a_group_with_a_wrong_choice_are_not_checked_against_another_choice():
     found = problems("data=chitchat", "method=lorra", "method.rank=3", "method.rnk=3")
     assert [problem.where for problem in found] == ["method", "method.rnk"]
 

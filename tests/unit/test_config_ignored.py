@@ -56,7 +56,7 @@ def test_an_overruled_setting_is_reported_and_its_fix_lets_it_count(overrides: l
         [*CHAT, "evaluate.samples=1", "evaluate.max_new_tokens=5"],
     ],
 )
-def test_settings_that_count_are_not_told(overrides: list[str]):
+def test_settings_that_count_are_not_reported_as_ignored(overrides: list[str]):
     assert ignored(*overrides) == {}
 
 

@@ -115,7 +115,7 @@ def test_prompt_and_completion_as_texts_stay_texts():
     assert normalise(row, "prompt_completion", {}) == {"prompt": "Hi", "completion": "Yes"}
 
 
-def test_a_misspelt_role_or_column_is_mended_by_the_fix():
+def test_a_misspelt_role_or_column_is_corrected_by_the_fix():
     with pytest.raises(UserError, match=r"'data\.columns={messages: talk}'"):
         check_columns({"message": "talk"})
     mapping = {"text": "reviw", "label": "stars"}

@@ -68,7 +68,7 @@ def test_reading_goes_on_behind_a_quote_that_swallowed_lines(tmp_path):
         ("text", "a;b", ["text"]),
     ],
 )
-def test_the_header_tells_what_separates(tmp_path, header, row, names):
+def test_the_header_names_the_separator(tmp_path, header, row, names):
     path = tmp_path / "rows.csv"
     path.write_text(f"{header}\n{row}\n")
     ((line, fields, error),) = found(path)

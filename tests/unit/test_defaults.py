@@ -225,7 +225,7 @@ def reported(
     return list(few_steps(run_config(trainer=settings, data=data), run))
 
 
-def test_few_steps_are_told_with_the_way_from_rows_to_them_and_what_to_change() -> None:
+def test_few_steps_are_reported_with_their_arithmetic_and_what_to_change() -> None:
     (line,) = reported(rows=29, samples=285, each=2, packing=True)
     assert line == (
         "this run has only 2 optimizer steps (285 rows -> 29 packed rows of 1,024 tokens -> 2 steps of 16 rows in a pass), in "

@@ -34,7 +34,7 @@ def figures(device="NVIDIA H100 80GB HBM3", ranks=8, hosts=("a",), bandwidth=400
         (figures(ranks=1), PASS, "nothing to measure"),
     ],
 )
-def test_the_measured_bandwidth_is_held_against_the_link(found, status, report):
+def test_the_measured_bandwidth_is_compared_with_the_link(found, status, report):
     check = doctor.judge(found)
     assert check.status == status
     assert report in check.detail

@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_whole_one_named(decoder, tmp_path
     assert "no other checkpoint" in refusal(run_dir, "--prompt", "w1", "--checkpoint", 3)
 
 
-def test_what_a_torn_save_left_is_no_checkpoint(decoder, tmp_path, capsys):
+def test_what_an_incomplete_save_left_is_no_checkpoint(decoder, tmp_path, capsys):
     run_dir = saved_run(tmp_path, decoder, "task=chat", "method=full")
     whole = store.newest(run_dir)
     incomplete_reasons = whole.with_name("step-00000040.incomplete")

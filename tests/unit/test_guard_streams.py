@@ -128,7 +128,7 @@ def test_text_goes_out_sentence_by_sentence_as_the_engine_wrote_it():
     assert out[:-2] == [json.loads(json.dumps(one)) for one in events]
 
 
-def test_masked_pieces_lose_what_tells_their_text_otherwise():
+def test_masked_pieces_lose_what_reveals_their_text():
     events = [
         {"choices": [{"index": 0, "delta": {"content": piece}, "logprobs": {"content": [piece]}, "token_ids": [1]}]}
         for piece in ("mail ", "a@exam", "ple.org ", "now")

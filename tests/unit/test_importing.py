@@ -519,7 +519,7 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     assert answer["output"] == "mine/experiment/qlora.yaml"
 
 
-def test_the_verb_prints_the_experiment_and_what_has_to_be_mended(tmp_path, monkeypatch, capsys):
+def test_the_verb_prints_the_experiment_and_what_has_to_be_fixed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base_model: m\nmicro_batch_size: 1\n")
     assert main(["import", "a.yaml"]) == 2

@@ -85,7 +85,7 @@ def test_status_reports_the_last_step(run, launcher, capsys):
     assert "step 5, loss 2.2500" in capsys.readouterr().out
 
 
-def test_the_list_of_runs_tells_of_which_step_an_earlier_evaluation_is(run, launcher, capsys):
+def test_the_list_of_runs_names_the_step_of_an_earlier_evaluation(run, launcher, capsys):
     record(run, launcher)
     (run / "run.yaml").touch()
     rows = [{"step": 0, "eval/loss": 6.5}, {"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]

@@ -118,7 +118,7 @@ def test_hub_ids_and_paths(path, local):
     assert looks_local(path) is local
 
 
-def test_a_mistyped_run_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_run_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not looks_local("runs/mine")
     for run in ("runs/mine2", "runs/name/2026"):

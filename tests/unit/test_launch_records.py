@@ -30,7 +30,7 @@ def test_what_the_ranks_logged_is_the_result(tmp_path):
     assert (result["best"], result["checkpoint"], result["seconds"]) == (None, None, None)
 
 
-def test_the_checkpoint_tells_what_rows_do_not(tmp_path):
+def test_the_checkpoint_records_what_rows_do_not(tmp_path):
     write_rows(tmp_path, ROWS)
     written = store.folder(tmp_path) / f"{store.tag(2)}{store.INCOMPLETE}"
     written.mkdir(parents=True)

@@ -76,6 +76,6 @@ def test_long_texts_are_wrapped_and_cut(tmp_path):
     assert "no gain" in formatted
 
 
-def test_files_that_are_missing_or_torn(tmp_path):
+def test_files_that_are_missing_or_incomplete(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 0, "pro')
     assert str(tmp_path) in summary(tmp_path)

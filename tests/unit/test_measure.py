@@ -116,7 +116,7 @@ def test_regression(tmp_path):
     assert problem.where.endswith("rows.jsonl:1") and "must be a number" in problem.reason
 
 
-def test_a_language_model_tells_the_loss_of_each_row():
+def test_a_language_model_reports_the_loss_of_each_row():
     """As the rows have it alone; without `index` nothing is kept, so that logits need not exist whole."""
 
     class Tiny(nn.Module):

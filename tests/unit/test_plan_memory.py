@@ -212,7 +212,7 @@ def test_a_micro_batch_that_is_measured_is_planned_as_large_as_it_fits(small: Pa
     assert found.configured.fits and found.configured.setup.micro_batch_size == same.setup.micro_batch_size > 1
 
 
-def test_a_micro_batch_that_is_measured_is_held_against_the_room_for_one_row(
+def test_a_measured_micro_batch_is_compared_with_the_memory_of_one_row(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (small / "rows.jsonl").write_text(('{"text": "' + "word " * 2000 + '"}\n') * 4000)

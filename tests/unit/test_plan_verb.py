@@ -165,7 +165,7 @@ def test_each_recipe_fits_the_hardware_that_it_names(experiment: str) -> None:
     assert found.plan.recommended is not None
 
 
-def test_every_recipe_for_gpus_is_held_against_its_hardware() -> None:
+def test_every_recipe_for_gpus_fits_its_hardware() -> None:
     for_gpus = {
         file.stem
         for file in (ROOT / "conf" / "experiment").glob("*.yaml")

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from dstune.config.architectures import POSITIONS, row_limit
 from dstune.config.compose import compose
-from dstune.launch.positions import cut_as_before, within_positions
+from dstune.launch.positions import truncate_as_before, within_positions
 from tests.support.tiny import save_decoder, save_encoder
 
 SMALL = {
@@ -92,8 +92,8 @@ def test_the_same_command_continues_a_run_whose_rows_were_cut(tmp_path):
     encoder = save_encoder(tmp_path / "encoder")
     requested = compose([f"model.path={encoder}", "task=classification", "data.train=x"]).config
     begun = within_positions(requested, lambda text: None)
-    assert cut_as_before(begun, requested) == begun
+    assert truncate_as_before(begun, requested) == begun
     shorter = compose([f"model.path={encoder}", "task=classification", "data.train=x", "data.max_length=64"]).config
-    assert cut_as_before(shorter, requested) is requested, (
+    assert truncate_as_before(shorter, requested) is requested, (
         "that run chose its length, and another one would change its course"
     )

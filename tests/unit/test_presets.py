@@ -153,7 +153,7 @@ def test_model_files_name_each_path_once_and_only_packaged_templates():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiments_for_named_hardware_tell_their_memory(path):
+def test_experiments_for_named_hardware_state_their_memory(path):
     text = path.read_text()
     if "llama3" in path.stem or "qwen3" in path.stem or path.stem == "modernbert_1gpu":
         assert "Memory" in text

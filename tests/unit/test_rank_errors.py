@@ -9,7 +9,7 @@ import pytest
 
 from dstune.core.errors import Problem, UserError, from_json
 from dstune.core.rank_env import RankEnv
-from dstune.core.rank_errors import error_file, leave_error, tell_launcher, tell_once
+from dstune.core.rank_errors import error_file, leave_error, report_once, report_to_launcher
 
 ALIKE = UserError(Problem("data.train", "no rows"))
 OWN = UserError(Problem("launch", "no GPU here"))
@@ -25,7 +25,7 @@ def tell(run_dir, errors, patience=5.0):
 
     def one(number, error):
         started = time.monotonic()
-        tell_once(run_dir, rank(number, len(errors)), error, patience)
+        report_once(run_dir, rank(number, len(errors)), error, patience)
         took[number] = time.monotonic() - started
 
     # Rank 0 last, as a slow one would be.
@@ -47,12 +47,12 @@ def test_what_all_ranks_found_is_reported_by_rank_0(tmp_path, capsys):
     assert isinstance(from_json(error_file(tmp_path, 2).read_text()), UserError)
 
 
-def test_a_rank_with_an_error_of_its_own_tells_it(tmp_path, capsys):
+def test_a_rank_with_an_error_of_its_own_reports_it(tmp_path, capsys):
     tell(tmp_path, [ALIKE, OWN, ALIKE])
     assert sorted(capsys.readouterr().err.splitlines()) == sorted([f"dstune: {ALIKE}", f"dstune: rank 1: {OWN}"])
 
 
-def test_a_rank_that_failed_alone_tells_it_after_a_while(tmp_path, capsys):
+def test_a_rank_that_failed_alone_reports_after_a_while(tmp_path, capsys):
     tell(tmp_path, [None, OWN, None], patience=0.2)
     assert capsys.readouterr().err == f"dstune: rank 1: {OWN}\n"
 
@@ -65,7 +65,7 @@ def test_rank_0_waits_for_the_others_only(tmp_path, capsys, size):
 
 
 def test_a_rank_of_dstune_leaves_its_error_to_the_launcher(tmp_path, capsys):
-    tell_launcher(tmp_path, 1, OWN)
+    report_to_launcher(tmp_path, 1, OWN)
     assert str(from_json(error_file(tmp_path, 1).read_text())) == str(OWN)
     assert capsys.readouterr().err == f"dstune: {OWN}\n"
     leave_error(tmp_path, 1, ALIKE)

@@ -12,7 +12,7 @@ import pytest
 from dstune import cli
 from dstune.report.effects import positions, shares
 from dstune.report.sweep_page import page, scale, without_outliers
-from dstune.tracking.trials import Record, better_first, ranked, read_record, unbeaten
+from dstune.tracking.trials import Record, best_first, ranked, read_record, unbeaten
 from tests.support.pages import Page
 from tests.support.runs import HOSTILE, full_run, metrics_rows, write_sweep_directory
 
@@ -176,8 +176,8 @@ def test_scales():
     assert rates.logarithmic
     assert rates.at(1e-4) == pytest.approx(50, abs=0.1)
     assert 0 < scale([1.0, 2.0]).at(1.0) < scale([1.0, 2.0]).at(2.0) < 100
-    assert better_first(0.9, "accuracy") < better_first(0.8, "accuracy")
-    assert better_first(0.8, "loss") < better_first(0.9, "loss") < better_first(None, "loss")
+    assert best_first(0.9, "accuracy") < best_first(0.8, "accuracy")
+    assert best_first(0.8, "loss") < best_first(0.9, "loss") < best_first(None, "loss")
 
 
 # ---- the verbs ----

@@ -212,7 +212,7 @@ def test_a_call_whose_client_has_gone_does_not_end_the_computing(engine):
     assert last.result(30) == 7 and engine.scheduler.alive
 
 
-def test_a_thread_that_ends_by_a_fault_is_told(folder, monkeypatch):
+def test_a_thread_that_ends_by_a_fault_is_reported(folder, monkeypatch):
     ended = threading.Event()
     own = Engine(folder, failed=ended.set)
 

@@ -148,7 +148,7 @@ def test_labels_are_counted_and_misspelt_ones_named() -> None:
     assert len(many) == 13 and many[-1].startswith("18 more labels look like a slip")
 
 
-def test_columns_that_are_not_used_are_told() -> None:
+def test_columns_that_are_not_used_are_reported() -> None:
     assert message(report={"train": {"rows": 9, "unread_columns": {"context": 7}}}) == [
         "the column 'context' of 7 train rows is not used; data.columns says which columns are"
     ]

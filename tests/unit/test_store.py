@@ -69,7 +69,7 @@ def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned(tmp_path):
     assert not incomplete_reasons.exists()
 
 
-def test_a_damaged_checkpoint_set_aside_costs_no_whole_one(tmp_path):
+def test_a_damaged_checkpoint_that_was_moved_costs_no_complete_one(tmp_path):
     write(tmp_path, 40, best_step=40)
     store.quarantine(write(tmp_path, 60, best_step=40))
     write(tmp_path, 50, best_step=40)
@@ -128,7 +128,7 @@ def test_weights_alone_are_no_place_to_continue_from_and_cost_none(tmp_path):
     assert store.newest(tmp_path).name == store.tag(40)
 
 
-def test_entries_of_the_writers_are_held_against_the_files(tmp_path):
+def test_entries_of_the_writers_are_compared_with_the_files(tmp_path):
     temporary = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
     temporary.mkdir(parents=True)
     (temporary / "rank0.pt").write_bytes(bytes(100))

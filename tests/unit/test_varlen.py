@@ -108,7 +108,7 @@ STATES = [torch.randn(12, heads, 8) for heads in (4, 2, 2)]
 BOUNDARIES = Boundaries(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
 
 
-def test_torchs_kernel_is_told_by_what_its_signature_has(monkeypatch):
+def test_torchs_kernel_is_called_by_its_signature(monkeypatch):
     module = ModuleType("torch.nn.attention.varlen")
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     module.varlen_attn, calls = recording_kernel(["scale", "window_size", "enable_gqa"])

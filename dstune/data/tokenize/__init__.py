@@ -13,8 +13,8 @@ import pyarrow as pa
 from dstune.data.chat.evidence import Exchange
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
+from dstune.data.tokenize.multi_task import MultiTaskEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample, SourcePrompts
-from dstune.data.tokenize.several import SeveralEncoder
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 
@@ -64,7 +64,7 @@ class RowTokenizer:
         self._encoder: Encoder
         if self._of_source:
             assert sources is not None, "rows of several tasks come from a mixture"
-            self._encoder = SeveralEncoder([own._encoder for own in self._of_source], sources)
+            self._encoder = MultiTaskEncoder([own._encoder for own in self._of_source], sources)
         else:
             self._encoder = task_of(task).encoder(tokenizer, shape_of(fmt), max_length, labels, class_weights)
 

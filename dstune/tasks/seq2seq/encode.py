@@ -83,7 +83,7 @@ class ReplyEncoder(ChatEncoder):
             if not source:  # the target alone is too long
                 sample = samples[place]
             sample.truncated, sample.length = length > self._max_length, length
-            self._cut_target(sample)
+            self._truncate_target(sample)
             sample.columns |= {name: row[name] for name in TEXTS}
             samples[place] = sample
         return samples
@@ -97,7 +97,7 @@ class ReplyEncoder(ChatEncoder):
     def _requests(self, pairs: list[tuple[str, dict[str, Any]]], numbers: list[int]) -> list[Sample]:
         return super().__call__([self._conversation(source, row) for source, row in pairs], numbers)
 
-    def _cut_target(self, sample: Sample) -> None:
+    def _truncate_target(self, sample: Sample) -> None:
         if self._most is not None and sample.weight > self._most:
             end = int(np.flatnonzero(sample.labels != NO_TARGET)[self._most])
             sample.input_ids, sample.columns["labels"] = sample.input_ids[:end], sample.labels[:end]

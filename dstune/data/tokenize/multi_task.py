@@ -12,7 +12,7 @@ from dstune.data.prepared import TEXTS
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
 
-class SeveralEncoder(Encoder):
+class MultiTaskEncoder(Encoder):
     """encoders: of each source, in the order of `data.mixture`. sources: the number of each row's source, int16 [rows]."""
 
     def __init__(self, encoders: Sequence[Encoder], sources: np.ndarray):

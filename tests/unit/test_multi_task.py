@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dstune.config.compose import compose
-from dstune.config.several_tasks import is_of_several, tasks_of
+from dstune.config.multi_task import is_multi_task, tasks_of
 from dstune.config.validate import find_problems
 from dstune.metrics.direction import improves
 from dstune.tasks.causal_lm.config import CausalLmConfig
@@ -21,7 +21,7 @@ def problems(*overrides: str) -> dict[str, str]:
 
 
 def test_a_mixture_is_of_one_task_unless_a_source_says_otherwise() -> None:
-    assert not is_of_several(compose(TWO).config)
+    assert not is_multi_task(compose(TWO).config)
     assert tasks_of(compose(TWO).config) == {}
     given = ["task=chat", "task.template_date=2026-01-01", "data.mixture.b.task=seq2seq"]
     config = compose([*TWO, *given, "data.mixture.b.prompt='Q: {source}'"]).config

@@ -17,7 +17,7 @@ SHARED_METRICS = ("loss", "perplexity", "token_accuracy")
 """What is measured over the held-out rows of all tasks together."""
 
 
-def is_of_several(config: RunConfig) -> bool:
+def is_multi_task(config: RunConfig) -> bool:
     return any(source.task is not None or source.prompt is not None for source in config.data.mixture.values())
 
 
@@ -32,15 +32,15 @@ def task_of_source(config: RunConfig, source: SourceConfig) -> TaskConfig:
 
 def tasks_of(config: RunConfig) -> dict[str, TaskConfig]:
     """The task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
-    if not is_of_several(config):
+    if not is_multi_task(config):
         return {}
     return {name: task_of_source(config, source) for name, source in config.data.mixture.items()}
 
 
-def check_several_tasks(config: RunConfig) -> Iterator[Problem]:
+def check_multi_task(config: RunConfig) -> Iterator[Problem]:
     for name, source in config.data.mixture.items():
         yield from _check_prompt(config, name, source)
-    if not is_of_several(config):
+    if not is_multi_task(config):
         return
     task = task_of(config.task)
     if not (task.language and task.conversational):
