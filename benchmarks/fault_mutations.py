@@ -60,7 +60,7 @@ _CHAT: dict[str, Mutation] = {
         'if requested[-1]["role"] == "assistant" and answered[0]["role"] == "assistant":',
         "if False:",
     ),
-    "data_show_tells_context_and_target_turn_by_turn": undo(
+    "data_show_separates_context_and_target_turn_by_turn": undo(
         "show/segments.py", "groups = list(map(int, targets))", "groups = [0] * len(ids)"
     ),
     "reasoning_that_belongs_into_the_content_is_put_there": undo(
