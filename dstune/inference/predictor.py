@@ -67,7 +67,12 @@ class Predictor:
 
         all_labels: the probability of every label, not only of those that were predicted.
         """
-        samples = self.samples(requested)
+        return self.answers_of(self.samples(requested), requested, batch_size, all_labels=all_labels)
+
+    def answers_of(
+        self, samples: list[Sample], requested: Sequence[Query], batch_size: int, *, all_labels: bool = False
+    ) -> list[Answer]:
+        """The same, of rows that are samples already."""
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
         good = [number for number in range(len(requested)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,12 @@ if TYPE_CHECKING:
     from dstune.serve.finetuning.settings import ApiSettings
     from dstune.serve.fleet import Fleet
     from dstune.serve.gateway.app import Gateway
+    from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.settings import Settings
     from dstune.serve.guard.audit import Audit
     from dstune.serve.guard.engine import Guarding
     from dstune.serve.source import Source
+    from dstune.serve.store.database import Database
     from dstune.serve.store.keys import Keys
 
 ENGINES = ("local", "vllm", "llama.cpp", "remote")
@@ -200,9 +203,11 @@ def _check(arguments: argparse.Namespace) -> None:
         "max_project_bytes": 1,
     }
     for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
-        if getattr(arguments, name) < bound:
+        if not getattr(arguments, name) >= bound:  # NaN is not
             flag = f"--{name.replace('_', '-')}"
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
+    if arguments.port > 65535:
+        problems.append(Problem("--port", "must be at most 65535", value=str(arguments.port)))
     if arguments.guard_model and not arguments.guard:
         problems.append(Problem("--guard-model", "needs policies", "--guard default", arguments.guard_model))
     if _without_models(arguments) or arguments.jobs == "only":
@@ -298,16 +303,17 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
     assert starting is not None
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, starting.cancel)
+    opened = None if arguments.check else _Opened.of(arguments, state)
     guarding = _guarding(arguments, state, runtime)
     try:
         if guarding is not None:  # first, since it may refuse
             await guarding.start()
         await fleet.start(sources)
-        if arguments.check:
+        if opened is None:
             for name, model in fleet.models.items():
                 print(f"{name}: {model.proof}", flush=True)
             return EXIT_DONE
-        await _serve(arguments, state, fleet, guarding)
+        await _serve(arguments, state, fleet, guarding, opened)
     except EngineDown as error:
         raise ServeFailed(str(error)) from error
     finally:
@@ -342,14 +348,33 @@ def guard_gateway(gateway: Gateway, guarding: Guarding, state: Path, log_days: f
     return audit
 
 
-async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guarding: Guarding | None) -> None:
+@dataclass
+class _Opened:
+    """What may be refused, opened before models are loaded, which takes minutes."""
+
+    database: Database
+    recorder: Recorder
+    listening: socket.socket
+    """Bound; nobody can connect yet."""
+
+    @staticmethod
+    def of(arguments: argparse.Namespace, state: Path) -> _Opened:
+        """Raises UserError."""
+        from dstune.serve.gateway.recording import Recorder
+
+        listening = _bound(arguments.host, arguments.port)
+        database = opened_database(state, arguments.store, create=True)
+        return _Opened(database, Recorder(database, _request_log(arguments, state)), listening)
+
+
+async def _serve(
+    arguments: argparse.Namespace, state: Path, fleet: Fleet, guarding: Guarding | None, opened: _Opened
+) -> None:
     from dstune.serve.gateway.app import Gateway
-    from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.routes import COMMON, ROUTES
     from dstune.serve.server import Server, configured, drained
 
-    database = opened_database(state, arguments.store, create=True)
-    recorder = Recorder(database, _request_log(arguments, state))
+    database, recorder, listening = opened.database, opened.recorder, opened.listening
     routes, api = list(COMMON if _without_models(arguments) else ROUTES), None
     if _fine_tunes(arguments):
         from dstune.serve.finetuning.routes import routes as routes_of
@@ -361,8 +386,11 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
     if api is not None:
         api.attach(gateway)
     audit = guard_gateway(gateway, guarding, state, arguments.log_days) if guarding is not None else None
-    listening = _listen(arguments.host, arguments.port)
     port = listening.getsockname()[1]
+    try:
+        listening.listen(2048)
+    except OSError as error:  # another one has been faster
+        raise _cannot_listen(error, arguments.host, port) from None
     first_keys(gateway.keys, state)
     config = configured(gateway, timeout_keep_alive=75, timeout_graceful_shutdown=arguments.drain_seconds)
     recorder.start()
@@ -373,7 +401,8 @@ async def _serve(arguments: argparse.Namespace, state: Path, fleet: Fleet, guard
     served += ["the guard"] if guarding is not None else []
     print(f"http://{host}:{port}/v1  serves {', '.join(served)}", flush=True)
     page = "" if _without_models(arguments) else f"; the chat page: http://{host}:{port}/"
-    print(f"keys: {state / 'key'}, {state / 'admin-key'}{page}", flush=True)
+    keys = [str(file) for file in (state / "key", state / "admin-key") if file.is_file()]
+    print(f"keys: {', '.join(keys) or 'those of `dstune serve-keys add`'}{page}", flush=True)
     try:
         await drained(Server(config), gateway, arguments.drain_delay, [listening])
     finally:
@@ -461,7 +490,7 @@ def first_keys(keys: Keys, state: Path) -> None:
         print(f"{'admin key' if admin else 'key'}: {key}", flush=True)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
     """Raises UserError where the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -470,9 +499,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise UserError(
-            Problem("--port", f"cannot listen there: {error.strerror}", "--port N", f"{host}:{port}")
-        ) from None
-    listening.listen(2048)
-    listening.set_inheritable(False)
+        raise _cannot_listen(error, host, port) from None
     return listening
+
+
+def _cannot_listen(error: OSError, host: str, port: int) -> UserError:
+    return UserError(Problem("--port", f"cannot listen there: {error.strerror}", "--port N", f"{host}:{port}"))

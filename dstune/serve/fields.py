@@ -6,7 +6,6 @@ A request may hold nothing else. What an engine would ignore is refused by name,
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -30,8 +29,7 @@ TEMPLATE_NAMES = frozenset(
 def _number(least: float, most: float, *, whole: bool = False) -> Check:
     def check(value: Any) -> str:
         kind = int if whole else int | float
-        good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        if good and least <= value <= most:
+        if isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most:
             return ""
         return f"must be {'a whole' if whole else 'a'} number from {least:g} to {most:g}"
 

@@ -241,7 +241,8 @@ class Fleet:
             self._unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE
-            log.error("the engine %s of %s has ended; it is started again in %g s", engine.name, group.base, pause)
+            what = "has ended; it is started again" if engine.starts_process else "does not answer; it is asked again"
+            log.error("the engine %s of %s %s in %g s", engine.name, group.base, what, pause)
             try:
                 await engine.stop(0)
                 await asyncio.sleep(pause)

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     keys = Keys(database)
     if arguments.action == "add":
         limit = Limit(arguments.requests_per_minute, arguments.tokens_per_day, arguments.concurrent)
-        models = arguments.models.split(",") if arguments.models else None
+        models = _names(arguments.models) if arguments.models is not None else None
         project = keys.project(arguments.organization, arguments.project)
         role = "owner" if arguments.admin else arguments.role.replace("-", "_")
         key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit, project=project, role=role)
@@ -80,6 +80,14 @@ def _parser() -> VerbParser:
     parser.add_argument("--store", metavar="URL", help="of the database, where it is not the server's SQLite file")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _names(text: str) -> list[str]:
+    """Raises UserError where there is none: such a key could use nothing."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(Problem("--models", "names no model", "--models NAME[,NAME...]", text))
+    return names
 
 
 def _positive(text: str) -> int:

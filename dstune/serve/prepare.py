@@ -19,9 +19,9 @@ def prepare(run: Path, state: Path) -> Path:
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    reported = (
-        json.loads(lines[-1]) if lines else {"error": json.dumps({"type": "", "message": "it ended", "problems": []})}
-    )
+    if not lines:
+        raise DstuneError(f"{run} could not be exported: the process that does it ended with {done.returncode}")
+    reported = json.loads(lines[-1])
     if "error" in reported:
         raise from_json(reported["error"])
     return Path(reported["folder"])

@@ -152,6 +152,10 @@ class StubEngine(Engine):
     def alive(self) -> bool:
         return not self.down
 
+    async def ended(self) -> None:
+        while self.alive():
+            await asyncio.sleep(0.1)
+
     async def unload_adapter(self, name: str) -> None:
         return
 

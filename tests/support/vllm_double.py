@@ -94,6 +94,8 @@ class Double:
 
         if not self.arguments.enable_lora or os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") != "1":
             raise LookupError
+        if body["lora_name"] in self.models:
+            raise ValueError(f"The lora adapter '{body['lora_name']}' has already been loaded.")
         model = self.load()
         try:
             model = peft.PeftModel.from_pretrained(model, body["lora_path"]).eval()
@@ -124,6 +126,8 @@ class Double:
         }
         try:
             status, answer = 200, routes[scope["path"]](json.loads(body or b"{}"))
+        except ValueError as error:
+            status, answer = 400, {"error": {"message": str(error)}}
         except LookupError as error:
             status, answer = 404, {"error": {"message": str(error)}}
         await send(

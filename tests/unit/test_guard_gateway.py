@@ -96,6 +96,16 @@ def test_requests_are_masked_or_stopped_before_an_engine_sees_them(tmp_path):
     run(test, tmp_path)
 
 
+def test_a_text_of_a_tagger_is_masked_too(tmp_path):
+    async def test(found, guard):
+        for given, sent in ((f"write {EMAIL}", "write <EMAIL>"), ([["write", EMAIL]], ["write <EMAIL>"])):
+            answer = await found.client().post("/tags", json={"model": "first", "input": given})
+            assert answer.status_code == 200, answer.text
+            assert found.app.seen[-1][1]["input"] == sent
+
+    run(test, tmp_path, routes={"/tags": "own"})
+
+
 def test_answers_are_masked_or_withheld(tmp_path):
     async def test(found, guard):
         client = found.client()

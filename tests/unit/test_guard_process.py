@@ -1,15 +1,19 @@
-"""Windows of several texts share the model."""
+"""Windows of several texts share the model, and what a conversation shares is sent once."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from dstune.serve.guard.check import Text, _pieces
 from dstune.serve.guard.model import BATCH
 from dstune.serve.guard.process import Compute
+from dstune.serve.guard.wire import items_from_json, items_to_json
 
 
 class Recording:
@@ -25,6 +29,19 @@ class Recording:
         if any(window[0] < 0 for window in windows):
             raise ValueError("no such token")
         return [window[0] / 1000 for window in windows]
+
+
+def test_a_conversation_goes_over_once():
+    """Each of its answers is held against all that its users wrote; that is not sent with each."""
+    policy = SimpleNamespace(watches=lambda _: (), links=("a.example",), canaries=("c",), codes=True)
+    policy.limits, policy.document_markers = SimpleNamespace(windows=7), ()
+    policy.watches = lambda direction: (SimpleNamespace(detector="secrets", action="block"),)
+    talk = [Text("the rules", "system")]
+    talk += [Text(f"{role} {number} " + "x" * 100, role) for number in range(500) for role in ("user", "assistant")]
+    items = [piece.item for piece in _pieces(policy, talk)]
+    sent = json.dumps(items_to_json(items))
+    assert len(items) == 1000 and len(sent) < 10 * sum(len(one.text) for one in talk)
+    assert items_from_json(json.loads(sent)) == items
 
 
 def test_a_long_text_does_not_hold_up_a_short_one():

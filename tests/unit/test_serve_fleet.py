@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.serve.engines.base import EngineDown, Limits
+from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
-from dstune.serve.parity import Refused
+from dstune.serve.parity import Proof, Refused
 from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
 
 
@@ -101,6 +102,62 @@ def test_a_process_that_ends_at_once_shows_its_last_lines(tmp_path, monkeypatch)
     engine = ProcessEngine(stub_source("a"), "a", tmp_path, tmp_path, Limits(), seconds="not a number")
     with pytest.raises(EngineDown, match="could not convert string to float"):
         asyncio.run(engine.start())
+
+
+@dataclass
+class Elsewhere(StubEngine):
+    """A server that runs already, and may come back with nothing of what was loaded."""
+
+    health_seconds: ClassVar[float] = 0.02
+    alive = Engine.alive
+    ended = Engine.ended
+    start = Engine.start
+    well: bool = True
+
+    def command(self, folder):
+        return Command([], {}, self.url)
+
+    async def _healthy(self):
+        if isinstance(self.well, Exception):
+            raise self.well
+        self.dtype = "float32"
+        return self.well
+
+
+def test_a_server_elsewhere_is_proven_again_when_it_was_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("dstune.serve.fleet.FIRST_PAUSE", 0.01)
+    os.chmod(tmp_path, 0o700)
+    made: list[Elsewhere] = []
+    proven: list[str] = []
+
+    def engine(source, base):
+        made.append(Elsewhere(source, base, tmp_path, tmp_path, Limits(), url="http://127.0.0.1:9"))
+        return made[-1]
+
+    async def prove(engine, name, source, base=None):
+        proven.append(name)
+        return Proof("proven", difference=0.0, bound=1.0)
+
+    monkeypatch.setattr("dstune.serve.fleet.prove", prove)
+
+    async def test():
+        fleet = Fleet(engine)
+        await fleet.start([stub_source("base")])
+        made[0].well = UserError([])  # it answers, though it refuses
+        await asyncio.sleep(0.2)
+        assert fleet.ready and proven == ["base"]
+        made[0].well = False
+        await until(lambda: not fleet.ready)
+        await asyncio.sleep(0.1)
+        assert proven == ["base"] and fleet.models["base"].ready is False
+        made[0].well = True
+        await until(lambda: fleet.ready)
+        assert proven == ["base", "base"] and fleet.restarts() == {"base": 1}
+        assert made[0]._folder.parent == tmp_path
+        await fleet.stop()
+        assert not made[0]._folder.exists()
+
+    asyncio.run(test())
 
 
 @dataclass

@@ -109,7 +109,7 @@ def test_what_is_another_tenants_does_not_exist_on_any_route(tmp_path):
                 asked += 1
         assert asked == len(INFERENCE) + 3
         listed = (await stranger.get("/v1/models")).json()["data"]
-        assert [model["id"] for model in listed] == ["second"]
+        assert [model["id"] for model in listed] == ["second"] and "/v1/chat/completions" in listed[0]["routes"]
 
     run(test, tmp_path)
 
@@ -122,6 +122,7 @@ def test_hosts_origins_and_types(tmp_path):
             403: [{"origin": "http://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}],
             415: [{"content-type": "text/plain"}, {"content-encoding": "gzip"}],
         }
+        refused[403].append({"origin": "http://["})
         for status, headers in refused.items():
             for given in headers:
                 sent = {"content-type": "application/json", **given}
@@ -274,9 +275,15 @@ def test_bodies_that_are_no_request(tmp_path):
         client, typed = found.client(), {"content-type": "application/json"}
         deep = '{"model": ' + "[" * 70 + "]" * 70 + "}"
         bodies = ["", "[]", "{", '{"a": NaN}', '{"model": "\ud800"}'.encode("utf-8", "surrogatepass"), deep, "[" * 4000]
-        for body in bodies:
+        half = '{"model": "first", "messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", '
+        half += '"function": {"name": "f", "description": "\\ud83d"}}]}'
+        for body in [*bodies, half, json.dumps(chat(temperature=10**400)), json.dumps(chat(seed=-(10**400)))]:
             answer = await client.post("/v1/chat/completions", content=body, headers=typed)
             assert answer.status_code == 400, body[:20]
+        whole = half.replace("\\ud83d", "\\ud83d\\ude00")
+        assert (await client.post("/v1/chat/completions", content=whole, headers=typed)).status_code == 200
+        assert len(found.app.seen) == 1
+        found.app.seen.clear()
         large = await client.post("/v1/chat/completions", content=b"x" * 5000, headers=typed)
         assert large.status_code == 413
 
@@ -337,6 +344,50 @@ def test_more_requests_than_places_wait_and_more_than_that_are_refused(tmp_path)
         assert (await client.get("/healthz")).status_code == 200
 
     run(test, tmp_path, seconds=0.05, concurrent=2, queue=2)
+
+
+def test_a_client_that_goes_leaves_the_queue(tmp_path):
+    async def test(found):
+        client, admission = found.client(), found.gateway.admission
+        running = asyncio.create_task(client.post("/v1/chat/completions", json=chat("a " * 40)))
+        await _until(lambda: found.app.running)
+        waiting = [asyncio.create_task(client.post("/v1/chat/completions", json=chat("left"))) for _ in range(2)]
+        await _until(lambda: admission._waiting == 2)
+        for task in waiting:
+            task.cancel()
+        await _until(lambda: admission._waiting == 0)
+        assert (await client.post("/v1/chat/completions", json=chat("b"))).status_code == 200
+        assert (await running).status_code == 200
+        assert [body["messages"][0]["content"][0] for _, body in found.app.seen] == ["a", "b"]
+        assert (admission.active, admission._places._value, dict(admission._of_key)) == (0, 1, {})
+
+    run(test, tmp_path, seconds=0.05, concurrent=1, queue=2)
+
+
+async def _until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
+def test_a_model_is_looked_up_again_after_the_guard(tmp_path):
+    """Its engine may have been started again while the guard looked, and is not proven yet."""
+
+    class Slow:
+        async def request(self, request, path, body):
+            found = self.found
+            found.fleet._unready(found.fleet.models["first"].engine)
+
+    async def test(found):
+        guard = found.gateway.inference.guard = Slow()
+        guard.found = found
+        answer = await found.client().post("/v1/chat/completions", json=chat())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "starting")
+        assert not found.app.seen
+
+    run(test, tmp_path)
 
 
 def test_a_stream_comes_as_the_engine_writes_it(tmp_path):

@@ -231,6 +231,128 @@ def test_a_thread_that_ends_by_a_fault_is_reported(folder, monkeypatch):
     own.close()
 
 
+@pytest.fixture(scope="module")
+def adapters(folder, tmp_path_factory) -> dict[str, Path]:
+    """Adapters of the model, and one of another width."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    made = {}
+    for number, (name, base) in enumerate((("a", folder), ("b", folder), ("wide", None))):
+        base = base or save_decoder(tmp_path_factory.mktemp("wide") / "base", hidden_size=16)
+        torch.manual_seed(number)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(0, 1)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        (made[name] / "dstune.json").write_text(json.dumps({"task": {"name": "chat"}}))
+    return made
+
+
+def test_a_name_that_is_given_to_another_adapter_answers_nothing_that_the_first_was_asked(folder, adapters):
+    own = Engine(folder)
+
+    async def test(client):
+        load = {"lora_name": "x", "lora_path": str(adapters["a"])}
+        assert (await client.post("/v1/load_lora_adapter", json=load)).status_code == 200
+        first = (await client.post("/v1/chat/completions", json=body(model="x"))).json()
+        held = own.model.adapter("x")
+        stepped, goes = threading.Event(), threading.Event()
+        step = own.scheduler._step
+
+        def slow(key):
+            step(key)
+            if key[0] == held:
+                stepped.set()
+                goes.wait(30)
+
+        own.scheduler._step = slow
+        asked = body(model="x", max_tokens=40, logit_bias={str(n): -100 for n in own.model.ends("x")})
+        running = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
+        await asyncio.to_thread(stepped.wait, 30)
+        removed = asyncio.create_task(client.post("/v1/unload_lora_adapter", json={"lora_name": "x"}))
+        await asyncio.sleep(0.05)
+        goes.set()
+        assert (await removed).status_code == 200
+        load |= {"lora_path": str(adapters["b"])}
+        assert (await client.post("/v1/load_lora_adapter", json=load)).status_code == 200
+        second = (await client.post("/v1/chat/completions", json=body(model="x"))).json()
+        return first, await running, second
+
+    first, running, second = own.run(test)
+    assert running.status_code == 500 and "removed" in running.json()["error"]["message"]
+    assert first["choices"][0]["message"] != second["choices"][0]["message"]
+    own.close()
+
+
+def test_an_adapter_that_does_not_fit_leaves_no_trace_in_other_answers(folder, adapters):
+    """Where the model cannot be had back as it was, the engine ends, and the gateway starts it again."""
+    load = lambda name: {"lora_name": name, "lora_path": str(adapters[name])}  # noqa: E731
+
+    async def first(client):
+        answer = await client.post("/v1/load_lora_adapter", json=load("wide"))
+        return answer.status_code, (await client.post("/v1/chat/completions", json=body())).status_code
+
+    ended = threading.Event()
+    own = Engine(folder, failed=ended.set)
+    assert own.run(first) == (400, 503)
+    assert ended.wait(30) and not own.scheduler.alive
+    own.close()
+
+    async def later(client):
+        plain = (await client.post("/v1/chat/completions", json=body())).json()["choices"]
+        found = [(await client.post("/v1/load_lora_adapter", json=load(name))).status_code for name in ("a", "wide")]
+        again = (await client.post("/v1/chat/completions", json=body())).json()["choices"]
+        return found, plain == again, own.model.names
+
+    own = Engine(folder, failed=ended.set)
+    assert own.run(later) == ([200, 400], True, ["base", "a"])
+    own.close()
+
+
+def test_a_number_format_is_of_the_weights_alone(folder):
+    from dstune.serve.engines.local.process import compute_in
+
+    own = Engine(folder)
+    compute_in("bfloat16", own.model.model)
+    assert own.model.dtype == "bfloat16"
+    rotary = {name: one.dtype for name, one in own.model.model.named_buffers() if "inv_freq" in name}
+    assert rotary and set(rotary.values()) == {torch.float32}
+    assert own.says(), "it answers"
+    own.close()
+
+
+def test_a_stream_whose_client_goes_leaves_the_queue(folder):
+    own = Engine(folder, max_sequences=1)
+    held, goes = threading.Event(), asyncio.Event()
+
+    async def main():
+        own.scheduler.call(lambda: held.wait(30))
+        read = [False]
+
+        async def receive():
+            if not read[0]:
+                read[0] = True
+                return {"type": "http.request", "body": json.dumps(body(stream=True)).encode()}
+            await goes.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            goes.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        await asyncio.wait_for(own.app(scope, receive, send), 30)  # while nothing is computed
+
+    asyncio.run(main())
+    held.set()
+    time.sleep(0.2)
+    assert own.scheduler.tokens == 0
+    own.close()
+
+
 def test_a_request_that_is_refused_computes_nothing(folder):
     own = Engine(folder)
 
@@ -356,6 +478,20 @@ def test_completions_of_texts_and_tokens(engine):
     assert texts["choices"][0]["prompt_token_ids"] == [10, 11]
     assert texts["usage"]["completion_tokens"] == 16
     assert all(len(top) == 2 for top in ids["choices"][0]["logprobs"]["top_logprobs"])
+
+
+def test_a_stream_of_a_completion_tells_its_tokens(engine):
+    async def ask(client):
+        given = {"model": "base", "prompt": "w1 w2", "max_tokens": 3, "temperature": 0, "return_token_ids": True}
+        plain = (await client.post("/v1/completions", json=given)).json()["choices"][0]
+        lines = (await client.post("/v1/completions", json=given | {"stream": True})).text.splitlines()
+        events = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        return plain, next(one for one in events if one["finish_reason"])
+
+    plain, last = engine.run(ask)
+    assert plain["token_ids"] and {key: last[key] for key in ("token_ids", "prompt_token_ids")} == {
+        key: plain[key] for key in ("token_ids", "prompt_token_ids")
+    }
 
 
 def test_what_a_user_writes_stays_text(engine):

@@ -44,6 +44,8 @@ def test_names_and_paths():
         (["m", "--engine", "vllm"], "--engine-python"),
         (["m", "--engine", "remote"], "--engine-url"),
         (["m", "--port", "-1"], "--port"),
+        (["m", "--port", "70000"], "at most 65535"),
+        (["m", "--log-days", "nan"], "--log-days"),
         (["m", "--host", "0.0.0.0"], "--allow-host"),
         (["m", "--", "--x"], "takes no arguments"),
         (["./nowhere"], "no such folder"),
@@ -134,6 +136,41 @@ def test_the_command_line_of_vllm(tmp_path):
     assert "--api-key" not in words
 
 
+def test_the_ranks_that_vllm_takes_are_those_of_its_command_line(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32}))
+    asked: list[str] = []
+
+    async def ask(self, method, path, body):
+        asked.append(path)
+        if path == "/v1/unload_lora_adapter":
+            raise Unprovable("there is none")
+        return {}
+
+    monkeypatch.setattr(Engine, "ask", ask)
+
+    def load(*arguments, **given):
+        asked.clear()
+        engine = VllmEngine(stub_source("b"), "b", tmp_path, tmp_path, Limits(), arguments=list(arguments), **given)
+        asyncio.run(engine.load_adapter("a", tmp_path))
+        return asked
+
+    for few in ((), ("--max-lora-rank", "16")):
+        with pytest.raises(UserError, match="for at most"):
+            load(*few)
+    assert load("--max-lora-rank=32") == ["/v1/load_lora_adapter"]
+    # One that runs elsewhere may have it from an earlier gateway, in another version.
+    assert load(address="http://127.0.0.1:9") == ["/v1/unload_lora_adapter", "/v1/load_lora_adapter"]
+
+
+def test_what_vllm_serves_is_what_it_was_started_with(tmp_path):
+    file = tmp_path / "chat_template.jinja"
+    file.write_text("{{ tools }} <tool_call>")
+    engine = VllmEngine(stub_source("b", folder=tmp_path), "b", tmp_path, tmp_path, Limits())
+    assert "tools" in engine.routes["/v1/chat/completions"]
+    file.unlink()
+    assert "tools" in engine.routes["/v1/chat/completions"]
+
+
 # -- parity -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +213,30 @@ def test_equal_is_proven_and_different_is_refused(tmp_path):
         proof(tmp_path, found={"m": near}, ids=[1, 7])
     with pytest.raises(Refused, match="another prompt"):
         proof(tmp_path, found={"m": near}, ids=[1])
+
+
+def test_vectors_are_compared_as_a_whole(tmp_path):
+    """In bf16 the mean of the differences of single numbers would let any vector pass: each is small in a long one."""
+    right = [1 / 16] * 256
+    row = {"row": {"text": "a"}, "ids": [1], "answer": {"vector": right}}
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    source = stub_source("m", folder=tmp_path, task="embedding", generates=False, serves=("embed",))
+
+    def told(vector, dtype):
+        engine = Told(source, "m", tmp_path, tmp_path, Limits())
+        engine.dtype = dtype
+
+        async def answers(rows):
+            return {"ids": [[1]], "answers": [{"vector": vector}]}
+
+        engine.answers = answers
+        return asyncio.run(prove(engine, "m", source))
+
+    near, other = [one + 2e-3 for one in right], [one * (-1) ** number for number, one in enumerate(right)]
+    assert told(near, "bfloat16").difference == pytest.approx(0.032)
+    for vector, dtype in ((other, "bfloat16"), (near, "float32"), ([float("nan"), *right[1:]], "bfloat16")):
+        with pytest.raises(Refused, match="is not the model that was trained"):
+            told(vector, dtype)
 
 
 def test_an_adapter_has_to_differ_from_its_base(tmp_path):

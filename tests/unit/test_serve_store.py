@@ -33,7 +33,7 @@ def refusal(*words: object) -> str:
 
 def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
     state = tmp_path / "serving"
-    keys("add", "mobile", "--models", "a,b", "--requests-per-minute", 5, "--state", state, "--json")
+    keys("add", "mobile", "--models", "a, b,", "--requests-per-minute", 5, "--state", state, "--json")
     key = json.loads(capsys.readouterr().out)["key"]
     caller = Keys(Database.of_folder(state)).find(key)
     assert (caller.name, caller.admin, caller.models, caller.limit.requests_per_minute) == (
@@ -42,6 +42,7 @@ def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
         {"a", "b"},
         5,
     )
+    assert "names no model" in refusal("add", "x", "--models", " ,", "--state", state)
     assert "a key has this name already" in refusal("add", "mobile", "--state", state)
     keys("list", "--state", state, "--json")
     row = json.loads(capsys.readouterr().out)
@@ -211,6 +212,24 @@ def test_answers_are_recorded_without_text(tmp_path, field):
 
     row = asyncio.run(test())
     assert (row.model, row.status, row.tokens, row.user) == ("first", 200, 3, "u")
+
+
+def test_what_went_wrong_is_recorded_as_such(tmp_path):
+    async def test():
+        async with served(tmp_path, seconds=0.05) as found:
+            client = found.client()
+            assert (await client.post("/v1/chat/completions", json=chat("explode"))).status_code == 502
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=chat("a b c d")))
+            while not found.app.running:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            while found.gateway.open:
+                await asyncio.sleep(0.01)
+            await found.gateway.recorder.flush()
+            with found.gateway.database.session() as session:
+                return [row.status for row in session.query(AnswerRow).order_by(AnswerRow.created)]
+
+    assert asyncio.run(test()) == [502, 499]
 
 
 def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):

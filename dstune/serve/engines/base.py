@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ log = logging.getLogger("dstune.serve")
 
 GUARD = Path(__file__).with_name("guard.py")
 
+HEALTH_SECONDS = 10.0
 ASK_SECONDS = 600.0
 """For what the gateway itself asks an engine."""
 
@@ -109,6 +111,8 @@ class Engine:
         Raises UserError where it cannot be found."""
 
     health: ClassVar[str] = "/health"
+    health_seconds: ClassVar[float] = 2.0
+    """How often a server that this one has not started is asked whether it still answers."""
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         """The tokens of the prompt that `row` holds as `messages` (with `tools`, `arguments`) or `text`.
@@ -167,7 +171,8 @@ class Engine:
                 raise self._failure()
             if time.monotonic() > deadline:
                 await self.stop(0)
-                raise EngineDown(f"{self.name} did not become ready in {self.limits.start_seconds:g} s; see {self.log}")
+                place = f"see {self.log}" if self.starts_process else f"it should answer under {command.url}"
+                raise EngineDown(f"{self.name} did not become ready in {self.limits.start_seconds:g} s; {place}")
             await asyncio.sleep(0.1)
         try:
             await asyncio.to_thread(self.learn)
@@ -209,8 +214,9 @@ class Engine:
 
     async def _healthy(self) -> bool:
         try:
-            found = await self.ask("GET", self.health, None)
-        except (EngineDown, Unprovable):
+            async with asyncio.timeout(HEALTH_SECONDS):
+                found = await self.ask("GET", self.health, None)
+        except (EngineDown, Unprovable, TimeoutError):
             return False
         self.dtype = str(found.get("dtype", self.dtype))
         self.context = int(found.get("context", self.context))
@@ -230,9 +236,19 @@ class Engine:
         return not self.starts_process or (self.process is not None and self.process.poll() is None)
 
     async def ended(self) -> None:
-        """Returns when the process has ended."""
-        while self.alive():
-            await asyncio.sleep(0.1)
+        """Returns when the process has ended, or a server that this one has not started is silent twice in a row: it may come
+        back with another model, and without the adapters that were loaded."""
+        silent = 0
+        while self.alive() and silent < 2:
+            await asyncio.sleep(0.1 if self.starts_process else self.health_seconds)
+            if not self.starts_process:
+                silent = 0 if await self._answers() else silent + 1
+
+    async def _answers(self) -> bool:
+        try:
+            return await self._healthy()
+        except UserError:  # it answers, if only to refuse
+            return True
 
     async def stop(self, patience: float) -> None:
         """SIGTERM, then SIGKILL for the whole session after `patience` seconds."""
@@ -252,6 +268,8 @@ class Engine:
         if self.client is not None:
             await self.client.close()
             self.client = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     # -- HTTP
 

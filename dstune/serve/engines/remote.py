@@ -22,6 +22,7 @@ class RemoteEngine(Engine):
     name: ClassVar[str] = "remote"
     starts_process: ClassVar[bool] = False
     health: ClassVar[str] = "/v1/models"
+    health_seconds: ClassVar[float] = 30.0
     address: str = ""
     key: str = ""
 

@@ -5,16 +5,18 @@ What it does with adapters, templates and dates is in docs/serving.md; its modul
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.data.template_date import freeze_date
-from dstune.serve.engines.base import Command, Engine
+from dstune.serve.engines.base import Command, Engine, Unprovable
 from dstune.serve.engines.special import SpecialTexts, hub_folder
 from dstune.serve.source import Source
 
@@ -77,7 +79,7 @@ class VllmEngine(Engine):
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
-    @property
+    @cached_property
     def parser(self) -> str:
         """The name of what reads tool calls; empty where the template shows none."""
         if given := self._given("--tool-call-parser"):
@@ -85,8 +87,8 @@ class VllmEngine(Engine):
         template = self.source.template or ""
         return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
 
-    @property
-    def routes(self) -> Mapping[str, frozenset[str]]:
+    @cached_property
+    def routes(self) -> Mapping[str, frozenset[str]]:  # type: ignore[override]
         if self.source.generates:
             chat = CHAT | (TOOLS if self.parser else set())
             return {"/v1/chat/completions": chat, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
@@ -147,9 +149,13 @@ class VllmEngine(Engine):
         return kept | ({"store": False} if path == "/v1/responses" else {})
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        if self.address is None and (rank := _rank(folder)) > self.max_rank:
-            reason = f"its rank is {rank}, the engine was started for at most {self.max_rank}"
+        most = int(self._given("--max-lora-rank") or self.max_rank)
+        if self.address is None and (rank := _rank(folder)) > most:
+            reason = f"its rank is {rank}, the engine was started for at most {most}"
             raise UserError(Problem(name, reason, f"start it with `-- --enable-lora --max-lora-rank {rank}`"))
+        if self.address is not None:  # what an earlier gateway loaded is still there, and may be of another version
+            with contextlib.suppress(UserError, Unprovable):
+                await self.unload_adapter(name)
         await super().load_adapter(name, folder)
 
     def _given(self, flag: str) -> str:

@@ -14,6 +14,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 
+from dstune.serve.asgi import Receive, while_connected
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.metrics import Metrics
 from dstune.serve.gateway.settings import Settings
@@ -100,14 +101,15 @@ class Admission:
         raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
 
     @asynccontextmanager
-    async def place(self, caller: Caller) -> AsyncIterator[None]:
-        """Raises ApiError where too many wait, or this one waited for too long."""
+    async def place(self, caller: Caller, receive: Receive) -> AsyncIterator[None]:
+        """receive: of the request, whose body was read. Raises ApiError where too many wait, or this one waited for too long,
+        ClientGone."""
         most = caller.limit.concurrent
         if most is not None and self._of_key[caller.id] >= most:
             self._refuse(f"This key may have {most} requests at once.", 1)
         self._of_key[caller.id] += 1
         try:
-            await self._enter()
+            await self._enter(receive)
             try:
                 yield
             finally:
@@ -119,14 +121,15 @@ class Admission:
             if not self._of_key[caller.id]:
                 del self._of_key[caller.id]
 
-    async def _enter(self) -> None:
+    async def _enter(self, receive: Receive) -> None:
         if self._places.locked():
             if self._waiting >= self._settings.queue:
                 self._refuse("The server is busy: too many requests wait.", 1)
             self._waiting += 1
             self._metrics.queued.set(self._waiting)
             try:
-                await asyncio.wait_for(self._places.acquire(), self._settings.queue_seconds)
+                async with while_connected(receive), asyncio.timeout(self._settings.queue_seconds):
+                    await self._places.acquire()
             except TimeoutError:
                 raise ApiError(503, "The server is busy.", code="overloaded", headers={"retry-after": "5"}) from None
             finally:

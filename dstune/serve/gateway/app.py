@@ -9,7 +9,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from dstune.core.errors import DstuneError, UserError
 from dstune.core.text import visible
@@ -215,9 +214,8 @@ class Gateway:
         origin = request.header("origin").lower()
         if not origin and request.header("sec-fetch-site") in ("", "same-origin", "none"):
             return
-        parts = urlsplit(origin)
-        own = parts.scheme in ("http", "https") and parts.netloc == request.header("host").lower()
-        if not own and origin not in self.settings.origins:
+        host = request.header("host").lower()
+        if origin not in (f"http://{host}", f"https://{host}", *self.settings.origins):
             raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
 
     async def _authenticate(self, route: Route, request: Request) -> None:

@@ -49,20 +49,21 @@ class Inference:
         acts = model.engine.routes.get(path)
         if acts is None:
             raise ApiError(404, f"The model {model.source.name!r} does not serve {path}.", param="model")
-        request.model, request.version = model.source.name, model.version
+        request.model = model.source.name
         body = checked(body, known, acts)
         self._check_size(request, body)
         user = body.get("user") or body.get("safety_identifier")
         request.user = user if isinstance(user, str) else None
         assert request.caller is not None
-        async with self.admission.place(request.caller):
-            # Its engine may have been started again while the request waited.
-            model = self.model_of(request, model.source.name)
+        async with self.admission.place(request.caller, request.receive):
             guarded = None
             if self.guard is not None:
                 async with while_connected(request.receive):
                     guarded = await self.guard.request(request, path, body)
                 body = guarded.body if guarded is not None else body
+            # Its engine may have been started again while the request waited, and its name given to another adapter.
+            model = self.model_of(request, request.model)
+            request.version = model.version
             with self.recorder.answer(request, body) as record:
                 await self._forward(request, model, path, body, record, guarded)
 

@@ -22,7 +22,7 @@ class Metrics:
         self.first_byte = Histogram(
             "dstune_first_byte_seconds", "Until the first byte", ["route", "model"], buckets=SECONDS, **own
         )
-        self.tokens = Counter("dstune_tokens", "Tokens written, chunks of streams", ["model"], **own)
+        self.tokens = Counter("dstune_tokens", "Tokens of prompts and answers, as engines count", ["model"], **own)
         self.active = Gauge("dstune_active_requests", "Requests that engines work on", **own)
         self.queued = Gauge("dstune_queued_requests", "Requests that wait for a place", **own)
         self.guarded = Counter("dstune_guard_decisions", "What the guard decided", ["what", "decision"], **own)

@@ -15,6 +15,8 @@ from typing import Any
 from sqlalchemy import delete, func, insert, select
 from sqlalchemy.exc import DataError, IntegrityError
 
+from dstune.serve.asgi import ClientGone
+from dstune.serve.errors import ApiError
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.request_log import RequestLog
 from dstune.serve.store.database import Database, now
@@ -96,12 +98,16 @@ class Recorder:
     @contextmanager
     def answer(self, request: Request, body: Mapping[str, Any]) -> Iterator[Record]:
         record = Record(keeps_text=self._log is not None)
+        status = 500
         try:
             yield record
+        except (ApiError, ClientGone) as error:
+            status = error.status if isinstance(error, ApiError) else 499
+            raise
         finally:
-            self._finish(request, body, record)
+            self._finish(request, body, record, request.status or status)
 
-    def _finish(self, request: Request, body: Mapping[str, Any], record: Record) -> None:
+    def _finish(self, request: Request, body: Mapping[str, Any], record: Record, status: int) -> None:
         assert request.caller is not None
         self.written(request, record.used)
         row = {
@@ -111,7 +117,7 @@ class Recorder:
             "model": request.model,
             "version": request.version,
             "user": request.user,
-            "status": request.status,
+            "status": status,
             "tokens": record.used,
             "input_tokens": record.input_tokens,
             "seconds": time.monotonic() - request.began,

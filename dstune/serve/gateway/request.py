@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection
@@ -30,6 +31,9 @@ EXPOSED = b"x-request-id, retry-after, openai-organization, openai-processing-ms
 UNREAD_BYTES = 786_432
 """Of a body that is refused: no more of it is read."""
 
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""JSON may write characters in two halves, and so a half alone, which is no text and cannot be passed on."""
 
 LINGER_SECONDS = 0.5
 LEAST_BYTES_A_SECOND = 1024
@@ -176,6 +180,10 @@ class Request:
         self.digest = hashlib.sha256(body).hexdigest()
         try:
             value = json.loads(body.decode(), parse_constant=_refuse_constant)
+            if _HALF.search(body):
+                dumps(value)
+        except UnicodeEncodeError:
+            raise ApiError(400, "The body holds half of a character (a lone surrogate).") from None
         except (ValueError, RecursionError):
             raise ApiError(400, "The body is no JSON.") from None
         if not isinstance(value, dict):

@@ -90,6 +90,7 @@ def describe(model: Model) -> dict[str, Any]:
         "task": model.source.task,
         "version": model.version,
         "ready": model.ready,
+        "routes": sorted(model.engine.routes),
         "parity": parity,
     }
 

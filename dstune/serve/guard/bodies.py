@@ -108,9 +108,10 @@ def _inputs(body: Mapping[str, Any]) -> Iterator[Placed]:
 
 
 def _words(body: Mapping[str, Any]) -> Iterator[Placed]:
-    rows = body["input"] if isinstance(body["input"], list) else [body["input"]]
-    for number, row in enumerate(rows):
-        yield Placed(("input", number), Text(row if isinstance(row, str) else " ".join(row), "user", number))
+    rows = body["input"]
+    if isinstance(rows, list):
+        rows = [row if isinstance(row, str) else " ".join(row) for row in rows]
+    yield from _texts(rows, "input")
 
 
 def _answers(body: Mapping[str, Any]) -> Iterator[Placed]:

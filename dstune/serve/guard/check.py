@@ -240,8 +240,8 @@ def item_of(policy: Policy, text: str, direction: str, prompts: Iterable[str] = 
 
 
 def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
-    prompts = [one.text for one in texts if not one.direction and one.text.strip()]
-    public = [one.text for one in texts if one.direction in ("input", "tool_result")]
+    prompts = tuple(one.text for one in texts if not one.direction and one.text.strip())
+    public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
     for number, one in enumerate(texts):
         for start, text, direction in _parts(policy, one):
             if text.strip() and (watches := policy.watches(direction)):

@@ -18,7 +18,7 @@ from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.guard.check import GuardDown
 from dstune.serve.guard.policy import LINKS, PII, SECRETS, Policies
 from dstune.serve.guard.scanner import Item, Result
-from dstune.serve.guard.wire import item_to_json, result_from_json
+from dstune.serve.guard.wire import items_to_json, result_from_json
 from dstune.serve.source import Source
 
 log = logging.getLogger("dstune.serve")
@@ -115,8 +115,11 @@ class Guarding:
             pause = min(pause * 2, LONGEST_PAUSE)
             try:
                 await self._begin()
-            except (DstuneError, EngineDown) as error:
-                log.error("%s", error)
+            except Exception as error:  # the next turn tries again
+                if isinstance(error, DstuneError | EngineDown):
+                    log.error("%s", error)
+                else:
+                    log.exception("the guard could not be started again")
                 await self.engine.stop(0)
                 continue
             pause = 1.0
@@ -125,7 +128,7 @@ class Guarding:
     async def scan(self, items: Sequence[Item]) -> list[Result]:
         """Raises GuardDown."""
         try:
-            found = await self.engine.ask("POST", "/scan", {"items": [item_to_json(item) for item in items]})
+            found = await self.engine.ask("POST", "/scan", items_to_json(items))
             return [result_from_json(one) for one in found["results"]]
         except (EngineDown, DstuneError, KeyError, TypeError, RuntimeError) as error:
             raise GuardDown(f"{type(error).__name__}: {error}"[:300]) from error

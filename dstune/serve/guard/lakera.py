@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dstune import __version__
+from dstune.serve.asgi import while_connected
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
@@ -48,7 +49,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     units = units or _units(request)
     assert request.caller is not None
     try:
-        async with gateway.admission.place(request.caller):
+        async with gateway.admission.place(request.caller, request.receive), while_connected(request.receive):
             verdict = await guard.check(
                 policy, [one.text for one in placed], everything=requested["breakdown"] or not decides
             )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from dstune.serve.guard.variants import Variant
 
@@ -23,15 +24,20 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)}
 
 
+@lru_cache(8)  # of a conversation, for each of its answers and each piece of one that is being written
+def _hidden(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset().union(*map(_runs, prompts)) - frozenset().union(*map(_runs, public))
+
+
 def leaked_runs(answer: str, prompts: Sequence[str], public: Sequence[str]) -> int:
     """Runs of words that the answer shares with `prompts`. Those that stand in `public` (what users wrote) do not count."""
-    hidden = set().union(*map(_runs, prompts)) - set().union(*map(_runs, public))
+    hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
     return len(hidden & _runs(answer)) if hidden else 0
 
 
 def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:
     """The canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
-    shared = "\n".join(public).lower()
+    shared = "\n".join(public).lower() if canaries else ""
     found = []
     for canary in canaries:
         plain = canary.lower()

@@ -23,7 +23,7 @@ from dstune.serve.asgi import ClientGone, Receive, Scope, Send, dumps, read_body
 from dstune.serve.engines.local.process import end_with_parent, serve_socket, set_threads
 from dstune.serve.guard.model import BATCH, GuardModel, Window
 from dstune.serve.guard.scanner import Item, Result, Scanner
-from dstune.serve.guard.wire import item_from_json, result_to_json
+from dstune.serve.guard.wire import items_from_json, result_to_json
 from dstune.serve.server import run
 
 log = logging.getLogger("dstune.serve.guard")
@@ -108,7 +108,7 @@ class GuardApp:
                 await respond(send, 200, dumps({"calibrated": self.scanner.calibrated, "window_tokens": models}))
                 return
             body = json.loads(await read_body(receive, MOST_BYTES))
-            items = [item_from_json(one) for one in body["items"]]
+            items = items_from_json(body)
             async with while_connected(receive):
                 results = await self._scan(items)
             await respond(send, 200, dumps({"results": [result_to_json(one) for one in results]}))

@@ -1,22 +1,41 @@
-"""Items and results as JSON, between the gateway and the guard's process."""
+"""Items and results as JSON, between the gateway and the guard's process.
+
+What all items of a conversation share, the words of its system and its users, goes over once: with each item it would be as
+large as the square of the conversation.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from dstune.serve.guard.scanner import Found, Item, Result, Scored
 
-_SETS, _TUPLES = ("detectors", "decisive"), ("links", "prompts", "public", "canaries")
+_SETS, _TUPLES, _SHARED = ("detectors", "decisive"), ("links", "canaries"), ("prompts", "public")
 
 
-def item_to_json(item: Item) -> dict[str, Any]:
-    return asdict(item) | {name: sorted(getattr(item, name)) for name in _SETS}
+def items_to_json(items: Sequence[Item]) -> dict[str, Any]:
+    shared: dict[tuple[str, ...], int] = {}
+    made = []
+    for item in items:
+        value = {one.name: getattr(item, one.name) for one in fields(item)}
+        value |= {name: sorted(value[name]) for name in _SETS}
+        made.append(value | {name: shared.setdefault(value[name], len(shared)) for name in _SHARED})
+    return {"items": made, "shared": list(shared)}
 
 
-def item_from_json(value: dict[str, Any]) -> Item:
-    sets = {name: frozenset(value[name]) for name in _SETS}
-    return Item(**(value | sets | {name: tuple(value[name]) for name in _TUPLES}))
+def items_from_json(value: dict[str, Any]) -> list[Item]:
+    shared = [tuple(texts) for texts in value["shared"]]
+    return [
+        Item(
+            **one
+            | {name: frozenset(one[name]) for name in _SETS}
+            | {name: tuple(one[name]) for name in _TUPLES}
+            | {name: shared[one[name]] for name in _SHARED}
+        )
+        for one in value["items"]
+    ]
 
 
 def result_from_json(value: dict[str, Any]) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -62,6 +63,7 @@ class Answers:
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
         self.model, self.scheduler, self.body = model, scheduler, body
         self.name = str(body["model"])
+        self._adapter = model.adapter(self.name)
         self.stream = bool(body.get("stream"))
         if body.get("stream_options") and not self.stream:
             raise ApiError(400, "stream_options needs stream=true.", param="stream_options")
@@ -131,7 +133,7 @@ class Answers:
                     choice.ids = stream.ids
                 loop.call_soon_threadsafe(self._queue.put_nowait, (choice, piece))
 
-            sequences.append(Sequence(prompt, sampling, stream, emit, self.name))
+            sequences.append(Sequence(prompt, sampling, stream, emit, self._adapter))
         try:
             self.scheduler.submit(sequences)
         except QueueFull:
@@ -348,6 +350,8 @@ class TextAnswers(Answers):
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         start = len(choice.text) - len(piece.text)
         one = self._choice(choice, piece.text, piece.tokens, start, piece.finish)
+        if piece.finish and self.body.get("return_token_ids"):
+            one |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
         return [{**self.head(chunk=True), "choices": [one]}]
 
     def final(self, choice: Choice) -> dict[str, Any]:
@@ -362,7 +366,7 @@ class TextAnswers(Answers):
         logprobs: dict[str, Any] | None = None
         if self.logprobs() is not None:
             texts = [self.token_text(one.token) for one in tokens]
-            offsets = [start + sum(map(len, texts[:number])) for number in range(len(texts))]
+            offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=start))[: len(texts)]
             logprobs = {
                 "tokens": texts,
                 "token_logprobs": [max(one.logprob, -9999.0) for one in tokens],

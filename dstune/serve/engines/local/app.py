@@ -16,7 +16,6 @@ from dstune.serve.asgi import (
     Scope,
     Send,
     dumps,
-    gone,
     read_body,
     respond,
     while_connected,
@@ -82,19 +81,14 @@ class LanguageApp(EngineApp):
             await super().handle(handler, body, receive, send)
             return
         answers = self._answers(handler, body)
-        leaving = asyncio.ensure_future(gone(receive))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
-            lines = answers.events()
-            async for line in lines:
-                if leaving.done():
-                    await lines.aclose()
-                    return
-                await send({"type": "http.response.body", "body": line, "more_body": True})
+            async with while_connected(receive):
+                await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+                async for line in answers.events():
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         finally:
             answers.cancel()
-            leaving.cancel()
 
     def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
         self._known(body)
@@ -147,10 +141,18 @@ class LanguageApp(EngineApp):
         if name in self.model.names:
             raise ApiError(400, f"The name {name!r} is taken.", param="lora_name")
         try:
-            await asyncio.wrap_future(self.scheduler.call(lambda: self.model.load(name, folder)))
+            await asyncio.wrap_future(self.scheduler.call(lambda: self._load(name, folder)))
         except UserError as error:
             raise ApiError(400, str(error), param="lora_path") from None
         return {}
+
+    def _load(self, name: str, folder: Path) -> None:
+        """For the computing thread."""
+        try:
+            self.model.load(name, folder)
+        finally:
+            if self.model.damaged:  # nothing may be answered by it; the gateway starts the engine again
+                self.scheduler.give_up()
 
     async def unload(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._known({"model": body["lora_name"]})

@@ -147,7 +147,7 @@ class Scheduler:
         self._reading: _Prompt | None = None
         self._batches: dict[tuple[str, int], _Batch] = {}
         self._changed = threading.Condition()
-        self._stopped = False
+        self._stopped = self._broken = False
         self._failed = failed
         self.tokens = 0
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
@@ -195,6 +195,10 @@ class Scheduler:
             self._changed.notify()
         self._thread.join()
 
+    def give_up(self) -> None:
+        """For the computing thread: it ends by a fault once the present call has returned."""
+        self._broken = True
+
     # -- the thread
 
     def _run(self) -> None:
@@ -202,6 +206,8 @@ class Scheduler:
             with torch.inference_mode():
                 while self._wait():
                     self._run_calls()
+                    if self._broken:
+                        raise RuntimeError("the model is damaged")
                     self._read_prompt()
                     for key in list(self._batches):
                         self._step(key)
@@ -228,7 +234,7 @@ class Scheduler:
             return not self._stopped
 
     def _run_calls(self) -> None:
-        while self._calls:
+        while self._calls and not self._broken:
             function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():  # the client has gone
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import queue
 import re
 import secrets
@@ -12,7 +13,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from dstune.data.problems import RowError
 from dstune.inference.predictor import Answer, Predictor
@@ -25,41 +27,71 @@ MOST_ROWS = 512
 """Rows of several requests that are computed together."""
 
 
+log = logging.getLogger("dstune.serve")
+
+
+class Answered(NamedTuple):
+    answer: Answer
+    ids: list[int]
+    """The tokens of its row that the model read."""
+
+
+@dataclass
+class _Job:
+    rows: list[Query]
+    future: Future[list[Answered]] = field(default_factory=Future)
+
+
 class Batcher:
-    """One thread that answers the rows of all requests that wait, together."""
+    """One thread that answers the rows of all requests that wait, together. It alone uses the tokenizer, which keeps how it
+    cuts: two threads cannot use it at once."""
 
     def __init__(self, predictor: Predictor, batch_size: int = 32, max_waiting: int = 256):
         self._predictor, self._batch_size = predictor, batch_size
-        self._jobs: queue.Queue[tuple[list[Query], Future[list[Answer]]]] = queue.Queue(max_waiting)
+        self._jobs: queue.Queue[_Job] = queue.Queue(max_waiting)
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
-    async def answers(self, rows: list[Query]) -> list[Answer]:
+    async def answers(self, rows: list[Query]) -> list[Answered]:
         """Raises ApiError where as many requests wait as may."""
-        future: Future[list[Answer]] = Future()
+        job = _Job(rows)
         try:
-            self._jobs.put_nowait((rows, future))
+            self._jobs.put_nowait(job)
         except queue.Full:
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(job.future)
 
     def _run(self) -> None:
         while True:
             jobs = [self._jobs.get()]
-            while sum(len(rows) for rows, _ in jobs) < MOST_ROWS and not self._jobs.empty():
+            while sum(len(job.rows) for job in jobs) < MOST_ROWS and not self._jobs.empty():
                 jobs.append(self._jobs.get())
-            jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
-            rows = [row for of_job, _ in jobs for row in of_job]
-            if not rows:
-                continue
-            try:
-                found = iter(self._predictor.answers(rows, self._batch_size, all_labels=True))
-                answers = [[next(found) for _ in of_job] for of_job, _ in jobs]
-            except Exception as error:
-                for _, future in jobs:
-                    future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
-                continue
-            for (_, future), own in zip(jobs, answers, strict=True):
-                future.set_result(own)
+            jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            if not self._answer(jobs):
+                for job in jobs:  # what goes wrong with one ends it alone
+                    self._answer([job], alone=True)
+
+    def _answer(self, jobs: Sequence[_Job], *, alone: bool = False) -> bool:
+        """Whether these are done with. alone: an error is the answer."""
+        rows = [row for job in jobs for row in job.rows]
+        try:
+            answered = iter(self._answered(rows) if rows else [])
+            answers = [[next(answered) for _ in job.rows] for job in jobs]
+        except Exception as error:
+            if alone:
+                log.exception("rows could not be answered")
+                jobs[0].future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
+            return alone
+        for job, own in zip(jobs, answers, strict=True):
+            job.future.set_result(own)
+        return True
+
+    def _answered(self, rows: list[Query]) -> list[Answered]:
+        samples = self._predictor.samples(rows)
+        ids: list[list[int]] = [[] for _ in rows]
+        for sample in samples:
+            ids[sample.row] += sample.input_ids.tolist()
+        answers = self._predictor.answers_of(samples, rows, self._batch_size, all_labels=True)
+        return [Answered(*pair) for pair in zip(answers, ids, strict=True)]
 
 
 class EncoderApp(EngineApp):
@@ -95,6 +127,9 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": [{"id": self.name, "object": "model"}]}
 
     async def _answers(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answer]:
+        return [one.answer for one in await self._answered(rows, param)]
+
+    async def _answered(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answered]:
         """Raises ApiError for the first row without an answer."""
         queries = []
         for number, row in enumerate(rows):
@@ -103,51 +138,43 @@ class EncoderApp(EngineApp):
             except RowError as error:
                 raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
         found = await self._batcher.answers(queries)
-        for number, answer in enumerate(found):
-            if "problem" in answer:
-                raise ApiError(400, f"Invalid {param}[{number}]: {answer['problem']}.", param=param)
+        for number, one in enumerate(found):
+            if "problem" in one.answer:
+                raise ApiError(400, f"Invalid {param}[{number}]: {one.answer['problem']}.", param=param)
         return found
 
     def _texts(self, value: Any) -> list[dict[str, Any]]:
         column = self._question.text_column or "text"
         return [{column: text} for text in ([value] if isinstance(value, str) else value)]
 
-    def _tokens(self, rows: Sequence[Mapping[str, Any]]) -> int:
-        """Tokens that the model reads for these rows."""
-        queries = [self._question.of(row, "") for row in rows]
-        return sum(len(sample.input_ids) for sample in self.predictor.samples(queries))
-
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tokens and answers of rows as in training."""
         queries = [self._question.of(row, str(number)) for number, row in enumerate(body["rows"])]
-        samples = self.predictor.samples(queries)
-        ids: list[list[int]] = [[] for _ in queries]
-        for sample in samples:
-            ids[sample.row] += sample.input_ids.tolist()
-        return {"ids": ids, "answers": await self._batcher.answers(queries)}
+        found = await self._batcher.answers(queries)
+        return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        rows = self._texts(body["input"])
-        vectors = [answer["vector"] for answer in await self._answers(rows, "input")]
+        found = await self._answered(self._texts(body["input"]), "input")
+        vectors = [one.answer["vector"] for one in found]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         else:
             data = vectors
         items = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(data)]
-        tokens = self._tokens(rows)
+        tokens = sum(len(one.ids) for one in found)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        rows = self._texts(body["input"])
+        found = await self._answered(self._texts(body["input"]), "input")
         items = []
-        for number, answer in enumerate(await self._answers(rows, "input")):
+        for number, (answer, _) in enumerate(found):
             item = {"index": number, "label": answer["predicted"]}
             if "probabilities" in answer:
                 item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
                 item["labels"] = list(answer["probabilities"])
             items.append(item)
-        tokens = self._tokens(rows)
+        tokens = sum(len(one.ids) for one in found)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
         return {
             "id": f"classify-{secrets.token_hex(12)}",
@@ -166,7 +193,10 @@ class EncoderApp(EngineApp):
             if "probabilities" not in answer:
                 raise ApiError(400, "A regression has no categories.", param="model")
             predicted = answer["predicted"] if isinstance(answer["predicted"], list) else [answer["predicted"]]
-            flags = {label: label in predicted and label not in NEUTRAL_LABELS for label in answer["probabilities"]}
+            flags = {
+                label: label in predicted and label.casefold() not in NEUTRAL_LABELS
+                for label in answer["probabilities"]
+            }
             results.append(
                 {"flagged": any(flags.values()), "categories": flags, "category_scores": answer["probabilities"]}
             )
@@ -248,9 +278,10 @@ class EncoderApp(EngineApp):
         """How well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last of
         two labels."""
         if self._embeds:
-            answers = await self._answers([*self._texts([*first, *second])], "text_1")
-            vectors = [answer["vector"] for answer in answers]
-            return [_cosine(one, other) for one, other in zip(vectors, vectors[len(first) :], strict=False)]
+            texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
+            answers = await self._answers(self._texts(texts), "text_1")
+            vectors = {text: answer["vector"] for text, answer in zip(texts, answers, strict=True)}
+            return [_cosine(vectors[one], vectors[other]) for one, other in zip(first, second, strict=True)]
         column = self._question.mapping.get("text_pair", "text_pair")
         text = self._question.text_column or "text"
         rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
@@ -262,7 +293,7 @@ class EncoderApp(EngineApp):
         return [answer["predicted"] for answer in answers]
 
 
-NEUTRAL_LABELS = frozenset({"OK", "ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
+NEUTRAL_LABELS = frozenset({"ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
 
 
 def _paired(body: Mapping[str, Any], one: str, other: str) -> tuple[list[str], list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class _Tongue:
     control: ControlTokens
     template: ChatTemplate | None
     ends: frozenset[int]
+    adapter: str
+    """Peft's name of it, which no other one ever has; empty for the model without any."""
 
 
 class LocalModel:
@@ -41,16 +44,18 @@ class LocalModel:
         if self.model.config.is_encoder_decoder:
             reason = "is an encoder-decoder, which the local engine does not serve"
             raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", own))
-        self._loaded: dict[str, str] = {}  # name to peft's name
         self._tongues: dict[str, _Tongue] = {}
         self._base = speaker.voices[BASE].tokenizer
         for name, voice in speaker.voices.items():
             if name == OWN and trained is not None:
                 self._know(trained, voice, OWN)
             elif name == BASE:
-                self._know(own, voice, None)
+                self._know(own, voice, "")
         self._refuse_prompts()
-        self._active: str | None = ""
+        self._numbers = itertools.count()
+        self._active: str | None = None  # unknown
+        self.damaged = False
+        """Whether an adapter that did not fit has left the model another one than it was."""
 
     @property
     def names(self) -> list[str]:
@@ -87,48 +92,53 @@ class LocalModel:
         if len(voice.tokenizer) > self.vocabulary:
             reason = "its tokenizer has more tokens than the model that is served"
             raise UserError(Problem(name, reason, "serve it merged: dstune export RUN --merge", str(folder)))
-        inner = f"adapter_{len(self._loaded)}_{abs(hash(name))}"
+        adapter = f"adapter_{next(self._numbers)}"
+        self._active = None
         try:
             if self._peft is None:
-                self._peft = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=inner)
+                self.damaged = True  # peft puts its layers in before it reads the weights
+                self._peft = peft.PeftModel.from_pretrained(self.model, folder, adapter_name=adapter)
+                self.damaged = False
             else:
-                self._peft.load_adapter(folder, adapter_name=inner)
+                self._peft.load_adapter(folder, adapter_name=adapter)
         except (RuntimeError, ValueError, KeyError) as error:
+            if self._peft is not None:
+                with suppress(RuntimeError, ValueError, KeyError):
+                    self._peft.delete_adapter(adapter)
             reason = f"does not fit the model: {str(error).splitlines()[0]}"
             raise UserError(Problem(name, reason, value=str(folder))) from error
         self.model.eval()
-        self._active = ""
-        self._know(name, voice, inner)
+        self._know(name, voice, adapter)
 
     def unload(self, name: str) -> None:
-        inner = self._loaded.pop(name, None)
-        self._tongues.pop(name, None)
-        self._active = ""
-        if inner is not None and self._peft is not None:
-            self._peft.delete_adapter(inner)
+        tongue = self._tongues.pop(name, None)
+        self._active = None
+        if tongue is not None and tongue.adapter and self._peft is not None:
+            self._peft.delete_adapter(tongue.adapter)
+
+    def adapter(self, name: str) -> str:
+        """What `speaking` makes of the model for requests to `name`: another one once the name was given to another adapter."""
+        return self._tongues[name].adapter
 
     @contextmanager
-    def speaking(self, name: str) -> Iterator[None]:
+    def speaking(self, adapter: str) -> Iterator[None]:
         """The model is that adapter, or none."""
-        inner = self._loaded.get(name)
-        if name not in self._tongues:
-            raise ValueError(f"the model {name} is gone")
-        if self._peft is not None and self._active != inner:
-            if inner is None:
-                self._peft.base_model.disable_adapter_layers()
-            else:
+        if adapter and all(tongue.adapter != adapter for tongue in self._tongues.values()):
+            raise ValueError("the model was removed")
+        if self._peft is not None and self._active != adapter:
+            if adapter:
                 self._peft.base_model.enable_adapter_layers()
-                self._peft.set_adapter(inner)
-            self._active = inner
+                self._peft.set_adapter(adapter)
+            else:
+                self._peft.base_model.disable_adapter_layers()
+            self._active = adapter
         yield
 
-    def _know(self, name: str, voice: Voice, inner: str | None) -> None:
+    def _know(self, name: str, voice: Voice, adapter: str) -> None:
         tokenizer = voice.tokenizer
         template = ChatTemplate(tokenizer, voice.date) if voice.chat else None
         ends = frozenset(end_tokens(self.model, stop_token_ids(tokenizer)))
-        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), template, ends)
-        if inner is not None:
-            self._loaded[name] = inner
+        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), template, ends, adapter)
 
     def _refuse_prompts(self) -> None:
         if self._peft is not None and getattr(self._peft.active_peft_config, "num_virtual_tokens", None):
@@ -178,7 +188,7 @@ class LocalModel:
     def logprobs(self, name: str, ids: Sequence[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it. For the computing thread."""
         device = next(self.model.parameters()).device
-        with torch.inference_mode(), self.speaking(name):
+        with torch.inference_mode(), self.speaking(self.adapter(name)):
             logits = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]
         found = logits[:-1].float().log_softmax(-1)
         targets = torch.tensor(list(ids[1:]), device=found.device)

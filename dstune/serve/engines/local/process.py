@@ -55,10 +55,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
     speaker = stack.enter_context(opened(needed, "last", {}))
-    if settings["dtype"]:
-        import torch
-
-        speaker.model.to(getattr(torch, settings["dtype"]))
+    compute_in(settings["dtype"], speaker.model)
     model = LocalModel(speaker, settings["base"], settings["adapter"])
     scheduler = Scheduler(
         model.model,
@@ -82,7 +79,18 @@ def _encoder(settings: dict[str, Any]) -> Any:
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
     expected = find(named, "last", [])
-    return EncoderApp(settings["base"], load(expected, Path(settings["scratch"])))
+    predictor = load(expected, Path(settings["scratch"]))
+    compute_in(settings["dtype"], predictor.model)
+    return EncoderApp(settings["base"], predictor)
+
+
+def compute_in(dtype: str, model: Any) -> None:
+    """Parameters alone change: the frequencies of rotary positions, which are none, stay in fp32 as everywhere else."""
+    import torch
+
+    for parameter in model.parameters() if dtype else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def set_threads(settings: dict[str, Any]) -> None:
