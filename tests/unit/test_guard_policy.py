@@ -54,6 +54,15 @@ WRONG = [
     (policies() | {"routes": {"/v1/chat/completions": "other"}}, "names no policy of this file one of own or off"),
     (policies() | {"routes": {"/v1/files": "own"}}, "routes./v1/files: there is no such key"),
     (policies() | {"models": {"secrets": "x"}}, "models.secrets: takes no model"),
+    (
+        policies(input=[{"detector": ["secrets"], "action": "block"}]),
+        "input[0].detector: must be the name of a detector",
+    ),
+    (
+        policies(input=[{"detector": "prompt_attack", "action": "flag", "level": ["l1"]}]),
+        "input[0].level: must be one of",
+    ),
+    (policies() | {"routes": {"/v2/guard": ["own"]}}, "routes./v2/guard: names no policy"),
 ]
 
 

@@ -85,6 +85,14 @@ def test_places_lead_back_to_the_original():
     assert ("😀\u200b see " + ENCODED["hex"])[reading.start : reading.end] == ENCODED["hex"]
 
 
+def test_marks_without_end_take_no_longer_than_letters():
+    """Putting them into order takes time by the square of their number."""
+    began = time.process_time()
+    normalised("a" + "\u0301\u0327" * 50_000)
+    assert time.process_time() - began < 3
+    assert normalised("e\u0323\u0302 o\u0308").text == "\u1ec7 \u00f6"
+
+
 def test_readings_are_few_and_none_takes_long():
     texts = [*ENCODED.values()]
     assert len(variants("\n".join(texts))) == MOST_VARIANTS

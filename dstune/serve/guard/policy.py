@@ -191,7 +191,7 @@ class _Reader:
             for place, name in table.items():
                 if name is False:  # YAML reads a bare off so
                     table[place] = name = OFF
-                if name not in policies and not (name == OFF and key == "routes"):
+                if not (isinstance(name, str) and name in policies) and not (name == OFF and key == "routes"):
                     fix = f"one of {', '.join(policies)}{' or off' if key == 'routes' else ''}"
                     self._wrong(f"{key}.{place}", "names no policy of this file", fix, name)
         return Policies(policies, models, routes, projects, self._file)
@@ -272,17 +272,20 @@ class _Reader:
 
     def _watch(self, given: Mapping[str, Any], key: str, direction: str) -> Iterator[Watch]:
         detector, action, level = given.get("detector"), given.get("action"), given.get("level")
+        if not isinstance(detector, str):
+            self._wrong(f"{key}.detector", "must be the name of a detector", value=detector)
+            return
         if detector in NOT_FOUND_HERE:
             self._wrong(f"{key}.detector", "names and addresses of people are not found here", value=detector)
             return
         all_pii = detector == "pii"
-        if not all_pii and detector not in EXACT and not needs_model(str(detector)):
-            near = nearest(str(detector), ["pii", PROMPT_ATTACK, *EXACT])
+        if not all_pii and detector not in EXACT and not needs_model(detector):
+            near = nearest(detector, ["pii", PROMPT_ATTACK, *EXACT])
             self._wrong(
                 f"{key}.detector", "there is no such detector", (near and f"did you mean {near}?") or "", detector
             )
             return
-        detectors = tuple(PII.values()) if all_pii else (str(detector),)
+        detectors = tuple(PII.values()) if all_pii else (detector,)
         if action not in (BLOCK, MASK, FLAG):
             self._wrong(f"{key}.action", f"must be {BLOCK}, {MASK} or {FLAG}", value=action)
             return
@@ -290,7 +293,7 @@ class _Reader:
             self._wrong(
                 f"{key}.action", f"{detector} does not say where in a text it stands", f"{BLOCK} or {FLAG}", action
             )
-        if needs_model(detectors[0]) and level not in LEVELS:
+        if needs_model(detectors[0]) and not (isinstance(level, str) and level in LEVELS):
             self._wrong(f"{key}.level", f"must be one of {', '.join(LEVELS)}", value=level)
         elif not needs_model(detectors[0]) and level is not None:
             self._wrong(f"{key}.level", f"{detector} is exact: it has no level", value=level)

@@ -18,6 +18,8 @@ from urllib.parse import unquote
 
 MOST_VARIANTS = 6
 """Of a text, itself included."""
+MOST_MARKS = 30
+"""As in Unicode's stream-safe text format; no language comes near."""
 DEPTH = 2
 """Base64 within base64 is decoded, no deeper."""
 
@@ -107,10 +109,11 @@ def normalised(text: str) -> Normal:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Each character with the marks that combine with it."""
+    """Each character with the marks that combine with it, at most MOST_MARKS: putting many into order takes time by the
+    square of their number."""
     start = 0
     for place in range(1, len(text) + 1):
-        if place == len(text) or not unicodedata.combining(text[place]):
+        if place == len(text) or place - start > MOST_MARKS or not unicodedata.combining(text[place]):
             yield start, place
             start = place
 
