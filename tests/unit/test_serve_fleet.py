@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 
-from dstune.core.errors import UserError
+from dstune.core.errors import Problem, UserError
 from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
 from dstune.serve.parity import Proof, Refused
@@ -143,7 +143,7 @@ def test_a_server_elsewhere_is_proven_again_when_it_was_away(tmp_path, monkeypat
     async def test():
         fleet = Fleet(engine)
         await fleet.start([stub_source("base")])
-        made[0].well = UserError([])  # it answers, though it refuses
+        made[0].well = UserError(Problem("stub", "refuses"))  # it answers, though it refuses
         await asyncio.sleep(0.2)
         assert fleet.ready and proven == ["base"]
         made[0].well = False

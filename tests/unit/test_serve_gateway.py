@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from dstune.serve.engines.base import EngineDown
 from dstune.serve.gateway.routes import INFERENCE, ROUTES
 from dstune.serve.store.keys import Keys, Limit
 from tests.support.serving import chat, served
@@ -370,6 +371,21 @@ async def _until(condition):
             return
         await asyncio.sleep(0.01)
     raise AssertionError("waited in vain")
+
+
+def test_an_adapter_whose_engine_is_away_may_be_sent_again(tmp_path, monkeypatch):
+    async def add(source):
+        raise EngineDown("the stub is down")
+
+    async def test(found):
+        (tmp_path / "adapter").mkdir()
+        monkeypatch.setattr(found.fleet, "add", add)
+        body = {"name": "a", "path": str(tmp_path / "adapter")}
+        answer = await found.client(found.admin).post("/admin/models", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_down")
+        assert answer.headers["retry-after"] and "x-should-retry" not in answer.headers
+
+    run(test, tmp_path, adapter_roots=(str(tmp_path),))
 
 
 def test_a_model_is_looked_up_again_after_the_guard(tmp_path):

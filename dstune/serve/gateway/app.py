@@ -118,8 +118,11 @@ class Gateway:
                 raise ConnectionError("the answer was cut") from None  # uvicorn closes the connection
         except UserError as error:
             await self._fail(request, ApiError(400, "; ".join(_messages_of(error))))
-        except (DstuneError, EngineDown) as error:
+        except DstuneError as error:
             await self._fail(request, ApiError(409, visible(str(error))))
+        except EngineDown as error:
+            later = {"retry-after": "5"}
+            await self._fail(request, ApiError(503, visible(str(error)), code="engine_down", headers=later))
         except Exception:
             log.exception("%s: a request failed", request.id)
             await self._fail(request, ApiError(500, "The server failed to answer this request.", code="server_error"))
