@@ -15,6 +15,10 @@ import torch
 from dstune.serve.engines.local.encoders import EncoderApp
 
 
+def _texts(rows):
+    return [next(iter(row.row.values())) for row in rows]
+
+
 class Predictor:
     """Vectors by the length of a text."""
 
@@ -34,13 +38,13 @@ class Predictor:
 
     def samples(self, rows):
         self.tokenized_by.add(threading.current_thread().name)
-        texts = [row.row["text"] for row in rows]
+        texts = _texts(rows)
         return [
             SimpleNamespace(row=number, input_ids=np.arange(len(text.split()))) for number, text in enumerate(texts)
         ]
 
     def answers_of(self, samples, rows, batch_size, *, all_labels):
-        texts = [row.row["text"] for row in rows]
+        texts = _texts(rows)
         self.asked.append(texts)
         if "bad" in texts:
             raise RuntimeError("out of memory")

@@ -226,6 +226,14 @@ def test_records_whose_write_fails_are_written_later(tmp_path, monkeypatch):
     assert recorded(recorder) == ["req_1", "req_2"]
 
 
+def test_who_asked_most_is_forgotten_too(tmp_path):
+    """A statement may name 32,766 rows."""
+    recorder, key = recorder_of(tmp_path)
+    recorder._rows = [answer_row(key, number) | {"user": "u" if number else "v"} for number in range(33_000)]
+    assert asyncio.run(recorder.forget("u")) == 32_999
+    assert recorded(recorder) == ["req_0"]
+
+
 def test_a_record_that_the_tables_refuse_does_not_hold_up_the_others(tmp_path):
     recorder, key = recorder_of(tmp_path)
     recorder._rows = [answer_row("nobody" if number == 1 else key, number) for number in range(3)]

@@ -153,7 +153,8 @@ class Answers:
         while open_choices:
             choice, piece = await self._queue.get()
             if piece.finish == "error":
-                raise ApiError(500, f"The engine failed: {piece.error}.", code="engine_error")
+                status = 500 if self.scheduler.alive else 503  # it is started again, and may be asked then
+                raise ApiError(status, f"The engine failed: {piece.error}.", code="engine_error")
             piece = choice.take(piece)
             open_choices -= piece.finish is not None
             if piece.text or piece.tokens or piece.finish:

@@ -213,6 +213,7 @@ class Scheduler:
                         self._step(key)
         except BaseException:
             log.exception("the computing thread has ended")
+            self._stopped = True
             self._failed()
         with self._changed:
             self._stopped = True
