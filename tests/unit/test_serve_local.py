@@ -325,6 +325,25 @@ def test_a_number_format_is_of_the_weights_alone(folder):
     own.close()
 
 
+def test_a_prompt_that_takes_long_to_render_stops_nobody(engine, monkeypatch):
+    render, goes = engine.model.conversation_ids, threading.Event()
+
+    def slow(*given):
+        goes.wait(30)
+        return render(*given)
+
+    monkeypatch.setattr(engine.model, "conversation_ids", slow)
+
+    async def test(client):
+        long = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
+        await asyncio.sleep(0.05)
+        assert (await asyncio.wait_for(client.get("/health"), 10)).status_code == 200 and not long.done()
+        goes.set()
+        return (await long).status_code
+
+    assert engine.run(test) == 200
+
+
 def test_a_stream_whose_client_goes_leaves_the_queue(folder):
     own = Engine(folder, max_sequences=1)
     held, goes = threading.Event(), asyncio.Event()

@@ -57,8 +57,13 @@ class Choice:
         return piece
 
 
+Requested = tuple[list[int], list[Sampling], list[Choice]]
+"""A prompt with the samplings and choices of its answers."""
+
+
 class Answers:
-    """What both routes share: sequences of all prompts and choices of a request, and what they emit."""
+    """What both routes share: sequences of all prompts and choices of a request, and what they emit. Made by the thread that
+    renders; the rest is the event loop's."""
 
     def __init__(self, model: LocalModel, scheduler: Scheduler, body: Mapping[str, Any]):
         self.model, self.scheduler, self.body = model, scheduler, body
@@ -72,6 +77,7 @@ class Answers:
         self._queue: asyncio.Queue[tuple[Choice, Piece]] = asyncio.Queue()
         self._sequences: list[Sequence] = []
         self.choices: list[Choice] = []
+        self.requested: list[Requested] = []
 
     def sampling(self, length: int, index: int, most: int | None) -> Sampling:
         """Of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no room."""
@@ -106,11 +112,11 @@ class Answers:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
 
-    def submit(self, requested: list[tuple[list[int], list[Sampling], list[Choice]]]) -> None:
-        """All answers of a request: a prompt with the samplings and choices of each. Raises ApiError where the queue is full,
-        or the engine can never hold them; nothing of the request is computed then."""
+    def submit(self) -> None:
+        """All answers of the request. Raises ApiError where the queue is full, or the engine can never hold them; nothing of
+        the request is computed then."""
         try:
-            for prompt, samplings, choices in requested:
+            for prompt, samplings, choices in self.requested:
                 self._submit(prompt, samplings, choices)
         except BaseException:
             self.cancel()
@@ -235,7 +241,7 @@ class ChatAnswers(Answers):
             raise ApiError(400, "max_tokens and max_completion_tokens differ.", param="max_tokens")
         samplings = [self.sampling(len(self.prompt), index, most) for index in range(self.n)]
         choices = [Choice(index, self.prompt, ToolText(form) if form else None, names) for index in range(self.n)]
-        self.submit([(self.prompt, samplings, choices)])
+        self.requested = [(self.prompt, samplings, choices)]
 
     def _form(self, tools: Any) -> ToolForm | None:
         if not tools:
@@ -329,11 +335,10 @@ class TextAnswers(Answers):
         self.id = f"cmpl-{secrets.token_hex(12)}"
         prompts = [self._ids(one) for one in prompts_of(body["prompt"])]
         most = body.get("max_tokens", 16)
-        requested = []
         for number, prompt in enumerate(prompts):
             samplings = [self.sampling(len(prompt), index, most) for index in range(self.n)]
-            requested.append((prompt, samplings, [Choice(number * self.n + index, prompt) for index in range(self.n)]))
-        self.submit(requested)
+            choices = [Choice(number * self.n + index, prompt) for index in range(self.n)]
+            self.requested.append((prompt, samplings, choices))
 
     def _ids(self, prompt: Any) -> list[int]:
         ids: list[int] = self.model.text_ids(self.name, prompt) if isinstance(prompt, str) else prompt

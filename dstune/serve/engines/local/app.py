@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dstune.core.errors import UserError
 from dstune.serve.asgi import (
@@ -27,6 +28,7 @@ from dstune.serve.errors import ApiError
 
 MOST_BYTES = 64 << 20
 
+T = TypeVar("T")
 Handler = Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]]
 
 
@@ -66,6 +68,7 @@ class LanguageApp(EngineApp):
     def __init__(self, model: LocalModel, scheduler: Scheduler):
         super().__init__()
         self.model, self.scheduler = model, scheduler
+        self._render = ThreadPoolExecutor(1, "render")  # one: a tokenizer keeps how it cuts
         self.routes |= {
             ("GET", "/health"): self.health,
             ("GET", "/v1/models"): self.models,
@@ -80,7 +83,8 @@ class LanguageApp(EngineApp):
         if not body.get("stream"):
             await super().handle(handler, body, receive, send)
             return
-        answers = self._answers(handler, body)
+        async with while_connected(receive):
+            answers = await self._answers(handler, body)
         try:
             async with while_connected(receive):
                 await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
@@ -90,10 +94,17 @@ class LanguageApp(EngineApp):
         finally:
             answers.cancel()
 
-    def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
+    async def _answers(self, handler: Handler, body: dict[str, Any]) -> Answers:
+        """Of a request, which is computed from now on."""
         self._known(body)
         kind = ChatAnswers if handler == self.chat else TextAnswers
-        return kind(self.model, self.scheduler, body)
+        answers = await self._rendered(lambda: kind(self.model, self.scheduler, body))
+        answers.submit()
+        return answers
+
+    async def _rendered(self, render: Callable[[], T]) -> T:
+        """What `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
+        return await asyncio.get_running_loop().run_in_executor(self._render, render)
 
     def _known(self, body: dict[str, Any]) -> str:
         name = body.get("model")
@@ -110,19 +121,20 @@ class LanguageApp(EngineApp):
         return {"object": "list", "data": [{"id": name, "object": "model"} for name in self.model.names]}
 
     async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self._answers(self.chat, body).answer()
+        return await (await self._answers(self.chat, body)).answer()
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         if "prompt_logprobs" in body:
             return await self._scored(body)
-        return await self._answers(self.complete, body).answer()
+        return await (await self._answers(self.complete, body)).answer()
 
     async def _scored(self, body: dict[str, Any]) -> dict[str, Any]:
         """The log-probability of each token of a prompt, as vLLM tells them."""
         name = self._known(body)
         (ids,) = prompts_of(body["prompt"])
         if isinstance(ids, str):
-            ids = self.model.text_ids(name, ids)
+            text = ids
+            ids = await self._rendered(lambda: self.model.text_ids(name, text))
         found = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
         reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True))]
         return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
@@ -130,10 +142,10 @@ class LanguageApp(EngineApp):
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._known(body)
         if "messages" in body:
-            arguments = body.get("chat_template_kwargs")
-            ids = chat_prompt(self.model, name, body["messages"], body.get("tools"), arguments)
+            given = (body["messages"], body.get("tools"), body.get("chat_template_kwargs"))
+            ids = await self._rendered(lambda: chat_prompt(self.model, name, *given))
         else:
-            ids = self.model.text_ids(name, body["prompt"])
+            ids = await self._rendered(lambda: self.model.text_ids(name, body["prompt"]))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:
