@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dstune.core.errors import UserError
 from dstune.data.render import ChatRenderer
 
 
-def stop_token_ids(tokenizer: Any) -> list[int]:
+def stop_token_ids(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> list[int]:
     """The tokenizer's end-of-text token, and the tokens with which its chat template ends an assistant's turn.
 
     They differ in many chat models (Llama 3: `<|end_of_text|>` and `<|eot_id|>`); one that stops at the first only
     goes on to write the user's next message.
+
+    arguments: of the run, where the template does not have them built in.
     """
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         try:
-            stops = ChatRenderer(tokenizer, None).stops
+            stops = ChatRenderer(tokenizer, None, arguments).stops
         except UserError:
             return found  # a template for something else than a conversation of user and assistant
         # A turn may end with plain text (a line break), which the answer itself may contain.

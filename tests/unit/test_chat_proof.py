@@ -115,6 +115,13 @@ def test_the_proof_fails_where_an_argument_is_another(tmp_path):
         prove(quiet, byte_tokenizer(template), data)
 
 
+def test_the_stop_of_a_template_that_needs_an_argument_is_known(tmp_path):
+    template = "{{ functions + '' }}" + CHATML
+    task = ChatConfig(template_date=DATE, chat_template_kwargs={"functions": "none"})
+    config, data = data_of(tmp_path, byte_tokenizer(template, eos="</s>"), task, ROWS[:8])
+    assert prove(config, byte_tokenizer(template, eos="</s>"), data).turns > 0
+
+
 def test_the_proof_sees_the_date(tmp_path):
     tokenizer = byte_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<|begin_of_text|>")
     config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:8])

@@ -135,7 +135,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     kept = json.loads(file.read_text(encoding="utf-8"))
     arguments: dict[str, Any] = {}
     notes: dict[str, None] = {}
-    stops = frozenset(stop_token_ids(tokenizer))
+    stops: frozenset[int] = frozenset()
     compared = 0
     if kept["opened"]:
         notes[
@@ -147,6 +147,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         renderer = own.renderer
         if renderer is None:
             continue
+        stops = stops or frozenset(stop_token_ids(tokenizer, renderer.run_arguments))  # the run's, whatever the source
         server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)
         arguments |= renderer.run_arguments
         switch = renderer.facts.switch

@@ -88,7 +88,7 @@ def generate_targets(
                 tokenizer,
                 prompts,
                 config.task.max_new_tokens or longest,
-                stop_token_ids(tokenizer),
+                stop_token_ids(tokenizer, config.task.chat_template_kwargs),
                 batch_size=len(prompts),
                 in_step=in_step,
                 one_line=one_line,
