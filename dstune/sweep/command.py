@@ -19,6 +19,7 @@ from dstune.config.sweep_rules import holds_out, objectives
 from dstune.config.sweep_space import Split, first, split, with_space
 from dstune.config.validate import validate
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.limited_places import refused_operations
 from dstune.core.rank_env import from_environment
 from dstune.core.secrets import publish
 from dstune.launch import preflight, records
@@ -169,6 +170,9 @@ def _is_sweep_key(text: str) -> bool:
 def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> int:
     """Start what is left of the sweep and wait for it."""
     path = sweep.path
+    if refused := refused_operations(path).keys() & {"append", "lock", "rename files"}:
+        reason = f"a sweep keeps its records there, and the place refuses {', '.join(sorted(refused))}"
+        raise UserError(Problem("sweep.dir", reason, "give a folder on a local disk, or on NFS or Lustre", str(path)))
     try:
         path.mkdir(parents=True, exist_ok=True)
         if sweep.base.run.mode.value is not None:

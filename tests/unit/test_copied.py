@@ -288,10 +288,16 @@ def test_killed_while_it_takes_the_run_over_this_machine_loses_nothing(without_l
     save(first.work, 10)
     os.close(first._lock)  # killed before anything was copied
 
-    def killed(self: object) -> None:
+    write = mirror.Mirror._write_lease
+
+    def killed_before(self: mirror.Mirror) -> None:
         raise Cut
 
-    for _ in range(2):
+    def killed_behind(self: mirror.Mirror) -> None:
+        write(self)
+        raise Cut
+
+    for killed in (killed_before, killed_behind, killed_before):
         with monkeypatch.context() as during:
             during.setattr(mirror.Mirror, "_write_lease", killed)
             with pytest.raises(Cut):

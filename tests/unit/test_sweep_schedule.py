@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dstune.core.errors import UserError
 from dstune.launch import records
+from dstune.launch.console import Console
 from dstune.sweep.devices import Slot
 from dstune.tracking.trials import Record, read_records
 from tests.support.sweeps import Scripted
@@ -168,3 +170,14 @@ def test_what_follows_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = sweep.path / "lr=1,method=lora"
     words = (path / "words").read_text()
     assert words == f"trainer.seed=7 optimizer.lr=1 method=lora run.dir='{path}' run.name='lr=1,method=lora'"
+
+
+def test_a_sweep_in_a_place_that_takes_only_whole_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from types import SimpleNamespace
+
+    from dstune.sweep import command
+
+    monkeypatch.setattr(command, "refused_operations", lambda path: {"lock": "no", "append": "no", "sync": "no"})
+    with pytest.raises(UserError, match=r"(?s)sweep\.dir.*the place refuses append, lock"):
+        command.run(SimpleNamespace(path=tmp_path / "sweep"), [], False, Console())
+    assert not (tmp_path / "sweep").exists()
