@@ -40,7 +40,7 @@ def overrides(table: str, name: str) -> list[str]:
 
 def test_a_run_on_a_table_and_its_answers_in_another(place):
     table = place.folder / "table"
-    done = place.run("train", *overrides("delta://table", "first"))
+    done = place.run("train", *overrides("delta://table", "first"), timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     opened = deltalake.DeltaTable(table)
     identity = opened.metadata().id
@@ -50,20 +50,20 @@ def test_a_run_on_a_table_and_its_answers_in_another(place):
 
     # Other files, the same rows: the same curve, bit for bit.
     opened.optimize.compact()
-    again = place.run("train", *overrides("delta://table", "compacted"))
+    again = place.run("train", *overrides("delta://table", "compacted"), timeout=600)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"@{opened.version()}#" in (place.folder / "compacted" / "run.yaml").read_text()
     assert opened.version() > 1
     assert exact(place.folder / "compacted") == exact(place.folder / "first")
 
     words = ["predict", "first", "--input", "delta://table@0", "--output", "delta://answers"]
-    predicted = place.run(*words)
+    predicted = place.run(*words, timeout=600)
     assert predicted.returncode == 0, predicted.stdout + predicted.stderr
     assert predicted.stdout.strip() == "delta://answers@0"
     answers = deltalake.DeltaTable(place.folder / "answers")
     assert (answers.version(), answers.count()) == (0, 40)
     assert {"row", "text", "predicted", "probability"} <= {field.name for field in answers.schema().fields}
-    repeated = place.run(*words)
+    repeated = place.run(*words, timeout=600)
     assert "got these rows already" in repeated.stdout
     assert deltalake.DeltaTable(place.folder / "answers").version() == 0
 
