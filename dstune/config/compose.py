@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstune.config import by_method
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import ENVIRONMENT, EnvironmentText, chosen_class, interpolation_problem, partly_from_dict
+from dstune.config.convert import EnvironmentText, chosen_class, interpolation_problem, partly_from_dict, refers
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes
@@ -213,7 +213,7 @@ def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem])
             problems.append(interpolation_problem(where, text, error))
             return None
         reference = _expand(text, where, root)
-        if isinstance(value, str) and ENVIRONMENT in reference:
+        if isinstance(value, str) and refers(reference):
             return EnvironmentText(value, reference)
         return _plain_node(value, where, root, problems)
 

@@ -35,6 +35,8 @@ from dstune.core.parsing import parse_yaml
 from dstune.core.secrets import remember
 
 ENVIRONMENT = "${oc.env:"
+_REFERS = re.compile(r"\$\{\s*oc\.env\s*:")
+"""The same with the spaces that OmegaConf lets pass."""
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 EXAMPLES = {int: "100", float: "0.1", bool: "true", str: "NAME"}
 """By type, for keys whose default is nothing."""
@@ -47,12 +49,17 @@ class EnvironmentText(str):
 
     def __new__(cls, value: str, reference: str) -> EnvironmentText:
         text = super().__new__(cls, value)
-        text.reference = reference
-        remember(value, reference)
+        text.reference = _REFERS.sub(ENVIRONMENT, reference)
+        remember(value, text.reference)
         return text
 
     def __reduce__(self) -> tuple[type[EnvironmentText], tuple[str, str]]:
         return EnvironmentText, (str(self), self.reference)
+
+
+def refers(text: str) -> bool:
+    """Whether a text refers to the environment."""
+    return _REFERS.search(text) is not None
 
 
 def resolve_text(text: str, where: str) -> EnvironmentText:
@@ -73,7 +80,7 @@ def resolve_text(text: str, where: str) -> EnvironmentText:
 def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
     """The problem with a `${...}` that cannot be resolved."""
     reason = str(error).splitlines()[0]
-    name = text.split(ENVIRONMENT, 1)[1].split("}", 1)[0].strip() if ENVIRONMENT in text else ""
+    name = _REFERS.split(text, maxsplit=1)[1].split("}", 1)[0].strip() if refers(text) else ""
     if name and "not found" in reason:
         fix = f"export {name}=..., or give a default: {ENVIRONMENT}{name},default}}"
         return Problem(where, f"the environment variable {name} is not set", fix, text)
@@ -139,7 +146,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value is None:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if isinstance(value, str) and not isinstance(value, EnvironmentText) and ENVIRONMENT in value:
+    if isinstance(value, str) and not isinstance(value, EnvironmentText) and refers(value):
         value = resolve_text(value, where)
     wrong = UserError(Problem(where, f"expected {expected}", _fix(value, hint, where), format_value(value)))
     if hint is Any:

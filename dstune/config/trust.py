@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import ENVIRONMENT, chosen_class, format_value, to_dict
+from dstune.config.convert import chosen_class, format_value, refers, to_dict
 from dstune.config.fields import SIGNED
 from dstune.config.names import all_keys, classes_of, sections, type_hints
 from dstune.config.overrides import key_of
@@ -148,7 +148,7 @@ def _refers(value: Any) -> bool:
         return any(map(_refers, value.values()))
     if isinstance(value, (list, tuple)):
         return any(map(_refers, value))
-    return isinstance(value, str) and ENVIRONMENT in value
+    return isinstance(value, str) and refers(value)
 
 
 def _speaks(field: Field[Any], value: Any) -> bool:

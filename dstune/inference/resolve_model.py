@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.record import read_record
-from dstune.config.convert import ENVIRONMENT, resolve_text
+from dstune.config.convert import refers, resolve_text
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import SIGNATURE, check_reference
 from dstune.core.errors import Problem, UserError
@@ -53,7 +53,7 @@ def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:
     if not isinstance(path, str):
         fix = "write the hub id or the folder of its base into base_model_name_or_path"
         raise UserError(Problem(str(folder / "adapter_config.json"), "does not name the model that it stands on", fix))
-    if ENVIRONMENT in path:  # saved without the value, as everything is
+    if refers(path):  # saved without the value, as everything is
         check_reference(path, read_record(folder).get(SIGNATURE), folder)
         path = resolve_text(path, str(folder / "adapter_config.json"))
     return replace(expected, path=path, revision=settings.get("revision"))

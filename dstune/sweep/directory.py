@@ -12,7 +12,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.config.compose import frozen_at_start
-from dstune.config.convert import dump, format_value, from_dict, load, to_dict
+from dstune.config.convert import dump, format_value, from_dict, load, refers, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.run_file import plugins_of, read_run_beside
 from dstune.config.schema import RunConfig
@@ -20,6 +20,7 @@ from dstune.config.sweep_space import Assignment, Axis, Value, short_names
 from dstune.config.trust import OVERRIDES, SIGNATURE, check_overrides, statement
 from dstune.core import files, plugins, signing
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import read_file
 from dstune.core.secrets import redacted
 from dstune.launch import records
 from dstune.tracking.trials import SWEEP_FILE, Record, is_sweep, record_path
@@ -113,12 +114,26 @@ def _interval(axis: Axis) -> str:
 
 def given_before(path: Path) -> tuple[list[str], list[str]]:
     """Overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
-    content = load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path / SWEEP_FILE))
-    if not isinstance(content, dict):
-        raise UserError(Problem(str(path / SWEEP_FILE), "this is no sweep.yaml", "give the directory of a sweep"))
+    content = _content(path)
     texts, folders = ([str(one) for one in content.get(name) or []] for name in ("overrides", "config_dirs"))
     check_overrides(texts, folders, content.get(SIGNATURE), path / SWEEP_FILE)
     return texts, folders
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Of the `sweep.yaml` in the directory `path`. Raises UserError."""
+    file = path / SWEEP_FILE
+    try:
+        content = load(read_file(file).decode("utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "this is no text"
+        raise UserError(Problem(str(file), f"cannot be read: {reason}", "give the directory of a sweep")) from None
+    kinds = {"overrides": list, "config_dirs": list, "axes": dict}
+    if not isinstance(content, dict) or any(
+        content.get(name) is not None and not isinstance(content[name], kind) for name, kind in kinds.items()
+    ):
+        raise UserError(Problem(str(file), "this is no sweep.yaml", "give the directory of a sweep"))
+    return content
 
 
 def continued(sweep: Sweep) -> tuple[Sweep, bool]:
@@ -139,7 +154,7 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
     if not sweep.base.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(path / SWEEP_FILE), plugins.used_by(sweep.base))
     old = read_run_beside(path / SWEEP_FILE, sweep.base, decided=True)
-    before = set(load((path / SWEEP_FILE).read_text(encoding="utf-8"), str(path)).get("axes") or {})
+    before = set(_content(path).get("axes") or {})
     now = {axis.key for axis in sweep.axes}
     if before != now:
         reason = f"the sweep in {path} varies {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
@@ -175,7 +190,9 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
         section, name = key.split(".")
         value = tree[section].get(name)
         whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
-        if value is not None and not whole_varied:
+        # Composing a trial would resolve what somebody may have written into sweep.yaml.
+        is_reference = isinstance(value, str) and "${" in value and not refers(value)
+        if value is not None and not whole_varied and not is_reference:
             found.append(f"{key}={value}")
     return found
 

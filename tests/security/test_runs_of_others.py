@@ -28,6 +28,7 @@ from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.launch.slurm.config import SlurmConfig
+from dstune.sweep.directory import frozen, given_before
 
 TOKEN = "hf_planted0123456789"
 VERBS: dict[str, list[str]] = {
@@ -298,6 +299,20 @@ def test_words_of_a_sweep_of_others_are_not_repeated(
     assert "--trust sweep.overrides" in capsys.readouterr().err
 
 
+def test_what_a_sweep_of_others_has_frozen_is_not_resolved() -> None:
+    base = compose(["model.path=owner/name", "data.train=rows.jsonl"]).config
+    assert "model.revision=abc" in frozen(replace(base, model=replace(base.model, revision="abc")), [])
+    theirs = replace(base, model=replace(base.model, revision="${oc.${run.name}:HF_TOKEN}"))
+    assert [text for text in frozen(theirs, []) if "${" in text] == []
+
+
+@pytest.mark.parametrize("content", ["[]", "overrides: 5", "axes: [a]", "a: ["])
+def test_a_sweep_of_others_that_is_none_is_a_message(content: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"sweep\.yaml"):
+        given_before(tmp_path)
+
+
 def test_an_export_of_others_resolves_no_variable(stranger: Stranger) -> None:
     from dstune.checkpoint.record import recorded_overrides
     from dstune.config.schema import ModelConfig
@@ -477,6 +492,7 @@ def test_the_signature_fits_no_other_value(stranger: Stranger) -> None:
     ]
     assert altered(lambda config: config["data"].update(train="${oc.env:HF_TOKEN}")) == ["data.train"]
     assert altered(lambda config: config["tracking"].update(tags=["${oc.env:HF_TOKEN}"])) == ["tracking.tags"]
+    assert altered(lambda config: config["tracking"].update(tags=["${ oc.env :HF_TOKEN}"])) == ["tracking.tags"]
     assert altered(lambda config: config["model"].update(trust_remote_code=False)) == []
     assert altered(lambda config: config["tracking"].update(notes="mine")) == []
 

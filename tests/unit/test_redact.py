@@ -10,7 +10,9 @@ import pytest
 from support.configs import run_config
 
 from dstune.config import schema
+from dstune.config.compose import compose
 from dstune.config.convert import EnvironmentText
+from dstune.config.run_file import read_run, write_run
 from dstune.config.validate import validate
 from dstune.core import secrets as module
 from dstune.core.errors import Problem, TrainingFailed, UserError, from_json, to_json
@@ -163,3 +165,14 @@ def test_a_name_cannot_come_from_the_environment(key, monkeypatch):
     assert (problem.where, problem.value) == (key, "${oc.env:NAME}")
     assert problem.fix.startswith(f'{key}="$NAME"')
     assert "planted-name" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["${ oc.env:MY_TOKEN}", "${oc.env :MY_TOKEN}", "about ${\toc.env : MY_TOKEN}"])
+def test_spaces_in_a_reference_do_not_give_its_value_away(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "planted0123456789")
+    composed = compose(["data=chitchat", f"tracking.notes='{text}'"])
+    assert composed.config.tracking.notes.endswith("planted0123456789")
+    write_run(tmp_path / "run.yaml", composed)
+    written = (tmp_path / "run.yaml").read_text()
+    assert "planted" not in written and "${oc.env:" in written
+    assert read_run(tmp_path / "run.yaml").config == composed.config
