@@ -54,8 +54,8 @@ test-again: $(VENV)/.installed-test
 test-ci: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
-test-all: $(VENV)/.installed-test debian
-	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not gpu"
+test-all: $(VENV)/.installed-test $(VENV)/.clients debian
+	$(TEST_ENV) DSTUNE_NPM=$(CLIENTS) DSTUNE_OPENAI_1=$(CLIENTS)/openai-1 $(PYTEST) $(PARALLEL) -m "not gpu"
 
 # The committed wording of errors; its diff is to be read.
 golden: $(VENV)/.installed-test
@@ -88,7 +88,7 @@ format: $(VENV)/.installed-dev
 # What the tests and the lint use beside Python packages; says what will be skipped where it cannot install.
 debian:
 	@.ci/debian-packages shellcheck openmpi-bin iproute2 zsh fish openssh-client openssh-server pdsh \
-		slurmctld slurmd slurm-client munge
+		slurmctld slurmd slurm-client munge postgresql docker-compose
 
 clean:
 	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
@@ -110,6 +110,14 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# Clients of others that the server has to bear: the last of version 1, which needs another httpx, and npm's.
+CLIENTS := $(abspath $(VENV))/clients
+$(VENV)/.clients: | $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --target $(CLIENTS)/openai-1 openai==1.109.1
+	@if command -v npm >/dev/null; then npm install --silent --no-fund --prefix $(CLIENTS) openai; \
+	else echo "npm is not installed; the tests of its client are skipped (Debian: apt-get install npm)"; fi
+	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[dev]'

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Send made-up and damaged requests to every route of the fine-tuning API: each answer has to keep the contract.
 
-usage: python benchmarks/fuzz_api.py [--requests 20000] [--seed 0] [--folder DIR]
+usage: python benchmarks/fuzz_api.py [--requests 20000] [--seed 0] [--folder DIR] [--store URL]
 
 The contract: an error is `{"error": {message, type, param, code}}`; nothing is a 422 or a 5xx; a 409 tells clients not to
 repeat it; every answer has `x-request-id`; none has a traceback, a path of the server or a key in it; bodies are JSON. Prints
@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it f
 from dstune.serve.gateway.app import Gateway, Route
 
 NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 1.5, 1e308, 2**63, 10**30, "", " ", "a", "auto", "null", "${oc.env:HOME}", "../../etc/passwd",
+    None, True, False, 0, -1, 1, 1.5, 1e308, 2**63, 10**30, 10**400, "", " ", "a", "auto", "null", "${oc.env:HOME}",
+    "../../etc/passwd",
     "a\0b", "a\r\nx: y", "😀" * 70, "\ud800", "x" * 5000, "'; DROP TABLE files; --", "%00", "%2F", "{{ item.x }}", [], {}, [None],
     {"type": "dpo"}, {"a": {"b": {"c": []}}}, ["a"] * 200, {"": ""}, "file-none", "ft:a:b:c:d", {"type": "multi"},
 ]  # fmt: skip
@@ -271,10 +272,11 @@ class Fuzzer:
         return found
 
 
-async def main(count: int, seed: int, folder: Path) -> int:
+async def main(count: int, seed: int, folder: Path, store: str) -> int:
+    from dstune.serve.store.database import Database
     from tests.support.finetuning import cloud
 
-    async with cloud(folder) as found:
+    async with cloud(folder, database=Database(store) if store else None) as found:
         keys = [found.key, found.owner, found.owner, found.admin, found.other, found.reader, "nothing"]
         fuzzer = Fuzzer(found.gateway, keys, folder, seed)
         await fuzzer.run(count)
@@ -291,7 +293,8 @@ if __name__ == "__main__":
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--store", default="", metavar="URL", help="of an empty database, where it is not SQLite")
     arguments = parser.parse_args()
     place = arguments.folder or Path(tempfile.mkdtemp(prefix="dstune-fuzz-"))
     place.mkdir(exist_ok=True)
-    sys.exit(asyncio.run(main(arguments.requests, arguments.seed, place)))
+    sys.exit(asyncio.run(main(arguments.requests, arguments.seed, place, arguments.store)))

@@ -216,9 +216,14 @@ def _check(arguments: argparse.Namespace) -> None:
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
-    if arguments.presets and not (_fine_tunes(arguments) or arguments.jobs == "only"):
-        reason = "the fine-tuning API, which reads it, is not served"
-        problems.append(Problem("--presets", reason, "--fine-tuning", str(arguments.presets)))
+    if not (_fine_tunes(arguments) or arguments.jobs == "only"):
+        own = {
+            "presets": arguments.presets,
+            "files": arguments.files,
+            "allow-webhook": " ".join(arguments.allow_webhook),
+        }
+        reason = "the fine-tuning API, which uses it, is not served"
+        problems += [Problem(f"--{name}", reason, "--fine-tuning", str(value)) for name, value in own.items() if value]
     if arguments.jobs == "elsewhere" and not _fine_tunes(arguments):
         problems.append(Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs))
     if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
@@ -419,8 +424,9 @@ def _parts(arguments: argparse.Namespace, state: Path) -> Parts:
     from dstune.serve.finetuning.jobs.build import Parts
     from dstune.serve.finetuning.jobs.presets import FILE
 
-    presets = arguments.presets or (state / FILE if (state / FILE).is_file() else None)
-    return Parts(presets, runs=arguments.jobs != "elsewhere")
+    if arguments.presets and not arguments.presets.is_file():
+        raise UserError(Problem("--presets", "there is no such file", value=str(arguments.presets)))
+    return Parts(arguments.presets or state / FILE, runs=arguments.jobs != "elsewhere")
 
 
 def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
@@ -428,7 +434,7 @@ def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
     from dstune.serve.finetuning.service import FineTuning
 
     database = opened_database(state, arguments.store, create=True)
-    api = FineTuning(database, state, parts=_parts(arguments, state))
+    api = FineTuning(database, state, _api_settings(arguments), _parts(arguments, state))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: api.jobs.end())
     print("looking after fine-tuning jobs", flush=True)

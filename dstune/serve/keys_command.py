@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dstune.core.arguments import VerbParser
@@ -33,17 +34,19 @@ def main(argv: list[str]) -> int:
         keys.revoke(arguments.name)
         print(json.dumps({"revoked": arguments.name}) if arguments.json else f"{arguments.name} is revoked")
     else:
-        _list(keys.all(), as_json=arguments.json)
+        _list(keys.all(), keys.organizations(), as_json=arguments.json)
     database.close()
     return EXIT_DONE
 
 
-def _list(rows: list, *, as_json: bool) -> None:
+def _list(rows: list, organizations: Mapping[str, str], *, as_json: bool) -> None:
+    """organizations: their ids by those of projects."""
     for row in rows:
         values = {
             "name": row.name,
             "id": row.id,
             "admin": row.admin,
+            "organization": organizations.get(row.project),
             "project": row.project,
             "role": row.role,
             "models": row.models,

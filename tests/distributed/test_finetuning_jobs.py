@@ -76,8 +76,9 @@ def server(tmp_path_factory, base):
 
 
 def test_from_an_upload_to_an_answer_of_the_tuned_model(server, tmp_path):
-    """Ten rows, batches of three, two epochs: eight steps, checkpoints at 4 and 8 (groups 1 and 11)."""
-    client = server.client(max_retries=2)
+    """Ten rows, batches of three, two epochs: eight steps, checkpoints at 4 and 8 (groups 1 and 11). Every answer has the types
+    that the client knows."""
+    client = server.client(max_retries=2, _strict_response_validation=True)
     data = chat_rows(tmp_path / "rows.jsonl", 10)
     data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes() + b"\n")  # a byte-order mark and a blank line
     held_out = uploaded(client, chat_rows(tmp_path / "held_out.jsonl", 6, seed=1))
@@ -208,6 +209,11 @@ def test_pairs(server, tmp_path):
     steps = [event.data for event in client.fine_tuning.jobs.list_events(job.id) if event.type == "metrics"]
     assert [step["step"] for step in steps] == [2, 1]
     assert "train_reward_margin" in steps[0]
+    asked = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 8, "temperature": 0}
+    answer = client.chat.completions.create(model=job.fine_tuned_model, **asked)
+    assert (answer.model, answer.usage.completion_tokens) == (job.fine_tuned_model, 8)
+    plain = client.chat.completions.create(model="tiny", **asked).choices[0].message.content
+    assert answer.choices[0].message.content != plain
 
 
 def test_bad_rows_fail_the_job_with_their_line(server, tmp_path):

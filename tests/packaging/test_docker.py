@@ -72,6 +72,18 @@ def test_the_nodes_of_the_compose_file_are_those_of_its_hostfile() -> None:
     assert (ROOT / "docker" / content["services"]["node1"]["build"]["dockerfile"].split("/")[-1]).is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["compose.yaml", "serve/compose.yaml", "serve/finetuning.yaml"])
+def test_compose_files_keep_their_schema(file: str) -> None:
+    compose = shutil.which("docker-compose")
+    if compose is None:
+        pytest.skip("docker-compose is not installed (apt-get install docker-compose)")
+    given = {name: f"/given/{name.lower()}" for name in ("RUN", "MODELS", "BASE", "ENGINE_KEY")}
+    command = [compose, "-f", str(DOCKER / file), "config", "--quiet"]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_verb_takes() -> None:
     from dstune.serve import command
     from dstune.serve.engines.remote import check_address

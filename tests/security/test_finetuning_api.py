@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from dstune.serve.finetuning.addresses import PublicResolver
+from dstune.serve.server import BoundedHttp
 from tests.support.finetuning import cloud
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -74,9 +75,18 @@ def refused_bytes(url: str, key: str, size: int) -> tuple[bytes, int]:
     return answer, sent
 
 
-def test_group_7_a_gigabyte_without_a_key_is_not_read(tmp_path):
+def test_group_7_a_gigabyte_without_a_key_is_not_read(tmp_path, monkeypatch):
+    read, usual = [0], BoundedHttp.data_received
+
+    def counted(self, data):
+        read[0] += len(data)
+        usual(self, data)
+
+    monkeypatch.setattr(BoundedHttp, "data_received", counted)
+
     async def test(found):
         answer, sent = await asyncio.to_thread(refused_bytes, found.url, "nothing", 1 << 30)
+        assert read[0] < 1 << 20, read
         assert b"401 Unauthorized" in answer and b"x-request-id" in answer
         # What the kernel's buffers of both ends take is sent, but never read by the server.
         assert sent < 8 << 20, sent

@@ -1,8 +1,10 @@
-"""The official client as programs use it, unmodified, the newest and the last of version 1, against jobs that are stubs."""
+"""The official client as programs use it, unmodified, the newest and the last of version 1, and npm's, against jobs that are
+stubs: group 1 of the demands on the API."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,4 +30,18 @@ def test_a_published_recipe_runs_with_two_changed_lines(tmp_path, version):
     with stub_server(tmp_path) as (url, key):
         command = [sys.executable, str(FLOW), url, key, str(rows), str(rows)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_npm(tmp_path):
+    tmp_path.chmod(0o700)
+    folder = os.environ.get("DSTUNE_NPM", "")
+    if shutil.which("node") is None or not (Path(folder) / "node_modules" / "openai").is_dir():
+        pytest.skip("needs node, and DSTUNE_NPM=FOLDER after `npm install --prefix FOLDER openai`")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(ROW * 12)
+    with stub_server(tmp_path) as (url, key):
+        command = ["node", str(FLOW.with_name("npm_finetuning.mjs")), folder, url, key, str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr

@@ -184,7 +184,7 @@ def test_group_4_every_error_has_the_shape_of_the_api(tmp_path):
              "expires_after.seconds", None),
             ({"file": ROW, "purpose": "batch", "expires_after": {"anchor": "created_at", "seconds": "1e4"}},
              "expires_after.seconds", None),
-            ({"file": ("a" * 600, ROW), "purpose": "batch"}, "filename", None),
+            ({"file": ("a" * 600, ROW), "purpose": "batch"}, "filename", "invalid_value"),
         )  # fmt: skip
         for given, param, code in cases:
             with pytest.raises(openai.BadRequestError) as caught:
@@ -212,6 +212,8 @@ def test_group_4_every_error_has_the_shape_of_the_api(tmp_path):
             assert answer.status_code == 400, (content, answer.text)
             assert set(answer.json()) == {"error"}
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        for path, status in (("/v1/files?purpose=%00", 400), ("/v1/files?a%00=1", 400), ("/v1/files/%00", 404)):
+            assert (await raw.get(path)).status_code == status  # PostgreSQL takes no NUL
         assert contents(found) == []
         assert not list((found.folder / "finetuning" / "tmp").iterdir())
 
@@ -231,6 +233,11 @@ def test_a_file_that_is_too_large_and_a_project_that_is_full(tmp_path):
         assert caught.value.response.headers["x-should-retry"] == "false"
         await client.files.create(file=b"x" * 2000, purpose="batch")  # the same bytes once more need no space
         assert len(contents(found)) == 1
+        upload = await client.uploads.create(filename="a", purpose="batch", bytes=900, mime_type="text/plain")
+        await client.uploads.parts.create(upload.id, data=b"z" * 900)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await client.uploads.parts.create(upload.id, data=b"z" * 900)
+        assert caught.value.code == "insufficient_quota"
 
     run(test, tmp_path, api={"file_bytes": 2000, "project_bytes": 3000})
 

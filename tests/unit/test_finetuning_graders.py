@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 
 import openai
 import pytest
@@ -109,6 +110,19 @@ def test_group_12_fuzzy_match_and_limits():
     assert graded(similar("rouge_l"))["reward"] == 1.0
     long = Sample("a " * 15_000, {})
     assert flags(graded(similar("rouge_l"), long)) == ["truncated_observation_error"]
+    long = Sample("a " * 3_000, {})
+    assert flags(graded(similar("fuzzy_match"), long)) == ["truncated_observation_error"]
+    assert flags(graded(similar("rouge_l"), long)) == []
+    repeated = {**CHECK, "operation": "eq", "input": "{{ sample.output_text }}" * 1000}
+    assert flags(graded(repeated, long)) == ["truncated_observation_error"]
+
+
+@pytest.mark.parametrize("text", ["{{" * 50_000, "{{ item.x" * 10_000, "{" * 100_000, "{{ item.x }" * 9_000])
+def test_group_12_braces_are_read_at_once(text):
+    began = time.process_time()
+    with pytest.raises(ApiError, match="begins no variable"):
+        check_grader({**CHECK, "operation": "eq", "input": text})
+    assert time.process_time() - began < 1.0
 
 
 def test_group_12_multi_as_map_list_and_single():
@@ -132,7 +146,7 @@ def test_group_12_multi_as_map_list_and_single():
     [
         ("1 + 2 * 3", 7), ("2 ^ 3 ^ 2", 512), ("-2 ^ 2", -4), ("2 ^ -1", 0.5), ("(1 + 2) * 3", 9), ("10 / 4 / 5", 0.5),
         ("1 - 2 - 3", -4), ("max(a, b, 0.9)", 0.9), ("floor(a * 10) + ceil(b)", 6), ("abs(-a)", 0.5), ("1e-1 + .5", 0.6),
-        ("sqrt(exp(log(b * 16)))", 2), ("--a", 0.5), ("min(a)", 0.5), ("a^b", 0.5**0.25),
+        ("1" + "+1" * 999, 1000), ("sqrt(exp(log(b * 16)))", 2), ("--a", 0.5), ("min(a)", 0.5), ("a^b", 0.5**0.25),
     ],
 )  # fmt: skip
 def test_group_12_formulas(text, value):

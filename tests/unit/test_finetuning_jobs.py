@@ -1,4 +1,6 @@
-"""What stands around a job: its request, hyperparameters, rows, presets, configuration, and whose turn it is."""
+"""What stands around a job: its request, hyperparameters, rows, presets, configuration, and whose turn it is. Of the demands on the
+API: group 11 (the arithmetic of "auto") and group 13 (SLURM: an answer of `sbatch` that was lost, jobs that are preempted or gone).
+"""
 
 from __future__ import annotations
 
@@ -61,6 +63,8 @@ def test_what_a_request_may_leave_out():
         ({"seed": -1}, "seed"),
         ({"seed": 2**31}, "seed"),
         ({"seed": True}, "seed"),
+        ({"seed": 10**400}, "seed"),
+        ({"hyperparameters": {"n_epochs": 10**400}}, "hyperparameters.n_epochs"),
         ({"seed": 1.5}, "seed"),
         ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs"),

@@ -75,6 +75,8 @@ BAD = [
      "messages[1].tool_calls[0].function.arguments", "as a text"),
     (chat(ASKED, {**CALLED, "tool_calls": [{**CALL, "function": {"name": "look", "arguments": "{"}}]}, tools=[TOOL]),
      "messages[1]", "not JSON"),
+    (chat(ASKED, {"role": "assistant", "content": None, "function_call": {"name": "gone", "arguments": "{}"}},
+          functions=[TOOL["function"]]), "messages[1].function_call.name", "not among the functions"),
     (chat(ASKED, CALLED, {**RESULT, "tool_call_id": "x"}, ANSWER, tools=[TOOL]), "messages[2].tool_call_id", "no call"),
     (chat(ASKED, {**CALLED, "tool_calls": [CALL, {**CALL, "id": "2"}]}, RESULT, ANSWER, tools=[TOOL],
           parallel_tool_calls=False), "messages[1]", "calls 2 tools"),
@@ -109,6 +111,15 @@ def test_group_10_a_bad_row_is_named(tmp_path, row, field, reason):
         ({**PAIR, "non_preferred_output": [ANSWER]}, "", "the same"),
         ({"input": {"messages": [ASKED]}, "preferred_output": [ANSWER]}, "non_preferred_output", "missing"),
         ({**PAIR, "input": [ASKED]}, "input", "object"),
+        (
+            {
+                **PAIR,
+                "input": {"messages": [ASKED], "tools": [TOOL], "parallel_tool_calls": False},
+                "preferred_output": [{**CALLED, "tool_calls": [CALL, {**CALL, "id": "2"}]}],
+            },
+            "preferred_output[0].tool_calls",
+            "several calls",
+        ),
     ],
 )
 def test_group_10_bad_pairs(tmp_path, row, field, reason):

@@ -22,7 +22,7 @@ from dstune.serve.finetuning.jobs.reconciler import Machine
 from dstune.serve.finetuning.tables import Delivery, Secret, Usage
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.store.database import Database
-from dstune.serve.store.keys import Keys
+from dstune.serve.store.keys import Keys, Limit
 from tests.support.finetuning import cloud
 from tests.support.jobs import StubLauncher, StubPlans
 from tests.support.serving import listening
@@ -69,6 +69,7 @@ async def until(check, seconds=20.0):
         "https://user:word@example.org/", "https://example.org/#x", "https://localhost/", "https://a.localhost/",
         "https://exa mple.org/", "https://example.org:0/", "https://example.org:99999/", "https://bücher.example/", "x" * 3000,
         "https://[::1", 5, None, "https://0.0.0.0/", "https://224.0.0.1/", "https://[fe80::1%25eth0]/",
+        "https://2130706433/", "https://127.1/", "https://0x7f.1/", "https://127.0.0.1./", "https://a.0x7f000001/",
     ],
 )  # fmt: skip
 def test_addresses_that_no_webhook_may_have(url):
@@ -127,6 +128,10 @@ def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
                 with found.api.database.session() as session:
                     assert made.signing_secret not in str(session.query(Delivery).one().body)
                 kept = await client.webhooks.rotate_secret(made.id, keep_old_secret_active_for_24_hours=True)
+                again = await client.webhooks.rotate_secret(
+                    made.id, keep_old_secret_active_for_24_hours=True, extra_headers=lost
+                )
+                assert again.signing_secret == kept.signing_secret
                 tested = await client.webhooks.test(made.id, event_type="batch.completed")
                 assert tested.status_code == 200
                 headers, body = receiver.seen[-1]
@@ -149,7 +154,12 @@ def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
                 ):  # fmt: skip
                     with pytest.raises(openai.BadRequestError):
                         await client.webhooks.create(**{"name": "a", "url": f"{url}/", "event_types": kinds} | given)
+                raw = found.http(**{"content-type": "application/json"})
+                for body in (rb'{"name": "\ud800"}', rb'{"name": "\u0000"}'):
+                    refused = await raw.post(f"/v1/webhook_endpoints/{made.id}", content=body)
+                    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name")
                 assert (await client.webhooks.delete(made.id)).deleted
+                assert (await client.webhooks.delete(made.id, extra_headers=lost)).deleted
                 with pytest.raises(openai.NotFoundError):
                     await client.webhooks.retrieve(made.id)
 
@@ -341,6 +351,72 @@ def test_a_batch_whose_day_is_over_and_one_whose_key_is_revoked(tmp_path, monkey
         made = await client.batches.create(**given)
         failed = await ended(client, made.id)
         assert (failed.status, failed.errors.data[0].code) == ("failed", "invalid_api_key")
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_batches_of_several_projects_are_answered_beside_each_other(tmp_path):
+    async def test(found):
+        client, other = found.openai(), found.openai(found.other)
+        found.stub.seconds = 0.05
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        long = requests(*[chat("a b c d e f g h")] * 60)
+        file = (await client.files.create(file=long, purpose="batch")).id
+        mine = [(await client.batches.create(**given, input_file_id=file)).id for _ in range(5)]
+        short = (await other.files.create(file=requests(chat("a")), purpose="batch")).id
+        theirs = (await other.batches.create(**given, input_file_id=short)).id
+        # Four are worked on at a time; whose project has none is next.
+        await client.batches.cancel(mine[0])
+        assert (await ended(other, theirs)).status == "completed"
+        assert (await client.batches.retrieve(mine[4])).status == "validating"
+        for batch in mine:
+            await client.batches.cancel(batch)
+        for batch in mine:
+            await ended(client, batch)
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_a_batch_has_the_limits_of_its_key_and_ends_with_it(tmp_path):
+    async def test(found):
+        keys = found.gateway.keys
+        client = found.openai(keys.add("poor", limit=Limit(tokens_per_day=20)))
+        file = (await client.files.create(file=requests(*[chat("a b c d e f")] * 40), purpose="batch")).id
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file}
+        made = await client.batches.create(**given)
+        await until(lambda: found.stub.finished >= 3)
+        await asyncio.sleep(1.0)
+        assert found.stub.finished <= 3 + 4  # each answer has 7 tokens, and four are asked for at once
+        keys.revoke("poor")
+        done = await ended(found.openai(), made.id)
+        assert (done.status, done.errors.data[0].code) == ("failed", "invalid_api_key")
+        assert not list((tmp_path / "finetuning" / "batches").iterdir())
+        raw = found.http(**{"content-type": "application/json"})
+        for name in (rb"\ud800", rb"\u0000"):
+            body = b'{"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": "%s"}' % name
+            assert (await raw.post("/v1/batches", content=body)).status_code == 400
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_a_line_that_the_server_cannot_answer_is_an_error_of_its_own(tmp_path, monkeypatch):
+    async def test(found):
+        usual = found.gateway.inference.model_of
+
+        def model_of(request, name):
+            if name == "broken":
+                raise RuntimeError("/secret/path")
+            return usual(request, name)
+
+        monkeypatch.setattr(found.gateway.inference, "model_of", model_of)
+        client = found.openai()
+        bodies = [chat("a"), chat("b", model="broken"), chat("c")]
+        file = (await client.files.create(file=requests(*bodies), purpose="batch")).id
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file}
+        done = await ended(client, (await client.batches.create(**given)).id)
+        assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 2, 1)
+        error = json.loads((await client.files.content(done.error_file_id)).text)
+        assert (error["response"]["status_code"], "secret" in str(error)) == (500, False)
 
     run(test, tmp_path, models=["first"])
 

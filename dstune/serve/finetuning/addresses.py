@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 from collections.abc import Collection
 from urllib.parse import SplitResult, urlsplit
@@ -41,6 +42,8 @@ def checked_url(url: object, allowed: Collection[str]) -> str:
     if port == 0 or not parts.hostname.isascii():
         raise _refused("must have a host name of ASCII characters and a port that can be reached")
     host = parts.hostname
+    if _address(host) is None and _NUMERIC.search(host):
+        raise _refused("must have a host name, or an IP address in its usual form")
     if (_address(host) is not None and not is_public(host)) or host == "localhost" or host.endswith(".localhost"):
         raise _refused("must be an address of the internet")
     return url
@@ -68,6 +71,8 @@ def is_public(address: str) -> bool:
     return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
 
 
+_NUMERIC = re.compile(r"(^|\.)(\d+|0x[0-9a-f]*)\.?$")
+"""The end of an IPv4 address as sockets read it too: `127.1`, `2130706433`, `0x7f.1`."""
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
 
 

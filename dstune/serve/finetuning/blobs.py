@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 from dstune.core.errors import Problem, UserError
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.ids import new_id
+from dstune.serve.finetuning.jobs.folder import link
 
 CHUNK = 1 << 20
 STALE_SECONDS = 86_400
@@ -108,12 +108,14 @@ class Blobs:
             while chunk := file.read(CHUNK):
                 yield chunk
 
+    def size(self, blob: str) -> int | None:
+        """None where it is not there."""
+        path = self._path(blob)
+        return path.stat().st_size if path.is_file() else None
+
     def snapshot(self, blob: str, target: Path) -> None:
         """The bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
-        try:
-            os.link(self._path(blob), target)
-        except OSError:
-            shutil.copyfile(self._path(blob), target)
+        link(self._path(blob), target)
 
     def sweep(self, known: Iterable[str]) -> int:
         """Remove what no row of the database names, as a crash leaves it, when it is old enough that nobody is about to name
@@ -156,6 +158,12 @@ class RemoteBlobs(Blobs):
         with self._store.open(self._place(blob), "rb") as file:
             while chunk := file.read(CHUNK):
                 yield chunk
+
+    def size(self, blob: str) -> int | None:
+        try:
+            return int(self._store.size(self._place(blob)))
+        except FileNotFoundError:
+            return None
 
     def snapshot(self, blob: str, target: Path) -> None:
         self._store.get_file(self._place(blob), str(target))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from dstune.serve.errors import ApiError
 
 MOST_PAIRS, MOST_KEY, MOST_VALUE = 16, 64, 512
@@ -12,20 +14,25 @@ def checked_metadata(value: object, param: str = "metadata") -> dict[str, str] |
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_PAIRS:
-        raise ApiError(400, f"Invalid {param}: must be an object of at most {MOST_PAIRS} pairs.", param=param)
+        raise invalid(param, f"an object of at most {MOST_PAIRS} pairs")
     for name, text in value.items():
-        if not 0 < len(name) <= MOST_KEY or not _is_text(name):
-            raise ApiError(400, f"Invalid {param}: a key has 1 to {MOST_KEY} characters.", param=param)
-        if not isinstance(text, str) or len(text) > MOST_VALUE or not _is_text(text):
-            at = f"{param}.{name}"
-            raise ApiError(400, f"Invalid {at}: must be a text of at most {MOST_VALUE} characters.", param=at)
+        if not is_text(name, MOST_KEY):
+            raise invalid(param, f"pairs whose keys have 1 to {MOST_KEY} characters")
+        if text != "" and not is_text(text, MOST_VALUE):
+            raise invalid(f"{param}.{name}", f"a text of at most {MOST_VALUE} characters")
     return value
 
 
-def _is_text(text: str) -> bool:
-    """Half of a surrogate pair is none, and PostgreSQL keeps no NUL."""
+def is_text(value: object, most: int) -> TypeGuard[str]:
+    """Whether it is a text of 1 to `most` characters: half of a surrogate pair is none, and PostgreSQL keeps no NUL."""
+    if not isinstance(value, str) or not 0 < len(value) <= most:
+        return False
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError:
         return False
-    return "\0" not in text
+    return "\0" not in value
+
+
+def invalid(param: str, expected: str) -> ApiError:
+    return ApiError(400, f"Invalid {param}: must be {expected}.", param=param, code="invalid_value")

@@ -117,11 +117,7 @@ class Files:
         self._database.exclusive(session, f"blobs {project}")
         blob = session.scalar(select(Blob).where(Blob.project == project, Blob.sha256 == staged.sha256))
         if blob is None:
-            used = session.scalar(select(func.coalesce(func.sum(Blob.bytes), 0)).where(Blob.project == project)) or 0
-            if used + staged.size > self._settings.project_bytes:
-                message = f"The files of this project would have more than {self._settings.project_bytes} bytes."
-                headers = {"x-should-retry": "false"}
-                raise ApiError(429, message, code="insufficient_quota", headers=headers)
+            self.check_space(session, project, staged.size)
             blob = Blob(
                 id=staged.id, project=project, sha256=staged.sha256, bytes=staged.size, references=0,
                 created_at=unix_time(),
@@ -137,6 +133,14 @@ class Files:
         )  # fmt: skip
         session.add(row)
         return row
+
+    def check_space(self, session: Session, project: str, size: int) -> None:
+        """Raises ApiError where the project's space does not suffice for so many bytes more."""
+        used = session.scalar(select(func.coalesce(func.sum(Blob.bytes), 0)).where(Blob.project == project)) or 0
+        if used + size > self._settings.project_bytes:
+            message = f"The files of this project would have more than {self._settings.project_bytes} bytes."
+            headers = {"x-should-retry": "false"}
+            raise ApiError(429, message, code="insufficient_quota", headers=headers)
 
     def sweep(self) -> None:
         """Delete what has expired, and bytes that no row names."""

@@ -13,6 +13,7 @@ from python_multipart.multipart import parse_options_header
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.blobs import CHUNK, Blobs, Staged
+from dstune.serve.finetuning.fields import invalid, is_text
 from dstune.serve.gateway.request import Request
 
 if TYPE_CHECKING:
@@ -38,8 +39,7 @@ async def read_form(
     request: Request, blobs: Blobs, *, file: str, fields: Collection[str], most: int, prefix: str = "blob-"
 ) -> Form:
     """The body of a request. file: the name of the part that is one; most: its bytes; prefix: of the id under which they are
-    stored. Raises ApiError, ClientGone; the disk
-    is as before then."""
+    stored. Raises ApiError, ClientGone; the disk is as before then."""
     kind, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
@@ -205,15 +205,6 @@ def _label(value: bytes) -> str:
 
 def checked_filename(name: object) -> str:
     """Raises ApiError for what is none."""
-    if not isinstance(name, str) or not 0 < len(name) <= 512 or "\0" in name or not _encodable(name):
-        raise ApiError(400, "Invalid filename: must be a text of 1 to 512 characters.", param="filename")
+    if not is_text(name, 512):
+        raise invalid("filename", "a text of 1 to 512 characters")
     return name
-
-
-def _encodable(text: str) -> bool:
-    """Half of a surrogate pair is no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -45,6 +45,24 @@ class Used:
     line_item: str = ""
 
 
+@dataclass
+class Total:
+    """Of a bucket and group."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    requests: int = 0
+    device_seconds: float = 0.0
+    cost: float = 0.0
+
+    def add(self, used: Used) -> None:
+        self.input_tokens += used.input_tokens
+        self.output_tokens += used.output_tokens
+        self.requests += used.requests
+        self.device_seconds += used.device_seconds
+        self.cost += used.cost
+
+
 @dataclass(frozen=True)
 class Question:
     """What a request for usage asks."""
@@ -116,7 +134,7 @@ class Organizations:
         request: Request,
         question: Question,
         source: Callable[[Session, Question], Iterable[Used]],
-        result: Callable[[Sequence[Used]], dict[str, Any]],
+        result: Callable[[Total], dict[str, Any]],
     ) -> None:
         await request.answer(await asyncio.to_thread(self._buckets, question, source, result))
 
@@ -124,20 +142,21 @@ class Organizations:
         self,
         question: Question,
         source: Callable[[Session, Question], Iterable[Used]],
-        result: Callable[[Sequence[Used]], dict[str, Any]],
+        result: Callable[[Total], dict[str, Any]],
     ) -> dict[str, Any]:
         until = min(question.end, question.start + question.width * question.count)
-        groups: dict[int, dict[tuple[str, ...], list[Used]]] = defaultdict(lambda: defaultdict(list))
+        groups: dict[int, dict[tuple[str, ...], Total]] = defaultdict(lambda: defaultdict(Total))
         with self._database.session() as session:
             for used in source(session, question):
                 if question.counts(used):
                     index = (used.at - question.start) // question.width
-                    groups[index][tuple(_group(used, name) for name in question.group_by)].append(used)
+                    groups[index][tuple(_group(used, name) for name in question.group_by)].add(used)
         data = []
         for start in range(question.start, until, question.width):
             found = groups.get((start - question.start) // question.width, {})
             results = [
-                result(used) | dict(zip(question.group_by, names, strict=True)) for names, used in sorted(found.items())
+                result(total) | dict(zip(question.group_by, names, strict=True))
+                for names, total in sorted(found.items(), key=lambda one: one[0])
             ]
             end = min(start + question.width, question.end)
             data.append({"object": "bucket", "start_time": start, "end_time": end, "results": results})
@@ -147,7 +166,9 @@ class Organizations:
     def _answers(self, session: Session, question: Question) -> Iterable[Used]:
         until = min(question.end, question.start + question.width * question.count)
         query = (
-            select(AnswerRow, Key.project)
+            select(
+                AnswerRow.created, AnswerRow.key, AnswerRow.model, AnswerRow.tokens, AnswerRow.input_tokens, Key.project
+            )
             .join(Key, Key.id == AnswerRow.key)
             .join(Project, Project.id == Key.project)
             .where(
@@ -156,11 +177,12 @@ class Organizations:
                 AnswerRow.created < _moment(until),
                 AnswerRow.status.between(200, 299),
             )
+            .execution_options(yield_per=1000)
         )
-        for row, project in session.execute(query):
+        for row in session.execute(query):
             created = row.created if row.created.tzinfo else row.created.replace(tzinfo=datetime.UTC)
             output = max(row.tokens - row.input_tokens, 0)
-            yield Used(int(created.timestamp()), project, row.key, row.model, row.input_tokens, output, 1)
+            yield Used(int(created.timestamp()), row.project, row.key, row.model, row.input_tokens, output, 1)
 
     def _jobs(self, session: Session, question: Question) -> Iterable[Used]:
         until = min(question.end, question.start + question.width * question.count)
@@ -258,30 +280,30 @@ def _group(used: Used, name: str) -> str:
     return str(getattr(used, {"project_id": "project", "api_key_id": "key"}.get(name, name)))
 
 
-def _completion_result(used: Sequence[Used]) -> dict[str, Any]:
+def _completion_result(total: Total) -> dict[str, Any]:
     return {
         "object": "organization.usage.completions.result",
-        "input_tokens": sum(one.input_tokens for one in used),
-        "output_tokens": sum(one.output_tokens for one in used),
-        "num_model_requests": sum(one.requests for one in used),
+        "input_tokens": total.input_tokens,
+        "output_tokens": total.output_tokens,
+        "num_model_requests": total.requests,
         **dict.fromkeys(("project_id", "api_key_id", "model", "user_id")),
     }
 
 
-def _training_result(used: Sequence[Used]) -> dict[str, Any]:
+def _training_result(total: Total) -> dict[str, Any]:
     return {
         "object": "organization.usage.fine_tuning.result",
-        "trained_tokens": sum(one.input_tokens for one in used),
-        "device_seconds": sum(one.device_seconds for one in used),
-        "num_jobs": sum(one.requests for one in used),
+        "trained_tokens": total.input_tokens,
+        "device_seconds": total.device_seconds,
+        "num_jobs": total.requests,
         **dict.fromkeys(("project_id", "api_key_id", "model")),
     }
 
 
-def _cost_result(used: Sequence[Used]) -> dict[str, Any]:
+def _cost_result(total: Total) -> dict[str, Any]:
     return {
         "object": "organization.costs.result",
-        "amount": {"value": sum(one.cost for one in used), "currency": CURRENCY},
+        "amount": {"value": total.cost, "currency": CURRENCY},
         **dict.fromkeys(("project_id", "api_key_id", "line_item")),
     }
 

@@ -203,6 +203,8 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
         if len(output) != 1 or output[0]["role"] != "assistant":
             raise FieldError(name, "must be one message of the assistant")
         _check_calls(output, tools, name)
+        if given.get("parallel_tool_calls") is False and len(output[0].get("tool_calls") or ()) > 1:
+            raise FieldError(f"{name}[0].tool_calls", "has several calls, and parallel_tool_calls is false")
         answers[name] = output
     made: dict[str, Any] = {
         "prompt": messages,
@@ -301,6 +303,11 @@ def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: s
     called: set[str] = set()
     for number, message in enumerate(messages):
         at = f"{name}[{number}]"
+        earlier = message.get("function_call")
+        if isinstance(earlier, dict) and earlier.get("name") not in tools:
+            raise FieldError(
+                f"{at}.function_call.name", f"{earlier.get('name')!r:.60} is not among the functions of the row"
+            )
         for index, call in enumerate(message.get("tool_calls") or ()):
             place = f"{at}.tool_calls[{index}]"
             function = call.get("function") if isinstance(call, dict) else None

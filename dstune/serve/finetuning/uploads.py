@@ -142,6 +142,9 @@ class Uploads:
             # Parts may be sent again, and then lie there twice until the list at the end names one.
             if count >= MOST_PARTS or size + staged.size > 2 * upload.bytes + self._settings.part_bytes:
                 raise ApiError(400, "The parts have more bytes than the upload.", param="data", code="upload_too_large")
+            parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
+            held = session.scalar(parts.where(Upload.project == upload.project)) or 0
+            self._files.check_space(session, upload.project, held + staged.size)
             part = Part(id=staged.id, upload=upload.id, bytes=staged.size, created_at=unix_time())
             session.add(part)
             session.flush()

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import Collection, Mapping
@@ -17,10 +18,12 @@ import aiohttp
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from dstune.core.errors import DstuneError
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.addresses import checked_url, is_allowed, outward_session
-from dstune.serve.finetuning.creations import Attempt
+from dstune.serve.finetuning.creations import Attempt, is_repetition
+from dstune.serve.finetuning.fields import is_text
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.tables import Delivery, WebhookEndpoint
@@ -29,6 +32,8 @@ from dstune.serve.finetuning.vault import Vault
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
+
+log = logging.getLogger("dstune.serve")
 
 EVENT_TYPES = (
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
@@ -80,13 +85,15 @@ class Webhooks:
 
     async def rotate(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json() if request.header("content-length") not in ("", "0") else {}
+        has_body = request.header("content-length") not in ("", "0") or request.header("transfer-encoding")
+        body = await request.json() if has_body else {}
         only_keys(body, ("keep_old_secret_active_for_24_hours",))
         keep = body.get("keep_old_secret_active_for_24_hours", False)
         if not isinstance(keep, bool):
             name = "keep_old_secret_active_for_24_hours"
             raise ApiError(400, f"Invalid {name}: must be true or false.", param=name)
-        row, secret = await asyncio.to_thread(self._rotate, request, keep)
+        attempt = Attempt.of(request, "webhook_rotations", f"{request.parameters['endpoint']} {keep}")
+        row, secret = await asyncio.to_thread(self._rotate, request, attempt, keep)
         await request.answer(described_endpoint(row) | {"signing_secret": secret})
 
     async def test(self, gateway: Gateway, request: Request) -> None:
@@ -133,7 +140,11 @@ class Webhooks:
         sealed = [row.secret]
         if row.old_secret is not None and (row.old_until or 0) > unix_time():
             sealed.append(row.old_secret)
-        signatures = [sign(self._vault.open(secret), event, timestamp, body) for secret in sealed]
+        try:
+            signatures = [sign(self._vault.open(secret), event, timestamp, body) for secret in sealed]
+        except DstuneError as error:
+            log.error("an event of %s cannot be signed: %s", row.id, error)
+            return None
         headers = {
             "content-type": "application/json",
             "user-agent": "dstune-webhooks",
@@ -159,7 +170,7 @@ class Webhooks:
         if complete and (absent := [name for name in names if body.get(name) is None]):
             raise _wrong(absent[0], "is missing")
         values = {name: body[name] for name in names if body.get(name) is not None}
-        if "name" in values and not (isinstance(values["name"], str) and 0 < len(values["name"]) <= 256):
+        if "name" in values and not is_text(values["name"], 256):
             raise _wrong("name", "must be a text of 1 to 256 characters")
         if "url" in values:
             checked_url(values["url"], self.allowed)
@@ -192,15 +203,16 @@ class Webhooks:
             audit.note(session, request, "webhook.created", row.id, url=values["url"])
         return row, secret
 
-    def _named(self, session: Session, request: Request) -> WebhookEndpoint:
+    def _named(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
         assert request.caller is not None
-        return self._of(session, request.caller.project, request.parameters["endpoint"])
+        return self._of(session, request.caller.project, request.parameters["endpoint"], deleted=deleted)
 
     @staticmethod
-    def _of(session: Session, project: str, name: str) -> WebhookEndpoint:
-        mine = (WebhookEndpoint.project == project, WebhookEndpoint.deleted_at.is_(None))
-        row = session.scalar(select(WebhookEndpoint).where(*mine, WebhookEndpoint.id == name))
-        if row is None:
+    def _of(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
+        """deleted: whether it may be a deleted one. Raises ApiError where there is none."""
+        query = select(WebhookEndpoint).where(WebhookEndpoint.project == project, WebhookEndpoint.id == name)
+        row = session.scalar(query)
+        if row is None or (row.deleted_at is not None and not deleted):
             raise ApiError(404, f"No such webhook endpoint: {name[:128]}", param="id", code="webhook_not_found")
         return row
 
@@ -225,10 +237,14 @@ class Webhooks:
                 audit.note(session, request, "webhook.updated", row.id, **changed)
         return row
 
-    def _rotate(self, request: Request, keep: bool) -> tuple[WebhookEndpoint, str]:
+    def _rotate(self, request: Request, attempt: Attempt, keep: bool) -> tuple[WebhookEndpoint, str]:
         secret = new_secret()
         with self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {attempt.project}")
             row = self._named(session, request)
+            if attempt.found(session):  # rotated once more, the secret that receivers know would be gone
+                return row, self._vault.open(row.secret)
+            attempt.record(session, row.id)
             row.old_secret, row.old_until = (row.secret, unix_time() + OLD_SECRET_SECONDS) if keep else (None, None)
             row.secret, row.hint, row.updated_at = self._vault.seal(secret), f"whsec_…{secret[-4:]}", unix_time()
             audit.note(session, request, "webhook.rotated", row.id)
@@ -236,9 +252,10 @@ class Webhooks:
 
     def _delete(self, request: Request) -> None:
         with self._database.writing.begin() as session:
-            row = self._named(session, request)
-            row.deleted_at, row.url, row.old_secret = unix_time(), "", None
-            audit.note(session, request, "webhook.deleted", row.id)
+            row = self._named(session, request, deleted=is_repetition(request.header("x-stainless-retry-count")))
+            if row.deleted_at is None:
+                row.deleted_at, row.url, row.old_secret = unix_time(), "", None
+                audit.note(session, request, "webhook.deleted", row.id)
 
 
 def new_secret() -> str:

@@ -162,6 +162,8 @@ class Gateway:
         if found is not None:
             return found
         others = set()
+        if "\0" in request.path:  # no id has one, and PostgreSQL takes none
+            raise ApiError(404, "There is no such route.", code="unknown_url")
         for pattern, route in self._patterns:
             match = pattern.fullmatch(request.path)
             if match is None:

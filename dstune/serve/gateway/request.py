@@ -105,9 +105,12 @@ class Request:
 
     def _parameters(self) -> list[tuple[str, str]]:
         try:
-            return parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
+            found = parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
         except ValueError:
-            raise ApiError(400, "The query is not valid.") from None
+            found = [("\0", "")]
+        if any("\0" in name or "\0" in value for name, value in found):
+            raise ApiError(400, "The query is not valid.")
+        return found
 
     # -- body
 

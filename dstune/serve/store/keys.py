@@ -153,6 +153,11 @@ class Keys:
                 session.add(found)
             return found.id
 
+    def organizations(self) -> dict[str, str]:
+        """The ids of organizations by those of their projects."""
+        with self._database.session() as session:
+            return {row.id: row.organization for row in session.scalars(select(Project))}
+
     def all(self) -> list[Key]:
         with self._database.session() as session:
             return list(session.scalars(select(Key).order_by(Key.created)))

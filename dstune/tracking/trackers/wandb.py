@@ -49,6 +49,10 @@ class WandbConfig:
     """`online` falls back to `offline` where no key is found; never prompts."""
     entity: str | None = setting(None, signed=True)
     """Account or team."""
+    name: str | None = None
+    """Of the run there; `run.name` when null."""
+    id: str | None = setting(None, signed=True)
+    """Of the run there; drawn when null."""
 
 
 @tracker
@@ -69,7 +73,8 @@ class Wandb(Tracker):
 
     @classmethod
     def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
-        return {"tracking.wandb.entity": tracking.wandb.entity}
+        own = tracking.wandb
+        return {"tracking.wandb.entity": own.entity, "tracking.wandb.name": own.name, "tracking.wandb.id": own.id}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:
@@ -77,8 +82,8 @@ class Wandb(Tracker):
 
     @classmethod
     def without_effect(cls, tracking: TrackingConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-        if not cls.enabled(tracking):
-            yield "tracking.wandb.entity", ("W&B is off", "tracking.wandb.mode=online")
+        for key in () if cls.enabled(tracking) else ("entity", "name", "id"):
+            yield f"tracking.wandb.{key}", ("W&B is off", "tracking.wandb.mode=online")
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
@@ -181,7 +186,7 @@ class Wandb(Tracker):
             group=tracking.group,
             job_type="train",
             tags=[tag[:MAX_TAG_CHARACTERS] for tag in to_dict(tracking.tags)],
-            name=self._config.run.name,
+            name=tracking.wandb.name or self._config.run.name,
             notes=to_dict(tracking.notes),
             config=to_dict(self._config),
             resume="allow" if mode is WandbMode.online else None,
@@ -205,8 +210,9 @@ class Wandb(Tracker):
         )
 
     def _run_id(self) -> str:
-        if not self._id.exists():
-            files.write(self._id, secrets.token_hex(8))
+        given = self._config.tracking.wandb.id
+        if given is not None or not self._id.exists():
+            files.write(self._id, given or secrets.token_hex(8))
         return files.read_plain(self._id).decode().strip()
 
     def _remove_older(self) -> None:

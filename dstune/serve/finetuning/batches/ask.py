@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
+from dstune.core.errors import UserError
 from dstune.serve.asgi import Message, dumps
+from dstune.serve.engines.base import EngineDown
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import INFERENCE
 from dstune.serve.store.keys import Caller
+
+log = logging.getLogger("dstune.serve")
 
 BUSY = (429, 503)
 """Answers after which a request is put again."""
@@ -23,13 +28,25 @@ async def ask(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any])
     while True:
         request, answer = _request(gateway, caller, path, body)
         try:
+            await gateway.admission.check_rate(caller)
             await gateway.inference(request, path, INFERENCE[path])
+            return {"status_code": request.status, "request_id": request.id, "body": json.loads(bytes(answer))}
         except ApiError as error:
-            if error.status in BUSY:
-                await asyncio.sleep(PAUSE_SECONDS)
-                continue
-            return {"status_code": error.status, "request_id": request.id, "body": json.loads(error.body())}
-        return {"status_code": request.status, "request_id": request.id, "body": json.loads(bytes(answer))}
+            if error.status not in BUSY:
+                return _failed(request, error)
+        except EngineDown:
+            pass  # it is started again
+        except UserError as error:
+            return _failed(request, ApiError(400, "; ".join(problem.reason for problem in error.problems)))
+        except Exception:
+            log.exception("%s: a request of a batch failed", request.id)
+            message = "The server failed to answer this request."
+            return _failed(request, ApiError(500, message, code="server_error"))
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _failed(request: Request, error: ApiError) -> dict[str, Any]:
+    return {"status_code": error.status, "request_id": request.id, "body": json.loads(error.body())}
 
 
 def _request(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any]) -> tuple[Request, bytearray]:

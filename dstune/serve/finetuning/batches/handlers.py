@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.creations import Attempt
-from dstune.serve.finetuning.fields import checked_metadata
+from dstune.serve.finetuning.fields import checked_metadata, is_text
 from dstune.serve.finetuning.files import Files, lifetime
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.tables import Batch
@@ -45,7 +45,7 @@ class Batches:
             raise ApiError(400, "This server serves no model.", param="endpoint", code="no_models")
         if body.get("completion_window") != "24h":
             raise ApiError(400, "Invalid completion_window: must be '24h'.", param="completion_window")
-        if not isinstance(body.get("input_file_id"), str):
+        if not is_text(body.get("input_file_id"), 128):
             raise ApiError(400, "Missing required field: 'input_file_id'.", param="input_file_id")
         checked_metadata(body.get("metadata"))
         seconds = lifetime(body.get("output_expires_after"), "batch")

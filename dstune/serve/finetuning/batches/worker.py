@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ WORKED_ON = ("validating", "in_progress", "finalizing", "cancelling")
 LEASE_SECONDS = 60.0
 AT_ONCE = 4
 """Requests of a batch."""
+BATCHES = 4
+"""That are worked on at a time."""
 LOOK_SECONDS = 1.0
 FILE_BYTES = 200_000_000
 
@@ -39,26 +42,40 @@ class BatchWorker:
     def __init__(self, database: Database, folder: Path, files: Files, webhooks: Webhooks, gateway: Gateway):
         self._database, self._folder, self._files, self._webhooks = database, folder, files, webhooks
         self._gateway, self._keys = gateway, Keys(database)
+        self._mine: set[str] = set()
+        """Batches that are worked on here."""
 
     async def run(self) -> None:
-        while True:
-            worked = False
-            try:
-                row = await asyncio.to_thread(self._claim)
-                if row is not None:
-                    worked = True
-                    await self._work(row)
-            except Exception:
-                log.exception("a batch could not be worked on; it is tried again")
-            if not worked:
-                await asyncio.sleep(LOOK_SECONDS)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                row = None
+                try:
+                    row = await asyncio.to_thread(self._claim) if len(self._mine) < BATCHES else None
+                except Exception:
+                    log.exception("batches could not be looked for; it is tried again")
+                if row is None:
+                    await asyncio.sleep(LOOK_SECONDS)
+                else:
+                    self._mine.add(row.id)
+                    group.create_task(self._take(row))
+
+    async def _take(self, row: Batch) -> None:
+        try:
+            await self._work(row)
+        except Exception:
+            log.exception("a batch could not be worked on; it is tried again")
+        finally:
+            self._mine.discard(row.id)
 
     def _claim(self) -> Batch | None:
+        """The oldest batch that nobody works on, of a project with as few at work as any."""
         now = time.time()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "batches")
-            query = select(Batch).where(Batch.status.in_(WORKED_ON), Batch.lease_until < now).order_by(Batch.number)
-            row = session.scalars(query.limit(1)).first()
+            rows = list(session.scalars(select(Batch).where(Batch.status.in_(WORKED_ON)).order_by(Batch.number)))
+            busy = Counter(row.project for row in rows if row.lease_until >= now)
+            free = [row for row in rows if row.lease_until < now and row.id not in self._mine]
+            row = min(free, key=lambda row: busy[row.project], default=None)
             if row is not None:
                 row.lease_until = now + LEASE_SECONDS
         return row
@@ -83,10 +100,11 @@ class BatchWorker:
         expired = False
         if row.status == "in_progress":
             caller = await asyncio.to_thread(self._keys.by_id, row.key)
-            if caller is None:
-                await asyncio.to_thread(self._fail, row, [LineError(None, "invalid_api_key", "The key was revoked.")])
-                return
-            row, expired = await self._answer(row, folder, caller)
+            if caller is not None:
+                row, expired = await self._answer(row, folder, caller)
+            if await asyncio.to_thread(self._keys.by_id, row.key) is None:
+                revoked = LineError(None, "invalid_api_key", "The key was revoked.")
+                row = await asyncio.to_thread(self._fail, row, [revoked])
         if row.status in ("in_progress", "finalizing", "cancelling"):
             await asyncio.to_thread(self._finalize, row, folder, expired)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -117,16 +135,20 @@ class BatchWorker:
         """Put what has no answer yet; the row as it is then, and whether its time ran out."""
         good = await asyncio.to_thread(Answers, folder / "output.jsonl")
         bad = await asyncio.to_thread(Answers, folder / "errors.jsonl")
-        lines = [
+        answered = good.ids | bad.ids
+        lines = (
             line
-            for line in await asyncio.to_thread(lambda: list(read_lines(folder / "input.jsonl", row.endpoint)))
-            if isinstance(line, Line) and line.custom_id not in good.ids | bad.ids
-        ][::-1]
-        expires = row.details["expires_at"]
+            for line in read_lines(folder / "input.jsonl", row.endpoint)
+            if isinstance(line, Line) and line.custom_id not in answered
+        )
+        expires, reading = row.details["expires_at"], asyncio.Lock()
 
         async def take() -> None:
-            while lines:
-                line = lines.pop()
+            while True:
+                async with reading:
+                    line = await asyncio.to_thread(next, lines, None)
+                if line is None:
+                    return
                 response = await ask(self._gateway, caller, row.endpoint, line.body)
                 answer = {"id": new_id("batch_req_"), "custom_id": line.custom_id, "response": response, "error": None}
                 answers = good if response["status_code"] < 400 else bad
@@ -136,6 +158,8 @@ class BatchWorker:
             while row.status == "in_progress" and unix_time() < expires:
                 await asyncio.sleep(LOOK_SECONDS)
                 await keep()
+                if await asyncio.to_thread(self._keys.by_id, row.key) is None:
+                    return  # it was revoked
 
         async def keep() -> None:
             nonlocal row

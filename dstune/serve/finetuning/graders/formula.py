@@ -9,6 +9,10 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from operator import add
+from operator import mul as multiply
+from operator import sub as subtract
+from operator import truediv as divide
 
 MOST_CHARACTERS = 2000
 MOST_DEPTH = 50
@@ -28,6 +32,8 @@ _FUNCTIONS: dict[str, tuple[Callable[..., float], int | None]] = {
 """Each with the number of its arguments; None for one or more."""
 
 Node = Callable[[Mapping[str, float]], float]
+Operation = Callable[[float, float], float]
+_OPERATIONS: dict[str, Operation] = {"+": add, "-": subtract, "*": multiply, "/": divide}
 
 
 class FormulaError(ValueError):
@@ -63,16 +69,25 @@ class Formula:
     # -- one method a rule of the grammar
 
     def _sum(self) -> Node:
-        left = self._product()
-        while (sign := self._take("+", "-")) is not None:
-            left = _operation(sign, left, self._product())
-        return left
+        return self._chain("+-", self._product)
 
     def _product(self) -> Node:
-        left = self._signed()
-        while (sign := self._take("*", "/")) is not None:
-            left = _operation(sign, left, self._signed())
-        return left
+        return self._chain("*/", self._signed)
+
+    def _chain(self, signs: str, operand: Callable[[], Node]) -> Node:
+        """Operands of one rank, from left to right: in a loop, since a long chain would be a deep recursion."""
+        first = operand()
+        others: list[tuple[Operation, Node]] = []
+        while (sign := self._take(*signs)) is not None:
+            others.append((_OPERATIONS[sign], operand()))
+
+        def value(values: Mapping[str, float]) -> float:
+            result = first(values)
+            for operation, node in others:
+                result = operation(result, node(values))
+            return result
+
+        return value if others else first
 
     def _signed(self) -> Node:
         self._depth += 1
@@ -150,15 +165,3 @@ def _tokens(text: str) -> list[str]:
         found.append(match[1] or match[2] or match[3])
         at = match.end()
     return found
-
-
-def _operation(sign: str, left: Node, right: Node) -> Node:
-    match sign:
-        case "+":
-            return lambda values: left(values) + right(values)
-        case "-":
-            return lambda values: left(values) - right(values)
-        case "*":
-            return lambda values: left(values) * right(values)
-        case _:
-            return lambda values: left(values) / right(values)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.graders.formula import Formula, FormulaError
-from dstune.serve.finetuning.graders.similarity import METRICS, MOST_CHARACTERS, REFUSED
+from dstune.serve.finetuning.graders.similarity import FUZZY_CHARACTERS, METRICS, MOST_CHARACTERS, REFUSED
 
 OPERATIONS = ("eq", "ne", "neq", "like", "ilike")
 ABSENT = {
@@ -23,8 +23,12 @@ ABSENT = {
 """Types that OpenAI has and this server refuses, with the reason."""
 MOST_GRADERS = 32
 MOST_TEMPLATE = 100_000
+MOST_RENDERED = 2_000_000
+"""Characters of a template with its variables replaced."""
 
-_VARIABLE = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+_VARIABLE = re.compile(r"\{\{([^{}]*)\}\}")
+_OTHER = re.compile(r"\{\{[^{}]{0,60}")
+"""What begins like one: neither looks behind a brace, so that a text of braces takes no longer than another one."""
 _PATH = re.compile(r"\s*(item|sample)((?:\.[A-Za-z_][\w-]*|\[\d{1,6}\])*)\s*", re.ASCII)
 _STEP = re.compile(r"\.([A-Za-z_][\w-]*)|\[(\d+)\]", re.ASCII)
 
@@ -111,7 +115,7 @@ def run_grader(grader: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
 
 def render(template: str, sample: Sample) -> str:
     """A template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
-    values = sample.values()
+    values, rest = sample.values(), MOST_RENDERED - len(template)
 
     def value_of(match: re.Match[str]) -> str:
         path = _PATH.fullmatch(match[1])
@@ -125,7 +129,12 @@ def render(template: str, sample: Sample) -> str:
                 value = value[int(index)] if index else value[name]
             except (KeyError, IndexError, TypeError):
                 raise GraderFailed("invalid_variable_error") from None
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        nonlocal rest
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        rest -= len(text)
+        if rest < 0:
+            raise GraderFailed("truncated_observation_error")
+        return text
 
     return _VARIABLE.sub(value_of, template)
 
@@ -148,9 +157,12 @@ def _check_template(grader: Mapping[str, Any], name: str, at: str) -> None:
         raise _wrong(f"{at}.{name}", f"must be a text of at most {MOST_TEMPLATE} characters")
     if "{%" in text:
         raise _wrong(f"{at}.{name}", "a template has variables ({{ item.KEY }}), no statements ({% ... %})")
-    for match in _VARIABLE.finditer(text):
-        if _PATH.fullmatch(match[1]) is None:
-            raise _wrong(f"{at}.{name}", f"{{{{{match[1][:60]}}}}} is no variable; item.KEY and sample.KEY are")
+    for match in _OTHER.finditer(text):
+        found = _VARIABLE.match(text, match.start())
+        if found is None or _PATH.fullmatch(found[1]) is None:
+            raise _wrong(
+                f"{at}.{name}", f"{match[0]!r} begins no variable; {{{{ item.KEY }}}} and {{{{ sample.KEY }}}} are"
+            )
 
 
 def _check_string(grader: Mapping[str, Any], at: str) -> None:
@@ -230,7 +242,8 @@ def _grade_one(grader: Mapping[str, Any], sample: Sample) -> Graded:
 def _score(grader: Mapping[str, Any], sample: Sample) -> float:
     text, reference = render(grader["input"], sample), render(grader["reference"], sample)
     if grader["type"] == "text_similarity":
-        if max(len(text), len(reference)) > MOST_CHARACTERS:
+        most = FUZZY_CHARACTERS if grader["evaluation_metric"] == "fuzzy_match" else MOST_CHARACTERS
+        if max(len(text), len(reference)) > most:
             raise GraderFailed("truncated_observation_error")
         return METRICS[grader["evaluation_metric"]](text, reference)
     match grader["operation"]:

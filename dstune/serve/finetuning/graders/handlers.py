@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.graders.grader import Sample, check_grader, run_grader
@@ -11,13 +14,19 @@ from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 
 MOST_SAMPLE = 1_000_000
+_GRADING = ThreadPoolExecutor(1, thread_name_prefix="grader")
+"""One request at a time computes, so that others go on."""
+
+
+async def _compute(function: Callable[..., Any], *given: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(_GRADING, function, *given)
 
 
 async def validate(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
     only_keys(body, ("grader",))
-    check_grader(body.get("grader"))
+    await _compute(check_grader, body.get("grader"))
     await request.answer({"grader": body["grader"]})
 
 
@@ -25,7 +34,7 @@ async def run(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
     only_keys(body, ("grader", "model_sample", "item"))
-    check_grader(body.get("grader"))
+    await _compute(check_grader, body.get("grader"))
     text, item = body.get("model_sample"), body.get("item")
     if not isinstance(text, str) or len(text) > MOST_SAMPLE:
         raise ApiError(
@@ -33,5 +42,5 @@ async def run(gateway: Gateway, request: Request) -> None:
         )
     if item is not None and not isinstance(item, dict):
         raise ApiError(400, "Invalid item: must be an object.", param="item")
-    graded = await asyncio.to_thread(run_grader, body["grader"], Sample(text, item or {}))
+    graded = await _compute(run_grader, body["grader"], Sample(text, item or {}))
     await request.answer(graded)

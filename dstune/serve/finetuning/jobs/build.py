@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstune.core.errors import Problem, UserError
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.jobs.launcher import Launcher, ProcessLauncher
 from dstune.serve.finetuning.jobs.planner import Planner
 from dstune.serve.finetuning.jobs.preset_file import PresetFile
+from dstune.serve.finetuning.jobs.presets import Presets
 from dstune.serve.finetuning.jobs.reconciler import Machine, Reconciler
 from dstune.serve.finetuning.jobs.results import Results
 from dstune.serve.finetuning.jobs.service import Jobs, Plans
@@ -25,7 +27,7 @@ class Parts:
     """What a test, or a server without jobs, puts in the place of the usual parts."""
 
     presets: Path | None = None
-    """`models.yaml`."""
+    """`models.yaml`, which may come later."""
     launcher: Launcher | None = None
     planner: Plans | None = None
     machine: Machine | None = None
@@ -46,20 +48,30 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
     served = Models(database, models, presets)
     results = Results(database, files, jobs, presets)
     results.published = served.published
-    launcher = parts.launcher or ProcessLauncher(presets().prefix)
-    machine = parts.machine or (machine_of(presets().queue.devices) if parts.presets else Machine(0))
+    store.ended.append(lambda session, job: None if job.active else results.count(session, job))
+    launcher = parts.launcher or ProcessLauncher(lambda: presets().prefix)
+    machine = parts.machine or (this_machine(presets()) if parts.presets and parts.runs else Machine(0))
     reconciler = Reconciler(store, jobs, presets, launcher, results, machine, parts.keys or (lambda job: {}))
-    planner = parts.planner or Planner(scratch)
-    return (
+    service = Jobs(
         store,
-        Jobs(store, files, models, jobs, presets, planner, reconciler, parts.has_wandb or (lambda project: False)),
-        served,
+        files,
+        models,
+        jobs,
+        presets,
+        parts.planner or Planner(scratch, here=parts.runs),
+        reconciler,
+        has_wandb=parts.has_wandb or (lambda project: False),
+        runs=parts.runs,
     )
+    return store, service, served
 
 
-def machine_of(devices: int | None) -> Machine:
-    """The devices of this machine, or so many of them."""
+def this_machine(presets: Presets) -> Machine:
+    """Raises UserError where `queue.devices` asks for GPUs that are not there."""
     from dstune.sweep.devices import here
 
-    gpus = here().gpus
-    return Machine(devices if devices is not None else max(1, len(gpus)), gpus)
+    gpus, requested = here().gpus, presets.queue.devices
+    if gpus and requested is not None and requested > len(gpus):
+        reason = f"this machine has {len(gpus)} GPUs, and jobs do not share one"
+        raise UserError(Problem("models.yaml: queue.devices", reason, f"at most {len(gpus)}", str(requested)))
+    return Machine(max(1, len(gpus)), gpus)

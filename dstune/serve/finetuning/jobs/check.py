@@ -1,5 +1,5 @@
-"""Whether database and folders of jobs agree: `python -m dstune.serve.finetuning.jobs.check STATE [--store URL]` prints what
-does not, and exits with 1 then. Asked while nothing runs, or of what has come to rest."""
+"""Whether database and folders of jobs agree: `python -m dstune.serve.finetuning.jobs.check STATE [--store URL] [--files URL]`
+prints what does not, and exits with 1 then. Asked while nothing runs, or of what has come to rest."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED
+from dstune.serve.finetuning.blobs import Blobs, RemoteBlobs
 from dstune.serve.finetuning.jobs.folder import JOB_ID, JobFolder
 from dstune.serve.finetuning.jobs.states import TERMINAL, State
 from dstune.serve.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, TunedModel
@@ -22,14 +23,17 @@ from dstune.serve.state import opened_database
 HAS_PROCESS = (State.RUNNING, State.PAUSING)
 
 
-def inconsistencies(session: Session, folder: Path, *, at_rest: bool = False) -> Iterator[str]:
-    """folder: of the fine-tuning API. at_rest: every job should have come to an end or a pause."""
+def inconsistencies(
+    session: Session, folder: Path, *, at_rest: bool = False, blobs: Blobs | None = None
+) -> Iterator[str]:
+    """folder: of the fine-tuning API. at_rest: every job should have come to an end or a pause. blobs: where the bytes of
+    files lie, if not in the folder."""
     jobs = list(session.scalars(select(Job)))
     yield from _rows(session, jobs, at_rest=at_rest)
     yield from _events(session, jobs)
     yield from _models(session, jobs, folder / "jobs")
     yield from _folders(jobs, folder / "jobs")
-    yield from _files(session, folder)
+    yield from _files(session, blobs or Blobs(folder))
 
 
 def _rows(session: Session, jobs: list[Job], *, at_rest: bool) -> Iterator[str]:
@@ -104,13 +108,12 @@ def _folders(jobs: list[Job], folder: Path) -> Iterator[str]:
             yield f"{job.id}: is {job.state}, and a process of it lives"
 
 
-def _files(session: Session, folder: Path) -> Iterator[str]:
+def _files(session: Session, blobs: Blobs) -> Iterator[str]:
     named = Counter(session.scalars(select(File.blob).where(File.blob.is_not(None))))
     for blob in session.scalars(select(Blob)):
         if blob.references != named[blob.id]:
             yield f"{blob.id}: counts {blob.references} files, {named[blob.id]} name it"
-        place = folder / "blobs" / blob.id[-2:].lower() / blob.id
-        if not place.is_file() or place.stat().st_size != blob.bytes:
+        if blobs.size(blob.id) != blob.bytes:
             yield f"{blob.id}: its bytes are not there"
 
 
@@ -118,11 +121,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dstune.serve.finetuning.jobs.check", description=__doc__)
     parser.add_argument("state", type=Path, help="folder of the server")
     parser.add_argument("--store", metavar="URL", help="of the database, where it is not SQLite")
+    parser.add_argument("--files", metavar="URL", help="of the store of files, where it is not the folder")
     parser.add_argument("--at-rest", action="store_true", help="every job should have ended or paused")
     arguments = parser.parse_args(argv)
     database = opened_database(arguments.state, arguments.store, create=False)
+    folder = arguments.state / "finetuning"
+    blobs = RemoteBlobs(folder, arguments.files) if arguments.files else None
     with database.session() as session:
-        found = list(inconsistencies(session, arguments.state / "finetuning", at_rest=arguments.at_rest))
+        found = list(inconsistencies(session, folder, at_rest=arguments.at_rest, blobs=blobs))
         count = session.scalar(select(func.count()).select_from(Job))
     print("\n".join(found) or f"{count} jobs, consistent")
     return EXIT_FAILED if found else EXIT_DONE

@@ -104,7 +104,12 @@ def _tracking(plan: Plan) -> dict[str, Any]:
     return {
         "project": plan.wandb["project"],
         "tags": tags,
-        "wandb": {"mode": "online", "entity": plan.wandb.get("entity")},
+        "wandb": {
+            "mode": "online",
+            "entity": plan.wandb.get("entity"),
+            "name": plan.wandb.get("name") or plan.job,
+            "id": plan.job,
+        },
     }
 
 

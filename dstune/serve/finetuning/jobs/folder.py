@@ -3,6 +3,7 @@
 ```
 ftjob-.../
   training_file validation_file  snapshots of the client's files
+  start/                         the tuned model that training begins with
   train.jsonl validation.jsonl   the same as dstune reads them, once they are validated
   task.json                      what the process is to do: no text of the request but numbers, ids and names
   lock                           held by the process, and by a training that outlives it
@@ -59,6 +60,18 @@ class JobFolder:
     def of_param(self, param: str) -> Path:
         """What dstune reads in place of it."""
         return self.train if param == "training_file" else self.validation
+
+    @property
+    def start(self) -> Path:
+        return self.path / "start"
+
+    def keep_start(self, model: Path) -> None:
+        """Take over the files of a tuned model, which may be deleted afterwards."""
+        if not self.start.is_dir():
+            part = self.start.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(model, part, copy_function=link)
+            part.rename(self.start)
 
     @property
     def report(self) -> Path:
@@ -146,6 +159,14 @@ class JobFolder:
         except OSError:
             return ""
         return found if found in (SAVE, NOW) else ""
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """The bytes of a file under another path, where they stay when it is removed."""
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)
 
 
 def write(path: Path, value: Any) -> None:

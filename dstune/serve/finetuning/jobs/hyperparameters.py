@@ -11,6 +11,8 @@ from dstune.serve.errors import ApiError
 
 AUTO = "auto"
 Value = int | float | str
+MOST_NUMBER = 1e9
+"""Beyond every range; a larger integer may have no float."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Range:
         """The value, whole floats as integers; None where it is outside."""
         if value == AUTO and isinstance(value, str):
             return AUTO
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST_NUMBER < value < MOST_NUMBER:
             return None
         if self.whole and value != int(value):
             return None

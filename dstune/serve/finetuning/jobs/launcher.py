@@ -6,13 +6,14 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dstune.core import files
+from dstune.core.paths import STOP_FILE
 from dstune.core.secrets import is_secret
 from dstune.launch.commands import EXPORTED_NAMES, EXPORTED_PREFIXES, python_path
-from dstune.serve.finetuning.jobs.folder import JobFolder, write
+from dstune.serve.finetuning.jobs.folder import NOW, JobFolder, write
 
 PROGRAM = (sys.executable, "-m", "dstune.serve.finetuning.jobs.process")
 NEVER_PREFIXES = ("WANDB_", "OPENAI_", "PG")
@@ -32,10 +33,11 @@ class Launcher(Protocol):
 
 
 class ProcessLauncher:
-    """prefix: what starts them in a control group of their own. program: what is started, before FOLDER and LOCK."""
+    """prefix: what starts them in a control group of their own, asked at each start. program: what is started, before FOLDER
+    and LOCK."""
 
-    def __init__(self, prefix: Sequence[str] = (), program: Sequence[str] = PROGRAM):
-        self._program = [*prefix, *program]
+    def __init__(self, prefix: Callable[[], Sequence[str]] = tuple, program: Sequence[str] = PROGRAM):
+        self._prefix, self._program = prefix, program
         self._children: list[subprocess.Popen[bytes]] = []
 
     def start(self, folder: JobFolder, task: Mapping[str, Any], env: Mapping[str, str]) -> bool:
@@ -45,8 +47,9 @@ class ProcessLauncher:
         try:
             folder.stop.unlink(missing_ok=True)
             folder.ended.unlink(missing_ok=True)
+            (folder.run / STOP_FILE).unlink(missing_ok=True)
             write(folder.task, dict(task))
-            command = [*self._program, str(folder.path), str(lock)]
+            command = [*self._prefix(), *self._program, str(folder.path), str(lock)]
             with files.append(folder.log, mode=0o600) as log:
                 child = subprocess.Popen(
                     command,
@@ -90,14 +93,21 @@ def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices if device < len(names))}
 
 
-def ask_orphan(folder: JobFolder) -> None:
-    """Ask a training whose job process is gone to save and end."""
+def ask_orphan(folder: JobFolder, how: str) -> None:
+    """Ask a training whose job process is gone to end; again and again, so by no signal where it is to save first: the second
+    one would end it without."""
     import signal
+
+    import psutil
 
     from dstune.launch import records
 
     launched = records.read_launch(folder.run)
     process = launched.process(folder.run) if launched is not None else None
-    if process is not None:
-        with contextlib.suppress(Exception):  # it has ended meanwhile
+    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        if process is None or str(folder.path) in (parent.cmdline() if (parent := process.parent()) else ()):
+            return  # its job process lives, and passes the wish on
+        if how == NOW:
             process.send_signal(signal.SIGTERM)
+        else:
+            files.write(folder.run / STOP_FILE, "")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from dstune.core.parsing import parse_json
 from dstune.serve.finetuning.jobs import configuration
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.launcher import environment
-from dstune.serve.finetuning.jobs.presets import Preset
+from dstune.serve.finetuning.jobs.presets import LOCAL, Preset
 
 SECONDS = 300
+AGAIN_SECONDS = 60.0
+"""After which a plan that could not be made is tried again."""
 BATCH = 8
 """Rows of the step that is planned; the time of others is taken to be proportional."""
 ANY_JOB = "ftjob-" + "0" * 24
@@ -32,36 +35,48 @@ class Estimate:
     memory_gib: float | None = None
     row_seconds: float | None = None
     """Time of a step by the rows in it."""
+    planned: bool = True
+    """Whether the planner made a plan; what kept it from one may pass."""
 
 
 class Planner:
-    """folder: where configurations that are planned lie for a moment."""
+    """folder: where configurations that are planned lie for a moment. here: whether local jobs run on this machine."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._known: dict[tuple[str, str], Estimate] = {}
+    def __init__(self, folder: Path, *, here: bool = True):
+        self._folder, self._here = folder, here
+        self._known: dict[tuple[str, str], tuple[float, Estimate]] = {}
         self._busy = threading.Lock()
 
     def of(self, preset: Preset, method: str) -> Estimate:
-        """Asks the planner where nobody has; seconds then."""
-        key = (preset.name, method)
-        with self._busy:
-            if key not in self._known:
-                self._known[key] = self._estimate(preset, method)
-        return self._known[key]
+        """Asks the planner where nobody has asked it of this preset as it is now; seconds then."""
+        key = (repr(preset), method)
+        if (found := self._kept(key)) is None:
+            with self._busy:
+                if (found := self._kept(key)) is None:
+                    found = self._estimate(preset, method)
+                    self._known[key] = (time.monotonic(), found)
+        return found
+
+    def _kept(self, key: tuple[str, str]) -> Estimate | None:
+        at, found = self._known.get(key, (0.0, None))
+        return found if found is None or found.planned or time.monotonic() - at < AGAIN_SECONDS else None
 
     def _estimate(self, preset: Preset, method: str) -> Estimate:
+        if preset.hardware is None and not (self._here and preset.pool == LOCAL):
+            return Estimate(fits=True)  # a plan of this machine would be of another one
         given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
             folder.train.touch()
             configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), preset, folder)
             command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
+            if preset.hardware is not None:
+                command.append(f"hardware={preset.hardware}")
             env = environment(os.environ)
             try:
                 done = subprocess.run(command, env=env, cwd=name, capture_output=True, text=True, timeout=SECONDS)
             except subprocess.TimeoutExpired:
-                return Estimate(fits=True)  # nothing is known; the run itself refuses what cannot be
+                return Estimate(fits=True, planned=False)  # nothing is known; the run itself refuses what cannot be
         return read(done.returncode, done.stdout)
 
 
@@ -74,7 +89,7 @@ def read(code: int, text: str) -> Estimate:
     if code != EXIT_DONE or not isinstance(found, dict) or "choices" not in found:
         problems = ((found or {}).get("error") or {}).get("problems") or [] if isinstance(found, dict) else []
         reasons = "; ".join(f"{one.get('where')}: {one.get('reason')}" for one in problems)
-        return Estimate(fits=False, reason=reasons) if reasons else Estimate(fits=True)
+        return Estimate(fits=not reasons, reason=reasons, planned=False)
     chosen = next((one for one in found["choices"] if one.get("fits")), None)
     configured = found.get("configured") or {}
     choice = configured if configured.get("fits") else chosen or configured

@@ -15,13 +15,14 @@ log = logging.getLogger("dstune.serve")
 
 class PresetFile:
     def __init__(self, path: Path | None):
-        """Raises UserError for a file that is wrong from the start. path: None where no models are offered."""
+        """Raises UserError for a file that is wrong from the start. path: None where no models are offered; a file that is not
+        there yet is read when it comes."""
         self._path = path
         self._stamp: tuple[int, int] | None = None
         self._found = Presets()
         self._busy = threading.Lock()
-        if path is not None:
-            self._stamp, self._found = _stamp(path), presets.read(path)
+        if path is not None and (stamp := _stamp(path)) is not None:
+            self._stamp, self._found = stamp, presets.read(path)
 
     def __call__(self) -> Presets:
         if self._path is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_yaml
+from dstune.planning.hardware import parse
 from dstune.protocols import LAUNCHERS, METHODS, TASKS
 
 FILE = "models.yaml"
@@ -47,6 +48,8 @@ class Preset:
     """Local devices, or ranks of each node, that a job takes."""
     launch: Mapping[str, Any] = field(default_factory=lambda: {"name": LOCAL})
     """The choice of dstune's group `launch`, with its keys."""
+    hardware: str | None = None
+    """What its jobs run on, as `dstune plan` has it, where that is not this machine."""
     priority: int = 0
     """Jobs of a higher one start first."""
     most_rows: int = 1_000_000
@@ -89,7 +92,7 @@ class QueueSettings:
     """Jobs at a time in the queue of a cluster."""
     organization: Limits = Limits(running=None, waiting=1000)
     organizations: Mapping[str, Limits] = field(default_factory=dict)
-    """By id or name, in place of `organization`."""
+    """By id, in place of `organization`."""
     key: Limits = Limits(running=None, waiting=200)
     share_hours: float = 24.0
     """How far back use counts where organizations share fairly."""
@@ -185,6 +188,9 @@ def _limits(given: Any, where: str, problems: list[Problem]) -> Limits:
     if made is None:
         problems.append(Problem(where, "must be a mapping", "{running: 4, waiting: 100, weight: 1}"))
         return Limits()
+    for name, value in (("running", made.running), ("waiting", made.waiting)):
+        if value is not None and value < 0:
+            problems.append(Problem(f"{where}.{name}", "must be at least 0", value=str(value)))
     if made.weight <= 0:
         problems.append(Problem(f"{where}.weight", "must be above 0", value=str(made.weight)))
     return made
@@ -237,7 +243,12 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
         if name not in registry:
             fix = f"{{name: {', '.join(registry)}}}"
             yield Problem(f"{where}.{key}.name", "there is no such choice", fix, str(name))
-    for name, least in (("max_length", 8), ("devices", 1), ("most_rows", 10), ("most_epochs", 1)):
+    if preset.hardware is not None:
+        try:
+            parse(preset.hardware, {}, 1, f"{where}.hardware")
+        except UserError as error:
+            yield from error.problems
+    for name, least in (("max_length", 8), ("devices", 1), ("most_rows", 10), ("most_epochs", 1), ("price", 0)):
         if getattr(preset, name) < least:
             yield Problem(f"{where}.{name}", f"must be at least {least}", value=str(getattr(preset, name)))
     for key in _keys(preset.settings):

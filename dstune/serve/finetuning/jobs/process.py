@@ -99,6 +99,9 @@ class Training:
 
     def __init__(self, folder: JobFolder, lock: int, pool: str):
         self._folder, self._lock, self._pool = folder, lock, pool
+        self._queued = LAUNCHERS[pool].queue is not None
+        self._running = 0.0
+        """Seconds in which a job of a cluster ran."""
         self._signals = 0
         """Signals that were passed on."""
         self._signalled_at = 0.0
@@ -125,6 +128,7 @@ class Training:
             "problems": problems,
             "tokens": result.get("tokens"),
             "steps": result.get("steps"),
+            "seconds": self._running if self._queued else None,
         }
 
     def _train(self) -> tuple[int, dict[str, Any]]:
@@ -187,12 +191,15 @@ class Training:
     def _wait_in_queue(self) -> int:
         from dstune.launch.manage import cancel, status_of
 
-        run, requested, unsure = self._folder.run, "", 0
+        run, requested, unsure, looked = self._folder.run, "", 0, time.monotonic()
         # A result may be seen later than the end of the job, on a file system of several machines.
         while (status := status_of(run)).state in QUEUED_STATES or unsure < LOOKS:
             if status.state in ENDED:
                 break
             unsure = 0 if status.state in QUEUED_STATES else unsure + 1
+            now = time.monotonic()
+            self._running += now - looked if status.state == "running" else 0.0
+            looked = now
             how = self._folder.stop_requested()
             if how and how != requested:
                 cancel([str(run), "--json", *(["--now"] if how == NOW else [])])

@@ -22,7 +22,7 @@ from dstune.serve.finetuning.jobs.process import TRAIN, VALIDATE
 from dstune.serve.finetuning.jobs.results import Results
 from dstune.serve.finetuning.jobs.scheduler import DEFAULT_SECONDS, Busy, Waiting, choose
 from dstune.serve.finetuning.jobs.states import TERMINAL, Change, State
-from dstune.serve.finetuning.jobs.store import JobStore, Message, metric
+from dstune.serve.finetuning.jobs.store import JobStore, Message, metric, note
 from dstune.serve.finetuning.jobs.tables import Job
 
 log = logging.getLogger("dstune.serve")
@@ -40,6 +40,7 @@ MOST_VALIDATIONS = 5
 SWEEP_SECONDS = 300.0
 ORPHAN_SECONDS = 3600.0
 """After which a folder without a row is what a request left that was cut short."""
+TOO_MANY_DEVICES = "The job needs {} devices, and this server has {}."
 INTERNAL = "The job failed for an internal reason; the operator of the server finds it in the log of the job."
 DATA_KEYS = {"training_file": "data.train", "validation_file": "data.validation"}
 
@@ -50,6 +51,12 @@ class Machine:
 
     devices: int
     gpus: Sequence[str] = ()
+
+    def capacity(self, requested: int | None) -> int:
+        """Devices that jobs may take. requested: by `queue.devices`; a GPU is not given to two jobs."""
+        if requested is None:
+            return self.devices
+        return min(requested, len(self.gpus)) if self.gpus else requested
 
 
 class Reconciler:
@@ -72,6 +79,8 @@ class Reconciler:
         self._owner = lease.owner()
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
+        self._warned: set[str] = set()
+        """Jobs for which there are too few devices."""
         self._swept = -SWEEP_SECONDS
         self.leads = False
 
@@ -99,10 +108,10 @@ class Reconciler:
 
     def _sweep(self) -> None:
         """Remove what nobody needs any more: folders of requests that were cut, files of jobs that ended while nobody looked."""
-        for path in self._folder.glob("ftjob-*"):
-            if not JOB_ID.fullmatch(path.name):
-                continue
-            folder, state = JobFolder(path), self._store.state_of(path.name)
+        paths = [path for path in self._folder.glob("ftjob-*") if JOB_ID.fullmatch(path.name)]
+        states = self._store.states()  # read after the folders, which are made before their rows
+        for path in paths:
+            folder, state = JobFolder(path), states.get(path.name)
             if state is None and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
                 folder.remove()
             elif (
@@ -155,8 +164,9 @@ class Reconciler:
         if preset is None:
             return
         try:
-            start = self._results.folder_of(job.start) if job.start else None
-        except LookupError:
+            if job.start:
+                folder.keep_start(self._results.folder_of(job.start))
+        except (LookupError, FileNotFoundError):
             self._fail(job, "model_not_available", f"The model {job.start} was deleted.", "model")
             return
         rows = int(found["training_file"]["rows"])
@@ -169,7 +179,7 @@ class Reconciler:
             resolved,
             job.seed,
             validation=job.validation_file is not None,
-            start=start,
+            start=str(folder.start) if job.start else None,
             wandb=next((one["wandb"] for one in job.integrations), None),
         )
         configuration.write(plan, preset, folder)
@@ -215,7 +225,7 @@ class Reconciler:
         if folder.stop_requested() not in (how, NOW):
             folder.request_stop(how)
         elif folder.lock.is_file() and time.time() - folder.stop.stat().st_mtime > 5.0:
-            ask_orphan(folder)
+            ask_orphan(folder, how)
 
     def _tell(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
         """New steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
@@ -302,7 +312,11 @@ class Reconciler:
             return
         self._tell(job, self._reader(job).read(), ended=True)
         with self._store.database.writing.begin() as session:
-            self._account(self._store.locked(session, job.id))
+            row = self._store.locked(session, job.id)
+            if row.active:
+                self._account(row)
+                if row.state in TERMINAL:
+                    self._results.count(session, row)
         if job.state in TERMINAL:
             self._over(job)
 
@@ -316,7 +330,7 @@ class Reconciler:
                 _seconds_left(job) or DEFAULT_SECONDS,
             )
             for job in self._store.queued()
-            if now - (job.started_at or 0.0) >= self._pause_of(job)
+            if now - (job.started_at or 0.0) >= self._pause_of(job) and self._fits(job)
         ]  # fmt: skip
         if not waiting:
             return
@@ -329,11 +343,27 @@ class Reconciler:
             for job in active
         ]  # fmt: skip
         used = self._store.used(now - 3600 * settings.share_hours)
-        for one, taken in choose(waiting, busy, used, settings, self._machine.devices):
+        for one, taken in choose(waiting, busy, used, settings, self.capacity()):
             try:
                 self._start(one.id, taken)
             except Exception:
                 log.exception("job %s could not be started; it is tried again", one.id)
+
+    def capacity(self) -> int:
+        """Local devices that jobs may take."""
+        return self._machine.capacity(self._presets().queue.devices)
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
+        most = self.capacity()
+        if job.pool != LOCAL or job.devices <= most:
+            return True
+        if job.id not in self._warned:
+            self._warned.add(job.id)
+            with self._store.database.writing.begin() as session:
+                text = f"{TOO_MANY_DEVICES.format(job.devices, most)} It waits until there are more."
+                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+        return False
 
     def _start(self, job_id: str, taken: list[int]) -> None:
         """The row first, then the process: a server that is killed between the two finds a running job without a process."""
@@ -385,11 +415,13 @@ class Reconciler:
             self._store.change(session, row, Change.FAIL, [Message(message, "error")], error=error)
         self._over(job)
 
-    @staticmethod
-    def _account(row: Job) -> None:
-        """The end of an attempt: its devices are free, and its time is counted."""
+    def _account(self, row: Job) -> None:
+        """The end of an attempt: its devices are free, and its time is counted; not the time in the queue of a cluster."""
         if row.active:
-            row.device_seconds += row.devices * max(0.0, time.time() - (row.started_at or time.time()))
+            ended, seconds = read(self._of(row).ended) or {}, time.time() - (row.started_at or time.time())
+            if ended.get("attempt") == row.attempt and ended.get("seconds") is not None:
+                seconds = float(ended["seconds"])
+            row.device_seconds += row.devices * max(0.0, seconds)
             row.active, row.taken = False, []
 
     def _over(self, job: Job) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.fields import checked_metadata, invalid, is_text
 from dstune.serve.finetuning.jobs import hyperparameters
 from dstune.serve.finetuning.jobs.configuration import PLAIN
 from dstune.serve.finetuning.jobs.hyperparameters import Value
@@ -17,7 +18,6 @@ FIELDS = (
 )  # fmt: skip
 MOST_SEED = 2_147_483_647
 MOST_SUFFIX = 64
-MOST_PAIRS, MOST_KEY, MOST_VALUE = 16, 64, 512
 MOST_INTEGRATIONS = 5
 MOST_TAGS = 50
 UNBUILT = ("reinforcement",)
@@ -49,7 +49,7 @@ def read(body: Mapping[str, Any]) -> JobRequest:
         suffix=_text(body, "suffix", MOST_SUFFIX),
         seed=_seed(body.get("seed")),
         integrations=_integrations(body.get("integrations")),
-        metadata=metadata_of(body.get("metadata")),
+        metadata=checked_metadata(body.get("metadata")),
     )
 
 
@@ -66,22 +66,9 @@ def _text(body: Mapping[str, Any], name: str, most: int) -> str | None:
     value = body.get(name)
     if value is None:
         return None
-    if not isinstance(value, str) or not 0 < len(value) <= most or not encodable(value):
-        raise _invalid(name, f"a text of 1 to {most} characters")
+    if not is_text(value, most):
+        raise invalid(name, f"a text of 1 to {most} characters")
     return value
-
-
-def encodable(text: str) -> bool:
-    """Half of a surrogate pair, and the zero that no database takes, are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
-def _invalid(param: str, expected: str) -> ApiError:
-    return ApiError(400, f"Invalid {param}: must be {expected}.", param=param, code="invalid_value")
 
 
 def _seed(value: Any) -> int:
@@ -89,7 +76,7 @@ def _seed(value: Any) -> int:
         return secrets.randbelow(MOST_SEED + 1)
     whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
     if not whole or not 0 <= value <= MOST_SEED:
-        raise _invalid("seed", f"a whole number from 0 to {MOST_SEED}")
+        raise invalid("seed", f"a whole number from 0 to {MOST_SEED}")
     return int(value)
 
 
@@ -99,20 +86,20 @@ def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
     if method is None:
         return "supervised", hyperparameters.read("supervised", earlier, "hyperparameters")
     if not isinstance(method, Mapping):
-        raise _invalid("method", "an object with the key 'type'")
+        raise invalid("method", "an object with the key 'type'")
     kind = method.get("type")
     if kind in UNBUILT:
         message = f"The method '{kind}' is not supported by this server; it has {', '.join(hyperparameters.METHODS)}."
         raise ApiError(400, message, param="method.type", code="unsupported")
     if not isinstance(kind, str) or kind not in hyperparameters.METHODS:
-        raise _invalid("method.type", f"one of {', '.join(hyperparameters.METHODS)}")
+        raise invalid("method.type", f"one of {', '.join(hyperparameters.METHODS)}")
     for name, value in method.items():
         if name != "type" and name != kind and value is not None:
             place = f"method.{str(name)[:80]}"
             raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
     own = method.get(kind)
     if own is not None and not isinstance(own, Mapping):
-        raise _invalid(f"method.{kind}", "an object with the key 'hyperparameters'")
+        raise invalid(f"method.{kind}", "an object with the key 'hyperparameters'")
     for name in own or {}:
         if name != "hyperparameters":
             place = f"method.{kind}.{str(name)[:80]}"
@@ -128,37 +115,23 @@ def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
     return kind, found
 
 
-def metadata_of(given: Any) -> dict[str, str] | None:
-    """Raises ApiError."""
-    if given is None:
-        return None
-    if not isinstance(given, Mapping) or len(given) > MOST_PAIRS:
-        raise _invalid("metadata", f"an object of at most {MOST_PAIRS} pairs")
-    for name, value in given.items():
-        if not 0 < len(name) <= MOST_KEY or not encodable(name):
-            raise _invalid("metadata", f"pairs whose keys have 1 to {MOST_KEY} characters")
-        if not isinstance(value, str) or len(value) > MOST_VALUE or not encodable(value):
-            raise _invalid(f"metadata.{name}", f"a text of at most {MOST_VALUE} characters")
-    return dict(given)
-
-
 def _integrations(given: Any) -> list[dict[str, Any]]:
     if given is None:
         return []
     if not isinstance(given, list) or len(given) > MOST_INTEGRATIONS:
-        raise _invalid("integrations", f"a list of at most {MOST_INTEGRATIONS}")
+        raise invalid("integrations", f"a list of at most {MOST_INTEGRATIONS}")
     found = [_integration(one, f"integrations.{place}") for place, one in enumerate(given)]
     if len(found) > 1:
-        raise _invalid("integrations", "a list of one: a run is sent to W&B once")
+        raise invalid("integrations", "a list of one: a run is sent to W&B once")
     return found
 
 
 def _integration(one: Any, where: str) -> dict[str, Any]:
     if not isinstance(one, Mapping) or one.get("type") != "wandb":
-        raise _invalid(f"{where}.type", "'wandb'")
+        raise invalid(f"{where}.type", "'wandb'")
     given = one.get("wandb")
     if not isinstance(given, Mapping):
-        raise _invalid(f"{where}.wandb", "an object with the key 'project'")
+        raise invalid(f"{where}.wandb", "an object with the key 'project'")
     for name in given:
         if name not in ("project", "name", "entity", "tags"):
             place = f"{where}.wandb.{str(name)[:80]}"
@@ -174,7 +147,7 @@ def _integration(one: Any, where: str) -> dict[str, Any]:
     tags = given.get("tags")
     if tags is not None:
         if not isinstance(tags, list) or len(tags) > MOST_TAGS:
-            raise _invalid(f"{where}.wandb.tags", f"a list of at most {MOST_TAGS}")
+            raise invalid(f"{where}.wandb.tags", f"a list of at most {MOST_TAGS}")
         made["tags"] = [_plain(tag, f"{where}.wandb.tags", most=64) for tag in tags]
     return {"type": "wandb", "wandb": made}
 
@@ -182,5 +155,5 @@ def _integration(one: Any, where: str) -> dict[str, Any]:
 def _plain(value: Any, param: str, most: int = 128) -> str:
     """Text that goes into a configuration: nothing in it may be read as a reference."""
     if not isinstance(value, str) or len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
-        raise _invalid(param, f"1 to {most} letters, digits, spaces and . _ : @ / + = -")
+        raise invalid(param, f"1 to {most} letters, digits, spaces and . _ : @ / + = -")
     return value

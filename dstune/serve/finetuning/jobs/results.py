@@ -60,7 +60,6 @@ class Results:
         messages = self._checkpoints(session, job, folder, steps, without=last)
         model = self._model(session, job, folder.exports()[last], None)
         self._checkpoint(session, job, steps[-1], model)
-        self._count(session, job, steps)
         return (
             file.id,
             model,
@@ -110,30 +109,34 @@ class Results:
             )  # fmt: skip
             session.flush()  # of one second, in the order of their steps
 
-    def _count(self, session: Session, job: Job, steps: Sequence[Step]) -> None:
+    def count(self, session: Session, job: Job) -> None:
+        """Note what a job that is over has used, however it ended."""
+        if not job.device_seconds:
+            return
         preset = self._presets().models.get(job.preset)
         price = preset.price if preset else 0.0
         session.add(
             Usage(
                 project=job.project, key=job.key, kind="training", object=job.id, model=job.model,
-                tokens=int(steps[-1].tokens or 0), device_seconds=job.device_seconds,
+                tokens=job.trained_tokens or 0, device_seconds=job.device_seconds,
                 cost=job.device_seconds / 3600 * price, created_at=unix_time(),
             )
         )  # fmt: skip
 
-    def folder_of(self, model: str) -> str:
+    def folder_of(self, model: str) -> Path:
         """Of the export of a tuned model that is there. Raises LookupError."""
         with self._database.session() as session:
             row = session.scalar(select(TunedModel).where(TunedModel.name == model, TunedModel.deleted_at.is_(None)))
         if row is None or not (self._jobs / row.folder).is_dir():
             raise LookupError(f"the model {model} was deleted")
-        return str(self._jobs / row.folder)
+        return self._jobs / row.folder
 
     @staticmethod
     def tidy(folder: JobFolder) -> None:
         """Remove what a job that is over does not need: its rows, and states of its optimizer."""
         for path in (folder.train, folder.validation):
             path.unlink(missing_ok=True)
-        shutil.rmtree(folder.run / "checkpoints", ignore_errors=True)
+        for path in (folder.run / "checkpoints", folder.start):
+            shutil.rmtree(path, ignore_errors=True)
         for param in ("validation_file", "training_file"):
             folder.snapshot(param).unlink(missing_ok=True)

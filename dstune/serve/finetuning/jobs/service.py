@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +24,8 @@ from dstune.serve.finetuning.jobs import request as requests
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import AUTO
 from dstune.serve.finetuning.jobs.planner import Estimate
-from dstune.serve.finetuning.jobs.presets import Limits, Preset, Presets
-from dstune.serve.finetuning.jobs.reconciler import Reconciler
+from dstune.serve.finetuning.jobs.presets import LOCAL, Limits, Preset, Presets
+from dstune.serve.finetuning.jobs.reconciler import TOO_MANY_DEVICES, Reconciler
 from dstune.serve.finetuning.jobs.request import JobRequest
 from dstune.serve.finetuning.jobs.states import Change, State
 from dstune.serve.finetuning.jobs.store import JobStore
@@ -40,6 +41,8 @@ log = logging.getLogger("dstune.serve")
 ROUTE = "fine_tuning.jobs"
 STEP_SECONDS = 1.0
 PURPOSE = "fine-tune"
+DONE = {Change.CANCEL: "cancelled", Change.PAUSE: "paused", Change.RESUME: "resumed"}
+"""Words of the audit log."""
 MOST_PAGE = 100
 UNAVAILABLE = "The model {!r} is not available for fine-tuning, or does not exist; this server has {}."
 
@@ -59,10 +62,14 @@ class Jobs:
         planner: Plans,
         reconciler: Reconciler,
         has_wandb: Callable[[str], bool] = lambda project: False,
+        runs: bool = True,
     ):
-        """folder: of the folders of jobs. has_wandb: whether a project has a key of W&B."""
+        """folder: of the folders of jobs. has_wandb: whether a project has a key of W&B. runs: whether jobs run on this machine."""
         self._store, self._files, self._models, self._folder = store, files, models, folder
         self._presets, self._planner, self._reconciler, self._has_wandb = presets, planner, reconciler, has_wandb
+        self._runs = runs
+        # A plan takes seconds: creates that wait for one take no thread from other requests.
+        self._creating = ThreadPoolExecutor(4, thread_name_prefix="create-job")
         self._stop, self._wake = threading.Event(), threading.Event()
         store.wake = self._wake.set
 
@@ -76,7 +83,8 @@ class Jobs:
         request.query(())
         given = requests.read(await request.json())
         attempt = Attempt.of(request, ROUTE, request.digest)
-        made = await asyncio.to_thread(self._create, request, attempt, given)
+        loop = asyncio.get_running_loop()
+        made = await loop.run_in_executor(self._creating, self._create, request, attempt, given)
         self._wake.set()
         await request.answer(objects.job(made))
 
@@ -153,7 +161,10 @@ class Jobs:
         request.query(())
         repeated = is_repetition(request.header("x-stainless-retry-count"))
         project, job = _caller(request).project, request.parameters["job"]
-        row = await asyncio.to_thread(self._store.wish, project, job, change, repeated=repeated, message=message)
+        row = await asyncio.to_thread(
+            self._store.wish, project, job, change, repeated=repeated, message=message,
+            also=lambda session: audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job),
+        )  # fmt: skip
         await request.answer(objects.job(row))
 
     def _read(self, request: Request) -> Job:
@@ -196,14 +207,17 @@ class Jobs:
                 tuned = None
             if tuned is not None:
                 name, start = tuned.preset, tuned.name
-        preset = presets.get(name)
+        preset = presets.get(name) if start or caller.may_use(name) else None
         if preset is None:
-            available = ", ".join(presets) or "no models"
+            available = ", ".join(filter(caller.may_use, presets)) or "no models"
             message = UNAVAILABLE.format(given.model[:128], available)
             raise ApiError(400, message, param="model", code="model_not_available")
         if given.method not in preset.methods:
             message = f"The model {preset.name!r} is not available for fine-tuning with the method '{given.method}'."
             raise ApiError(400, message, param="method.type", code="unsupported")
+        if self._runs and preset.pool == LOCAL and preset.devices > (most := self._reconciler.capacity()):
+            message = TOO_MANY_DEVICES.format(preset.devices, most)
+            raise ApiError(400, message, param="model", code="job_does_not_fit")
         epochs = given.hyperparameters["n_epochs"]
         if epochs != AUTO and int(epochs) > preset.most_epochs:
             message = f"Invalid n_epochs: the model {preset.name!r} takes {preset.most_epochs} at most."

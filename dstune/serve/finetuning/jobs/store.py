@@ -84,11 +84,16 @@ class JobStore:
                 hook(session, job)
         return True
 
-    def wish(self, project: str, job: str, change: Change, *, repeated: bool, message: str) -> Job:
-        """What a client asks of a job: cancel, pause, resume. Raises ApiError."""
+    def wish(
+        self, project: str, job: str, change: Change, *, repeated: bool, message: str,
+        also: Callable[[Session], None] = lambda session: None,
+    ) -> Job:  # fmt: skip
+        """What a client asks of a job: cancel, pause, resume. also: done in the same transaction where it changes the job.
+        Raises ApiError."""
         with self.database.writing.begin() as session:
             row = self.of(session, project, job, lock=True)
-            self.change(session, row, change, [Message(message)], repeated=repeated)
+            if self.change(session, row, change, [Message(message)], repeated=repeated):
+                also(session)
         self.wake()
         return row
 
@@ -140,10 +145,10 @@ class JobStore:
             query = select(Job).where(Job.state == State.QUEUED, Job.active.is_(False)).order_by(Job.number)
             return list(session.scalars(query))
 
-    def state_of(self, job: str) -> str | None:
-        """None where there is no such job."""
+    def states(self) -> dict[str, str]:
+        """Of all jobs."""
         with self.database.session() as session:
-            return session.scalar(select(Job.state).where(Job.id == job))
+            return {row.id: row.state for row in session.execute(select(Job.id, Job.state))}
 
     def used(self, since: float) -> dict[str, float]:
         """Device-seconds by organization, of attempts that are over, of jobs that ran after `since`."""

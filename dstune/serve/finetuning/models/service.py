@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
+from dstune.serve.finetuning.creations import is_repetition
+from dstune.serve.finetuning.fields import is_text
 from dstune.serve.finetuning.jobs.presets import Presets
 from dstune.serve.finetuning.jobs.tables import ModelPermission, TunedModel
 from dstune.serve.finetuning.models.serving import Serving
@@ -18,6 +21,8 @@ from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import describe
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Caller
+
+log = logging.getLogger("dstune.serve")
 
 MOST_PROJECTS = 200
 ORDERS = ("ascending", "descending")
@@ -68,9 +73,11 @@ class Models:
         if name in self._presets().models or (name in gateway.fleet.models and not name.startswith("ft:")):
             raise ApiError(403, f"The model {name!r} is none of yours to delete.", param="model", code="base_model")
         gone = await asyncio.to_thread(self._delete, request, name)
-        if self.serving is not None:
-            await self.serving.forget(name)
-        await asyncio.to_thread(self.store.remove_files, gone)
+        try:
+            if self.serving is not None:
+                await self.serving.forget(name)
+        finally:
+            await asyncio.to_thread(self.store.remove_files, gone)
         await request.answer({"id": name, "object": "model", "deleted": True})
 
     async def share(self, gateway: Gateway, request: Request) -> None:
@@ -79,7 +86,7 @@ class Models:
         if unknown := sorted(set(body) - {"project_ids"}):
             raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
         projects = body.get("project_ids")
-        listed = isinstance(projects, list) and all(isinstance(one, str) for one in projects)
+        listed = isinstance(projects, list) and all(is_text(one, 128) for one in projects)
         if not listed or not projects or len(projects) > MOST_PROJECTS:
             message = f"Invalid project_ids: must be a list of 1 to {MOST_PROJECTS} ids."
             raise ApiError(400, message, param="project_ids", code="invalid_value")
@@ -116,7 +123,10 @@ class Models:
                 await asyncio.wait_for(self._new.wait(), 30.0)  # other servers make models as well
             self._new.clear()
             if self.serving is not None:
-                await self.serving.load_new()
+                try:
+                    await self.serving.load_new()
+                except Exception:
+                    log.exception("new models could not be loaded; it is tried again")
 
     # -- inside
 
@@ -126,8 +136,10 @@ class Models:
 
     def _delete(self, request: Request, name: str) -> TunedModel:
         with self._database.writing.begin() as session:
-            row = self.store.delete(session, _caller(request), name)
-            audit.note(session, request, "model.deleted", name)
+            repeated = is_repetition(request.header("x-stainless-retry-count"))
+            row, deleted = self.store.delete(session, _caller(request), name, repeated=repeated)
+            if deleted:
+                audit.note(session, request, "model.deleted", name)
         return row
 
     def _share(self, request: Request, projects: list[str]) -> list[ModelPermission]:

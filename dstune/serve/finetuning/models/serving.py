@@ -96,7 +96,7 @@ class Serving:
         """Load the newest models that are not loaded yet."""
         if not self._fleet.models:
             return
-        for model in (await asyncio.to_thread(self._store.final))[:LOADED_AT_START]:
+        for model in await asyncio.to_thread(self._store.final, LOADED_AT_START):
             if model.name not in self._fleet.models and model.name not in self._refused:
                 try:
                     await self._load(model)

@@ -35,17 +35,19 @@ class ModelStore:
         with self._database.session() as session:
             return list(session.scalars(select(TunedModel).where(*_usable(caller)).order_by(TunedModel.number)))
 
-    def final(self) -> list[TunedModel]:
-        """The models of all projects that jobs ended with, the newest first."""
+    def final(self, most: int) -> list[TunedModel]:
+        """The newest models of all projects that jobs ended with."""
         query = select(TunedModel).where(TunedModel.deleted_at.is_(None), TunedModel.step.is_(None))
         with self._database.session() as session:
-            return list(session.scalars(query.order_by(TunedModel.number.desc())))
+            return list(session.scalars(query.order_by(TunedModel.number.desc()).limit(most)))
 
-    def delete(self, session: Session, caller: Caller, name: str) -> TunedModel:
-        """Raises ApiError where the caller's own project has no such model."""
-        row = self._own(session, caller, name)
-        row.deleted_at = unix_time()
-        return row
+    def delete(self, session: Session, caller: Caller, name: str, *, repeated: bool) -> tuple[TunedModel, bool]:
+        """The model, and whether it was there still. repeated: whether it may have been deleted by the same request before.
+        Raises ApiError where the caller's own project has no such model."""
+        row = self._own(session, caller, name, deleted=repeated)
+        was_there = row.deleted_at is None
+        row.deleted_at = row.deleted_at or unix_time()
+        return row, was_there
 
     def remove_files(self, model: TunedModel) -> None:
         """A model of which nothing is listed any more; its last step may be listed as a checkpoint too."""
@@ -93,10 +95,10 @@ class ModelStore:
         session.delete(row)
 
     @staticmethod
-    def _own(session: Session, caller: Caller, name: str) -> TunedModel:
-        mine = (TunedModel.name == name, TunedModel.project == caller.project, TunedModel.deleted_at.is_(None))
+    def _own(session: Session, caller: Caller, name: str, *, deleted: bool = False) -> TunedModel:
+        mine = (TunedModel.name == name, TunedModel.project == caller.project)
         row = session.scalar(select(TunedModel).where(*mine).with_for_update())
-        if row is None:
+        if row is None or (row.deleted_at is not None and not deleted):
             raise missing(name)
         return row
 
