@@ -185,7 +185,7 @@ class ChatRenderer:
 
         arguments: of the row. answer: the message that was written there, which decides whether the model is to think.
         """
-        given = self.arguments_for(answer or {}, arguments)
+        given = self.arguments_for(self.expected([dict(answer)])[0] if answer else {}, arguments)
         defused = self._control.defuse({"messages": self.expected(messages), "tools": tools})
         text = self.text(
             defused.value["messages"], tools=defused.value["tools"], arguments=given, add_generation_prompt=True

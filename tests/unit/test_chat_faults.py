@@ -19,6 +19,7 @@ from dstune.core.errors import UserError
 from dstune.data.build import prove
 from dstune.data.chat.factor import growth_of
 from dstune.data.collate import NO_TARGET
+from dstune.data.render import ChatRenderer, Choice
 from dstune.launch.plan import growth
 from dstune.rank.startup import conversations_of
 from dstune.show.segments import segments, turns
@@ -110,6 +111,13 @@ def test_an_empty_reasoning_block_of_the_prompt_is_context_and_one_that_it_does_
     given = {"chat_template_kwargs": {"enable_thinking": True}}
     assert trained(tokenizer, [user("Hi"), assistant("Yes")], **given) == ["<think></think>Yes<|im_end|>"]
     assert trained(tokenizer, REASONED[:2]) == ["<think>Hm.</think>Yes<|im_end|>"]
+
+
+def test_a_prompt_asks_for_no_reasoning_that_is_dropped():
+    for drops, end in ((True, "<think></think>"), (False, "assistant\n")):
+        tokenizer = byte_tokenizer(SWITCHED)
+        renderer = ChatRenderer(tokenizer, DATE, choice=Choice(drop_reasoning=drops))
+        assert tokenizer.decode(renderer.prompt_ids(REASONED[:1], answer=REASONED[1])).endswith(end)
 
 
 def test_reasoning_that_only_ends_in_the_content_is_reasoning():

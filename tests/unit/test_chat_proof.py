@@ -18,7 +18,7 @@ from dstune.data.chat import evidence
 from dstune.data.chat.template import with_arguments
 from dstune.data.collate import NO_TARGET
 from dstune.protocols.task import TaskConfig
-from dstune.tasks.chat.config import ChatConfig, Turns
+from dstune.tasks.chat.config import ChatConfig, Reasoning, Turns
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 from dstune.tasks.reward.config import RewardConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
@@ -182,18 +182,19 @@ PARTLY = {"messages": [*ROWS[8]["messages"][:-1], {"role": "assistant", "content
 
 
 @pytest.mark.parametrize(
-    ("row", "turns", "expected"),
+    ("row", "choice", "expected"),
     [
-        (QUOTED, "auto", {"enable_thinking": False}),
-        (PARTLY, "auto", {}),
-        (PARTLY, "last", {"enable_thinking": False}),
-        (ROWS[8], "last", {"enable_thinking": True}),
+        (QUOTED, {}, {"enable_thinking": False}),
+        (PARTLY, {}, {}),
+        (PARTLY, {"turns": Turns.last}, {"enable_thinking": False}),
+        (ROWS[8], {"turns": Turns.last}, {"enable_thinking": True}),
+        (ROWS[8], {"reasoning": Reasoning.drop}, {"enable_thinking": False}),
     ],
-    ids=["a word of the user", "in one of two turns", "not in the last turn", "in the last turn"],
+    ids=["a word of the user", "in one of two turns", "not in the last turn", "in the last turn", "dropped"],
 )
-def test_what_is_built_in_follows_the_turns_that_are_trained(tmp_path, row, turns, expected):
+def test_what_is_built_in_follows_the_turns_that_are_trained(tmp_path, row, choice, expected):
     tokenizer = byte_tokenizer(SWITCHED)
-    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE, turns=Turns[turns]), [row])
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE, **choice), [row])
     served = prove(config, tokenizer, data)
     assert served.arguments == expected
     assert ("1 of 1 rows have reasoning" in served.note) is (not expected)

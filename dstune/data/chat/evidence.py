@@ -153,7 +153,9 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         switch = renderer.facts.switch
         if switch is not None:
             thinking, mixed = kept["thinking"], kept.get("mixed", 0)
-            if renderer.choice.turns == "last":
+            if renderer.choice.drop_reasoning:
+                thinking, mixed = 0, 0
+            elif renderer.choice.turns == "last":
                 thinking, mixed = kept.get("thinking_last", thinking), 0
             if thinking in (0, kept["of"]) and not mixed:
                 arguments.setdefault(switch, bool(thinking))
