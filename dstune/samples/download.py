@@ -227,7 +227,7 @@ def _append_rest(url: str, part: Path, progress: Progress) -> None:
         done = have if resumed else 0
         progress.resume(done)
         with part.open("ab" if resumed else "wb") as file:
-            while chunk := response.read(CHUNK_BYTES):
+            while done <= progress.total_bytes and (chunk := response.read(CHUNK_BYTES)):  # more fills no disk
                 file.write(chunk)
                 done += len(chunk)
                 progress.show(done)

@@ -175,6 +175,12 @@ def test_a_server_without_ranges_starts_again(index: Index, tmp_path: Path) -> N
     assert index.server.ranges == ["bytes=1000-"]
 
 
+def test_a_server_that_sends_more_fills_no_disk(index: Index, tmp_path: Path) -> None:
+    index.server.content += b"x" * (5 * download.CHUNK_BYTES)
+    download._append_rest(index.server.url, tmp_path / "part", download.Progress("thing", index.package.bytes))
+    assert (tmp_path / "part").stat().st_size <= index.package.bytes + download.CHUNK_BYTES
+
+
 def test_a_damaged_part_is_fetched_again(index: Index, tmp_path: Path) -> None:
     (tmp_path / f"{index.package.filename}.part").write_bytes(b"x" * 1000)
     assert download.fetch(index.package, tmp_path, "sample://thing").read_bytes() == index.server.content
