@@ -168,7 +168,7 @@ def _on_hub(words: str, config: RunConfig) -> list[Model]:
         model.licence, model.gated = str(card.get("license") or ""), bool(info.gated)
         try:
             hf_hub_download(info.id, "config.json")  # a few kB, for the planner
-        except Exception as error:
+        except Exception as error:  # as above
             model.note = f"its config.json cannot be had ({type(error).__name__})"
         models.append(model)
     return models

@@ -33,7 +33,7 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
             made.append(cls(**arguments))
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # of the user's own code
             reason = f"it cannot be made: {type(error).__name__}: {error}"
             raise UserError(Problem(where, reason, "change its arguments", name)) from error
     return made
@@ -105,7 +105,7 @@ def _imported(name: str, where: str) -> type[Callback]:
         raise UserError(Problem(where, reason, fix, name))
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except Exception as error:
+    except Exception as error:  # of the user's own code
         reason = f"{module} cannot be imported: {type(error).__name__}: {error}"
         raise UserError(Problem(where, reason, "correct the module", name)) from error
     if not (isinstance(found, type) and issubclass(found, Callback)):

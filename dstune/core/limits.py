@@ -180,7 +180,7 @@ def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes
             answer = b"memory"
         except TooMuch as error:
             answer = b"memory" if "memory" in str(error) else b"time"
-        except Exception:
+        except Exception:  # it comes again, and is reported, where the work is done without a limit
             answer = b"done"
         os.write(writer, answer)
     finally:

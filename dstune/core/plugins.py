@@ -331,7 +331,7 @@ def _load_installed(point: EntryPoint) -> Plugin:
             raise ModuleNotFoundError(f"No module named {point.module!r}")
         content = plugin_files.installed_content(Path(spec.origin))
         plugin = _load(Source(point.module, spec.origin, content, is_file=False))
-    except Exception as error:
+    except Exception as error:  # of the plugin's own code
         text = error.problems[0].reason if isinstance(error, UserError) else f"it cannot be imported: {_text(error)}"
         reason = f"the plugin of the installed package {distribution}: {text}"
         fix = f"pip install --upgrade {distribution}, or uninstall it"

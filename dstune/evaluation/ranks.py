@@ -87,25 +87,17 @@ def evaluate(
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
-    measured: dict[str, Any] = {}
-    row_results: list[dict[str, Any]] = []
     if shots is None:
-        evaluation = evaluator(part, progress)
-        measured["metrics"] = evaluation.metrics
-        changes = evaluator.counterfactual(part)
-        if changes is not None:
-            measured["counterfactual"] = changes
-        if evaluation.details:
-            measured |= {"labels": list(data.labels), **evaluation.details}
-        row_results = placed(evaluation, part, config, data.labels)
+        measured, row_results = _measure(evaluator, part, config, data.labels, progress)
     else:
         prompted = baseline.measure_prompted(
             config, data, engine, head, tokenizer, world, part, shots, progress=progress
         )
-        measured["asked"] = format_value(config.model.path)
-        measured["prompted"] = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
-        for one in prompted:
-            row_results += [{"shots": one.shots, **row} for row in placed(one.evaluation, part, config, data.labels)]
+        metrics = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
+        measured = {"asked": format_value(config.model.path), "prompted": metrics}
+        row_results = [
+            {"shots": one.shots, **row} for one in prompted for row in placed(one.evaluation, part, config, data.labels)
+        ]
     if world.is_main:
         rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
         result = {"status": "completed", "split": split, "rows": rows, "world_size": world.size, **measured}
@@ -155,6 +147,20 @@ def _build(
     examine(head, engine)
     verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
     return engine, head
+
+
+def _measure(
+    evaluator: Evaluator, part: Split, config: RunConfig, labels: Sequence[str], progress: Callable[..., None] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the result has of the metrics, and what became of each row."""
+    evaluation = evaluator(part, progress)
+    measured: dict[str, Any] = {"metrics": evaluation.metrics}
+    changes = evaluator.counterfactual(part)
+    if changes is not None:
+        measured["counterfactual"] = changes
+    if evaluation.details:
+        measured |= {"labels": list(labels), **evaluation.details}
+    return measured, placed(evaluation, part, config, labels)
 
 
 def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def version(package: str) -> str | None:
         from importlib.metadata import version as installed
 
         return installed(package)
-    except Exception:
+    except Exception:  # this runs on any host, whatever is broken there
         return None
 
 

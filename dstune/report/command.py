@@ -74,5 +74,5 @@ def leave_behind(run_dir: Path, say: Callable[[str], None]) -> None:
             sweep_page.write(run_dir, run_dir / REPORT_FILE)
         else:
             write([run_dir], run_dir / REPORT_FILE)
-    except Exception as error:
+    except Exception as error:  # the run is over, and its files may hold anything
         say(f"dstune: no {REPORT_FILE} was written: {type(error).__name__}: {error}")

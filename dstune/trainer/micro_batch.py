@@ -178,7 +178,7 @@ class Trials:
         weights are gathered half way: there it ends the run, with what to do."""
         try:
             return self.run(rows)
-        except Exception as error:
+        except Exception as error:  # see `accelerator.out_of_memory`
             if rows == 1 or self.world.size > 1 or self.engine.stage == 3 or not accelerator.out_of_memory(error):
                 raise
         # Outside of the handler, whose traceback holds the tensors.

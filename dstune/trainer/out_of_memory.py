@@ -68,7 +68,7 @@ def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iter
     """Raises TrainingFailed in place of what torch raises where memory ran out within. place: what was going on."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # torch, a driver and DeepSpeed have kinds of their own
         if not accelerator.out_of_memory(error):
             raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -43,7 +43,7 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
             importlib.import_module(module).run(directory, RANK, *arguments)
         except DstuneError:
             raise
-        except Exception:
+        except Exception:  # as the end of a rank that is a process of its own
             traceback.print_exc()
             return EXIT_FAILED
     return EXIT_DONE
