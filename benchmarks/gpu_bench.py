@@ -146,7 +146,7 @@ class Bench:
         try:
             found = self.run(name, *words)
         except Failed as error:
-            self.row(run=name, failed=str(error)[-600:])
+            self.row(run=name, failed=str(error)[-1500:])
             return {}
         first, last = found["losses"][0], found["losses"][-1]
         figures = {key: found[key] for key in ("tokens_per_second", "peak_gib", "attention", "mfu")}
