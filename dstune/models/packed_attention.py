@@ -65,7 +65,7 @@ def _number(module: nn.Module, name: str) -> int:
 
 def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple[Kernel | None, list[str]]:
     """The first kernel that computes these heads on this rank's device, and why those before it do not."""
-    given_up = []
+    given_up: list[str] = []
     for kernel in kernels:
         tried = (problem_of(kernel, heads, size, window, dtype) for size in heads.sizes for window in heads.windows)
         if not (problem := next(filter(None, tried), "")):
@@ -212,7 +212,7 @@ def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
 
 def attention_of_samples(
     config: RunConfig, model: PreTrainedModel, world: World, say: Callable[[str], None]
-) -> SpanAttention | None:
+) -> PackedAttention | SamplesApart | None:
     """How samples of a row attend each on its own, in this run and on this device; None where masks keep them apart. Every rank
     calls it."""
     return PackedAttention.of(config, model, world, say) or SamplesApart.of(config, model)
