@@ -68,7 +68,12 @@ def software() -> Iterator[Check]:
     yield Check("Python", PASS if enough else FAIL, f"{platform.python_version()} at {sys.executable}", fix)
     yield from _packages()
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONWARNINGS")}
-    done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=SECONDS, env=env)
+    try:
+        done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=SECONDS, env=env)
+    except subprocess.TimeoutExpired:
+        fix = "run it again on an idle machine; is Python on a slow network disk?"
+        yield Check("PyTorch", FAIL, f"importing it and DeepSpeed took more than {SECONDS} s", fix)
+        return
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), "")
     if not line:
         last = next(iter(done.stderr.strip().splitlines()[::-1]), f"exit code {done.returncode}")

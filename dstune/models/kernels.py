@@ -42,10 +42,7 @@ def of_machine() -> dict[str, str]:
     dtype = torch.bfloat16 if fast_bf16() else torch.float16 if accelerator.capability() else torch.float32
     found = {"attention": SamplesApart.title}
     if accelerator.present():
-        half = dtype is not torch.float32
-        kernel, given_up = choose(varlen.kernels(), HEADS, dtype) if half else (None, [])
-        chosen = "sdpa" if kernel is None else kernel.name
-        found["attention"] = ", ".join([chosen, *(f"not {problem}" for problem in given_up)])
+        found["attention"] = _attention(dtype)
     fused = accelerator.present() and is_as_exact(Kind.rounded, EPSILON, WIDTH, dtype)
     adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # as `dstune.optim.adamw`
     return found | {
@@ -53,6 +50,17 @@ def of_machine() -> dict[str, str]:
         "cross_entropy": _chunks(VOCABULARY, dtype),
         "optimizer": _optimizer(adamw),
     }
+
+
+def _attention(dtype: torch.dtype) -> str:
+    """What packed rows would take; what has to be compiled first is named and not tried."""
+    if dtype is torch.float32:
+        return "sdpa"
+    known = list(varlen.kernels())
+    kernel, given_up = choose((one for one in known if not one.compiled), HEADS, dtype)
+    untried = [f"{one.name} where it compiles" for one in known if one.compiled]
+    chosen = [kernel.name] if kernel is not None else [*untried, "sdpa"][:1]
+    return ", ".join([*chosen, *(f"not {problem}" for problem in given_up)])
 
 
 def _norms(*, fused: bool) -> str:

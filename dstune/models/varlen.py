@@ -54,6 +54,8 @@ class Kernel:
     name: str
     """For `environment.json` and `dstune doctor`."""
     compute: Compute
+    compiled: bool = False
+    """Whether its first call takes a compiler's time, a minute or more."""
 
 
 def torch_varlen() -> Kernel | None:
@@ -184,7 +186,7 @@ def flex() -> Kernel | None:
         output: torch.Tensor = attention(*states, block_mask=known[1], scale=scale, enable_gqa=groups)
         return output[0].transpose(0, 1)
 
-    return Kernel("flex attention", compute)
+    return Kernel("flex attention", compute, compiled=accelerator.present())
 
 
 def _refuses_windows(compute: Compute, refuses: bool) -> Compute:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -42,16 +43,26 @@ def test_the_measured_bandwidth_is_compared_with_the_link(found, status, report)
 
 
 def test_a_failed_check_is_the_exit_code_and_has_its_fix(capsys, monkeypatch):
-    found = [Check("a", PASS, "fine"), Check("b", FAIL, "broken", "mend it"), Check("c", WARN, "slow", "faster")]
+    found = [Check("a", PASS, "fine"), Check("b", FAIL, "broken", "repair it"), Check("c", WARN, "slow", "faster")]
     monkeypatch.setattr(doctor, "_checks", lambda *_: iter(found))
     assert doctor.main([]) == 1
     formatted = capsys.readouterr().out
-    assert "FAIL  b" in formatted and "fix: mend it" in formatted and "3 checks: 1 failed, 1 warning" in formatted
+    assert "FAIL  b" in formatted and "fix: repair it" in formatted and "3 checks: 1 failed, 1 warning" in formatted
     assert doctor.main(["--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report == {"ok": False, "checks": [vars(check) for check in found]}
     found[1] = Check("b", SKIP, "absent")
     assert doctor.main([]) == 0
+
+
+def test_an_import_that_takes_too_long_is_a_failed_check(monkeypatch):
+    def run(*arguments, timeout=None, **more):
+        raise subprocess.TimeoutExpired(arguments[0], timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    last = list(checks.software())[-1]
+    assert (last.name, last.status) == ("PyTorch", FAIL)
+    assert "more than 90 s" in last.detail and last.fix
 
 
 def test_places_without_permission_or_room(tmp_path, monkeypatch):

@@ -35,12 +35,18 @@ def test_a_run_and_the_machine_name_the_same_operations_in_the_same_words(tmp_pa
     )
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_the_machine_names_the_kernel_that_computes_there(monkeypatch, works):
+@pytest.mark.parametrize(
+    ("others", "named"),
+    [
+        ([Kernel("a loop", looped)], "a loop"),
+        ([], "sdpa"),
+        ([Kernel("a compiled one", pytest.fail, compiled=True)], "a compiled one where it compiles"),
+    ],
+)
+def test_the_machine_names_the_kernel_that_computes_there(monkeypatch, others, named):
     monkeypatch.setattr(accelerator, "present", lambda: True)
     monkeypatch.setattr(accelerator, "has_bf16", lambda: True)
     monkeypatch.setattr(accelerator, "current", lambda: torch.device("cpu"))
-    first = Kernel("raising", raising)
-    monkeypatch.setattr(varlen, "kernels", lambda: iter([first, Kernel("a loop", looped)] if works else [first]))
+    monkeypatch.setattr(varlen, "kernels", lambda: iter([Kernel("raising", raising), *others]))
     attention = kernels.of_machine()["attention"]
-    assert attention == ("a loop" if works else "sdpa") + ", not raising: RuntimeError head dimension at most 256"
+    assert attention == f"{named}, not raising: RuntimeError head dimension at most 256"
