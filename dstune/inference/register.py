@@ -155,7 +155,7 @@ def _version_with(client: Any, name: str, digest: str) -> str | None:
     """The version of an equal export. Its tags are read one by one: a registry lists them without."""
     page = None
     while page is None or page.token:
-        page = client.search_model_versions(f"name='{name}'", page_token=page and page.token)
+        page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)
         for found in page:
             if str(found.status) == "READY" and _tags_of(client, name, found.version).get(DIGEST) == digest:
                 return str(found.version)
