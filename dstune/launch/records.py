@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 LEASE = "lease.json"
 """Who works on a run in a place without locks (`dstune.launch.mirror`)."""
+DRIVER = Path("launch") / "driver"
+"""Touched while the process lives whose ranks end by themselves some time after it; holds how many seconds that may take."""
+LONGEST_SECONDS = 60.0
 JOB = re.compile(r"\d+(_\d+)?")
 """A number of a SLURM job, or of one of an array: what may stand on a command line of `scancel`."""
 TAKEOVER_SECONDS = 15.0
@@ -247,6 +250,18 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
                 os.close(descriptor)
                 raise UserError(in_use(run_dir, record)) from None
         time.sleep(0.1)
+
+
+def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None:
+    """Where a launcher died whose ranks are on machines that nobody else watches: wait until none can be there any more."""
+    try:
+        patience = min(LONGEST_SECONDS, float((run_dir / DRIVER).read_text()))
+        left = min(patience, (run_dir / DRIVER).stat().st_mtime + patience - time.time())
+    except (OSError, ValueError):
+        return
+    if left > 0:
+        message(f"dstune: the launch before this one died: {left:.0f} s until its ranks have ended")
+        time.sleep(left)
 
 
 def in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -185,8 +185,11 @@ def before_launch(composed: Composed, work: Path | None = None) -> Before:
     return Before.of(Path(composed.config.run.dir))
 
 
-def prepare(composed: Composed, before: Before | None = None) -> Prepared:
+def prepare(
+    composed: Composed, before: Before | None = None, message: Callable[[str], None] = lambda text: None
+) -> Prepared:
     """Create the chosen run directory, lock it and write its `run.yaml`. before: the directory before this launch touched it.
+    message: told what is waited for.
 
     Raises:
         UserError: another launch uses the directory, it cannot be written, or what a branch name of `model.revision`
@@ -206,6 +209,7 @@ def prepare(composed: Composed, before: Before | None = None) -> Prepared:
     with ExitStack() as unless_it_runs:
         unless_it_runs.callback(os.close, lock)
         unless_it_runs.callback(before.restore)
+        records.wait_for_former_ranks(path, message)
         _refuse_running_job(path)
         refuse_links(path)
         run_file = path / RUN_FILE

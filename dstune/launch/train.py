@@ -197,7 +197,7 @@ def _prepare(
     except BaseException:
         before.restore()
         raise
-    prepared = rundir.prepare(replace(composed, config=config, origins=origins), before)
+    prepared = rundir.prepare(replace(composed, config=config, origins=origins), before, console.message)
     prepared = replace(prepared, mirror=mirror)
     if not prepared.nothing_to_do:
         start = f"continues from {prepared.continues}" if prepared.continues else "starts"

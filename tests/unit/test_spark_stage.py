@@ -19,6 +19,7 @@ from support.configs import run_config
 
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
+from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.spark import refusals, stage
 from dstune.launch.spark import session as sessions
@@ -124,7 +125,7 @@ def test_ranks_and_what_they_know(tmp_path):
     assert len({(one["MASTER_ADDR"], one["MASTER_PORT"]) for one in seen}) == 1
     assert "rank 0 of 2" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert SECRET not in (tmp_path / "run" / "launch.json").read_text()
-    assert not (tmp_path / "run" / stage.ALIVE).exists()
+    assert not (tmp_path / "run" / records.DRIVER).exists()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_lost_task_that_spark_does_not_start_again_is_named(tmp_path):
     assert verdict.exit_code == 1
     assert "the task of rank 1 on" in verdict.reason
     assert "Could not recover from a failed barrier" in verdict.reason
-    assert (run_dir / stage.ALIVE).exists(), "its rank ends by itself: who comes next waits for that"
+    assert (run_dir / records.DRIVER).exists(), "its rank ends by itself: who comes next waits for that"
     wait_until(lambda: not ranks_left(), timeout=10)
 
 
@@ -233,7 +234,7 @@ def test_attempts_never_overlap(tmp_path, monkeypatch):
     assert result(run_dir)["status"] == "preempted"
 
 
-def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path):
+def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path, monkeypatch):
     """The driver's end closes its connections, and the tasks end their ranks."""
     program = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
@@ -246,13 +247,16 @@ def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path):
     driver.kill()
     driver.wait()
     wait_until(lambda: not ranks_left(), timeout=10)
-    # Who starts the run again waits until the ranks of before have ended, wherever they were.
-    assert (tmp_path / "run" / stage.ALIVE).exists()
-    waited: list[str] = []
-    spark = SparkConfig(processes=2, grace_seconds=0.5)
-    console = SimpleNamespace(message=waited.append)
-    stage.Stage(run_config(launch=spark), tmp_path / "run", spark, console, 2, None)._wait_for_former(["SIGTERM"])
-    assert "until its ranks have ended" in waited[0]
+    # Who starts the run again, however, waits until the ranks of before have ended, wherever they were.
+    waited: list[float] = []
+    reported: list[str] = []
+    monkeypatch.setattr(records.time, "sleep", waited.append)
+    records.wait_for_former_ranks(tmp_path / "run", reported.append)
+    assert waited and 0 < waited[0] <= stage.SILENT_SECONDS + stage.SETTLE_SECONDS + 0.5
+    assert "until its ranks have ended" in reported[0]
+    os.utime(tmp_path / "run" / records.DRIVER, (1, 1))
+    records.wait_for_former_ranks(tmp_path / "run", reported.append)
+    assert len(waited) == 1
 
 
 def test_strangers_and_workers_that_do_not_fit_are_refused(tmp_path):

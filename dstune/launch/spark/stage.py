@@ -40,8 +40,6 @@ from dstune.launch.verdict import Ended, Verdict, judge
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 5.0
 """What a task needs beyond the silence of its driver to end its rank."""
-ALIVE = Path("launch") / "spark-driver"
-"""A file that is touched while a driver lives, and removed when its ranks have ended."""
 TOUCH_SECONDS = 5.0
 JOB_SECONDS = 60.0
 """How long Spark may take to end a stage whose tasks have ended."""
@@ -127,7 +125,6 @@ class Stage:
         self._forced = False
 
     def run(self, session: Any, received: Sequence[str]) -> Verdict:
-        self._wait_for_former(received)
         if received:
             return Verdict(EXIT_PREEMPTED, f"received {received[0]} before training began")
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -162,29 +159,17 @@ class Stage:
                 for task in self._attempt.tasks.values():
                     task.line.close()
                 if not self._attempt.running or self._all_settled():
-                    (self._run_dir / ALIVE).unlink(missing_ok=True)
+                    (self._run_dir / records.DRIVER).unlink(missing_ok=True)
         follower.end()
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
         if self._refusal is not None:
             raise self._refusal
         return self._judge()
 
-    def _wait_for_former(self, received: Sequence[str]) -> None:
-        """Where a driver died, its ranks end by themselves: wait until none of them can be there any more, or a signal comes."""
-        with contextlib.suppress(FileNotFoundError):
-            left = min(self._patience, (self._run_dir / ALIVE).stat().st_mtime + self._patience - time.time())
-            if left > 0:
-                self._console.message(
-                    f"dstune: the driver before this one died: {left:.0f} s until its ranks have ended"
-                )
-            deadline = time.monotonic() + left
-            while time.monotonic() < deadline and not received:
-                time.sleep(POLL_SECONDS)
-
     def _touch(self) -> None:
         if time.monotonic() - self._touched > TOUCH_SECONDS:
-            (self._run_dir / ALIVE).parent.mkdir(exist_ok=True)
-            files.write(self._run_dir / ALIVE, "")
+            (self._run_dir / records.DRIVER).parent.mkdir(exist_ok=True)
+            files.write(self._run_dir / records.DRIVER, str(self._patience))
             self._touched = time.monotonic()
 
     def _work(self, session: Any, address: tuple[str, int]) -> None:
