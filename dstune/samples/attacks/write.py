@@ -24,6 +24,9 @@ HIDDEN_CHARACTERS = 4000
 PIECE = 320
 """Characters of a part of a document for training: also in code they are within a window."""
 
+AROUND = 450
+"""Characters of an attack with the text around it, for training: a window of a long document is as full."""
+
 Archives = dict[str, Any]
 """Opened packages by name."""
 
@@ -87,7 +90,7 @@ class _Pool:
         # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
         short = [one for one in attacks if len(one.text) <= 250 and one.package != "prompt-armor"]
         plain = [one for one in harmless if len(one.text) <= 250 and one.family == "hard"]
-        hidden = [*_hide(chosen(short, 800), pieces, PIECE), *_hide(chosen(plain, 400), pieces[::-1], PIECE)]
+        hidden = [*_hide(chosen(short, 1600), pieces, AROUND), *_hide(chosen(plain, 800), pieces[::-1], AROUND)]
         parts = [one.cut() for one in (*attacks, *harmless)]
         return list(distinct([*parts, *hidden, *pieces]))
 
