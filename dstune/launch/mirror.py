@@ -328,7 +328,7 @@ class Mirror:
             if self._known or (self.work / "run.yaml").exists():
                 self._copy()
             self._end_signs_of_life()
-            if self._lost:
+            if bool(self._lost):  # meanwhile, by the thread that renews the lease
                 return False
             (self.place / records.LEASE).unlink(missing_ok=True)
         except OSError as error:

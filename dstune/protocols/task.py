@@ -139,6 +139,11 @@ class Task:
         return self.config.template_date if self.conversational else None
 
     @property
+    def template_arguments(self) -> Mapping[str, Any]:
+        """The run's arguments of the chat template, of conversational tasks."""
+        return self.config.chat_template_kwargs if self.conversational else {}
+
+    @property
     def every_position_is_a_target(self) -> bool:
         """Whether all positions of a row are projected onto the vocabulary."""
         return True

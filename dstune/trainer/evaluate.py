@@ -234,7 +234,7 @@ def answer_prompts(
     prompts = data.prompts[: config.evaluate.samples]
     if not prompts:
         return []
-    stops = stop_token_ids(tokenizer, getattr(config.task, "chat_template_kwargs", None))
+    stops = stop_token_ids(tokenizer, task_of(config.task).template_arguments)
     token_ids = [prompt.input_ids for prompt in prompts]
 
     answers: list[str] = []

@@ -88,7 +88,7 @@ class VllmEngine(Engine):
         return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
 
     @cached_property
-    def routes(self) -> Mapping[str, frozenset[str]]:  # type: ignore[override]
+    def routes(self) -> Mapping[str, frozenset[str]]:
         if self.source.generates:
             chat = CHAT | (TOOLS if self.parser else set())
             return {"/v1/chat/completions": chat, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
