@@ -167,7 +167,7 @@ def fetch(place: Path, work: Path) -> None:
             for file in path.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     copy(file, store.folder(here) / path.name / file.relative_to(path))
-        store.mend(here)
+        store.repair(here)
 
 
 @contextmanager

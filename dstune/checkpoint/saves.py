@@ -46,7 +46,7 @@ class Saves:
     them, then says so in a file of its own. The thread of rank 0 waits for these files and commits. There is no collective
     in it, so it may run beside any of the loop's. A rank that dies leaves the folder without a marker: no checkpoint.
 
-    facts: what is written into each checkpoint. say: shows a line to the user.
+    facts: what is written into each checkpoint. message: shows a line to the user.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Saves:
         engine: Engine,
         world: World,
         facts: dict[str, Any],
-        say: Callable[[str], None],
+        message: Callable[[str], None],
     ):
         self._config, self._run_dir, self._engine, self._world = config, run_dir, engine, world
-        self._facts, self._say = facts, say
+        self._facts, self._message = facts, message
         self._pending: Pending | None = None
         self.refusal = ""
         """Why the last save came to nothing, on every rank; empty when it was written."""
@@ -127,13 +127,13 @@ class Saves:
         """Remember and tell on every rank how a save went."""
         self.refusal = refusal
         if refusal and self._world.is_main:
-            self._tell(step, folder)
+            self._report_unsaved(step, folder)
 
-    def _tell(self, step: int, folder: Path) -> None:
+    def _report_unsaved(self, step: int, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         whole = store.newest(self._run_dir)
         left = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
-        self._say(f"step {step} is not saved: {self.refusal}; {left}")
+        self._message(f"step {step} is not saved: {self.refusal}; {left}")
 
     def _described(self, state: TrainState, weights_only: bool) -> dict[str, Any]:
         return {
@@ -155,7 +155,7 @@ class Saves:
         try:
             store.prune(self._run_dir, self._config.checkpoint.keep)
         except OSError as error:  # this checkpoint is whole all the same
-            self._say(f"older checkpoints could not be removed: {error}")
+            self._message(f"older checkpoints could not be removed: {error}")
         return ""
 
     def _work_off(self, save: Save, folder: Path, described: dict[str, Any], state: TrainState, began: float) -> None:
@@ -186,7 +186,7 @@ class Saves:
             refusal = f"{type(error).__name__}: {error}"
         if refusal:
             self.refusal = refusal
-            self._tell(described["step"], folder)
+            self._report_unsaved(described["step"], folder)
         self._pending.refusal = refusal
         state.save_seconds = time.monotonic() - began
 

@@ -40,7 +40,7 @@ class Checkpoints:
     """Reads the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
     facts: what stands in each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
-    say: shows a line to the user.
+    message: shows a line to the user.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Checkpoints:
         engine: Engine,
         world: World,
         facts: dict[str, Any],
-        say: Callable[[str], None],
+        message: Callable[[str], None],
     ):
         self._config, self._run_dir, self._engine, self._world = config, run_dir, engine, world
-        self._facts, self._say = facts, say
+        self._facts, self._message = facts, message
 
     def resume(self) -> TrainState:
         """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0.
@@ -91,7 +91,7 @@ class Checkpoints:
     def _source(self) -> Path:
         """The run whose newest checkpoint is continued. Every rank must call it."""
         if self._world.is_main:
-            store.mend(self._run_dir)
+            store.repair(self._run_dir)
         if self._world.broadcast(store.resumable(self._run_dir)) is None and self._config.run.resume not in (
             "auto",
             "never",
@@ -105,11 +105,13 @@ class Checkpoints:
             if used is not None and path.name <= used.name:
                 continue
             if path.name.endswith(store.INCOMPLETE):
-                self._say(
+                self._message(
                     f"{path.name.removesuffix(store.INCOMPLETE)} was being saved when the run ended, and is not used"
                 )
             elif path.suffix == "" and not store.is_committed(path):
-                self._say(f"skipping incomplete checkpoint {path.name}: {', '.join(store.incomplete_reasons(path))}")
+                self._message(
+                    f"skipping incomplete checkpoint {path.name}: {', '.join(store.incomplete_reasons(path))}"
+                )
 
     def rewind(self) -> TrainState | None:
         """Load the newest whole checkpoint that this run itself has; None, and nothing is changed, where it has none."""
@@ -133,7 +135,7 @@ class Checkpoints:
             if not damaged:
                 return checkpoint
             found.append(f"{checkpoint.name} ({', '.join(damaged)})")
-            self._say(
+            self._message(
                 f"skipping damaged checkpoint {checkpoint.name}: {', '.join(damaged)} differ from what was written"
             )
             if self._world.is_main and run_dir == self._run_dir:
@@ -171,12 +173,12 @@ class Checkpoints:
             if not self._config.run.force:
                 fix = "free some space, give a run.dir on a larger disk, or start all the same with run.force=true"
                 raise UserError(Problem("run.dir", reason, fix, str(self._run_dir)))
-            self._say(f"{reason}; started all the same (run.force)")
+            self._message(f"{reason}; started all the same (run.force)")
             return
         copies = ""
         if self._config.checkpoint.mode is SaveMode["async"]:
             copies = " (each rank keeps a copy of its part in host memory)"
-        self._say(
+        self._message(
             f"a checkpoint takes about {megabytes(size)}{copies}; {keep} and the best are kept: "
             f"up to {megabytes((keep + 1) * kept + size)} while one is written, {megabytes(free)} are free"
         )

@@ -105,7 +105,7 @@ def upgrade(checkpoint: Path) -> int | None:
     return former
 
 
-def mend(run_dir: Path) -> None:
+def repair(run_dir: Path) -> None:
     """Give whole checkpoints their name back that a crash between the two renames of `commit` left without one."""
     for ending in (INCOMPLETE, REPLACED):
         for path in folder(run_dir).glob(f"step-*{ending}"):

@@ -80,10 +80,10 @@ def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def show(target: str, results: dict[str, dict[str, Any]], say: Callable[[str], None] = print) -> None:
+def show(target: str, results: dict[str, dict[str, Any]], message: Callable[[str], None] = print) -> None:
     """A table for people."""
-    say(f"{target}: lm-evaluation-harness")
+    message(f"{target}: lm-evaluation-harness")
     rows = [(task, name, value) for task, metrics in results.items() for name, value in metrics.items()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for task, name, value in rows:
-        say(f"  {task:<{widths[0]}}  {name:<{widths[1]}}  {value:.4f}")
+        message(f"  {task:<{widths[0]}}  {name:<{widths[1]}}  {value:.4f}")

@@ -82,8 +82,8 @@ def evaluate(
     _rows_of(data, split)
     data = task_of(config.task).before_loading(config, data, tokenizer, world, precision)
     part = _rows_of(data, split)
-    say = console.message if console else lambda text: None
-    engine, head = _build(config, data, tokenizer, checkpoint, precision, world, say, prompted=shots is not None)
+    message = console.message if console else lambda text: None
+    engine, head = _build(config, data, tokenizer, checkpoint, precision, world, message, prompted=shots is not None)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
@@ -125,7 +125,7 @@ def _build(
     checkpoint: Path | None,
     precision: Precision,
     world: World,
-    say: Callable[[str], None],
+    message: Callable[[str], None],
     *,
     prompted: bool,
 ) -> tuple[Engine, Head]:
@@ -139,13 +139,13 @@ def _build(
     if checkpoint is not None:
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.
-    apart = attention_of_samples(loaded, model, world, say)
+    apart = attention_of_samples(loaded, model, world, message)
     use_lean_norms(module, fused=config.model.fused_norms)
     use_joint_sums(module)
     head = task_of(loaded.task).head(model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
-    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, say)
+    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message)
     return engine, head
 
 

@@ -33,7 +33,7 @@ BLOCK = 512
 def main(argv: list[str]) -> int:
     """`dstune predict RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parse(argv)
-    _tell(f"reading {arguments.model}")
+    _print_status(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow
     from dstune.inference.load import find, load
     from dstune.inference.rows import MOST_TOLD, Rows
@@ -53,16 +53,16 @@ def main(argv: list[str]) -> int:
     rows = Rows(task.question(expected.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
         for problem in islice(rows.bad_rows(), MOST_TOLD):
-            _tell(f"left out: {problem}")
-        _tell(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
+            _print_status(f"left out: {problem}")
+        _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     _note_replaced(rows)
     output = _output(arguments, files, rows, expected) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        _tell(f"loading the model for task={task.name}")
+        _print_status(f"loading the model for task={task.name}")
         model = load(expected, Path(scratch))
         done = output.done if output else 0
         if done:
-            _tell(f"{done:,} of {rows.count:,} rows are there already")
+            _print_status(f"{done:,} of {rows.count:,} rows are there already")
         problems = cut = 0
         for block in rows.blocks(BLOCK, done):
             answers = model.answers(block, arguments.batch_size, all_labels=arguments.probabilities)
@@ -71,13 +71,13 @@ def main(argv: list[str]) -> int:
             done += len(block)
             if output is not None:
                 output.append([_row(one, answer) for one, answer in zip(block, answers, strict=True)])
-                _tell(f"{done:,} of {rows.count:,} rows")
+                _print_status(f"{done:,} of {rows.count:,} rows")
             else:
                 _print(block, answers, as_json=arguments.json)
     if cut:
-        _tell(f"{cut:,} rows are longer than the model reads and were cut")
+        _print_status(f"{cut:,} rows are longer than the model reads and were cut")
     if problems:
-        _tell(f"{problems:,} rows have no answer; their `problem` says why")
+        _print_status(f"{problems:,} rows have no answer; their `problem` says why")
     if output is not None:
         output.finish()
         print(output.written)
@@ -142,7 +142,7 @@ def _files(data: DataConfig, spec: str) -> list[DataFile]:
 
     own = DataConfig(test=spec, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
     try:
-        own = preflight.resolve_rows(own, "test", _tell)
+        own = preflight.resolve_rows(own, "test", _print_status)
     except UserError as error:
         raise UserError(replace(p, where=p.where.replace("data.test", "--input")) for p in error.problems) from error
     return sources.of_part(own, "test", "--input")
@@ -153,7 +153,7 @@ def _note_replaced(rows: Rows) -> None:
 
     own = [name for name in rows.columns() if name in (*ANSWERS, "row")]
     if own:
-        _tell(f"columns that answers have too are not kept: {', '.join(own)}")
+        _print_status(f"columns that answers have too are not kept: {', '.join(own)}")
 
 
 def _output(
@@ -247,5 +247,5 @@ def _text(one: Query) -> str:
     return " ".join(row["tokens"]) if "tokens" in row else str(row["messages"][-1]["content"])
 
 
-def _tell(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -88,7 +88,7 @@ class Mirror:
             if last and last in (own.get("id"), own.get("former")) and (self.work / "run.yaml").is_file():
                 self._message(f"dstune: goes on with {self.work}: what it holds was not copied to {self.place} before")
                 for run in copied.runs_in(self.work):
-                    store.mend(run)
+                    store.repair(run)
                 self._known = {name: (-1, -1) for name in WITH_PATHS if (self.place / name).exists()}
             else:
                 self._watch(lease)

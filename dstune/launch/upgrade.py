@@ -52,7 +52,7 @@ def upgrade(folder: Path, run_dir: Path) -> Iterator[str]:
 
     Checkpoints first: a crash in between leaves a run that is upgraded by the next call.
     """
-    store.mend(folder)
+    store.repair(folder)
     for info in store.listing(folder):
         if not info.committed:
             continue

@@ -133,11 +133,11 @@ class PackedAttention(SpanAttention):
 
     @classmethod
     def of(
-        cls, config: RunConfig, model: PreTrainedModel, world: World, say: Callable[[str], None]
+        cls, config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
     ) -> PackedAttention | None:
         """Where an accelerator has a kernel for the rows of this run, the same on all ranks, else None.
 
-        Every rank calls it. `say` gets what a user does not expect."""
+        Every rank calls it. `message` gets what a user does not expect."""
         requested = config.model.attention
         if requested not in (Attention.auto, Attention.flash_attention_2) or not accelerator.present():
             return None
@@ -151,11 +151,11 @@ class PackedAttention(SpanAttention):
             chain(filter(None, flash), varlen.kernels()), Heads.of(model, model.config.get_text_config()), model.dtype
         )
         for problem in given_up:
-            say(f"model.attention={requested.value}: not by {problem}")
+            message(f"model.attention={requested.value}: not by {problem}")
         names = world.gather("" if kernel is None else kernel.name)
         if len(set(names)) > 1:
             kinds = ", ".join(sorted({name or "none" for name in names}))
-            say(f"model.attention={requested.value}: by masks, since ranks have different kernels ({kinds})")
+            message(f"model.attention={requested.value}: by masks, since ranks have different kernels ({kinds})")
             return None
         return None if kernel is None else cls(model, kernel, requested.value)
 
@@ -211,8 +211,8 @@ def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def attention_of_samples(
-    config: RunConfig, model: PreTrainedModel, world: World, say: Callable[[str], None]
+    config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
 ) -> PackedAttention | SamplesApart | None:
     """How samples of a row attend each on its own, in this run and on this device; None where masks keep them apart. Every rank
     calls it."""
-    return PackedAttention.of(config, model, world, say) or SamplesApart.of(config, model)
+    return PackedAttention.of(config, model, world, message) or SamplesApart.of(config, model)

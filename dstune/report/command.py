@@ -67,7 +67,7 @@ def _default_target(given: list[Path], runs: list[Path]) -> Path:
     return (runs[0] if len(runs) == 1 and not is_sweep(given[0]) else given[0]) / REPORT_FILE
 
 
-def leave_behind(run_dir: Path, say: Callable[[str], None]) -> None:
+def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
     """Write the report of a run, or a sweep, that has ended. Whatever goes wrong here is told and costs the run nothing."""
     try:
         if is_sweep(run_dir):
@@ -75,4 +75,4 @@ def leave_behind(run_dir: Path, say: Callable[[str], None]) -> None:
         else:
             write([run_dir], run_dir / REPORT_FILE)
     except Exception as error:  # the run is over, and its files may hold anything
-        say(f"dstune: no {REPORT_FILE} was written: {type(error).__name__}: {error}")
+        message(f"dstune: no {REPORT_FILE} was written: {type(error).__name__}: {error}")

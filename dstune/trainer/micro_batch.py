@@ -129,7 +129,7 @@ class Trials:
     world: World
     pad_token_id: int
     memory: PeakMemory
-    say: Callable[[str], None]
+    message: Callable[[str], None]
 
     def choose_micro_batch_size(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
         """The configuration with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
@@ -149,7 +149,7 @@ class Trials:
                 "trials": [asdict(one) for one in choice.trials],
             }
             rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
-            self.say(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
+            self.message(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")
         return replace(self.config, trainer=replace(trainer, micro_batch_size=int(known["rows"]))), known
 
     @property
@@ -202,7 +202,7 @@ class Trials:
         speed = rows / float(numbers[:, 1].max()) * self._without_padding(rows)
         trial = Trial(rows, round(float(numbers[:, 0].max()), 4), round(speed, 4))
         at_once = f"{rows} row{'s' * (rows > 1)} at once"
-        self.say(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
+        self.message(f"trying micro-batches: {at_once} {speed:.3g} rows/s, peak {trial.gib:.2f} GiB")
         return trial
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:

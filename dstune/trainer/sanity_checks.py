@@ -59,7 +59,7 @@ def verify_rows(
     rows: Rows | None,
     architecture: Any,
     world: World,
-    say: Callable[[str], None],
+    message: Callable[[str], None],
 ) -> None:
     """Prove that samples of a row do not see each other, however rows are handed to the model.
 
@@ -68,7 +68,7 @@ def verify_rows(
     if rows is not None:
         assert isinstance(head, CausalLmHead)
         if reason := rows_problem(engine, head, rows, architecture, config.data.max_length, world):
-            say(rows.refuse(reason))
+            message(rows.refuse(reason))
             head.rows = rows = None
     if rows is None:
         check_packing(config, engine, architecture.vocab_size, world)

@@ -75,8 +75,8 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
         except OSError as error:
             problem = Problem(KEY, f"{error.strerror or error}", "name a folder that you may write to", str(place))
     try:
-        _agree(problem, world)
-        _agree(_compiled(tell=world.is_main), world)
+        _raise_everywhere(problem, world)
+        _raise_everywhere(_compiled(tell=world.is_main), world)
         yield replace(zero, nvme_path=str(own))
     finally:
         if held is not None:
@@ -84,7 +84,7 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
             os.close(held)
 
 
-def _agree(problem: Problem | None, world: World) -> None:
+def _raise_everywhere(problem: Problem | None, world: World) -> None:
     """Raises UserError on all ranks with the first problem of any."""
     found = [one for one in world.gather(None if problem is None else asdict(problem)) if one is not None]
     if found:
@@ -191,7 +191,7 @@ def check_disk_space(settings: dict[str, Any], shares: list[int], moments: int, 
         )
         fix = "ulimit -l unlimited (limits.conf: memlock; systemd: LimitMEMLOCK), or zero.offload_optimizer=cpu"
         problem = Problem("zero.offload_optimizer", reason, fix, "nvme")
-    _agree(problem, world)
+    _raise_everywhere(problem, world)
 
 
 # -- beside the engine -------------------------------------------------------------------------------------------------

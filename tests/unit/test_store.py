@@ -85,7 +85,7 @@ def test_a_whole_checkpoint_without_its_name_gets_it_back(tmp_path, ending):
     incomplete_reasons = store.folder(tmp_path) / (store.tag(20) + store.INCOMPLETE)
     incomplete_reasons.mkdir()
     assert store.newest(tmp_path) is None
-    store.mend(tmp_path)
+    store.repair(tmp_path)
     assert store.newest(tmp_path) == path
     assert incomplete_reasons.exists()  # not whole: left to the next pruning
 
