@@ -1,4 +1,4 @@
-"""What depends on the database, over PostgreSQL: groups 2, 3 and 9 of the demands on the fine-tuning API."""
+"""What depends on the database, over PostgreSQL: groups 2, 3, 4, 6 and 9 of the demands on the fine-tuning API."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import time
 
 import openai
 import pytest
+from sqlalchemy import create_engine, text
 
+from benchmarks.fuzz_api import Fuzzer
 from dstune.serve.finetuning.tables import Blob, Delivery, Usage
 from dstune.serve.store.database import Database
 from tests.support.finetuning import cloud
+from tests.support.jobs import Bench
 from tests.support.postgres import postgres
+from tests.unit import test_finetuning_states as states
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
@@ -73,3 +77,41 @@ def test_files_uploads_pages_webhooks_and_usage(tmp_path):
                 await test(found)
 
         asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_jobs_from_their_files_to_their_models(tmp_path):
+    """What holds of jobs over SQLite, each in a database of its own."""
+    with postgres() as url:
+        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+        for test in (
+            states.test_a_job_from_its_files_to_its_model,
+            states.test_a_pause_waits_for_the_save_and_a_resume_goes_on,
+            states.test_cancelling_ends_the_process_and_frees_its_devices_afterwards,
+            states.test_another_process_takes_over_where_the_first_one_was_killed,
+            states.test_metadata_filters_and_pages,
+        ):
+            name = f"t{len(list(tmp_path.iterdir()))}"
+            with engine.connect() as connection:
+                connection.execute(text(f"CREATE DATABASE {name}"))
+            folder = tmp_path / name
+            folder.mkdir()
+            bench = Bench(folder, url=url.replace("/postgres?", f"/{name}?"))
+            test(bench)
+            bench.database.close()
+        engine.dispose()
+
+
+@pytest.mark.slow
+def test_made_up_requests(tmp_path):
+    """What SQLite takes and PostgreSQL does not (a NUL, an integer of 65 bits) is refused, and no error of the server."""
+
+    async def main(url):
+        async with cloud(tmp_path, database=Database(url)) as found:
+            keys = [found.key, found.owner, found.owner, found.other]
+            fuzzer = Fuzzer(found.gateway, keys, tmp_path, seed=1)
+            await fuzzer.run(3000)
+        assert fuzzer.findings == []
+
+    with postgres() as url:
+        asyncio.run(main(url))
