@@ -26,11 +26,11 @@ def existing() -> Any | None:
     """The session of this process, whichever thread made it; None where there is none."""
     if "pyspark" not in sys.modules:
         return None
-    from pyspark import SparkContext
     from pyspark.sql import SparkSession
 
+    context = getattr(sys.modules["pyspark"], "SparkContext", None)  # the client of Spark Connect alone has none
     active = SparkSession.getActiveSession()
-    if active is None and SparkContext._active_spark_context is not None:
+    if active is None and context is not None and context._active_spark_context is not None:
         active = SparkSession.builder.getOrCreate()
     return active
 
