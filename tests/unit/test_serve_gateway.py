@@ -299,11 +299,14 @@ def test_bodies_that_are_no_request(tmp_path):
     run(test, tmp_path, max_body_bytes=4096)
 
 
-def test_a_slow_body_is_given_up(tmp_path):
+@pytest.mark.parametrize("seconds", [1, 2.5])
+def test_a_slow_body_is_given_up(tmp_path, seconds):
+    """And its client, which may look for an answer only when it has sent all, gets one."""
+
     async def test(found):
         async def slow():
             yield b"{"
-            await asyncio.sleep(1)
+            await asyncio.sleep(seconds)
             yield b"}"
 
         headers = {"content-type": "application/json"}

@@ -36,6 +36,7 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """JSON may write characters in two halves, and so a half alone, which is no text and cannot be passed on."""
 
 LINGER_SECONDS = 0.5
+DISCARD_SECONDS = 5.0
 LEAST_BYTES_A_SECOND = 1024
 """Of a body that comes in pieces, after its first `body_seconds`."""
 
@@ -54,6 +55,7 @@ class Request:
         self.settings = settings
         self._receive, self._send = receive, send
         self._body_ended = False
+        self._unread = UNREAD_BYTES
         self.id = f"req_{secrets.token_hex(16)}"
         self.began = time.monotonic()
         self.first_byte: float | None = None
@@ -123,16 +125,22 @@ class Request:
     async def _leave_body(self) -> bool:
         """Whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
         the client sees the answer and keeps the connection."""
-        lengths, left = self._headers.get(b"content-length", [b""]), UNREAD_BYTES
-        if b"expect" in self._headers or any(len(one) > 12 or (one.isdigit() and int(one) > left) for one in lengths):
-            return not self._body_ended
+        lengths = self._headers.get(b"content-length", [b""])
+        if b"expect" in self._headers or any(
+            len(one) > 12 or (one.isdigit() and int(one) > UNREAD_BYTES) for one in lengths
+        ):
+            self._unread = 0
+        await self._discard(1.0)
+        return not self._body_ended
+
+    async def _discard(self, seconds: float) -> None:
+        """Read on for so long, while little enough comes."""
         try:
-            async with asyncio.timeout(1.0):
-                while not self._body_ended and left > 0:
-                    left -= len((await self.receive()).get("body", b""))
+            async with asyncio.timeout(seconds):
+                while not self._body_ended and self._unread > 0:
+                    self._unread -= len((await self.receive()).get("body", b""))
         except TimeoutError:
             pass
-        return not self._body_ended
 
     async def chunks(self, limit: int) -> AsyncIterator[bytes]:
         """The body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
@@ -230,13 +238,15 @@ class Request:
         await self.respond(200, dumps(value))
 
     async def _answer_and_close(self, error: ApiError, headers: list[tuple[bytes, bytes]]) -> None:
-        """The connection stays open a moment longer than the answer takes: one that is closed while its client writes may
-        lose the client what was answered."""
+        """The connection stays open longer than the answer takes, for a small body until it has come: one that is closed while
+        its client writes may lose the client what was answered."""
         body = self._error_body(error)
         fixed = [JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await self.send({"type": "http.response.start", "status": error.status, "headers": [*headers, *fixed]})
         await self.send({"type": "http.response.body", "body": body, "more_body": True})
-        await asyncio.sleep(LINGER_SECONDS)
+        await self._discard(DISCARD_SECONDS)
+        if not self._body_ended:
+            await asyncio.sleep(LINGER_SECONDS)
         await self.send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
