@@ -87,7 +87,10 @@ def upgrade(checkpoint: Path) -> int | None:
 
     Returns the format it had; None if it has the present one already. Raises OSError, and UserError (`upgrade_state`).
     """
-    saved = json.loads((checkpoint / STATE).read_text())
+    try:
+        saved = _state_object(checkpoint)
+    except ValueError as error:
+        raise _unreadable(checkpoint, error) from None
     if (former := saved.get("format", 1)) == FORMAT:
         return None
     entries: dict[str, dict[str, Any]] = json.loads((checkpoint / COMMITTED).read_text())["files"]
@@ -197,8 +200,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return upgrade_state(_state_object(checkpoint))
     except ValueError as error:
-        fix = "give another checkpoint, or take it out of the way"
-        raise UserError(Problem(str(checkpoint / STATE), f"cannot be read: {error}", fix)) from None
+        raise _unreadable(checkpoint, error) from None
+
+
+def _unreadable(checkpoint: Path, error: ValueError) -> UserError:
+    fix = "give another checkpoint, or take it out of the way"
+    return UserError(Problem(str(checkpoint / STATE), f"cannot be read: {error}", fix))
 
 
 def _state_object(checkpoint: Path) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
     found = []
     for path in sorted(folder(run_dir).glob("step-*")):
         number = path.name.removeprefix("step-")
-        if not number.isdigit() or not path.is_dir():
+        if not number.isdecimal() or not path.is_dir():
             continue
         try:
             committed = is_committed(path)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint import store
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import parse_json, read_object
+from dstune.core.parsing import MAX_BYTES, METRICS_BYTES, lines_within, open_file, parse_json, read_object
 from dstune.core.paths import cache_root
 from dstune.core.secrets import redacted
 from dstune.report.run_files import is_row, shaped_result
@@ -193,10 +193,12 @@ def read_metrics(run_dir: Path) -> Logged:
     """The rows of `metrics.jsonl`; a torn last line is passed over."""
     logged = Logged()
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as stream:
-            for line in stream:
+        with open_file(run_dir / "metrics.jsonl") as stream:
+            for line, _ in lines_within(stream, MAX_BYTES):
+                if stream.tell() > METRICS_BYTES:
+                    break
                 try:
-                    row = parse_json(line)
+                    row = parse_json(line or b"")
                 except ValueError:
                     continue
                 if is_row(row):

@@ -54,8 +54,12 @@ class JsonLines:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the rows after `step` and a torn last line, in a new file that then takes the old one's place."""
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_row_until(line, step)]
+    """Drop the rows after `step` and a torn last line, in a new file that then takes the old one's place.
+
+    Raises UserError where there are rows to keep and the file is a link, or none.
+    """
+    lines = files.read_plain(path).splitlines(keepends=True) if step >= 0 else []
+    kept = [line for line in lines if _is_row_until(line, step)]
     files.write(path, b"".join(kept), sync=True)
 
 

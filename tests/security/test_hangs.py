@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dstune.checkpoint import store
 from dstune.config.convert import load
 from dstune.core.errors import UserError
 from dstune.core.limits import check_patterns
@@ -211,10 +212,23 @@ def test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on(tmp_path: Pat
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_folders_and_states_of_others_are_no_checkpoints(tmp_path: Path) -> None:
+    (store.folder(tmp_path) / "step-\u00b2").mkdir(parents=True)  # a digit, and no number
+    assert store.listing(tmp_path) == []
+    (store.folder(tmp_path) / "step-3" / "state.json").parent.mkdir()
+    (store.folder(tmp_path) / "step-3" / "state.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="cannot be read"):
+        store.upgrade(store.folder(tmp_path) / "step-3")
+
+
 def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
     run = run_in(tmp_path, "run")
     os.mkfifo(run / "result.json")
+    os.mkfifo(run / "metrics.jsonl")
     (run / "launch.json").symlink_to("/dev/zero")
+    assert records.read_metrics(run).last == {}
+    with pytest.raises(UserError, match="no plain file"):
+        rewind(run / "metrics.jsonl", 2)
     assert records.read_result(run) is None
     assert records.read_launch(run) is None
     with pytest.raises(OSError, match="no plain file"):
