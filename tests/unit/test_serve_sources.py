@@ -239,6 +239,27 @@ def test_vectors_are_compared_as_a_whole(tmp_path):
             told(vector, dtype)
 
 
+def test_a_reader_is_known_by_its_spans_too(tmp_path):
+    answer = {"predicted": "w1 w2", "no_answer": 0.0}
+    row = {"row": {"question": "a"}, "ids": [1], "answer": answer}
+    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    source = stub_source("m", folder=tmp_path, task="question_answering", generates=False, serves=("answer",))
+
+    def told(answer):
+        engine = Told(source, "m", tmp_path, tmp_path, Limits())
+        engine.dtype = "float32"
+
+        async def answers(rows):
+            return {"ids": [[1]], "answers": [answer]}
+
+        engine.answers = answers
+        return asyncio.run(prove(engine, "m", source)).status
+
+    assert told(answer) == "proven"
+    with pytest.raises(Refused, match="is not the model that was trained"):
+        told(answer | {"predicted": "w3"})
+
+
 def test_an_adapter_has_to_differ_from_its_base(tmp_path):
     same = [-9.0, -1.0, -2.0]
     with pytest.raises(Refused, match="has no effect"):
