@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -56,6 +57,18 @@ def test_names_and_paths():
 def test_command_lines_that_are_wrong(tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     assert told in refusal(*words)
+
+
+def test_a_port_that_is_taken_is_refused_before_models_are_loaded(tmp_path, monkeypatch):
+    async def start(*_):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("dstune.serve.fleet.Fleet.start", start)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert "cannot listen there" in refusal("me/mine", "--port", port, "--state", str(tmp_path / "s"))
 
 
 def test_without_the_extra_the_verb_names_it(tmp_path, monkeypatch):
