@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +28,8 @@ KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"sy
 """Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
 
 
-_OPENED = re.compile(r'"messages":\[\{"content":"(?:[^"\\]|\\.)*","role":"assistant"')
-"""A conversation that the assistant begins, in a row (JSON text)."""
+_CONVERSATION, _ROLE = '"messages":[{"content":"', '","role":"'
+"""In a row (JSON text, the keys of a message in order): the first message, and what stands in front of its role."""
 
 REASONING = ('"reasoning', '"thinking"', "</think>")
 """Strings without which a row (JSON text) has no reasoning."""
@@ -77,7 +76,7 @@ def keep(
     for batch in rows.iter(batch_size=ROWS_AT_ONCE):
         places = np.searchsorted(whole, batch["number"])
         for text, number, place in zip(batch["row"], batch["number"], places, strict=True):
-            counts["opened"] += _OPENED.search(text) is not None
+            counts["opened"] += _is_opened(text)
             if thought := _reasoning_of_turns(text):
                 counts["thinking"] += any(thought)
                 counts["mixed"] += any(thought) and not all(thought)
@@ -92,6 +91,12 @@ def keep(
     chosen = [*kept.values(), *([longest] if longest else [])]
     found = [_entry(text, number, numbers, sources) for text, number in chosen]
     target.write_text(json.dumps({"rows": found, **counts, "of": len(rows)}), encoding="utf-8")
+
+
+def _is_opened(text: str) -> bool:
+    """Whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write it."""
+    start = text.find(_CONVERSATION)
+    return start >= 0 and text.startswith(f'{_ROLE}assistant"', text.find(_ROLE, start))
 
 
 def _reasoning_of_turns(text: str) -> list[bool]:
