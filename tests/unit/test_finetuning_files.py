@@ -212,6 +212,11 @@ def test_group_4_every_error_has_the_shape_of_the_api(tmp_path):
             assert answer.status_code == 400, (content, answer.text)
             assert set(answer.json()) == {"error"}
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        empty = (await raw.get("/v1/files")).json()
+        assert empty == {"object": "list", "data": [], "has_more": False, "first_id": "", "last_id": ""}
+        made = (await raw.post("/v1/files", files={"file": ("a", b"x")}, data={"purpose": "evals"})).json()
+        assert set(made) == {"id", "object", "bytes", "created_at", "filename", "purpose", "status"}  # and nothing null
+        await raw.delete(f"/v1/files/{made['id']}")
         for path, status in (("/v1/files?purpose=%00", 400), ("/v1/files?a%00=1", 400), ("/v1/files/%00", 404)):
             assert (await raw.get(path)).status_code == status  # PostgreSQL takes no NUL
         assert contents(found) == []

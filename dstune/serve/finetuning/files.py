@@ -178,7 +178,7 @@ class Files:
         listed = _alive() if purpose is None else [*_alive(), File.purpose == purpose]
         with self._database.session() as session:
             rows, more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
-        return pages.listing([described_file(row) for row in rows], more)
+        return pages.listing([described_file(row) for row in rows], more, nobody="")
 
     def _read(self, request: Request) -> File:
         with self._database.session() as session:
@@ -214,7 +214,8 @@ class Files:
 
 
 def described_file(row: File) -> dict[str, Any]:
-    return {
+    """Without the fields that have no value: the public contract has none that are null."""
+    value = {
         "id": row.id,
         "object": "file",
         "bytes": row.bytes,
@@ -223,8 +224,8 @@ def described_file(row: File) -> dict[str, Any]:
         "filename": row.filename,
         "purpose": row.purpose,
         "status": "processed",
-        "status_details": None,
     }
+    return {name: given for name, given in value.items() if given is not None}
 
 
 def missing(file: str, param: str = "id") -> ApiError:

@@ -53,9 +53,9 @@ def rows_of(
     return found[: page.limit], len(found) > page.limit
 
 
-def listing(values: list[dict[str, Any]], more: bool, *, ids: bool = True) -> dict[str, Any]:
-    """The body of a list. ids: whether it names the first and the last one."""
+def listing(values: list[dict[str, Any]], more: bool, *, ids: bool = True, nobody: str | None = None) -> dict[str, Any]:
+    """The body of a list. ids: whether it names the first and the last one; nobody: their id where the list is empty."""
     body: dict[str, Any] = {"object": "list", "data": values, "has_more": more}
     if ids:
-        body |= {"first_id": values[0]["id"] if values else None, "last_id": values[-1]["id"] if values else None}
+        body |= {"first_id": values[0]["id"] if values else nobody, "last_id": values[-1]["id"] if values else nobody}
     return body

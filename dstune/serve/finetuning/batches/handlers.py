@@ -103,7 +103,7 @@ class Batches:
         assert request.caller is not None
         with self._database.session() as session:
             rows, more = pages.rows_of(session, Batch, page, [Batch.project == request.caller.project])
-        return pages.listing([described_batch(row) for row in rows], more)
+        return pages.listing([described_batch(row) for row in rows], more, nobody="")
 
     def _cancel(self, request: Request) -> Batch:
         assert request.caller is not None
