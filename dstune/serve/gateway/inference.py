@@ -51,6 +51,7 @@ class Inference:
             raise ApiError(404, f"The model {model.source.name!r} does not serve {path}.", param="model")
         request.model = model.source.name
         body = checked(body, known, acts)
+        request.refuse_halves(body)
         self._check_size(request, body)
         user = body.get("user") or body.get("safety_identifier")
         request.user = user if isinstance(user, str) else None

@@ -56,6 +56,7 @@ class Request:
         self._receive, self._send = receive, send
         self._body_ended = False
         self._unread = UNREAD_BYTES
+        self._may_hold_halves = False
         self.id = f"req_{secrets.token_hex(16)}"
         self.began = time.monotonic()
         self.first_byte: float | None = None
@@ -189,12 +190,9 @@ class Request:
         except TimeoutError:
             raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
         self.digest = hashlib.sha256(body).hexdigest()
+        self._may_hold_halves = bool(_HALF.search(body))
         try:
             value = json.loads(body.decode(), parse_constant=_refuse_constant)
-            if _HALF.search(body):
-                dumps(value)
-        except UnicodeEncodeError:
-            raise ApiError(400, "The body holds half of a character (a lone surrogate).") from None
         except (ValueError, RecursionError):
             raise ApiError(400, "The body is no JSON.") from None
         if not isinstance(value, dict):
@@ -202,6 +200,14 @@ class Request:
         if _deeper(value, self.settings.max_depth):
             raise ApiError(400, f"The body is nested more than {self.settings.max_depth} deep.")
         return value
+
+    def refuse_halves(self, body: dict[str, Any]) -> None:
+        """Raises ApiError for a body that cannot be passed on, since a text in it holds half of a character."""
+        if self._may_hold_halves:
+            try:
+                dumps(body)
+            except UnicodeEncodeError:
+                raise ApiError(400, "The body holds half of a character (a lone surrogate).") from None
 
     # -- response
 
