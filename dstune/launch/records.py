@@ -255,9 +255,12 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
 
 
 def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None:
-    """Where a launcher died whose ranks are on machines that nobody else watches: wait until none can be there any more."""
+    """Where a launcher died whose ranks are on machines that nobody else watches: wait until none can be there any more.
+
+    Raises UserError where its file is a link or none.
+    """
     try:
-        patience = min(LONGEST_SECONDS, float((run_dir / DRIVER).read_text()))
+        patience = min(LONGEST_SECONDS, float(files.read_plain(run_dir / DRIVER)))
         left = min(patience, (run_dir / DRIVER).stat().st_mtime + patience - time.time())
     except (OSError, ValueError):
         return

@@ -257,6 +257,10 @@ def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path, monkeypatch):
     os.utime(tmp_path / "run" / records.DRIVER, (1, 1))
     records.wait_for_former_ranks(tmp_path / "run", reported.append)
     assert len(waited) == 1
+    (tmp_path / "run" / records.DRIVER).unlink()
+    os.mkfifo(tmp_path / "run" / records.DRIVER)
+    with pytest.raises(UserError, match="no plain file"):
+        records.wait_for_former_ranks(tmp_path / "run", reported.append)
 
 
 def test_strangers_and_workers_that_do_not_fit_are_refused(tmp_path):
