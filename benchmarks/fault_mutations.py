@@ -79,7 +79,12 @@ _CHAT: dict[str, Mutation] = {
     "a_field_that_the_template_drops_is_one_refusal_with_template_field_rows_and_fix": undo(
         "data/render.py", "        if fields:\n", "        if False:\n"
     ),
-    "rows_with_dropped_fields_can_be_skipped": undo("data/render.py", "        if fields:\n", "        if False:\n"),
+    "rows_with_dropped_fields_can_be_skipped": undo(
+        "data/render.py",
+        "        if fields:\n",
+        "        if False:\n",
+        ("data/render.py", "if text.strip() not in turn.body:", "if False:"),
+    ),
     "a_call_of_which_the_name_or_an_argument_is_not_written_is_refused": undo(
         "data/render.py", "if text.strip() not in turn.body:", "if False:"
     ),
