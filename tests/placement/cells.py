@@ -83,7 +83,7 @@ ALLOWED: dict[str, tuple[int, str]] = {
     # The sums of a step where they did not come with the norm, and a norm that was not read for the decision.
     "dstune/models/heads/base.py:numbers": (1, STEP),
     "dstune/zero/engine.py:update": (1, STEP),
-    # The gradient norm, by which DeepSpeed decides whether to update, with the sums of the step; what it writes where a norm is none.
+    # The norm by which DeepSpeed decides whether to update, with the sums of the step; what it writes where a norm is none.
     "dstune/zero/fewer_reads.py:_read": (1, STEP),
     "deepspeed/runtime/zero/stage3.py:get_grad_norm_direct": (2, GROUP),
     "deepspeed/runtime/utils.py:clip_grad_norm_": (2, STEP),
