@@ -71,7 +71,8 @@ def judge(
         report = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
         report.sort(key=lambda end: isinstance(errors[end.rank], WaitedInVain))
         culprit = next(iter(killed or report or bad))
-        if culprit.rank in errors and culprit.code >= 0:
+        # One that we ended while it left says what it had to say, whatever signal its end shows.
+        if culprit.rank in errors and (culprit.code >= 0 or culprit.signalled_to_end):
             error = errors[culprit.rank]
             return Verdict(EXIT_FAILED, str(error), culprit, error)
         return Verdict(EXIT_FAILED, f"rank {culprit.rank} {how(culprit.code)}", culprit)

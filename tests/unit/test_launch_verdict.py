@@ -10,9 +10,9 @@ FAILED = TrainingFailed("loss was not finite")
 SAVED = Preempted("received SIGTERM: saved at step 8")
 
 
-def ends(*codes, report=()):
-    """Ranks in the order of their ends; those in `told` were being ended by the launcher."""
-    return [Ended(rank, code, order, rank in report) for order, (rank, code) in enumerate(codes)]
+def ends(*codes, ending=()):
+    """Ranks in the order of their ends; those in `ending` were being ended by the launcher."""
+    return [Ended(rank, code, order, rank in ending) for order, (rank, code) in enumerate(codes)]
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,16 @@ def ends(*codes, report=()):
         # One was killed, the other noticed and was seen first.
         (ends((0, 1), (1, -9)), {}, None, 1, 1),
         # The launcher's own SIGTERM is no cause.
-        (ends((1, 1), (0, -15), report={0}), {}, None, 1, 1),
+        (ends((1, 1), (0, -15), ending={0}), {}, None, 1, 1),
         # A report of a failure tells more than the exit of those who waited for that rank.
-        (ends((1, 1), (0, 1), report={0}), {0: FAILED}, None, 1, 0),
-        (ends((1, 1), (0, 2), report={0}), {0: MISTAKE, 1: FAILED}, None, 2, 0),
-        (ends((1, 1), (0, -15), report={0}), {0: MISTAKE}, None, 2, 0),
+        (ends((1, 1), (0, 1), ending={0}), {0: FAILED}, None, 1, 0),
+        (ends((1, 1), (0, 2), ending={0}), {0: MISTAKE, 1: FAILED}, None, 2, 0),
+        (ends((1, 1), (0, -15), ending={0}), {0: MISTAKE}, None, 2, 0),
         # A failure while the others save is a failure.
         (ends((0, 75), (1, -11)), {0: SAVED}, "SIGTERM", 1, 1),
         # SIGTERM before the handlers were there.
-        (ends((1, -15), (0, -9), report={0}), {}, "SIGINT", 75, None),
-        (ends((1, -15), (0, -9), report={0}), {}, None, 1, 1),
+        (ends((1, -15), (0, -9), ending={0}), {}, "SIGINT", 75, None),
+        (ends((1, -15), (0, -9), ending={0}), {}, None, 1, 1),
     ],
 )
 def test_verdicts(ended, errors, stop, code, culprit):
@@ -46,6 +46,7 @@ def test_verdicts(ended, errors, stop, code, culprit):
 def test_reasons():
     assert judge(ends((0, 75)), {0: SAVED}, "SIGTERM", False).reason == str(SAVED)
     assert judge(ends((0, 1)), {0: FAILED}, None, False).reason == "loss was not finite"
+    assert judge(ends((1, 1), (0, -15), ending={0}), {0: FAILED}, None, False).reason == "loss was not finite"
     assert judge(ends((0, 1)), {}, None, False).reason == "rank 0 ended with exit code 1"
     assert judge(ends((0, -15)), {}, "SIGHUP", False).reason == "received SIGHUP before training began"
     assert judge(ends((0, 75)), {0: SAVED}, "SIGTERM", True).exit_code == 1
@@ -67,9 +68,9 @@ def test_a_rank_that_waited_in_vain_is_not_the_one_to_blame():
     both = ends((0, 1), (1, 1))
     assert judge(both, {0: WAITED, 1: STALLED}, None, False).reason == str(STALLED)
     assert judge(both, {0: WAITED}, None, False).reason == str(WAITED)
-    report = judge(ends((0, 1), (1, -9), report={1}), {0: WAITED}, None, False, stopped={1})
-    assert report.culprit.rank == 1
-    assert report.reason == f"rank 1 was stopped (SIGSTOP, or a debugger); {WAITED}"
+    verdict = judge(ends((0, 1), (1, -9), ending={1}), {0: WAITED}, None, False, stopped={1})
+    assert verdict.culprit.rank == 1
+    assert verdict.reason == f"rank 1 was stopped (SIGSTOP, or a debugger); {WAITED}"
 
 
 def test_kinds_of_failures_survive_the_way_to_the_launcher():
