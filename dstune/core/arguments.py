@@ -50,6 +50,12 @@ class VerbParser(argparse.ArgumentParser):
             raise _FoundParser(self)
         return super().parse_known_args(args, namespace)
 
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Since Python 3.13 it does not come by `parse_known_args`.
+        if _looking.get():
+            raise _FoundParser(self)
+        return super().parse_known_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         if missing := re.search(r"the following arguments are required: (.+)", message):

@@ -67,7 +67,7 @@ def test_the_value_of_info_may_be_left_out(argv: list[str], info: str, overrides
         (["--learning_rate=3"], "--learning_rate", "write optimizer.lr=3"),
         (["--confg-dir=x"], "--confg-dir", "did you mean --config-dir?"),
         (["--zzz"], "--zzz", "no such flag"),
-        (["--cfg", "jb"], "command line", "'job'"),
+        (["--cfg", "jb"], "command line", "choose from"),
         (["--cfg"], "command line", "expected one argument"),
         (["--info=x"], "--info", "searchpath"),
         (["--multirun"], "--multirun", "sweep"),
