@@ -21,3 +21,4 @@ except TrainingFailed as error:
     print(f"refused: {error}")
     sys.exit(3)
 print(f"received {len(world.gather(rank))}")
+torch_dist.destroy_process_group()  # else a thread of gloo may outlive the interpreter, and the process aborts
