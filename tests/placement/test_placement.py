@@ -56,15 +56,15 @@ def check(server: Server, chosen: list[Cell]) -> int:
 
 SAMPLE = (
     *("chat-full-2", "chat-full-0", "causal_lm-lora-3", "classification-head-1", "preference-full-3", "reward-ia3-0"),
-    *("embedding-full-2", "token_classification-vera-1", "question_answering-oft-2", "seq2seq-prompt-3", "dora-2"),
+    *("embedding-full-2", "token_classification-vera-1", "question_answering-oft-2", "seq2seq-lora-3", "dora-2"),
     *(
         "classification-features-3",
         "chat-ulmfit-3",
         "causal_lm-freeze-1",
         "chat-importance-2",
-        "classification-prefix-0",
+        "preference-prefix-0",
     ),
-    *("chat-p_tuning-2", "embedding-lora-3"),
+    *("chat-p_tuning-2", "embedding-lora-3", "causal_lm-prompt-3"),
 )
 """Every task, method and stage at least once, within a few minutes."""
 
