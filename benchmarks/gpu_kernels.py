@@ -28,12 +28,12 @@ def attention(bench: Bench) -> None:
         seen = (place[:, None] >= place) & (place[:, None] // sample == place // sample)
         mask = seen[None, None].to(bench.device)
 
-        def masked(mask: Any = mask, states: Any = states) -> torch.Tensor:
+        def with_mask(mask: Any = mask, states: Any = states) -> torch.Tensor:
             q, k, v = (part.transpose(0, 1)[None] for part in states)
             found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
             return found[0].transpose(0, 1)
 
-        ways: dict[str, Callable[[], torch.Tensor]] = {"sdpa with a mask": masked}
+        ways: dict[str, Callable[[], torch.Tensor]] = {"sdpa with a mask": with_mask}
         for kernel in kernels():
             if bench.simulate and "flex" in kernel.name:
                 continue  # it is compiled
@@ -44,7 +44,7 @@ def attention(bench: Bench) -> None:
                 return kernel.compute(*states, Boundaries(*at), states[0].shape[-1] ** -0.5, None)
 
             ways[kernel.name] = packed
-        expected = masked().detach().float()
+        expected = with_mask().detach().float()
         for name, way in ways.items():
             try:
                 apart = float((way().detach().float() - expected).abs().max())

@@ -258,7 +258,7 @@ def test_a_copy_that_takes_long_is_no_silence(without_locks, monkeypatch):
     assert not (place / records.LEASE).exists()
 
 
-def test_whatever_goes_wrong_while_copying_is_said_and_tried_again(without_locks, monkeypatch):
+def test_errors_while_copying_are_reported_and_retried(without_locks, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
     opened = mirror.open_mirror(without_locks, said.append)

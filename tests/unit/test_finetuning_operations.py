@@ -103,7 +103,7 @@ def test_a_gpu_is_not_given_to_two_jobs(monkeypatch):
 # -- plans
 
 
-def test_a_plan_is_asked_again_when_its_preset_changes_or_it_could_not_be_made(tmp_path, monkeypatch):
+def test_a_plan_is_made_anew_when_its_preset_changes_or_planning_failed(tmp_path, monkeypatch):
     made = Planner(tmp_path)
     asked: list[str] = []
     answer = Estimate(fits=False, reason="too large")
@@ -158,7 +158,7 @@ while True:
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1] + '/run'])"
 
 
-def test_a_training_that_saves_for_long_is_not_asked_a_second_time(tmp_path):
+def test_a_training_that_saves_for_long_gets_no_second_signal(tmp_path):
     """A second signal would end it without saving. One whose process is gone is asked by a file, which may be written again."""
     folder = JobFolder(tmp_path)
     folder.run.mkdir()
@@ -304,7 +304,7 @@ def test_models_go_on_being_loaded_after_a_failure(tmp_path):
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_what_is_asked_of_jobs_is_done_with_the_change_or_not_at_all(tmp_path):
+def test_commands_to_jobs_are_committed_with_the_change_or_not_at_all(tmp_path):
     bench = Bench(tmp_path)
     job = bench.add()
     done: list[str] = []

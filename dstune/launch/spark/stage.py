@@ -158,7 +158,7 @@ class Stage:
                 job.join(JOB_SECONDS)
                 for task in self._attempt.tasks.values():
                     task.line.close()
-                if not self._attempt.running or self._all_settled():
+                if not self._attempt.running or self._no_rank_left():
                     (self._run_dir / records.DRIVER).unlink(missing_ok=True)
         follower.end()
         (self._run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -257,7 +257,7 @@ class Stage:
             if not present.repeated or self._is_over():
                 self._dismiss_waiting()
                 return
-            if not self._all_settled():
+            if not self._no_rank_left():
                 return
             for task in present.tasks.values():
                 task.line.close()
@@ -342,13 +342,13 @@ class Stage:
         if self._refusal is not None or self._forced or self._gave_up or self._all_ended():
             return True
         present = self._attempt
-        return self._stop_signal is not None and (not present.running or (present.over and self._all_settled()))
+        return self._stop_signal is not None and (not present.running or (present.over and self._no_rank_left()))
 
     def _all_ended(self) -> bool:
         present = self._attempt
         return len(present.tasks) == self.size and all(task.code is not None for task in present.tasks.values())
 
-    def _all_settled(self) -> bool:
+    def _no_rank_left(self) -> bool:
         """Whether no rank of this attempt can be there: each has ended, or its task lost the driver long ago."""
         patience = self._patience if self._attempt.running else 0.0
         now = time.monotonic()
