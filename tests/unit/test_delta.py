@@ -142,6 +142,22 @@ def refused(spec: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_a_log_leads_to_no_file_outside_the_table(table, tmp_path, form):
+    stranger = tmp_path / "stranger"
+    shutil.copytree(table, stranger)
+    own = next(stranger.glob("*.parquet"))
+    private = own.rename(tmp_path / "private.parquet")
+    for log in stranger.glob("_delta_log/*.json"):
+        log.write_text(log.read_text().replace(f'"path":"{own.name}"', f'"path":"{form.format(private)}"'))
+    assert "private.parquet lies outside the table's folder" in refused(f"delta://{stranger}")
+    private.rename(tmp_path / own.name)
+    shutil.copytree(table, tmp_path / "linked")
+    (tmp_path / "linked" / own.name).unlink()
+    (tmp_path / "linked" / own.name).symlink_to(tmp_path / own.name)
+    assert "lies outside the table's folder" in refused(f"delta://{tmp_path / 'linked'}")
+
+
 def test_tables_that_are_not_as_they_were(table, tmp_path):
     assert "the newest version is 2" in refused(f"delta://{table}@99")
     assert "its log" in refused(f"delta://{table}@2000-01-01") or "log of the table begins" in refused(

@@ -126,13 +126,17 @@ def check_files(actions: list[dict[str, Any]], place: str, address: Address, key
     """Look at every data file (`files_of`) where it can be looked at without reading it; the bytes of all.
 
     Raises:
-        UserError: files that are gone, or cut short.
+        UserError: files that are gone, cut short, or outside the table's folder (its log may name any file of this machine).
     """
     if "://" not in place:
         bad = []
+        inside = Path(place).resolve()
         for action in actions:
             name = unquote(action["path"])
             path = Path(name.removeprefix("file://")) if name.startswith(("/", "file://")) else Path(place, name)
+            if not path.resolve().is_relative_to(inside):
+                fix = "copy the rows into a table of their own (a shallow clone has none)"
+                raise UserError(Problem(key, f"{name} lies outside the table's folder", fix, str(address)))
             size = path.stat().st_size if path.is_file() else None
             if size != action["size_bytes"]:
                 bad.append(f"{name} is gone" if size is None else f"{name} has {size} of {action['size_bytes']} bytes")
