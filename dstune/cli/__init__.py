@@ -79,6 +79,8 @@ def _exit_code(arguments: list[str]) -> int:
     except DstuneError as error:
         print_error(error, as_json="--json" in arguments)
         code = error.exit_code
+    except BrokenPipeError:  # an OSError too: it has to be caught before the others
+        code = EXIT_FAILED
     except OSError as error:
         if error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes | os.PathLike):
             raise
@@ -89,8 +91,6 @@ def _exit_code(arguments: list[str]) -> int:
         code = refusal.exit_code
     except KeyboardInterrupt:
         print("dstune: interrupted", file=sys.stderr)
-        code = EXIT_FAILED
-    except BrokenPipeError:
         code = EXIT_FAILED
     flush()
     return code

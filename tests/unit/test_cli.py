@@ -154,9 +154,10 @@ def test_an_unexpected_exception_keeps_its_traceback():
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_a_reader_that_goes_away():
-    script = f"{sys.executable} -m dstune --help | true; exit ${{PIPESTATUS[0]}}"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+@pytest.mark.parametrize("buffering", ["", "1"])  # the write fails, or the flush at the end
+def test_a_reader_that_goes_away(buffering):
+    script = f"(sleep 0.5; exec {sys.executable} -m dstune --help) | true; exit ${{PIPESTATUS[0]}}"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": buffering}
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode in (0, 1)
     assert done.stderr == ""
