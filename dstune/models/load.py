@@ -202,7 +202,7 @@ def load_model(
     """
     architecture, task = trained_config(config, tokenizer, labels), task_of(config.task)
     model_class = task.model_class(architecture)
-    options = {"attn_implementation": _attention(config, dtype), "dtype": dtype}
+    options = {"attn_implementation": _attention(config), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
             model = _new_model(model_class, architecture, config.model.trust_remote_code, options)
@@ -332,22 +332,20 @@ def complete_generation(generation: GenerationConfig, architecture: PretrainedCo
             setattr(generation, key, getattr(architecture, key, None))
 
 
-def _attention(config: RunConfig, dtype: torch.dtype) -> str | None:
+def _attention(config: RunConfig) -> str | None:
     """What transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba).
 
     Raises UserError for flash attention where it is not installed, or there is no GPU.
     """
     requested = config.model.attention
+    if requested is Attention.auto:  # rows of language models get a kernel later (`packed_attention`)
+        return None
     installed = importlib.util.find_spec("flash_attn") is not None
     if requested is Attention.flash_attention_2 and not (installed and accelerator.present()):
         reason = "the package flash-attn is not installed here" if accelerator.present() else "this machine has no GPU"
         fix = "model.attention=auto, which takes the best kernel that is there"
         raise UserError(Problem("model.attention", reason, fix, requested.value))
-    if requested is not Attention.auto:
-        return requested.value
-    # transformers tells packed rows apart for flash attention in batches of one row only; sdpa does so in any batch.
-    flash = installed and accelerator.present() and dtype is not torch.float32
-    return "flash_attention_2" if flash and not config.data.packing else None
+    return requested.value
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

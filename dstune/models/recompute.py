@@ -26,6 +26,9 @@ ATTENTION = {
     "aten::_scaled_dot_product_cudnn_attention",
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::fwd",  # of earlier versions
+    "torch_attn::_varlen_attn",
 }
 SPREAD = 16
 """Products that make more than so many outputs of each input are computed again: the second matrix of a low-rank adapter makes as

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -24,6 +25,7 @@ from transformers import (
 
 from dstune.config.compose import compose
 from dstune.config.schema import Selective
+from dstune.models import varlen
 from dstune.models.norms import use_lean_norms
 from dstune.models.recompute import SPREAD, checkpointing_options, policy
 
@@ -109,3 +111,22 @@ def test_what_a_low_rank_makes_is_computed_again() -> None:
 def test_words(word: str, value: bool | Selective) -> None:
     config = compose(["experiment=quickstart", f"trainer.activation_checkpointing={word}"]).config
     assert config.trainer.activation_checkpointing is value
+
+
+def test_packed_rows_in_one_kernel_are_not_attended_again() -> None:
+    """torch's varlen kernel runs on GPUs only; tensors without values show which operations a checkpoint repeats."""
+    kernel = varlen.torch_varlen()
+    assert kernel is not None
+
+    def layer(states: torch.Tensor, boundaries: varlen.Boundaries) -> torch.Tensor:
+        return kernel.compute(states, states, states, boundaries, 0.25, None).sin()
+
+    def calls(options: dict[str, Any]) -> int:
+        with FakeTensorMode(), Counted() as counted:
+            states = torch.empty(8, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+            boundaries = varlen.Boundaries(torch.empty(3, dtype=torch.int32), 5)
+            checkpoint(layer, states, boundaries, **options).sum().backward()
+        return counted.calls["torch_attn::_varlen_attn"]
+
+    assert calls(checkpointing_options(True)) == 2
+    assert calls(checkpointing_options(Selective.selective)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as functional
-from support.tiny import save_decoder
+from support.tiny import save_decoder, save_t5
 
 from dstune.config.compose import compose
 from dstune.models import packed_attention, varlen
@@ -265,6 +266,16 @@ def test_flash_attention_that_is_not_there_is_refused_by_its_key(tmp_path, monke
         load_model(config, load_tokenizer(config.model), (), torch.bfloat16)
     (problem,) = error.value.problems
     assert problem.where == "model.attention" and reason in problem.reason
+
+
+def test_auto_loads_a_model_that_has_no_flash_attention_where_flash_attn_is_installed(tmp_path, monkeypatch):
+    """T5 and DeBERTa have none in transformers, which refuses to load them with it."""
+    model = save_t5(tmp_path / "t5")
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("torch" if name == "flash_attn" else name))
+    config = compose([f"model.path={model}", "task=seq2seq", "data=files", "data.train=rows.jsonl"]).config
+    assert load_model(config, load_tokenizer(config.model), (), torch.bfloat16).config._attn_implementation == "sdpa"
 
 
 def test_flash_attn_without_a_deterministic_backward_pass_is_not_taken_where_a_run_is_to_be(monkeypatch):
