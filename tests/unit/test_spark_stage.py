@@ -116,8 +116,11 @@ def ranks_left() -> list[psutil.Process]:
 
 
 def test_ranks_and_what_they_know(tmp_path):
-    verdict = launch(tmp_path / "run", "completes")
+    session, cancelled = Spark(), []
+    session.sparkContext.cancelJobGroup = cancelled.append
+    verdict = launch(tmp_path / "run", "completes", session)
     assert verdict.exit_code == 0
+    assert not cancelled, "Spark warns of a job that it does not find"
     seen = [json.loads((tmp_path / "run" / f"seen-{rank}.json").read_text()) for rank in range(2)]
     ranks = [from_environment(one) for one in seen]
     assert [(one.rank, one.world_size, one.local_rank, one.local_size) for one in ranks] == [(0, 2, 0, 2), (1, 2, 1, 2)]
@@ -183,9 +186,11 @@ def test_java_that_is_gone_hides_nothing(tmp_path):
     def gone(*arguments: object) -> None:
         raise ConnectionRefusedError("py4j")
 
-    session = Spark()
+    session, received = Spark(), []
     session.sparkContext.cancelJobGroup = gone
-    assert launch(tmp_path / "run", "preempted", session).exit_code == 75
+    session.collect = lambda: time.sleep(3.0)
+    threading.Timer(0.5, received.append, ["SIGTERM"]).start()
+    assert launch(tmp_path / "run", "completes", session, received).exit_code == 75
 
 
 def test_a_signal_before_all_tasks_are_there_ends_the_wait(tmp_path):

@@ -153,9 +153,12 @@ class Stage:
                             break
             finally:
                 self._end_attempt()
-                with contextlib.suppress(Exception):  # Java may be gone: what became of the ranks is known without it
-                    context.cancelJobGroup(self._id)
-                job.join(JOB_SECONDS)
+                if job.is_alive():
+                    with contextlib.suppress(
+                        Exception
+                    ):  # Java may be gone: what became of the ranks is known without it
+                        context.cancelJobGroup(self._id)
+                    job.join(JOB_SECONDS)
                 for task in self._attempt.tasks.values():
                     task.line.close()
                 if not self._attempt.running or self._no_rank_left():
