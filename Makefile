@@ -13,7 +13,7 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test-fast test test-again test-ci test-all golden test-gpu gpu-report lint format clean debian
+.PHONY: help quickstart install test-fast test test-again test-ci test-all golden test-gpu gpu-report lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -22,7 +22,7 @@ help:
 	@echo "make test        before you push: unit tests, the ladder of exactness, runs and signals (about 30 minutes on 2 cores)"
 	@echo "make test-again  what failed in the run before, one test at a time"
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (not timed as a whole yet)"
-	@echo "make test-all    these too: real models, soak, faults, installation into an empty environment"
+	@echo "make test-all    these too: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
@@ -54,7 +54,7 @@ test-again: $(VENV)/.installed-test
 test-ci: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
-test-all: $(VENV)/.installed-test $(VENV)/.clients debian
+test-all: $(VENV)/.installed-all $(VENV)/.clients debian java
 	$(TEST_ENV) DSTUNE_NPM=$(CLIENTS) DSTUNE_OPENAI_1=$(CLIENTS)/openai-1 $(PYTEST) $(PARALLEL) -m "not gpu"
 
 # The committed wording of errors; its diff is to be read.
@@ -90,6 +90,9 @@ debian:
 	@.ci/debian-packages shellcheck openmpi-bin iproute2 zsh fish openssh-client openssh-server pdsh \
 		slurmctld slurmd slurm-client munge postgresql docker-compose
 
+java:
+	@.ci/debian-packages default-jre-headless
+
 clean:
 	rm -rf $(VENV) build dist dstune.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -110,6 +113,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-all: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable '.[test,delta,spark,mlflow-server]'
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
 
 # Clients of others that the server has to bear: the last of version 1, which needs another httpx, and npm's.
 CLIENTS := $(abspath $(VENV))/clients

@@ -7,6 +7,7 @@ has loaded from the registry with the logits of the export; where it pointed bef
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -36,6 +37,7 @@ NOT_THE_MODEL = ("README.md", "dstune.json", "reference.json", "reference.jsonl"
 """Files of an export that may differ for the same model: times, versions, held-out rows."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 PROOF_SECONDS = 1800.0
+EXAMPLE = "input_example.json"
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
     import warnings
 
     import mlflow
-    from mlflow.models import ModelSignature
+    from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
 
     code = Path(__file__).with_name("registered_model.py")
@@ -181,14 +183,16 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
         mlflow.set_experiment(experiment_of(project, mlflow.get_tracking_uri()))
     with mlflow.start_run(run_name=name) as run, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice on type hints and examples
-        info = mlflow.pyfunc.log_model(
+        info = Model.log(
+            artifact_path=None,
+            flavor=_WithExample,
             name="model",
             python_model=str(code),
             artifacts={"export": str(export)},
             signature=signature,
-            # Not as `input_example`: MLflow would load the model here to try it.
-            metadata={"input_example": {"columns": ["text"], "data": [["An example."]]}, **tags},
+            metadata=dict(tags),
             pip_requirements=["mlflow", *_requirements()],
+            run_id=run.info.run_id,
         )
         mlflow.set_tags(dict(tags))
         run_id = run.info.run_id
@@ -201,6 +205,23 @@ def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, s
         name, info.model_uri, run_id=run_id, tags={**tags, DIGEST: digest}, model_id=info.model_id
     )
     return str(made.version)
+
+
+class _WithExample:
+    """MLflow's flavor for models of one's own, with an input example: given to it as one, MLflow would load the model here."""
+
+    @staticmethod
+    def save_model(path: str, mlflow_model: Any, **settings: Any) -> None:
+        import mlflow.pyfunc
+
+        mlflow.pyfunc.save_model(path, mlflow_model=mlflow_model, **settings)
+        Path(path, EXAMPLE).write_text(json.dumps({"columns": ["text"], "data": [["An example."]]}))
+        mlflow_model.saved_input_example_info = {
+            "artifact_path": EXAMPLE,
+            "type": "dataframe",
+            "pandas_orient": "split",
+        }
+        mlflow_model.save(str(Path(path, "MLmodel")))
 
 
 def _requirements() -> list[str]:

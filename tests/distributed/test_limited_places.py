@@ -182,8 +182,11 @@ def test_killed_while_copying_at_ten_places_it_goes_on_from_the_copy(limited, un
     assert read_object(run_dir / "result.json")["status"] == "completed"
 
 
-def test_several_machines_without_a_shared_folder_are_refused(limited):
-    done = limited.run("train", *overrides("volume/several"), "launch=slurm", "launch.nodes=2")
+@pytest.mark.parametrize(
+    "words", [("launch=slurm", "launch.nodes=2"), ("launch=spark", "launch.master=spark://127.0.0.1:7077")]
+)
+def test_several_machines_without_a_shared_folder_are_refused(limited, words):
+    done = limited.run("train", *overrides("volume/several"), *words)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "launch=slurm has ranks on other machines" in done.stderr
+    assert f"{words[0]} has ranks on other machines" in done.stderr
     assert not (limited.folder / "volume" / "several").exists()

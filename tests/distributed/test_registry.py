@@ -74,6 +74,16 @@ numpy.save(sys.argv[2], sys.modules[type(model).__module__].probe(model.model))
 """
 
 
+DESCRIBED = """
+import sys, mlflow
+from mlflow.models import Model
+path = mlflow.artifacts.download_artifacts(sys.argv[1])
+model = Model.load(path)
+example = model.load_input_example(path)
+print(model.signature.inputs.input_names(), [str(kind.name) for kind in model.signature.outputs.input_types()], len(example) == 1)
+"""
+
+
 def fresh_logits(place: Commands, uri: str, out: Path) -> np.ndarray:
     """In a process that has no dstune."""
     env = {**place.env, "PYTHONPATH": ""}
@@ -104,6 +114,15 @@ def test_loaded_back_by_alias_in_another_process(place, tmp_path, kind):
     assert len(client(place).search_model_versions(f"name='{kind}'")) == 1
     logits = fresh_logits(place, f"models:/{kind}@champion", tmp_path / "logits.npy")
     assert np.array_equal(logits, own_logits(place.folder / kind / "export"))
+    described = subprocess.run(
+        [sys.executable, "-c", DESCRIBED, f"models:/{kind}@champion"],
+        env={**place.env, "PYTHONPATH": ""},
+        cwd=place.folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert described.stdout.split() == ["['text']", "['string']", "True"], described.stdout
     tags = client(place).get_model_version(kind, "1").tags
     assert tags["dstune.run"] == kind
     assert tags["dstune.step"] == "2"
