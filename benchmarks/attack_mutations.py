@@ -95,7 +95,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/schema.py", "setting([], signed=_by_module)", "setting([])", case="cfg or plan"
     ),
     "runs_of_others.test_a_signed_key_of_an_installed_plugin_is_known": undo(
-        "config/run_file.py", "    plugins.load_installed()  # whose", "    # whose"
+        "core/registry.py", "if self._plugins and not _loading:", "if False:"
     ),
     "runs_of_others.test_no_variable_is_resolved": undo(
         "config/trust.py", "if _refers(value) or (", "if (", case="cfg"
@@ -241,6 +241,20 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
+    ),
+    "tokenizers.test_patterns_of_a_tokenizer_that_backtrack": undo(
+        "core/tokenizers.py", "            in_child(encode, TRIAL_SECONDS)\n", ""
+    ),
+    "tokenizers.test_a_pattern_that_backtracks_over_one_row_alone": undo(
+        "core/tokenizers.py", 'if type(error).__name__ != "PanicException":', "if True:"
+    ),
+    "tokenizers.test_files_of_a_tokenizer_that_are_none": undo(
+        "core/errors.py", "    except Exception as error:\n", "    except OSError as error:\n"
+    ),
+    "tokenizers.test_an_architecture_that_is_none": undo(
+        "models/load.py",
+        '    with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):\n',
+        "    if True:\n",
     ),
     "hangs.test_settings_of_an_adapter_that_are_none": undo(
         "methods/_peft/files.py", "    if not isinstance(settings, dict):\n", "    if False:\n"

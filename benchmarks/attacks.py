@@ -422,6 +422,30 @@ ATTACKS = (
         "hangs.test_a_pattern_that_backtracks",
     ),
     Attack(
+        "the same",
+        "`tokenizer.json`",
+        "tried in a child that is killed after 2 s",
+        "tokenizers.test_patterns_of_a_tokenizer_that_backtrack",
+    ),
+    Attack(
+        "a pattern that backtracks over some rows alone",
+        "`tokenizer.json`",
+        "a message that names the file and the text",
+        "tokenizers.test_a_pattern_that_backtracks_over_one_row_alone",
+    ),
+    Attack(
+        "files of a tokenizer that hold lists, numbers or nothing",
+        "models, adapters",
+        "refused, whatever the library raises",
+        "tokenizers.test_files_of_a_tokenizer_that_are_none",
+    ),
+    Attack(
+        "the same in an architecture",
+        "`config.json`",
+        "refused, whatever the library raises",
+        "tokenizers.test_an_architecture_that_is_none",
+    ),
+    Attack(
         "settings of an adapter that are a list, or too deep",
         "`adapter_config.json`",
         "refused",

@@ -78,8 +78,7 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
         UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
             missing or has changed, and what `trust.cleared` refuses.
     """
-    load_built_ins()
-    plugins.load_installed()  # whose fields may be signed ones, whether the file lists the package or not
+    load_built_ins()  # with those of installed packages, whose fields may be signed ones, whether the file lists the package or not
     content = cleared(read_run_content(path), path, use, overrides or ())
     if _activate(content, path, overrides):  # whose classes know more keys
         content = cleared(content, path, use, overrides or ())

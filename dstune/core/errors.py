@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
 from dstune.core.secrets import redact
@@ -80,6 +81,18 @@ class Stalled(TrainingFailed):
 
 class WaitedInVain(Stalled):
     """The same, in a collective: another rank did not come."""
+
+
+@contextmanager
+def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[None]:
+    """Whatever a library raises about files that somebody else wrote is a UserError: `what` cannot be loaded, and why."""
+    try:
+        yield
+    except DstuneError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(Problem(where, f"{what} cannot be loaded: {' '.join(lines[:2])}", fix, value)) from error
 
 
 def to_json(error: DstuneError) -> str:

@@ -24,6 +24,7 @@ from dstune.config.schema import PREEMPTION_SIGNALS
 from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.core.secrets import redact_output
+from dstune.core.tokenizers import name_panics
 from dstune.data import cache
 from dstune.data.blocks import NICENESS, Job
 from dstune.data.builder import block_builder
@@ -43,6 +44,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     plugins.load_installed()  # before what they define is unpickled
     job: Job = pickle.load(sys.stdin.buffer)
+    name_panics()
     held_out = np.load(job.held_out)
     expected: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
     threading.Thread(target=_listen, args=(expected,), daemon=True).start()

@@ -8,6 +8,7 @@ from dstune.config.data_schema import DataConfig
 from dstune.config.schema import RunConfig
 from dstune.config.token_rules import TOKENS
 from dstune.core.errors import Problem, UserError
+from dstune.core.tokenizers import open_tokenizer
 from dstune.data.problems import RowError, format_value
 
 MASKED = -100
@@ -45,18 +46,12 @@ def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
     """Raises UserError where token ids were made by another tokenizer than the model's."""
     if not _has_token_ids(config.data) or config.data.tokenizer in (None, config.model.path):
         return
-    from transformers import AutoTokenizer
-
     from dstune import samples
 
     named = str(config.data.tokenizer)
     path = str(samples.resolve(named, fetch=False)) if samples.is_sample(named) else named
     key = "data.tokenizer"
-    try:
-        maker = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = f"cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        raise UserError(Problem(key, reason, "give a folder or hub id with a tokenizer", named)) from None
+    maker = open_tokenizer(path, where=key)
     own, theirs = tokenizer.get_vocab(), maker.get_vocab()
     if different := {token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)}:
         token = min(different, key=lambda one: (theirs.get(one, len(theirs)), one))

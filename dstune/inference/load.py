@@ -19,6 +19,7 @@ from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
 from dstune.core.limits import check_patterns
+from dstune.core.tokenizers import open_tokenizer
 from dstune.data.formats import check_columns
 from dstune.inference.resolve_model import (
     adapter_settings,
@@ -238,14 +239,12 @@ def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
 
 def _body(expected: ModelRequest) -> tuple[Any, Any]:
     """The model of transformers, and its tokenizer: an adapter's own, where it has one."""
-    from transformers import AutoTokenizer
-
     from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
 
     model, folder = expected.config.model, expected.adapter
     tokenizer = load_tokenizer(model)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
-        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        own = open_tokenizer(folder, where="adapter", trust_remote_code=model.trust_remote_code, local_files_only=True)
         tokenizer = with_padding(own)
     return load_model(expected.config, tokenizer, expected.labels, computing_dtype(load_config(model))), tokenizer
 

@@ -14,8 +14,9 @@ from typing import Any
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, files_of_others
 from dstune.core.limits import check_patterns
+from dstune.core.tokenizers import open_tokenizer
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,
@@ -144,12 +145,11 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     import peft
-    from transformers import AutoConfig, AutoTokenizer
 
     own = found.adapter_folder
     base = found.config if own is None else base_of(own, found.config)
     source = located(base)
-    encoder_decoder = AutoConfig.from_pretrained(**source).is_encoder_decoder
+    architecture = _architecture(source, base)
     voices: dict[str, Voice] = {}
     folders = {**({OWN: own} if own else {}), **{name: other.adapter_folder for name, other in others.items()}}
     for name, folder in folders.items():
@@ -157,20 +157,20 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
         has_own = (folder / "tokenizer_config.json").is_file()
         place = {"pretrained_model_name_or_path": folder} if has_own else {}
         adapter = found if name == OWN and own else others[name]
-        tokenizer = AutoTokenizer.from_pretrained(**(source | place))
-        voices[name] = _voice(tokenizer, adapter, encoder_decoder)
+        tokenizer = open_tokenizer(where=_key(name), **(source | place))
+        voices[name] = _voice(tokenizer, adapter, architecture.is_encoder_decoder)
         _note_other_base(name, folder, base)
-    plain = AutoTokenizer.from_pretrained(**source)
-    voices[BASE] = _voice(plain, found, encoder_decoder)
+    plain = open_tokenizer(where="model.path", **source)
+    voices[BASE] = _voice(plain, found, architecture.is_encoder_decoder)
 
-    model = _language_model(source, base, read_record(own) if own else {})
+    model = _language_model(source, architecture, base, read_record(own) if own else {})
     longest = max(len(voice.tokenizer) for voice in voices.values())
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
     for name, folder in folders.items():
         assert folder is not None
         modules = [module for module, _ in model.named_modules()]
-        check_patterns(adapter_settings(folder), modules, f"--adapter {name}", str(folder))
+        check_patterns(adapter_settings(folder), modules, _key(name), str(folder))
         try:
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(folder, adapter_name=name)
@@ -178,17 +178,19 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
                 model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
         except (RuntimeError, ValueError) as error:
             reason = f"does not fit the model: {str(error).splitlines()[0]}"
-            raise UserError(Problem(f"--adapter {name}", reason, "", str(folder))) from error
+            raise UserError(Problem(_key(name), reason, "give an adapter of this model", str(folder))) from error
     return Speaker(model, voices)
+
+
+def _key(name: str) -> str:
+    return "MODEL" if name == OWN else f"--adapter {name}"
 
 
 def voice_of(folder: Path, tokenizer: Any) -> Voice:
     """How the adapter in `folder`, an export, is spoken to on a model that is in memory. tokenizer: of that model, for an
     adapter without one. Raises UserError where it writes no text."""
-    from transformers import AutoTokenizer
-
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder, where="adapter", local_files_only=True)
     return _voice(tokenizer, _from_record(ModelConfig(path=str(folder)), str(folder)), encoder_decoder=False)
 
 
@@ -211,13 +213,19 @@ def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
         print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
 
 
-def _language_model(source: dict[str, Any], needed: ModelConfig, record: Mapping[str, Any]) -> Any:
+def _architecture(source: dict[str, Any], needed: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    with files_of_others("MODEL", needed.path, "its config.json", "give a hub id or a folder with a config.json"):
+        return AutoConfig.from_pretrained(**source)
+
+
+def _language_model(source: dict[str, Any], architecture: Any, needed: ModelConfig, record: Mapping[str, Any]) -> Any:
     """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dstune.models.quantize import keep_layout
 
-    architecture = AutoConfig.from_pretrained(**source)
     kind = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
     dtype = computing_dtype(architecture)
     method = METHODS.classes().get(str(record.get("method")))

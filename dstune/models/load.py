@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,8 +31,9 @@ from dstune.config.architectures import (
     size_problems,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, files_of_others
 from dstune.core.parsing import read_file, read_object
+from dstune.core.tokenizers import open_tokenizer
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
@@ -66,7 +66,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises UserError where the files are missing or the template cannot be read.
     """
     with _named_errors(config):
-        tokenizer = AutoTokenizer.from_pretrained(local_path(config.path), **_source(config))
+        tokenizer = open_tokenizer(local_path(config.path), where="model.path", **_source(config))
         architecture = _architecture(config)
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
@@ -121,7 +121,8 @@ def _architecture(config: ModelConfig) -> PretrainedConfig:
     path = local_path(config.path)
     if problems := size_problems(read_object(Path(path) / "config.json") or {}, value=config.path):
         raise UserError(problems)
-    return AutoConfig.from_pretrained(path, **_source(config))
+    with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):
+        return AutoConfig.from_pretrained(path, **_source(config))
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
@@ -141,7 +142,8 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
             )
             for key in unknown
         )
-    architecture.update(config.config_overrides)
+    with files_of_others("model.config_overrides", str(config.config_overrides), "the model", "see its config.json"):
+        architecture.update(config.config_overrides)
     return architecture
 
 

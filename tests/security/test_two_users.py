@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_the_second_user_redirects_nothing_by_being_first(first: First) -> None:
     code = (
         "import os, sys; from dstune.core import rendezvous; from dstune.core.rank_env import RankEnv\n"
         "env = RankEnv(int(sys.argv[1]), 2, 0, 1, 'slurm'); variables = {'SLURM_JOB_ID': '7', 'SLURM_STEP_ID': '0'}\n"
+        "print('looks', flush=True)\n"
         "rendezvous._meet_in_private(env, variables, seconds=20); print(*sorted(variables.values()))\n"
     )
     environment = {**first.env, "GLOO_SOCKET_IFNAME": "lo"}
@@ -175,9 +177,18 @@ def test_the_second_user_redirects_nothing_by_being_first(first: First) -> None:
     theirs = rank(0, SECOND, HOME="/nonexistent", DSTUNE_CACHE="/nonexistent").communicate(timeout=60)[0]
     planted = list(place.glob(".dstune-meeting-*"))
     assert len(planted) == 1 and planted[0].stat().st_uid == SECOND
-    ranks = [rank(number, FIRST) for number in (1, 0)]
-    second, own = (process.communicate(timeout=60)[0] for process in ranks)
-    assert second == own != theirs
+    # Everybody can read it, and its process is alive: nothing but its owner speaks against it.
+    content = json.loads(planted[0].read_text()) | {"pid": os.getpid()}
+    planted[0].unlink()  # the system lets nobody write to a file of others in a folder of all
+    planted[0].write_text(json.dumps(content))
+    planted[0].chmod(0o644)
+    os.chown(planted[0], SECOND, SECOND)
+    early = rank(1, FIRST)
+    assert early.stdout is not None and early.stdout.readline() == "looks\n"
+    time.sleep(0.5)  # it has looked before its own rank 0 says anything
+    own = rank(0, FIRST).communicate(timeout=60)[0].removeprefix("looks\n")
+    second = early.communicate(timeout=60)[0]
+    assert second == own and own and own not in theirs
     # The key of signatures, where somebody has put one into the place.
     folder = first.folder / ".config" / "dstune"
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
 from dstune.core.errors import Problem, UserError
+from dstune.core.tokenizers import open_tokenizer
 from dstune.data.chat.template import ChatTemplate
 
 log = logging.getLogger(__name__)
@@ -69,14 +70,14 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
 
 
 def _load(path: str) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     local = str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
     try:
         config = AutoConfig.from_pretrained(local, local_files_only=True)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(local, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+        tokenizer = open_tokenizer(local, where="data.augment.models", local_files_only=True)
     except (OSError, ValueError) as error:
         reason = f"cannot be loaded: {str(error).splitlines()[0]}"
         raise UserError(

@@ -14,11 +14,10 @@ from typing import Any
 
 def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """Raises OSError, ValueError where the folder holds no tokenizer."""
-    from transformers import AutoTokenizer
-
+    from dstune.core.tokenizers import open_tokenizer
     from dstune.data.control import ControlTokens
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(folder, where="model", local_files_only=True, trust_remote_code=trust_remote_code)
     found = ControlTokens(tokenizer).pattern
     return {"pattern": found.pattern, "ignore_case": bool(found.flags & re.IGNORECASE)}
 

@@ -1,0 +1,93 @@
+"""Tokenizers from files that somebody else wrote. The patterns of a `tokenizer.json` are searched by a library that gives up after
+ten million tries, with a panic: no Exception, so that whatever waited for the text would end without a message."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError, files_of_others
+from dstune.core.limits import TooMuch, in_child
+
+FILE = "tokenizer.json"
+TRIAL_SECONDS = 1.9
+_RUNS = ("a", "A", "1", " ", "\n", ".", "é", "aA1 .")
+"""Repeated, they are what patterns backtrack over."""
+_RUN_CHARACTERS = 300
+_SHOWN_CHARACTERS = 60
+_tried: dict[str, str] = {}
+"""Patterns that were tried in this process, with why they are refused; empty where they are not."""
+
+
+def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options: Any) -> Any:
+    """`AutoTokenizer.from_pretrained`, whose tokenizer raises UserError for a text on which its patterns do not end.
+
+    where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns do not end on made-up texts.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(pretrained_model_name_or_path)
+    with files_of_others(where, name, "its tokenizer", "give a hub id or a folder with tokenizer files"):
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **options)
+        if tokenizer.is_fast:
+            name_panics()
+        tokenizer("a")
+    if tokenizer.is_fast:
+        _try(tokenizer)
+    return tokenizer
+
+
+def name_panics() -> None:
+    """In this process, for every tokenizer: an object of their own class is what transformers saves, and processes send."""
+    from transformers import PreTrainedTokenizerFast
+
+    encode = PreTrainedTokenizerFast._encode_plus
+    if hasattr(encode, "__wrapped__"):
+        return
+
+    @functools.wraps(encode)
+    def named(self: Any, text: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return encode(self, text, *arguments, **options)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            shown = repr(text)
+            if len(shown) > _SHOWN_CHARACTERS:
+                shown = f"{shown[:_SHOWN_CHARACTERS]}..."
+            raise UserError(_endless(self, f"to find its patterns in {shown} fails: {error}")) from None
+
+    PreTrainedTokenizerFast._encode_plus = named
+
+
+def _try(tokenizer: Any) -> None:
+    backend = tokenizer.backend_tokenizer
+    patterns = f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
+    if "Regex(" not in patterns:
+        return
+
+    def encode() -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the fork
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the library writes its stack
+        for run in _RUNS:
+            try:
+                tokenizer(run * (_RUN_CHARACTERS // len(run)) + "\0", add_special_tokens=False, verbose=False)
+            except UserError as error:
+                raise TooMuch(str(error)) from None
+
+    if patterns not in _tried:
+        try:
+            in_child(encode, TRIAL_SECONDS)
+            _tried[patterns] = ""
+        except TooMuch as error:
+            _tried[patterns] = f"to find its patterns in {len(_RUNS)} texts of {_RUN_CHARACTERS} characters {error}"
+    if reason := _tried[patterns]:
+        raise UserError(_endless(tokenizer, reason))
+
+
+def _endless(tokenizer: Any, reason: str) -> Problem:
+    name = str(tokenizer.name_or_path)
+    where = str(Path(name) / FILE) if Path(name).is_dir() else FILE
+    return Problem(where, reason, "give a model whose patterns do not backtrack")

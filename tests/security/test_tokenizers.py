@@ -1,0 +1,115 @@
+"""Tokenizers and architectures of strangers: patterns that backtrack, and files that hold something else than they should."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny import save_decoder, write_dialogues
+from transformers import AutoTokenizer
+
+from dstune import cli
+from dstune.config.schema import ModelConfig
+from dstune.core.errors import UserError
+from dstune.core.tokenizers import open_tokenizer
+from dstune.models.load import load_config, load_tokenizer
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+ENDLESS = [r"(a|a)*$", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.|.){0,21}[^\s\S]", ".?" * 24 + r"[^\s\S]"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_patterns_of_a_tokenizer_that_backtrack(pattern: str, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    change(model, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": pattern}})
+    began = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(ModelConfig(path=str(model)))
+    (problem,) = caught.value.problems
+    assert problem.where == str(model / "tokenizer.json") and problem.fix and "patterns" in problem.reason
+    assert time.process_time() - began < 2 and "panicked" not in capfd.readouterr().err
+
+
+def test_a_pattern_that_backtracks_over_one_row_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It passes the trial: made-up texts have no Z."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    change(model, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": r"Z(.|.)*[^\s\S]"}})
+    write_dialogues(tmp_path / "rows.jsonl", 3)
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        print(
+            json.dumps({"messages": [{"role": "user", "content": "Z" * 60}, {"role": "assistant", "content": "b"}]}),
+            file=file,
+        )
+    assert cli.main(["data", "show", f"model.path={model}", "data.train=rows.jsonl", "data.split.validation=0"]) == 2
+    said = capsys.readouterr()
+    assert f"{model / 'tokenizer.json'}: to find its patterns in '" in said.err and "fix: give a model" in said.err
+
+
+def test_patterns_that_end_pass(model: Path) -> None:
+    gpt = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    change(model, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": gpt}})
+    given = open_tokenizer(model, where="model.path")
+    assert given("a b")["input_ids"] == AutoTokenizer.from_pretrained(model)("a b")["input_ids"]
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a list": lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    "no pattern": lambda folder: change(folder, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": "(["}}),
+    "no model": lambda folder: change(folder, "tokenizer.json", model=None),
+    "negative": lambda folder: change(folder, "tokenizer.json", added_tokens=[{"id": -1}]),
+    "class": lambda folder: change(folder, "tokenizer_config.json", tokenizer_class=5),
+    "decoder": lambda folder: change(folder, "tokenizer_config.json", added_tokens_decoder=[1]),
+    "length": lambda folder: change(folder, "tokenizer_config.json", model_max_length="x"),
+    "end": lambda folder: change(folder, "tokenizer_config.json", eos_token={"a": 1}),
+    "names": lambda folder: change(folder, "tokenizer_config.json", model_input_names=5),
+    "code": lambda folder: change(folder, "tokenizer_config.json", auto_map=5),
+    "no settings": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "special": lambda folder: (folder / "special_tokens_map.json").write_text("[]"),
+    "added": lambda folder: (folder / "added_tokens.json").write_text('{"x": "y"}'),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_files_of_a_tokenizer_that_are_none(case: str, model: Path) -> None:
+    ODD[case](model)
+    with pytest.raises(UserError, match=r"^model\.path=.*: its tokenizer cannot be loaded: \S"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "x"),
+        ("num_attention_heads", 0),
+        ("rope_parameters", 5),
+        ("auto_map", 5),
+        ("id2label", 5),
+        ("layer_types", ["x"]),
+        ("quantization_config", 5),
+    ],
+)
+def test_an_architecture_that_is_none(key: str, value: Any, model: Path) -> None:
+    change(model, "config.json", **{key: value})
+    with pytest.raises(UserError, match=r"^model\.path=.*: its config\.json cannot be loaded: \S"):
+        load_config(ModelConfig(path=str(model)))
