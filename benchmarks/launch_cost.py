@@ -2,12 +2,18 @@
 
 `python benchmarks/launch_cost.py` starts two ranks on this machine (gloo) and prints a table; medians of several rounds.
 The parts of a start add up: a start as a whole differs from one to the next by more than all of them together.
+
+`--beside TREE [--rounds 5]` starts whole runs of this tree and of another one (an earlier commit, checked out) by turns: seconds
+from the command to the end of the first step, and seconds of a step, as medians with the smallest and the largest. What the two
+differ in is all that changed between them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -96,9 +102,72 @@ def of_ranks(kind: str) -> dict[str, float]:
     return {name: max(one[name] for one in outputs) for name in outputs[0]}
 
 
+RUN = (
+    "model=smollm2",
+    "model.weights=random",
+    "model.config_overrides={num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128}",
+    "data=chitchat",
+    "data.max_length=128",
+    "data.split.validation=0",
+    "trainer.precision=fp32",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=4",
+    "trainer.max_steps=60",
+    "run.export=none",
+    "launch.processes=2",
+)
+
+
+def whole_run(tree: Path, scratch: Path) -> tuple[float, float]:
+    """Seconds from the command to the end of the first step, and of a step behind the tenth."""
+    folder = scratch / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = os.environ | {"PYTHONPATH": str(tree), "DSTUNE_CACHE": str(scratch / "cache")}
+    environment["DSTUNE_TRUST_KEY"] = "0" * 64
+    command = [sys.executable, "-m", "dstune", "train", *RUN, f"run.dir={folder}"]
+    rows, first = folder / "metrics.jsonl", None
+    with (scratch / "log").open("w") as log:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, env=environment, cwd=scratch, stdout=log, stderr=log)
+        while process.poll() is None:
+            if first is None and rows.is_file() and '"step_seconds"' in rows.read_text():
+                first = time.perf_counter() - began
+            time.sleep(0.02)
+    if process.returncode or first is None:
+        raise SystemExit((scratch / "log").read_text()[-3000:])
+    steps = [row["step_seconds"] for row in map(json.loads, rows.read_text().splitlines()) if "step_seconds" in row]
+    return first, statistics.median(steps[10:])
+
+
+def beside(other: Path, rounds: int) -> None:
+    trees = {"this tree": Path(__file__).resolve().parents[1], "the other": other.resolve()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in trees}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds + 1):
+            for name, tree in trees.items():
+                scratch = Path(folder) / name.replace(" ", "-")
+                scratch.mkdir(exist_ok=True)
+                measured = whole_run(tree, scratch)
+                if number:  # the first one prepares the rows
+                    found[name].append(measured)
+                    print(name, *(f"{seconds:.4f}" for seconds in measured), flush=True)
+    print("\n| | to the end of the first step, s | a step, ms |\n| --- | ---: | ---: |")
+    for name, runs in found.items():
+        starts, steps = ([scale * run[at] for run in runs] for at, scale in enumerate((1, 1e3)))
+        cells = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in (starts, steps))
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
         rank(int(sys.argv[2]), sys.argv[3], sys.argv[4])
+        return
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--beside", type=Path, metavar="TREE")
+    arguments.add_argument("--rounds", type=int, default=5)
+    given = arguments.parse_args()
+    if given.beside is not None:
+        beside(given.beside, given.rounds)
         return
     from dstune.launch.commands import free_port
 
