@@ -242,6 +242,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "hangs.test_a_pattern_that_backtracks": undo(
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
     ),
+    "spark.test_many_strangers_keep_no_task_out": undo(
+        "launch/spark/stage.py", "while len(self._strangers) < MAX_STRANGERS:", "while True:"
+    ),
     "tokenizers.test_patterns_of_a_tokenizer_that_backtrack": undo(
         "core/tokenizers.py", "            in_child(encode, TRIAL_SECONDS)\n", ""
     ),

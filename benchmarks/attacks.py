@@ -71,6 +71,12 @@ ATTACKS = (
         "files.test_a_node_does_not_write_through_a_link",
     ),
     Attack(
+        "somebody opens hundreds of connections to the driver",
+        "`launch=spark`",
+        "256 at a time, 64 KiB and a second each",
+        "spark.test_many_strangers_keep_no_task_out",
+    ),
+    Attack(
         "secrets for a launcher are read by another user",
         "files of a launch",
         "mode 0600",

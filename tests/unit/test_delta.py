@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,35 @@ def test_a_log_leads_to_no_file_outside_the_table(table, tmp_path, form):
     (tmp_path / "linked" / own.name).unlink()
     (tmp_path / "linked" / own.name).symlink_to(tmp_path / own.name)
     assert "lies outside the table's folder" in refused(f"delta://{tmp_path / 'linked'}")
+
+
+@pytest.mark.parametrize("name", ["_last_checkpoint", "00000000000000000003.json", "00000000000000000000.crc"])
+def test_a_pipe_or_a_link_in_a_log_is_not_opened(table, name):
+    """The library would wait for it for ever, or read without end."""
+    os.mkfifo(table / "_delta_log" / name)
+    assert f"{name} is a pipe" in refused(f"delta://{table}")
+    (table / "_delta_log" / name).unlink()
+    (table / "_delta_log" / name).symlink_to("/dev/zero")
+    assert f"{name} lies outside the table's folder" in refused(f"delta://{table}")
+
+
+@pytest.mark.parametrize("as_checkpoint", [False, True])
+def test_deletion_vectors_lead_to_no_file_outside_the_table(table, tmp_path, as_checkpoint):
+    log = table / "_delta_log" / "00000000000000000000.json"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        if "add" in row:
+            place = {"storageType": "p", "pathOrInlineDv": "file:///dev/zero", "offset": 1, "sizeInBytes": 36}
+            row["add"]["deletionVector"] = place | {"cardinality": 1}
+        if "protocol" in row:
+            names = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+            row["protocol"] = {"minReaderVersion": 3, "minWriterVersion": 7, **names}
+    log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if as_checkpoint:
+        deltalake.DeltaTable(table).create_checkpoint()
+        for commit in table.glob("_delta_log/*.json"):
+            commit.unlink()
+    assert "/dev/zero lies outside the table's folder" in refused(f"delta://{table}")
 
 
 def test_tables_that_are_not_as_they_were(table, tmp_path):

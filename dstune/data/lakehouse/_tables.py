@@ -16,6 +16,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
 from dstune.data.files import first_line
 from dstune.data.lakehouse._address import Address
+from dstune.data.lakehouse._inside import outside, refuse_outside
 
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -73,6 +74,8 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
 
     spec = str(address)
     with _refusals_named(key, spec, "the table cannot be opened"):
+        if "://" not in place:
+            refuse_outside(Path(place), address, key)
         table = DeltaTable(place, storage_options=dict(options) if options else None)
         newest, table_id = table.version(), str(table.metadata().id)
     if address.table_id and address.table_id != table_id:
@@ -135,8 +138,7 @@ def check_files(actions: list[dict[str, Any]], place: str, address: Address, key
             name = unquote(action["path"])
             path = Path(name.removeprefix("file://")) if name.startswith(("/", "file://")) else Path(place, name)
             if not path.resolve().is_relative_to(inside):
-                fix = "copy the rows into a table of their own (a shallow clone has none)"
-                raise UserError(Problem(key, f"{name} lies outside the table's folder", fix, str(address)))
+                raise UserError(outside(name, address, key))
             size = path.stat().st_size if path.is_file() else None
             if size != action["size_bytes"]:
                 bad.append(f"{name} is gone" if size is None else f"{name} has {size} of {action['size_bytes']} bytes")

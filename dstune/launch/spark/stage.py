@@ -34,12 +34,17 @@ from dstune.launch.signals import caught_signals
 from dstune.launch.spark import refusals
 from dstune.launch.spark.config import SparkConfig
 from dstune.launch.spark.session import session_of, wait_for_slots
-from dstune.launch.spark.task import SILENT_SECONDS, Line, run_task
+from dstune.launch.spark.task import LIMIT, SILENT_SECONDS, Line, run_task
 from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 5.0
 """What a task needs beyond the silence of its driver to end its rank."""
+MAX_STRANGERS = 256
+"""Connections that have not said who they are. Others wait until there is room."""
+CROWDED_SECONDS = 1.0
+"""How long each of so many may stay silent."""
+HELLO_BYTES = 2**16
 TOUCH_SECONDS = 5.0
 JOB_SECONDS = 60.0
 """How long Spark may take to end a stage whose tasks have ended."""
@@ -192,11 +197,11 @@ class Stage:
 
     def _accept(self, server: socket.socket) -> None:
         server.settimeout(0.0)
-        with contextlib.suppress(BlockingIOError, TimeoutError):
-            while True:
+        with contextlib.suppress(OSError):  # nobody waits; one went away; this process can open no more files
+            while len(self._strangers) < MAX_STRANGERS:
                 connection, _ = server.accept()
                 connection.setblocking(True)
-                self._strangers[Line(connection)] = time.monotonic()
+                self._strangers[Line(connection, HELLO_BYTES)] = time.monotonic()
 
     def _listen(self) -> None:
         tasks = {task.line: task for task in self._attempt.tasks.values() if task.line.open or task.lost_at is None}
@@ -230,7 +235,8 @@ class Stage:
     def _meet(self, line: Line, messages: list[dict[str, Any]]) -> None:
         """A connection says who it is; one that does not know the token is nobody."""
         if not messages:
-            if not line.open or time.monotonic() - self._strangers[line] > SILENT_SECONDS:
+            patience = SILENT_SECONDS if len(self._strangers) < MAX_STRANGERS else CROWDED_SECONDS
+            if not line.open or time.monotonic() - self._strangers[line] > patience:
                 del self._strangers[line]
                 line.close()
             return
@@ -241,6 +247,7 @@ class Stage:
         if not known or not isinstance(rank, int) or not 0 <= rank < self.size:
             line.close()
             return
+        line.limit = LIMIT
         self._waiting.append((line, hello))
 
     def _advance(self) -> None:

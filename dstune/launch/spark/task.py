@@ -32,8 +32,8 @@ LIMIT = 2**24
 class Line:
     """Messages over a connection, a JSON object a line."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection, self._rest = connection, b""
+    def __init__(self, connection: socket.socket, limit: int = LIMIT):
+        self._connection, self._rest, self.limit = connection, b"", limit
         self._received_at = self._sent_at = time.monotonic()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.open = True
@@ -57,7 +57,7 @@ class Line:
             if self.open and select.select([self._connection], [], [], seconds)[0]:
                 data = self._connection.recv(2**16)
                 self._received_at = time.monotonic()
-                self.open = bool(data) and len(self._rest) < LIMIT
+                self.open = bool(data) and len(self._rest) < self.limit
                 *lines, self._rest = (self._rest + data).split(b"\n")
                 found = [message for line in lines if isinstance(message := json.loads(line), dict)]
         except (OSError, ValueError, RecursionError):
