@@ -16,7 +16,7 @@ TRIAL_SECONDS = 1.9
 _RUNS = ("a", "A", "1", " ", "\n", ".", "é", "aA1 .")
 """Repeated, they are what patterns backtrack over."""
 _RUN_CHARACTERS = 300
-_SHOWN_CHARACTERS = 60
+_EXAMPLE_CHARACTERS = 60
 _tried: dict[str, str] = {}
 """Patterns that were tried in this process, with why they are refused; empty where they are not."""
 
@@ -54,10 +54,10 @@ def name_panics() -> None:
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            shown = repr(text)
-            if len(shown) > _SHOWN_CHARACTERS:
-                shown = f"{shown[:_SHOWN_CHARACTERS]}..."
-            raise UserError(_endless(self, f"to find its patterns in {shown} fails: {error}")) from None
+            example = repr(text)
+            if len(example) > _EXAMPLE_CHARACTERS:
+                example = f"{example[:_EXAMPLE_CHARACTERS]}..."
+            raise UserError(_endless(self, f"to find its patterns in {example} fails: {error}")) from None
 
     PreTrainedTokenizerFast._encode_plus = named
 
