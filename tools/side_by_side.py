@@ -6,7 +6,8 @@ usage: tools/side_by_side.py OLD_TREE NEW_TREE --work FOLDER [--only TASK,METHOD
 
 Every task x method x ZeRO stage: a few steps on a tiny model on CPUs, through `dstune train` as rank 0 of 1 (2 at stages 2
 and 3 with `--ranks 2`). Losses, gradient norms, evaluation metrics, generated samples and every tensor of the export have
-to be equal. A pair that the rules refuse has to be refused by both trees, with the same problems. Then the configurations
+to be equal; a key that a JSON file of the export has gained is counted, not compared. A pair that the rules refuse has to be
+refused by both trees, with the same problems; one that failed in the old tree may do anything but fail. Then the configurations
 of `tools/wrong_configurations.txt`: where, value, exit code and number of problems have to be equal; changed wordings are
 written to FOLDER/wording.diff for review.
 
@@ -91,19 +92,39 @@ class Tree:
 
 def deviations(old: Outcome, new: Outcome) -> list[str]:
     """A line for each thing that differs and may not."""
-    found = []
+    found: list[str] = []
+    if old.exit_code not in (0, 2):  # it had no result
+        return [f"fails still: {last_lines(new.log)}"] * (new.exit_code not in (0, 2))
     if old.exit_code != new.exit_code:
         found.append(f"exit code {old.exit_code} -> {new.exit_code}: {last_lines(new.log)}")
-    if [where_and_value(one) for one in old.problems] != [where_and_value(one) for one in new.problems]:
-        found.append(f"problems {[*map(where_and_value, old.problems)]} -> {[*map(where_and_value, new.problems)]}")
+    before, after = sorted(map(where_and_value, old.problems)), sorted(map(where_and_value, new.problems))
+    if before != after:
+        found.append(f"problems {before} -> {after}")
     for name in ("metrics", "samples"):
-        before, after = getattr(old, name), getattr(new, name)
-        if len(before) != len(after):
-            found.append(f"{len(before)} -> {len(after)} rows of {name}")
-        for one, other in zip(before, after, strict=False):
+        rows, now = getattr(old, name), getattr(new, name)
+        if len(rows) != len(now):
+            found.append(f"{len(rows)} -> {len(now)} rows of {name}")
+        for one, other in zip(rows, now, strict=False):
             found += [f"{name} of step {one.get('step')}: {line}" for line in differences(one, other)]
-    found += [f"export: {line}" for line in differences(old.export, new.export)]
+    known = {name: without_gained(old.export.get(name), value) for name, value in new.export.items()}
+    found += [f"export: {line}" for line in differences(old.export, known)]
     return found
+
+
+def without_gained(old: Any, new: Any) -> Any:
+    """`new` with the keys of `old` only, wherever both are mappings."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {key: without_gained(old[key], value) for key, value in new.items() if key in old}
+
+
+def gained(old: Any, new: Any, above: str = "") -> set[str]:
+    """Names of the keys that `new` has and `old` has not, wherever both are mappings."""
+    names: set[str] = set()
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key, value in new.items():
+            names |= gained(old[key], value, f"{above}{key}.") if key in old else {f"{above}{key}"}
+    return names
 
 
 def where_and_value(problem: Mapping[str, str]) -> tuple[str, str]:
@@ -136,30 +157,45 @@ def wording(case: Case, old: Outcome, new: Outcome) -> str:
 def compare(trees: tuple[Tree, Tree], cases: Sequence[Case], chosen: argparse.Namespace) -> int:
     old, new = trees
     wrong: dict[str, list[str]] = {}
-    trained = refused = failed = 0
+    trained = refused = 0
+    failed: dict[str, int] = {}
+    keys: set[str] = set()
     texts: list[str] = []
     for number, case in enumerate(cases, 1):
         before, after = old.run(case, again=False), new.run(case, again=not chosen.resume)
         found = deviations(before, after)
-        failed += (fails := case.ranks > 0 and before.exit_code not in (0, 2))
         trained += case.ranks > 0 and before.exit_code == 0
         refused += before.exit_code == 2
+        if before.exit_code not in (0, 2):
+            failed[case.name] = after.exit_code
+        for file in before.export.keys() & after.export.keys():
+            keys |= gained(before.export[file], after.export[file], f"{file}: ")
         if diff := wording(case, before, after):
             texts.append(diff)
         if found:
             wrong[case.name] = found
-        mark = (
-            "DIFFERS" if found else "FAILS in both" if fails else "equal" if before.exit_code == 0 else "refused alike"
+        alike = {0: "equal", 2: "refused alike"}.get(before.exit_code, f"failed before, exits {after.exit_code} now")
+        print(
+            f"{number}/{len(cases)} {case.name}: {'DIFFERS' if found else alike} ({before.seconds} s, {after.seconds} s)",
+            flush=True,
         )
-        print(f"{number}/{len(cases)} {case.name}: {mark} ({before.seconds} s, {after.seconds} s)", flush=True)
-        for line in found[:4] or [last_lines(before.log)] * fails:
+        for line in found[:4]:
             print(f"    {line}", flush=True)
     (chosen.work / "wording.diff").write_text("\n".join(texts) + "\n")
-    summary = {"cases": len(cases), "trained": trained, "refused": refused, "failed": failed, "deviations": wrong}
+    summary = {
+        "cases": len(cases),
+        "trained": trained,
+        "refused": refused,
+        "failed before": failed,
+        "keys gained": sorted(keys),
+        "deviations": wrong,
+    }
     if chosen.report:
         chosen.report.write_text(json.dumps(summary, indent=1) + "\n")
+    print("keys that exports have gained:", ", ".join(sorted(keys)) or "none")
     print(
-        f"{trained} runs trained, {refused} refused, {len(wrong)} differ; {len(texts)} wordings changed (wording.diff)"
+        f"{trained} runs trained, {refused} refused, {len(failed)} failed before, {len(wrong)} differ; "
+        f"{len(texts)} wordings changed (wording.diff)"
     )
     return 1 if wrong else 0
 

@@ -44,7 +44,8 @@ class Prefix(TrainedPrompt):
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         yield from super().check(run)
-        if task_of(run.task).has_head:
+        task = task_of(run.task)
+        if task.has_head and task.prefix_positions_ok:  # else refused already, with a fix that holds
             reason = f"keys and values go in front of models that predict tokens, and task={run.task.name} has a head instead"
             yield Problem("method", reason, "method=prompt, p_tuning or lora", self.name)
         if run.trainer.activation_checkpointing:

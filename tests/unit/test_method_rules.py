@@ -23,7 +23,9 @@ from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.vera import VeraConfig
 from dstune.protocols import METHODS, method_of
 from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.reward.config import RewardConfig
+from dstune.tasks.token_classification.config import TokenClassificationConfig
 from tests.support.configs import run_config
 
 PISSA, LOFTQ = LoraInit.pissa, LoraInit.loftq
@@ -40,6 +42,8 @@ UNPACKED = {"data": data_schema.DataConfig(train="rows.jsonl", packing=False)}
         ("data.packing", PTuningConfig(), {}),
         ("method", PrefixConfig(), {"task": ClassificationConfig()} | UNPACKED),
         ("method", PrefixConfig(), {"task": RewardConfig()} | UNPACKED),
+        ("method", PrefixConfig(), {"task": TokenClassificationConfig()} | UNPACKED),
+        ("method", PrefixConfig(), {"task": QuestionAnsweringConfig()} | UNPACKED),
         ("model.weights", PromptConfig(), RANDOM | UNPACKED),
         ("model.weights", Qlora(), RANDOM),
         (
