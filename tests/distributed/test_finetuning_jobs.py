@@ -184,6 +184,46 @@ def test_a_paused_job_and_one_that_is_killed_end_with_the_weights_of_an_undistur
     assert told == list(range(120, 0, -1))
 
 
+def test_a_paused_job_goes_on_with_another_number_of_ranks(base, tmp_path):
+    """One, three, two of them, as the operator's file says at each start."""
+    given = presets(base)
+
+    def offer(server: Server, devices: int) -> None:
+        given["models"]["tiny"]["devices"] = devices
+        server.presets.write_text(json.dumps(given))
+
+    given["queue"] = {"devices": 3}
+    with Server(tmp_path, given) as server:
+        client = server.client()
+        data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 12))
+        asked = {"model": "tiny", "training_file": data, "seed": 5, "method": supervised(n_epochs=10, batch_size=4)}
+        undisturbed = client.fine_tuning.jobs.create(**asked)
+        wait_for(client, undisturbed.id, "succeeded")
+        job = client.fine_tuning.jobs.create(**asked)
+        for step, devices in ((3, 3), (15, 2)):
+            at_step(client, server, job.id, step)
+            client.fine_tuning.jobs.pause(job.id)
+            wait_for(client, job.id, "paused")
+            offer(server, devices)
+            client.fine_tuning.jobs.resume(job.id)
+            until(lambda number=devices: ranks(server, job.id) == number)
+        wait_for(client, job.id, "succeeded")
+        told = [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)]
+        assert [sum(f"on {new} device(s), not on {old}" in text for text in told) for old, new in ((1, 3), (3, 2))] == [
+            1,
+            1,
+        ]
+        moved, stayed = (metrics(server.job_folder(one.id) / "run") for one in (job, undisturbed))
+        losses = [[row["loss"] for row in rows if "loss" in row] for rows in (moved, stayed)]
+        assert len(losses[1]) == 30
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def ranks(server: Server, job: str) -> int:
+    """Living worker processes of a job."""
+    return sum("dstune.worker" in process.cmdline() for process in job_processes(server.job_folder(job)))
+
+
 def test_cancelling_ends_the_training_at_once(server, tmp_path):
     client = server.client()
     data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 12))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from dstune.serve.finetuning.jobs.reconciler import Machine
 from dstune.serve.finetuning.jobs.states import Change, State
 from dstune.serve.finetuning.jobs.tables import TunedModel
 from dstune.serve.finetuning.models.service import Models
+from dstune.serve.store.tables import DEFAULT_PROJECT
 from dstune.sweep import devices
 from tests.support.jobs import Bench, eventually
 
@@ -78,7 +80,8 @@ def test_a_wandb_run_has_the_name_and_id_that_the_job_tells(tmp_path):
 
 def test_a_job_that_needs_more_devices_than_there_are_waits_and_holds_up_nobody(tmp_path):
     bench = Bench(tmp_path)
-    large, small = bench.add(devices=3), bench.add()
+    bench.presets = Presets({"tiny": Preset("tiny", "base"), "large": Preset("large", "base", devices=3)})
+    large, small = bench.add(preset="large"), bench.add()
     bench.step(3)
     assert (bench.state(large), bench.state(small)) == (State.QUEUED, State.RUNNING)
     assert (
@@ -88,6 +91,60 @@ def test_a_job_that_needs_more_devices_than_there_are_waits_and_holds_up_nobody(
     bench.presets = replace(bench.presets, queue=QueueSettings(devices=4))
     bench.step()
     assert bench.state(large) == State.RUNNING
+
+
+def test_a_job_goes_on_with_another_number_of_devices(tmp_path):
+    """What models.yaml says at each start; between fewest_devices and devices, what is free."""
+    bench = Bench(tmp_path, devices=4)
+
+    def offer(**tiny: Any) -> None:
+        bench.presets = replace(bench.presets, models={"tiny": Preset("tiny", "base", **tiny)})
+
+    def again(job: str) -> tuple[Any, list[int], float]:
+        """Pause and resume it: the ranks, devices and price of the attempt that follows."""
+        with bench.database.writing.begin() as session:
+            bench.store.change(session, bench.store.locked(session, job), Change.PAUSE)
+        bench.end(job, 75)
+        bench.step()
+        bench.store.wish(DEFAULT_PROJECT, job, Change.RESUME, repeated=False, message="")
+        bench.step()
+        return bench.launcher.started[-1][1]["devices"], bench.read(job).taken, bench.read(job).devices
+
+    offer(devices=2)
+    job = bench.add()
+    bench.step(2)
+    assert (bench.read(job).taken, bench.launcher.started[-1][1]["devices"]) == ([0, 1], 2)
+    offer(devices=3)
+    assert again(job) == (3, [0, 1, 2], 3)
+    assert bench.messages(job)[-1] == "Fine-tuning job continues after step 0 on 3 device(s), not on 2"
+    offer(devices=4, fewest_devices=1)
+    other = bench.add(state=State.QUEUED, attempt=1)
+    bench.step()
+    assert bench.read(other).taken == [3], "what is free"
+    assert again(job) == (3, [0, 1, 2], 3)
+    bench.presets = replace(bench.presets, models={})
+    assert again(job) == (3, [0, 1, 2], 3), "a job whose model is not offered any more has what it had"
+    offer(devices=4)
+    again(other)
+    assert bench.state(other) == State.QUEUED, "all four are not free"
+
+
+def test_a_job_in_the_queue_of_a_cluster_goes_on_where_its_preset_says_then(tmp_path):
+    bench = Bench(tmp_path)
+
+    def start(**launch: Any) -> dict[str, Any]:
+        preset = Preset("tiny", "base", launch={"name": "slurm", **launch}, settings={"zero": {"stage": 2}})
+        bench.presets = replace(bench.presets, models={"tiny": preset})
+        bench.step(2)
+        file = bench.of(job).configuration / "experiment" / "job.yaml"
+        return json.loads(file.read_text().partition("\n")[2])
+
+    job = bench.add()
+    first = start(gpus=4)
+    assert (first["launch"], bench.read(job).pool) == ({"gpus": 4, "wait": False}, "slurm")
+    assert "devices" not in bench.launcher.started[-1][1]
+    bench.end(job, 75)
+    assert start(gpus=2, nodes=2) == first | {"launch": {"gpus": 2, "nodes": 2, "wait": False}}
 
 
 def test_a_gpu_is_not_given_to_two_jobs(monkeypatch):
@@ -223,7 +280,8 @@ def test_the_start_of_a_continued_training_stays_when_the_model_is_deleted(tmp_p
 
 def test_the_time_in_the_queue_of_a_cluster_is_not_counted(tmp_path, monkeypatch):
     bench = Bench(tmp_path)
-    job = bench.add(devices=2)
+    bench.presets = replace(bench.presets, models={"tiny": Preset("tiny", "base", devices=2)})
+    job = bench.add()
     bench.step(2)
     began = time.time()
     monkeypatch.setattr(time, "time", lambda: began + 3600)

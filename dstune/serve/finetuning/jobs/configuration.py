@@ -16,9 +16,10 @@ from dstune.config.schema import TrainerConfig
 from dstune.core import files
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import Value
-from dstune.serve.finetuning.jobs.presets import TASK_OF, Preset
+from dstune.serve.finetuning.jobs.presets import LOCAL, TASK_OF, Preset
 
 EXPERIMENT = "job"
+HEAD = "# @package _global_\n"
 PLAIN = re.compile(r"[\w .:@/+=-]{1,128}")
 """Text that may stand in a configuration: no reference begins in it."""
 RESTARTS = 5
@@ -49,12 +50,6 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     if plan.method == "dpo":
         task = {"loss": "dpo", "beta": float(given["beta"])}
     adaptation = {key: value for key, value in preset.adaptation.items() if key != "name"}
-    launch = {key: value for key, value in preset.launch.items() if key != "name"}
-    if preset.pool == "local":
-        launch.setdefault("processes", preset.devices)
-        launch.setdefault("restarts", RESTARTS)
-    elif preset.pool == "slurm":
-        launch["wait"] = False
     model = {"path": preset.path, "revision": preset.revision, "trust_remote_code": False}
     if plan.start is not None and (Path(plan.start) / "adapter_config.json").is_file():
         adaptation["adapter"] = plan.start
@@ -82,7 +77,7 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
         "optimizer": {"lr": float(f"{rate:.12g}")},
         "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
         "evaluate": {"every": "1 epoch" if plan.validation else 0, "at_start": False},
-        "launch": launch,
+        "launch": _launch(preset),
         "tracking": _tracking(plan),
         "run": {"name": plan.job, "dir": str(folder.run), "export": "none", "mode": "private"},
     }
@@ -95,6 +90,13 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     if isinstance(rows, int):  # a micro-batch has no more rows than the batch that the client chose
         trainer["micro_batch_size"] = min(rows, int(given["batch_size"]))
     return {"defaults": defaults, **merged}
+
+
+def _launch(preset: Preset) -> dict[str, Any]:
+    found = {key: value for key, value in preset.launch.items() if key != "name"}
+    if preset.pool == LOCAL:
+        return {"restarts": RESTARTS, **found, "processes": preset.devices}
+    return found | {"wait": False} if preset.pool == "slurm" else found
 
 
 def _tracking(plan: Plan) -> dict[str, Any]:
@@ -123,11 +125,26 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def write(plan: Plan, preset: Preset, folder: JobFolder) -> None:
     """Into the job's folder, where `arguments` finds it."""
-    file = folder.configuration / "experiment" / f"{EXPERIMENT}.yaml"
+    file = _file(folder)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    content = json.dumps(experiment(plan, preset, folder), indent=1)
-    assert "${" not in content, "texts with a reference are refused where they are read"
-    files.write(file, f"# @package _global_\n{content}\n", mode=0o600, sync=True)
+    _write(file, experiment(plan, preset, folder))
+
+
+def launch_anew(folder: JobFolder, preset: Preset) -> None:
+    """Have the next attempt of a job run where the preset says now; the rest stays as it was."""
+    file = _file(folder)
+    content = json.loads(file.read_text().removeprefix(HEAD))
+    _write(file, content | {"launch": _launch(preset)})
+
+
+def _file(folder: JobFolder) -> Path:
+    return folder.configuration / "experiment" / f"{EXPERIMENT}.yaml"
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1)
+    assert "${" not in text, "texts with a reference are refused where they are read"
+    files.write(file, f"{HEAD}{text}\n", mode=0o600, sync=True)
 
 
 def arguments(folder: JobFolder) -> list[str]:

@@ -68,7 +68,8 @@ class Planner:
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
             folder.train.touch()
-            configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), preset, folder)
+            fewest = replace(preset, devices=preset.fewest)  # a job may have to do with them
+            configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), fewest, folder)
             command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
             if preset.hardware is not None:
                 command.append(f"hardware={preset.hardware}")

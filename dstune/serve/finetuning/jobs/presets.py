@@ -45,7 +45,9 @@ class Preset:
     max_length: int = 1024
     """Longest row in tokens; longer ones are cut."""
     devices: int = 1
-    """Local devices, or ranks of each node, that a job takes."""
+    """Local devices that a job takes where they are free."""
+    fewest_devices: int | None = None
+    """Local devices that are enough to start; None for `devices`."""
     launch: Mapping[str, Any] = field(default_factory=lambda: {"name": LOCAL})
     """The choice of dstune's group `launch`, with its keys."""
     hardware: str | None = None
@@ -63,6 +65,10 @@ class Preset:
     def pool(self) -> str:
         """Whose devices its jobs take."""
         return str(self.launch["name"])
+
+    @property
+    def fewest(self) -> int:
+        return self.devices if self.fewest_devices is None else self.fewest_devices
 
     def base_rate(self, method: str) -> float:
         """The learning rate at the multiplier 1."""
@@ -251,10 +257,18 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
     for name, least in (("max_length", 8), ("devices", 1), ("most_rows", 10), ("most_epochs", 1), ("price", 0)):
         if getattr(preset, name) < least:
             yield Problem(f"{where}.{name}", f"must be at least {least}", value=str(getattr(preset, name)))
+    if not 1 <= preset.fewest <= preset.devices:
+        yield Problem(
+            f"{where}.fewest_devices", f"must be from 1 to devices ({preset.devices})", value=str(preset.fewest)
+        )
+    if preset.pool == LOCAL and "processes" in preset.launch:
+        yield Problem(f"{where}.launch.processes", "is the number of devices", "devices: N")
     for key in _keys(preset.settings):
         if owner := next((one for one in OWNED if key == one or key.startswith(f"{one}.")), ""):
             yield Problem(f"{where}.settings.{key}", f"{owner} is set by the job", "leave it out")
-    for key, value in _leaves({"path": preset.path, "adaptation": preset.adaptation, "settings": preset.settings}):
+    for key, value in _leaves(
+        {name: getattr(preset, name) for name in ("path", "revision", "adaptation", "launch", "settings")}
+    ):
         if isinstance(value, str) and "${" in value:
             yield Problem(f"{where}.{key}", "is read as it is, without references", "give the value", value)
 

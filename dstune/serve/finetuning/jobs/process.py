@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if task.get("phase") == VALIDATE:
         write(folder.validated, validate(folder, task))
         return EXIT_DONE
-    ended = Training(folder, lock, str(task["pool"])).run()
+    ended = Training(folder, lock, str(task["pool"]), task.get("devices")).run()
     write(folder.ended, {"attempt": task.get("attempt"), **ended})
     return EXIT_DONE
 
@@ -97,8 +97,10 @@ def _digests(file: Path) -> Iterator[bytes]:
 class Training:
     """One attempt: `dstune train`, then the exports of what it has saved."""
 
-    def __init__(self, folder: JobFolder, lock: int, pool: str):
+    def __init__(self, folder: JobFolder, lock: int, pool: str, devices: int | None = None):
+        """devices: how many ranks a training on this machine has; None for what its configuration says."""
         self._folder, self._lock, self._pool = folder, lock, pool
+        self._overrides = [] if devices is None else [f"launch.processes={int(devices)}"]
         self._queued = LAUNCHERS[pool].queue is not None
         self._running = 0.0
         """Seconds in which a job of a cluster ran."""
@@ -134,7 +136,15 @@ class Training:
     def _train(self) -> tuple[int, dict[str, Any]]:
         if self._in_queue():
             return self._wait_in_queue(), {}
-        command = [sys.executable, "-m", "dstune", "train", *configuration.arguments(self._folder), "--json"]
+        command = [
+            sys.executable,
+            "-m",
+            "dstune",
+            "train",
+            *configuration.arguments(self._folder),
+            *self._overrides,
+            "--json",
+        ]
         with self._folder.report.open("wb") as report, self._folder.log.open("ab") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=report, stderr=log, pass_fds=(self._lock,)

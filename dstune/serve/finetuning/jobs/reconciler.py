@@ -191,6 +191,8 @@ class Reconciler:
             "rows": rows,
             "total_steps": total,
             "base_lr": preset.base_rate(job.method),
+            "pool": preset.pool,
+            "devices": preset.devices,
         }
         if job.step_seconds is not None:  # of a row, as the plan has it
             values["step_seconds"] = job.step_seconds * int(resolved["batch_size"])
@@ -326,8 +328,8 @@ class Reconciler:
         settings, now = self._presets().queue, time.time()
         waiting = [
             Waiting(
-                job.id, job.number, job.organization, job.key, job.priority, job.pool, job.devices,
-                _seconds_left(job) or DEFAULT_SECONDS,
+                job.id, job.number, job.organization, job.key, job.priority, job.pool,
+                seconds=_seconds_left(job) or DEFAULT_SECONDS, **self._devices(job),
             )
             for job in self._store.queued()
             if now - (job.started_at or 0.0) >= self._pause_of(job) and self._fits(job)
@@ -353,15 +355,27 @@ class Reconciler:
         """Local devices that jobs may take."""
         return self._machine.capacity(self._presets().queue.devices)
 
+    def _devices(self, job: Job) -> dict[str, int]:
+        """How many it takes, and how few are enough, as its preset says now: a job goes on with another number of them."""
+        preset = self._offered(job)
+        if preset is None:
+            return {"devices": job.devices, "fewest": job.devices}
+        return {"devices": preset.devices, "fewest": preset.fewest}
+
+    def _offered(self, job: Job) -> Preset | None:
+        """Its preset; None where the operator has taken it away, or moved it to another pool."""
+        found = self._presets().models.get(job.preset)
+        return found if found is not None and found.pool == job.pool else None
+
     def _fits(self, job: Job) -> bool:
         """Whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
-        most = self.capacity()
-        if job.pool != LOCAL or job.devices <= most:
+        most, needed = self.capacity(), self._devices(job)["fewest"]
+        if job.pool != LOCAL or needed <= most:
             return True
         if job.id not in self._warned:
             self._warned.add(job.id)
             with self._store.database.writing.begin() as session:
-                text = f"{TOO_MANY_DEVICES.format(job.devices, most)} It waits until there are more."
+                text = f"{TOO_MANY_DEVICES.format(needed, most)} It waits until there are more."
                 note(session, self._store.locked(session, job.id), Message(text, "warn"))
         return False
 
@@ -371,14 +385,21 @@ class Reconciler:
             job = self._store.locked(session, job_id)
             if job.state != State.QUEUED or job.active:
                 return  # cancelled or paused a moment ago
-            first, reached = job.attempt == 0, job.last_step
+            first, reached, before = job.attempt == 0, job.last_step, job.devices
+            devices = len(taken) or self._devices(job)["devices"]
             text = "Fine-tuning job started" if first else f"Fine-tuning job continues after step {reached}"
+            if devices != before:
+                text += f" on {devices} device(s), not on {before}"
             self._store.change(
                 session, job, Change.START, [Message(text)],
-                active=True, taken=taken, attempt=job.attempt + 1, attempt_step=reached, started_at=time.time(),
+                active=True, taken=taken, devices=devices, attempt=job.attempt + 1, attempt_step=reached, started_at=time.time(),
                 estimated_finish=round(time.time() + seconds) if (seconds := _seconds_left(job)) else None,
             )  # fmt: skip
         task = {"phase": TRAIN, "job": job.id, "attempt": job.attempt, "pool": job.pool}
+        if job.pool == LOCAL:
+            task["devices"] = devices
+        elif preset := self._offered(job):
+            configuration.launch_anew(self._of(job), preset)
         env = {**self._keys(job), **(device_environment(taken, self._machine.gpus) if job.pool == LOCAL else {})}
         self._launcher.start(self._of(job), task, env)
 

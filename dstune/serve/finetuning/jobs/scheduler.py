@@ -22,6 +22,9 @@ class Waiting:
     priority: int = 0
     pool: str = LOCAL
     devices: int = 1
+    """That it takes where so many are free."""
+    fewest: int | None = None
+    """That are enough; None for all of them."""
     seconds: float = DEFAULT_SECONDS
     """That it is expected to take."""
 
@@ -58,8 +61,8 @@ def choose(
     """The jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices: how
     many local ones there are.
 
-    A job whose turn it is and that needs more devices than are free keeps those that come free from jobs behind it: a large
-    job is not passed for ever.
+    A job takes all devices that it can use, down to its fewest. One whose turn it is and that needs more than are free keeps
+    those that come free from jobs behind it: a large job is not passed for ever.
     """
     shares = Shares(defaultdict(float, used))
     free = list(range(devices))
@@ -94,7 +97,7 @@ def choose(
             continue
         taken: list[int] = []
         if one.pool == LOCAL:
-            if one.devices > len(free):
+            if (one.devices if one.fewest is None else one.fewest) > len(free):
                 blocked.add(one.pool)
                 continue
             taken, free = free[: one.devices], free[one.devices :]
@@ -104,7 +107,7 @@ def choose(
             blocked.add(one.pool)
             continue
         submitted[one.pool] += 1
-        shares.used[organization] += one.devices * one.seconds
+        shares.used[organization] += (len(taken) or one.devices) * one.seconds
         running["organization", organization] += 1
         running["key", one.key] += 1
         chosen.append((one, taken))

@@ -215,8 +215,8 @@ class Jobs:
         if given.method not in preset.methods:
             message = f"The model {preset.name!r} is not available for fine-tuning with the method '{given.method}'."
             raise ApiError(400, message, param="method.type", code="unsupported")
-        if self._runs and preset.pool == LOCAL and preset.devices > (most := self._reconciler.capacity()):
-            message = TOO_MANY_DEVICES.format(preset.devices, most)
+        if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
+            message = TOO_MANY_DEVICES.format(preset.fewest, most)
             raise ApiError(400, message, param="model", code="job_does_not_fit")
         epochs = given.hyperparameters["n_epochs"]
         if epochs != AUTO and int(epochs) > preset.most_epochs:

@@ -42,7 +42,7 @@ class Job(Numbered):
     pool: Mapped[str] = mapped_column(String(32), default="local")
     """What it takes devices from: `local`, or the launcher whose queue it is in."""
     devices: Mapped[int] = mapped_column(Integer, default=1)
-    """How many devices it needs."""
+    """How many it has, or had in its newest attempt; before the first one, how many its preset names."""
     taken: Mapped[list[int]] = mapped_column(JSON, default=list)
     """Numbers of the local devices that it has."""
     attempt: Mapped[int] = mapped_column(Integer, default=0)
