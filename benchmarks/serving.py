@@ -146,7 +146,9 @@ class Processes:
 
     def client(self, role: str, **given: Any) -> httpx2.AsyncClient:
         headers = {"authorization": f"Bearer {self.running[role][1].get('key', 'none')}"}
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx2.Limits(
+            max_connections=None, max_keepalive_connections=64, keepalive_expiry=3.0
+        )  # servers': 5 s
         timeout = httpx2.Timeout(120)
         return httpx2.AsyncClient(
             base_url=self.url(role), headers=headers, limits=limits, timeout=timeout, trust_env=False, **given

@@ -512,11 +512,17 @@ def test_too_many_jobs_that_wait_are_refused(tmp_path):
         file = await found.file(client)
         running = await found.create(client, training_file=file)
         await found.reach(client, running.id, "running")
-        for _ in range(2):
-            await found.create(client, training_file=file)
+        first, _ = [await found.create(client, training_file=file) for _ in range(2)]
         with pytest.raises(openai.RateLimitError) as caught:
             await found.create(client, training_file=file)
         assert caught.value.response.headers["x-should-retry"] == "false"
+        # A paused job does not wait, and so may not be resumed beyond the limit.
+        await found.reach(client, first.id, "queued")
+        await client.fine_tuning.jobs.pause(first.id)
+        await found.create(client, training_file=file)
+        with pytest.raises(openai.RateLimitError):
+            await client.fine_tuning.jobs.resume(first.id)
+        assert (await client.fine_tuning.jobs.retrieve(first.id)).status == "paused"
 
     in_office(tmp_path, test, devices=1)
 

@@ -19,7 +19,7 @@ from dstune.serve.finetuning.batches.lines import Answers
 from dstune.serve.finetuning.jobs.build import Parts
 from dstune.serve.finetuning.jobs.folder import JobFolder, write
 from dstune.serve.finetuning.jobs.reconciler import Machine
-from dstune.serve.finetuning.tables import Delivery, Secret, Usage
+from dstune.serve.finetuning.tables import Batch, Delivery, Secret, Usage
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys, Limit
@@ -417,6 +417,40 @@ def test_a_line_that_the_server_cannot_answer_is_an_error_of_its_own(tmp_path, m
         assert (done.status, done.request_counts.completed, done.request_counts.failed) == ("completed", 2, 1)
         error = json.loads((await client.files.content(done.error_file_id)).text)
         assert (error["response"]["status_code"], "secret" in str(error)) == (500, False)
+
+    run(test, tmp_path, models=["first"])
+
+
+def test_a_batch_ends_as_it_would_have_without_a_kill_of_the_server(tmp_path):
+    """Killed when it was answered in part and out of time; when the next server has another disk; and behind its end."""
+
+    folder = tmp_path / "finetuning" / "batches"
+    (folder / "batch_left").mkdir(parents=True)
+
+    async def test(found):
+        client = found.openai()
+        file = await client.files.create(file=requests(chat("a"), chat("b"), chat("c")), purpose="batch")
+        given = {"endpoint": "/v1/chat/completions", "input_file_id": file.id}
+        found.stub.seconds = 0.01
+
+        def add(name, status, **details):
+            with found.gateway.database.writing.begin() as session:
+                caller = found.gateway.keys.find(found.key)
+                row = Batch(
+                    id=f"batch_{name}", created_at=1, project=caller.project, key=caller.id, endpoint=given["endpoint"],
+                    input_file=file.id, status=status, details={"expires_at": 4_000_000_000, **details},
+                )  # fmt: skip
+                session.add(row)
+
+        (folder / "batch_part").mkdir()
+        Answers(folder / "batch_part" / "output.jsonl").add({"custom_id": "0", "response": {}})
+        add("part", "finalizing", request_counts={"total": 3, "completed": 1, "failed": 0})
+        add("moved", "in_progress", request_counts={"total": 3, "completed": 1, "failed": 0})
+        part, moved = [await ended(client, f"batch_{name}") for name in ("part", "moved")]
+        assert (part.status, part.request_counts.completed) == ("expired", 1)
+        assert (await client.files.content(part.output_file_id)).text.count("\n") == 1
+        assert (moved.status, moved.request_counts.completed) == ("completed", 3)
+        await until(lambda: not list(folder.iterdir()))
 
     run(test, tmp_path, models=["first"])
 

@@ -34,6 +34,7 @@ BATCHES = 4
 """That are worked on at a time."""
 LOOK_SECONDS = 1.0
 FILE_BYTES = 200_000_000
+INPUT = "input.jsonl"
 
 
 class BatchWorker:
@@ -46,6 +47,7 @@ class BatchWorker:
         """Batches that are worked on here."""
 
     async def run(self) -> None:
+        await asyncio.to_thread(self._tidy)
         async with asyncio.TaskGroup() as group:
             while True:
                 row = None
@@ -58,6 +60,15 @@ class BatchWorker:
                 else:
                     self._mine.add(row.id)
                     group.create_task(self._take(row))
+
+    def _tidy(self) -> None:
+        """Remove what a server left that was killed when a batch had just ended."""
+        folders = list(self._folder.glob("batch_*"))
+        with self._database.session() as session:
+            open_ones = set(session.scalars(select(Batch.id).where(Batch.status.in_(WORKED_ON))))
+        for folder in folders:
+            if folder.name not in open_ones:
+                shutil.rmtree(folder, ignore_errors=True)
 
     async def _take(self, row: Batch) -> None:
         try:
@@ -97,20 +108,22 @@ class BatchWorker:
         await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
         if row.status == "validating":
             row = await asyncio.to_thread(self._validate, row, folder)
-        expired = False
+        elif row.status == "in_progress" and not (folder / INPUT).is_file():  # another machine had it
+            row = await asyncio.to_thread(self._snapshot, row, folder) or row
         if row.status == "in_progress":
             caller = await asyncio.to_thread(self._keys.by_id, row.key)
             if caller is not None:
-                row, expired = await self._answer(row, folder, caller)
+                row = await self._answer(row, folder, caller)
             if await asyncio.to_thread(self._keys.by_id, row.key) is None:
                 revoked = LineError(None, "invalid_api_key", "The key was revoked.")
                 row = await asyncio.to_thread(self._fail, row, [revoked])
         if row.status in ("in_progress", "finalizing", "cancelling"):
-            await asyncio.to_thread(self._finalize, row, folder, expired)
+            await asyncio.to_thread(self._finalize, row, folder)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
-    def _validate(self, row: Batch, folder: Path) -> Batch:
-        path = folder / "input.jsonl"
+    def _snapshot(self, row: Batch, folder: Path) -> Batch | None:
+        """Have its file in its folder; the batch where it has failed for want of it."""
+        path = folder / INPUT
         path.unlink(missing_ok=True)
         try:
             with self._database.session() as session:
@@ -121,7 +134,12 @@ class BatchWorker:
                 self._files.snapshot(file, path)
         except (ApiError, FileNotFoundError):
             return self._fail(row, [LineError(None, "file_not_found", "The input file was deleted.")])
-        count, errors = check_lines(path, row.endpoint)
+        return None
+
+    def _validate(self, row: Batch, folder: Path) -> Batch:
+        if failed := self._snapshot(row, folder):
+            return failed
+        count, errors = check_lines(folder / INPUT, row.endpoint)
         if errors:
             return self._fail(row, errors)
         counts = {"total": count, "completed": 0, "failed": 0}
@@ -131,14 +149,14 @@ class BatchWorker:
         described = [error.described() for error in errors]
         return self._change(row, "failed", "failed", failed_at=unix_time(), errors=described)
 
-    async def _answer(self, row: Batch, folder: Path, caller: Caller) -> tuple[Batch, bool]:
-        """Put what has no answer yet; the row as it is then, and whether its time ran out."""
+    async def _answer(self, row: Batch, folder: Path, caller: Caller) -> Batch:
+        """Put what has no answer yet; the row as it is then."""
         good = await asyncio.to_thread(Answers, folder / "output.jsonl")
         bad = await asyncio.to_thread(Answers, folder / "errors.jsonl")
         answered = good.ids | bad.ids
         lines = (
             line
-            for line in read_lines(folder / "input.jsonl", row.endpoint)
+            for line in read_lines(folder / INPUT, row.endpoint)
             if isinstance(line, Line) and line.custom_id not in answered
         )
         expires, reading = row.details["expires_at"], asyncio.Lock()
@@ -172,10 +190,13 @@ class BatchWorker:
 
         await _until(watch, [take] * AT_ONCE)
         await keep()
-        return row, unix_time() >= expires and len(good.ids) + len(bad.ids) < row.details["request_counts"]["total"]
+        return row
 
-    def _finalize(self, row: Batch, folder: Path, expired: bool) -> None:
-        ending = "cancelled" if row.status == "cancelling" else "expired" if expired else "completed"
+    def _finalize(self, row: Batch, folder: Path) -> None:
+        """What it ends as follows from its row alone: the server may have been killed since it was answered."""
+        counts = row.details.get("request_counts") or {"total": 0, "completed": 0, "failed": 0}
+        whole = counts["completed"] + counts["failed"] >= counts["total"]
+        ending = "cancelled" if row.status == "cancelling" else "completed" if whole else "expired"
         if row.status == "in_progress":
             row = self._change(row, "finalizing", finalizing_at=unix_time())
         staged = {}

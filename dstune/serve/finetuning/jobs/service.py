@@ -24,7 +24,7 @@ from dstune.serve.finetuning.jobs import request as requests
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import AUTO
 from dstune.serve.finetuning.jobs.planner import Estimate
-from dstune.serve.finetuning.jobs.presets import LOCAL, Limits, Preset, Presets
+from dstune.serve.finetuning.jobs.presets import LOCAL, Preset, Presets
 from dstune.serve.finetuning.jobs.reconciler import TOO_MANY_DEVICES, Reconciler
 from dstune.serve.finetuning.jobs.request import JobRequest
 from dstune.serve.finetuning.jobs.states import Change, State
@@ -161,10 +161,15 @@ class Jobs:
         request.query(())
         repeated = is_repetition(request.header("x-stainless-retry-count"))
         project, job = _caller(request).project, request.parameters["job"]
+
+        def also(session: Session) -> None:
+            if change is Change.RESUME:  # else a client could have any number of jobs wait by pausing them
+                self._check_limits(session, _caller(request), mine=1)
+            audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
+
         row = await asyncio.to_thread(
-            self._store.wish, project, job, change, repeated=repeated, message=message,
-            also=lambda session: audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job),
-        )  # fmt: skip
+            self._store.wish, project, job, change, repeated=repeated, message=message, also=also
+        )
         await request.answer(objects.job(row))
 
     def _read(self, request: Request) -> Job:
@@ -264,16 +269,13 @@ class Jobs:
             folder.remove()
             raise
 
-    def _check_limits(self, session: Session, caller: Caller) -> None:
-        """Raises ApiError where too many jobs wait already."""
+    def _check_limits(self, session: Session, caller: Caller, mine: int = 0) -> None:
+        """Raises ApiError where too many jobs wait already. mine: how many of them are the request's own."""
         queue = self._presets().queue
         for whose, limits in (("organization", queue.of(caller.organization)), ("key", queue.key)):
-            self._check_waiting(session, whose, caller.organization if whose == "organization" else caller.id, limits)
-
-    def _check_waiting(self, session: Session, whose: str, who: str, limits: Limits) -> None:
-        if limits.waiting is None:
-            return
-        if self._store.waiting(session, **{whose: who}) >= limits.waiting:
+            who = caller.organization if whose == "organization" else caller.id
+            if limits.waiting is None or self._store.waiting(session, **{whose: who}) - mine < limits.waiting:
+                continue
             message = f"{limits.waiting} jobs of this {whose} wait already; create more when some have started."
             headers = {"retry-after": "60", "x-should-retry": "false"}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
