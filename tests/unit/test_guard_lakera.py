@@ -243,6 +243,7 @@ WRONG = [
     ({}, 422), ({"messages": []}, 422), ({"messages": [{"role": "root", "content": "x"}]}, 422),
     ({"messages": [{"role": "user", "content": 1}]}, 422), ({"messages": [{"role": "user", "content": "x"}], "payload": 1}, 422),
     ({"messages": [{"role": "user", "content": "x"}], "project_id": 1}, 422),
+    ({"messages": [{"role": [], "content": "x"}]}, 422),
     ({"messages": [{"role": "user", "content": "word " * 100}]}, 413),
 ]  # fmt: skip
 

@@ -28,6 +28,7 @@ MOST_PROBLEMS = 20
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call", "refusal")
 TOOL_KEYS = ("tools", "parallel_tool_calls", "functions")
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _NUMBER = re.compile(r"\bmessage (\d+)\b")
 
 
@@ -150,6 +151,11 @@ def _object(line: bytes) -> dict[str, Any]:
         raise FieldError("", f"cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise FieldError("", f"must be a JSON object, it is {format_value(value)}")
+    if _HALF.search(line):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise FieldError("", "holds half of a character (a lone surrogate), which is no text") from None
     return value
 
 
@@ -304,10 +310,9 @@ def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: s
     for number, message in enumerate(messages):
         at = f"{name}[{number}]"
         earlier = message.get("function_call")
-        if isinstance(earlier, dict) and earlier.get("name") not in tools:
-            raise FieldError(
-                f"{at}.function_call.name", f"{earlier.get('name')!r:.60} is not among the functions of the row"
-            )
+        called_by = earlier.get("name") if isinstance(earlier, dict) else None
+        if isinstance(earlier, dict) and not (isinstance(called_by, str) and called_by in tools):
+            raise FieldError(f"{at}.function_call.name", f"{called_by!r:.60} is not among the functions of the row")
         for index, call in enumerate(message.get("tool_calls") or ()):
             place = f"{at}.tool_calls[{index}]"
             function = call.get("function") if isinstance(call, dict) else None

@@ -8,10 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
-
 from dstune.serve.asgi import ClientGone, dumps, while_connected
-from dstune.serve.engines.http import FAILURES, Upstream
+from dstune.serve.engines.http import FAILURES, Answer, Upstream
 from dstune.serve.errors import ApiError
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
@@ -145,7 +143,7 @@ class Inference:
                 await request.respond(200, content, headers)
                 return
             await request.send({"type": "http.response.start", "status": 200, "headers": headers})
-            chunks: AsyncIterator[bytes] = answer.content.iter_any()
+            chunks: AsyncIterator[bytes] = answer.chunks()
             if guarded is not None:
                 chunks = guarded.stream(chunks)
             async for chunk in chunks:
@@ -192,9 +190,9 @@ def _tells_usage(event: bytes) -> bool:
     return isinstance(found, dict) and found.get("choices") == [] and bool(found.get("usage"))
 
 
-async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
+async def _bounded(answer: Answer) -> bytes:
     parts, size = [], 0
-    async for chunk in answer.content.iter_any():
+    async for chunk in answer.chunks():
         size += len(chunk)
         if size > MOST_ANSWER_BYTES:
             raise ApiError(502, "The engine's answer is too large.", code="engine_error")
@@ -202,7 +200,7 @@ async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
     return b"".join(parts)
 
 
-async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
+async def _refusal(answer: Answer) -> ApiError:
     """What an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
     content = await _bounded(answer)
     try:

@@ -99,7 +99,8 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
         raise ApiError(422, f"messages must be a list of 1 to {MOST_MESSAGES} messages.", param="messages")
     found: list[Placed] = []
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in ROLES:
             reason = f"messages[{number}] needs a role: {', '.join(sorted(ROLES))}."
             raise ApiError(422, reason, param="messages")
         content = message.get("content")
