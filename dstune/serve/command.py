@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -231,13 +231,30 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
     if arguments.engine == "remote" and not arguments.engine_url:
         problems.append(Problem("--engine-url", "this is missing", "--engine-url https://HOST/v1"))
-    if arguments.engine_arguments and arguments.engine not in ("vllm", "llama.cpp"):
-        problems.append(Problem("--", "this engine takes no arguments", value=" ".join(arguments.engine_arguments)))
+    problems += [
+        Problem(flag, reason, value=value if isinstance(value, str) else " ".join(value))
+        for flag, value, acts, reason in _of_engine(arguments)
+        if value and not acts
+    ]
     if arguments.host not in LOOPBACK and not arguments.allow_host:
         reason = "under which host names clients call the server has to be said where others can reach it"
         problems.append(Problem("--allow-host", reason, f"--allow-host {socket.gethostname()}"))
     if problems:
         raise UserError(problems)
+
+
+def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[str], bool, str]]:
+    """Options that one engine or another would pass over: the flag, its value, whether it acts, and why it would not."""
+    engine, address, key = arguments.engine, arguments.engine_url or "", arguments.engine_key_env or ""
+    started = engine in ("vllm", "llama.cpp") and not address
+    yield "--engine-url", address, engine in ("vllm", "remote"), "the engines vllm and remote have an address"
+    reason = "vllm and llama.cpp are started by it, where --engine-url names no server that runs"
+    yield "--engine-python", arguments.engine_python or "", started, reason
+    yield "--", arguments.engine_arguments, started, "this engine takes no arguments"
+    yield "--engine-key-env", key, bool(address), "it is of the server that --engine-url names"
+    yield "--engine-key-env", key, key in os.environ, "there is no such variable"
+    yield "--allow-engine", arguments.allow_engine, bool(address), "it allows what --engine-url names"
+    yield "--dtype", arguments.dtype or "", engine in ("local", "vllm"), f"the engine {engine} chooses it by itself"
 
 
 def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
