@@ -509,8 +509,10 @@ def test_usage_costs_and_the_audit_log_are_of_the_own_organization(tmp_path):
             start | {"limit": "99"},
             start | {"group_by[]": "user"},
             start | {"end_time": "1"},
+            start | {"project_ids[0]": "x"},  # passed over, it would show all projects
         ):
             assert (await owner.get("/v1/organization/costs", params=bad)).status_code == 400
+        assert (await owner.get("/v1/fine_tuning/jobs", params={"metadata[]": "x"})).status_code == 400
 
         client = found.openai()
         file = await client.files.create(file=b"x", purpose="batch")

@@ -87,7 +87,7 @@ class Organizations:
     # -- routes
 
     async def audit_logs(self, gateway: Gateway, request: Request) -> None:
-        query = request.query(("after", "limit"), families=("event_types", "project_ids"))
+        query = request.query(("after", "limit"), lists=("event_types", "project_ids"))
         page = pages.page_of(query, limit=20, most=100)
         kinds, projects = request.query_values("event_types[]"), request.query_values("project_ids[]")
         await request.answer(await asyncio.to_thread(self._audit, _organization(request), page, kinds, projects))
@@ -237,8 +237,8 @@ class Organizations:
 
 def _question(request: Request, groups: Sequence[str], widths: Sequence[str] = tuple(WIDTHS)) -> Question:
     """Raises ApiError."""
-    families = ("project_ids", "api_key_ids", "models", "group_by")
-    query = request.query(("start_time", "end_time", "bucket_width", "limit", "page"), families=families)
+    lists = ("project_ids", "api_key_ids", "models", "group_by")
+    query = request.query(("start_time", "end_time", "bucket_width", "limit", "page"), lists=lists)
     width_name = query.get("bucket_width", "1d")
     if width_name not in widths:
         raise ApiError(400, f"Invalid bucket_width: must be one of {', '.join(widths)}.", param="bucket_width")

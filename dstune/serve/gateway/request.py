@@ -87,16 +87,18 @@ class Request:
             raise ApiError(400, f"The header {name} is there more than once.")
         return found[0].decode("latin-1") if found else ""
 
-    def query(self, known: Collection[str], *, families: Collection[str] = ()) -> dict[str, str]:
+    def query(
+        self, known: Collection[str], *, families: Collection[str] = (), lists: Collection[str] = ()
+    ) -> dict[str, str]:
         """The parameters behind `?`, of the names in `known` and, for families, of the form `NAME[KEY]`; those of the form
-        `NAME[]` are for `query_values`. Raises ApiError for others, and for one that comes twice."""
+        `NAME[]`, of lists, are for `query_values`. Raises ApiError for others, and for one that comes twice."""
         found: dict[str, str] = {}
         for name, value in self._parameters():
             family = name.partition("[")[0] if name.endswith("]") else None
-            if name not in known and family not in families:
-                raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
-            if name.endswith("[]"):
+            if name.endswith("[]") and name[:-2] in lists:
                 continue
+            if name not in known and (family not in families or name.endswith("[]")):
+                raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
             if name in found:
                 raise ApiError(400, f"The parameter {name[:80]!r} is there twice.", param=name[:80])
             found[name] = value
