@@ -154,6 +154,8 @@ def test_presets_are_read_and_refused_all_at_once(tmp_path):
     file.write_text(
         "models:\n  Big/Name: {path: base}\n  a: {}\n  b: {path: base, adaptation: {name: nothing}, rank: 3}\n"
         "  c: {path: '${oc.env:HOME}', devices: 0}\n  d: {path: base, settings: {data: {packing: true}}}\n"
+        "  e: {path: base, devices: 2, fewest_devices: 3, launch: {name: local, processes: 4}, revision: '${oc.env:A}'}\n"
+        "  f: {path: base, launch: {name: slurm, partition: '${oc.env:B}'}}\n  g: {path: base, launch: {gpus: 1}}\n"
         "queue: {key: 3}\nfurther: 1\n"
     )
     with pytest.raises(UserError) as caught:
@@ -166,6 +168,11 @@ def test_presets_are_read_and_refused_all_at_once(tmp_path):
         "models.c.path",
         "models.c.devices",
         "d.settings",
+        "models.e.fewest_devices",
+        "models.e.launch.processes",
+        "models.e.revision",
+        "models.f.launch.partition",
+        "models.g.launch.name",
         "queue.key",
         "further",
     ):

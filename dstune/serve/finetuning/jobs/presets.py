@@ -257,11 +257,10 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
     for name, least in (("max_length", 8), ("devices", 1), ("most_rows", 10), ("most_epochs", 1), ("price", 0)):
         if getattr(preset, name) < least:
             yield Problem(f"{where}.{name}", f"must be at least {least}", value=str(getattr(preset, name)))
-    if not 1 <= preset.fewest <= preset.devices:
-        yield Problem(
-            f"{where}.fewest_devices", f"must be from 1 to devices ({preset.devices})", value=str(preset.fewest)
-        )
-    if preset.pool == LOCAL and "processes" in preset.launch:
+    if preset.devices >= 1 and not 1 <= preset.fewest <= preset.devices:
+        reason = f"must be from 1 to devices, which is {preset.devices}"
+        yield Problem(f"{where}.fewest_devices", reason, value=str(preset.fewest))
+    if preset.launch.get("name") == LOCAL and "processes" in preset.launch:
         yield Problem(f"{where}.launch.processes", "is the number of devices", "devices: N")
     for key in _keys(preset.settings):
         if owner := next((one for one in OWNED if key == one or key.startswith(f"{one}.")), ""):
