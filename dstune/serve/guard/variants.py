@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 MOST_VARIANTS = 6
-"""Of a text, itself included."""
+"""Of a text, itself included. What more there is stands together in the last one, so that decoys push nothing out."""
 MOST_MARKS = 30
 """As in Unicode's stream-safe text format; no language comes near."""
 DEPTH = 2
@@ -329,7 +329,9 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     lambda text: _by_segment("reversed", text, lambda part: part[::-1]),
     lambda text: _by_segment("leet", text, _unleet),
 )
-DECODED = frozenset({"base64", "hex", "escaped", "binary"})
+SEVERAL = "several"
+"""The name of readings that stand together."""
+DECODED = frozenset({"base64", "hex", "escaped", "binary", SEVERAL})
 """Encodings of any text: what they hide is searched for personal data and secrets too."""
 
 
@@ -343,7 +345,11 @@ def variants_of(text: str, normal: Normal) -> list[Variant]:
     for decoded in _decoded(normal.text, DEPTH):
         start, end = normal.span(decoded.start, decoded.end)
         found.append(Variant(decoded.name, decoded.text, start, end))
-    return found[:MOST_VARIANTS]
+    if rest := found[MOST_VARIANTS:]:
+        rest.insert(0, found[MOST_VARIANTS - 1])
+        start, end = min(one.start for one in rest), max(one.end for one in rest)
+        found[MOST_VARIANTS - 1 :] = [Variant(SEVERAL, "\n".join(one.text for one in rest), start, end)]
+    return found
 
 
 def _decoded(text: str, depth: int) -> Iterator[Variant]:
