@@ -10,6 +10,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -33,7 +34,7 @@ class Answer:
         self.status = 0
         self.headers: dict[str, str] = {}
         self._connection = connection
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._chunks: deque[bytes] = deque()
         self._waiting = self._head_bytes = 0
         self._to_end_of_connection = False
@@ -86,6 +87,8 @@ class Answer:
     # -- of the connection
 
     def feed(self, data: bytes) -> None:
+        if self._parser is None:
+            return
         if not self.status:
             self._head_bytes += len(data)
         try:
@@ -94,6 +97,8 @@ class Answer:
             self.fail("the engine does not answer by HTTP")
         if self._head_bytes > MOST_HEAD_BYTES and not self.status:
             self.fail("the head of the engine's answer is too large")
+        if self.whole or self._error is not None:
+            self._parser = None  # each knows the other, and neither would go at once
         self._wake()
 
     def ended(self) -> None:
@@ -117,7 +122,8 @@ class Answer:
             self.leaves_open = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self.whole:
+            self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
