@@ -9,6 +9,7 @@ import random
 import pytest
 
 from dstune.serve.asgi import event
+from dstune.serve.guard.bodies import of_answer
 from dstune.serve.guard.check import Checker, GuardDown, item_of
 from dstune.serve.guard.policy import Policy, Watch
 from dstune.serve.guard.scanner import Scanner
@@ -137,6 +138,12 @@ def test_masked_pieces_lose_what_reveals_their_text():
     assert written(out) == "mail <EMAIL> now"
     assert ["logprobs" in one["choices"][0] for one in out[:-2]] == [True, False, False, True]
     assert "exam" not in json.dumps(out[:-1])
+
+
+def test_an_answers_reasoning_is_looked_at_under_both_of_its_names():
+    for name in ("reasoning_content", "reasoning"):  # vLLM has renamed it
+        answer = {"choices": [{"message": {"role": "assistant", "content": "x", name: "anna@example.org"}}]}
+        assert [one.text.text for one in of_answer(answer)[0]] == ["x", "anna@example.org"]
 
 
 def test_choices_reasoning_and_arguments_are_each_checked():

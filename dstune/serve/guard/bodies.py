@@ -44,7 +44,7 @@ def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> It
     """All texts of a message, a tool call's arguments among them."""
     role = str(message.get("role", "user"))
     yield from _content(message.get("content"), role, number, (*place, "content"))
-    for name in ("name", "refusal", "reasoning_content"):
+    for name in ("name", "refusal", "reasoning_content", "reasoning"):
         if isinstance(message.get(name), str):
             yield Placed((*place, name), Text(message[name], role, number))
     calls = message.get("tool_calls")
