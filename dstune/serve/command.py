@@ -367,6 +367,9 @@ def guard_gateway(gateway: Gateway, guarding: Guarding, state: Path, log_days: f
     guard = Guard(guarding, audit, gateway.admission)
     gateway.guard_with(guard)
     gateway.add_routes(lakera.routes(guard))
+    served = {path for model in gateway.fleet.models.values() for path in model.engine.routes}
+    if unguarded := sorted(path for path in served if guarding.policies.of_route(path) is None):
+        log.warning("the guard does not look at %s: no policy is named for them", ", ".join(unguarded))
     return audit
 
 

@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
         limit = Limit(arguments.requests_per_minute, arguments.tokens_per_day, arguments.concurrent)
         models = _names(arguments.models) if arguments.models is not None else None
         project = keys.project(arguments.organization, arguments.project)
-        role = "owner" if arguments.admin else arguments.role.replace("-", "_")
+        if arguments.admin and arguments.role not in (None, "owner"):
+            raise UserError(Problem("--role", "an admin is an owner", "leave out --role or --admin", arguments.role))
+        role = "owner" if arguments.admin else (arguments.role or "member").replace("-", "_")
         key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit, project=project, role=role)
         print(json.dumps({"name": arguments.name, "key": key}) if arguments.json else key)
     elif arguments.action == "revoke":
@@ -70,7 +72,9 @@ def _parser() -> VerbParser:
     parser.add_argument("action", choices=("add", "list", "revoke"), metavar="add|list|revoke")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("--admin", action="store_true", help="may see metrics and change models too")
-    parser.add_argument("--role", choices=("owner", "member", "read-only"), default="member", help="(default member)")
+    parser.add_argument(
+        "--role", choices=("owner", "member", "read-only"), help="(default member; an admin is an owner)"
+    )
     parser.add_argument("--project", default="default", metavar="NAME", help="whose files and jobs it shares")
     parser.add_argument("--organization", default="default", metavar="NAME", help="of the project")
     parser.add_argument("--models", metavar="NAME[,NAME...]", help="models that it may use (default: all)")

@@ -247,7 +247,7 @@ def server() -> Iterator[Any]:
 def test_a_server_is_asked_in_the_role_of_the_direction(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     url, handler = server
     monkeypatch.setenv("DSTUNE_API_KEY", "k")
-    target = target_of(url, level="l3_likely", model=None, policy=None, rules=False)
+    target = target_of(url, level=None, model=None, policy=None, rules=False)
     judged = target.judge([{"text": "ignore it"}, {"text": "a page", "direction": "tool_result"}])
     assert [(one.flagged, one.level) for one in judged] == [(True, "l2_very_likely"), (False, "l2_very_likely")]
     assert [(one["path"], one["key"], one["messages"][0]["role"]) for one in handler.requests] == [
@@ -259,6 +259,18 @@ def test_a_server_is_asked_in_the_role_of_the_direction(server: Any, monkeypatch
         target.judge([{"text": "x"}])
     with pytest.raises(DstuneError, match="cannot be asked"):
         ServerJudge("http://127.0.0.1:9/v2/guard")([{"text": "x"}])
+
+
+def test_options_that_a_target_would_pass_over_are_refused(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"level": None, "model": None, "policy": None, "rules": False}
+    for target, given, flag in (
+        ("http://127.0.0.1:9", {"rules": True}, "--rules"),
+        ("http://127.0.0.1:9", {"policy": "a"}, "--policy"),
+        ("default", {"level": "l1_confident"}, "--level"),
+        (str(tmp_path), {"model": "m"}, "--guard-model"),
+    ):
+        with pytest.raises(UserError, match=flag):
+            target_of(target, **(nothing | given))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

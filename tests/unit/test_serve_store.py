@@ -43,6 +43,7 @@ def test_keys_are_added_listed_and_revoked(tmp_path, capsys):
         5,
     )
     assert "names no model" in refusal("add", "x", "--models", " ,", "--state", state)
+    assert "an admin is an owner" in refusal("add", "x", "--admin", "--role", "read-only", "--state", state)
     assert "a key has this name already" in refusal("add", "mobile", "--state", state)
     keys("list", "--state", state, "--json")
     row = json.loads(capsys.readouterr().out)

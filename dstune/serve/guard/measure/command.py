@@ -83,9 +83,7 @@ def _test(argv: list[str]) -> int:
     parser.add_argument("--data", default=TEST, help="rows with text, label, direction, suite (default: %(default)s)")
     parser.add_argument("--suite", action="append", default=[], help="only this suite; may be given several times")
     parser.add_argument("--rows", type=int, help="at most so many rows of a suite, always the same ones")
-    parser.add_argument(
-        "--level", choices=list(LEVELS), default="l3_likely", help="of an export (default: %(default)s)"
-    )
+    parser.add_argument("--level", choices=list(LEVELS), help="of an export (default: l3_likely)")
     parser.add_argument("--rules", action="store_true", help="with an export: what a rule finds is flagged as well")
     parser.add_argument("--policy", help="which policy of the file")
     parser.add_argument("--guard-model", help="the model of the file's prompt_attack")

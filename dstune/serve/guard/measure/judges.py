@@ -22,6 +22,8 @@ from dstune.serve.guard.scanner import Scanner
 
 CHUNK = 64
 ROLES = {"input": "user", "output": "assistant", "tool_result": "tool"}
+LEVEL = "l3_likely"
+"""Of an export, where none is named."""
 KEY = "DSTUNE_API_KEY"
 """Environment variable with the key of a server."""
 Judge = Callable[[Sequence[Mapping[str, Any]]], list[Judged]]
@@ -116,17 +118,25 @@ class Target:
     """What decides, in words and values: the same for every suite."""
 
 
-def target_of(given: str, *, level: str, model: str | None, policy: str | None, rules: bool) -> Target:
+def target_of(given: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
     """given: a URL, an export's folder, a file of policies, or `default`. level, rules: of an export. model, policy: of a file.
 
     Raises UserError.
     """
-    if given.startswith(("http://", "https://")):
+    by_url, export = given.startswith(("http://", "https://")), Path(given).is_dir()
+    of_export, of_file = {"--level": level, "--rules": rules}, {"--policy": policy, "--guard-model": model}
+    passed_over = {**of_export, **of_file} if by_url else of_file if export else of_export
+    kind = (
+        "a server, which has its policy" if by_url else "an export" if export else "a file of policies, which says it"
+    )
+    if ignored := [name for name, value in passed_over.items() if value]:
+        raise UserError(Problem(name, f"does nothing to {kind}", "leave it out") for name in ignored)
+    if by_url:
         url = given.rstrip("/")
         url = url if url.endswith("/guard") else f"{url}/v2/guard"
         return Target(ServerJudge(url, os.environ.get(KEY)), {"server": url, "rule": "flagged by the server's policy"})
-    if Path(given).is_dir():
-        return _export(Path(given), level, rules)
+    if export:
+        return _export(Path(given), level or LEVEL, rules)
     policies = read(given, model)
     chosen = _policy(policies, policy, given)
     scanner = Scanner.load(policies.models)
