@@ -84,20 +84,28 @@ def test_compose_files_keep_their_schema(file: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_verb_takes() -> None:
+def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_verb_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from dstune.serve import command
     from dstune.serve.engines.remote import check_address
 
     compose = yaml.safe_load((DOCKER / "serve" / "compose.yaml").read_text())
     pod = next(yaml.safe_load_all((DOCKER / "serve" / "kubernetes.yaml").read_text()))["spec"]["template"]["spec"]
     (container,) = [one for one in pod["containers"] if one["name"] == "gateway"]
-    for words in (compose["services"]["gateway"]["command"], container["args"]):
+    gateway = compose["services"]["gateway"]
+    sets = [list(gateway["environment"]), [one["name"] for one in container["env"]]]
+    for words, names in zip((gateway["command"], container["args"]), sets, strict=True):
+        for name in names:
+            monkeypatch.setenv(name, "x")
         verb, *rest = (word.replace("${RUN}", "/runs/mine") for word in words)
         own, behind = command._split(rest)
         arguments = command._parser().parse_args(own)
         arguments.engine_arguments = behind
         command._check(arguments)
         check_address(arguments.engine_url, arguments.allow_engine)
+        for name in names:
+            monkeypatch.delenv(name)
         # The mount point of a volume is open to other users, so the server refuses it as its folder.
         assert str(arguments.state) == "/state/serving"
         assert (verb, arguments.engine) == ("serve", "vllm")
