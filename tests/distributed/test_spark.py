@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from distributed.test_runs import at_step, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
-from support.command import ROOT, Commands, exact, ranks_of, result, wait_until
+from support.command import ROOT, Commands, exact, metrics, ranks_of, result, wait_until
 from support.configs import run_config
 
 from dstune.core.errors import UserError
@@ -303,7 +303,10 @@ def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster
     ]
     run_dir = spark_place.folder / name
 
-    def started(step: int) -> subprocess.Popen:
+    def started(further: int) -> subprocess.Popen:
+        """A launch that has come `further` steps beyond all before it."""
+        rows = metrics(run_dir)
+        step = (rows[-1]["step"] if rows else 0) + further
         command = spark_place.start("train", *overrides(name, *words))
         wait_until(lambda: at_step(run_dir, step) or command.poll() is not None, timeout=400)
         assert command.poll() is None, spark_place.log
@@ -318,21 +321,22 @@ def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster
         assert command.wait(timeout=120) == 75, spark_place.log
         assert result(run_dir)["status"] == "preempted"
 
-        command = started(result(run_dir)["steps"] + 3)
+        command = started(2)
         rank_of(run_dir, 1).kill()
         assert command.wait(timeout=120) == 1, spark_place.log
         assert "rank 1 was killed by SIGKILL" in result(run_dir)["reason"]
         assert not ranks_of(run_dir)
 
-        command = started(18)
+        command = started(2)
         ranks = ranks_of(run_dir)
+        assert len(ranks) == 2
         command.kill()
         command.wait()
         killed = time.monotonic()
         wait_until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 60)
         print(f"no rank {time.monotonic() - killed:.1f} s after the driver was killed")
 
-        command = started(26)
+        command = started(2)
         cluster.lose_worker(rank_of(run_dir, 1))
         cluster.add_worker()
         assert command.wait(timeout=600) == 0, spark_place.log
