@@ -20,6 +20,16 @@ buffers."""
 STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
 
 
+def overlaps(config: RunConfig, replicas: int, *, on_gpu: bool) -> bool:
+    """Whether gradients are reduced on a stream of their own while the backward pass runs: on GPUs, where there is something to be
+    sent or moved. DeepSpeed holds a second bucket for it at stage 2, and waits for the device at the end of each backward pass.
+    replicas: ranks that partition the same weights."""
+    zero = config.zero
+    stage = stage_of(zero)
+    moves = replicas > 1 or stage == 3 or zero.offload_optimizer is not OptimizerOffload.none
+    return zero.overlap_comm and on_gpu and stage >= 2 and moves
+
+
 def check_zero(config: RunConfig) -> Iterator[Problem]:
     zero, precision = config.zero, config.trainer.precision
     if stage_of(zero) == 0 and precision in (Precision.bf16, Precision.fp16):

@@ -177,8 +177,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     if s.offload_param:
         host += s.total * s.weight_bytes // s.ranks
     if s.on_gpu and s.stage >= 2:
-        # DeepSpeed's contiguous buffer; two of them at stage 2, where the reduction overlaps with the backward pass.
-        parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 else 1)
+        # DeepSpeed's contiguous buffer; two of them at stage 2 where the reduction overlaps with the backward pass.
+        parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 and s.overlaps else 1)
     return parts, host
 
 

@@ -18,7 +18,7 @@ from dstune.config.schema import (
     Selective,
     stage_of,
 )
-from dstune.config.zero_rules import SWAPPED_AT_ONCE
+from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps
 from dstune.core.errors import UserError
 from dstune.planning.architecture import (
     DEFAULTS,
@@ -78,6 +78,8 @@ class Setup:
     dropout: float
     adapter_dropout: bool
     reduce_bucket: int
+    overlaps: bool
+    """See `config.zero_rules.overlaps`."""
     persistence: int
     prefetch_bucket: int
     max_live: int
@@ -184,6 +186,7 @@ def setup(
         dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),
         adapter_dropout=method.adapter_dropout > 0,
         reduce_bucket=zero.reduce_bucket_size,
+        overlaps=overlaps(config, max(1, ranks // slices), on_gpu=on_gpu),
         persistence=zero.param_persistence_threshold,
         # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
         prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", prefetch(model)[0] if on_gpu else PREFETCH),

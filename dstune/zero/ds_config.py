@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config.schema import GradientDtype, Offload, OptimizerOffload, Precision, RunConfig, stage_of
-from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE
+from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE, overlaps
 from dstune.protocols import parallelism_of
 
 
@@ -32,7 +32,7 @@ def deepspeed_config(
     if stage_of(config.zero) > 0:
         zero |= {
             "reduce_bucket_size": config.zero.reduce_bucket_size,
-            "overlap_comm": config.zero.overlap_comm and on_gpu and stage_of(config.zero) >= 2,
+            "overlap_comm": overlaps(config, replicas, on_gpu=on_gpu),
             # Gradients stay where backward puts them: 0.14 s of a 8.7 s step on a CPU; a GPU's allocator fragments
             # without the contiguous buffer.
             "contiguous_gradients": on_gpu,
@@ -66,6 +66,8 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
         "wall_clock_breakdown": False,
+        # It waits for the device before and after every micro-batch; `trainer/step_timer.py` does not.
+        "timers": {"throughput": {"enabled": False}},
         "bf16": {"enabled": precision is Precision.bf16} | _immediate(config, precision, on_gpu=on_gpu),
         # The scale starts where a pretrained model survives the first steps and grows from there.
         "fp16": {"enabled": precision is Precision.fp16, "loss_scale": 0, "initial_scale_power": 12},

@@ -18,7 +18,7 @@ from torch import nn
 from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
-from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole
+from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
 from dstune.zero.parts import full_count, full_shape, gathered
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
@@ -146,6 +146,7 @@ class Engine:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups or ()]
         if self.stage == 3:
+            wait_for_copies_only()
             _announce_borrowed_weights(model)
             if one_pass:
                 handle_layers_whole(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,37 @@ def gather_persistent_together(optimizer: Any) -> None:
         return None
 
     first.all_gather = all_gather
+
+
+def wait_for_copies_only() -> None:
+    """A single rank has its weights whole: what DeepSpeed gathers there is a view of them, and yet it waits for the device in each
+    layer. Only weights that come from the host's memory are waited for here. Does nothing the second time."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    for name in ("NoGatherHandle", "NoGatherCoalescedHandle"):
+        handle = getattr(partition_parameters, name, None)
+        if handle is not None and not hasattr(handle.wait, "theirs"):
+            handle.wait = _waits_for_copies(handle.wait, name, partition_parameters.ZeroParamStatus.AVAILABLE)
+
+
+def _waits_for_copies(theirs: Callable[..., None], name: str, available: Any) -> Callable[..., None]:
+    def wait(handle: Any, **more: Any) -> None:
+        own, complete = vars(handle), f"_{name}__complete"
+        one = own.get(f"_{name}__param")
+        weights = own.get(f"_{name}__params", [] if one is None else [one])
+        if (
+            own.get(complete, True)
+            or not weights
+            or any(weight.ds_tensor.device != weight.device for weight in weights)
+        ):
+            theirs(handle, **more)
+            return
+        for weight in weights:
+            weight.ds_status = available
+        own[complete] = True
+
+    wait.theirs = theirs  # type: ignore[attr-defined]
+    return wait
 
 
 def _give_input_a_gradient(layer: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -89,6 +89,8 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "deepspeed/runtime/utils.py:clip_grad_norm_": (2, STEP),
     "deepspeed/runtime/utils.py:clip_tensors_by_global_norm": (1, STEP),
     "deepspeed/runtime/zero/stage_1_and_2.py:has_overflow": (1, STEP),
+    # The stream of reductions ends with each backward pass.
+    "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue": (1, MICRO_BATCH),
     # Stage 3 compares the order of fetches between ranks, in the first passes through a model that it has not seen.
     "deepspeed/runtime/zero/utils.py:assert_lst_len_same_as_other_ranks": (9, STEP),
     "deepspeed/runtime/zero/utils.py:get_lst_from_rank0": (9, STEP),

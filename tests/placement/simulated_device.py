@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from types import FrameType
 from typing import Any
@@ -284,7 +285,8 @@ class _Stream:
 
     def __exit__(self, *unused: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        waits["synchronize", _caller()] += 1
 
     def wait_stream(self, other: Any) -> None: ...
 
@@ -298,6 +300,10 @@ class _Stream:
         return torch.device(NAME, 0)
 
 
+STREAM = _Stream()
+"""The one that everything is computed on."""
+
+
 class Device(backend_registration._DummyBackendModule):
     """`torch.sim`, with what `torch.cuda` has."""
 
@@ -306,7 +312,7 @@ class Device(backend_registration._DummyBackendModule):
     def set_device(self, device: Any) -> None: ...
 
     def current_stream(self, device: Any = None) -> _Stream:
-        return _Stream()
+        return STREAM
 
     default_stream = current_stream
 
@@ -429,6 +435,7 @@ def _patch_torch() -> None:
         setattr(torch, name, growing(getattr(torch, name)))
     torch.Tensor.new_tensor = new_tensor  # type: ignore[method-assign, assignment]
     torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+    torch.Tensor.record_stream = lambda tensor, stream: None  # type: ignore[method-assign, assignment]
     torch.Tensor.pin_memory = lambda tensor, *unused: tensor  # type: ignore[method-assign, assignment]
 
 
@@ -460,7 +467,20 @@ def _tell_deepspeed() -> None:
             return tensor.device.type == NAME
 
         def is_synchronized_device(self) -> bool:
-            return True
+            return False  # what CUDA answers too: DeepSpeed takes its ways with streams and events
+
+        Stream, Event = property(lambda self: _Stream), property(lambda self: _Event)
+
+        def stream(self, stream: Any) -> Any:
+            return stream or nullcontext()
+
+        def current_stream(self, device_index: int | None = None) -> _Stream:
+            return STREAM
+
+        default_stream = current_stream
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            Device.synchronize(self)
 
         def _of(self, dtype: torch.dtype) -> Callable[[Any], torch.Tensor]:
             return lambda values: torch.tensor(values, dtype=dtype, device=NAME)

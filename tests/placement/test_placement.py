@@ -122,7 +122,8 @@ def test_a_mix_of_devices_and_a_read_are_seen(server: Server) -> None:
 
 @pytest.mark.ci
 def test_how_often_a_step_waits(server: Server) -> None:
-    """In bf16, whose packed rows have a kernel: nothing in a micro-batch, once for the norm and once for the sums of a step."""
+    """In bf16, whose packed rows have a kernel: nothing in a micro-batch below stage 3, where the backward pass is waited for, and
+    twice or three times for what decides of a step."""
     for stage in (1, 2, 3):
         # Without an evaluation, after which stage 3 looks at the order of its fetches anew.
         longer = ("evaluate.at_start=false", "evaluate.every=100", "trainer.max_steps=3")
@@ -134,8 +135,8 @@ def test_how_often_a_step_waits(server: Server) -> None:
         found = server.run(Cell(f"waits-{stage}", (*words, *longer)))
         assert found.kernels["attention"].endswith("varlen"), found.kernels
         assert not found.not_allowed()
-        assert found.total(MICRO_BATCH) <= 1, found.waits[-1]
-        assert found.total(STEP) <= 4, found.waits[-1]
+        assert found.total(MICRO_BATCH) == (stage == 3), found.waits[-1]
+        assert found.total(STEP) <= 3, found.waits[-1]
 
 
 @pytest.mark.ci

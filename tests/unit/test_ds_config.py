@@ -50,6 +50,20 @@ def test_half_precision_accumulates_gradients_in_fp32(precision, accumulates):
     assert settings["fp16"]["enabled"] is (precision is Precision.fp16)
 
 
+@pytest.mark.parametrize(
+    ("stage", "world", "offload", "expected"),
+    [(2, 1, False, False), (2, 2, False, True), (2, 1, True, True), (3, 1, False, True), (1, 2, False, False)],
+)
+def test_reductions_overlap_where_there_is_something_to_send(stage, world, offload, expected):
+    """Else DeepSpeed would hold a second bucket and wait for the device after each backward pass, for nothing."""
+    kind = OptimizerOffload.cpu if offload else OptimizerOffload.none
+    config = run_config(zero=ZeroConfig(stage=stage, offload_optimizer=kind))
+    settings = deepspeed_config(config, world, Precision.bf16, on_gpu=True)
+    assert settings["zero_optimization"]["overlap_comm"] is expected
+    assert not deepspeed_config(config, world, Precision.bf16, on_gpu=False)["zero_optimization"]["overlap_comm"]
+    assert settings["timers"]["throughput"]["enabled"] is False  # it waits twice for each micro-batch
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_stage_3_settings_stay_out_of_the_other_stages(stage):
     zero = deepspeed_config(run_config(zero=ZeroConfig(stage=stage)), 2, Precision.fp32, on_gpu=True)[
