@@ -37,6 +37,7 @@ from dstune.data.tokenize import RowTokenizer, conversation
 from dstune.inference.rows import Query
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import TASKS, method_of, task_of
+from dstune.zero import accelerator
 
 NAME = "reference.json"
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -229,8 +230,7 @@ def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[An
     body = load_model(plain, tokenizer, labels, torch.float32)
     module = method_of(config.method).apply(body, plain)
     load_trained(module, checkpoint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return module.to(device).eval(), body
+    return module.to(accelerator.kind()).eval(), body
 
 
 def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -63,6 +66,23 @@ def test_an_import_that_takes_too_long_is_a_failed_check(monkeypatch):
     last = list(checks.software())[-1]
     assert (last.name, last.status) == ("PyTorch", FAIL)
     assert "more than 90 s" in last.detail and last.fix
+
+
+def test_operators_that_ask_for_a_cuda_toolkit_are_not_a_broken_deepspeed(monkeypatch, capsys):
+    """A wheel of torch for CUDA brings no nvcc, and several of DeepSpeed's builders raise without."""
+
+    class Raises:
+        def is_compatible(self, verbose):
+            raise RuntimeError("CUDA_HOME does not exist, unable to compile CUDA op(s)")
+
+    stub = ModuleType("all_ops")
+    stub.ALL_OPS = {"fp_quantizer": Raises(), "nothing": None}
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder.all_ops", stub)
+    monkeypatch.setattr("dstune.models.kernels.of_machine", dict)
+    exec(checks.INSIDE, {})
+    logging.disable(logging.NOTSET)
+    found = json.loads(capsys.readouterr().out.partition("FOUND ")[2])
+    assert found["ops"] == {"fp_quantizer": False} and "deepspeed_error" not in found
 
 
 def test_places_without_permission_or_room(tmp_path, monkeypatch):
