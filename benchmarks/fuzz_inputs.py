@@ -509,6 +509,33 @@ LLAMA = {
 
 KINDS = ["llama", "gemma2", "mixtral", "qwen3_moe", "bert", "deberta-v2", "modernbert", "t5", "bart"]
 
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [
+        {
+            "id": 2,
+            "content": "<s>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    ],
+    "normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|b)+| ?c*"}, "behavior": "Isolated", "invert": False},
+    "post_processor": None,
+    "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "<unk>": 1}, "unk_token": "<unk>"},
+}
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "eos_token": "<s>",
+    "model_max_length": 64,
+    "extra_special_tokens": ["<s>"],
+    "added_tokens_decoder": {"2": {"content": "<s>", "special": True}},
+    "chat_template": "{{ messages }}",
+}
 ADAPTER = {
     "peft_type": "LORA",
     "base_model_name_or_path": "org/model",

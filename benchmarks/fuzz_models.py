@@ -26,6 +26,23 @@ def model_folder(content: bytes, folder: Path) -> None:
     architecture(found)
 
 
+def opened_model(files: dict[str, bytes], folder: Path) -> None:
+    """Tokenizer and architecture as transformers reads them."""
+    from dstune.config.schema import ModelConfig
+    from dstune.core.errors import DstuneError
+    from dstune.models.load import load_config, load_tokenizer
+
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    for read in (load_config, load_tokenizer):
+        try:
+            found = read(ModelConfig(path=str(folder)))
+        except DstuneError:
+            continue
+        if read is load_tokenizer:
+            found(["a b <s>", "abc " * 20], return_offsets_mapping=True)
+
+
 def adapter(content: bytes, folder: Path) -> None:
     from dstune.checkpoint.serving import vllm_problems
     from dstune.core.limits import check_patterns

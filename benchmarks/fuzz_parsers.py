@@ -24,6 +24,8 @@ from benchmarks.fuzz_inputs import (
     REFERENCE,
     ROWS,
     STATE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
     TRIAL,
     TRL,
     Make,
@@ -38,7 +40,16 @@ from benchmarks.fuzz_inputs import (
     text,
     yaml_file,
 )
-from benchmarks.fuzz_models import adapter, model_folder, record, reference, safetensors_bytes, served_adapter, weights
+from benchmarks.fuzz_models import (
+    adapter,
+    model_folder,
+    opened_model,
+    record,
+    reference,
+    safetensors_bytes,
+    served_adapter,
+    weights,
+)
 from benchmarks.fuzz_rows import (
     csv_text,
     one_row,
@@ -182,6 +193,20 @@ def parsers() -> dict[str, Parser]:
         ),
         Parser("config.json", one_of(*(json_file(LLAMA | {"model_type": kind}) for kind in KINDS)), model_folder),
         Parser("adapter_config.json", json_file(ADAPTER), adapter, weight=0.5),
+        Parser(
+            "tokenizer",
+            fixed(
+                {
+                    "config.json": one_of(
+                        lambda random: as_json(LLAMA | {"model_type": "llama"}).encode(), json_file(LLAMA)
+                    ),
+                    "tokenizer.json": one_of(lambda random: as_json(TOKENIZER).encode(), json_file(TOKENIZER)),
+                    "tokenizer_config.json": json_file(TOKENIZER_CONFIG),
+                }
+            ),
+            opened_model,
+            weight=0.2,
+        ),
         Parser("dstune.json", json_file(RECORD), record),
         Parser("reference.json", json_file(REFERENCE), reference, weight=0.5),
         Parser(

@@ -3,7 +3,6 @@ ten million tries, with a panic: no Exception, so that whatever waited for the t
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -44,10 +43,9 @@ def name_panics() -> None:
     from transformers import PreTrainedTokenizerFast
 
     encode = PreTrainedTokenizerFast._encode_plus
-    if hasattr(encode, "__wrapped__"):
+    if encode.__module__ == __name__:
         return
 
-    @functools.wraps(encode)
     def named(self: Any, text: Any, *arguments: Any, **options: Any) -> Any:
         try:
             return encode(self, text, *arguments, **options)
