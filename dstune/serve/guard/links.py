@@ -49,9 +49,13 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
             yield found.start(), found.start() + len(link)
     if "." not in text:
         return
+    seen.sort(reverse=True)
+    end = 0
     for found in _BARE.finditer(text):
         link = found.group().rstrip(".,;:!?")
-        if any(start <= found.start() < end for start, end in seen):
+        while seen and seen[-1][0] <= found.start():
+            end = max(end, seen.pop()[1])
+        if found.start() < end:
             continue
         host = _host(f"https://{link}")
         parts = _suffixes()(host)
