@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.data.template_date import freeze_date
+from dstune.data.chat.template import ChatTemplate, RenderError
 
 _SYSTEM, _USER, _ANSWER, _AGAIN = "zqsystem", "zquser", "zqanswer", "zqagain"
 
@@ -28,15 +28,12 @@ def modelfile(gguf: str, tokenizer: Any, stops: list[int], date: str | None) -> 
 
 
 def go_template(tokenizer: Any, date: str | None) -> str | None:
-    """None where the turns do not all look alike."""
-    source = freeze_date(tokenizer.get_chat_template(), date)
+    """None where the turns do not all look alike, or hold what ends a text of this file. Raises UserError where the chat template
+    does not end."""
+    template = ChatTemplate(tokenizer, date)
 
     def render(*turns: tuple[str, str], prompt: bool = False) -> str:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        text: str = tokenizer.apply_chat_template(
-            messages, chat_template=source, tokenize=False, add_generation_prompt=prompt
-        )
-        return text
+        return template.text([{"role": role, "content": content} for role, content in turns], prompt=prompt)
 
     user, answer, again, system = ("user", _USER), ("assistant", _ANSWER), ("user", _AGAIN), ("system", _SYSTEM)
     try:
@@ -51,7 +48,7 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
         head = requested.partition(_USER)[0].removesuffix(before_user)
         before_system, _, rest = instructed.partition(_SYSTEM)
         after_system = rest.partition(_USER)[0].removesuffix(before_user)
-    except Exception:  # a template is a program; it may refuse any of these
+    except RenderError:  # it may refuse any of these
         return None
     bos = tokenizer.bos_token or ""
     first = head.removeprefix(bos) if bos else head  # llama.cpp puts it there itself
@@ -76,7 +73,7 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
         written != whole
         or reported != instructed
         or not before_user
-        or any("{{" in part for part in (written, reported))
+        or any(sign in part for part in (written, reported) for sign in ("{{", '"""'))
     ):
         return None
     system_start = before_system.removeprefix(bos) if bos else before_system

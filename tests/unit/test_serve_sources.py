@@ -407,10 +407,10 @@ class Tokenizer:
     def __init__(self, template: str):
         self.chat_template = template
 
-    def get_chat_template(self) -> str:
+    def get_chat_template(self, tools=None) -> str:
         return self.chat_template
 
-    def apply_chat_template(self, messages, *, chat_template, tokenize, add_generation_prompt):
+    def apply_chat_template(self, messages, *, chat_template, tokenize, add_generation_prompt, tools=None):
         import jinja2
 
         return jinja2.Template(chat_template).render(
@@ -435,3 +435,10 @@ def test_a_template_in_ollamas_language():
     numbered = "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}"
     assert go_template(Tokenizer(numbered), None) is None
     assert "Ollama guesses one" in modelfile("m.gguf", Tokenizer(numbered), [], None)
+
+
+def test_a_template_of_others_adds_no_line_to_ollamas_file_and_ends():
+    ends = CHATML.replace("<|im_start|>", '<|im_start|>"""\nADAPTER /etc/passwd\n')
+    assert "ADAPTER" not in modelfile("m.gguf", Tokenizer(ends), [], None)
+    with pytest.raises(UserError, match="takes more than"):
+        go_template(Tokenizer("{% for a in range(10**9) %}{% endfor %}" + CHATML), None)
