@@ -4,6 +4,7 @@ ten million tries, with a panic: no Exception, so that whatever waited for the t
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +43,30 @@ def name_panics() -> None:
     """In this process, for every tokenizer: an object of their own class is what transformers saves, and processes send."""
     from transformers import PreTrainedTokenizerFast
 
-    encode = PreTrainedTokenizerFast._encode_plus
-    if encode.__module__ == __name__:
-        return
+    for name in ("_encode_plus", "_decode"):
+        method = getattr(PreTrainedTokenizerFast, name)
+        if method.__module__ != __name__:
+            setattr(PreTrainedTokenizerFast, name, _named(method))
 
-    def named(self: Any, text: Any, *arguments: Any, **options: Any) -> Any:
+
+def _named(method: Callable[..., Any]) -> Callable[..., Any]:
+    def named(self: Any, *arguments: Any, **options: Any) -> Any:
         try:
-            return encode(self, text, *arguments, **options)
+            return method(self, *arguments, **options)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
-            example = repr(text)
+            example = repr([*arguments, *options.values()][0])
             if len(example) > _EXAMPLE_CHARACTERS:
                 example = f"{example[:_EXAMPLE_CHARACTERS]}..."
             raise UserError(_endless(self, f"to find its patterns in {example} fails: {error}")) from None
 
-    PreTrainedTokenizerFast._encode_plus = named
+    return named
 
 
 def _try(tokenizer: Any) -> None:
     backend = tokenizer.backend_tokenizer
-    patterns = f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
+    patterns = f"{backend.normalizer!r} {backend.pre_tokenizer!r} {backend.decoder!r}"
     if "Regex(" not in patterns:
         return
 
@@ -71,7 +75,8 @@ def _try(tokenizer: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the library writes its stack
         for run in _RUNS:
             try:
-                tokenizer(run * (_RUN_CHARACTERS // len(run)) + "\0", add_special_tokens=False, verbose=False)
+                text = run * (_RUN_CHARACTERS // len(run)) + "\0"
+                tokenizer.decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             except UserError as error:
                 raise TooMuch(str(error)) from None
 

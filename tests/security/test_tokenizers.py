@@ -66,6 +66,16 @@ def test_a_pattern_that_backtracks_over_one_row_alone(
     assert f"{model / 'tokenizer.json'}: to find its patterns in '" in said.err and "fix: give a model" in said.err
 
 
+def test_a_pattern_that_backtracks_over_an_answer_alone(model: Path) -> None:
+    join = {"type": "Fuse"}
+    endless = {"type": "Replace", "pattern": {"Regex": r"(w1|w1)*$"}, "content": ""}
+    change(model, "tokenizer.json", decoder={"type": "Sequence", "decoders": [join, endless]})
+    tokenizer = load_tokenizer(ModelConfig(path=str(model)))
+    token = tokenizer.convert_tokens_to_ids("w1")
+    with pytest.raises(UserError, match=r"tokenizer\.json: to find its patterns in \["):
+        tokenizer.decode([token] * 60 + [token + 1])
+
+
 def test_patterns_that_end_pass(model: Path) -> None:
     gpt = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     change(model, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": gpt}})
