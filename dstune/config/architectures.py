@@ -64,8 +64,10 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
         if not isinstance(number, (int, float)) or isinstance(number, bool):
             continue
         limit = MAX_SIZE if _SIZE.fullmatch(key) else MAX_LAYERS if "layer" in key or "expert" in key else math.inf
-        if number > limit:
-            reason = f"its config.json has {key} = {str(number)[:30]}, and no model has more than {limit:,}"
+        least = 0 if key.startswith("num_") else -math.inf
+        if number > limit or number < least:
+            bound = f"more than {limit:,}" if number > limit else "fewer than none"
+            reason = f"its config.json has {key} = {str(number)[:30]}, and no model has {bound}"
             problems.append(Problem(where, reason, "a model whose config.json is right", value))
     return problems
 

@@ -230,12 +230,10 @@ def _language_model(source: dict[str, Any], architecture: Any, needed: ModelConf
     dtype = computing_dtype(architecture)
     method = METHODS.classes().get(str(record.get("method")))
     options = {} if method is None else method.serving_options(record, dtype)
-    try:
+    with files_of_others("MODEL", needed.path, "its model", "give a folder with config.json and safetensors weights"):
         model, loading = kind.from_pretrained(
             **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except ValueError as error:
-        raise UserError(Problem("MODEL", f"cannot be loaded: {str(error).splitlines()[0]}", "", needed.path)) from error
     absent = sorted(loading["missing_keys"])
     if absent:
         reason = f"is no language model: it has no weights for {', '.join(absent[:2])}"

@@ -10,12 +10,19 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import StoppingCriteriaList
 
+from dstune.core.errors import Problem, UserError
+
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
-    """Tokens that end a text: those of the model's generation settings, and `stops`."""
+    """Tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError where the settings have
+    something else."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*several, *stops] if token is not None})
+    found = {token for token in [*several, *stops] if token is not None}
+    if wrong := [token for token in found if not isinstance(token, int)]:
+        reason = f"its eos_token_id has {wrong[0]!r}, which is no token"
+        raise UserError(Problem("generation_config.json", reason, "give the numbers of tokens", model.name_or_path))
+    return sorted(found)
 
 
 def generation_inputs(

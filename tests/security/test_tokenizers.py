@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -105,6 +106,24 @@ def test_files_of_a_tokenizer_that_are_none(case: str, model: Path) -> None:
     ODD[case](model)
     with pytest.raises(UserError, match=r"^model\.path=.*: its tokenizer cannot be loaded: \S"):
         load_tokenizer(ModelConfig(path=str(model)))
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda folder: os.truncate(folder / "model.safetensors", 500), "its model cannot be loaded"),
+    "text": (lambda folder: (folder / "model.safetensors").write_text("x"), "its model cannot be loaded"),
+    "activation": (lambda folder: change(folder, "config.json", hidden_act="nope"), "its model cannot be loaded"),
+    "settings": (lambda folder: (folder / "generation_config.json").write_text("[]"), "its model cannot be loaded"),
+    "end": (lambda folder: change(folder, "generation_config.json", eos_token_id="y"), "which is no token"),
+    "layers": (lambda folder: change(folder, "config.json", num_hidden_layers=-1), "num_hidden_layers = -1"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_model_is_a_message_of_generate(case: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, reason = DAMAGED[case]
+    damage(model)
+    assert cli.main(["generate", str(model), "--prompt", "w1", "--max-new-tokens", "1"]) == 2
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def digest_of(folder: Path) -> str:
     """SHA-256 of what decides the scores of an export: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
     names = ("*.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "spm.model")
-    for file in sorted({file for pattern in names for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in names for file in folder.glob(pattern) if file.is_file()}):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
