@@ -54,14 +54,30 @@ def _named(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(self, *arguments, **options)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":
+            if not _is_panic(error):
                 raise
-            example = repr([*arguments, *options.values()][0])
+            example = repr(_culprit(self, [*arguments, *options.values()][0]))
             if len(example) > _EXAMPLE_CHARACTERS:
                 example = f"{example[:_EXAMPLE_CHARACTERS]}..."
             raise UserError(_endless(self, f"to find its patterns in {example} fails: {error}")) from None
 
     return named
+
+
+def _culprit(tokenizer: Any, given: Any) -> Any:
+    """Of several texts the one on which the library gives up."""
+    for text in given if isinstance(given, list) and all(isinstance(one, str) for one in given) else ():
+        try:
+            tokenizer.backend_tokenizer.encode(text)
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            return text
+    return given
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # which no package exports
 
 
 def _try(tokenizer: Any) -> None:

@@ -64,7 +64,10 @@ def test_a_pattern_that_backtracks_over_one_row_alone(
         )
     assert cli.main(["data", "show", f"model.path={model}", "data.train=rows.jsonl", "data.split.validation=0"]) == 2
     said = capsys.readouterr()
-    assert f"{model / 'tokenizer.json'}: to find its patterns in '" in said.err and "fix: give a model" in said.err
+    assert (
+        f"{model / 'tokenizer.json'}: to find its patterns in '<|im_start|>user" in said.err
+        and "fix: give a model" in said.err
+    )
 
 
 def test_a_pattern_that_backtracks_over_an_answer_alone(model: Path) -> None:
