@@ -127,12 +127,12 @@ def test_a_field_of_a_table_without_end_is_one_bad_row(tmp_path: Path, monkeypat
     [
         {"num_hidden_layers": 10**8},
         {"num_hidden_layers": 1e8},
-        {"num_hidden_layers": -1},
         {"hidden_size": 2**40},
         {"num_attention_heads": 0},
         {"num_hidden_layers": "2"},
         {"vocab_size": []},
         {"hidden_size": 10**400},
+        {"num_hidden_layers": -1},
     ],
 )
 def test_a_model_of_impossible_size(change: dict[str, Any]) -> None:
