@@ -61,7 +61,7 @@ from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
-from dstune.zero.precision import DTYPES, resolve
+from dstune.zero.precision import DTYPES, resolve, set_arithmetic
 from dstune.zero.slices import Slices
 from dstune.zero.start import start_process_group
 
@@ -122,12 +122,7 @@ class Setup:
         self.shards = Slices.of(parallel.weight_ranks, world)
         prefetch = prefetch_of(config) if self.on_gpu and stage_of(config.zero) == 3 else None
         self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu, prefetch=prefetch)
-        if config.trainer.tf32 and self.on_gpu:
-            torch.set_float32_matmul_precision("high")
-        if config.trainer.deterministic:
-            # cuBLAS is deterministic with a fixed workspace only.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
+        set_arithmetic(config.trainer)
 
     def doing(self) -> str:
         """What memory ran out in."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import torch
 
-from dstune.config.schema import Precision, RunConfig, stage_of
+from dstune.config.schema import Precision, RunConfig, TrainerConfig, stage_of
 from dstune.config.zero_rules import check_zero
 from dstune.core.errors import Problem, UserError
 from dstune.zero import accelerator
@@ -64,3 +65,14 @@ def resolve(config: RunConfig) -> Precision:
             )
         )
     return requested
+
+
+def set_arithmetic(trainer: TrainerConfig) -> None:
+    """What `trainer.tf32` and `trainer.deterministic` ask of this process, before its first product of matrices."""
+    if trainer.tf32 and accelerator.present():
+        torch.set_float32_matmul_precision("high")
+    if trainer.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is deterministic with a fixed workspace only
+        torch.use_deterministic_algorithms(True)

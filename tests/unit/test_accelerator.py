@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from dstune.core.rank_env import RankEnv
 from dstune.models.heads import numbers
 from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
+from dstune.rank import worker
 from dstune.trainer import out_of_memory
 from dstune.zero import accelerator, fewer_reads, precision, start
 from dstune.zero.ds_config import deepspeed_config
@@ -51,6 +53,44 @@ def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
     config = run_config(trainer=TrainerConfig(precision=Precision.bf16))
     with pytest.raises(UserError, match="Tesla V100 has no bf16"):
         precision.resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("tf32", "deterministic", "gpu", "products"),
+    [(True, False, True, "high"), (True, False, False, "highest"), (False, True, True, "highest")],
+)
+def test_arithmetic_that_a_run_asks_for(monkeypatch, tf32, deterministic, gpu, products):
+    monkeypatch.setattr(accelerator, "present", lambda: gpu)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        precision.set_arithmetic(TrainerConfig(tf32=tf32, deterministic=deterministic))
+        assert torch.get_float32_matmul_precision() == products
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize(
+    ("version", "names"),
+    [
+        ("2.13.0+cu130", ["TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE"]),
+        ("2.8.0", ["TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"]),
+    ],
+)
+def test_the_last_collectives_are_recorded_unless_the_user_has_set_it(tmp_path, monkeypatch, version, names):
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    variables = {names[0]: "7"}
+    worker.record_collectives(tmp_path, variables)
+    place = str(tmp_path / "logs" / "nccl_trace_rank_")
+    assert variables == {names[0]: "7", names[1]: place, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    monkeypatch.setattr(accelerator, "present", lambda: False)
+    nothing: dict[str, str] = {}
+    worker.record_collectives(tmp_path, nothing)
+    assert not nothing
 
 
 @pytest.mark.parametrize(("visible", "rank", "expected"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (2, 3, None)])

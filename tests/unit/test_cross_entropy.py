@@ -91,6 +91,36 @@ def test_bf16_gradients_are_as_close_to_fp32_as_the_plain_ones(monkeypatch):
     assert all(ours < 1.5 * theirs + 1e-4 for theirs, ours in zip(*errors, strict=True)), errors
 
 
+def test_products_with_fp32_output_are_closer_to_fp32(monkeypatch):
+    """As CUDA has them, and a CPU has not: logits are never rounded to bf16."""
+    module = projection("linear").bfloat16().float()
+    hidden, targets = torch.randn(ROWS, HIDDEN), torch.randint(VOCABULARY, (ROWS,))
+    exact = gradients(module, hidden.bfloat16().float(), targets, plain)
+    half = module.bfloat16()
+    mm = torch.mm
+
+    def wide(left, right, *, out_dtype=None, **more):
+        return mm(left, right, **more) if out_dtype is None else mm(left.to(out_dtype), right.to(out_dtype))
+
+    errors = []
+    for wanted in (False, True):
+        monkeypatch.setattr(cross_entropy, "wide_products", lambda *unused, wanted=wanted: wanted)
+        monkeypatch.setattr(torch, "mm", wide)
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 7 * 2 * VOCABULARY)
+        found = gradients(half, hidden.bfloat16(), targets, chunked)
+        errors.append(
+            [float((one.float() - true).norm() / true.norm()) for one, true in zip(found, exact, strict=True)]
+        )
+    (rounded_loss, *rounded), (loss, *wide_errors) = errors
+    assert loss < rounded_loss / 2 and max(wide_errors) < 0.02 and max(rounded) < 0.02
+
+
+def test_chunks_on_an_accelerator_are_whole_blocks_of_a_product():
+    """512 MiB of fp32 logits, at least 256 rows."""
+    for vocabulary, rows in ((128_256, 1024), (32_000, 4096), (1_000_000, 256)):
+        assert cross_entropy.chunk_rows(torch.empty(0, device="meta"), vocabulary) == rows
+
+
 def test_evaluation_counts_hits_over_all_chunks(monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 2 * VOCABULARY)
     module = projection("linear")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import nn
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -16,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from dstune.models import norms
 from dstune.models.norms import Kind, use_lean_norms
+from dstune.zero import accelerator
 
 WIDTH = 24
 NORMS = {
@@ -150,3 +152,22 @@ def test_a_norm_in_fp32_between_layers_in_bf16() -> None:
     expected = norm(rows)
     assert use_lean_norms(norm) == 1
     assert expected.dtype is torch.float32 and torch.equal(norm(rows), expected)
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_torchs_kernel_is_taken_where_it_is_no_further_from_fp64(worse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof runs on what stands for a device here; a kernel that loses precision is not taken."""
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    monkeypatch.setattr(accelerator, "current", lambda: torch.device("cpu"))
+    norms.is_as_exact.cache_clear()
+    kernel = functional.rms_norm
+
+    def coarse(rows: torch.Tensor, *more: Any) -> torch.Tensor:
+        output = kernel(rows, *more)
+        return output if output.dtype is torch.float64 else output * 1.02
+
+    monkeypatch.setattr(functional, "rms_norm", coarse if worse else kernel)
+    norm = nn.Sequential(LlamaRMSNorm(64)).to(torch.bfloat16)
+    assert norms.use_lean_norms(norm, fused=True) == 1
+    assert norms.norms_computed_here(norm) == ((0, 1) if worse else (1, 0))
+    norms.is_as_exact.cache_clear()
