@@ -280,6 +280,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "hangs.test_a_field_of_a_table_without_end_is_one_bad_row": undo(
         "data/read_tables.py", "if _bytes(part) <= MAX_ROW_BYTES:", "if True:"
     ),
+    "hangs.test_a_pipe_or_a_device_in_the_place_of_rows": undo(
+        "data/sources.py", "    if not file.is_file():\n", "    if file.is_fifo():\n", case="jsonl"
+    ),
     "hangs.test_a_model_of_impossible_size": undo(
         "config/architectures.py", "if number > limit or number < least:", "if False:", case="change2"
     ),

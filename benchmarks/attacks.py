@@ -485,6 +485,12 @@ ATTACKS = (
         "hangs.test_a_field_of_a_table_without_end_is_one_bad_row",
     ),
     Attack(
+        "a pipe or `/dev/zero` in the place of rows",
+        "`data.train`",
+        "only plain files are read",
+        "hangs.test_a_pipe_or_a_device_in_the_place_of_rows",
+    ),
+    Attack(
         "`num_hidden_layers` of 100 million",
         "`config.json`",
         "10,000 layers, sizes below 2**31",

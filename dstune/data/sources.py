@@ -219,6 +219,9 @@ def _unreadable(file: Path, key: str, spec: str) -> Problem | None:
     if not is_readable(name) and not name.endswith(".zip"):
         reason = f"{file}: unknown ending {''.join(Path(name).suffixes[-2:])!r}"
         return Problem(where=key, value=spec, reason=reason, fix=KNOWN)
+    if not file.is_file():
+        reason = f"{file} is a pipe or a device, and rows are read several times"
+        return Problem(where=key, value=spec, reason=reason, fix="write its rows to a file")
     try:
         with file.open("rb") as stream:
             if not stream.read(1):

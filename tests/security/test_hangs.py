@@ -77,6 +77,19 @@ def test_brackets_inside_of_text_are_no_levels() -> None:
     assert parse_json(json.dumps(["[{" * 1000])) == ["[{" * 1000]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.zip", "rows.csv.gz"])
+def test_a_pipe_or_a_device_in_the_place_of_rows(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        sources.expand(str(tmp_path / name), "data.train")
+    with pytest.raises(UserError, match="holds no file of rows"):
+        sources.expand(str(tmp_path), "data.train")
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        sources.expand(str(tmp_path / name), "data.train")
+
+
 @pytest.mark.parametrize("bad", ["[" * 200_000 + "]" * 200_000, "1" * 5_000])
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_rows_around_a_bad_one_are_read(bad: str, ending: str, tmp_path: Path) -> None:
