@@ -111,7 +111,27 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/template.py", 'return "".join([*lines, template])', "return template"
     ),
     "both_kinds_of_turns_are_reported": undo(
-        "data/chat/evidence.py", 'if thinking in (0, kept["of"]) and not mixed:', "if True:"
+        "data/chat/evidence.py", "for name in sorted(names - differ - reasoned)}", "for name in names}"
+    ),
+    "arguments_of_each_row_hide_no_kind": undo(
+        "data/chat/evidence.py", "kind = _kind(text), own", "kind = _kind(text), text[:80]"
+    ),
+    "a_row_of_a_kind_is_proven_where_the_first_one_writes_control_tokens": undo(
+        "data/chat/evidence.py", "is_cut)) and _is_plain(row, encode):", "is_cut)):"
+    ),
+    "rows_that_are_all_cut_are_proven": undo(
+        "data/chat/evidence.py", "            if not has_samples:\n", "            if not has_samples or is_cut:\n"
+    ),
+    "a_template_that_ends_turns_with_text_is_proven_and_reported": undo(
+        "data/chat/proof.py", "if stop == NO_TARGET and (marked or turn.by_text):", "if stop == NO_TARGET and marked:"
+    ),
+    "the_proof_fails_where_a_further_token_is_trained": undo(
+        "data/chat/evidence.py", "        if trained != count:\n", "        if False:\n"
+    ),
+    "arguments_of_the_rows_are_built_in_where_all_have_them": undo(
+        "data/chat/evidence.py",
+        "given = {**renderer.run_arguments, **json.loads(own)}",
+        "given = dict(renderer.run_arguments)",
     ),
 }
 
@@ -163,6 +183,9 @@ _OTHER: dict[str, Mutation] = {
         "data/tokenize/conversations.py",
         "if not self.scores and not self._boundaries.clean(",
         "if False and not self._boundaries.clean(",
+    ),
+    "unit/test_data_stream.py::test_a_later_block_with_other_arguments_is_reported": undo(
+        "data/builder.py", "            if found.arguments != self._arguments:\n", "            if False:\n"
     ),
     "unit/test_data_stream.py::test_later_blocks_are_proven_too": undo(
         "data/builder.py", "if self._held_out is not None and kept.is_file():", "if False:"

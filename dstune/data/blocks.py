@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ class Job:
     held_out: Path
     shards: list[list[str]]
     """Of the first block; the later ones have to find the same."""
+    arguments: Mapping[str, Any]
+    """Of the chat template: those with which all rows of the first block are rendered."""
     root: Path
 
 
@@ -68,11 +71,20 @@ class Blocks:
     """The blocks of one run on this node.
 
     data: the first block, as `build.prepare` gives it. run_dir: gives the folder below `cache_root` its name, so that
-    two runs do not remove each other's blocks; so does the host, for nodes that share the cache.
+    two runs do not remove each other's blocks; so does the host, for nodes that share the cache. arguments: of the chat
+    template, with which all rows of the first block are rendered (`Proof.arguments`).
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Any, data: PreparedData, run_dir: Path, cache_root: Path, *, leader: bool
+        self,
+        config: RunConfig,
+        tokenizer: Any,
+        data: PreparedData,
+        run_dir: Path,
+        cache_root: Path,
+        *,
+        arguments: Mapping[str, Any],
+        leader: bool,
     ):
         assert data.stream is not None
         named = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
@@ -82,7 +94,8 @@ class Blocks:
         self._started = time.time()
         self._process: subprocess.Popen[bytes] | None = None
         if leader:
-            self._process = _start(Job(config, tokenizer, data.stream.held_out, data.stream.shards, self.root))
+            stream = data.stream
+            self._process = _start(Job(config, tokenizer, stream.held_out, stream.shards, arguments, self.root))
         self._requests: set[str] = set()
         self._lock = threading.Lock()
         self._interrupted = threading.Event()

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,15 +43,21 @@ log = logging.getLogger(__name__)
 
 
 def block_builder(
-    config: RunConfig, tokenizer: Any, begin: Position, held_out: np.ndarray, shards: list[list[str]]
+    config: RunConfig,
+    tokenizer: Any,
+    begin: Position,
+    held_out: np.ndarray,
+    shards: list[list[str]],
+    arguments: Mapping[str, Any],
 ) -> Builder:
     """Makes the samples of the block of the stream `data.train` that starts at `begin`.
 
     held_out: hashes of the rows that are left out, sorted uint64. shards: what the first block was read from
-    (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows.
+    (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows. arguments: of the
+    chat template, with which all rows of the first block are rendered.
     """
     inputs = {"train": find_inputs(config)["train"]}
-    builder = Builder(config, tokenizer, inputs, begin=begin, held_out=held_out, shards=shards)
+    builder = Builder(config, tokenizer, inputs, begin=begin, held_out=held_out, shards=shards, arguments=arguments)
     builder.refuse_changed_shards()
     return builder
 
@@ -60,7 +66,7 @@ class Builder:
     """Makes one cache entry; an object so that what the steps share has a name.
 
     begin: where the block of a stream starts. For all but its first block, held_out: hashes of rows to leave out, and
-    shards: those of the first block.
+    shards: those of the first block, and arguments: with which the chat template renders all rows of it.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Builder:
         begin: Position | None = None,
         held_out: np.ndarray | None = None,
         shards: list[list[str]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
         trains: bool = False,
     ):
         self._config = config
@@ -80,6 +87,7 @@ class Builder:
         self._begin = begin or Position()
         self._held_out = held_out
         self._shards = shards
+        self._arguments = arguments
         self._trains = trains
 
     def __call__(self, folder: Path) -> None:
@@ -124,7 +132,14 @@ class Builder:
         shutil.rmtree(work)
         kept = folder / evidence.FILE
         if self._held_out is not None and kept.is_file():  # the ranks prove the first block, before their first step
-            prove_samples(config, self._tokenizer, labels, load_split(folder, "train").table, kept)
+            found = prove_samples(config, self._tokenizer, labels, load_split(folder, "train").table, kept)
+            if found.arguments != self._arguments:
+                log.warning(
+                    "the chat template renders the rows of this block with %s, and those of the first with %s, which an export "
+                    "has built in: a server has to be given the others",
+                    json.dumps(found.arguments),
+                    json.dumps(self._arguments),
+                )
 
     def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
         """By part, then by source. Raises UserError where rows are bad, or none is left."""

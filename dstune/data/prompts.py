@@ -51,9 +51,8 @@ def sample_prompts(
 
 def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | None:
     try:
-        return SamplePrompt(
-            sources.prompt_ids(row["source"], row.get("chat_template_kwargs")), row["source"], row["target"]
-        )
+        ids = sources.prompt_ids(row["source"], row.get("chat_template_kwargs"), row["target"])
+        return SamplePrompt(ids, row["source"], row["target"])
     except RenderError:
         return None
 

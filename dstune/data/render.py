@@ -183,9 +183,12 @@ class ChatRenderer:
     ) -> list[int]:
         """Tokens of the conversation so far and of the generation prompt: where the assistant is to speak next.
 
-        arguments: of the row. answer: the message that was written there, which decides whether the model is to think.
+        arguments: of the row. answer: the message that was written there, which decides whether the model is to think; where
+        none was, an export's template does.
         """
-        given = self.arguments_for(self.expected([dict(answer)])[0] if answer else {}, arguments)
+        given = dict(arguments or {})
+        if answer is not None:
+            given = self.arguments_for(self.expected([dict(answer)])[0], given)
         defused = self._control.defuse({"messages": self.expected(messages), "tools": tools})
         text = self.text(
             defused.value["messages"], tools=defused.value["tools"], arguments=given, add_generation_prompt=True

@@ -83,7 +83,7 @@ def write_samples(
         counts.conversations = len(starts)
         counts.tokens_once = int(np.maximum.reduceat(sizes, starts).sum())
     if part == "train" and encode.has_conversations:
-        evidence.keep(chosen, numbers, truncated, table.sources, folder / evidence.FILE)
+        evidence.keep(chosen, numbers, truncated, encode, folder / evidence.FILE)
     if part != "train":
         order = np.argsort(indices)
         places = order[np.searchsorted(indices, numbers, sorter=order)]

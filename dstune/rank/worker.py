@@ -144,7 +144,10 @@ class Setup:
         self.blocks: Blocks | None = None
         if self.data.stream is not None:  # now, so that the process that prepares them starts while the model loads
             leader = world.local_rank == 0
-            self.blocks = Blocks(config, self.tokenizer, self.data, self.run_dir, cache_root(), leader=leader)
+            given = self.served.arguments
+            self.blocks = Blocks(
+                config, self.tokenizer, self.data, self.run_dir, cache_root(), arguments=given, leader=leader
+            )
         self.memory = PeakMemory()
         self.task = task_of(config.task)
         self.data = self.task.before_loading(config, self.data, self.tokenizer, world, self.precision)

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, prepared, write_jsonl
-from unit.templates import LLAMA3, QWEN3
+from unit.templates import LLAMA3, PLAIN_LINES, QWEN3
 
 from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
 from dstune.core.errors import UserError
 from dstune.data.build import prove
+from dstune.data.builder import prove_samples
 from dstune.data.chat import evidence
 from dstune.data.chat.template import with_arguments
 from dstune.data.collate import NO_TARGET
@@ -22,6 +23,7 @@ from dstune.tasks.chat.config import ChatConfig, Reasoning, Turns
 from dstune.tasks.preference.config import PreferenceConfig, PreferenceLoss
 from dstune.tasks.reward.config import RewardConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
+from dstune.tasks.seq2seq.sources import Sources
 
 DATE = "2025-03-09"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
@@ -169,6 +171,21 @@ def test_an_exported_template_has_the_arguments_built_in(tmp_path, rows, expecte
     assert ("<think></think>" in plain.decode(context)) is (expected["enable_thinking"] is False)
 
 
+def test_a_source_is_asked_for_as_it_was_trained(tmp_path):
+    """By the exported template, where nobody knows the target, and by the run's where it stands in the row."""
+    task = Seq2SeqConfig(template_date=DATE)
+    row = {"source": "two and two", "target": "<think>Hm.</think>four"}
+    config, data = data_of(tmp_path, byte_tokenizer(SWITCHED), task, [row])
+    served = prove(config, byte_tokenizer(SWITCHED), data)
+    assert served.arguments == {"enable_thinking": True}
+    exported = byte_tokenizer(with_arguments(SWITCHED, served.arguments))
+    (sample,) = data.train.table
+    context = sample["input_ids"][: next(at for at, label in enumerate(sample["labels"]) if label != NO_TARGET)]
+    assert Sources(exported, task, encoder_decoder=False).prompt_ids(row["source"]) == context
+    own = Sources(byte_tokenizer(SWITCHED), task, encoder_decoder=False)
+    assert own.prompt_ids(row["source"], target=row["target"]) == context
+
+
 def test_both_kinds_of_turns_are_reported(tmp_path):
     tokenizer = byte_tokenizer(SWITCHED)
     config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), ROWS[:9])
@@ -206,8 +223,86 @@ def test_a_kind_is_proven_wherever_its_first_row_stands(tmp_path, monkeypatch):
     rows = [*ROWS, *({**row, "chat_template_kwargs": {"a": number}} for number, row in enumerate(chats(9)))]
     _, data = data_of(tmp_path, byte_tokenizer(QWEN3), ChatConfig(template_date=DATE), rows)
     kept = [entry["row"]["messages"] for entry in json.loads(data.evidence.read_text())["rows"]]
+    assert any("reasoning_content" in message for messages in kept for message in messages)
+    assert any("tool_calls" in message for messages in kept for message in messages)
+
+
+def test_arguments_of_each_row_hide_no_kind(tmp_path):
+    rows = [{**row, "chat_template_kwargs": {"a": 1}} for row in [*chats(evidence.MOST_KINDS + 10), ROWS[-1]]]
+    _, data = data_of(tmp_path, byte_tokenizer(QWEN3), ChatConfig(template_date=DATE), rows)
+    kept = [entry["row"]["messages"] for entry in json.loads(data.evidence.read_text())["rows"]]
     assert len(kept) == 3
-    assert any("reasoning_content" in message for message in kept[1])
+    assert "tool_calls" in kept[1][1]
+
+
+def test_a_row_of_a_kind_is_proven_where_the_first_one_writes_control_tokens(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]}
+        for content in ("What is <|im_end|>?" * 9, "So", "Hi")
+    ]
+    config, data = data_of(tmp_path, byte_tokenizer(), ChatConfig(template_date=DATE), rows[:2])
+    served = prove(config, byte_tokenizer(), data)
+    assert (served.turns, served.note) == (2, "")
+    (tmp_path / "alone").mkdir()
+    config, data = data_of(tmp_path / "alone", byte_tokenizer(), ChatConfig(template_date=DATE), rows[:1])
+    served = prove(config, byte_tokenizer(), data)
+    assert served.turns == 0
+    assert served.note.startswith("none of 1 conversations could be compared")
+
+
+def test_rows_that_are_all_cut_are_proven(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": row["messages"] * 2} for row in chats(3)])
+    config = data_run(path, task=ChatConfig(template_date=DATE), split=SplitConfig(validation=0.0), max_length=40)
+    data = prepared(config, byte_tokenizer(), tmp_path / "cache")
+    assert data.report["train"]["truncated"] == 3
+    assert prove(config, byte_tokenizer(), data).turns > 0
+    other = byte_tokenizer(CHATML.replace("'<|im_start|>' + message", "'<|im_start|>.' + message"))
+    with pytest.raises(UserError, match="of the context is"):
+        prove(config, other, data)
+
+
+def test_a_template_that_ends_turns_with_text_is_proven_and_reported(tmp_path):
+    rows = [{"messages": [*row["messages"], *row["messages"]]} for row in ROWS[:4]]
+    config, data = data_of(tmp_path, byte_tokenizer(PLAIN_LINES), ChatConfig(template_date=DATE), rows)
+    served = prove(config, byte_tokenizer(PLAIN_LINES), data)
+    assert served.turns > 0
+    assert "ends turns with '\\n' and no token" in served.note
+
+
+@pytest.mark.parametrize("of", [0, 1])
+def test_the_proof_fails_where_a_further_token_is_trained(tmp_path, of):
+    """One of the system's text, in either sample of a conversation."""
+    config, data = data_of(tmp_path, byte_tokenizer(QWEN3), ChatConfig(template_date=DATE), [ROWS[8]])
+    assert len(data.train.table) == 2
+
+    def changed(sample: dict[str, Any], index: int) -> dict[str, Any]:
+        labels = [*sample["labels"]]
+        if index == of:
+            labels[3] = sample["input_ids"][3]
+        return {"labels": labels}
+
+    table = data.train.table.map(changed, with_indices=True)
+    with pytest.raises(UserError, match="tokens are trained, a server would have the model write"):
+        prove_samples(config, byte_tokenizer(QWEN3), (), table, data.evidence)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([{"enable_thinking": True}] * 8, {"enable_thinking": True}),
+        ([{"enable_thinking": True}, *[{}] * 7], {}),
+        ([{"loud": number} for number in range(8)], {"enable_thinking": False}),
+        ([{"loud": 1}] * 8, {"enable_thinking": False, "loud": 1}),
+    ],
+    ids=["all the same", "one other", "each another", "of another name"],
+)
+def test_arguments_of_the_rows_are_built_in_where_all_have_them(tmp_path, monkeypatch, own, expected):
+    monkeypatch.setattr(evidence, "MOST_ARGUMENTS", 3)
+    rows = [{**row, "chat_template_kwargs": given} for row, given in zip(ROWS[:8], own, strict=True)]
+    config, data = data_of(tmp_path, byte_tokenizer(SWITCHED), ChatConfig(template_date=DATE), rows)
+    served = prove(config, byte_tokenizer(SWITCHED), data)
+    assert served.arguments == expected
+    assert ("which a server has to be given" in served.note) is (len(set(map(str, own))) > 1)
 
 
 def test_arguments_of_every_kind_are_built_in():

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import byte_tokenizer, chats, data_run, prepared, write_jsonl
+from unit.test_chat_faults import SWITCHED
 
 from dstune.config.data_schema import DataConfig, OnBadRow, SourceConfig, SplitConfig
 from dstune.config.schema import TrainerConfig
@@ -23,6 +24,7 @@ from dstune.config.validate import validate
 from dstune.core.errors import UserError
 from dstune.data import sources
 from dstune.data.blocks import Blocks
+from dstune.data.build import prove
 from dstune.data.builder import block_builder
 from dstune.data.files import DataFile
 from dstune.data.stream import FileShard, Position, Stream
@@ -139,7 +141,9 @@ def opened(tmp_path):
 
     def open_blocks(config) -> Blocks:
         data = prepared(config, byte_tokenizer(), tmp_path / "cache")
-        made.append(Blocks(config, byte_tokenizer(), data, tmp_path / "run", tmp_path / "cache", leader=True))
+        made.append(
+            Blocks(config, byte_tokenizer(), data, tmp_path / "run", tmp_path / "cache", arguments={}, leader=True)
+        )
         return made[-1]
 
     yield open_blocks
@@ -157,7 +161,7 @@ def test_rows_held_out_of_the_first_block_are_in_no_block(tmp_path):
     for number in range(1, 5):  # to the second pass, which has other blocks
         folder = tmp_path / f"block-{number}"
         folder.mkdir()
-        block_builder(config, byte_tokenizer(), begin, known, data.stream.shards)(folder)
+        block_builder(config, byte_tokenizer(), begin, known, data.stream.shards, {})(folder)
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["report"]["train"]["rows_read"] == 20
         begin = Position(**meta["stream"]["end"])
@@ -176,7 +180,25 @@ def test_later_blocks_are_proven_too(tmp_path, monkeypatch):
     monkeypatch.setattr(conversations, "target_mask", lambda offsets, spans: np.ones(len(offsets), dtype=bool))
     (tmp_path / "block").mkdir()
     with pytest.raises(UserError, match="not trained as a server would render it"):
-        block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards)(tmp_path / "block")
+        block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards, {})(tmp_path / "block")
+
+
+def test_a_later_block_with_other_arguments_is_reported(tmp_path, caplog):
+    """Its turns have reasoning, and those of the first block have none: an export thinks of no answer."""
+    thought = {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}
+    rows = [*chats(20), *({"messages": [{"role": "user", "content": f"Is {n} odd?"}, thought]} for n in range(20))]
+    (tmp_path / "shards").mkdir()
+    write_jsonl(tmp_path / "shards" / "0.jsonl", rows)
+    config = streaming(tmp_path)
+    config = replace(config, data=replace(config.data, train=str(tmp_path / "shards" / "0.jsonl")))
+    data = prepared(config, byte_tokenizer(SWITCHED), tmp_path / "cache")
+    served = prove(config, byte_tokenizer(SWITCHED), data)
+    assert served.arguments == {"enable_thinking": False}
+    begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
+    (tmp_path / "block").mkdir()
+    build = block_builder(config, byte_tokenizer(SWITCHED), begin, held_out, data.stream.shards, served.arguments)
+    build(tmp_path / "block")
+    assert 'with {"enable_thinking": true}, and those of the first with {"enable_thinking": false}' in caplog.text
 
 
 def test_the_disk_holds_two_blocks_beside_the_first_and_a_cursor_finds_its_place(tmp_path, opened):
@@ -251,7 +273,7 @@ def test_files_that_change_while_a_block_is_read_are_named(tmp_path):
     config = streaming(tmp_path)
     data = prepared(config, byte_tokenizer(), tmp_path / "cache")
     begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
-    build = block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards)
+    build = block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards, {})
     CHANGES["changed: s1.jsonl"](tmp_path)
     (tmp_path / "block").mkdir()
     with pytest.raises(UserError, match=r"changed: s1\.jsonl"):
@@ -266,7 +288,9 @@ def test_an_empty_block_is_kept_until_every_rank_has_passed_it(tmp_path, opened)
     config = replace(config, data=replace(config.data, validation=str(tmp_path / "held_out.jsonl"), stream_rows=5))
     assert held_out is not None
     blocks = opened(config)
-    other = Blocks(config, byte_tokenizer(), blocks._first, tmp_path / "run", tmp_path / "cache", leader=False)
+    other = Blocks(
+        config, byte_tokenizer(), blocks._first, tmp_path / "run", tmp_path / "cache", arguments={}, leader=False
+    )
     leads, follows = StreamingLoader(config, blocks, None), StreamingLoader(config, other, None)
     skipped = 0
     for step in range(30):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import Server, difference
+from dstune.data.collate import NO_TARGET
 from dstune.data.message import REASONING_KEYS
 from dstune.data.stopping import stop_token_ids
 
@@ -20,13 +22,17 @@ FILE = "train.evidence.json"
 
 ROWS_AT_ONCE = 2000
 MOST_KINDS = 200
-"""Arguments of a row are a part of its kind, and may be others in each."""
+"""Arguments of a row are a part of its kind, and may be others in each: of further ones only the first of a kind is kept."""
+MOST_ARGUMENTS = 1000
+"""So many combinations of a row's own arguments are told apart."""
 LONGEST_ROW = 100_000
 """Characters of the longest row that is kept: rendering it again before each run takes time."""
 
 KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"system"', '"tool"', '"weight"')
 """Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
 
+_ARGUMENTS = '{"chat_template_kwargs":'
+"""With which a row (JSON text, sorted keys) begins that has arguments of its own."""
 
 _CONVERSATION, _ROLE = '"messages":[{"content":"', '","role":"'
 """In a row (JSON text, the keys of a message in order): the first message, and what stands in front of its role."""
@@ -61,42 +67,96 @@ class Exchange(NamedTuple):
     """Which of the row's samples it is, where each conversation has its own."""
 
 
-def keep(
-    rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, sources: np.ndarray | None, target: Path
-) -> None:
-    """Write a row of every kind, and a long one, with the places of their samples.
+class Kept(NamedTuple):
+    """A row to prove."""
+
+    text: str
+    number: int
+    cut: bool
+    """`data.max_length` left out a part of it."""
+
+
+def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, encode: Any, target: Path) -> None:
+    """Write a row of every kind, and a long one, with the places of their samples; and how the turns of all rows are rendered.
 
     rows: columns `row` and `number`. numbers: the row of each sample that is kept; truncated: rows of which a part is not.
-    sources: of each row, the number of its source in a mixture.
+    encode: the `RowTokenizer` that made the samples. A row that writes control tokens cannot be compared: another one of its
+    kind is kept. So is a whole row where there is one, and else one that was cut.
     """
-    whole = np.setdiff1d(numbers, truncated)
-    kept: dict[str, tuple[str, int]] = {}
-    longest: tuple[str, int] | None = None
-    counts = dict.fromkeys(("thinking", "mixed", "thinking_last", "opened"), 0)
+    known = np.unique(numbers)
+    kept: dict[tuple[str, str], Kept] = {}
+    longest: Kept | None = None
+    rendered: Counter[tuple[int, str, bool, bool, bool]] = Counter()
+    opened = 0
     for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-        places = np.searchsorted(whole, batch["number"])
-        for text, number, place in zip(batch["row"], batch["number"], places, strict=True):
-            counts["opened"] += _is_opened(text)
-            if thought := _reasoning_of_turns(text):
-                counts["thinking"] += any(thought)
-                counts["mixed"] += any(thought) and not all(thought)
-                counts["thinking_last"] += thought[-1]
-            if place == len(whole) or whole[place] != number:
+        there, cut = (_among(found, np.asarray(batch["number"])) for found in (known, truncated))
+        for text, number, has_samples, is_cut in zip(batch["row"], batch["number"], there, cut, strict=True):
+            if not has_samples:
                 continue
-            kind = _kind(text)
-            if kind not in kept and len(kept) < MOST_KINDS:
-                kept[kind] = text, number
-            if len(longest[0] if longest else "") < len(text) <= LONGEST_ROW:
-                longest = text, number
-    chosen = [*kept.values(), *([longest] if longest else [])]
-    found = [_entry(text, number, numbers, sources) for text, number in chosen]
-    target.write_text(json.dumps({"rows": found, **counts, "of": len(rows)}), encoding="utf-8")
+            opened += _is_opened(text)
+            own = _own_arguments(text)
+            manner = (encode.source_of(number), own, *_reasoning(text))
+            if manner not in rendered and len(rendered) >= MOST_ARGUMENTS:
+                manner = manner[0], _as_others(own), *manner[2:]
+            rendered[manner] += 1
+            row = Kept(text, number, bool(is_cut))
+            if (
+                not is_cut
+                and len(longest.text if longest else "") < len(text) <= LONGEST_ROW
+                and _is_plain(row, encode)
+            ):
+                longest = row
+            kind = _kind(text), own
+            if kind not in kept and len(kept) >= MOST_KINDS:
+                kind = kind[0], ""
+            if (kind not in kept or (kept[kind].cut and not is_cut)) and _is_plain(row, encode):
+                kept[kind] = row
+    entries = [_entry(row, numbers, encode) for row in (*kept.values(), *([longest] if longest else []))]
+    of = sum(rendered.values())
+    found = {
+        "rows": entries,
+        "opened": opened,
+        "of": of,
+        "rendered": [[*key, count] for key, count in rendered.items()],
+    }
+    target.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _among(found: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Which of `numbers` are in `found`, which is sorted."""
+    places = np.searchsorted(found, numbers)
+    return np.append(found, -1)[places] == numbers
+
+
+def _is_plain(row: Kept, encode: Any) -> bool:
+    """Whether nobody wrote in it what reads like a control token, of which transformers would make one."""
+    renderer = encode.for_row(row.number).renderer
+    return renderer is not None and not renderer.holds_control_tokens(json.loads(row.text))
+
+
+def _own_arguments(text: str) -> str:
+    """The template's arguments of a row (JSON text, sorted keys), as JSON text."""
+    if not text.startswith(_ARGUMENTS):
+        return "{}"
+    start = len(_ARGUMENTS)
+    return text[start : json.JSONDecoder().raw_decode(text, start)[1]]
+
+
+def _as_others(own: str) -> str:
+    """Arguments that count as different from those of the rows that are told apart."""
+    return json.dumps({name: {"others": MOST_ARGUMENTS} for name in json.loads(own)})
 
 
 def _is_opened(text: str) -> bool:
     """Whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write it."""
     start = text.find(_CONVERSATION)
     return start >= 0 and text.startswith(f'{_ROLE}assistant"', text.find(_ROLE, start))
+
+
+def _reasoning(text: str) -> tuple[bool, bool, bool]:
+    """Whether the assistant thinks in any trained turn of a row, in each, and in the last one."""
+    thought = _reasoning_of_turns(text)
+    return any(thought), bool(thought) and all(thought), bool(thought) and thought[-1]
 
 
 def _reasoning_of_turns(text: str) -> list[bool]:
@@ -120,16 +180,15 @@ def _is_thought(message: Mapping[str, Any]) -> bool:
     return any(str(text or "").strip() for text in (*fields, before.replace("<think>", "") if ended else ""))
 
 
-def _entry(text: str, number: int, numbers: np.ndarray, sources: np.ndarray | None) -> dict[str, Any]:
-    places = np.flatnonzero(numbers == number).tolist()
-    source = 0 if sources is None else int(sources[number])
-    return {"row": json.loads(text), "number": number, "source": source, "samples": places}
+def _entry(row: Kept, numbers: np.ndarray, encode: Any) -> dict[str, Any]:
+    places = np.flatnonzero(numbers == row.number).tolist()
+    source = encode.source_of(row.number)
+    return {"row": json.loads(row.text), "number": row.number, "source": source, "samples": places, "cut": row.cut}
 
 
 def _kind(text: str) -> str:
     turns = text.count('"assistant"')
-    arguments = text.partition('"chat_template_kwargs":')[2][:80]
-    return " ".join([*(kind for kind in KINDS if kind in text), str(min(turns, 2)), arguments])
+    return " ".join([*(kind for kind in KINDS if kind in text), str(min(turns, 2))])
 
 
 def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> Proof:
@@ -138,43 +197,33 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     encode: the `RowTokenizer` of the run. Raises UserError with the first turn that is trained otherwise.
     """
     kept = json.loads(file.read_text(encoding="utf-8"))
-    arguments: dict[str, Any] = {}
-    notes: dict[str, None] = {}
-    stops: frozenset[int] = frozenset()
-    compared = 0
+    arguments, notes = _built_in(kept["rendered"], encode)
     if kept["opened"]:
-        notes[
+        notes.append(
             f"{kept['opened']:,} of {kept['of']:,} conversations begin with the assistant: what it says there answers nothing "
             "and is context"
-        ] = None
+        )
+    stops: frozenset[int] = frozenset()
+    compared = 0
     for entry in kept["rows"]:
         own = encode.of_source(entry["source"])
         renderer = own.renderer
-        if renderer is None:
+        if renderer is None or (
+            entry["cut"] and own.sources is not None
+        ):  # a source is shortened in front of its target
             continue
         stops = stops or frozenset(stop_token_ids(tokenizer, renderer.run_arguments))  # the run's, whatever the source
         server = Server(tokenizer, stops, renderer.date, renderer.run_arguments, renderer.facts)
-        arguments |= renderer.run_arguments
-        switch = renderer.facts.switch
-        if switch is not None:
-            thinking, mixed = kept["thinking"], kept.get("mixed", 0)
-            if renderer.choice.drop_reasoning:
-                thinking, mixed = 0, 0
-            elif renderer.choice.turns == "last":
-                thinking, mixed = kept.get("thinking_last", thinking), 0
-            if thinking in (0, kept["of"]) and not mixed:
-                arguments.setdefault(switch, bool(thinking))
-            else:
-                notes[
-                    f"{thinking:,} of {kept['of']:,} rows have reasoning: turns with it are trained with {switch}=true, those "
-                    f"without with {switch}=false"
-                ] = None
+        if not renderer.choice.whole and renderer.stops.plain:
+            server = replace(server, ending=(renderer.stops.plain, renderer.stops.trailing))
+            notes.append(
+                f"the chat template ends turns with {renderer.stops.plain!r} and no token: a server goes on behind it unless "
+                "it is told to stop there"
+            )
         exchanges = own.exchanges(entry["row"])
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out
         for exchange in exchanges:
-            if renderer.holds_control_tokens(exchange.row):
-                continue  # transformers would make control tokens of what somebody wrote
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
             row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"])}
@@ -189,7 +238,55 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                         "please report it with the chat template of the model; DSTUNE_CACHE=FOLDER prepares the rows anew",
                     )
                 )
-    return Proof(compared, arguments, "; ".join(notes))
+    if not compared and any(encode.of_source(source).renderer is not None for source, *_ in kept["rendered"]):
+        notes.append(
+            f"none of {kept['of']:,} conversations could be compared with what a server renders: all of them write control "
+            "tokens, or their sources were shortened"
+        )
+    return Proof(compared, arguments, "; ".join(dict.fromkeys(notes)))
+
+
+def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str, Any], list[str]]:
+    """The arguments with which all conversations are rendered, and what is to be told of those that differ.
+
+    rendered: of rows with the same source, own arguments (JSON text) and reasoning in any, each, and the last turn: these, and
+    how many they are.
+    """
+    found: list[dict[str, Any]] = []
+    thinking: Counter[str] = Counter()
+    by_reasoning: dict[str, set[bool]] = {}
+    rows = 0
+    for source, own, some, every, last, count in rendered:
+        renderer = encode.of_source(source).renderer
+        if renderer is None:
+            continue
+        rows += count
+        given = {**renderer.run_arguments, **json.loads(own)}
+        switch = renderer.facts.switch
+        if switch is not None and switch not in given:
+            if renderer.choice.drop_reasoning:
+                some = every = False
+            elif renderer.choice.turns == "last":
+                some = every = last
+            thinking[switch] += count * some
+            by_reasoning.setdefault(switch, set()).update((some, every))
+            if some == every:
+                given[switch] = some
+        found.append(given)
+    names = {name for given in found for name in given}
+    differ = {name for name in names if any(name not in given or given[name] != found[0].get(name) for given in found)}
+    reasoned = {name for name, values in by_reasoning.items() if len(values) > 1}
+    notes = [
+        f"{thinking[name]:,} of {rows:,} rows have reasoning: turns with it are trained with {name}=true, those without with "
+        f"{name}=false"
+        for name in sorted(reasoned)
+    ]
+    if others := sorted(differ - reasoned):
+        notes.append(
+            f"rows have different arguments of the chat template ({', '.join(others)}), which a server has to be given: an "
+            "export has none of them built in"
+        )
+    return {name: found[0][name] for name in sorted(names - differ - reasoned)}, notes
 
 
 def _compared(
@@ -204,11 +301,16 @@ def _compared(
     if renderer.choice.turns == "last":
         numbers = numbers[-1:]
     marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools"))
-    turns = server.turns(row, numbers)
+    turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
     for turn in turns:
         reason = difference(turn, samples, stops, all_trained=own.trains_on_prompt, marked=marked)
         if reason is not None:
             return f"message {turn.number + 1}: {reason}", len(turns)
+    if not marked and not own.trains_on_prompt:
+        count = sum(min(turn.length, own.max_length) - len(turn.prompt) for turn in turns)
+        trained = sum(int(np.count_nonzero(sample["labels"] != NO_TARGET)) for sample in samples)
+        if trained != count:
+            return f"{trained} tokens are trained, a server would have the model write {count}", len(turns)
     return None, len(turns)
 
 

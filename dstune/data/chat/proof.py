@@ -34,6 +34,13 @@ class Served:
     """What it is to write, without the token that ends it."""
     stop: int | None
     """The token that ends it, where the template prints one."""
+    by_text: bool = False
+    """It ends with text, which is a part of the target."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of what is to be written."""
+        return len(self.prompt) + len(self.target) + (not self.by_text)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Server:
     date: str | None
     arguments: Mapping[str, Any]
     facts: Facts
+    ending: tuple[str, str] | None = None
+    """Of a template that ends turns with no token: the text with which it does, and all that it prints behind an answer."""
 
     def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
         """The assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
@@ -85,13 +94,16 @@ class Server:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
             return None
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
+        by_text = self.ending is not None and answered.endswith(self.ending[1])
+        if self.ending is not None and by_text:
+            answered = answered.removesuffix(self.ending[1]) + self.ending[0]
         prompt, whole = self._ids(requested), self._ids(answered)
         written = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
             anchor = self.tokenizer.eos_token
             written = self._ids(anchor + answered.removeprefix(requested))[1:]
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
-        return Served(number, prompt, written[:end], None if end is None else written[end])
+        return Served(number, prompt, written[:end], None if end is None else written[end], by_text and end is None)
 
     def _thinks(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if self.facts.switch is None:
@@ -157,9 +169,12 @@ def difference(
             continue
         if end < len(labels):
             stop = labels[end]
-            if marked and stop == NO_TARGET:
+            if stop == NO_TARGET and (marked or turn.by_text):
                 return None
-            if stop not in stops or (turn.stop is not None and stop != turn.stop):
+            if turn.by_text and not all_trained:
+                found.append(f"token {end} is trained, behind the end of the turn")
+                continue
+            if not turn.by_text and (stop not in stops or (turn.stop is not None and stop != turn.stop)):
                 found.append(f"token {end} is {stop}, where the turn ends")
                 continue
             if end + 1 < len(labels) and labels[end + 1] != NO_TARGET and not all_trained:

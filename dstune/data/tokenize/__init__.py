@@ -58,6 +58,7 @@ class RowTokenizer:
         sources: np.ndarray | None = None,
     ):
         self._tokenizer = tokenizer
+        self.max_length = max_length
         self._of_source = [RowTokenizer(tokenizer, own, own_format, max_length) for own, own_format in several]
         self._sources = sources
         self._counted = COUNTED | ({"weight": datasets.Value("float64")} if class_weights else {})
@@ -82,6 +83,10 @@ class RowTokenizer:
     def for_row(self, number: int) -> RowTokenizer:
         """What tokenizes the row of that number, where each task has its own."""
         return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]
+
+    def source_of(self, number: int) -> int:
+        """The number of the source of a row, where each task has its own tokenizer or not."""
+        return 0 if self._sources is None else int(self._sources[number])
 
     def of_source(self, number: int) -> RowTokenizer:
         """What tokenizes the rows of a source, where each task has its own."""

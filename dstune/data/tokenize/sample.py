@@ -42,8 +42,11 @@ class SourcePrompts(Protocol):
     def requested(self, source: str) -> str:
         """The prompt with the source in it."""
 
-    def prompt_ids(self, source: str, arguments: Mapping[str, Any] | None = None) -> list[int]:
-        """What the model reads before it writes the target. arguments: of the row, for a chat template.
+    def prompt_ids(
+        self, source: str, arguments: Mapping[str, Any] | None = None, target: str | None = None
+    ) -> list[int]:
+        """What the model reads before it writes the target. arguments: of the row, for a chat template. target: as far as it is
+        known.
 
         Raises RenderError where the chat template refuses it."""
 

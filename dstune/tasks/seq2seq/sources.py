@@ -49,13 +49,17 @@ class Sources:
         """The prompt of the task with the source in it."""
         return prompt_of(self._task, source)
 
-    def prompt_ids(self, source: str, arguments: Mapping[str, Any] | None = None) -> list[int]:
-        """What the model reads before it writes the target. Raises RenderError where the chat template refuses it."""
+    def prompt_ids(
+        self, source: str, arguments: Mapping[str, Any] | None = None, target: str | None = None
+    ) -> list[int]:
+        """What the model reads before it writes the target, as far as that is known. Raises RenderError where the chat template
+        refuses it."""
         prompt = self.requested(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
         if self.renderer is not None:
-            return self.renderer.prompt_ids([{"role": "user", "content": prompt}], arguments=arguments)
+            answer = None if target is None else {"role": "assistant", "content": target}
+            return self.renderer.prompt_ids([{"role": "user", "content": prompt}], arguments=arguments, answer=answer)
         text = prompt + self._task.separator
         ids = self._control.ids(text)
         first = first_special_tokens(self._tokenizer)
