@@ -23,7 +23,8 @@ With `--families` dstune's own templates are compared with those of the families
 context and the answer are the same, token by token. A turn that one of the two does not print is counted apart.
 
 With `--marked` the templates are those in which TRL marks what is to be trained (`{% generation %}`), and their marks are
-compared with the rule (`task.turns=all`): `=`, or how many tokens only the marks and only the rule train.
+compared with the rule (`task.turns=all`), rendered with the same arguments: `=`, or how many tokens only the marks and only
+the rule train.
 
 With `--factors` conversations of 3, 10 and 40 exchanges with reasoning in each are rendered with a template that drops it from
 the history, and the tokens of all samples divided by those of the longest.
@@ -47,11 +48,13 @@ from dstune.chat_templates import FOLDER
 from dstune.config.architectures import mark_stops
 from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
+from dstune.data.chat.template import seen
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, RenderError
 from dstune.data.stopping import stop_token_ids
+from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
 from dstune.tasks.chat.config import ChatConfig, Turns
 
@@ -303,16 +306,27 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
     try:
         row = prepared(dialogue)
         task = ChatConfig(template_date=DATE, turns=Turns.all)
-        samples = RowTokenizer(tokenizer, task, "messages", max_length=100_000).samples([row], [0])
+        encode = RowTokenizer(tokenizer, task, "messages", max_length=100_000)
     except (RowError, UserError) as error:
         return "refused", str(error)
+    samples = encode.samples([row], [0])
     if problem := next((sample.problem for sample in samples if sample.problem), ""):
         return "refused", problem
-    given = {"tools": row.get("tools"), "return_dict": True, "return_assistant_tokens_mask": True}
-    marked = tokenizer.apply_chat_template(row["messages"], **given)
+    assert encode.renderer is not None
+    last = next(message for message in reversed(row["messages"]) if message["role"] == "assistant")
+    marked = tokenizer.apply_chat_template(
+        [encode.renderer.facts.adapted(message) for message in seen(row["messages"])],
+        tools=row.get("tools"),
+        chat_template=freeze_date(tokenizer.get_chat_template(tools=row.get("tools")), DATE),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **encode.renderer.arguments_for(last),
+    )
     theirs = {at for at, trained in enumerate(marked["assistant_masks"]) if trained}
-    if len(samples) > 1 or samples[0].input_ids.tolist() != marked["input_ids"]:
-        return f"{len(samples)} samples", "the rule makes other samples of it, since the template rewrites the history"
+    if len(samples) > 1:
+        return f"{len(samples)} samples", "the template rewrites the history, which is one sample with the marks"
+    if samples[0].input_ids.tolist() != marked["input_ids"]:
+        return "other tokens", "of an answer's beginning, of what looks like a control token, or of a stop"
     ours = set(np.flatnonzero(samples[0].labels != NO_TARGET).tolist())
     if ours == theirs:
         return "=", ""
@@ -439,7 +453,10 @@ def main() -> int:
                     print(f"  {dialogue}: {reason}")
             else:
                 formatted, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
-            counts[formatted if formatted in ("WRONG", "refused") else "served"] += 1
+            if options.marked:
+                counts["different" if formatted.startswith("+") else formatted] += 1
+            else:
+                counts[formatted if formatted in ("WRONG", "refused") else "served"] += 1
             if formatted == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
             if formatted == "refused":
