@@ -89,7 +89,7 @@ class Bench:
         return folder if folder.exists() else save_decoder(folder)
 
     def shape(self, name: str, **values: int) -> Path:
-        """A folder with a `config.json` of this shape, whose weights are random; the tokenizer is the tiny one's."""
+        """A folder with a `config.json` of this shape, without weights; the tokenizer is the tiny one's."""
         folder = self.folder / name
         if not folder.exists():
             model = self.tiny_model()
@@ -103,6 +103,20 @@ class Bench:
             (folder / "config.json").write_text(json.dumps(config | given | {"max_position_embeddings": 8192}))
         return folder
 
+    def weights(self, folder: Path) -> Path:
+        """Random ones beside the `config.json` in `folder`, drawn on the device: a CPU draws 8B of them for a minute or more."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if not list(folder.glob("*.safetensors")):
+            with torch.device("cpu" if self.simulate else self.device):
+                config = AutoConfig.from_pretrained(folder)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.save_pretrained(folder)
+            del model
+            self.accelerator.module().empty_cache()
+        return folder
+
     def dialogues(self, count: int) -> Path:
         from tests.support.tiny import write_dialogues
 
@@ -112,13 +126,17 @@ class Bench:
     def packed(self, shape: dict[str, int], name: str, *, steps: int, rows: int, micro: int | str = 2) -> list[str]:
         """The words of a run of `steps` steps of as many rows of 4k, packed, so that no step has fewer."""
         length = self.size(4096, 64)
-        data = self.dialogues((steps + 1) * rows * length // TOKENS_OF_A_DIALOGUE)
         return [
-            *(f"model.path={self.shape(name, **shape)}", "model.weights=random", f"data.train={data}"),
+            *(f"model.path={self.weights(self.shape(name, **shape))}", f"data.train={self.long_rows(steps, rows)}"),
             *(f"data.max_length={length}", "data.packing=true", "data.split.validation=0"),
             *("trainer.precision=bf16", "trainer.activation_checkpointing=true", f"trainer.max_steps={steps}"),
-            *(f"trainer.micro_batch_size={micro}", f"trainer.global_batch_size={rows}", "checkpoint.every=1000"),
+            *(f"trainer.micro_batch_size={micro}", f"trainer.global_batch_size={rows}"),
+            *("checkpoint.every=1000", "checkpoint.weights_only=true"),  # optimizer states of 1.5B take 18 GB
         ]
+
+    def long_rows(self, steps: int, rows: int) -> Path:
+        """Dialogues that fill so many steps of packed rows of 4k, and one more."""
+        return self.dialogues((steps + 1) * rows * self.size(4096, 64) // TOKENS_OF_A_DIALOGUE)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 

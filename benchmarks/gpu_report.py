@@ -40,7 +40,7 @@ PARTS: dict[int, dict[str, int]] = {
         "resume": 90,
         "offload": 90,
     },
-    4: {"full_1_5b": 120, "lora_8b": 140, "trl_full_1_5b": 120, "trl_lora_8b": 140},
+    4: {"full_1_5b": 110, "lora_8b": 180, "trl_full_1_5b": 110, "trl_lora_8b": 130},
     5: {"nccl": 60, "ranks": 150, "ulysses": 90, "tensor": 90},
 }
 """Seconds that each case may take, in the order of their value."""

@@ -43,7 +43,7 @@ def by_trl(bench: Bench, shape: dict[str, int], name: str, *, lora: bool) -> Non
         bench.row(run=f"TRL {name}", failed="not on a simulated device" if bench.simulate else "TRL is not installed")
         return
     folder = bench.shape(name, **shape)
-    data = next(word for word in words_of(bench, shape, name) if word.startswith("data.train=")).partition("=")[2]
+    data = str(bench.long_rows(STEPS, GLOBAL))
     liger = importlib.util.find_spec("liger_kernel") is not None
     for kind in ["sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None):
         title = f"TRL {name} {kind}{' Liger' if liger else ''}"

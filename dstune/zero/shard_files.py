@@ -284,7 +284,7 @@ def write_file(state: Any, path: Path) -> Entry:
     with _Hashed(path) as file:
         try:
             if isinstance(state, SafeTensors):
-                contiguous = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+                contiguous = {name: tensor.cpu().contiguous() for name, tensor in state.tensors.items()}
                 file.write(safetensors.torch.save(contiguous, state.metadata))
             else:
                 torch.save(state, cast(IO[bytes], file))
