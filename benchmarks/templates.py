@@ -324,9 +324,9 @@ def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
     )
     theirs = {at for at, trained in enumerate(marked["assistant_masks"]) if trained}
     if len(samples) > 1:
-        return f"{len(samples)} samples", "the template rewrites the history, which is one sample with the marks"
+        return f"{len(samples)} samples", "one with the marks: a rewritten history, or an answer inside a token"
     if samples[0].input_ids.tolist() != marked["input_ids"]:
-        return "other tokens", "of an answer's beginning, of what looks like a control token, or of a stop"
+        return "other tokens", "what looks like a control token is one with the marks"
     ours = set(np.flatnonzero(samples[0].labels != NO_TARGET).tolist())
     if ours == theirs:
         return "=", ""

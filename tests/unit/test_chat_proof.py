@@ -262,7 +262,8 @@ def test_rows_that_are_all_cut_are_proven(tmp_path):
 
 
 def test_a_template_that_ends_turns_with_text_is_proven_and_reported(tmp_path):
-    rows = [{"messages": [*row["messages"], *row["messages"]]} for row in ROWS[:4]]
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "So"), ("assistant", "No")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
     config, data = data_of(tmp_path, byte_tokenizer(PLAIN_LINES), ChatConfig(template_date=DATE), rows)
     served = prove(config, byte_tokenizer(PLAIN_LINES), data)
     assert served.turns > 0
