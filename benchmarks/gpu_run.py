@@ -1,7 +1,7 @@
 """One run of a case: `python gpu_run.py RUN_DIR [--simulate | --cpu] KEY=VALUE ...`, a single rank in this process.
 
 `WAITS=FILE` in the environment: how often each line of a step makes the host wait for the device, beside the untimed first steps
-(`torch.cuda.set_sync_debug_mode`).
+(`torch.cuda.set_sync_debug_mode`, which says nothing of `torch.cuda.synchronize`: that is counted by its caller).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
-def count_waits(file: Path) -> None:
-    import torch
-
+def count_waits(file: Path, *, simulate: bool) -> None:
     from dstune.trainer import loop
 
-    if not torch.cuda.is_available():
-        return
     counted: Counter[str] = Counter()
     train_step, steps = loop.train_step, 0
-
-    def show(message: Any, category: Any, filename: str, lineno: int, *unused: Any) -> None:
-        if "synchroniz" in str(message):
-            counted[f"{filename.rpartition('site-packages/')[2]}:{lineno}"] += 1
+    watched = simulated_waits if simulate else cuda_waits
 
     def counted_step(run: Any, step: Any) -> None:
         nonlocal steps
@@ -39,17 +34,50 @@ def count_waits(file: Path) -> None:
             train_step(run, step)
             return
         steps += 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = show
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                train_step(run, step)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+        with watched(counted):
+            train_step(run, step)
         file.write_text(json.dumps({place: count / steps for place, count in counted.items()}))
 
     loop.train_step = counted_step
+
+
+@contextmanager
+def simulated_waits(counted: Counter[str]) -> Iterator[None]:
+    from tests.placement import simulated_device
+
+    simulated_device.forget()
+    yield
+    for (operation, place), count in simulated_device.waits.items():
+        counted[f"{place} {operation}"] += count
+
+
+@contextmanager
+def cuda_waits(counted: Counter[str]) -> Iterator[None]:
+    import torch
+
+    def show(message: Any, category: Any, filename: str, lineno: int, *unused: Any) -> None:
+        if "synchroniz" in str(message):
+            counted[f"{filename.rpartition('site-packages/')[2]}:{lineno}"] += 1
+
+    synchronize = torch.cuda.synchronize
+
+    def counted_synchronize(device: Any = None) -> None:
+        frame = sys._getframe(1)
+        while "accelerator" in frame.f_code.co_filename and frame.f_back is not None:
+            frame = frame.f_back
+        counted[f"{frame.f_code.co_filename.rpartition('site-packages/')[2]}:{frame.f_lineno} synchronize"] += 1
+        synchronize(device)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        torch.cuda.set_sync_debug_mode("warn")
+        torch.cuda.synchronize = counted_synchronize
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize = synchronize
 
 
 def main() -> None:
@@ -67,7 +95,7 @@ def main() -> None:
     from dstune.zero.start import start_process_group
 
     if file := os.environ.get("WAITS"):
-        count_waits(Path(file))
+        count_waits(Path(file), simulate="--simulate" in sys.argv)
     config = compose([f"run.dir={folder}", *words]).config
     validate(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
