@@ -133,7 +133,7 @@ class ZeroConfig:
     reduce_bucket_size: int = setting(50_000_000, at_least=1)
     """Elements reduced at a time; a larger bucket communicates better and takes more memory."""
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass runs (stages 2 and 3 on GPUs)."""
+    """Reduce gradients while the backward pass runs (stages 2 and 3, where GPUs have something to send)."""
     gradient_dtype: GradientDtype = GradientDtype.fp32
     """Gradients of a step's micro-batches are summed in `fp32`, or in the `model`'s own format: half the memory, less exact."""
     param_persistence_threshold: int = setting(100_000, at_least=0)
