@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,6 +178,19 @@ def test_a_plan_is_made_anew_when_its_preset_changes_or_planning_failed(tmp_path
     made.of(small, "supervised")
     assert len(asked) == 4
     assert not planner.read(1, "Traceback").planned
+
+
+def test_a_plan_is_of_the_fewest_devices_that_are_enough(tmp_path, monkeypatch):
+    planned = []
+
+    def run(command, **options):
+        (file,) = Path(command[command.index("--config-dir") + 1]).glob("experiment/*.yaml")
+        planned.append(json.loads(file.read_text().partition("\n")[2])["launch"]["processes"])
+        return subprocess.CompletedProcess(command, 1, "", "")
+
+    monkeypatch.setattr(planner.subprocess, "run", run)
+    Planner(tmp_path).of(Preset("a", "base", devices=4, fewest_devices=2), "supervised")
+    assert planned == [2]
 
 
 def test_a_plan_is_of_the_machine_that_jobs_run_on(tmp_path, monkeypatch):
