@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 
@@ -218,5 +219,10 @@ def test_group_12_with_the_official_client(tmp_path):
                 with pytest.raises(openai.BadRequestError) as caught:
                     await graders.run(**given)
                 assert caught.value.param == param
+            raw = found.http(**{"content-type": "application/json"})
+            half = json.dumps({"grader": {**CHECK, "operation": "eq", "name": "\ud83d"}, "model_sample": "a"})
+            for path, body in (("run", half), ("validate", half.replace(', "model_sample": "a"', ""))):
+                answer = await raw.post(f"/v1/fine_tuning/alpha/graders/{path}", content=body)
+                assert (answer.status_code, "half of a character" in answer.text) == (400, True)
 
     asyncio.run(main())

@@ -25,6 +25,7 @@ async def _compute(function: Callable[..., Any], *given: Any) -> Any:
 async def validate(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
+    request.refuse_halves(body)
     only_keys(body, ("grader",))
     await _compute(check_grader, body.get("grader"))
     await request.answer({"grader": body["grader"]})
@@ -33,6 +34,7 @@ async def validate(gateway: Gateway, request: Request) -> None:
 async def run(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
+    request.refuse_halves(body)
     only_keys(body, ("grader", "model_sample", "item"))
     await _compute(check_grader, body.get("grader"))
     text, item = body.get("model_sample"), body.get("item")
