@@ -448,6 +448,10 @@ def test_metrics_and_feedback(tmp_path):
         assert told.json()["answer"] == answer.headers["x-request-id"]
         for wrong in ({"id": "x"}, {"rating": 1}, {"id": "x", "rating": 2}, {"id": "x", "rating": 1, "z": 1}):
             assert (await client.post("/v1/feedback", json=wrong)).status_code == 400
+        for value in (r"\ud83d", r"\u0000"):  # no database keeps them
+            for body in (f'{{"id": "{value}", "rating": 1}}', f'{{"id": "x", "label": "{value}"}}'):
+                wrong = await client.post("/v1/feedback", content=body, headers={"content-type": "application/json"})
+                assert wrong.status_code == 400, body
         text = (await found.client(found.admin).get("/metrics")).text
         assert 'dstune_requests_total{model="first",route="/v1/chat/completions",status="200"} 1.0' in text
         assert 'dstune_model_proven{model="first",status="unproven"} 0.0' in text

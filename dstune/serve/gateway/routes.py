@@ -106,17 +106,18 @@ FEEDBACK = ("id", "rating", "label", "correction")
 async def feedback(gateway: Gateway, request: Request) -> None:
     """What a client says of an answer that its own key was given."""
     body = await request.json()
+    request.refuse_halves(body)  # no database keeps them, and PostgreSQL no NUL
     if unknown := sorted(set(body) - set(FEEDBACK)):
         raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
     given, rating = body.get("id"), body.get("rating")
-    if not isinstance(given, str) or not 0 < len(given) <= 128:
+    if not isinstance(given, str) or not 0 < len(given) <= 128 or "\0" in given:
         raise ApiError(400, "Missing required field: 'id', of an answer or its request.", param="id")
     number = isinstance(rating, int | float) and not isinstance(rating, bool)
     if rating is not None and not (number and -1 <= rating <= 1):
         raise ApiError(400, "Invalid rating: must be a number from -1 to 1.", param="rating")
     for name, most in (("label", 256), ("correction", 1_000_000)):
         value = body.get(name)
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= most):
+        if value is not None and not (isinstance(value, str) and 0 < len(value) <= most and "\0" not in value):
             raise ApiError(400, f"Invalid {name}: must be a text of at most {most} characters.", param=name)
     if all(body.get(name) is None for name in FEEDBACK[1:]):
         raise ApiError(400, "Give a rating, a label or a correction.", param="rating")
