@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
+import ssl
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -46,6 +48,7 @@ def test_what_an_engine_is_asked(tmp_path):
     asyncio.run(main())
 
 
+DAY = datetime.timedelta(days=1)
 WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
@@ -120,6 +123,49 @@ def test_answers_as_servers_may_write_them(answers, expected, connected, factory
 
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main())
+
+
+def own_certificate(folder, host):
+    """A certificate and its key that nobody else has signed."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    now = datetime.datetime.now(datetime.UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + DAY)
+    made = made.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False).sign(
+        key, hashes.SHA256()
+    )
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    file = folder / f"{host}.pem"
+    pem = serialization.Encoding.PEM
+    file.write_bytes(made.public_bytes(pem) + key.private_bytes(pem, *plain))
+    return file
+
+
+@pytest.mark.parametrize("trusted", ["localhost", "elsewhere"])
+def test_a_server_elsewhere_has_to_prove_its_name(tmp_path, monkeypatch, trusted):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(WHOLE)
+
+    async def main():
+        certificate = own_certificate(tmp_path, trusted)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        upstream = Upstream(f"https://localhost:{server.sockets[0].getsockname()[1]}/v1")
+        if trusted == "localhost":
+            assert await upstream.ask("GET", "/models") == (200, b"ok")
+        else:
+            with pytest.raises(FAILURES, match="localhost"):
+                await upstream.ask("GET", "/models")
+        await upstream.close()
+        server.close()
+
+    asyncio.run(main())
 
 
 def test_an_engine_waits_for_a_slow_reader_and_ends_when_nobody_reads_on():
