@@ -31,7 +31,7 @@ from dstune.config.architectures import (
     size_problems,
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
-from dstune.core.errors import Problem, UserError, files_of_others
+from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import read_file, read_object
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.mapped import Mapped, take_buffers
@@ -387,8 +387,8 @@ class _named_errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         kinds = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-        if isinstance(error, kinds) and not _of_a_collective(error):
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if (isinstance(error, kinds) or _of_a_library(error)) and not _of_a_collective(error):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
                 Problem(
                     "model.path",
@@ -399,7 +399,20 @@ class _named_errors:
             ) from error
 
 
+def _modules(error: BaseException) -> list[str]:
+    """Whose code was running when this was raised, from the outside in."""
+    return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
 def _of_a_collective(error: BaseException) -> bool:
     """Whether ranks were talking to each other when this was raised."""
-    frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(name.startswith("torch.distributed.") for name in frames)
+    return any(name.startswith("torch.distributed.") for name in _modules(error))
+
+
+def _of_a_library(error: BaseException | None) -> bool:
+    """Whether a package met it: what is odd in a file makes it raise all kinds of errors."""
+    return (
+        isinstance(error, Exception)
+        and not isinstance(error, DstuneError)
+        and not _modules(error)[-1].startswith("dstune")
+    )

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.tiny import save_decoder, write_dialogues
 from transformers import AutoTokenizer
 
 from dstune import cli
+from dstune.config.compose import compose
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
 from dstune.core.tokenizers import open_tokenizer
-from dstune.models.load import load_config, load_tokenizer
+from dstune.models.load import load_config, load_model, load_tokenizer
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 ENDLESS = [r"(a|a)*$", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"(.|.){0,21}[^\s\S]", ".?" * 24 + r"[^\s\S]"]
@@ -127,6 +129,15 @@ def test_a_damaged_model_is_a_message_of_generate(case: str, model: Path, capsys
     damage(model)
     assert cli.main(["generate", str(model), "--prompt", "w1", "--max-new-tokens", "1"]) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["cut", "text", "activation", "settings", "layers"])
+def test_a_damaged_model_is_a_message_of_a_rank(case: str, model: Path) -> None:
+    damage, _ = DAMAGED[case]
+    damage(model)
+    config = compose([f"model.path={model}", "task=causal_lm", "data.train=rows.jsonl"]).config
+    with pytest.raises(UserError, match=r"^model\.path="):
+        load_model(config, load_tokenizer(config.model), (), torch.float32)
 
 
 @pytest.mark.parametrize(
