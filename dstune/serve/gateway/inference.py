@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
+
 from dstune.serve.asgi import ClientGone, dumps, while_connected
-from dstune.serve.engines.http import FAILURES, Answer, Upstream
+from dstune.serve.engines.http import FAILURES, Upstream
 from dstune.serve.errors import ApiError
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
@@ -143,7 +145,7 @@ class Inference:
                 await request.respond(200, content, headers)
                 return
             await request.send({"type": "http.response.start", "status": 200, "headers": headers})
-            chunks: AsyncIterator[bytes] = answer.chunks()
+            chunks: AsyncIterator[bytes] = answer.content.iter_any()
             if guarded is not None:
                 chunks = guarded.stream(chunks)
             async for chunk in chunks:
@@ -190,9 +192,9 @@ def _tells_usage(event: bytes) -> bool:
     return isinstance(found, dict) and found.get("choices") == [] and bool(found.get("usage"))
 
 
-async def _bounded(answer: Answer) -> bytes:
+async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
     parts, size = [], 0
-    async for chunk in answer.chunks():
+    async for chunk in answer.content.iter_any():
         size += len(chunk)
         if size > MOST_ANSWER_BYTES:
             raise ApiError(502, "The engine's answer is too large.", code="engine_error")
@@ -200,7 +202,7 @@ async def _bounded(answer: Answer) -> bytes:
     return b"".join(parts)
 
 
-async def _refusal(answer: Answer) -> ApiError:
+async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
     """What an engine refuses, told in one shape; of what went wrong inside of it nothing is told."""
     content = await _bounded(answer)
     try:
