@@ -387,7 +387,7 @@ class _named_errors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         kinds = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-        if (isinstance(error, kinds) or _of_a_library(error)) and not _of_a_collective(error):
+        if error is not None and (isinstance(error, kinds) or _of_a_library(error)) and not _of_a_collective(error):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise UserError(
                 Problem(
@@ -409,7 +409,7 @@ def _of_a_collective(error: BaseException) -> bool:
     return any(name.startswith("torch.distributed.") for name in _modules(error))
 
 
-def _of_a_library(error: BaseException | None) -> bool:
+def _of_a_library(error: BaseException) -> bool:
     """Whether a package met it: what is odd in a file makes it raise all kinds of errors."""
     return (
         isinstance(error, Exception)

@@ -49,6 +49,7 @@ def test_what_an_engine_is_asked(tmp_path):
 
 
 DAY = datetime.timedelta(days=1)
+WHOLE = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 def own_certificate(folder, host):

@@ -5,6 +5,7 @@ aiohttp costs a quarter of httpx's CPU time per request here (benchmarks/serving
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ class Upstream:
     def __init__(self, url: str, socket: str | None = None, headers: Mapping[str, str] | None = None):
         """url: without a path's last `/`. socket: a Unix socket that it listens on."""
         own: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
+        if socket is None and url.startswith("https:"):
+            own["ssl"] = ssl.create_default_context()  # aiohttp's own reads SSL_CERT_FILE once, when it is imported
         connector = aiohttp.UnixConnector(socket, **own) if socket else aiohttp.TCPConnector(**own)
         # Bytes are passed on as they come, so none may be compressed.
         given = {"accept-encoding": "identity", **(headers or {})}

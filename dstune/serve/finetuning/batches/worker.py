@@ -109,7 +109,8 @@ class BatchWorker:
         if row.status == "validating":
             row = await asyncio.to_thread(self._validate, row, folder)
         elif row.status == "in_progress" and not (folder / INPUT).is_file():  # another machine had it
-            row = await asyncio.to_thread(self._snapshot, row, folder) or row
+            failed: Batch | None = await asyncio.to_thread(self._snapshot, row, folder)
+            row = failed or row
         if row.status == "in_progress":
             caller = await asyncio.to_thread(self._keys.by_id, row.key)
             if caller is not None:
