@@ -88,8 +88,7 @@ def _with_plugins(
 ) -> list[str]:
     """The overrides with `plugins` and `trainer.callbacks`. Raises UserError: a callback that cannot reach the ranks."""
     from dstune.config.overrides import key_of, quoted
-    from dstune.config.plugins import load_built_ins
-    from dstune.core.plugins import activate
+    from dstune.core.plugins import activate, load_built_ins
 
     specs = [_importable(one) for one in callbacks]
     if callbacks and any(key_of(text) == "trainer.callbacks" for text in overrides):

@@ -23,9 +23,9 @@ def fill(composed: DictConfig) -> dict[str, str]:
         return {}
     method, task = (composed[section].get("name") for section in ("method", "task"))
     rate, origin = Method.learning_rate, ""
-    if method in METHODS:
-        rate, origin = METHODS.classes()[method].learning_rate, f"the default of method={method}"
-    if task in TASKS and TASKS.classes()[task].low_learning_rate:
+    if (room := METHODS.find(str(method))) is not None:
+        rate, origin = room.learning_rate, f"the default of method={method}"
+    if (of_task := TASKS.find(str(task))) is not None and of_task.low_learning_rate:
         rate, origin = rate / 10, f"a tenth of {format_value(rate)}, {origin}, for task={task}"
     optimizer.lr = float(f"{rate:g}")
     return {RATE: origin}

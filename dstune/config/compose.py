@@ -23,8 +23,6 @@ from dstune.config.names import default_classes
 from dstune.config.plugins import activate_requested
 from dstune.config.run_file import Composed
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.config.validate import find_problems
-from dstune.config.zero_file import given_by, with_file
 from dstune.core import plugins
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import TASKS, task_of
@@ -58,6 +56,8 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         if overruled := list(_overruled(hydra, given, config)):
             raise UserError(overruled)
         if config.zero.path is not None:
+            from dstune.config.zero_file import given_by, with_file
+
             before, config = config, with_file(config, given_by(hydra, given))
             origins = {key: origin for key, origin in origins.items() if before.optimizer == config.optimizer}
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
@@ -90,6 +90,8 @@ def typed_config(raw: Any, where: str) -> RunConfig:
     """The tree of plain values. Raises UserError with what `validate` can tell of the good sections, too."""
     config, problems = partly_from_dict(raw, where)
     if problems:
+        from dstune.config.validate import find_problems  # which showing a configuration does not need
+
         raise UserError(problems + find_problems(config, {problem.where.split(".", 1)[0] for problem in problems}))
     return config
 
@@ -153,6 +155,8 @@ def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]
         raw = _plain(compose_dict_config(hydra, [str(override.input_line) for override in good]))
     except Exception:  # something is wrong with a file too, which is told once the overrides are right
         return []
+    from dstune.config.validate import find_problems
+
     config, problems = partly_from_dict(raw, "the composed configuration")
     return problems + find_problems(config, doubtful | {problem.where.split(".", 1)[0] for problem in problems})
 
@@ -226,7 +230,8 @@ def _written(node: Any, key: Any) -> str:
     """The text of a reference as it was written."""
     from omegaconf import OmegaConf
 
-    return str(OmegaConf.to_container(node, resolve=False)[key])  # type: ignore[index]
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    return str(written[key])
 
 
 def _expand(text: str, where: str, root: DictConfig) -> str:

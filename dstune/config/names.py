@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 from dstune.config.schema import CHOICES, RunConfig, tracking_class
 from dstune.core.registry import on_change
@@ -109,10 +109,15 @@ def default_classes() -> dict[str, type]:
     return {section: next(iter(classes_of(section).values())) for section in sections()}
 
 
+def is_section(hint: Any) -> TypeGuard[type]:
+    """Whether a type hint is a class with keys of its own."""
+    return isinstance(hint, type) and is_dataclass(hint)
+
+
 def entry_class(hint: Any) -> type | None:
     """The class of the entries of a mapping of sections by name (`data.mixture`), None for every other type."""
     cls = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
-    return cls if isinstance(cls, type) and is_dataclass(cls) else None
+    return cls if is_section(cls) else None
 
 
 def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def leaves(cls: type, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, hint in type_hints(cls).items():
         key = f"{prefix}.{name}"
-        found.update(leaves(hint, key) if is_dataclass(hint) else {key: hint})  # type: ignore[arg-type]
+        found.update(leaves(hint, key) if is_section(hint) else {key: hint})
     return found
 
 
@@ -135,15 +140,15 @@ def keys_of(classes: Mapping[str, type]) -> dict[str, Any]:
     return ROOT_KEYS | {key: hint for section, cls in classes.items() for key, hint in leaves(cls, section).items()}
 
 
+def keys_below(section: str) -> dict[str, Any]:
+    """Every dotted key that some class of the section has, with its type hint."""
+    return {key: hint for cls in classes_of(section).values() for key, hint in leaves(cls, section).items()}
+
+
 @cache
 def all_keys() -> dict[str, Any]:
     """Every dotted key that some choice of classes has."""
-    return ROOT_KEYS | {
-        key: hint
-        for section in sections()
-        for cls in classes_of(section).values()
-        for key, hint in leaves(cls, section).items()
-    }
+    return ROOT_KEYS | {key: hint for section in sections() for key, hint in keys_below(section).items()}
 
 
 on_change(all_keys.cache_clear)

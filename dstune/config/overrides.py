@@ -21,6 +21,7 @@ from dstune.config.names import (
     classes_of,
     entry_class,
     entry_leaves,
+    keys_below,
     keys_of,
     names_choice,
     nearest,
@@ -56,7 +57,9 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
     `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
     """
-    mappings = [key for key, hint in all_keys().items() if typing.get_origin(hint) is dict]
+    named = {key.partition(".")[0] for key in map(key_of, overrides) if "." in key}  # only their rooms are imported
+    keys = {key: hint for section in sections() if section in named for key, hint in keys_below(section).items()}
+    mappings = [key for key, hint in keys.items() if typing.get_origin(hint) is dict]
     starts = tuple(f"{key}{end}" for key in mappings for end in ".=")
     return [f"++{text}" if text.startswith(starts) else text for text in overrides if text != "experiment=null"]
 

@@ -14,7 +14,7 @@ import yaml
 from dstune.config.convert import yaml_problem
 from dstune.config.names import nearest
 from dstune.config.overrides import key_of
-from dstune.core import plugins, registry
+from dstune.core import plugins
 from dstune.core.errors import Problem, UserError
 from dstune.core.plugin_files import KEY
 
@@ -28,14 +28,10 @@ def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Pat
     Raises:
         UserError: a list that is none, a plugin that is not there or cannot be imported.
     """
-    load_built_ins()
-    plugins.activate(requested(overrides, config_dirs))
-
-
-def load_built_ins() -> None:
-    """First, so that of two members of one name the plugin's is the one to be refused."""
-    for kind in registry.kinds():
-        kind.load()
+    names = requested(overrides, config_dirs)
+    if names:
+        plugins.load_built_ins()
+    plugins.activate(names)
 
 
 def requested(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 from dstune import __version__
 from dstune.config.convert import dump, from_dict, load, to_dict
-from dstune.config.plugins import load_built_ins
 from dstune.config.schema import RunConfig
 from dstune.config.trust import SIGNATURE, Use, cleared, cleared_beside, statement
 from dstune.core import files, plugins, signing
@@ -78,7 +77,7 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
         UserError: no such file, no YAML, a later format, unknown keys, wrong types, a variable that is not set, a plugin that is
             missing or has changed, and what `trust.cleared` refuses.
     """
-    load_built_ins()  # with those of installed packages, whose fields may be signed ones, whether the file lists the package or not
+    plugins.load_built_ins()  # and installed packages, whose fields may be signed ones, whether the file lists them or not
     content = cleared(read_run_content(path), path, use, overrides or ())
     if _activate(content, path, overrides):  # whose classes know more keys
         content = cleared(content, path, use, overrides or ())
@@ -88,7 +87,7 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
 
 def read_decided(path: Path) -> Composed:
     """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file."""
-    load_built_ins()
+    plugins.load_built_ins()
     content = read_run_content(path)
     _activate(content, path, None)
     composed = _composed(content, path, ())

@@ -287,10 +287,8 @@ def _with_trackers(own: tuple[tuple[str, type, str], ...]) -> type[TrackingConfi
     keys = [
         (name, cls, field(default_factory=cls, metadata={DOC: doc})) for name, cls, doc in own if doc or cls is not bool
     ]
-    made = make_dataclass("TrackingConfig", keys, bases=(TrackingConfig,), frozen=True)
-    made.__module__ = TrackingConfig.__module__
-    made.__reduce__ = _reduce_tracking  # type: ignore[assignment]
-    return made
+    own_names = {"__module__": TrackingConfig.__module__, "__reduce__": _reduce_tracking}
+    return make_dataclass("TrackingConfig", keys, bases=(TrackingConfig,), frozen=True, namespace=own_names)
 
 
 def _reduce_tracking(self: TrackingConfig) -> tuple[Callable[[dict[str, Any]], TrackingConfig], tuple[dict[str, Any]]]:
@@ -344,10 +342,23 @@ class Choices(Mapping[str, Mapping[str, type]]):
         choices = self._sections[section]
         return choices.configs() if isinstance(choices, Registry) else choices
 
-    def choice_settings(self, section: str, choice: str) -> Mapping[str, Any]:
-        """What choosing a plugin's member sets in other sections (a built-in one has a YAML file for it)."""
+    def __contains__(self, section: object) -> bool:
+        return section in self._sections
+
+    def find(self, section: str, choice: str) -> type | None:
+        """The class of one choice, None where there is no such choice; the rooms of the others are not imported."""
         choices = self._sections[section]
-        return getattr(choices[choice], "choice_settings", {}) if isinstance(choices, Registry) else {}
+        if not isinstance(choices, Registry):
+            return choices.get(choice)
+        member = choices.find(choice)
+        return None if member is None else member.Config
+
+    def of_plugins(self, section: str) -> dict[str, Any]:
+        """The members that plugins add to the choices of a section, by the choice."""
+        choices = self._sections[section]
+        members = choices.present() if isinstance(choices, Registry) else ()
+        own = [member for member in members if not member.__module__.startswith("dstune.")]
+        return {member.name: member for member in own}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sections)

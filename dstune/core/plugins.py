@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dstune.core import files, plugin_files, registry
+from dstune.core import entry_points, files, plugin_files, registry
 from dstune.core.errors import Problem, UserError
 from dstune.core.plugin_files import KEY as KEY
 from dstune.core.plugin_files import Source
@@ -74,7 +74,7 @@ class _Loaded:
     """A plugin that was executed in this process."""
 
     plugin: Plugin
-    members: list[tuple[registry.Registry[Any], type]] = field(default_factory=list)
+    members: list[tuple[registry.Registry[Any], type[Any]]] = field(default_factory=list)
 
 
 _loaded: dict[str, _Loaded] = {}
@@ -301,12 +301,10 @@ def load_installed() -> None:
     if _looked_for_installed:
         return
     _looked_for_installed = True
-    from importlib.metadata import entry_points
-
-    points, inherited = entry_points(group=GROUP), os.environ.get(VARIABLE)
+    points, inherited = entry_points.named_in(GROUP), os.environ.get(VARIABLE)
     try:
         if points or inherited:
-            _load_built_ins()
+            load_built_ins()
         for point in points:
             _installed[point.module] = _load_installed(point)
         for one in json.loads(inherited or "[]"):
@@ -316,7 +314,7 @@ def load_installed() -> None:
         raise
 
 
-def _load_built_ins() -> None:
+def load_built_ins() -> None:
     """First, so that of two members of one name the plugin's is the one to be refused."""
     importlib.import_module("dstune.protocols")  # here, since it stands on this module
     for kind in registry.kinds():
@@ -372,9 +370,9 @@ def _park(name: str) -> None:
     _remove(_loaded[name].members)
 
 
-def _remove(members: Iterable[tuple[registry.Registry[Any], type]]) -> None:
+def _remove(members: Iterable[tuple[registry.Registry[Any], type[Any]]]) -> None:
     for kind, member in members:
-        kind.remove(member.name)  # type: ignore[attr-defined]
+        kind.remove(member.name)
 
 
 def _load(source: Source) -> Plugin:
@@ -392,8 +390,8 @@ def _load(source: Source) -> Plugin:
         sys.modules.pop(f"{PACKAGE}.{source.name}", None)
         raise UserError(_import_problem(source, error)) from error
     added = [one for one in _members() if _is_of(one[1], module.__name__) or one not in before]
-    added.sort(key=lambda one: (one[0].kind, one[1].name))  # type: ignore[attr-defined]
-    registers = tuple(f"{kind.kind} {member.name}" for kind, member in added)  # type: ignore[attr-defined]
+    added.sort(key=lambda one: (one[0].kind, one[1].name))
+    registers = tuple(f"{kind.kind} {member.name}" for kind, member in added)
     plugin = Plugin(source.name, source.file, source.sha256, registers, source.is_file)
     _loaded[source.name] = _Loaded(plugin, added)
     _sources[source.name, source.sha256] = source.content
@@ -402,7 +400,7 @@ def _load(source: Source) -> Plugin:
 
 def _add_again(known: _Loaded, source: Source) -> None:
     """Raises UserError: another plugin has one of the names by now."""
-    added: list[tuple[registry.Registry[Any], type]] = []
+    added: list[tuple[registry.Registry[Any], type[Any]]] = []
     try:
         for kind, member in known.members:
             kind.add(member)
@@ -416,7 +414,7 @@ def _is_of(member: type, module: str) -> bool:
     return member.__module__ == module or member.__module__.startswith(f"{module}.")
 
 
-def _members() -> set[tuple[registry.Registry[Any], type]]:
+def _members() -> set[tuple[registry.Registry[Any], type[Any]]]:
     """All but built-ins."""
     members = {(kind, member) for kind in registry.kinds() for member in kind.present()}
     return {(kind, member) for kind, member in members if not member.__module__.startswith("dstune.")}

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-Member = TypeVar("Member")
+Member = TypeVar("Member", bound=Any)
+"""Any: it has a `name` and, where a section of the configuration chooses it, a `Config`."""
 
 VERSION = 1
 """Of the protocols (`dstune.protocols`)."""
@@ -33,6 +34,11 @@ def kinds() -> tuple[Registry[Any], ...]:
 def on_change(forget: Callable[[], None]) -> None:
     """Call `forget` whenever a member is added: what is derived from the members (schema, keys) is stale then."""
     _changed.append(forget)
+
+
+def _load_installed() -> None:
+    # Here, since a plugin imports this module.
+    importlib.import_module("dstune.core.plugins").load_installed()
 
 
 class Registry(Generic[Member]):
@@ -74,10 +80,10 @@ class Registry(Generic[Member]):
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"there are two {self.kind}s named {name!r}: {other.__module__} and {cls.__module__}")
         of_config = self._by_config.get(config) if config is not None else None
-        if of_config is not None and of_config.name != name:  # type: ignore[attr-defined]
-            reason = f"{cls.__qualname__}: the {self.kind} {of_config.name!r} has this `Config`"  # type: ignore[attr-defined]
+        if of_config is not None and of_config.name != name:
+            reason = f"{cls.__qualname__}: the {self.kind} {of_config.name!r} has this `Config`"
             raise ValueError(f"{reason}; derive one from it whose field `name` is {name!r}")
-        cls.name = name  # type: ignore[attr-defined]
+        cls.name = name
         self._members[name] = cls
         if config is not None:
             self._by_config[config] = cls
@@ -102,19 +108,40 @@ class Registry(Generic[Member]):
         _loading += 1
         try:
             package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
-                if not module.name.startswith("_") and (module.ispkg or not self._folders_only):
-                    importlib.import_module(f"{self._package}.{module.name}")
+            rooms = [
+                module.name
+                for module in pkgutil.iter_modules(package.__path__)
+                if not module.name.startswith("_") and (module.ispkg or not self._folders_only)
+            ]
+            for room in rooms:
+                importlib.import_module(f"{self._package}.{room}")
         except BaseException:
             self._loaded = False  # the next call tells the same, not that a member is missing
             raise
         finally:
             _loading -= 1
         first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
-        self._members = first | self._members
+        # Not in the order of import: `find` may have imported one before the others.
+        rest = sorted(self._members.items(), key=lambda item: self._position(item[1], rooms))
+        self._members = first | dict(rest)
         if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
-            # Here, since a plugin imports this module.
-            importlib.import_module("dstune.core.plugins").load_installed()
+            _load_installed()
+
+    def _position(self, member: type[Member], rooms: Sequence[str]) -> int:
+        room = member.__module__.removeprefix(f"{self._package}.").partition(".")[0]
+        return rooms.index(room) if room in rooms else len(rooms)
+
+    def find(self, name: str) -> type[Member] | None:
+        """The member `name`, or None. A room that is called like it is imported alone: all of them take 0.1 s."""
+        if self._plugins and not _loading:
+            _load_installed()
+        if not self._loaded and name not in self._members and name.isidentifier() and not name.startswith("_"):
+            package = importlib.import_module(str(self._package))
+            if any(module.name == name for module in pkgutil.iter_modules(package.__path__)):
+                importlib.import_module(f"{self._package}.{name}")
+        if name not in self._members:
+            self.load()
+        return self._members.get(name)
 
     def __iter__(self) -> Iterator[str]:
         self.load()
@@ -146,7 +173,7 @@ class Registry(Generic[Member]):
     def configs(self) -> dict[str, type]:
         """The configuration classes by name."""
         self.load()
-        return {name: cls.Config for name, cls in self._members.items()}  # type: ignore[attr-defined]
+        return {name: cls.Config for name, cls in self._members.items()}
 
     def of(self, config: Any) -> Member:
         """The member that a configuration section chooses, bound to it (`member.config`).
@@ -156,8 +183,8 @@ class Registry(Generic[Member]):
         """
         self.load()
         # `__class__`, not `type`: rules read the configuration through a view that has the class of what it shows.
-        return self._by_config[config.__class__](config)  # type: ignore[call-arg]
+        return self._by_config[config.__class__](config)
 
     def default(self) -> Any:
         """The configuration of the first member, as it is when nothing is said."""
-        return next(iter(self.classes().values())).Config()  # type: ignore[attr-defined]
+        return next(iter(self.classes().values())).Config()

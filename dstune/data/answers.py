@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune.core.parsing import parse_json
-from dstune.data.files import RawRow
 from dstune.data.problems import RowError, format_value
+
+if TYPE_CHECKING:
+    from dstune.data.files import RawRow
 
 Answer = dict[str, Any]
 """`text` and `start`, the character of the context where it begins."""

