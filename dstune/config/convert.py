@@ -24,6 +24,7 @@ from dstune.config.names import (
     classes_of,
     default_of,
     entry_class,
+    is_section,
     nearest,
     sections,
     suggest_key,
@@ -139,8 +140,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     Raises:
         UserError: it does not fit; all problems inside a list, mapping or section are listed.
     """
-    if is_dataclass(hint):
-        return build(hint, value, where)  # type: ignore[arg-type]
+    if is_section(hint):
+        return build(hint, value, where)
     expected = describe(hint)
     if is_optional(hint):
         if value is None:

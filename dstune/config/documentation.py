@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dstune.config.convert import describe, format_value
 from dstune.config.fields import DOC
-from dstune.config.names import ROOT_KEYS, classes_of, entry_class, registered_values, sections, type_hints
+from dstune.config.names import ROOT_KEYS, classes_of, entry_class, is_section, registered_values, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core.plugin_files import KEY
 from dstune.core.registry import on_change
@@ -80,8 +80,8 @@ def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
     settings = []
     for field in dataclasses.fields(cls):
         hint, key = hints[field.name], f"{prefix}.{field.name}"
-        if dataclasses.is_dataclass(hint):
-            settings += _of_class(hint, group, key)  # type: ignore[arg-type]
+        if is_section(hint):
+            settings += _of_class(hint, group, key)
         elif not (field.name == "name" and prefix in CHOICES):  # said by `method=lora`, not by itself
             default = getattr(cls(), field.name)
             doc = docs.get(field.name) or field.metadata.get(DOC, "")

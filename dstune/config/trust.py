@@ -13,14 +13,14 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dstune.config.convert import chosen_class, format_value, refers, to_dict
 from dstune.config.fields import SIGNED
-from dstune.config.names import all_keys, classes_of, sections, type_hints
+from dstune.config.names import all_keys, classes_of, is_section, sections, type_hints
 from dstune.config.overrides import key_of
 from dstune.core import plugins, signing
 from dstune.core.errors import Problem, UserError
@@ -135,7 +135,7 @@ def _below(
     hints = type_hints(cls) if cls is not None else {}
     for key, part in value.items():
         inner = hints.get(key)
-        yield from _below(inner if is_dataclass(inner) else None, part, f"{name}.{_name(key)}", own.get(key))  # type: ignore[arg-type]
+        yield from _below(inner if is_section(inner) else None, part, f"{name}.{_name(key)}", own.get(key))
 
 
 def _name(key: Any) -> str:
@@ -180,8 +180,8 @@ def signed_keys() -> set[str]:
     def below(cls: type, prefix: str) -> Iterator[str]:
         for field in fields(cls):
             hint = type_hints(cls)[field.name]
-            if is_dataclass(hint):
-                yield from below(hint, f"{prefix}.{field.name}")  # type: ignore[arg-type]
+            if is_section(hint):
+                yield from below(hint, f"{prefix}.{field.name}")
             elif SIGNED in field.metadata:
                 yield f"{prefix}.{field.name}"
 

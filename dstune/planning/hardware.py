@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dstune.core.errors import Problem, UserError
 
@@ -133,8 +134,8 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
             raise UserError(Problem(key, "this hardware is not in the table", fix + more, text or ""))
         device = Device(name, numbers["memory_gib"], 100, 1000, 32, 12.5)
     known = name.upper() in (*DEVICES, *ALIASES) or {"tflops", "bandwidth"} <= set(numbers)
-    own = {number: value for number, value in numbers.items() if number != "host_gib"}
-    return Cluster(replace(device, **own), count, nodes, known, numbers.get("host_gib"))  # type: ignore[arg-type]
+    own: dict[str, Any] = {number: value for number, value in numbers.items() if number != "host_gib"}
+    return Cluster(replace(device, **own), count, nodes, known, numbers.get("host_gib"))
 
 
 def known_device(name: str) -> Device | None:

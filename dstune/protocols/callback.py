@@ -155,7 +155,7 @@ class Callback:
     @classmethod
     def is_automatic(cls) -> bool:
         """Whether runs have it without naming it."""
-        return cls.for_run.__func__ is not Callback.for_run.__func__  # type: ignore[attr-defined]
+        return next(base for base in cls.__mro__ if "for_run" in vars(base)) is not Callback
 
     # -- when something happens ---------------------------------------------------------------------------------------
 

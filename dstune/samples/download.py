@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dstune.core.errors import Problem, UserError
 
@@ -156,9 +157,9 @@ def fetch_with(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _pip(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+def _pip(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, text=True, errors="replace", check=False, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, text=True, errors="replace", check=False, **options)
 
 
 # Only a wheel is asked for (the build script of a source archive would be run by pip), and the running Python may be

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dstune.config.flags import Flags
 from dstune.config.overrides import quoted
@@ -88,10 +89,10 @@ def _prepared(sweep: Sweep, trial: Trial, common: Sequence[str], console: Consol
     return prepare(Command(None, flags, json=False), console)
 
 
-def _record(sweep: Path, trial: Trial, **changes: object) -> None:
+def _record(sweep: Path, trial: Trial, **changes: Any) -> None:
     before = read_record(record_path(sweep, trial.name)) or Record(trial.name, trial.number, dict(trial.values))
-    fresh: dict[str, object] = {"status": "running", "reason": "", "objective": {}}
-    write_record(sweep, replace(before, **(fresh | changes)))  # type: ignore[arg-type]
+    fresh: dict[str, Any] = {"status": "running", "reason": "", "objective": {}}
+    write_record(sweep, replace(before, **(fresh | changes)))
 
 
 @contextmanager

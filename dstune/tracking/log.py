@@ -50,7 +50,7 @@ class RunLog:
         self._answered = {(row["step"], row.get("prompt")) for row in there[1]}
         self._row: Row | None = None
         """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
-        self._answers: tuple[dict[str, Any], ...] = ()
+        self._answers: tuple[Mapping[str, Any], ...] = ()
         self._newest = -1
         self._trackers: list[Background] = []
         fresh = resumed_at_step is None
@@ -58,7 +58,7 @@ class RunLog:
         if enabled:
             history = History(*files)
             for row in history.rows():
-                self._row, self._answers = row, row.samples or self._answers  # type: ignore[assignment]
+                self._row, self._answers = row, row.samples or self._answers
             held = self._row.step if self._row else 0
 
             def past() -> Iterator[Row]:

@@ -100,7 +100,9 @@ def _secrets(text: str) -> Iterator[Finding]:
                     group = 0  # the group is the prefix that tells the kind (ghp), not the secret
                 if getattr(detector, "is_formally_valid", _always)(match.group()):
                     # Some patterns (JSON web tokens) end before the secret does.
-                    yield Finding(match.start(group), _REST.match(text, match.end(group)).end(), SECRET)  # type: ignore[union-attr]
+                    rest = _REST.match(text, match.end(group))
+                    assert rest is not None, "an empty rest matches too"
+                    yield Finding(match.start(group), rest.end(), SECRET)
 
 
 def _always(_: str) -> bool:

@@ -132,6 +132,10 @@ _RAW = re.compile(r"\{%-?\s*(?:end)?raw\s*-?%\}")
 _SLOT = re.compile(r"\{\{\s*\w+\s*\}\}")
 
 
+def _with_goal(template: str, goal: str) -> str:
+    return _SLOT.sub(lambda _: goal, template)
+
+
 def pyrit(files: Files, each: int = 1, *, held_out: bool = False) -> Iterator[Text]:
     """Templates with goals of ours in their slots; a group is a template."""
     for name in files.namelist():
@@ -141,7 +145,7 @@ def pyrit(files: Files, each: int = 1, *, held_out: bool = False) -> Iterator[Te
         if not isinstance(value, str) or not _SLOT.search(value):
             continue
         for goal in sorted(own.goals(held_out=held_out), key=lambda goal: place(name + goal))[:each]:
-            text = _RAW.sub("", _SLOT.sub(lambda _, goal=goal: goal, value)).strip()  # type: ignore[misc]
+            text = _RAW.sub("", _with_goal(value, goal)).strip()
             yield Text(text, ATTACK, "pyrit", "jailbreak", f"pyrit:{name}", "input", language_of(text))
 
 

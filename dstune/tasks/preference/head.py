@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -100,17 +101,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
     The flags of peft's layers alone are set: its own `disable_adapter` sets `requires_grad` of what is trained as well,
     which the optimizer of a running step must not see.
     """
-    adapted = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    adapted: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     assert adapted, "there is no adapter to switch off"
     training = model.training
     model.eval()
     for module in adapted:
-        module._disable_adapters = True  # type: ignore[assignment]
+        module._disable_adapters = True
     try:
         yield
     finally:
         for module in adapted:
-            module._disable_adapters = False  # type: ignore[assignment]
+            module._disable_adapters = False
         model.train(training)
 
 
