@@ -53,28 +53,11 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
     bos = tokenizer.bos_token or ""
     first = head.removeprefix(bos) if bos else head  # llama.cpp puts it there itself
     begin = bos if bos and requested.startswith(bos) else ""
-    written = "".join(
-        (
-            begin,
-            first,
-            before_user,
-            _USER,
-            after_user,
-            before_answer,
-            _ANSWER,
-            after_answer,
-            before_user,
-            _AGAIN,
-            after_user,
-        )
-    )
-    reported = f"{before_system}{_SYSTEM}{after_system}{before_user}{_USER}{after_user}"
-    if (
-        written != whole
-        or reported != instructed
-        or not before_user
-        or any(sign in part for part in (written, reported) for sign in ("{{", '"""'))
-    ):
+    turn = f"{before_user}{_USER}{after_user}"
+    written = f"{begin}{first}{turn}{before_answer}{_ANSWER}{after_answer}{before_user}{_AGAIN}{after_user}"
+    reported = f"{before_system}{_SYSTEM}{after_system}{turn}"
+    reserved = any(sign in part for part in (written, reported) for sign in ("{{", '"""'))
+    if (written, reported) != (whole, instructed) or not before_user or reserved:
         return None
     system_start = before_system.removeprefix(bos) if bos else before_system
     default = f"{{{{ else }}}}{first}" if first else ""

@@ -38,41 +38,57 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     group_starts = np.flatnonzero(np.diff(sorted_lengths, prepend=0))
     group_ends = np.append(group_starts[1:], len(order))
 
-    rooms: list[int] = []  # sorted: every amount of free room that some row has
-    rows_by_room: dict[int, list[int]] = {}
+    started = _StartedRows()
     next_row = 0
-
-    def leave(room: int, row_list: list[int]) -> None:
-        if room and row_list:
-            if room not in rows_by_room:
-                insort(rooms, room)
-                rows_by_room[room] = []
-            rows_by_room[room].extend(row_list)
-
     for start, end in zip(group_starts.tolist(), group_ends.tolist(), strict=True):
         length = int(sorted_lengths[start])
         while start < end:
-            tightest = bisect_left(rooms, length)
-            room = rooms[tightest] if tightest < len(rooms) else capacity
+            tightest = started.tightest(length)
+            room = capacity if tightest is None else tightest
             # A row that just took one of these samples is the tightest for the next one: fill it before another.
             per_row = room // length
             expected = -(-(end - start) // per_row)
-            if tightest < len(rooms):
-                waiting = rows_by_room[room]
-                taken = waiting[-expected:]
-                del waiting[-len(taken) :]
-                if not waiting:
-                    del rows_by_room[room], rooms[tightest]
-            else:
+            if tightest is None:
                 taken = list(range(next_row, next_row + expected))
                 next_row += expected
+            else:
+                taken = started.take(tightest, expected)
             placed = min(end - start, len(taken) * per_row)
             rows[order[start : start + placed]] = np.repeat(taken, per_row)[:placed]
             in_last = placed - (len(taken) - 1) * per_row
-            leave(room - per_row * length, taken[:-1])
-            leave(room - in_last * length, taken[-1:])
+            started.add(room - per_row * length, taken[:-1])
+            started.add(room - in_last * length, taken[-1:])
             start += placed
     return rows
+
+
+class _StartedRows:
+    """Rows that have room left, by how much."""
+
+    def __init__(self) -> None:
+        self._rooms: list[int] = []  # sorted
+        self._rows: dict[int, list[int]] = {}
+
+    def tightest(self, length: int) -> int | None:
+        """The smallest room that holds `length` tokens."""
+        at = bisect_left(self._rooms, length)
+        return self._rooms[at] if at < len(self._rooms) else None
+
+    def take(self, room: int, count: int) -> list[int]:
+        """Up to `count` rows with this room, which are here no longer."""
+        waiting = self._rows[room]
+        taken = waiting[-count:]
+        del waiting[-len(taken) :]
+        if not waiting:
+            del self._rows[room], self._rooms[bisect_left(self._rooms, room)]
+        return taken
+
+    def add(self, room: int, rows: list[int]) -> None:
+        if room and rows:
+            if room not in self._rows:
+                insort(self._rooms, room)
+                self._rows[room] = []
+            self._rows[room].extend(rows)
 
 
 def group(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

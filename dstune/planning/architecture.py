@@ -235,56 +235,34 @@ class _Tensors:
             self.found.append(Tensor(f"{name}.bias", (width,), layer=layer))
 
 
+QUERY_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
+FOUR_NORMS = ("gemma2", "gemma3_text")
+"""Kinds of decoders that normalise queries and keys, and those that normalise what a block adds as well."""
+
+
 def _decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
     """Llama and its kin: Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM3; Mixtral and Qwen 3 with experts."""
-    kind = c["model_type"]
+    kind, layers, hidden = c["model_type"], c["num_hidden_layers"], c["hidden_size"]
+    heads, kv_heads, head_dim = _heads(c)
     routed = _routed_layers(c)
     experts = c["num_experts_per_tok"] if routed else 0
-    hidden, inner, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
-    kv_heads = c.get("num_key_value_heads") or heads
-    head_dim = c.get("head_dim") or hidden // heads
-    attention_bias, mlp_bias = bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
-    query_norm = kind in ("qwen3", "qwen3_moe", "gemma3_text")
-    four_norms = kind in ("gemma2", "gemma3_text")
     add = _Tensors()
     add.table("model.embed_tokens", c["vocab_size"], hidden)
-    for index in range(c["num_hidden_layers"]):
-        at = f"model.layers.{index}"
-        bias = attention_bias or kind == "qwen2"
-        add.linear(f"{at}.self_attn.q_proj", hidden, heads * head_dim, bias=bias, layer=index)
-        add.linear(f"{at}.self_attn.k_proj", hidden, kv_heads * head_dim, bias=bias, layer=index)
-        add.linear(f"{at}.self_attn.v_proj", hidden, kv_heads * head_dim, bias=bias, layer=index)
-        add.linear(f"{at}.self_attn.o_proj", heads * head_dim, hidden, bias=attention_bias, layer=index)
-        if query_norm:
-            add.norm(f"{at}.self_attn.q_norm", head_dim, layer=index)
-            add.norm(f"{at}.self_attn.k_norm", head_dim, layer=index)
-        if index in routed:
-            add.experts(f"{at}.mlp", _experts(c), experts, _expert_inner(c), hidden, layer=index)
-        else:
-            add.linear(f"{at}.mlp.gate_proj", hidden, inner, bias=mlp_bias, layer=index)
-            add.linear(f"{at}.mlp.up_proj", hidden, inner, bias=mlp_bias, layer=index)
-            add.linear(f"{at}.mlp.down_proj", inner, hidden, bias=mlp_bias, layer=index)
-        add.norm(f"{at}.input_layernorm", hidden, layer=index)
-        add.norm(f"{at}.post_attention_layernorm", hidden, layer=index)
-        if four_norms:
-            add.norm(f"{at}.pre_feedforward_layernorm", hidden, layer=index)
-            add.norm(f"{at}.post_feedforward_layernorm", hidden, layer=index)
+    for index in range(layers):
+        _decoder_layer(add, c, index, experts=experts if index in routed else 0)
     add.norm("model.norm", hidden)
     if head == LANGUAGE_MODEL and not c["tie_word_embeddings"]:
         add.linear("lm_head", hidden, c["vocab_size"])
     if head in (CLASSIFIER, TOKEN_CLASSIFIER):
         add.linear("score", hidden, labels, bias=head == TOKEN_CLASSIFIER)
-    layers = c["num_hidden_layers"]
-    window = c.get("sliding_window") if kind in ("mistral", "mixtral", "gemma2", "gemma3_text") else None
-    windowed = {"mistral": layers, "mixtral": layers, "gemma2": layers // 2, "gemma3_text": layers - layers // 6}.get(
-        kind, 0
-    )
+    windowed = {"mistral": layers, "mixtral": layers, "gemma2": layers // 2, "gemma3_text": layers - layers // 6}
+    window = c.get("sliding_window") if kind in windowed else None
     return Architecture(
         kind=kind,
         tensors=tuple(add.found),
         layers=layers,
         hidden=hidden,
-        intermediate=experts * _expert_inner(c) if routed else inner,
+        intermediate=experts * _expert_inner(c) if routed else c["intermediate_size"],
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -292,12 +270,40 @@ def _decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
         gated=True,
         tied=bool(c["tie_word_embeddings"]),
         experts=experts,
-        norms=4 if four_norms else 2,
-        query_norm=query_norm,
+        norms=4 if kind in FOUR_NORMS else 2,
+        query_norm=kind in QUERY_NORM,
         window=window,
-        windowed_layers=windowed if window else 0,
+        windowed_layers=windowed[kind] if window else 0,
         soft_capped=kind == "gemma2",
     )
+
+
+def _heads(c: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads of queries, of keys and values, and the width of one."""
+    heads = c["num_attention_heads"]
+    return heads, c.get("num_key_value_heads") or heads, c.get("head_dim") or c["hidden_size"] // heads
+
+
+def _decoder_layer(add: _Tensors, c: dict[str, Any], index: int, *, experts: int) -> None:
+    """experts: that a token is sent to; 0 where the layer has one feed-forward part."""
+    kind, hidden, inner = c["model_type"], c["hidden_size"], c["intermediate_size"]
+    heads, kv_heads, head_dim = _heads(c)
+    at, output_bias, mlp_bias = f"model.layers.{index}", bool(c.get("attention_bias")), bool(c.get("mlp_bias"))
+    bias = output_bias or kind == "qwen2"
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        add.linear(f"{at}.self_attn.{name}_proj", hidden, count * head_dim, bias=bias, layer=index)
+    add.linear(f"{at}.self_attn.o_proj", heads * head_dim, hidden, bias=output_bias, layer=index)
+    for name in ("q_norm", "k_norm") if kind in QUERY_NORM else ():
+        add.norm(f"{at}.self_attn.{name}", head_dim, layer=index)
+    if experts:
+        add.experts(f"{at}.mlp", _experts(c), experts, _expert_inner(c), hidden, layer=index)
+    else:
+        add.linear(f"{at}.mlp.gate_proj", hidden, inner, bias=mlp_bias, layer=index)
+        add.linear(f"{at}.mlp.up_proj", hidden, inner, bias=mlp_bias, layer=index)
+        add.linear(f"{at}.mlp.down_proj", inner, hidden, bias=mlp_bias, layer=index)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    for name in (*norms, "pre_feedforward_layernorm", "post_feedforward_layernorm") if kind in FOUR_NORMS else norms:
+        add.norm(f"{at}.{name}", hidden, layer=index)
 
 
 def _routed_layers(c: dict[str, Any]) -> range | list[int]:

@@ -153,10 +153,8 @@ def setup(
     trained, frozen = method.trained(model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
-    more = zero.settings.get("zero_optimization", {}) if isinstance(zero.settings, dict) else {}
-    longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
-    length = longest if config.data.packing else -(-longest // PADDING) * PADDING
-    length += method.added_length
+    more = zero.settings.get("zero_optimization", {})
+    length = _row_length(config, values) + method.added_length
     values = DEFAULTS.get(model.kind, {}) | values
     return Setup(
         model=model,
@@ -165,7 +163,7 @@ def setup(
         stage=stage_of(zero),
         offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and stage_of(zero) > 0,
         swaps=zero.offload_optimizer is OptimizerOffload.nvme and stage_of(zero) == 3,
-        swapped_at_once=zero.settings.get("zero_optimization", {}).get("sub_group_size", SWAPPED_AT_ONCE),
+        swapped_at_once=more.get("sub_group_size", SWAPPED_AT_ONCE),
         offload_param=zero.offload_param is not Offload.none and stage_of(zero) == 3,
         weight_bytes=weight_bytes,
         frozen_bits=method.frozen_bits(weight_bytes),
@@ -183,7 +181,7 @@ def setup(
         tiles=config.trainer.mlp_tiles,
         adapter=method.adapter,
         target_share=1.0,
-        dropout=float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0),
+        dropout=_dropout(values),
         adapter_dropout=method.adapter_dropout > 0,
         reduce_bucket=zero.reduce_bucket_size,
         overlaps=overlaps(config, max(1, ranks // slices), on_gpu=on_gpu),
@@ -197,6 +195,16 @@ def setup(
         slices=slices,
         own_sums=weight_bytes == 2 and zero.gradient_dtype is GradientDtype.model,
     )
+
+
+def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
+    """Tokens of the longest row, with its padding."""
+    longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
+    return longest if config.data.packing else -(-longest // PADDING) * PADDING
+
+
+def _dropout(values: dict[str, Any]) -> float:
+    return float(values.get("hidden_dropout_prob") or values.get("dropout_rate") or values.get("dropout") or 0.0)
 
 
 PREFETCH, LIVE = 50_000_000, 1_000_000_000

@@ -63,13 +63,8 @@ def check_plugin(
     run("resumed", 2, 2, "zero=stage2")
     resumed = run("resumed", 4, 2, "zero=stage2")
     _same("the losses of a resumed run", _losses(resumed), _losses(whole), 0.0)
-    for kept in sorted((whole.dir / "export").glob("*.safetensors")):
-        same = kept.read_bytes() == (resumed.dir / "export" / kept.name).read_bytes()
-        assert same, f"the weights of a resumed run differ from those of an undisturbed one: {kept.name}"
-    measured = whole.evaluate()["metrics"]
-    final = whole.result["eval_final"]
-    both = [name for name in measured if isinstance(final.get(name), (int, float))]
-    _same("the metrics of dstune evaluate", [measured[n] for n in both], [final[n] for n in both], TOLERANCE)
+    _same_weights(resumed.dir / "export", whole.dir / "export")
+    measured = _evaluated(whole)
     answers = None
     if not task_of(whole.config.task).generates:
         answers = whole.predict(rows[:4])
@@ -80,6 +75,21 @@ def check_plugin(
 
 def _losses(run: Any) -> list[float]:
     return [row["loss"] for row in run.metrics if "loss" in row]
+
+
+def _same_weights(resumed: Path, undisturbed: Path) -> None:
+    for kept in sorted(undisturbed.glob("*.safetensors")):
+        same = kept.read_bytes() == (resumed / kept.name).read_bytes()
+        assert same, f"the weights of a resumed run differ from those of an undisturbed one: {kept.name}"
+
+
+def _evaluated(run: Any) -> dict[str, Any]:
+    """The metrics of `dstune evaluate`, which are those of the run's last evaluation."""
+    measured: dict[str, Any] = run.evaluate()["metrics"]
+    final = run.result["eval_final"]
+    both = [name for name in measured if isinstance(final.get(name), (int, float))]
+    _same("the metrics of dstune evaluate", [measured[n] for n in both], [final[n] for n in both], TOLERANCE)
+    return measured
 
 
 def _same(what: str, found: Sequence[float], expected: Sequence[float], tolerance: float) -> None:
