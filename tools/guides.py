@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Write the tables of README.md, docs/configuration.md, docs/methods.md and docs/presets.md from the schema and `conf/`, and
-that of docs/security.md from benchmarks/attacks.py.
+"""Write docs/configuration.md, docs/methods.md and docs/presets.md from the schema and `conf/`, and the table of
+docs/security.md from benchmarks/attacks.py.
 
 usage: python tools/guides.py
 """
@@ -16,14 +16,9 @@ sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
 
 from benchmarks.attacks import table as attacks_table  # noqa: E402
 from dstune.config.documentation import merged  # noqa: E402
-from tools.method_matrix import matrix_table  # noqa: E402
 from tools.methods_page import methods_page  # noqa: E402
 from tools.presets_page import presets_page  # noqa: E402
 
-GROUPS_START = "<!-- groups: made by `python tools/guides.py` -->"
-GROUPS_END = "<!-- /groups -->"
-METHODS_START = "<!-- methods: made by `python tools/guides.py` -->"
-METHODS_END = "<!-- /methods -->"
 ATTACKS_START = "<!-- attacks: made by `python tools/guides.py` -->"
 ATTACKS_END = "<!-- /attacks -->"
 CONFIGURATION_HEAD = """\
@@ -36,7 +31,7 @@ nothing is `key=null`.
 
 
 def markdown_table() -> str:
-    """All keys as a Markdown table, for the README (a test holds the two against each other)."""
+    """All keys as a Markdown table."""
     lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
     for setting in merged():
         only = f" ({setting.group})" if "=" in setting.group else ""
@@ -46,7 +41,7 @@ def markdown_table() -> str:
 
 
 def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
-    """Groups with their choices and keys as a Markdown table, for the README (a test holds the two against each other)."""
+    """Groups with their choices and keys as a Markdown table."""
     keys: dict[str, list[str]] = {}
     for setting in merged():
         section, _, key = setting.key.partition(".")
@@ -59,9 +54,18 @@ def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
         names = [choice for choice in groups.get(group, ()) if choice != "default"]
         choices = ", ".join(f"`{name}`" for name in names)
         if len(names) > LISTED:
-            choices = f"[{len(names)} presets](docs/presets.md), for example `{names[0]}`, `{names[-1]}`"
+            choices = f"[{len(names)} presets](presets.md), for example `{names[0]}`, `{names[-1]}`"
         lines.append(f"| `{group}` | {choices} | {' '.join(f'`{key}`' for key in keys.get(group, ()))} |")
     return "\n".join(lines) + "\n"
+
+
+def configuration_page() -> str:
+    """The text of docs/configuration.md."""
+    from dstune.config.hydra_session import group_options, session
+
+    with session() as hydra:
+        groups = groups_table(group_options(hydra))
+    return f"{CONFIGURATION_HEAD}\n## Groups\n\n{groups}\n## Keys\n\n{markdown_table()}"
 
 
 LISTED = 20
@@ -75,15 +79,8 @@ def _between(text: str, start: str, table: str, end: str) -> str:
 
 
 def write_guides(root: Path) -> None:
-    """Put the current tables into README.md and the pages of docs/ below `root`."""
-    from dstune.config.hydra_session import group_options, session
-
-    with session() as hydra:
-        table = groups_table(group_options(hydra))
-    readme = root / "README.md"
-    text = _between(readme.read_text(encoding="utf-8"), GROUPS_START, table, GROUPS_END)
-    readme.write_text(_between(text, METHODS_START, matrix_table(), METHODS_END), encoding="utf-8")
-    (root / "docs" / "configuration.md").write_text(f"{CONFIGURATION_HEAD}\n{markdown_table()}", encoding="utf-8")
+    """Put the current tables into the pages of docs/ below `root`."""
+    (root / "docs" / "configuration.md").write_text(configuration_page(), encoding="utf-8")
     (root / "docs" / "methods.md").write_text(methods_page(root), encoding="utf-8")
     security = root / "docs" / "security.md"
     page = _between(security.read_text(encoding="utf-8"), ATTACKS_START, attacks_table(), ATTACKS_END)

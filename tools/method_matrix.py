@@ -1,4 +1,4 @@
-"""The methods against the ZeRO stages and what else restricts them: a table for the README, made from the rules themselves."""
+"""The methods against the ZeRO stages and what else restricts them: a table made from the rules themselves."""
 
 from __future__ import annotations
 

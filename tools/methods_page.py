@@ -11,6 +11,7 @@ from typing import Any
 
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.protocols import METHODS
+from tools.method_matrix import matrix_table
 
 HEAD = """\
 # Methods
@@ -18,6 +19,13 @@ HEAD = """\
 Made from the schema, `conf/method/` and `benchmarks/methods.json` by `python tools/guides.py`. A method decides
 what is trained, and when; it goes with every task, model and ZeRO stage unless validation says why not. Keys and defaults:
 [configuration.md](configuration.md).
+"""
+
+MATRIX = """\
+## What goes with what
+
+Each cell promises what `tests/distributed/test_matrix.py` runs on two ranks: training, frozen weights that keep every bit, a resume to the
+bit, and an export that plain `transformers` or `peft` loads with equal outputs.
 """
 
 FORGETTING = """\
@@ -38,7 +46,7 @@ dstune train method=full data.train=rows.jsonl forgetting.general=general.jsonl 
 def methods_page(root: Path) -> str:
     """The text of docs/methods.md. root: of the repository."""
     measured = _measured(root / "benchmarks" / "methods.json")
-    parts = [HEAD, *_table(measured)]
+    parts = [HEAD, *_table(measured), MATRIX, matrix_table()]
     for name, cls in METHODS.configs().items():
         parts += [
             f"## `method={name}`",

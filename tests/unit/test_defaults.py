@@ -167,7 +167,7 @@ def test_steps_passes_and_shares_of_the_run(every: int | str, total: int, epochs
 
 
 def test_evaluations_and_saves_happen_in_every_run_by_default() -> None:
-    """The first recipe of the README on 300 chats takes two steps."""
+    """`experiment=chat_lora` on 300 chats takes two steps."""
     config = compose(["experiment=chat_lora"]).config
     for total in (1, 2, 19, 1000):
         callback = Cadence(config, total, can_evaluate=True)

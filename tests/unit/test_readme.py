@@ -1,4 +1,4 @@
-"""The README says what is true: its commands compose, its tables are the schema's, its verbs and flags exist."""
+"""The README and the guides say what is true: commands compose, verbs and flags exist, tables are the schema's."""
 
 from __future__ import annotations
 
@@ -11,20 +11,10 @@ import pytest
 from dstune.cli import VERBS
 from dstune.config.compose import compose
 from dstune.config.documentation import documentation
-from dstune.config.hydra_session import group_options, session
 from dstune.config.sweep_space import first, split
 from dstune.config.validate import validate
 from dstune.protocols import METHODS
-from tools.guides import (
-    CONFIGURATION_HEAD,
-    GROUPS_END,
-    GROUPS_START,
-    METHODS_END,
-    METHODS_START,
-    groups_table,
-    markdown_table,
-)
-from tools.method_matrix import matrix_table
+from tools.guides import configuration_page
 from tools.methods_page import methods_page
 from tools.presets_page import presets_page
 
@@ -33,6 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = tuple(
     ROOT / "docs" / f"{name}.md"
     for name in (
+        "recipes",
         "tracking",
         "export",
         "methods",
@@ -120,16 +111,6 @@ def test_commands_of_report_and_data_show_are_understood():
         validate(compose(overrides).config)
 
 
-def test_groups_and_keys_are_those_of_the_schema():
-    with session() as hydra:
-        table = groups_table(group_options(hydra))
-    assert f"{GROUPS_START}\n{table}{GROUPS_END}" in README, "run python tools/guides.py"
-
-
-def test_matrix_of_methods_is_that_of_the_rules():
-    assert f"{METHODS_START}\n{matrix_table()}{METHODS_END}" in README, "run python tools/guides.py"
-
-
 def test_page_of_presets_is_that_of_the_files():
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
     assert text == presets_page(ROOT / "conf"), "run python tools/guides.py"
@@ -145,5 +126,5 @@ def test_page_of_methods_is_that_of_schema_files_and_measurements():
 
 def test_configuration_reference_is_that_of_the_schema():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text == f"{CONFIGURATION_HEAD}\n{markdown_table()}", "run python tools/guides.py"
+    assert text == configuration_page(), "run python tools/guides.py"
     assert not [f"{setting.group}.{setting.key}" for setting in documentation() if not setting.doc]
