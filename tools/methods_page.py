@@ -24,8 +24,8 @@ what is trained, and when; it goes with every task, model and ZeRO stage unless 
 MATRIX = """\
 ## What goes with what
 
-Each cell promises what `tests/distributed/test_matrix.py` runs on two ranks: training, frozen weights that keep every bit, a resume to the
-bit, and an export that plain `transformers` or `peft` loads with equal outputs.
+Each cell promises what `tests/distributed/test_matrix.py` runs on two ranks: training, frozen weights that keep every bit, a resume
+to the bit, and an export that plain `transformers` or `peft` loads with equal outputs.
 """
 
 FORGETTING = """\

@@ -29,3 +29,19 @@ def test_named_goals_exist() -> None:
         text = (ROOT / guide).read_text(encoding="utf-8")
         named = set(re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE))
         assert named <= goals, f"{guide} names {named - goals}"
+
+
+def test_named_functions_exist() -> None:
+    """`trainer/loop.py: write_row`, of the package where no folder of the repository begins the path."""
+    named = {
+        (guide.name, path, name)
+        for guide in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
+        for path, names in re.findall(r"`([\w/]+\.py): ([\w.]+(?:, [\w.]+)*)`", guide.read_text(encoding="utf-8"))
+        for name in names.split(", ")
+    }
+    assert len(named) > 10
+    for guide, path, name in sorted(named):
+        files = [file for file in (ROOT / path, ROOT / "dstune" / path) if file.is_file()]
+        assert files, f"{guide} names {path}"
+        defined = re.search(rf"\b(?:def|class) {name.rpartition('.')[2]}\b", files[0].read_text(encoding="utf-8"))
+        assert defined, f"{guide} names {name} in {path}"
