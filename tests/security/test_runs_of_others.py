@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.plugins import in_a_process, install
 from support.tiny import save_decoder, write_dialogues
-from unit.test_plugins import in_a_process, install
 
 from dstune.checkpoint import store
 from dstune.cli import main

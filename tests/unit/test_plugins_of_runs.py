@@ -1,0 +1,161 @@
+"""What a run keeps of its plugins, and which changes of them it accepts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstune.config import plugins as requests
+from dstune.config.compose import compose
+from dstune.config.run_file import read_run, write_run
+from dstune.config.run_overrides import apply_overrides
+from dstune.core import plugins
+from dstune.core.errors import UserError
+from dstune.launch import rundir
+from dstune.sweep import directory
+from tests.support.plugins import LION, ROOT, copy, folder_of_plugins
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    yield from folder_of_plugins(tmp_path, monkeypatch)
+
+
+def a_run(path: Path, *overrides: str):
+    composed = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", f"run.dir={path}", *overrides])
+    path.mkdir(exist_ok=True)
+    write_run(path / "run.yaml", composed)
+    return composed
+
+
+def test_a_run_keeps_its_plugins(folder):
+    copy()
+    composed = a_run(folder / "run")
+    assert (folder / "run" / "plugins" / "lion.py").read_text() == LION.read_text()
+    Path("lion.py").unlink()
+    compose(["data=chitchat"])
+    again = read_run(folder / "run" / "run.yaml")
+    assert (again.config, again.plugins) == (composed.config, composed.plugins)
+    assert again.plugins[0].file == "./lion.py"
+    assert plugins.digests("optimizer") == [again.plugins[0].sha256]
+    assert plugins.digests("task") == []
+
+
+def test_a_rank_started_process_unpickles_what_a_plugin_defines(folder):
+    copy()
+    a_run(folder / "run")
+    Path("lion.py").unlink()
+    config = read_run(folder / "run" / "run.yaml").config.optimizer
+    (folder / "pickled").write_bytes(pickle.dumps(config))
+    program = "import pickle; print(pickle.load(open('pickled', 'rb')).update_momentum)"
+    lookup = "from dstune.protocols import OPTIMIZERS; print('lion' in OPTIMIZERS)"
+    for text, formatted in ((program, "0.9\n"), (lookup, "True\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.stdout == formatted, done.stderr
+    compose(["data=chitchat"])
+    assert plugins.VARIABLE not in os.environ  # another run's ranks must not inherit it
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", ""])
+def test_the_list_of_a_run_names_no_file_elsewhere(folder, name):
+    copy()
+    a_run(folder / "run")
+    file = folder / "run" / "run.yaml"
+    file.write_text(file.read_text().replace("name: lion", f"name: '{name}'", 1))
+    with pytest.raises(UserError, match="is not a list of plugins"):
+        read_run(file)
+
+
+def test_a_copy_that_was_changed_or_is_gone(folder):
+    copy()
+    a_run(folder / "run")
+    kept = folder / "run" / "plugins" / "lion.py"
+    kept.write_text(LION.read_text() + "# changed\n")
+    with pytest.raises(UserError) as error:
+        read_run(folder / "run" / "run.yaml")
+    (problem,) = error.value.problems
+    assert problem.where == str(kept)
+    assert "has changed since the run began" in problem.reason
+    assert problem.fix == "bring the file back as it was"
+    with pytest.raises(UserError, match=plugins.ACCEPT):
+        read_run(folder / "run" / "run.yaml", [])
+    accepted = read_run(folder / "run" / "run.yaml", [plugins.ACCEPT])
+    assert accepted.plugins[0].sha256 != json.loads(json.dumps(plugins.to_dicts(accepted.plugins)))[0]["file"]
+    kept.unlink()
+    with pytest.raises(UserError, match="there is no such file"):
+        read_run(folder / "run" / "run.yaml")
+
+
+@pytest.fixture
+def saved(folder, monkeypatch):
+    copy()
+    a_run(folder / "run")
+    monkeypatch.setattr(rundir.store, "resumable", lambda path: path / "checkpoints" / "step-00000001")
+    return folder / "run"
+
+
+def choose(*overrides: str):
+    return rundir.choose(compose(["data=chitchat", "optimizer=lion", "run.dir=run", *overrides]))
+
+
+def test_the_same_command_again_continues(saved):
+    assert choose("plugins=[./lion.py]").plugins[0].name == "lion"
+
+
+def test_a_changed_plugin_is_refused_unless_it_is_accepted(saved):
+    copy("lion.py", "sign momentum", "signed momentum")
+    with pytest.raises(UserError) as error:
+        choose("plugins=[./lion.py]")
+    (problem,) = error.value.problems
+    assert problem.where == "./lion.py"
+    assert "the plugin lion has changed since the run began" in problem.reason
+    accepted = choose("plugins=[./lion.py]", plugins.ACCEPT)
+    assert not accepted.config.run.accept_plugin_changes  # by this start, not by every later one
+    prepared = rundir.prepare(accepted)
+    os.close(prepared.lock)
+    assert "signed momentum" in (saved / "plugins" / "lion.py").read_text()
+    assert prepared.before.restore() is True
+    assert "signed momentum" not in (saved / "plugins" / "lion.py").read_text()
+
+
+def test_another_plugin_beside_it_is_refused(saved):
+    Path("more.py").write_text("")
+    with pytest.raises(UserError, match="the run began without the plugin more"):
+        choose("plugins=[./lion.py,./more.py]")
+
+
+def test_the_plugins_of_an_existing_run_are_chosen(saved):
+    config = read_run(saved / "run.yaml").config
+    with pytest.raises(UserError, match="the plugins of an existing run are settled"):
+        apply_overrides(config, ["plugins=[./lion.py]"])
+
+
+def test_a_sweep_continues_with_its_plugins(folder):
+    def sweep(*further: str) -> directory.Sweep:
+        words = ["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", *further]
+        return directory.Sweep(folder / "sweep", compose(words).config, words, [], [])
+
+    copy()
+    (folder / "sweep").mkdir()
+    directory.write_sweep(sweep(), ["loss"])
+    again = sweep()
+    assert directory.continued(again) == (again, False)
+    copy("lion.py", "sign momentum", "signed momentum")
+    with pytest.raises(UserError, match="the plugin lion has changed since the run began"):
+        directory.continued(sweep())
+    assert directory.continued(sweep(plugins.ACCEPT))[0].base.optimizer.name == "lion"
+
+
+def test_a_run_without_plugins_says_nothing_of_them(folder):
+    (folder / "run").mkdir()
+    write_run(folder / "run" / "run.yaml", compose(["data=chitchat"]))
+    assert "plugins" not in (folder / "run" / "run.yaml").read_text()
+    assert requests.requested([]) == []
