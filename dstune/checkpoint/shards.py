@@ -30,10 +30,11 @@ from torch import Tensor
 
 from dstune.checkpoint import store
 from dstune.core.errors import Problem, UserError
-from dstune.zero.engine import BUFFER, PARAMETER_GROUPS, weights_file
+from dstune.zero.engine import PARAMETER_GROUPS
 from dstune.zero.restore import WEIGHT
 from dstune.zero.safe_load import load
 from dstune.zero.slices import CUTS
+from dstune.zero.weight_files import BUFFER, weights_file
 
 
 class Shards:

@@ -23,7 +23,8 @@ from dstune.trainer.data_loader import data_loader_of
 from dstune.trainer.prefetcher import dropout_seed, prefetched_steps
 from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Change, Engine
+from dstune.zero.engine import Engine
+from dstune.zero.masks import Change
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES
 

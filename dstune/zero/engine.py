@@ -1,4 +1,4 @@
-"""The only `deepspeed.initialize`, and what of an engine is used that DeepSpeed does not document."""
+"""The only `deepspeed.initialize`, and what dstune does with an engine beyond its documented interface."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
+from dstune.zero.hooks import without_hooks
+from dstune.zero.masks import Change, masked_decay, zero_gradients
 from dstune.zero.parts import full_count, full_shape, gathered
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
+from dstune.zero.weight_files import BUFFER, persistent_buffers, weights_file
 
 if TYPE_CHECKING:
     from dstune.zero.shard_files import Save
@@ -29,44 +32,9 @@ if TYPE_CHECKING:
 PARAMETER_GROUPS = "dstune_parameter_groups"
 """Key of the parameter names of each group in what DeepSpeed saves: at stage 0 its optimizer has numbers only."""
 
-Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
-"""See `Engine.before_update`."""
-
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
 """(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """A bool tensor as bits, uint8 [ceil(elements / 8)]."""
-    flat = mask.reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(dim=1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """What `pack_bits` was given."""
-    every = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return every.view(-1)[: shape.numel()].view(shape).bool()
-
-
-BUFFER = "buffer:"
-"""Begins the names of buffers in the files of `Engine.save_weights`."""
-
-
-def weights_file(rank: int | str, part: int = 0) -> str:
-    """Name of a rank's file of pieces of weights, or a pattern for all of them. part: which, of an engine that `swaps`."""
-    return (
-        f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}{f'.{part:05d}' if part else ''}.safetensors"
-    )
-
-
-def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to a module's state, by name."""
-    saved = module.state_dict(keep_vars=True)
-    for name, buffer in module.named_buffers():
-        if name in saved:
-            yield name, buffer
 
 
 def _announce_borrowed_weights(model: nn.Module) -> None:
@@ -400,32 +368,10 @@ class Engine:
         have no moments and no share in the norm; weight decay is taken from the optimizer and applied here. Masks cost a
         bit for each entry on every rank.
         """
-        packed = {name: pack_bits(mask).to(self.device) for name, mask in masks.items()}
-        for name, bits in packed.items():
-            parameter = self._parameters[name]
-            shape = full_shape(parameter)
-            parameter.register_hook(lambda gradient, bits=bits, shape=shape: gradient * unpack_bits(bits, shape))
-        kept: dict[int, torch.Tensor] = {}
-        for partition in self.partitions():
-            expected = torch.ones_like(partition.elements, dtype=torch.bool)
-            for part in partition.fragments:
-                if part.name in masks:
-                    chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
-                    expected[part.offset : part.offset + part.count] = chosen.to(expected.device)
-            kept[id(partition.key)] = expected
-        for group in self._inner.param_groups:
-            group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+        zero_gradients(self._parameters, masks, self.device)
         assert self._optimizer is not None
         decoupled = self._optimizer.decoupled_weight_decay
-
-        def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-            expected = kept[id(partition.key)]
-            if decoupled:
-                partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * expected)
-            else:
-                gradient.add_(partition.elements * expected, alpha=group["masked_decay"])
-
-        self.before_update(decay)
+        self.before_update(masked_decay(masks, self.partitions(), self._inner, decoupled=decoupled))
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
@@ -463,26 +409,8 @@ class Engine:
         if self.stage < 3:
             yield self.module
             return
-        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-        # An engine that only evaluates has the hooks in place of an optimizer.
-        offload = getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
-        with gathered(list(self.module.parameters())):
-            for parameter in self.module.parameters():
-                parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
-            # The first of them begins a pass, and compares with the other ranks where none was recorded yet.
-            for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
-            try:
-                yield self.module
-            finally:
-                # The recorded order of fetches belongs to the hooks that were removed.
-                coordinator = offload.get_param_coordinator()
-                if not coordinator.is_invalid_trace():
-                    coordinator._invalidate_trace()
-                offload.setup_zero_stage3_hooks()
-                FWD_MODULE_STACK.pop()  # it was there already
+        with gathered(list(self.module.parameters())), without_hooks(self._engine, self.module):
+            yield self.module
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from dstune.methods.importance.choice import chosen_tensors, rank_correlation, s
 from dstune.methods.importance.scores import MASKS, REPORT, take_over
 from dstune.report.importance import importance
 from dstune.report.numbers import percent
-from dstune.zero.engine import pack_bits, unpack_bits
+from dstune.zero.masks import pack_bits, unpack_bits
 
 
 def test_tensors_by_score_until_the_share_is_full():

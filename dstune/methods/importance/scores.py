@@ -28,7 +28,8 @@ from dstune.models.load import NewWeights
 from dstune.protocols.method import Preparation
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.probe import Probe, probing
-from dstune.zero.engine import Engine, pack_bits, unpack_bits
+from dstune.zero.engine import Engine
+from dstune.zero.masks import pack_bits, unpack_bits
 from dstune.zero.parts import full_count, full_shape
 from dstune.zero.restore import Partition
 

@@ -51,6 +51,42 @@ class Shares:
         return self.used[organization] / limits.weight
 
 
+@dataclass
+class _Room:
+    """Local devices that are free, and places in the queues of other pools."""
+
+    free: list[int]
+    places: int
+    """Jobs that each other pool may have at once."""
+    submitted: Counter[str] = field(default_factory=Counter)
+    blocked: set[str] = field(default_factory=set)
+    """Pools that have no room for the job whose turn it was: those behind it wait too."""
+
+    def occupied_by(self, job: Busy) -> None:
+        if job.pool == LOCAL:
+            self.free = [device for device in self.free if device not in job.taken]
+        else:
+            self.submitted[job.pool] += 1
+
+    def take(self, job: Waiting) -> list[int] | None:
+        """The devices for a job, none in another pool; None where it has to wait."""
+        if job.pool in self.blocked:
+            return None
+        if job.pool != LOCAL:
+            if self.submitted[job.pool] >= self.places:
+                self.blocked.add(job.pool)
+                return None
+            self.submitted[job.pool] += 1
+            return []
+        if (job.devices if job.fewest is None else job.fewest) > len(self.free):
+            self.blocked.add(LOCAL)
+            return None
+        taken, self.free = self.free[: job.devices], self.free[job.devices :]
+        if not self.free:
+            self.blocked.add(LOCAL)
+        return taken
+
+
 def choose(
     waiting: Iterable[Waiting],
     busy: Iterable[Busy],
@@ -65,22 +101,17 @@ def choose(
     those that come free from jobs behind it: a large job is not passed for ever.
     """
     shares = Shares(defaultdict(float, used))
-    free = list(range(devices))
-    submitted: Counter[str] = Counter()
+    room = _Room(list(range(devices)), settings.submitted)
     running: Counter[tuple[str, str]] = Counter()
     for job in busy:
         shares.used[job.organization] += job.charged
         running["organization", job.organization] += 1
         running["key", job.key] += 1
-        if job.pool == LOCAL:
-            free = [device for device in free if device not in job.taken]
-        else:
-            submitted[job.pool] += 1
+        room.occupied_by(job)
     queues: dict[tuple[int, str], list[Waiting]] = defaultdict(list)
     for one in sorted(waiting, key=lambda one: one.number, reverse=True):
         queues[one.priority, one.organization].append(one)  # the oldest last, where it is popped
     chosen: list[tuple[Waiting, list[int]]] = []
-    blocked: set[str] = set()
     while queues:
         priority, organization = min(
             queues, key=lambda key: (-key[0], shares.of(key[1], settings.of(key[1])), queues[key][-1].number)
@@ -93,24 +124,15 @@ def choose(
         if limits.running is not None and running["organization", organization] >= limits.running:
             queues.pop((priority, organization), None)
             continue
-        if one.pool in blocked or (key_limit is not None and running["key", one.key] >= key_limit):
+        if key_limit is not None and running["key", one.key] >= key_limit:
             continue
-        taken: list[int] = []
-        if one.pool == LOCAL:
-            if (one.devices if one.fewest is None else one.fewest) > len(free):
-                blocked.add(one.pool)
-                continue
-            taken, free = free[: one.devices], free[one.devices :]
-            if not free:
-                blocked.add(one.pool)
-        elif submitted[one.pool] >= settings.submitted:
-            blocked.add(one.pool)
+        taken = room.take(one)
+        if taken is None:
             continue
-        submitted[one.pool] += 1
         shares.used[organization] += (len(taken) or one.devices) * one.seconds
         running["organization", organization] += 1
         running["key", one.key] += 1
         chosen.append((one, taken))
-        if all(job.pool in blocked for own in queues.values() for job in own):
+        if all(job.pool in room.blocked for own in queues.values() for job in own):
             break
     return chosen

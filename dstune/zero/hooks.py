@@ -1,0 +1,34 @@
+"""ZeRO-3's hooks, which gather the weights of each layer, taken off and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
+    """DeepSpeed's stage-3 `engine` leaves its `module`, whose weights are gathered, alone meanwhile."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    # An engine that only evaluates has the hooks in place of an optimizer.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    parameters: list[Any] = list(module.parameters())
+    for parameter in parameters:
+        parameter.ds_active_sub_modules.clear()
+    # The first of them begins a pass, and compares with the other ranks where none was recorded yet.
+    for hook in [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]:
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    try:
+        yield
+    finally:
+        # The recorded order of fetches belongs to the hooks that were removed.
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
+        offload.setup_zero_stage3_hooks()
+        FWD_MODULE_STACK.pop()  # it was there already

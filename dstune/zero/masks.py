@@ -1,0 +1,66 @@
+"""Training chosen entries of parameters: masks as bits, gradients of the others that are zero, weight decay for the chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstune.zero.parts import full_shape
+from dstune.zero.restore import Partition
+
+Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
+"""See `Engine.before_update`."""
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """A bool tensor as bits, uint8 [ceil(elements / 8)]."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """What `pack_bits` was given."""
+    every = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return every.view(-1)[: shape.numel()].view(shape).bool()
+
+
+def zero_gradients(
+    parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    """Make the gradients of entries outside of the masks zero, in every backward pass from here on."""
+    packed = {name: pack_bits(mask).to(device) for name, mask in masks.items()}
+    for name, bits in packed.items():
+        shape = full_shape(parameters[name])
+        parameters[name].register_hook(lambda gradient, bits=bits, shape=shape: gradient * unpack_bits(bits, shape))
+
+
+def masked_decay(
+    masks: Mapping[str, torch.Tensor], partitions: Sequence[Partition], inner: torch.optim.Optimizer, *, decoupled: bool
+) -> Change:
+    """Take weight decay from the optimizer, and return what applies it to entries inside of the masks.
+
+    decoupled: as AdamW has it; otherwise it is added to the gradient.
+    """
+    kept: dict[int, torch.Tensor] = {}
+    for partition in partitions:
+        expected = torch.ones_like(partition.elements, dtype=torch.bool)
+        for part in partition.fragments:
+            if part.name in masks:
+                chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
+                expected[part.offset : part.offset + part.count] = chosen.to(expected.device)
+        kept[id(partition.key)] = expected
+    for group in inner.param_groups:
+        group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
+
+    def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        expected = kept[id(partition.key)]
+        if decoupled:
+            partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * expected)
+        else:
+            gradient.add_(partition.elements * expected, alpha=group["masked_decay"])
+
+    return decay

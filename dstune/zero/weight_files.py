@@ -1,0 +1,26 @@
+"""Files of the pieces of weights that ranks write: their names, and the buffers beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+BUFFER = "buffer:"
+"""Begins the names of buffers in the files of `Engine.save_weights`."""
+
+
+def weights_file(rank: int | str, part: int = 0) -> str:
+    """Name of a rank's file of pieces of weights, or a pattern for all of them. part: which, of an engine that `swaps`."""
+    return (
+        f"weights-rank-{rank if isinstance(rank, str) else f'{rank:05d}'}{f'.{part:05d}' if part else ''}.safetensors"
+    )
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that belong to a module's state, by name."""
+    saved = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            yield name, buffer
