@@ -94,6 +94,13 @@ def _parser() -> VerbParser:
         prog="dstune serve",
         description="Trained models behind an OpenAI-compatible API. Words behind `--` are arguments of the engine.",
     )
+    for add in (_add_models, _add_address, _add_engine, _add_store, _add_guard, _add_limits):
+        add(parser)
+    return parser
+
+
+def _add_models(parser: VerbParser) -> None:
+    """What is served."""
     parser.add_argument(
         "models",
         nargs="*",
@@ -115,10 +122,18 @@ def _parser() -> VerbParser:
         default="here",
         help="run fine-tuning jobs beside the server (default), leave them to another process, or do nothing else",
     )
+
+
+def _add_address(parser: VerbParser) -> None:
+    """Where it listens."""
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default 127.0.0.1)")
     parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="to listen on (default 8000; 0 takes a free one)"
     )
+
+
+def _add_engine(parser: VerbParser) -> None:
+    """What computes."""
     parser.add_argument("--engine", choices=ENGINES, default="local", help="what computes (default local)")
     parser.add_argument("--engine-python", metavar="FILE", help="the Python that has vLLM, or the program llama-server")
     parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
@@ -134,6 +149,10 @@ def _parser() -> VerbParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format to compute in")
     parser.add_argument("--check", action="store_true", help="hold the models against their training, and end")
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
+
+
+def _add_store(parser: VerbParser) -> None:
+    """What is kept, and who may reach the server or be reached by it."""
     parser.add_argument("--state", type=Path, default=Path(STATE), metavar="DIR", help=f"keys, logs (default {STATE})")
     parser.add_argument("--store", metavar="URL", help="database, such as postgresql://USER@HOST/NAME (default SQLite)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="host name to answer under")
@@ -157,11 +176,19 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--max-project-bytes", type=int, default=2_500_000_000_000, metavar="N", help="of a project's files (2.5 TB)"
     )
+
+
+def _add_guard(parser: VerbParser) -> None:
+    """What looks at requests, and what is written down of them."""
     parser.add_argument("--guard", metavar="FILE", help="policies to check requests and answers by; `default` has one")
     parser.add_argument("--guard-model", metavar="DIR", help="calibrated export that finds prompt attacks")
     parser.add_argument("--guard-only", action="store_true", help="serve /v2/guard alone; no MODEL is named then")
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
+
+
+def _add_limits(parser: VerbParser) -> None:
+    """How much at once, and for how long."""
     parser.add_argument("--max-concurrent", type=int, default=64, metavar="N", help="requests at once (default 64)")
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="requests that wait (default 256)")
     parser.add_argument("--max-sequences", type=int, default=16, metavar="N", help="answers at once, engine local (16)")
@@ -178,7 +205,6 @@ def _parser() -> VerbParser:
     )
     parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="for running requests (default 30)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-    return parser
 
 
 def _fine_tunes(arguments: argparse.Namespace) -> bool:
