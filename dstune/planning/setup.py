@@ -156,6 +156,7 @@ def setup(
     more = zero.settings.get("zero_optimization", {})
     length = _row_length(config, values) + method.added_length
     values = DEFAULTS.get(model.kind, {}) | values
+    ahead, live = prefetch(model) if on_gpu else (PREFETCH, LIVE)
     return Setup(
         model=model,
         trained=trained,
@@ -186,9 +187,8 @@ def setup(
         reduce_bucket=zero.reduce_bucket_size,
         overlaps=overlaps(config, max(1, ranks // slices), on_gpu=on_gpu),
         persistence=zero.param_persistence_threshold,
-        # DeepSpeed's defaults (deepspeed/runtime/zero/config.py), in elements.
-        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", prefetch(model)[0] if on_gpu else PREFETCH),
-        max_live=_number(more, "stage3_max_live_parameters", prefetch(model)[1] if on_gpu else LIVE),
+        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", ahead),
+        max_live=_number(more, "stage3_max_live_parameters", live),
         max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
         sharing=parallelism_of(config.parallel).row_ranks,

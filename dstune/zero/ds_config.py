@@ -28,40 +28,12 @@ def deepspeed_config(
     per_rank = micro_batches_per_rank(config, world_size)
     # Ranks that share weights are one to DeepSpeed's arithmetic, those that share rows are not.
     replicas = world_size // parallelism_of(config.parallel).weight_ranks
-    zero: dict[str, Any] = {"stage": stage_of(config.zero)}
-    if stage_of(config.zero) > 0:
-        zero |= {
-            "reduce_bucket_size": config.zero.reduce_bucket_size,
-            "overlap_comm": overlaps(config, replicas, on_gpu=on_gpu),
-            # Gradients stay where backward puts them: 0.14 s of a 8.7 s step on a CPU; a GPU's allocator fragments
-            # without the contiguous buffer.
-            "contiguous_gradients": on_gpu,
-        }
-    if stage_of(config.zero) == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
-            "stage3_gather_16bit_weights_on_model_save": False,
-        }
-        if prefetch is not None and on_gpu:
-            zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"] = prefetch
-        if config.zero.offload_param is Offload.cpu:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
-    if stage_of(config.zero) > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    if stage_of(config.zero) == 3 and config.zero.offload_optimizer is OptimizerOffload.nvme:
-        zero["offload_optimizer"] = {
-            "device": "nvme",
-            "nvme_path": config.zero.nvme_path,
-            "pin_memory": on_gpu,
-            "buffer_count": SWAP_BUFFERS,
-        }
-        zero["sub_group_size"] = SWAPPED_AT_ONCE
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.trainer.rows,
         "gradient_accumulation_steps": per_rank,
         "train_batch_size": config.trainer.rows * per_rank * replicas,
         "gradient_clipping": config.trainer.grad_clip,
-        "zero_optimization": zero,
+        "zero_optimization": _zero(config, replicas, on_gpu=on_gpu, prefetch=prefetch),
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: as fast as DeepSpeed's, without a compiler
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**12,
@@ -77,6 +49,40 @@ def deepspeed_config(
         own = config.zero.gradient_dtype is GradientDtype.model
         settings["data_types"] = {"grad_accum_dtype": precision.value if own else "fp32"}
     return _with(settings, config.zero.settings)
+
+
+def _zero(config: RunConfig, replicas: int, *, on_gpu: bool, prefetch: tuple[int, int] | None) -> dict[str, Any]:
+    """The section `zero_optimization`. replicas: ranks with weights of their own, as DeepSpeed counts them."""
+    stage = stage_of(config.zero)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        zero |= {
+            "reduce_bucket_size": config.zero.reduce_bucket_size,
+            "overlap_comm": overlaps(config, replicas, on_gpu=on_gpu),
+            # Gradients stay where backward puts them: 0.14 s of a 8.7 s step on a CPU; a GPU's allocator fragments
+            # without the contiguous buffer.
+            "contiguous_gradients": on_gpu,
+        }
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": config.zero.param_persistence_threshold,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+        if prefetch is not None and on_gpu:
+            zero["stage3_prefetch_bucket_size"], zero["stage3_max_live_parameters"] = prefetch
+        if config.zero.offload_param is Offload.cpu:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    if stage > 0 and config.zero.offload_optimizer is OptimizerOffload.cpu:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if stage == 3 and config.zero.offload_optimizer is OptimizerOffload.nvme:
+        zero["offload_optimizer"] = {
+            "device": "nvme",
+            "nvme_path": config.zero.nvme_path,
+            "pin_memory": on_gpu,
+            "buffer_count": SWAP_BUFFERS,
+        }
+        zero["sub_group_size"] = SWAPPED_AT_ONCE
+    return zero
 
 
 def _immediate(config: RunConfig, precision: Precision, *, on_gpu: bool) -> dict[str, bool]:
