@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,21 @@ def plant(name: str) -> None:
     language.CausalLmHead._loss = planted  # type: ignore[method-assign]
 
 
+@lru_cache(1)
+def composed(argv: tuple[str, ...]) -> Any:
+    """Half of a cell's time, and the same on both devices: the parent composes once for both of its children."""
+    from dstune.config.compose import compose
+
+    return compose(list(argv)).config
+
+
 def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> dict[str, Any]:
     """Train in this process; losses, gradient norms, and what waited for the device, of each step."""
-    from dstune.config.compose import compose
     from dstune.config.validate import find_problems
-
-    config = compose([*argv, f"run.dir={run_dir}"]).config
     from dstune.launch.first_rows import hardware_problems
+
+    config = composed(tuple(argv))
+    config = replace(config, run=replace(config.run, dir=str(run_dir)))
 
     problems = [*find_problems(config), *hardware_problems(config, gpus=1 if simulated else 0)]
     if problems:
@@ -131,6 +140,8 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
 
 def answer(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a child of this process makes of a cell."""
+    with contextlib.chdir(folder), contextlib.suppress(Exception):  # a child says what is wrong
+        composed(tuple(request["argv"]))
     reads, writes = os.pipe()
     log = folder / f"{request['name']}.log"
     sys.stdout.flush()
