@@ -17,7 +17,13 @@ from tools.case_server import ENVIRONMENT
 
 PROGRAM = Path(__file__).with_name("program.py")
 ROOT = Path(__file__).parents[2]
-SHORT = ["trainer.max_steps=2", "trainer.global_batch_size=4", "evaluate.every=2", "evaluate.samples=0"]
+SHORT = [
+    "trainer.max_steps=2",
+    "trainer.global_batch_size=4",
+    "evaluate.every=2",
+    "evaluate.samples=0",
+    "evaluate.at_start=false",
+]
 STAGES = case_matrix.STAGES
 
 

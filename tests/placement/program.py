@@ -7,6 +7,7 @@ child of its own, which ends with its answer.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -189,6 +190,7 @@ def main() -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # DeepSpeed would import it
     for name in IMPORTS:
         importlib.import_module(name)
+    gc.freeze()  # else the first collection in a child copies every page of the parent's objects
     for line in sys.stdin:
         answers.write(json.dumps(answer(json.loads(line), folder)) + "\n")
         answers.flush()
