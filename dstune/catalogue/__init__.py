@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
 def _all(config: RunConfig, folders: Sequence[str], words: str | None) -> Iterator[Model]:
     """Every model once, under the shortest way to choose it."""
     found: dict[str, Model] = {}
-    for model in (*_samples(), *_presets(), *_cached(), *_folders(folders), *(_on_hub(words, config) if words else ())):
+    for model in (*_samples(), *_presets(), *_cached(), *_folders(folders), *(_on_hub(words) if words else ())):
         found.setdefault(model.path, model)
     yield from found.values()
 
@@ -148,7 +148,7 @@ def _folders(paths: Sequence[str]) -> Iterator[Model]:
         yield Model(f"model.path={path}", path, "folder", True, licence=_licence(Path(path)), gated=False)
 
 
-def _on_hub(words: str, config: RunConfig) -> list[Model]:
+def _on_hub(words: str) -> list[Model]:
     """Raises UserError where the hub cannot be asked."""
     if hub.is_offline():
         raise UserError(Problem("--hub", "HF_HUB_OFFLINE is set", "leave --hub out, or unset it", words))

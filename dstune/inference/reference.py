@@ -127,7 +127,7 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator
         fields, own = raw.get(places[origin], (None, config))
         if fields is None or np.count_nonzero(origins[: sample + 1] == origin) > 1:
             continue
-        row = _row(fields, own, split.sample(sample), tokenizer, data.labels)
+        row = _row(fields, own, split.sample(sample), tokenizer)
         if row is not None:
             found += 1
             yield row
@@ -161,7 +161,7 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
 
 
 def _row(
-    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, labels: tuple[str, ...]
+    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, Any] | None:
     """None where the row cannot be asked in the same way, since training changed its text (`data.clean`) or cut it."""
     task = task_of(config.task)
@@ -170,13 +170,13 @@ def _row(
         row = normalise(fields, fmt, config.data.columns, config.task)
         if not task.generates:
             return {"row": task.as_query(fields, row), "ids": np.asarray(sample["input_ids"]).tolist()}
-        return _language_row(row, config, fmt, sample, tokenizer)
+        return _language_row(row, config, sample, tokenizer)
     except (RowError, UserError):
         return None
 
 
 def _language_row(
-    row: dict[str, Any], config: RunConfig, fmt: str, sample: Mapping[str, Any], tokenizer: Any
+    row: dict[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any
 ) -> dict[str, Any] | None:
     """The turns up to the assistant's first one, or a text, with the tokens of what follows."""
     trained = np.asarray(sample["input_ids"]).tolist()

@@ -109,7 +109,7 @@ def register(
         message(f"{name} version {number}" + (" has this export already" if known else " is registered"))
         if _tags_of(client, name, number).get(PROVEN) != digest:
             message("loading it back in another process")
-            _prove(client, name, number, export)
+            _prove(name, number, export)
             client.set_model_version_tag(name, number, PROVEN, digest)
         before = _move(client, name, alias, number) if alias else None
     return Registered(name, number, known is None, alias, before)
@@ -250,7 +250,7 @@ def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
     return {name: value[:500] for name, value in tags.items()}
 
 
-def _prove(client: Any, name: str, number: str, export: Path) -> None:
+def _prove(name: str, number: str, export: Path) -> None:
     """Raises DstuneError where the registered model, loaded in another process, is not the export."""
     import numpy as np
 

@@ -16,9 +16,6 @@ from dstune.planning.setup import Setup
 QUERIES, SCORES = 128, 2**20
 """Of the backward pass of `samples`: positions, and scores of all heads, at once (`dstune/models/cpu_attention.py`)."""
 
-FUSED_ATTENTION_BLOCK = 512
-"""Fused attention computes scores in blocks of about this many positions and keeps none of them."""
-
 
 @dataclass(frozen=True)
 class LayerActivations:

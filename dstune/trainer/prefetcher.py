@@ -15,10 +15,10 @@ from dstune.core.distributed import World
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
 from dstune.data.prepared import PreparedData
-from dstune.data.sampler import GlobalBatch, MicroBatch, TrainingOrder, share
+from dstune.data.sampler import GlobalBatch, MicroBatch, share
 from dstune.models.heads import Head
 from dstune.models.heads.language import indexed
-from dstune.trainer.data_loader import DataLoader, order_of
+from dstune.trainer.data_loader import DataLoader
 from dstune.trainer.utilization import Counted, counted
 from dstune.zero import accelerator
 
@@ -26,11 +26,6 @@ T = TypeVar("T")
 
 WAIT_SECONDS = 0.5
 """While any rank waits for a block of a stream, how often all of them see whether to go on waiting."""
-
-
-def training_order(config: RunConfig, data: PreparedData) -> TrainingOrder:
-    """The global order of the training rows: the same on every rank and for any number of them."""
-    return order_of(config, data.train)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.collate import collate
 from dstune.models.load import load_tokenizer
-from dstune.trainer.prefetcher import dropout_seed, training_order
+from dstune.trainer.data_loader import order_of
+from dstune.trainer.prefetcher import dropout_seed
 
 
 @dataclass
@@ -53,7 +54,7 @@ def train_plainly(
     """`config` with SGD, a constant rate and no clipping, in float64; with the penalties of `forgetting`."""
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
-    order = training_order(config, data)
+    order = order_of(config, data.train)
     if AutoConfig.from_pretrained(config.model.path).is_encoder_decoder:
         model_class, loss_of = AutoModelForSeq2SeqLM, target_loss
     model = model_class.from_pretrained(
@@ -99,7 +100,7 @@ def _fisher(config: RunConfig, model, tokenizer, cache: Path) -> dict[str, torch
     rows = replace(rows, data=replace(rows.data, packing=False))
     data = prepare(rows, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
     single = replace(rows, trainer=replace(rows.trainer, micro_batch_size=1, global_batch_size=1))
-    order = training_order(single, data)
+    order = order_of(single, data.train)
     model.eval()
     found = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     for step in range(config.forgetting.ewc_rows):

@@ -114,7 +114,7 @@ def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.trainer.prefetcher import training_order
+    from dstune.trainer.data_loader import order_of
 
     general = write_dialogues(workshop.folder / "replayed.jsonl", 100, seed=9)
     plain = workshop.composed("plain-rows", "data.packing=false").config
@@ -127,7 +127,7 @@ def test_replay_mixes_in_its_share_and_holds_out_rows_of_the_task_alone(workshop
     data = prepare(config, tokenizer, env, cache)
     assert data.validation is not None and before.validation is not None
     assert data.validation.table["input_ids"][:] == before.validation.table["input_ids"][:]
-    order = training_order(config, data)
+    order = order_of(config, data.train)
     epoch = [order.global_batch(0, index) for index in range(order.steps_in(0))]
     samples = [
         sample for global_batch in epoch for micro_batch in global_batch.micro_batches for sample in micro_batch.samples

@@ -120,11 +120,11 @@ def test_the_reference_has_what_could_go_wrong(workshop, references):
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import load_tokenizer
-    from dstune.trainer.prefetcher import training_order
+    from dstune.trainer.data_loader import order_of
 
     config = workshop.composed("guard", "data.packing=false").config
     data = prepare(config, load_tokenizer(config.model), RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
-    global_batch = training_order(config, data).global_batch(0, 0)
+    global_batch = order_of(config, data.train).global_batch(0, 0)
     assert len(global_batch.micro_batches) == 5
     targets = [sum(int(data.train.weights[i]) for row in m.rows for i in row) for m in global_batch.micro_batches]
     assert max(targets) > 3 * min(targets), targets

@@ -21,7 +21,7 @@ from dstune.data.build import prepare
 from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
-from dstune.trainer.prefetcher import training_order
+from dstune.trainer.data_loader import order_of
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [
@@ -186,7 +186,7 @@ def references(workshop) -> References:
         model = load_model(config, tokenizer, (), torch.float32)
         policy = method_of(config.method).apply(model, config).double()
         plain = Plain(kind, config, policy, copy.deepcopy(policy), data.train)
-        order = training_order(config, data)
+        order = order_of(config, data.train)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         losses, norms = [], []
         for step in range(3):

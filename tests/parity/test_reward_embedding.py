@@ -17,7 +17,8 @@ from dstune.data.build import prepare
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
 from dstune.tasks.embedding.config import EmbeddingConfig
-from dstune.trainer.prefetcher import dropout_seed, training_order
+from dstune.trainer.data_loader import order_of
+from dstune.trainer.prefetcher import dropout_seed
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [
@@ -157,7 +158,7 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
         module = (
             method_of(config.method).apply(load_model(config, tokenizer, (), torch.float32), config).double().train()
         )
-        order = training_order(config, data)
+        order = order_of(config, data.train)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         losses, norms = [], []
         for step in range(2):

@@ -33,8 +33,8 @@ from dstune.tasks.classification.metrics import classification_metrics, regressi
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.token_classification.config import TokenClassificationConfig
 from dstune.trainer.counterfactual import compare
+from dstune.trainer.data_loader import order_of
 from dstune.trainer.measure import Totals, with_registered
-from dstune.trainer.prefetcher import training_order
 from dstune.trainer.subgroups import measure_slices
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
@@ -67,7 +67,7 @@ def test_class_weights_and_focal_loss(tmp_path, gamma):
     data = prepared(config, wordpiece(), tmp_path / "cache")
     assert data.labels == ("often", "rare") and data.report["train"]["labels"] == {"often": 4, "rare": 1}
     balanced = compute_class_weight("balanced", classes=np.array(data.labels), y=labels)
-    global_batch = training_order(config, data).global_batch(0, 0)
+    global_batch = order_of(config, data.train).global_batch(0, 0)
     assert global_batch.weight == pytest.approx(5.0) and data.train.weights.dtype == np.float64
     (micro_batch,) = global_batch.micro_batches
     batch = collate(data.train, micro_batch, pad_token_id=0, packing=False)

@@ -17,7 +17,6 @@ from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
 from dstune.data.template_date import freeze_date
 
-SHOWN_TOKENS = 12
 PROOF_SECONDS = 5.0
 """Processor time for a conversation that was rendered in less to make its samples."""
 

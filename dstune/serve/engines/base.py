@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -306,6 +306,3 @@ def _message(content: bytes) -> str:
         return content.decode("utf-8", "replace")[:500]
     error = value.get("error", value)
     return str(error.get("message", error.get("detail", error)) if isinstance(error, dict) else error)[:500]
-
-
-EngineFactory = Callable[..., Engine]

@@ -26,8 +26,6 @@ from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Caller
 
 PURPOSES = ("fine-tune", "evals", "user_data", "batch")
-RESULTS = ("fine-tune-results", "batch_output")
-"""Of files that the server makes."""
 BATCH_SECONDS = 30 * 86_400
 """After which a batch's input goes where its upload says nothing."""
 

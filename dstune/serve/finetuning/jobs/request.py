@@ -13,9 +13,6 @@ from dstune.serve.finetuning.jobs import hyperparameters
 from dstune.serve.finetuning.jobs.configuration import PLAIN
 from dstune.serve.finetuning.jobs.hyperparameters import Value
 
-FIELDS = (
-    "model", "training_file", "validation_file", "hyperparameters", "suffix", "seed", "integrations", "metadata", "method",
-)  # fmt: skip
 MOST_SEED = 2_147_483_647
 MOST_SUFFIX = 64
 MOST_INTEGRATIONS = 5
@@ -37,7 +34,7 @@ class JobRequest:
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
-    """Raises ApiError for the first field that is wrong. Unknown fields beside these are passed over, as the public contract
+    """Raises ApiError for the first field that is wrong. Other fields are passed over, as the public contract
     has it."""
     method, found = _method(body)
     return JobRequest(
