@@ -73,6 +73,16 @@ class SimulatedTensor(torch.Tensor):
         """A file holds the values."""
         return self.inner.__reduce_ex__(protocol)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """As torch copies parameters: without what DeepSpeed has hung on them."""
+        copied: torch.Tensor = SimulatedTensor(self.inner.clone())
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, requires_grad=self.requires_grad)
+        elif self.requires_grad:
+            copied.requires_grad_()
+        memo[id(self)] = copied
+        return copied
+
     @classmethod
     def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(operation, args, kwargs or {})

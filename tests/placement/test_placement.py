@@ -32,11 +32,14 @@ def problems(found: Found, expected: Found) -> list[str]:
     wrong = found.not_allowed()
     if not found.device.startswith("sim"):
         wrong.append(f"it was computed on {found.device}")
-    if found.losses[0] != pytest.approx(expected.losses[0], rel=1e-5):
+    half = 100 if found.name.startswith("bf16") else 1  # its kernels round otherwise
+    if found.losses[0] != pytest.approx(expected.losses[0], rel=half * 1e-5):
         wrong.append(f"first loss {found.losses[0]}, {expected.losses[0]} on the CPU")
-    if found.norms[0] != pytest.approx(expected.norms[0], rel=1e-4):
+    if found.norms[0] != pytest.approx(expected.norms[0], rel=half * 1e-4):
         wrong.append(f"first gradient norm {found.norms[0]}, {expected.norms[0]} on the CPU")
-    if found.losses[1] != pytest.approx(expected.losses[1], rel=2e-3):  # AdamW makes much of little gradients
+    if found.losses[1] != pytest.approx(
+        expected.losses[1], rel=max(half * 1e-4, 2e-3)
+    ):  # AdamW makes much of little gradients
         wrong.append(f"second loss {found.losses[1]}, {expected.losses[1]} on the CPU")
     return wrong
 
