@@ -146,7 +146,11 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("tools must be a list of JSON schemas")
     # Objects that were in a table once have the keys of all of them; a text is what somebody wrote.
-    return [_tool(tool if is_text else without_none(tool)) for tool in value]
+    tools = [tool if is_text else without_none(tool) for tool in value]
+    for number, tool in enumerate(tools, 1):
+        if not isinstance(function := tool.get("function", {}), dict):
+            raise RowError(f"the function of tool {number} must be an object, it is {format_value(function)}")
+    return [_tool(tool) for tool in tools]
 
 
 def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:

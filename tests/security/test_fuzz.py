@@ -59,6 +59,7 @@ def header_of(change: dict[str, Any]) -> bytes:
 KEPT: list[tuple[str, Any]] = [
     ("rows.jsonl", content_of([{"type": {"x": 1}, "text": "a"}])),
     ("rows.jsonl", content_of([None])),
+    *(("rows.jsonl", as_json(CHAT | {"tools": [{"function": odd}]}).encode()) for odd in (1, "f", [0.5])),
     ("rows.jsonl", content_of([["a"]])),
     ("axolotl", yaml_text(AXOLOTL | {"val_set_size": {"x": 1}})),
     ("axolotl", yaml_text(AXOLOTL | {"learning_rate": {"=1+1": [None]}})),
