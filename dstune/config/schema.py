@@ -101,7 +101,7 @@ class ModelConfig:
     """`pretrained` loads the weights, `random` initialises the architecture from `trainer.seed`."""
     attention: Attention = Attention.auto
     """Attention implementation; for a language model's rows `auto` takes a GPU's kernel for packed rows, and on a CPU lets samples
-    attend one by one; else flash attention 2 where it is installed, sdpa, or eager for an architecture without it."""
+    attend one by one; else sdpa, or eager for an architecture without it."""
     fused_norms: bool = True
     """On a GPU in half precision, compute RMS norms by torch's kernel where it is at least as exact as the model's own."""
     trust_remote_code: bool = setting(False, signed=True)
