@@ -6,6 +6,7 @@ OMPI_*) cannot make it behave differently, and the same list serves launchers th
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import socket
@@ -34,6 +35,7 @@ EXPORTED_NAMES = {
 EXPORTED_PREFIXES = (
     "LC_", "LD_", "PYTHON", "CONDA_", "XDG_", "SSL_", "DSTUNE_", "DS_", "DEEPSPEED_",
     "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_", "NCCL_", "HIP_", "ROCR_",
+    "HSA_", "MIOPEN_", "ROCM_", "RCCL_", "ZE_", "SYCL_", "ONEAPI_", "CCL_", "HABANA_", "PT_HPU_", "HCCL_",
     "GLOO_", "UCX_", "FI_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_",
     "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_", "WANDB_",
 )
@@ -233,14 +235,15 @@ def this_machine(env: Mapping[str, str]) -> Machine:
     return Machine(gpus=count_gpus(env), cores=count_cores())
 
 
-def count_gpus(env: Mapping[str, str]) -> int:
-    """GPUs that a rank would see, without importing torch (2 s)."""
-    visible = env.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        # CUDA ignores the list from the first invalid entry on, so "-1" and "" hide all.
-        devices = [device.strip() for device in visible.split(",")]
-        bad = next((place for place, device in enumerate(devices) if not device or device.startswith("-")), None)
-        return len(devices[:bad])
+def count_gpus(env: Mapping[str, str], kfd: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
+    """GPUs of NVIDIA, or of AMD where torch is built for them, that a rank would see; without importing torch (2 s)."""
+    rocm = "rocm" in _torch_version()
+    names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if rocm else ()
+    visible = [_listed(env[name]) for name in (*names, "CUDA_VISIBLE_DEVICES") if name in env]
+    if visible:
+        return min(visible)  # HIP counts among those that ROCR shows
+    if rocm:
+        return sum(_computes(node) for node in kfd.glob("*/properties"))
     try:
         command = ["nvidia-smi", "--list-gpus"]
         listing = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
@@ -251,6 +254,29 @@ def count_gpus(env: Mapping[str, str]) -> int:
         return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
     except OSError:
         return 0
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _listed(visible: str) -> int:
+    """CUDA ignores the list from the first invalid entry on, so "-1" and "" hide all."""
+    devices = [device.strip() for device in visible.split(",")]
+    bad = next((place for place, device in enumerate(devices) if not device or device.startswith("-")), None)
+    return len(devices[:bad])
+
+
+def _computes(node: Path) -> bool:
+    """Whether this node of AMD's driver is a GPU of this process: a CPU has no SIMD units, one of others cannot be read."""
+    try:
+        values = dict(line.split(maxsplit=1) for line in node.read_text().splitlines() if " " in line)
+    except OSError:
+        return False
+    return int(values.get("simd_count", 0)) > 0
 
 
 def count_cores(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

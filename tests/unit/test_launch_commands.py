@@ -171,6 +171,26 @@ def test_gpus_by_the_drivers_tool(tmp_path, monkeypatch):
     assert count_gpus({}) == 0
 
 
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 2),
+        ({"HIP_VISIBLE_DEVICES": "0"}, 1),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2", "HIP_VISIBLE_DEVICES": "1,2"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+    ],
+)
+def test_gpus_of_amd_are_counted_where_torch_is_built_for_them(tmp_path, monkeypatch, variables, count):
+    for number, units in enumerate((0, 304, 304)):  # a CPU and two GPUs
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "properties").write_text(f"cpu_cores_count 64\nsimd_count {units}\n")
+    monkeypatch.setattr(commands, "_torch_version", lambda: "2.13.0+rocm7.1")
+    assert count_gpus(variables, tmp_path) == count
+    monkeypatch.setattr(commands, "_torch_version", lambda: "2.13.0+cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_gpus({"HIP_VISIBLE_DEVICES": "0"}, tmp_path) == 0
+
+
 def test_cores_respect_a_container_quota(tmp_path):
     limit = tmp_path / "cpu.max"
     unlimited = count_cores(tmp_path / "absent")
