@@ -14,7 +14,7 @@ import pytest
 
 from dstune.cli import main as command_line
 from dstune.core.errors import DstuneError, UserError
-from dstune.serve.guard.calibration import DIRECTIONS
+from dstune.serve.guard.calibration import DIRECTIONS, LEVELS
 from dstune.serve.guard.measure import calibrate, command
 from dstune.serve.guard.measure.calibrate import Scored, threshold_at, thresholds
 from dstune.serve.guard.measure.judges import LocalJudge, ServerJudge, target_of
@@ -91,32 +91,15 @@ def test_thresholds_rise_with_the_number_of_windows_and_keep_the_rate() -> None:
     rows = [{"text": str(number), "direction": one.direction} for number, one in enumerate([*short, *long])]
     found = thresholds([*short, *long], model, rows, "here")
     for direction in DIRECTIONS:
-        values = [found.threshold(direction, windows, "l4_less_likely") for windows in (1, 2, 4, 8, 16, 32, 100)]
-        assert values == sorted(values)
+        for level in LEVELS:
+            values = [found.threshold(direction, windows, level) for windows in (1, 2, 4, 8, 16, 32, 100)]
+            assert values == sorted(values)
         for windows in (1, 8, 32):
             limit = found.threshold(direction, windows, "l4_less_likely")
             alarms = sum(max(scores(windows)) >= limit for _ in range(2000)) / 2000
             # One threshold for all lengths would have 34% at 8 windows and 81% at 32.
             assert 0.02 < alarms < 0.08, (direction, windows)
     assert found.calibrated_on["directions"]["output"]["texts"] == 2000
-
-
-def test_a_long_document_is_held_against_long_documents() -> None:
-    """Neither a short text nor a long request that looks like an attack makes room for attacks within documents."""
-
-    def at(documents: int, windows: int, direction: str = "tool_result") -> float:
-        short = [Scored("tool_result", (0.99 if number < 30 else 0.1,), ()) for number in range(300)]
-        long = [Scored("tool_result", (0.1,) * 11 + (0.5,), ()) for _ in range(documents)]
-        requests = [Scored("input", (0.1,) * 11 + (0.999,), ()) for _ in range(300)]
-        scored = [*short, *long, *requests, *(Scored("output", (0.1,), ()) for _ in range(30))]
-        rows = [{"text": str(number), "direction": one.direction} for number, one in enumerate(scored)]
-        model: Any = Model()
-        return thresholds(scored, model, rows, "here").threshold(direction, windows, "l3_likely")
-
-    assert at(200, 1) > 0.98
-    assert 0.5 < at(200, 12) < 0.6
-    assert at(200, 12, "input") > 0.99
-    assert at(20, 12) > 0.98  # too few to keep the rate by themselves
 
 
 def benign(count: int, words: int) -> list[dict[str, Any]]:

@@ -22,8 +22,7 @@ from dstune.serve.guard.variants import variants
 BUCKETS = (1, 2, 4, 8, 16, 32, None)
 """Most windows of each bucket."""
 LONG = 3
-"""From so many windows on, an answer or a result of a tool counts in every direction: users paste documents, and answers are
-some. A long request counts as one alone: it gives orders, which a document has no business to."""
+"""From so many windows on, a text counts in every direction: users paste documents, and answers are some."""
 FEWEST = 20
 """Texts that a direction needs at least."""
 CHUNK = 64
@@ -54,9 +53,7 @@ def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str)
 def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
     directions, counts = {}, {}
     for direction in DIRECTIONS:
-        own = [
-            one for one in scored if one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
-        ]
+        own = [one for one in scored if one.direction == direction or len(one.plain) >= LONG]
         directions[direction], used = _buckets(own)
         texts = [row["text"] for row in rows if row["direction"] == direction]
         counts[direction] = {
@@ -98,17 +95,17 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
 
 
 def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
-    """The buckets, and from how many maxima the thresholds of each come. One with too few of them for a rate has the highest
-    threshold of fewer windows, if that is higher: by itself it would keep no rate."""
+    """The buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
+    where chance would have it otherwise."""
     found: list[Bucket] = []
     used: dict[str, int] = {}
     floor = dict.fromkeys(LEVELS.values(), 0.0)
     for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False):
         highest = sorted(_maxima(scored, above or 0, up_to))
         used[f"up_to_{up_to}" if up_to else "any"] = len(highest)
-        own = {rate: threshold_at(highest, rate) for rate in floor}
-        floor = {rate: max(floor[rate], own[rate]) for rate in floor}
-        found.append(Bucket(up_to, {rate: (own if _keeps(len(highest), rate) else floor)[rate] for rate in own}))
+        for rate in floor:
+            floor[rate] = max(floor[rate], threshold_at(highest, rate))
+        found.append(Bucket(up_to, dict(floor)))
     return tuple(found), used
 
 
@@ -133,14 +130,5 @@ def threshold_at(highest: Sequence[float], rate: float) -> float:
     """
     if not highest:
         return 0.0
-    place = min(_place(len(highest), rate), len(highest))
+    place = min(math.ceil((len(highest) + 1) * (1 - rate)), len(highest))
     return math.nextafter(highest[place - 1], math.inf)
-
-
-def _keeps(count: int, rate: float) -> bool:
-    """Whether so many maxima are enough for a rate."""
-    return _place(count, rate) <= count
-
-
-def _place(count: int, rate: float) -> int:
-    return math.ceil((count + 1) * (1 - rate))
