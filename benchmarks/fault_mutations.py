@@ -99,7 +99,7 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
     ),
     "the_proof_fails_where_one_token_is_another": undo(
-        "data/chat/proof.py", "    return found[-1] if found else", "    return None if found else"
+        "data/chat/proof.py", "    return [*others, *found][-1] if samples else", "    return None if samples else"
     ),
     "the_proof_fails_where_an_argument_is_another": undo(
         "data/chat/proof.py", "        if ids[: len(context)] != context:\n", "        if False:\n"
@@ -124,6 +124,9 @@ _PROOF: dict[str, Mutation] = {
     ),
     "a_template_that_ends_turns_with_text_is_proven_and_reported": undo(
         "data/chat/proof.py", "if stop == NO_TARGET and (marked or turn.by_text):", "if stop == NO_TARGET and marked:"
+    ),
+    "an_answer_that_begins_inside_a_word_is_proven": undo(
+        "data/chat/proof.py", "return inside_text if same else behind_token", "return behind_token"
     ),
     "the_proof_fails_where_a_further_token_is_trained": undo(
         "data/chat/evidence.py", "        if trained != count:\n", "        if False:\n"

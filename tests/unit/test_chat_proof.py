@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, prepared, write_jsonl
+from tokenizers import decoders, pre_tokenizers
+from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, metaspace_tokenizer, prepared, write_jsonl
 from unit.templates import LLAMA3, PLAIN_LINES, QWEN3
 
 from dstune.config.architectures import mark_stops
@@ -268,6 +269,21 @@ def test_a_template_that_ends_turns_with_text_is_proven_and_reported(tmp_path):
     served = prove(config, byte_tokenizer(PLAIN_LINES), data)
     assert served.turns > 0
     assert "ends turns with '\\n' and no token" in served.note
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_an_answer_that_begins_inside_a_word_is_proven(tmp_path, scheme):
+    """The prompt ends with a space; as Llama 2's, a tokenizer puts another one in front of every text behind an added token."""
+    spaced = PLAIN_LINES.replace("'\n'", "'</s>'")
+    tokenizer = metaspace_tokenizer(spaced)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
+    tokenizer.backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme, split=True)
+    turns = [("user", "Hello"), ("assistant", "I am fine"), ("user", "Hello"), ("assistant", "Hello")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), rows)
+    assert prove(config, tokenizer, data).turns == 4
+    trained = [[label for label in sample["labels"] if label != NO_TARGET] for sample in data.train.table]
+    assert tokenizer.convert_ids_to_tokens(trained[0])[:2] == ["I", "▁am"]
 
 
 @pytest.mark.parametrize("of", [0, 1])

@@ -5,6 +5,7 @@ Nothing here shares code with the way in which samples are made, apart from the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,10 +100,26 @@ class Server:
         prompt, whole = self._ids(requested), self._ids(answered)
         written = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt:
-            anchor = self.tokenizer.eos_token
-            written = self._ids(anchor + answered.removeprefix(requested))[1:]
+            written = self._behind(prompt, answered.removeprefix(requested), whole)
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
         return Served(number, prompt, written[:end], None if end is None else written[end], by_text and end is None)
+
+    def _behind(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
+        """Tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.
+
+        Some tokenizers put a space in front of every text behind an added token, which no answer has that goes on from a prompt.
+        """
+        begun = self.tokenizer.eos_token, self.tokenizer.eos_token + "\n"
+        behind_token, inside_text = (self._ids(begin + text)[len(self._ids(begin)) :] for begin in begun)
+        expected = self._read(whole)
+        if self._read([*prompt, *behind_token]) == expected:
+            return behind_token
+        # A tokenizer that makes one space of two reads the whole with fewer than its pieces.
+        same = re.sub(" +", " ", self._read([*prompt, *inside_text])) == re.sub(" +", " ", expected)
+        return inside_text if same else behind_token
+
+    def _read(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _thinks(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if self.facts.switch is None:
@@ -149,13 +166,14 @@ def difference(
     which tokens of a turn count.
     """
     found: list[str] = []
+    others: list[str] = []
     for sample in samples:
         ids, labels = [int(token) for token in sample["input_ids"]], [int(label) for label in sample["labels"]]
         start, end = len(turn.prompt), len(turn.prompt) + len(turn.target)
         context = turn.prompt[: len(ids)]
         if ids[: len(context)] != context:
             at = next(at for at, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b)
-            found.append(f"token {at} of the context is {ids[at]}, a server reads {context[at]}")
+            others.append(f"token {at} of the context is {ids[at]}, a server reads {context[at]}")
             continue
         written = turn.target[: max(0, len(labels) - start)]
         trained = labels[start : start + len(written)]
@@ -183,4 +201,4 @@ def difference(
             found.append(f"token {start - 1} of the context is trained")
             continue
         return None
-    return found[-1] if found else "no sample holds it"
+    return [*others, *found][-1] if samples else "no sample holds it"
