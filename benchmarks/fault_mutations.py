@@ -125,6 +125,9 @@ _PROOF: dict[str, Mutation] = {
     "a_template_that_ends_turns_with_text_is_proven_and_reported": undo(
         "data/chat/proof.py", "if stop == NO_TARGET and (marked or turn.by_text):", "if stop == NO_TARGET and marked:"
     ),
+    "the_proof_fails_where_a_server_reads_more_than_a_sample_holds": undo(
+        "data/chat/proof.py", "if len(ids) < min(turn.length, max_length):", "if False:"
+    ),
     "an_answer_that_begins_inside_a_word_is_proven": undo(
         "data/chat/proof.py", "return inside_text if same else behind_token", "return behind_token"
     ),

@@ -271,6 +271,15 @@ def test_a_template_that_ends_turns_with_text_is_proven_and_reported(tmp_path):
     assert "ends turns with '\\n' and no token" in served.note
 
 
+def test_the_proof_fails_where_a_server_reads_more_than_a_sample_holds(tmp_path):
+    """The first answer with its reasoning is a sample of its own, and it begins the second prompt of a template that keeps it."""
+    config, data = data_of(tmp_path, byte_tokenizer(QWEN3), ChatConfig(template_date=DATE), [ROWS[8]])
+    keeping = QWEN3.replace("loop.index0 > ns.last_query_index and ", "")
+    assert keeping != QWEN3
+    with pytest.raises(UserError, match=r"not trained as a server would render it.*message 5"):
+        prove(config, byte_tokenizer(keeping), data)
+
+
 @pytest.mark.parametrize("scheme", ["first", "always"])
 def test_an_answer_that_begins_inside_a_word_is_proven(tmp_path, scheme):
     """The prompt ends with a space; as Llama 2's, a tokenizer puts another one in front of every text behind an added token."""

@@ -303,7 +303,8 @@ def _compared(
     marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools"))
     turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
     for turn in turns:
-        reason = difference(turn, samples, stops, all_trained=own.trains_on_prompt, marked=marked)
+        given = {"max_length": own.max_length, "all_trained": own.trains_on_prompt, "marked": marked}
+        reason = difference(turn, samples, stops, **given)
         if reason is not None:
             return f"message {turn.number + 1}: {reason}", len(turns)
     if not marked and not own.trains_on_prompt:

@@ -6,6 +6,7 @@ Nothing here shares code with the way in which samples are made, apart from the 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,13 +157,14 @@ def difference(
     samples: Sequence[Mapping[str, Any]],
     stops: frozenset[int],
     *,
+    max_length: int = sys.maxsize,
     all_trained: bool = False,
     marked: bool = False,
 ) -> str | None:
     """Why no sample trains `turn` as it is served, or nothing.
 
-    samples: those of the row, each with `input_ids` and `labels`. A sample that `max_length` cut holds as much of the
-    turn as it has place for. all_trained: the context counts as well (`task.train_on_prompt`). marked: the template says
+    samples: those of the row, each with `input_ids` and `labels`. One that `max_length` cut holds as much of the turn as it
+    has place for. all_trained: the context counts as well (`task.train_on_prompt`). marked: the template says
     which tokens of a turn count.
     """
     found: list[str] = []
@@ -174,6 +176,9 @@ def difference(
         if ids[: len(context)] != context:
             at = next(at for at, (a, b) in enumerate(zip(ids, context, strict=False)) if a != b)
             others.append(f"token {at} of the context is {ids[at]}, a server reads {context[at]}")
+            continue
+        if len(ids) < min(turn.length, max_length):
+            others.append(f"a sample of {len(ids)} tokens ends where a server goes on to token {turn.length}")
             continue
         written = turn.target[: max(0, len(labels) - start)]
         trained = labels[start : start + len(written)]
