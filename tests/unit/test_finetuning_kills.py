@@ -51,6 +51,7 @@ def test_the_checker_finds_what_is_wrong(tmp_path, capsys):
     assert "finished_at is None" in after(finished_at=None)
     assert "nothing becomes of it" in after(state=State.RUNNING)
     assert "keeps the devices [0]" in after(taken=[0])
+    assert "and 1 are counted" in after(active=True, taken=[0, 1])
     assert "is not there" in after(fine_tuned_model="ft:x")
     assert "step 9 of 8" in after(last_step=9)
     with bench.database.writing() as session:

@@ -51,6 +51,8 @@ def _rows(session: Session, jobs: list[Job], *, at_rest: bool) -> Iterator[str]:
             yield f"{job.id}: is {state} and has no devices"
         if job.taken and not job.active:
             yield f"{job.id}: keeps the devices {job.taken} and is not active"
+        if job.taken and len(job.taken) != job.devices:
+            yield f"{job.id}: has the devices {job.taken}, and {job.devices} are counted"
         if job.last_step > (job.total_steps or 0):
             yield f"{job.id}: step {job.last_step} of {job.total_steps}"
         if at_rest and (job.active or state not in (*TERMINAL, State.PAUSED)):
