@@ -19,7 +19,7 @@ from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.rank import worker
 from dstune.trainer import out_of_memory
-from dstune.zero import accelerator, fewer_reads, precision, start
+from dstune.zero import accelerator, fewer_gathers, fewer_reads, precision, start
 from dstune.zero.ds_config import deepspeed_config
 
 
@@ -250,3 +250,26 @@ def test_deepspeed_looks_both_functions_up_where_they_are_replaced():
     assert sys.modules["deepspeed.runtime.zero.stage_1_and_2"].mask_nan_or_inf_with_val_inplace is (
         fewer_reads.mask_nan_or_inf_with_val_inplace
     )
+
+
+@pytest.mark.parametrize(("kept_on", "waits"), [("cpu", 0), ("meta", 1)])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_single_rank_waits_at_stage_3_for_weights_from_elsewhere_only(monkeypatch, kept_on, waits, several):
+    from deepspeed.runtime.zero import partition_parameters as theirs
+
+    waited: list[int] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(1))
+    device = SimpleNamespace(
+        resolves_data_dependency=lambda: False, current_stream=lambda: stream, current_device_name=lambda: kept_on
+    )
+    monkeypatch.setattr(theirs, "get_accelerator", lambda: device)
+    fewer_gathers.wait_for_copies_only()
+    fewer_gathers.wait_for_copies_only()
+    weight = SimpleNamespace(ds_status=theirs.ZeroParamStatus.INFLIGHT, ds_tensor=torch.ones(2, device=kept_on))
+    weight.ds_shape, weight.device, weight.ds_summary = (2,), torch.device("cpu"), dict
+    handle = theirs.NoGatherCoalescedHandle([weight]) if several else theirs.NoGatherHandle(weight)
+    handle.wait()
+    assert weight.ds_status is theirs.ZeroParamStatus.AVAILABLE and len(waited) == waits
+    weight.ds_status = theirs.ZeroParamStatus.NOT_AVAILABLE
+    handle.wait()  # of a gather that is over: the weight was given back since
+    assert weight.ds_status is theirs.ZeroParamStatus.NOT_AVAILABLE and len(waited) == waits
