@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from support.command import Commands, exact
@@ -68,14 +69,27 @@ def test_a_run_on_a_table_and_its_answers_in_another(place):
     assert deltalake.DeltaTable(place.folder / "answers").version() == 0
 
 
-def test_a_table_that_is_not_whole_is_refused_before_any_rank_starts(place):
+def test_a_table_that_is_not_as_it_was_is_refused_before_any_rank_starts(place):
+    shortened, again = place.folder / "shortened", place.folder / "again"
+    shutil.copytree(place.folder / "table", shortened)
+    deltalake.DeltaTable(shortened).create_checkpoint()
+    (shortened / "_delta_log" / f"{0:020}.json").unlink()
+    shutil.copytree(shortened, again)
+    former = deltalake.DeltaTable(again).metadata().id
+    rows = deltalake.DeltaTable(again).to_pyarrow_table()
+    shutil.rmtree(again)
+    deltalake.write_deltalake(again, rows)
     opened = deltalake.DeltaTable(place.folder / "table")
     opened.optimize.compact()
     opened.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
-    for version, reason in ((0, "is gone"), (99, "the newest version is")):
+    for address, reason in (
+        ("table@0", "is gone"),
+        ("table@99", "the newest version is"),
+        ("shortened@0", "the log does not reach back to it"),
+        (f"again@0#{former}", "was made again"),
+    ):
         # With columns of its own: what was read before is in the cache, and is enough.
-        spec = f'"delta://table@{version}?columns=text,label"'
-        refused = place.run("train", *overrides(spec, "refused"), timeout=600)
+        refused = place.run("train", *overrides(f'"delta://{address}?columns=text,label"', "refused"), timeout=600)
         assert refused.returncode == 2, refused.stdout + refused.stderr
         assert reason in refused.stderr
         assert "starting" not in refused.stdout + refused.stderr
