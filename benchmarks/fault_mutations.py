@@ -123,10 +123,17 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/evidence.py", "            if not has_samples:\n", "            if not has_samples or is_cut:\n"
     ),
     "a_template_that_ends_turns_with_text_is_proven_and_reported": undo(
-        "data/chat/proof.py", "if stop == NO_TARGET and (marked or turn.by_text):", "if stop == NO_TARGET and marked:"
+        "data/chat/proof.py",
+        "if stop == NO_TARGET and (turn.by_text or which is None or not which[-1]):",
+        "if stop == NO_TARGET and (which is None or not which[-1]):",
     ),
     "the_proof_fails_where_a_server_reads_more_than_a_sample_holds": undo(
         "data/chat/proof.py", "if len(ids) < min(turn.length, max_length):", "if False:"
+    ),
+    "the_proof_fails_where_any_token_of_a_sample_is_another": undo(
+        "data/chat/proof.py",
+        "if reads := [at for at, token in enumerate(written) if ids[start + at] != token]:",
+        "if reads := []:",
     ),
     "an_answer_that_begins_inside_a_word_is_proven": undo(
         "data/chat/proof.py", "return inside_text if same else behind_token", "return behind_token"
@@ -153,7 +160,7 @@ _FOREIGN: dict[str, Mutation] = {
         "data/message.py", "message = without_none(message, GIVEN)", "message = without_none(message)"
     ),
     "schemas_that_are_text_are_given_as_they_are": undo(
-        "data/messages.py", "_tool(tool if is_text else without_none(tool))", "_tool(without_none(tool))"
+        "data/messages.py", "tool if is_text else without_none(tool)", "without_none(tool)"
     ),
     "pairs_are_no_chats_unless_the_format_is_named": undo("tasks/chat/rows.py", _PAIR, "pair = False"),
     "judged_answers_are_no_chats": undo("tasks/chat/rows.py", _VERDICT, "if False:"),
@@ -219,7 +226,7 @@ _OTHER: dict[str, Mutation] = {
     ),
     # Few rows, few steps, defaults.
     "unit/test_defaults.py::test_the_rate_is_the_method_s_where_nobody_gives_one": undo(
-        "config/by_method.py", "METHODS.classes()[method].learning_rate", "Method.learning_rate"
+        "config/by_method.py", "rate, origin = room.learning_rate, f", "rate, origin = rate, f"
     ),
     "unit/test_defaults.py::test_run_yaml_has_the_rate_with_its_origin_and_keeps_both": undo(
         "config/run_file.py", '**({"origins": dict(composed.origins)} if composed.origins else {}),', ""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import decoders, pre_tokenizers
 from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, metaspace_tokenizer, prepared, write_jsonl
-from unit.templates import LLAMA3, PLAIN_LINES, QWEN3
+from unit.templates import LLAMA3, MARKED_WITH_END, MARKED_WITHOUT_END, PLAIN_LINES, QWEN3
 
 from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
@@ -293,6 +293,34 @@ def test_an_answer_that_begins_inside_a_word_is_proven(tmp_path, scheme):
     assert prove(config, tokenizer, data).turns == 4
     trained = [[label for label in sample["labels"] if label != NO_TARGET] for sample in data.train.table]
     assert tokenizer.convert_ids_to_tokens(trained[0])[:2] == ["I", "▁am"]
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, MARKED_WITH_END, MARKED_WITHOUT_END], ids=["plain", "marks", "no stop marked"]
+)
+def test_the_proof_fails_where_any_token_of_a_sample_is_another(tmp_path, template):
+    """Up to the last stop: what a sample reads, and what it trains."""
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "So"), ("assistant", "No")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    tokenizer = byte_tokenizer(template)
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), [row])
+    (sample,) = data.train.table
+    assert prove(config, tokenizer, data).turns > 0
+    ids, labels = sample["input_ids"], sample["labels"]
+    last = max(at for at, label in enumerate(labels) if label != NO_TARGET)
+    proven = []
+    for at in range(1, last + 1):
+        other = ids[at] + 1 if ids[at] < 300 else ids[at] - 1
+        read = {"input_ids": [*ids[:at], other, *ids[at + 1 :]], "labels": labels}
+        label = ids[at] if labels[at] == NO_TARGET else NO_TARGET
+        trained = {"input_ids": ids, "labels": [*labels[:at], label, *labels[at + 1 :]]}
+        for changed in [trained, *([read] if at < last else [])]:
+            try:
+                prove_samples(config, tokenizer, (), [changed], data.evidence)
+                proven.append((at, changed is read))
+            except UserError:
+                continue
+    assert proven == []
 
 
 @pytest.mark.parametrize("of", [0, 1])

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.proof import Server, difference
+from dstune.data.chat.proof import Served, Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.message import REASONING_KEYS
 from dstune.data.stopping import stop_token_ids
@@ -300,19 +300,49 @@ def _compared(
     numbers = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant" and number]
     if renderer.choice.turns == "last":
         numbers = numbers[-1:]
-    marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools"))
+    marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools")) and not own.trains_on_prompt
     turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
+    marks = [server.marks(row, sample["input_ids"].tolist(), own.max_length) if marked else None for sample in samples]
+    count = 0
     for turn in turns:
-        given = {"max_length": own.max_length, "all_trained": own.trains_on_prompt, "marked": marked}
-        reason = difference(turn, samples, stops, **given)
+        counted = [None if of is None else server.counted(turn, of) for of in marks] if marked else None
+        if counted and not any(of is None or any(of) for of in counted):
+            continue  # nothing of it has a mark
+        reason = difference(
+            turn, samples, stops, max_length=own.max_length, all_trained=own.trains_on_prompt, counted=counted
+        )
         if reason is not None:
             return f"message {turn.number + 1}: {reason}", len(turns)
+        count += min(turn.length, own.max_length) - len(turn.prompt)
+    if marked:
+        reason = next(
+            filter(None, (_unmarked(server, turns, *pair) for pair in zip(samples, marks, strict=True))), None
+        )
+        if reason is not None:
+            return reason, len(turns)
     if not marked and not own.trains_on_prompt:
-        count = sum(min(turn.length, own.max_length) - len(turn.prompt) for turn in turns)
         trained = sum(int(np.count_nonzero(sample["labels"] != NO_TARGET)) for sample in samples)
         if trained != count:
             return f"{trained} tokens are trained, a server would have the model write {count}", len(turns)
     return None, len(turns)
+
+
+def _unmarked(
+    server: Server, turns: Sequence[Served], sample: Mapping[str, Any], marks: list[bool] | None
+) -> str | None:
+    """Why a sample trains what the template does not mark, or nothing."""
+    if marks is None:
+        return None
+    ids = sample["input_ids"].tolist()
+    counted = {
+        len(turn.prompt) + at
+        for turn in turns
+        if ids[: len(turn.prompt)] == turn.prompt
+        for at, counts in enumerate(server.counted(turn, marks))
+        if counts
+    }
+    further = set(np.flatnonzero(sample["labels"] != NO_TARGET).tolist()) - counted
+    return f"token {min(further)} is trained, and has no mark" if further else None
 
 
 def _columns(sample: Mapping[str, Any], prefix: str) -> dict[str, Any]:

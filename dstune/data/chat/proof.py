@@ -23,6 +23,10 @@ PROOF_SECONDS = 5.0
 """Processor time for a conversation that was rendered in less to make its samples."""
 
 
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What a template raises that refuses a conversation."""
+
+
 @dataclass(frozen=True)
 class Served:
     """A turn as a server sees it, in tokens."""
@@ -83,6 +87,46 @@ class Server:
         given = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
         return self._ids(self._rendered(messages, row.get("tools"), given, prompt=False))
 
+    def marks(self, row: Mapping[str, Any], ids: list[int], max_length: int) -> list[bool] | None:
+        """Which tokens of a sample the template marks (`{% generation %}`), where it is the conversation or a beginning of it."""
+        messages = [
+            self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
+            for message in row["messages"]
+        ]
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        for end in dict.fromkeys([len(messages), *(number + 1 for number in answers)]):
+            last = max((number for number in answers if number < end), default=0)
+            given = {**self._thinks(messages[last]), **self.arguments, **(row.get("chat_template_kwargs") or {})}
+            try:
+                encoded = self.tokenizer.apply_chat_template(
+                    messages[:end],
+                    tools=row.get("tools") or None,
+                    chat_template=freeze_date(
+                        self.tokenizer.get_chat_template(tools=row.get("tools") or None), self.date
+                    ),
+                    return_dict=True,
+                    return_assistant_tokens_mask=True,
+                    **given,
+                )
+            except _REFUSALS:
+                continue
+            tokens, marked = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+            supplied = len(ids) - len(tokens)  # a stop that the template does not print
+            if tokens[: len(ids)] == ids[: len(tokens)] and (supplied in (0, 1) or len(ids) == max_length):
+                return [*marked, *[False] * supplied][: len(ids)]
+        return None
+
+    def counted(self, turn: Served, marks: list[bool]) -> list[bool]:
+        """Which tokens of the target and of the stop behind it count. Marks that leave out nothing but tags and white space
+        at the end mean the stop as well."""
+        start, length = len(turn.prompt), len(turn.target) + 1
+        inside = [*marks[start : start + length], *[False] * length][:length]
+        if True not in inside:
+            return inside
+        last = length - 1 - inside[::-1].index(True)
+        rest = re.sub(r"<[^<>]*>|\s", "", self._read(turn.target[last + 1 :]))
+        return inside if rest else [*inside[: last + 1], *[True] * (length - last - 1)]
+
     def _turn(self, row: Mapping[str, Any], number: int) -> Served | None:
         messages = [
             self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
@@ -92,7 +136,7 @@ class Server:
         given = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
         try:
             requested = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        except _REFUSALS:
             return None
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
         by_text = self.ending is not None and answered.endswith(self.ending[1])
@@ -159,17 +203,18 @@ def difference(
     *,
     max_length: int = sys.maxsize,
     all_trained: bool = False,
-    marked: bool = False,
+    counted: Sequence[Sequence[bool] | None] | None = None,
 ) -> str | None:
     """Why no sample trains `turn` as it is served, or nothing.
 
     samples: those of the row, each with `input_ids` and `labels`. One that `max_length` cut holds as much of the turn as it
-    has place for. all_trained: the context counts as well (`task.train_on_prompt`). marked: the template says
-    which tokens of a turn count.
+    has place for. all_trained: the context counts as well (`task.train_on_prompt`). counted: of a template with marks, for
+    each sample which tokens of target and stop count; None where nobody knows.
     """
     found: list[str] = []
     others: list[str] = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
+        which = [True] * (len(turn.target) + 1) if counted is None else counted[number]
         ids, labels = [int(token) for token in sample["input_ids"]], [int(label) for label in sample["labels"]]
         start, end = len(turn.prompt), len(turn.prompt) + len(turn.target)
         context = turn.prompt[: len(ids)]
@@ -181,19 +226,27 @@ def difference(
             others.append(f"a sample of {len(ids)} tokens ends where a server goes on to token {turn.length}")
             continue
         written = turn.target[: max(0, len(labels) - start)]
+        if reads := [at for at, token in enumerate(written) if ids[start + at] != token]:
+            at = reads[0]
+            found.append(f"token {start + at} is {ids[start + at]}, a server would have the model write {written[at]}")
+            continue
         trained = labels[start : start + len(written)]
-        known = {NO_TARGET} if marked else set()
-        differ = [at for at, (a, b) in enumerate(zip(trained, written, strict=True)) if a != b and a not in known]
+        expected = [token if which is None or which[at] else NO_TARGET for at, token in enumerate(written)]
+        known = {NO_TARGET} if which is None else set()
+        differ = [at for at, (a, b) in enumerate(zip(trained, expected, strict=True)) if a != b and a not in known]
         if differ:
             at = differ[0]
             what = "not trained" if trained[at] == NO_TARGET else f"trained as {trained[at]}"
-            found.append(f"token {start + at} is {what}, a server would have the model write {written[at]}")
+            why = (
+                f"a server would have the model write {written[at]}" if expected[at] != NO_TARGET else "it has no mark"
+            )
+            found.append(f"token {start + at} is {what}, {why}")
             continue
         if end < len(labels):
             stop = labels[end]
-            if stop == NO_TARGET and (marked or turn.by_text):
+            if stop == NO_TARGET and (turn.by_text or which is None or not which[-1]):
                 return None
-            if turn.by_text and not all_trained:
+            if (turn.by_text or (which is not None and not which[-1])) and not all_trained:
                 found.append(f"token {end} is trained, behind the end of the turn")
                 continue
             if not turn.by_text and (stop not in stops or (turn.stop is not None and stop != turn.stop)):
