@@ -224,6 +224,11 @@ ROWS: list[Case] = [
     ("tools are not JSON: … at character …", CHAT, chat(USER, ANSWER, tools="f(x)")),
     ("tools must be a list of JSON schemas", CHAT, chat(USER, ANSWER, tools=["f"])),
     (
+        "the function of tool … must be an object, it is …",
+        CHAT,
+        chat(USER, ANSWER, tools=[{"type": "function", "function": "f"}]),
+    ),
+    (
         "a system text stands in the column 'system' and in the first message",
         CHAT,
         [
