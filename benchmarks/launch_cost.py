@@ -61,6 +61,25 @@ def of_signing() -> dict[str, float]:
     return found
 
 
+def of_tokenizer() -> dict[str, float]:
+    """Seconds that a rank takes to try the patterns of a tokenizer, beside a process that has imported what ranks do."""
+    import torch  # noqa: F401 (a fork has to copy its tables)
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from dstune.core import tokenizers
+
+    made = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated")
+    opened = PreTrainedTokenizerFast(tokenizer_object=made)
+
+    def trial() -> float:
+        tokenizers._tried.clear()
+        return seconds(lambda: tokenizers._try(opened))
+
+    return {"trial of a tokenizer that has patterns": median(trial)}
+
+
 def rank(number: int, folder: str, kind: str) -> None:
     """Prints what this rank measures, as JSON: one process forms one group."""
     import torch
@@ -173,7 +192,7 @@ def main() -> None:
         return
     from dstune.launch.commands import free_port
 
-    rows = of_signing()
+    rows = of_signing() | of_tokenizer()
     files = [of_ranks("file") for _ in range(3)]
     ports = [of_ranks(str(free_port())) for _ in range(3)]
 
