@@ -108,9 +108,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "peft/peft_model.py:forward": (1, MICRO_BATCH),
     "peft/peft_model.py:get_prompt": (1, MICRO_BATCH),
     "transformers/cache_utils.py:lazy_initialization": (4, MICRO_BATCH),
-    # Which positions of answers have a target: preferences are padded anew in the head.
+    # Which positions of answers have a target: preferences are padded anew in the head, and once more for the reference.
     "dstune/tasks/preference/head.py:__call__": (2, MICRO_BATCH),
-    "dstune/tasks/preference/head.py:_keep_targets": (1, MICRO_BATCH),
+    "dstune/tasks/preference/head.py:_keep_targets": (2, MICRO_BATCH),
     "main": (1, MICRO_BATCH),
     # A spike is vetoed between the last forward and backward pass; a penalty's value is read where it is added, before the update.
     "dstune/trainer/loop.py:veto": (1, STEP),
