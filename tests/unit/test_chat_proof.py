@@ -108,6 +108,15 @@ def test_the_proof_fails_where_one_token_is_another(tmp_path, change):
         prove(config, tokenizer, data)
 
 
+@pytest.mark.parametrize("place", [0, 1])  # a prompt, or the conversation with its answer
+def test_the_proof_fails_where_a_server_refuses_the_conversation(tmp_path, place):
+    config, data = data_of(tmp_path, byte_tokenizer(), ChatConfig(template_date=DATE), ROWS[:8])
+    text = ROWS[0]["messages"][place]["content"]
+    refusing = f"{{% if messages[-1].content == '{text}' %}}{{{{ raise_exception('not today') }}}}{{% endif %}}" + CHATML
+    with pytest.raises(UserError, match="not trained as a server would render it"):
+        prove(config, byte_tokenizer(refusing), data)
+
+
 def test_the_proof_fails_where_an_argument_is_another(tmp_path):
     template = "{% if loud %}!{% endif %}" + CHATML
     task = ChatConfig(template_date=DATE, chat_template_kwargs={"loud": True})

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.proof import Served, Server, difference
+from dstune.data.chat.proof import REFUSALS, Served, Server, difference
 from dstune.data.collate import NO_TARGET
 from dstune.data.message import REASONING_KEYS
 from dstune.data.stopping import stop_token_ids
@@ -227,7 +227,10 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
             row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"])}
-            reason, count = _compared(server, row, samples, own, stops)
+            try:
+                reason, count = _compared(server, row, samples, own, stops)
+            except REFUSALS as error:  # of the conversation that was rendered to make the samples
+                reason, count = f"the chat template refuses it: {error}", 0
             compared += count
             if reason is not None:
                 raise UserError(

@@ -23,7 +23,7 @@ PROOF_SECONDS = 5.0
 """Processor time for a conversation that was rendered in less to make its samples."""
 
 
-_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a template raises that refuses a conversation."""
 
 
@@ -108,7 +108,7 @@ class Server:
                     return_assistant_tokens_mask=True,
                     **given,
                 )
-            except _REFUSALS:
+            except REFUSALS:
                 continue
             tokens, marked = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
             supplied = len(ids) - len(tokens)  # a stop that the template does not print
@@ -136,7 +136,7 @@ class Server:
         given = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
         try:
             requested = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
-        except _REFUSALS:
+        except REFUSALS:
             return None
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
         by_text = self.ending is not None and answered.endswith(self.ending[1])
