@@ -112,7 +112,9 @@ def test_the_proof_fails_where_one_token_is_another(tmp_path, change):
 def test_the_proof_fails_where_a_server_refuses_the_conversation(tmp_path, place):
     config, data = data_of(tmp_path, byte_tokenizer(), ChatConfig(template_date=DATE), ROWS[:8])
     text = ROWS[0]["messages"][place]["content"]
-    refusing = f"{{% if messages[-1].content == '{text}' %}}{{{{ raise_exception('not today') }}}}{{% endif %}}" + CHATML
+    refusing = (
+        f"{{% if messages[-1].content == '{text}' %}}{{{{ raise_exception('not today') }}}}{{% endif %}}" + CHATML
+    )
     with pytest.raises(UserError, match="not trained as a server would render it"):
         prove(config, byte_tokenizer(refusing), data)
 
