@@ -95,7 +95,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/schema.py", "setting([], signed=_by_module)", "setting([])", case="cfg or plan"
     ),
     "runs_of_others.test_a_signed_key_of_an_installed_plugin_is_known": undo(
-        "core/registry.py", "if self._plugins and not _loading:", "if False:"
+        "core/registry.py", "if self._plugins and not _loading:", "if False:", count=2
     ),
     "runs_of_others.test_no_variable_is_resolved": undo(
         "config/trust.py", "if _refers(value) or (", "if (", case="cfg"
