@@ -20,7 +20,7 @@ from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
 from dstune.zero.hooks import without_hooks
-from dstune.zero.masks import Change, masked_decay, zero_gradients
+from dstune.zero.masks import Change, masked_weight_decay, zero_gradients
 from dstune.zero.parts import full_count, full_shape, gathered
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
@@ -371,7 +371,7 @@ class Engine:
         zero_gradients(self._parameters, masks, self.device)
         assert self._optimizer is not None
         decoupled = self._optimizer.decoupled_weight_decay
-        self.before_update(masked_decay(masks, self.partitions(), self._inner, decoupled=decoupled))
+        self.before_update(masked_weight_decay(masks, self.partitions(), self._inner, decoupled=decoupled))
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:

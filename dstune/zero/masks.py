@@ -38,7 +38,7 @@ def zero_gradients(
         parameters[name].register_hook(lambda gradient, bits=bits, shape=shape: gradient * unpack_bits(bits, shape))
 
 
-def masked_decay(
+def masked_weight_decay(
     masks: Mapping[str, torch.Tensor], partitions: Sequence[Partition], inner: torch.optim.Optimizer, *, decoupled: bool
 ) -> Change:
     """Take weight decay from the optimizer, and return what applies it to entries inside of the masks.

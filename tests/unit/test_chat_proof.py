@@ -183,7 +183,7 @@ def test_an_exported_template_has_the_arguments_built_in(tmp_path, rows, expecte
     assert ("<think></think>" in plain.decode(context)) is (expected["enable_thinking"] is False)
 
 
-def test_a_source_is_asked_for_as_it_was_trained(tmp_path):
+def test_a_seq2seq_prompt_is_rendered_as_in_training(tmp_path):
     """By the exported template, where nobody knows the target, and by the run's where it stands in the row."""
     task = Seq2SeqConfig(template_date=DATE)
     row = {"source": "two and two", "target": "<think>Hm.</think>four"}

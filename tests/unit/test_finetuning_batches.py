@@ -241,7 +241,7 @@ def test_a_batch_ends_as_it_would_have_without_a_kill_of_the_server(tmp_path):
     run(test, tmp_path, models=["first"])
 
 
-def test_a_batch_goes_on_behind_a_torn_line(tmp_path):
+def test_a_batch_resumes_after_a_truncated_line(tmp_path):
     answers = Answers(tmp_path / "output.jsonl")
     answers.add({"custom_id": "a"})
     answers.add({"custom_id": "b"})

@@ -158,7 +158,7 @@ def test_a_receiver_that_cannot_be_reached(tmp_path):
     run(test, tmp_path)
 
 
-def test_the_end_of_a_job_is_told_and_its_processes_get_the_projects_own_key(tmp_path):
+def test_a_finished_job_sends_a_webhook_and_its_processes_get_the_projects_own_key(tmp_path):
     presets = tmp_path / "models.yaml"
     presets.write_text(json.dumps({"models": {"tiny": {"path": "base", "learning_rate": {"supervised": 0.001}}}}))
     launcher = StubLauncher()

@@ -96,7 +96,7 @@ def test_requests_are_masked_or_stopped_before_an_engine_sees_them(tmp_path):
     run(test, tmp_path)
 
 
-def test_routes_without_a_policy_are_told(tmp_path, caplog):
+def test_routes_without_a_policy_are_logged(tmp_path, caplog):
     async def test(found, guard):
         (told,) = [one.getMessage() for one in caplog.records if "does not look at" in one.getMessage()]
         assert "/v1/embeddings" in told and "/v1/chat/completions" not in told

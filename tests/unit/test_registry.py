@@ -58,7 +58,7 @@ def test_showing_a_configuration_imports_the_rooms_that_it_chooses():
     assert rooms.isdisjoint({"dstune.tasks.embedding", "dstune.methods.ulmfit", "dstune.launch.slurm"})
 
 
-def test_packages_are_asked_for_entry_points_only_where_one_mentions_the_group(tmp_path):
+def test_entry_points_are_read_only_if_a_package_mentions_the_group(tmp_path):
     program = (
         "import sys\nfrom dstune.core.entry_points import named_in\n"
         "print([point.value for point in named_in('my.group')], 'importlib.metadata' in sys.modules)"
