@@ -12,26 +12,8 @@ import pytest
 import torch
 
 from dstune.serve.engines.local.sampling import Sampler
-from tests.support.local_engine import Engine, body, greedy
+from tests.support.local_engine import Engine, body
 from tests.support.tiny import save_decoder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("local") / "base")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    made = Engine(folder)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return greedy(folder)
-
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,25 +11,7 @@ import torch
 from dstune.serve.engines.local.answers import CHAT_FIELDS, TEXT_FIELDS
 from dstune.serve.engines.local.engine import CHAT, COMPLETION
 from dstune.serve.engines.local.sampling import Sampler, Sampling
-from tests.support.local_engine import TOOLS, Engine, body, greedy
-from tests.support.tiny import save_decoder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("local") / "base")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    made = Engine(folder)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return greedy(folder)
+from tests.support.local_engine import TOOLS, body
 
 
 def test_the_gateway_lets_through_what_the_engine_reads():

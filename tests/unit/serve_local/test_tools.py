@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,25 +10,8 @@ import torch
 from dstune.serve.engines.local.sampling import Chosen
 from dstune.serve.engines.local.text import TextStream
 from dstune.serve.engines.local.tools import ToolText, form_of
-from tests.support.local_engine import HERMES, TOOLS, Engine, greedy
+from tests.support.local_engine import HERMES, TOOLS, Engine
 from tests.support.tiny import save_decoder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return save_decoder(tmp_path_factory.mktemp("local") / "base")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    made = Engine(folder)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return greedy(folder)
 
 
 @pytest.mark.ci
