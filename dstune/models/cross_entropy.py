@@ -50,15 +50,10 @@ def projected_cross_entropy(
     (an adapter on the projection, trained token rows) computes the logits of a chunk again in the backward pass.
     hidden: [targets, hidden size]; targets: [targets], none of them ignored.
     """
-    linear = type(projection) is nn.Linear and projection.bias is None
-    rows = chunk_rows(hidden, vocabulary_size(projection))
-    if not linear and any(is_partitioned(weight) for weight in projection.parameters()):
-        # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
-        rows = max(1, len(hidden))
+    rows = rows_at_once(projection, hidden) or max(1, len(hidden))
     loss_sum = hidden.new_zeros((), dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
-    if torch.is_grad_enabled() and linear and hidden.dtype is not torch.float16:
+    if torch.is_grad_enabled() and is_multiplied_once(projection, hidden.dtype):
         return CrossEntropy(_LinearCrossEntropy.apply(hidden, projection.weight, targets, rows), correct)
     # Without targets this is one chunk of no rows, which gives all weights a gradient of zeros.
     for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -68,6 +63,24 @@ def projected_cross_entropy(
             loss, hits = _evaluated(project(some), expected)
             loss_sum, correct = loss_sum + loss, correct + hits
     return CrossEntropy(loss_sum, correct)
+
+
+def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
+    """Targets whose logits are made at a time; None for all of them."""
+    # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
+    if not _plain_linear(projection) and any(is_partitioned(weight) for weight in projection.parameters()):
+        return None
+    return chunk_rows(hidden, vocabulary_size(projection))
+
+
+def is_multiplied_once(projection: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether training makes the logits of hidden states in `dtype` once, and their gradients with them."""
+    # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
+    return _plain_linear(projection) and dtype is not torch.float16
+
+
+def _plain_linear(projection: nn.Module) -> bool:
+    return type(projection) is nn.Linear and projection.bias is None
 
 
 def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dstune.models import varlen
 from dstune.models.attention import SamplesApart
-from dstune.models.cross_entropy import chunk_rows, vocabulary_size, wide_products
+from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, wide_products
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.norms import Kind, is_as_exact, norms_computed_here
 from dstune.models.packed_attention import Heads, choose
@@ -33,7 +33,7 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
     if isinstance(head, CausalLmHead):
         found["cross_entropy"] = "whole logits"
         if head.examined:
-            found["cross_entropy"] = _chunks(vocabulary_size(model.get_output_embeddings()), model.dtype)
+            found["cross_entropy"] = _chunks(model.get_output_embeddings(), model.dtype)
     return found | {"optimizer": _optimizer(optimizer)}
 
 
@@ -47,7 +47,7 @@ def of_machine() -> dict[str, str]:
     adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # as `dstune.optim.adamw`
     return found | {
         "norms": _norms(fused=fused),
-        "cross_entropy": _chunks(VOCABULARY, dtype),
+        "cross_entropy": _chunks(nn.Linear(WIDTH, VOCABULARY, bias=False, device="meta"), dtype),
         "optimizer": _optimizer(adamw),
     }
 
@@ -67,11 +67,12 @@ def _norms(*, fused: bool) -> str:
     return "torch's kernel" if fused else "blocks of rows"
 
 
-def _chunks(vocabulary: int, dtype: torch.dtype) -> str:
+def _chunks(projection: nn.Module, dtype: torch.dtype) -> str:
     device = accelerator.current()
-    rows = chunk_rows(torch.empty(0, device=device, dtype=dtype), vocabulary)
-    logits = torch.float32 if wide_products(device.type, dtype) else dtype
-    return f"chunks of {rows} targets, logits in {str(logits).removeprefix('torch.')}"
+    rows = rows_at_once(projection, torch.empty(0, device=device, dtype=dtype))
+    wide = is_multiplied_once(projection, dtype) and wide_products(device.type, dtype)
+    logits = str(torch.float32 if wide else dtype).removeprefix("torch.")
+    return f"{'one chunk' if rows is None else f'chunks of {rows} targets'}, logits in {logits}"
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.tiny import save_decoder
 
+from dstune.launch import checks
 from dstune.models import kernels, varlen
 from dstune.models.attention import SamplesApart
 from dstune.models.heads.language import CausalLmHead
@@ -50,3 +54,34 @@ def test_the_machine_names_the_kernel_that_computes_there(monkeypatch, others, n
     monkeypatch.setattr(varlen, "kernels", lambda: iter([Kernel("raising", raising), *others]))
     attention = kernels.of_machine()["attention"]
     assert attention == f"{named}, not raising: RuntimeError head dimension at most 256"
+
+
+def test_logits_are_said_to_be_wide_only_where_one_product_makes_them(tmp_path, monkeypatch):
+    """Not of fp16, of a projection with an adapter or a bias: their logits are the model's own."""
+    monkeypatch.setattr(kernels, "wide_products", lambda device, dtype: True)
+    for dtype, bias, expected in (
+        (torch.bfloat16, False, "float32"),
+        (torch.float16, False, "float16"),
+        (torch.bfloat16, True, "bfloat16"),
+    ):
+        model = load(save_decoder(tmp_path)).to(dtype)
+        if bias:
+            model.lm_head = torch.nn.Linear(32, 105, dtype=dtype)
+        head = CausalLmHead(model)
+        assert head.examine(model, torch.device("cpu"))
+        found = kernels.of_run(model, model, head, torch.optim.SGD(model.parameters()))["cross_entropy"]
+        assert found.endswith(f"logits in {expected}"), (dtype, bias)
+
+
+def test_doctor_says_what_the_machine_computes_by(monkeypatch):
+    found = {
+        "ops": {},
+        "gpus": [],
+        "kind": "cpu",
+        "cuda_build": None,
+        "kernels": {"cross_entropy": "chunks", "norms": "n"},
+    }
+    ran = SimpleNamespace(stdout=f"FOUND {json.dumps(found)}", stderr="", returncode=0)
+    monkeypatch.setattr(checks.subprocess, "run", lambda *arguments, **more: ran)
+    (named,) = (check for check in checks.software() if check.name == "kernels")
+    assert (named.status, named.detail) == (checks.PASS, "cross entropy: chunks; norms: n")
