@@ -54,6 +54,8 @@ class Queue:
     """Where a launcher's runs wait for machines, and go on without the process that submitted them."""
 
     name: ClassVar[str]
+    variables: ClassVar[frozenset[str]] = frozenset()
+    """Of the environment, which the queue's own commands need."""
 
     def require(self, *, cancel: bool = False) -> None:
         """Raises UserError where jobs cannot be submitted, or cancelled, from this machine."""

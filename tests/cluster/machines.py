@@ -9,16 +9,19 @@ Needs root, and Debian's openssh-server, openssh-client, iproute2 (unshare and n
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = {"ip": "iproute2", "/usr/sbin/sshd": "openssh-server", "ssh": "openssh-client", "unshare": "util-linux"}
 NETWORK = "10.77.0"
+CLONE_NEWNET = 0x40000000
 SSHD = """\
 HostKey {root}/ssh/host_key
 AuthorizedKeysFile {root}/ssh/authorized_keys
@@ -141,6 +144,16 @@ class Machines:
     def on(self, name: str, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return subprocess.run(self.command(name, words), capture_output=True, text=True, timeout=timeout)
 
+    @contextmanager
+    def network(self, name: str) -> Iterator[None]:
+        """Connections that this thread opens are those of a machine."""
+        with open("/proc/thread-self/ns/net") as own, open(f"/proc/{self._first[name]}/ns/net") as other:
+            _enter(other.fileno())
+            try:
+                yield
+            finally:
+                _enter(own.fileno())
+
     def _wire(self, name: str) -> None:
         hub, own = f"{self._prefix}-hub", f"{self._prefix}-{name}"
         _do("ip", "netns", "add", own)
@@ -165,6 +178,11 @@ class Machines:
         names = "".join(f"{self.address(name)} {name}\n" for name in self.names)
         (self.root / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
         (self.root / "first.sh").write_text(FIRST_PROCESS)
+
+
+def _enter(namespace: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def _do(*words: str) -> None:

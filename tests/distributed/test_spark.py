@@ -288,46 +288,46 @@ def texts_of_ui(port: int) -> Iterator[str]:
             yield answer.read().decode()
 
 
-def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster, undisturbed):  # noqa: F811
-    """Asked to stop, a killed rank, a killed driver, a lost worker: each is told rightly, and the curve is that of a run that was
-    never disturbed."""
+def on_cluster(cluster: Cluster, processes: int = 2) -> list[str]:
+    words = [f"launch.master={cluster.master}", f"launch.processes={processes}"]
+    return ["launch=spark", "launch.export_env=[PLANTED_TOKEN]", *words]
+
+
+def started(place: Commands, name: str, words: list[str], further: int) -> subprocess.Popen:
+    """A launch that has come `further` steps beyond all before it."""
+    run_dir = place.folder / name
+    rows = metrics(run_dir)
+    step = (rows[-1]["step"] if rows else 0) + further
+    command = place.start("train", *overrides(name, *words))
+    wait_until(lambda: at_step(run_dir, step) or command.poll() is not None, timeout=400)
+    assert command.poll() is None, place.log
+    return command
+
+
+def test_a_standalone_cluster_on_which_a_run_ends_in_every_way(spark_place, cluster, undisturbed):  # noqa: F811
+    """Asked to stop, a killed rank, a killed driver: each is told rightly, the curve is that of a run that was never disturbed,
+    and nothing that Spark keeps or shows has the secret."""
     name, port, events = "standalone", free_port(), cluster.folder / "events"
+    run_dir, words = spark_place.folder / name, on_cluster(cluster)
     events.mkdir()
     submit = spark_place.env["PYSPARK_SUBMIT_ARGS"].replace("spark.ui.enabled=false", f"spark.ui.port={port}")
     submit = f"--conf spark.eventLog.enabled=true --conf spark.eventLog.dir=file://{events} {submit}"
-    words = [
-        "launch=spark",
-        f"launch.master={cluster.master}",
-        "launch.export_env=[PLANTED_TOKEN]",
-        "launch.processes=2",
-    ]
-    run_dir = spark_place.folder / name
-
-    def started(further: int) -> subprocess.Popen:
-        """A launch that has come `further` steps beyond all before it."""
-        rows = metrics(run_dir)
-        step = (rows[-1]["step"] if rows else 0) + further
-        command = spark_place.start("train", *overrides(name, *words))
-        wait_until(lambda: at_step(run_dir, step) or command.poll() is not None, timeout=400)
-        assert command.poll() is None, spark_place.log
-        return command
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(spark_place.env, "PYSPARK_SUBMIT_ARGS", submit)
-        command = started(6)
+        command = started(spark_place, name, words, 6)
         assert rank_of(run_dir, 1).environ()["PLANTED_TOKEN"] == SECRET
         assert not [text for text in texts_of_ui(port) if SECRET in text]
         command.terminate()
         assert command.wait(timeout=120) == 75, spark_place.log
         assert result(run_dir)["status"] == "preempted"
 
-        command = started(2)
+        command = started(spark_place, name, words, 2)
         rank_of(run_dir, 1).kill()
         assert command.wait(timeout=120) == 1, spark_place.log
         assert "rank 1 was killed by SIGKILL" in result(run_dir)["reason"]
         assert not ranks_of(run_dir)
 
-        command = started(2)
+        command = started(spark_place, name, words, 2)
         ranks = ranks_of(run_dir)
         assert len(ranks) == 2
         command.kill()
@@ -336,12 +336,8 @@ def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster
         wait_until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 60)
         print(f"no rank {time.monotonic() - killed:.1f} s after the driver was killed")
 
-        command = started(2)
-        cluster.lose_worker(rank_of(run_dir, 1))
-        cluster.add_worker()
-        assert command.wait(timeout=600) == 0, spark_place.log
-    assert "the task of rank 1 on" in spark_place.log
-    assert "Spark starts the stage again" in spark_place.log
+        done = spark_place.run("train", *overrides(name, *words), timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert exact(run_dir) == undisturbed
     assert not ranks_of(run_dir)
     assert list(events.iterdir())
@@ -349,9 +345,21 @@ def test_a_standalone_cluster_on_which_everything_ends_once(spark_place, cluster
         assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
 
 
+def test_a_worker_that_is_lost_while_ranks_train(spark_place, cluster, undisturbed):  # noqa: F811
+    """Spark starts the stage again with the worker that came instead: one launch, and the curve of an undisturbed run."""
+    run_dir = spark_place.folder / "lost"
+    command = started(spark_place, "lost", on_cluster(cluster), 6)
+    cluster.lose_worker(rank_of(run_dir, 1))
+    cluster.add_worker()
+    assert command.wait(timeout=600) == 0, spark_place.log
+    assert "the task of rank 1 on" in spark_place.log
+    assert "Spark starts the stage again" in spark_place.log
+    assert exact(run_dir) == undisturbed
+    assert not ranks_of(run_dir)
+
+
 def test_more_ranks_than_the_cluster_has_slots(spark_place, cluster):
-    words = ["launch=spark", f"launch.master={cluster.master}", "launch.processes=3"]
-    refused = spark_place.run("train", *overrides("too-many"), *words)
+    refused = spark_place.run("train", *overrides("too-many"), *on_cluster(cluster, processes=3))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "Spark has 2 slots" in refused.stderr
     assert not (spark_place.folder / "too-many").exists()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ MODULES = ("dstune.serve.finetuning.jobs.process", "dstune.serve.finetuning.jobs
 
 
 class Server:
-    """serves: words of `dstune serve` that name models; none for the API alone."""
+    """serves: words of `dstune serve` that name models; none for the API alone. enter: what goes before its command line."""
 
-    def __init__(self, folder: Path, presets: dict[str, Any], *serves: str):
-        self.folder, self.state, self._serves = folder, folder / "serving", serves
+    def __init__(self, folder: Path, presets: dict[str, Any], *serves: str, enter: Sequence[str] = ()):
+        self.folder, self.state, self._serves, self._enter = folder, folder / "serving", serves, enter
         self.state.mkdir(mode=0o700, exist_ok=True)
         self.presets = folder / "models.yaml"
         self.presets.write_text(json.dumps(presets))
@@ -35,6 +36,7 @@ class Server:
     def start(self) -> None:
         words = (*self._serves, "--fine-tuning") if self._serves else ("--no-inference",)
         command = [
+            *self._enter,
             sys.executable,
             "-m",
             "dstune",

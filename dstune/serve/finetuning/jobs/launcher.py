@@ -13,6 +13,7 @@ from dstune.core import files
 from dstune.core.paths import STOP_FILE
 from dstune.core.secrets import is_secret
 from dstune.launch.commands import EXPORTED_NAMES, EXPORTED_PREFIXES, python_path
+from dstune.protocols import LAUNCHERS
 from dstune.serve.finetuning.jobs.folder import NOW, JobFolder, write
 
 PROGRAM = (sys.executable, "-m", "dstune.serve.finetuning.jobs.process")
@@ -75,10 +76,12 @@ class ProcessLauncher:
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """What a job's process gets of the server's environment: no key, and no address with one in it."""
+    queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
+    expected = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
     kept = {
         name: value
         for name, value in given.items()
-        if (name in EXPORTED_NAMES or name.startswith(EXPORTED_PREFIXES))
+        if (name in expected or name.startswith(EXPORTED_PREFIXES))
         and not name.startswith(NEVER_PREFIXES)
         and not is_secret(name, value)
     }

@@ -215,7 +215,11 @@ class Training:
                 cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
                 requested = how
             time.sleep(QUEUE_SECONDS)
-        return ENDED.get(status.state, EXIT_LOST)
+        code = ENDED.get(status.state, EXIT_LOST)
+        launched = records.read_launch(run)
+        if code == EXIT_LOST and launched is not None:  # the next attempt does not wait for it, but submits the run again
+            records.note(run, launched.id, launched.processes)
+        return code
 
     def _export(self) -> int:
         command = [sys.executable, "-m", "dstune.serve.finetuning.jobs.export", str(self._folder.path)]
