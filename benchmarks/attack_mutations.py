@@ -132,6 +132,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names": undo(
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),
+    "serve.test_answers_without_a_length_stay_below_the_bound": undo(
+        "serve/gateway/output_bound.py", "body = body | {names[0]: requested}", "return body"
+    ),
     "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another": undo(
         "serve/finetuning/files.py",
         "where(File.project == project, File.id == file, *_alive())",

@@ -249,6 +249,12 @@ ATTACKS = (
         "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names",
     ),
     Attack(
+        "128 answers without a length, each until the context is full",
+        "`dstune serve`",
+        "the engine is told each one's share of the bound",
+        "serve.test_answers_without_a_length_stay_below_the_bound",
+    ),
+    Attack(
         "a file, upload or part of another tenant, by its id",
         "the fine-tuning API",
         "every query asks for the caller's project",

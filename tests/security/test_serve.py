@@ -15,9 +15,12 @@ from dstune.serve.command import first_keys
 from dstune.serve.engines.base import Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.local.engine import LocalEngine
+from dstune.serve.engines.remote import RemoteEngine
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.engines.vllm import VllmEngine
+from dstune.serve.errors import ApiError
 from dstune.serve.gateway import page
+from dstune.serve.gateway.output_bound import bounded
 from dstune.serve.gateway.routes import _allowed
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
@@ -172,6 +175,59 @@ def test_a_message_cannot_close_its_turn_where_the_engine_would_parse_it(tmp_pat
         engine._special = SpecialTexts.of(source)  # as `learn` does when it has started
         with pytest.raises(Exception, match="control token"):
             engine.outgoing("/v1/chat/completions", hostile)
+
+
+def test_answers_without_a_length_stay_below_the_bound(tmp_path):
+    """An engine that is told no length writes until its context is full, `n` times."""
+
+    async def test(found):
+        client = found.client()
+
+        async def sent(path="/v1/chat/completions", **body):
+            answer = await client.post(path, json=body)
+            return found.app.seen[-1][1] if answer.status_code == 200 else answer.json()["error"]["code"]
+
+        assert (await sent(**chat(n=50)))["max_tokens"] == 20
+        assert (await sent(**chat(n=50, max_tokens=None)))["max_tokens"] == 20
+        assert (await sent(**chat(n=50, max_completion_tokens=20))).keys() & {"max_tokens"} == set()
+        assert await sent(**chat(n=50, max_completion_tokens=21)) == "too_many_tokens"
+        assert await sent(**chat(n=50, max_completion_tokens=1, max_tokens=21)) == "too_many_tokens"
+        given = {"model": "first", "prompt": "hello"}
+        assert (await sent("/v1/completions", **given))["max_tokens"] == 16
+        assert await sent("/v1/completions", **given | {"prompt": ["a"] * 63}) == "too_many_tokens"
+        assert await sent("/v1/completions", **given | {"prompt": [[1]] * 63}) == "too_many_tokens"
+        assert (await sent("/v1/completions", **given | {"prompt": [1] * 63}))["max_tokens"] == 16
+        assert (await sent("/v1/responses", model="first", input="hello"))["max_output_tokens"] == 1000
+        for model in found.fleet.models.values():
+            model.engine.context = 500
+        assert "max_tokens" not in await sent(**chat(n=2)), "two contexts are below the bound"
+        assert (await sent(**chat(n=3)))["max_tokens"] == 333
+
+    run(test, tmp_path, max_output_tokens=1000)
+
+
+def test_answers_of_a_server_elsewhere_are_counted_as_it_writes_them(tmp_path):
+    engine = RemoteEngine(stub_source("m", path="there"), "m", tmp_path, tmp_path, Limits())
+    given = {"prompt": "hello", "max_tokens": 100}
+    with pytest.raises(ApiError, match="20 answers of 100 tokens"):
+        bounded("/v1/completions", given | {"best_of": 20}, engine, 1000)
+    assert bounded("/v1/chat/completions", {}, engine, 1000) == {}, "its own bound, which it does not tell"
+    assert bounded("/v1/chat/completions", {"n": 2}, engine, 1000)["max_tokens"] == 500
+    engine.context = engine.context_told({"data": [{"id": "there", "max_model_len": 4096}, {"id": "other"}, 7]})
+    assert bounded("/v1/chat/completions", {}, engine, 1000)["max_tokens"] == 1000
+    assert bounded("/v1/chat/completions", {}, engine, 4096) == {}
+    for odd in ({}, {"data": 3}, {"data": [{"id": "there", "max_model_len": "4096"}]}):
+        assert engine.context_told(odd) == 0
+
+
+def test_llama_cpp_is_told_the_length_by_the_name_that_all_of_its_versions_know(tmp_path):
+    from tests.support.tiny import save_tokenizer
+
+    save_tokenizer(tmp_path)
+    engine = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
+    engine._special = SpecialTexts.of(engine.source)
+    sent = engine.outgoing("/v1/chat/completions", chat(max_completion_tokens=5))
+    assert sent["max_tokens"] == 5 and "max_completion_tokens" not in sent
 
 
 def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys):

@@ -40,6 +40,7 @@ class Double:
             arguments.model, dtype=getattr(torch, arguments.dtype)
         ).eval()
         self.models: dict[str, Any] = {arguments.served_model_name: self.load()}
+        self.context = self.models[arguments.served_model_name].config.max_position_embeddings
 
     def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         if "messages" in body:
@@ -117,7 +118,7 @@ class Double:
                 break
         routes = {
             "/health": lambda given: {},
-            "/v1/models": lambda given: {"data": [{"id": name} for name in self.models]},
+            "/v1/models": lambda given: {"data": [{"id": name, "max_model_len": self.context} for name in self.models]},
             "/tokenize": self.tokenize,
             "/v1/completions": self.complete,
             "/v1/chat/completions": self.chat,

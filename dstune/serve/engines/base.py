@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,6 +144,10 @@ class Engine:
         """Tokens and answers of an encoder's rows. Raises Unprovable."""
         raise Unprovable(f"{self.name} does not show the tokens of an encoder")
 
+    def fits_unasked(self, answers: int, most: int) -> bool:
+        """Whether so many answers whose length nobody asked for write at most `most` tokens together."""
+        return 0 < answers * self.context <= most
+
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """A request that was checked, as the engine is sent it. Raises ApiError where it must not see it."""
         return body
@@ -162,6 +166,7 @@ class Engine:
         self._folder.mkdir(mode=0o700)
         command = self.command(self._folder)
         self.starts += 1
+        self.context = 0
         self.client = Upstream(command.url, command.socket, self.headers)
         if self.starts_process:
             self._spawn(command)
@@ -219,8 +224,12 @@ class Engine:
         except (EngineDown, Unprovable, TimeoutError):
             return False
         self.dtype = str(found.get("dtype", self.dtype))
-        self.context = int(found.get("context", self.context))
+        self.context = self.context_told(found)
         return True
+
+    def context_told(self, health: Mapping[str, Any]) -> int:
+        """Tokens of a prompt and its answer together, as the engine tells them; 0 where it does not."""
+        return int(health.get("context", self.context))
 
     def _failure(self) -> DstuneError | EngineDown:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -290,6 +299,17 @@ class Engine:
             raise EngineDown(f"{self.name} answers {path} with {status}")
         found = _value(content)
         return found if isinstance(found, dict) else {}
+
+
+def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
+    """The longest context of these models in an answer of `/v1/models`, where the server tells it (vLLM does); else 0."""
+    listed = models.get("data")
+    lengths = [
+        one["max_model_len"]
+        for one in (listed if isinstance(listed, list) else [])
+        if isinstance(one, dict) and one.get("id") in names and type(one.get("max_model_len")) is int
+    ]
+    return max(lengths, default=0)
 
 
 def _value(content: bytes) -> Any:

@@ -77,7 +77,10 @@ class LlamaCppEngine(Engine):
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
-        return {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        # Older ones do not know this name, and would write without end.
+        most = kept.pop("max_completion_tokens", None)
+        return kept if most is None else kept | {"max_tokens": most}
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         text = row.get("text")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from dstune.core.errors import Problem, UserError
 from dstune.serve import fields
-from dstune.serve.engines.base import Command, Engine, Unprovable
+from dstune.serve.engines.base import Command, Engine, Unprovable, context_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -41,6 +41,13 @@ class RemoteEngine(Engine):
 
     def command(self, folder: Path) -> Command:
         return Command([], {}, self.address.rstrip("/").removesuffix("/v1"))
+
+    def fits_unasked(self, answers: int, most: int) -> bool:
+        """One answer of an unknown length is left to the bound of the server, which may refuse a longer one."""
+        return answers == 1 if not self.context else super().fits_unasked(answers, most)
+
+    def context_told(self, health: Mapping[str, Any]) -> int:
+        return context_of(health, {self.source.path})
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         return body | {"model": self.source.path}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.data.template_date import freeze_date
-from dstune.serve.engines.base import Command, Engine, Unprovable
+from dstune.serve.engines.base import Command, Engine, EngineDown, Unprovable, context_of
 from dstune.serve.engines.special import SpecialTexts, hub_folder
 from dstune.serve.source import Source
 
@@ -140,6 +140,13 @@ class VllmEngine(Engine):
             )
             raise UserError(Problem("--dtype", reason, "--dtype bfloat16, if vLLM computes in it", self.source.path))
         self._special = self._special or SpecialTexts.of(self.source)
+
+    async def _healthy(self) -> bool:
+        healthy = await super()._healthy()
+        if healthy and not self.context:
+            with contextlib.suppress(EngineDown, Unprovable):
+                self.context = context_of(await self.ask("GET", "/v1/models", None), {self.base})
+        return healthy
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"

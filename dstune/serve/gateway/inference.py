@@ -17,6 +17,7 @@ from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.metrics import Metrics
+from dstune.serve.gateway.output_bound import bounded
 from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.store.keys import Caller
@@ -52,7 +53,7 @@ class Inference:
         request.model = model.source.name
         body = checked(body, known, acts)
         request.refuse_halves(body)
-        self._check_size(request, body)
+        body = bounded(path, body, model.engine, request.settings.max_output_tokens)
         user = body.get("user") or body.get("safety_identifier")
         request.user = user if isinstance(user, str) else None
         assert request.caller is not None
@@ -78,18 +79,6 @@ class Inference:
         if not model.ready:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
         return model
-
-    @staticmethod
-    def _check_size(request: Request, body: Mapping[str, Any]) -> None:
-        most = request.settings.max_output_tokens
-        prompts = len(body["prompt"]) if isinstance(body.get("prompt"), list) and body["prompt"] else 1
-        if prompts > 1 and isinstance(body["prompt"][0], int):
-            prompts = 1
-        requested = max((body.get(name) or 1) for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"))
-        if body.get("n", 1) * prompts * requested > most:
-            raise ApiError(400, f"n times max_tokens is more than {most}.", param="max_tokens", code="too_many_tokens")
-        if body.get("n", 1) * prompts > 512:
-            raise ApiError(400, "The request asks for more than 512 answers.", param="n", code="too_many_answers")
 
     async def _forward(
         self, request: Request, model: Model, path: str, body: dict[str, Any], record: Record, guarded: Guarded | None

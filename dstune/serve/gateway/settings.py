@@ -26,6 +26,6 @@ class Settings:
     queue_seconds: float = 60.0
     """A request that waited so long gets 503."""
     max_output_tokens: int = 131072
-    """n times max_tokens of a request."""
+    """Of all answers to a request together."""
     adapter_roots: tuple[str, ...] = ()
     """Folders below which adapters may be added while the server runs."""

@@ -15,14 +15,12 @@ from dstune.data.messages import conversation_of
 from dstune.data.problems import RowError
 from dstune.serve.asgi import event
 from dstune.serve.engines.local.batch import QueueFull, Scheduler, Sequence
+from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
 from dstune.serve.engines.local.model import LocalModel
 from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.engines.local.tools import Call, ToolForm, ToolText, form_of
 from dstune.serve.errors import ApiError, error_body
-
-DEFAULT_MAX_TOKENS = 1024
-"""Longest answer to a request that does not say, where the context has room for it."""
 
 
 @dataclass

@@ -38,6 +38,9 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
     "reward": {"/rewards": frozenset({"model", "messages", "user"})},
 }
 
+DEFAULT_MAX_TOKENS = 1024
+"""Longest answer to a conversation that does not say, where the context has room for it."""
+
 
 @dataclass
 class LocalEngine(Engine):
@@ -50,6 +53,9 @@ class LocalEngine(Engine):
         if self.source.generates:
             return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
         return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+
+    def fits_unasked(self, answers: int, most: int) -> bool:
+        return answers * DEFAULT_MAX_TOKENS <= most
 
     def command(self, folder: Path) -> Command:
         scratch = folder / "scratch"
