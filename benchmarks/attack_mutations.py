@@ -203,6 +203,12 @@ _BY_ATTACK: dict[str, Mutation] = {
     "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder": undo(
         "data/sources.py", "if strange := [name for name in names if not", "if strange := [name for name in () if not"
     ),
+    "leaks.test_a_table_names_no_file_outside_its_folder_in_any_spelling": undo(
+        "data/lakehouse/_inside.py", "if _ODD.search(name) or (", "if _ODD.search('') or ("
+    ),
+    "leaks.test_a_table_in_a_store_names_no_file_of_this_machine": undo(
+        "data/lakehouse/_tables.py", 'if is_elsewhere(action["path"], place):', "if False:"
+    ),
     "leaks.test_a_split_is_a_name": undo(
         "data/sources.py",
         "isinstance(name, str) and _is_name(name) for name in splits",

@@ -357,6 +357,18 @@ ATTACKS = (
         "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder",
     ),
     Attack(
+        "the log of a Delta table names a file elsewhere, as `FILE:`, behind a tab or with `\\`",
+        "`delta://`",
+        "names that are odd as addresses are refused",
+        "leaks.test_a_table_names_no_file_outside_its_folder_in_any_spelling",
+    ),
+    Attack(
+        "the log of a table in a store names a file of this machine",
+        "`delta://s3://...`",
+        "an address of another kind is refused",
+        "leaks.test_a_table_in_a_store_names_no_file_of_this_machine",
+    ),
+    Attack(
         "`dataset_dict.json` names a split that is a path", "`data.train`", "refused", "leaks.test_a_split_is_a_name"
     ),
     Attack(

@@ -12,6 +12,9 @@ from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.core.errors import UserError
 from dstune.data import sources
+from dstune.data.lakehouse._address import parse
+from dstune.data.lakehouse._inside import refuse_outside
+from dstune.data.lakehouse._tables import check_files
 from dstune.launch import host_slots, rundir
 from dstune.launch.hosts import Ssh
 
@@ -80,3 +83,34 @@ def test_a_run_directory_can_be_closed_to_others(
     (tmp_path / "run").mkdir(mode=0o755)
     rundir.prepare(composed)
     assert stat.S_IMODE((tmp_path / "run").stat().st_mode) == expected
+
+
+ADDRESSES = ("FILE://{}", "file:{}", " file://{}", "\tfile://{}", "..\\private.parquet", "{}?/../x", "http://[::1]/x")
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "../private.parquet", "%2e%2e/private.parquet", *ADDRESSES])
+def test_a_table_names_no_file_outside_its_folder_in_any_spelling(form: str, tmp_path: Path) -> None:
+    """The library reads some of them as addresses; as paths they name files in the folder, which are there and as large."""
+    table, private = tmp_path / "table", tmp_path / "private.parquet"
+    (table / "_delta_log").mkdir(parents=True)
+    private.write_bytes(b"12345")
+    name, address = form.format(private), parse(f"delta://{table}", "data.train")
+    decoy = Path(table, name)
+    decoy.parent.mkdir(parents=True, exist_ok=True)
+    decoy.write_bytes(b"12345")
+    with pytest.raises(UserError, match="outside the table's folder"):
+        check_files([{"path": name, "size_bytes": 5}], str(table), address, "data.train")
+    for kind, vector in (("p", name), ("u", f"{name}/{'0' * 20}")):
+        action = {"add": {"path": "a", "deletionVector": {"storageType": kind, "pathOrInlineDv": vector}}}
+        (table / "_delta_log" / "0.json").write_text(json.dumps(action))
+        with pytest.raises(UserError, match="outside the table's folder"):
+            refuse_outside(table, address, "data.train")
+
+
+def test_a_table_in_a_store_names_no_file_of_this_machine() -> None:
+    place, address = "s3://bucket/table", parse("delta://s3://bucket/table", "data.train")
+    for name in ("file:///home/me/private.parquet", "FILE:/x", "\tfile:///x", "a\\b"):
+        with pytest.raises(UserError, match="outside the table's folder"):
+            check_files([{"path": name, "size_bytes": 1}], place, address, "data.train")
+    inside = [{"path": name, "size_bytes": 1} for name in ("a%20b/x.parquet", "d=1:2/x.parquet", "s3://bucket/x")]
+    assert check_files(inside, place, address, "data.train") == 3

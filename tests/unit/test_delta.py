@@ -159,6 +159,25 @@ def test_a_log_leads_to_no_file_outside_the_table(table, tmp_path, form):
     assert "lies outside the table's folder" in refused(f"delta://{tmp_path / 'linked'}")
 
 
+ADDRESSES = ("FILE://{}", "file:{}", " file://{}", "\tfile://{}", "..\\private.parquet", "{}?/../x", "http://[::1]/x")
+
+
+@pytest.mark.parametrize("form", ADDRESSES)
+def test_no_spelling_of_an_address_leads_outside(table, form):
+    """The library reads them as addresses; as paths they name files in the folder, which are there and as large."""
+    stranger = table.parent / "stranger"
+    shutil.copytree(table, stranger)
+    own = next(stranger.glob("*.parquet"))
+    private = shutil.copy(own, table.parent / "private.parquet")
+    name = form.format(private)
+    decoy = stranger / name
+    decoy.parent.mkdir(parents=True, exist_ok=True)
+    own.rename(decoy)
+    for log in stranger.glob("_delta_log/*.json"):
+        log.write_text(log.read_text().replace(f'"path":"{own.name}"', f'"path":{json.dumps(name)}'))
+    assert "lies outside the table's folder" in refused(f"delta://{stranger}")
+
+
 @pytest.mark.parametrize("name", ["_last_checkpoint", "00000000000000000003.json", "00000000000000000000.crc"])
 def test_a_pipe_or_a_link_in_a_log_is_not_opened(table, name):
     """The library would wait for it for ever, or read without end."""

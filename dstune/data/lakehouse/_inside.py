@@ -6,6 +6,7 @@ The library opens what it finds in the log, and what the log names, whatever it 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dstune.data.lakehouse._address import Address
 
 LOG = "_delta_log"
 _VECTOR = ["add.deletionVector"]
+_MADE_UP = 20
+"""Characters at the end of a relative deletion vector's name that are a number."""
 
 
 def refuse_outside(place: Path, address: Address, key: str) -> None:
@@ -31,9 +34,27 @@ def refuse_outside(place: Path, address: Address, key: str) -> None:
             fix = "a table has plain files and folders: copy its rows into one"
             raise UserError(Problem(key, f"{entry.path} is a pipe, a device or a link to nothing", fix, str(address)))
     for name in _vectors(place / LOG):
-        path = Path(place, unquote(name).removeprefix("file://"))
-        if not path.resolve().is_relative_to(inside):
+        if path_inside(name, inside) is None:
             raise UserError(outside(name, address, key))
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_ODD = re.compile(r"[\x00-\x1f\x7f\\\\?#]|^ | $")
+"""What the library, which takes names for addresses, drops, cuts off or takes for a slash."""
+
+
+def path_inside(name: str, inside: Path) -> Path | None:
+    """The file that a log names, where it certainly lies in the folder `inside`, which is resolved; else None."""
+    if _ODD.search(name) or (_ADDRESS.match(name) and not name.startswith("file:///")):
+        return None
+    path = Path(inside, unquote(name.removeprefix("file://")))
+    return path if path.resolve().is_relative_to(inside) else None
+
+
+def is_elsewhere(name: str, place: str) -> bool:
+    """Whether a log at the address `place` names a file of another kind of store, such as one of this machine."""
+    scheme = _ADDRESS.match(name.strip())
+    return _ODD.search(name) is not None or (scheme is not None and scheme[0].lower() != f"{place.partition(':')[0]}:")
 
 
 def outside(name: str, address: Address, key: str) -> Problem:
@@ -50,7 +71,8 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _vectors(log: Path) -> Iterator[str]:
-    """Places of deletion vectors that are named as a whole. Raises what says that a file of the log cannot be read."""
+    """Places of deletion vectors, or how they begin where a number follows. Raises what says that a file of the log cannot be
+    read."""
     for entry in _entries(log):
         actions: list[Any] = []
         try:
@@ -64,5 +86,6 @@ def _vectors(log: Path) -> Iterator[str]:
         for action in actions:
             add = action.get("add") if isinstance(action, dict) else None
             vector = add.get("deletionVector") if isinstance(add, dict) else None
-            if isinstance(vector, dict) and vector.get("storageType") == "p":
-                yield str(vector.get("pathOrInlineDv"))
+            if isinstance(vector, dict) and (kind := vector.get("storageType")) in ("p", "u"):
+                name = str(vector.get("pathOrInlineDv"))
+                yield name if kind == "p" else name[:-_MADE_UP]

@@ -10,13 +10,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
 from dstune.data.files import first_line
 from dstune.data.lakehouse._address import Address
-from dstune.data.lakehouse._inside import outside, refuse_outside
+from dstune.data.lakehouse._inside import is_elsewhere, outside, path_inside, refuse_outside
 
 CREDENTIALS = {
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
@@ -131,13 +130,16 @@ def check_files(actions: list[dict[str, Any]], place: str, address: Address, key
     Raises:
         UserError: files that are gone, cut short, or outside the table's folder (its log may name any file of this machine).
     """
-    if "://" not in place:
+    if "://" in place:
+        for action in actions:
+            if is_elsewhere(action["path"], place):
+                raise UserError(outside(action["path"], address, key))
+    else:
         bad = []
         inside = Path(place).resolve()
         for action in actions:
-            name = unquote(action["path"])
-            path = Path(name.removeprefix("file://")) if name.startswith(("/", "file://")) else Path(place, name)
-            if not path.resolve().is_relative_to(inside):
+            name = action["path"]
+            if (path := path_inside(name, inside)) is None:
                 raise UserError(outside(name, address, key))
             size = path.stat().st_size if path.is_file() else None
             if size != action["size_bytes"]:
