@@ -120,6 +120,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated": undo(
         "config/trust.py", "if doubtful or folders:", "if False:"
     ),
+    "runs_of_others.test_the_task_of_an_export_of_others_is_no_file_of_theirs": undo(
+        "checkpoint/record.py", "if chosen is None and name not in TASKS:", "if False:"
+    ),
     "runs_of_others.test_an_export_of_others_resolves_no_variable": undo(
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),

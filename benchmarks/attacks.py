@@ -225,6 +225,12 @@ ATTACKS = (
         "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated",
     ),
     Attack(
+        "the task of a stranger's export is the path of a configuration that trusts a model's code",
+        "exports",
+        "a task's name is that of a task",
+        "runs_of_others.test_the_task_of_an_export_of_others_is_no_file_of_theirs",
+    ),
+    Attack(
         "a base model that is named by a variable",
         "exports",
         "resolved in your own alone",

@@ -77,6 +77,9 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     recorded = {f"task.{key}": value for key, value in task.items()} | {f"data.{key}": data[key] for key in data}
     _refuse_references(folder, recorded, given)
     name = task.pop("name")
+    if chosen is None and name not in TASKS:  # a path would be a configuration that somebody put beside the export
+        fix = f"one of {', '.join(TASKS)}; or load the plugin that has it: plugins=[FILE.py]"
+        raise UserError(Problem(f"{folder / NAME}: task.name", "there is no such task", fix, name))
     overrides = [] if chosen else [f"task={name}"]
     if chosen in (None, name):
         overrides += [f"task.{key}={_value(value)}" for key, value in task.items()]
@@ -89,7 +92,7 @@ def _refuse_references(folder: Path, recorded: dict[str, Any], given: list[str])
     """Raises UserError where composing the overrides would resolve what somebody has written into the record."""
     words = {key_of(text) for text in given}
     for key, value in recorded.items():
-        if "${" in json.dumps(value) and key not in words:
+        if "$" in key or ("${" in json.dumps(value) and key not in words):
             reason = "refers to something outside the export, which anybody may have written"
             raise UserError(Problem(f"{folder / NAME}: {key}", reason, f"give it yourself: {key}=VALUE", str(value)))
 

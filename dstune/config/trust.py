@@ -213,7 +213,7 @@ def _is_harmless(text: str, signed: set[str]) -> bool:
         key == one or (typing.get_origin(hint) is dict and key.startswith(f"{one}."))
         for one, hint in all_keys().items()
     )
-    return known and key != plugins.KEY and key not in signed and "${" not in value
+    return known and key != plugins.KEY and key not in signed and "$" not in value  # `$\\{` is a reference too
 
 
 # ---- what is believed ----

@@ -190,8 +190,8 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
         section, name = key.split(".")
         value = tree[section].get(name)
         whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
-        # Composing a trial would resolve what somebody may have written into sweep.yaml.
-        is_reference = isinstance(value, str) and "${" in value and not refers(value)
+        # Composing a trial would resolve what somebody may have written into sweep.yaml, `$\\{` too.
+        is_reference = isinstance(value, str) and "$" in value and not refers(value)
         if value is not None and not whole_varied and not is_reference:
             found.append(f"{key}={value}")
     return found

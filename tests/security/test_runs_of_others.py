@@ -285,7 +285,22 @@ def test_metrics_do_not_go_to_others(key: str, stranger: Stranger, capsys: pytes
     assert f"--trust {key.split('=')[0]}" in said and "--trust tracking.wandb.mode" in said
 
 
-@pytest.mark.parametrize("stored", ["plugins=[evil.py]", "hydra.searchpath=[file:///evil]", "+launch.setup=[evil]"])
+ESCAPED = r"$\{oc.env\:HF_TOKEN\}"
+"""Which Hydra reads as a reference."""
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *("plugins=[evil.py]", "hydra.searchpath=[file:///evil]", "+launch.setup=[evil]"),
+        *(
+            f"model.path=evil/{ESCAPED}",
+            f"run.name=str({ESCAPED})",
+            "task=../evil",
+            f"model.config_overrides.a={ESCAPED}",
+        ),
+    ],
+)
 def test_words_of_a_sweep_of_others_are_not_repeated(
     stored: str, stranger: Stranger, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +319,8 @@ def test_what_a_sweep_of_others_has_frozen_is_not_resolved() -> None:
     assert "model.revision=abc" in frozen(replace(base, model=replace(base.model, revision="abc")), [])
     theirs = replace(base, model=replace(base.model, revision="${oc.${run.name}:HF_TOKEN}"))
     assert [text for text in frozen(theirs, []) if "${" in text] == []
+    theirs = replace(base, model=replace(base.model, revision=ESCAPED))
+    assert [text for text in frozen(theirs, []) if "HF_TOKEN" in text] == []
 
 
 @pytest.mark.parametrize("content", ["[]", "overrides: 5", "axes: [a]", "a: ["])
@@ -311,6 +328,22 @@ def test_a_sweep_of_others_that_is_none_is_a_message(content: str, tmp_path: Pat
     (tmp_path / "sweep.yaml").write_text(content)
     with pytest.raises(UserError, match=r"sweep\.yaml"):
         given_before(tmp_path)
+
+
+def test_the_task_of_an_export_of_others_is_no_file_of_theirs(stranger: Stranger) -> None:
+    """As the choice of a group, a path is a configuration file, which may set any key."""
+    from dstune.checkpoint.record import recorded_overrides
+
+    evil = stranger.folder / "evil.yaml"
+    task = {"name": "classification", "labels": ["a", "b"]}
+    evil.write_text("# @package _global_\n" + yaml.safe_dump({"task": task, "model": {"trust_remote_code": True}}))
+    up = "../" * 40
+    name = f"{up}{str(evil.with_suffix(''))[1:]}"
+    assert compose([f"task={name}", "data=chitchat", "model.path=x"]).config.model.trust_remote_code, "as Hydra has it"
+    for one in (name, str(evil), "nope"):
+        (stranger.folder / "dstune.json").write_text(json.dumps({"task": {"name": one}}))
+        with pytest.raises(UserError, match="there is no such task"):
+            recorded_overrides(stranger.folder, [])
 
 
 def test_an_export_of_others_resolves_no_variable(stranger: Stranger) -> None:
@@ -330,6 +363,10 @@ def test_an_export_of_others_resolves_no_variable(stranger: Stranger) -> None:
     with pytest.raises(UserError, match=r"dstune\.json: task\.labels") as caught:
         recorded_overrides(folder, [])
     assert TOKEN not in str(caught.value)
+    (folder / "dstune.json").write_text(json.dumps(record | {"task": {"name": "classification", f"k={ESCAPED}\\": 1}}))
+    with pytest.raises(UserError, match="refers to something outside"):
+        recorded_overrides(folder, [])
+    (folder / "dstune.json").write_text(json.dumps(record))
     words = recorded_overrides(folder, ["task.labels=[a]", "task=embedding"])
     assert words == ["data.max_length=8", "data.packing=false"]
 
