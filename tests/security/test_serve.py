@@ -213,11 +213,11 @@ def test_answers_of_a_server_elsewhere_are_counted_as_it_writes_them(tmp_path):
         bounded("/v1/completions", given | {"best_of": 20}, engine, 1000)
     assert bounded("/v1/chat/completions", {}, engine, 1000) == {}, "its own bound, which it does not tell"
     assert bounded("/v1/chat/completions", {"n": 2}, engine, 1000)["max_tokens"] == 500
-    engine.context = engine.context_told({"data": [{"id": "there", "max_model_len": 4096}, {"id": "other"}, 7]})
+    engine.context = engine.context_in({"data": [{"id": "there", "max_model_len": 4096}, {"id": "other"}, 7]})
     assert bounded("/v1/chat/completions", {}, engine, 1000)["max_tokens"] == 1000
     assert bounded("/v1/chat/completions", {}, engine, 4096) == {}
     for odd in ({}, {"data": 3}, {"data": [{"id": "there", "max_model_len": "4096"}]}):
-        assert engine.context_told(odd) == 0
+        assert engine.context_in(odd) == 0
 
 
 def test_llama_cpp_is_told_the_length_by_the_name_that_all_of_its_versions_know(tmp_path):

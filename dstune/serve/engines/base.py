@@ -224,10 +224,10 @@ class Engine:
         except (EngineDown, Unprovable, TimeoutError):
             return False
         self.dtype = str(found.get("dtype", self.dtype))
-        self.context = self.context_told(found)
+        self.context = self.context_in(found)
         return True
 
-    def context_told(self, health: Mapping[str, Any]) -> int:
+    def context_in(self, health: Mapping[str, Any]) -> int:
         """Tokens of a prompt and its answer together, as the engine tells them; 0 where it does not."""
         return int(health.get("context", self.context))
 

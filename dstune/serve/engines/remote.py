@@ -46,7 +46,7 @@ class RemoteEngine(Engine):
         """One answer of an unknown length is left to the bound of the server, which may refuse a longer one."""
         return answers == 1 if not self.context else super().fits_unasked(answers, most)
 
-    def context_told(self, health: Mapping[str, Any]) -> int:
+    def context_in(self, health: Mapping[str, Any]) -> int:
         return context_of(health, {self.source.path})
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
