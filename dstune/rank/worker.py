@@ -343,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         config = read_decided(run_dir / "run.yaml").config
         rendezvous.meet(env, run_dir, os.environ)
-        record_collectives(run_dir, os.environ)
+        record_collectives(os.environ, run_dir)
         train(config, run_dir, start_process_group(env))
 
     return guarded(work, lambda error: report_to_launcher(run_dir, env.rank, error))
@@ -390,6 +390,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
             report(str(error))
         return Outcome(error.exit_code, error=error)
     try:
+        record_collectives(os.environ)
         world = start_process_group(env)
         rendezvous.have_met(env, os.environ)
     except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
@@ -412,6 +413,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
         world.barrier()
         return Outcome(EXIT_DONE, given["place"])
     os.environ.update(given["variables"])
+    record_collectives(os.environ, run_dir)
     errors: list[DstuneError] = []
 
     def report_error(error: DstuneError) -> None:
@@ -458,17 +460,18 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
         raise UserError(Problem("run.dir", reason, fix, str(run_dir)))
 
 
-def record_collectives(run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/`, which
-    `torchfrtrace` reads. What the user has set is kept."""
+def record_collectives(variables: MutableMapping[str, str], run_dir: Path | None = None) -> None:
+    """NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/` of the run, which
+    `torchfrtrace` reads. NCCL looks for the size when ranks meet, and for the place when it writes. What the user has set is
+    kept."""
     if not accelerator.present():
         return
     renamed = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-    size = "TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE"
-    file = "TORCH_FR_DUMP_TEMP_FILE" if renamed else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
-    variables.setdefault(size, "2000")
+    variables.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    variables.setdefault(file, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
+    if run_dir is not None:
+        file = "TORCH_FR_DUMP_TEMP_FILE" if renamed else "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+        variables.setdefault(file, str(run_dir.absolute() / "logs" / "nccl_trace_rank_"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -84,13 +85,32 @@ def test_the_last_collectives_are_recorded_unless_the_user_has_set_it(tmp_path, 
     monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(accelerator, "present", lambda: True)
     variables = {names[0]: "7"}
-    worker.record_collectives(tmp_path, variables)
+    worker.record_collectives(variables, tmp_path)
     place = str(tmp_path / "logs" / "nccl_trace_rank_")
     assert variables == {names[0]: "7", names[1]: place, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     monkeypatch.setattr(accelerator, "present", lambda: False)
     nothing: dict[str, str] = {}
-    worker.record_collectives(tmp_path, nothing)
+    worker.record_collectives(nothing, tmp_path)
     assert not nothing
+
+
+def test_collectives_are_recorded_inside_other_launchers_too(tmp_path, monkeypatch):
+    """Ranks meet there before they know where the run is."""
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+    seen: list[list[str | None]] = []
+    see = lambda: seen.append([os.environ.get(name) for name in names])  # noqa: E731
+    world = SimpleNamespace(is_main=True, broadcast=lambda value: value)
+    monkeypatch.setattr(worker, "start_process_group", lambda env: see() or world)
+    monkeypatch.setattr(worker, "refuse_unshared", lambda *unused: None)
+    monkeypatch.setattr(worker, "train", lambda *unused: see())
+    for name in ("redact_output", "answer_with_stacks"):
+        monkeypatch.setattr(worker, name, lambda: None)
+    monkeypatch.setattr(worker, "rendezvous", MagicMock())
+    (tmp_path / "run.yaml").write_text("")
+    env = RankEnv(0, 1, 0, 1, "torchrun")
+    worker.main_inside(env, lambda: (run_config(), tmp_path, tmp_path))
+    assert seen == [["2000", None], ["2000", str(tmp_path / "logs" / "nccl_trace_rank_")]]
 
 
 @pytest.mark.parametrize(("visible", "rank", "expected"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (2, 3, None)])
@@ -112,6 +132,23 @@ def test_ranks_that_share_a_device_are_refused():
     start.refuse_shared_devices(world([("a", ""), ("a", "")]), "")
     with pytest.raises(UserError, match=r"ranks 0, 1 of a see one GPU, MIG-7"):
         start.refuse_shared_devices(world([("a", "MIG-7"), ("a", "MIG-7")]), "MIG-7")
+
+
+def test_a_rank_sets_its_allocator_first_and_refuses_a_device_of_another(monkeypatch):
+    import deepspeed
+
+    chosen: list[tuple[int, str | None]] = []
+    device(monkeypatch, bf16=True, capability=(9, 0), count=2)
+    monkeypatch.setattr(accelerator, "kind", lambda: "cuda")
+    monkeypatch.setattr(accelerator, "choose", lambda index: chosen.append((index, os.environ.get(start.ALLOCATOR[0]))))
+    monkeypatch.setattr(accelerator, "identity", lambda: "GPU-1")
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *unused, **more: None)
+    monkeypatch.setattr(start, "World", lambda env: SimpleNamespace(gather=lambda mine: [mine, mine], local_size=2))
+    for name in start.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"ranks 0, 1 of .* see one GPU"):
+        start.start_process_group(RankEnv(1, 2, 1, 2, "torchrun"))
+    assert chosen == [(1, "expandable_segments:True")]
 
 
 @pytest.mark.parametrize(
