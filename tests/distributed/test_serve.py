@@ -258,6 +258,7 @@ def test_classifier_tagger_reranker_and_embedder(shelf, tmp_path):
             async def ask(name: str, path: str, **body):
                 answer = await root.post(path, json={"model": name, **body})
                 assert answer.status_code == 200, answer.text
+                assert answer.json()["usage"]["total_tokens"] > 1
                 return answer.json()
 
             close = (await ask("embedder", "/rerank", query="w1 w2", documents=["w3", "w1 w2"]))["results"]
@@ -378,6 +379,7 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
     async def use(fleet: Fleet):
         added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))
         engine = fleet.models["a"].engine
+        assert engine.longest_answer == 256
         body = {"messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 6}
         texts = [
             (await engine.ask("POST", "/v1/chat/completions", {"model": m, **body}))["choices"] for m in ("a", "b")

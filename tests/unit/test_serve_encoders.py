@@ -74,6 +74,14 @@ def test_a_query_is_computed_once(ask):
     assert ask.predictor.asked == [["aa", "a"]]
 
 
+def test_every_answer_says_what_it_took(ask):
+    """By that the gateway counts what a key may use in a day; the query is read once."""
+    rows = ({"query": "a b", "documents": ["a b", "c"]}, {"query": "a b", "texts": ["c"]})
+    asked = [("/rerank", row) for row in rows] + [("/score", {"text_1": "a b", "text_2": ["c", "d"]})]
+    asked.append(("/v1/embeddings", {"input": ["a b", "c"]}))
+    assert [one.json()["usage"]["total_tokens"] for one in ask(*asked)] == [3, 3, 4, 3]
+
+
 def test_what_goes_wrong_with_one_request_ends_it_alone(ask):
     requests = [("/v1/embeddings", {"input": text}) for text in ("a", "bad", "a b c")]
     found = ask(*requests, *requests)

@@ -126,8 +126,11 @@ class EncoderApp(EngineApp):
     async def models(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": self.name, "object": "model"}]}
 
-    async def _answers(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answer]:
-        return [one.answer for one in await self._answered(rows, param)]
+    async def _answers(self, rows: Sequence[Mapping[str, Any]], param: str) -> tuple[list[Answer], dict[str, int]]:
+        """The answers, and the tokens that they took."""
+        found = await self._answered(rows, param)
+        tokens = sum(len(one.ids) for one in found)
+        return [one.answer for one in found], {"prompt_tokens": tokens, "total_tokens": tokens}
 
     async def _answered(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answered]:
         """Raises ApiError for the first row without an answer."""
@@ -154,40 +157,36 @@ class EncoderApp(EngineApp):
         return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        found = await self._answered(self._texts(body["input"]), "input")
-        vectors = [one.answer["vector"] for one in found]
+        found, usage = await self._answers(self._texts(body["input"]), "input")
+        vectors = [answer["vector"] for answer in found]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         else:
             data = vectors
         items = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(data)]
-        tokens = sum(len(one.ids) for one in found)
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        found = await self._answered(self._texts(body["input"]), "input")
+        found, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
-        for number, (answer, _) in enumerate(found):
+        for number, answer in enumerate(found):
             item = {"index": number, "label": answer["predicted"]}
             if "probabilities" in answer:
                 item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
                 item["labels"] = list(answer["probabilities"])
             items.append(item)
-        tokens = sum(len(one.ids) for one in found)
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
         return {
             "id": f"classify-{secrets.token_hex(12)}",
             "object": "list",
             "created": int(time.time()),
             "model": self.name,
             "data": items,
-            "usage": usage,
+            "usage": usage | {"completion_tokens": 0},
         }
 
     async def moderate(self, body: dict[str, Any]) -> dict[str, Any]:
         """The labels of a classifier as categories. Those that are predicted are flagged, except a neutral one."""
-        found = await self._answers(self._texts(body["input"]), "input")
+        found, usage = await self._answers(self._texts(body["input"]), "input")
         results = []
         for answer in found:
             if "probabilities" not in answer:
@@ -200,13 +199,13 @@ class EncoderApp(EngineApp):
             results.append(
                 {"flagged": any(flags.values()), "categories": flags, "category_scores": answer["probabilities"]}
             )
-        return {"id": f"modr-{secrets.token_hex(12)}", "model": self.name, "results": results}
+        return {"id": f"modr-{secrets.token_hex(12)}", "model": self.name, "results": results, "usage": usage}
 
     async def tag(self, body: dict[str, Any]) -> dict[str, Any]:
         given = body["input"] if isinstance(body["input"], list) else [body["input"]]
         places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in given]
         column = self._question.text_column or "tokens"
-        found = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
+        found, usage = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
         items = []
         for number, (answer, words) in enumerate(zip(found, places, strict=True)):
             entities = []
@@ -215,18 +214,18 @@ class EncoderApp(EngineApp):
                 entities.append(one | ({} if start is None else {"start_character": start, "end_character": end}))
             tagged = [{"word": word, "tag": tag} for (word, _, _), tag in zip(words, answer["predicted"], strict=True)]
             items.append({"index": number, "words": tagged, "entities": entities})
-        return {"object": "list", "model": self.name, "data": items}
+        return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Each answer as a part of its context; empty where a model that knows of questions without one finds none."""
         columns = [self._question.mapping.get(role, role) for role in ("question", "context")]
         pairs = zip(*_paired(body, "question", "context"), strict=True)
-        found = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
+        found, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
         items = [
             {"index": number, "answer": one["predicted"]} | {key: one[key] for key in ("no_answer",) if key in one}
             for number, one in enumerate(found)
         ]
-        return {"object": "list", "model": self.name, "data": items}
+        return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def reward(self, body: dict[str, Any]) -> dict[str, Any]:
         """How good the last turn of each conversation is."""
@@ -238,12 +237,12 @@ class EncoderApp(EngineApp):
                 )
                 raise ApiError(400, reason, param="messages")
         column = self._question.mapping.get("messages", "messages")
-        found = await self._answers([{column: messages} for messages in given], "messages")
+        found, usage = await self._answers([{column: messages} for messages in given], "messages")
         items = [{"index": number, "score": one["score"]} for number, one in enumerate(found)]
-        return {"object": "list", "model": self.name, "data": items}
+        return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
-        scores = await self._scores(*_paired(body, "text_1", "text_2"))
+        scores, usage = await self._scores(*_paired(body, "text_1", "text_2"))
         items = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
         return {
             "id": f"score-{secrets.token_hex(12)}",
@@ -251,7 +250,7 @@ class EncoderApp(EngineApp):
             "created": int(time.time()),
             "model": self.name,
             "data": items,
-            "usage": {},
+            "usage": usage,
         }
 
     async def rerank(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -260,37 +259,42 @@ class EncoderApp(EngineApp):
             raise ApiError(400, "Give documents, or texts.", param="documents")
         texts = body["documents"] if "documents" in body else body["texts"]
         texts = [texts] if isinstance(texts, str) else texts
-        scores = await self._scores([body["query"]] * len(texts), texts)
+        scores, usage = await self._scores([body["query"]] * len(texts), texts)
         order = sorted(range(len(texts)), key=lambda number: -scores[number])
         if "texts" in body:
             visible = [
                 {"index": n, "score": scores[n]} | ({"text": texts[n]} if body.get("return_text") else {})
                 for n in order
             ]
-            return {"items": visible[: body.get("top_n")]}
+            return {"items": visible[: body.get("top_n")], "usage": usage}
         found = [
             {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number]}
             for number in order
         ]
-        return {"id": f"rerank-{secrets.token_hex(12)}", "model": self.name, "results": found[: body.get("top_n")]}
+        return {
+            "id": f"rerank-{secrets.token_hex(12)}",
+            "model": self.name,
+            "usage": usage,
+            "results": found[: body.get("top_n")],
+        }
 
-    async def _scores(self, first: Sequence[str], second: Sequence[str]) -> list[float]:
+    async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[float], dict[str, int]]:
         """How well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last of
-        two labels."""
+        two labels. And the tokens that it took."""
         if self._embeds:
             texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
-            answers = await self._answers(self._texts(texts), "text_1")
+            answers, usage = await self._answers(self._texts(texts), "text_1")
             vectors = {text: answer["vector"] for text, answer in zip(texts, answers, strict=True)}
-            return [_cosine(vectors[one], vectors[other]) for one, other in zip(first, second, strict=True)]
+            return [_cosine(vectors[one], vectors[other]) for one, other in zip(first, second, strict=True)], usage
         column = self._question.mapping.get("text_pair", "text_pair")
         text = self._question.text_column or "text"
         rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
-        answers = await self._answers(rows, "text_1")
+        answers, usage = await self._answers(rows, "text_1")
         if answers and "probabilities" in answers[0]:
             if len(self.predictor.labels) != 2 or isinstance(answers[0]["predicted"], list):
                 raise ApiError(400, "This classifier has no score: it has more than two labels.", param="model")
-            return [list(answer["probabilities"].values())[-1] for answer in answers]
-        return [answer["predicted"] for answer in answers]
+            return [list(answer["probabilities"].values())[-1] for answer in answers], usage
+        return [answer["predicted"] for answer in answers], usage
 
 
 NEUTRAL_LABELS = frozenset({"ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
