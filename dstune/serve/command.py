@@ -240,6 +240,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.models:
             reason = "no model is served with --no-inference, --guard-only or --jobs only"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
+        if arguments.check:
+            problems.append(Problem("--check", "there is no model to hold against its training", "leave it out"))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
     if not (_fine_tunes(arguments) or arguments.jobs == "only"):
@@ -280,6 +282,10 @@ def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[
     yield "--engine-key-env", key, bool(address), "it is of the server that --engine-url names"
     yield "--engine-key-env", key, key in os.environ, "there is no such variable"
     yield "--allow-engine", arguments.allow_engine, bool(address), "it allows what --engine-url names"
+    for flag, default in (("--max-sequences", 16), ("--max-cached-tokens", 65536), ("--threads", 0)):
+        value = getattr(arguments, flag[2:].replace("-", "_"))
+        acts = engine == "local" or (flag == "--threads" and bool(arguments.guard))
+        yield flag, "" if value == default else str(value), acts, "it is of the engine local"
     yield "--dtype", arguments.dtype or "", engine in ("local", "vllm"), f"the engine {engine} chooses it by itself"
 
 

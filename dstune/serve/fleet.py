@@ -104,6 +104,9 @@ class Fleet:
             raise UserError(
                 Problem("MODEL", "two models have this name", "NAME=PATH names one", name) for name in twice
             )
+        if self._named_base and not any(source.adapter and source.generates for source in sources):
+            reason = "no adapter is served whose base could have this name"
+            raise UserError(Problem("--base-name", reason, "NAME=PATH names a model", self._named_base))
         groups: list[_Group] = []
         by_base: dict[tuple[str, ...], _Group] = {}
         for source in sorted(sources, key=lambda one: one.adapter):  # whole models first: one may be a base

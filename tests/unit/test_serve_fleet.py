@@ -220,3 +220,9 @@ def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tm
         await fleet.stop()
 
     asyncio.run(test())
+
+
+def test_a_name_of_a_base_needs_an_adapter(tmp_path):
+    fleet = Fleet(lambda source, base: pytest.fail("an engine is made"), base_name="base")
+    with pytest.raises(UserError, match="--base-name"):
+        asyncio.run(fleet.start([stub_source("whole")]))
