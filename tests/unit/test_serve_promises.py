@@ -194,6 +194,31 @@ def test_requests_whose_write_fails_are_written_later(tmp_path, monkeypatch, cap
     assert users(tmp_path) == ["req_2", "req_3", "req_4"]
 
 
+def test_large_requests_do_not_pile_up_in_memory(tmp_path, monkeypatch, caplog):
+    """A file is written before it has its rows; where none can be, the oldest are given up."""
+    log = RequestLog(tmp_path, str)
+    monkeypatch.setattr(request_log, "BYTES", 3000)
+    monkeypatch.setattr(request_log, "MOST_BYTES", 5000)
+    for number in range(3):
+        log.flush()
+        assert users(tmp_path) == []
+        log.add(row("a", number), "/v1", {}, b"", 1000)
+    log.flush()
+    assert users(tmp_path) == ["req_0", "req_1", "req_2"]
+    write = RequestLog._write
+    monkeypatch.setattr(RequestLog, "_write", MagicMock(side_effect=OSError("no space left")))
+    for number in range(3, 8):
+        log.add(row("a", number), "/v1", {}, b"", 1000)
+    with pytest.raises(OSError, match="no space"):
+        log.flush()
+    for number in range(8, 10):
+        log.add(row("a", number), "/v1", {}, b"", 1000)
+    assert caplog.text.count("1 requests are not logged") == 2
+    monkeypatch.setattr(RequestLog, "_write", write)
+    log.close()
+    assert users(tmp_path) == [f"req_{number}" for number in (0, 1, 2, 5, 6, 7, 8, 9)]
+
+
 # -- the records of answers -------------------------------------------------------------------------------------------
 
 

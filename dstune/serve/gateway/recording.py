@@ -125,7 +125,7 @@ class Recorder:
         }
         self._rows.append(row)
         if self._log is not None:
-            self._log.add(row, request.path, body, bytes(record.text))
+            self._log.add(row, request.path, body, bytes(record.text), request.body_bytes)
 
     async def forget(self, user: str) -> int:
         """Remove what is kept of a user: answers, what was said of them, and their text. Returns how many there were."""

@@ -74,6 +74,8 @@ class Request:
         """What stands in the place of `{name}` in the route's path."""
         self.digest = ""
         """SHA-256 of a JSON body that was read."""
+        self.body_bytes = 0
+        """Of a JSON body that was read."""
         self.repeatable = True
         """Whether the client may send it again by itself after a failure of the server."""
         self._headers: dict[bytes, list[bytes]] = {}
@@ -191,6 +193,7 @@ class Request:
             raise too_large from None
         except TimeoutError:
             raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
+        self.body_bytes = len(body)
         self.digest = hashlib.sha256(body).hexdigest()
         self._may_hold_halves = bool(_HALF.search(body))
         try:

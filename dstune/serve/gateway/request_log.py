@@ -1,8 +1,8 @@
 """Requests and answers in Parquet files, for monitoring and training again: only where it was asked for (`--log-requests`).
 
 Personal data is masked before anything is written (`data.clean`'s rules). Files are of this user alone, closed every
-ROWS rows or SECONDS seconds, and removed after their retention. A user is kept as a hash by a key of this folder, by which
-all that is kept of one is found again, though the name itself may be masked.
+ROWS rows, BYTES bytes or SECONDS seconds, and removed after their retention. A user is kept as a hash by a key of this folder, by
+which all that is kept of one is found again, though the name itself may be masked.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,9 @@ ROWS = 2000
 SECONDS = 300.0
 AGAIN_SECONDS = 30.0
 """From a write that failed to the next one."""
-MOST_ROWS = 3 * ROWS
+BYTES = 64 << 20
+"""Of requests and answers, at which a file is written before it has its rows."""
+MOST_ROWS, MOST_BYTES = 3 * ROWS, 256 << 20
 """That wait for a disk that cannot be written; older ones are lost then."""
 COLUMNS = (
     *("id", "response", "created", "key", "user", "user_hash", "model", "version", "route", "status"),
@@ -39,18 +42,31 @@ class RequestLog:
     def __init__(self, folder: Path, redact: Callable[[str], str], retention_days: float = 30.0):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder, self._redact, self._retention = folder, redact, retention_days
-        self._rows: list[dict[str, Any]] = []
+        self._rows: deque[dict[str, Any]] = deque()
+        self._bytes = 0
         self._due = time.monotonic() + SECONDS
         self._not_before = 0.0
         self._lock = threading.Lock()
         self._files = threading.Lock()
         """Held while files are written or removed, so that what is being written is not missed by `forget`."""
 
-    def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes) -> None:
-        """row: of the table of answers."""
-        record = {**row, "route": route, "request": body, "answer": answer}
+    def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes, size: int = 0) -> None:
+        """row: of the table of answers. size: bytes of the body."""
+        record = {**row, "route": route, "request": body, "answer": answer, "bytes": size + len(answer)}
         with self._lock:
             self._rows.append(record)
+            self._bytes += record["bytes"]
+            if self._bytes > MOST_BYTES:
+                self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Of what waits, where that is too much."""
+        lost = 0
+        while len(self._rows) > MOST_ROWS or self._bytes > MOST_BYTES:
+            self._bytes -= self._rows.popleft()["bytes"]
+            lost += 1
+        if lost:
+            log.error("%d requests are not logged: %s cannot be written", lost, self.folder)
 
     def flush(self, *, now: bool = False) -> None:
         """Write a file if there are rows enough, or they are old; remove files that are too old."""
@@ -60,21 +76,22 @@ class RequestLog:
     def _flush(self, *, now: bool) -> None:
         clock = time.monotonic()
         with self._lock:
-            full = len(self._rows) >= ROWS and clock >= self._not_before
+            full = (len(self._rows) >= ROWS or self._bytes >= BYTES) and clock >= self._not_before
             if not (now or full or clock >= self._due):
                 return
-            rows, self._rows = self._rows, []
+            rows, size = [*self._rows], self._bytes
+            self._rows.clear()
+            self._bytes = 0
             self._due = clock + SECONDS
         try:
             if rows:
                 self._write([made for row in rows if (made := self._redacted(row))])
         except BaseException:
             with self._lock:
-                kept = [*rows, *self._rows]
-                self._rows = kept[-MOST_ROWS:]
+                self._rows.extendleft(reversed(rows))
+                self._bytes += size
+                self._drop_oldest()
                 self._due = self._not_before = clock + AGAIN_SECONDS
-            if lost := len(kept) - len(self._rows):
-                log.error("%d requests are not logged: %s cannot be written", lost, self.folder)
             raise
         oldest = time.time() - self._retention * 86400
         for pattern in ("*.parquet", ".*.incomplete"):
