@@ -68,6 +68,10 @@ print("FOUND " + json.dumps(found))
 """Run in a process of its own: importing torch and DeepSpeed takes seconds, and may crash."""
 
 
+SHOWS_USERS = {"cuda": "nvidia-smi", "ROCm": "rocm-smi", "xpu": "xpu-smi", "hpu": "hl-smi"}
+"""By accelerator, the program that comes with it."""
+
+
 def software() -> Iterator[Check]:
     """Python, the packages that dstune needs in their ranges, PyTorch with its devices, DeepSpeed with its operators."""
     enough = sys.version_info >= (3, 11)
@@ -143,16 +147,12 @@ def _torch(found: dict) -> Iterator[Check]:
     if gpus:
         free = ", ".join(f"{name} {free / GIB:.0f} of {total / GIB:.0f} GiB free" for name, free, total in gpus)
         taken = [name for name, free, total in gpus if free < 0.9 * total]
-        fix = "nvidia-smi shows who uses them" if taken else ""
+        kind = "ROCm" if found.get("rocm") else found.get("kind", "cuda")
+        fix = f"{SHOWS_USERS.get(kind, 'its own program')} shows who uses them" if taken else ""
         yield Check("accelerators", WARN if taken else PASS, free, fix)
-        if (kind := found.get("kind", "cuda")) != "cuda" or found.get("rocm"):
-            maker = "ROCm" if kind == "cuda" else kind
-            yield Check(
-                "tests",
-                WARN,
-                f"no test of dstune has run on {maker}",
-                "make gpu-report PART=1 shows whether it computes",
-            )
+        if kind != "cuda":
+            reason = f"no test of dstune has run on {kind}"
+            yield Check("tests", WARN, reason, "make gpu-report PART=1 shows whether it computes")
     elif shutil.which("nvidia-smi") and not found["cuda_build"]:
         yield Check(
             "accelerators",

@@ -73,6 +73,19 @@ def test_logits_are_said_to_be_wide_only_where_one_product_makes_them(tmp_path, 
         assert found.endswith(f"logits in {expected}"), (dtype, bias)
 
 
+@pytest.mark.parametrize(
+    ("kind", "rocm", "named", "shows"),
+    [("cuda", False, "", "nvidia-smi"), ("cuda", True, "ROCm", "rocm-smi"), ("xpu", False, "xpu", "xpu-smi")],
+)
+def test_doctor_says_on_which_accelerators_nothing_was_tested(monkeypatch, kind, rocm, named, shows):
+    found = {"ops": {}, "gpus": [["one", 2**30, 2**34]], "kind": kind, "rocm": rocm, "cuda_build": "x"}
+    ran = SimpleNamespace(stdout=f"FOUND {json.dumps(found)}", stderr="", returncode=0)
+    monkeypatch.setattr(checks.subprocess, "run", lambda *arguments, **more: ran)
+    said = {check.name: check for check in checks.software()}
+    assert said["accelerators"].fix == f"{shows} shows who uses them"
+    assert [said["tests"].detail] == [f"no test of dstune has run on {named}"] if named else "tests" not in said
+
+
 def test_doctor_says_what_the_machine_computes_by(monkeypatch):
     found = {
         "ops": {},
