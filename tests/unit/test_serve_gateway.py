@@ -241,6 +241,7 @@ def test_what_asks_for_nothing_is_left_out(tmp_path):
             "response_format": {"type": "text"},
             "user": None,
         }
+        found.fleet.models["first"].engine.context = 4096  # its answers are bounded without being asked
         answer = await found.client().post("/v1/chat/completions", json=chat() | neutral)
         assert answer.status_code == 200
         (_, body), *_ = found.app.seen
