@@ -118,27 +118,51 @@ def norms(bench: Bench) -> None:
 
 @case
 def elementwise(bench: Bench) -> None:
-    """SwiGLU and rotary positions as transformers has them, compiled, and by Liger where installed."""
+    """SwiGLU and rotary positions as transformers has them and compiled, with what the proof says; SwiGLU by Liger where
+    installed."""
     import torch
     import torch.nn.functional as functional
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    inner = bench.size(14336, 32)
-    gate, up = (
-        torch.randn(bench.size(8192, 16), inner).to(bench.device, torch.bfloat16).requires_grad_() for _ in "ab"
-    )
+    from dstune.models.compiled import compiled_if_as_exact
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(bench.device, torch.bfloat16).requires_grad_()
 
     def swiglu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return functional.silu(a) * b
 
-    ways: dict[str, Callable[..., torch.Tensor]] = {"SwiGLU": swiglu}
+    positions, inner, size = bench.size(8192, 16), bench.size(14336, 32), bench.size(128, 16)
+    gate, up = random(positions, inner), random(positions, inner)
+    query, key = (random(1, positions, bench.size(heads, 2), size).transpose(1, 2) for heads in (32, 8))
+    angles = torch.rand(1, positions, size // 2).repeat(1, 1, 2).to(bench.device)
+    turns = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def rotary(compute: Callable[..., Any]) -> Callable[[], torch.Tensor]:
+        return lambda: torch.cat([one.flatten() for one in compute(query, key, *turns)])
+
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "SwiGLU": lambda: swiglu(gate, up),
+        "rotary": rotary(apply_rotary_pos_emb),
+    }
     if not bench.simulate:
-        ways["SwiGLU compiled"] = torch.compile(swiglu)
+        small = [torch.randn(64, inner) for _ in range(2)]
+        of_gate, problem = compiled_if_as_exact(swiglu, small, (), torch.bfloat16)
+        bench.row(way="SwiGLU compiled", taken=of_gate is not None, problem=problem)
+        if of_gate is not None:
+            ways["SwiGLU compiled"] = lambda: of_gate(gate, up)
+        states = [torch.randn(1, 64, heads, size).transpose(1, 2) for heads in (4, 2)]
+        few = [one[:, :64].float().cpu() for one in turns]
+        of_rotary, problem = compiled_if_as_exact(apply_rotary_pos_emb, states, few, torch.bfloat16)
+        bench.row(way="rotary compiled", taken=of_rotary is not None, problem=problem)
+        if of_rotary is not None:
+            ways["rotary compiled"] = rotary(of_rotary)
     try:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        ways["SwiGLU by Liger"] = LigerSiLUMulFunction.apply
+        ways["SwiGLU by Liger"] = lambda: LigerSiLUMulFunction.apply(gate, up)
     except ImportError:
         bench.row(way="SwiGLU by Liger", failed="not installed")
     for name, way in ways.items():
-        peak = bench.peak_gib(lambda way=way: way(gate, up).sum().backward())
-        bench.row(way=name, ms=bench.milliseconds(lambda way=way: way(gate, up).sum().backward()), peak_gib=peak)
+        peak = bench.peak_gib(lambda way=way: way().sum().backward())
+        bench.row(way=name, ms=bench.milliseconds(lambda way=way: way().sum().backward()), peak_gib=peak)

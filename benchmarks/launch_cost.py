@@ -3,9 +3,9 @@
 `python benchmarks/launch_cost.py` starts two ranks on this machine (gloo) and prints a table; medians of several rounds.
 The parts of a start add up: a start as a whole differs from one to the next by more than all of them together.
 
-`--beside TREE [--rounds 5]` starts whole runs of this tree and of another one (an earlier commit, checked out) by turns: seconds
-from the command to the end of the first step, and seconds of a step, as medians with the smallest and the largest. What the two
-differ in is all that changed between them.
+`--beside TREE [--rounds 6]` starts whole runs of this tree and of another one (an earlier commit, checked out) at the same
+moment, each on half of the processors, which they swap every round: seconds from the command to the end of the first step, and
+seconds of a step. What the two differ in is all that changed between them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROUNDS = 7
@@ -137,9 +138,10 @@ RUN = (
 )
 
 
-def whole_run(tree: Path, scratch: Path) -> tuple[float, float]:
+def whole_run(tree: Path, scratch: Path, processors: set[int]) -> tuple[float, float]:
     """Seconds from the command to the end of the first step, and of a step behind the tenth."""
     folder = scratch / "run"
+    scratch.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(tree), "DSTUNE_TRUST_KEY": "0" * 64}
     texts = [f"{number} and {number + 1} and some more words" for number in range(400)]
@@ -150,6 +152,7 @@ def whole_run(tree: Path, scratch: Path) -> tuple[float, float]:
     with (scratch / "log").open("w") as log:
         began = time.perf_counter()
         process = subprocess.Popen(command, env=environment, cwd=scratch, stdout=log, stderr=log)
+        os.sched_setaffinity(process.pid, processors)  # while it starts: what it starts has the same
         while process.poll() is None:
             if first is None and rows.is_file() and '"step_seconds"' in rows.read_text():
                 first = time.perf_counter() - began
@@ -161,22 +164,34 @@ def whole_run(tree: Path, scratch: Path) -> tuple[float, float]:
 
 
 def beside(other: Path, rounds: int) -> None:
-    trees = {"this tree": Path(__file__).resolve().parents[1], "the other": other.resolve()}
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in trees}
-    with tempfile.TemporaryDirectory() as folder:
+    """Both trees run at the same moment: by turns, one machine's runs differ by more than the trees do (0.925 to 1.01)."""
+    trees = [Path(__file__).resolve().parents[1], other.resolve()]
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < 2:
+        raise SystemExit("--beside needs two processors, one for each tree")
+    halves = [set(available[0::2]), set(available[1::2])]
+    found: list[tuple[tuple[float, float], tuple[float, float]]] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        scratch = [Path(folder) / name for name in ("this", "other")]
         for number in range(rounds + 1):
-            for name, tree in trees.items():
-                scratch = Path(folder) / name.replace(" ", "-")
-                scratch.mkdir(exist_ok=True)
-                measured = whole_run(tree, scratch)
-                if number:  # the first one prepares the rows
-                    found[name].append(measured)
-                    print(name, *(f"{seconds:.4f}" for seconds in measured), flush=True)
-    print("\n| | to the end of the first step, s | a step, ms |\n| --- | ---: | ---: |")
-    for name, runs in found.items():
-        starts, steps = ([scale * run[at] for run in runs] for at, scale in enumerate((1, 1e3)))
-        cells = (f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in (starts, steps))
-        print(f"| {name} | {' | '.join(cells)} |")
+            here, there = pool.map(whole_run, trees, scratch, halves if number % 2 else halves[::-1])
+            print(
+                *(
+                    f"{name} {first:.2f} s, {step:.4f} s"
+                    for name, (first, step) in zip(("this", "other"), (here, there), strict=True)
+                ),
+                flush=True,
+            )
+            if number:  # the first one prepares the rows
+                found.append((here, there))
+    print("\n| | this tree | the other | this / the other |\n| --- | ---: | ---: | ---: |")
+    for at, name in enumerate(("to the end of the first step, s", "a step, s")):
+        sides = [statistics.median(pair[side][at] for pair in found) for side in (0, 1)]
+        ratios = sorted(here[at] / there[at] for here, there in found)
+        cells = (
+            f"{sides[0]:.3g} | {sides[1]:.3g} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
+        print(f"| {name} | {cells} |")
 
 
 def main() -> None:
@@ -185,7 +200,7 @@ def main() -> None:
         return
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--beside", type=Path, metavar="TREE")
-    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--rounds", type=int, default=6)
     given = arguments.parse_args()
     if given.beside is not None:
         beside(given.beside, given.rounds)

@@ -39,7 +39,16 @@ ONLY_IN_CI = (
     *(
         f"parity/test_{name}"
         for name in (
-            *("experts", "forgetting", "method_runs", "micro_batch", "offload", "preference", "reward_embedding"),
+            *(
+                "compiled",
+                "experts",
+                "forgetting",
+                "method_runs",
+                "micro_batch",
+                "offload",
+                "preference",
+                "reward_embedding",
+            ),
             *("seq2seq", "spikes", "swap", "tensor", "ulysses", "unfreezing"),
         )
     ),

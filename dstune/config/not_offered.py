@@ -32,7 +32,7 @@ FEATURES: dict[str, tuple[str, str]] = {
     ),
     "liger": (
         "Liger's kernels run on GPUs alone, and none could be reached",
-        "leave it out: norms keep their input alone, and logits are made in chunks",
+        "model.fused_activations=true and model.fused_rotary=true; norms keep their input alone, and logits are made in chunks",
     ),
     "offloaded": (
         "activations moved to the host's memory: those of a CPU are there already, and no GPU could be reached",
@@ -43,7 +43,7 @@ FEATURES: dict[str, tuple[str, str]] = {
             "torch.compile: compiled blocks hand their gradients over in another order on each rank, and ZeRO-2 sums them"
             " by their order: losses were wrong from the second step on; a gain at the other stages was not measured"
         ),
-        "leave it out",
+        "model.fused_activations=true and model.fused_rotary=true, which compile what has no weights",
     ),
 }
 """By the name of a feature: why it is not offered, and what comes nearest."""

@@ -104,6 +104,11 @@ class ModelConfig:
     attend one by one; else sdpa, or eager for an architecture without it."""
     fused_norms: bool = True
     """On a GPU in half precision, compute RMS norms by torch's kernel where it is at least as exact as the model's own."""
+    fused_activations: bool = False
+    """Compile gated activations (SwiGLU, GeGLU) to one kernel, where that is at least as exact as the model's own; its gain was not
+    measured yet."""
+    fused_rotary: bool = False
+    """The same for rotary positions."""
     trust_remote_code: bool = setting(False, signed=True)
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None

@@ -30,9 +30,9 @@ from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData, Split
 from dstune.models.heads import Head
+from dstune.models.kernels import use_kernels
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
-from dstune.models.norms import use_lean_norms
 from dstune.models.packed_attention import attention_of_samples
 from dstune.protocols import method_of, task_of
 from dstune.rank import process
@@ -140,7 +140,7 @@ def _build(
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.
     apart = attention_of_samples(loaded, model, world, message)
-    use_lean_norms(module, fused=config.model.fused_norms)
+    use_kernels(module, config.model, message)
     use_joint_sums(module)
     head = task_of(loaded.task).head(model, apart)
     engine = Engine(module, None, settings, world)

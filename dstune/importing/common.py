@@ -10,6 +10,7 @@ from dstune.chat_templates import NAMES
 from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same
 
 LATER = "this version does not have it"
+LIGER = "model.fused_activations=true and model.fused_rotary=true compile such kernels; logits of prompt tokens are never computed"
 
 
 # ---- model ----
@@ -394,7 +395,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "hub_strategy": own_way("dstune uploads nothing; `dstune export` writes a folder to upload"),
     "neftune_noise_alpha": missing(LATER),
     "torch_compile": missing(LATER),
-    "use_liger_kernel": missing("fused kernels; logits of prompt tokens are never computed in dstune"),
+    "use_liger_kernel": missing(LIGER),
     "include_num_input_tokens_seen": own_way("tokens are in metrics.jsonl"),
 }
 """Arguments of the Hugging Face Trainer, which TRL and LLaMA-Factory take as they are."""

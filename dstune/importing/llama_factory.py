@@ -9,7 +9,7 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 from dstune.importing import common
-from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
+from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER, LIGER
 from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, with_split
 
@@ -178,7 +178,7 @@ TABLE: dict[str, Rule] = {
     "use_fast_tokenizer": own_way("tokenizers are fast ones"),
     "resize_vocab": missing("the vocabulary stays as it is"),
     "train_from_scratch": lambda found, value: found.put("model.weights", "random" if value else "pretrained"),
-    "enable_liger_kernel": missing("fused kernels; logits of prompt tokens are never computed in dstune"),
+    "enable_liger_kernel": missing(LIGER),
     "use_unsloth": missing(LATER),
     "use_unsloth_gc": missing("activations can be computed again: trainer.activation_checkpointing=true"),
     "upcast_layernorm": missing(LATER),

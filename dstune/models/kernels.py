@@ -1,23 +1,34 @@
-"""Which implementation computes what, for `environment.json` and `dstune doctor`, in the same words."""
+"""Which implementation computes what: chosen for a run, and named for `environment.json` and `dstune doctor` in the same words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from dstune.config.schema import ModelConfig
 from dstune.models import varlen
 from dstune.models.attention import SamplesApart
+from dstune.models.compiled import compiled_functions, use_compiled
 from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, wide_products
 from dstune.models.heads.language import CausalLmHead
-from dstune.models.norms import Kind, is_as_exact, norms_computed_here
+from dstune.models.norms import Kind, is_as_exact, norms_computed_here, use_lean_norms
 from dstune.models.packed_attention import Heads, choose
 from dstune.zero import accelerator
 from dstune.zero.precision import fast_bf16
 
 HEADS, VOCABULARY, WIDTH, EPSILON = Heads(32, 8), 128_256, 4096, 1e-5
 """Of Llama 3 8B."""
+
+
+def use_kernels(module: nn.Module, config: ModelConfig, message: Callable[[str], None] = lambda text: None) -> None:
+    """Let the layers of a model be computed as `config` has it. Call it before DeepSpeed puts hooks on the modules, and after peft
+    has copied those that it trains beside adapters."""
+    use_lean_norms(module, fused=config.fused_norms)
+    for reason in use_compiled(module, config):
+        message(f"warning: {reason}")
 
 
 def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -30,6 +41,8 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
         found["norms"] = _norms(fused=True)
     elif by_blocks:
         found["norms"] = _norms(fused=False)
+    if names := compiled_functions(module):
+        found["compiled"] = ", ".join(names)
     if isinstance(head, CausalLmHead):
         found["cross_entropy"] = "whole logits"
         if head.examined:

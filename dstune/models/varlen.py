@@ -158,7 +158,10 @@ def flex() -> Kernel | None:
     except (ImportError, AttributeError):
         return None
     if accelerator.present():
-        attention, make_mask = torch.compile(attention, dynamic=True), torch.compile(make_mask, dynamic=True)
+        attention, make_mask = (
+            accelerator.compiled(attention, dynamic=True),
+            accelerator.compiled(make_mask, dynamic=True),
+        )
     made: dict[Any, Any] = {}
 
     def compute(

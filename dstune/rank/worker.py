@@ -30,9 +30,9 @@ from dstune.core.rank_errors import report_once, report_to_launcher
 from dstune.core.secrets import REFERENCE, publish, redact_output
 from dstune.data.blocks import Blocks
 from dstune.data.build import prepare, prove
+from dstune.models.kernels import use_kernels
 from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
-from dstune.models.norms import use_lean_norms
 from dstune.models.packed_attention import attention_of_samples
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
@@ -178,7 +178,7 @@ class Setup:
         self.module = self.method.apply(model, config)
         if self.shards is not None:
             slice_model(self.module, model, self.shards)
-        use_lean_norms(self.module, fused=config.model.fused_norms)
+        use_kernels(self.module, config.model, self.message)
         use_joint_sums(self.module)
         self.startup.mark("model")
         self.head = self.task.head(model, self.rows)  # after the method: an adapter may wrap the projection

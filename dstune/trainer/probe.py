@@ -14,8 +14,8 @@ from dstune.config.schema import Precision, RunConfig
 from dstune.core.distributed import World
 from dstune.data.prepared import PreparedData
 from dstune.models.heads import Head, on_device
+from dstune.models.kernels import use_kernels
 from dstune.models.load import NewWeights, load_model, new_weights
-from dstune.models.norms import use_lean_norms
 from dstune.optim.groups import method_groups
 from dstune.optim.sgd import SgdConfig
 from dstune.protocols import method_of, optimizer_of, task_of
@@ -85,7 +85,7 @@ def probing(
         model = load_model(config, tokenizer, data.labels, DTYPES[precision])
     new = new_weights(model)
     module = method_of(config.method).apply(model, config)
-    use_lean_norms(module, fused=config.model.fused_norms)
+    use_kernels(module, config.model)
     head = task_of(config.task).head(model)
     if restrict is not None:
         restrict(module, new)

@@ -6,10 +6,16 @@ place of `torch.cuda` everywhere, but for what CUDA alone has.
 
 from __future__ import annotations
 
+import os
 import re
+import stat
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.paths import cache_root
 
 NOT_TRAINED_ON = ("mps", "mtia", "meta")
 """Accelerators on which DeepSpeed does not partition: runs on a Mac train on its CPU."""
@@ -101,3 +107,22 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error), re.I))
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile`. What it makes is kept in a folder of this user alone: torch's own is below /tmp, under a name that somebody
+    else may take first, and what lies there is loaded as code.
+
+    Raises:
+        UserError: somebody else may write to that folder, or it is a link.
+    """
+    folder = cache_root() / f"compiled-{os.getuid()}"  # a team may share the rest
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        reason = "compiled code would be loaded from here, and others may write to it"
+        raise UserError(Problem(str(folder), reason, f"look what is in it, then remove it: rm -r {folder.name}"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    # Else each rank starts up to 32 processes, for a function or two.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    return torch.compile(function, **options)

@@ -1,0 +1,208 @@
+"""Gated activations and rotary positions as one kernel each, by `torch.compile`.
+
+transformers writes `silu(gate) * up` and `q * cos + rotate_half(q) * sin` as chains of operations. On a GPU each of them reads and
+writes its whole tensor, rounds to the model's format, and leaves what autograd keeps. Compiled, the chain is one pass that rounds
+once: other bits, so a function is taken only where a proof on the device finds it no further away from fp64 than the model's own,
+in its outputs and in its gradients. Whole layers are not compiled: their gradients would come in another order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstune.config.schema import ModelConfig
+from dstune.models.norms import CLOSE
+from dstune.zero import accelerator
+
+Function = Callable[..., Any]
+
+VARIANTS = 64
+"""Of one function: with and without gradients, one row and several, each format. torch stops at 8."""
+
+
+def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
+    """Let the gated activations and the rotary positions of `module` be computed as here, where `config` asks for it; yields why
+    something of it is not. Call it before DeepSpeed puts hooks on the modules."""
+    if config.fused_activations:
+        yield from _reasons("fused_activations", "gated activation", _take_over_gates(module))
+    if config.fused_rotary:
+        yield from _reasons("fused_rotary", "rotary position", _take_over_rotary(module))
+
+
+def compiled_functions(module: nn.Module) -> list[str]:
+    """What of `module` is computed as here."""
+    forwards = [one.forward.func for one in module.modules() if isinstance(one.forward, partial)]
+    return [
+        name
+        for function, name in ((_gated, "gated activations"), (_rotated, "rotary positions"))
+        if function in forwards
+    ]
+
+
+def _reasons(key: str, what: str, problems: Sequence[str]) -> Iterator[str]:
+    """problems: of each layer that was found, empty where it is taken over."""
+    refused = sorted(set(filter(None, problems))) if problems else [f"the model has no {what} of a known form"]
+    yield from (f"model.{key}: {problem}; it is computed as the model has it" for problem in refused)
+
+
+# ---- Gated activations ----
+
+
+def _take_over_gates(module: nn.Module) -> list[str]:
+    problems, known = [], {}
+    for layer in module.modules():
+        if not _is_gated(layer):
+            continue
+        if "forward" in vars(layer):
+            problems.append("its rows are computed in tiles already")
+            continue
+        activation: Any = layer.act_fn
+        dtype = next(layer.parameters()).dtype
+        key = repr(activation), dtype
+        if key not in known:
+            gate, up = (torch.randn(64, 256, generator=_seeded()) for _ in range(2))
+            known[key] = compiled_if_as_exact(partial(_gate, activation), (gate, up), (), dtype)
+        kernel, problem = known[key]
+        if kernel is not None:
+            layer.forward = partial(_gated, layer, kernel)
+        problems.append(problem)
+    return problems
+
+
+def _gate(activation: Function, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return activation(gate) * up
+
+
+def _gated(layer: Any, kernel: Function, hidden_states: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = layer.down_proj(kernel(layer.gate_proj(hidden_states), layer.up_proj(hidden_states)))
+    return result
+
+
+def _is_gated(layer: Any) -> bool:
+    """Whether a layer computes down(activation(gate(x)) * up(x)), as Llama's, and nothing else: found by its output, to the bit,
+    with simple functions in place of the projections."""
+    activation = getattr(layer, "act_fn", None)
+    named = all(isinstance(getattr(layer, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not named or not isinstance(activation, nn.Module) or list(activation.parameters()):
+        return False
+    rows = torch.linspace(-4, 4, 32).reshape(1, 4, 8)
+    stand_in: Any = SimpleNamespace(
+        act_fn=activation, gate_proj=lambda x: 1.5 * x + 0.25, up_proj=lambda x: 0.5 - x, down_proj=lambda x: 3 * x
+    )
+    try:
+        found = type(layer).forward(stand_in, rows)
+    except Exception:  # it wants something else
+        return False
+    expected = 3 * (activation(1.5 * rows + 0.25) * (0.5 - rows))
+    return isinstance(found, torch.Tensor) and torch.equal(found, expected)
+
+
+# ---- Rotary positions ----
+
+ROTARY = "apply_rotary_pos_emb"
+"""Of every file of transformers that has rotary positions: (q, k, cos, sin) -> (q, k), q and k [batch, heads, positions, size]."""
+
+
+class _Rotary:
+    """Stands in a file of transformers where its function was, and is that function but within layers that `_rotated` computes:
+    attention looks its rotary positions up by name, and other models of the process are to keep theirs."""
+
+    def __init__(self, own: Function):
+        self.own = own
+        self._within = threading.local()  # backward passes recompute in threads of their own
+
+    def __call__(self, *states: Any, **named: Any) -> Any:
+        kernel = getattr(self._within, "kernel", None) or self.own
+        return kernel(*states, **named)
+
+    def computing(self, kernel: Function, forward: Function, *given: Any, **named: Any) -> Any:
+        before, self._within.kernel = getattr(self._within, "kernel", None), kernel
+        try:
+            return forward(*given, **named)
+        finally:
+            self._within.kernel = before
+
+
+def _take_over_rotary(module: nn.Module) -> list[str]:
+    problems, known = [], {}
+    for layer in module.modules():
+        code = sys.modules[type(layer).__module__]
+        own: Any = getattr(code, ROTARY, None)
+        size = getattr(layer, "head_dim", None)
+        if own is None or not isinstance(size, int) or not hasattr(layer, "q_proj"):
+            continue
+        stands = own if isinstance(own, _Rotary) else _Rotary(own)
+        dtype = next(layer.parameters()).dtype
+        key = code.__name__, size, dtype
+        if key not in known:
+            random = _seeded()
+            states = [torch.randn(1, 64, heads, size, generator=random).transpose(1, 2) for heads in (4, 2)]
+            angles = torch.randn(1, 64, size // 2, generator=random).repeat(1, 1, 2)
+            known[key] = compiled_if_as_exact(stands.own, states, (angles.cos(), angles.sin()), dtype)
+        kernel, problem = known[key]
+        if kernel is not None:
+            setattr(code, ROTARY, stands)
+            layer.forward = partial(_rotated, stands, kernel, layer.forward)
+        problems.append(problem)
+    return problems
+
+
+def _rotated(stands: _Rotary, kernel: Function, forward: Function, *given: Any, **named: Any) -> Any:
+    return stands.computing(kernel, forward, *given, **named)
+
+
+# ---- The proof ----
+
+
+def compiled_if_as_exact(
+    own: Function, states: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[Function | None, str]:
+    """`own` compiled, or why it is not taken: it does not compile here, or is further away from fp64 than `own` by more than
+    rounding. states: have gradients, like its outputs."""
+    if importlib.util.find_spec("torch._inductor") is None:
+        return None, "this torch does not compile"
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    device = accelerator.current()
+
+    def results(compute: Function, kind: torch.dtype, where: torch.device) -> list[torch.Tensor]:
+        rounded = [[one.to(dtype).to(where, kind) for one in part] for part in (states, constants)]
+        given = [one.detach().requires_grad_() for one in rounded[0]]
+        with torch.enable_grad():
+            outputs = compute(*given, *rounded[1])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            incoming = [torch.randn(one.shape, generator=_seeded()).to(dtype).to(where, kind) for one in outputs]
+            gradients = torch.autograd.grad(outputs, given, incoming)
+        return [one.detach().cpu().double() for one in (*outputs, *gradients)]
+
+    try:
+        exact, plain = results(own, torch.float64, torch.device("cpu")), results(own, dtype, device)
+    except Exception as error:
+        return None, f"it takes other tensors than known ones ({_first_line(error)})"
+    try:
+        # fullgraph: else torch computes what it cannot compile the plain way, without a word.
+        kernel = accelerator.compiled(own, dynamic=True, fullgraph=True)
+        fused = results(kernel, dtype, device)
+    except Exception as error:
+        return None, f"it does not compile here ({_first_line(error)})"
+    for true, ours, theirs in zip(exact, plain, fused, strict=True):
+        allowed, found = (float((one - true).norm() / true.norm()) for one in (ours, theirs))
+        if not found <= CLOSE * allowed:
+            return None, f"its compiled form is less exact here (error {found:.1e}, of the model's own {allowed:.1e})"
+    return kernel, ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
