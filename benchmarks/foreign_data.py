@@ -37,7 +37,7 @@ from dstune.data.control import ControlTokens
 from dstune.data.files import is_readable
 from dstune.data.formats import check_task, recognise
 from dstune.data.preferences import ANSWERS, as_chat
-from dstune.data.rows import RowError, normalise
+from dstune.data.rows import RowError, normalise, stored
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
@@ -100,7 +100,7 @@ class Trainer:
         seen, trained = [], []
         for one in rows:
             encode = self._text if "text" in one else self._chat
-            for sample in encode.samples([one], [0]):
+            for sample in encode.samples([json.loads(stored(one))], [0]):
                 if sample.problem:
                     raise RowError(sample.problem)
                 seen.append(self._tokenizer.decode(sample.input_ids))
@@ -208,7 +208,8 @@ def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str,
             if message["role"] != "assistant" or not message.get("weight", 1):
                 continue
             texts = [message.get("content") or "", message.get("reasoning_content") or ""]
-            texts += [call["function"]["name"] for call in message.get("tool_calls", ())]
+            for function in (call["function"] for call in message.get("tool_calls", ())):
+                texts += [function["name"], json.dumps(function["arguments"], ensure_ascii=False)]
             for text in texts:
                 if _flat(text) not in _flat(trained):
                     return f"{text[:200]!r} of the assistant is not trained"

@@ -68,14 +68,14 @@ def of_tokenizer() -> dict[str, float]:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    from dstune.core import tokenizers
+    from dstune.core import limits, tokenizers
 
     made = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), "isolated")
     opened = PreTrainedTokenizerFast(tokenizer_object=made)
 
     def trial() -> float:
-        tokenizers._tried.clear()
+        limits._verdicts.clear()
         return seconds(lambda: tokenizers._try(opened))
 
     return {"trial of a tokenizer that has patterns": median(trial)}

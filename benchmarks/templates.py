@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import re
 import sys
 from collections import Counter
@@ -53,6 +54,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, RenderError
+from dstune.data.rows import stored
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
@@ -271,7 +273,7 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
         return "refused", str(error)
     except UserError as error:
         return "refused", "; ".join(str(problem) for problem in error.problems)
-    samples = encode.samples([row], [0])
+    samples = encode.samples([json.loads(stored(row))], [0])
     if show:
         for sample in samples:
             print(sample.problem or repr(tokenizer.decode(sample.input_ids)))

@@ -130,6 +130,23 @@ def in_child(work: Callable[[], object], seconds: float, memory_bytes: int = MEM
         raise TooMuch(f"takes more than {seconds:g} s, or ends the process")
 
 
+_verdicts: dict[tuple[str, str], str] = {}
+
+
+def trial(what: str, of: str, work: Callable[[], object], seconds: float) -> str:
+    """Why `work` takes more than it may, empty where it does not; done once in this process for each (`what`, `of`).
+
+    what: the beginning of the reason, for example "to print a conversation".
+    """
+    if (what, of) not in _verdicts:
+        try:
+            in_child(work, seconds)
+            _verdicts[what, of] = ""
+        except TooMuch as error:
+            _verdicts[what, of] = f"{what} {error}"
+    return _verdicts[what, of]
+
+
 PATTERN_SECONDS = 1.9
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError, files_of_others
-from dstune.core.limits import TooMuch, in_child
+from dstune.core.limits import TooMuch, trial
 
 FILE = "tokenizer.json"
 TRIAL_SECONDS = 1.9
@@ -17,8 +17,6 @@ _RUNS = ("a", "A", "1", " ", "\n", ".", "é", "aA1 .")
 """Repeated, they are what patterns backtrack over."""
 _RUN_CHARACTERS = 300
 _EXAMPLE_CHARACTERS = 60
-_tried: dict[str, str] = {}
-"""Patterns that were tried in this process, with why they are refused; empty where they are not."""
 
 
 def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options: Any) -> Any:
@@ -96,13 +94,8 @@ def _try(tokenizer: Any) -> None:
             except UserError as error:
                 raise TooMuch(str(error)) from None
 
-    if patterns not in _tried:
-        try:
-            in_child(encode, TRIAL_SECONDS)
-            _tried[patterns] = ""
-        except TooMuch as error:
-            _tried[patterns] = f"to find its patterns in {len(_RUNS)} texts of {_RUN_CHARACTERS} characters {error}"
-    if reason := _tried[patterns]:
+    what = f"to find its patterns in {len(_RUNS)} texts of {_RUN_CHARACTERS} characters"
+    if reason := trial(what, patterns, encode, TRIAL_SECONDS):
         raise UserError(_endless(tokenizer, reason))
 
 

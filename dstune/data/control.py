@@ -4,8 +4,8 @@ A row may hold `<|im_end|>` in what somebody wrote. A tokenizer would turn it in
 row could close its own message and speak in another role. Here such a string becomes the tokens of its characters; the
 tokens that the chat template prints stay what they are, and text without such strings gets the same tokens as ever.
 
-How the two are told apart: before a conversation is rendered each such string in it is replaced by a run of private-use
-characters of the same length. What is found in the rendered text is the template's, at the same place as in the text
+How the two are told apart: before a conversation is rendered each such string in it is replaced by a run of characters
+of the same length that nobody wrote there. What is found in the rendered text is the template's, at the same place as in the text
 with the strings put back; a token found elsewhere is replaced by the tokens of its text.
 """
 
@@ -22,9 +22,11 @@ import numpy as np
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import ChatTemplate, RenderError
+from dstune.data.message import ROLES
 
-_FIRST_STAND_IN = 0x100000
-"""Private Use Area B. Area A holds the marks of `render`."""
+_FIRST_STAND_IN = 0x13000
+"""Egyptian hieroglyphs: letters, which a template may print as Python writes a value. Of characters for private use that is an
+escape."""
 
 _PREFIX_SPACES = "▁Ġ"
 """What stands for the space that some tokenizers put in front of a text by themselves."""
@@ -38,7 +40,8 @@ _MADE_UP = [
     {"role": "user", "content": "Hi"},
 ]
 
-NO_TEXT = frozenset({"role", "label", "labels", "tags"})
+NO_TEXT = frozenset({"label", "labels", "tags"})
+"""Keys of a row whose values are names. Below them, as in the arguments of a tool, the same keys hold what somebody wrote."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Defused:
         for number, string in enumerate(self.strings):
             text = text.replace(chr(self.first + number) * len(string), string)
         return text, own
+
+    def left(self) -> re.Pattern[str]:
+        """Matches what is left of stand-ins in a text that `restore` returned: the template cut or escaped them."""
+        last = self.first + max(0, len(self.strings) - 1)
+        codes = "|".join(json.dumps(chr(code))[1:-1].replace("\\", r"\\") for code in range(self.first, last + 1))
+        return re.compile(f"(?:[{chr(self.first)}-{chr(last)}]|{codes})+")
 
 
 class ControlTokens:
@@ -210,27 +219,34 @@ def _rendered(tokenizer: Any) -> str:
         return ""
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any, names: Collection[str] = NO_TEXT) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in NO_TEXT:
+            if not _is_name(key, item, names):
                 yield key
-                yield from _strings(item)
+                yield from _strings(item, frozenset())
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from _strings(item, frozenset())
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def _is_name(key: str, value: Any, names: Collection[str]) -> bool:
+    """Whether a value is no text: in a column that is among `names`, or the role of a message."""
+    return key in names or (key == "role" and value in ROLES)
+
+
+def _mapped(value: Any, change: Any, names: Collection[str] = NO_TEXT) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
         return {
-            key if key in NO_TEXT else change(key): item if key in NO_TEXT else _mapped(item, change)
+            key if (is_name := _is_name(key, item, names)) else change(key): item
+            if is_name
+            else _mapped(item, change, frozenset())
             for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
+        return [_mapped(item, change, frozenset()) for item in value]
     return value

@@ -72,14 +72,19 @@ def message_of(number: int, message: Any) -> Message:
     if role is None:
         raise RowError(f"message {number} has the unknown role {name!r}; roles are {', '.join(ROLES)}")
     media.refuse_columns(message, f"message {number} ({role})")
-    content = message.pop("content", message.pop("value", None))
+    value = message.pop("value", None)
+    content = message.pop("content", value)
+    if value not in (None, content):
+        raise RowError(f"message {number} ({role}) has a content and a value that say different things")
     weight = _weight(number, role, message)
     if isinstance(content, list):
         content = _from_parts(number, role, content, message)
     calls = _calls(number, name, role, message, content)
     result: Message = {"role": role}
-    if content is None:
-        content = message.pop("refusal", None)
+    if refusal := message.pop("refusal", None):
+        if content:
+            raise RowError(f"message {number} ({role}) has a content and a refusal")
+        content = refusal
     if name not in NAMES_OF_CALLS and not (calls and content is None):
         result["content"] = _text(number, role, content)
     if message.pop("prefix", None):

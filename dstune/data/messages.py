@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.data.message import Message, from_json, message_of, without_none
+from dstune.data.message import REASONING_KEYS, Message, from_json, message_of, without_none
 from dstune.data.problems import RowError, format_value
 
 EXCHANGE_KEYS = ("system", "human", "user", "assistant")
@@ -124,17 +124,17 @@ def with_system(messages: list[Message], system: Any) -> list[Message]:
     if not text:
         return messages
     if messages[0]["role"] == "system":
-        if messages[0]["content"].strip() == text:
+        if messages[0]["content"].strip() == text.strip():
             return messages
         raise RowError("a system text stands in the column 'system' and in the first message")
     return [{"role": "system", "content": text}, *messages]
 
 
 def text_or_nothing(value: Any, column: str) -> str:
-    """The text of a column that may be absent or empty. Raises RowError for anything else."""
+    """The text of a column that may be absent or blank. Raises RowError for anything else."""
     if value is not None and not isinstance(value, str):
         raise RowError(f"column {column!r} must be text, it is {type(value).__name__}")
-    return (value or "").strip()
+    return value if value and value.strip() else ""
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
@@ -272,8 +272,5 @@ def check_answers(messages: list[Message]) -> None:
 
 
 def _says_something(message: Message) -> bool:
-    return any(
-        value.strip() if isinstance(value, str) else value
-        for key, value in message.items()
-        if key not in ("role", "weight", "name")
-    )
+    texts = (message.get(key) for key in ("content", *REASONING_KEYS))
+    return bool(message.get("tool_calls")) or any(text and text.strip() for text in texts)

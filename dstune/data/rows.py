@@ -12,7 +12,17 @@ from dstune.data.problems import RowError, listing
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 
-__all__ = ["RowError", "canonical", "check_columns", "check_task", "labels_of", "normalise", "recognise", "sort_labels"]
+__all__ = [
+    "RowError",
+    "canonical",
+    "check_columns",
+    "check_task",
+    "labels_of",
+    "normalise",
+    "recognise",
+    "sort_labels",
+    "stored",
+]
 
 
 def normalise(
@@ -52,6 +62,24 @@ def normalise(
     if form.conversational:
         media.refuse_markers(row)
     return row
+
+
+_MESSAGES = ("messages", "prompt", "completion", "chosen", "rejected")
+"""Keys of a row whose value may be a list of messages."""
+
+
+def stored(row: Mapping[str, Any]) -> str:
+    """The row as JSON text, with the keys of the row and of its messages in order.
+
+    What these hold is as it was given: templates print schemas and arguments of tools in the order in which they get them.
+    """
+    ordered = {
+        key: [dict(sorted(message.items())) for message in value]
+        if key in _MESSAGES and isinstance(value, list)
+        else value
+        for key, value in sorted(row.items())
+    }
+    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

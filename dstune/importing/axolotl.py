@@ -87,6 +87,10 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
             source.columns = {"text": str(entry["text_column"])}
     elif kind == "alpaca":
         source.format, task = "alpaca", "chat"
+        found.assume(
+            "Alpaca rows are written in the model's chat template; axolotl writes them as plain text, as "
+            "model.prompt_template=alpaca does"
+        )
     elif kind == "sharegpt" or (kind == "chat_template" and mapped.get("role") == "from"):
         source.format, task = "conversations", "chat"
         if (column := entry.get("field_messages", "conversations")) != "conversations":

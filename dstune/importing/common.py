@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.chat_templates import NAMES
+from dstune.chat_templates import NAMES, PROMPTS
 from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_way, same
 
 LATER = "this version does not have it"
@@ -45,12 +45,14 @@ def revision(found: Import, value: Any) -> None:
 
 
 def chat_template(found: Import, value: Any) -> None:
-    """A packaged template by its name, or a file; the tokenizer's own is what dstune takes by itself."""
+    """A packaged template or prompt by its name, or a file; the tokenizer's own is what dstune takes by itself."""
     text = str(value)
     name = {"mistral_v1": "mistral", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral_tekken"}.get(text, text)
     if name in NAMES or text.endswith((".jinja", ".j2")):
         found.put("model.chat_template", name)
-    elif name in ("tokenizer_default", "default", "empty"):
+    elif name in PROMPTS and found.get("stage") != "pt":
+        found.put("model.prompt_template", name)
+    elif name == "tokenizer_default":
         found.note("model.chat_template")
     elif "{" in text:
         found.drop("a template inside the file: save it as a Jinja file and give model.chat_template=FILE")

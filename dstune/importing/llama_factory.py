@@ -112,8 +112,9 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
         source.format = role
         if (column := columns.get("messages", "conversations")) != role:
             source.columns[role] = column
-        if columns.get("tools", "tools") != "tools":
-            source.columns["tools"] = columns["tools"]
+        for beside in ("tools", "system"):
+            if columns.get(beside, beside) != beside:
+                source.columns[beside] = columns[beside]
     elif found.get("stage") == "pt":
         source.format = "text"
         if (column := columns.get("prompt", "text")) != "text":
@@ -209,7 +210,7 @@ TABLE: dict[str, Rule] = {
     "cutoff_len": same("data.max_length"),
     "max_samples": with_others,
     "train_on_prompt": lambda found, value: found.put("task.train_on_prompt", bool(value)),
-    "mask_history": missing("every turn of the assistant is trained"),
+    "mask_history": lambda found, value: found.put("task.turns", "last" if value else "auto"),
     "packing": lambda found, value: found.put("data.packing", bool(value)),
     "neat_packing": lambda found, value: found.note("data.packing"),
     "streaming": missing("data.streaming=true reads one source in blocks"),

@@ -119,10 +119,14 @@ def lora_part(found: Import, value: Any) -> None:
 
 
 def assistant_only(found: Import, value: Any) -> None:
-    if not found.get("dataset_text_field"):
-        found.put("task.train_on_prompt", not value)
-        if found.current in found.defaults:
-            found.assume("TRL trains on prompts too unless told otherwise (task.train_on_prompt=true)")
+    if found.get("dataset_text_field") or (found.current in found.defaults and "completion_only_loss" in found.raw):
+        return
+    found.put("task.train_on_prompt", not value)
+    if found.current in found.defaults:
+        found.assume(
+            "TRL trains on the prompts of conversations too unless told otherwise (task.train_on_prompt=true); of rows with a "
+            "prompt and a completion it trains the completion alone: give task.train_on_prompt=false for them"
+        )
 
 
 def packing_strategy(found: Import, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ class Request:
     messages: Messages | None = None
     adapter: str | None = None
     """Name of the adapter that is to answer; None leaves it to the command."""
+    tools: list[dict[str, Any]] | None = None
+    arguments: dict[str, Any] | None = None
+    """Of the chat template (`chat_template_kwargs`)."""
 
 
 def read_file(path: Path, key: str = "--input") -> list[Request]:
     """The prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
-    `messages` (and `adapter`). Raises UserError with every bad line."""
+    `messages` (and `adapter`, `tools`, `chat_template_kwargs`). Raises UserError with every bad line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -63,17 +66,37 @@ def _from_row(line: str, where: str) -> Request:
     prompt, messages, adapter = row.get("prompt"), row.get("messages"), row.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise ValueError("has an `adapter` that is no name")
+    beside = {"adapter": adapter, **_of_template(row)}
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError("has an empty `prompt`")
-        return Request(prompt, where, adapter=adapter)
+        return Request(prompt, where, **beside)
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither a `prompt` nor `messages`")
     if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages):
         raise ValueError("has a message without `role` or `content`")
     if messages[-1]["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")
-    return Request(str(messages[-1]["content"]), where, messages, adapter)
+    return Request(str(messages[-1]["content"]), where, as_trained(messages), **beside)
+
+
+def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is given beside the messages. Raises ValueError."""
+    from dstune.data.messages import template_arguments, tools_of
+
+    tools = row.get("tools", row.get("functions"))
+    return {
+        "tools": tools_of(tools) if tools else None,
+        "arguments": template_arguments(row.get("chat_template_kwargs")) or None,
+    }
+
+
+def as_trained(messages: Messages) -> Messages:
+    """Messages in which the assistant calls or thinks as rows of a training file are read. Raises ValueError."""
+    from dstune.data.messages import conversation_of
+
+    more = any(message.keys() - {"role", "content"} for message in messages)
+    return conversation_of(messages, "messages") if more else messages
 
 
 def with_system(request: Request, system: str | None) -> Request:

@@ -67,13 +67,14 @@ class Writer:
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
+        from dstune.data.chat.probe import facts_of
         from dstune.data.chat.template import RenderError
 
         name = request.adapter or self.active
         task = self._voices[name].task
         if task is not None and not self._plain:
-            if request.messages is not None or self._system:
-                reason = "holds messages, but the model writes targets for sources"
+            if request.messages is not None or self._system or request.tools:
+                reason = "holds messages or tools, but the model writes targets for sources"
                 raise UserError(Problem(request.where, reason, "give the source as `prompt`, without --system"))
             return self._sources(name, task).prompt_ids(request.formatted)
         if not self.is_chat(name):
@@ -84,13 +85,22 @@ class Writer:
                         "a system message needs a chat template, which the model lacks (or --plain switched it off)"
                     )
                 raise UserError(Problem(request.where, reason, "give `prompt` instead, without --system"))
+            if request.tools or request.arguments:
+                reason = (
+                    "has tools or chat_template_kwargs, but the model has no chat template (or --plain switched it off)"
+                )
+                raise UserError(Problem(request.where, reason, "leave them out"))
             return self._control(name).sequence([request.formatted], sys.maxsize)[0]
         requested = with_system(request, self._system)
         messages = requested.messages or [{"role": "user", "content": requested.formatted}]
-        control = self._control(name)
-        defused = control.defuse(messages)
+        control, template = self._control(name), self._template(name)
         try:
-            text = self._template(name).text(defused.value, prompt=True)
+            if any(message.keys() - {"role", "content"} for message in messages):
+                facts = facts_of(template)
+                messages = [facts.adapted(message) for message in messages]
+            defused = control.defuse({"messages": messages, "tools": request.tools})
+            given = {"tools": defused.value["tools"], "arguments": request.arguments}
+            text = template.text(defused.value["messages"], prompt=True, **given)
         except RenderError as error:
             raise UserError(Problem(request.where, str(error))) from error
         # The template prints the special tokens itself; the tokenizer would double the first one. What somebody wrote

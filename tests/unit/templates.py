@@ -126,3 +126,10 @@ PLAIN_LINES = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+
+NO_END = (
+    "{% for message in messages %}{{ ('<s>' if message.role == 'tool' else '[INST]' if message.role == 'user' else '[/INST]')"
+    " + (message.content or '') }}{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[/INST]' }}{% endif %}"
+)
+"""GLM 4.5: nothing ends a turn but what opens the next one."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.tiny import save_decoder
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
-from unit.templates import QWEN3, THINKING_PROMPT
+from unit.templates import NO_END, QWEN3, THINKING_PROMPT
 from unit.test_data_render import assistant, call, encoded, refusal, tool, trained, user
 
 from dstune.config.data_schema import OnBadRow, SplitConfig
@@ -32,12 +32,6 @@ from dstune.trainer.measure import count_rows
 
 DATE = "2025-03-09"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-NO_END = (
-    "{% for message in messages %}{{ ('<s>' if message.role == 'tool' else '[INST]' if message.role == 'user' else '[/INST]')"
-    " + (message.content or '') }}{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '[/INST]' }}{% endif %}"
-)
-"""GLM 4.5: nothing ends a turn but what opens the next one."""
 OTHER_END = CHATML.replace(
     "'<|im_end|>'",
     "('<|eot_id|>' if loop.last and not add_generation_prompt and message.role == 'assistant' else '<|im_end|>')",

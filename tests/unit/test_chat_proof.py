@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import decoders, pre_tokenizers
 from unit.data_helpers import CHATML, byte_tokenizer, chats, data_run, metaspace_tokenizer, prepared, write_jsonl
-from unit.templates import LLAMA3, MARKED_WITH_END, MARKED_WITHOUT_END, PLAIN_LINES, QWEN3
+from unit.templates import LLAMA3, MARKED_WITH_END, MARKED_WITHOUT_END, NO_END, PLAIN_LINES, QWEN3
 
 from dstune.config.architectures import mark_stops
 from dstune.config.data_schema import SplitConfig
@@ -117,6 +117,20 @@ def test_the_proof_fails_where_a_server_refuses_the_conversation(tmp_path, place
     )
     with pytest.raises(UserError, match="not trained as a server would render it"):
         prove(config, byte_tokenizer(refusing), data)
+
+
+@pytest.mark.parametrize("row", [ROWS[0], {"messages": ROWS[9]["messages"][:2]}], ids=["an answer", "a call"])
+def test_the_proof_knows_the_stop_that_a_template_lacks(tmp_path, row):
+    """GLM: a call ends with the marker of a tool's result, and else a turn with the user's; the other one is refused."""
+    tokenizer = byte_tokenizer(NO_END, eos="</s>")
+    config, data = data_of(tmp_path, tokenizer, ChatConfig(template_date=DATE), [row])
+    (sample,) = data.train.table
+    assert prove(config, tokenizer, data).turns > 0
+    stops = tokenizer.convert_tokens_to_ids(["[INST]", "<s>"])
+    (other,) = {*stops} - {sample["labels"][-1]}
+    changed = {key: [*sample[key][:-1], other] for key in ("input_ids", "labels")}
+    with pytest.raises(UserError, match="where the turn ends"):
+        prove_samples(config, tokenizer, (), [changed], data.evidence)
 
 
 def test_the_proof_fails_where_an_argument_is_another(tmp_path):

@@ -174,7 +174,7 @@ def test_trl_command_line(monkeypatch, tmp_path):
     assert (config.data.packing, config.trainer.epochs, config.evaluate.every) == (True, 1, 100)
     assert (config.schedule.name, config.trainer.global_batch_size) == ("linear", 2 * 8 * 8)
     assert config.task.train_on_prompt is True
-    assert any("TRL trains on prompts" in text for text in found.assumed)
+    assert any("TRL trains on the prompts" in text for text in found.assumed)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,12 @@ def test_adapters_on_4_bit_weights(tool, raw, expected):
     found = yaml.safe_load(convert(raw, tool, Path("x.yaml"), 1).text)
     assert {"override /method": "qlora"} in found["defaults"]
     assert {key: found["method"][key] for key in expected} == expected
+
+
+def test_trl_trains_completions_alone_where_the_file_says_so():
+    found = convert({"model_name_or_path": "m", "completion_only_loss": True}, "trl", Path("x.yaml"), 1)
+    assert "train_on_prompt" not in found.text
+    assert not any("TRL trains on the prompts" in text for text in found.assumed)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +324,8 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj", "use_rslora": True},
             {"method": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"], "rslora": True}},
         ),
+        ("llama-factory", {"mask_history": True}, {"task": {"turns": "last"}}),
+        ("llama-factory", {"template": "alpaca"}, {"model": {"prompt_template": "alpaca"}}),
         (
             "llama-factory",
             {"template": "llama3", "flash_attn": "sdpa"},
@@ -413,6 +421,7 @@ def test_values(tool, keys, expected):
         ("axolotl", {"lr_scheduler": "constant", "cosine_min_lr_ratio": 0.1}, "cosine_min_lr_ratio", MEANINGLESS),
         ("llama-factory", {"finetuning_type": "freeze"}, "finetuning_type", NOT_SUPPORTED),
         ("llama-factory", {"quantization_bit": 8}, "quantization_bit", NOT_SUPPORTED),
+        ("llama-factory", {"template": "default"}, "template", NOT_SUPPORTED),
         ("trl", {"load_in_4bit": True}, "load_in_4bit", NOT_SUPPORTED),
         ("llama-factory", {"dataset": "one,two"}, "dataset", DIFFERENT),
         ("trl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", NOT_SUPPORTED),
@@ -545,3 +554,16 @@ def test_bad_files_and_arguments(tmp_path, monkeypatch, capsys, text, arguments,
     (tmp_path / "a.yaml").write_text(text)
     assert main(["import", "a.yaml", *arguments]) == 2
     assert where in capsys.readouterr().err
+
+
+def test_columns_of_a_described_data_set_are_carried(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    described = {
+        "file_name": "rows.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "turns", "system": "instructions", "tools": "functions"},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": described}))
+    tree, _ = values("llama-factory", dataset="mine")
+    assert tree["data"]["columns"] == {"conversations": "turns", "system": "instructions", "tools": "functions"}

@@ -23,6 +23,9 @@ PROOF_SECONDS = 5.0
 """Processor time for a conversation that was rendered in less to make its samples."""
 
 
+_FOLLOWS = "qzfollows"
+"""What a made-up message says."""
+
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a template raises that refuses a conversation."""
 
@@ -38,7 +41,7 @@ class Served:
     target: list[int]
     """What it is to write, without the token that ends it."""
     stop: int | None
-    """The token that ends it, where the template prints one."""
+    """The token that ends it: the template's, else the one that opens the next message."""
     by_text: bool = False
     """It ends with text, which is a part of the target."""
 
@@ -147,7 +150,23 @@ class Server:
         if whole[: len(prompt)] != prompt:
             written = self._behind(prompt, answered.removeprefix(requested), whole)
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
-        return Served(number, prompt, written[:end], None if end is None else written[end], by_text and end is None)
+        by_text = by_text and end is None
+        stop = None if by_text else self._opening(messages, row.get("tools"), given) if end is None else written[end]
+        return Served(number, prompt, written[:end], stop, by_text)
+
+    def _opening(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any]) -> int | None:
+        """The stop that opens the message behind `messages`, a tool's result after calls and else the user's: what ends a
+        turn that the template does not end. Nothing where it prints none."""
+        follows: dict[str, Any] = {"role": "user", "content": _FOLLOWS}
+        if calls := messages[-1].get("tool_calls"):
+            follows = {"role": "tool", "content": _FOLLOWS, "name": calls[0]["function"]["name"]}
+            follows |= {"tool_call_id": calls[0]["id"]} if "id" in calls[0] else {}
+        try:
+            text = self._rendered([*messages, follows], tools, arguments, prompt=False)
+        except REFUSALS:
+            return None
+        before = self._ids(text[: text.rfind(_FOLLOWS)]) if _FOLLOWS in text else []
+        return next((token for token in reversed(before) if token in self.stops), None)
 
     def _behind(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
         """Tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.

@@ -12,7 +12,7 @@ from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import TooMuch, in_child, limited
+from dstune.core.limits import TooMuch, limited, trial
 from dstune.data.chat.rule import Span
 from dstune.data.template_date import freeze_date
 
@@ -40,8 +40,6 @@ _TRIED: list[tuple[Messages, bool]] = [
     ([_USER, _ASSISTANT], False),
     ([{"role": "system", "content": "c"}, _USER, _ASSISTANT, _USER, _ASSISTANT, _USER], True),
 ]
-_tried: dict[str, str] = {}
-"""Templates that were tried in this process, with why they are refused; empty where they are not."""
 
 
 class RenderError(ValueError):
@@ -118,13 +116,7 @@ class ChatTemplate:
                 except Exception:  # it refuses this conversation, which may be what it is for
                     continue
 
-        if source not in _tried:
-            try:
-                in_child(render, TRIAL_SECONDS)
-                _tried[source] = ""
-            except TooMuch as error:
-                _tried[source] = f"to print a conversation of three messages {error}"
-        if reason := _tried[source]:
+        if reason := trial("to print a conversation of three messages", source, render, TRIAL_SECONDS):
             raise UserError(_untamed(reason))
 
     @contextmanager

@@ -14,7 +14,7 @@ from dstune.data.clean import language, near, sensitive
 from dstune.data.clean.rows import Row, is_empty, keys, map_texts, near_text, texts
 from dstune.data.clean.unicode import clean_unicode
 from dstune.data.control import ControlTokens
-from dstune.data.rows import canonical
+from dstune.data.rows import canonical, stored
 from dstune.data.split import content_hash
 
 STEPS = (
@@ -76,13 +76,13 @@ class Cleaner:
         """For rows as JSON text (column `row`) the columns of `features`."""
         results = [self.clean(json.loads(row)) for row in batch["row"]]
         rows = [
-            canonical(result.row) if result.changed and not result.removed else None
+            result.row if result.changed and not result.removed else None
             for result in results  # None: as it was
         ]
         both_keys = [(0, 0) if result.removed else keys(result.row) for result in results]
         columns = {
-            "row": [None if row is None else row.decode("utf-8") for row in rows],
-            "hash": [0 if row is None else content_hash(row, self._seed) for row in rows],
+            "row": [None if row is None else stored(row) for row in rows],
+            "hash": [0 if row is None else content_hash(canonical(row), self._seed) for row in rows],
             "removed": [result.removed for result in results],
             "changed": [",".join(result.changed) for result in results],
             "flagged": [",".join(result.flagged) for result in results],

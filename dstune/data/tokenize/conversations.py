@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,9 +103,6 @@ class Language(Encoder):
         """The first special tokens, unless the text brought them itself."""
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
-
-_CUT_STAND_IN = re.compile(r"(\\U0010[0-9a-f]{4})+")
-"""What is left of a control token's stand-in in a text that was cut inside of it."""
 
 NOTHING = np.empty(0, dtype=np.int32), np.empty((0, 2), dtype=np.int64)
 """The tokens of no text, and their characters."""
@@ -253,10 +249,12 @@ class ChatEncoder(Language):
         try:
             texts = self._rendered(defused.value if defused else row)
         except RenderError as error:
-            return [_Text(problem=_CUT_STAND_IN.sub("...", defused.restore(str(error))[0]) if defused else str(error))]
+            return [_Text(problem=defused.left().sub("...", defused.restore(str(error))[0]) if defused else str(error))]
         if defused is None:
             return texts
         restored = [(text, *defused.restore(text.text)) for text in texts]
+        if any(defused.left().search(written) for _, written, _ in restored):
+            return [_Text(problem="the chat template cuts or escapes a text that reads like a control token")]
         return [replace(text, text=written, own=own) for text, written, own in restored]
 
     def _rendered(self, row: dict[str, Any]) -> list[_Text]:

@@ -1,0 +1,111 @@
+"""What a row holds reaches the chat template as it was given: the order of its keys, and text that reads like control tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
+from unit.test_data_render import assistant, call, refusal, tool, trained, user
+
+from dstune.config.data_schema import SplitConfig
+from dstune.data.collate import NO_TARGET
+from dstune.data.rows import RowError, normalise
+from dstune.data.tokenize import RowTokenizer
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.preference.config import PreferenceConfig
+
+CALLING = CHATML.replace(
+    "message['content']",
+    "(message.content or '') + (message.tool_calls | map(attribute='function') | list | tojson if message.tool_calls else '')",
+)
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CALLING
+AS_PYTHON = CHATML.replace("message['content']", "(message.content or '') + (message.tool_calls or '') | string")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"unit": {"type": "string"}, "city": {"type": "string"}},
+            "required": ["unit", "city"],
+        },
+    },
+}
+ASKED = [user("Weather?"), assistant("", tool_calls=call("weather", {"unit": "C", "city": "Paris"}))]
+ANSWERED = [*ASKED, tool("sunny"), assistant("It is sunny.")]
+
+
+@pytest.mark.parametrize("task", [ChatConfig(), PreferenceConfig()], ids=["chat", "preference"])
+@pytest.mark.parametrize("changed", [False, True], ids=["as it is", "cleaned"])
+def test_schemas_and_arguments_keep_the_order_of_their_keys(tmp_path, task, changed):
+    """Servers print them in the order in which a client sends them."""
+    messages = [*ANSWERED[:-1], assistant("Cafe\u0301.")] if changed else ANSWERED
+    row: dict[str, Any] = {"messages": messages}
+    if task.name == "preference":
+        row = {"prompt": messages[:-1], "chosen": messages[-1:], "rejected": [assistant("No idea.")]}
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**row, "tools": [WEATHER]}])
+    config = data_run(path, task=task, split=SplitConfig(validation=0.0))
+    tokenizer = byte_tokenizer(WITH_TOOLS)
+    data = prepared(config, tokenizer, tmp_path / "cache")
+    (sample,) = data.train.table
+    found = tokenizer.decode(sample["input_ids"])
+    whole = [*messages[:-1], assistant("Caf\u00e9.")] if changed else messages
+    assert found == tokenizer.apply_chat_template(whole, tools=[WEATHER], tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["role", "label", "tags", "city"])
+@pytest.mark.parametrize("template", [CALLING, AS_PYTHON], ids=["as JSON", "as Python"])
+def test_arguments_of_a_call_write_no_control_tokens(name, template):
+    tokenizer = byte_tokenizer(template)
+    messages = [user("Weather?"), assistant("", tool_calls=call("weather", {name: "a<|im_end|>b"}))]
+    encode = RowTokenizer(tokenizer, ChatConfig(), "messages", max_length=100_000)
+    (sample,) = encode.samples([{"messages": messages}], [0])
+    assert not sample.problem
+    written = sample.labels[sample.labels != NO_TARGET]
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [at for at, token in enumerate(written) if token == ends] == [len(written) - 1]
+    given = [encode.renderer.facts.adapted(message) for message in messages]
+    assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(given, tokenize=False)
+
+
+def test_a_text_that_the_template_cuts_inside_of_what_reads_like_a_control_token_is_refused():
+    cut = "(message['content'][:6] if message['content'].startswith('abc') else message['content'])"
+    tokenizer = byte_tokenizer(CHATML.replace("message['content']", cut))
+    assert trained(tokenizer, [user("Hi"), assistant("Yes")]) == ["Yes<|im_end|>"]
+    assert "cuts or escapes a text that reads like a control token" in refusal(
+        tokenizer, [user("abc<|im_end|>"), assistant("Yes")]
+    )
+
+
+def test_a_message_of_other_keys_alone_says_nothing():
+    with pytest.raises(RowError, match=r"message 2 \(assistant\) is empty"):
+        normalise(
+            {"messages": [user("Hi"), assistant("", id="a1", language="en"), user("So"), assistant("No")]},
+            "messages",
+            {},
+        )
+
+
+def test_a_refusal_is_what_the_assistant_says():
+    def of(**message: Any) -> Any:
+        return normalise({"messages": [user("Hi"), {"role": "assistant", **message}]}, "messages", {})["messages"][1]
+
+    for content in ({"content": None}, {"content": ""}, {}):
+        assert of(**content, refusal="I cannot.") == assistant("I cannot.")
+    assert of(content="Yes", refusal=None) == assistant("Yes")
+    with pytest.raises(RowError, match="has a content and a refusal"):
+        of(content="Yes", refusal="I cannot.")
+
+
+def test_a_message_that_says_two_things_is_refused():
+    with pytest.raises(RowError, match="a content and a value that say different things"):
+        normalise({"messages": [{**user("Hi"), "value": "Bye"}, assistant("Yes")]}, "messages", {})
+
+
+@pytest.mark.parametrize("column", ["system", "input"])
+def test_the_white_space_of_a_column_is_kept(column):
+    row = {"instruction": "Explain.", "output": "It returns.", column: "    return 1\n"}
+    messages = normalise(row, "alpaca", {})["messages"]
+    assert messages[0]["content"] == {"system": "    return 1\n", "input": "Explain.\n    return 1\n"}[column]
