@@ -94,6 +94,9 @@ _CHAT: dict[str, Mutation] = {
 }
 
 _PROOF: dict[str, Mutation] = {
+    "the_proof_knows_the_stop_that_a_template_lacks": undo(
+        "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
+    ),
     "rows_of_every_kind_are_proven": undo("data/chat/evidence.py", "if kind not in kept and", "if not kept and"),
     "every_task_of_conversations_is_proven": undo(
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
@@ -261,9 +264,43 @@ _OTHER: dict[str, Mutation] = {
     ),
 }
 
+_GIVEN: dict[str, Mutation] = {
+    "schemas_and_arguments_keep_the_order_of_their_keys": undo(
+        "data/ingest.py", "return stored(row), ", 'return content.decode("utf-8"), '
+    ),
+    "arguments_of_a_call_write_no_control_tokens": undo(
+        "data/control.py", "return key in names or", "return key in NO_TEXT or"
+    ),
+    "a_text_that_the_template_cuts_inside_of_what_reads_like_a_control_token_is_refused": undo(
+        "data/tokenize/conversations.py", "if any(defused.left().search(written)", "if False and any(written"
+    ),
+    "a_message_of_other_keys_alone_says_nothing": undo(
+        "data/messages.py", 'return bool(message.get("tool_calls"))', "return len(message) > 2"
+    ),
+    "a_refusal_is_what_the_assistant_says": undo("data/message.py", "content = refusal", "pass"),
+    "a_message_that_says_two_things_is_refused": undo(
+        "data/message.py", "if value not in (None, content):", "if False:"
+    ),
+    "cleaning_reads_every_argument_of_a_call": undo(
+        "data/clean/rows.py", "() if key == ARGUMENTS else no_text", "no_text", count=2
+    ),
+    "an_answer_about_the_tags_of_reasoning_is_kept": undo(
+        "data/message.py", 'None if not ended or "<think>" in reasoning else', "None if not ended else", case="drop"
+    ),
+    "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
+        "data/render.py",
+        '"content": inline[1] if inline else content,',
+        '"content": content.rsplit("</think>", 1)[-1],',
+    ),
+    "the_white_space_of_a_column_is_kept": undo(
+        "data/messages.py", 'return value if value and value.strip() else ""', 'return (value or "").strip()'
+    ),
+}
+
 MUTATIONS = {
     **{f"tests/unit/test_chat_faults.py::test_{name}": one for name, one in _CHAT.items()},
     **{f"tests/unit/test_chat_proof.py::test_{name}": one for name, one in _PROOF.items()},
+    **{f"tests/unit/test_chat_given.py::test_{name}": one for name, one in _GIVEN.items()},
     **{f"tests/unit/test_data_foreign.py::test_{name}": one for name, one in _FOREIGN.items()},
     **{f"tests/{name}": one for name, one in _OTHER.items()},
 }

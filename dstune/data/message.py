@@ -223,6 +223,16 @@ def from_json(text: str, complaint: str) -> Any:
         raise RowError(f"{complaint}: {error}") from None
 
 
+def inline_reasoning(content: str) -> tuple[str, str] | None:
+    """The reasoning with which a content begins, and the answer behind it; a prompt may have opened it (`<think>`).
+
+    Tags further on belong to what is said: "<think> opens, </think> closes" has no reasoning.
+    """
+    before, ended, answer = content.partition("</think>")
+    reasoning = before.lstrip().removeprefix("<think>")
+    return None if not ended or "<think>" in reasoning else (reasoning, answer)
+
+
 GIVEN = ("arguments", "parameters")
 """Keys of a call with what its function is given, where null is a value like any other."""
 

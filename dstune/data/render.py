@@ -34,7 +34,7 @@ from dstune.data.chat.rule import (
 )
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
-from dstune.data.message import REASONING_KEYS
+from dstune.data.message import REASONING_KEYS, inline_reasoning
 from dstune.data.problems import unprinted
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
@@ -45,8 +45,6 @@ Render = Callable[..., str]
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
 
 _SEVERAL = "more than one tool call of a message"
-
-_THINK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
 
 
 def require_offsets(tokenizer: Any) -> None:
@@ -380,26 +378,27 @@ def _thinks(message: Mapping[str, Any]) -> bool:
     """Whether a message has reasoning, in a field of its own or at the start of its content."""
     if reasoning_of(message) is not None:
         return True
-    before, ended, _ = (message.get("content") or "").partition("</think>")
-    return bool(ended and before.replace("<think>", "").strip())  # a prompt may have opened it
+    inline = inline_reasoning(message.get("content") or "")
+    return bool(inline and inline[0].strip())
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
     kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    if isinstance(kept.get("content"), str) and "</think>" in kept["content"]:
-        kept["content"] = kept["content"].rsplit("</think>", 1)[1].lstrip()
+    if inline := inline_reasoning(kept.get("content") or ""):
+        kept["content"] = inline[1].lstrip()
     return kept
 
 
 def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
     """Raises RenderError where what the assistant says, thinks or calls is not in what the template writes for it."""
     content = message.get("content") or ""
-    inline = _THINK.match(content.lstrip())
+    reasoning = reasoning_of(message)
+    inline = None if reasoning else inline_reasoning(content)
     output = {
-        "reasoning": reasoning_of(message) or (inline.group(1) if inline else ""),
-        "content": content.rsplit("</think>", 1)[-1],
+        "reasoning": reasoning or (inline[0] if inline else ""),
+        "content": inline[1] if inline else content,
     }
     for function in (call["function"] for call in message.get("tool_calls") or []):
         name, arguments = function["name"], function["arguments"]

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
+from unit.templates import QWEN3
 from unit.test_data_render import assistant, call, refusal, tool, trained, user
 
 from dstune.config.data_schema import SplitConfig
+from dstune.data.clean.rows import map_texts, texts
 from dstune.data.collate import NO_TARGET
 from dstune.data.rows import RowError, normalise
 from dstune.data.tokenize import RowTokenizer
-from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.chat.config import ChatConfig, Reasoning
 from dstune.tasks.preference.config import PreferenceConfig
 
 CALLING = CHATML.replace(
@@ -109,3 +111,27 @@ def test_the_white_space_of_a_column_is_kept(column):
     row = {"instruction": "Explain.", "output": "It returns.", column: "    return 1\n"}
     messages = normalise(row, "alpaca", {})["messages"]
     assert messages[0]["content"] == {"system": "    return 1\n", "input": "Explain.\n    return 1\n"}[column]
+
+
+@pytest.mark.parametrize("name", ["name", "id", "city"])
+def test_cleaning_reads_every_argument_of_a_call(name):
+    row = {"messages": [user("Hi"), assistant("", tool_calls=call("find", {name: {"name": ["a@b.example"]}}))]}
+    changed = map_texts(row, lambda text: text.replace("a@b.example", "<email>"))
+    assert changed["messages"][1]["tool_calls"] == call("find", {name: {"name": ["<email>"]}})
+    assert "a@b.example" in list(texts(row))
+
+
+TAGS = "The tags are <think> and </think>. Mind them."
+
+
+@pytest.mark.parametrize("reasoning", ["keep", "drop"])
+def test_an_answer_about_the_tags_of_reasoning_is_kept(reasoning):
+    messages = [user("Hi"), assistant(TAGS)]
+    task = {"reasoning": Reasoning(reasoning)} if reasoning == "drop" else {}
+    assert trained(byte_tokenizer(), messages, **task) == [f"{TAGS}<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", [TAGS, "<think>Hm.</think>It ends with </think> here."])
+def test_an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused(content):
+    """Qwen's templates print what stands behind the last `</think>` as the answer."""
+    assert "does not print its content" in refusal(byte_tokenizer(QWEN3), [user("Hi"), assistant(content)])

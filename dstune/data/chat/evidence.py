@@ -15,7 +15,7 @@ import numpy as np
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import REFUSALS, Served, Server, difference
 from dstune.data.collate import NO_TARGET
-from dstune.data.message import REASONING_KEYS
+from dstune.data.message import REASONING_KEYS, inline_reasoning
 from dstune.data.stopping import stop_token_ids
 
 FILE = "train.evidence.json"
@@ -175,9 +175,9 @@ def _reasoning_of_turns(text: str) -> list[bool]:
 
 
 def _is_thought(message: Mapping[str, Any]) -> bool:
-    before, ended, _ = str(message.get("content") or "").partition("</think>")
+    inline = inline_reasoning(str(message.get("content") or ""))
     fields = [message.get(key) for key in REASONING_KEYS]
-    return any(str(text or "").strip() for text in (*fields, before.replace("<think>", "") if ended else ""))
+    return any(str(text or "").strip() for text in (*fields, inline[0] if inline else ""))
 
 
 def _entry(row: Kept, numbers: np.ndarray, encode: Any) -> dict[str, Any]:

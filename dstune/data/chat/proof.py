@@ -190,7 +190,8 @@ class Server:
             return {}
         fields = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
         before, found, _ = str(message.get("content") or "").partition("</think>")
-        inline = before.replace("<think>", "") if found else ""
+        opened = before.lstrip().removeprefix("<think>")
+        inline = opened if found and "<think>" not in opened else ""
         return {self.facts.switch: any(str(text or "").strip() for text in (*fields, inline))}
 
     def _rendered(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], *, prompt: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import xxhash
@@ -12,7 +12,9 @@ import xxhash
 NO_TEXT = frozenset(
     {"label", "labels", "tags", "answers", "tools", "weight", "role", "name", "type", "id", "tool_call_id"}
 )
-"""Keys whose values are no text that anybody wrote: they are left as they are."""
+"""Keys whose values are no text that anybody wrote: they are left as they are. The arguments of a call are text under any name."""
+
+ARGUMENTS = "arguments"
 
 Row = dict[str, Any]
 
@@ -41,13 +43,16 @@ def _moved(answer: Row, context: str, changed: str, change: Callable[[str], str]
     return {"text": text, "start": start}
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+def _mapped(value: Any, change: Callable[[str], str], no_text: Collection[str] = NO_TEXT) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: item if key in NO_TEXT else _mapped(item, change) for key, item in value.items()}
+        return {
+            key: item if key in no_text else _mapped(item, change, () if key == ARGUMENTS else no_text)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [_mapped(item, change) for item in value]
+        return [_mapped(item, change, no_text) for item in value]
     return value
 
 
@@ -65,16 +70,16 @@ def texts(row: Row) -> Iterator[str]:
             yield from _texts(value)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, no_text: Collection[str] = NO_TEXT) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for key, item in value.items():
-            if key not in NO_TEXT:
-                yield from _texts(item)
+            if key not in no_text:
+                yield from _texts(item, () if key == ARGUMENTS else no_text)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item)
+            yield from _texts(item, no_text)
 
 
 def is_empty(row: Row) -> bool:
