@@ -40,6 +40,24 @@ MORE = (
 )
 """Names of content beside those that some format reads."""
 
+OF_MESSAGES = frozenset(
+    (
+        "analysis",
+        "chain_of_thought",
+        "cot",
+        "input",
+        "output",
+        "prompt",
+        "rationale",
+        "reasoning_text",
+        "response",
+        "text",
+        "thought",
+        "thoughts",
+    )
+)
+"""Names of content that a message may have and that no template reads."""
+
 NO_CONTENT = (
     "label",
     "labels",
@@ -75,6 +93,7 @@ class Unread:
         self._mapping = mapping
         self._except_for = frozenset(except_for)
         self._watched: dict[tuple[str, ...], list[str]] = {}
+        self._read: dict[tuple[str, ...], list[str]] = {}
         self.columns: set[str] = set()
         """All that were met."""
         self.rows: Counter[str] = Counter()
@@ -84,9 +103,22 @@ class Unread:
         met = tuple(fields)
         if met not in self._watched:
             self._watched[met] = self._of(fields)
+            self._read[met] = [column for column in fields if column in columns_read(self._form, self._mapping, fields)]
         for column in self._watched[met]:
             if holds_something(fields[column]):
                 self.rows[column] += 1
+        if self._form.conversational:
+            for column in self._read[met]:
+                self._look_into(column, fields[column])
+
+    def _look_into(self, column: str, messages: Any) -> None:
+        """Count what the messages of a column hold beside what is read of them."""
+        messages = messages if isinstance(messages, list) else ()
+        given = [
+            message for message in messages if isinstance(message, dict) and ("role" in message or "from" in message)
+        ]
+        for key in {key for message in given for key in message.keys() & OF_MESSAGES if holds_something(message[key])}:
+            self.rows[f"{column}[].{key}"] += 1
 
     def _of(self, fields: Mapping[str, Any]) -> list[str]:
         expanded = self._form().expand(fields)

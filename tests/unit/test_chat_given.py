@@ -14,6 +14,7 @@ from dstune.data.clean.rows import map_texts, texts
 from dstune.data.collate import NO_TARGET
 from dstune.data.rows import RowError, normalise
 from dstune.data.tokenize import RowTokenizer
+from dstune.data.unread import Unread
 from dstune.tasks.chat.config import ChatConfig, Reasoning
 from dstune.tasks.preference.config import PreferenceConfig
 
@@ -135,3 +136,10 @@ def test_an_answer_about_the_tags_of_reasoning_is_kept(reasoning):
 def test_an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused(content):
     """Qwen's templates print what stands behind the last `</think>` as the answer."""
     assert "does not print its content" in refusal(byte_tokenizer(QWEN3), [user("Hi"), assistant(content)])
+
+
+def test_what_a_message_says_beside_its_content_is_counted():
+    unread = Unread("messages", {})
+    unread.add({"messages": [user("Hi"), assistant("Yes", thought="Hm.", id="a1")]})
+    unread.add({"messages": [user("Hi"), assistant("Yes", thought="", reasoning_content="Hm.")]})
+    assert dict(unread.rows) == {"messages[].thought": 1}
