@@ -234,6 +234,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "templates.test_a_template_without_end_is_refused": undo(
         "data/chat/template.py", "            self._try(source)\n", "", case="loops"
     ),
+    "templates.test_a_template_that_is_slow_each_time_is_refused": undo(
+        "data/chat/template.py", "self._left = OPENING_SECONDS", "self._left = None"
+    ),
     "templates.test_a_faulty_template_is_a_message": undo(
         "data/chat/template.py",
         "except Exception as error:  # a template is a program",

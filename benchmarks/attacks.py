@@ -418,8 +418,14 @@ ATTACKS = (
     Attack(
         "a chat template that never ends (loops, `10**(10**9)`, doubled text)",
         "`model.chat_template`, a model's own",
-        "tried in a child that is killed after 2 s",
+        "tried in a child that is killed after 1 s",
         "templates.test_a_template_without_end_is_refused",
+    ),
+    Attack(
+        "a template that takes a quarter of a second each time",
+        "the same",
+        "the conversations that show how it writes have 0.8 s together",
+        "templates.test_a_template_that_is_slow_each_time_is_refused",
     ),
     Attack(
         "a template that recurs, divides by zero, overflows",

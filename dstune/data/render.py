@@ -119,9 +119,10 @@ class ChatRenderer:
         self._packaged = packaged_for(
             self._template.source(None), [token.content for token in tokenizer.added_tokens_decoder.values()]
         )
-        self.facts: Facts = facts_of(self._template)
-        if not self.choice.whole:
-            _ = self.stops  # so that a template without ends is refused at once
+        with self._template.opening():
+            self.facts: Facts = facts_of(self._template)
+            if not self.choice.whole:
+                _ = self.stops  # so that a template without ends is refused at once
 
     @property
     def date(self) -> str | None:

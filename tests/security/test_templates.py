@@ -39,6 +39,14 @@ def test_a_template_without_end_is_refused(name):
     assert time.process_time() - start < 2.0, "the work is done in a child"
 
 
+def test_a_template_that_is_slow_each_time_is_refused():
+    """Each printing is within the limits; some 35 show how the template writes."""
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"refused: to print .* takes more than"):
+        ChatRenderer(byte_tokenizer(CHATML + "{% for a in range(99999) %}{{ a ** 9 }}{% endfor %}"), "2025-03-09")
+    assert time.process_time() - start < 2.0
+
+
 def test_a_template_is_tried_once(monkeypatch):
     tried = []
 

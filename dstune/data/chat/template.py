@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,10 @@ Tools = list[dict[str, Any]]
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 RENDER_SECONDS = 1.5
 """Processor time for a conversation: one of 1,000 messages takes some 50 ms."""
-TRIAL_SECONDS = 1.9
+TRIAL_SECONDS = 1.0
 """For the conversations of `_TRIED` together, which take some 100 ms."""
+OPENING_SECONDS = 0.8
+"""For all that show how the template writes, some 35 short ones, which take some 30 ms."""
 MAX_SLOW_ROWS = 10
 """So many conversations may take too long and be bad rows; then the template is refused."""
 
@@ -61,6 +64,16 @@ class ChatTemplate:
         self.date = date
         self._sources = {} if text is None else dict.fromkeys((False, True), freeze_date(text, date))
         self._slow_rows = 0
+        self._left: float | None = None
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Within it, all conversations have `OPENING_SECONDS` together."""
+        self._left = OPENING_SECONDS
+        try:
+            yield
+        finally:
+            self._left = None
 
     def source(self, tools: Tools | None) -> str:
         """The Jinja text; a tokenizer may have one of its own for conversations with tools."""
@@ -122,10 +135,13 @@ class ChatTemplate:
     @contextmanager
     def _as_row_error(self) -> Iterator[None]:
         """A rendering within limits. Raises RenderError, whatever the template does."""
+        began = time.process_time()
         try:
-            with limited(RENDER_SECONDS):
+            with limited(RENDER_SECONDS if self._left is None else self._left):
                 yield
         except TooMuch as error:
+            if self._left is not None:
+                raise UserError(_untamed(f"to print a few short conversations {error}")) from None
             self._slow_rows += 1
             if self._slow_rows >= MAX_SLOW_ROWS:
                 reason = f"to print each of {MAX_SLOW_ROWS} conversations {error}"
@@ -135,6 +151,9 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is a program of somebody else: it may raise anything
             raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
+        finally:
+            if self._left is not None:
+                self._left = max(self._left - (time.process_time() - began), 0.001)
 
     def direct(
         self,
