@@ -138,6 +138,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     "serve.test_answers_without_a_length_stay_below_the_bound": undo(
         "serve/gateway/output_bound.py", "body = body | {names[0]: requested}", "return body"
     ),
+    "serve.test_what_an_engine_elsewhere_sends_is_bounded": undo(
+        "serve/gateway/inference.py", "within_event(seen[start:])", "seen[start:]"
+    ),
     "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another": undo(
         "serve/finetuning/files.py",
         "where(File.project == project, File.id == file, *_alive())",
@@ -244,7 +247,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
-        "with limited(RENDER_SECONDS):",
+        "with limited(RENDER_SECONDS if self._left is None else self._left):",
         "with limited(8 * RENDER_SECONDS):",
         case="loops",
     ),

@@ -261,6 +261,12 @@ ATTACKS = (
         "serve.test_answers_without_a_length_stay_below_the_bound",
     ),
     Attack(
+        "an event without end from a server elsewhere",
+        "`dstune serve --engine-url`",
+        "16 MiB",
+        "serve.test_what_an_engine_elsewhere_sends_is_bounded",
+    ),
+    Attack(
         "a file, upload or part of another tenant, by its id",
         "the fine-tuning API",
         "every query asks for the caller's project",

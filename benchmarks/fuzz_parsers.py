@@ -20,6 +20,7 @@ from benchmarks.fuzz_inputs import (
     KINDS,
     LLAMA,
     LLAMA_FACTORY,
+    METRICS,
     RECORD,
     REFERENCE,
     ROWS,
@@ -82,7 +83,26 @@ from benchmarks.fuzz_runs import (
     summary_of,
     sweep,
 )
+from benchmarks.fuzz_serve import (
+    ANSWER,
+    CHOICE,
+    POOLING,
+    answered,
+    asked,
+    choice_of_tensors,
+    commits,
+    continued,
+    events,
+    pooled,
+    request,
+    streamed,
+    table_log,
+    uploaded,
+    uploads,
+)
 from dstune.core.errors import UserError
+from dstune.serve.engines.http import FAILURES
+from dstune.serve.errors import ApiError
 
 
 @dataclass(frozen=True)
@@ -235,5 +255,15 @@ def parsers() -> dict[str, Parser]:
             one_of(later(lambda: damaged(safetensors_bytes())), json_file({"weight_map": {"a": "b"}})),
             weights,
         ),
+        Parser("request", request, asked, (ApiError,), weight=2),
+        Parser("events of an engine", events, streamed, FAILURES),
+        Parser("answer of an engine", json_file(ANSWER), answered, FAILURES),
+        Parser("uploaded file", uploads(ROWS["chat"], ROWS["preference"]), uploaded),
+        Parser("table log", commits(), table_log),
+        Parser(
+            "modules.json", fixed({name: json_file(content) for name, content in POOLING.items()}), pooled, weight=0.5
+        ),
+        Parser("importance.json", json_file(CHOICE), choice_of_tensors, weight=0.5),
+        Parser("metrics of a run that goes on", mapped(lists(like(METRICS[1]), 4), jsonl), continued, weight=0.5),
     ]
     return {one.name: one for one in found}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dstune.core.parsing import parse_json
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 
 SHOWN_METRICS = 8
 
@@ -45,17 +47,17 @@ class Run:
 
         Training steps have `loss`, `lr`, `grad_norm`, ...; evaluations have `eval/NAME`.
         """
-        rows = []
+        rows, file = [], self.dir / "metrics.jsonl"
         try:
-            with (self.dir / "metrics.jsonl").open(encoding="utf-8") as stream:
-                for line in stream:
-                    try:
-                        rows.append(parse_json(line))
-                    except ValueError:  # the last line of a run that is writing it
-                        continue
+            lines = read_file(file, METRICS_BYTES).splitlines()
         except FileNotFoundError:
-            pass
-        return rows
+            return []
+        except OSError as error:
+            raise UserError(Problem(str(file), f"cannot be read: {error.strerror}", "a run of your own")) from None
+        for line in lines:
+            with suppress(ValueError):  # the last line of a run that is writing it
+                rows.append(parse_json(line))
+        return [row for row in rows if isinstance(row, dict)]
 
     @property
     def result(self) -> dict[str, Any]:

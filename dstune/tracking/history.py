@@ -58,4 +58,5 @@ def _lines(path: Path, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(row: dict[str, Any]) -> float:
-    return (row.get("step_seconds") or 0.0) + (row.get("eval/seconds") or 0.0)
+    found = (row.get("step_seconds"), row.get("eval/seconds"))
+    return sum(one for one in found if isinstance(one, int | float))

@@ -73,7 +73,8 @@ def _is_row_until(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        return bool(parse_json(line)["step"] <= step)
+        found = parse_json(line)["step"]
+        return type(found) is int and found <= step
     except (ValueError, KeyError, TypeError):
         # A crash of the machine can leave a block of zeros where a line was being written.
         return False

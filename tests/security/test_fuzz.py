@@ -26,6 +26,7 @@ from benchmarks.fuzz_inputs import (
     yaml_text,
 )
 from benchmarks.fuzz_parsers import parsers, prepare
+from benchmarks.fuzz_serve import CHUNK
 
 INPUTS = {"template": 12, "run.yaml": 40, "adapter_config.json": 40}
 PARSERS = parsers()
@@ -56,7 +57,34 @@ def header_of(change: dict[str, Any]) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+def event_of(**change: Any) -> bytes:
+    return b"data: " + as_json(CHUNK | change).encode() + b"\n\n"
+
+
 KEPT: list[tuple[str, Any]] = [
+    (
+        "template",
+        "{% for i in range(99999) %}{{ messages|length ** 9 ** 9 }}{% endfor %}{{ range(99999)|list|length }}",
+    ),
+    ("events of an engine", event_of(choices=-1)),
+    ("events of an engine", event_of(choices=[[]])),
+    ("events of an engine", event_of(choices=[{"index": [0], "delta": {"tool_calls": [[]]}}])),
+    ("events of an engine", event_of(choices=[{"index": 0, "delta": {"content": {}, "tool_calls": [1]}}])),
+    ("events of an engine", event_of(choices=[{"index": 0, "delta": {"content": "a"}}]).replace(b'"a"', b'"\\ud800"')),
+    (
+        "events of an engine",
+        event_of().replace(b'"index":0', b'"index":1e999').replace(b'"index": 0', b'"index": 1e999'),
+    ),
+    ("answer of an engine", b'{"choices": [1], "output": [[]]}'),
+    ("modules.json", {"modules.json": b"[1]"}),
+    ("modules.json", {"modules.json": b'[{"type": "a.Pooling"}]', "1_Pooling/config.json": b"[]"}),
+    ("modules.json", {"modules.json": b'[{"type": "a.Pooling", "path": 1}]', "sentence_bert_config.json": b"[1]"}),
+    ("importance.json", b'{"tensors": 1}'),
+    ("importance.json", b'{"unit": "entries", "tensors": [{"name": "a", "trained": 1, "shape": [1e9]}]}'),
+    (
+        "metrics of a run that goes on",
+        b'{"step": 1, "step_seconds": "a", "eval/seconds": []}\n{"step": "a"}\n{"step": 2.5}\n',
+    ),
     ("rows.jsonl", content_of([{"type": {"x": 1}, "text": "a"}])),
     ("rows.jsonl", content_of([None])),
     *(("rows.jsonl", as_json(CHAT | {"tools": [{"function": odd}]}).encode()) for odd in (1, "f", [0.5])),

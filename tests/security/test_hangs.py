@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dstune.api.run import Run
 from dstune.checkpoint import store
 from dstune.config.convert import load
 from dstune.core.errors import UserError
@@ -247,6 +248,18 @@ def test_a_pipe_or_a_device_is_not_read_for_ever(tmp_path: Path) -> None:
     assert records.read_launch(run) is None
     with pytest.raises(OSError, match="no plain file"):
         read_file(Path("/dev/zero"))
+
+
+def test_metrics_that_are_a_pipe_or_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("format: 3\nconfig: {}\n")
+    run = Run(tmp_path)
+    assert run.metrics == []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n[]\n' + b"[" * 200_000)
+    assert run.metrics == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").unlink()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="is no plain file"):
+        _ = run.metrics
 
 
 def test_a_file_without_end_is_not_read_whole(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import socket
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from dstune.core.errors import UserError
 from dstune.serve import server
 from dstune.serve.command import first_keys
 from dstune.serve.engines.base import Limits
+from dstune.serve.engines.http import FAILURES, object_of
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.local.engine import LocalEngine
 from dstune.serve.engines.remote import RemoteEngine
@@ -20,6 +22,7 @@ from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway import page
+from dstune.serve.gateway.inference import WithoutUsage
 from dstune.serve.gateway.output_bound import bounded
 from dstune.serve.gateway.routes import _allowed
 from dstune.serve.store.database import Database
@@ -228,6 +231,25 @@ def test_llama_cpp_is_told_the_length_by_the_name_that_all_of_its_versions_know(
     engine._special = SpecialTexts.of(engine.source)
     sent = engine.outgoing("/v1/chat/completions", chat(max_completion_tokens=5))
     assert sent["max_tokens"] == 5 and "max_completion_tokens" not in sent
+
+
+def test_what_an_engine_elsewhere_sends_is_bounded(tmp_path, caplog):
+    """A server that an address names may send events without an end, and JSON that no parser takes."""
+
+    async def test(found):
+        client = found.client()
+        found.app.pieces = ["x" * (17 << 20)]
+        with pytest.raises(httpx2.RemoteProtocolError):
+            await client.post("/v1/chat/completions", json=chat(stream=True))
+
+    run(test, tmp_path)
+    assert "a request failed" not in caplog.text
+    stream = WithoutUsage()
+    deep = b'data: {"choices": [], "usage": ' + b"[" * 100_000 + b"\n\n"
+    assert stream.take(deep) == deep, "it is passed on as it is, and nobody's parser fails"
+    for broken in (b"[]", b"{", b"[" * 100_000, b"\xff"):
+        with pytest.raises(FAILURES):
+            object_of(broken)
 
 
 def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys):

@@ -15,12 +15,15 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from dstune.config.schema import Precision, RunConfig
 from dstune.core import files
 from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json, read_file
 from dstune.data.prepared import PreparedData
 from dstune.methods.importance.choice import chosen_tensors, rank_correlation, sortable, threshold
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
@@ -107,13 +110,18 @@ def take_over(source: Path, run_dir: Path) -> None:
 
 
 def _read(run_dir: Path) -> Selected:
-    report = json.loads((run_dir / REPORT).read_text())
-    tensors = {row["name"]: row for row in report["tensors"] if row["trained"]}
-    masks = {}
-    if report["unit"] == Unit.entries.value:
-        bits = load_file(run_dir / MASKS)
-        masks = {name: unpack_bits(bits[name], torch.Size(row["shape"])) for name, row in tensors.items()}
-    return Selected(frozenset(tensors), masks)
+    """Raises UserError where the files hold no choice: somebody else may have made them."""
+    try:
+        report = parse_json(read_file(run_dir / REPORT))
+        tensors = {row["name"]: row for row in report["tensors"] if row["trained"]}
+        masks = {}
+        if report["unit"] == Unit.entries.value:
+            bits = load_file(run_dir / MASKS)
+            masks = {name: unpack_bits(bits[name], torch.Size(row["shape"])) for name, row in tensors.items()}
+        return Selected(frozenset(tensors), masks)
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = f"holds no choice of what is trained: {error}"
+        raise UserError(Problem(str(run_dir / REPORT), reason, "start a run of your own")) from None
 
 
 class _Scores:

@@ -5,12 +5,17 @@ aiohttp costs a quarter of httpx's CPU time per request here (benchmarks/serving
 
 from __future__ import annotations
 
+import json
+import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
 from yarl import URL
+
+from dstune.core.parsing import parse_json
 
 KEPT_SECONDS = 3.0
 """How long an idle connection may be used again. Engines close theirs after 5 s; a request that meets that would fail."""
@@ -20,6 +25,43 @@ TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5.0)
 
 FAILURES = (aiohttp.ClientError, OSError)
 """What is raised where an engine cannot be reached, or ends within an answer."""
+MOST_EVENT_BYTES = 16 << 20
+MOST_READ_BYTES = 256 << 20
+"""Of what the gateway itself asks: log-probabilities of a long prompt have some MB."""
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+"""Of a character: alone it can be passed on to nobody."""
+
+
+def object_of(content: bytes) -> dict[str, Any]:
+    """The JSON object that an engine has sent. Raises one of FAILURES where it is none."""
+    try:
+        value = parse_json(content)
+    except ValueError as error:
+        raise aiohttp.ClientPayloadError(f"the engine sent no JSON: {error}") from None
+    if _HALF.search(content):
+        with of_its_shape():
+            json.dumps(value, ensure_ascii=False).encode()
+    if not isinstance(value, dict):
+        raise aiohttp.ClientPayloadError("the engine sent no JSON object")
+    return value
+
+
+@contextmanager
+def of_its_shape() -> Iterator[None]:
+    """Raises one of FAILURES where what an engine has sent is not shaped as its API says."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise aiohttp.ClientPayloadError(f"the engine sent something of another shape: {error}") from error
+
+
+def within_event(buffer: bytes) -> bytes:
+    """The beginning of an event of a stream. Raises one of FAILURES where it has no end."""
+    if len(buffer) > MOST_EVENT_BYTES:
+        raise aiohttp.ClientPayloadError(f"an event of the engine has more than {MOST_EVENT_BYTES:,} bytes")
+    return buffer
 
 
 class Upstream:
@@ -61,7 +103,12 @@ class Upstream:
         """Status and content. Raises one of FAILURES."""
         answer = await self.send(method, path, body)
         async with answer:
-            return answer.status, await answer.read()
+            content = await answer.content.read(MOST_READ_BYTES + 1)
+            while len(content) <= MOST_READ_BYTES and (more := await answer.content.read(MOST_READ_BYTES)):
+                content += more
+            if len(content) > MOST_READ_BYTES:
+                raise aiohttp.ClientPayloadError(f"the answer has more than {MOST_READ_BYTES:,} bytes")
+            return answer.status, content
 
     async def close(self) -> None:
         await self._session.close()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from dstune.serve.asgi import ClientGone, dumps, while_connected
-from dstune.serve.engines.http import FAILURES, Upstream
+from dstune.serve.engines.http import FAILURES, Upstream, object_of, within_event
 from dstune.serve.errors import ApiError
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
@@ -167,7 +167,7 @@ class WithoutUsage:
             if not _tells_usage(event := seen[start : end.end()]):
                 visible.append(event)
             start = end.end()
-        self.rest = seen[start:]
+        self.rest = within_event(seen[start:])
         return b"".join(visible)
 
 
@@ -175,10 +175,10 @@ def _tells_usage(event: bytes) -> bool:
     if not _NO_CHOICES.search(event):
         return False
     try:
-        found = json.loads(event.removeprefix(b"data:"))
-    except ValueError:
+        found = object_of(event.removeprefix(b"data:"))
+    except FAILURES:
         return False
-    return isinstance(found, dict) and found.get("choices") == [] and bool(found.get("usage"))
+    return found.get("choices") == [] and bool(found.get("usage"))
 
 
 async def _bounded(answer: aiohttp.ClientResponse) -> bytes:

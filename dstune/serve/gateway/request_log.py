@@ -20,6 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dstune.core.parsing import parse_json
+
 ROWS = 2000
 SECONDS = 300.0
 AGAIN_SECONDS = 30.0
@@ -196,7 +198,7 @@ def answer_value(raw: bytes) -> Any:
     text = raw.decode("utf-8", "replace")
     if not text.startswith("data: "):
         try:
-            return json.loads(text)
+            return parse_json(text)
         except ValueError:  # an answer that was cut
             return text
     choices: dict[int, str] = {}
@@ -204,13 +206,12 @@ def answer_value(raw: bytes) -> Any:
         if not line.startswith("data: {"):
             continue
         try:
-            chunk = json.loads(line.removeprefix("data: "))
-        except ValueError:
+            for choice in json.loads(line.removeprefix("data: ")).get("choices", []):
+                delta = choice.get("delta", {})
+                written = str(choice.get("text") or delta.get("content") or "")
+                if delta.get("tool_calls"):
+                    written += json.dumps(delta["tool_calls"], ensure_ascii=False)
+                choices[int(choice["index"])] = choices.get(int(choice["index"]), "") + written
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             continue
-        for choice in chunk.get("choices", []):
-            delta = choice.get("delta", {})
-            written = choice.get("text") or delta.get("content") or ""
-            if delta.get("tool_calls"):
-                written += json.dumps(delta["tool_calls"], ensure_ascii=False)
-            choices[choice["index"]] = choices.get(choice["index"], "") + written
     return [choices[index] for index in sorted(choices)]

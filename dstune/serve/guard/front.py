@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dstune.serve.asgi import dumps, event
+from dstune.serve.engines.http import object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.guard.audit import Audit
 from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
@@ -144,9 +144,10 @@ class Guarded:
 
     async def answer(self, content: bytes) -> bytes:
         """An answer that is not a stream. Raises ApiError where it could not be checked."""
-        answer: dict[str, Any] = json.loads(content)
-        changed = answer
-        for number, placed in sorted(of_answer(answer).items()):
+        changed = answer = object_of(content)
+        with of_its_shape():
+            choices = sorted(of_answer(answer).items())
+        for number, placed in choices:
             texts = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
             try:
                 verdict = await self._verdict(texts, placed)
@@ -239,7 +240,7 @@ def _deltas(kept: bytes) -> list[str]:
     found = []
     for line in kept.splitlines():
         if line.startswith(b"data: {"):
-            value: Mapping[str, Any] = json.loads(line[6:])
+            value = object_of(line[6:])
             if str(value.get("type", "")).endswith(".delta") and isinstance(value.get("delta"), str):
                 found.append(value["delta"])
     return found

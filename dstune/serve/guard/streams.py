@@ -6,7 +6,6 @@ since a card number or a key may go on there. It is checked with what stands bef
 
 from __future__ import annotations
 
-import json
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dstune.serve.asgi import event
+from dstune.serve.engines.http import object_of, of_its_shape, within_event
 from dstune.serve.guard.bodies import TELLING
 from dstune.serve.guard.check import Span, Verdict, tag
 
@@ -143,6 +143,7 @@ class HeldBack:
                     line, buffer = buffer[: found.start()], buffer[found.end() :]
                     async for out in self._event(line):
                         yield out
+                within_event(buffer)
             async for out in self._finish(buffer):
                 yield out
         except Stopped:
@@ -164,9 +165,9 @@ class HeldBack:
         if data == b"[DONE]":
             self._closing.append(b"data: [DONE]\n\n")
             return
-        value = json.loads(data)
+        value = object_of(data)
         choices = value.get("choices")
-        if not choices:
+        if not isinstance(choices, list) or not choices:
             self._closing.append(event(value))  # usage, or an error
             return
         self._last = value
@@ -175,9 +176,10 @@ class HeldBack:
                 yield out
 
     async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
-        own = self._choices.setdefault(int(choice.get("index", 0)), _Choice())
+        with of_its_shape():
+            own, texts = self._choices.setdefault(int(choice.get("index", 0)), _Choice()), _texts(choice)
         parts = []
-        for name, text, change in _texts(choice):
+        for name, text, change in texts:
             if own.last and own.last != name:  # it is not written on, or rarely: what waits may go
                 await own.channels[own.last].advance(self._check, final=True)
             own.last = name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import parse_json, read_file
+from dstune.core.parsing import parse_json, read_file, read_object
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}
@@ -35,17 +35,18 @@ def embedding_overrides(folder: Path) -> list[str]:
     Raises UserError for a pooling, or a layer behind it, that dstune does not have.
     """
     modules = _read(folder / "modules.json")
-    if not isinstance(modules, list):
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         return []
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
     further = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     pooling = next(
-        (folder / module["path"] for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"), None
+        (folder / str(module.get("path")) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"),
+        None,
     )
-    settings = (_read(pooling / "config.json") if pooling else None) or {}
+    settings = _object(pooling / "config.json") if pooling else {}
     # Newer releases name the mode, older ones have a switch for each.
     given = settings.get("pooling_mode")
-    named = [given] if isinstance(given, str) else list(given or [])
+    named = [str(one) for one in (given if isinstance(given, list) else [given] if given else [])]
     chosen = [name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True and "_mode_" in name]
     by_name = {name: mode for mode, name in MODES.items()} | {mode.value: mode for mode in MODES}
     modes = [by_name.get(name) for name in named or chosen]
@@ -55,9 +56,13 @@ def embedding_overrides(folder: Path) -> list[str]:
         )
         reason = f"its modules.json names {what}, which dstune does not have"
         raise UserError(Problem("MODEL", reason, "embed with sentence-transformers itself", str(folder)))
-    length = (_read(folder / "sentence_bert_config.json") or {}).get("max_seq_length")
-    longest = [f"data.max_length={length}"] if isinstance(length, int) else []
+    length = _object(folder / "sentence_bert_config.json").get("max_seq_length")
+    longest = [f"data.max_length={length}"] if type(length) is int else []
     return ["task=embedding", f"task.pooling={modes[0].value}", *longest]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(path) or {}
 
 
 def _read(path: Path) -> Any:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstune.core.parsing import parse_json
+from dstune.core.parsing import lines_within, parse_json
+from dstune.serve.finetuning.rows import LINE_BYTES
 
 MOST_LINES = 50_000
 MOST_ERRORS = 100
@@ -55,8 +56,10 @@ def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
 
 def read_lines(path: Path, endpoint: str) -> Iterator[Line | LineError]:
     with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
-            if text.strip():
+        for number, (text, _) in enumerate(lines_within(file, LINE_BYTES), start=1):
+            if text is None:
+                yield LineError(number, "invalid_json_line", f"This line has more than {LINE_BYTES:,} bytes.")
+            elif text.strip():
                 yield _line(number, text.removeprefix(b"\xef\xbb\xbf") if number == 1 else text, endpoint)
 
 
