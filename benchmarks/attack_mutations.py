@@ -311,7 +311,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("report/run_files.py", "def is_row(", "def is_row(row):\n    return True\n\n\ndef _unused("),
     ),
     "hangs.test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on": undo(
-        "tracking/jsonl.py", 'bool(parse_json(line)["step"] <= step)', 'bool(json.loads(line)["step"] <= step)'
+        "tracking/jsonl.py", 'found = parse_json(line)["step"]', 'found = json.loads(line)["step"]'
     ),
     "hangs.test_a_pipe_or_a_device_is_not_read_for_ever": undo(
         "core/parsing.py", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"
