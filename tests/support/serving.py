@@ -146,7 +146,7 @@ class StubEngine(Engine):
         if self.down:
             raise EngineDown("the stub is down")
         self.starts += 1
-        self.dtype = "float32"
+        self.dtype, self.context = "float32", 2048
         self.client = Upstream(self.url, self.uds)
 
     def alive(self) -> bool:
