@@ -8,7 +8,6 @@ in its outputs and in its gradients. Whole layers are not compiled: their gradie
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -38,14 +37,10 @@ def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
         yield from _reasons("fused_rotary", "rotary position", _take_over_rotary(module))
 
 
-def compiled_functions(module: nn.Module) -> list[str]:
-    """What of `module` is computed as here."""
-    forwards = [one.forward.func for one in module.modules() if isinstance(one.forward, partial)]
-    return [
-        name
-        for function, name in ((_gated, "gated activations"), (_rotated, "rotary positions"))
-        if function in forwards
-    ]
+def compiled_functions(module: nn.Module) -> dict[str, bool]:
+    """Which of the two are computed as here, in any layer of `module`."""
+    computing = {one.forward.func for one in module.modules() if isinstance(one.forward, partial)}
+    return {"activations": _gated in computing, "rotary": _rotated in computing}
 
 
 def _reasons(key: str, what: str, problems: Sequence[str]) -> Iterator[str]:
@@ -168,8 +163,6 @@ def compiled_if_as_exact(
 ) -> tuple[Function | None, str]:
     """`own` compiled, or why it is not taken: it does not compile here, or is further away from fp64 than `own` by more than
     rounding. states: have gradients, like its outputs."""
-    if importlib.util.find_spec("torch._inductor") is None:
-        return None, "this torch does not compile"
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     device = accelerator.current()
 

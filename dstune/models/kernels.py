@@ -41,8 +41,7 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
         found["norms"] = _norms(fused=True)
     elif by_blocks:
         found["norms"] = _norms(fused=False)
-    if names := compiled_functions(module):
-        found["compiled"] = ", ".join(names)
+    found |= {name: _written(compiled=here) for name, here in compiled_functions(module).items()}
     if isinstance(head, CausalLmHead):
         found["cross_entropy"] = "whole logits"
         if head.examined:
@@ -60,6 +59,8 @@ def of_machine() -> dict[str, str]:
     adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # as `dstune.optim.adamw`
     return found | {
         "norms": _norms(fused=fused),
+        "activations": _written(compiled=False),
+        "rotary": _written(compiled=False),
         "cross_entropy": _chunks(nn.Linear(WIDTH, VOCABULARY, bias=False, device="meta"), dtype),
         "optimizer": _optimizer(adamw),
     }
@@ -78,6 +79,10 @@ def _attention(dtype: torch.dtype) -> str:
 
 def _norms(*, fused: bool) -> str:
     return "torch's kernel" if fused else "blocks of rows"
+
+
+def _written(*, compiled: bool) -> str:
+    return "one compiled kernel" if compiled else "the model's own"
 
 
 def _chunks(projection: nn.Module, dtype: torch.dtype) -> str:

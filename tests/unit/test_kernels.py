@@ -28,7 +28,9 @@ def test_a_run_and_the_machine_name_the_same_operations_in_the_same_words(tmp_pa
     assert kernels.of_run(model, model, head, optimizer)["cross_entropy"] == "whole logits"
     head.examine(model, torch.device("cpu"))
     run, machine = kernels.of_run(model, model, head, optimizer), kernels.of_machine()
-    assert list(run) == list(machine) == ["attention", "norms", "cross_entropy", "optimizer"]
+    assert (
+        list(run) == list(machine) == [*("attention", "norms", "activations", "rotary", "cross_entropy", "optimizer")]
+    )
     assert {name: run[name] for name in ("attention", "norms", "optimizer")} == {
         "attention": "samples one by one", "norms": "blocks of rows", "optimizer": "torch AdamW fused",
     }  # fmt: skip
