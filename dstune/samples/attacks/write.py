@@ -21,6 +21,10 @@ COPIED = 0.3
 FIRST_CHAT = 3018
 """Conversations of the packaged dialogues before this one are neither trained on nor calibrated on."""
 HIDDEN_CHARACTERS = 4000
+DOCUMENT_CHARACTERS = 1200
+"""Of a document of the calibration at least."""
+DOCUMENTS_EACH = 150
+"""Documents of the calibration, of each package: 1% of what has few is one, and one odd text sets the threshold."""
 PIECE = 320
 """Characters of a part of a document for training: also in code they are within a window."""
 
@@ -140,9 +144,11 @@ class _Pool:
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
         ]
-        documents = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
-        prose = [replace(one, text=shorten(one.text, 6000)) for one in chosen(_between(self.prose, low, high), 50)]
-        return [*short, *chosen(documents, 400), *prose]
+        whole = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
+        taken = chosen(whole, 400)
+        left = set(whole).difference(taken)
+        documents = _documents([*(one for one in whole if one in left), *_between(self.prose, low, high)])
+        return [*short, *taken, *documents]
 
     # -- test ---------------------------------------------------------------------------------------------------------
 
@@ -196,6 +202,21 @@ class _Pool:
         patterns = list(packages.oubliette(self.archives["oubliette-shield"]))
         for label in (ATTACK, BENIGN):
             yield from chosen((one for one in patterns if one.label == label), 200)
+
+
+def _documents(texts: Iterable[Text]) -> list[Text]:
+    """What the texts of a group say one after the other, in parts of HIDDEN_CHARACTERS."""
+    groups: dict[str, list[Text]] = {}
+    for one in texts:
+        groups.setdefault(one.group, []).append(one)
+    parts: dict[str, list[Text]] = {}
+    for members in groups.values():
+        whole = "\n\n".join(one.text for one in members)
+        for start in range(0, len(whole), HIDDEN_CHARACTERS):
+            text = whole[start : start + HIDDEN_CHARACTERS].strip()
+            if len(text) >= DOCUMENT_CHARACTERS:
+                parts.setdefault(members[0].package, []).append(replace(members[0], text=text, family="document"))
+    return [one for of_package in parts.values() for one in chosen(distinct(of_package), DOCUMENTS_EACH)]
 
 
 def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[Text]:

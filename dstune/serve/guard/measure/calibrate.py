@@ -22,7 +22,8 @@ from dstune.serve.guard.variants import variants
 BUCKETS = (1, 2, 4, 8, 16, 32, None)
 """Most windows of each bucket."""
 LONG = 3
-"""From so many windows on, a text counts in every direction: users paste documents, and answers are some."""
+"""From so many windows on, an answer or a result counts in every direction: users paste documents, and answers are some. What
+users write counts in theirs alone: long requests are full of orders, which documents are not."""
 FEWEST = 20
 """Texts that a direction needs at least."""
 CHUNK = 64
@@ -53,7 +54,7 @@ def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str)
 def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
     directions, counts = {}, {}
     for direction in DIRECTIONS:
-        own = [one for one in scored if one.direction == direction or len(one.plain) >= LONG]
+        own = [one for one in scored if _counts(one, direction)]
         directions[direction], used = _buckets(own)
         texts = [row["text"] for row in rows if row["direction"] == direction]
         counts[direction] = {
@@ -63,6 +64,10 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
         }
     calibrated_on: dict[str, Any] = {"rows": source, "directions": counts}
     return Calibration(model.digest, directions, calibrated_on, model.window_tokens, model.stride, model.label)
+
+
+def _counts(one: Scored, direction: str) -> bool:
+    return one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
 
 
 def _check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
