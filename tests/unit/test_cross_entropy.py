@@ -134,20 +134,23 @@ def test_evaluation_counts_hits_over_all_chunks(monkeypatch):
 
 
 MEMORY = """
-import resource, sys, torch
+import torch
+from pathlib import Path
 from torch import nn
 from dstune.models.cross_entropy import projected_cross_entropy
+def highest():  # not ru_maxrss, which begins with what the process had that started this one
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
 torch.set_num_threads(1)
 targets, hidden_size, vocabulary = 4096, 16, 151936
 layer = nn.Linear(hidden_size, vocabulary, bias=False)
 hidden = torch.randn(targets, hidden_size, requires_grad=True)
 wanted = torch.randint(0, vocabulary, (targets,))
 projected_cross_entropy(layer, layer.forward, hidden[:8], wanted[:8]).loss_sum.backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = highest()
 projected_cross_entropy(layer, layer.forward, hidden, wanted).loss_sum.backward()
 with torch.no_grad():
     projected_cross_entropy(layer, layer.forward, hidden, wanted)
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+grown = highest() - before
 print(grown * 1024 / (4 * targets * vocabulary))
 """
 
@@ -155,7 +158,7 @@ print(grown * 1024 / (4 * targets * vocabulary))
 def test_no_more_than_a_tenth_of_the_logits_is_ever_in_memory():
     """4,096 targets of a vocabulary of 151,936: the share of the full fp32 logits by which the process grows."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.1, done.stdout
+    assert 0 < float(done.stdout) < 0.1, done.stdout
 
 
 @pytest.mark.parametrize(("capping", "in_chunks"), [(None, True), (30.0, False)])
