@@ -68,7 +68,10 @@ class Server:
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+            if self._enter:  # what runs the server passes no signal on
+                os.killpg(self.process.pid, signal.SIGTERM)
+            else:
+                self.process.send_signal(signal.SIGTERM)
             self.process.wait(timeout=60)
 
     def __enter__(self) -> Server:
