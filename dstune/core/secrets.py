@@ -24,7 +24,7 @@ MIN_CHARACTERS = 6
 REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)[^}]*\}")
 SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|(API)?KEY|(PG)?PASSWORD|PASSWD|PASSPHRASE|SECRET|CREDENTIALS)$"
-    r"|_(TOKENS|KEYS|PASS|PWD|PAT|SECRETS|AUTH|CONNECTION_STRING)$"
+    r"|_(TOKENS|KEYS|PASS|PWD|PAT|SECRETS|CREDS|AUTH|COOKIE|WEBHOOK(_URL)?|CONNECTION_STRING)$"
 )
 """Names of variables whose value is a secret wherever it comes from: HF_TOKEN, WANDB_API_KEY, WANDB_PASS, PGPASSWORD,
 REGISTRY_AUTH, AZURE_STORAGE_CONNECTION_STRING; not MONKEY, OLDPWD."""
@@ -40,7 +40,8 @@ _references: set[str] = set()
 def is_secret(name: str, value: str = "") -> bool:
     """Whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address with
     credentials in it."""
-    return SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
+    known = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
+    return known or (name.upper().endswith("_PROXY") and "@" in value)  # NAME:PASSWORD@HOST is enough for a proxy
 
 
 def remember(value: str, reference: str) -> None:

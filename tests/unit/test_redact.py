@@ -92,6 +92,13 @@ def test_names_of_other_variables(name):
     assert not is_secret(name)
 
 
+def test_a_proxy_needs_no_scheme_to_hold_a_password():
+    assert is_secret("https_proxy", "me:planted@proxy.example:3128") and not is_secret(
+        "HTTP_PROXY", "proxy.example:3128"
+    )
+    assert is_secret("SLACK_WEBHOOK_URL", "https://hooks.example/T0/B0/x") and is_secret("REGISTRY_CREDS")
+
+
 def test_variables_that_hold_a_key_by_their_name_are_always_kept_back(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijkl")
     monkeypatch.setenv("HF_HOME", "/somewhere/else")
