@@ -94,6 +94,12 @@ _CHAT: dict[str, Mutation] = {
 }
 
 _PROOF: dict[str, Mutation] = {
+    "the_proof_fails_where_a_server_refuses_the_conversation": undo(
+        "data/chat/proof.py",
+        'if any(message["role"] == "user" for message in messages[:number]):',
+        "if False:",
+        case="marks",
+    ),
     "the_proof_knows_the_stop_that_a_template_lacks": undo(
         "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
     ),

@@ -140,7 +140,9 @@ class Server:
         try:
             requested = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
         except REFUSALS:
-            return None
+            if any(message["role"] == "user" for message in messages[:number]):
+                raise
+            return None  # nothing was asked yet
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
         by_text = self.ending is not None and answered.endswith(self.ending[1])
         if self.ending is not None and by_text:
