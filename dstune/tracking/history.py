@@ -59,4 +59,4 @@ def _lines(path: Path, size: int) -> Iterator[dict[str, Any]]:
 
 def _seconds(row: dict[str, Any]) -> float:
     found = (row.get("step_seconds"), row.get("eval/seconds"))
-    return sum(one for one in found if isinstance(one, int | float))
+    return sum(one for one in found if isinstance(one, int | float) and abs(one) < 2**53)

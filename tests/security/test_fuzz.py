@@ -85,6 +85,7 @@ KEPT: list[tuple[str, Any]] = [
         "metrics of a run that goes on",
         b'{"step": 1, "step_seconds": "a", "eval/seconds": []}\n{"step": "a"}\n{"step": 2.5}\n',
     ),
+    ("metrics of a run that goes on", b'{"step": 1, "step_seconds": 1' + b"0" * 400 + b"}\n"),
     ("rows.jsonl", content_of([{"type": {"x": 1}, "text": "a"}])),
     ("rows.jsonl", content_of([None])),
     *(("rows.jsonl", as_json(CHAT | {"tools": [{"function": odd}]}).encode()) for odd in (1, "f", [0.5])),
