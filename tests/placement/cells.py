@@ -64,6 +64,12 @@ class Found:
     device: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of DeepSpeed."""
+    products: str = ""
+    """How torch multiplies matrices in fp32."""
+    evaluations: list[list[Any]] = field(default_factory=list)
+    """Of each, its micro-batches and what waited in it."""
 
     def not_allowed(self) -> list[str]:
         """What made the host wait in the last step and is not in `ALLOWED`, or more often."""

@@ -87,12 +87,15 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
         simulated_device.install()
     if fault:
         plant(fault)
+    import torch
+
     from dstune.core.rank_env import RankEnv
     from dstune.models import kernels
     from dstune.protocols import method_of
     from dstune.rank import worker
     from dstune.trainer import loop
     from dstune.trainer.callbacks.preemption import Preemption
+    from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.out_of_memory import explained
     from dstune.zero.start import start_process_group
 
@@ -115,8 +118,10 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     found["groups"] = len(run.engine._engine.optimizer.param_groups)
     found["kernels"] = kernels.of_run(setup.module, setup.model, run.head, run.engine.inner_optimizer)
     found["rows"] = run.config.trainer.micro_batch_size
+    found["settings"], found["products"] = setup.deepspeed, torch.get_float32_matmul_precision()
     found["device"] = str(run.engine.device)
-    train_step, report_step = loop.train_step, loop.report_step
+    train_step, report_step, evaluate = loop.train_step, loop.report_step, Evaluator._run
+    found["evaluations"] = []
 
     def counted(run: Any, step: Any) -> None:
         if simulated:
@@ -131,10 +136,20 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
         if simulated:
             found["waits"].append([[*where, count] for where, count in sorted(simulated_device.waits.items())])
 
+    def evaluated(self: Any, split: Any, progress: Any) -> Any:
+        simulated_device.forget()
+        done = [0]
+        result = evaluate(self, split, lambda number, total: done.append(number))
+        waits = sorted(simulated_device.waits.items())
+        found["evaluations"].append([done[-1], [[*where, count] for where, count in waits]])
+        return result
+
     loop.train_step, loop.report_step = counted, reported
+    if simulated:
+        Evaluator._run = evaluated
     with explained(setup.doing, setup.less_memory):
         loop.fit(run)
-    loop.train_step, loop.report_step = train_step, report_step
+    loop.train_step, loop.report_step, Evaluator._run = train_step, report_step, evaluate
     run.callbacks.close()
     return found
 

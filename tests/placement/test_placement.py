@@ -145,6 +145,29 @@ def test_how_often_a_step_waits(server: Server) -> None:
 
 
 @pytest.mark.ci
+def test_a_run_is_set_up_for_its_device(server: Server) -> None:
+    """What stage 3 gathers ahead is of this model, and norms are one kernel unless they are not to be."""
+    words = cell(server, "bf16-3").argv
+    found = server.run(Cell("set-up", (*words, "trainer.tf32=true")))
+    own = found.settings["zero_optimization"]
+    assert 0 < own["stage3_prefetch_bucket_size"] < own["stage3_max_live_parameters"]
+    assert found.kernels["norms"] == "torch's kernel" and found.products == "high"
+    plain = server.run(Cell("plain-norms", (*words, "model.fused_norms=false")))
+    assert plain.kernels["norms"] == "blocks of rows" and plain.products == "highest"
+
+
+@pytest.mark.ci
+def test_an_evaluation_waits_for_its_sums_alone(server: Server) -> None:
+    words = cell(server, "bf16-2").argv
+    found = server.run(
+        Cell("evaluated", (*words, "evaluate.micro_batch_size=1", "data.packing=false", "data.split.validation=0.25"))
+    )
+    ((micro_batches, waits),) = found.evaluations
+    assert micro_batches > 4
+    assert sum(count for *_, count in waits) < 4, waits
+
+
+@pytest.mark.ci
 def test_packed_rows_in_one_kernel_learn_what_they_learn_on_the_cpu(server: Server) -> None:
     packed = cell(server, "bf16-2")
     found, expected = server.run(Cell("packed", packed.argv)), server.run(Cell("packed", packed.argv), simulated=False)
