@@ -98,12 +98,14 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/proof.py",
         'if any(message["role"] == "user" for message in messages[:number]):',
         "if False:",
-        case="marks",
+        case="marks and all",
     ),
     "the_proof_knows_the_stop_that_a_template_lacks": undo(
         "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
     ),
-    "rows_of_every_kind_are_proven": undo("data/chat/evidence.py", "if kind not in kept and", "if not kept and"),
+    "rows_of_every_kind_are_proven": undo(
+        "data/chat/evidence.py", "if (kind not in kept or (kept[kind].cut", "if (not kept or (kept[kind].cut"
+    ),
     "every_task_of_conversations_is_proven": undo(
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
     ),

@@ -109,12 +109,12 @@ def test_the_proof_fails_where_one_token_is_another(tmp_path, change):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_WITH_END], ids=["plain", "marks"])
-@pytest.mark.parametrize("place", [0, 1])  # a prompt, or the conversation with its answer
-def test_the_proof_fails_where_a_server_refuses_the_conversation(tmp_path, place, template):
+@pytest.mark.parametrize(("at", "place"), [(-1, 0), (-1, 1), (0, 0)], ids=["prompt", "answer", "all"])
+def test_the_proof_fails_where_a_server_refuses_the_conversation(tmp_path, at, place, template):
     config, data = data_of(tmp_path, byte_tokenizer(template), ChatConfig(template_date=DATE), ROWS[:8])
     text = ROWS[0]["messages"][place]["content"]
     refusing = (
-        f"{{% if messages[-1].content == '{text}' %}}{{{{ raise_exception('not today') }}}}{{% endif %}}" + template
+        f"{{% if messages[{at}].content == '{text}' %}}{{{{ raise_exception('not today') }}}}{{% endif %}}" + template
     )
     with pytest.raises(UserError, match="not trained as a server would render it"):
         prove(config, byte_tokenizer(refusing), data)
