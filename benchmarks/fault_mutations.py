@@ -104,7 +104,7 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
     ),
     "rows_of_every_kind_are_proven": undo(
-        "data/chat/evidence.py", "if (kind not in kept or (kept[kind].cut", "if (not kept or (kept[kind].cut"
+        "data/chat/evidence.py", "(kind not in kept or (kept[kind].cut and not is_cut))", "(not kept)"
     ),
     "every_task_of_conversations_is_proven": undo(
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
