@@ -210,8 +210,10 @@ class JudgedHead:
         return {"moved": (moved * batch["counted"]).sum().double(), "rows": batch["counted"].sum()}
 
     def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        total = sum(float(part["moved"]) for part in parts) / sum(int(part["rows"]) for part in parts)
-        return [{"reference_point": torch.tensor(max(0.0, total), dtype=torch.float32)}] * len(parts)
+        moved, rows = (
+            sum((part[name] for part in parts), torch.zeros_like(parts[0][name])) for name in ("moved", "rows")
+        )
+        return [{"reference_point": (moved / rows).clamp(min=0).float()}] * len(parts)  # in fp64 until here
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference [rows] where it
