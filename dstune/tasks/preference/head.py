@@ -210,10 +210,8 @@ class JudgedHead:
         return {"moved": (moved * batch["counted"]).sum().double(), "rows": batch["counted"].sum()}
 
     def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        moved, rows = (
-            sum((part[name] for part in parts), torch.zeros_like(parts[0][name])) for name in ("moved", "rows")
-        )
-        return [{"reference_point": (moved / rows).clamp(min=0).float()}] * len(parts)  # in fp64 until here
+        moved, rows = (sum(part[name] for part in parts) for name in ("moved", "rows"))  # in fp64
+        return [{"reference_point": torch.as_tensor(moved / rows).clamp(min=0).float()}] * len(parts)
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
         """batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference [rows] where it
