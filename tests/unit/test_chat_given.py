@@ -70,7 +70,10 @@ def test_arguments_of_a_call_write_no_control_tokens(name, template):
     ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [at for at, token in enumerate(written) if token == ends] == [len(written) - 1]
     given = [encode.renderer.facts.adapted(message) for message in messages]
-    assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(given, tokenize=False)
+    whole = tokenizer.apply_chat_template(given, tokenize=False)
+    assert tokenizer.decode(sample.input_ids) == whole
+    prompt = tokenizer.apply_chat_template(given[:1], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(written) == whole.removeprefix(prompt).rstrip()
 
 
 def test_a_text_that_the_template_cuts_inside_of_what_reads_like_a_control_token_is_refused():
