@@ -247,7 +247,7 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "templates.test_a_row_that_makes_a_template_endless_is_a_bad_row": undo(
         "data/chat/template.py",
-        "with limited(RENDER_SECONDS if self._left is None else self._left):",
+        "with limited(RENDER_SECONDS if self._left is None else self._left, ended_after=5 * RENDER_SECONDS):",
         "with limited(8 * RENDER_SECONDS):",
         case="loops",
     ),
@@ -255,7 +255,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "if self._slow_rows >= MAX_SLOW_ROWS:", "if False:"
     ),
     "templates.test_what_no_signal_reaches_ends_the_process": undo(
-        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, seconds * _HARD)\n", ""
+        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)\n", ""
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"

@@ -56,8 +56,9 @@ ONLY_IN_CI = (
 """Files (or folders) that `make test` leaves to `make test-ci`: they start ranks for minutes, and each proves something about
 one method, task or launcher. The ladder, accumulation, resuming, signals and supervision stay."""
 
-# A shell that starts `make test` in the background has it ignore Ctrl-C, and every command under test would with it.
+# A shell that starts `make test` in the background has it ignore Ctrl-C, `nohup` a hangup, and every command under test would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Runs are signed with a key of the tests, not with that of whoever runs them.
 os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dstune-tests-")

@@ -31,6 +31,11 @@ _HARD = 5.0
 """Times the seconds after which the process is ended."""
 
 
+_AGAIN = 0.01
+_AROUND = (__file__, contextmanager.__code__.co_filename)
+"""Files whose code runs around the work."""
+
+
 class TooMuch(Exception):
     """Foreign work took more time or memory than it may; the text says which."""
 
@@ -47,8 +52,10 @@ class _State:
 
 
 @contextmanager
-def limited(seconds: float, memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
+def limited(seconds: float, memory_bytes: int = MEMORY_BYTES, ended_after: float | None = None) -> Iterator[None]:
     """Within it, this process may compute for so long and take so much more memory; inside another one it does nothing.
+
+    ended_after: seconds after which the process is ended where it looks for no signals; by default five times as many.
 
     Outside of the main thread, which alone gets signals, only memory is limited.
     Raises TooMuch.
@@ -67,7 +74,7 @@ def limited(seconds: float, memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
                 signal.signal(signal.SIGVTALRM, _raise)
                 # Where the process is ended, its last words are what it was doing.
                 faulthandler.register(signal.SIGPROF, file=sys.__stderr__ or 2, chain=True)
-            signal.setitimer(signal.ITIMER_PROF, seconds * _HARD)
+            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)
             signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
             yield
@@ -89,7 +96,12 @@ class _Expired(BaseException):
 
 
 def _raise(number: int, frame: Any) -> None:
-    if _State.active:  # else it came when the work was done
+    """It fires again a moment later: in a destructor nobody sees what is raised, and between the work and the end of its limits
+    nothing may be, or they would stay."""
+    if not _State.active:
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, _AGAIN)
+    if frame is None or frame.f_code.co_filename not in _AROUND:
         raise _Expired
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import time
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, exchange
 
+from dstune.core import limits
 from dstune.core.errors import UserError
 from dstune.core.limits import TooMuch, in_child, limited
 from dstune.data.chat import template as chat_template
@@ -54,7 +57,7 @@ def test_a_template_is_tried_once(monkeypatch):
         tried.append(seconds)
         raise TooMuch("takes more than 1.9 s")
 
-    monkeypatch.setattr(chat_template, "in_child", without_end)
+    monkeypatch.setattr(limits, "in_child", without_end)
     for _ in range(2):
         with pytest.raises(UserError, match="chat template is refused"):
             ChatRenderer(byte_tokenizer(CHATML + "{# tried once #}"), "2025-03-09")
@@ -128,6 +131,19 @@ def test_the_memory_of_a_child_is_limited_and_its_faults_are_its_own():
         in_child(lambda: os._exit(1), 5)
     with pytest.raises(TooMuch):
         in_child(lambda: os.kill(os.getpid(), 9), 5)
+
+
+def test_time_that_ends_while_the_work_fails_leaves_nothing_behind():
+    """The timer may fire between the work, which has raised something, and the end of the limits."""
+
+    def deep(depth: int) -> None:
+        deep(depth + 1)
+
+    for number in range(400):
+        with contextlib.suppress(TooMuch, RecursionError), limited(0.0005 + number * 1e-5, ended_after=60.0):
+            deep(0)
+        assert not limits._State.active
+        assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 def test_limits_leave_nothing_behind():

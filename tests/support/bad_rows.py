@@ -146,6 +146,12 @@ ROWS: list[Case] = [
         CHAT,
         chat(USER, output("assistant", [{"type": "tool_call", "value": '{"name": "f"}'}], tool_calls=[CALL])),
     ),
+    (
+        "message … (…) has a content and a value that say different things",
+        CHAT,
+        chat(USER, output("assistant", "Yes", value="No")),
+    ),
+    ("message … (…) has a content and a refusal", CHAT, chat(USER, output("assistant", "Yes", refusal="No"))),
     ("… holds …; no task reads images, audio or video yet", CHAT, chat(USER, ANSWER, images=["a.jpg"])),
     (
         "the marker … stands for media in …; no task reads images, audio or video yet",

@@ -179,7 +179,12 @@ def test_what_is_being_written_is_forgotten_too(tmp_path, monkeypatch):
 
 
 def test_requests_whose_write_fails_are_written_later(tmp_path, monkeypatch, caplog):
-    log = RequestLog(tmp_path, str)
+    def redact(text: str) -> str:
+        if text == "no":
+            raise ValueError("this cannot be masked")
+        return text
+
+    log = RequestLog(tmp_path, redact)
     monkeypatch.setattr(request_log, "MOST_ROWS", 3)
     write = RequestLog._write
     monkeypatch.setattr(RequestLog, "_write", MagicMock(side_effect=OSError("no space left")))
@@ -189,7 +194,7 @@ def test_requests_whose_write_fails_are_written_later(tmp_path, monkeypatch, cap
         log.flush(now=True)
     assert "2 requests are not logged" in caplog.text
     monkeypatch.setattr(RequestLog, "_write", write)
-    log.add(row("a", 5), "/v1", {}, b'data: {"choices": [{}]}\n\n')  # an answer that cannot be read
+    log.add(row("a", 5), "/v1", {}, b'"no"')
     log.close()
     assert users(tmp_path) == ["req_2", "req_3", "req_4"]
 

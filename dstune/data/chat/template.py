@@ -137,7 +137,8 @@ class ChatTemplate:
         """A rendering within limits. Raises RenderError, whatever the template does."""
         began = time.process_time()
         try:
-            with limited(RENDER_SECONDS if self._left is None else self._left):
+            # What is left of the opening may be a millisecond, which is no time to end a process after.
+            with limited(RENDER_SECONDS if self._left is None else self._left, ended_after=5 * RENDER_SECONDS):
                 yield
         except TooMuch as error:
             if self._left is not None:
