@@ -81,7 +81,7 @@ def engines() -> list[Any]:
     return [RemoteEngine(*place, Limits(), context=context) for context in (0, 4096)]
 
 
-def asked(given: tuple[str, bytes], folder: Path) -> None:
+def taken(given: tuple[str, bytes], folder: Path) -> None:
     """As the gateway takes a request, until an engine would get it."""
     from dstune.serve.fields import checked
     from dstune.serve.gateway.output_bound import bounded

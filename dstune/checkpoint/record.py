@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.convert import EnvironmentText, to_dict
+from dstune.config.convert import EnvironmentText, may_refer, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import key_of, quoted
 from dstune.config.run_file import read_run_content
@@ -92,7 +92,7 @@ def _refuse_references(folder: Path, recorded: dict[str, Any], given: list[str])
     """Raises UserError where composing the overrides would resolve what somebody has written into the record."""
     words = {key_of(text) for text in given}
     for key, value in recorded.items():
-        if "$" in key or ("${" in json.dumps(value) and key not in words):
+        if "$" in key or (may_refer(json.dumps(value)) and key not in words):
             reason = "refers to something outside the export, which anybody may have written"
             raise UserError(Problem(f"{folder / NAME}: {key}", reason, f"give it yourself: {key}=VALUE", str(value)))
 

@@ -63,6 +63,11 @@ def refers(text: str) -> bool:
     return _REFERS.search(text) is not None
 
 
+def may_refer(text: str) -> bool:
+    """Whether composing a text as an override could resolve something: Hydra reads `$\\{` as `${`, too."""
+    return re.search(r"\$\\*\{", text) is not None
+
+
 def resolve_text(text: str, where: str) -> EnvironmentText:
     """The value of a text with `${oc.env:KEY}` or `${oc.env:KEY,default}` in it.
 

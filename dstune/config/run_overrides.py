@@ -8,7 +8,7 @@ from typing import Any
 
 from dstune.config import overrides as user_overrides
 from dstune.config.compose import compose, typed_config
-from dstune.config.convert import ENVIRONMENT, format_value, refers, to_dict
+from dstune.config.convert import ENVIRONMENT, format_value, may_refer, refers, to_dict
 from dstune.config.names import sections
 from dstune.config.schema import RunConfig
 from dstune.config.validate import find_problems
@@ -49,7 +49,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     problems += checked.problems
     for override in list(checked.good):
         value = override.value()
-        if isinstance(value, str) and "${" in value and not refers(value):
+        if isinstance(value, str) and may_refer(value) and not refers(value):
             fix = f"write the value or {ENVIRONMENT}NAME}}"
             problems.append(Problem(override.key_or_group, "keys of a run cannot refer to each other", fix, value))
             checked.good.remove(override)

@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import chosen_class, format_value, refers, to_dict
+from dstune.config.convert import chosen_class, format_value, may_refer, refers, to_dict
 from dstune.config.fields import SIGNED
 from dstune.config.names import all_keys, classes_of, is_section, sections, type_hints
 from dstune.config.overrides import key_of
@@ -213,7 +213,7 @@ def _is_harmless(text: str, signed: set[str]) -> bool:
         key == one or (typing.get_origin(hint) is dict and key.startswith(f"{one}."))
         for one, hint in all_keys().items()
     )
-    return known and key != plugins.KEY and key not in signed and "$" not in value  # `$\\{` is a reference too
+    return known and key != plugins.KEY and key not in signed and not may_refer(value)
 
 
 # ---- what is believed ----

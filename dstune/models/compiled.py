@@ -61,7 +61,7 @@ def _take_over_gates(module: nn.Module) -> list[str]:
             problems.append("its rows are computed in tiles already")
             continue
         activation: Any = layer.act_fn
-        dtype = next(layer.parameters()).dtype
+        dtype = _dtype_of(layer)
         key = repr(activation), dtype
         if key not in known:
             gate, up = (torch.randn(64, 256, generator=_seeded()) for _ in range(2))
@@ -136,7 +136,7 @@ def _take_over_rotary(module: nn.Module) -> list[str]:
         if own is None or not isinstance(size, int) or not hasattr(layer, "q_proj"):
             continue
         stands = own if isinstance(own, _Rotary) else _Rotary(own)
-        dtype = next(layer.parameters()).dtype
+        dtype = _dtype_of(layer)
         key = code.__name__, size, dtype
         if key not in known:
             random = _seeded()
@@ -191,6 +191,12 @@ def compiled_if_as_exact(
         if not found <= CLOSE * allowed:
             return None, f"its compiled form is less exact here (error {found:.1e}, of the model's own {allowed:.1e})"
     return kernel, ""
+
+
+def _dtype_of(layer: nn.Module) -> torch.dtype:
+    """That of its first weight which is no code of a quantized one."""
+    kinds = (weight.dtype for weight in layer.parameters())
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
 def _first_line(error: Exception) -> str:

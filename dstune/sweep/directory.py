@@ -12,7 +12,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.config.compose import frozen_at_start
-from dstune.config.convert import dump, format_value, from_dict, load, refers, to_dict
+from dstune.config.convert import dump, format_value, from_dict, load, may_refer, refers, to_dict
 from dstune.config.resume import check_resume
 from dstune.config.run_file import plugins_of, read_run_beside
 from dstune.config.schema import RunConfig
@@ -190,8 +190,8 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
         section, name = key.split(".")
         value = tree[section].get(name)
         whole_varied = {section, key, f"{section}.path"} & varied or "experiment" in varied
-        # Composing a trial would resolve what somebody may have written into sweep.yaml, `$\\{` too.
-        is_reference = isinstance(value, str) and "$" in value and not refers(value)
+        # Composing a trial would resolve what somebody may have written into sweep.yaml.
+        is_reference = isinstance(value, str) and may_refer(value) and not refers(value)
         if value is not None and not whole_varied and not is_reference:
             found.append(f"{key}={value}")
     return found

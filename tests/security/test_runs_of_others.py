@@ -317,6 +317,7 @@ def test_words_of_a_sweep_of_others_are_not_repeated(
 def test_what_a_sweep_of_others_has_frozen_is_not_resolved() -> None:
     base = compose(["model.path=owner/name", "data.train=rows.jsonl"]).config
     assert "model.revision=abc" in frozen(replace(base, model=replace(base.model, revision="abc")), [])
+    assert "model.revision=a$b" in frozen(replace(base, model=replace(base.model, revision="a$b")), [])
     theirs = replace(base, model=replace(base.model, revision="${oc.${run.name}:HF_TOKEN}"))
     assert [text for text in frozen(theirs, []) if "${" in text] == []
     theirs = replace(base, model=replace(base.model, revision=ESCAPED))

@@ -223,7 +223,7 @@ def test_answers_of_a_server_elsewhere_are_counted_as_it_writes_them(tmp_path):
         assert engine.context_in(odd) == 0
 
 
-def test_llama_cpp_is_told_the_length_by_the_name_that_all_of_its_versions_know(tmp_path):
+def test_llama_cpp_gets_max_tokens_which_all_of_its_versions_know(tmp_path):
     from tests.support.tiny import save_tokenizer
 
     save_tokenizer(tmp_path)

@@ -95,6 +95,19 @@ def test_a_layer_that_is_computed_in_tiles_stays_so():
     assert "its rows are computed in tiles already" in told and layer.forward is tiled
 
 
+def test_weights_of_codes_leave_the_format_to_the_adapters(monkeypatch):
+    """QLoRA: the projections' own weights are bytes."""
+    formats = []
+    monkeypatch.setattr(
+        torch, "compile", lambda own, **unused: lambda *states: formats.append(states[0].dtype) or own(*states)
+    )
+    layer = mlp().bfloat16()
+    for projection in (layer.gate_proj, layer.up_proj):
+        projection.weight = nn.Parameter(torch.zeros(8, 16, dtype=torch.uint8), requires_grad=False)
+    assert list(use_compiled(layer, ModelConfig(fused_activations=True))) == []
+    assert formats == [torch.bfloat16]
+
+
 def test_a_model_without_them_is_told():
     assert list(use_compiled(nn.Linear(8, 8), BOTH)) == [
         "model.fused_activations: the model has no gated activation of a known form; it is computed as the model has it",

@@ -144,8 +144,8 @@ class Engine:
         """Tokens and answers of an encoder's rows. Raises Unprovable."""
         raise Unprovable(f"{self.name} does not show the tokens of an encoder")
 
-    def fits_unasked(self, answers: int, most: int) -> bool:
-        """Whether so many answers whose length nobody asked for write at most `most` tokens together."""
+    def fits_without_max_tokens(self, answers: int, most: int) -> bool:
+        """Whether so many answers to a request without `max_tokens` write at most `most` tokens together."""
         return 0 < answers * self.context <= most
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def bounded(path: str, body: dict[str, Any], engine: Engine, most: int) -> dict[
     if not requested:
         if path == "/v1/completions":
             requested = COMPLETION_TOKENS
-        elif engine.fits_unasked(answers, most):
+        elif engine.fits_without_max_tokens(answers, most):
             return body
         else:
             requested = max(most // answers, 1)

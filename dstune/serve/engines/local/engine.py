@@ -54,7 +54,7 @@ class LocalEngine(Engine):
             return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
         return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
 
-    def fits_unasked(self, answers: int, most: int) -> bool:
+    def fits_without_max_tokens(self, answers: int, most: int) -> bool:
         return answers * DEFAULT_MAX_TOKENS <= most
 
     def command(self, folder: Path) -> Command:

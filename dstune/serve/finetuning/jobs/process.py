@@ -217,9 +217,8 @@ class Training:
             time.sleep(QUEUE_SECONDS)
         code = ENDED.get(status.state, EXIT_LOST)
         launched = records.read_launch(run)
-        if (
-            code == EXIT_LOST and launched is not None
-        ):  # the next attempt does not wait for it, but submits the run again
+        if code == EXIT_LOST and launched is not None:
+            # The next attempt does not wait for it, but submits the run again.
             records.note(run, launched.id, launched.processes)
         return code
 
