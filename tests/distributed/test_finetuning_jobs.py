@@ -120,6 +120,9 @@ def test_from_an_upload_to_an_answer_of_the_tuned_model(server, tmp_path):
     early = checkpoints[1].fine_tuned_model_checkpoint
     assert client.chat.completions.create(model=early, **asked).model
     assert client.chat.completions.create(model="tiny", **asked).choices[0].message.content != tuned
+    export = server.job_folder(job.id) / "models" / "step-8"
+    said = Commands(tmp_path).run("generate", str(export), "--prompt", "w1 w2", "--max-new-tokens", "8", "--json")
+    assert json.loads(said.stdout)["answer"] == tuned, said.stderr
     assert client.models.delete(name).deleted
     for gone in (lambda: client.models.retrieve(name), lambda: client.chat.completions.create(model=name, **asked)):
         with pytest.raises(openai.NotFoundError):
@@ -299,6 +302,63 @@ def test_a_job_outlives_its_server_and_its_ranks(base, tmp_path):
         assert check.main([str(server.state), "--at-rest"]) == 0
 
 
+@pytest.fixture
+def control_groups():
+    """Two of them, empty."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    root = next((Path(words[1]) for words in mounts if words[2] == "cgroup2"), None)
+    if root is None or not os.access(root, os.W_OK):
+        pytest.skip("needs control groups of version 2 that may be made (as root)")
+    made = [root / f"dstune-{name}-{os.getpid()}" for name in ("server", "jobs")]
+    for group in made:
+        group.mkdir()
+    yield made
+    for group in made:
+        end_group(group)
+        until(lambda empty=group / "cgroup.procs": not empty.read_text())
+        group.rmdir()
+
+
+def entering(group: Path) -> list[str]:
+    """What puts a command into a control group."""
+    return ["/bin/sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(group)]
+
+
+def end_group(group: Path) -> None:
+    """As a service manager ends one, whatever sessions its processes have."""
+    (group / "cgroup.kill").write_text("1")
+
+
+@pytest.mark.slow
+def test_a_job_outlives_the_control_group_of_its_server(base, tmp_path, control_groups):
+    """Killed as a whole (group 5): a job with a group of its own, by `prefix`, trains on; one without dies too and is continued.
+    Both end with the weights of an undisturbed job."""
+    own, jobs = control_groups
+    with Server(tmp_path, presets(base) | {"prefix": entering(jobs)}, enter=entering(own)) as server:
+        client = server.client(max_retries=5)
+        data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 12))
+        given = {"model": "tiny", "training_file": data, "seed": 5, "method": supervised(n_epochs=50, batch_size=1)}
+        undisturbed = client.fine_tuning.jobs.create(**given)
+        wait_for(client, undisturbed.id, "succeeded")
+        for prefix, interrupted in ((True, 0), (False, 1)):
+            if not prefix:
+                server.presets.write_text(json.dumps(presets(base)))
+            job = client.fine_tuning.jobs.create(**given)
+            at_step(client, server, job.id, 30)
+            end_group(own)
+            assert server.process is not None and server.process.wait(timeout=60) == -9
+            until(lambda found=job.id, lives=prefix: bool(job_processes(server.job_folder(found))) is lives, seconds=60)
+            if prefix:
+                at_step_of(server, job.id, 60)
+            server.start()
+            client = server.client(max_retries=5)
+            wait_for(client, job.id, "succeeded")
+            assert weights(server, job.id) == weights(server, undisturbed.id)
+            events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
+            assert [event.data["step"] for event in events if event.data] == list(range(600, 0, -1))
+            assert sum("was interrupted" in event.message for event in events) == interrupted
+
+
 def test_the_api_and_its_jobs_are_two_processes(base, tmp_path):
     """As two services, or two containers: the one that looks after jobs may be stopped and started alone."""
     with Server(tmp_path, presets(base), "--no-inference", "--jobs", "elsewhere") as server:
@@ -323,6 +383,11 @@ def weights(server: Server, job: str) -> bytes:
 
 def at_step(client: openai.OpenAI, server: Server, job: str, step: int) -> None:
     wait_for(client, job, "running")
+    at_step_of(server, job, step)
+
+
+def at_step_of(server: Server, job: str, step: int) -> None:
+    """The same of a job whose server does not answer."""
     until(lambda: any(row["step"] >= step for row in metrics(server.job_folder(job) / "run")[-2:]))
 
 

@@ -229,16 +229,35 @@ def test_a_batch_ends_as_it_would_have_without_a_kill_of_the_server(tmp_path):
                 session.add(row)
 
         (folder / "batch_part").mkdir()
+        (folder / "batch_part" / "input.jsonl").touch()
         Answers(folder / "batch_part" / "output.jsonl").add({"custom_id": "0", "response": {}})
         add("part", "finalizing", request_counts={"total": 3, "completed": 1, "failed": 0})
         add("moved", "in_progress", request_counts={"total": 3, "completed": 1, "failed": 0})
-        part, moved = [await ended(client, f"batch_{name}") for name in ("part", "moved")]
+        add("late", "finalizing", request_counts={"total": 3, "completed": 3, "failed": 0})
+        part, moved, late = [await ended(client, f"batch_{name}") for name in ("part", "moved", "late")]
         assert (part.status, part.request_counts.completed) == ("expired", 1)
         assert (await client.files.content(part.output_file_id)).text.count("\n") == 1
-        assert (moved.status, moved.request_counts.completed) == ("completed", 3)
+        for one in (moved, late):
+            assert (one.status, one.request_counts.completed) == ("completed", 3)
+            assert (await client.files.content(one.output_file_id)).text.count("\n") == 3
         await until(lambda: not list(folder.iterdir()))
 
     run(test, tmp_path, models=["first"])
+
+
+def test_a_batch_of_a_project_without_space_ends(tmp_path):
+    async def test(found):
+        client = found.openai()
+        content = requests(chat("a"), chat("b"))
+        file = await client.files.create(file=content, purpose="batch")
+        given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file.id}
+        done = await ended(client, (await client.batches.create(**given)).id)
+        assert (done.status, (await client.files.content(done.output_file_id)).text.count("\n")) == ("completed", 2)
+        with pytest.raises(openai.RateLimitError):
+            await client.files.create(file=content * 2, purpose="batch")
+
+    size = len(requests(chat("a"), chat("b")))
+    run(test, tmp_path, models=["first"], api={"project_bytes": size})
 
 
 def test_a_batch_resumes_after_a_truncated_line(tmp_path):

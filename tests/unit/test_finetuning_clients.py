@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from dstune.serve.finetuning.jobs.tables import Job
+from dstune.serve.finetuning.tables import File
+from dstune.serve.store.database import Database
+from tests.support.dropping import dropping
 from tests.support.killing import ROW, stub_server
 
 FLOW = Path(__file__).parents[1] / "support" / "client_flow.py"
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("drops", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("version", ["newest", pytest.param("1.109.1", marks=pytest.mark.slow)])
-def test_a_published_recipe_runs_with_two_changed_lines(tmp_path, version):
-    """`pip install --target FOLDER openai==1.109.1` beside what is here: it needs another httpx."""
+def test_a_published_recipe_runs_with_two_changed_lines(tmp_path, version, drops):
+    """`pip install --target FOLDER openai==1.109.1` beside what is here: it needs another httpx. drops: answers to each POST
+    that are lost, so that the client repeats it; everything is made once all the same."""
     tmp_path.chmod(0o700)
     folder = os.environ.get("DSTUNE_OPENAI_1", "")
     if version != "newest" and not (Path(folder) / "openai").is_dir():
@@ -27,10 +33,15 @@ def test_a_published_recipe_runs_with_two_changed_lines(tmp_path, version):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(ROW * 12)
     env = os.environ | {"PYTHONPATH": folder if version != "newest" else str(ROOT)}
-    with stub_server(tmp_path) as (url, key):
-        command = [sys.executable, str(FLOW), url, key, str(rows), str(rows)]
+    with stub_server(tmp_path) as (url, key), dropping(url, drops) as (behind, proxy):
+        command = [sys.executable, str(FLOW), behind if drops else url, key, str(rows), str(rows)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
+    assert proxy.dropped >= 5 * drops  # two files, two jobs and what is asked of them
+    database = Database.of_folder(tmp_path)
+    with database.session() as session:
+        assert (session.query(Job).count(), session.query(File).filter(File.purpose == "fine-tune").count()) == (2, 2)
+    database.close()
 
 
 @pytest.mark.slow

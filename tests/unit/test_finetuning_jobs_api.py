@@ -25,6 +25,7 @@ from dstune.serve.finetuning.jobs.folder import JobFolder, write
 from dstune.serve.finetuning.jobs.planner import Estimate
 from dstune.serve.finetuning.jobs.reconciler import Machine
 from dstune.serve.store.tables import Project
+from tests.support.dropping import Dropping
 from tests.support.finetuning import Cloud, cloud
 from tests.support.jobs import StubLauncher, StubPlans
 
@@ -340,48 +341,6 @@ def test_a_repeated_create_makes_one_job(tmp_path):
         assert len([job async for job in client.fine_tuning.jobs.list(metadata={"slow": "yes"})]) == 1
 
     in_office(tmp_path, test)
-
-
-class Dropping:
-    """A proxy between client and server that passes requests on and drops the first answers to each."""
-
-    def __init__(self, url: str, drops: int):
-        self._target = url.removeprefix("http://").split(":")
-        self._drops, self.left = drops, 0
-        self.dropped = 0
-
-    async def __aenter__(self) -> str:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._server.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = next(
-                (
-                    int(line.split(b":")[1])
-                    for line in head.lower().split(b"\r\n")
-                    if line.startswith(b"content-length")
-                ),
-                0,
-            )
-            body = await reader.readexactly(length)
-            behind, ahead = await asyncio.open_connection(self._target[0], int(self._target[1]))
-            ahead.write(head.replace(b"Connection: keep-alive", b"Connection: close") + body)
-            if head.startswith(b"POST") and self.left == 0 and b"retry-count: 0" in head:
-                self.left = self._drops
-            if head.startswith(b"POST") and self.left:
-                await behind.read(1)  # the server has done its work
-                self.left, self.dropped = self.left - 1, self.dropped + 1
-            else:
-                while chunk := await behind.read(65536):
-                    writer.write(chunk)
-            ahead.close()
-        finally:
-            writer.close()
 
 
 def test_answers_that_are_lost_make_nothing_twice(tmp_path):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from dstune.core.errors import DstuneError, UserError
 from dstune.serve import command, extra, keys_command
+from dstune.serve.finetuning.jobs.tables import TunedModel
+from dstune.serve.finetuning.models.serving import Serving
 from dstune.serve.finetuning.tables import Secret, Usage
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.store.database import Database
@@ -90,6 +94,37 @@ def test_secrets_are_kept_encrypted(tmp_path):
         assert (await owner.delete("/v1/secrets/wandb")).status_code == 404
 
     run(test, tmp_path)
+
+
+def test_a_model_that_is_deleted_while_it_is_loaded_does_not_stay_on_its_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "dstune.serve.finetuning.models.serving.source.resolve", lambda name, path: SimpleNamespace(name=name)
+    )
+
+    class Engines:
+        def __init__(self):
+            self.models, self.loading = {"base": None}, asyncio.Event()
+
+        async def add(self, source):
+            self.loading.set()
+            await asyncio.sleep(0.05)
+            self.models[source.name] = source
+
+        async def remove(self, name):
+            del self.models[name]
+
+    async def test():
+        engines = Engines()
+        row = TunedModel(name="ft:base:org::1", folder="a")
+        store = SimpleNamespace(final=lambda most: [row], folder=lambda model: tmp_path)
+        serving = Serving(engines, store)
+        loading = asyncio.create_task(serving.load_new())
+        await engines.loading.wait()
+        await serving.forget(row.name)
+        await loading
+        assert list(engines.models) == ["base"]
+
+    asyncio.run(test())
 
 
 def test_keys_of_projects_and_roles(tmp_path, capsys):

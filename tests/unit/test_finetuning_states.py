@@ -11,6 +11,7 @@ import pytest
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.jobs.states import TERMINAL, TRANSITIONS, Change, State, after
 from dstune.serve.finetuning.pages import Page
+from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.store.database import Database
 from tests.support.jobs import Bench
 
@@ -253,6 +254,18 @@ def test_a_bad_row_that_only_the_run_finds_is_the_clients(bench):
     assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
     assert "line 7" in error["message"]
     assert str(bench.folder) not in error["message"]
+
+
+def test_a_job_of_a_project_without_space_ends(bench):
+    """Its results are refused nothing: the job would keep its devices and try for ever."""
+    job = running(bench)
+    bench.files._settings = ApiSettings(project_bytes=1)
+    bench.train(job, 1, 8)
+    bench.end(job, 0, exports=(8,), tokens=80)
+    bench.step()
+    row = bench.read(job)
+    assert (row.state, row.active) == (State.SUCCEEDED, False)
+    assert row.result_file
 
 
 def test_a_second_launch_of_a_directory_is_no_failure(bench):

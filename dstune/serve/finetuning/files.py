@@ -108,14 +108,16 @@ class Files:
 
     def add(
         self, session: Session, staged: Staged, *, project: str, key: str, filename: str, purpose: str,
-        seconds: int | None = None, drawn: str | None = None,
+        seconds: int | None = None, own: bool = False,
     ) -> File:  # fmt: skip
-        """A file of bytes that are staged and closed; inside a transaction that writes. drawn: an id that was drawn before.
-        Raises ApiError where the project's space does not suffice."""
+        """A file of bytes that are staged and closed; inside a transaction that writes. own: of the server's own making, which
+        a project without space gets all the same: its job or batch could not end. Raises ApiError where the project's space
+        does not suffice."""
         self._database.exclusive(session, f"blobs {project}")
         blob = session.scalar(select(Blob).where(Blob.project == project, Blob.sha256 == staged.sha256))
         if blob is None:
-            self.check_space(session, project, staged.size)
+            if not own:
+                self.check_space(session, project, staged.size)
             blob = Blob(
                 id=staged.id, project=project, sha256=staged.sha256, bytes=staged.size, references=0,
                 created_at=unix_time(),
@@ -126,7 +128,7 @@ class Files:
         blob.references += 1
         now = unix_time()
         row = File(
-            id=drawn or new_id("file-"), created_at=now, project=project, key=key, blob=blob.id, filename=filename,
+            id=new_id("file-"), created_at=now, project=project, key=key, blob=blob.id, filename=filename,
             purpose=purpose, bytes=staged.size, expires_at=None if seconds is None else now + seconds,
         )  # fmt: skip
         session.add(row)
@@ -145,7 +147,7 @@ class Files:
         unused: list[str] = []
         with self._database.writing.begin() as session:
             query = select(File).where(File.deleted_at.is_(None), File.expires_at <= unix_time()).limit(1000)
-            for row in session.scalars(query):
+            for row in session.scalars(query.order_by(File.project).with_for_update(skip_locked=True)):
                 unused += self._drop(session, row)
         self._remove(unused)
 
@@ -185,7 +187,7 @@ class Files:
     def _delete(self, request: Request, file: str) -> None:
         project = _caller(request).project
         with self._database.writing.begin() as session:
-            row = session.scalar(select(File).where(File.project == project, File.id == file))
+            row = session.scalar(select(File).where(File.project == project, File.id == file).with_for_update())
             if row is None or (row.deleted_at and not is_repetition(request.header("x-stainless-retry-count"))):
                 raise missing(file)
             unused = [] if row.deleted_at else self._drop(session, row)

@@ -227,7 +227,7 @@ class Uploads:
         with self._database.writing.begin() as session:
             query = select(Upload).where(Upload.status == "pending", Upload.expires_at <= unix_time()).limit(1000)
             unused = []
-            for upload in session.scalars(query):
+            for upload in session.scalars(query.with_for_update()):  # one that is being completed is pending no more
                 upload.status = "expired"
                 unused += self._drop_parts(session, upload)
         self._remove(unused)

@@ -88,8 +88,9 @@ class Batches:
         return row
 
     @staticmethod
-    def _of(session: Session, project: str, batch: str) -> Batch:
-        row = session.scalar(select(Batch).where(Batch.project == project, Batch.id == batch))
+    def _of(session: Session, project: str, batch: str, *, lock: bool = False) -> Batch:
+        query = select(Batch).where(Batch.project == project, Batch.id == batch)
+        row = session.scalar(query.with_for_update() if lock else query)
         if row is None:
             raise ApiError(404, f"No such batch: {batch[:128]}", param="batch_id", code="batch_not_found")
         return row
@@ -108,7 +109,7 @@ class Batches:
     def _cancel(self, request: Request) -> Batch:
         assert request.caller is not None
         with self._database.writing.begin() as session:
-            row = self._of(session, request.caller.project, request.parameters["batch"])
+            row = self._of(session, request.caller.project, request.parameters["batch"], lock=True)
             if row.status in ("cancelling", "cancelled"):
                 return row
             if row.status in ENDED:

@@ -92,9 +92,11 @@ class BatchWorker:
         return row
 
     def _change(self, row: Batch, status: str | None = None, event: str | None = None, **details: Any) -> Batch:
-        """One transaction: a new status, what is told of it, and the event."""
+        """One transaction: a new status, what is told of it, and the event. Nothing where another server has ended it."""
         with self._database.writing.begin() as session:
-            current = session.get_one(Batch, row.number)
+            current = session.get_one(Batch, row.number, with_for_update=True)
+            if current.status not in WORKED_ON:
+                return current
             if status is not None and not (current.status == "cancelling" and status == "in_progress"):
                 current.status = status
             current.details = {**current.details, **details}
@@ -108,9 +110,8 @@ class BatchWorker:
         await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
         if row.status == "validating":
             row = await asyncio.to_thread(self._validate, row, folder)
-        elif row.status == "in_progress" and not (folder / INPUT).is_file():  # another machine had it
-            failed: Batch | None = await asyncio.to_thread(self._snapshot, row, folder)
-            row = failed or row
+        elif row.status in ("in_progress", "finalizing") and not (folder / INPUT).is_file():  # another machine had it
+            row = await asyncio.to_thread(self._begin_again, row, folder)
         if row.status == "in_progress":
             caller = await asyncio.to_thread(self._keys.by_id, row.key)
             if caller is not None:
@@ -121,6 +122,9 @@ class BatchWorker:
         if row.status in ("in_progress", "finalizing", "cancelling"):
             await asyncio.to_thread(self._finalize, row, folder)
         await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _begin_again(self, row: Batch, folder: Path) -> Batch:
+        return self._snapshot(row, folder) or self._change(row, "in_progress")
 
     def _snapshot(self, row: Batch, folder: Path) -> Batch | None:
         """Have its file in its folder; the batch where it has failed for want of it."""
@@ -216,12 +220,14 @@ class BatchWorker:
 
     def _end(self, row: Batch, staged: dict[str, Any], ending: str) -> None:
         with self._database.writing.begin() as session:
-            current = session.get_one(Batch, row.number)
+            current = session.get_one(Batch, row.number, with_for_update=True)
+            if current.status not in WORKED_ON:  # another server has ended it
+                return
             made = {}
             for name, one in staged.items():
                 file = self._files.add(
                     session, one, project=row.project, key=row.key, filename=f"{row.id}_{name.split('_')[0]}.jsonl",
-                    purpose="batch_output", seconds=row.output_seconds,
+                    purpose="batch_output", seconds=row.output_seconds, own=True,
                 )  # fmt: skip
                 made[name] = file.id
             current.status = ending

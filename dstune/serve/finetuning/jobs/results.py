@@ -54,7 +54,7 @@ class Results:
     ) -> tuple[str, str, list[str]]:
         """Note all of a job that has succeeded: the id of its results, the name of its model, what its events say."""
         file = self._files.add(
-            session, staged, project=job.project, key=job.key, filename="step_metrics.csv", purpose=PURPOSE
+            session, staged, project=job.project, key=job.key, filename="step_metrics.csv", purpose=PURPOSE, own=True
         )
         last = steps[-1].number
         messages = self._checkpoints(session, job, folder, steps, without=last)

@@ -271,6 +271,7 @@ class Jobs:
 
     def _check_limits(self, session: Session, caller: Caller, mine: int = 0) -> None:
         """Raises ApiError where too many jobs wait already. mine: how many of them are the request's own."""
+        self._database.exclusive(session, f"jobs {caller.organization}")
         queue = self._presets().queue
         for whose, limits in (("organization", queue.of(caller.organization)), ("key", queue.key)):
             who = caller.organization if whose == "organization" else caller.id

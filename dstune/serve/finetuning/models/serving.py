@@ -86,8 +86,10 @@ class Serving:
         """Take a model that was deleted off its engine."""
         for key in [key for key in self._allowed if key[1] == name]:
             del self._allowed[key]
-        if name in self._fleet.models:
-            await self._fleet.remove(name)
+        async with self._loading[name]:  # one that is being loaded is there in a moment
+            if name in self._fleet.models:
+                await self._fleet.remove(name)
+        self._loading.pop(name, None)
 
     def forget_permissions(self) -> None:
         self._allowed.clear()
