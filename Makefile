@@ -13,7 +13,7 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test-fast test test-again test-ci test-all golden test-gpu gpu-report lint format clean debian java
+.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-all golden test-gpu gpu-report lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -22,6 +22,7 @@ help:
 	@echo "make test        before you push: unit tests, the ladder of exactness, runs and signals (about 30 minutes on 2 cores)"
 	@echo "make test-again  what failed in the run before, one test at a time"
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (not timed as a whole yet)"
+	@echo "make test-ci-part CI_PART=3/8   the third of eight parts of what it has beside make test"
 	@echo "make test-all    these too: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment"
 	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
@@ -53,6 +54,11 @@ test-again: $(VENV)/.installed-test
 
 test-ci: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not gpu"
+
+# Of what `make test` leaves to `make test-ci`, some files: all parts together are all of it.
+CI_PART ?= 1/8
+test-ci-part: $(VENV)/.installed-test debian
+	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "ci and not slow and not gpu" --ci-part $(CI_PART)
 
 test-all: $(VENV)/.installed-all $(VENV)/.clients debian java
 	$(TEST_ENV) DSTUNE_NPM=$(CLIENTS) DSTUNE_OPENAI_1=$(CLIENTS)/openai-1 $(PYTEST) $(PARALLEL) -m "not gpu"

@@ -77,13 +77,26 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ci-part", metavar="K/N", help="leave out the files of the ci tier that the other parts have")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker that is added here
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if place(item).startswith(ONLY_IN_CI):
             item.add_marker("ci")
+    if chosen := config.getoption("--ci-part"):
+        part, parts = map(int, chosen.split("/"))
+        files = sorted({place(item) for item in items if _long(item)})
+        others = {file for number, file in enumerate(files) if number % parts != part % parts}
+        items[:] = [item for item in items if not (_long(item) and place(item) in others)]
     order = {folder: number for number, folder in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: order.get(place(item).split("/")[0], len(order)))
+
+
+def _long(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ci") is not None and item.get_closest_marker("slow") is None
 
 
 def place(item: pytest.Item) -> str:
