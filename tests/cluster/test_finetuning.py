@@ -94,16 +94,18 @@ def test_a_job_in_a_queue_outlives_the_server_and_its_own_jobs_there(login, slur
         assert weights == api.succeeded(api.create("tiny", 25), 25)
 
 
-def test_a_job_whose_node_is_gone_is_submitted_again(login, slurm, machines, tmp_path):
-    """Where SLURM does not requeue it, nothing says how it ended."""
-    with cloud(login, slurm, machines, tmp_path, requeue=False) as api:
+@pytest.mark.parametrize(("requeue", "submissions"), [(False, 2), (True, 1)])
+def test_a_job_whose_node_is_gone_goes_on_elsewhere(login, slurm, machines, tmp_path, requeue, submissions):
+    """Where SLURM does not requeue it, nothing says how it ended, and it is submitted again; where it does, that is enough."""
+    with cloud(login, slurm, machines, tmp_path, requeue=requeue) as api:
         job = api.create("queued", 5)
         api.trains_on(job, 70)
         node = slurm.call("squeue", "-h", f"--jobs={api.submitted(job)[-1]}", "--format=%N").strip()
         machines.kill(node)
         try:
-            wait_until(lambda: len(api.submitted(job)) == 2, timeout=240)
+            wait_until(lambda: len(api.submitted(job)) == submissions, timeout=240)
             api.succeeded(job, 5)
+            assert len(api.submitted(job)) == submissions
         finally:
             machines.start(node)
             slurm.start_node(node)

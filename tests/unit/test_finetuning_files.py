@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -378,6 +380,35 @@ def test_group_9_parts(tmp_path, monkeypatch):
         assert caught.value.code == "upload_expired"
         await asyncio.to_thread(found.api.uploads.sweep)
         assert (len(contents(found)), rows(found, Part)) == (1, 0)
+
+    run(test, tmp_path)
+
+
+def test_uploads_that_are_put_together_hold_up_nothing_else(tmp_path, monkeypatch):
+    async def test(found):
+        client, release = found.openai(), threading.Event()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+        given = {"filename": "a", "purpose": "batch", "bytes": 3, "mime_type": "text/plain"}
+        uploads = [await client.uploads.create(**given) for _ in range(5)]
+        parts = [await client.uploads.parts.create(one.id, data=b"abc") for one in uploads]
+        usual = found.api.blobs.read
+
+        def read(blob):
+            assert release.wait(60)
+            yield from usual(blob)
+
+        monkeypatch.setattr(found.api.blobs, "read", read)
+        completing = [
+            asyncio.create_task(client.uploads.complete(one.id, part_ids=[part.id]))
+            for one, part in zip(uploads, parts, strict=True)
+        ]
+        await asyncio.sleep(0.5)
+        try:
+            async with asyncio.timeout(20):
+                assert [one async for one in client.files.list()] == []
+        finally:
+            release.set()
+        assert {one.status for one in await asyncio.gather(*completing)} == {"completed"}
 
     run(test, tmp_path)
 

@@ -19,7 +19,7 @@ import pytest
 from dstune.core.errors import UserError
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, process, request
-from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.folder import NOW, JobFolder
 from dstune.serve.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
 from dstune.serve.finetuning.jobs.presets import Limits, Preset, QueueSettings
 from dstune.serve.finetuning.jobs.scheduler import Busy, Waiting, choose
@@ -280,6 +280,22 @@ def test_a_process_validates_and_says_so(tmp_path):
     assert (found["training_file"], found["validation_file"]) == ({"rows": 10}, {"rows": 2})
     assert "10 example(s) of the training file are in the validation file too" in found["warnings"][0]
     assert folder.train.read_bytes() == folder.snapshot("training_file").read_bytes()
+    launcher.reap()
+
+
+def test_a_validation_ends_when_its_job_is_cancelled(tmp_path):
+    """Whoever creates and cancels would have any number of them at work."""
+    folder = JobFolder(tmp_path)
+    os.mkfifo(folder.snapshot("training_file"))  # it never ends by itself
+    launcher = ProcessLauncher()
+    task = {"phase": "validate", "method": "supervised", "training_file": "a", "most_rows": 100}
+    assert launcher.start(folder, task, {})
+    folder.request_stop(NOW)
+    deadline = time.monotonic() + 60
+    while folder.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not folder.validated.exists()
     launcher.reap()
 
 

@@ -446,6 +446,17 @@ def test_what_was_done_to_a_job_and_what_it_used_is_on_record(tmp_path):
     in_office(tmp_path, test)
 
 
+def test_the_validation_of_a_cancelled_job_is_told_to_end(tmp_path):
+    async def test(found: Office) -> None:
+        found.launcher.validates = False
+        client = found.cloud.openai()
+        job = await found.create(client)
+        assert (await client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+        assert found.folder(job.id).stop_requested() == "now"
+
+    in_office(tmp_path, test)
+
+
 def test_a_create_that_waits_for_a_plan_holds_up_nothing_else(tmp_path):
     async def test(found: Office) -> None:
         client, usual = found.cloud.openai(), found.plans.of

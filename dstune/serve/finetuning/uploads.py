@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -31,6 +32,8 @@ MOST_PENDING = 100
 class Uploads:
     def __init__(self, database: Database, blobs: Blobs, files: Files, settings: ApiSettings):
         self._database, self._blobs, self._files, self._settings = database, blobs, files, settings
+        # Gigabytes take a while to be put together: that takes no thread from other requests.
+        self._completing = ThreadPoolExecutor(2, thread_name_prefix="complete-upload")
 
     # -- routes
 
@@ -78,7 +81,8 @@ class Uploads:
             raise ApiError(400, "Invalid part_ids: a part is named twice.", param="part_ids")
         if md5 is not None and not isinstance(md5, str):
             raise ApiError(400, "Invalid md5: must be a text.", param="md5")
-        upload, file = await asyncio.to_thread(self._complete, request, ids, md5)
+        loop = asyncio.get_running_loop()
+        upload, file = await loop.run_in_executor(self._completing, self._complete, request, ids, md5)
         await request.answer(described_upload(upload, file))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> int:
     folder, lock = JobFolder(Path(argv[0])), int(argv[1])
     task = read(folder.task) or {}
     if task.get("phase") == VALIDATE:
+        threading.Thread(target=_end_when_told, args=(folder,), daemon=True).start()
         write(folder.validated, validate(folder, task))
         return EXIT_DONE
     ended = Training(folder, lock, str(task["pool"]), task.get("devices")).run()
@@ -52,6 +55,13 @@ def main(argv: list[str]) -> int:
 
 
 # -- files
+
+
+def _end_when_told(folder: JobFolder) -> None:
+    """Nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
+    while folder.stop_requested() != NOW:
+        time.sleep(POLL_SECONDS)
+    os._exit(EXIT_PREEMPTED)
 
 
 def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.jobs import objects
 from dstune.serve.finetuning.jobs import request as requests
-from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.folder import NOW, JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import AUTO
 from dstune.serve.finetuning.jobs.planner import Estimate
 from dstune.serve.finetuning.jobs.presets import LOCAL, Preset, Presets
@@ -170,6 +170,9 @@ class Jobs:
         row = await asyncio.to_thread(
             self._store.wish, project, job, change, repeated=repeated, message=message, also=also
         )
+        if change is Change.CANCEL:  # the loop asks trainings too, but looks at no validation any more
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(JobFolder.of(self._folder, row.id).request_stop, NOW)
         await request.answer(objects.job(row))
 
     def _read(self, request: Request) -> Job:
