@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from dstune.serve.finetuning.jobs import check
@@ -357,6 +359,33 @@ def test_a_job_outlives_the_control_group_of_its_server(base, tmp_path, control_
             events = list(client.fine_tuning.jobs.list_events(job.id, limit=100))
             assert [event.data["step"] for event in events if event.data] == list(range(600, 0, -1))
             assert sum("was interrupted" in event.message for event in events) == interrupted
+
+
+@pytest.mark.slow
+def test_a_container_that_is_stopped_has_its_jobs_save(base, tmp_path):
+    """All processes end with its first one. The job goes on behind the step at which it was asked, not where its epoch began."""
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("needs root and unshare (Debian: apt-get install util-linux)")
+    enter = ["unshare", "--pid", "--fork", "--mount-proc"]
+    with Server(tmp_path, presets(base), enter=enter) as server:
+        client = server.client(max_retries=5)
+        data = uploaded(client, chat_rows(tmp_path / "rows.jsonl", 300))
+        given = {"model": "tiny", "training_file": data, "seed": 5, "method": supervised(n_epochs=1, batch_size=1)}
+        job = client.fine_tuning.jobs.create(**given)
+        at_step(client, server, job.id, 30)
+        assert server.process is not None
+        (first,) = psutil.Process(server.process.pid).children()
+        first.terminate()
+        assert server.process.wait(timeout=240) == 0
+        assert not job_processes(server.job_folder(job.id))
+        (saved,) = [int(path.name[5:]) for path in (server.job_folder(job.id) / "run" / "checkpoints").glob("step-*")]
+        assert 30 <= saved < 300
+        server.start()
+        client = server.client(max_retries=5)
+        wait_for(client, job.id, "succeeded")
+        undisturbed = client.fine_tuning.jobs.create(**given)
+        wait_for(client, undisturbed.id, "succeeded")
+        assert weights(server, job.id) == weights(server, undisturbed.id)
 
 
 def test_the_api_and_its_jobs_are_two_processes(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,25 @@ def test_a_job_of_a_project_without_space_ends(bench):
     row = bench.read(job)
     assert (row.state, row.active) == (State.SUCCEEDED, False)
     assert row.result_file
+
+
+def test_jobs_that_would_end_with_the_server_save_first(bench):
+    here, cluster = running(bench), bench.add(pool="slurm")
+    bench.presets.models["far"] = replace(bench.presets.models["tiny"], name="far", launch={"name": "slurm"})
+    with bench.database.writing.begin() as session:
+        row = bench.store.locked(session, cluster)
+        row.preset = "far"
+    bench.step(2)
+    assert bench.state(cluster) == State.RUNNING
+    asked = []
+
+    def ended(folder):
+        asked.append((folder.path.name, folder.stop_requested()))
+        return len(asked) > 2
+
+    bench.launcher.is_alive = lambda folder: not ended(folder)
+    bench.reconciler.save_all()
+    assert asked == [(here, ""), (here, "save"), (here, "save")]
 
 
 def test_a_second_launch_of_a_directory_is_no_failure(bench):

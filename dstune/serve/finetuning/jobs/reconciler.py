@@ -119,6 +119,18 @@ class Reconciler:
             ):
                 self._results.tidy(folder)
 
+    def save_all(self) -> None:
+        """Have local jobs save and end: their processes would not outlive this one. The next reconciler starts them again."""
+        if not self.leads:
+            return
+        active = [job for job in self._store.unfinished() if job.active and job.pool == LOCAL]
+        while active := [job for job in active if self._launcher.is_alive(self._of(job))]:
+            for job in active:
+                self._ask(self._of(job), SAVE)
+            lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
+            time.sleep(0.2)
+            self._launcher.reap()
+
     def leave(self) -> None:
         """Let another process lead at once."""
         if self.leads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,8 @@ class Jobs:
         self._creating = ThreadPoolExecutor(4, thread_name_prefix="create-job")
         self._stop, self._wake = threading.Event(), threading.Event()
         store.wake = self._wake.set
+        self.ends_all = os.getpid() == 1
+        """Whether all processes end with this one, as in a container: local jobs save first."""
 
     @property
     def _database(self) -> Database:
@@ -152,6 +155,8 @@ class Jobs:
             except Exception:
                 log.exception("jobs could not be looked after; it is tried again")
             self._wake.wait(STEP_SECONDS)
+        if self.ends_all:
+            self._reconciler.save_all()
         with contextlib.suppress(Exception):
             self._reconciler.leave()
 
