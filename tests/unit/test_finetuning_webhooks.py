@@ -141,6 +141,25 @@ def test_webhooks_as_the_client_verifies_them(tmp_path, monkeypatch):
     asyncio.run(test())
 
 
+def test_receivers_that_do_not_answer_keep_nobody_waiting(tmp_path):
+    """Of two tenants: one has a hundred events for a receiver that is silent, the other one a single one."""
+
+    async def test(found):
+        kinds = ["batch.failed"]
+        silent = await found.openai().webhooks.create(name="a", url="https://a.invalid/", event_types=kinds)
+        other = await found.openai(found.other).webhooks.create(name="b", url="https://b.invalid/", event_types=kinds)
+        with found.api.database.writing.begin() as session:
+            for number in range(100):
+                found.api.webhooks.enqueue(session, "proj_default", "batch.failed", f"batch_{number}")
+            found.api.webhooks.enqueue(session, "proj_other", "batch.failed", "batch_x")
+        own = deliveries_module.Deliveries(found.api.database, found.api.webhooks, 1.0)
+        claimed = [endpoint.id for _, endpoint in own._claim()]
+        assert (claimed.count(silent.id), claimed.count(other.id)) == (4, 1)
+        assert len(own._claim()) == 8  # the rest is of one endpoint, which has all places then
+
+    run(test, tmp_path, api={"delivery_seconds": 3600.0})
+
+
 def states(found) -> list[str]:
     with found.api.database.session() as session:
         return [row.state for row in session.query(Delivery)]

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 
 from dstune.serve.finetuning.tables import Delivery, WebhookEndpoint
 from dstune.serve.finetuning.webhooks import Webhooks
@@ -45,17 +45,22 @@ class Deliveries:
         return len(claimed)
 
     def _claim(self) -> list[tuple[Delivery, WebhookEndpoint]]:
+        """Of as many endpoints as there are places, whichever: one that does not answer must not keep others waiting."""
         now, found = time.time(), []
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "deliveries")
-            query = select(Delivery).where(Delivery.state == "waiting", Delivery.next_at <= now)
-            for delivery in session.scalars(query.order_by(Delivery.next_at).limit(AT_ONCE)):
-                endpoint = session.scalar(select(WebhookEndpoint).where(WebhookEndpoint.id == delivery.endpoint))
-                if endpoint is None or endpoint.deleted_at is not None:
-                    delivery.state = "dropped"
-                    continue
-                delivery.next_at, delivery.attempts = now + LEASE_SECONDS, delivery.attempts + 1
-                found.append((delivery, endpoint))
+            due = (Delivery.state == "waiting", Delivery.next_at <= now)
+            names = select(Delivery.endpoint).where(*due).group_by(Delivery.endpoint).order_by(func.random())
+            chosen = list(session.scalars(names.limit(AT_ONCE)))
+            for name in chosen:
+                endpoint = session.scalar(select(WebhookEndpoint).where(WebhookEndpoint.id == name))
+                oldest = select(Delivery).where(*due, Delivery.endpoint == name).order_by(Delivery.next_at)
+                for delivery in session.scalars(oldest.limit(AT_ONCE // len(chosen))):
+                    if endpoint is None or endpoint.deleted_at is not None:
+                        delivery.state = "dropped"
+                        continue
+                    delivery.next_at, delivery.attempts = now + LEASE_SECONDS, delivery.attempts + 1
+                    found.append((delivery, endpoint))
             session.execute(delete(Delivery).where(Delivery.state != "waiting", Delivery.next_at < now - KEPT_SECONDS))
         return found
 
