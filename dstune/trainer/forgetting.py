@@ -39,7 +39,7 @@ class Penalties:
     def __init__(self, config: ForgettingConfig, engine: Engine, new: NewWeights, fisher: Fisher):
         self._start: dict[int, torch.Tensor] = {}
         self._strength: dict[int, torch.Tensor] = {}
-        self._value = 0.0
+        self._value: torch.Tensor | float = 0.0
         for partition in engine.partitions():
             strength = torch.zeros_like(partition.elements, dtype=torch.float32)
             for part in partition.fragments:
@@ -58,13 +58,13 @@ class Penalties:
         # DeepSpeed fills partitions up to equal sizes with memory as it was: not a number now and then.
         distance = (partition.elements.float() - self._start[id(partition.key)]).where(strength > 0, 0.0)
         pull = strength * distance
-        self._value += 0.5 * float((pull.double() * distance).sum())
+        self._value = self._value + 0.5 * (pull.double() * distance).sum()
         gradient.add_(pull)
 
     def collect(self) -> float:
-        """The penalty of the weights before the last update, of this rank's partitions."""
+        """The penalty of the weights before the last update, of this rank's partitions: read once for all of them."""
         mine, self._value = self._value, 0.0
-        return mine
+        return float(mine)
 
 
 def general_fisher(

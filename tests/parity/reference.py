@@ -60,6 +60,9 @@ def train_plainly(
     model = model_class.from_pretrained(
         config.model.path, dtype=torch.float64, attn_implementation="sdpa", **config.model.config_overrides
     )
+    if loss_of is target_loss and model.config.decoder_start_token_id is None:  # two encoders that were joined
+        model.config.decoder_start_token_id = tokenizer.bos_token_id or tokenizer.cls_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     fisher = {name: torch.zeros_like(weight) for name, weight in start.items()}
     if config.forgetting.ewc:

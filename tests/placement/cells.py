@@ -118,9 +118,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "dstune/tasks/preference/head.py:__call__": (2, MICRO_BATCH),
     "dstune/tasks/preference/head.py:_keep_targets": (2, MICRO_BATCH),
     "main": (1, MICRO_BATCH),
-    # A spike is vetoed between the last forward and backward pass; a penalty's value is read where it is added, before the update.
+    # A spike is vetoed between the last forward and backward pass; a penalty's value is read with the step's row.
     "dstune/trainer/loop.py:veto": (1, STEP),
-    "dstune/trainer/forgetting.py:add": (1, GROUP),
+    "dstune/trainer/forgetting.py:collect": (1, STEP),
     # A loss of the whole global batch: vectors of every micro-batch go through the host to all ranks.
     "dstune/trainer/whole_batch.py:<dictcomp>": (5, MICRO_BATCH),
     "dstune/tasks/embedding/head.py:<listcomp>": (1, MICRO_BATCH),
