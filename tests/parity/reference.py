@@ -89,6 +89,8 @@ def train_plainly(
         result.grad_norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                if parameter.grad is None:  # the pooler of an encoder that was joined to another
+                    continue
                 strength = config.forgetting.l2sp + config.forgetting.ewc * fisher[name]
                 parameter.grad += strength * (parameter - start[name])
                 parameter -= config.optimizer.lr * parameter.grad
