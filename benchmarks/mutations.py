@@ -1,9 +1,9 @@
 """Take a defence out of a copy of the tree and see the test fail that holds it.
 
-A test of a refusal passes as well where nothing was ever attempted. Each change here undoes what one test holds; the tables are in
-`attack_mutations.py` (tests/security) and `fault_mutations.py` (what is trained).
+A test of a refusal passes as well where nothing was ever attempted. Each change here undoes what one test holds; the tables are
+`attack_mutations.py` (tests/security), `fault_mutations.py` (what is trained) and `device_mutations.py` (what a GPU shows).
 
-usage: python benchmarks/mutations.py attacks|faults [--only WORD] [--output mutations.jsonl]
+usage: python benchmarks/mutations.py attacks|faults|devices [--only WORD] [--output mutations.jsonl]
 
 Exit code 1: a test passed all the same. A run that is started again with the output of an earlier one goes on behind it.
 """
@@ -158,7 +158,7 @@ def _in_child(root: Path, test: str, case: str, answer: Path) -> None:
 
 def main(argv: list[str]) -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("table", choices=("attacks", "faults"))
+    arguments.add_argument("table", choices=("attacks", "faults", "devices"))
     arguments.add_argument("--only", default="", help="tests with this in their name")
     arguments.add_argument("--output", type=Path, default=Path("mutations.jsonl"))
     given = arguments.parse_args(argv)

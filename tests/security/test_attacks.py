@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fault_mutations
-from benchmarks.attack_mutations import MUTATIONS
+from benchmarks import attack_mutations, device_mutations, fault_mutations
 from benchmarks.attacks import ATTACKS, TESTS, table
 
 ROOT = Path(__file__).parents[2]
@@ -31,10 +30,11 @@ def test_each_attack_has_its_test(attack) -> None:
 
 def test_each_attack_has_what_undoes_its_defence() -> None:
     """And each change is of a text that the code has."""
-    assert {one.place for one in ATTACKS} <= MUTATIONS.keys()
-    for mutation in (*MUTATIONS.values(), *fault_mutations.MUTATIONS.values()):
-        for change in mutation.changes:
-            change.applied(ROOT)
+    assert {one.place for one in ATTACKS} <= attack_mutations.MUTATIONS.keys()
+    for tables in (attack_mutations, fault_mutations, device_mutations):
+        for mutation in tables.MUTATIONS.values():
+            for change in mutation.changes:
+                change.applied(ROOT)
 
 
 def test_the_page_has_the_table() -> None:
