@@ -84,10 +84,13 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
     expected = " or ".join(
         " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
-    missing = dict.fromkeys(_missing(nearest[0], mapping, columns), "NAME")
-    form = ROW_FORMATS[nearest[0]]
+    suggested = {name: ROW_FORMATS[name]().candidates(list(columns), mapping) for name in nearest}
+    known = (name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns)))
+    example = next(known, nearest[0])
+    missing = dict.fromkeys(_missing(example, mapping, columns), "NAME")
+    form = ROW_FORMATS[example]
     rest = [column for column in columns if column not in columns_read(form, mapping, columns)]
-    candidates = rest if len(rest) == len(missing) == 1 else form().candidates(list(columns), mapping)
+    candidates = rest if len(rest) == len(missing) == 1 else suggested[example]
     missing |= dict(zip(missing, candidates, strict=False))
     raise UserError(
         Problem(

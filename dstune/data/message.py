@@ -107,6 +107,11 @@ def message_of(number: int, message: Any) -> Message:
     return result
 
 
+def is_call(message: Any) -> bool:
+    """Whether a message of a file is itself a call, by its role."""
+    return isinstance(message, dict) and (message.get("role") or message.get("from")) in NAMES_OF_CALLS
+
+
 def _text(number: int, role: str, content: Any) -> str:
     if not isinstance(content, str):
         raise RowError(f"message {number} ({role}): content must be text, it is {format_value(content)}")

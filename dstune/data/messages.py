@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.data.message import REASONING_KEYS, Message, from_json, message_of, without_none
+from dstune.data.message import REASONING_KEYS, Message, from_json, is_call, message_of, without_none
 from dstune.data.problems import RowError, format_value
 
 EXCHANGE_KEYS = ("system", "human", "user", "assistant")
@@ -24,6 +24,11 @@ FOLLOWERS = {
 }
 """Which role may follow which."""
 
+VALUES = ("default", "const", "example")
+"""Keywords of JSON Schema whose value is any value, null among them."""
+
+NAMES = ("properties", "patternProperties", "$defs", "definitions")
+"""Keywords of JSON Schema whose keys are names."""
 
 BESIDE_CONVERSATION = "the column {!r} stands beside a prompt that is a conversation, which has no place for it"
 
@@ -35,8 +40,22 @@ def conversation_of(value: Any, column: str) -> list[Message]:
         value = from_json(value, f"column {column!r} is text but not JSON")
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of messages that is not empty")
-    given = [message for item in value for message in _of_exchange(item)]
-    return [message_of(number, message) for number, message in enumerate(given, start=1)]
+    messages: list[Message] = []
+    for number, given in enumerate((message for item in value for message in _of_exchange(item)), start=1):
+        message = message_of(number, given)
+        if is_call(given) and messages and messages[-1]["role"] == "assistant":
+            messages[-1] = _with_calls(messages[-1], message, number)
+        else:
+            messages.append(message)
+    return messages
+
+
+def _with_calls(message: Message, call: Message, number: int) -> Message:
+    """`message` of the assistant and the call behind it (ms-swift), which is a part of the same turn. Raises RowError."""
+    for key in ("weight", *REASONING_KEYS):
+        if call.get(key) != message.get(key) and (key in call or key == "weight"):
+            raise RowError(f"message {number} calls a tool in the turn of the message before it, and has another {key}")
+    return {**message, "tool_calls": [*message.get("tool_calls", ()), *call.get("tool_calls", ())]}
 
 
 def _of_exchange(item: Any) -> list[Any]:
@@ -143,14 +162,42 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
     is_text = isinstance(value, str)
     if is_text:
         value = from_json(value, "tools are not JSON")
+    if value is None:
+        return []
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("tools must be a list of JSON schemas")
-    # Objects that were in a table once have the keys of all of them; a text is what somebody wrote.
-    tools = [tool if is_text else without_none(tool) for tool in value]
+    tools = value if is_text else _without_absent(value)
     for number, tool in enumerate(tools, 1):
         if not isinstance(function := tool.get("function", {}), dict):
             raise RowError(f"the function of tool {number} must be an object, it is {format_value(function)}")
     return [_tool(tool) for tool in tools]
+
+
+def _without_absent(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`tools` without keys that are null and say nothing. A default that is null says something, unless null stands in these
+    schemas where JSON Schema has none: then they were in a table once, which gives each object the keys of all."""
+    kept = [_without_null_keywords(tool) for tool in tools]
+    from_table = [_parameters(tool) for tool in kept] != [_parameters(tool) for tool in tools]
+    return [without_none(tool) for tool in tools] if from_table else kept
+
+
+def _without_null_keywords(schema: Any, *, names: bool = False) -> Any:
+    """`schema` without keys that are null where JSON Schema has none. names: its keys are names of arguments."""
+    if isinstance(schema, list):
+        return [_without_null_keywords(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    values = () if names else VALUES
+    return {
+        key: item if key in values else _without_null_keywords(item, names=not names and key in NAMES)
+        for key, item in schema.items()
+        if item is not None or key in values
+    }
+
+
+def _parameters(tool: dict[str, Any]) -> Any:
+    function = tool.get("function") or tool
+    return function.get("parameters") if isinstance(function, dict) else None
 
 
 def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow, first_line
 from dstune.data.read_text import MAX_ROW_BYTES
 
@@ -79,7 +80,7 @@ def _broken(file: DataFile, kind: str, error: Exception) -> UserError:
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
     """The rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
     classes = _class_names(schema)
-    nested = [field.name for field in schema if _has_objects(field.type)]
+    nested = {field.name: value_of for field in schema if (value_of := _value_of(field.type))}
     for batch in batches:
         for start in range(0, len(batch), ROWS_PER_BATCH):  # one batch may hold the whole file
             part = batch.slice(start, ROWS_PER_BATCH)
@@ -94,8 +95,8 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
                     continue
                 for column, names in classes.items() if fields else ():
                     fields[column] = _named(fields[column], names)
-                for column in nested if fields else ():
-                    fields[column] = _without_absent(fields[column])
+                for column, value_of in nested.items() if fields else ():
+                    fields[column] = value_of(fields[column])
                 yield RawRow(file, number, fields, fault)
 
 
@@ -153,18 +154,49 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     return found
 
 
-def _has_objects(kind: Any) -> bool:
-    """Whether a type of Arrow is one of objects, or of lists of them."""
+def _value_of(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes of a value of this type, as pyarrow gives it, what a row of JSON would hold; None where it is that already.
+
+    A table gives each object the keys of all, so that a null of an object is a key that was absent. In JSON and in a map it
+    is what somebody wrote.
+    """
     import pyarrow as pa
 
-    return bool(pa.types.is_struct(kind)) or any(_has_objects(kind.field(at).type) for at in range(kind.num_fields))
+    if isinstance(kind, getattr(pa, "JsonType", ())):  # `Json` of `datasets`: objects that differ from row to row
+        return _parsed
+    if pa.types.is_map(kind):
+        of_key, of_item = _value_of(kind.key_type) or _same, _value_of(kind.item_type) or _same
+        return lambda pairs: None if pairs is None else {of_key(key): of_item(item) for key, item in pairs}
+    if pa.types.is_struct(kind):
+        of_field = {field.name: _time_of(field.type) or _value_of(field.type) or _same for field in kind}
+        return lambda value: (
+            None if value is None else {key: of_field[key](item) for key, item in value.items() if item is not None}
+        )
+    if of_element := _value_of(kind.value_type) if hasattr(kind, "value_type") else None:
+        if pa.types.is_dictionary(kind):
+            return of_element
+        return lambda items: None if items is None else [of_element(item) for item in items]
+    return None
 
 
-def _without_absent(value: Any) -> Any:
-    """`value` without the keys of objects that are null: a table gives each object the keys of all."""
-    if isinstance(value, dict):
-        return {key: _without_absent(item) for key, item in value.items() if item is not None}
-    return [_without_absent(item) for item in value] if isinstance(value, list) else value
+def _time_of(kind: Any) -> Callable[[Any], str] | None:
+    """What writes a date or a time that a message holds as JSON has it."""
+    import pyarrow as pa
+
+    is_time = pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_time(kind)
+    return (lambda value: str(value.isoformat())) if is_time else None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _parsed(text: Any) -> Any:
+    """The value of JSON text; what is no JSON stays as it is."""
+    try:
+        return parse_json(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
 
 
 def _named(value: Any, names: list[str]) -> Any:

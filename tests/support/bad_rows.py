@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import gzip
 import json
 from typing import Any
@@ -101,7 +100,7 @@ ROWS: list[Case] = [
     (
         "a value is not JSON: …",
         CHAT,
-        pa.Table.from_pylist([chat(output("user", at=datetime.date(2025, 1, 1)), ANSWER)] * 2),
+        pa.Table.from_pylist([chat(output("user", at=b"1"), ANSWER)] * 2),
     ),
     ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
@@ -163,6 +162,11 @@ ROWS: list[Case] = [
         "message … (…) has different weights: …",
         CHAT,
         chat(USER, output("assistant", weight=0, loss_weight=1)),
+    ),
+    (
+        "message … calls a tool in the turn of the message before it, and has another …",
+        CHAT,
+        chat(USER, output("assistant", weight=0), {"role": "tool_call", "content": '{"name": "f"}'}),
     ),
     (
         (

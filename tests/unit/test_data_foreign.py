@@ -3,6 +3,7 @@ the shapes that their files have. `benchmarks/foreign_data.py` reads the files t
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any
 
@@ -19,7 +20,7 @@ from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import check_task, recognise
 from dstune.data.media import marker_in
-from dstune.data.rows import RowError, normalise
+from dstune.data.rows import RowError, normalise, stored
 from dstune.data.tokenize import RowTokenizer
 from dstune.launch.first_rows import first_row_problems
 from dstune.protocols.task import TaskConfig
@@ -133,6 +134,36 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
         "messages",
         [U, {"role": "assistant", "tool_calls": [CALL]}, said("tool", "2"), A],
     ),
+    (
+        "several calls as ms-swift has them",
+        {
+            "messages": [
+                U,
+                said("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=True),
+                said("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
+                said("tool_response", "2"),
+                said("tool_response", "2"),
+                A,
+            ]
+        },
+        "messages",
+        [U, {"role": "assistant", "tool_calls": [CALL, CALL]}, said("tool", "2"), said("tool", "2"), A],
+    ),
+    (
+        "a text and a call behind it, as ms-swift has them",
+        {
+            "messages": [
+                U,
+                {**A, "loss": False},
+                said("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=0),
+                U2,
+                A2,
+            ]
+        },
+        "messages",
+        [U, {**A, "tool_calls": [CALL], "weight": 0}, U2, A2],
+    ),
+    ("no tools, as JSON text", {"messages": [U, A], "tools": "null"}, "messages", [U, A]),
 ]
 
 
@@ -140,7 +171,7 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
 def test_conversations_of_other_tools(row, fmt, expected):
     found, rendered = read(row, CHAT)
     assert (found, rendered["messages"]) == (fmt, expected)
-    if row.get("tools"):
+    if row.get("tools") not in (None, "null"):
         assert rendered["tools"] == [{"type": "function", "function": SCHEMA}]
 
 
@@ -396,6 +427,92 @@ def test_schemas_that_are_text_are_given_as_they_are():
     assert tool["function"] == schema
 
 
+def test_a_default_that_is_null_is_shown_to_the_model():
+    def of(properties):
+        return [{"type": "function", "function": {"name": "f", "description": None, "parameters": properties}}]
+
+    def shown(properties):
+        tools = of({"type": "object", "properties": properties})
+        (tool,) = read({"messages": [U, A], "tools": tools}, CHAT)[1]["tools"]
+        return tool["function"]["parameters"]["properties"]
+
+    optional = {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None}
+    assert shown({"x": optional, "default": {"type": "string"}}) == {"x": optional, "default": {"type": "string"}}
+    assert shown({"x": {"default": {"y": None}, "enum": [None, 1]}}) == {
+        "x": {"default": {"y": None}, "enum": [None, 1]}
+    }
+    # Beside nulls that no JSON Schema has it is a key that another object of a table had.
+    assert shown({"x": optional, "y": None}) == {"x": {"anyOf": optional["anyOf"]}}
+    assert shown({"x": {**optional, "items": None}}) == {"x": {"anyOf": optional["anyOf"]}}
+    assert shown({"x": optional, "default": None}) == {"x": {"anyOf": optional["anyOf"]}}
+
+
+def test_json_in_a_table_is_what_it_says(tmp_path):
+    """As `datasets` stores objects that differ from row to row."""
+    from datasets import Dataset, Features, Json, List, Value
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": [1, {"z": "1"}]}}}
+    schemas = [
+        {"name": "f", "parameters": {"type": "object", "properties": {"x": {"default": None}, "y": {"type": "array"}}}},
+        {"name": "g", "parameters": {"type": "object", "properties": {}}},
+    ]
+    row = {
+        "messages": [{**U, "tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": schema} for schema in schemas],
+    }
+    deep = {"type": Value("string"), "function": {"name": Value("string"), "arguments": Json()}}
+    deep_tool = {"type": Value("string"), "function": {"name": Value("string"), "parameters": Json()}}
+    for calls, tools in ((Json(), Json()), (List(Json()), List(Json())), (List(deep), List(deep_tool))):
+        message = {"role": Value("string"), "content": Value("string"), "tool_calls": calls}
+        data = Dataset.from_list([row], features=Features({"messages": List(message), "tools": tools}))
+        data.to_parquet(str(tmp_path / "rows.parquet"))
+        data.save_to_disk(str(tmp_path / "saved"))
+        for name in ("rows.parquet", "saved"):
+            (file,) = sources.expand(str(tmp_path / name), "data.train")
+            (found,) = sources.read(file)
+            _, rendered = read(found.fields, CHAT)
+            assert rendered["messages"][1]["tool_calls"] == [call], (name, calls)
+            assert rendered["tools"] == row["tools"], (name, tools)
+
+
+def test_a_map_in_a_table_is_an_object(tmp_path):
+    properties = pa.map_(pa.string(), pa.struct([("type", pa.string()), ("items", pa.map_(pa.string(), pa.string()))]))
+    table = pa.table(
+        {
+            "messages": [[U, A]],
+            "tools": pa.array(
+                [
+                    [
+                        {
+                            "name": "f",
+                            "parameters": {"properties": [("x", {"type": "array", "items": [("type", "null")]})]},
+                        }
+                    ]
+                ],
+                pa.list_(pa.struct([("name", pa.string()), ("parameters", pa.struct([("properties", properties)]))])),
+            ),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (file,) = sources.expand(str(tmp_path / "rows.parquet"), "data.train")
+    (found,) = sources.read(file)
+    schema = {"properties": {"x": {"type": "array", "items": {"type": "null"}}}}
+    assert read(found.fields, CHAT)[1]["tools"] == [
+        {"type": "function", "function": {"name": "f", "parameters": schema}}
+    ]
+
+
+def test_times_that_a_table_has_inside_of_messages_are_text(tmp_path):
+    at = datetime.datetime(2023, 4, 9, 0, 2, 53, tzinfo=datetime.UTC)
+    pq.write_table(
+        pa.Table.from_pylist([{"messages": [{**U, "timestamp": at}, {**A, "day": at.date()}]}]), tmp_path / "a.parquet"
+    )
+    (file,) = sources.expand(str(tmp_path / "a.parquet"), "data.train")
+    (found,) = sources.read(file)
+    expected = [{**U, "timestamp": "2023-04-09T00:02:53+00:00"}, {**A, "day": "2023-04-09"}]
+    assert json.loads(stored(read(found.fields, CHAT)[1]))["messages"] == expected
+
+
 @pytest.mark.parametrize(
     ("row", "task", "fix"),
     [
@@ -407,6 +524,8 @@ def test_schemas_that_are_text_are_given_as_they_are():
         ),
         ({"response": "Yes"}, TEXT, r"'data\.columns={text: response}'"),
         ({"response": "Yes"}, CHAT, r"'data\.columns={prompt: NAME}'"),
+        ({"question": "Hi", "answer": "Yes"}, CHAT, r"'data\.columns={prompt: question, completion: answer}'"),
+        ({"input": "Hi", "output": "Yes"}, CHAT, r"'data\.columns={prompt: input, completion: output}'"),
     ],
 )
 def test_the_fix_names_the_task_that_reads_the_rows(row, task, fix):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from dstune.data.media import holds_something
@@ -15,6 +15,10 @@ from dstune.protocols.task import Task
 
 BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs")
 """Roles that may stand beside any conversation."""
+
+QUESTIONS = ("question", "problem", "input", "user", "human")
+ANSWERS = ("answer", "solution", "output", "assistant", "target")
+"""Names that files have for a prompt and its completion, which a message suggests: they may mean other things as well."""
 
 JUDGED = (
     "task=preference task.loss=kto learns from good and bad answers, this task would learn the bad ones as well; a column that "
@@ -76,6 +80,10 @@ class PromptCompletion(ConversationFormat):
     optional = ("history", *BESIDE)
     other_names: ClassVar = {**ConversationFormat.other_names, "prompt": ("query",), "completion": ("response",)}
     checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages, "completion": text_or_messages}
+
+    def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
+        found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
+        return found if all(found) and not mapping else []
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         return plain_exchange(found, needs_answer=task is None or task.needs_answer)
