@@ -287,7 +287,7 @@ def test_what_a_create_is_refused_for(tmp_path):
     in_office(tmp_path, test)
 
 
-HOSTILE = ("${oc.env:HOME}", "../../x", "a'\"\n; rm -rf /", "‮emoji 🎉", "{{ 7*7 }}")
+HOSTILE = ("${oc.env:HOME}", "../../x", "a'\"\n; rm -rf /", "‮emoji 🎉", "{{ 7*7 }}", "a/b:c.d%2F" + "🎉" * 54)
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -303,6 +303,40 @@ def test_text_of_a_request_stays_text(tmp_path, text):
             if path.is_file():
                 assert text.encode() not in path.read_bytes()
         assert text not in json.dumps(found.launcher.started, ensure_ascii=False)
+
+    in_office(tmp_path, test)
+
+
+def test_names_of_models_that_nobody_has(tmp_path):
+    """Slashes, encoded or not, colons and dots: no route is missed, and nothing is found under them."""
+
+    async def test(found: Office) -> None:
+        client, owner = found.cloud.openai(), found.cloud.openai(found.cloud.owner)
+        file = await found.file(client)
+        raw = found.cloud.http(found.cloud.owner)
+        for name in (
+            "a/b",
+            "a:b",
+            "ft:a/b:org::id",
+            "ft:tiny:default:a.b:ckpt-step-1",
+            "%2F",
+            "../tiny",
+            "ft:tiny/../x",
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.fine_tuning.jobs.create(model=name, training_file=file)
+            assert (caught.value.code, caught.value.param) == ("model_not_available", "model")
+            for call in (
+                client.models.retrieve,
+                owner.models.delete,
+                owner.fine_tuning.checkpoints.permissions.retrieve,
+            ):
+                with pytest.raises(openai.NotFoundError) as absent:
+                    await call(name)
+                assert absent.value.code == "model_not_found", (name, call)
+            plain = await raw.get(f"/v1/models/ft:a/b:{name}")  # as 1.109.1 sends it
+            assert (plain.status_code, plain.json()["error"]["code"]) == (404, "model_not_found")
+        assert (await client.models.retrieve("tiny")).id == "tiny"
 
     in_office(tmp_path, test)
 

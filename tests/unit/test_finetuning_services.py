@@ -13,6 +13,7 @@ import pytest
 from dstune.core.errors import DstuneError, UserError
 from dstune.serve import command, extra, keys_command
 from dstune.serve.finetuning.jobs.tables import TunedModel
+from dstune.serve.finetuning.models import serving as serving_module
 from dstune.serve.finetuning.models.serving import Serving
 from dstune.serve.finetuning.tables import Secret, Usage
 from dstune.serve.finetuning.vault import Vault
@@ -96,25 +97,54 @@ def test_secrets_are_kept_encrypted(tmp_path):
     run(test, tmp_path)
 
 
-def test_a_model_that_is_deleted_while_it_is_loaded_does_not_stay_on_its_engine(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "dstune.serve.finetuning.models.serving.source.resolve", lambda name, path: SimpleNamespace(name=name)
-    )
+class Engines:
+    """Of a fleet, what loads models."""
 
-    class Engines:
-        def __init__(self):
-            self.models, self.loading = {"base": None}, asyncio.Event()
+    def __init__(self, monkeypatch):
+        where = "dstune.serve.finetuning.models.serving.source.resolve"
+        monkeypatch.setattr(where, lambda name, path: SimpleNamespace(name=name))
+        self.models, self.loading = {"base": None}, asyncio.Event()
 
-        async def add(self, source):
-            self.loading.set()
-            await asyncio.sleep(0.05)
-            self.models[source.name] = source
+    async def add(self, source):
+        self.loading.set()
+        await asyncio.sleep(0.01)
+        self.models[source.name] = source
 
-        async def remove(self, name):
-            del self.models[name]
+    async def remove(self, name):
+        del self.models[name]
+
+
+def test_models_that_nobody_asks_for_leave_their_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_module, "MOST_LOADED", 2)
+    engines, rows, clock = Engines(monkeypatch), [], [0.0]
+    monkeypatch.setattr(serving_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     async def test():
-        engines = Engines()
+        store = SimpleNamespace(
+            final=lambda most: rows,
+            folder=lambda model: tmp_path,
+            find=lambda caller, name: next(row for row in rows if row.name == name),
+        )
+        serving, caller = Serving(engines, store), SimpleNamespace(project="p")
+        for number in range(4):
+            rows.append(TunedModel(name=f"ft:base:org::{number}", folder="a"))
+            await serving.load_new()
+        assert len(engines.models) == 1 + 4  # all of them were asked for, or made, a moment ago
+        clock[0] = 4000.0
+        await serving.ensure(caller, rows[0].name)
+        rows.append(TunedModel(name="ft:base:org::4", folder="a"))
+        for _ in range(2):
+            await serving.load_new()
+            assert sorted(engines.models) == ["base", rows[0].name, rows[4].name]
+        await serving.ensure(caller, rows[2].name)
+        assert rows[2].name in engines.models
+
+    asyncio.run(test())
+
+
+def test_a_model_that_is_deleted_while_it_is_loaded_does_not_stay_on_its_engine(tmp_path, monkeypatch):
+    async def test():
+        engines = Engines(monkeypatch)
         row = TunedModel(name="ft:base:org::1", folder="a")
         store = SimpleNamespace(final=lambda most: [row], folder=lambda model: tmp_path)
         serving = Serving(engines, store)

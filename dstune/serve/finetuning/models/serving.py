@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import defaultdict
 
@@ -25,6 +26,9 @@ ALLOWED_SECONDS = 2.0
 LATER = {"retry-after": "5"}
 LOADED_AT_START = 64
 """The newest models that are loaded before anybody asks."""
+MOST_LOADED = 64
+IDLE_SECONDS = 3600.0
+"""Where there are more, those that nobody has asked for so long leave their engines, whose memory would be full one day."""
 
 
 class Serving:
@@ -36,6 +40,8 @@ class Serving:
         self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._refused: set[str] = set()
         """Not tried again until somebody asks for them."""
+        self._asked: dict[str, float] = {}
+        """When models that were loaded here were asked for."""
 
     async def ensure(self, caller: Caller, name: str) -> None:
         """Let a request for a model pass: nothing for one that is no tuned model. Raises ApiError where the caller may not
@@ -45,6 +51,8 @@ class Serving:
         model = await self._of(caller, name)
         if name not in self._fleet.models:
             await self._load(model)
+        if name in self._asked:
+            self._asked[name] = time.monotonic()
 
     async def _of(self, caller: Caller, name: str) -> TunedModel:
         known = self._allowed.get((caller.project, name))
@@ -81,6 +89,19 @@ class Serving:
                     503, "The engine of the model does not answer.", code="starting", headers=LATER
                 ) from None
         self._loading.pop(model.name, None)
+        self._asked[model.name] = time.monotonic()
+        await self._make_room()
+
+    async def _make_room(self) -> None:
+        self._asked = {name: at for name, at in self._asked.items() if name in self._fleet.models}
+        old = time.monotonic() - IDLE_SECONDS
+        for name in sorted(self._asked, key=self._asked.__getitem__)[: max(0, len(self._asked) - MOST_LOADED)]:
+            if self._asked.get(name, math.inf) < old and name in self._fleet.models:
+                self._refused.add(name)
+                try:
+                    await self._fleet.remove(name)
+                except (DstuneError, EngineDown) as error:
+                    log.warning("%s could not be taken off its engine: %s", name, error)
 
     async def forget(self, name: str) -> None:
         """Take a model that was deleted off its engine."""
