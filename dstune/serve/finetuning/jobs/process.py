@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     folder, lock = JobFolder(Path(argv[0])), int(argv[1])
     task = read(folder.task) or {}
     if task.get("phase") == VALIDATE:
-        threading.Thread(target=_end_when_told, args=(folder,), daemon=True).start()
+        threading.Thread(target=_end_on_stop, args=(folder,), daemon=True).start()
         write(folder.validated, validate(folder, task))
         return EXIT_DONE
     ended = Training(folder, lock, str(task["pool"]), task.get("devices")).run()
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 # -- files
 
 
-def _end_when_told(folder: JobFolder) -> None:
+def _end_on_stop(folder: JobFolder) -> None:
     """Nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
     while folder.stop_requested() != NOW:
         time.sleep(POLL_SECONDS)

@@ -40,7 +40,7 @@ class Serving:
         self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._refused: set[str] = set()
         """Not tried again until somebody asks for them."""
-        self._asked: dict[str, float] = {}
+        self._last_used: dict[str, float] = {}
         """When models that were loaded here were asked for."""
 
     async def ensure(self, caller: Caller, name: str) -> None:
@@ -51,8 +51,8 @@ class Serving:
         model = await self._of(caller, name)
         if name not in self._fleet.models:
             await self._load(model)
-        if name in self._asked:
-            self._asked[name] = time.monotonic()
+        if name in self._last_used:
+            self._last_used[name] = time.monotonic()
 
     async def _of(self, caller: Caller, name: str) -> TunedModel:
         known = self._allowed.get((caller.project, name))
@@ -89,14 +89,16 @@ class Serving:
                     503, "The engine of the model does not answer.", code="starting", headers=LATER
                 ) from None
         self._loading.pop(model.name, None)
-        self._asked[model.name] = time.monotonic()
+        self._last_used[model.name] = time.monotonic()
         await self._make_room()
 
     async def _make_room(self) -> None:
-        self._asked = {name: at for name, at in self._asked.items() if name in self._fleet.models}
+        self._last_used = {name: at for name, at in self._last_used.items() if name in self._fleet.models}
         old = time.monotonic() - IDLE_SECONDS
-        for name in sorted(self._asked, key=self._asked.__getitem__)[: max(0, len(self._asked) - MOST_LOADED)]:
-            if self._asked.get(name, math.inf) < old and name in self._fleet.models:
+        for name in sorted(self._last_used, key=self._last_used.__getitem__)[
+            : max(0, len(self._last_used) - MOST_LOADED)
+        ]:
+            if self._last_used.get(name, math.inf) < old and name in self._fleet.models:
                 self._refused.add(name)
                 try:
                     await self._fleet.remove(name)
