@@ -102,6 +102,8 @@ class Report:
     """The job that a client was told, by what it called it."""
     cancelled: set[str] = field(default_factory=set)
     uploads: int = 0
+    requests: int = 0
+    """Uploads, creates and cancels that were answered."""
     states: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
@@ -137,8 +139,9 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     for thread in threads:
         thread.start()
     for _ in range(kills):
-        if draw.random() < 0.8:
-            _answers(port)  # else it may be killed while it starts
+        if draw.random() < 0.8:  # else it may be killed while it starts
+            _answers(port)
+            _works(report, draw.randint(0, 4))
         time.sleep(draw.uniform(0.0, 0.8))
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
@@ -171,6 +174,13 @@ def _answers(port: int, seconds: float = 60.0) -> None:
             return
 
 
+def _works(report: Report, requests: int, seconds: float = 30.0) -> None:
+    """Returns when so many more requests were answered: on a slow machine a server that is killed sooner had nothing to lose."""
+    deadline, until = time.monotonic() + seconds, report.requests + requests
+    while report.requests < until and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
 def _load(report: Report, over: threading.Event, url: str, key: str, number: int, seed: int) -> None:
     """What one client does until it is told to stop. The official client repeats what was cut."""
     draw = random.Random(f"{seed} {number}")
@@ -183,12 +193,14 @@ def _load(report: Report, over: threading.Event, url: str, key: str, number: int
             content = (ROW * draw.randint(10, 30)).encode()
             file = client.files.create(file=(f"{name}.jsonl", content), purpose="fine-tune")
             report.uploads += 1
+            report.requests += 1
             report.creates += 1
             seeded: dict[str, Any] = {"seed": draw.randrange(1000), "metadata": {"name": name}}
             job = client.fine_tuning.jobs.create(
                 model="tiny", training_file=file.id, hyperparameters={"n_epochs": 2}, **seeded
             )
             report.answered[name] = job.id
+            report.requests += 1
             if draw.random() < 0.3:
                 time.sleep(draw.random() / 2)
                 if client.fine_tuning.jobs.cancel(job.id).status == "cancelled":
