@@ -51,7 +51,29 @@ _BY_ATTACK: dict[str, Mutation] = {
         "launch/host_slots.py", "elif not HOST.fullmatch(match[1]):", "elif False:"
     ),
     "leaks.test_options_of_ssh_end_before_the_host": undo("launch/hosts.py", '"--", host, shlex', "host, shlex"),
+    "changed_since.test_ranks_obey_no_other_run_than_the_launcher_wrote": undo(
+        "config/run_file.py", "if sha256 is not None and hashlib.sha256(written).hexdigest() != sha256:", "if False:"
+    ),
+    "changed_since.test_every_launcher_tells_ranks_which_run_is_theirs": undo(
+        "launch/remote_commands.py",
+        "formatted |= variables_for_ranks(run_dir)",
+        "",
+        ("launch/slurm/script.py", "constants |= variables_for_ranks(run)", ""),
+        ("launch/commands.py", "shared |= variables_for_ranks(run_dir)", ""),
+    ),
+    "changed_since.test_ranks_of_another_launcher_obey_what_rank_0_wrote": undo(
+        "rank/worker.py", " | variables_for_ranks(run_dir)", ""
+    ),
+    "changed_since.test_a_job_is_submitted_as_it_was_written": undo(
+        "launch/slurm/jobs.py", '"--parsable", *dependency],', '"--parsable", *dependency, str(script)],'
+    ),
+    "changed_since.test_a_process_of_a_rank_executes_no_other_plugin": undo(
+        "core/plugins.py", 'if source.sha256 != one["sha256"]:', "if False:"
+    ),
     # Code.
+    "plugins.test_no_choice_leaves_the_folder_of_its_group": undo(
+        "config/overrides.py", " or _leaves_group(override)", ""
+    ),
     "plugins.test_a_callback_of_the_working_directory_is_not_imported": undo(
         "config/callbacks.py", " or not plugin_files.is_installed(module):", ":"
     ),
@@ -269,6 +291,12 @@ _BY_ATTACK: dict[str, Mutation] = {
     "tokenizers.test_a_pattern_that_backtracks_over_one_row_alone": undo(
         "core/tokenizers.py", 'type(error).__name__ == "PanicException"  #', "False  #"
     ),
+    "tokenizers.test_a_tokenizer_that_makes_gigabytes_of_a_word": undo(
+        "core/tokenizers.py",
+        "if (growth := _growth(step)) > MAX_GROWTH:",
+        "if (growth := 0):",
+        ("core/tokenizers.py", "if (added := _added(step)) > MAX_ADDED:", "if (added := 0):"),
+    ),
     "tokenizers.test_files_of_a_tokenizer_that_are_none": undo(
         "core/errors.py", "    except Exception as error:\n", "    except OSError as error:\n"
     ),
@@ -276,6 +304,12 @@ _BY_ATTACK: dict[str, Mutation] = {
         "models/load.py",
         '    with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):\n',
         "    if True:\n",
+    ),
+    "hangs.test_an_adapter_that_asks_for_more_than_it_has": undo(
+        "models/adapter_sizes.py", "if isinstance(size, (int, float)) and size > largest:", "if False:"
+    ),
+    "hangs.test_a_served_adapter_is_looked_at_before_the_engine_takes_it": undo(
+        "serve/engines/local/model.py", "check_adapter(folder, self.model, name)", "pass", case="rank"
     ),
     "hangs.test_settings_of_an_adapter_that_are_none": undo(
         "methods/_peft/files.py", "    if not isinstance(settings, dict):\n", "    if False:\n"
@@ -296,7 +330,22 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("core/parsing.py", "        if size <= limit:\n", "        if True:\n"),
     ),
     "hangs.test_a_field_of_a_table_without_end_is_one_bad_row": undo(
-        "data/read_tables.py", "if _bytes(part) <= MAX_ROW_BYTES:", "if True:"
+        "data/read_tables.py",
+        "if _bytes(unfolded) <= MAX_ROW_BYTES else None",
+        "",
+        ("data/read_tables.py", "if _bytes(row) <= MAX_ROW_BYTES else None", ""),
+    ),
+    "unfolding.test_a_table_of_a_few_bytes_is_read_in_little_memory": undo(
+        "data/read_tables.py", "with memory_limited(MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
+    ),
+    "unfolding.test_a_page_of_a_few_bytes_is_read_in_little_memory": undo(
+        "data/read_tables.py", "batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)", ""
+    ),
+    "unfolding.test_a_batch_larger_than_half_of_the_memory_is_refused": undo(
+        "data/read_tables.py", "return reader.schema, within_memory(", "return reader.schema, iter("
+    ),
+    "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library": undo(
+        "data/lakehouse/_inside.py", "_refuse_growing(entry.path)", "pass"
     ),
     "hangs.test_a_pipe_or_a_device_in_the_place_of_rows": undo(
         "data/sources.py", "    if not file.is_file():\n", "    if file.is_fifo():\n", case="jsonl"

@@ -118,7 +118,43 @@ ATTACKS = (
     Attack(
         "the same past the hostfile", "ssh", "`--` before the host", "leaks.test_options_of_ssh_end_before_the_host"
     ),
+    Attack(
+        "`run.yaml` is changed between the launching process's look and that of the ranks",
+        "run directory",
+        "ranks know the SHA-256 of what was written",
+        "changed_since.test_ranks_obey_no_other_run_than_the_launcher_wrote",
+    ),
+    Attack(
+        "the same, whoever starts the ranks",
+        "every launcher, requeued jobs",
+        "handed over with the rank's variables",
+        "changed_since.test_every_launcher_tells_ranks_which_run_is_theirs",
+    ),
+    Attack(
+        "the same under `torchrun`, `srun`, `mpirun`",
+        "other launchers",
+        "rank 0 tells the others",
+        "changed_since.test_ranks_of_another_launcher_obey_what_rank_0_wrote",
+    ),
+    Attack(
+        "a job's script is changed before it is submitted",
+        "run directory",
+        "`sbatch` is given the text",
+        "changed_since.test_a_job_is_submitted_as_it_was_written",
+    ),
+    Attack(
+        "the file of a plugin is changed while ranks run",
+        "processes that ranks start",
+        "they know its SHA-256",
+        "changed_since.test_a_process_of_a_rank_executes_no_other_plugin",
+    ),
     # Code.
+    Attack(
+        "a choice is a path out of its group (`task=../../somewhere`)",
+        "overrides, experiments",
+        "a choice is one of its folder",
+        "plugins.test_no_choice_leaves_the_folder_of_its_group",
+    ),
     Attack(
         "a callback's name is a module of the working directory",
         "`trainer.callbacks`",
@@ -476,6 +512,24 @@ ATTACKS = (
         "tokenizers.test_a_pattern_that_backtracks_over_one_row_alone",
     ),
     Attack(
+        "a rank of ten million",
+        "`adapter_config.json`",
+        "no size beyond those of its matrices",
+        "hangs.test_an_adapter_that_asks_for_more_than_it_has",
+    ),
+    Attack(
+        "either of them in an adapter that is served",
+        "`dstune serve`",
+        "looked at before the engine takes it",
+        "hangs.test_a_served_adapter_is_looked_at_before_the_engine_takes_it",
+    ),
+    Attack(
+        "replacements that make gigabytes of a word, tokens around each text",
+        "`tokenizer.json`",
+        "64 characters of one, 1,000 tokens",
+        "tokenizers.test_a_tokenizer_that_makes_gigabytes_of_a_word",
+    ),
+    Attack(
         "files of a tokenizer that hold lists, numbers or nothing",
         "models, adapters",
         "refused, whatever the library raises",
@@ -519,6 +573,30 @@ ATTACKS = (
         "Parquet, Arrow",
         "64 MiB: a bad row",
         "hangs.test_a_field_of_a_table_without_end_is_one_bad_row",
+    ),
+    Attack(
+        "a table whose rows share one value: 1 KB on disk, gigabytes as rows",
+        "Arrow: dictionaries, runs, views",
+        "1 GiB at a time, else row by row",
+        "unfolding.test_a_table_of_a_few_bytes_is_read_in_little_memory",
+    ),
+    Attack(
+        "a page of 1 KB that stands for gigabytes",
+        "Parquet",
+        "1 GiB at a time, else fewer rows",
+        "unfolding.test_a_page_of_a_few_bytes_is_read_in_little_memory",
+    ),
+    Attack(
+        "a compressed batch of gigabytes",
+        "Arrow",
+        "half of the memory that is free",
+        "unfolding.test_a_batch_larger_than_half_of_the_memory_is_refused",
+    ),
+    Attack(
+        "a checkpoint of a table's log that stands for gigabytes",
+        "`delta://`",
+        "half of the memory that is free, 50 million actions",
+        "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library",
     ),
     Attack(
         "a pipe or `/dev/zero` in the place of rows",

@@ -153,7 +153,13 @@ def hydra_would_take(override: Override) -> bool:
     """Whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
     key = override.key_or_group
     known = not_offered(key, override.value()) is not None  # Hydra takes any value of a key that has several types
-    return known or is_hydra_setting(override) or names_choice(key) or override.is_delete()
+    return known or is_hydra_setting(override) or names_choice(key) or override.is_delete() or _leaves_group(override)
+
+
+def _leaves_group(override: Override) -> bool:
+    """Whether a choice is a path out of the folder of its group, where Hydra would compose any file."""
+    value = override.value()
+    return "." not in override.key_or_group and isinstance(value, str) and ".." in re.split(r"[/\\]", value)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from dstune.core import files, plugins, signing
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_file
 from dstune.core.plugins import Plugin
+from dstune.core.rank_env import RUN_SHA256
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,19 @@ def write_signed(path: Path, content: Mapping[str, Any]) -> bool:
 
 def _write_content(path: Path, content: Mapping[str, Any], signature: Any) -> None:
     signed = {} if signature is None else {SIGNATURE: signature}
-    files.write(path, dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT, **signed}))
+    text = dump({"format": RUN_FORMAT} | {**content, "format": RUN_FORMAT, **signed})
+    files.write(path, text)
+    _written[path.absolute()] = hashlib.sha256(text.encode()).hexdigest()
+
+
+_written: dict[Path, str] = {}
+"""SHA-256 of each `run.yaml` as this process wrote it last."""
+
+
+def variables_for_ranks(run_dir: Path) -> dict[str, str]:
+    """By which ranks tell the `run.yaml` that this process wrote from what somebody else put in its place since."""
+    sha256 = _written.get((run_dir / "run.yaml").absolute())
+    return {} if sha256 is None else {RUN_SHA256: sha256}
 
 
 def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = Use.everything) -> Composed:
@@ -86,9 +101,12 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
 
 
 def read_decided(path: Path) -> Composed:
-    """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file."""
+    """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file.
+
+    Raises: as `read_run`, and UserError where the file is not the one that the launching process wrote.
+    """
     plugins.load_built_ins()
-    content = read_run_content(path)
+    content = read_run_content(path, os.environ.get(RUN_SHA256))
     _activate(content, path, None)
     composed = _composed(content, path, ())
     return replace(composed, plugins=plugins.used_by(composed.config))
@@ -120,22 +138,30 @@ def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -
     return Composed(from_dict(content["config"], str(path)), overrides, active, origins=origins)
 
 
-def read_run_content(path: Path) -> dict[str, Any]:
-    """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError."""
+def read_run_content(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError.
+
+    sha256: of the file, where it has to be the one that is known.
+    """
     try:
-        content = load(read_file(path).decode("utf-8"), str(path))
+        written = read_file(path)
+        if sha256 is not None and hashlib.sha256(written).hexdigest() != sha256:
+            reason = "it was changed after the command that started these ranks wrote it"
+            fix = f"`dstune train {path.parent}` looks at it again; if others may write into the folder, copy it first"
+            raise UserError(Problem(str(path), reason, fix))
+        content = load(written.decode("utf-8"), str(path))
     except OSError as error:
         raise UserError(Problem(str(path), f"cannot be read: {error.strerror}", "give a run directory")) from None
     except UnicodeDecodeError:
         raise UserError(Problem(str(path), "this is no run.yaml", "give a run directory")) from None
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(Problem(str(path), "this is no run.yaml: it has no `config`", "give a run directory"))
-    written = content.get("format", 1)
-    if type(written) is not int or not 1 <= written <= RUN_FORMAT:  # `true` is an int too
+    version = content.get("format", 1)
+    if type(version) is not int or not 1 <= version <= RUN_FORMAT:  # `true` is an int too
         reason = f"this version of dstune reads the formats 1 to {RUN_FORMAT} of run.yaml"
         fix = f"use dstune {content.get('dstune_version')}, which wrote it, or a later version"
-        raise UserError(Problem(f"{path}: format", reason, fix, str(written)))
+        raise UserError(Problem(f"{path}: format", reason, fix, str(version)))
     method = content["config"].get("method")
-    if written < 3 and isinstance(method, dict) and method.get("init") == "olora":
+    if version < 3 and isinstance(method, dict) and method.get("init") == "olora":
         method["init"] = "qr"
     return content

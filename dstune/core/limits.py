@@ -91,6 +91,25 @@ def limited(seconds: float, memory_bytes: int = MEMORY_BYTES, ended_after: float
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+@contextmanager
+def memory_limited(memory_bytes: float) -> Iterator[None]:
+    """Within it, this process may take so much more memory; inside another limit it does nothing. Raises TooMuch."""
+    if _State.active:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [_data_bytes() + int(memory_bytes), *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    _State.active = True
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        yield
+    except MemoryError:
+        raise TooMuch(f"takes more than {memory_bytes / 2**30:.1f} GiB of memory") from None
+    finally:
+        _State.active = False
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 class _Expired(BaseException):
     """No Exception, which foreign work may catch."""
 

@@ -35,7 +35,7 @@ PACKAGE = "dstune_plugins"
 FOLDER = "plugins"
 """Below the run directory, where files are copied to."""
 VARIABLE = "DSTUNE_PLUGINS"
-"""Tells the processes that a rank starts which files are active: JSON, `name` and `path` of each."""
+"""Tells the processes that a rank starts which files are active: JSON, `name`, `path` and `sha256` of each."""
 SAYS_VERSION = "DSTUNE_PROTOCOLS"
 """In a plugin: the version of the protocols for which it was written."""
 
@@ -308,7 +308,11 @@ def load_installed() -> None:
         for point in points:
             _installed[point.module] = _load_installed(point)
         for one in json.loads(inherited or "[]"):
-            _active[one["name"]] = _load(plugin_files.find(one["path"] if one["is_file"] else one["name"]))
+            source = plugin_files.find(one["path"] if one["is_file"] else one["name"])
+            if source.sha256 != one["sha256"]:
+                reason = f"the plugin {one['name']} has changed since this process began"
+                raise UserError(Problem(source.file, reason, "start the run again"))
+            _active[one["name"]] = _load(source)
     except BaseException:
         _looked_for_installed = False  # the next question has the same answer
         raise
@@ -360,8 +364,12 @@ def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
             raise UserError(problems)
     os.environ.pop(VARIABLE, None)
     if run_dir is not None and sources:
-        listed = [{"name": one.name, "path": str(Path(one.file).absolute()), "is_file": one.is_file} for one in sources]
-        os.environ[VARIABLE] = json.dumps(listed)
+        os.environ[VARIABLE] = json.dumps(
+            [
+                {"name": one.name, "path": str(Path(one.file).absolute()), "sha256": one.sha256, "is_file": one.is_file}
+                for one in sources
+            ]
+        )
 
 
 def _park(name: str) -> None:

@@ -19,6 +19,8 @@ STORE = "DSTUNE_STORE"
 """Where ranks of one machine meet: a file in a folder of their launch alone, in place of a port that others could take."""
 GROUP_SECRET = "DSTUNE_GROUP_SECRET"
 """What every rank of a launch knows and nobody else: who does not prove it is no rank (`dist.prove`)."""
+RUN_SHA256 = "DSTUNE_RUN_SHA256"
+"""Of the `run.yaml` that the launching process wrote: ranks obey no other one."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,11 @@ ten million tries, with a panic: no Exception, so that whatever waited for the t
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +32,104 @@ def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options:
 
     name = str(pretrained_model_name_or_path)
     with files_of_others(where, name, "its tokenizer", "give a hub id or a folder with tokenizer files"):
+        _refuse_growing_file(Path(name) / FILE)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **options)
         if tokenizer.is_fast:
             name_panics()
+            _refuse_growing(tokenizer)
         tokenizer("a")
     if tokenizer.is_fast:
         _try(tokenizer)
     return tokenizer
+
+
+# ---- Tokenizers that make gigabytes of a word ----
+
+MAX_GROWTH = 64
+"""Characters that a tokenizer may make of one; Unicode itself makes 18."""
+MAX_ADDED = 1000
+"""Tokens that it may put around a text."""
+_PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
+_SECTION = re.compile(r'"(?:normalizer|pre_tokenizer|decoder|post_processor)"\s*:\s*(?=[\[{])')
+
+
+def _refuse_growing_file(file: Path) -> None:
+    """Before the library opens it, which already grows the tokens that are listed. Raises UserError."""
+    if not file.is_file():
+        return  # of the hub, or an older form
+    text = file.read_text(encoding="utf-8", errors="replace")
+    decoder = json.JSONDecoder()
+    for found in _SECTION.finditer(text):
+        try:
+            step, _ = decoder.raw_decode(text, found.end())
+        except (ValueError, RecursionError):  # which the library refuses too
+            continue
+        _check_growth(step, file)
+
+
+def _refuse_growing(tokenizer: Any) -> None:
+    for part in _PARTS:
+        step = getattr(tokenizer.backend_tokenizer, part)
+        try:
+            step = json.loads(step.__getstate__()) if step is not None else None
+        except Exception:  # one of the model's own code, which is trusted then
+            continue
+        _check_growth(step, _file_of(tokenizer))
+
+
+def _check_growth(step: Any, file: Path | str) -> None:
+    fix = "give a model whose tokenizer leaves texts about as long as they are"
+    if (growth := _growth(step)) > MAX_GROWTH:
+        reason = f"its tokenizer may make {min(growth, 10**9):,} characters of one, more than {MAX_GROWTH}"
+        raise UserError(Problem(str(file), reason, fix))
+    if (added := _added(step)) > MAX_ADDED:
+        reason = f"its tokenizer puts {added:,} tokens around each text, more than {MAX_ADDED:,}"
+        raise UserError(Problem(str(file), reason, fix))
+
+
+def _growth(step: Any) -> int:
+    """How many characters a part of a tokenizer, as its JSON has it, makes of one at most."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    own = 1
+    match step.get("type"):
+        case "Replace":
+            own = len(str(step.get("content")))
+        case "Prepend":
+            own = 1 + len(str(step.get("prepend")))
+        case "ByteLevel":
+            own = 2
+        case "Precompiled":
+            own = max(map(len, _texts_of(step.get("precompiled_charsmap"))))
+    return max(own, 1) * math.prod(map(_growth, step.values()))
+
+
+def _texts_of(characters: Any) -> list[str]:
+    """What a map of characters, as sentencepiece writes it, puts in the place of some: behind its trie, each ended by a zero."""
+    try:
+        raw = base64.b64decode(characters)
+        return raw[4 + int.from_bytes(raw[:4], "little") :].decode("utf-8", "replace").split("\0")
+    except (TypeError, ValueError):
+        return [""]
+
+
+def _added(step: Any) -> int:
+    """How many tokens a post-processor, as its JSON has it, puts around a text."""
+    if isinstance(step, list):
+        return sum(map(_added, step))
+    if not isinstance(step, dict):
+        return 0
+    if step.get("type") != "TemplateProcessing":
+        return sum(map(_added, step.values()))
+    tokens = step.get("special_tokens")
+    ids = {name: len(one.get("ids", ())) for name, one in tokens.items()} if isinstance(tokens, dict) else {}
+    named = [piece.get("SpecialToken", {}).get("id") for kind in ("single", "pair") for piece in step.get(kind, ())]
+    return sum(ids.get(name, 0) for name in named)
+
+
+# ---- Patterns that do not end ----
 
 
 def name_panics() -> None:
@@ -100,6 +195,9 @@ def _try(tokenizer: Any) -> None:
 
 
 def _endless(tokenizer: Any, reason: str) -> Problem:
+    return Problem(_file_of(tokenizer), reason, "give a model whose patterns do not backtrack")
+
+
+def _file_of(tokenizer: Any) -> str:
     name = str(tokenizer.name_or_path)
-    where = str(Path(name) / FILE) if Path(name).is_dir() else FILE
-    return Problem(where, reason, "give a model whose patterns do not backtrack")
+    return str(Path(name) / FILE) if Path(name).is_dir() else FILE

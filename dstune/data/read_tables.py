@@ -6,29 +6,45 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.limits import TooMuch, memory_limited
 from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow, first_line
 from dstune.data.read_text import MAX_ROW_BYTES
+from dstune.planning.host import available_bytes
 
 ROWS_PER_BATCH = 1024
+MAX_BATCH_BYTES = 2**30
+"""That `ROWS_PER_BATCH` rows may take as Python's values; where they are more, they are read one by one."""
 
 
-def read_parquet(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
-    """The rows behind the first `skip` ones; row groups before them are not read. Raises UserError where the file is
-    broken."""
+def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> Iterator[RawRow]:
+    """The rows behind the first `skip` ones; row groups before them are not read.
+
+    rows: read at a time; a page of a few bytes may stand for gigabytes, then it is fewer. Raises UserError where the file is
+    broken.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    done = skip
     try:
         with pq.ParquetFile(file.path) as table:
             before, group = 0, 0
             while group < table.num_row_groups and before + table.metadata.row_group(group).num_rows <= skip:
                 before += table.metadata.row_group(group).num_rows
                 group += 1
-            batches = table.iter_batches(batch_size=ROWS_PER_BATCH, row_groups=range(group, table.num_row_groups))
-            yield from _rows(file, table.schema_arrow, batches, before, skip)
+            batches = table.iter_batches(batch_size=rows, row_groups=range(group, table.num_row_groups))
+            batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)
+            for row in _rows(file, table.schema_arrow, batches, before, skip):
+                done = row.line
+                yield row
+        return
+    except TooMuch as error:
+        if rows == 1:
+            raise _too_much(file, f"row {done + 1}", error) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, "Parquet", error) from None
+    yield from read_parquet(file, done, max(1, rows // 32))
 
 
 def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
@@ -39,8 +55,21 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
         with pa.memory_map(str(file.path)) as source:
             schema, batches = _batches(source)
             yield from _rows(file, schema, batches, skip=skip)
+    except TooMuch as error:
+        raise _too_much(file, "a batch", error) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, "Arrow", error) from None
+
+
+def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator[Any]:
+    """The batches; each may take `most` bytes to unpack, or half of the memory that is free here. Raises TooMuch."""
+    remaining = iter(batches)
+    while True:
+        with memory_limited(most or available_bytes() / 2):
+            batch = next(remaining, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
@@ -51,9 +80,9 @@ def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
     source.seek(0)
     if start == b"ARROW1":
         reader = pa.ipc.open_file(source)
-        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return reader.schema, within_memory(reader.get_batch(number) for number in range(reader.num_record_batches))
     stream = pa.ipc.open_stream(source)
-    return stream.schema, stream
+    return stream.schema, within_memory(stream)
 
 
 def count_rows(file: DataFile) -> int | None:
@@ -67,6 +96,8 @@ def count_rows(file: DataFile) -> int | None:
         if file.ending in (".arrow", ".feather"):
             with pa.memory_map(str(file.path)) as source:
                 return sum(len(batch) for batch in _batches(source)[1])
+    except TooMuch as error:
+        raise _too_much(file, "a batch", error) from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken(file, file.ending[1:].capitalize(), error) from None
     return None
@@ -75,6 +106,13 @@ def count_rows(file: DataFile) -> int | None:
 def _broken(file: DataFile, kind: str, error: Exception) -> UserError:
     reason = f"no readable {kind} file: {first_line(error)}"
     return UserError(Problem(where=str(file), reason=reason, fix="copy it again or write it anew"))
+
+
+def _too_much(file: DataFile, what: str, error: TooMuch) -> UserError:
+    reason = f"{what} {error}, half of what is free"
+    return UserError(
+        Problem(where=str(file), reason=reason, fix="write it in smaller batches, or read it on a larger machine")
+    )
 
 
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
@@ -102,33 +140,68 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
 
 def _values(part: Any) -> Iterator[tuple[Any, str]]:
     """The rows of a batch as Python's values, or why one has none."""
-    if _bytes(part) <= MAX_ROW_BYTES:
+    shares = any(_shares(column.type) for column in _unfolded(part.slice(0, 0)).columns)
+    if not shares:
         try:
-            yield from ((fields, "") for fields in part.to_pylist())
-            return
-        except (
-            ValueError,
-            ArithmeticError,
-        ):  # text that is not UTF-8, a time beyond the year 9999: of one row, not of all
-            pass
+            with memory_limited(MAX_BATCH_BYTES):
+                unfolded = _unfolded(part)
+                rows = unfolded.to_pylist() if _bytes(unfolded) <= MAX_ROW_BYTES else None
+            if rows is not None:
+                yield from ((fields, "") for fields in rows)
+                return
+        except (ValueError, ArithmeticError, TooMuch):
+            pass  # text that is not UTF-8, a time beyond the year 9999: of one row, not of all
+    too_long = f"the row has more than {MAX_ROW_BYTES >> 20} MiB"
     for index in range(len(part)):
-        row = part.slice(index, 1)
-        if _bytes(row) > MAX_ROW_BYTES:
-            yield None, f"the row has more than {MAX_ROW_BYTES >> 20} MiB"
-            continue
         try:
-            fields = row.to_pylist()[0]
+            with memory_limited(MAX_BATCH_BYTES):
+                row = _unfolded(part.slice(index, 1))
+                fields = row.to_pylist()[0] if _bytes(row) <= MAX_ROW_BYTES else None
         except (ValueError, ArithmeticError) as error:
             yield None, f"a value cannot be read: {first_line(error)}"
-            continue
-        yield fields, ""
+        except TooMuch:
+            yield None, too_long
+        else:
+            bad = fields is None or (shares and _length(fields) > MAX_ROW_BYTES)
+            yield (None, too_long) if bad else (fields, "")
+
+
+def _unfolded(part: Any) -> Any:
+    """`part`, whose columns have a value of their own for each row where rows share them: a dictionary or a view of a few bytes
+    may stand for gigabytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def own(column: Any) -> Any:
+        if pa.types.is_dictionary(column.type):
+            return own(column.dictionary_decode())
+        if pa.types.is_run_end_encoded(column.type):
+            return own(pc.run_end_decode(column))
+        if pa.types.is_string_view(column.type):
+            return column.cast(pa.large_string())
+        return column.cast(pa.large_binary()) if pa.types.is_binary_view(column.type) else column
+
+    return pa.RecordBatch.from_arrays([own(column) for column in part.columns], names=part.schema.names)
+
+
+def _shares(kind: Any) -> bool:
+    """Whether values of a type of Arrow may share parts."""
+    import pyarrow as pa
+
+    of = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_string_view, pa.types.is_binary_view)
+    views = (*of, pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(test(kind) for test in views) or any(_shares(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _length(value: Any) -> int:
+    """Characters and bytes in a value."""
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else len(value) if isinstance(value, (str, bytes)) else 8
 
 
 def _bytes(part: Any) -> int:
-    """Of a batch, without columns that share their values."""
-    import pyarrow as pa
-
-    return sum(column.nbytes for column in part.columns if not pa.types.is_dictionary(column.type))
+    return sum(column.nbytes for column in part.columns)
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

@@ -18,12 +18,12 @@ from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import check_patterns
 from dstune.core.tokenizers import open_tokenizer
 from dstune.data.formats import check_columns
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,
+    check_adapter,
     computing_dtype,
     is_checkpoint,
     resolved,
@@ -228,7 +228,7 @@ def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
     if absent:
         reason = f"the adapter does not hold {', '.join(absent[:3])}, which its base lacks: its answers would be chance"
         raise UserError(Problem("MODEL", reason, "train it with its head", str(folder)))
-    check_patterns(adapter_settings(folder), [name for name, _ in body.named_modules()], "MODEL", str(folder))
+    check_adapter(folder, body, "MODEL")
     try:
         module = peft.PeftModel.from_pretrained(body, folder)
     except (RuntimeError, ValueError) as error:

@@ -14,7 +14,9 @@ from dstune.config.convert import refers, resolve_text
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import SIGNATURE, check_reference
 from dstune.core.errors import Problem, UserError
+from dstune.core.limits import check_patterns
 from dstune.core.parsing import parse_json, read_file
+from dstune.models.adapter_sizes import check_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,14 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(Problem(str(file), "is no JSON object", "give the folder of an adapter"))
     return settings
+
+
+def check_adapter(folder: Path, model: Any, where: str) -> None:
+    """Before peft puts the adapter in `folder` into `model`. Raises UserError where its patterns do not end, or where it asks for
+    larger matrices than it has."""
+    settings = adapter_settings(folder)
+    check_patterns(settings, [name for name, _ in model.named_modules()], where, str(folder))
+    check_sizes(settings, folder, where)
 
 
 def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:

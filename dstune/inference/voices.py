@@ -15,11 +15,11 @@ from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others
-from dstune.core.limits import check_patterns
 from dstune.core.tokenizers import open_tokenizer
 from dstune.inference.resolve_model import (
     adapter_settings,
     base_of,
+    check_adapter,
     computing_dtype,
     is_checkpoint,
     located,
@@ -169,8 +169,7 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
         model.resize_token_embeddings(longest, mean_resizing=False)
     for name, folder in folders.items():
         assert folder is not None
-        modules = [module for module, _ in model.named_modules()]
-        check_patterns(adapter_settings(folder), modules, _key(name), str(folder))
+        check_adapter(folder, model, _key(name))
         try:
             if isinstance(model, peft.PeftModel):
                 model.load_adapter(folder, adapter_name=name)

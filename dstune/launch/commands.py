@@ -18,6 +18,7 @@ from pathlib import Path
 
 import dstune
 from dstune.config.convert import to_yaml
+from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import LAUNCHER_PID
@@ -111,6 +112,7 @@ def local_plan(
     if _loopback_exists():
         # gloo otherwise picks the interface of the host name, which a VPN, a firewall or no network at all breaks.
         shared.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    shared |= variables_for_ranks(run_dir)
     shared |= {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
 from dstune.core.handoff import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
 from dstune.core.rank_env import GROUP_SECRET
@@ -82,7 +83,7 @@ def path_of(parent: Mapping[str, str]) -> str:
 
 
 def variables_of(
-    config: RunConfig, launch: HasInterface, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
+    config: RunConfig, run_dir: Path, launch: HasInterface, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
 ) -> tuple[dict, dict]:
     """What every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
 
@@ -108,6 +109,7 @@ def variables_of(
         else:
             formatted[name] = value
     formatted |= {**ALWAYS, **interface_variables(launch.interface)}
+    formatted |= variables_for_ranks(run_dir)
     formatted |= {LAUNCH_ID: launch_id, RANK_LOGS: "1", FOLDER: str(Path.cwd()), "DSTUNE_CONSOLE": "plain"}
     if on_cpu:
         formatted.setdefault("DS_ACCELERATOR", "cpu")

@@ -19,7 +19,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.convert import format_value
-from dstune.config.run_file import Composed, read_decided, write_run
+from dstune.config.run_file import Composed, read_decided, variables_for_ranks, write_run
 from dstune.config.schema import Precision, RunConfig, stage_of
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
@@ -436,7 +436,7 @@ def _prepared_for_all(
         config, run_dir, place = prepare_run()
         # Files refer to variables of rank 0's environment, which the launcher may have kept from the others.
         names = set(REFERENCE.findall((run_dir / "run.yaml").read_text(encoding="utf-8"))) & os.environ.keys()
-        variables = {name: os.environ[name] for name in names}
+        variables = {name: os.environ[name] for name in names} | variables_for_ranks(run_dir)
         return config, {"run": run_dir, "place": place, "to do": config is not None, "variables": variables}
     except DstuneError as error:
         return None, {"error": to_json(error)}

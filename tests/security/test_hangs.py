@@ -6,10 +6,13 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from dstune.api.run import Run
 from dstune.checkpoint import store
@@ -19,6 +22,7 @@ from dstune.core.limits import check_patterns
 from dstune.core.parsing import parse_json, parse_yaml, read_file
 from dstune.data import read_text, sources
 from dstune.data.files import DataFile
+from dstune.inference.resolve_model import check_adapter
 from dstune.launch import records
 from dstune.launch.runs import as_text, listed
 from dstune.methods._peft.files import read_settings
@@ -179,6 +183,42 @@ def test_ordinary_patterns_pass() -> None:
         MODULES,
         "method.adapter",
     )
+
+
+def adapter(folder: Path, **settings: Any) -> Path:
+    """An adapter of rank 2 with a row of peft's matrices, and other settings than it has."""
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 8)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2} | settings))
+    return folder
+
+
+LARGE = [{"r": 10**7}, {"r": 1e7}, {"rank_pattern": {"q_proj": 10**7}}, {"num_virtual_tokens": 10**9}]
+
+
+@pytest.mark.parametrize("settings", LARGE, ids=str)
+def test_an_adapter_that_asks_for_more_than_it_has(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Peft makes the matrices before it reads those of the file: a rank of ten million would take all memory."""
+    folder, model = adapter(tmp_path, **settings), torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
+    with pytest.raises(UserError, match="none of its matrices has more than 8"):
+        read_settings(folder, "method.adapter")
+    with pytest.raises(UserError, match="none of its matrices has more than 8"):
+        check_adapter(folder, model, "MODEL")
+    check_adapter(adapter(tmp_path, r=2, rank_pattern={"q_proj": 4}), model, "MODEL")
+
+
+@pytest.mark.parametrize("settings", [{"r": 10**7}, {"target_modules": r"(([a-z_.0-9]+)+)+!"}], ids=["rank", "pattern"])
+def test_a_served_adapter_is_looked_at_before_the_engine_takes_it(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dstune.serve.engines.local import model as engine
+
+    monkeypatch.setattr(engine, "voice_of", lambda folder, base: SimpleNamespace(tokenizer=[]))
+    served = object.__new__(engine.LocalModel)
+    named = torch.nn.ModuleDict({"model_layers_self_attention_q_proj_weight_of_the_base": torch.nn.Linear(8, 8)})
+    vars(served).update(model=named, vocabulary=5, _base=None, _numbers=iter(range(9)), _peft=None, damaged=False)
+    with pytest.raises(UserError, match=r"none of its matrices|to match its patterns"):
+        served.load("theirs", adapter(tmp_path, **settings))
+    assert not served.damaged
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "[" * 200_000, "1" * 5000])

@@ -89,3 +89,21 @@ def test_the_command_finds_no_module_beside_it(hostile: Path) -> None:
     assert done.returncode == 2
     assert "there is no such module" in done.stderr
     assert not (hostile / "owned").exists()
+
+
+@pytest.mark.parametrize("group", ["experiment", "task", "method", "launch"])
+def test_no_choice_leaves_the_folder_of_its_group(group: str, tmp_path: Path) -> None:
+    """Words of an export or a sweep may come from a stranger: a path would be a configuration that they put somewhere."""
+    (tmp_path / "evil.yaml").write_text(
+        "# @package _global_\ndefaults: [/task: chat, _self_]\nmodel: {path: a/b, trust_remote_code: true}\n"
+    )
+    conf = Path(__file__).parents[2] / "conf" / group
+    word = f"{group}={os.path.relpath(tmp_path / 'evil', conf)}"
+    with pytest.raises(UserError, match=f"there is no such {group}"):
+        compose(["data.train=rows.jsonl", word])
+
+
+def test_a_choice_in_a_folder_of_a_group_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "experiment" / "mine").mkdir(parents=True)
+    (tmp_path / "experiment" / "mine" / "first.yaml").write_text("# @package _global_\ntrainer: {seed: 9}\n")
+    assert compose(["experiment=mine/first", "data.train=rows.jsonl"], [tmp_path]).config.trainer.seed == 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -87,6 +88,58 @@ def test_patterns_that_end_pass(model: Path) -> None:
     change(model, "tokenizer.json", pre_tokenizer=SPLIT | {"pattern": {"Regex": gpt}})
     given = open_tokenizer(model, where="model.path")
     assert given("a b")["input_ids"] == AutoTokenizer.from_pretrained(model)("a b")["input_ids"]
+
+
+def replace(content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+
+
+def sequence(kind: str, *steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: steps}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+CHARACTERS = base64.b64encode(bytes(4) + b"b\0" + b"a" * 65 + b"\0").decode()
+SPECIAL = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+AROUND = {
+    "type": "TemplateProcessing",
+    "single": [*[SPECIAL] * 11, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0] * 100, "tokens": ["x"] * 100}},
+}
+GROWING = {
+    "words": {"normalizer": sequence("normalizers", replace("a" * 5), replace("a" * 5), replace("a" * 5))},
+    "once": {"normalizer": replace("b" * 65)},
+    "prefix": {"normalizer": {"type": "Prepend", "prepend": "b" * 65}},
+    "bytes": {"normalizer": sequence("normalizers", *[{"type": "ByteLevel"}] * 7)},
+    "pieces": {"pre_tokenizer": sequence("pretokenizers", *[BYTES] * 7)},
+    "characters": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARACTERS}},
+    "answers": {"decoder": sequence("decoders", replace("a" * 9), replace("a" * 9))},
+    "around": {"post_processor": AROUND},
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_a_tokenizer_that_makes_gigabytes_of_a_word(case: str, model: Path) -> None:
+    """Of more steps the library ends the process: `memory allocation of 2048000000 bytes failed`."""
+    change(model, "tokenizer.json", **GROWING[case])
+    with pytest.raises(UserError, match=r"characters of one|tokens around each text") as caught:
+        load_tokenizer(ModelConfig(path=str(model)))
+    assert caught.value.problems[0].where == str(model / "tokenizer.json")
+
+
+def test_a_tokenizer_that_grows_is_known_once_it_is_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its file was not there to be looked at: of the hub."""
+    monkeypatch.setattr("dstune.core.tokenizers._refuse_growing_file", lambda file: None)
+    change(model, "tokenizer.json", **GROWING["words"])
+    with pytest.raises(UserError, match="may make 125 characters of one, more than 64"):
+        load_tokenizer(ModelConfig(path=str(model)))
+
+
+def test_usual_tokenizers_grow_little(model: Path) -> None:
+    usual = sequence("normalizers", {"type": "Prepend", "prepend": "_"}, replace("_"), {"type": "NFKC"})
+    change(model, "tokenizer.json", normalizer=usual, pre_tokenizer=BYTES, post_processor=None)
+    assert open_tokenizer(model, where="model.path")("b")["input_ids"]
 
 
 ODD: dict[str, Callable[[Path], object]] = {

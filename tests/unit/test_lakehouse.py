@@ -90,12 +90,16 @@ def test_views_and_dictionaries_become_plain_columns(tmp_path):
             "view": pa.array(["a", "b"]).cast(pa.string_view()),
             "kind": pa.array(["x", "x"]).dictionary_encode(),
             "list": pa.array([["p"], None]),
+            "list view": pa.array([["p", "q"], ["r"]], pa.list_view(pa.string())),
         }
     )
     (tmp_path / "pieces").mkdir()
     write_ordered(table.to_batches(), tmp_path / "rows.parquet", tmp_path / "pieces", 1)
     rows = sorted(pq.read_table(tmp_path / "rows.parquet").to_pylist(), key=lambda row: row["view"])
-    assert rows == [{"view": "a", "kind": "x", "list": ["p"]}, {"view": "b", "kind": "x", "list": None}]
+    assert rows == [
+        {"view": "a", "kind": "x", "list": ["p"], "list view": ["p", "q"]},
+        {"view": "b", "kind": "x", "list": None, "list view": ["r"]},
+    ]
 
 
 def test_addresses_of_other_schemes_and_unresolved_ones_are_refused(tmp_path, monkeypatch):

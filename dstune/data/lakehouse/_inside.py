@@ -17,8 +17,12 @@ import pyarrow.parquet as pq
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.data.lakehouse._address import Address
+from dstune.data.read_tables import within_memory
+from dstune.planning.host import available_bytes
 
 LOG = "_delta_log"
+MAX_ACTIONS = 50_000_000
+"""Of a checkpoint: one for each file of a table."""
 _VECTOR = ["add.deletionVector"]
 _MADE_UP = 20
 """Characters at the end of a relative deletion vector's name that are a number."""
@@ -70,6 +74,18 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
                 yield from _entries(Path(entry))
 
 
+def _refuse_growing(checkpoint: str) -> None:
+    """Raises ValueError where the library, which holds a checkpoint in memory, would need most of it for a few bytes on disk."""
+    with pq.ParquetFile(checkpoint) as file:
+        rows, size, most = file.metadata.num_rows, 0, available_bytes() / 2
+        if rows > MAX_ACTIONS:
+            raise ValueError(f"{checkpoint} has {rows:,} actions, more than {MAX_ACTIONS:,}")
+        for batch in within_memory(file.iter_batches(batch_size=1024)):
+            size += batch.nbytes
+            if size > most:
+                raise ValueError(f"{checkpoint} takes more than {most / 2**30:.1f} GiB of memory, half of what is free")
+
+
 def _vectors(log: Path) -> Iterator[str]:
     """Places of deletion vectors, or how they begin where a number follows. Raises what says that a file of the log cannot be
     read."""
@@ -80,6 +96,7 @@ def _vectors(log: Path) -> Iterator[str]:
                 with open(entry, encoding="utf-8") as lines:
                     actions = [parse_json(line) for line in lines if line.strip()]
             elif entry.name.endswith(".parquet"):
+                _refuse_growing(entry.path)
                 actions = pq.ParquetFile(entry.path).read(columns=_VECTOR).to_pylist()
         except FileNotFoundError:  # cleaned up since
             continue

@@ -171,7 +171,12 @@ def _plain_type(of: Any) -> Any:
 
 def _plain(batch: Any, schema: Any) -> Any:
     columns = [
-        column if column.type == field.type else column.cast(field.type)
+        column if column.type == field.type else _cast(column, field.type)
         for column, field in zip(batch.columns, schema, strict=True)
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast(column: Any, to: Any) -> Any:
+    # pyarrow 26 casts lists that are views without a word to other ones: [[1, 2], [3]] to [[1, 2], []].
+    return pa.array(column.to_pylist(), to) if "list_view" in str(column.type) else column.cast(to)

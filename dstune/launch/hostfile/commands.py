@@ -25,7 +25,7 @@ def pdsh_plan(
     """DeepSpeed's launcher over pdsh. address, port: where the ranks meet. on_cpu: the nodes have no GPU."""
     launch = config.launch
     assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    formatted, handoff = variables_of(config, launch, launch_id, parent, on_cpu=on_cpu)
+    formatted, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
     formatted["PATH"] = path_of(parent)
     argv = [
         *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),

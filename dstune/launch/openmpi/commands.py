@@ -26,7 +26,7 @@ def mpirun_plan(
     """Open MPI's mpirun. slots: by host; a single `localhost` starts no ssh. program: the path of mpirun."""
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
-    formatted, handoff = variables_of(config, launch, launch_id, parent, on_cpu=on_cpu)
+    formatted, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
     size = sum(len(own) for own in slots.values())
     hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
     agent = shlex.join(["ssh", *ssh_of(launch).options()])

@@ -56,8 +56,9 @@ class Job:
         return f"job {self.id} is {self.state.lower()} on {self.reason}"
 
 
-def submit(script: Path, env: Mapping[str, str], after: str | None = None) -> str:
-    """Submit and return the number of the job. after: a job whose end it waits for.
+def submit(script: Path, content: str, env: Mapping[str, str], after: str | None = None) -> str:
+    """Submit and return the number of the job. content: of `script`, which somebody may have changed since it was written.
+    after: a job whose end it waits for.
 
     Raises:
         UserError: there is no sbatch here, or it refuses; with its own words.
@@ -65,7 +66,8 @@ def submit(script: Path, env: Mapping[str, str], after: str | None = None) -> st
     require("sbatch")
     dependency = [f"--dependency=afterany:{after}"] if after else []
     done = subprocess.run(
-        ["sbatch", "--parsable", *dependency, str(script)],
+        ["sbatch", "--parsable", *dependency],
+        input=content,
         capture_output=True,
         text=True,
         timeout=SECONDS,

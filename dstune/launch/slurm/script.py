@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
@@ -50,7 +51,7 @@ def job_script(
         f"run={shlex.quote(str(run))}",
         f"python={shlex.quote(sys.executable)}",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
-        *_variables(launch, names, parent_env),
+        *_variables(launch, run, names, parent_env),
         *launch.setup,
         "",
         '"$python" -m dstune.launch.slurm_job begin "$run"; code=$?',
@@ -103,8 +104,9 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
     return found + launch.directives
 
 
-def _variables(launch: SlurmConfig, names: list[str], parent_env: Mapping[str, str]) -> list[str]:
+def _variables(launch: SlurmConfig, run: Path, names: list[str], parent_env: Mapping[str, str]) -> list[str]:
     constants = dict(ALWAYS) | interface_variables(launch.interface) | {"DSTUNE_CONSOLE": "plain"}
+    constants |= variables_for_ranks(run)
     if path := python_path(parent_env.get("PYTHONPATH", "")):
         constants["PYTHONPATH"] = path
     lines = [f"export {name}={shlex.quote(value)}" for name, value in constants.items()]

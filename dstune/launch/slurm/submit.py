@@ -64,7 +64,8 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
     queue.require("sbatch")
     script = run_dir / SCRIPT
     script.parent.mkdir(exist_ok=True)
-    files.write(script, job_script(config, launch, run_dir, os.environ, module), mode=0o777)
+    content = job_script(config, launch, run_dir, os.environ, module)
+    files.write(script, content, mode=0o777)
     (run_dir / STOP_FILE).unlink(missing_ok=True)
     size = launch.size
     launch_id = uuid.uuid4().hex
@@ -74,7 +75,7 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
     jobs: list[str] = []
     try:
         for _ in range(launch.chain):
-            jobs.append(queue.submit(script, env, after=jobs[-1] if jobs else None))
+            jobs.append(queue.submit(script, content, env, after=jobs[-1] if jobs else None))
             records.note(run_dir, launch_id, size, jobs)
     except UserError:  # the launch is undone now, so no part of its chain may run
         if jobs:

@@ -306,7 +306,7 @@ class Stage:
         try:
             refusals.check(hellos, self._run_dir)
             on_cpu = refusals.hides_gpus() or not any(hello["gpus"] for hello in hellos.values())
-            plain, unseen = variables_of(self._config, self._launch, self._id, os.environ, on_cpu=on_cpu)
+            plain, unseen = variables_of(self._config, self._run_dir, self._launch, self._id, os.environ, on_cpu=on_cpu)
         except UserError as error:
             self._refusal = error
             return

@@ -11,6 +11,7 @@ from dstune.config.convert import format_value
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 from dstune.methods._peft.config import AdapterConfig
+from dstune.models.adapter_sizes import check_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,7 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
         raise UserError(Problem(key, f"adapter_config.json cannot be read: {error}", "", str(folder))) from None
     if not isinstance(settings, dict):
         raise UserError(Problem(key, "adapter_config.json is no object", "", str(folder)))
+    check_sizes(settings, folder, key)
     return settings
 
 

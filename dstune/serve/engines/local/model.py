@@ -15,6 +15,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.control import ControlTokens
 from dstune.data.stopping import stop_token_ids
+from dstune.inference.resolve_model import check_adapter
 from dstune.inference.voices import BASE, OWN, Speaker, Voice, voice_of
 from dstune.models.generation import end_tokens
 
@@ -92,6 +93,7 @@ class LocalModel:
         if len(voice.tokenizer) > self.vocabulary:
             reason = "its tokenizer has more tokens than the model that is served"
             raise UserError(Problem(name, reason, "serve it merged: dstune export RUN --merge", str(folder)))
+        check_adapter(folder, self.model, name)
         adapter = f"adapter_{next(self._numbers)}"
         self._active = None
         try:

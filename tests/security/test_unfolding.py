@@ -1,0 +1,136 @@
+"""Tables whose few bytes on disk stand for gigabytes: what is read of one at a time has a limit, whatever the file says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dstune.core.errors import UserError
+from dstune.data import sources
+from dstune.data.files import DataFile
+from dstune.data.lakehouse._address import parse
+from dstune.data.lakehouse._inside import refuse_outside
+from dstune.data.lakehouse._tables import open_table
+
+ROWS, CHARACTERS = 512, 2**22
+"""2 GiB together."""
+SMALL = 2**27
+
+
+def dictionary() -> Any:
+    return pa.DictionaryArray.from_arrays(pa.array([0] * ROWS, pa.int32()), pa.array(["x" * CHARACTERS]))
+
+
+def runs() -> Any:
+    return pa.RunEndEncodedArray.from_arrays(pa.array([ROWS], pa.int32()), pa.array(["x" * CHARACTERS]))
+
+
+def lists_of_views() -> Any:
+    once = pa.array(["x" * CHARACTERS])
+    return pa.ListViewArray.from_arrays(pa.array([0] * ROWS, pa.int32()), pa.array([1] * ROWS, pa.int32()), once)
+
+
+def lists_of_dictionaries() -> Any:
+    return pa.ListArray.from_arrays(pa.array(range(ROWS + 1), pa.int32()), dictionary())
+
+
+def peak_of(monkeypatch: pytest.MonkeyPatch, file: Path) -> tuple[int, list[Any]]:
+    """By how much this process has grown at most while it read the rows of `file`, and how long the text of each is."""
+
+    def status(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
+
+    monkeypatch.setattr("dstune.data.read_tables.MAX_BATCH_BYTES", SMALL)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    before, lengths = status("VmRSS"), []
+    for row in sources.read(DataFile(file)):
+        assert row.fields is not None, row.error
+        text = row.fields["text"]
+        lengths.append(len(text[0] if isinstance(text, list) else text))
+    return status("VmHWM") - before, lengths
+
+
+@pytest.mark.parametrize("made", [dictionary, runs, lists_of_views, lists_of_dictionaries])
+def test_a_table_of_a_few_bytes_is_read_in_little_memory(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, file = pa.table({"text": made()}), tmp_path / "rows.arrow"
+    with (
+        pa.OSFile(str(file), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+    ):
+        writer.write_table(table)
+    del table
+    assert file.stat().st_size < 20_000
+    peak, lengths = peak_of(monkeypatch, file)
+    assert lengths == [CHARACTERS] * ROWS
+    assert peak < 4 * SMALL
+
+
+def test_a_page_of_a_few_bytes_is_read_in_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": dictionary()}), file, compression="zstd", store_schema=False)
+    assert file.stat().st_size < 20_000
+    peak, lengths = peak_of(monkeypatch, file)
+    assert lengths == [CHARACTERS] * ROWS
+    assert peak < 4 * SMALL
+
+
+LOOKS = """
+import sys
+from pathlib import Path
+from dstune.core.errors import UserError
+from dstune.data import read_tables, sources
+from dstune.data.files import DataFile
+
+read_tables.available_bytes = lambda: 2.0**28
+for look in (lambda file: next(iter(sources.read(file))), sources.count):
+    try:
+        print("no error", look(DataFile(Path(sys.argv[1]))))
+    except UserError as error:
+        print(error.problems[0].reason)
+"""
+
+
+def test_a_batch_larger_than_half_of_the_memory_is_refused(tmp_path: Path) -> None:
+    """In a process of its own: this one may have memory left of the tests before."""
+    table, file = pa.table({"number": pa.array(np.zeros(2**25, np.int64))}), tmp_path / "a.arrow"
+    with (
+        pa.OSFile(str(file), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer,
+    ):
+        writer.write_table(table)
+    assert file.stat().st_size < 50_000
+    done = subprocess.run([sys.executable, "-c", LOOKS, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout == "a batch takes more than 0.1 GiB of memory, half of what is free\n" * 2, done.stderr
+
+
+def test_a_checkpoint_that_grows_is_not_given_to_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library holds all of it."""
+    from deltalake import write_deltalake
+
+    table = tmp_path / "table"
+    write_deltalake(table, pa.table({"text": ["a"]}))
+    place, address = str(table), parse(f"delta://{table}", "data.train")
+    assert open_table(place, address, "data.train")[1].version == 0
+    paths = pa.StructArray.from_arrays([dictionary().slice(0, 64).dictionary_decode()], ["path"])
+    file = table / "_delta_log" / "00000000000000000001.checkpoint.parquet"
+    pq.write_table(pa.table({"add": paths}), file, compression="zstd")
+    assert file.stat().st_size < 50_000
+    monkeypatch.setattr("dstune.data.lakehouse._inside.available_bytes", lambda: 2.0**28)
+    with pytest.raises(UserError, match=r"takes more than 0\.1 GiB of memory"):
+        open_table(place, address, "data.train")
+    many = pa.table({"add": pa.nulls(2000, pa.struct([("path", pa.string())]))})
+    pq.write_table(many, file)
+    refuse_outside(table, address, "data.train")
+    monkeypatch.setattr("dstune.data.lakehouse._inside.MAX_ACTIONS", 1000)
+    with pytest.raises(UserError, match="2,000 actions"):
+        open_table(place, address, "data.train")
