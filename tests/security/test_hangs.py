@@ -215,7 +215,8 @@ def test_a_served_adapter_is_looked_at_before_the_engine_takes_it(
     monkeypatch.setattr(engine, "voice_of", lambda folder, base: SimpleNamespace(tokenizer=[]))
     served = object.__new__(engine.LocalModel)
     named = torch.nn.ModuleDict({"model_layers_self_attention_q_proj_weight_of_the_base": torch.nn.Linear(8, 8)})
-    vars(served).update(model=named, vocabulary=5, _base=None, _numbers=iter(range(9)), _peft=None, damaged=False)
+    monkeypatch.setattr(engine.LocalModel, "vocabulary", 5)
+    vars(served).update(model=named, _base=None, _numbers=iter(range(9)), _peft=None, damaged=False)
     with pytest.raises(UserError, match=r"none of its matrices|to match its patterns"):
         served.load("theirs", adapter(tmp_path, **settings))
     assert not served.damaged
