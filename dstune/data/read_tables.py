@@ -197,7 +197,13 @@ def _length(value: Any) -> int:
     """Characters and bytes in a value."""
     if isinstance(value, dict):
         return sum(map(_length, value.values()))
-    return sum(map(_length, value)) if isinstance(value, list) else len(value) if isinstance(value, (str, bytes)) else 8
+    return (
+        sum(map(_length, value))
+        if isinstance(value, (list, tuple))
+        else len(value)
+        if isinstance(value, (str, bytes))
+        else 8
+    )
 
 
 def _bytes(part: Any) -> int:
