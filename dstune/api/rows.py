@@ -36,11 +36,17 @@ def is_file(rows: Any) -> bool:
 
 def file_name(rows: Any, split: str) -> str:
     """Below the run directory, where `rows` of the split are written."""
-    return f"{FOLDER}/{split}.{'jsonl' if _table(rows) is None and not _of_spark(rows) else 'parquet'}"
+    if _of_spark(rows):
+        return f"{FOLDER}/{split}.parquet"
+    table = _table(rows)
+    return (
+        f"{FOLDER}/{split}.{'jsonl' if table is None else 'arrow' if _has_empty_objects(table.schema) else 'parquet'}"
+    )
 
 
 def write(rows: Any, target: Path, key: str) -> None:
-    """Write `rows` to `target`, which appears complete or not at all: Parquet of a Dataset or DataFrame, else JSON lines.
+    """Write `rows` to `target`, which appears complete or not at all: Parquet (or Arrow) of a Dataset or DataFrame, else JSON
+    lines.
 
     Raises:
         UserError: a row that is no mapping or holds what JSON cannot express, no rows at all, or a file with other rows
@@ -53,12 +59,9 @@ def write(rows: Any, target: Path, key: str) -> None:
         if _of_spark(rows):
             count = _write_spark(rows, incomplete, key)
         elif table is None:
-            count = _write_lines(rows, incomplete, key)
+            count = _write_lines(rows if _frame(rows) is None else _records(rows), incomplete, key)
         else:
-            import pyarrow.parquet
-
-            pyarrow.parquet.write_table(table, incomplete)
-            count = table.num_rows
+            count = _write_table(table, incomplete, as_parquet=target.suffix == ".parquet")
         if not count:
             raise UserError(
                 Problem(key, "there are no rows in it", "pass a list of mappings, a Dataset or a DataFrame")
@@ -79,15 +82,58 @@ def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
 
 
 def _table(rows: Any) -> Any:
-    """A pyarrow table of a Dataset or DataFrame; None for everything else. Neither library is imported for the question."""
-    datasets, pandas = sys.modules.get("datasets"), sys.modules.get("pandas")
+    """A pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame of columns whose values are of
+    several types. Neither library is imported for the question."""
+    datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(rows, datasets.Dataset):
         return rows.with_format("arrow")[:]
-    if pandas is not None and isinstance(rows, pandas.DataFrame):
+    if _frame(rows) is not None:
         import pyarrow
 
-        return pyarrow.Table.from_pandas(rows, preserve_index=False)
+        try:
+            return pyarrow.Table.from_pandas(rows, preserve_index=False)
+        except pyarrow.ArrowException:
+            return None
     return None
+
+
+def _frame(rows: Any) -> Any:
+    """`rows` if it is a DataFrame of pandas, else None."""
+    pandas = sys.modules.get("pandas")
+    return rows if pandas is not None and isinstance(rows, pandas.DataFrame) else None
+
+
+def _records(frame: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a DataFrame; what is missing in a cell is None."""
+    import pandas
+
+    for row in frame.to_dict("records"):
+        yield {
+            name: None if pandas.api.types.is_scalar(value) and pandas.isna(value) else value
+            for name, value in row.items()
+        }
+
+
+def _has_empty_objects(kind: Any) -> bool:
+    """Whether a schema or type of Arrow has objects without any key, as tools without parameters are: Parquet has none."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.Schema):
+        return any(_has_empty_objects(field.type) for field in kind)
+    if pa.types.is_struct(kind) and not kind.num_fields:
+        return True
+    return any(_has_empty_objects(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _write_table(table: Any, file: Path, *, as_parquet: bool) -> int:
+    import pyarrow.parquet
+
+    if as_parquet:
+        pyarrow.parquet.write_table(table, file)
+    else:
+        with pyarrow.OSFile(str(file), "wb") as stream, pyarrow.ipc.new_file(stream, table.schema) as writer:
+            writer.write_table(table)
+    return int(table.num_rows)
 
 
 def _of_spark(rows: Any) -> bool:
@@ -192,6 +238,8 @@ def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
     table = _table(rows)
     if table is not None:
         yield from table.to_pylist()
+    elif _frame(rows) is not None:
+        yield from _records(rows)
     elif isinstance(rows, (str, Mapping)):
         yield rows
     else:

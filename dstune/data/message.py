@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -44,7 +45,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 WEIGHT_KEYS = ("weight", "loss_weight", "loss")
 """Names of the weight in the loss: OpenAI's, LLaMA-Factory's and ms-swift's."""
 
-OTHER_WEIGHTS = ("train", "training", "train_detail")
+OTHER_WEIGHTS = ("train", "training", "train_detail", "trainable", "masked", "mask", "loss_mask")
 """Names of it whose values say something else in other tools."""
 
 PARTS = {
@@ -60,6 +61,10 @@ PARTS = {
 
 ORDER = ("reasoning", "text", "call")
 """In which order templates write what a message holds."""
+
+
+_PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
+"""How an object of Python begins that was made a text, as pandas makes one in a CSV file."""
 
 
 def message_of(number: int, message: Any) -> Message:
@@ -95,6 +100,8 @@ def message_of(number: int, message: Any) -> Message:
     for key in REASONING_KEYS if role == "assistant" else ():
         if not isinstance(message.get(key, ""), str):
             raise RowError(f"message {number} ({role}): {key} must be text, it is {format_value(message[key])}")
+    if role == "assistant":
+        _refuse_two_reasonings(number, message, result.get("content"))
     for key in OTHER_WEIGHTS:
         if key in message:
             # Other tools' names for weight: passed over, the row would be trained as if it were not there.
@@ -105,6 +112,15 @@ def message_of(number: int, message: Any) -> Message:
     if not weight:
         result["weight"] = 0
     return result
+
+
+def _refuse_two_reasonings(number: int, message: Message, content: str | None) -> None:
+    """Raises RowError where a template would print one of them alone, or one behind the other."""
+    given = [key for key in REASONING_KEYS if message.get(key, "").strip()]
+    if len({message[key].strip() for key in given}) > 1:
+        raise RowError(f"message {number} (assistant) has a {given[0]} and a {given[1]} that say different things")
+    if given and (content or "").lstrip().startswith("<think>") and inline_reasoning(content or ""):
+        raise RowError(f"message {number} (assistant) has reasoning in its content and as {given[0]}")
 
 
 def is_call(message: Any) -> bool:
@@ -223,7 +239,9 @@ def from_json(text: str, complaint: str) -> Any:
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
-        raise RowError(f"{complaint}: {error.msg.removesuffix(' at')} at character {error.pos + 1}") from None
+        of_python = "; Python's str() wrote it, json.dumps writes JSON" if _PYTHON.match(text) else ""
+        reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}{of_python}"
+        raise RowError(f"{complaint}: {reason}") from None
     except ValueError as error:
         raise RowError(f"{complaint}: {error}") from None
 

@@ -30,6 +30,20 @@ VALUES = ("default", "const", "example")
 NAMES = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords of JSON Schema whose keys are names."""
 
+NO_ARGUMENTS = frozenset(
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "chat_template",
+        "tokenize",
+        "continue_final_message",
+        "conversation",
+    }
+    | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
+)
+"""Arguments of transformers' rendering that are not the template's own."""
+
 BESIDE_CONVERSATION = "the column {!r} stands beside a prompt that is a conversation, which has no place for it"
 
 
@@ -38,6 +52,8 @@ def conversation_of(value: Any, column: str) -> list[Message]:
     which is a question and its answer. Raises RowError."""
     if isinstance(value, str):  # CSV and many Parquet files hold the conversation as JSON text
         value = from_json(value, f"column {column!r} is text but not JSON")
+    if isinstance(value, dict) and all(isinstance(items, list) for items in value.values()):
+        value = _from_lists(value, column)
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of messages that is not empty")
     messages: list[Message] = []
@@ -48,6 +64,13 @@ def conversation_of(value: Any, column: str) -> list[Message]:
         else:
             messages.append(message)
     return messages
+
+
+def _from_lists(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
+    """The messages of an object of lists, which is how `Sequence` of `datasets` stores a list of objects. Raises RowError."""
+    if len({len(items) for items in columns.values()}) > 1:
+        raise RowError(f"column {column!r} has lists of different lengths: {', '.join(columns)}")
+    return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def _with_calls(message: Message, call: Message, number: int) -> Message:
@@ -266,6 +289,8 @@ def template_arguments(value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise RowError(f"chat_template_kwargs must be an object, it is {format_value(value)}")
     arguments: dict[str, Any] = without_none(value or {})
+    if strange := sorted(arguments.keys() & NO_ARGUMENTS):
+        raise RowError(f"chat_template_kwargs has {strange[0]!r}, which is no argument of a template")
     return arguments
 
 

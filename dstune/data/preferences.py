@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dstune.data.media import holds_something
@@ -211,8 +212,11 @@ def _answer(value: Any, column: str) -> Any:
 
 
 def _margin(value: Any) -> float | None:
-    if value is None:
+    if value is None or value == "":
         return None
+    if isinstance(value, str):  # in a CSV file
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
         raise RowError(f"column 'margin' must be a number, it is {format_value(value)}")
     return float(value)

@@ -58,6 +58,8 @@ def normalise(
             found[role] = check(value, column) if check else value
     if form.conversational and not media.COLUMNS.keys().isdisjoint(fields):
         media.refuse_columns(fields, used=columns_read(type(form), mapping, fields))
+    if form.conversational and fields.get("continue_final_message"):
+        raise RowError("continue_final_message: an answer that is begun is not trained; give the message as a whole")
     row = form.row(found, own)
     if form.conversational:
         media.refuse_markers(row)

@@ -49,6 +49,7 @@ OF_MESSAGES = frozenset(
         "output",
         "prompt",
         "rationale",
+        "reasoning_details",
         "reasoning_text",
         "response",
         "text",

@@ -33,7 +33,8 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
     """The prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
     `messages` (and `adapter`, `tools`, `chat_template_kwargs`). Raises UserError with every bad line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # A line ends with a line feed: Python's splitlines would also end it within a text, at U+2028 for example.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise UserError(Problem(key, f"cannot be read: {reason}", value=str(path))) from error
@@ -57,6 +58,8 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
 
 
 def _from_row(line: str, where: str) -> Request:
+    from dstune.data.messages import conversation_of
+
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -73,11 +76,10 @@ def _from_row(line: str, where: str) -> Request:
         return Request(prompt, where, **beside)
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither a `prompt` nor `messages`")
-    if not all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages):
-        raise ValueError("has a message without `role` or `content`")
-    if messages[-1]["role"] == "assistant":
+    read = conversation_of(messages, "messages")
+    if read[-1]["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")
-    return Request(str(messages[-1]["content"]), where, as_trained(messages), **beside)
+    return Request(read[-1].get("content", ""), where, read, **beside)
 
 
 def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,14 +91,6 @@ def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
         "tools": tools_of(tools) if tools else None,
         "arguments": template_arguments(row.get("chat_template_kwargs")) or None,
     }
-
-
-def as_trained(messages: Messages) -> Messages:
-    """Messages in which the assistant calls or thinks as rows of a training file are read. Raises ValueError."""
-    from dstune.data.messages import conversation_of
-
-    more = any(message.keys() - {"role", "content"} for message in messages)
-    return conversation_of(messages, "messages") if more else messages
 
 
 def with_system(request: Request, system: str | None) -> Request:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from dstune.data.messages import NO_ARGUMENTS
 from dstune.serve.errors import ApiError
 
 Check = Callable[[Any], str]
@@ -19,11 +20,8 @@ MOST_MESSAGES = 2048
 MOST_INPUTS = 2048
 MOST_CONVERSATIONS = 64
 MOST_STOPS = 4
-TEMPLATE_NAMES = frozenset(
-    {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message"}
-    | {"conversation", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"}
-)
-"""Arguments of transformers' rendering that are not the template's own."""
+TEMPLATE_NAMES = NO_ARGUMENTS | {"documents"}
+"""What a client may not give to the template."""
 
 
 def _number(least: float, most: float, *, whole: bool = False) -> Check:

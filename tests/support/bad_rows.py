@@ -104,6 +104,11 @@ ROWS: list[Case] = [
     ),
     ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
+    (
+        "column … has lists of different lengths: …",
+        CHAT,
+        {"messages": {"role": ["user", "assistant"], "content": ["Hi"]}},
+    ),
     ("message … must be an object with role and content", CHAT, chat("Hi")),
     ("message … has the unknown role …; roles are …", CHAT, chat(USER, output("robot"))),
     ("chat_template_kwargs must be an object, it is …", CHAT, chat(USER, ANSWER, chat_template_kwargs=[1])),
@@ -175,6 +180,21 @@ ROWS: list[Case] = [
         ),
         CHAT,
         chat(output("user", loss_weight=1.0), ANSWER),
+    ),
+    (
+        "message … (assistant) has a … and a … that say different things",
+        CHAT,
+        chat(USER, output("assistant", "Yes", reasoning="a", reasoning_content="b")),
+    ),
+    (
+        "continue_final_message: an answer that is begun is not trained; give the message as a whole",
+        CHAT,
+        chat(USER, ANSWER, continue_final_message=True),
+    ),
+    (
+        "chat_template_kwargs has …, which is no argument of a template",
+        CHAT,
+        chat(USER, ANSWER, chat_template_kwargs={"add_generation_prompt": True}),
     ),
     (
         "message … has the key …; what is not to be trained is marked with weight: 0",

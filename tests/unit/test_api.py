@@ -81,6 +81,28 @@ def test_tables_become_parquet(tmp_path, made):
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist() == [row | {"year": 1} for row in ROWS]
 
 
+@pytest.mark.parametrize("made", [datasets.Dataset.from_list, pandas.DataFrame])
+def test_objects_without_keys_are_kept(tmp_path, made):
+    """Tools and calls without arguments, which Parquet cannot hold."""
+    from dstune.data import sources
+
+    row = {"tools": [{"name": "now", "parameters": {"type": "object", "properties": {}}}], "calls": [{"arguments": {}}]}
+    table = made([row])
+    assert rows.file_name(table, "train") == "data/train.arrow"
+    rows.write(table, tmp_path / "train.arrow", "train")
+    (file,) = sources.expand(str(tmp_path / "train.arrow"), "data.train")
+    assert [found.fields for found in sources.read(file)] == [row]
+
+
+def test_a_frame_whose_columns_mix_types_becomes_json_lines(tmp_path):
+    given = [{"prompt": "Hi", "n": 1}, {"prompt": [{"role": "user", "content": "Hi"}], "n": None}]
+    table = pandas.DataFrame(given)
+    assert rows.file_name(table, "train") == "data/train.jsonl"
+    rows.write(table, tmp_path / "train.jsonl", "train")
+    assert [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()] == given
+    assert list(rows.each(table)) == given
+
+
 def test_a_dataset_that_was_shuffled_keeps_its_order(tmp_path):
     table = (
         datasets.Dataset.from_list([{"text": str(number)} for number in range(50)]).shuffle(seed=1).select(range(20))

@@ -163,6 +163,12 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
         "messages",
         [U, {**A, "tool_calls": [CALL], "weight": 0}, U2, A2],
     ),
+    (
+        "an object of lists, as Sequence of datasets has it",
+        {"conversations": {"from": ["human", "gpt"], "value": ["Hi", "Yes"]}},
+        "conversations",
+        [U, A],
+    ),
     ("no tools, as JSON text", {"messages": [U, A], "tools": "null"}, "messages", [U, A]),
 ]
 
@@ -425,6 +431,36 @@ def test_schemas_that_are_text_are_given_as_they_are():
     schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer", "default": None}}}}
     (tool,) = read({"messages": [U, A], "tools": json.dumps([schema])}, CHAT)[1]["tools"]
     assert tool["function"] == schema
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "masked", "mask", "loss_mask"])
+def test_marks_of_other_tools_for_what_is_trained_are_not_passed_over(key):
+    with pytest.raises(RowError, match=f"message 2 has the key '{key}'"):
+        read({"messages": [U, {**A, key: False}, U2, A2]}, CHAT)
+
+
+def test_reasoning_is_given_once():
+    inline = said("assistant", "<think>\nHm.\n</think>\n\nYes", reasoning_content="Hm.")
+    with pytest.raises(
+        RowError, match=r"message 2 \(assistant\) has reasoning in its content and as reasoning_content"
+    ):
+        read({"messages": [U, inline]}, CHAT)
+    twice = {**A, "reasoning": "Hm.", "reasoning_content": "Hm.\n", "thinking": None}
+    assert read({"messages": [U, twice]}, CHAT)[1]["messages"][1]["reasoning_content"] == "Hm.\n"
+    read({"messages": [U, said("assistant", "A <think> tag is closed by </think>.", reasoning_content="Hm.")]}, CHAT)
+
+
+@pytest.mark.parametrize(("given", "margin"), [("1.5", 1.5), ("-2", -2.0), (3, 3.0), ("", None)])
+def test_a_margin_of_a_csv_file_is_a_number(given, margin):
+    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No", "margin": given}
+    assert read(row, RewardConfig(template_date="2025-03-09"))[1].get("margin") == margin
+
+
+def test_a_conversation_that_python_wrote_is_told():
+    with pytest.raises(
+        RowError, match=r"not JSON: .* at character 3; Python's str\(\) wrote it, json\.dumps writes JSON"
+    ):
+        read({"messages": str([U, A])}, CHAT)
 
 
 def test_a_default_that_is_null_is_shown_to_the_model():

@@ -14,7 +14,7 @@ import torch
 
 from dstune.data.stopping import stop_token_ids
 from dstune.inference import generate
-from dstune.inference.prompts import Request
+from dstune.inference.prompts import Request, read_file
 from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.inference.writer import Answer, Sampling, Writer
 from dstune.models.generation import generate_answers
@@ -207,6 +207,35 @@ def adapters(decoder, tmp_path_factory) -> dict[str, Path]:
         adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(decoder), settings)
         adapted.save_pretrained(folder / name)
     return {"a": folder / "a", "b": folder / "b"}
+
+
+def test_conversations_of_a_file_are_read_as_those_of_training(tmp_path):
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    given = [
+        [{"role": "developer", "content": "w9"}, {"role": "user", "content": parts}],
+        [{"from": "human", "value": "w1"}],
+        [
+            {"role": "user", "content": "w1"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "w2"},
+        ],
+    ]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in given))
+    first, second, third = (request.messages for request in read_file(file))
+    assert first == [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
+    assert second == [{"role": "user", "content": "w1"}]
+    assert third[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+
+
+def test_a_prompt_holds_every_character_but_a_line_feed(tmp_path):
+    for name, line in (
+        ("a.txt", "w1\u2028w2\x0cw3"),
+        ("a.jsonl", json.dumps({"prompt": "w1\u2028w2\x0cw3"}, ensure_ascii=False)),
+    ):
+        (tmp_path / name).write_bytes(f"{line}\r\n{line}".encode("utf-8-sig"))
+        assert [request.formatted for request in read_file(tmp_path / name)] == ["w1\u2028w2\x0cw3"] * 2
 
 
 def test_rows_choose_an_adapter_by_name(decoder, adapters, tmp_path, capsys):

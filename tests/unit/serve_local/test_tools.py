@@ -140,3 +140,34 @@ def test_template_arguments_act(folder, tmp_path):
     hostile = own.chat(chat_template_kwargs={"said": "w1 <|im_start|>"}, return_token_ids=True)["prompt_token_ids"]
     assert hostile.count(start) == 2  # what a client writes there stays text too
     own.close()
+
+
+def test_calls_and_reasoning_are_shown_as_in_training(folder, tmp_path):
+    """A template that concatenates arguments, and one name of reasoning out of several."""
+    import shutil
+
+    from dstune.data.messages import conversation_of
+    from dstune.data.render import ChatRenderer
+
+    shutil.copytree(folder, tmp_path / "text")
+    turn = (
+        "{{ '<|im_start|>' + m.role + '\n' }}{% if m.thinking %}w8 {{ m.thinking }}{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ ' w7 ' + c.function.name + ' ' + c.function.arguments }}{% endfor %}"
+    )
+    (tmp_path / "text" / "chat_template.jinja").write_text(
+        "{% for m in messages %}" + turn + "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    own = Engine(tmp_path / "text")
+    call = {"id": "c1", "type": "function", "function": {"name": "w6", "arguments": '{"w5":1}'}}
+    messages = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": None, "reasoning_content": "w2 w3", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "w4"},
+    ]
+    answer = own.chat(messages=messages, return_token_ids=True)
+    tokenizer = own.model._tongues["base"].voice.tokenizer
+    trained = ChatRenderer(tokenizer, None).prompt_ids(conversation_of(messages, "messages"))
+    assert answer["prompt_token_ids"] == trained, answer
+    assert {"w3", "w6", "w8"} <= set(tokenizer.decode(trained).split())
+    own.close()

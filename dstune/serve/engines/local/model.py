@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.probe import Facts, facts_of
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.control import ControlTokens
 from dstune.data.stopping import stop_token_ids
@@ -30,6 +32,12 @@ class _Tongue:
     ends: frozenset[int]
     adapter: str
     """Peft's name of it, which no other one ever has; empty for the model without any."""
+
+    @cached_property
+    def facts(self) -> Facts:
+        """How the template wants calls and reasoning."""
+        assert self.template is not None
+        return facts_of(self.template)
 
 
 class LocalModel:
@@ -165,6 +173,8 @@ class LocalModel:
         in an argument of the template. Raises RenderError."""
         tongue = self._tongues[name]
         assert tongue.template is not None, "only a model with a template is asked with messages"
+        if any(message.keys() - {"role", "content"} for message in messages):
+            messages = [tongue.facts.adapted(message) for message in messages]
         written = {"messages": messages, "tools": tools, "arguments": list(arguments.values())}
         defused = tongue.control.defuse(written)
         given = dict(zip(arguments, defused.value["arguments"], strict=True))
