@@ -267,14 +267,16 @@ def _is_conversation(prompt: Any) -> bool:
 
 
 def _request(prompt: Any, number: int) -> Any:
-    from dstune.inference.prompts import Request
+    from dstune.inference.prompts import Request, request_of
 
     where = f"prompt {number}"
     if isinstance(prompt, str) and prompt.strip():
         return Request(prompt, where)
     if _is_conversation(prompt):
-        messages = [dict(message) for message in prompt]
-        return Request(str(messages[-1].get("content", "")), where, messages)
+        try:
+            return request_of([dict(message) for message in prompt], where)
+        except ValueError as error:
+            raise UserError(Problem(where, str(error))) from None
     raise UserError(Problem(where, "expected a text that is not empty, or a list of messages", value=repr(prompt)[:80]))
 
 

@@ -198,6 +198,7 @@ def _weight(number: int, role: str, message: Message) -> int:
 
 def _calls(number: int, name: str, role: str, message: Message, content: Any) -> list[dict[str, Any]]:
     """The tool calls of a message, each `{type: function, function: {name, arguments}}` with arguments as an object."""
+    complaint = f"message {number}: tool_calls are not JSON"
     if name in NAMES_OF_CALLS:  # ShareGPT: a turn that is the call, as JSON text
         value = from_json(content, f"message {number} ({name}) is not JSON") if isinstance(content, str) else content
         given = value if isinstance(value, list) else [value]
@@ -208,14 +209,14 @@ def _calls(number: int, name: str, role: str, message: Message, content: Any) ->
     else:
         given = message.get("tool_calls", [])
         if isinstance(given, str):
-            given = from_json(given, f"message {number}: tool_calls are not JSON")
+            given = from_json(given, complaint)
     if not given:
         return []
     if role != "assistant":
         raise RowError(f"message {number} ({role}) calls a tool, which only the assistant does")
     if not isinstance(given, list):
         raise RowError(f"message {number}: tool_calls must be a list, it is {format_value(given)}")
-    return [_call(number, call) for call in given]
+    return [_call(number, from_json(call, complaint) if isinstance(call, str) else call) for call in given]
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:

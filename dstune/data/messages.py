@@ -187,6 +187,8 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
         value = from_json(value, "tools are not JSON")
     if value is None:
         return []
+    if isinstance(value, list) and value and all(isinstance(tool, str) for tool in value):  # `Json` of an older pyarrow
+        is_text, value = True, [from_json(tool, "tools are not JSON") for tool in value]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("tools must be a list of JSON schemas")
     tools = value if is_text else _without_absent(value)

@@ -58,8 +58,6 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
 
 
 def _from_row(line: str, where: str) -> Request:
-    from dstune.data.messages import conversation_of
-
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -76,6 +74,13 @@ def _from_row(line: str, where: str) -> Request:
         return Request(prompt, where, **beside)
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither a `prompt` nor `messages`")
+    return request_of(messages, where, **beside)
+
+
+def request_of(messages: Any, where: str, **beside: Any) -> Request:
+    """What to answer in a conversation, which is read as rows of a training file are. Raises ValueError."""
+    from dstune.data.messages import conversation_of
+
     read = conversation_of(messages, "messages")
     if read[-1]["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")

@@ -252,7 +252,7 @@ ROWS: list[Case] = [
     ),
     ("parallel_tool_calls must be true or false, it is …", CHAT, chat(USER, ANSWER, parallel_tool_calls="no")),
     ("tools are not JSON: … at character …", CHAT, chat(USER, ANSWER, tools="f(x)")),
-    ("tools must be a list of JSON schemas", CHAT, chat(USER, ANSWER, tools=["f"])),
+    ("tools must be a list of JSON schemas", CHAT, chat(USER, ANSWER, tools={"name": "f"})),
     (
         "the function of tool … must be an object, it is …",
         CHAT,

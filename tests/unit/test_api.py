@@ -81,6 +81,27 @@ def test_tables_become_parquet(tmp_path, made):
     assert pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist() == [row | {"year": 1} for row in ROWS]
 
 
+def test_conversations_to_answer_are_read_as_those_of_training():
+    from dstune.api.models import _request
+
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    given = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+    ]
+    system, asked, called, _ = _request(given, 1).messages
+    assert (system["role"], asked["content"]) == ("system", "Hi")
+    assert called["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    for wrong, reason in (
+        (given[:3], "nothing to answer"),
+        ([{"role": "user", "content": None}], "content must be text"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            _request(wrong, 1)
+
+
 @pytest.mark.parametrize("made", [datasets.Dataset.from_list, pandas.DataFrame])
 def test_objects_without_keys_are_kept(tmp_path, made):
     """Tools and calls without arguments, which Parquet cannot hold."""

@@ -498,6 +498,12 @@ def test_json_in_a_table_is_what_it_says(tmp_path):
     }
     deep = {"type": Value("string"), "function": {"name": Value("string"), "arguments": Json()}}
     deep_tool = {"type": Value("string"), "function": {"name": Value("string"), "parameters": Json()}}
+    as_text = {
+        "messages": [U, {**row["messages"][1], "tool_calls": [json.dumps(call)]}],
+        "tools": [*map(json.dumps, row["tools"])],
+    }
+    _, rendered = read(as_text, CHAT)  # as a pyarrow reads it that has no type for JSON
+    assert (rendered["messages"][1]["tool_calls"], rendered["tools"]) == ([call], row["tools"])
     for calls, tools in ((Json(), Json()), (List(Json()), List(Json())), (List(deep), List(deep_tool))):
         message = {"role": Value("string"), "content": Value("string"), "tool_calls": calls}
         data = Dataset.from_list([row], features=Features({"messages": List(message), "tools": tools}))
