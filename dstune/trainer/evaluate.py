@@ -20,13 +20,12 @@ from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.metrics.language import language_model_metrics
-from dstune.models.generation import generate_answers
 from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_of
 from dstune.models.heads.language import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.trainer.counterfactual import compare
-from dstune.trainer.generation import Generated, speaking
+from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
 from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
@@ -226,21 +225,14 @@ def _by_row(columns: Mapping[str, Column]) -> list[dict[str, np.ndarray]]:
 def answer_prompts(
     config: RunConfig, data: PreparedData, engine: Engine, tokenizer: Any, world: World
 ) -> list[dict[str, str]]:
-    """The model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0.
-
-    Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank;
-    else every rank generates the same text, in step, through ZeRO-3's hooks.
-    """
+    """The model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0."""
     prompts = data.prompts[: config.evaluate.samples]
     if not prompts:
         return []
     stops = stop_token_ids(tokenizer, task_of(config.task).template_arguments)
     token_ids = [prompt.input_ids for prompt in prompts]
 
-    answers: list[str] = []
-    with speaking(engine, world) as (module, in_step):
-        if in_step or world.is_main:
-            answers = generate_answers(module, tokenizer, token_ids, config.evaluate.max_new_tokens, stops)
+    answers = answers_on_all_ranks(engine, tokenizer, token_ids, config.evaluate.max_new_tokens, stops, world)
     if not world.is_main:
         return []
     return [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from dstune.core.distributed import World
+from dstune.models.generation import generate_answers
 from dstune.planning.host import available_bytes
 from dstune.zero import accelerator
 from dstune.zero.engine import Engine
@@ -31,21 +33,59 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
     """The module to generate with, and whether all ranks have to run it in step.
 
     Where the whole weights fit into memory twice on every rank, they are gathered once and each rank generates what it
-    likes; the others wait for it at the end. Else the weights stay partitioned, and every forward pass is a collective.
+    likes; the others wait for it at the end. Else as many layers as fit are gathered once, the others stay partitioned, and
+    every forward pass is a collective.
     """
     engine.train(False)
     if engine.slices is not None:  # which no rank has all of
         yield engine.module, True
-    elif engine.stage < 3 or world.gather_numbers([whole_weights_fit(engine)]).all():
+    elif engine.stage < 3:
+        yield engine.module, False
+        world.barrier()
+    elif weights_bytes(engine) <= (room := int(world.gather_numbers([room_for_weights(engine)]).min())):
         with engine.whole_module() as module:
             yield module, False
             world.barrier()
     else:
-        yield engine.module, True
+        with engine.partly_whole(room):
+            yield engine.module, True
     engine.train(True)
 
 
-def whole_weights_fit(engine: Engine) -> bool:
-    needed = sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
-    free = accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()
-    return 2 * needed < free
+def weights_bytes(engine: Engine) -> int:
+    return sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
+
+
+def room_for_weights(engine: Engine) -> int:
+    """Bytes: half of the free memory, since what is computed needs the rest."""
+    return (accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()) // 2
+
+
+def answers_on_all_ranks(
+    engine: Engine,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stops: Iterable[int],
+    world: World,
+) -> list[str]:
+    """The greedy answers to `prompts` (token ids), on rank 0.
+
+    Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank; else the
+    ranks share the prompts, in step, through ZeRO-3's hooks. Ranks that have slices of layers generate the same text.
+    """
+    answers: list[str] = []
+    with speaking(engine, world) as (module, in_step):
+        shared = in_step and engine.slices is None
+        if in_step or world.is_main:
+            mine = _dealt(prompts, world) if shared else prompts
+            answers = generate_answers(module, tokenizer, mine, max_new_tokens, stops, in_step=shared)
+    if not shared:
+        return answers
+    return [answer for row in zip(*world.gather(answers), strict=True) for answer in row][: len(prompts)]
+
+
+def _dealt(prompts: Sequence[list[int]], world: World) -> list[list[int]]:
+    """This rank's prompts, every `world.size`th; the ranks have equally many, the last of them one again that another has."""
+    rows = -(-len(prompts) // world.size)
+    return [prompts[(row * world.size + world.rank) % len(prompts)] for row in range(rows)]

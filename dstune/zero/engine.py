@@ -21,7 +21,7 @@ from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
 from dstune.zero.hooks import without_hooks
 from dstune.zero.masks import Change, masked_weight_decay, zero_gradients
-from dstune.zero.parts import full_count, full_shape, gathered
+from dstune.zero.parts import full_count, full_shape, gathered, is_partitioned
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
 from dstune.zero.weight_files import BUFFER, persistent_buffers, weights_file
@@ -411,6 +411,26 @@ class Engine:
             return
         with gathered(list(self.module.parameters())), without_hooks(self._engine, self.module):
             yield self.module
+
+    @contextmanager
+    def partly_whole(self, room: int) -> Iterator[None]:
+        """At stage 3, as many weights as fit into `room` bytes, from the first layer on, are gathered once: forward passes
+        within gather the others alone. Every rank must give the same room."""
+        chosen: list[Any] = []
+        for parameter in filter(is_partitioned, self.module.parameters()):
+            room -= full_count(parameter) * parameter.element_size()
+            if room < 0:
+                break
+            chosen.append(parameter)
+        kept = [parameter for parameter in chosen if not parameter.is_external_param]
+        with gathered(chosen):
+            for parameter in kept:
+                parameter.is_external_param = True  # DeepSpeed's hooks do not give such ones back
+            try:
+                yield
+            finally:
+                for parameter in kept:
+                    parameter.is_external_param = False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

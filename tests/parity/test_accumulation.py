@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,18 @@ def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 def test_64_micro_batches_are_summed_in_fp32(differences, stage):
     assert differences[stage, None] < BOUND
     assert differences[stage, "bf16"] > BOUND, "the bound would not notice sums in bf16"
+
+
+def test_at_stage_3_what_fits_is_gathered_once_to_generate(tmp_path):
+    file = tmp_path / "found.json"
+    model = save_decoder(tmp_path / "model")
+    run_ranks(Path(__file__).with_name("generate_ranks.py"), RANKS, [str(model), str(file)])
+    total, ((in_step, every, *computed), *others) = json.loads(file.read_text())
+    assert in_step and every >= total
+    assert [(together, same) for together, _, *same in others] == [
+        (True, computed),
+        (True, computed),
+        (False, computed),
+    ]
+    assert [passed for _, passed, *_ in others] == sorted((passed for _, passed, *_ in others), reverse=True)
+    assert others[0][1] <= 0.6 * every and others[1][1] <= 0.2 * every and others[2][1] == 0

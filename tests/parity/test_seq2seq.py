@@ -63,10 +63,12 @@ class Workshop:
         sources = [f"model.path={self.models[kind]}", f"data.train={self.data}"]
         return compose([*sources, *BASE, *KINDS[kind], f"run.dir={self.folder / name}", *overrides])
 
-    def case(self, kind: str, name: str, *overrides: str, directory: str | None = None, in_step: bool = False) -> dict:
+    def case(
+        self, kind: str, name: str, *overrides: str, directory: str | None = None, room: float | None = None
+    ) -> dict:
         path = self.folder / f"{name}.yaml"
         write_run(path, self.composed(kind, name, *overrides))
-        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name)), "in_step": in_step}
+        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name)), "room": room}
 
     def reference(self, kind: str):
         if kind not in self.references:
@@ -101,8 +103,8 @@ def test_any_layout_equals_the_plain_loop_and_generates_what_the_export_does(wor
     cases = {f"{kind}-s{stage}-n{size}": (kind, stage) for kind, stage in LAYOUTS[size]}
     jobs = [workshop.case(kind, name, f"zero=stage{stage}") for name, (kind, stage) in cases.items()]
     if size == 3:
-        jobs.append(workshop.case("t5", "in-step", "zero=stage3", in_step=True))
-        jobs.append(workshop.case("decoder", "decoder-in-step", "zero=stage3", in_step=True))
+        jobs.append(workshop.case("t5", "in-step", "zero=stage3", room=0.5))
+        jobs.append(workshop.case("decoder", "decoder-in-step", "zero=stage3", room=0.0))
         cases |= {"in-step": ("t5", 3), "decoder-in-step": ("decoder", 3)}
     run_ranks(PROGRAM, size, jobs)
     for name, (kind, _) in cases.items():

@@ -54,12 +54,12 @@ def main() -> None:
         world.barrier()
         loop.train_step = leaping(*case["leap"]) if "leap" in case else TRAIN_STEP
         micro_batch.GAIN = case.get("gain", GAIN)
-        fits = generation.whole_weights_fit
-        if case.get("in_step"):  # as if no rank had room for the whole model
-            generation.whole_weights_fit = lambda engine: False
+        room = generation.room_for_weights
+        if (share := case.get("room")) is not None:  # as if ranks had room for so much of the whole model
+            generation.room_for_weights = lambda engine, share=share: int(share * generation.weights_bytes(engine))
         with contextlib.suppress(Preempted):
             worker.train(composed.config, run_dir, world)
-        generation.whole_weights_fit = fits
+        generation.room_for_weights = room
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_out_of_memory_names_what_frees_most(server: Server) -> None:
     for words in (
         "trainer.micro_batch_size=2",
         "trainer.activation_checkpointing=true",
-        "zero=stage3",
         "data.max_length=",
     ):
         assert words in found.error
+    assert "zero=stage3" not in found.error  # which frees nothing on one rank
