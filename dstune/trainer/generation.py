@@ -58,7 +58,7 @@ def weights_bytes(engine: Engine) -> int:
 
 def room_for_weights(engine: Engine) -> int:
     """Bytes: half of the free memory, since what is computed needs the rest."""
-    return (accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()) // 2
+    return int(accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()) // 2
 
 
 def answers_on_all_ranks(
