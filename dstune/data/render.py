@@ -35,6 +35,7 @@ from dstune.data.chat.rule import (
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.control import ControlTokens
 from dstune.data.message import REASONING_KEYS, inline_reasoning
+from dstune.data.messages import NO_ARGUMENTS
 from dstune.data.problems import unprinted
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
@@ -110,6 +111,9 @@ class ChatRenderer:
                 )
             )
         require_offsets(tokenizer)
+        if strange := sorted(NO_ARGUMENTS.intersection(arguments or {})):
+            reason = "is no argument of a template, but of transformers' rendering"
+            raise UserError(Problem(f"task.chat_template_kwargs.{strange[0]}", reason, "leave it out"))
         self._tokenizer = tokenizer
         self.choice = choice or Choice()
         self._control = ControlTokens(tokenizer)

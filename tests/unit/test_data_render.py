@@ -407,3 +407,9 @@ def line_break_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>", chat_template=CHATML
     )
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "continue_final_message", "tools"])
+def test_arguments_of_rendering_are_none_of_the_template(name):
+    with pytest.raises(UserError, match=f"task.chat_template_kwargs.{name}: is no argument of a template"):
+        ChatRenderer(byte_tokenizer(), None, {"enable_thinking": True, name: True})
