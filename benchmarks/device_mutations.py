@@ -54,7 +54,9 @@ _PLACEMENT: dict[str, Mutation] = {
     "packed_rows_in_one_kernel_learn_what_they_learn_on_the_cpu": undo(
         "models/varlen.py", "window is None else window - 1, 0)", "window is None else window - 1, -1)"
     ),
-    "a_size_that_runs_out_of_memory_is_left": undo("trainer/micro_batch.py", "        self.engine.forget_micro_batch()\n"),
+    "a_size_that_runs_out_of_memory_is_left": undo(
+        "trainer/micro_batch.py", "        self.engine.forget_micro_batch()\n", case="behind"
+    ),
     "out_of_memory_names_what_frees_most": undo(
         "trainer/out_of_memory.py", "        if not accelerator.out_of_memory(error):\n", "        if True:\n"
     ),

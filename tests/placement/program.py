@@ -40,7 +40,21 @@ def _full(loss_sum: Any, torch: Any) -> Any:
     return loss_sum
 
 
-PLANTED = {"mix": _mix, "read": _read, "full": _full}
+def _full_behind(loss_sum: Any, torch: Any) -> Any:
+    """The same, and it runs out at the end of the backward pass, when the gradients of other weights are on their way."""
+
+    def run_out(gradient: Any) -> None:
+        if _full.rows > 2:  # type: ignore[attr-defined]
+            raise RuntimeError("simulated: out of memory in the backward pass")
+
+    if not _full_behind.planted:  # type: ignore[attr-defined]
+        _full_behind.planted = True  # type: ignore[attr-defined]
+        next(_full.engine.module.parameters()).register_hook(run_out)  # type: ignore[attr-defined]
+    return loss_sum
+
+
+_full_behind.planted = False  # type: ignore[attr-defined]
+PLANTED = {"mix": _mix, "read": _read, "full": _full, "full_behind": _full_behind}
 """Faults that a test asks for: what becomes of the loss of a micro-batch."""
 
 
@@ -53,7 +67,7 @@ def plant(name: str) -> None:
     fault = PLANTED[name]
 
     def planted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _full.rows = len(args[1]["input_ids"])  # type: ignore[attr-defined]
+        _full.rows, _full.engine = len(args[1]["input_ids"]), args[0]  # type: ignore[attr-defined]
         output = loss(self, *args, **kwargs)
         return replace(output, loss_sum=fault(output.loss_sum, torch)) if torch.is_grad_enabled() else output
 
