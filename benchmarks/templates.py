@@ -49,7 +49,7 @@ from dstune.chat_templates import FOLDER
 from dstune.config.architectures import mark_stops
 from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
-from dstune.data.chat.template import seen
+from dstune.data.chat.template import ChatTemplate, seen
 from dstune.data.collate import NO_TARGET
 from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
@@ -389,8 +389,9 @@ def _turn_of(
     try:
         renderer = ChatRenderer(tokenizer, DATE)
         *context, answer = row["messages"][: number + 1]
+        asked = [renderer.facts.adapted(message) for message in context]
         given = {"tools": row.get("tools"), "arguments": renderer.arguments_for(answer)}
-        prompt = renderer.text(context, add_generation_prompt=True, **given)
+        prompt = ChatTemplate(tokenizer, DATE).text(asked, prompt=True, **given)
         silent = [{**message, "weight": 0} for message in context]
         (found,) = renderer.passages([*silent, {**answer, "weight": 1}], tools=row.get("tools"))
     except (RenderError, UserError) as error:

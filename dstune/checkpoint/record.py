@@ -119,6 +119,8 @@ def _value(value: Any) -> str:
     """`value` in the grammar of overrides."""
     if isinstance(value, list):
         return f"[{','.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value(item)}' for key, item in value.items())}}}"
     if isinstance(value, str):
         return quoted(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

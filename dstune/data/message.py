@@ -36,6 +36,9 @@ ROLE_NAMES = {
 }
 """The role that a name in a file stands for. `developer` is OpenAI's newer name of `system`, which most templates lack."""
 
+INSTEAD = {"from": "role", "value": "content", "refusal": "content", "function_call": "tool_calls"}
+"""Keys of a message under which its files have another one."""
+
 NAMES_OF_CALLS = ("function_call", "tool_call")
 """Roles of a message that is itself a call, as JSON text."""
 
@@ -59,6 +62,9 @@ PARTS = {
 }
 """What a part of a content holds, by its type."""
 
+BESIDE_FUNCTION = ("id", "type")
+"""Keys of a call that are not its function's."""
+
 ORDER = ("reasoning", "text", "call")
 """In which order templates write what a message holds."""
 
@@ -68,10 +74,11 @@ _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
 
 
 def message_of(number: int, message: Any) -> Message:
-    """The message that is called `number`. Raises RowError."""
+    """The message that is called `number`, its keys in the order of the file. Raises RowError."""
     if not isinstance(message, dict):
         raise RowError(f"message {number} must be an object with role and content")
     message = without_none(message, GIVEN)
+    places = {INSTEAD.get(key, key): place for place, key in enumerate(message)}
     name = message.pop("role", None) or message.pop("from", None)
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role is None:
@@ -111,7 +118,7 @@ def message_of(number: int, message: Any) -> Message:
         result["tool_calls"] = calls
     if not weight:
         result["weight"] = 0
-    return result
+    return {key: result[key] for key in sorted(result, key=lambda key: places.get(key, len(places)))}
 
 
 def _refuse_two_reasonings(number: int, message: Message, content: str | None) -> None:
@@ -223,7 +230,8 @@ def _call(number: int, call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RowError(f"message {number}: a tool call needs the name of a function, it is {format_value(call)}")
-    arguments = function.get("arguments", function.get("parameters", {}))
+    key = "arguments" if "arguments" in function else "parameters"
+    arguments = function.get(key, {})
     if isinstance(arguments, str):
         # OpenAI writes them as text; templates of transformers print an object, and text would be quoted twice.
         arguments = from_json(arguments or "{}", f"message {number}: arguments of {function['name']} are not JSON")
@@ -231,8 +239,13 @@ def _call(number: int, call: Any) -> dict[str, Any]:
         raise RowError(
             f"message {number}: arguments of {function['name']} must be an object, it is {format_value(arguments)}"
         )
-    outer = {} if "function" not in call else {key: value for key, value in call.items() if key != "function"}
-    return {"type": "function", **outer, "function": {"name": function["name"], "arguments": arguments}}
+    # A template may print a call as a whole, so all keys stay, in their order.
+    inner = {"arguments" if name == key else name: value for name, value in function.items()}
+    outer = call
+    if function is call:
+        outer = {name: inner.pop(name) for name in BESIDE_FUNCTION if name in inner}
+    start = {} if "type" in outer else {"type": "function"}
+    return {**start, **outer, "function": {**inner, "arguments": arguments}}
 
 
 def from_json(text: str, complaint: str) -> Any:

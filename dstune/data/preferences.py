@@ -120,9 +120,9 @@ def verdict_of(value: Any, column: str) -> bool:
 def as_chat(row: Row, answer: str) -> Row:
     """The chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
     says in the prompt is no target."""
-    if isinstance(row["prompt"], str):
-        return {"prompt": row["prompt"], "completion": row[answer]}
     beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+    if isinstance(row["prompt"], str):
+        return {"prompt": row["prompt"], "completion": row[answer], **beside}
     return {"messages": [*_untrained(row["prompt"]), *row[answer]], **beside}
 
 

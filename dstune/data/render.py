@@ -18,6 +18,7 @@ from dstune.chat_templates import packaged_for, template_path
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
+from dstune.data.chat.prompt import prompt_ids
 from dstune.data.chat.rule import (
     Passage,
     Place,
@@ -164,18 +165,6 @@ class ChatRenderer:
                 reason = "the template reads contents in parts, as models of images do, and no task reads images yet"
             raise UserError(Problem("model.chat_template", reason, fix)) from None
 
-    def text(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        """The rendered conversation. Raises RenderError if the template refuses it."""
-        adapted = [self.facts.adapted(message) for message in messages]
-        return self._template.text(adapted, tools=tools, arguments=arguments, prompt=add_generation_prompt)
-
     def prompt_ids(
         self,
         messages: Messages,
@@ -192,11 +181,8 @@ class ChatRenderer:
         given = dict(arguments or {})
         if answer is not None:
             given = self.arguments_for(self.expected([dict(answer)])[0], given)
-        defused = self._control.defuse({"messages": self.expected(messages), "tools": tools})
-        text = self.text(
-            defused.value["messages"], tools=defused.value["tools"], arguments=given, add_generation_prompt=True
-        )
-        return self._control.encode(*defused.restore(text))[0]
+        asked = self.expected(messages)
+        return prompt_ids(self._template, self._control, self.facts, asked, tools=tools, arguments=given)
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""

@@ -66,22 +66,12 @@ def normalise(
     return row
 
 
-_MESSAGES = ("messages", "prompt", "completion", "chosen", "rejected")
-"""Keys of a row whose value may be a list of messages."""
-
-
 def stored(row: Mapping[str, Any]) -> str:
-    """The row as JSON text, with the keys of the row and of its messages in order.
+    """The row as JSON text, with its keys in order.
 
-    What these hold is as it was given: templates print schemas and arguments of tools in the order in which they get them.
+    What they hold is as it was given: templates print schemas and calls of tools in the order in which they get their keys.
     """
-    ordered = {
-        key: [dict(sorted(message.items())) for message in value]
-        if key in _MESSAGES and isinstance(value, list)
-        else value
-        for key, value in sorted(row.items())
-    }
-    return json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(dict(sorted(row.items())), ensure_ascii=False, separators=(",", ":"))
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

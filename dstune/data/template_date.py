@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 
-_DATE_DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZGuV"
+_DATE_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMprRSTuUVwWxXyYzZ"
 
 
 def freeze_date(template: str, date: str | None) -> str:

@@ -14,7 +14,7 @@ from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.protocols import task_of
 
 if TYPE_CHECKING:
-    from dstune.data.chat.template import ChatTemplate
+    from dstune.data.chat.prompt import ChatPrompts
     from dstune.data.control import ControlTokens
     from dstune.data.tokenize.sample import SourcePrompts
     from dstune.protocols.task import TaskConfig
@@ -52,7 +52,7 @@ class Writer:
         """plain: go on with the text as it is, without the chat template. system: first message of conversations."""
         self._model, self._voices = speaker.model, speaker.voices
         self._sampling, self._plain, self._system = sampling, plain, system
-        self._templates: dict[str, ChatTemplate] = {}
+        self._prompts: dict[str, ChatPrompts] = {}
         self._controls: dict[str, ControlTokens] = {}
         self._asking: dict[str, SourcePrompts] = {}
         self.active = next(iter(speaker.voices))
@@ -67,7 +67,6 @@ class Writer:
 
     def prompt_ids(self, request: Request) -> list[int]:
         """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
-        from dstune.data.chat.probe import facts_of
         from dstune.data.chat.template import RenderError
 
         name = request.adapter or self.active
@@ -76,7 +75,7 @@ class Writer:
             if request.messages is not None or self._system or request.tools:
                 reason = "holds messages or tools, but the model writes targets for sources"
                 raise UserError(Problem(request.where, reason, "give the source as `prompt`, without --system"))
-            return self._sources(name, task).prompt_ids(request.formatted)
+            return self._sources(name, task).prompt_ids(request.formatted, request.arguments)
         if not self.is_chat(name):
             if request.messages is not None or self._system:
                 reason = "holds messages, but the model has no chat template (or --plain switched it off)"
@@ -93,19 +92,10 @@ class Writer:
             return self._control(name).sequence([request.formatted], sys.maxsize)[0]
         requested = with_system(request, self._system)
         messages = requested.messages or [{"role": "user", "content": requested.formatted}]
-        control, template = self._control(name), self._template(name)
         try:
-            if any(message.keys() - {"role", "content"} for message in messages):
-                facts = facts_of(template)
-                messages = [facts.adapted(message) for message in messages]
-            defused = control.defuse({"messages": messages, "tools": request.tools})
-            given = {"tools": defused.value["tools"], "arguments": request.arguments}
-            text = template.text(defused.value["messages"], prompt=True, **given)
+            return self._prompts_of(name).ids(messages, tools=requested.tools, arguments=requested.arguments)
         except RenderError as error:
             raise UserError(Problem(request.where, str(error))) from error
-        # The template prints the special tokens itself; the tokenizer would double the first one. What somebody wrote
-        # stays text, even if it reads like the end of a turn.
-        return control.encode(*defused.restore(text))[0]
 
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
         """The answers to `requests`, computed together, in their order.
@@ -240,13 +230,13 @@ class Writer:
             self._asking[name] = sources
         return self._asking[name]
 
-    def _template(self, name: str) -> ChatTemplate:
-        from dstune.data.chat.template import ChatTemplate
+    def _prompts_of(self, name: str) -> ChatPrompts:
+        from dstune.data.chat.prompt import ChatPrompts
 
-        if name not in self._templates:
+        if name not in self._prompts:
             voice = self._voices[name]
-            self._templates[name] = ChatTemplate(voice.tokenizer, voice.date)
-        return self._templates[name]
+            self._prompts[name] = ChatPrompts(voice.tokenizer, voice.date)
+        return self._prompts[name]
 
     def _room(self, length: int, request: Request) -> int:
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

@@ -228,7 +228,8 @@ class Task:
         # Not `replace`: rules read the configuration through a view, which is no dataclass.
         values = {field.name: getattr(main, field.name) for field in fields(cls.Config)} if same else {}
         if cls.conversational:
-            values["template_date"] = getattr(main, "template_date", None)
+            of_template = ("template_date", "chat_template_kwargs")
+            values |= {key: getattr(main, key) for key in of_template if hasattr(main, key)}
         return cls.Config(**values | ({} if prompt is None else {"prompt": prompt}))
 
     # ---- configuration ----

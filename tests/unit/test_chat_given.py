@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 from unit.templates import QWEN3
@@ -56,6 +57,60 @@ def test_schemas_and_arguments_keep_the_order_of_their_keys(tmp_path, task, chan
     found = tokenizer.decode(sample["input_ids"])
     whole = [*messages[:-1], assistant("Caf\u00e9.")] if changed else messages
     assert found == tokenizer.apply_chat_template(whole, tools=[WEATHER], tokenize=False)
+
+
+def test_a_message_that_is_printed_as_a_whole_keeps_the_order_of_its_keys(tmp_path):
+    """So do calls, with what they have beside a name and arguments."""
+    tokenizer = byte_tokenizer(CHATML.replace("message['content']", "message | tojson"))
+    function = {"arguments": {"unit": "C", "city": None}, "strict": True, "name": "weather"}
+    asked = {"id": "c1", "function": function, "type": "function"}
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "tool_calls": [asked], "reasoning": "They ask."},
+        {"content": "sunny", "role": "tool", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    config = data_run(write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}]), split=SplitConfig(validation=0.0))
+    (sample,) = prepared(config, tokenizer, tmp_path / "cache").train.table
+    messages[1] |= {"reasoning_content": "They ask.", "thinking": "They ask."}
+    assert tokenizer.decode(sample["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_schema_keeps_a_null_that_says_something():
+    def schemas(**properties: Any) -> Any:
+        given = {
+            "messages": ANSWERED,
+            "tools": [{**WEATHER, "function": {**WEATHER["function"], "parameters": properties}}],
+        }
+        return normalise(given, "messages", {})["tools"][0]["function"]["parameters"]
+
+    optional = {"unit": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}}
+    assert schemas(type="object", properties=optional) == {"type": "object", "properties": optional}
+    # The property of another tool: these objects were in a table once.
+    of_table = {"unit": {"type": "string", "default": None}, "place": None}
+    assert schemas(type="object", properties=of_table)["properties"] == {"unit": {"type": "string"}}
+
+
+def test_both_answers_of_a_pair_are_asked_by_one_prompt():
+    """Qwen 3's prompt closes an empty block where the model is not to think, so two prompts would be compared."""
+    tokenizer = byte_tokenizer(QWEN3)
+    encode = RowTokenizer(tokenizer, PreferenceConfig(), "preference", max_length=1000)
+    thought, plain = "<think>\nHm.\n</think>\n\nYes", "No"
+    for chosen, rejected in ((thought, plain), (plain, thought)):
+        messages = {"prompt": [user("Hi")], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+        for row in ({"prompt": "Hi", "chosen": chosen, "rejected": rejected}, messages):
+            (sample,) = encode.samples([row], [0])
+            assert not sample.problem
+            columns = {"input_ids": sample.input_ids, **sample.columns}
+            prompts = [
+                columns[f"{of}input_ids"][: int(np.argmax(columns[f"{of}labels"] != NO_TARGET))].tolist()
+                for of in ("", "rejected_")
+            ]
+            assert prompts[0] == prompts[1]
+            assert tokenizer.decode(prompts[0]) == tokenizer.apply_chat_template(
+                [user("Hi")], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            )
+            assert all("chat_template_kwargs" in one.row for one in encode.exchanges(row))
 
 
 @pytest.mark.parametrize("name", ["role", "label", "tags", "city"])

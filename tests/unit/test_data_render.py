@@ -24,6 +24,7 @@ from unit.templates import (
 
 from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
+from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET
 from dstune.data.render import ChatRenderer, RenderError, target_mask
 from dstune.data.stopping import stop_token_ids
@@ -142,7 +143,7 @@ def test_llama3_has_one_bos_and_a_frozen_date():
     tokenizer = byte_tokenizer(LLAMA3, eos="<|eot_id|>", bos="<|begin_of_text|>")
     messages = [system("Be kind"), *TWO_TURNS]
     assert trained(tokenizer, messages) == ["Hello<|eot_id|>", "I am fine, thanks.<|eot_id|>"]
-    text = ChatRenderer(tokenizer, "2025-03-09").text(messages)
+    text = ChatTemplate(tokenizer, "2025-03-09").text(messages)
     assert text.startswith(
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday Date: 09 Mar 2025\n\nBe kind"
     )
@@ -151,11 +152,11 @@ def test_llama3_has_one_bos_and_a_frozen_date():
 
 
 def test_frozen_date_formats():
-    template = "{{ strftime_now('%Y-%m-%d %A %-d %H:%M') }}|{{ strftime_now is defined }}"
+    template = "{{ strftime_now('%Y-%m-%d %A %-d %H:%M %F %e %R') }}|{{ strftime_now is defined }}"
     renderer_text = byte_tokenizer().apply_chat_template(
         [user("Hi")], chat_template=freeze_date(template, "2025-03-09"), tokenize=False
     )
-    assert renderer_text == "2025-03-09 Sunday 9 00:00|True"
+    assert renderer_text == "2025-03-09 Sunday 9 00:00 2025-03-09  9 00:00|True"
     assert freeze_date("\nno date", "2025-03-09") == "\nno date"
     begins_with_newline = freeze_date("\n x{{ strftime_now('%d') }}", "2025-03-09")
     assert (

@@ -78,6 +78,16 @@ def test_an_export_says_how_it_is_evaluated(shelf):
     compose([*labels, "data.train=x.jsonl"])
 
 
+def test_arguments_of_the_template_are_evaluated_as_they_were_trained(tmp_path):
+    from dstune.checkpoint.record import recorded_overrides
+
+    given = {"enable_thinking": False, "tone": "it's warm", "levels": [1, None]}
+    task = {"name": "chat", "chat_template_kwargs": given}
+    (tmp_path / "dstune.json").write_text(json.dumps({"task": task, "data": {"format": "auto"}}))
+    found = compose([*recorded_overrides(tmp_path, []), "model.path=sample://smollm2", "data.train=x.jsonl"])
+    assert found.config.task.chat_template_kwargs == given
+
+
 def test_a_classifier_of_other_origin_is_evaluated_as_one(shelf, tmp_path):
     from dstune.checkpoint.record import recorded_overrides
 

@@ -34,6 +34,13 @@ def test_a_mixture_is_of_one_task_unless_a_source_says_otherwise() -> None:
     assert tasks_of(plain)["a"] == CausalLmConfig()
 
 
+def test_every_task_renders_with_the_arguments_of_the_run() -> None:
+    given = ["task.chat_template_kwargs={tone: calm}", "data.mixture.a.task=seq2seq", "data.mixture.b.task=causal_lm"]
+    found = tasks_of(compose([*TWO, "task=chat", *given]).config)
+    assert found["a"] == Seq2SeqConfig(template_date=found["a"].template_date, chat_template_kwargs={"tone": "calm"})
+    assert found["b"] == CausalLmConfig()
+
+
 def test_a_prompt_alone_makes_several_tasks_of_one_kind() -> None:
     config = compose([*TWO, "task=seq2seq", "data.packing=false", "data.mixture.b.prompt='Q: {source}'"]).config
     assert [task.prompt for task in tasks_of(config).values()] == ["{source}", "Q: {source}"]  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,8 +35,8 @@ KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"sy
 _ARGUMENTS = '{"chat_template_kwargs":'
 """With which a row (JSON text, sorted keys) begins that has arguments of its own."""
 
-_CONVERSATION, _ROLE = '"messages":[{"content":"', '","role":"'
-"""In a row (JSON text, the keys of a message in order): the first message, and what stands in front of its role."""
+_CONVERSATION = re.compile(r'[{,](?:"desirable":\w+,)?"messages":\[')
+"""In front of the first message of a row (JSON text), at its beginning or behind its arguments."""
 
 REASONING = ('"reasoning', '"thinking"', "</think>")
 """Strings without which a row (JSON text) has no reasoning."""
@@ -149,8 +150,9 @@ def _as_others(own: str) -> str:
 
 def _is_opened(text: str) -> bool:
     """Whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write it."""
-    start = text.find(_CONVERSATION)
-    return start >= 0 and text.startswith(f'{_ROLE}assistant"', text.find(_ROLE, start))
+    start = len(_ARGUMENTS) + len(_own_arguments(text)) if text.startswith(_ARGUMENTS) else 0
+    found = _CONVERSATION.match(text, start)
+    return found is not None and json.JSONDecoder().raw_decode(text, found.end())[0]["role"] == "assistant"
 
 
 def _reasoning(text: str) -> tuple[bool, bool, bool]:

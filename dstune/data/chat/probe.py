@@ -77,7 +77,8 @@ class Facts:
             changed = {key: value for key, value in changed.items() if key not in REASONING_KEYS}
             changed["content"] = _inline(reasoning, message.get("content") or "")
         elif reasoning is not None:  # under every name, as newer versions of transformers do by themselves
-            changed = {"thinking": reasoning, "reasoning": reasoning, **changed, "reasoning_content": reasoning}
+            absent = {key: reasoning for key in REASONING_KEYS if key not in changed}
+            changed = {**changed, "reasoning_content": reasoning, **absent}
         calls = message.get("tool_calls")
         if calls and not changed.get("content"):  # absent, null and empty say the same; transformers leaves null out
             changed.pop("content", None)

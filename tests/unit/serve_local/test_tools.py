@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 
+from dstune.data.messages import conversation_of
+from dstune.data.render import ChatRenderer
 from dstune.serve.engines.local.sampling import Chosen
 from dstune.serve.engines.local.text import TextStream
 from dstune.serve.engines.local.tools import ToolText, form_of
@@ -125,6 +127,29 @@ def test_tool_calls_are_taken_out_of_the_text(folder, tmp_path):
 def test_tools_that_the_template_does_not_show_are_refused(engine):
     error = engine.chat(tools=TOOLS)["error"]
     assert error["param"] == "tools"
+
+
+def test_a_history_of_calls_is_rendered_as_in_training(folder, tmp_path):
+    """Qwen 3 needs a content beside calls, others want their arguments as text: clients send neither."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "history")
+    template = HERMES.replace("(message['content'] or '')", "message['content']")
+    template = template.replace("call.function | tojson", "call.function.name + ' ' + call.function.arguments")
+    (tmp_path / "history" / "chat_template.jinja").write_text(template)
+    own = Engine(tmp_path / "history")
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "w4"}'}}
+    messages = [
+        {"role": "user", "content": "w1"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "w3"},
+    ]
+    found = own.chat(messages=messages, return_token_ids=True)["prompt_token_ids"]
+    trained = ChatRenderer(own.model._tongues["base"].voice.tokenizer, None).prompt_ids(
+        conversation_of(messages, "messages")
+    )
+    assert found == trained
+    own.close()
 
 
 def test_template_arguments_act(folder, tmp_path):

@@ -6,14 +6,13 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstune.core.errors import Problem, UserError
-from dstune.data.chat.probe import Facts, facts_of
+from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.control import ControlTokens
 from dstune.data.stopping import stop_token_ids
@@ -28,16 +27,10 @@ class _Tongue:
 
     voice: Voice
     control: ControlTokens
-    template: ChatTemplate | None
+    prompts: ChatPrompts | None
     ends: frozenset[int]
     adapter: str
     """Peft's name of it, which no other one ever has; empty for the model without any."""
-
-    @cached_property
-    def facts(self) -> Facts:
-        """How the template wants calls and reasoning."""
-        assert self.template is not None
-        return facts_of(self.template)
 
 
 class LocalModel:
@@ -146,9 +139,9 @@ class LocalModel:
 
     def _know(self, name: str, voice: Voice, adapter: str) -> None:
         tokenizer = voice.tokenizer
-        template = ChatTemplate(tokenizer, voice.date) if voice.chat else None
+        prompts = ChatPrompts(tokenizer, voice.date) if voice.chat else None
         ends = frozenset(end_tokens(self.model, stop_token_ids(tokenizer)))
-        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), template, ends, adapter)
+        self._tongues[name] = _Tongue(voice, ControlTokens(tokenizer), prompts, ends, adapter)
 
     def _refuse_prompts(self) -> None:
         if self._peft is not None and getattr(self._peft.active_peft_config, "num_virtual_tokens", None):
@@ -158,10 +151,11 @@ class LocalModel:
     # -- text and tokens
 
     def chats(self, name: str) -> bool:
-        return self._tongues[name].template is not None
+        return self._tongues[name].prompts is not None
 
     def template(self, name: str) -> ChatTemplate | None:
-        return self._tongues[name].template
+        prompts = self._tongues[name].prompts
+        return None if prompts is None else prompts.template
 
     def ends(self, name: str) -> frozenset[int]:
         return self._tongues[name].ends
@@ -169,19 +163,10 @@ class LocalModel:
     def conversation_ids(
         self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
     ) -> list[int]:
-        """The prompt's tokens, as in training: what somebody wrote stays text, even if it reads like the end of a turn, also
-        in an argument of the template. Raises RenderError."""
-        tongue = self._tongues[name]
-        assert tongue.template is not None, "only a model with a template is asked with messages"
-        if any(message.keys() - {"role", "content"} for message in messages):
-            messages = [tongue.facts.adapted(message) for message in messages]
-        written = {"messages": messages, "tools": tools, "arguments": list(arguments.values())}
-        defused = tongue.control.defuse(written)
-        given = dict(zip(arguments, defused.value["arguments"], strict=True))
-        text = tongue.template.text(
-            defused.value["messages"], tools=defused.value["tools"], arguments=given, prompt=True
-        )
-        return tongue.control.encode(*defused.restore(text))[0]
+        """The prompt's tokens, as in training. Raises RenderError."""
+        prompts = self._tongues[name].prompts
+        assert prompts is not None, "only a model with a template is asked with messages"
+        return prompts.ids(messages, tools=tools, arguments=arguments)
 
     def text_ids(self, name: str, text: str) -> list[int]:
         """Tokens of a text that the model is to continue."""

@@ -1,0 +1,57 @@
+"""The prompt of a conversation in tokens: where the assistant is to speak next, the same in training and in every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from dstune.data.chat.probe import Facts, facts_of
+from dstune.data.chat.template import ChatTemplate, Messages, Tools
+from dstune.data.control import ControlTokens
+
+
+def prompt_ids(
+    template: ChatTemplate,
+    control: ControlTokens,
+    facts: Facts,
+    messages: Messages,
+    *,
+    tools: Tools | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
+    turn, also in an argument of the template. Raises RenderError."""
+    given = dict(arguments or {})
+    defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(given.values())})
+    written = defused.value
+    text = template.text(
+        [facts.adapted(message) for message in written["messages"]],
+        tools=written["tools"],
+        arguments=dict(zip(given, written["arguments"], strict=True)),
+        prompt=True,
+    )
+    # The template prints the special tokens itself; the tokenizer would double the first one.
+    return control.encode(*defused.restore(text))[0]
+
+
+class ChatPrompts:
+    """The prompts of a model that answers; its template has the arguments of the training built in.
+
+    date: what the template takes for today.
+    """
+
+    def __init__(self, tokenizer: Any, date: str | None):
+        self.template = ChatTemplate(tokenizer, date)
+        self._control = ControlTokens(tokenizer)
+
+    @cached_property
+    def _facts(self) -> Facts:
+        with self.template.opening():
+            return facts_of(self.template)
+
+    def ids(
+        self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Tokens of `messages` and of the generation prompt. Raises RenderError."""
+        return prompt_ids(self.template, self._control, self._facts, messages, tools=tools, arguments=arguments)
