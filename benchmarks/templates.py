@@ -12,7 +12,8 @@ has 25 more (`vendor/llama.cpp/models/templates`):
     tar xzf llama_cpp_python-0.3.16.tar.gz --wildcards '*/models/templates/*.jinja'
 
 The tokenizer is made up, with the template's own control tokens in it: what is compared is which tokens
-are context and which are trained, not a vocabulary. Each cell is one of
+are context and which are trained, not a vocabulary. A dialogue is read and stored as a row of a file; plain transformers
+renders it as it stands here. Each cell is one of
 
 - `=`   each trained turn is, token by token, what transformers' own rendering asks for and writes, each one once;
 - `n=`  so in n samples, since the template rewrites the history;
@@ -38,6 +39,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,9 @@ from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
 from dstune.data.chat.template import ChatTemplate, seen
 from dstune.data.collate import NO_TARGET
-from dstune.data.messages import check_conversation, conversation_of, tools_of
 from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, RenderError
-from dstune.data.rows import stored
+from dstune.data.rows import normalise, stored
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
@@ -183,7 +184,7 @@ def says(text: str | None = "It is sunny.", **more: Any) -> dict[str, Any]:
 
 
 def call(number: int = 1, city: str = "Paris") -> dict[str, Any]:
-    function = {"name": "get_weather", "arguments": {"city": city, "days": 2}}
+    function = {"name": "get_weather", "arguments": {"days": 2, "city": city}}
     return {"id": f"call0000{number}", "type": "function", "function": function}
 
 
@@ -195,8 +196,8 @@ SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 PARAMETERS = {
     "type": "object",
     "properties": {
-        "city": {"type": "string", "description": "a city"},
         "days": {"type": "integer", "description": "days"},
+        "city": {"type": "string", "description": "a city", "default": None},
     },
     "required": ["city"],
 }
@@ -258,10 +259,8 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 
 
 def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
-    """As a row of a file is read. Raises RowError."""
-    messages = conversation_of(dialogue["messages"], "messages")
-    check_conversation(messages, needs_answer=True)
-    return {"messages": messages, **({"tools": tools_of(dialogue["tools"])} if "tools" in dialogue else {})}
+    """As a row of a file is read and stored. Raises RowError."""
+    return dict(json.loads(stored(normalise(dialogue, "messages", {}, ChatConfig()))))
 
 
 def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tuple[str, str]:
@@ -273,7 +272,7 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
         return "refused", str(error)
     except UserError as error:
         return "refused", "; ".join(str(problem) for problem in error.problems)
-    samples = encode.samples([json.loads(stored(row))], [0])
+    samples = encode.samples([row], [0])
     if show:
         for sample in samples:
             print(sample.problem or repr(tokenizer.decode(sample.input_ids)))
@@ -283,6 +282,8 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
     assert encode.renderer is not None
     stops = frozenset(stop_token_ids(tokenizer))
     server = Server(tokenizer, stops, DATE, {}, encode.renderer.facts)
+    if encode.renderer.stops.plain:
+        server = replace(server, ending=(encode.renderer.stops.plain, encode.renderer.stops.trailing))
     rows = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in samples]
     if "<|im_end|>" in str(dialogue["messages"]):  # transformers would make control tokens of what somebody wrote
         ids = [token for sample in rows for token in sample["input_ids"]]
@@ -292,11 +293,11 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
         special = tokenizer.all_special_ids
         same = all(counts[token] == expected[token] for token in special)
         return ("=", "") if same else ("WRONG", "a row wrote a control token")
-    turns = server.turns(row)
+    turns = server.turns(dialogue)  # as a client sends it, not as the row was read
     for turn in turns:
         if reason := difference(turn, rows, stops):
             return "WRONG", f"message {turn.number + 1}: {reason}"
-    targets = sum(len(turn.target) + 1 for turn in turns)
+    targets = sum(len(turn.target) + (not turn.by_text) for turn in turns)
     trained = sum(int(np.count_nonzero(sample["labels"] != NO_TARGET)) for sample in rows)
     if trained != targets:
         return "WRONG", f"{trained} tokens are trained, a server asks for {targets}"

@@ -181,8 +181,8 @@ class ChatRenderer:
         given = dict(arguments or {})
         if answer is not None:
             given = self.arguments_for(self.expected([dict(answer)])[0], given)
-        asked = self.expected(messages)
-        return prompt_ids(self._template, self._control, self.facts, asked, tools=tools, arguments=given)
+        messages = self.expected(messages)
+        return prompt_ids(self._template, self._control, self.facts, messages, tools=tools, arguments=given)
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""

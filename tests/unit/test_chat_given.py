@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 from unit.templates import QWEN3
+from unit.test_chat_proof import SWITCHED
 from unit.test_data_render import assistant, call, refusal, tool, trained, user
 
 from dstune.config.data_schema import SplitConfig
@@ -93,7 +94,7 @@ def test_a_schema_keeps_a_null_that_says_something():
 
 def test_both_answers_of_a_pair_are_asked_by_one_prompt():
     """Qwen 3's prompt closes an empty block where the model is not to think, so two prompts would be compared."""
-    tokenizer = byte_tokenizer(QWEN3)
+    tokenizer = byte_tokenizer(SWITCHED)
     encode = RowTokenizer(tokenizer, PreferenceConfig(), "preference", max_length=1000)
     thought, plain = "<think>\nHm.\n</think>\n\nYes", "No"
     for chosen, rejected in ((thought, plain), (plain, thought)):

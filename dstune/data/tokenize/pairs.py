@@ -29,11 +29,11 @@ class PairEncoder(ChatEncoder):
         return {"labels": TOKENS, "rejected_input_ids": TOKENS, "rejected_labels": TOKENS}
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        better, worse = (as_chat(self._asked_once(row), answer) for answer in ANSWERS)
+        better, worse = (as_chat(self._with_common_prompt(row), answer) for answer in ANSWERS)
         return [self._exchange(better), self._exchange(worse, "rejected_")]
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        rows = [self._asked_once(row) for row in rows]
+        rows = [self._with_common_prompt(row) for row in rows]
         better, worse = (super(PairEncoder, self).__call__([as_chat(r, a) for r in rows], numbers) for a in ANSWERS)
         for chosen, rejected in zip(better, worse, strict=True):
             same = np.array_equal(chosen.input_ids, rejected.input_ids)
@@ -44,14 +44,14 @@ class PairEncoder(ChatEncoder):
             chosen.length = max(chosen.length, rejected.length)
         return better
 
-    def _asked_once(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with one prompt for both answers: where one begins with reasoning and the other does not, the model is to
         think. A score is of a conversation alone, so nothing is common there."""
         given = row.get("chat_template_kwargs") or {}
         if self.scores or self.renderer is None or (switch := self.renderer.facts.switch) is None or switch in given:
             return row
-        asked = [self.renderer.arguments_for(_first_answer(row[answer]))[switch] for answer in ANSWERS]
-        return row if asked[0] == asked[1] else {**row, "chat_template_kwargs": {**given, switch: True}}
+        thinks = [self.renderer.arguments_for(_first_answer(row[answer]))[switch] for answer in ANSWERS]
+        return row if thinks[0] == thinks[1] else {**row, "chat_template_kwargs": {**given, switch: True}}
 
 
 def _first_answer(answer: Any) -> Mapping[str, Any]:
