@@ -53,9 +53,10 @@ from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
 from dstune.data.chat.template import ChatTemplate, seen
 from dstune.data.collate import NO_TARGET
+from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, RenderError
-from dstune.data.rows import normalise, stored
+from dstune.data.rows import stored
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
@@ -259,8 +260,9 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 
 
 def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
-    """As a row of a file is read and stored. Raises RowError."""
-    return dict(json.loads(stored(normalise(dialogue, "messages", {}, ChatConfig()))))
+    """As a row of a file is read and stored; an answer that says nothing may be learned here. Raises RowError."""
+    messages = conversation_of(dialogue["messages"], "messages")
+    return dict(json.loads(stored(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
 
 
 def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tuple[str, str]:
