@@ -171,7 +171,9 @@ _FOREIGN: dict[str, Mutation] = {
         "data/message.py", "message = without_none(message, GIVEN)", "message = without_none(message)"
     ),
     "schemas_that_are_text_are_given_as_they_are": undo(
-        "data/messages.py", "tool if is_text else without_none(tool)", "without_none(tool)"
+        "data/messages.py",
+        "tools = value if is_text else _without_absent(value)",
+        "tools = [without_none(tool) for tool in value]",
     ),
     "pairs_are_no_chats_unless_the_format_is_named": undo("tasks/chat/rows.py", _PAIR, "pair = False"),
     "judged_answers_are_no_chats": undo("tasks/chat/rows.py", _VERDICT, "if False:"),
