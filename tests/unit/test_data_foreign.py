@@ -428,7 +428,8 @@ def test_an_argument_that_is_null_is_trained_where_the_function_has_it(tmp_path,
 
 
 def test_schemas_that_are_text_are_given_as_they_are():
-    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer", "default": None}}}}
+    x = {"type": "integer", "default": None, "title": None}
+    schema = {"name": "f", "parameters": {"type": "object", "properties": {"x": x}}}
     (tool,) = read({"messages": [U, A], "tools": json.dumps([schema])}, CHAT)[1]["tools"]
     assert tool["function"] == schema
 
