@@ -14,6 +14,7 @@ from unit.templates import LLAMA3, MISTRAL, QWEN3
 
 from dstune import samples
 from dstune.core.errors import UserError
+from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.render import ChatRenderer
@@ -110,7 +111,7 @@ CHAT = ChatConfig(template_date="2025-03-09")
 
 
 def test_texts_without_control_tokens_get_the_tokens_they_always_had(tokenizer):
-    text = ChatRenderer(tokenizer, "2025-03-09").text(PLAIN)
+    text = ChatTemplate(tokenizer, "2025-03-09").text(PLAIN)
     expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = sample(tokenizer, {"messages": PLAIN}, CHAT).input_ids.tolist()
     if "assistant: " in tokenizer.chat_template:  # the prompt ends inside a token of the whole
@@ -119,7 +120,7 @@ def test_texts_without_control_tokens_get_the_tokens_they_always_had(tokenizer):
         assert tokenizer.decode(found).split() == tokenizer.decode(expected).split()
     else:
         assert found == expected
-    prompt = ChatRenderer(tokenizer, "2025-03-09").text(PLAIN[:1], add_generation_prompt=True)
+    prompt = ChatTemplate(tokenizer, "2025-03-09").text(PLAIN[:1], prompt=True)
     prompt_ids = ChatRenderer(tokenizer, "2025-03-09").prompt_ids(PLAIN[:1])
     assert prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 

@@ -13,9 +13,9 @@ from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_
 
 from dstune.config.data_schema import SplitConfig
 from dstune.core.errors import UserError
+from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.formats import check_columns, recognise
-from dstune.data.render import ChatRenderer
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
@@ -166,7 +166,7 @@ def test_messages_of_weight_0_are_rendered_and_not_trained(template):
 
 def test_no_template_sees_the_weight():
     tokenizer = byte_tokenizer("{% for m in messages %}{% if m.weight is defined %}W{% endif %}{% endfor %}" + CHATML)
-    assert not ChatRenderer(tokenizer, None).text(TALK).startswith("W")
+    assert not ChatTemplate(tokenizer, None).text(TALK).startswith("W")
 
 
 def test_weight_0_stays_out_where_prompts_are_trained_too():

@@ -17,6 +17,7 @@ from dstune.config.schema import ModelConfig
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
 from dstune.data.build import prove
+from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET
 from dstune.launch.preflight import description_problems, resolve_run
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
@@ -140,9 +141,7 @@ def test_gpt_oss_ends_with_the_token_that_a_server_waits_for():
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_a_prompt_is_the_beginning_of_the_conversation(name):
-    from dstune.data.render import ChatRenderer
-
-    prompt = ChatRenderer(tokenizer(name), "2026-01-15").text(MESSAGES[:-1], add_generation_prompt=True)
+    prompt = ChatTemplate(tokenizer(name), "2026-01-15").text(MESSAGES[:-1], prompt=True)
     assert RENDERED[name].startswith(prompt)
 
 
