@@ -170,7 +170,8 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> s
         complaint = f"message {number}: a part of type 'tool_call' is not JSON"
         calls = found["call"]
         message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
-    return None if found["call"] and not found["text"] else "".join(found["text"])
+    # As vLLM and llama.cpp give them to templates that read a text.
+    return None if found["call"] and not found["text"] else "\n".join(found["text"])
 
 
 def _type(part: Any) -> str:

@@ -43,7 +43,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, A]},
             "messages",
-            [U, A],
+            [{"role": "user", "content": "H\ni"}, A],
         ),
         ({"messages": [U, {"role": "assistant", "content": None, "refusal": "Yes"}]}, "messages", [U, A]),
         (

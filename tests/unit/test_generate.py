@@ -210,7 +210,7 @@ def adapters(decoder, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_conversations_of_a_file_are_read_as_those_of_training(tmp_path):
-    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    parts = [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]
     call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     given = [
         [{"role": "developer", "content": "w9"}, {"role": "user", "content": parts}],
@@ -224,7 +224,7 @@ def test_conversations_of_a_file_are_read_as_those_of_training(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in given))
     first, second, third = (request.messages for request in read_file(file))
-    assert first == [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1 w2"}]
+    assert first == [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1\nw2"}]
     assert second == [{"role": "user", "content": "w1"}]
     assert third[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 
