@@ -30,19 +30,34 @@ METRICS_BYTES = 2**30
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON has a key twice."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON with these keys and values. Raises RepeatedKey."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKey(f"the key {repeated!r:.60} stands twice in an object")
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: broken, not UTF-8, deeper than `MAX_DEPTH`, or with a number of more digits than Python converts.
+        ValueError: broken, not UTF-8, deeper than `MAX_DEPTH`, with a number of more digits than Python converts, or with an
+            object that has a key twice, of which Python would keep the last one.
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise too_deep() from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RepeatedKey):
         raise
     except ValueError:  # of `int`, which names a switch of Python
         raise too_many_digits() from None

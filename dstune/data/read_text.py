@@ -12,7 +12,16 @@ from typing import Any, BinaryIO
 
 from dstune.config.data_schema import TextRows
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import check_depth, end_of_json, lines_within, parse_json, too_deep, too_many_digits
+from dstune.core.parsing import (
+    RepeatedKey,
+    check_depth,
+    end_of_json,
+    lines_within,
+    parse_json,
+    too_deep,
+    too_many_digits,
+    unique,
+)
 from dstune.data.files import DataFile, RawRow, opened
 from dstune.data.problems import listing
 
@@ -168,7 +177,7 @@ def _objects(file: DataFile, text: str) -> Iterator[RawRow]:
         position = _skip_space(text, position)
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _row_at(file: DataFile, line: int, text: str, start: int) -> tuple[RawRow, int]:
@@ -182,12 +191,13 @@ def _row_at(file: DataFile, line: int, text: str, start: int) -> tuple[RawRow, i
     except (
         ValueError,
         RecursionError,
-    ) as error:  # too deep, or a number of too many digits: the rows after it can be read
+    ) as error:  # too deep, a number of too many digits, a key twice: the rows after it can be read
         after = end_of_json(text, start) if text[start] in "[{" else None
         if after is None:
             raise json.JSONDecodeError("Value that cannot be read", text, start) from None
-        reason = too_deep() if isinstance(error, RecursionError) or "nested" in str(error) else too_many_digits()
-        return RawRow(file, line, None, _reason(reason)), after
+        if not isinstance(error, RepeatedKey):
+            error = too_deep() if isinstance(error, RecursionError) or "nested" in str(error) else too_many_digits()
+        return RawRow(file, line, None, _reason(error)), after
 
 
 def _skip_space(text: str, position: int) -> int:

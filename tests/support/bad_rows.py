@@ -64,6 +64,7 @@ ROWS: list[Case] = [
     ("broken JSON: … at column …", CHAT, '{"messages": [}'),
     ("broken JSON: nested more than … deep", CHAT, '{"messages": ' + "[" * 200_000 + "]" * 200_000 + "}"),
     ("broken JSON: a number with more than … digits", CHAT, '{"messages": ' + "1" * 5_000 + "}"),
+    ("broken JSON: the key … stands twice in an object", CHAT, '{"messages": [], "a": {"b": 1, "c": 2, "b": 3}}'),
     ("the row has more than … MiB", CHAT, {"rows.jsonl": json.dumps(GOOD) + "\n" + "x" * (MAX_ROW_BYTES + 1)}),
     ("the line has more than … MiB", TEXT, {"rows.txt": "good\n" + "x" * (MAX_ROW_BYTES + 1)}),
     ("a value cannot be read: …", TEXT, pa.table({"text": ["a", "b"], "at": pa.array([2**60, 0], pa.timestamp("ms"))})),

@@ -675,3 +675,9 @@ def test_the_template_gets_content_and_arguments_as_it_takes_them(content, argum
     (sample,) = encode.samples([normalise({"messages": messages}, "messages", {})], [0])
     assert sample.problem == ""
     assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == '[f {"x": 1}]<|im_end|>Yes<|im_end|>'
+
+
+def test_arguments_of_a_call_are_written_once():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}
+    with pytest.raises(RowError, match="the key 'x' stands twice in an object"):
+        read({"messages": [U, {"role": "assistant", "tool_calls": [call]}]}, CHAT)
