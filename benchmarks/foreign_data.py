@@ -3,10 +3,10 @@
     python benchmarks/foreign_data.py FOLDER [--markdown FILE] [--samples N] [--rows N]
 
 Each file below FOLDER is read under task=chat, else under the first of task=preference, task=preference task.loss=kto and
-task=causal_lm that reads it. Of every row that is read, every text that the file has (but the schemas of tools) must stand in
-what the model gets to see, and every message of the assistant that counts in what is trained; the template is our `chatml`,
-the tokenizer made up. Otherwise the row is WRONG, and the program ends with 1. `--samples` prints what is trained, to be looked
-at. Nothing of the files is part of this repository. How they were obtained:
+task=causal_lm that reads it. Of every row that is read, every text that the file has must stand in what the model gets to see,
+the schemas of tools with their keys in the order of the file, and every message of the assistant that counts in what is trained;
+the template is our `chatml`, the tokenizer made up. Otherwise the row is WRONG, and the program ends with 1. `--samples` prints
+what is trained, to be looked at. Nothing of the files is part of this repository. How they were obtained:
 
     git clone https://github.com/hiyouga/LLaMA-Factory     data/*.json, data/*.jsonl, data/*.txt but dataset_info.json
     git clone https://github.com/axolotl-ai-cloud/axolotl  tests/fixtures/**/*.json
@@ -199,7 +199,8 @@ def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: i
 
 def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
     """A text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
-    for text in leaves({key: value for key, value in fields.items() if key not in unread.rows}):
+    given = {key: value for key, value in fields.items() if key not in unread.rows}
+    for text in (*leaves(given), *schemas(given)):
         if _flat(text) not in _flat(seen):
             return f"{text[:200]!r} is not in what the model sees"
     conversations = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]
@@ -235,6 +236,14 @@ def leaves(value: Any) -> Iterator[str]:
         yield from (part.strip() for part in parts if part.strip())
         if inner is not None:
             yield from leaves(inner)
+
+
+def schemas(fields: dict[str, Any]) -> Iterator[str]:
+    """The function of each tool of a row, as JSON has it."""
+    tools = fields.get("tools") or fields.get("functions") or []
+    for tool in json.loads(tools) if isinstance(tools, str) else tools:
+        function = json.loads(tool) if isinstance(tool, str) else tool
+        yield json.dumps(function.get("function", function), ensure_ascii=False)
 
 
 def _flat(text: str) -> str:
