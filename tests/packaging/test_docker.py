@@ -87,7 +87,7 @@ def test_compose_files_keep_their_schema(file: str) -> None:
 def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_verb_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dstune.serve import command
+    from dstune.serve import options
     from dstune.serve.engines.remote import check_address
 
     compose = yaml.safe_load((DOCKER / "serve" / "compose.yaml").read_text())
@@ -99,10 +99,8 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
         for name in names:
             monkeypatch.setenv(name, "x")
         verb, *rest = (word.replace("${RUN}", "/runs/mine") for word in words)
-        own, behind = command._split(rest)
-        arguments = command._parser().parse_args(own)
-        arguments.engine_arguments = behind
-        command._check(arguments)
+        arguments = options.parsed(rest)
+        options.check(arguments)
         check_address(arguments.engine_url, arguments.allow_engine)
         for name in names:
             monkeypatch.delenv(name)
@@ -124,15 +122,14 @@ def test_the_gateways_of_compose_and_kubernetes_start_with_arguments_that_the_ve
 
 
 def test_the_api_and_the_runner_of_jobs_are_two_containers_of_one_state() -> None:
-    from dstune.serve import command
+    from dstune.serve import options
 
     services = yaml.safe_load((DOCKER / "serve" / "finetuning.yaml").read_text())["services"]
     jobs = {}
     for name, service in services.items():
         verb, *words = service["command"]
-        arguments = command._parser().parse_args(words)
-        arguments.engine_arguments = []
-        command._check(arguments)
+        arguments = options.parsed(words)
+        options.check(arguments)
         assert verb == "serve"
         jobs[name] = (arguments.jobs, str(arguments.state), str(arguments.presets))
         assert (ROOT / "docker" / service["build"]["dockerfile"].split("/")[-1]).is_file()

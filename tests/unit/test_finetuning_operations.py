@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.serve import command, keys_command
+from dstune.serve import command, keys_command, options
 from dstune.serve.finetuning import service
 from dstune.serve.finetuning.blobs import RemoteBlobs
 from dstune.serve.finetuning.jobs import build, check, configuration, hyperparameters, planner
@@ -35,10 +35,7 @@ from tests.support.jobs import Bench, eventually
 
 
 def parsed(*words: str):
-    own, behind = command._split(list(words))
-    arguments = command._parser().parse_args(own)
-    arguments.engine_arguments = behind
-    return arguments
+    return options.parsed(list(words))
 
 
 # -- models.yaml
@@ -321,12 +318,12 @@ def test_separate_processes_share_the_store_of_files(tmp_path, monkeypatch):
     state.mkdir(mode=0o700)
     words = ("--jobs", "only", "--state", str(state), "--files", f"memory://{tmp_path.name}/store")
     arguments = parsed(*words, "--max-project-bytes", "1000")
-    command._check(arguments)
+    options.check(arguments)
     assert command._run_jobs(arguments, state) == 0
     assert isinstance(made[0].blobs, RemoteBlobs)
     assert made[0].settings.project_bytes == 1000
     with pytest.raises(UserError, match="--files"):
-        command._check(parsed("runs/a", "--files", "memory://x"))
+        options.check(parsed("runs/a", "--files", "memory://x"))
 
 
 def test_the_checker_looks_into_the_store_of_files(tmp_path, capsys):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from dstune.core.errors import DstuneError, UserError
-from dstune.serve import command, extra, keys_command
+from dstune.serve import extra, keys_command, options
 from dstune.serve.finetuning.jobs.tables import TunedModel
 from dstune.serve.finetuning.models import serving as serving_module
 from dstune.serve.finetuning.models.serving import Serving
@@ -175,11 +175,8 @@ def test_keys_of_projects_and_roles(tmp_path, capsys):
 
 def test_the_api_alone_and_the_extra_that_it_needs(monkeypatch):
     def problems(*words: str) -> str:
-        own, behind = command._split(list(words))
-        arguments = command._parser().parse_args(own)
-        arguments.engine_arguments = behind
         with pytest.raises(UserError) as caught:
-            command._check(arguments)
+            options.check(options.parsed(list(words)))
         return str(caught.value)
 
     assert "no model is served with --no-inference" in problems("--no-inference", "runs/a")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from dstune.core.errors import Problem, UserError
-from dstune.serve import command
+from dstune.serve import command, options
 from dstune.serve.engines import control_strings, special
 from dstune.serve.engines.base import Command, EngineDown, Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
@@ -507,7 +507,7 @@ def test_pages_of_allowed_sites_may_ask_from_a_browser(tmp_path):
 
 
 def test_the_routes_of_the_finetuning_api_are_opened_by_a_switch():
-    assert not command._parser().parse_args(["m"]).fine_tuning
+    assert not options.parsed(["m"]).fine_tuning
     for words in (["m", "--presets", "x.yaml"], ["m", "--jobs", "elsewhere"]):
         with pytest.raises(UserError, match="--fine-tuning"):
             command.main(words)

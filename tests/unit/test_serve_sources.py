@@ -14,7 +14,7 @@ import pytest
 from dstune.checkpoint.ollama import go_template, modelfile
 from dstune.core.errors import UserError
 from dstune.protocols import TASKS
-from dstune.serve import command, fields
+from dstune.serve import command, fields, options
 from dstune.serve.engines.base import Engine, Limits, Unprovable
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.remote import RemoteEngine, check_address
@@ -88,8 +88,9 @@ def test_without_the_extra_the_verb_names_it(tmp_path, monkeypatch):
 
 
 def test_settings_in_the_words_of_keys():
-    own, behind = command._split(["m", "serve.engine.python=/x", "serve.max_queue=3", "--", "--a=b"])
-    assert (own, behind) == (["m", "--engine-python", "/x", "--max-queue", "3"], ["--a=b"])
+    found = options.parsed(["m", "serve.engine.python=/x", "serve.max_queue=3", "--", "--a=b"])
+    assert (found.models, found.engine_python, found.max_queue) == (["m"], "/x", 3)
+    assert found.engine_arguments == ["--a=b"]
 
 
 def test_folders_that_cannot_be_served(tmp_path, monkeypatch):
