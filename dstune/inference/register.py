@@ -31,8 +31,13 @@ from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"
 PLACE = re.compile(r"models:/+(?P<name>[^@/:'\"]+)(?:@(?P<alias>[\w-]+))?")
+TAKEN = re.compile(r"latest|v\d+", re.IGNORECASE)
 PREVIOUS = "-previous"
-DIGEST, PROVEN = "dstune.digest", "dstune.proven"
+DIGEST, PROVEN = "dstune_digest", "dstune_proven"
+RESERVED = re.compile(r"[.,\-=/:]")
+"""What Unity Catalog refuses in the name of a tag."""
+TAG_VALUE = 256
+"""Characters of a tag's value that every registry takes."""
 NOT_THE_MODEL = ("README.md", "dstune.json", "reference.json", "reference.jsonl")
 """Files of an export that may differ for the same model: times, versions, held-out rows."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
@@ -57,6 +62,8 @@ def parse(place: str) -> tuple[str, str | None]:
     if found is None:
         fix = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
         raise UserError(Problem(KEY, "is no place in a model registry", fix, place))
+    if found["alias"] and TAKEN.fullmatch(found["alias"]):
+        raise UserError(Problem(KEY, "MLflow keeps this alias for itself", f"models:/{found['name']}@champion", place))
     return found["name"], found["alias"]
 
 
@@ -144,8 +151,10 @@ def _refusals_named(place: str) -> Iterator[None]:
 
 
 def digest_of(export: Path) -> str:
-    """Of all files that make the model."""
+    """Of all files that make the model, and of the task of an adapter, whose labels stand in its record alone."""
     digest = hashlib.sha256()
+    if (export / "adapter_config.json").exists():
+        digest.update(json.dumps(read_record(export).get("task"), sort_keys=True).encode())
     for file in sorted(path for path in export.rglob("*") if path.is_file() and path.name not in NOT_THE_MODEL):
         digest.update(f"{file.relative_to(export).as_posix()}\n".encode())
         with file.open("rb") as stream:
@@ -237,17 +246,15 @@ def _requirements() -> list[str]:
 def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
     """Where the model comes from: run, step, and the versions of its data."""
     record = read_record(export)
-    tags = {"dstune.run": config.run.name, "dstune.step": str(record.get("step", "")), "dstune.task": config.task.name}
+    tags = {"run": config.run.name, "step": str(record.get("step", "")), "task": config.task.name}
     if config.data.train is not None:
-        tags["dstune.data.train"] = str(config.data.train)
+        tags["data.train"] = str(config.data.train)
     facts = read_object(run_dir / "environment.json") or {}
     if found := facts.get("data_fingerprint"):
-        tags["dstune.data.fingerprint"] = str(found)
+        tags["data.fingerprint"] = str(found)
     for key, table in ((read_object(run_dir / "data_report.json") or {}).get("tables") or {}).items():
-        tags[f"dstune.table.{key}"] = (
-            f"{table.get('table')}@{table.get('version')}#{table.get('id')} {table.get('digest')}"
-        )
-    return {name: value[:500] for name, value in tags.items()}
+        tags[f"table.{key}"] = f"{table.get('table')}@{table.get('version')}#{table.get('id')} {table.get('digest')}"
+    return {RESERVED.sub("_", f"dstune_{name}"): value[:TAG_VALUE] for name, value in tags.items()}
 
 
 def _prove(name: str, number: str, export: Path) -> None:

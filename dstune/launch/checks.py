@@ -20,7 +20,7 @@ import psutil
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
 from dstune.launch.commands import count_cores, free_port
-from dstune.protocols import LAUNCHERS, TRACKERS
+from dstune.protocols import DATA_SOURCES, LAUNCHERS, TRACKERS
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
 
 GIB = 2**30
@@ -287,3 +287,9 @@ def trackers() -> Iterator[Check]:
     """Whether the services of trackers can be used, as far as this machine tells."""
     for tracker in TRACKERS.classes().values():
         yield from tracker.probe()
+
+
+def data_sources() -> Iterator[Check]:
+    """Whether tables can be read, as far as this machine tells."""
+    for source in DATA_SOURCES.classes().values():
+        yield from source.probe()

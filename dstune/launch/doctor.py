@@ -64,6 +64,7 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
         lambda: checks.network(hub=True),
         lambda: checks.launchers(needed=config.launch.name),
         checks.trackers,
+        checks.data_sources,
     ]
     for stage in stages:
         yield from stage()

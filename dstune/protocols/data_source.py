@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from dstune.data.files import DataFile
+    from dstune.protocols.launcher import Check
 
 
 class DataSource:
@@ -18,6 +19,11 @@ class DataSource:
     """
 
     name: ClassVar[str] = ""
+
+    @classmethod
+    def probe(cls) -> Iterator[Check]:
+        """What `dstune doctor` finds of it on this machine. No address is asked."""
+        yield from ()
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
         """The address with everything that `spec` leaves open; its rows are in the cache then. key: where it came from.

@@ -124,9 +124,9 @@ def test_loaded_back_by_alias_in_another_process(place, tmp_path, kind):
     )
     assert described.stdout.split() == ["['text']", "['string']", "True"], described.stdout
     tags = client(place).get_model_version(kind, "1").tags
-    assert tags["dstune.run"] == kind
-    assert tags["dstune.step"] == "2"
-    assert tags["dstune.data.train"] == "dialogues.jsonl"
+    assert tags["dstune_run"] == kind
+    assert tags["dstune_step"] == "2"
+    assert tags["dstune_data_train"] == "dialogues.jsonl"
 
 
 def test_promotion_rollback_and_a_promotion_that_fails(place):
@@ -141,7 +141,7 @@ def test_promotion_rollback_and_a_promotion_that_fails(place):
 
     # What is in the registry is not what was exported: its weights are those of another step.
     version = client(place).get_model_version("film", "2")
-    client(place).delete_model_version_tag("film", "2", "dstune.proven")
+    client(place).delete_model_version_tag("film", "2", "dstune_proven")
     logged = client(place).get_logged_model(version.source.rpartition("/")[2])
     weights = next(Path(logged.artifact_location.removeprefix("file://")).rglob("model.safetensors"))
     weights.write_bytes((place.folder / "full" / "export" / "model.safetensors").read_bytes())

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,6 @@ def test_the_notebook(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda words, check: commands.append(words) if check else None)
     exec(cells["register"], dict(names))
     (command,) = commands
-    assert command[:2] == ["dstune", "export"]
-    assert export_command._parser().parse_args(command[2:]).force
+    assert command[:4] == [sys.executable, "-m", "dstune", "export"]  # a cluster's libraries are not on the PATH
+    assert export_command._parser().parse_args(command[4:]).force
     assert parse_registry(command[command.index("--register") + 1]) == (names["model"], "champion")

@@ -271,6 +271,12 @@ def test_no_cloud_address_is_asked_without_credentials(monkeypatch):
     began = time.monotonic()
     assert "there are no credentials for s3://" in refused("delta://s3://bucket/table")
     assert "are not read" in refused("delta://dbfs:/table")
+    for name in ("ACCOUNT_KEY", "SAS_KEY", "CLIENT_ID", "CLIENT_SECRET", "TENANT_ID"):
+        monkeypatch.delenv(f"AZURE_STORAGE_{name}", raising=False)
+        monkeypatch.delenv(f"AZURE_{name}", raising=False)
+    monkeypatch.delenv("AZURE_FEDERATED_TOKEN_FILE", raising=False)
+    monkeypatch.setenv("AZURE_CLIENT_ID", "alone, it is that of a managed identity: the metadata service is asked")
+    assert "AZURE_CLIENT_ID + AZURE_CLIENT_SECRET" in refused("delta://abfss://c@account.dfs.core.windows.net/table")
     assert time.monotonic() - began < 1
 
 
@@ -497,9 +503,14 @@ def test_credentials_of_the_catalog_in_the_readers_terms(catalog):
     assert place == "s3://bucket/films"
     assert options["aws_session_token"] == "session"
     assert json.loads(asked[-1][2]) == {"table_id": "9d4c", "operation": "READ"}
-    answers["/api/2.1/unity-catalog/temporary-table-credentials"] = (200, {"expiration_time": 1})
-    with pytest.raises(UserError, match="no credentials that are known"):
-        uc.locate(parse("uc://main.reviews.films", "data.train"), "data.train", "READ")
+    for answer, reason in (
+        ({"expiration_time": 1}, "no credentials that are known"),
+        ({"aws_temp_credentials": {"access_key_id": "key"}}, "no credentials that are known"),
+        ({"gcp_oauth_token": {"oauth_token": "token"}}, "takes no token of the catalog"),
+    ):
+        answers["/api/2.1/unity-catalog/temporary-table-credentials"] = (200, answer)
+        with pytest.raises(UserError, match=reason):
+            uc.locate(parse("uc://main.reviews.films", "data.train"), "data.train", "READ")
 
 
 def test_a_run_that_goes_on_keeps_its_version_and_mistakes_leave_nothing(table, tmp_path, monkeypatch):

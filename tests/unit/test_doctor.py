@@ -117,6 +117,24 @@ def test_a_launcher_that_is_requested_and_missing_fails(monkeypatch):
     assert {check.name: check.status for check in checks.launchers(needed="hostfile")}["hostfile"] == FAIL
 
 
+def test_what_never_ran_on_databricks_says_so(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "4.2")
+    for room in ("launch.spark", "tracking.trackers.mlflow"):
+        monkeypatch.setattr(f"dstune.{room}.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setenv("JAVA_HOME", "/java")
+    found = {check.name: check for check in (*checks.launchers(needed=""), *checks.trackers(), *checks.data_sources())}
+    for name in ("spark", "mlflow", "delta"):
+        assert (
+            found[name].status == PASS and "never" in found[name].detail and "Databricks itself" in found[name].detail
+        )
+    for room in ("launch.spark", "tracking.trackers.mlflow"):
+        monkeypatch.setattr(f"dstune.{room}.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for check in (*checks.trackers(), *checks.data_sources()):
+        assert check.name == "W&B" or (check.status == SKIP and check.fix.startswith("pip install"))
+
+
 def test_who_waited_for_whom(tmp_path):
     """The last words of the watchdogs of a launch, joined."""
     (tmp_path / "logs").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from types import SimpleNamespace
 
@@ -94,7 +95,7 @@ def test_an_equal_export_is_the_same_version_and_an_alias_moves_and_back(known, 
     assert (back.version, back.before) == ("1", "2")
     assert known.aliases == {"champion": "1", "champion-previous": "2"}
     assert registry.roll_back("models:/film@champion").version == "2"
-    assert known.tags["1"]["dstune.task"] == run_config().task.name
+    assert known.tags["1"]["dstune_task"] == run_config().task.name
 
 
 def test_a_version_that_cannot_be_proven_gets_no_alias(known, tmp_path):
@@ -143,6 +144,32 @@ def test_a_model_that_does_not_come_back_in_time_moves_no_alias(known, tmp_path,
         register("models:/film@champion", export(tmp_path / "a", "1"))
     assert not isinstance(caught.value, UserError)
     assert not known.aliases
+
+
+def test_unity_catalog_takes_the_tags(known, tmp_path):
+    """It refuses names with any of `. , - = / :` and long values (INVALID_PARAMETER_VALUE)."""
+    table = {"table": "delta:///" + "long/" * 100, "version": 3, "id": "5fba94ed", "digest": "0" * 32}
+    (tmp_path / "data_report.json").write_text(json.dumps({"tables": {"data.train": table}}))
+    register("models:/main.reviews.film", export(tmp_path / "a", "1"))
+    tags = known.tags["1"]
+    assert {"dstune_table_data_train", "dstune_digest", "dstune_proven", "dstune_run"} <= tags.keys()
+    assert not set(".,-=/:") & set("".join(tags))
+    assert max(len(value) for value in tags.values()) <= 256
+
+
+def test_adapters_with_other_labels_are_other_versions(known, tmp_path):
+    folder = export(tmp_path / "a", "1")
+    (folder / "adapter_config.json").write_text("{}")
+    for labels, number in ((["bad", "good"], "1"), (["nein", "ja"], "2"), (["bad", "good"], "1")):
+        record = {"task": {"name": "classification", "labels": labels}, "checkpoint": f"step {number}"}
+        (folder / "dstune.json").write_text(json.dumps(record))
+        assert register("models:/film", folder).version == number
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "v3"])
+def test_aliases_that_mlflow_keeps_for_itself(alias):
+    with pytest.raises(UserError, match="keeps this alias for itself"):
+        registry.parse(f"models:/film@{alias}")
 
 
 @pytest.mark.parametrize("place", ["film", "models:/", "models:/film/3", "models:/film@a b", "models:/it's"])

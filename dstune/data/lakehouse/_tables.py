@@ -17,21 +17,25 @@ from dstune.data.files import first_line
 from dstune.data.lakehouse._address import Address
 from dstune.data.lakehouse._inside import is_elsewhere, outside, path_inside, refuse_outside
 
-CREDENTIALS = {
-    "s3": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
-    "s3a": ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE"),
-    "abfss": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID"),
-    "az": ("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID"),
-    "gs": ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS"),
-}
-"""Variables of which one has to be set: without any, the libraries ask the machine's metadata service, and may hang."""
+LIBRARY = "pip install 'dstune[delta]'"
+_S3 = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE")
+_AZURE = (
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_KEY",
+    "AZURE_CLIENT_ID + AZURE_CLIENT_SECRET + AZURE_TENANT_ID",
+    "AZURE_STORAGE_CLIENT_ID + AZURE_STORAGE_CLIENT_SECRET + AZURE_STORAGE_TENANT_ID",
+    "AZURE_CLIENT_ID + AZURE_TENANT_ID + AZURE_FEDERATED_TOKEN_FILE",
+)
+_GOOGLE = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+CREDENTIALS = {"s3": _S3, "s3a": _S3, "abfss": _AZURE, "az": _AZURE, "gs": _GOOGLE}
+"""Variables of which one (joined by +: all) has to be set: without, the libraries ask the machine's metadata service, and may
+hang."""
 
 
 def require_library(key: str, spec: str) -> None:
     """Raises UserError where Delta tables cannot be read here."""
     if importlib.util.find_spec("deltalake") is None:
-        fix = "pip install 'dstune[delta]'"
-        raise UserError(Problem(key, "reading Delta tables needs the package deltalake", fix, spec))
+        raise UserError(Problem(key, "reading Delta tables needs the package deltalake", LIBRARY, spec))
 
 
 def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
@@ -48,7 +52,8 @@ def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
         known = ", ".join(f"{name}://" for name in CREDENTIALS)
         fix = f"a path (on Databricks /Volumes/...), uc://CATALOG.SCHEMA.TABLE, or an address after {known}"
         raise UserError(Problem(key, f"tables at {scheme}: are not read", fix, str(address)))
-    if not any(os.environ.get(name) for name in (*CREDENTIALS[scheme], METADATA_VARIABLE)):
+    ways = (*CREDENTIALS[scheme], METADATA_VARIABLE)
+    if not any(all(os.environ.get(name) for name in way.split(" + ")) for way in ways):
         reason = f"there are no credentials for {scheme}://: none of {', '.join(CREDENTIALS[scheme])} is set"
         fix = f"export them; {METADATA_VARIABLE}=1 asks the metadata service of a cloud machine"
         raise UserError(Problem(key, reason, fix, str(address)))

@@ -6,13 +6,15 @@ reader alone: neither into the environment, nor into a file.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from dstune.core.network import ask_no_metadata_service
 from dstune.data.files import DataFile
 from dstune.data.lakehouse import _copies
 from dstune.data.lakehouse._address import Address, parse
-from dstune.data.lakehouse._tables import refuse_parts, require_library
+from dstune.data.lakehouse._tables import LIBRARY, refuse_parts, require_library
 from dstune.protocols import data_source
 from dstune.protocols.data_source import DataSource
+from dstune.protocols.launcher import PASS, SKIP, Check
 
 NAME = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 SECONDS = 30.0
@@ -45,6 +48,14 @@ OPENER = urllib.request.build_opener(_Stay)
 @data_source
 class UnityCatalog(DataSource):
     name = "uc"
+
+    @classmethod
+    def probe(cls) -> Iterator[Check]:
+        if importlib.util.find_spec("deltalake") is None:
+            yield Check("delta", SKIP, "the package deltalake is not installed", LIBRARY)
+            return
+        detail = f"deltalake {importlib.metadata.version('deltalake')}; uc:// never asked of Databricks itself, see docs/delta.md"
+        yield Check("delta", PASS, detail)
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
         address = parse(spec, key)
@@ -155,6 +166,20 @@ _FIXES = {
 
 def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) -> dict[str, str]:
     """The catalog's temporary credentials in the reader's terms. Raises UserError."""
+    try:
+        if options := _known_options(credentials):
+            return options
+    except (KeyError, TypeError):
+        pass
+    if credentials.get("gcp_oauth_token"):  # given one, it would ask the machine's metadata service
+        reason = f"{place} is at Google, and the library takes no token of the catalog for it"
+        fix = f"delta://{place} with GOOGLE_APPLICATION_CREDENTIALS"
+        raise UserError(Problem(key, reason, fix, spec))
+    reason = f"the catalog gives no credentials that are known here for {place.partition('://')[0]}://"
+    raise UserError(Problem(key, reason, "ask for external access to the table", spec))
+
+
+def _known_options(credentials: Mapping[str, Any]) -> dict[str, str]:
     if found := credentials.get("aws_temp_credentials"):
         options = {
             "aws_access_key_id": found["access_key_id"],
@@ -165,7 +190,4 @@ def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) ->
         return options | ({"aws_region": region} if region else {})
     if found := credentials.get("azure_user_delegation_sas"):
         return {"azure_storage_sas_token": found["sas_token"]}
-    if found := credentials.get("gcp_oauth_token"):
-        return {"google_bearer_token": found["oauth_token"]}
-    reason = f"the catalog gives no credentials that are known here for {place.partition('://')[0]}://"
-    raise UserError(Problem(key, reason, "ask for external access to the table", spec))
+    return {}

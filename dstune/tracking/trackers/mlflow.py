@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
+from dstune.protocols.launcher import PASS, SKIP, Check
 from dstune.protocols.tracker import Row, TrackingConfig
 from dstune.tracking.flat import flat, numbers
 
@@ -76,6 +78,16 @@ class Mlflow(Tracker):
         elif uri.startswith(("sqlite", "postgresql", "mysql", "mssql")) and find_spec("sqlalchemy") is None:
             reason = "mlflow-skinny, which is installed, cannot open a database"
             yield Problem("tracking.mlflow.uri", reason, "pip install mlflow, or give a folder", format_value(uri))
+
+    @classmethod
+    def probe(cls) -> Iterator[Check]:
+        if find_spec("mlflow") is None:
+            yield Check("mlflow", SKIP, "the package mlflow is not installed", "pip install 'dstune[mlflow]'")
+            return
+        found = ", ".join(
+            f"{one.name} {one.version}" for one in distributions() if one.name in ("mlflow", "mlflow-skinny")
+        )
+        yield Check("mlflow", PASS, f"{found}; never run on Databricks itself, see docs/registry.md")
 
     def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
         super().__init__(config, run_dir, warn, fresh=fresh)
