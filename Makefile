@@ -24,7 +24,7 @@ help:
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (not timed as a whole yet)"
 	@echo "make test-ci-part CI_PART=3/8   the third of eight parts of what it has beside make test"
 	@echo "make test-all    these too: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment"
-	@echo "make test-gpu    the GPU tests, with a report to paste (at most 10 minutes)"
+	@echo "make test-gpu    the GPU tests, with a report to paste (up to 50 minutes: every case of all parts of gpu-report too)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"

@@ -167,7 +167,7 @@ class Bench:
             self.row(run=name, failed=str(error)[-1500:])
             return {}
         first, last = found["losses"][0], found["losses"][-1]
-        figures = {key: found[key] for key in ("tokens_per_second", "peak_gib", "attention", "mfu")}
+        figures = {key: found[key] for key in ("tokens_per_second", "peak_gib", "attention", "utilization")}
         self.row(run=name, loss=f"{first:.4f} -> {last:.4f}", **figures)
         return found
 
@@ -184,7 +184,7 @@ def result(folder: Path) -> dict[str, Any]:
         "tokens_per_second": ended["tokens_per_second"],
         "peak_gib": ended["peak_memory_gib"],
         "attention": kernels["attention"],
-        "mfu": rows[-1].get("mfu"),
+        "utilization": ended.get("utilization"),  # only of a device whose peak is known
     }
 
 

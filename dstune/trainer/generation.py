@@ -42,7 +42,7 @@ def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
     elif engine.stage < 3:
         yield engine.module, False
         world.barrier()
-    elif weights_bytes(engine) <= (room := int(world.gather_numbers([room_for_weights(engine)]).min())):
+    elif weights_bytes(engine) <= (room := int(world.gather_numbers([room_for_weights(engine, world)]).min())):
         with engine.whole_module() as module:
             yield module, False
             world.barrier()
@@ -56,9 +56,11 @@ def weights_bytes(engine: Engine) -> int:
     return sum(full_count(parameter) * parameter.element_size() for parameter in engine.module.parameters())
 
 
-def room_for_weights(engine: Engine) -> int:
-    """Bytes: half of the free memory, since what is computed needs the rest."""
-    return int(accelerator.memory()[0] if engine.device.type != "cpu" else available_bytes()) // 2
+def room_for_weights(engine: Engine, world: World) -> int:
+    """Bytes: half of the free memory, since what is computed needs the rest; on a CPU of this rank's share of the node's."""
+    if engine.device.type == "cpu":
+        return int(available_bytes() / world.local_size) // 2
+    return accelerator.free_bytes(engine.device) // 2
 
 
 def answers_on_all_ranks(

@@ -81,6 +81,11 @@ def memory(device: torch.device | None = None) -> tuple[int, int]:
     return int(free), int(total)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What tensors may still take of the device: what torch's allocator has kept of freed ones is free too."""
+    return memory(device)[0] + int(module().memory_reserved(device)) - int(module().memory_allocated(device))
+
+
 def has_bf16() -> bool:
     """Whether the device computes bf16 by itself: Volta and Turing go by way of fp32, slower than fp32 itself."""
     if kind() == "cuda":

@@ -38,22 +38,24 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
-    # without; it brought nothing measurable over gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # without; it brought nothing measurable over gloo. In place of all of it: else every operator is probed, in each rank,
+    # with a line on the console for each of CUDA's where nvcc is not installed.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if accelerator.present():
         use_expandable_segments(os.environ)
         accelerator.choose(_device_of(env))
     backend = get_accelerator().communication_backend_name()
     store = os.environ.get(STORE)
-    deepspeed.init_distributed(
-        backend,
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
-        init_method=f"file://{store}" if store else None,
-        rank=env.rank,
-        world_size=env.world_size,
-    )
+    with _named_duplicates(env):
+        deepspeed.init_distributed(
+            backend,
+            auto_mpi_discovery=False,
+            timeout=timeout,
+            verbose=False,
+            init_method=f"file://{store}" if store else None,
+            rank=env.rank,
+            world_size=env.world_size,
+        )
     world = World(env)
     if accelerator.present():
         refuse_shared_devices(world, accelerator.identity())
@@ -98,11 +100,26 @@ def refuse_shared_devices(world: World, identity: str) -> None:
     shared = [(place, ranks) for place, ranks in places.items() if place[1] and len(ranks) > 1]
     if shared:
         (host, device), ranks = shared[0]
-        reason = (
-            f"ranks {', '.join(map(str, ranks))} of {host} see one GPU, {device}, and every rank needs one of its own"
-        )
-        fix = "start one rank for each GPU, or show each rank a GPU of its own (CUDA_VISIBLE_DEVICES)"
-        raise UserError(Problem("launch", reason, fix, f"{world.local_size} ranks"))
+        raise _shared(f"ranks {', '.join(map(str, ranks))} of {host} see one GPU, {device}", world.local_size)
+
+
+def _shared(what: str, ranks: int) -> UserError:
+    fix = "start one rank for each GPU, or show each rank a GPU of its own (CUDA_VISIBLE_DEVICES)"
+    return UserError(Problem("launch", f"{what}, and every rank needs one of its own", fix, f"{ranks} ranks"))
+
+
+@contextmanager
+def _named_duplicates(env: RankEnv) -> Iterator[None]:
+    """NCCL, which connects as soon as ranks meet on devices that are named, finds two of them on one by itself.
+
+    Raises UserError in place of its error."""
+    try:
+        yield
+    except torch.distributed.DistBackendError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        what = f"rank {env.rank} of {environment.host()} sees the GPU of another rank"
+        raise _shared(what, env.local_size) from error
 
 
 @contextmanager

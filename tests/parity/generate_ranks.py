@@ -47,7 +47,7 @@ def main() -> None:
     partition_parameters._dist_allgather_fn = counted
     found = []
     for share in SHARES:
-        generation.room_for_weights = lambda engine, share=share: int(share * generation.weights_bytes(engine))
+        generation.room_for_weights = lambda engine, world, share=share: int(share * generation.weights_bytes(engine))
         with generation.speaking(engine, world) as (module, in_step):
             for _ in range(2):  # a first pass might use what is gathered and give it back
                 before = elements[0]

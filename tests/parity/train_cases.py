@@ -56,7 +56,9 @@ def main() -> None:
         micro_batch.GAIN = case.get("gain", GAIN)
         room = generation.room_for_weights
         if (share := case.get("room")) is not None:  # as if ranks had room for so much of the whole model
-            generation.room_for_weights = lambda engine, share=share: int(share * generation.weights_bytes(engine))
+            generation.room_for_weights = lambda engine, world, share=share: int(
+                share * generation.weights_bytes(engine)
+            )
         with contextlib.suppress(Preempted):
             worker.train(composed.config, run_dir, world)
         generation.room_for_weights = room

@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import gpu_cases, gpu_report
+from benchmarks import gpu_bench, gpu_cases, gpu_report
+from dstune.trainer.callbacks.throughput import Throughput
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_DEVICE = {
@@ -84,3 +86,19 @@ def test_what_was_measured_is_kept_and_not_measured_again_under_the_same_conditi
     assert ran[len(gpu_report.PARTS[1]) + 1 :] == list(gpu_report.PARTS[1])  # a rehearsal has no figures of a GPU
     report = (tmp_path / "part-1.md").read_text()
     assert "part 1: H100" in report and "| 1.25 |" in report and "**attention**: over its 1 s" in report
+
+
+def test_the_report_has_what_a_run_has_written_of_itself(tmp_path: Path) -> None:
+    """As callbacks and `environment.json` name it; without a known peak there is no utilisation."""
+    rows = [{"step": 1, "loss": 2.5, "grad_norm": 1.0}, {"step": 1, "eval/loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "environment.json").write_text(json.dumps({"kernels": {"attention": "varlen"}}))
+    nobody: Any = None
+    throughput = Throughput(nobody)
+    throughput.timed = {"tokens": 100, "seconds": 2.0, "flops": 3.0, "capacity": 4.0}
+    for expected in (0.75, None):
+        ended = {"peak_memory_gib": 1.5, **throughput.results()}
+        (tmp_path / "result.json").write_text(json.dumps(ended))
+        found = gpu_bench.result(tmp_path)
+        assert (found["utilization"], found["tokens_per_second"], found["losses"]) == (expected, 50.0, [2.5])
+        throughput.timed["capacity"] = 0.0

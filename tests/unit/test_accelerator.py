@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -19,7 +20,7 @@ from dstune.models.heads import numbers
 from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.rank import worker
-from dstune.trainer import out_of_memory
+from dstune.trainer import generation, out_of_memory
 from dstune.zero import accelerator, fewer_gathers, fewer_reads, precision, start
 from dstune.zero.ds_config import deepspeed_config
 
@@ -149,6 +150,48 @@ def test_a_rank_sets_its_allocator_first_and_refuses_a_device_of_another(monkeyp
     with pytest.raises(UserError, match=r"ranks 0, 1 of .* see one GPU"):
         start.start_process_group(RankEnv(1, 2, 1, 2, "torchrun"))
     assert chosen == [(1, "expandable_segments:True")]
+
+
+def test_no_operator_is_probed_when_a_rank_starts(monkeypatch):
+    """Without nvcc each of CUDA's would have a line on the console of every rank."""
+    import deepspeed
+
+    def probe():
+        raise AssertionError("operators are probed")
+
+    device(monkeypatch, bf16=True, capability=(9, 0))
+    monkeypatch.setattr(accelerator, "kind", lambda: "cuda")
+    monkeypatch.setattr(accelerator, "choose", lambda index: None)
+    monkeypatch.setattr(accelerator, "identity", lambda: "")
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda *unused, **more: None)
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", probe, raising=False)
+    monkeypatch.delattr(deepspeed.ops, "__compatible_ops__", raising=False)
+    monkeypatch.setattr(start, "World", lambda env: SimpleNamespace(gather=lambda mine: [mine], local_size=1))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    start.start_process_group(RankEnv(0, 1, 0, 1, "alone"))
+    assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def test_nccl_finds_two_ranks_on_one_device_when_they_meet():
+    env = RankEnv(1, 2, 1, 2, "slurm")
+    duplicate = (
+        "NCCL error, invalid usage.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
+    )
+    with pytest.raises(UserError, match="rank 1 of .* sees the GPU of another rank"), start._named_duplicates(env):
+        raise torch.distributed.DistBackendError(duplicate)
+    with pytest.raises(torch.distributed.DistBackendError, match="after 30 minutes"), start._named_duplicates(env):
+        raise torch.distributed.DistBackendError("nobody came after 30 minutes")
+
+
+@pytest.mark.parametrize(("kind", "ranks", "room"), [("cpu", 4, 2), ("cuda", 4, 13)])
+def test_room_for_weights_is_what_a_rank_may_take(monkeypatch, kind, ranks, room):
+    """Ranks share a CPU's memory; on a device what the allocator has kept of freed tensors is free."""
+    own = {"memory_reserved": lambda device: 30, "memory_allocated": lambda device: 10}
+    monkeypatch.setattr(accelerator, "module", lambda: SimpleNamespace(mem_get_info=lambda device: (6, 80), **own))
+    monkeypatch.setattr(generation, "available_bytes", lambda: 16.0)
+    engine: Any = SimpleNamespace(device=torch.device(kind))
+    world: Any = SimpleNamespace(local_size=ranks)
+    assert generation.room_for_weights(engine, world) == room
 
 
 @pytest.mark.parametrize(
