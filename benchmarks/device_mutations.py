@@ -22,6 +22,17 @@ _UNIT: dict[str, Mutation] = {
         "zero/start.py", "device = 0 if visible == 1 else env.local_rank", "device = env.local_rank"
     ),
     "ranks_that_share_a_device_are_refused": undo("zero/start.py", "    if shared:\n", "    if False:\n"),
+    "nccl_finds_two_ranks_on_one_device_when_they_meet": undo(
+        "zero/start.py", 'if "Duplicate GPU" not in str(error):', "if True:"
+    ),
+    "no_operator_is_probed_when_a_rank_starts": undo(
+        "zero/start.py",
+        'deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}',
+        'deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False',
+    ),
+    "room_for_weights_is_what_a_rank_may_take": undo(
+        "trainer/generation.py", "available_bytes() / world.local_size", "available_bytes()"
+    ),
     "the_allocator_grows_its_segments_unless_the_user_has_set_it": undo(
         "zero/start.py",
         "and not any(name in variables for name in ALLOCATOR)",

@@ -12,7 +12,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -256,6 +256,16 @@ def count_gpus(env: Mapping[str, str], kfd: Path = Path("/sys/class/kfd/kfd/topo
         return len(list(Path("/proc/driver/nvidia/gpus").iterdir()))
     except OSError:
         return 0
+
+
+def idle_gpus(env: Mapping[str, str]) -> Iterator[str]:
+    """What to tell of GPUs that a run leaves alone, because PyTorch is built for CPUs."""
+    version = _torch_version()
+    if version.endswith("+cpu") and (gpus := count_gpus(env)):
+        yield (
+            f"this machine shows {gpus} GPU(s), but PyTorch {version} is built for CPUs, so ranks train on the CPU "
+            "(a build for GPUs uses them; CUDA_VISIBLE_DEVICES= says that it is meant)"
+        )
 
 
 def _torch_version() -> str:

@@ -30,7 +30,7 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER
 from dstune.core.plugins import accepts_changes, refuse_changes
 from dstune.core.rank_env import RankEnv, from_environment
 from dstune.launch import records, rundir
-from dstune.launch.commands import NO_TELEMETRY, OFFLINE
+from dstune.launch.commands import NO_TELEMETRY, OFFLINE, idle_gpus
 from dstune.launch.console import Console
 from dstune.launch.manage import status_of
 from dstune.launch.mirror import Mirror, open_mirror
@@ -174,7 +174,7 @@ def _prepare(
 ) -> Prepared:
     from dstune.launch import preflight  # not at the top: half a second of imports that `--cfg` and `--help` do without
 
-    for warning in ignored_settings(composed.config, command.flags.overrides):
+    for warning in (*ignored_settings(composed.config, command.flags.overrides), *idle_gpus(os.environ)):
         console.message(f"dstune: warning: {warning}")
     work = None
     if mirror is not None:

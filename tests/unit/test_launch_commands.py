@@ -13,7 +13,7 @@ from dstune.config.convert import EnvironmentText
 from dstune.config.schema import tracking_class
 from dstune.core.errors import UserError
 from dstune.launch import commands
-from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, local_plan, number_of_ranks
+from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, idle_gpus, local_plan, number_of_ranks
 from dstune.launch.local.config import LocalConfig
 from dstune.tracking.trackers.mlflow import MlflowConfig
 from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
@@ -169,6 +169,19 @@ def test_gpus_by_the_drivers_tool(tmp_path, monkeypatch):
     tool.write_text("#!/bin/sh\nexit 9\n")  # what it does where the driver is not loaded
     monkeypatch.setattr(commands, "Path", lambda _: tmp_path / "absent")
     assert count_gpus({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "visible", "expected"),
+    [
+        ("2.13.0+cpu", "0,1", ["this machine shows 2 GPU(s), but PyTorch 2.13.0+cpu is built for CPUs"]),
+        ("2.13.0+cpu", "", []),
+        ("2.13.0+cu130", "0,1", []),
+    ],
+)
+def test_gpus_that_a_build_for_cpus_leaves_alone_are_told(monkeypatch, version, visible, expected):
+    monkeypatch.setattr(commands, "_torch_version", lambda: version)
+    assert [text.partition(", so ")[0] for text in idle_gpus({"CUDA_VISIBLE_DEVICES": visible})] == expected
 
 
 @pytest.mark.parametrize(
