@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import gpu_bench, gpu_cases, gpu_report
 from dstune.trainer.callbacks.throughput import Throughput
+from tests.gpu.test_report_cases import failures
 
 ROOT = Path(__file__).parents[2]
 NEEDS_A_DEVICE = {
@@ -102,3 +103,16 @@ def test_the_report_has_what_a_run_has_written_of_itself(tmp_path: Path) -> None
         found = gpu_bench.result(tmp_path)
         assert (found["utilization"], found["tokens_per_second"], found["losses"]) == (expected, 50.0, [2.5])
         throughput.timed["capacity"] = 0.0
+
+
+def test_a_run_that_fails_within_a_case_fails_the_case_on_a_gpu() -> None:
+    crashed = {"run": "importance", "failed": "RuntimeError: tensors on two devices"}
+    for name, row in (("importance", crashed), ("attention", {"kernel": "torch 2.13 varlen", "failed": "no kernel"})):
+        assert failures(name, [{"machine": "H100"}, row]) == [row]
+    for name, row in (
+        ("out_of_memory", {"run": "forced", "failed": "out of memory in training ... most first: zero=stage3"}),
+        ("attention", {"kernel": "flash-attn 3", "failed": "undefined symbol"}),
+        ("cross_entropy", {"way": "Liger", "failed": "not installed"}),
+        ("ranks", {"run": "stage1", "failed": "needs several GPUs: GPUS=8"}),
+    ):
+        assert failures(name, [row]) == []
