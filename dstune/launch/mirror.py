@@ -84,6 +84,10 @@ class Mirror:
             if self.work.is_dir():  # until the guard of a launcher that was killed has ended the ranks
                 os.close(records.acquire_lock(self.work))
             lease, own = self._read_lease(), read_object(self._own) or {}
+            if cut_short := lease == {}:  # or being written
+                self._watch(lease)
+                if (lease := self._read_lease()) == {} and self._has_newest():
+                    lease = {"id": own.get("id")}
             last = (lease or {}).get("id")
             if last and last in (own.get("id"), own.get("former")) and (self.work / "run.yaml").is_file():
                 self._message(f"dstune: goes on with {self.work}: what it holds was not copied to {self.place} before")
@@ -91,7 +95,8 @@ class Mirror:
                     store.repair(run)
                 self._known = {name: (-1, -1) for name in WITH_PATHS if (self.place / name).exists()}
             else:
-                self._watch(lease)
+                if not cut_short:
+                    self._watch(lease)
                 self._fetch()
                 last = None
             # Killed between the two, this folder is still known for the one that the lease means.
@@ -125,6 +130,11 @@ class Mirror:
     def _read_lease(self) -> dict[str, Any] | None:
         """None where there is none; empty while it is being written."""
         return read_object(self.place / records.LEASE) or ({} if (self.place / records.LEASE).exists() else None)
+
+    def _has_newest(self) -> bool:
+        """Whether the newest checkpoints at the place are here, as they are there: then nobody has gone on elsewhere."""
+        found = [store.newest(run) for run in copied.runs_in(self.place)]
+        return all(one is None or _marker(one) == _marker(self.work / one.relative_to(self.place)) for one in found)
 
     def _fetch(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)

@@ -215,7 +215,8 @@ def test_a_launch_that_died_is_taken_over_and_stops_if_it_did_not(without_locks,
     assert second.close()
 
 
-def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks):
+@pytest.mark.parametrize("cut_short", [False, True], ids=["whole", "killed while it wrote the lease"])
+def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks, cut_short):
     place, said = without_locks, []
     first = mirror.open_mirror(place, said.append)
     first.work.mkdir()
@@ -224,11 +225,27 @@ def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks
     first._copy()
     save(first.work, 20)
     os.close(first._lock)  # killed
+    if cut_short:
+        (place / records.LEASE).write_text("")
     again = mirror.open_mirror(place, said.append)
     assert "goes on with" in said[-2]
     assert store.newest(again.work).name == store.tag(20)
     assert again.close()
     assert store.newest(place).name == store.tag(20)
+
+
+def test_a_lease_that_was_cut_short_hides_no_run_that_went_on_elsewhere(without_locks):
+    first = mirror.open_mirror(without_locks, lambda text: None)
+    first.work.mkdir()
+    (first.work / "run.yaml").write_text("run: 1")
+    save(first.work, 10)
+    first._copy()
+    os.close(first._lock)  # killed
+    save(without_locks, 20)
+    (without_locks / records.LEASE).write_text("")
+    again = mirror.open_mirror(without_locks, lambda text: None)
+    assert store.newest(again.work).name == store.tag(20)
+    assert again.close()
 
 
 def test_a_copy_that_takes_long_is_no_silence(without_locks, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +27,7 @@ from dstune.launch.console import Console
 from dstune.launch.spark import refusals, stage
 from dstune.launch.spark import session as sessions
 from dstune.launch.spark.config import SparkConfig
+from dstune.launch.spark.task import Line
 
 SECRET = "planted-secret-7b1e"
 TASK = """
@@ -325,6 +329,24 @@ def test_the_causes_that_are_the_users_to_change(tmp_path):
     assert refusals.cause(text.replace("[SPARK-24942]: Barrier", "no such host")).endswith(
         "SparkException: no such host ..."
     )
+
+
+def test_a_driver_with_many_open_files_hears_its_tasks():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, most)), most))
+    high = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 1500))
+    try:
+        line = Line(high)
+        assert line.receive(0.0) == [] and line.open
+        theirs.sendall(b'{"rank": 1}\n')
+        assert line.receive(1.0) == [{"rank": 1}]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
+        for connection in (ours, theirs, high):
+            connection.close()
 
 
 def test_where_tasks_run_is_known_before_spark_starts(tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ class Line:
     def __init__(self, connection: socket.socket, limit: int = LIMIT):
         self._connection, self._rest, self.limit = connection, b"", limit
         self._received_at = self._sent_at = time.monotonic()
+        self._readable = select.poll()  # select() itself takes no file beyond the first 1024 of a process
+        self._readable.register(connection, select.POLLIN)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.open = True
 
@@ -54,7 +56,7 @@ class Line:
             self.send({"ping": True})
         found: list[dict[str, Any]] = []
         try:
-            if self.open and select.select([self._connection], [], [], seconds)[0]:
+            if self.open and self._readable.poll(seconds * 1000):
                 data = self._connection.recv(2**16)
                 self._received_at = time.monotonic()
                 self.open = bool(data) and len(self._rest) < self.limit
