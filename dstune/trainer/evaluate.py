@@ -172,7 +172,7 @@ class Evaluator:
         )
         mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, torch.Tensor] = {}
-        rows: list[tuple[list[int], dict[str, Column]]] = []
+        rows = KeptRows()
         each = each or not task_of(self.config.task).language
         self.engine.train(False)
         shares = None
@@ -186,7 +186,7 @@ class Evaluator:
             for name, value in sums_of(output).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
             if each and output.rows and self.world.counts and not micro_batch.filler:
-                rows.append((batch["index"].tolist(), _columns(output.rows)))
+                rows.add(batch["index"], output.rows)
             if progress:
                 progress(number + 1, len(mine))
         self.engine.train(True)
@@ -196,7 +196,7 @@ class Evaluator:
         )
         everyone = [
             row
-            for of_rank in self.world.gather(rows)
+            for of_rank in self.world.gather(rows.read())
             for indices, columns in of_rank
             for row in zip(indices, _by_row(columns), strict=True)
         ]
@@ -207,6 +207,28 @@ class Evaluator:
         config = replace(self.config, data=replace(self.config.data, packing=packing))
         batch = batch_of(config, split, micro_batch, self.tokenizer.pad_token_id, with_index=each)
         return on_device(indexed(self.head, batch), self.engine.device)
+
+
+class KeptRows:
+    """What a head keeps of each row. Batches stay on the device until some of them are read together, so that it is waited for
+    once in a while and not in each."""
+
+    TOGETHER = 64
+
+    def __init__(self) -> None:
+        self._there: list[tuple[torch.Tensor, Mapping[str, torch.Tensor | Sequence[torch.Tensor]]]] = []
+        self._here: list[tuple[list[int], dict[str, Column]]] = []
+
+    def add(self, indices: torch.Tensor, columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
+        self._there.append((indices, columns))
+        if len(self._there) == self.TOGETHER:
+            self.read()
+
+    def read(self) -> list[tuple[list[int], dict[str, Column]]]:
+        """The numbers of the rows of each batch, and its columns."""
+        self._here += [(indices.tolist(), _columns(columns)) for indices, columns in self._there]
+        self._there.clear()
+        return self._here
 
 
 def _columns(columns: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> dict[str, Column]:

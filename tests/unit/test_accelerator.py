@@ -21,6 +21,7 @@ from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.rank import worker
 from dstune.trainer import generation, out_of_memory
+from dstune.trainer.evaluate import KeptRows
 from dstune.zero import accelerator, fewer_gathers, fewer_reads, precision, start
 from dstune.zero.ds_config import deepspeed_config
 
@@ -353,3 +354,17 @@ def test_a_single_rank_waits_at_stage_3_for_weights_from_elsewhere_only(monkeypa
     weight.ds_status = theirs.ZeroParamStatus.NOT_AVAILABLE
     handle.wait()  # of a gather that is over: the weight was given back since
     assert weight.ds_status is theirs.ZeroParamStatus.NOT_AVAILABLE and len(waited) == waits
+
+
+def test_rows_of_an_evaluation_are_read_many_batches_at_a_time(monkeypatch):
+    read: list[int] = []
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda indices: read.append(1) or tolist(indices))
+    rows, often = KeptRows(), KeptRows.TOGETHER
+    for number in range(often + 1):
+        rows.add(torch.tensor([number]), {"score": torch.tensor([0.5 * number]), "parts": [torch.tensor([number])]})
+        assert len(read) == (0 if number < often - 1 else often)
+    found = rows.read()
+    assert [indices for indices, _ in found] == [[number] for number in range(often + 1)] and len(read) == often + 1
+    assert all(columns["score"] == [0.5 * number] for number, (_, columns) in enumerate(found))
+    assert rows.read() == found
