@@ -200,7 +200,7 @@ def slurm(output: str, folder: Path) -> None:
     ):
         for call in (
             lambda: [str(job) for job in jobs.ask(["12", "12_3"])],
-            lambda: jobs.submit(folder / "x", {}),
+            lambda: jobs.submit(folder / "x", "#!/bin/sh\n", {}),
             lambda: jobs.probe(needed=False),
         ):
             try:
