@@ -38,8 +38,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of JSON with these keys and values. Raises RepeatedKey."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise RepeatedKey(f"the key {repeated!r:.60} stands twice in an object")
     return found
 

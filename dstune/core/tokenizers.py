@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options:
 
 MAX_GROWTH = 64
 """Characters that a tokenizer may make of one; Unicode itself makes 18."""
+ENDLESS = 10**9
+"""Beyond which a growth is not computed."""
 MAX_ADDED = 1000
 """Tokens that it may put around a text."""
 _PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")
@@ -57,14 +58,16 @@ def _refuse_growing_file(file: Path) -> None:
     """Before the library opens it, which already grows the tokens that are listed. Raises UserError."""
     if not file.is_file():
         return  # of the hub, or an older form
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text, end = file.read_text(encoding="utf-8", errors="replace"), 0
     decoder = json.JSONDecoder()
     for found in _SECTION.finditer(text):
-        try:
-            step, _ = decoder.raw_decode(text, found.end())
-        except (ValueError, RecursionError):  # which the library refuses too
+        if found.start() < end:  # within the one before
             continue
-        _check_growth(step, file)
+        try:
+            step, end = decoder.raw_decode(text, found.end())
+            _check_growth(step, file)
+        except (ValueError, RecursionError):  # the file is no JSON, or too deep: the library refuses it too
+            return
 
 
 def _refuse_growing(tokenizer: Any) -> None:
@@ -80,7 +83,7 @@ def _refuse_growing(tokenizer: Any) -> None:
 def _check_growth(step: Any, file: Path | str) -> None:
     fix = "give a model whose tokenizer leaves texts about as long as they are"
     if (growth := _growth(step)) > MAX_GROWTH:
-        reason = f"its tokenizer may make {min(growth, 10**9):,} characters of one, more than {MAX_GROWTH}"
+        reason = f"its tokenizer may make {min(growth, ENDLESS):,} characters of one, more than {MAX_GROWTH}"
         raise UserError(Problem(str(file), reason, fix))
     if (added := _added(step)) > MAX_ADDED:
         reason = f"its tokenizer puts {added:,} tokens around each text, more than {MAX_ADDED:,}"
@@ -90,7 +93,7 @@ def _check_growth(step: Any, file: Path | str) -> None:
 def _growth(step: Any) -> int:
     """How many characters a part of a tokenizer, as its JSON has it, makes of one at most."""
     if isinstance(step, list):
-        return math.prod(map(_growth, step))
+        return _product(map(_growth, step))
     if not isinstance(step, dict):
         return 1
     own = 1
@@ -103,7 +106,17 @@ def _growth(step: Any) -> int:
             own = 2
         case "Precompiled":
             own = max(map(len, _texts_of(step.get("precompiled_charsmap"))))
-    return max(own, 1) * math.prod(map(_growth, step.values()))
+    return max(own, 1) * _product(map(_growth, step.values()))
+
+
+def _product(factors: Iterable[int]) -> int:
+    """As far as it matters: of a million steps it would have millions of digits."""
+    product = 1
+    for factor in factors:
+        product *= factor
+        if product > ENDLESS:
+            break
+    return product
 
 
 def _texts_of(characters: Any) -> list[str]:

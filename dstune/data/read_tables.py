@@ -197,13 +197,9 @@ def _length(value: Any) -> int:
     """Characters and bytes in a value."""
     if isinstance(value, dict):
         return sum(map(_length, value.values()))
-    return (
-        sum(map(_length, value))
-        if isinstance(value, (list, tuple))
-        else len(value)
-        if isinstance(value, (str, bytes))
-        else 8
-    )
+    if isinstance(value, list | tuple):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _bytes(part: Any) -> int:

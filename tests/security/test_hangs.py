@@ -78,6 +78,15 @@ def test_json_that_is_too_deep_or_too_long(text: str) -> None:
         parse_json(text)
 
 
+def test_a_key_that_stands_twice_among_many() -> None:
+    """Looking for it key by key took 17.6 s of 30,000."""
+    keys = ",".join(f'"k{number}":1' for number in range(200_000))
+    began = time.process_time()
+    with pytest.raises(ValueError, match="the key 'k199999' stands twice in an object"):
+        parse_json(f'{{{keys},"k199999":2}}')
+    assert time.process_time() - began < 2
+
+
 def test_brackets_inside_of_text_are_no_levels() -> None:
     assert parse_json(json.dumps(["[{" * 1000])) == ["[{" * 1000]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from dstune import cli
 from dstune.config.compose import compose
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
-from dstune.core.tokenizers import open_tokenizer
+from dstune.core.tokenizers import _refuse_growing_file, open_tokenizer
 from dstune.models.load import load_config, load_model, load_tokenizer
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -134,6 +135,19 @@ def test_a_tokenizer_that_grows_is_known_once_it_is_open(model: Path, monkeypatc
     change(model, "tokenizer.json", **GROWING["words"])
     with pytest.raises(UserError, match="may make 125 characters of one, more than 64"):
         load_tokenizer(ModelConfig(path=str(model)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{" + ",".join(['"normalizer": {"a": {'] * 100_000), json.dumps({"normalizer": [replace("x" * 60)] * 300_000})],
+    ids=["sections that are not closed", "steps"],
+)
+def test_a_tokenizer_s_growth_is_found_in_little_time(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    began = time.process_time()
+    with contextlib.suppress(UserError):
+        _refuse_growing_file(tmp_path / "tokenizer.json")
+    assert time.process_time() - began < 2
 
 
 def test_usual_tokenizers_grow_little(model: Path) -> None:

@@ -92,7 +92,7 @@ def test_a_schema_keeps_a_null_that_says_something():
     assert schemas(type="object", properties=of_table)["properties"] == {"unit": {"type": "string"}}
 
 
-def test_both_answers_of_a_pair_are_asked_by_one_prompt():
+def test_both_answers_of_a_pair_have_one_prompt():
     """Qwen 3's prompt closes an empty block where the model is not to think, so two prompts would be compared."""
     tokenizer = byte_tokenizer(SWITCHED)
     encode = RowTokenizer(tokenizer, PreferenceConfig(), "preference", max_length=1000)

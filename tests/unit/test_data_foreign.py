@@ -457,31 +457,31 @@ def test_a_margin_of_a_csv_file_is_a_number(given, margin):
     assert read(row, RewardConfig(template_date="2025-03-09"))[1].get("margin") == margin
 
 
-def test_a_conversation_that_python_wrote_is_told():
+def test_a_conversation_as_a_python_literal_is_named():
     with pytest.raises(
         RowError, match=r"not JSON: .* at character 3; Python's str\(\) wrote it, json\.dumps writes JSON"
     ):
         read({"messages": str([U, A])}, CHAT)
 
 
-def test_a_default_that_is_null_is_shown_to_the_model():
+def test_a_default_that_is_null_is_rendered():
     def of(properties):
         return [{"type": "function", "function": {"name": "f", "description": None, "parameters": properties}}]
 
-    def shown(properties):
+    def rendered(properties):
         tools = of({"type": "object", "properties": properties})
         (tool,) = read({"messages": [U, A], "tools": tools}, CHAT)[1]["tools"]
         return tool["function"]["parameters"]["properties"]
 
     optional = {"anyOf": [{"type": "integer"}, {"type": "null"}], "default": None}
-    assert shown({"x": optional, "default": {"type": "string"}}) == {"x": optional, "default": {"type": "string"}}
-    assert shown({"x": {"default": {"y": None}, "enum": [None, 1]}}) == {
+    assert rendered({"x": optional, "default": {"type": "string"}}) == {"x": optional, "default": {"type": "string"}}
+    assert rendered({"x": {"default": {"y": None}, "enum": [None, 1]}}) == {
         "x": {"default": {"y": None}, "enum": [None, 1]}
     }
     # Beside nulls that no JSON Schema has it is a key that another object of a table had.
-    assert shown({"x": optional, "y": None}) == {"x": {"anyOf": optional["anyOf"]}}
-    assert shown({"x": {**optional, "items": None}}) == {"x": {"anyOf": optional["anyOf"]}}
-    assert shown({"x": optional, "default": None}) == {"x": {"anyOf": optional["anyOf"]}}
+    assert rendered({"x": optional, "y": None}) == {"x": {"anyOf": optional["anyOf"]}}
+    assert rendered({"x": {**optional, "items": None}}) == {"x": {"anyOf": optional["anyOf"]}}
+    assert rendered({"x": optional, "default": None}) == {"x": {"anyOf": optional["anyOf"]}}
 
 
 def test_json_in_a_table_is_what_it_says(tmp_path):

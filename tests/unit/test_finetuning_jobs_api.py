@@ -480,7 +480,7 @@ def test_what_was_done_to_a_job_and_what_it_used_is_on_record(tmp_path):
     in_office(tmp_path, test)
 
 
-def test_the_validation_of_a_cancelled_job_is_told_to_end(tmp_path):
+def test_the_validation_of_a_cancelled_job_ends(tmp_path):
     async def test(found: Office) -> None:
         found.launcher.validates = False
         client = found.cloud.openai()

@@ -55,8 +55,8 @@ class Encoder:
     """Makes samples of one task's rows; picklable."""
 
     renderer: ChatRenderer | None = None
-    trains_on_prompt: bool = False
     """What renders conversations, where there is a template."""
+    trains_on_prompt: bool = False
     sources: SourcePrompts | None = None
 
     @property

@@ -167,7 +167,7 @@ def test_template_arguments_act(folder, tmp_path):
     own.close()
 
 
-def test_calls_and_reasoning_are_shown_as_in_training(folder, tmp_path):
+def test_calls_and_reasoning_are_rendered_as_in_training(folder, tmp_path):
     """A template that concatenates arguments, and one name of reasoning out of several."""
     import shutil
 
