@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
     """`dstune export RUN`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.rollback:
+        _refuse_beside_rollback(arguments)
         return _roll_back(arguments)
     run_dir = run_directory(arguments.run)
     if arguments.register is not None:
@@ -106,6 +107,20 @@ def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path
     moved = f", {done.alias} points to it" + (f" (before: {done.before})" if done.before else "") if done.alias else ""
     print(f"{checkpoint.name} -> models:/{done.name}/{done.version}{moved}")
     return EXIT_DONE
+
+
+def _refuse_beside_rollback(arguments: Namespace) -> None:
+    """Raises UserError for options of an export, which a rollback would not obey."""
+    default = vars(_parser().parse_args(["RUN"]))
+    given = [name for name, value in vars(arguments).items() if value != default[name]]
+    reason = "nothing is exported with --rollback"
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", reason, "leave it out, or run dstune export twice")
+        for name in given
+        if name not in ("run", "rollback", "json")
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _roll_back(arguments: Namespace) -> int:

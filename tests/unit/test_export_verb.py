@@ -181,3 +181,9 @@ def test_the_verb_is_light_to_import():
         "import sys, dstune.checkpoint.export; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_rollback_refuses_what_it_would_not_do():
+    with pytest.raises(UserError) as refused:
+        export_command.main(["models:/film@champion", "--rollback", "--merge", "--out", "x", "--register", "models:/y"])
+    assert [problem.where for problem in refused.value.problems] == ["--out", "--merge", "--register"]

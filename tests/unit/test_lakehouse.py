@@ -67,6 +67,30 @@ def test_the_order_and_the_digest_are_those_of_the_rows_alone(tmp_path, monkeypa
     assert found[0][1] != rows
 
 
+def test_many_equal_rows_are_written_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(_ordered, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(_ordered, "MAX_RANGE_BYTES", 10_000)
+    rows = [*rows_of(500), *[{"text": "the same " * 10, "n": 1}] * 2000]
+    random.shuffle(rows)
+    written = []
+    write = pq.ParquetWriter.write_table
+    monkeypatch.setattr(
+        pq.ParquetWriter,
+        "write_table",
+        lambda self, table, **more: written.append(table.nbytes) or write(self, table, **more),
+    )
+    (tmp_path / "pieces").mkdir()
+    result = write_ordered(batches_of(rows, 100), tmp_path / "parts.parquet", tmp_path / "pieces", 2**28)
+    assert max(written) < 20_000 < sum(written)
+    assert result.rows == 2500
+    monkeypatch.setattr(_ordered, "MAX_RANGE_BYTES", 2**30)
+    (tmp_path / "whole").mkdir()
+    whole = write_ordered(batches_of(rows, 100), tmp_path / "whole.parquet", tmp_path / "whole", 2**28)
+    assert whole == result
+    assert max(written) > 100_000
+    assert pq.read_table(tmp_path / "parts.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+
+
 def test_a_row_more_or_less_is_another_digest(tmp_path):
     digests = set()
     for number, rows in enumerate((rows_of(100), rows_of(99), [*rows_of(99), {"text": "other", "n": 1}])):

@@ -20,6 +20,8 @@ import xxhash
 
 PIECE_BYTES = 2**24
 RANGE_BYTES = 2**24
+MAX_RANGE_BYTES = 2**26
+"""What is sorted at once of a range that has more."""
 MAX_RANGES = 4096
 ROWS_PER_GROUP = 2**16
 ORDER = "xxh3_128 of each row's values"
@@ -76,17 +78,27 @@ def _merge(pieces: list[Path], schema: Any, out: Path, ranges: int) -> Written:
         for number in range(ranges):
             batches = []
             for piece in pieces:
-                with pa.OSFile(str(piece), "rb") as source:
+                with pa.memory_map(str(piece)) as source:
                     batches.append(pa.ipc.open_file(source).get_batch(number))
-            table = pa.Table.from_batches(batches)
-            if not len(table):
-                continue
-            keys = _from_column(table[KEY])
+            size = sum(batch.nbytes for batch in batches)
+            keys = np.concatenate([_from_column(batch[KEY]) for batch in batches])
             order = _sorted(keys)
             digest.update(keys[order].tobytes())
-            writer.write_table(table.drop_columns([KEY]).take(pa.array(order)), row_group_size=ROWS_PER_GROUP)
-            rows += len(table)
+            batches = [batch.drop_columns([KEY]) for batch in batches]
+            # Equal rows fall into one range however many they are: it is written in parts.
+            for part in np.array_split(order, -(-size // MAX_RANGE_BYTES)) if len(order) else ():
+                writer.write_table(_taken(batches, part), row_group_size=ROWS_PER_GROUP)
+            rows += len(order)
     return Written(rows, digest.hexdigest())
+
+
+def _taken(batches: list[Any], order: Any) -> Any:
+    """The rows of `batches`, one behind the other, that `order` counts: a table of their order."""
+    ends = np.cumsum([len(batch) for batch in batches])
+    of = np.searchsorted(ends, order, "right")
+    parts = [batch.take(pa.array(order[of == i] - ends[i] + len(batch))) for i, batch in enumerate(batches)]
+    back = np.argsort(np.argsort(of, kind="stable"))
+    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back))
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
