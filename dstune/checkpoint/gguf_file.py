@@ -166,6 +166,7 @@ def _add_sizes(writer: Any, config: Any) -> None:
 
 def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     from dstune.checkpoint.gguf_vocabulary import read_vocabulary
+    from dstune.data.named_templates import joined
     from dstune.data.stopping import stop_token_ids
 
     vocabulary = read_vocabulary(tokenizer, size)
@@ -185,8 +186,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_eot_token_id(other_ends[0])  # where the turn ends with another token than the text
     first = tokenizer("a")["input_ids"][:1]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    if template := tokenizer.chat_template:
+        writer.add_chat_template(template if isinstance(template, str) else joined(template))
 
 
 def _special(tokenizer: Any) -> Iterator[tuple[str, int]]:

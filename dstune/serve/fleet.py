@@ -111,7 +111,7 @@ class Fleet:
         by_base: dict[tuple[str, ...], _Group] = {}
         for source in sorted(sources, key=lambda one: one.adapter):  # whole models first: one may be a base
             shared = source.adapter and source.generates
-            requested = source.digest("chat_template.jinja") if self._one_template else ""
+            requested = (source.template or "") if self._one_template else ""
             place = source.base if shared else str(source.folder or source.path)
             key = (place, source.base_revision or "", requested)
             group = by_base.get(key) if shared else None

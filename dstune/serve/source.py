@@ -16,6 +16,7 @@ from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
+from dstune.data.named_templates import DEFAULT, joined
 from dstune.inference.resolve_model import base_of
 from dstune.launch import rundir
 from dstune.protocols import TASKS
@@ -77,15 +78,24 @@ class Source:
 
     @property
     def template(self) -> str | None:
-        """The chat template's text; None where there is none."""
+        """The chat template's text, of several ones what chooses among them; None where there is none."""
         folder = self.prompted_as or self.folder
-        if folder is None:
-            return None
-        own = folder / "chat_template.jinja"
-        if own.is_file():
-            return own.read_text(encoding="utf-8")
-        found = _object(folder / "tokenizer_config.json").get("chat_template")
-        return found if isinstance(found, str) else None
+        templates = {} if folder is None else chat_templates(folder)
+        return joined(templates) if templates else None
+
+
+def chat_templates(folder: Path) -> dict[str, str]:
+    """By name, as transformers writes them: files, or in older folders an entry of `tokenizer_config.json`."""
+    files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (own := folder / "chat_template.jinja").is_file():
+        files[DEFAULT] = own
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    found = _object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, str):
+        return {DEFAULT: found}
+    named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return {str(one.get("name")): str(one.get("template")) for one in named}
 
 
 def of_words(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dstune.checkpoint.gguf_vocabulary import read_vocabulary
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
+from dstune.data.named_templates import joined
 from dstune.inference import export_command
 from tests.support.tiny import CHATML, save_decoder
 
@@ -136,6 +138,18 @@ def test_tokenizer_template_and_end_of_turn_are_in_it(models, tmp_path):
     assert found(TEXT)["input_ids"] == before(TEXT)["input_ids"]
     assert found.chat_template == before.chat_template
     assert (found.eos_token, found.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_of_named_templates_it_has_what_chooses_among_them(models, tmp_path):
+    from transformers import AutoTokenizer
+
+    named = {"default": CHATML, "tool_use": "{{ tools }}" + CHATML}
+    shutil.copytree(models["llama"], tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", "f16", "model")
+    assert read_back(tmp_path / "model.gguf")[1].chat_template == joined(named)
 
 
 def test_the_frequencies_of_llama_3(tmp_path):
