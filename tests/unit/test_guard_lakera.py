@@ -305,6 +305,22 @@ def test_a_text_is_read_wherever_a_client_puts_it(tmp_path, message):
     run(test, tmp_path, POLICY | {"output": [BLOCKS]})
 
 
+def test_texts_without_number_are_not_checked(tmp_path):
+    async def test(found, guard):
+        messages = [{"role": "user", "content": ["a"] * 5000}, {"role": "user", "content": ["a"] * 400_000}]
+        began = time.process_time()
+        assert (await ask(found, {"messages": messages}, status=413))["error"] == "too_long_to_check"
+        assert not guard.seen and time.process_time() - began < 3
+        given = {
+            "model": "first",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2048}] * 5,
+        }
+        answer = await found.client().post("/v1/chat/completions", json=given)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_long_to_check")
+
+    run(test, tmp_path)
+
+
 def test_what_nobody_looks_into_is_named(tmp_path):
     async def test(found, guard):
         parts = [

@@ -6,10 +6,11 @@ import copy
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dstune.serve.errors import ApiError
-from dstune.serve.guard.check import Text
+from dstune.serve.guard.check import MOST_TEXTS, Text
 
 Place = tuple[str | int, ...]
 
@@ -23,8 +24,8 @@ class Placed:
 
 
 def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
-    """Raises ApiError where a request holds what cannot be read here."""
-    return list(_OF_ROUTE[route](body))
+    """At most one more than are checked. Raises ApiError where a request holds what cannot be read here."""
+    return list(islice(_OF_ROUTE[route](body), MOST_TEXTS + 1))
 
 
 def put(body: Any, changes: Mapping[Place, str]) -> Any:

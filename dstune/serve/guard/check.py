@@ -13,6 +13,8 @@ from dstune.serve.guard.scanner import Item, Result
 
 CONFIDENT = next(iter(LEVELS))
 NOT_RUN = "not_run"
+MOST_TEXTS = 8192
+"""Of one request: each costs the gateway and the guard some work, however short it is."""
 Scan = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
 """Looks at texts; raises GuardDown where nothing can."""
 
@@ -146,6 +148,11 @@ class Checker:
         Raises GuardDown.
         """
         verdict = Verdict(policy)
+        if len(texts) > MOST_TEXTS:
+            for direction, watches in policy.directions.items():
+                piece = _Piece(item_of(policy, "", direction), watches, 0, None)
+                self._unchecked(verdict, piece, f"more than {MOST_TEXTS} texts")
+            return verdict
         pieces = list(_pieces(policy, texts))
         if sum(len(piece.item.text) for piece in pieces if piece.number is not None) > policy.limits.characters:
             for piece in pieces:

@@ -175,8 +175,7 @@ class Guarded:
     async def _verdict(self, beside: Sequence[Text], placed: Sequence[Placed]) -> Verdict:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
-        verdict = await self.guard.check(policy, [*(one.text for one in placed), *beside])
-        return verdict
+        return await self.guard.check(policy, [*(one.text for one in placed), *beside])
 
     def _down(self, error: GuardDown) -> None:
         """Raises ApiError where nothing may pass unchecked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from dstune import __version__
@@ -18,7 +19,7 @@ from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
 from dstune.serve.guard.bodies import Placed, is_media, of_message
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
-from dstune.serve.guard.check import NOT_RUN, Entry, GuardDown, Verdict
+from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict
 from dstune.serve.guard.front import Guard, note, unavailable
 from dstune.serve.guard.policy import CLOSED, PII, SECRETS, Policy
 
@@ -81,12 +82,8 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     if requested["payload"]:
         answer["payload"] = list(_payload(verdict, placed, units))
     if requested["dev_info"]:
-        answer["dev_info"] = {
-            "version": __version__,
-            "model_version": None,
-            "git_revision": None,
-            "git_timestamp": None,
-        }
+        unknown = dict.fromkeys(("model_version", "git_revision", "git_timestamp"))
+        answer["dev_info"] = {"version": __version__, **unknown}
     await request.answer(answer)
 
 
@@ -109,7 +106,7 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
             raise ApiError(
                 422, f"messages[{number}].content must be a text, a list of parts or null.", param="messages"
             )
-        found += of_message(message, number, ("messages", number))
+        found += islice(of_message(message, number, ("messages", number)), MOST_TEXTS + 1 - len(found))
     for one in found:
         try:
             one.text.text.encode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import html
+import json
 import re
 import unicodedata
 from bisect import bisect_right
@@ -97,15 +98,15 @@ def normalised(text: str) -> Normal:
     """`text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC), marks
     over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have no
     other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
-    json = _JSON_STRING.search(text) is not None and "\\" in text
-    if not json and text.isascii() and not _DROPPED.search(text):
+    escapes = "\\" in text and _JSON_STRING.search(text) is not None
+    if not escapes and text.isascii() and not _DROPPED.search(text):
         return Normal(text)
     parts: list[str] = []
     starts: list[int] = []
     origins: list[tuple[int, int]] = []
     length = 0
-    for start, end, found in _pieces(text, json=json):
-        if not (piece := found if found.isascii() and not _DROPPED.search(found) else _composed(found)):
+    for start, end, piece in _pieces(text, escapes=escapes):
+        if not piece:
             continue
         parts.append(piece)
         starts.append(length)
@@ -117,50 +118,40 @@ def normalised(text: str) -> Normal:
 
 _JSON_STRING = re.compile(r'"\s*[:,\]}]')
 """The end of a text in JSON."""
-_JSON_ESCAPE = re.compile(
-    r"\\+(?:u([dD][89abAB][0-9a-fA-F]{2})\\+u([dD][c-fC-F][0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|([\"/bfnrt]))"
-)
-_JSON_SIGNS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+_JSON_ESCAPE = re.compile(r"(?:\\+u[dD][89abAB][0-9a-fA-F]{2})?\\+(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
+"""JSON within JSON has more backslashes."""
+_BACKSLASHES = re.compile(r"\\+")
 
 
-def _pieces(text: str, *, json: bool) -> Iterator[tuple[int, int, str]]:
-    """Parts of the text with their place, as they are read: characters with their marks, and runs of ASCII."""
+def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
+    """Parts of the text, as they are read, with their place."""
     place = 0
-    for escape in _JSON_ESCAPE.finditer(text) if json else ():
-        yield from _written(text, place, escape.start())
-        high, low, code, sign = escape.groups()
-        if high:
-            read = chr(0x10000 + ((int(high, 16) & 0x3FF) << 10) + (int(low, 16) & 0x3FF))
-        else:
-            read = _JSON_SIGNS.get(sign, sign) if sign else chr(int(code, 16))
-        yield *escape.span(), "\ufffd" if "\ud800" <= read <= "\udfff" else read
-        place = escape.end()
+    for found in _JSON_ESCAPE.finditer(text) if escapes else ():
+        yield from _written(text, place, found.start())
+        read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", found.group()) + '"')
+        yield *found.span(), _composed(read.encode("utf-8", "replace").decode())
+        place = found.end()
     yield from _written(text, place, len(text))
 
 
 def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
     part = text[start:end]
     if part.isascii() and not _DROPPED.search(part):
-        if part:
-            yield start, end, part
+        yield start, end, part
         return
     for first, last in _clusters(part):
-        yield start + first, start + last, part[first:last]
+        yield start + first, start + last, _composed(part[first:last])
+
+
+_STANDS_FOR = {0xE0000 + code: code for code in range(0x20, 0x7F)}
+_STANDS_FOR |= {start + code: 65 + code for start in (0x1F150, 0x1F170, 0x1F1E6) for code in range(26)}
+"""Tag characters, and letters in circles, squares and flags, which have no compatibility form."""
 
 
 def _composed(cluster: str) -> str:
-    piece = unicodedata.normalize("NFKC", "".join(_letter(one) for one in cluster if not _DROPPED.match(one)))
+    piece = unicodedata.normalize("NFKC", _DROPPED.sub("", cluster).translate(_STANDS_FOR))
     bare = piece[:1].isascii() or unicodedata.combining(piece[0])  # a mark alone is the rest of more than are read
     return "".join(one for one in piece if not unicodedata.combining(one)) if bare else piece
-
-
-def _letter(character: str) -> str:
-    """Of characters that stand for a letter and have no compatibility form."""
-    code = ord(character)
-    if 0xE0020 <= code <= 0xE007E:  # tags
-        return chr(code - 0xE0000)
-    start = next((one for one in (0x1F150, 0x1F170, 0x1F1E6) if one <= code < one + 26), None)
-    return character if start is None else chr(code - start + ord("A"))
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
