@@ -81,6 +81,7 @@ class Fleet:
         self._groups: list[_Group] = []
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
+        self._adding: set[str] = set()
 
     # -- start and end
 
@@ -199,6 +200,15 @@ class Fleet:
             raise UserError(Problem("name", "is no name for a model", value=source.name))
         if not (source.adapter and source.generates):
             raise UserError(Problem("path", "is no adapter of a language model", "start a server for it", source.path))
+        if source.name in self._adding:
+            raise UserError(Problem("name", "a model of this name is being added", value=source.name))
+        self._adding.add(source.name)
+        try:
+            return await self._add(source)
+        finally:
+            self._adding.discard(source.name)
+
+    async def _add(self, source: Source) -> Model:
         problems: list[Problem] = []
         for group in self._groups:
             try:
@@ -221,8 +231,9 @@ class Fleet:
         for group in self._groups:
             if name in group.adapters:
                 async with group.busy:
+                    if group.adapters.pop(name, None) is None:  # somebody else was faster
+                        break
                     model = self.models.pop(name, None)
-                    group.adapters.pop(name, None)
                     if model is None or not model.failed:
                         await group.engine.unload_adapter(name)
                 return

@@ -19,7 +19,7 @@ from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import read
 from dstune.serve.guard.scanner import Scanner
 from dstune.serve.store.keys import Limit
-from tests.support.guards import calibrated_between, guarded, write_policies
+from tests.support.guards import InProcess, calibrated_between, guarded, write_policies
 from tests.support.serving import chat, served
 from tests.support.tiny import save_classifier
 
@@ -112,6 +112,45 @@ def test_a_text_of_a_tagger_is_masked_too(tmp_path):
             assert found.app.seen[-1][1]["input"] == sent
 
     run(test, tmp_path, routes={"/tags": "own"})
+
+
+def test_no_field_of_a_message_is_passed_over(tmp_path):
+    def call(**changes):
+        function = {"name": "look", "arguments": "{}"}
+        own = {"id": "call_1", "type": "function", "function": function} | changes
+        return {"messages": [*chat()["messages"], {"role": "assistant", "content": None, "tool_calls": [own]}]}
+
+    async def test(found, guard):
+        fields = [
+            {"chat_template_kwargs": {"note": ATTACK}},
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": ATTACK}]},
+            call(id=ATTACK), call(note=ATTACK), call(function={"name": ATTACK, "arguments": "{}"}),
+            call(function={"name": "look", "arguments": json.dumps({"body": f"Hi\n{ATTACK}"})}),
+        ]  # fmt: skip
+        for more in fields:
+            answer = await found.client().post("/v1/chat/completions", json=chat() | more)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "content_filter"), more
+        assert not found.app.seen
+        given = chat(chat_template_kwargs={"note": f"I am {EMAIL}"})
+        assert (await found.client().post("/v1/chat/completions", json=given)).status_code == 200
+        assert found.app.seen[-1][1]["chat_template_kwargs"] == {"note": "I am <EMAIL>"}
+        assert (await found.client().post("/v1/chat/completions", json=chat() | call())).status_code == 200
+        assert "call_1" not in [item.text for item in guard.seen]
+
+    run(test, tmp_path, POLICY | {"output": [RULES]})
+
+
+def test_an_action_is_of_its_direction(tmp_path):
+    mail = "pii/email"
+    policy = {"input": [{"detector": mail, "action": "flag"}], "output": [{"detector": mail, "action": "mask"}]}
+
+    async def test(found, guard):
+        messages = [{"role": role, "content": f"mail {EMAIL}"} for role in ("user", "assistant", "user")]
+        await found.client().post("/v1/chat/completions", json={"model": "first", "messages": messages})
+        sent = [message["content"] for message in found.app.seen[-1][1]["messages"]]
+        assert sent == [f"mail {EMAIL}", "mail <EMAIL>", f"mail {EMAIL}"]
+
+    run(test, tmp_path, policy)
 
 
 def test_answers_are_masked_or_withheld(tmp_path):
@@ -211,7 +250,33 @@ def test_a_policy_says_what_happens_when_nothing_can_be_checked(tmp_path):
         assert answer.status_code == 200 and answer.headers["x-guard-unchecked"] == "all"
         assert {line["decision"] for line in audit(tmp_path / "open")} == {"unchecked"}
 
+        guard.up = True
+
+        async def dies(items):  # between the request and its answer
+            guard.up = not any(item.direction == "output" for item in items)
+            return await InProcess.scan(guard, items)
+
+        found.gateway.guard.check.scan = dies
+        answer = await found.client().post("/v1/chat/completions", json=chat("hello"))
+        assert answer.status_code == 200 and answer.headers["x-guard-unchecked"] == "all"
+
     run(opened, tmp_path / "open", POLICY | {"on_failure": "open"})
+
+
+def test_an_answer_whose_client_leaves_is_in_the_audit_log(tmp_path):
+    async def test(found, guard):
+        found.app.pieces, found.app.seconds = [f"Mail {EMAIL} now. ", *["word. "] * 200], 0.02
+        async with found.client().stream("POST", "/v1/chat/completions", json=chat(stream=True)) as answer:
+            async for line in answer.aiter_lines():
+                if EMAIL in line:
+                    break
+        for _ in range(200):
+            if len(audit(tmp_path)) == 2:
+                break
+            await asyncio.sleep(0.02)
+        assert [(line["what"], line["decision"]) for line in audit(tmp_path)][1:] == [("answer", "flagged")]
+
+    run(test, tmp_path, {"output": [{"detector": "pii", "action": "flag"}]})
 
 
 def test_too_long_is_not_unchecked(tmp_path):
@@ -219,6 +284,10 @@ def test_too_long_is_not_unchecked(tmp_path):
         answer = await found.client().post("/v1/chat/completions", json=chat("word " * 100))
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_long_to_check")
         assert not found.app.seen
+
+        halves = [{"role": "user", "content": "word " * 25}] * 2  # which are read together too
+        answer = await found.client().post("/v1/chat/completions", json={"model": "first", "messages": halves})
+        assert answer.status_code == 200
 
     run(test, tmp_path, POLICY | {"limits": {"characters": 300}})
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 import pytest
 
+from dstune.serve.guard.bodies import Placed
+from dstune.serve.guard.check import Span, Text, Verdict
+from dstune.serve.guard.lakera import _payload
+from dstune.serve.guard.policy import Policy
 from tests.support.guards import guarded
 from tests.support.serving import served
 
@@ -126,6 +131,17 @@ def test_portkey_counts_in_utf_16_units(tmp_path):
         assert (await ask(found, answer))["flagged"]
 
     run(test, tmp_path)
+
+
+def test_many_places_are_counted_as_fast_as_few(tmp_path):
+    """In the event loop of all requests: 28,000 of them took four minutes."""
+    text = "😀 a@b.co " * 20_000
+    spans = [Span(0, 9 * number + 2, 9 * number + 8, "pii/email") for number in range(20_000)]
+    verdict = Verdict(Policy("own"), spans=spans)
+    began = time.process_time()
+    found = list(_payload(verdict, [Placed(("messages", 0, "content"), Text(text, "user"))], "utf-16"))
+    assert time.process_time() - began < 2
+    assert [found[-1][name] for name in ("start", "end", "text")] == [199_993, 199_999, "a@b.co"]
 
 
 # -- APISIX and Kong --------------------------------------------------------------------------------------------------
@@ -259,6 +275,64 @@ def test_wrong_requests_and_strangers(tmp_path):
         assert stranger.status_code == 401 and isinstance(stranger.json()["message"], str)
 
     run(test, tmp_path, POLICY | {"limits": {"characters": 400}})
+
+
+BODIES = [
+    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ATTACK}},
+    {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": [ATTACK]}}}],
+    },
+    {"role": "assistant", "tool_calls": [{"type": "custom", "custom": {"name": "f", "input": ATTACK}}]},
+    {"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text", "text": ATTACK}]}]},
+    {"role": "user", "content": [{"type": "text", "text": {"value": ATTACK}}]},
+    {"role": "user", "content": [{"type": "document", "source": {"type": "text", "data": ATTACK}}]},
+    {"role": "user", "content": [[ATTACK]]},
+    {
+        "role": "user",
+        "content": [{"type": "image_url", "text": ATTACK, "image_url": {"url": "data:image/png;base64,AA"}}],
+    },
+    {"role": "user", "content": "x", "parts": [{"text": ATTACK}]},
+]
+
+
+@pytest.mark.parametrize("message", BODIES)
+def test_a_text_is_read_wherever_a_client_puts_it(tmp_path, message):
+    async def test(found, guard):
+        body = {"messages": [{"role": "user", "content": "hi"}, message], "payload": True, "breakdown": True}
+        assert (await ask(found, body))["flagged"]
+
+    run(test, tmp_path, POLICY | {"output": [BLOCKS]})
+
+
+def test_texts_without_number_are_not_checked(tmp_path):
+    async def test(found, guard):
+        messages = [{"role": "user", "content": ["a"] * 5000}, {"role": "user", "content": ["a"] * 400_000}]
+        began = time.process_time()
+        assert (await ask(found, {"messages": messages}, status=413))["error"] == "too_long_to_check"
+        assert not guard.seen and time.process_time() - began < 3
+        given = {
+            "model": "first",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2048}] * 5,
+        }
+        answer = await found.client().post("/v1/chat/completions", json=given)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_long_to_check")
+
+    run(test, tmp_path)
+
+
+def test_what_nobody_looks_into_is_named(tmp_path):
+    async def test(found, guard):
+        parts = [
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 300_000}},
+            {"type": "text", "text": f"see {EMAIL}"},
+        ]
+        body = {"messages": [{"role": "user", "content": parts}], "payload": True, "own": 1}
+        answer = await found.client().post("/v2/guard", json=body)
+        assert answer.headers["x-guard-ignored"] == "own, image_url"
+        assert [one["start"] for one in answer.json()["payload"]] == [4]
+
+    run(test, tmp_path)
 
 
 def test_what_is_written_down_has_no_text(tmp_path):

@@ -63,12 +63,25 @@ WRONG = [
         "input[0].level: must be one of",
     ),
     (policies() | {"routes": {"/v2/guard": ["own"]}}, "routes./v2/guard: names no policy"),
+    (
+        policies(input=[], output=[{"detector": "secrets", "action": "block"}]) | {"routes": {"/rerank": "own"}},
+        "routes./rerank: nothing that the policy looks for passes there",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("value", "expected"), WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_with_a_policy_is_named(tmp_path, value, expected):
     assert any(expected in one for one in problems_of(tmp_path, value)), problems_of(tmp_path, value)
+
+
+def test_documents_pass_on_routes_that_compare_them(tmp_path):
+    value = policies(input=[], tool_result=[{"detector": "secrets", "action": "block"}])
+    (tmp_path / "guard.yaml").write_text(
+        yaml.safe_dump(value | {"routes": {"/rerank": "own", "/v1/completions": "own"}})
+    )
+    assert read(tmp_path / "guard.yaml").of_route("/rerank") is not None
+    assert "routes./score" in problems_of(tmp_path, value | {"routes": {"/score": "own"}})[0]
 
 
 def test_all_problems_come_at_once(tmp_path):

@@ -140,6 +140,54 @@ def test_masked_pieces_lose_what_reveals_their_text():
     assert "exam" not in json.dumps(out[:-1])
 
 
+def test_what_tells_an_answer_beside_its_text_is_no_way_around():
+    """The tokens of the whole at its end, and those of a tool call that the engine keeps back until it is complete."""
+    end = chat_event("", "stop")
+    end["choices"][0]["token_ids"] = [1, 2]
+    own = policy("mask", "pii/email")
+    assert "token_ids" not in passed([chat_event("a@exam"), chat_event("ple.org"), end], own)[-2]["choices"][0]
+    assert passed([chat_event("harmless"), end], own)[-2]["choices"][0]["token_ids"] == [1, 2]
+    told = [{**chat_event(""), "choices": [{"index": 0, "delta": {"content": ""}, "logprobs": {"content": [piece]}}]}
+            for piece in ("a@exam", "ple.org")]  # fmt: skip
+    call = chat_event(
+        None, tool_calls=[{"index": 0, "function": {"name": "send", "arguments": '{"to": "a@example.org"}'}}]
+    )
+    for action in ("mask", "block"):
+        out = passed([*told, call, chat_event(None, "tool_calls")], policy(action, "pii/email"))
+        assert "exam" not in json.dumps(out[:-1]), out
+
+
+WRITTEN = [
+    {"function_call": {"name": "send", "arguments": EMAIL}}, {"thinking": EMAIL}, {"audio": {"transcript": EMAIL}},
+    {"reasoning_details": [{"type": "reasoning.text", "text": EMAIL}]}, {"content": [{"type": "text", "text": EMAIL}]},
+    {"tool_calls": [{"index": 0, "function": {"name": EMAIL, "arguments": ""}}]},
+    {"tool_calls": [{"index": 0, "custom": {"name": "send", "input": EMAIL}}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("delta", WRITTEN)
+def test_a_text_is_checked_wherever_an_engine_writes_it(delta):
+    events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}, chat_event("", "stop")]
+    out = passed(events, policy("block", "pii/email"))
+    assert out[-1] is not None and EMAIL not in json.dumps(out[:-1])
+    (places,) = of_answer({"choices": [{"message": delta, "finish_reason": "stop"}]}).values()
+    assert EMAIL in [one.text.text for one in places]
+
+
+def test_values_of_texts_that_are_written_in_turns_are_whole():
+    def call(number, arguments):
+        return chat_event(None, tool_calls=[{"index": number, "function": {"arguments": arguments}}])
+
+    parts = [("card ", "card "), ("4111 11", "4111 11"), ("11 1111 ", "11 1111 "), ("1111 ok", "1111 ok")]
+    both = [chat_event(None, reasoning=one, reasoning_content=other) for one, other in parts]
+    calls = [call(number, part[0]) for part in parts for number in (0, 1)]
+    for events in (both, calls):
+        out = passed([*events, chat_event(None, "stop")], policy("mask", "pii/credit_card"))
+        assert json.dumps(out[:-1]).count("<CREDIT_CARD>") == 2 and "41" not in json.dumps(out[:-1])
+        out = passed([*events, chat_event(None, "stop")], policy("block", "pii/credit_card"))
+        assert out[-1] is not None and "41" not in json.dumps(out[:-1])
+
+
 def test_an_answers_reasoning_is_looked_at_under_both_of_its_names():
     for name in ("reasoning_content", "reasoning"):  # vLLM has renamed it
         answer = {"choices": [{"message": {"role": "assistant", "content": "x", name: "anna@example.org"}}]}

@@ -222,6 +222,31 @@ def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tm
     asyncio.run(test())
 
 
+def test_two_who_add_or_remove_one_name_at_once(tmp_path):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    gate = asyncio.Event()
+
+    class Slow(StubEngine):
+        async def load_adapter(self, name, folder):
+            await gate.wait()
+
+    async def test():
+        fleet = Fleet(lambda source, base: Slow(source, base, tmp_path, tmp_path, Limits()))
+        await fleet.start([stub_source("one"), stub_source("other")])
+        both = [stub_source("name", folder=tmp_path, adapter=True, base=base) for base in ("one", "other")]
+        adding = [asyncio.create_task(fleet.add(source)) for source in both]
+        await asyncio.sleep(0.05)
+        gate.set()
+        first, second = await asyncio.gather(*adding, return_exceptions=True)
+        assert first.source is both[0] and isinstance(second, UserError)
+        removed = await asyncio.gather(*(fleet.remove("name") for _ in range(2)), return_exceptions=True)
+        assert removed[0] is None and isinstance(removed[1], UserError)
+        assert list(fleet.models) == ["one", "other"]
+        await fleet.stop()
+
+    asyncio.run(test())
+
+
 def test_a_name_of_a_base_needs_an_adapter(tmp_path):
     fleet = Fleet(lambda source, base: pytest.fail("an engine is made"), base_name="base")
     with pytest.raises(UserError, match="--base-name"):

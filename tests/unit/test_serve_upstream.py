@@ -149,6 +149,25 @@ def test_an_engine_that_compresses_is_refused(tmp_path):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_an_engine_refuses_is_not_the_clients(tmp_path, status):
+    """A client would look for the fault in its own key, and the text may show the operator's."""
+
+    async def refuses(scope, receive, send):
+        await respond(
+            send, status, b'{"error": {"message": "Incorrect API key provided: sk-operator", "code": "invalid"}}'
+        )
+
+    async def main():
+        async with served(tmp_path, names=["first"]) as found, listening(refuses) as url:
+            found.fleet.models["first"].engine.client = Upstream(url)
+            answer = await found.client().post("/v1/chat/completions", json=chat())
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_error")
+            assert "operator" not in answer.text
+
+    asyncio.run(main())
+
+
 def test_a_client_that_goes_cancels_what_is_done_for_it():
     async def main():
         left, ended = asyncio.Event(), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from dstune.serve.store.keys import Caller
 
 if TYPE_CHECKING:
     from dstune.serve.guard.front import Guard, Guarded
+
+log = logging.getLogger("dstune.serve")
 
 MOST_ANSWER_BYTES = 256 << 20
 
@@ -199,6 +202,13 @@ async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
     except (ValueError, AttributeError):
         error = {}
     status = answer.status
+    if status in (
+        401,
+        403,
+        407,
+    ):  # the key that it refuses is the operator's, which the text may show, not the client's
+        log.error("the engine refuses the gateway: %d", status)
+        return ApiError(502, "The engine refuses the gateway.", code="engine_error")
     if status in (429, 503):
         headers = {"retry-after": answer.headers.get("retry-after", "1")}
         return ApiError(status, "The engine is busy.", code="overloaded", headers=headers)

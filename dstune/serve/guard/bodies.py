@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dstune.serve.errors import ApiError
-from dstune.serve.guard.check import Text
+from dstune.serve.guard.check import MOST_TEXTS, Text
 
 Place = tuple[str | int, ...]
 
@@ -22,8 +24,8 @@ class Placed:
 
 
 def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
-    """Raises ApiError where a request holds what cannot be read here."""
-    return list(_OF_ROUTE[route](body))
+    """At most one more than are checked. Raises ApiError where a request holds what cannot be read here."""
+    return list(islice(_OF_ROUTE[route](body), MOST_TEXTS + 1))
 
 
 def put(body: Any, changes: Mapping[Place, str]) -> Any:
@@ -40,36 +42,49 @@ def put(body: Any, changes: Mapping[Place, str]) -> Any:
     return changed
 
 
+KINDS = frozenset({"role", "type", "status", "object", "finish_reason", "native_finish_reason"})
+"""Keys whose text says what something is: there is nothing to read in it."""
+IDS = frozenset({"id", "tool_call_id", "call_id"})
+MEDIA = frozenset(
+    {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
+)
+"""Types of parts that hold no text but what stands under `text`."""
+_ID = re.compile(r"[\w.:-]{0,64}")
+
+
 def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> Iterator[Placed]:
-    """All texts of a message, a tool call's arguments among them."""
+    """All texts of a message, wherever they stand in it: a template or a model elsewhere may print any of them."""
     role = str(message.get("role", "user"))
-    yield from _content(message.get("content"), role, number, (*place, "content"))
-    for name in ("name", "refusal", "reasoning_content", "reasoning"):
-        if isinstance(message.get(name), str):
-            yield Placed((*place, name), Text(message[name], role, number))
-    calls = message.get("tool_calls")
-    for index, call in enumerate(calls if isinstance(calls, list) else ()):
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            where = (*place, "tool_calls", index, "function", "arguments")
-            yield Placed(where, Text(function["arguments"], role, number))
+    for where, text in texts_in(message):
+        yield Placed((*place, *where), Text(text, role, number))
 
 
-def _content(value: Any, role: str, number: int, place: Place) -> Iterator[Placed]:
+def texts_in(value: Any, place: Place = (), but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
+    """Each text of a JSON value and where it stands. but: keys that are left out."""
     if isinstance(value, str):
-        yield Placed(place, Text(value, role, number))
+        key = place[-1] if place else ""
+        if not (key in KINDS or (key in IDS and _ID.fullmatch(value))):
+            yield place, value
+    elif isinstance(value, dict):
+        media = is_media(value)
+        for key, item in value.items():
+            if key not in but and (not media or key == "text"):
+                yield from texts_in(item, (*place, key), but)
     elif isinstance(value, list):
-        for index, part in enumerate(value):
-            for key in ("text", "refusal", "input_text", "output_text"):
-                if isinstance(part, dict) and isinstance(part.get(key), str):
-                    yield Placed((*place, index, key), Text(part[key], role, number))
-            if isinstance(part, str):
-                yield Placed((*place, index), Text(part, role, number))
+        for index, item in enumerate(value):
+            yield from texts_in(item, (*place, index), but)
+
+
+def is_media(part: Mapping[str, Any]) -> bool:
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in MEDIA
 
 
 def _chat(body: Mapping[str, Any]) -> Iterator[Placed]:
     for number, message in enumerate(body["messages"]):
         yield from of_message(message, number, ("messages", number))
+    for where, text in texts_in(body.get("chat_template_kwargs") or {}):  # the template prints them
+        yield Placed(("chat_template_kwargs", *where), Text(text, "user", len(body["messages"]) - 1))
 
 
 def _completion(body: Mapping[str, Any]) -> Iterator[Placed]:
@@ -148,17 +163,14 @@ def of_answer(answer: Mapping[str, Any]) -> dict[int, list[Placed]]:
     """The texts of each choice (of `/v1/responses`: of each item of the output)."""
     found: dict[int, list[Placed]] = {}
     for number, choice in enumerate(answer.get("choices") or []):
-        if isinstance(choice.get("text"), str):
-            found[number] = [Placed(("choices", number, "text"), Text(choice["text"], "assistant", number))]
-        elif isinstance(choice.get("message"), dict):
-            message = {**choice["message"], "role": "assistant"}
-            found[number] = list(of_message(message, number, ("choices", number, "message")))
+        found[number] = [
+            Placed(("choices", number, *where), Text(text, "assistant", number))
+            for where, text in texts_in(dict(choice), but=TELLING)
+        ]
     for number, item in enumerate(answer.get("output") or []):
-        where: Place = ("output", number)
-        found[number] = list(_content(item.get("content"), "assistant", number, (*where, "content")))
-        found[number] += list(_content(item.get("summary"), "assistant", number, (*where, "summary")))
-        if isinstance(item.get("arguments"), str):
-            found[number].append(Placed((*where, "arguments"), Text(item["arguments"], "assistant", number)))
+        found[number] = [
+            Placed(("output", number, *where), Text(text, "assistant", number)) for where, text in texts_in(dict(item))
+        ]
     return found
 
 
@@ -171,13 +183,8 @@ def withheld(answer: dict[str, Any], number: int) -> dict[str, Any]:
     changed = copy.deepcopy(answer)
     if changed.get("choices"):
         choice = changed["choices"][number]
-        for name in TELLING:
-            choice.pop(name, None)
-        choice["finish_reason"] = "content_filter"
-        if "text" in choice:
-            choice["text"] = ""
-        if isinstance(choice.get("message"), dict):
-            choice["message"] = {"role": "assistant", "content": ""}
+        kind: dict[str, Any] = {"text": ""} if "text" in choice else {"message": {"role": "assistant", "content": ""}}
+        changed["choices"][number] = {"index": number, **kind, "finish_reason": "content_filter"}
     else:
         changed["output"] = []
         changed["output_text"] = ""

@@ -13,6 +13,8 @@ from dstune.serve.guard.scanner import Item, Result
 
 CONFIDENT = next(iter(LEVELS))
 NOT_RUN = "not_run"
+MOST_TEXTS = 8192
+"""Of one request: each costs the gateway and the guard some work, however short it is."""
 Scan = Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]
 """Looks at texts; raises GuardDown where nothing can."""
 
@@ -55,6 +57,8 @@ class Span:
     start: int
     end: int
     detector: str
+    masked: bool = False
+    """Whether the policy masks it where it stands: a detector may have another action in another direction."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,8 @@ class Verdict:
 
     def masks(self, text: int) -> list[Span]:
         """What is masked in a text: in order and disjoint."""
-        masked = {entry.detector for entry in self.detected if entry.action == MASK}
         own = sorted(
-            (span for span in self.spans if span.text == text and span.detector in masked),
+            (span for span in self.spans if span.text == text and span.masked),
             key=lambda span: (span.start, -span.end),
         )
         kept: list[Span] = []
@@ -119,7 +122,7 @@ class Verdict:
             if not kept or span.start >= kept[-1].end:
                 kept.append(span)
             elif span.end > kept[-1].end:  # a longer one that begins within: both are gone
-                kept[-1] = Span(text, kept[-1].start, span.end, kept[-1].detector)
+                kept[-1] = replace(kept[-1], end=span.end)
         return kept
 
     def masked(self, number: int, text: str) -> str:
@@ -145,8 +148,13 @@ class Checker:
         Raises GuardDown.
         """
         verdict = Verdict(policy)
+        if len(texts) > MOST_TEXTS:
+            for direction, watches in policy.directions.items():
+                piece = _Piece(item_of(policy, "", direction), watches, 0, None)
+                self._unchecked(verdict, piece, f"more than {MOST_TEXTS} texts")
+            return verdict
         pieces = list(_pieces(policy, texts))
-        if sum(len(piece.item.text) for piece in pieces) > policy.limits.characters:
+        if sum(len(piece.item.text) for piece in pieces if piece.number is not None) > policy.limits.characters:
             for piece in pieces:
                 self._unchecked(verdict, piece, f"more than {policy.limits.characters} characters")
             return verdict
@@ -186,8 +194,10 @@ class Checker:
         for watch in piece.watches:
             verdict.entries.append(entry_of(watch, result, piece.message))
         if piece.number is not None:
+            masked = {watch.detector for watch in piece.watches if watch.action == MASK}
+            place = piece.start
             verdict.spans += [
-                Span(piece.number, found.start + piece.start, found.end + piece.start, found.detector)
+                Span(piece.number, found.start + place, found.end + place, found.detector, found.detector in masked)
                 for found in result.found
                 if found.detector in SPANS
             ]

@@ -81,7 +81,7 @@ class Guard:
             self.record(request, policy, what, None, str(error))
             if policy.on_failure == CLOSED:
                 raise unavailable() from None
-            request.notes.append((UNCHECKED, b"all"))
+            note_unchecked(request)
             return body
         self.charge(request, verdict)
         self.record(request, policy, what, verdict)
@@ -113,6 +113,11 @@ def _decision(policy: Policy, verdict: Verdict | None) -> str:
     if verdict.flagged:
         return "masked"
     return "flagged" if verdict.detected else "passed"
+
+
+def note_unchecked(request: Request) -> None:
+    if (UNCHECKED, b"all") not in request.notes:
+        request.notes.append((UNCHECKED, b"all"))
 
 
 def note(request: Request, verdict: Verdict) -> None:
@@ -170,8 +175,7 @@ class Guarded:
     async def _verdict(self, beside: Sequence[Text], placed: Sequence[Placed]) -> Verdict:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
-        verdict = await self.guard.check(policy, [*(one.text for one in placed), *beside])
-        return verdict
+        return await self.guard.check(policy, [*(one.text for one in placed), *beside])
 
     def _down(self, error: GuardDown) -> None:
         """Raises ApiError where nothing may pass unchecked."""
@@ -179,11 +183,12 @@ class Guarded:
         self.guard.record(self.request, self.policy, "answer", None, str(error))
         if self.policy.on_failure == CLOSED:
             raise unavailable() from None
+        note_unchecked(self.request)
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
         error where it could not be checked."""
-        total = Verdict(self.policy)
+        total, decided, reason = Verdict(self.policy), True, ""
         try:
             events = self._whole(chunks, total) if self.route == "/v1/responses" else self._held(chunks, total)
             async for out in events:
@@ -192,10 +197,10 @@ class Guarded:
             pass
         except GuardDown as error:
             log.error("%s: the guard could not check an answer: %s", self.request.id, error)
-            self.guard.record(self.request, self.policy, "answer", None, str(error))
+            decided, reason = False, str(error)
             yield b"data: " + error_body(503, str(unavailable()), code="guard_unavailable") + b"\n\n"
-            return
-        self.guard.record(self.request, self.policy, "answer", total)
+        finally:  # also where the client left, or the engine ended
+            self.guard.record(self.request, self.policy, "answer", total if decided else None, reason)
 
     def _held(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
         async def check(context: str, text: str, windows: int) -> Verdict:

@@ -7,7 +7,9 @@ or with `x-offsets: utf-16`.
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from dstune import __version__
@@ -15,9 +17,9 @@ from dstune.serve.asgi import while_connected
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
-from dstune.serve.guard.bodies import Placed, of_message
+from dstune.serve.guard.bodies import Placed, is_media, of_message
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
-from dstune.serve.guard.check import NOT_RUN, Entry, GuardDown, Verdict
+from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict
 from dstune.serve.guard.front import Guard, note, unavailable
 from dstune.serve.guard.policy import CLOSED, PII, SECRETS, Policy
 
@@ -61,7 +63,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     guard.charge(request, verdict)
     guard.record(request, policy, "guard", verdict)
     note(request, verdict)
-    if ignored := sorted(set(body) - KNOWN):
+    if ignored := [*sorted(set(body) - KNOWN), *sorted(_media(body["messages"]))]:
         request.notes.append((b"x-guard-ignored", ", ".join(ignored).encode("ascii", "replace")[:500]))
     if verdict.refused and not verdict.blocked:
         too_long = [one for one in verdict.not_run.values() if one.startswith("more than")]
@@ -80,12 +82,8 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     if requested["payload"]:
         answer["payload"] = list(_payload(verdict, placed, units))
     if requested["dev_info"]:
-        answer["dev_info"] = {
-            "version": __version__,
-            "model_version": None,
-            "git_revision": None,
-            "git_timestamp": None,
-        }
+        unknown = dict.fromkeys(("model_version", "git_revision", "git_timestamp"))
+        answer["dev_info"] = {"version": __version__, **unknown}
     await request.answer(answer)
 
 
@@ -108,13 +106,21 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
             raise ApiError(
                 422, f"messages[{number}].content must be a text, a list of parts or null.", param="messages"
             )
-        found += of_message(message, number, ("messages", number))
+        found += islice(of_message(message, number, ("messages", number)), MOST_TEXTS + 1 - len(found))
     for one in found:
         try:
             one.text.text.encode()
         except UnicodeEncodeError:
             raise ApiError(422, "A message is no UTF-8 text.", param="messages") from None
     return found
+
+
+def _media(value: Any) -> set[str]:
+    """Types of the parts that nobody looks into."""
+    if isinstance(value, dict) and is_media(value):
+        return {str(value["type"])}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*map(_media, parts))
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
@@ -202,29 +208,26 @@ LABELS = {detector: kind for kind, detector in PII.items()} | {SECRETS: "SECRET"
 def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dict[str, Any]]:
     """Spans in the content of messages. A message that is a list of parts is counted as its texts one behind the other."""
     before: dict[int, int] = {}
-    starts = []
+    starts, wide = [], []
     for one in placed:
         starts.append(before.get(one.text.message, 0))
-        if "content" in one.place:
-            before[one.text.message] = starts[-1] + len(_as_units(one.text.text, units))
+        wide.append([place for place, sign in enumerate(one.text.text) if sign > "\uffff"] if units == UTF_16 else [])
+        if _in_content(one):
+            before[one.text.message] = starts[-1] + len(one.text.text) + len(wide[-1])
     for span in sorted(verdict.spans, key=lambda span: (span.text, span.start, span.end)):
         one = placed[span.text]
-        text = one.text.text
-        start, end = (_place(text, place, units) for place in (span.start, span.end))
+        start, end = (
+            starts[span.text] + place + bisect_left(wide[span.text], place) for place in (span.start, span.end)
+        )
         yield {
-            "start": start + starts[span.text],
-            "end": end + starts[span.text],
-            "text": text[span.start : span.end],
+            "start": start,
+            "end": end,
+            "text": one.text.text[span.start : span.end],
             "detector_type": span.detector,
             "labels": [LABELS.get(span.detector, span.detector)],
             "message_id": one.text.message,
-        } | ({} if "content" in one.place else {"field": ".".join(map(str, one.place[2:]))})
+        } | ({} if _in_content(one) else {"field": ".".join(map(str, one.place[2:]))})
 
 
-def _place(text: str, place: int, units: str) -> int:
-    return len(_as_units(text[:place], units))
-
-
-def _as_units(text: str, units: str) -> str | bytes:
-    """Something as long as `text` is in these units."""
-    return text.encode("utf-16-le")[::2] if units == UTF_16 else text
+def _in_content(one: Placed) -> bool:
+    return one.place[2] == "content"

@@ -29,10 +29,11 @@ def _hidden(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tupl
     return frozenset().union(*map(_runs, prompts)) - frozenset().union(*map(_runs, public))
 
 
-def leaked_runs(answer: str, prompts: Sequence[str], public: Sequence[str]) -> int:
-    """Runs of words that the answer shares with `prompts`. Those that stand in `public` (what users wrote) do not count."""
+def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Sequence[str]) -> int:
+    """Runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public` (what
+    users wrote) do not count."""
     hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
-    return len(hidden & _runs(answer)) if hidden else 0
+    return max((len(hidden & _runs(one.text)) for one in readings), default=0) if hidden else 0
 
 
 def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 from dstune.core.errors import Problem, UserError
 
-_SCHEME = re.compile(r"\b(?:https?|ftp|wss?|file)://[^\s<>\"'`\])}|\\]{1,2048}", re.IGNORECASE)
+_SCHEME = re.compile(r"\b(?:https?|s?ftp|wss?|file):[/\\]{2}[^\s<>\"'`\])}|\\]{1,2048}", re.IGNORECASE)
 _ACTIVE = re.compile(r"\b(?:javascript|vbscript):[^\s]{1,200}|\bdata:text/html[^\s]{1,200}", re.IGNORECASE)
 _BARE = re.compile(
-    r"(?<![\w@./-])(?:[^\W_][\w-]{0,62}\.){1,8}[^\W\d_]{2,24}(?::\d{1,5})?(?:/[^\s<>\"'`\])}|\\]{0,2048})?(?![\w@-])"
+    r"(?:[/\\]{2}|(?<![\w@./-]))(?:[^\W_][\w-]{0,62}\.){1,126}[^\W\d_]{2,24}(?::\d{1,5})?(?:/[^\s<>\"'`\])}|\\]{0,2048})?(?![\w@-])"
 )
 
 
@@ -57,7 +57,8 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
             end = max(end, seen.pop()[1])
         if found.start() < end:
             continue
-        host = _host(f"https://{link}")
+        name = link.lstrip("/\\")  # `//host` has the scheme of the page that shows it
+        host = _host(f"https://{name}")
         parts = _suffixes()(host)
         if not parts.suffix or not parts.domain or ("/" not in link and not link.lower().startswith("www.")):
             continue  # `file.py` and `e.g` are no links, and neither is a name without a path: it is no click away
@@ -68,7 +69,7 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
 def _host(link: str) -> str:
     """Lower case, in ASCII; empty where there is none."""
     try:
-        host = (urlsplit(link).hostname or "").rstrip(".")
+        host = (urlsplit(link.replace("\\", "/")).hostname or "").rstrip(".")
         return host.encode("idna").decode() if not host.isascii() else host
     except (ValueError, UnicodeError):
         return ""

@@ -43,6 +43,10 @@ ROUTES = (
     *("/classify", "/rerank", "/score", "/tags", "/answers", "/rewards", "/v2/guard"),
 )
 
+WITH_DOCUMENTS = ("/rerank", "/answers")
+WITHOUT_ANSWERS = (*WITH_DOCUMENTS, "/v1/embeddings", "/v1/moderations", "/classify", "/score", "/tags")
+"""Routes on which no assistant speaks; on the first ones documents are read as results of tools."""
+
 
 def needs_model(detector: str) -> bool:
     return detector == PROMPT_ATTACK or detector.startswith(MODERATED)
@@ -151,6 +155,13 @@ def read(path: str | Path, model: str | None = None) -> Policies:
     return found
 
 
+def _looks(policy: Policy, route: str) -> bool:
+    """Whether it has detectors for what is looked at on this route."""
+    results = bool(policy.document_markers) or route in WITH_DOCUMENTS
+    passing = ("input", "tool_result") if results else ("input",)
+    return route not in WITHOUT_ANSWERS or any(policy.watches(direction) for direction in passing)
+
+
 class _Reader:
     """Reads a file to its end, and collects what is wrong."""
 
@@ -194,6 +205,8 @@ class _Reader:
                 if not (isinstance(name, str) and name in policies) and not (name == OFF and key == "routes"):
                     fix = f"one of {', '.join(policies)}{' or off' if key == 'routes' else ''}"
                     self._wrong(f"{key}.{place}", "names no policy of this file", fix, name)
+                elif key == "routes" and name != OFF and not _looks(policies[name], place):
+                    self._wrong(f"{key}.{place}", "nothing that the policy looks for passes there", value=name)
         return Policies(policies, models, routes, projects, self._file)
 
     def _models(self, value: Any) -> Iterator[tuple[str, Path]]:

@@ -199,7 +199,7 @@ class Scanner:
             canaries = [*item.canaries, *(codes_of(item.prompts) if item.codes else ())]
             if canaries_in(readings, canaries, item.public):
                 yield from at(LEAK, 0, len(whole), "canary")
-            if leaked_runs(normal.text, item.prompts, item.public) >= LEAST_RUNS:
+            if leaked_runs(readings, item.prompts, item.public) >= LEAST_RUNS:
                 yield from at(LEAK, 0, len(whole), "wording")
 
     @staticmethod

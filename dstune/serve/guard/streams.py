@@ -10,11 +10,13 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import setitem
 from typing import Any
 
 from dstune.serve.asgi import event
 from dstune.serve.engines.http import object_of, of_its_shape, within_event
-from dstune.serve.guard.bodies import TELLING
+from dstune.serve.guard.bodies import TELLING, texts_in
 from dstune.serve.guard.check import Span, Verdict, tag
 
 HELD = 192
@@ -48,6 +50,8 @@ class Channel:
     released: int = 0
     checked: int = 0
     windows: int = 0
+    elsewhere: int = 0
+    """Characters that other channels were written since it was."""
     masks: list[Span] = field(default_factory=list)
 
     def due(self) -> bool:
@@ -116,7 +120,7 @@ class _Event:
 class _Choice:
     channels: dict[str, Channel] = field(default_factory=dict)
     events: deque[_Event] = field(default_factory=deque)
-    last: str = ""
+    masked: bool = False
     finished: bool = False
     """Whether the engine has written its end; it may still wait."""
     ended: bool = False
@@ -131,7 +135,6 @@ class HeldBack:
         self._choices: dict[int, _Choice] = {}
         self._last: dict[str, Any] = {}
         self._closing: list[bytes] = []
-        self.masked = False
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Events as they may go out. A stop is an event with `content_filter`. Raises GuardDown."""
@@ -178,19 +181,24 @@ class HeldBack:
     async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
         with of_its_shape():
             own, texts = self._choices.setdefault(int(choice.get("index", 0)), _Choice()), _texts(choice)
+        ends = choice.get("finish_reason") is not None
+        if not texts and not ends:  # what it tells is of text that the engine keeps back, which nobody has looked at
+            _without_telling(choice)
         parts = []
+        for channel in own.channels.values():
+            channel.elsewhere += sum(len(text) for _, text, _ in texts)
         for name, text, change in texts:
-            if own.last and own.last != name:  # it is not written on, or rarely: what waits may go
-                await own.channels[own.last].advance(self._check, final=True)
-            own.last = name
             channel = own.channels.setdefault(name, Channel())
             parts.append((change, (name, len(channel.text), len(channel.text) + len(text))))
             channel.text += text
+            channel.elsewhere = 0
         own.events.append(_Event(value, parts))
-        own.finished = own.finished or choice.get("finish_reason") is not None
+        own.finished = own.finished or ends
         for channel in own.channels.values():
-            if own.finished or channel.due():
-                await channel.advance(self._check, final=own.finished)
+            # Another one is written now: what waits in it may go, or all that follows would wait too.
+            final = own.finished or channel.elsewhere >= KEPT
+            if final or channel.due():
+                await channel.advance(self._check, final=final)
         for out in self._free(own):
             yield out
 
@@ -205,11 +213,13 @@ class HeldBack:
             channel = own.channels[name]
             visible = channel.visible(start, end)
             if visible != channel.text[start:end]:
-                self.masked = True
+                own.masked = True
                 change(visible)
-                for telling in TELLING:
-                    one.value["choices"][0].pop(telling, None)
-        own.ended = own.ended or one.value["choices"][0].get("finish_reason") is not None
+                _without_telling(one.value["choices"][0])
+        choice = one.value["choices"][0]
+        if own.masked and not one.parts:  # the tokens of the whole answer may come with its end
+            _without_telling(choice)
+        own.ended = own.ended or choice.get("finish_reason") is not None
         return event(one.value)
 
     async def _finish(self, rest: bytes) -> AsyncIterator[bytes]:
@@ -228,21 +238,23 @@ class HeldBack:
 _END = re.compile(rb"\r?\n\r?\n")
 
 
+def _without_telling(choice: dict[str, Any]) -> None:
+    for name in TELLING:
+        choice.pop(name, None)
+
+
 def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
     """The texts of a piece of a choice: the name of its channel, the text, and how to change it."""
     found: list[tuple[str, str, Callable[[str], None]]] = []
-
-    def add(name: str, holder: dict[str, Any], key: str) -> None:
-        if isinstance(holder.get(key), str) and holder[key]:
-            found.append((name, holder[key], lambda text: holder.__setitem__(key, text)))
-
-    add("text", choice, "text")
-    delta = choice.get("delta")
-    if isinstance(delta, dict):
-        for key in ("reasoning_content", "reasoning", "content", "refusal"):
-            add(key, delta, key)
-        for call in delta.get("tool_calls") or []:
-            function = call.get("function")
-            if isinstance(function, dict):
-                add(f"tool {call.get('index', 0)}", function, "arguments")
+    for place, text in texts_in(choice, but=TELLING):
+        if not text:
+            continue
+        holder: Any = choice
+        name: list[str] = []
+        for key in place[:-1]:
+            holder = holder[key]
+            # Calls come in any order, each with its number.
+            name.append(str(holder.get("index", key) if isinstance(holder, dict) and isinstance(key, int) else key))
+        change = partial(setitem, holder, place[-1])
+        found.append((".".join([*name, str(place[-1])]), text, change))
     return found

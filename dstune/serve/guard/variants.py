@@ -9,11 +9,13 @@ from __future__ import annotations
 import base64
 import binascii
 import html
+import json
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from urllib.parse import unquote
 
 MOST_VARIANTS = 6
@@ -78,27 +80,33 @@ class Normal:
         """The part of the original that became `text[start:end]`."""
         if self._starts is None:
             return start, end
-        first = self._origins[bisect_right(self._starts, start) - 1]
-        last = self._origins[bisect_right(self._starts, max(end - 1, start)) - 1]
-        return first[0], last[1]
+        return self._origin(start)[0], self._origin(max(end - 1, start))[1]
+
+    def _origin(self, place: int) -> tuple[int, int]:
+        """Of one character."""
+        assert self._starts is not None
+        number = bisect_right(self._starts, place) - 1
+        first, last = self._origins[number]
+        begin = self._starts[number]
+        following = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.text)
+        if last - first == following - begin:  # as it was
+            return first + place - begin, first + place - begin + 1
+        return first, last
 
 
 def normalised(text: str) -> Normal:
-    """`text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC), and
-    Latin letters in the place of look-alikes in words that have no other letters."""
-    if text.isascii() and not _DROPPED.search(text):
+    """`text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC), marks
+    over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have no
+    other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
+    escapes = "\\" in text and _JSON_STRING.search(text) is not None
+    if not escapes and text.isascii() and not _DROPPED.search(text):
         return Normal(text)
     parts: list[str] = []
     starts: list[int] = []
     origins: list[tuple[int, int]] = []
     length = 0
-    for start, end in _clusters(text):
-        piece = "".join(
-            chr(ord(character) - 0xE0000) if "\U000e0020" <= character <= "\U000e007e" else character
-            for character in text[start:end]
-            if not _DROPPED.match(character)
-        )
-        if not (piece := unicodedata.normalize("NFKC", piece)):
+    for start, end, piece in _pieces(text, escapes=escapes):
+        if not piece:
             continue
         parts.append(piece)
         starts.append(length)
@@ -106,6 +114,44 @@ def normalised(text: str) -> Normal:
         length += len(piece)
     joined = "".join(parts)
     return Normal(_latin(joined), starts, origins)
+
+
+_JSON_STRING = re.compile(r'"\s*[:,\]}]')
+"""The end of a text in JSON."""
+_JSON_ESCAPE = re.compile(r"(?:\\+u[dD][89abAB][0-9a-fA-F]{2})?\\+(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
+"""JSON within JSON has more backslashes."""
+_BACKSLASHES = re.compile(r"\\+")
+
+
+def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
+    """Parts of the text, as they are read, with their place."""
+    place = 0
+    for found in _JSON_ESCAPE.finditer(text) if escapes else ():
+        yield from _written(text, place, found.start())
+        read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", found.group()) + '"')
+        yield *found.span(), _composed(read.encode("utf-8", "replace").decode())
+        place = found.end()
+    yield from _written(text, place, len(text))
+
+
+def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
+    part = text[start:end]
+    if part.isascii() and not _DROPPED.search(part):
+        yield start, end, part
+        return
+    for first, last in _clusters(part):
+        yield start + first, start + last, _composed(part[first:last])
+
+
+_STANDS_FOR = {0xE0000 + code: code for code in range(0x20, 0x7F)}
+_STANDS_FOR |= {start + code: 65 + code for start in (0x1F150, 0x1F170, 0x1F1E6) for code in range(26)}
+"""Tag characters, and letters in circles, squares and flags, which have no compatibility form."""
+
+
+def _composed(cluster: str) -> str:
+    piece = unicodedata.normalize("NFKC", _DROPPED.sub("", cluster).translate(_STANDS_FOR))
+    bare = piece[:1].isascii() or unicodedata.combining(piece[0])  # a mark alone is the rest of more than are read
+    return "".join(one for one in piece if not unicodedata.combining(one)) if bare else piece
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
@@ -163,19 +209,29 @@ def _readable(raw: bytes) -> str | None:
 
 
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/_-])(?:[A-Za-z0-9+/_-]{16,76}\r?\n){0,400}[A-Za-z0-9+/_-]{12,}={0,2}")
+_IN_NAMES = re.compile(r"[/_+-]")
+MOST_BREAKS = 8
 
 
 def _base64(text: str) -> Iterator[Variant]:
     for found in _BASE64.finditer(text):
-        run = re.sub(r"[\r\n=]", "", found.group()).replace("-", "+").replace("_", "/")
-        if run.isalpha() and (run.islower() or run.isupper()):
-            continue  # a long word
-        try:
-            raw = base64.b64decode(run[: len(run) - (len(run) % 4 == 1)] + "=" * (-len(run) % 4), validate=True)
-        except (binascii.Error, ValueError):
-            continue
-        if (decoded := _readable(raw)) is not None:
-            yield Variant("base64", decoded, *found.span())
+        # The end of a path or a name may stand before it: `files/SWdub3Jl`.
+        breaks = [one.end() for one in islice(_IN_NAMES.finditer(found.group()), MOST_BREAKS)]
+        for start in (0, *breaks):
+            if (decoded := _of_base64(found.group()[start:])) is not None:
+                yield Variant("base64", decoded, found.start() + start, found.end())
+                break
+
+
+def _of_base64(text: str) -> str | None:
+    run = re.sub(r"[\r\n=]", "", text).replace("-", "+").replace("_", "/")
+    if len(run) < 12 or (run.isalpha() and (run.islower() or run.isupper())):
+        return None  # a long word
+    try:
+        raw = base64.b64decode(run[: len(run) - (len(run) % 4 == 1)] + "=" * (-len(run) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return _readable(raw)
 
 
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9A-Fa-f]{2}[ :,]?){8,}(?![0-9A-Za-z])")

@@ -281,6 +281,29 @@ def test_a_stream_whose_client_goes_leaves_the_queue(folder):
     own.close()
 
 
+def test_who_has_left_takes_no_place_in_the_queue(folder):
+    """Also behind one that waits for room."""
+    own = Engine(folder, max_sequences=1, max_waiting=2)
+    held, begun = threading.Event(), threading.Event()
+    own.scheduler.call(lambda: (begun.set(), held.wait(30)))
+    begun.wait(30)
+
+    async def test(client):
+        waits, leaves = (asyncio.create_task(client.post("/v1/chat/completions", json=body())) for _ in range(2))
+        while own.scheduler.state()["waiting"] < 2:
+            await asyncio.sleep(0.01)
+        leaves.cancel()
+        for sequence in own.scheduler._waiting[1].sequences:  # as where a connection closes
+            sequence.cancelled = True
+        comes = asyncio.create_task(client.post("/v1/chat/completions", json=body()))
+        await asyncio.sleep(0.2)
+        held.set()
+        return (await waits).status_code, (await comes).status_code
+
+    assert own.run(test) == (200, 200)
+    own.close()
+
+
 def test_a_request_that_is_refused_computes_nothing(folder):
     own = Engine(folder)
 

@@ -8,15 +8,9 @@ import json
 import pytest
 import torch
 
-from dstune.serve.engines.local.answers import CHAT_FIELDS, TEXT_FIELDS
-from dstune.serve.engines.local.engine import CHAT, COMPLETION
+from dstune.serve.engines.local.engine import CHAT
 from dstune.serve.engines.local.sampling import Sampler, Sampling
 from tests.support.local_engine import TOOLS, body
-
-
-def test_the_gateway_lets_through_what_the_engine_reads():
-    assert CHAT == CHAT_FIELDS
-    assert COMPLETION == TEXT_FIELDS
 
 
 def test_seed_and_n(engine):

@@ -385,11 +385,3 @@ def prompts_of(prompt: Any) -> list[Any]:
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     return list(prompt)
-
-
-_BOTH = frozenset({*SAMPLING, "model", "seed", "logit_bias", "stop", "n", "stream", "stream_options", "max_tokens"})
-_BOTH |= {"logprobs", "return_token_ids", "user"}
-CHAT_FIELDS = _BOTH | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "safety_identifier"}
-CHAT_FIELDS |= {"chat_template_kwargs"}
-"""What the routes act on; `user` and `safety_identifier` are what the gateway records."""
-TEXT_FIELDS = _BOTH | {"prompt"}

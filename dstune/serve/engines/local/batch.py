@@ -162,6 +162,8 @@ class Scheduler:
                 f"{self._max_cached_tokens} in {self._max_sequences} answers"
             )
         with self._changed:
+            if len(self._waiting) >= self._max_waiting:  # those whose clients have left take no place
+                self._waiting = deque(one for one in self._waiting if not all(each.done for each in one.sequences))
             if self._stopped or len(self._waiting) >= self._max_waiting:
                 raise QueueFull
             self._waiting.append(prompt)
