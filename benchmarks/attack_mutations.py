@@ -336,7 +336,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("data/read_tables.py", "if _bytes(row) <= MAX_ROW_BYTES else None", ""),
     ),
     "unfolding.test_a_table_of_a_few_bytes_is_read_in_little_memory": undo(
-        "data/read_tables.py", "with memory_limited(MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
+        "data/read_tables.py", "with limited(None, MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
     ),
     "unfolding.test_a_page_of_a_few_bytes_is_read_in_little_memory": undo(
         "data/read_tables.py", "batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)", ""

@@ -45,7 +45,7 @@ def job_script(
     lines = [
         "#!/usr/bin/env bash",
         f"# {config.run.name}: made by `dstune train launch=slurm`, and made anew by each start.",
-        f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run, with the run.yaml of now)",
+        f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run with its current run.yaml)",
         *(f"#SBATCH {option}" for option in options(config, launch, run, names)),
         "",
         f"run={shlex.quote(str(run))}",

@@ -71,8 +71,6 @@ class Engine:
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
-    parses_special: ClassVar[bool] = False
-    """Whether text that reads like a special token becomes one."""
     one_template: ClassVar[bool] = False
     """Whether all adapters are asked through one chat template."""
 
