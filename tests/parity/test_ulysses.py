@@ -38,11 +38,7 @@ def save_windowed(folder):
 
 @pytest.mark.parametrize(
     ("ranks", "size", "stages"),
-    [
-        (2, 2, STAGES),
-        pytest.param(4, 4, (3,), marks=pytest.mark.ci),
-        pytest.param(4, 2, (2, 3), marks=pytest.mark.ci),
-    ],
+    [(2, 2, STAGES), pytest.param(4, 4, (3,), marks=pytest.mark.ci), pytest.param(4, 2, (2, 3), marks=pytest.mark.ci)],
 )
 def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
     """Two ranks with the four heads of queries and two of keys, two groups of them, and four ranks, for which a head of keys

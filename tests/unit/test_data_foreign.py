@@ -90,14 +90,7 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
     ("a prompt as messages", {"prompt": [S, U], "completion": [A]}, "prompt_completion", [S, U, A]),
     (
         "calls as ms-swift has them",
-        {
-            "messages": [
-                U,
-                said("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
-                said("tool_response", "2"),
-                A,
-            ]
-        },
+        {"messages": [U, said("tool_call", '{"name": "f", "arguments": {"x": 1}}'), said("tool_response", "2"), A]},
         "messages",
         [U, {"role": "assistant", "tool_calls": [CALL]}, said("tool", "2"), A],
     ),
@@ -219,10 +212,7 @@ def test_pairs_of_other_tools(row, expected, task):
     [
         ({"messages": [U, A], "label": False}, {"messages": [U, A], "desirable": False}),
         ({"conversations": [HUMAN, GPT], "kto_tag": True}, {"messages": [U, A], "desirable": True}),
-        (
-            {"messages": [U2, A2, U, A], "label": True},
-            {"messages": [U2, {**A2, "weight": 0}, U, A], "desirable": True},
-        ),
+        ({"messages": [U2, A2, U, A], "label": True}, {"messages": [U2, {**A2, "weight": 0}, U, A], "desirable": True}),
         (
             {"instruction": "Hi", "input": "you", "output": "Yes", "kto_tag": False},
             {"prompt": "Hi\nyou", "completion": "Yes", "desirable": False},

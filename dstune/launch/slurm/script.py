@@ -24,11 +24,7 @@ NOTHING_LEFT = 10
 
 
 def job_script(
-    config: RunConfig,
-    launch: SlurmConfig,
-    run_dir: Path,
-    parent_env: Mapping[str, str],
-    module: str = "dstune.worker",
+    config: RunConfig, launch: SlurmConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker"
 ) -> str:
     """The whole script. Values of variables that the ranks inherit are not in it, only their names.
 

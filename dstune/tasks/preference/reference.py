@@ -129,12 +129,7 @@ class _Cache:
 
 
 def _compute(
-    config: RunConfig,
-    data: PreparedData,
-    engine: Engine,
-    head: PairHead | JudgedHead,
-    world: World,
-    pad_token_id: int,
+    config: RunConfig, data: PreparedData, engine: Engine, head: PairHead | JudgedHead, world: World, pad_token_id: int
 ) -> dict[str, np.ndarray]:
     """Log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
     engine.train(False)

@@ -107,10 +107,7 @@ def set_threads(settings: dict[str, Any]) -> None:
 async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
     """Serve on a Unix socket of this user alone until SIGTERM."""
     config = configured(
-        app,
-        uds=settings["socket"],
-        timeout_graceful_shutdown=settings["drain_seconds"],
-        timeout_keep_alive=3600,
+        app, uds=settings["socket"], timeout_graceful_shutdown=settings["drain_seconds"], timeout_keep_alive=3600
     )
     os.umask(0o077)
     server = Server(config)

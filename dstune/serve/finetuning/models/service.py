@@ -176,9 +176,4 @@ def _base(name: str) -> dict[str, Any]:
 
 
 def _permission(row: ModelPermission) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "checkpoint.permission",
-        "created_at": row.created_at,
-        "project_id": row.project,
-    }
+    return {"id": row.id, "object": "checkpoint.permission", "created_at": row.created_at, "project_id": row.project}
