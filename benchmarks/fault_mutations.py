@@ -301,8 +301,8 @@ _GIVEN: dict[str, Mutation] = {
     ),
     "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
         "data/render.py",
-        '"content": inline[1] if inline else content,',
-        '"content": content.rsplit("</think>", 1)[-1],',
+        '"content": inline[1] if inline else content}',
+        '"content": content.rsplit("</think>", 1)[-1]}',
     ),
     "the_white_space_of_a_column_is_kept": undo(
         "data/messages.py", 'return value if value and value.strip() else ""', 'return (value or "").strip()'

@@ -153,7 +153,7 @@ class ChatRenderer:
         try:
             return learn_stops(self._template, self.facts, known_stops(self._tokenizer))
         except (RuleError, RenderError) as error:
-            reason, fix = (str(error), "set model.chat_template to a template for conversations of user and assistant")
+            reason, fix = str(error), "set model.chat_template to a template for conversations of user and assistant"
             if "learn to stop" in reason:
                 fix = "print the end-of-turn token after each assistant message, for example {{ eos_token }}"
             elif argument := _UNDEFINED.search(reason):
