@@ -66,29 +66,29 @@ def limited(
     if _State.active:
         yield
         return
-    timed = seconds is not None and threading.current_thread() is threading.main_thread()
+    timed = seconds if threading.current_thread() is threading.main_thread() else None
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     _State.active = True
     try:
         _limit_memory(soft, hard, memory_bytes, anew=seconds is None)
-        if timed:
+        if timed is not None:
             if not _State.registered:
                 _State.registered = True
                 signal.signal(signal.SIGVTALRM, _raise)
                 # Where the process is ended, its last words are what it was doing.
                 faulthandler.register(signal.SIGPROF, file=sys.__stderr__ or 2, chain=True)
-            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)
+            signal.setitimer(signal.ITIMER_VIRTUAL, timed)
         try:
             yield
         finally:
-            if timed:
+            if timed is not None:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
                 signal.setitimer(signal.ITIMER_PROF, 0)
     except MemoryError:
         raise TooMuch(f"takes more than {round(memory_bytes / 2**30, 1):g} GiB of memory") from None
     except _Expired:
-        raise TooMuch(f"takes more than {seconds:g} s") from None
+        raise TooMuch(f"takes more than {timed:g} s") from None
     finally:
         _State.active = False
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
