@@ -277,7 +277,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "if self._slow_rows >= MAX_SLOW_ROWS:", "if False:"
     ),
     "templates.test_what_no_signal_reaches_ends_the_process": undo(
-        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)\n", ""
+        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)\n", ""
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
