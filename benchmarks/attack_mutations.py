@@ -142,19 +142,19 @@ _BY_ATTACK: dict[str, Mutation] = {
     "runs_of_others.test_words_of_a_sweep_of_others_are_not_repeated": undo(
         "config/trust.py", "if doubtful or folders:", "if False:"
     ),
-    "runs_of_others.test_the_task_of_an_export_of_others_is_no_file_of_theirs": undo(
+    "exports_of_others.test_the_task_of_an_export_of_others_is_no_file_of_theirs": undo(
         "checkpoint/record.py", "if chosen is None and name not in TASKS:", "if False:"
     ),
-    "runs_of_others.test_an_export_of_others_resolves_no_variable": undo(
+    "exports_of_others.test_an_export_of_others_resolves_no_variable": undo(
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),
-    "runs_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run": undo(
+    "exports_of_others.test_code_that_somebody_put_into_an_own_run_does_not_run": undo(
         "checkpoint/model_code.py", _OF_BASE, "return True"
     ),
-    "runs_of_others.test_a_signed_run_is_served_without_what_somebody_put_into_its_export": undo(
+    "exports_of_others.test_a_signed_run_is_served_without_what_somebody_put_into_its_export": undo(
         "checkpoint/model_code.py", _OF_BASE, "return True"
     ),
-    "runs_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names": undo(
+    "exports_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names": undo(
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),
     "serve.test_answers_without_a_length_stay_below_the_bound": undo(
@@ -179,10 +179,10 @@ _BY_ATTACK: dict[str, Mutation] = {
         "if key in all_keys() and same(key)}",
         "if attrgetter(key)(config) == attrgetter(key)(stored.config)}",
     ),
-    "runs_of_others.test_the_signature_fits_no_other_value": undo(
+    "signed_runs.test_the_signature_fits_no_other_value": undo(
         "config/trust.py", "of.get(key) != signing.digest(one)}", "key not in of}"
     ),
-    "runs_of_others.test_a_key_that_others_can_read_signs_nothing": undo(
+    "signed_runs.test_a_key_that_others_can_read_signs_nothing": undo(
         "core/files.py", " or found.st_mode & 0o077:", ":"
     ),
     "runs_of_others.test_folders_of_a_strangers_run_lead_nowhere": undo(
@@ -277,7 +277,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/chat/template.py", "if self._slow_rows >= MAX_SLOW_ROWS:", "if False:"
     ),
     "templates.test_what_no_signal_reaches_ends_the_process": undo(
-        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)\n", ""
+        "core/limits.py", "            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)\n", ""
     ),
     "hangs.test_a_pattern_that_backtracks": undo(
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
@@ -336,7 +336,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("data/read_tables.py", "if _bytes(row) <= MAX_ROW_BYTES else None", ""),
     ),
     "unfolding.test_a_table_of_a_few_bytes_is_read_in_little_memory": undo(
-        "data/read_tables.py", "with memory_limited(MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
+        "data/read_tables.py", "with limited(None, MAX_BATCH_BYTES):", "if True:", case="dictionary or runs", count=2
     ),
     "unfolding.test_a_page_of_a_few_bytes_is_read_in_little_memory": undo(
         "data/read_tables.py", "batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)", ""

@@ -34,9 +34,7 @@ _UNIT: dict[str, Mutation] = {
         "trainer/generation.py", "available_bytes() / world.local_size", "available_bytes()"
     ),
     "the_allocator_grows_its_segments_unless_the_user_has_set_it": undo(
-        "zero/start.py",
-        "and not any(name in variables for name in ALLOCATOR)",
-        "and ALLOCATOR[0] not in variables",
+        "zero/start.py", "and not any(name in variables for name in ALLOCATOR)", "and ALLOCATOR[0] not in variables"
     ),
     "where_gradients_are_summed": undo("zero/ds_config.py", "if summed and on_gpu else {}", "if summed else {}"),
     "stage_3_gathers_a_layer_ahead_and_holds_three": undo(

@@ -166,10 +166,6 @@ _FOREIGN: dict[str, Mutation] = {
     "what_would_be_dropped_is_refused": undo(
         "data/media.py", "    if COLUMNS.keys().isdisjoint(fields):\n", "    if True:\n"
     ),
-    "a_pair_of_ms_swift_is_read_whole": undo("data/unread.py", " | (fields.keys() - expanded.keys())", ""),
-    "an_argument_that_is_null_is_trained_where_the_function_has_it": undo(
-        "data/message.py", "message = without_none(message, GIVEN)", "message = without_none(message)"
-    ),
     "schemas_that_are_text_are_given_as_they_are": undo(
         "data/messages.py",
         "tools = value if is_text else _without_absent(value)",
@@ -177,6 +173,15 @@ _FOREIGN: dict[str, Mutation] = {
     ),
     "pairs_are_no_chats_unless_the_format_is_named": undo("tasks/chat/rows.py", _PAIR, "pair = False"),
     "judged_answers_are_no_chats": undo("tasks/chat/rows.py", _VERDICT, "if False:"),
+    "what_is_trained_of_rows_of_other_tools": undo(
+        "data/message.py", 'WEIGHT_KEYS = ("weight", "loss_weight", "loss")', 'WEIGHT_KEYS = ("weight", "loss")'
+    ),
+}
+_FOREIGN_RUNS: dict[str, Mutation] = {
+    "a_pair_of_ms_swift_is_read_whole": undo("data/unread.py", " | (fields.keys() - expanded.keys())", ""),
+    "an_argument_that_is_null_is_trained_where_the_function_has_it": undo(
+        "data/message.py", "message = without_none(message, GIVEN)", "message = without_none(message)"
+    ),
     "a_column_that_looks_like_content_and_is_not_read_is_counted": undo(
         "data/unread.py", "            if holds_something(fields[column]):\n", "            if False:\n"
     ),
@@ -195,9 +200,6 @@ _FOREIGN: dict[str, Mutation] = {
         "data/formats.py",
         "fitting, key=lambda name: len(mapping.keys() & {*ROW_FORMATS[name].required, *ROW_FORMATS[name].optional})",
         "fitting, key=lambda name: 0",
-    ),
-    "what_is_trained_of_rows_of_other_tools": undo(
-        "data/message.py", 'WEIGHT_KEYS = ("weight", "loss_weight", "loss")', 'WEIGHT_KEYS = ("weight", "loss")'
     ),
     "the_template_gets_content_and_arguments_as_it_takes_them": undo(
         "data/chat/probe.py", "            if self.empty_content:\n", "            if False:\n"
@@ -299,8 +301,8 @@ _GIVEN: dict[str, Mutation] = {
     ),
     "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
         "data/render.py",
-        '"content": inline[1] if inline else content,',
-        '"content": content.rsplit("</think>", 1)[-1],',
+        '"content": inline[1] if inline else content}',
+        '"content": content.rsplit("</think>", 1)[-1]}',
     ),
     "the_white_space_of_a_column_is_kept": undo(
         "data/messages.py", 'return value if value and value.strip() else ""', 'return (value or "").strip()'
@@ -312,5 +314,6 @@ MUTATIONS = {
     **{f"tests/unit/test_chat_proof.py::test_{name}": one for name, one in _PROOF.items()},
     **{f"tests/unit/test_chat_given.py::test_{name}": one for name, one in _GIVEN.items()},
     **{f"tests/unit/test_data_foreign.py::test_{name}": one for name, one in _FOREIGN.items()},
+    **{f"tests/unit/test_data_foreign_runs.py::test_{name}": one for name, one in _FOREIGN_RUNS.items()},
     **{f"tests/{name}": one for name, one in _OTHER.items()},
 }

@@ -206,11 +206,7 @@ def parsers() -> dict[str, Parser]:
             weight=0.5,
         ),
         Parser("run.yaml", run_yaml_file, stored_run, weight=0.3),
-        Parser(
-            "checkpoint",
-            fixed({"state.json": json_file(STATE), "COMMITTED": json_file(COMMITTED)}),
-            checkpoint,
-        ),
+        Parser("checkpoint", fixed({"state.json": json_file(STATE), "COMMITTED": json_file(COMMITTED)}), checkpoint),
         Parser("config.json", one_of(*(json_file(LLAMA | {"model_type": kind}) for kind in KINDS)), model_folder),
         Parser("adapter_config.json", json_file(ADAPTER), adapter, weight=0.5),
         Parser(

@@ -194,10 +194,7 @@ def slurm(output: str, folder: Path) -> None:
     from dstune.protocols.launcher import Unreachable
 
     done = subprocess.CompletedProcess([], 0, output, "")
-    with (
-        mock.patch.object(subprocess, "run", return_value=done),
-        mock.patch.object(jobs, "require"),
-    ):
+    with mock.patch.object(subprocess, "run", return_value=done), mock.patch.object(jobs, "require"):
         for call in (
             lambda: [str(job) for job in jobs.ask(["12", "12_3"])],
             lambda: jobs.submit(folder / "x", "#!/bin/sh\n", {}),

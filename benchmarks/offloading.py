@@ -29,15 +29,7 @@ def train(folder: Path, name: str, overrides: list[str], steps: int) -> dict[str
     """Peak memory of a rank in GiB, the median seconds of a step and its last loss."""
     run = folder / name.rpartition("=")[2].replace(" ", "-")
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "dstune",
-            "train",
-            "model=smollm2",
-            "data=chitchat",
-            "data.max_length=256",
-        ),
+        *(sys.executable, "-m", "dstune", "train", "model=smollm2", "data=chitchat", "data.max_length=256"),
         *("launch.processes=2", "trainer.precision=fp32", "trainer.micro_batch_size=1", "trainer.global_batch_size=4"),
         *(f"trainer.max_steps={steps}", "evaluate.at_start=false", "data.split.validation=0", "run.export=none"),
         *(f"run.dir={run}", *overrides),

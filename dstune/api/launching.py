@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.api.notebook import console
-from dstune.core.errors import (
-    EXIT_DONE,
-    EXIT_PREEMPTED,
-    Preempted,
-    Problem,
-    TrainingFailed,
-    UserError,
-)
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, Problem, TrainingFailed, UserError
 
 if TYPE_CHECKING:
     from dstune.launch.train import Command

@@ -80,13 +80,7 @@ def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint:
 
 
 def export(
-    run: Any,
-    path: Path_,
-    *,
-    checkpoint: str = "last",
-    merge: bool = False,
-    force: bool = False,
-    reference: bool = True,
+    run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = False, force: bool = False, reference: bool = True
 ) -> Path:
     """Write a run's model as a plain Hugging Face folder: a whole model, or the adapter of an adapter method.
 

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.api import rows as memory
 from dstune.api.launching import WriteRows, check_overrides, run_to_end
 from dstune.api.run import Run
-from dstune.core.errors import (
-    Problem,
-    UserError,
-)
+from dstune.core.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from dstune.api.rows import Rows

@@ -16,13 +16,7 @@ from dstune.core.errors import Problem, UserError
 if TYPE_CHECKING:
     import numpy as np
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma3_text": "gemma3",
-}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """Model types of transformers that are written, and what llama.cpp calls them."""
 
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}

@@ -18,14 +18,7 @@ import torch
 from torch import Tensor
 
 from dstune.checkpoint import store
-from dstune.checkpoint.adapters import (
-    ADAPTED,
-    adapters_by_module,
-    fill,
-    merged,
-    merged_parameter,
-    replace_tensors,
-)
+from dstune.checkpoint.adapters import ADAPTED, adapters_by_module, fill, merged, merged_parameter, replace_tensors
 from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText

@@ -18,9 +18,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, TextIO
 
-import xxhash
-
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import hash_file, sync_path
 from dstune.core.parsing import parse_json, read_file
 from dstune.trainer.state import FORMAT, upgrade_state
 
@@ -70,13 +69,13 @@ def commit(written: Path, state: dict[str, Any], entries: Mapping[str, dict[str,
             raise OSError(f"{name} is not what was written")
     marker = written / COMMITTED
     marker.write_text(json.dumps({"files": listing}, indent=1))
-    _sync(marker)
+    sync_path(marker)
     final = written.with_name(written.name.removesuffix(INCOMPLETE))
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():  # the same step saved again: with its evaluation, or after a resume
         final.rename(replaced)
     written.rename(final)
-    _sync(final.parent)
+    sync_path(final.parent)
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
@@ -170,7 +169,7 @@ def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str
 
     def differs(name: str) -> bool:
         path = checkpoint / name
-        return not path.is_file() or _hash(path) != files[name].get("xxh3_64")
+        return not path.is_file() or hash_file(path) != files[name].get("xxh3_64")
 
     with ThreadPoolExecutor() as pool:
         return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
@@ -277,21 +276,5 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
 
 
 def _sync_and_hash(path: Path) -> dict[str, Any]:
-    _sync(path)
-    return {"bytes": path.stat().st_size, "xxh3_64": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as stream:
-        while block := stream.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(path)
+    return {"bytes": path.stat().st_size, "xxh3_64": hash_file(path)}

@@ -10,7 +10,4 @@ class Export(Verb):
     name = "export"
     summary = "a checkpoint as a plain Hugging Face folder"
     action = "dstune.inference.export_command:main"
-    other_names = (
-        (("merge",), "`dstune export RUN --merge`"),
-        (("convert",), "`dstune export RUN`"),
-    )
+    other_names = ((("merge",), "`dstune export RUN --merge`"), (("convert",), "`dstune export RUN`"))

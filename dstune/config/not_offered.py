@@ -13,10 +13,7 @@ from dstune.core.errors import Problem
 UNMEASURED = "it was neither held against a reference nor measured on a GPU yet"
 
 FEATURES: dict[str, tuple[str, str]] = {
-    "muon": (
-        f"Muon: {UNMEASURED}; on a CPU DeepSpeed's took 6.9 s for a backward pass of 0.8 s",
-        "optimizer=adamw",
-    ),
+    "muon": (f"Muon: {UNMEASURED}; on a CPU DeepSpeed's took 6.9 s for a backward pass of 0.8 s", "optimizer=adamw"),
     "fp8": (f"fp8: {UNMEASURED}", "trainer.precision=bf16"),
     "zeropp": (f"ZeRO++: {UNMEASURED}", "zero=stage3"),
     "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),

@@ -8,14 +8,7 @@ from typing import Any
 
 from dstune.config.convert import format_value
 from dstune.config.multi_task import tasks_of
-from dstune.config.schema import (
-    Attention,
-    Automatic,
-    OptimizerOffload,
-    Precision,
-    RunConfig,
-    stage_of,
-)
+from dstune.config.schema import Attention, Automatic, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.errors import Problem
 from dstune.protocols import launcher_of, method_of, parallelism_of, task_of
 

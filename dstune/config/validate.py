@@ -433,11 +433,7 @@ def check_run(config: RunConfig) -> Iterator[Problem]:
 
 def check_tracking(config: RunConfig) -> Iterator[Problem]:
     tracking = config.tracking
-    names = {
-        "run.name": config.run.name,
-        "tracking.project": tracking.project,
-        "tracking.group": tracking.group,
-    }
+    names = {"run.name": config.run.name, "tracking.project": tracking.project, "tracking.group": tracking.group}
     for tracker in TRACKERS.classes().values():
         names |= tracker.names(tracking)
     for key, value in names.items():

@@ -6,6 +6,7 @@ A run directory may come from a stranger. `run.yaml` that is a link to `~/.bashr
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -35,6 +36,36 @@ def write(path: Path, content: str | bytes, *, mode: int = 0o666, sync: bool = F
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_path(path: Path) -> None:
+    """Return when the file or the entries of the folder `path` have reached the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path, bits: int = 64) -> str:
+    """XXH3 of the file's bytes, of 64 or 128 bits, hexadecimal."""
+    import xxhash
+
+    digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def try_lock(descriptor: int) -> int | None:
+    """Hold the file until `descriptor`, which is returned, is closed; None, and it is closed, where another process does."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _put(temporary: Path, path: Path, data: bytes, mode: int) -> None:

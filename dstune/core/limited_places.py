@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from dstune.core.files import sync_path
+
 
 def refused_operations(place: Path) -> dict[str, str]:
     """What cannot be done where `place` is or would be created, with the reason: tried in a folder of its own, which is
@@ -73,11 +75,7 @@ def _change_mode(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     (folder / "synced").write_bytes(b"")
     for path in (folder / "synced", folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_path(path)
 
 
 ATTEMPTS = {

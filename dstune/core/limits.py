@@ -52,9 +52,12 @@ class _State:
 
 
 @contextmanager
-def limited(seconds: float, memory_bytes: int = MEMORY_BYTES, ended_after: float | None = None) -> Iterator[None]:
+def limited(
+    seconds: float | None, memory_bytes: float = MEMORY_BYTES, ended_after: float | None = None
+) -> Iterator[None]:
     """Within it, this process may compute for so long and take so much more memory; inside another one it does nothing.
 
+    seconds: None limits memory alone, counted from what the process has at this moment.
     ended_after: seconds after which the process is ended where it looks for no signals; by default five times as many.
 
     Outside of the main thread, which alone gets signals, only memory is limited.
@@ -63,48 +66,29 @@ def limited(seconds: float, memory_bytes: int = MEMORY_BYTES, ended_after: float
     if _State.active:
         yield
         return
-    timed = threading.current_thread() is threading.main_thread()
+    timed = seconds if threading.current_thread() is threading.main_thread() else None
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     _State.active = True
     try:
-        _limit_memory(soft, hard, memory_bytes)
-        if timed:
+        _limit_memory(soft, hard, memory_bytes, anew=seconds is None)
+        if timed is not None:
             if not _State.registered:
                 _State.registered = True
                 signal.signal(signal.SIGVTALRM, _raise)
                 # Where the process is ended, its last words are what it was doing.
                 faulthandler.register(signal.SIGPROF, file=sys.__stderr__ or 2, chain=True)
-            signal.setitimer(signal.ITIMER_PROF, ended_after or seconds * _HARD)
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            signal.setitimer(signal.ITIMER_PROF, ended_after or timed * _HARD)
+            signal.setitimer(signal.ITIMER_VIRTUAL, timed)
         try:
             yield
         finally:
-            if timed:
+            if timed is not None:
                 signal.setitimer(signal.ITIMER_VIRTUAL, 0)
                 signal.setitimer(signal.ITIMER_PROF, 0)
     except MemoryError:
-        raise TooMuch(f"takes more than {memory_bytes / 2**30:g} GiB of memory") from None
+        raise TooMuch(f"takes more than {round(memory_bytes / 2**30, 1):g} GiB of memory") from None
     except _Expired:
-        raise TooMuch(f"takes more than {seconds:g} s") from None
-    finally:
-        _State.active = False
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-@contextmanager
-def memory_limited(memory_bytes: float) -> Iterator[None]:
-    """Within it, this process may take so much more memory; inside another limit it does nothing. Raises TooMuch."""
-    if _State.active:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [_data_bytes() + int(memory_bytes), *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
-    _State.active = True
-    try:
-        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-        yield
-    except MemoryError:
-        raise TooMuch(f"takes more than {memory_bytes / 2**30:.1f} GiB of memory") from None
+        raise TooMuch(f"takes more than {timed:g} s") from None
     finally:
         _State.active = False
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -124,11 +108,11 @@ def _raise(number: int, frame: Any) -> None:
         raise _Expired
 
 
-def _limit_memory(soft: int, hard: int, memory_bytes: int) -> None:
-    if _State.uses % _MEASURED_EVERY == 0 or _State.pid != os.getpid():
+def _limit_memory(soft: int, hard: int, memory_bytes: float, *, anew: bool = False) -> None:
+    if anew or _State.uses % _MEASURED_EVERY == 0 or _State.pid != os.getpid():
         _State.has_bytes, _State.pid = _data_bytes(), os.getpid()
     _State.uses += 1
-    limits = [_State.has_bytes + memory_bytes, *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    limits = [_State.has_bytes + int(memory_bytes), *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 

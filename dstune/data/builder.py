@@ -205,11 +205,7 @@ class Builder:
         return reported
 
     def _row_tokenizer(
-        self,
-        read: dict[str, Table],
-        tables: dict[str, Table],
-        labels: tuple[str, ...],
-        weights: tuple[float, ...],
+        self, read: dict[str, Table], tables: dict[str, Table], labels: tuple[str, ...], weights: tuple[float, ...]
     ) -> RowTokenizer:
         """read: the training rows by source."""
         formats = {table.format for table in tables.values()}

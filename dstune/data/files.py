@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import xxhash
-
 from dstune.config.data_schema import TextRows
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import hash_file
 
 DOCUMENTS = (".txt", ".md")
 TAGGED = (".conll", ".conllu", ".bio", ".iob")
@@ -102,11 +101,7 @@ def fingerprint(file: DataFile) -> str:
     how += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
     if file.digest:
         return file.digest + how
-    digest = xxhash.xxh3_128()
-    with file.path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest() + how
+    return hash_file(file.path, bits=128) + how
 
 
 @contextmanager

@@ -126,11 +126,7 @@ def _missing(name: str, mapping: Mapping[str, str], columns: Collection[str]) ->
 
 
 def _check_mapped(
-    columns: Collection[str],
-    used: Mapping[str, str],
-    mapping: Mapping[str, str],
-    where: str,
-    key: str = "data.columns",
+    columns: Collection[str], used: Mapping[str, str], mapping: Mapping[str, str], where: str, key: str = "data.columns"
 ) -> None:
     """Raises UserError where `data.columns` names a column that the file does not have, with the nearest that it has."""
     problems = []

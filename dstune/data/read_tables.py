@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.limits import TooMuch, memory_limited
+from dstune.core.limits import TooMuch, limited
 from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow, first_line
 from dstune.data.read_text import MAX_ROW_BYTES
@@ -65,7 +65,7 @@ def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator
     """The batches; each may take `most` bytes to unpack, or half of the memory that is free here. Raises TooMuch."""
     remaining = iter(batches)
     while True:
-        with memory_limited(most or available_bytes() / 2):
+        with limited(None, most or available_bytes() / 2):
             batch = next(remaining, None)
         if batch is None:
             return
@@ -143,7 +143,7 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
     shares = any(_shares(column.type) for column in _unfolded(part.slice(0, 0)).columns)
     if not shares:
         try:
-            with memory_limited(MAX_BATCH_BYTES):
+            with limited(None, MAX_BATCH_BYTES):
                 unfolded = _unfolded(part)
                 rows = unfolded.to_pylist() if _bytes(unfolded) <= MAX_ROW_BYTES else None
             if rows is not None:
@@ -154,7 +154,7 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
     too_long = f"the row has more than {MAX_ROW_BYTES >> 20} MiB"
     for index in range(len(part)):
         try:
-            with memory_limited(MAX_BATCH_BYTES):
+            with limited(None, MAX_BATCH_BYTES):
                 row = _unfolded(part.slice(index, 1))
                 fields = row.to_pylist()[0] if _bytes(row) <= MAX_ROW_BYTES else None
         except (ValueError, ArithmeticError) as error:

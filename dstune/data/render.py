@@ -153,10 +153,7 @@ class ChatRenderer:
         try:
             return learn_stops(self._template, self.facts, known_stops(self._tokenizer))
         except (RuleError, RenderError) as error:
-            reason, fix = (
-                str(error),
-                "set model.chat_template to a template for conversations of user and assistant",
-            )
+            reason, fix = str(error), "set model.chat_template to a template for conversations of user and assistant"
             if "learn to stop" in reason:
                 fix = "print the end-of-turn token after each assistant message, for example {{ eos_token }}"
             elif argument := _UNDEFINED.search(reason):
@@ -387,10 +384,7 @@ def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
     content = message.get("content") or ""
     reasoning = reasoning_of(message)
     inline = None if reasoning else inline_reasoning(content)
-    output = {
-        "reasoning": reasoning or (inline[0] if inline else ""),
-        "content": inline[1] if inline else content,
-    }
+    output = {"reasoning": reasoning or (inline[0] if inline else ""), "content": inline[1] if inline else content}
     for function in (call["function"] for call in message.get("tool_calls") or []):
         name, arguments = function["name"], function["arguments"]
         output[f"call of {name}"] = name

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from dstune.config.schema import RunConfig
 from dstune.data.pack import best_fit, group
 from dstune.data.repeats import Repeats
 
@@ -233,6 +234,12 @@ def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> li
     for index in range(len(micro_batches), rounds * world):
         micro_batches.append(replace(micro_batches[0], index=index, filler=True))
     return micro_batches[rank::world]
+
+
+def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
+    """Micro-batches of an evaluation in which every sample has a row of its own."""
+    size = config.evaluate.micro_batch_size or config.trainer.rows
+    return evaluation_batches(lengths, micro_batch_size=size, max_length=config.data.max_length, packing=False)
 
 
 def evaluation_batches(

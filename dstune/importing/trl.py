@@ -37,7 +37,7 @@ def check(raw: Mapping[str, Any]) -> None:
             raise UserError(Problem(key, reason, "import the configuration of an SFT run", str(raw[key])))
 
 
-def _set_task(found: Import, columns: dict[str, str] | None = None) -> None:
+def _set_task(found: Import) -> None:
     if column := found.get("dataset_text_field"):
         found.choose("task", "causal_lm")
         found.put("data.format", "text")

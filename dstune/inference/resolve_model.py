@@ -73,11 +73,7 @@ def resolved(expected: ModelConfig) -> ModelConfig:
     """`wanted` with its files on this machine; problems name the words of a command line. Raises UserError."""
     from dstune.launch.preflight import resolve_model
 
-    flags = {
-        "model.path": "MODEL",
-        "model.revision": "--revision",
-        "model.trust_remote_code": "--trust-remote-code",
-    }
+    flags = {"model.path": "MODEL", "model.revision": "--revision", "model.trust_remote_code": "--trust-remote-code"}
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
     try:
         return resolve_model(expected, tell)

@@ -249,11 +249,7 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
         "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
         "warnings": list(fillers(config, found.cluster.ranks)),
         "calibrated": found.calibrated,
-        "model": {
-            "parameters": found.parameters,
-            "trained": found.trained,
-            "precision": found.precision.value,
-        },
+        "model": {"parameters": found.parameters, "trained": found.trained, "precision": found.precision.value},
     }
 
 

@@ -18,11 +18,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
-from dstune.config.architectures import (
-    encoder_decoder_problem,
-    packed_encoder_decoder_problem,
-    size_problems,
-)
+from dstune.config.architectures import encoder_decoder_problem, packed_encoder_decoder_problem, size_problems
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
@@ -57,11 +53,7 @@ TOKENIZER_FILES = (
 
 
 def resolve_run(
-    config: RunConfig,
-    stage: Stage = lambda text: None,
-    *,
-    trains: bool = True,
-    origins: dict[str, str] | None = None,
+    config: RunConfig, stage: Stage = lambda text: None, *, trains: bool = True, origins: dict[str, str] | None = None
 ) -> RunConfig:
     """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
     downloaded; model folder, the first rows of the data files and the hardware checked; a ZeRO stage in place of `auto`.

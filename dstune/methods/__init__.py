@@ -20,6 +20,6 @@ ORDER = (
 
 REFUSED = {
     "adalora": "it takes ranks away by the gradients of single parameters between backward pass and update, and partitioned"
-    " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)",
+    " stages do not keep them (method=lora with method.rank_pattern sets ranks by hand)"
 }
 """Methods of the field that are not offered, and why."""

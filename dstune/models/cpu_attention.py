@@ -58,12 +58,7 @@ class CausalAttention(torch.autograd.Function):
                 allowed = query.new_ones(end - first, end - seen, dtype=torch.bool)
                 mask = query.new_zeros(allowed.shape).masked_fill_(~_visible(allowed, first - seen, window), -torch.inf)
             found, sum_of_row = _forward(
-                query[row, :, first:end].unflatten(0, groups),
-                *states,
-                0.0,
-                mask is None,
-                attn_mask=mask,
-                scale=scale,
+                query[row, :, first:end].unflatten(0, groups), *states, 0.0, mask is None, attn_mask=mask, scale=scale
             )
             output[row, :, first:end] = found.flatten(0, 1)
             sums[row, :, first:end] = sum_of_row.flatten(0, 1)

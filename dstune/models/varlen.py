@@ -95,11 +95,7 @@ def torch_varlen() -> Kernel | None:
     return Kernel(f"torch {torch.__version__.partition('+')[0]} varlen", _refuses_windows(compute, needs_window))
 
 
-FLASH = (
-    ("flash-attn 4", "flash_attn.cute"),
-    ("flash-attn 3", "flash_attn_interface"),
-    ("flash-attn 2", "flash_attn"),
-)
+FLASH = (("flash-attn 4", "flash_attn.cute"), ("flash-attn 3", "flash_attn_interface"), ("flash-attn 2", "flash_attn"))
 
 
 def flash_attn() -> Kernel | None:

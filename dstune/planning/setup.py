@@ -20,12 +20,7 @@ from dstune.config.schema import (
 )
 from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps
 from dstune.core.errors import UserError
-from dstune.planning.architecture import (
-    DEFAULTS,
-    Architecture,
-    Tensor,
-    sliced,
-)
+from dstune.planning.architecture import DEFAULTS, Architecture, Tensor, sliced
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 
 CLASSES_UNKNOWN = 2

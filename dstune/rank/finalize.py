@@ -22,12 +22,7 @@ from dstune.trainer.monitored_sets import evaluate_monitored_sets
 
 
 def finish(
-    run: Training,
-    checkpoints: Checkpoints,
-    run_dir: Path,
-    tokenizer: Any,
-    request: Request,
-    prepared: Preparation,
+    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, request: Request, prepared: Preparation
 ) -> None:
     """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
     state = run.state

@@ -40,12 +40,7 @@ LABELS_TOLD = 12
 
 
 def describe(
-    config: RunConfig,
-    run_dir: Path,
-    run: Training,
-    module: torch.nn.Module,
-    base: Any,
-    prepared: Preparation,
+    config: RunConfig, run_dir: Path, run: Training, module: torch.nn.Module, base: Any, prepared: Preparation
 ) -> None:
     """Write `environment.json` and say on the console what is about to be trained."""
     hosts = run.world.gather(environment.host())

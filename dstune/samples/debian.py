@@ -19,17 +19,13 @@ class DebianPackage(Package):
         return f"{self.name}={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        return fetch_debian(self, folder, label)
-
-
-def fetch_debian(package: DebianPackage, folder: Path, label: str) -> Path:
-    """As `fetch_with`, by apt-get. Raises UserError."""
-    fix = (
-        f"run `apt-get update`; or `apt-get download {package.requirement}` on a Debian machine, and copy "
-        f"{package.filename} to {folder}"
-    )
-    command = ["apt-get", "download", "--quiet", package.requirement]
-    return fetch_with(command, package, folder, label, fix=fix, complaint="E:")
+        """As `fetch_with`, by apt-get. Raises UserError."""
+        fix = (
+            f"run `apt-get update`; or `apt-get download {self.requirement}` on a Debian machine, and copy "
+            f"{self.filename} to {folder}"
+        )
+        command = ["apt-get", "download", "--quiet", self.requirement]
+        return fetch_with(command, self, folder, label, fix=fix, complaint="E:")
 
 
 class DebianArchive:

@@ -209,12 +209,7 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         targets=_targets(sample, trained, part.weights[number]),
         label=_label_of(sample, data.labels),
         source=source,
-        segments=segments(
-            tokenizer,
-            ids,
-            trained,
-            data.labels if task_of(config.task).per_token else (),
-        ),
+        segments=segments(tokenizer, ids, trained, data.labels if task_of(config.task).per_token else ()),
         rejected=_rejected(sample, tokenizer),
         conversation=task_of(config.task).conversational and trained is not None,
     )

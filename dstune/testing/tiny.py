@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
 CHATML = (
@@ -16,25 +19,11 @@ CHATML = (
 def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool, seed: int = 0) -> None:
     """Two layers and a word-level tokenizer with ChatML as its chat template."""
     import torch
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
     words = dict.fromkeys(word for row in rows for text in _texts(row) for word in text.split())
-    vocabulary = {word: index for index, word in enumerate(dict.fromkeys([*SPECIAL, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="</s>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    wrapped.chat_template = CHATML
-    size = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    tokenizer = word_tokenizer([*SPECIAL, *words])
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     size |= {"num_attention_heads": 4, "max_position_embeddings": 256, "pad_token_id": 2}
     torch.manual_seed(seed)
     model: Any
@@ -45,7 +34,28 @@ def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool
         model = BertModel(BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    wrapped.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Words between spaces are tokens, beside the first ones, SPECIAL; ChatML is its chat template."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="</s>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHATML,
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

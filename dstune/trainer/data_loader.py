@@ -204,12 +204,7 @@ class StreamingLoader:
         block = segment.block
         if step == segment.end:
             return {"block": block.number + 1, "first_step": step, "begin": block.end}
-        return {
-            "block": block.number,
-            "first_step": segment.first_step,
-            "begin": block.begin,
-            "digest": block.digest,
-        }
+        return {"block": block.number, "first_step": segment.first_step, "begin": block.begin, "digest": block.digest}
 
     def interrupt(self) -> None:
         self._blocks.interrupt()

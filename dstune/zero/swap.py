@@ -26,6 +26,7 @@ from dstune.config.schema import OptimizerOffload, ZeroConfig
 from dstune.config.zero_rules import SWAP_BUFFERS
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import try_lock
 
 activity = logging.getLogger("dstune.worker")
 
@@ -97,13 +98,7 @@ def _prefix() -> str:
 
 def _lock(folder: Path) -> int | None:
     """Hold `folder` until the returned descriptor is closed, or this process ends; None where somebody else does."""
-    descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return try_lock(os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def _remove_abandoned(place: Path) -> None:

@@ -13,7 +13,7 @@ from cluster import machines as machines_module
 from cluster import slurm as slurm_module
 from cluster.machines import Machines
 from cluster.slurm import Slurm
-from support.command import Commands, exact, result
+from support.command import Commands, exact, overrides_of_run, result
 from support.tiny import save_decoder, write_dialogues
 
 STEPS = 40
@@ -80,23 +80,7 @@ def on_slurm(login, slurm) -> Login:
 
 
 def overrides(name: str, *further: str) -> list[str]:
-    return [
-        "model.path=model",
-        "data.train=dialogues.jsonl",
-        "data.max_length=64",
-        "data.packing=false",
-        "model.config_overrides={attention_dropout:0.1}",
-        "optimizer.lr=1e-3",
-        "zero=stage2",
-        "trainer.micro_batch_size=2",
-        "trainer.global_batch_size=8",
-        f"trainer.max_steps={STEPS}",
-        "checkpoint.every=5",
-        "evaluate.every=10",
-        "run.export=none",
-        f"run.dir={name}",
-        *further,
-    ]
+    return overrides_of_run(name, STEPS, *further)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from cluster.conftest import Login, first_difference, overrides
 from cluster.machines import Machines
-from support.command import exact, metrics, result, wait_until
+from support.command import at_step, exact, result, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -22,11 +22,6 @@ def needs(program: str, package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         shutil.which(program) is None, reason=f"not installed (Debian: apt-get install {package})"
     )
-
-
-def at_step(run_dir: Path, step: int) -> bool:
-    rows = metrics(run_dir)
-    return bool(rows) and rows[-1]["step"] >= step
 
 
 @pytest.fixture(scope="module")

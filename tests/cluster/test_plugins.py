@@ -16,10 +16,7 @@ ON_TWO_HOSTS = {
     "openmpi": ["launch=openmpi", "launch.hostfile=hosts"],
     "hostfile": ["launch=hostfile", "launch.hostfile=hosts"],
 }
-AROUND = {
-    "mpirun": ("mpirun", "-n", "2", "--oversubscribe"),
-    "srun": ("srun", "-N2", "--ntasks-per-node=1"),
-}
+AROUND = {"mpirun": ("mpirun", "-n", "2", "--oversubscribe"), "srun": ("srun", "-N2", "--ntasks-per-node=1")}
 
 
 def train(login: Login, run: str, steps: int, *further: str, around: tuple[str, ...] = ()) -> list[dict]:

@@ -7,15 +7,10 @@ from pathlib import Path
 
 import pytest
 from cluster.conftest import first_difference, overrides
-from support.command import exact, metrics, result, wait_until
+from support.command import at_step, exact, result, wait_until
 
 pytestmark = pytest.mark.cluster
 TWO_NODES = ["launch=slurm", "launch.nodes=2"]
-
-
-def at_step(run_dir: Path, step: int) -> bool:
-    rows = metrics(run_dir)
-    return bool(rows) and rows[-1]["step"] >= step
 
 
 def job_of(run_dir: Path) -> str:

@@ -13,17 +13,16 @@ import sys
 from pathlib import Path
 
 import torch
+from support.ranks import start_rank
 from support.tiny import save_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
-from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.parts import gathered, is_partitioned, partitioned_loading
 from dstune.zero.precision import DTYPES
-from dstune.zero.start import start_process_group
 
 SHAPE = {"vocab_size": 105, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 DECODER = SHAPE | {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 10, "initializer_range": 0.2}
@@ -43,9 +42,7 @@ CASES = {
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     root = Path(json.loads(sys.argv[1]))
     outcome = {}
     for case, (kind, changes, stored, precision, overrides) in CASES.items():

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.ranks import start_rank
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
-from dstune.core.rank_env import from_environment
 from dstune.evaluation.ranks import evaluate
 from dstune.methods.features.classifier import FeatureClassifier
 from dstune.methods.features.config import FeaturesConfig
@@ -33,7 +33,6 @@ from dstune.protocols import method_of
 from dstune.rank import worker
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
-from dstune.zero.start import start_process_group
 
 TOKENS = torch.arange(9, 73).view(2, 32)
 FEATURES = torch.linspace(-2, 2, 64).view(2, 32).sin()
@@ -295,9 +294,7 @@ def read_back(case: dict[str, Any], run_dir: Path, resumed_dir: Path, logits: to
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     record(world)
     for case in json.loads(sys.argv[1]):
         result = check(

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import torch
 from support.configs import run_config
+from support.ranks import start_rank
 
 from dstune.config import schema
 from dstune.core.distributed import World
-from dstune.core.rank_env import from_environment
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.methods.full import FullConfig
 from dstune.methods.head.config import HeadConfig
@@ -27,7 +27,6 @@ from dstune.tasks.classification.config import ClassificationConfig
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
-from dstune.zero.start import start_process_group
 
 METHODS = {
     "full": FullConfig(),
@@ -82,9 +81,7 @@ def run(case: dict, config: schema.RunConfig, world: World, labels: tuple[str, .
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     argument = json.loads(sys.argv[1])
     for case in argument["cases"]:
         classes = case["task"] == "classification"

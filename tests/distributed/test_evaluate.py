@@ -24,10 +24,7 @@ CASES = {
         "decoder",
         ["task=chat", "method=lora", "zero=stage2", "data.packing=true", "evaluate.every=2", "checkpoint.every=2"],
     ),
-    "half-2": (
-        "decoder",
-        ["task=chat", "method=full", "zero=stage2", "data.packing=false", "trainer.precision=bf16"],
-    ),
+    "half-2": ("decoder", ["task=chat", "method=full", "zero=stage2", "data.packing=false", "trainer.precision=bf16"]),
     "labels-2": ("encoder", ["task=classification", "method=full", "zero=stage2", "data.packing=false"]),
 }
 
@@ -35,10 +32,7 @@ CASES = {
 class Shelf:
     def __init__(self, folder: Path):
         self.folder = folder
-        self.models = {
-            "decoder": save_decoder(folder / "decoder"),
-            "encoder": save_encoder(folder / "encoder"),
-        }
+        self.models = {"decoder": save_decoder(folder / "decoder"), "encoder": save_encoder(folder / "encoder")}
         self.data = {
             "decoder": write_dialogues(folder / "chat.jsonl", 40),
             "encoder": write_labelled(folder / "labels.jsonl", 60),

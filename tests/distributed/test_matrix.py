@@ -45,10 +45,7 @@ METHODS: dict[str, tuple[MethodConfig, str]] = {
     "ulmfit": (UlmfitConfig(unfreeze_steps=1), "chat"),
     "ulmfit of a classifier": (UlmfitConfig(unfreeze_steps=1), "classification"),
     "importance": (ImportanceConfig(score_steps=2), "chat"),
-    "importance of tensors": (
-        ImportanceConfig(score_steps=2, unit=Unit.tensors, share=0.3),
-        "classification",
-    ),
+    "importance of tensors": (ImportanceConfig(score_steps=2, unit=Unit.tensors, share=0.3), "classification"),
     "lora": (LoraConfig(rank=4), "chat"),
     "lora of a classifier": (LoraConfig(rank=4), "classification"),
     "lora with patterns": (
@@ -60,10 +57,7 @@ METHODS: dict[str, tuple[MethodConfig, str]] = {
     "lora with new tokens": (LoraConfig(rank=4), "chat"),
     "dora": (LoraConfig(rank=4, dora=True), "chat"),
     "pissa": (LoraConfig(rank=4, alpha=3.0, init=LoraInit.pissa), "chat"),
-    "pissa with dora": (
-        LoraConfig(rank=4, dora=True, init=LoraInit.pissa, init_iterations=8),
-        "chat",
-    ),
+    "pissa with dora": (LoraConfig(rank=4, dora=True, init=LoraInit.pissa, init_iterations=8), "chat"),
     "olora": (LoraConfig(rank=4, alpha=4.0, init=LoraInit.olora), "chat"),
     "ia3": (Ia3Config(), "chat"),
     "ia3 of a classifier": (Ia3Config(), "classification"),
@@ -77,10 +71,7 @@ METHODS: dict[str, tuple[MethodConfig, str]] = {
     "prefix": (PrefixConfig(virtual_tokens=4), "chat"),
     "prefix through a network": (PrefixConfig(virtual_tokens=4, projection_size=16), "chat"),
     "p_tuning": (PTuningConfig(virtual_tokens=4, encoder_size=16), "chat"),
-    "p_tuning by an LSTM": (
-        PTuningConfig(virtual_tokens=4, encoder_size=16, encoder=PTuningEncoder.lstm),
-        "chat",
-    ),
+    "p_tuning by an LSTM": (PTuningConfig(virtual_tokens=4, encoder_size=16, encoder=PTuningEncoder.lstm), "chat"),
     "qlora": (QloraConfig(rank=4), "chat"),
     "qlora from loftq": (QloraConfig(rank=4, init=LoraInit.loftq), "chat"),
     "lora continued": (LoraConfig(), "chat"),

@@ -170,11 +170,7 @@ def test_words_have_tags_and_entities(shop, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tags", "count"),
-    [
-        ("O I-x I-x I-y B-y B-y I-x O I-y", 6),
-        ("B-x I-x E-x S-x S-x I-x O B-y E-y I-y", 6),
-    ],
+    ("tags", "count"), [("O I-x I-x I-y B-y B-y I-x O I-y", 6), ("B-x I-x E-x S-x S-x I-x O B-y E-y I-y", 6)]
 )
 def test_entities_are_those_that_metrics_count(tags, count):
     tags = tags.split()

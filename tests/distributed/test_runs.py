@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.command import Commands, exact, metrics, ranks_of, result, wait_until
+from support.command import Commands, at_step, exact, metrics, overrides_of_run, ranks_of, result, wait_until
 from support.tiny import save_decoder, write_dialogues
 
 STEPS = 40
@@ -26,24 +26,7 @@ def workplace(tmp_path_factory) -> Commands:
 
 
 def overrides(name: str, *further: str) -> list[str]:
-    return [
-        "model.path=model",
-        "data.train=dialogues.jsonl",
-        "data.max_length=64",
-        "data.packing=false",
-        "model.config_overrides={attention_dropout:0.1}",
-        "optimizer.lr=1e-3",
-        "zero=stage2",
-        "trainer.micro_batch_size=2",
-        "trainer.global_batch_size=8",
-        f"trainer.max_steps={STEPS}",
-        "checkpoint.every=5",
-        "evaluate.every=10",
-        "run.export=none",
-        "launch.processes=2",
-        f"run.dir={name}",
-        *further,
-    ]
+    return overrides_of_run(name, STEPS, "launch.processes=2", *further)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +37,6 @@ def undisturbed(workplace) -> list[dict]:
     assert result(run_dir)["status"] == "completed"
     assert [row["step"] for row in metrics(run_dir) if "loss" in row] == list(range(1, STEPS + 1))
     return exact(run_dir)
-
-
-def at_step(run_dir: Path, step: int) -> bool:
-    rows = metrics(run_dir)
-    return bool(rows) and rows[-1]["step"] >= step
 
 
 def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from distributed.test_runs import at_step, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
-from support.command import ROOT, Commands, exact, metrics, ranks_of, result, wait_until
+from distributed.test_runs import overrides, undisturbed, workplace  # noqa: F401 (fixtures)
+from support.command import ROOT, Commands, at_step, exact, metrics, ranks_of, result, wait_until
 from support.configs import run_config
 
 from dstune.core.errors import UserError

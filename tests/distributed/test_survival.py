@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed.test_runs import STEPS, at_step, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
-from support.command import exact, ranks_of, result, wait_until
+from distributed.test_runs import STEPS, overrides, undisturbed, workplace  # noqa: F401 (fixtures)
+from support.command import at_step, exact, ranks_of, result, wait_until
 
 from dstune.checkpoint import store
 

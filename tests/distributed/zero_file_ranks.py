@@ -7,19 +7,17 @@ import os
 import sys
 from pathlib import Path
 
+from support.ranks import start_rank
+
 from dstune.config.run_file import read_run
-from dstune.core.rank_env import from_environment
 from dstune.rank import worker
 from dstune.zero.engine import Engine
-from dstune.zero.start import start_process_group
 
 start_engine = Engine.__init__
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
 
     def tell(engine: Engine, *arguments: object, **options: object) -> None:
         start_engine(engine, *arguments, **options)

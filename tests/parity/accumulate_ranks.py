@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import torch
 from support.configs import run_config
+from support.ranks import start_rank
 
 from dstune.config import schema
 from dstune.core.distributed import World
-from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import parameter_groups
 from dstune.optim.sgd import SgdConfig
@@ -20,7 +20,6 @@ from dstune.protocols import optimizer_of, task_of
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
-from dstune.zero.start import start_process_group
 
 MICRO_BATCHES, TOKENS, MASKED = 64, 16, 4
 TARGETS = MICRO_BATCHES * (TOKENS - MASKED)
@@ -67,9 +66,7 @@ def accumulated(model_path: str, stage: int, accumulate_in: str | None, world: W
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     for case in json.loads(sys.argv[1]):
         gradients = accumulated(case["model"], case["stage"], case["accumulate_in"], world)
         if world.is_main:

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.zero import partition_parameters
 from parity.accumulate_ranks import TARGETS, micro_batch, window_config
+from support.ranks import start_rank
 
 from dstune.config.schema import Precision
-from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import parameter_groups
 from dstune.protocols import optimizer_of, task_of
@@ -20,16 +20,13 @@ from dstune.trainer import generation
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
-from dstune.zero.start import start_process_group
 
 SHARES = (0.0, 0.5, 0.9, 1.0)
 PROMPTS = [[10, 11, 12], [13, 14, 15, 16], [17, 18]]
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     model_path, file = json.loads(sys.argv[1])
     config = window_config(model_path, 3)
     settings = deepspeed_config(config, world.size, Precision.bf16, on_gpu=False)

@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from support.ranks import start_rank
+
 from dstune.checkpoint.shards import Shards
 from dstune.config.run_file import read_run
-from dstune.core.rank_env import from_environment
 from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of
@@ -17,13 +18,10 @@ from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve
-from dstune.zero.start import start_process_group
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     for case in json.loads(sys.argv[1]):
         config = read_run(Path(case["run_yaml"])).config
         precision = resolve(config)

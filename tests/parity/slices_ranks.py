@@ -12,17 +12,16 @@ import os
 import sys
 
 import torch
+from support.ranks import start_rank
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.config.schema import Selective
-from dstune.core.rank_env import from_environment
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.norms import use_lean_norms
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tensor import slice_model
 from dstune.models.tiles import tile_feed_forward
 from dstune.zero.slices import Slices
-from dstune.zero.start import start_process_group
 
 SIZES = {
     "vocab_size": 97,
@@ -91,9 +90,7 @@ def gradients(module, slices=None):
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     (size,) = json.loads(sys.argv[1])
     found: dict[str, list] = {}
     summed: list[torch.Tensor] = []

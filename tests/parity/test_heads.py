@@ -16,7 +16,7 @@ from parity.reference import train_plainly
 from seqeval.metrics import f1_score
 from support.ranks import run_ranks
 from support.tiny import save_encoder, write_labelled, write_questions, write_scored, write_tagged
-from support.workshop import VOLATILE
+from support.workshop import VOLATILE, Results
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from dstune.config.compose import compose
-from dstune.config.run_file import read_run, write_run
+from dstune.config.run_file import read_run
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.prepared import Split
@@ -118,7 +118,7 @@ HEADS = {
 """Model class, its arguments, rows, overrides, and the loss by hand."""
 
 
-class Workshop:
+class Workshop(Results):
     def __init__(self, folder: Path):
         self.folder = folder
         body = save_encoder(folder / "body")
@@ -149,15 +149,7 @@ class Workshop:
         return compose([*sources, *BASE, *HEADS[head][3], f"run.dir={self.folder / name}", *overrides])
 
     def case(self, head: str, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
-        path = self.folder / f"{name}.yaml"
-        write_run(path, self.composed(head, name, *overrides))
-        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
-
-    def rows(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-
-    def result(self, name: str) -> dict:
-        return json.loads((self.folder / name / "result.json").read_text())
+        return self.written(name, self.composed(head, name, *overrides), directory)
 
 
 @pytest.fixture(scope="module")

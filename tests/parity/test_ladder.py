@@ -15,10 +15,9 @@ from parity.reference import Reference, train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
-from support.workshop import VOLATILE
+from support.workshop import VOLATILE, Results
 
 from dstune.config.compose import compose
-from dstune.config.run_file import write_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = (0, 1, 2, 3)
@@ -41,7 +40,7 @@ BASE = [
 ]
 
 
-class Workshop:
+class Workshop(Results):
     """Composes, trains and reads the runs of this module."""
 
     def __init__(self, folder: Path):
@@ -54,19 +53,10 @@ class Workshop:
         return compose([*sources, *BASE, f"run.dir={self.folder / name}", *overrides])
 
     def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
-        path = self.folder / f"{name}.yaml"
-        write_run(path, self.composed(name, *overrides))
-        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
+        return self.written(name, self.composed(name, *overrides), directory)
 
     def rows(self, name: str) -> list[dict]:
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "loss" in row]
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / name / "export" / "model.safetensors")
-
-    def result(self, name: str) -> dict:
-        return json.loads((self.folder / name / "result.json").read_text())
+        return [row for row in super().rows(name) if "loss" in row]
 
 
 @pytest.fixture(scope="module")

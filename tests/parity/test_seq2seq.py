@@ -12,10 +12,9 @@ from parity.reference import train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_bart, save_decoder, save_encoder, save_joined_encoders, save_t5, write_pairs
-from support.workshop import VOLATILE
+from support.workshop import VOLATILE, Results
 
 from dstune.config.compose import compose
-from dstune.config.run_file import write_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 
@@ -46,7 +45,7 @@ KINDS = {
 }
 
 
-class Workshop:
+class Workshop(Results):
     def __init__(self, folder: Path):
         self.folder = folder
         self.models = {
@@ -66,21 +65,12 @@ class Workshop:
     def case(
         self, kind: str, name: str, *overrides: str, directory: str | None = None, room: float | None = None
     ) -> dict:
-        path = self.folder / f"{name}.yaml"
-        write_run(path, self.composed(kind, name, *overrides))
-        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name)), "room": room}
+        return self.written(name, self.composed(kind, name, *overrides), directory) | {"room": room}
 
     def reference(self, kind: str):
         if kind not in self.references:
             self.references[kind] = train_plainly(self.composed(kind, "reference").config, self.folder / "cache")
         return self.references[kind]
-
-    def rows(self, name: str) -> list[dict]:
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    def result(self, name: str) -> dict:
-        return json.loads((self.folder / name / "result.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,25 @@ def references(workshop: Workshop):  # noqa: F811
     }
 
 
+def compare_with_the_plain_loop(workshop, references, ranks: int, size: int, stages, sharing: list[str]) -> None:  # noqa: F811
+    """Groups of `size` of `ranks` that share rows or weights, packed and padded, at each stage."""
+    names = {}
+    for stage in stages:
+        for packing in ("true", "false"):
+            overrides = [f"zero=stage{stage}", f"data.packing={packing}", *sharing, f"parallel.size={size}"]
+            names[f"{ranks}-{size}-s{stage}-{packing}"] = (packing, overrides)
+    run_ranks(PROGRAM, ranks, [workshop.case(name, *overrides) for name, (_, overrides) in names.items()])
+    for name, (packing, _) in names.items():
+        expected = references[packing]
+        rows = workshop.rows(name)
+        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=2e-6), name
+        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=2e-6), name
+        trained = workshop.weights(name)
+        for key, weight in expected.weights.items():
+            assert trained[key].shape == weight.shape
+            assert (trained[key] - weight).abs().max() < 2e-6, f"{name}: {key}"
+
+
 @pytest.fixture(scope="module")
 def gradients() -> list[dict[str, list]]:
     return [json.loads(output.splitlines()[-1]) for output in run_ranks(SLICES_PROGRAM, 2, [2])]
@@ -64,21 +83,7 @@ def test_ranks_sum_as_many_bytes_as_the_plan_says(gradients):
     ("ranks", "size", "stages"), [(2, 2, STAGES), pytest.param(4, 2, STAGES, marks=pytest.mark.ci)]
 )
 def test_shared_weights_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
-    names = {}
-    for stage in stages:
-        for packing in ("true", "false"):
-            overrides = [f"zero=stage{stage}", f"data.packing={packing}", *TENSOR, f"parallel.size={size}"]
-            names[f"t{ranks}-{size}-s{stage}-{packing}"] = (packing, overrides)
-    run_ranks(PROGRAM, ranks, [workshop.case(name, *overrides) for name, (_, overrides) in names.items()])
-    for name, (packing, _) in names.items():
-        expected = references[packing]
-        rows = workshop.rows(name)
-        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=2e-6), name
-        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=2e-6), name
-        trained = workshop.weights(name)
-        for key, weight in expected.weights.items():
-            assert trained[key].shape == weight.shape
-            assert (trained[key] - weight).abs().max() < 2e-6, f"{name}: {key}"
+    compare_with_the_plain_loop(workshop, references, ranks, size, stages, TENSOR)
 
 
 def test_clipping_evaluation_lora_and_samples(workshop):  # noqa: F811

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from parity.reference import train_plainly
 from parity.test_ladder import PROGRAM, STAGES, Workshop, exact, monkeypatch_module, workshop  # noqa: F401 (fixtures)
+from parity.test_tensor import compare_with_the_plain_loop, references  # noqa: F401 (fixture)
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder
@@ -17,16 +17,6 @@ from dstune.config.compose import compose
 ULYSSES = ["parallel=ulysses", "model.config_overrides={attention_dropout:0.0}"]
 """Without dropout, whose random numbers belong to positions of a rank."""
 STILL = "model.config_overrides={attention_dropout:0.0}"
-
-
-@pytest.fixture(scope="module")
-def references(workshop: Workshop):  # noqa: F811
-    return {
-        value: train_plainly(
-            workshop.composed("reference", f"data.packing={value}", STILL).config, workshop.folder / "cache"
-        )
-        for value in ("false", "true")
-    }
 
 
 def save_windowed(folder):
@@ -48,29 +38,12 @@ def save_windowed(folder):
 
 @pytest.mark.parametrize(
     ("ranks", "size", "stages"),
-    [
-        (2, 2, STAGES),
-        pytest.param(4, 4, (3,), marks=pytest.mark.ci),
-        pytest.param(4, 2, (2, 3), marks=pytest.mark.ci),
-    ],
+    [(2, 2, STAGES), pytest.param(4, 4, (3,), marks=pytest.mark.ci), pytest.param(4, 2, (2, 3), marks=pytest.mark.ci)],
 )
 def test_shared_rows_equal_the_plain_loop(workshop, references, ranks, size, stages):  # noqa: F811
     """Two ranks with the four heads of queries and two of keys, two groups of them, and four ranks, for which a head of keys
     is repeated; packed rows, and rows of different lengths of which a rank may have no target."""
-    names = {}
-    for stage in stages:
-        for packing in ("true", "false"):
-            overrides = [f"zero=stage{stage}", f"data.packing={packing}", *ULYSSES, f"parallel.size={size}"]
-            names[f"u{ranks}-{size}-s{stage}-{packing}"] = (packing, overrides)
-    run_ranks(PROGRAM, ranks, [workshop.case(name, *overrides) for name, (_, overrides) in names.items()])
-    for name, (packing, _) in names.items():
-        expected = references[packing]
-        rows = workshop.rows(name)
-        assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=2e-6), name
-        assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=2e-6), name
-        trained = workshop.weights(name)
-        for key, weight in expected.weights.items():
-            assert (trained[key] - weight).abs().max() < 2e-6, f"{name}: {key}"
+    compare_with_the_plain_loop(workshop, references, ranks, size, stages, ULYSSES)
 
 
 def test_evaluation_lora_checkpointing_and_windows_of_attention(workshop):  # noqa: F811

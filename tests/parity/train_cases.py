@@ -9,12 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from support.ranks import start_rank
+
 from dstune.config.run_file import read_run, write_run
 from dstune.core.errors import Preempted
-from dstune.core.rank_env import from_environment
 from dstune.rank import worker
 from dstune.trainer import generation, loop, micro_batch
-from dstune.zero.start import start_process_group
 
 TRAIN_STEP = loop.train_step
 GAIN = micro_batch.GAIN
@@ -42,9 +42,7 @@ def leaping(number: int, factor: float):
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     for case in json.loads(sys.argv[1]):
         run_dir = Path(case["run_dir"])
         composed = read_run(Path(case["run_yaml"]))

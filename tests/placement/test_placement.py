@@ -62,13 +62,7 @@ def check(server: Server, chosen: list[Cell]) -> int:
 SAMPLE = (
     *("chat-full-2", "chat-full-0", "causal_lm-lora-3", "classification-head-1", "preference-full-3", "reward-ia3-0"),
     *("embedding-full-2", "token_classification-vera-1", "question_answering-oft-2", "seq2seq-lora-3", "dora-2"),
-    *(
-        "classification-features-3",
-        "chat-ulmfit-3",
-        "causal_lm-freeze-1",
-        "chat-importance-2",
-        "preference-prefix-0",
-    ),
+    *("classification-features-3", "chat-ulmfit-3", "causal_lm-freeze-1", "chat-importance-2", "preference-prefix-0"),
     *("chat-p_tuning-2", "embedding-lora-3", "causal_lm-prompt-3"),
 )
 """Every task, method and stage at least once, within a few minutes."""
@@ -199,10 +193,6 @@ def test_out_of_memory_names_what_frees_most(server: Server) -> None:
     rows = [word for word in cell(server, "chat-full-2").argv if not word.startswith("trainer.micro_batch_size=")]
     found = server.run(Cell("oom", (*rows, "trainer.micro_batch_size=4")), plant="full")
     assert found.error.startswith("TrainingFailed: out of memory in training (simulated: out of memory.")
-    for words in (
-        "trainer.micro_batch_size=2",
-        "trainer.activation_checkpointing=true",
-        "data.max_length=",
-    ):
+    for words in ("trainer.micro_batch_size=2", "trainer.activation_checkpointing=true", "data.max_length="):
         assert words in found.error
     assert "zero=stage3" not in found.error  # which frees nothing on one rank

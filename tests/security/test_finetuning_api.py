@@ -10,17 +10,9 @@ import pytest
 
 from dstune.serve.finetuning.addresses import PublicResolver
 from dstune.serve.server import BoundedHttp
-from tests.support.finetuning import cloud
+from tests.support.finetuning_calls import run
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-
-
-def run(test, tmp_path, **options):
-    async def main():
-        async with cloud(tmp_path, **options) as found:
-            return await test(found)
-
-    return asyncio.run(main())
 
 
 def test_group_7_one_tenant_sees_nothing_of_another(tmp_path):

@@ -26,10 +26,7 @@ def test_what_a_stranger_sends_does_not_end_the_driver(sent: str, tmp_path: Path
     (tmp_path / "run.yaml").write_text("")
     spark = SparkConfig(processes=2)
     made = stage.Stage(run_config(launch=spark), tmp_path, spark, Console(), 2, None)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as server,
-        socket.create_connection(server.getsockname()) as stranger,
-    ):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as stranger:
         made._accept(server)
         stranger.sendall(sent.encode() + b"\n")
         stranger.shutdown(socket.SHUT_WR)

@@ -98,11 +98,7 @@ ROWS: list[Case] = [
         [{"prompt": "a", "completion": "b"}, {"prompt": 1, "completion": "b"}],
     ),
     ("text holds half of a surrogate pair (…), which is no character", TEXT, '{"text": "\\ud83d"}'),
-    (
-        "a value is not JSON: …",
-        CHAT,
-        pa.Table.from_pylist([chat(output("user", at=b"1"), ANSWER)] * 2),
-    ),
+    ("a value is not JSON: …", CHAT, pa.Table.from_pylist([chat(output("user", at=b"1"), ANSWER)] * 2)),
     ("column … is text but not JSON: … at character …", CHAT, {"messages": "[{"}),
     ("column … must be a list of messages that is not empty", CHAT, {"messages": []}),
     (
@@ -164,11 +160,7 @@ ROWS: list[Case] = [
         chat(output("user", "<image>Who is it?"), ANSWER),
     ),
     ("message … (…): weight must be 0 or 1, it is …", CHAT, chat(USER, output("assistant", weight=0.5))),
-    (
-        "message … (…) has different weights: …",
-        CHAT,
-        chat(USER, output("assistant", weight=0, loss_weight=1)),
-    ),
+    ("message … (…) has different weights: …", CHAT, chat(USER, output("assistant", weight=0, loss_weight=1))),
     (
         "message … calls a tool in the turn of the message before it, and has another …",
         CHAT,
@@ -233,11 +225,7 @@ ROWS: list[Case] = [
         CHAT,
         called(function={"name": "f", "arguments": "{a}"}),
     ),
-    (
-        "message …: arguments of … must be an object, it is …",
-        CHAT,
-        called(function={"name": "f", "arguments": "[1]"}),
-    ),
+    ("message …: arguments of … must be an object, it is …", CHAT, called(function={"name": "f", "arguments": "[1]"})),
     (
         "message … (function_call) is not JSON: … at character …",
         CHAT,
@@ -273,10 +261,7 @@ ROWS: list[Case] = [
             "continue_final_message alone; give the prompt without it, and the message as a whole as the answer"
         ),
         CHAT,
-        [
-            {"prompt": [USER], "completion": [ANSWER]},
-            {"prompt": [USER, ANSWER], "completion": [ANSWER]},
-        ],
+        [{"prompt": [USER], "completion": [ANSWER]}, {"prompt": [USER, ANSWER], "completion": [ANSWER]}],
     ),
     (
         "column 'history' must be a list, it is …",
@@ -319,11 +304,7 @@ ROWS: list[Case] = [
         PAIRS,
         {"prompt": "a", "chosen": [USER, ANSWER], "rejected": "No"},
     ),
-    (
-        "… ends where the other one goes on",
-        PAIRS,
-        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, ANSWER]},
-    ),
+    ("… ends where the other one goes on", PAIRS, {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER, USER, ANSWER]}),
     (
         "the column 'prompt' says what chosen and rejected, which are whole conversations, do not",
         PAIRS,
@@ -358,11 +339,7 @@ ROWS: list[Case] = [
         {"input_ids": [1, 2], "attention_mask": [0, 1]},
     ),
     ("… input_ids have … labels", TEXT, {"input_ids": [1, 2], "labels": [1]}),
-    (
-        "the label at token … is …, which is neither its token (…) nor …",
-        TEXT,
-        {"input_ids": [1, 2], "labels": [1, 3]},
-    ),
+    ("the label at token … is …, which is neither its token (…) nor …", TEXT, {"input_ids": [1, 2], "labels": [1, 3]}),
     ("token id … is not one of the … of the model's tokenizer", TEXT, {"input_ids": [1, 100_000]}),
     ("… tokens have … tags", TAGS, {"tokens": ["a", "b"], "tags": ["O"]}),
     ("word … of column … must be text, it is …", TAGS, {"tokens": ["a", 1], "tags": ["O", "O"]}),

@@ -55,6 +55,32 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
+def at_step(run_dir: Path, step: int) -> bool:
+    rows = metrics(run_dir)
+    return bool(rows) and rows[-1]["step"] >= step
+
+
+def overrides_of_run(name: str, steps: int, *further: str) -> list[str]:
+    """A run of a tiny model on 300 conversations, both in the folder, that saves every 5 steps and evaluates every 10."""
+    return [
+        "model.path=model",
+        "data.train=dialogues.jsonl",
+        "data.max_length=64",
+        "data.packing=false",
+        "model.config_overrides={attention_dropout:0.1}",
+        "optimizer.lr=1e-3",
+        "zero=stage2",
+        "trainer.micro_batch_size=2",
+        "trainer.global_batch_size=8",
+        f"trainer.max_steps={steps}",
+        "checkpoint.every=5",
+        "evaluate.every=10",
+        "run.export=none",
+        f"run.dir={name}",
+        *further,
+    ]
+
+
 def result(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text())
 

@@ -75,12 +75,7 @@ def table_with_deletions(table: Path, rows: list[dict[str, str]], deleted: list[
     container = struct.pack(f"<{len(values)}H", *values)
     bitmap = struct.pack("<IIHHI", 12346, 1, 0, len(values) - 1, 16) + container
     data = struct.pack("<IQI", 1681511377, 1, 0) + bitmap
-    vector = {
-        "storageType": "i",
-        "pathOrInlineDv": _z85(data),
-        "sizeInBytes": len(data),
-        "cardinality": len(values),
-    }
+    vector = {"storageType": "i", "pathOrInlineDv": _z85(data), "sizeInBytes": len(data), "cardinality": len(values)}
     described = [{"name": name, "type": "string", "nullable": True, "metadata": {}} for name in rows[0]]
     features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
     protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}}

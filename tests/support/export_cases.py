@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from dstune.config.run_file import read_run
-from dstune.core.rank_env import from_environment
 from dstune.rank import worker
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.shard_files import Save
-from dstune.zero.start import start_process_group
+from support.ranks import start_rank
 
 save_shards = Engine.save
 
@@ -30,9 +29,7 @@ def save_and_gather(engine: Engine, directory: Path, tag: str, *, background: bo
 
 
 def main() -> None:
-    env = from_environment(os.environ)
-    assert env is not None
-    world = start_process_group(env)
+    world = start_rank()
     Engine.save = save_and_gather  # type: ignore[method-assign]
     for run_dir in json.loads(sys.argv[1]):
         worker.train(read_run(Path(run_dir) / "run.yaml").config, Path(run_dir), world)

@@ -183,24 +183,13 @@ FAULTS = [
     Fault(
         "out of memory",
         "an allocation fails in rank 1",
-        inject={
-            "at": "dstune.zero.engine:Engine.accumulate",
-            "rank": 1,
-            "call": micro_batches(AT + 1),
-            "do": "oom",
-        },
+        inject={"at": "dstune.zero.engine:Engine.accumulate", "rank": 1, "call": micro_batches(AT + 1), "do": "oom"},
         says=("rank 1 ended", "allocate memory"),
     ),
     Fault(
         "exception in the data",
         "RuntimeError while rank 1 collates",
-        inject={
-            "at": "dstune.data.collate:collate",
-            "rank": 1,
-            "call": 60,
-            "do": "raise",
-            "value": "a row broke",
-        },
+        inject={"at": "dstune.data.collate:collate", "rank": 1, "call": 60, "do": "raise", "value": "a row broke"},
         says=("rank 1 ended", "a row broke"),
     ),
     Fault(
@@ -230,23 +219,12 @@ FAULTS = [
     Fault(
         "disk error in a save",
         "EIO while rank 1 writes its second shard: that save is left out",
-        inject={
-            "at": "dstune.zero.shard_files:write_file",
-            "rank": 1,
-            "call": 2,
-            "do": "oserror",
-            "value": "EIO",
-        },
+        inject={"at": "dstune.zero.shard_files:write_file", "rank": 1, "call": 2, "do": "oserror", "value": "EIO"},
         exit_code=0,
         says="step 10 is not saved: rank 1",
     ),
     Fault(
-        "disk full",
-        "no room for a save; later there is",
-        fill_for_a_while,
-        exit_code=0,
-        says="is not saved",
-        disk=True,
+        "disk full", "no room for a save; later there is", fill_for_a_while, exit_code=0, says="is not saved", disk=True
     ),
     Fault(
         "run directory read-only",
@@ -308,17 +286,10 @@ FAULTS = [
     ),
     Fault("hang-up", "the terminal closes (SIGHUP)", to_command(signal.SIGHUP), exit_code=75, says="received SIGHUP"),
     Fault(
-        "one rank asked",
-        "SIGUSR1 to rank 1 only",
-        to_rank(1, signal.SIGUSR1),
-        exit_code=75,
-        says="received SIGUSR1",
+        "one rank asked", "SIGUSR1 to rank 1 only", to_rank(1, signal.SIGUSR1), exit_code=75, says="received SIGUSR1"
     ),
     Fault(
-        "two signals",
-        "Ctrl-C twice, rank 1 being slow to save: at once, unsaved",
-        ctrl_c_twice,
-        says="second signal",
+        "two signals", "Ctrl-C twice, rank 1 being slow to save: at once, unsaved", ctrl_c_twice, says="second signal"
     ),
     Fault("file STOP", "a file named STOP", touch("STOP"), exit_code=75, says="STOP"),
     Fault(

@@ -10,7 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dstune.core.distributed import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +32,16 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
+
+
+def start_rank() -> World:
+    """Join the process group that `run_ranks` has described; for its programs."""
+    from dstune.core.rank_env import from_environment
+    from dstune.zero.start import start_process_group
+
+    env = from_environment(os.environ)
+    assert env is not None
+    return start_process_group(env)
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from dstune.checkpoint import store
-from support.command import Commands, exact, metrics, ranks_of, wait_until
+from support.command import Commands, exact, metrics, overrides_of_run, ranks_of, wait_until
 from support.tiny import save_decoder, write_dialogues
 
 STEPS, EVERY, AT = 40, 5, 13
@@ -92,24 +92,9 @@ class Scene:
         self.reference = exact(folder / "undisturbed")
 
     def overrides(self, name: str | Path, *further: str) -> list[str]:
-        return [
-            "model.path=model",
-            "data.train=dialogues.jsonl",
-            "data.max_length=64",
-            "data.packing=false",
-            "model.config_overrides={attention_dropout:0.1}",
-            "optimizer.lr=1e-3",
-            "zero=stage2",
-            "trainer.micro_batch_size=2",
-            "trainer.global_batch_size=32",  # steps take long enough for a fault to strike between two of them
-            "trainer.precision=fp32",
-            f"trainer.max_steps={STEPS}",
-            f"checkpoint.every={EVERY}",
-            "evaluate.every=10",
-            "launch.processes=2",
-            f"run.dir={name}",
-            *further,
-        ]
+        changed = ["trainer.global_batch_size=32"]  # steps take long enough for a fault to strike between two of them
+        changed += ["trainer.precision=fp32", f"checkpoint.every={EVERY}", "run.export=last", "launch.processes=2"]
+        return overrides_of_run(str(name), STEPS, *changed, *further)
 
     def start(self, run_dir: Path, *further: str, inject: dict[str, Any] | None = None) -> subprocess.Popen:
         before = dict(self.commands.env)

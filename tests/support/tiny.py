@@ -6,35 +6,14 @@ import json
 import random
 from pathlib import Path
 
-WORDS = [f"w{number}" for number in range(96)]
-SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+from dstune.testing.tiny import SPECIAL, word_tokenizer
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+WORDS = [f"w{number}" for number in range(96)]
 
 
 def save_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of about 100 tokens with ChatML as its chat template."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="<|im_end|>",
-        pad_token="</s>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    wrapped.chat_template = CHATML
-    wrapped.save_pretrained(folder)
+    word_tokenizer(SPECIAL + WORDS).save_pretrained(folder)
 
 
 def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: object) -> Path:

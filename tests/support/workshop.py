@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
 
 from dstune.config.compose import compose
 from dstune.config.run_file import Composed, write_run
@@ -31,7 +34,28 @@ VOLATILE = {
 AT_THE_END = ("evaluate.every=0", "checkpoint.every=0")
 
 
-class Workshop:
+class Results:
+    """What the runs in `folder` have left."""
+
+    folder: Path
+
+    def written(self, name: str, composed: Composed, directory: str | None = None) -> dict[str, str]:
+        """A case of `parity/train_cases.py`."""
+        path = self.folder / f"{name}.yaml"
+        write_run(path, composed)
+        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
+
+    def rows(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+    def weights(self, name: str) -> dict[str, Any]:
+        return load_file(self.folder / name / "export" / "model.safetensors")
+
+    def result(self, name: str) -> dict:
+        return json.loads((self.folder / name / "result.json").read_text())
+
+
+class Workshop(Results):
     """base: overrides of every run, which evaluates and saves at its end unless they say otherwise."""
 
     def __init__(self, folder: Path, base: Sequence[str]):
@@ -42,9 +66,8 @@ class Workshop:
 
     def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
         """A case of `parity/train_cases.py`."""
-        path = self.folder / f"{name}.yaml"
-        write_run(path, self.config(f"run.dir={self.folder / (directory or name)}", *overrides))
-        return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
+        composed = self.config(f"run.dir={self.folder / (directory or name)}", *overrides)
+        return self.written(name, composed, directory)
 
     def stopped_and_continued(self, name: str, *overrides: str) -> list[dict[str, str]]:
         """NAME-whole without a stop, and NAME-cut that is stopped after its first step and then continued."""
@@ -57,8 +80,4 @@ class Workshop:
 
     def rows(self, name: str) -> list[dict]:
         """Metrics rows, without times and memory."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in VOLATILE} for line in lines]
-
-    def result(self, name: str) -> dict:
-        return json.loads((self.folder / name / "result.json").read_text())
+        return [{key: value for key, value in row.items() if key not in VOLATILE} for row in super().rows(name)]

@@ -21,6 +21,7 @@ from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
 from dstune.protocols.task import TaskConfig
 from dstune.tasks.chat.config import ChatConfig
+from dstune.testing.tiny import CHATML
 
 SPECIAL = [
     "<|begin_of_text|>",
@@ -35,12 +36,6 @@ SPECIAL = [
     "<s>",
     "</s>",
 ]
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 TRAINING_TEXT = [
     "user assistant system tool Hello how are you? I am fine, thanks. The answer is four. What is two and two?\n",

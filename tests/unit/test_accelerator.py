@@ -238,11 +238,7 @@ SIZES = {
 
 @pytest.mark.parametrize(
     ("size", "layer", "embeddings"),
-    [
-        ("1B", 60_821_504, 525_338_624),
-        ("8B", 218_112_000, 1_050_677_248),
-        ("70B", 855_654_400, 2_101_354_496),
-    ],
+    [("1B", 60_821_504, 525_338_624), ("8B", 218_112_000, 1_050_677_248), ("70B", 855_654_400, 2_101_354_496)],
 )
 def test_stage_3_gathers_a_layer_ahead_and_holds_three(size, layer, embeddings):
     """Elements of a layer (attention, feed-forward, two norms) and outside of layers, by hand."""

@@ -51,8 +51,7 @@ QWQ = CHATML.replace("<|im_start|>assistant\n' }}{% endif", "<|im_start|>assista
 """The prompt opens the reasoning, which is a part of the content."""
 CALLS = "(message.tool_calls | tojson if message.tool_calls else '')"
 TOOLS_ONLY = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + CHATML.replace(
-    "message['content']",
-    "(message.content or '') + (message.tool_calls | tojson if message.tool_calls else '')",
+    "message['content']", "(message.content or '') + (message.tool_calls | tojson if message.tool_calls else '')"
 )
 TOOLS = [
     {
@@ -303,8 +302,7 @@ def test_a_template_for_conversations_with_tools_alone_is_served():
 def test_a_content_that_is_needed_in_the_history_alone_is_given():
     """QwQ: `message.content` of a call is read where something follows it."""
     template = CHATML.replace(
-        "message['content']",
-        f"((message['content'] if not loop.last else message['content'] or '') + {CALLS})",
+        "message['content']", f"((message['content'] if not loop.last else message['content'] or '') + {CALLS})"
     )
     without = {"role": "assistant", "tool_calls": CALLING[1]["tool_calls"]}
     runs = trained(byte_tokenizer(template), [CALLING[0], without, tool("sunny"), assistant("It is sunny.")])
@@ -314,11 +312,7 @@ def test_a_content_that_is_needed_in_the_history_alone_is_given():
 @pytest.mark.parametrize(
     ("template", "reason", "fix"),
     [
-        (
-            "{{ functions + '' }}" + CHATML,
-            "'functions' is undefined",
-            "task.chat_template_kwargs='{functions: ...}'",
-        ),
+        ("{{ functions + '' }}" + CHATML, "'functions' is undefined", "task.chat_template_kwargs='{functions: ...}'"),
         (
             CHATML.replace("message['content'] +", "message['content'][0]['text'] +"),
             "contents in parts",
@@ -353,8 +347,7 @@ DROPPING = {
     "what tools do": "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + CHATML,
     "tool calls": CHATML,
     "more than one tool call": CHATML.replace(
-        "message['content']",
-        "(message.content or '') + (message.tool_calls[0] | tojson if message.tool_calls else '')",
+        "message['content']", "(message.content or '') + (message.tool_calls[0] | tojson if message.tool_calls else '')"
     ),
     "results of tools": CHATML.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"

@@ -174,11 +174,7 @@ def test_from_yaml_reports_everything_at_once(config: RunConfig):
 
 @pytest.mark.parametrize(
     ("text", "where", "reason"),
-    [
-        ("a: [", "run.yaml:1", "no YAML"),
-        ("- a", "run.yaml", "not a configuration"),
-        ("run: 3", "run", "section"),
-    ],
+    [("a: [", "run.yaml:1", "no YAML"), ("- a", "run.yaml", "not a configuration"), ("run: 3", "run", "section")],
 )
 def test_from_yaml_of_something_else(text: str, where: str, reason: str):
     with pytest.raises(UserError) as caught:

@@ -81,18 +81,8 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ),
     ("optimizer.betas", CHAT, ("optimizer.betas=[0.9,1.0]",), ("optimizer.betas=[0,0.999]",)),
     ("optimizer.betas", CHAT, ("optimizer.betas=[-0.1,0.9]",), ("optimizer=sgd",)),
-    (
-        "trainer.micro_batch_size",
-        CHAT,
-        ("trainer.micro_batch_size=17",),
-        ("trainer.micro_batch_size=16",),
-    ),
-    (
-        "schedule.warmup_steps",
-        (*CHAT, "schedule.warmup_steps=10"),
-        ("trainer.max_steps=9",),
-        ("trainer.max_steps=10",),
-    ),
+    ("trainer.micro_batch_size", CHAT, ("trainer.micro_batch_size=17",), ("trainer.micro_batch_size=16",)),
+    ("schedule.warmup_steps", (*CHAT, "schedule.warmup_steps=10"), ("trainer.max_steps=9",), ("trainer.max_steps=10",)),
     (
         "schedule.warmup_ratio + schedule.decay_ratio",
         WSD,

@@ -145,11 +145,17 @@ def without_locks(monkeypatch, tmp_path):
     return limited / "run"
 
 
+def opened_mirror(place, message=lambda text: None):
+    """A mirror whose working folder holds a run."""
+    opened = mirror.open_mirror(place, message)
+    opened.work.mkdir()
+    (opened.work / "run.yaml").write_text("run: 1")
+    return opened
+
+
 def test_a_run_works_here_and_is_at_its_place_in_the_end(without_locks):
     place, said = without_locks, []
-    first = mirror.open_mirror(place, said.append)
-    first.work.mkdir()
-    (first.work / "run.yaml").write_text("run: 1")
+    first = opened_mirror(place, said.append)
     (first.work / "export").mkdir()
     (first.work / "export" / "config.json").write_text("{}")
     (first.work / "result.json").write_text(f'{{"checkpoint": "{first.work}/checkpoints/x"}}')
@@ -200,9 +206,7 @@ def test_two_launches_never_work_on_one_run(without_locks, monkeypatch, tmp_path
 
 def test_a_launch_that_died_is_taken_over_and_stops_if_it_did_not(without_locks, monkeypatch, tmp_path):
     place, said = without_locks, []
-    first = mirror.open_mirror(place, said.append)
-    first.work.mkdir()
-    (first.work / "run.yaml").write_text("run: 1")
+    first = opened_mirror(place, said.append)
     first._copy()
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache of another machine"))
     second = mirror.open_mirror(place, said.append)
@@ -218,9 +222,7 @@ def test_a_launch_that_died_is_taken_over_and_stops_if_it_did_not(without_locks,
 @pytest.mark.parametrize("cut_short", [False, True], ids=["whole", "killed while it wrote the lease"])
 def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks, cut_short):
     place, said = without_locks, []
-    first = mirror.open_mirror(place, said.append)
-    first.work.mkdir()
-    (first.work / "run.yaml").write_text("run: 1")
+    first = opened_mirror(place, said.append)
     save(first.work, 10)
     first._copy()
     save(first.work, 20)
@@ -235,9 +237,7 @@ def test_what_was_not_copied_when_this_machine_stopped_is_not_lost(without_locks
 
 
 def test_a_lease_that_was_cut_short_hides_no_run_that_went_on_elsewhere(without_locks):
-    first = mirror.open_mirror(without_locks, lambda text: None)
-    first.work.mkdir()
-    (first.work / "run.yaml").write_text("run: 1")
+    first = opened_mirror(without_locks)
     save(first.work, 10)
     first._copy()
     os.close(first._lock)  # killed
@@ -253,9 +253,7 @@ def test_a_copy_that_takes_long_is_no_silence(without_locks, monkeypatch):
     place, seen = without_locks, set()
     monkeypatch.setattr(mirror, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
-    opened = mirror.open_mirror(place, lambda text: None)
-    opened.work.mkdir()
-    (opened.work / "run.yaml").write_text("run: 1")
+    opened = opened_mirror(place)
     (opened.work / mirror.BEGUN).write_text("{}")
     save(opened.work, 10)
     copy = copied.copy_checkpoint
@@ -298,9 +296,7 @@ def test_errors_while_copying_are_reported_and_retried(without_locks, monkeypatc
 
 
 def test_killed_while_it_takes_the_run_over_this_machine_loses_nothing(without_locks, monkeypatch):
-    first = mirror.open_mirror(without_locks, lambda text: None)
-    first.work.mkdir()
-    (first.work / "run.yaml").write_text("run: 1")
+    first = opened_mirror(without_locks)
     (without_locks / "result.json").write_text("{}")  # of the launch before
     save(first.work, 10)
     os.close(first._lock)  # killed before anything was copied

@@ -18,17 +18,9 @@ import pytest
 from dstune.core.errors import UserError
 from dstune.serve.finetuning import blobs as blobs_module
 from dstune.serve.finetuning.tables import AuditEntry, Blob, File, Part
-from tests.support.finetuning import cloud
+from tests.support.finetuning_calls import run
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-
-
-def run(test, tmp_path, **options):
-    async def main():
-        async with cloud(tmp_path, **options) as found:
-            return await test(found)
-
-    return asyncio.run(main())
 
 
 def contents(found) -> list:

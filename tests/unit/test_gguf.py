@@ -17,7 +17,8 @@ from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
 from dstune.data.named_templates import joined
 from dstune.inference import export_command
-from tests.support.tiny import CHATML, save_decoder
+from dstune.testing.tiny import CHATML
+from tests.support.tiny import save_decoder
 
 TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"
 

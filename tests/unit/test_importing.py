@@ -69,11 +69,7 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
         NOT_SUPPORTED: {"push_to_hub", "chat_template"},
         MEANINGLESS: {"remove_unused_columns", *HANDBOOK},
     },
-    "trl/zephyr_qlora.yaml": {
-        NOT_SUPPORTED: {"push_to_hub"},
-        DIFFERENT: {"dataset_mixture"},
-        MEANINGLESS: HANDBOOK,
-    },
+    "trl/zephyr_qlora.yaml": {NOT_SUPPORTED: {"push_to_hub"}, DIFFERENT: {"dataset_mixture"}, MEANINGLESS: HANDBOOK},
 }
 OFF = {
     "axolotl/llama3_instruct_lora.yaml": {

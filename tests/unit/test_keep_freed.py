@@ -27,8 +27,7 @@ def test_freed_tensors_up_to_32_mib_are_kept(report: list[tuple[int, int]]) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")],
+    ("name", "value"), [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")]
 )
 def test_what_the_user_has_set_stays(
     report: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, name: str, value: str

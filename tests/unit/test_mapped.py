@@ -67,11 +67,7 @@ def test_a_newer_file_beside_an_index_is_what_transformers_takes(folder: Path) -
 
 @pytest.mark.parametrize(
     "content",
-    [
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
-        b"\xff" * 64,
-        b"",
-    ],
+    [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", b"\xff" * 64, b""],
     ids=["pointer of Git LFS", "noise", "empty"],
 )
 def test_files_without_weights_are_a_fault_of_the_model(folder: Path, content: bytes) -> None:

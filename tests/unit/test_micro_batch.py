@@ -92,8 +92,7 @@ def test_a_size_that_took_more_than_there_may_be_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "tried", "rows"),
-    [(1, [1], 1), (3, [1, 2, 3], 3), (6, [1, 2, 4, 6], 6), (12, [1, 2, 4, 8, 12], 12)],
+    ("share", "tried", "rows"), [(1, [1], 1), (3, [1, 2, 3], 3), (6, [1, 2, 4, 6], 6), (12, [1, 2, 4, 8, 12], 12)]
 )
 def test_a_ranks_rows_of_a_step_are_enough(share: int, tried: list[int], rows: int) -> None:
     seen: list[int] = []

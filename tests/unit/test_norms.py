@@ -20,12 +20,7 @@ from dstune.models.norms import Kind, use_lean_norms
 from dstune.zero import accelerator
 
 WIDTH = 24
-NORMS = {
-    LlamaRMSNorm: Kind.rounded,
-    T5LayerNorm: Kind.rounded,
-    Olmo2RMSNorm: Kind.scaled,
-    Gemma3RMSNorm: Kind.shifted,
-}
+NORMS = {LlamaRMSNorm: Kind.rounded, T5LayerNorm: Kind.rounded, Olmo2RMSNorm: Kind.scaled, Gemma3RMSNorm: Kind.shifted}
 
 
 def made(cls: Any, dtype: torch.dtype) -> Any:

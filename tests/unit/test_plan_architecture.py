@@ -94,11 +94,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("deberta-v2", ENCODER | V3 | {"share_att_key": False, "position_biased_input": True}, TOKEN_CLASSIFIER),
     ("modernbert", ENCODER, CLASSIFIER),
     ("t5", T5, LANGUAGE_MODEL),
-    (
-        "t5",
-        T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2},
-        LANGUAGE_MODEL,
-    ),
+    ("t5", T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2}, LANGUAGE_MODEL),
     ("bart", BART, LANGUAGE_MODEL),
 ]
 

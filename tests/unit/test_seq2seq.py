@@ -27,7 +27,7 @@ from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.launch import first_rows
 from dstune.samples import convert
-from dstune.samples.debian import DebianPackage, fetch_debian
+from dstune.samples.debian import DebianPackage
 from dstune.show.facts import repetitions
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig
@@ -254,12 +254,12 @@ def test_a_package_that_cannot_be_had_is_named_with_what_to_do(tmp_path, monkeyp
     with pytest.raises(
         UserError, match=r"(?s)no apt-get on this machine.*apt-get download thing=1-1.*thing_1-1_all.deb"
     ):
-        fetch_debian(package, tmp_path, "sample://thing")
+        package.fetch(tmp_path, "sample://thing")
     apt = tmp_path / "apt-get"
     apt.write_text("#!/bin/sh\n: > thing_1-1_all.deb\n")
     apt.chmod(0o755)
     with pytest.raises(UserError, match=r"another thing_1-1_all\.deb than the pinned one"):
-        fetch_debian(package, tmp_path, "sample://thing")
+        package.fetch(tmp_path, "sample://thing")
 
 
 def test_scores_of_generated_targets_need_an_extra(monkeypatch):

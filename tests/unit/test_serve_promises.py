@@ -35,8 +35,9 @@ from dstune.serve.gateway.routes import ROUTES
 from dstune.serve.store.database import Database, now
 from dstune.serve.store.keys import Keys, Limit
 from dstune.serve.store.tables import AnswerRow
+from dstune.testing.tiny import CHATML
 from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
-from tests.support.tiny import CHATML, save_tokenizer
+from tests.support.tiny import save_tokenizer
 
 # -- control tokens, number formats -----------------------------------------------------------------------------------
 

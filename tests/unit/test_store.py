@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dstune.checkpoint import store
+from dstune.core.files import hash_file
 
 
 def write(run_dir, step, *, best_step=None, size=100, weights_only=False):
@@ -132,7 +133,7 @@ def test_entries_of_the_writers_are_compared_with_the_files(tmp_path):
     temporary = store.folder(tmp_path) / (store.tag(10) + store.INCOMPLETE)
     temporary.mkdir(parents=True)
     (temporary / "rank0.pt").write_bytes(bytes(100))
-    entry = {"bytes": 100, "xxh3_64": store._hash(temporary / "rank0.pt")}
+    entry = {"bytes": 100, "xxh3_64": hash_file(temporary / "rank0.pt")}
     with pytest.raises(OSError, match=r"rank1\.pt is not what was written"):
         store.commit(temporary, {"step": 10}, {"rank0.pt": entry, "rank1.pt": entry})
     with pytest.raises(OSError, match=r"rank0\.pt is not what was written"):

@@ -82,20 +82,18 @@ class Server:
 
     def whole(self, row: Mapping[str, Any]) -> list[int]:
         """Tokens of the whole conversation."""
-        messages = [
-            self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
-            for message in row["messages"]
-        ]
+        messages = self._messages(row)
         last: dict[str, Any] = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         given = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
         return self._ids(self._rendered(messages, row.get("tools"), given, prompt=False))
 
+    def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        unweighted = ({key: value for key, value in message.items() if key != "weight"} for message in row["messages"])
+        return [self.facts.adapted(message) for message in unweighted]
+
     def marks(self, row: Mapping[str, Any], ids: list[int], max_length: int) -> list[bool] | None:
         """Which tokens of a sample the template marks (`{% generation %}`), where it is the conversation or a beginning of it."""
-        messages = [
-            self.facts.adapted({key: value for key, value in message.items() if key != "weight"})
-            for message in row["messages"]
-        ]
+        messages = self._messages(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         for end in dict.fromkeys([len(messages), *(number + 1 for number in answers)]):
             last = max((number for number in answers if number < end), default=0)

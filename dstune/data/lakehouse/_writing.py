@@ -15,13 +15,7 @@ ROWS_PER_BATCH = 1024
 
 
 def write_rows(
-    place: str,
-    address: Address,
-    rows: Path,
-    identity: str,
-    *,
-    replace: bool,
-    options: Mapping[str, str] | None = None,
+    place: str, address: Address, rows: Path, identity: str, *, replace: bool, options: Mapping[str, str] | None = None
 ) -> str:
     """Append the JSON lines of `rows` to the table at `place`, which is created where there is none; or replace its rows.
 

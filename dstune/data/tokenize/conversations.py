@@ -217,12 +217,7 @@ class ChatEncoder(Language):
         return samples
 
     def _of_tokens(
-        self,
-        number: int,
-        text: _Text,
-        input_ids: np.ndarray,
-        offsets: np.ndarray,
-        within: np.ndarray | None = None,
+        self, number: int, text: _Text, input_ids: np.ndarray, offsets: np.ndarray, within: np.ndarray | None = None
     ) -> Sample:
         """The sample of these tokens: of `text.places` what lies `within`, or (where places have no spans) that itself."""
         sizes = self._sizes(input_ids, offsets, text.text)

@@ -21,11 +21,7 @@ ARRAY = Path("launch") / "array.sbatch"
 
 
 def submit(
-    base: RunConfig,
-    launch: SlurmConfig,
-    folder: Path,
-    runs: Sequence[tuple[RunConfig, Path]],
-    console: Console,
+    base: RunConfig, launch: SlurmConfig, folder: Path, runs: Sequence[tuple[RunConfig, Path]], console: Console
 ) -> list[str]:
     """Write the scripts of `runs` and of their array, and submit it; the job of each run. Raises UserError."""
     launch_id = uuid.uuid4().hex

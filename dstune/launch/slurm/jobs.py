@@ -95,11 +95,7 @@ def ask(ids: Sequence[str]) -> list[Job]:
     """
     found: dict[str, Job] = {}
     for number in ids:  # one by one: an unknown one would make squeue refuse all
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unreachable(f"squeue: {error}") from None
+        done = _squeue("--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N")
         if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
             raise Unreachable(done.stderr.strip())
         # The task of an array goes by two names, ARRAY_TASK and the number that it knows itself by; until they start, all tasks
@@ -125,14 +121,18 @@ def alive(ids: Sequence[str]) -> list[Job]:
 
 def named(name: str) -> list[str]:
     """The numbers of this user's jobs of a name that are not over. Raises Unreachable."""
-    command = ["squeue", "--noheader", "--me", f"--name={name}", "--format=%A"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unreachable(f"squeue: {error}") from None
+    done = _squeue("--me", f"--name={name}", "--format=%A")
     if done.returncode != 0:
         raise Unreachable(done.stderr.strip())
     return [number for number in done.stdout.split() if records.JOB.fullmatch(number)]
+
+
+def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
+    try:
+        command = ["squeue", "--noheader", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"squeue: {error}") from None
 
 
 def cancel(ids: Sequence[str]) -> None:

@@ -24,11 +24,7 @@ NOTHING_LEFT = 10
 
 
 def job_script(
-    config: RunConfig,
-    launch: SlurmConfig,
-    run_dir: Path,
-    parent_env: Mapping[str, str],
-    module: str = "dstune.worker",
+    config: RunConfig, launch: SlurmConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker"
 ) -> str:
     """The whole script. Values of variables that the ranks inherit are not in it, only their names.
 
@@ -45,7 +41,7 @@ def job_script(
     lines = [
         "#!/usr/bin/env bash",
         f"# {config.run.name}: made by `dstune train launch=slurm`, and made anew by each start.",
-        f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run, with the run.yaml of now)",
+        f"# By hand: sbatch {shlex.quote(str(run / SCRIPT))}   (continues the run with its current run.yaml)",
         *(f"#SBATCH {option}" for option in options(config, launch, run, names)),
         "",
         f"run={shlex.quote(str(run))}",

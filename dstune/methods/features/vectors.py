@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from dstune.config.schema import InitialWeights, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
+from dstune.core.files import hash_file
 from dstune.data.collate import ROW_COLUMNS, collate
 from dstune.data.prepared import PreparedData, Split
-from dstune.data.sampler import evaluation_batches, share
+from dstune.data.sampler import padded_batches, share
 from dstune.methods.features.classifier import feature_classifier
 from dstune.methods.features.config import FeaturesConfig
 from dstune.models import pooled
@@ -113,9 +114,7 @@ def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precisio
     body: Any = [config.model.path, config.model.revision]
     if folder.is_dir():
         body = {
-            file.name: _file_digest(file)
-            for file in sorted(folder.glob("*"))
-            if file.suffix in (".json", ".safetensors")
+            file.name: hash_file(file) for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")
         }
     if config.model.weights is InitialWeights.random:
         body = [body, config.trainer.seed]
@@ -126,18 +125,10 @@ def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precisio
         config.model.config_overrides,
         method.pooling.value,
         precision.value,
-        [_file_digest(Path(file)) for file in (__file__, pooled.__file__)],
+        [hash_file(Path(file)) for file in (__file__, pooled.__file__)],
         transformers.__version__,
     ]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
-
-
-def _file_digest(file: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _compute(
@@ -169,12 +160,7 @@ def _compute(
 
 def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_token_id: int) -> pa.Table:
     """This rank's share of the rows of `split`."""
-    batches = evaluation_batches(
-        split.lengths,
-        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
-        max_length=config.data.max_length,
-        packing=False,
-    )
+    batches = padded_batches(split.lengths, config)
     vectors: list[np.ndarray] = []
     indices: list[int] = []
     for micro_batch in share(batches, world.rank, world.size):

@@ -6,13 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.augment_schema import AugmentConfig
-from dstune.config.schema import (
-    EarlyStoppingConfig,
-    Export,
-    InitialWeights,
-    RunConfig,
-    tracking_class,
-)
+from dstune.config.schema import EarlyStoppingConfig, Export, InitialWeights, RunConfig, tracking_class
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import TASKS
 
@@ -32,10 +26,7 @@ def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path)
         method=UlmfitConfig(rate_factor=method.rate_factor, unfreeze_epochs=0.0),
         optimizer=replace(config.optimizer, lr=method.language_model_lr or config.optimizer.lr),
         trainer=replace(
-            config.trainer,
-            max_steps=None,
-            epochs=method.language_model_epochs,
-            early_stopping=EarlyStoppingConfig(),
+            config.trainer, max_steps=None, epochs=method.language_model_epochs, early_stopping=EarlyStoppingConfig()
         ),
         evaluate=replace(config.evaluate, every=0, samples=0),
         tracking=tracking_class()(),

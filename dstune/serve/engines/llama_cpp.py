@@ -28,7 +28,6 @@ COMPLETION = _SAMPLING | {"model", "prompt"}
 @dataclass
 class LlamaCppEngine(Engine):
     name: ClassVar[str] = "llama.cpp"
-    parses_special: ClassVar[bool] = True
     program: str | None = None
     arguments: list[str] = field(default_factory=list)
 

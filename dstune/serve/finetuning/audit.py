@@ -13,8 +13,7 @@ from dstune.serve.gateway.request import Request
 
 def note(session: Session, request: Request, action: str, subject: str, **detail: Any) -> None:
     """action: `file.created`; subject: the id of what it was done to."""
-    caller = request.caller
-    assert caller is not None
+    caller = request.key
     session.add(
         AuditEntry(
             id=new_id("audit_log-"), created_at=unix_time(), organization=caller.organization, project=caller.project,

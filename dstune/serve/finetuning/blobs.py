@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import sync_path
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.ids import new_id
 from dstune.serve.finetuning.jobs.folder import link
@@ -92,11 +93,7 @@ class Blobs:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         os.rename(staged.path, path)
         for folder in (path.parent, self.folder):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_path(folder)
         staged.kept = True
 
     def remove(self, blob: str) -> None:

@@ -38,14 +38,13 @@ class Attempt:
     @classmethod
     def of(cls, request: Request, route: str, digest: str) -> Attempt:
         """digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
-        assert request.caller is not None
         given = request.header("idempotency-key")
         if given and not (len(given) <= 255 and given.isprintable() and given.isascii()):
             raise ApiError(400, "Idempotency-Key must be 1 to 255 printable characters.", param="Idempotency-Key")
         count = request.header("x-stainless-retry-count")
         return cls(
-            request.caller.project,
-            request.caller.id,
+            request.key.project,
+            request.key.id,
             route,
             digest,
             given or None,

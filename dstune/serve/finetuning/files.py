@@ -55,7 +55,7 @@ class Files:
         query = request.query((*pages.PARAMETERS, "purpose"))
         page = pages.page_of(query, limit=10_000, most=10_000)
         purpose = query.get("purpose")
-        body = await asyncio.to_thread(self._list, _caller(request), page, purpose)
+        body = await asyncio.to_thread(self._list, request.key, page, purpose)
         await request.answer(body)
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
@@ -161,7 +161,7 @@ class Files:
     def _create(
         self, request: Request, attempt: Attempt, staged: Staged, filename: str, purpose: str, seconds: int | None
     ) -> File:
-        caller = _caller(request)
+        caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
             before = attempt.found(session)
@@ -182,10 +182,10 @@ class Files:
 
     def _read(self, request: Request) -> File:
         with self._database.session() as session:
-            return self.of(session, _caller(request).project, request.parameters["file"])
+            return self.of(session, request.key.project, request.parameters["file"])
 
     def _delete(self, request: Request, file: str) -> None:
-        project = _caller(request).project
+        project = request.key.project
         with self._database.writing.begin() as session:
             row = session.scalar(select(File).where(File.project == project, File.id == file).with_for_update())
             if row is None or (row.deleted_at and not is_repetition(request.header("x-stainless-retry-count"))):
@@ -272,8 +272,3 @@ def _expiry(fields: Mapping[str, str]) -> dict[str, Any] | None:
 
 def _alive() -> list[Any]:
     return [File.deleted_at.is_(None), or_(File.expires_at.is_(None), File.expires_at > unix_time())]
-
-
-def _caller(request: Request) -> Caller:
-    assert request.caller is not None
-    return request.caller

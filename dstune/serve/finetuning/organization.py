@@ -106,8 +106,7 @@ class Organizations:
 
     async def list_secrets(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        assert request.caller is not None
-        await request.answer(await asyncio.to_thread(self._secrets, request.caller.project))
+        await request.answer(await asyncio.to_thread(self._secrets, request.key.project))
 
     async def keep_secret(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -220,15 +219,13 @@ class Organizations:
         return {"object": "list", "data": data}
 
     def _keep_secret(self, request: Request, name: str, value: str) -> None:
-        assert request.caller is not None
         with self._database.writing.begin() as session:
-            self._vault.keep(session, request.caller.project, name, value)
+            self._vault.keep(session, request.key.project, name, value)
             audit.note(session, request, "secret.created", name)
 
     def _drop_secret(self, request: Request, name: str) -> None:
-        assert request.caller is not None
         with self._database.writing.begin() as session:
-            row = session.get(Secret, (request.caller.project, name))
+            row = session.get(Secret, (request.key.project, name))
             if row is None:
                 raise ApiError(404, f"No such secret: {name[:128]}", param="name", code="secret_not_found")
             session.delete(row)
@@ -329,5 +326,4 @@ def _moment(seconds: int) -> datetime.datetime:
 
 
 def _organization(request: Request) -> str:
-    assert request.caller is not None
-    return request.caller.organization
+    return request.key.organization

@@ -94,8 +94,7 @@ class Uploads:
     def _create(
         self, request: Request, attempt: Attempt, filename: str, purpose: str, size: int, kind: str, seconds: int | None
     ) -> Upload:
-        caller = request.caller
-        assert caller is not None
+        caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
             before = attempt.found(session)
@@ -128,11 +127,10 @@ class Uploads:
 
     def _open(self, request: Request, session: Session | None = None) -> Upload:
         """The upload of a request. Raises ApiError where it takes no more."""
-        assert request.caller is not None
         if session is None:
             with self._database.session() as own:
                 return self._open(request, own)
-        row = self._of(session, request.caller.project, request.parameters["upload"])
+        row = self._of(session, request.key.project, request.parameters["upload"])
         if row.status != "pending":
             raise ApiError(400, f"The upload is {row.status}.", code=f"upload_{row.status}")
         return row
@@ -156,8 +154,7 @@ class Uploads:
         return part
 
     def _complete(self, request: Request, ids: Sequence[str], md5: str | None) -> tuple[Upload, File]:
-        assert request.caller is not None
-        project, name = request.caller.project, request.parameters["upload"]
+        project, name = request.key.project, request.parameters["upload"]
         with self._database.session() as session:
             upload = self._of(session, project, name)
             parts = {part.id: part for part in session.scalars(select(Part).where(Part.upload == upload.id))}
@@ -197,8 +194,7 @@ class Uploads:
     def _finish(self, request: Request, staged: Staged) -> tuple[Upload, File]:
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"upload {request.parameters['upload']}")
-            assert request.caller is not None
-            upload = self._of(session, request.caller.project, request.parameters["upload"])
+            upload = self._of(session, request.key.project, request.parameters["upload"])
             if upload.status == "completed":
                 return self._completed(upload)
             upload = self._open(request, session)
@@ -213,10 +209,9 @@ class Uploads:
         return upload, file
 
     def _cancel(self, request: Request) -> Upload:
-        assert request.caller is not None
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"upload {request.parameters['upload']}")
-            upload = self._of(session, request.caller.project, request.parameters["upload"])
+            upload = self._of(session, request.key.project, request.parameters["upload"])
             if upload.status == "cancelled":
                 return upload
             upload = self._open(request, session)

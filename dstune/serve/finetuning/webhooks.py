@@ -184,18 +184,17 @@ class Webhooks:
         return values
 
     def _create(self, request: Request, attempt: Attempt, values: dict[str, Any]) -> tuple[WebhookEndpoint, str]:
-        assert request.caller is not None
         secret, now = new_secret(), unix_time()
         with self._database.writing.begin() as session:
-            self._database.exclusive(session, f"creations {request.caller.project}")
+            self._database.exclusive(session, f"creations {request.key.project}")
             if before := attempt.found(session):
-                row = self._of(session, request.caller.project, before)
+                row = self._of(session, request.key.project, before)
                 return row, self._vault.open(row.secret)
-            mine = (WebhookEndpoint.project == request.caller.project, WebhookEndpoint.deleted_at.is_(None))
+            mine = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
             if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MOST_ENDPOINTS:
                 raise ApiError(400, f"A project has at most {MOST_ENDPOINTS} webhook endpoints.", code="too_many")
             row = WebhookEndpoint(
-                id=new_id("we_"), created_at=now, updated_at=now, project=request.caller.project,
+                id=new_id("we_"), created_at=now, updated_at=now, project=request.key.project,
                 secret=self._vault.seal(secret), hint=f"whsec_…{secret[-4:]}", **values,
             )  # fmt: skip
             session.add(row)
@@ -204,8 +203,7 @@ class Webhooks:
         return row, secret
 
     def _named(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
-        assert request.caller is not None
-        return self._of(session, request.caller.project, request.parameters["endpoint"], deleted=deleted)
+        return self._of(session, request.key.project, request.parameters["endpoint"], deleted=deleted)
 
     @staticmethod
     def _of(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
@@ -221,9 +219,8 @@ class Webhooks:
             return self._named(session, request)
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
-        assert request.caller is not None
         with self._database.session() as session:
-            mine = [WebhookEndpoint.project == request.caller.project]
+            mine = [WebhookEndpoint.project == request.key.project]
             rows, more = pages.rows_of(session, WebhookEndpoint, page, mine, WebhookEndpoint.deleted_at.is_(None))
         return pages.listing([described_endpoint(row) for row in rows], more)
 

@@ -59,8 +59,7 @@ class Inference:
         body = bounded(path, body, model.engine, request.settings.max_output_tokens)
         user = body.get("user") or body.get("safety_identifier")
         request.user = user if isinstance(user, str) else None
-        assert request.caller is not None
-        async with self.admission.place(request.caller, request.receive):
+        async with self.admission.place(request.key, request.receive):
             guarded = None
             if self.guard is not None:
                 async with while_connected(request.receive):

@@ -108,12 +108,11 @@ class Recorder:
             self._finish(request, body, record, request.status or status)
 
     def _finish(self, request: Request, body: Mapping[str, Any], record: Record, status: int) -> None:
-        assert request.caller is not None
         self.written(request, record.used)
         row = {
             "id": request.id,
             "response": record.response,
-            "key": request.caller.id,
+            "key": request.key.id,
             "model": request.model,
             "version": request.version,
             "user": request.user,

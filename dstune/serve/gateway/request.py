@@ -82,6 +82,12 @@ class Request:
         for name, value in scope["headers"]:
             self._headers.setdefault(name.lower(), []).append(value)
 
+    @property
+    def key(self) -> Caller:
+        """Whose key it has, on a route that is reached with one only."""
+        assert self.caller is not None
+        return self.caller
+
     def header(self, name: str) -> str:
         """The value; empty where there is none. Raises ApiError where there are several."""
         found = self._headers.get(name.encode(), [])

@@ -58,16 +58,14 @@ async def readiness(gateway: Gateway, request: Request) -> None:
 
 
 async def models(gateway: Gateway, request: Request) -> None:
-    assert request.caller is not None
-    visible = [describe(model) for name, model in gateway.fleet.models.items() if request.caller.may_use(name)]
+    visible = [describe(model) for name, model in gateway.fleet.models.items() if request.key.may_use(name)]
     await request.answer({"object": "list", "data": visible})
 
 
 async def one_model(gateway: Gateway, request: Request) -> None:
     name = request.parameters["model"]
     model = gateway.fleet.models.get(name)
-    assert request.caller is not None
-    if model is None or not request.caller.may_use(name):
+    if model is None or not request.key.may_use(name):
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
     await request.answer(describe(model))
 
@@ -134,17 +132,14 @@ async def feedback(gateway: Gateway, request: Request) -> None:
 
 def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback | None:
     """None where the caller was given no such answer."""
-    assert request.caller is not None
     with gateway.database.session.begin() as session:
-        own = AnswerRow.key == request.caller.id
+        own = AnswerRow.key == request.key.id
         named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
         answer = session.scalar(select(AnswerRow).where(own, named))
         if answer is None:
             return None
         values = {name: body.get(name) for name in FEEDBACK[1:]}
-        row = Feedback(
-            id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.caller.id, created=now(), **values
-        )
+        row = Feedback(id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.key.id, created=now(), **values)
         session.add(row)
         return row
 

@@ -49,9 +49,8 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     requested = {name: _flag(body, name) for name in ("payload", "breakdown", "dev_info")}
     policy = _policy(guard, body.get("project_id"))
     units = units or _units(request)
-    assert request.caller is not None
     try:
-        async with gateway.admission.place(request.caller, request.receive), while_connected(request.receive):
+        async with gateway.admission.place(request.key, request.receive), while_connected(request.receive):
             verdict = await guard.check(
                 policy, [one.text for one in placed], everything=requested["breakdown"] or not decides
             )

@@ -8,23 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import DstuneError, to_json
 from dstune.serve.asgi import ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
-from dstune.serve.engines.local.process import end_with_parent, serve_socket, set_threads
+from dstune.serve.engines.local.process import run_process, set_threads
 from dstune.serve.guard.model import BATCH, GuardModel, Window
 from dstune.serve.guard.scanner import Item, Result, Scanner
 from dstune.serve.guard.wire import items_from_json, result_to_json
-from dstune.serve.server import run
 
 log = logging.getLogger("dstune.serve.guard")
 
@@ -130,21 +127,12 @@ class GuardApp:
         return self.scanner.finish(prepared, scores)
 
 
-def main() -> int:
-    settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        if settings["models"]:
-            set_threads(settings)
-        for check in settings["needs"]:
-            _CHECKS[check]()
-        scanner = Scanner.load({detector: Path(path) for detector, path in settings["models"].items()})
-        return run(serve_socket(GuardApp(scanner), settings))
-    except DstuneError as error:
-        Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
-        print(f"dstune: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+def _app(stack: ExitStack, settings: dict[str, Any]) -> GuardApp:
+    if settings["models"]:
+        set_threads(settings)
+    for check in settings["needs"]:
+        _CHECKS[check]()
+    return GuardApp(Scanner.load({detector: Path(path) for detector, path in settings["models"].items()}))
 
 
 def _sensitive() -> None:
@@ -165,6 +153,4 @@ _CHECKS = {"sensitive": _sensitive, "links": _links}
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_process(_app)

@@ -15,12 +15,13 @@ import xxhash
 from dstune.config.schema import InitialWeights, ModelConfig, OptimizerOffload, Precision, RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import hash_file
 from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.batches import batch_of
 from dstune.data.inputs import PARTS
 from dstune.data.prepared import PreparedData, Split
-from dstune.data.sampler import evaluation_batches, share
+from dstune.data.sampler import padded_batches, share
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import METHODS, method_of, task_of
 from dstune.tasks.preference.config import PreferenceConfig
@@ -128,12 +129,7 @@ class _Cache:
 
 
 def _compute(
-    config: RunConfig,
-    data: PreparedData,
-    engine: Engine,
-    head: PairHead | JudgedHead,
-    world: World,
-    pad_token_id: int,
+    config: RunConfig, data: PreparedData, engine: Engine, head: PairHead | JudgedHead, world: World, pad_token_id: int
 ) -> dict[str, np.ndarray]:
     """Log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
     engine.train(False)
@@ -142,12 +138,7 @@ def _compute(
         split: Split | None = getattr(data, part)
         if split is None:
             continue
-        batches = evaluation_batches(
-            split.lengths,
-            micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
-            max_length=config.data.max_length,
-            packing=False,
-        )
+        batches = padded_batches(split.lengths, config)
         mine = share(batches, world.rank, world.size)
         pairs = []
         for number, micro_batch in enumerate(mine):
@@ -180,14 +171,6 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
         for path in folder.iterdir()
         if path.suffix in (".safetensors", ".json", ".bin", ".py")
     )
-    mine = {f"{number}/{path.name}": _digest(path) for number, path in files[world.rank :: world.size]}
+    mine = {f"{number}/{path.name}": hash_file(path, bits=128) for number, path in files[world.rank :: world.size]}
     digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
     return [*settings, digests, method.identity()]
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
-from dstune.data.sampler import evaluation_batches, share
+from dstune.data.sampler import padded_batches, share
 from dstune.data.special_tokens import decoder_prompt, first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.models.generation import generate_answers
@@ -62,12 +62,7 @@ def generate_targets(
     length, and ranks may get unequally many.
     """
     assert isinstance(config.task, Seq2SeqConfig)
-    batches = evaluation_batches(
-        split.lengths,
-        micro_batch_size=config.evaluate.micro_batch_size or config.trainer.rows,
-        max_length=config.data.max_length,
-        packing=False,
-    )
+    batches = padded_batches(split.lengths, config)
     first = first_special_tokens(tokenizer) if context else []
     one_line = one_line and not any(
         "\n" in split.source_and_target(index)["target"].strip() for index in range(len(split.lengths))

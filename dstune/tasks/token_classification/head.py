@@ -36,8 +36,5 @@ def token_classification_head(forward: Forward, batch: Batch) -> HeadOutput:
             "correct": (predictions == labels).sum(dim=1),
         }
     return HeadOutput(
-        loss_sum=losses.sum(),
-        weight=(labels != IGNORED).sum(),
-        correct=(predictions == labels).sum(),
-        rows=rows,
+        loss_sum=losses.sum(), weight=(labels != IGNORED).sum(), correct=(predictions == labels).sum(), rows=rows
     )

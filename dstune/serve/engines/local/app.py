@@ -10,17 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dstune.core.errors import UserError
-from dstune.serve.asgi import (
-    EVENTS,
-    ClientGone,
-    Receive,
-    Scope,
-    Send,
-    dumps,
-    read_body,
-    respond,
-    while_connected,
-)
+from dstune.serve.asgi import EVENTS, ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
 from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers, chat_prompt, prompts_of
 from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel

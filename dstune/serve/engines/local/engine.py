@@ -25,10 +25,7 @@ OF_TASK: Mapping[str, Mapping[str, frozenset[str]]] = {
         "/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text", "user"}),
         "/score": frozenset({"model", "text_1", "text_2", "user"}),
     },
-    "classify": {
-        "/classify": frozenset({"model", "input", "user"}),
-        "/v1/moderations": frozenset({"model", "input"}),
-    },
+    "classify": {"/classify": frozenset({"model", "input", "user"}), "/v1/moderations": frozenset({"model", "input"})},
     "rank": {
         "/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text", "user"}),
         "/score": frozenset({"model", "text_1", "text_2", "user"}),

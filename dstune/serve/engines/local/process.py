@@ -12,27 +12,30 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dstune.core.errors import DstuneError, to_json
 from dstune.serve.server import Server, configured, run
 
 
-def main() -> int:
+def run_process(app_of: Callable[[ExitStack, dict[str, Any]], Any]) -> NoReturn:
+    """Serve an application until the parent goes; what it is made of comes as a line on standard input."""
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     # A failed load must not look like a crash: the gateway reads why from the status file.
     try:
         with ExitStack() as stack:
-            app = _language(stack, settings) if settings["generates"] else _encoder(settings)
-            return run(serve_socket(app, settings))
+            code = run(serve_socket(app_of(stack, settings), settings))
     except DstuneError as error:
         Path(settings["status"]).write_text(to_json(error), encoding="utf-8")
         print(f"dstune: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        code = error.exit_code
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def end_with_parent() -> None:
@@ -104,10 +107,7 @@ def set_threads(settings: dict[str, Any]) -> None:
 async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
     """Serve on a Unix socket of this user alone until SIGTERM."""
     config = configured(
-        app,
-        uds=settings["socket"],
-        timeout_graceful_shutdown=settings["drain_seconds"],
-        timeout_keep_alive=3600,
+        app, uds=settings["socket"], timeout_graceful_shutdown=settings["drain_seconds"], timeout_keep_alive=3600
     )
     os.umask(0o077)
     server = Server(config)
@@ -119,6 +119,4 @@ async def serve_socket(app: Any, settings: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)
+    run_process(lambda stack, settings: _language(stack, settings) if settings["generates"] else _encoder(settings))

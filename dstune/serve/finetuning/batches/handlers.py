@@ -66,8 +66,7 @@ class Batches:
         await request.answer(described_batch(await asyncio.to_thread(self._cancel, request)))
 
     def _create(self, request: Request, attempt: Attempt, body: dict[str, Any], seconds: int | None) -> Batch:
-        caller = request.caller
-        assert caller is not None
+        caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
             if before := attempt.found(session):
@@ -96,20 +95,17 @@ class Batches:
         return row
 
     def _read(self, request: Request) -> Batch:
-        assert request.caller is not None
         with self._database.session() as session:
-            return self._of(session, request.caller.project, request.parameters["batch"])
+            return self._of(session, request.key.project, request.parameters["batch"])
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
-        assert request.caller is not None
         with self._database.session() as session:
-            rows, more = pages.rows_of(session, Batch, page, [Batch.project == request.caller.project])
+            rows, more = pages.rows_of(session, Batch, page, [Batch.project == request.key.project])
         return pages.listing([described_batch(row) for row in rows], more, nobody="")
 
     def _cancel(self, request: Request) -> Batch:
-        assert request.caller is not None
         with self._database.writing.begin() as session:
-            row = self._of(session, request.caller.project, request.parameters["batch"], lock=True)
+            row = self._of(session, request.key.project, request.parameters["batch"], lock=True)
             if row.status in ("cancelling", "cancelled"):
                 return row
             if row.status in ENDED:

@@ -69,11 +69,7 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
             "clean": {"duplicates": "keep", "leaks": False, "unicode": False},
             "on_bad_row": "error",
         },
-        "trainer": {
-            "epochs": int(given["n_epochs"]),
-            "global_batch_size": int(given["batch_size"]),
-            "seed": plan.seed,
-        },
+        "trainer": {"epochs": int(given["n_epochs"]), "global_batch_size": int(given["batch_size"]), "seed": plan.seed},
         "optimizer": {"lr": float(f"{rate:.12g}")},
         "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
         "evaluate": {"every": "1 epoch" if plan.validation else 0, "at_start": False},

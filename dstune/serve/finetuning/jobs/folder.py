@@ -19,7 +19,6 @@ ftjob-.../
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -124,13 +123,7 @@ class JobFolder:
 
     def acquire(self) -> int | None:
         """The descriptor of the lock; None while a process of the job lives. Whoever inherits it keeps the lock held."""
-        descriptor = files.open_plain(self.lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
+        return files.try_lock(files.open_plain(self.lock, os.O_RDWR | os.O_CREAT, 0o600))
 
     def is_alive(self) -> bool:
         """Whether a process of the job lives, one that was begun by an earlier server too."""

@@ -88,11 +88,7 @@ class _Room:
 
 
 def choose(
-    waiting: Iterable[Waiting],
-    busy: Iterable[Busy],
-    used: Mapping[str, float],
-    settings: QueueSettings,
-    devices: int,
+    waiting: Iterable[Waiting], busy: Iterable[Busy], used: Mapping[str, float], settings: QueueSettings, devices: int
 ) -> list[tuple[Waiting, list[int]]]:
     """The jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices: how
     many local ones there are.

@@ -102,7 +102,7 @@ class Jobs:
         bare = query.get("metadata") == "null"
         if "metadata" in query and not bare:
             raise ApiError(400, "Invalid metadata: give metadata[KEY]=VALUE, or metadata=null.", param="metadata")
-        rows, more = await asyncio.to_thread(self._store.page, _caller(request).project, page, metadata, bare=bare)
+        rows, more = await asyncio.to_thread(self._store.page, request.key.project, page, metadata, bare=bare)
         await request.answer(pages.listing([objects.job(row) for row in rows], more, ids=False))
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
@@ -120,13 +120,13 @@ class Jobs:
 
     async def events(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=20, most=MOST_PAGE)
-        project, job = _caller(request).project, request.parameters["job"]
+        project, job = request.key.project, request.parameters["job"]
         rows, more = await asyncio.to_thread(self._store.events, project, job, page)
         await request.answer(pages.listing([objects.event(row) for row in rows], more, ids=False))
 
     async def checkpoints(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=10, most=MOST_PAGE)
-        project, job = _caller(request).project, request.parameters["job"]
+        project, job = request.key.project, request.parameters["job"]
         rows, more = await asyncio.to_thread(self._store.checkpoints, project, job, page)
         await request.answer(pages.listing([objects.checkpoint(row) for row in rows], more))
 
@@ -165,11 +165,11 @@ class Jobs:
     async def _wish(self, request: Request, change: Change, message: str) -> None:
         request.query(())
         repeated = is_repetition(request.header("x-stainless-retry-count"))
-        project, job = _caller(request).project, request.parameters["job"]
+        project, job = request.key.project, request.parameters["job"]
 
         def also(session: Session) -> None:
             if change is Change.RESUME:  # else a client could have any number of jobs wait by pausing them
-                self._check_limits(session, _caller(request), mine=1)
+                self._check_limits(session, request.key, mine=1)
             audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
 
         row = await asyncio.to_thread(
@@ -182,10 +182,10 @@ class Jobs:
 
     def _read(self, request: Request) -> Job:
         with self._database.session() as session:
-            return self._store.of(session, _caller(request).project, request.parameters["job"])
+            return self._store.of(session, request.key.project, request.parameters["job"])
 
     def _create(self, request: Request, attempt: Attempt, given: JobRequest) -> Job:
-        caller = _caller(request)
+        caller = request.key
         with self._database.session() as session:  # a repetition is answered before anything is looked at again
             before = attempt.found(session)
             if before is not None:
@@ -288,8 +288,3 @@ class Jobs:
             message = f"{limits.waiting} jobs of this {whose} wait already; create more when some have started."
             headers = {"retry-after": "60", "x-should-retry": "false"}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
-
-
-def _caller(request: Request) -> Caller:
-    assert request.caller is not None
-    return request.caller

@@ -20,7 +20,6 @@ from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import describe
 from dstune.serve.store.database import Database
-from dstune.serve.store.keys import Caller
 
 log = logging.getLogger("dstune.serve")
 
@@ -39,7 +38,7 @@ class Models:
     # -- routes
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
-        caller = _caller(request)
+        caller = request.key
         tuned = await asyncio.to_thread(self.store.usable, caller)
         values = [
             describe(model)
@@ -52,7 +51,7 @@ class Models:
         await request.answer({"object": "list", "data": values})
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
-        name, caller = request.parameters["model"], _caller(request)
+        name, caller = request.parameters["model"], request.key
         if not caller.may_use(name):
             raise missing(name)
         if name.startswith("ft:"):
@@ -137,7 +136,7 @@ class Models:
     def _delete(self, request: Request, name: str) -> TunedModel:
         with self._database.writing.begin() as session:
             repeated = is_repetition(request.header("x-stainless-retry-count"))
-            row, deleted = self.store.delete(session, _caller(request), name, repeated=repeated)
+            row, deleted = self.store.delete(session, request.key, name, repeated=repeated)
             if deleted:
                 audit.note(session, request, "model.deleted", name)
         return row
@@ -145,18 +144,18 @@ class Models:
     def _share(self, request: Request, projects: list[str]) -> list[ModelPermission]:
         name = request.parameters["model"]
         with self._database.writing.begin() as session:
-            made = self.store.share(session, _caller(request), name, projects)
+            made = self.store.share(session, request.key, name, projects)
             audit.note(session, request, "checkpoint.permission.created", name, projects=projects)
         return made
 
     def _permissions(self, request: Request, page: pages.Page, project: str | None) -> Any:
         with self._database.session() as session:
-            return self.store.permissions(session, _caller(request), request.parameters["model"], page, project)
+            return self.store.permissions(session, request.key, request.parameters["model"], page, project)
 
     def _unshare(self, request: Request, permission: str) -> None:
         name = request.parameters["model"]
         with self._database.writing.begin() as session:
-            self.store.unshare(session, _caller(request), name, permission)
+            self.store.unshare(session, request.key, name, permission)
             audit.note(session, request, "checkpoint.permission.deleted", name, permission=permission)
 
     @staticmethod
@@ -177,14 +176,4 @@ def _base(name: str) -> dict[str, Any]:
 
 
 def _permission(row: ModelPermission) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "checkpoint.permission",
-        "created_at": row.created_at,
-        "project_id": row.project,
-    }
-
-
-def _caller(request: Request) -> Caller:
-    assert request.caller is not None
-    return request.caller
+    return {"id": row.id, "object": "checkpoint.permission", "created_at": row.created_at, "project_id": row.project}

@@ -109,7 +109,4 @@ def missing(name: str) -> ApiError:
 
 def _usable(caller: Caller) -> list[ColumnElement[bool]]:
     shared = select(ModelPermission.model).where(ModelPermission.project == caller.project)
-    return [
-        TunedModel.deleted_at.is_(None),
-        or_(TunedModel.project == caller.project, TunedModel.name.in_(shared)),
-    ]
+    return [TunedModel.deleted_at.is_(None), or_(TunedModel.project == caller.project, TunedModel.name.in_(shared))]

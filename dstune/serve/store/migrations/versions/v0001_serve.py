@@ -5,8 +5,6 @@ from alembic import op
 
 revision = "0001"
 down_revision = None
-branch_labels = None
-depends_on = None
 
 
 def upgrade() -> None:
@@ -47,8 +45,3 @@ def upgrade() -> None:
         sa.Column("created", sa.DateTime(timezone=True), nullable=False),
     )
     op.create_index("feedback_answer", "feedback", ["answer"])
-
-
-def downgrade() -> None:
-    for name in ("feedback", "answers", "keys"):
-        op.drop_table(name)

@@ -7,8 +7,6 @@ from alembic import op
 
 revision = "0002"
 down_revision = "0001"
-branch_labels = None
-depends_on = None
 
 BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
@@ -186,14 +184,3 @@ def _files() -> None:
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
     )
-
-
-def downgrade() -> None:
-    made = ("secrets", "batches", "deliveries", "webhook_endpoints", "audit", "usage", "creations")
-    for name in (*made, "parts", "uploads", "files", "blobs"):
-        op.drop_table(name)
-    op.drop_column("answers", "input_tokens")
-    for name in ("role", "project"):
-        op.drop_column("keys", name)
-    for name in ("projects", "organizations"):
-        op.drop_table(name)

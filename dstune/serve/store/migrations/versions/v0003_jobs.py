@@ -5,11 +5,8 @@ from alembic import op
 
 revision = "0003"
 down_revision = "0002"
-branch_labels = None
-depends_on = None
 
 BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-NAMES = ("leases", "finetuning_permissions", "finetuning_models", "finetuning_checkpoints", "finetuning_events")
 
 
 def _numbered() -> list[sa.Column]:
@@ -134,10 +131,3 @@ def upgrade() -> None:
         sa.Column("owner", sa.String(64), nullable=False),
         sa.Column("until", sa.Float, nullable=False),
     )
-
-
-def downgrade() -> None:
-    for name in (*NAMES, "finetuning_metadata", "finetuning_jobs"):
-        op.drop_table(name)
-    with op.batch_alter_table("answers") as answers:
-        answers.alter_column("model", existing_type=sa.String(256), type_=sa.String(128), existing_nullable=False)
