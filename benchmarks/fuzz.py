@@ -64,6 +64,17 @@ class Measured:
     def __call__(self, given: Any) -> None:
         self.inputs += 1
         (self.root / "input").write_text(repr(given)[:3000], errors="replace")
+        seconds = self._parse(given)
+        if (
+            self.inputs == 1 or seconds > SECONDS / 4
+        ):  # once more: the first one that comes so far imports what it needs
+            seconds = self._parse(given)
+        self.slowest = max(self.slowest, seconds)
+        if seconds > SECONDS:
+            self.note(f"slow: {seconds:.1f} s", given, "")
+
+    def _parse(self, given: Any) -> float:
+        """Seconds of the processor."""
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             began = spent()
             try:
@@ -76,10 +87,7 @@ class Measured:
                 self.note(f"{type(error).__name__}: {str(error)[:200]}", given, _place(error))
             finally:
                 signal.alarm(0)
-        seconds = spent() - began if self.inputs > 1 else 0.0  # the first one imports the parser
-        self.slowest = max(self.slowest, seconds)
-        if seconds > SECONDS:
-            self.note(f"slow: {seconds:.1f} s", given, "")
+        return spent() - began
 
     def note(self, error: str, given: Any, place: str) -> None:
         self.findings.setdefault(place or error[:4], Finding(self.parser.name, error, place, repr(given)[:3000]))

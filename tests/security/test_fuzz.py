@@ -119,6 +119,7 @@ KEPT: list[tuple[str, Any]] = [
     ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "modules_to_save": [null]}'),
     ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": ["a", null]}'),
     ("adapter_config.json", b'{"peft_type": "LORA", "base_model_name_or_path": "a", "target_modules": 1.5}'),
+    ("adapter_config.json", as_json(ADAPTER | {"lora_alpha": 10**400}).encode()),
     ("reference.json", as_json(REFERENCE | {"rows": [{"messages": []}]}).encode()),
     ("reference.json", b'{"format": 1, "rows": [[null]]}'),
     (

@@ -126,7 +126,15 @@ def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
         return None
     if isinstance(ours, list):
         return None if value is None else sorted([value] if isinstance(value, str) else value)
-    return float(value) if isinstance(ours, float) and isinstance(value, int) else value
+    if not (isinstance(ours, float) and isinstance(value, int)):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        problem = Problem(
+            "adapter_config.json", f"{name} is larger than any number here", "an adapter as peft saves it"
+        )
+        raise UserError(problem) from None
 
 
 def tensors_of(folder: Path, key: str) -> dict[str, Tensor]:
