@@ -31,7 +31,7 @@ CASES = {
     "kappa": (["kappa"], ["task=classification", "trainer.early_stopping.metric=kappa", LABELS]),
     "veto_outliers": (
         ["veto_outliers"],
-        ["task=classification", "trainer.callbacks=[{veto_outliers: {factor: 1.02, at_least: 1}}]", LABELS],
+        ["task=classification", "trainer.callbacks=[{veto_outliers: {factor: 1.001, at_least: 1}}]", LABELS],
     ),
     "lion": (["lion"], ["task=classification", "optimizer=lion", "optimizer.lr=1e-3", LABELS]),
 }
@@ -40,7 +40,7 @@ TOGETHER = (
     [
         *("task=ordinal", "task.labels=['1','2','3']", "method=bitfit", "data.format=star_rating", STARS),
         *("trainer.early_stopping.metric=kappa", "optimizer=lion", "optimizer.lr=1e-3"),
-        "trainer.callbacks=[{veto_outliers: {factor: 1.02, at_least: 1}}]",
+        "trainer.callbacks=[{veto_outliers: {factor: 1.001, at_least: 1}}]",
     ],
 )
 
