@@ -21,7 +21,9 @@ rank, run_dir = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 from dstune.core.rank_env import die_with_parent
 die_with_parent()
 def note(name, text=""):
-    (run_dir / f"note-{name}-{rank}").write_text(str(text))
+    part = run_dir / f"part-{name}-{rank}"
+    part.write_text(str(text))
+    part.rename(run_dir / f"note-{name}-{rank}")
 def result(status):
     (run_dir / "result.json").write_text(json.dumps({"status": status, "reason": "", "steps": 3}))
 """
