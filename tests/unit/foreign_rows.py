@@ -18,12 +18,12 @@ JUDGED = PreferenceConfig(loss=PreferenceLoss.kto, template_date="2025-03-09")
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
 
 
-def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 
-S, U, A = said("system", "Be brief."), said("user", "Hi"), said("assistant", "Yes")
-U2, A2 = said("user", "And now?"), said("assistant", "Still yes")
+S, U, A = turn("system", "Be brief."), turn("user", "Hi"), turn("assistant", "Yes")
+U2, A2 = turn("user", "And now?"), turn("assistant", "Still yes")
 SCHEMA = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 

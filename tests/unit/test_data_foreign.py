@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
-from unit.foreign_rows import A2, CALL, CHAT, JUDGED, NOTHING_HELD_OUT, PAIRS, SCHEMA, TEXT, U2, A, S, U, read, said
+from unit.foreign_rows import A2, CALL, CHAT, JUDGED, NOTHING_HELD_OUT, PAIRS, SCHEMA, TEXT, U2, A, S, U, read, turn
 
 from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
@@ -52,7 +52,7 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
         [
             U,
             {"role": "assistant", "reasoning_content": "Hm.", "tool_calls": [CALL]},
-            said("tool", "2"),
+            turn("tool", "2"),
             {**A, "reasoning_content": "So."},
         ],
     ),
@@ -90,24 +90,24 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
     ("a prompt as messages", {"prompt": [S, U], "completion": [A]}, "prompt_completion", [S, U, A]),
     (
         "calls as ms-swift has them",
-        {"messages": [U, said("tool_call", '{"name": "f", "arguments": {"x": 1}}'), said("tool_response", "2"), A]},
+        {"messages": [U, turn("tool_call", '{"name": "f", "arguments": {"x": 1}}'), turn("tool_response", "2"), A]},
         "messages",
-        [U, {"role": "assistant", "tool_calls": [CALL]}, said("tool", "2"), A],
+        [U, {"role": "assistant", "tool_calls": [CALL]}, turn("tool", "2"), A],
     ),
     (
         "several calls as ms-swift has them",
         {
             "messages": [
                 U,
-                said("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=True),
-                said("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
-                said("tool_response", "2"),
-                said("tool_response", "2"),
+                turn("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=True),
+                turn("tool_call", '{"name": "f", "arguments": {"x": 1}}'),
+                turn("tool_response", "2"),
+                turn("tool_response", "2"),
                 A,
             ]
         },
         "messages",
-        [U, {"role": "assistant", "tool_calls": [CALL, CALL]}, said("tool", "2"), said("tool", "2"), A],
+        [U, {"role": "assistant", "tool_calls": [CALL, CALL]}, turn("tool", "2"), turn("tool", "2"), A],
     ),
     (
         "a text and a call behind it, as ms-swift has them",
@@ -115,7 +115,7 @@ OF_CHAT: list[tuple[str, dict[str, Any], str, list[dict[str, Any]]]] = [
             "messages": [
                 U,
                 {**A, "loss": False},
-                said("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=0),
+                turn("tool_call", '{"name": "f", "arguments": {"x": 1}}', loss=0),
                 U2,
                 A2,
             ]
@@ -143,7 +143,7 @@ def test_conversations_of_other_tools(row, fmt, expected):
 
 GPT, BAD = {"from": "gpt", "value": "Yes"}, {"from": "gpt", "value": "No"}
 HUMAN = {"from": "human", "value": "Hi"}
-NO = said("assistant", "No")
+NO = turn("assistant", "No")
 OF_PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (
         "LLaMA-Factory dpo",
@@ -262,7 +262,7 @@ def test_messages_as_python_writes_them_are_no_text(row, task):
             "column 'image' holds images",
         ),
         ({"messages": [{**U, "images": ["a.jpg"]}, A]}, r"message 1 \(user\): the key 'images' holds images"),
-        ({"messages": [said("user", "Who is it?<image>"), A]}, "the marker <image> stands for media"),
+        ({"messages": [turn("user", "Who is it?<image>"), A]}, "the marker <image> stands for media"),
         ({"query": "<img>https://x.y/a.jpeg</img>Who?", "response": "Yes"}, "the marker <img> stands for media"),
         ({"messages": [{"role": "user", "content": parts(("image_url", "a.jpg"))}, A]}, "holds an image"),
         ({"messages": [{"role": "user", "content": [{"image": "a.jpg"}, {"text": "Who?"}]}, A]}, "holds an image"),
@@ -284,8 +284,8 @@ def test_what_would_be_dropped_is_refused(row, reason):
     [
         {"messages": [U, A], "images": []},
         {"messages": [U, A], "images": None, "image": {"path": None, "bytes": None}},
-        {"messages": [said("user", "Write `<image>` in XML: <image>a.png</image>, <img src='a.png'>"), A]},
-        {"messages": [said("user", "<video controls><source src='a.mp4'></video>"), A]},
+        {"messages": [turn("user", "Write `<image>` in XML: <image>a.png</image>, <img src='a.png'>"), A]},
+        {"messages": [turn("user", "<video controls><source src='a.mp4'></video>"), A]},
     ],
 )
 def test_text_about_media_and_empty_columns_are_text(row):
@@ -357,14 +357,14 @@ def test_marks_of_other_tools_for_what_is_trained_are_not_passed_over(key):
 
 
 def test_reasoning_is_given_once():
-    inline = said("assistant", "<think>\nHm.\n</think>\n\nYes", reasoning_content="Hm.")
+    inline = turn("assistant", "<think>\nHm.\n</think>\n\nYes", reasoning_content="Hm.")
     with pytest.raises(
         RowError, match=r"message 2 \(assistant\) has reasoning in its content and as reasoning_content"
     ):
         read({"messages": [U, inline]}, CHAT)
     twice = {**A, "reasoning": "Hm.", "reasoning_content": "Hm.\n", "thinking": None}
     assert read({"messages": [U, twice]}, CHAT)[1]["messages"][1]["reasoning_content"] == "Hm.\n"
-    read({"messages": [U, said("assistant", "A <think> tag is closed by </think>.", reasoning_content="Hm.")]}, CHAT)
+    read({"messages": [U, turn("assistant", "A <think> tag is closed by </think>.", reasoning_content="Hm.")]}, CHAT)
 
 
 @pytest.mark.parametrize(("given", "margin"), [("1.5", 1.5), ("-2", -2.0), (3, 3.0), ("", None)])

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import byte_tokenizer, data_run, prepared, refusal_of, write_jsonl
-from unit.foreign_rows import A2, CHAT, NOTHING_HELD_OUT, PAIRS, TEXT, U2, A, U, read, said
+from unit.foreign_rows import A2, CHAT, NOTHING_HELD_OUT, PAIRS, TEXT, U2, A, U, read, turn
 
 from dstune.config.data_schema import SourceConfig
 from dstune.core.rank_env import RankEnv
@@ -221,7 +221,7 @@ def test_the_template_gets_content_and_arguments_as_it_takes_them(content, argum
     tokenizer = byte_tokenizer(template.replace("{ARGUMENTS}", printed))
     encode = RowTokenizer(tokenizer, CHAT, "messages", 1000)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    messages = [U, {"role": "assistant", **content, "tool_calls": [call]}, said("tool", "2", tool_call_id="1"), A]
+    messages = [U, {"role": "assistant", **content, "tool_calls": [call]}, turn("tool", "2", tool_call_id="1"), A]
     (sample,) = encode.samples([normalise({"messages": messages}, "messages", {})], [0])
     assert sample.problem == ""
     assert tokenizer.decode(sample.labels[sample.labels != NO_TARGET]) == '[f {"x": 1}]<|im_end|>Yes<|im_end|>'
