@@ -118,8 +118,8 @@ def normalised(text: str) -> Normal:
 
 _JSON_STRING = re.compile(r'"\s*[:,\]}]')
 """The end of a text in JSON."""
-_JSON_ESCAPE = re.compile(r"(?:\\+u[dD][89abAB][0-9a-fA-F]{2})?\\+(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
-"""JSON within JSON has more backslashes."""
+_JSON_ESCAPE = re.compile(r"(?<!\\)(?:\\++u[dD][89abAB][0-9a-fA-F]{2})?\\++(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
+"""JSON within JSON has more backslashes. Only the first of a run begins one, and none is given back: 16,000 took 2 s."""
 _BACKSLASHES = re.compile(r"\\+")
 
 
