@@ -47,7 +47,7 @@ def chat_event(content: str | None = None, finish: str | None = None, index: int
     }
 
 
-def passed(events: list, own: Policy, *, sizes: int = 0, scan=None) -> list:
+def passed(events: list, own: Policy, *, sizes: int = 0, scan=None, choices: int = 1) -> list:
     """The events that come out; bytes are cut into pieces of `sizes`."""
     scanner = Scanner({})
 
@@ -71,7 +71,7 @@ def passed(events: list, own: Policy, *, sizes: int = 0, scan=None) -> list:
     async def run():
         found, stopped = [], None
         try:
-            async for out in HeldBack(check).stream(source()):
+            async for out in HeldBack(check, choices).stream(source()):
                 found.append(out)  # noqa: PERF401 - what came before a stop counts
         except Stopped as error:
             stopped = error
@@ -214,6 +214,20 @@ def test_choices_reasoning_and_arguments_are_each_checked():
     assert (
         stopped[-1] is not None and "usage" not in json.dumps(stopped[:-1]) and "exam" not in json.dumps(stopped[:-1])
     )
+
+
+def test_a_choice_that_is_stopped_leaves_the_others_going():
+    others = ["This is fine. ", "So is this, ", "and that."]
+    events = [chat_event(EMAIL + ". ", index=1)]
+    for text in others:
+        events += [chat_event(text), chat_event("More of what nobody gets. ", index=1)]
+    events += [chat_event("", "stop"), chat_event("", "stop", index=1)]
+    out = passed(events, policy("block", "pii/email"), choices=2)
+    assert (written(out), written(out, 1)) == ("".join(others), "")
+    ends = [(one["choices"][0]["index"], one["choices"][0].get("finish_reason")) for one in out[:-1]]
+    assert [one for one in ends if one[1]] == [(1, "content_filter"), (0, "stop")] and out[-1] is None
+    both = passed([*events[:1], chat_event(KEY), *events[1:]], policy("block", "pii/email", "secrets"), choices=2)
+    assert both[-1] is not None and written(both) == written(both, 1) == ""
 
 
 def test_completions_and_line_ends_of_other_servers():

@@ -206,7 +206,9 @@ class Guarded:
         async def check(context: str, text: str, windows: int) -> Verdict:
             return await self._piece(context, text, windows, total)
 
-        return HeldBack(check).stream(chunks)
+        prompts = self.body.get("prompt")
+        several = len(prompts) if isinstance(prompts, list) and not all(type(one) is int for one in prompts) else 1
+        return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
 
     async def _piece(self, context: str, text: str, windows: int, total: Verdict) -> Verdict:
         """Raises GuardDown where nothing may pass unchecked."""

@@ -125,19 +125,23 @@ class _Choice:
     """Whether the engine has written its end; it may still wait."""
     ended: bool = False
     """Whether its end has gone out."""
+    stopped: bool = False
+    """Whether that end is ours: nothing of it goes out any more."""
 
 
 class HeldBack:
-    """The events of a chat or text completion."""
+    """The events of a chat or text completion of so many choices."""
 
-    def __init__(self, check: Check):
+    def __init__(self, check: Check, choices: int = 1):
         self._check = check
+        self._expected = choices
         self._choices: dict[int, _Choice] = {}
         self._last: dict[str, Any] = {}
         self._closing: list[bytes] = []
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Events as they may go out. A stop is an event with `content_filter`. Raises GuardDown."""
+        """Events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
+        all have ended, the stream does. Raises Stopped then, and GuardDown."""
         buffer = b""
         try:
             async for chunk in chunks:
@@ -150,11 +154,23 @@ class HeldBack:
             async for out in self._finish(buffer):
                 yield out
         except Stopped:
-            for number, own in sorted(self._choices.items()):
-                if not own.ended:
-                    yield event(self._stop(number))
             yield b"data: [DONE]\n\n"
             raise
+
+    async def _advance(self, number: int, own: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
+        """What may go out of a choice now. Raises Stopped where it was the last one."""
+        stopped = None
+        try:
+            for channel in own.channels.values():
+                if (last := final(channel)) or channel.due():
+                    await channel.advance(self._check, final=last)
+        except Stopped as stop:
+            stopped = stop
+            own.ended = own.stopped = True
+        for out in [event(self._stop(number))] if stopped else self._free(own):
+            yield out
+        if stopped and sum(one.ended for one in self._choices.values()) >= max(self._expected, len(self._choices)):
+            raise stopped
 
     def _stop(self, number: int) -> dict[str, Any]:
         envelope = {key: value for key, value in self._last.items() if key not in ("choices", "usage")}
@@ -180,7 +196,10 @@ class HeldBack:
 
     async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
         with of_its_shape():
-            own, texts = self._choices.setdefault(int(choice.get("index", 0)), _Choice()), _texts(choice)
+            number = int(choice.get("index", 0))
+            own, texts = self._choices.setdefault(number, _Choice()), _texts(choice)
+        if own.stopped:
+            return
         ends = choice.get("finish_reason") is not None
         if not texts and not ends:  # what it tells is of text that the engine keeps back, which nobody has looked at
             _without_telling(choice)
@@ -194,12 +213,8 @@ class HeldBack:
             channel.elsewhere = 0
         own.events.append(_Event(value, parts))
         own.finished = own.finished or ends
-        for channel in own.channels.values():
-            # Another one is written now: what waits in it may go, or all that follows would wait too.
-            final = own.finished or channel.elsewhere >= KEPT
-            if final or channel.due():
-                await channel.advance(self._check, final=final)
-        for out in self._free(own):
+        # Where another channel is written now, what waits in one may go, or all that follows would wait too.
+        async for out in self._advance(number, own, lambda channel: own.finished or channel.elsewhere >= KEPT):
             yield out
 
     def _free(self, own: _Choice) -> list[bytes]:
@@ -226,11 +241,10 @@ class HeldBack:
         if rest.strip():
             async for out in self._event(rest):
                 yield out
-        for own in self._choices.values():
-            for channel in own.channels.values():
-                await channel.advance(self._check, final=True)
-            for out in self._free(own):
-                yield out
+        for number, own in sorted(self._choices.items()):
+            if not own.stopped:
+                async for out in self._advance(number, own, lambda channel: True):
+                    yield out
         for out in self._closing:
             yield out
 

@@ -198,9 +198,12 @@ def _common(text: str) -> int:
 
 
 def _readable(raw: bytes) -> str | None:
-    """The text in `raw`; None where it is something else."""
+    """The text in `raw`, in UTF-8 or, as PowerShell encodes it, in UTF-16; None where it is something else."""
+    encoding = "utf-8"
+    if raw.count(0) >= 0.4 * len(raw):
+        encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
     try:
-        text = raw.decode()
+        text = raw.decode(encoding)
     except UnicodeDecodeError:
         return None
     good = sum(character.isalnum() or character in " \n\t.,:;!?'\"-()/_" for character in text)
@@ -232,6 +235,21 @@ def _of_base64(text: str) -> str | None:
     except (binascii.Error, ValueError):
         return None
     return _readable(raw)
+
+
+_BASE32 = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z2-7]{16,}|[a-z2-7]{16,})(?![A-Za-z0-9])")
+
+
+def _base32(text: str) -> Iterator[Variant]:
+    for found in _BASE32.finditer(text):
+        run = found.group().upper()
+        run = run[: len(run) - (len(run) % 8 in (1, 3, 6))]  # so many characters more are no whole byte
+        try:
+            raw = base64.b32decode(run + "=" * (-len(run) % 8))
+        except binascii.Error:
+            continue
+        if (decoded := _readable(raw)) is not None:
+            yield Variant("base32", decoded, *found.span())
 
 
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9A-Fa-f]{2}[ :,]?){8,}(?![0-9A-Za-z])")
@@ -377,6 +395,7 @@ def _unleet(text: str) -> str:
 
 _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     _base64,
+    _base32,
     _hex,
     _escaped,
     _binary,
@@ -387,7 +406,7 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
 )
 SEVERAL = "several"
 """The name of readings that stand together."""
-DECODED = frozenset({"base64", "hex", "escaped", "binary", SEVERAL})
+DECODED = frozenset({"base64", "base32", "hex", "escaped", "binary", SEVERAL})
 """Encodings of any text: what they hide is searched for personal data and secrets too."""
 
 
