@@ -330,6 +330,9 @@ def test_what_nobody_looks_into_is_named(tmp_path):
         body = {"messages": [{"role": "user", "content": parts}], "payload": True, "own": 1}
         answer = await found.client().post("/v2/guard", json=body)
         assert answer.headers["x-guard-ignored"] == "own, image_url"
+        answer = await found.client().post("/v2/guard", json=body | {"own\r\nset-cookie: a=b": 1})
+        assert answer.headers["x-guard-ignored"] == "own, own??set-cookie: a=b, image_url"
+        assert "set-cookie" not in answer.headers
         assert [one["start"] for one in answer.json()["payload"]] == [4]
 
     run(test, tmp_path)

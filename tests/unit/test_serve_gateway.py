@@ -111,6 +111,10 @@ def test_what_is_another_tenants_does_not_exist_on_any_route(tmp_path):
         assert asked == len(INFERENCE) + 3
         listed = (await stranger.get("/v1/models")).json()["data"]
         assert [model["id"] for model in listed] == ["second"] and "/v1/chat/completions" in listed[0]["routes"]
+        for name in ("second", "first"):
+            found.gateway.fleet.models["second"].parent = name
+            seen = (await stranger.get("/v1/models/second")).json()["parent"]
+            assert seen == ("second" if name == "second" else None)
 
     run(test, tmp_path)
 

@@ -8,7 +8,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -41,6 +41,10 @@ LEAST_BYTES_A_SECOND = 1024
 """Of a body that comes in pieces, after its first `body_seconds`."""
 
 
+_NO_HEADER = re.compile(r"[^ -~]")
+"""A line's end in what a client named would begin a header of the client's own."""
+
+
 class SlowReader(Exception):
     """The client takes no more bytes."""
 
@@ -66,7 +70,7 @@ class Request:
         self.model = ""
         self.version = ""
         self.user: str | None = None
-        self.notes: list[tuple[bytes, bytes]] = []
+        self._notes: dict[bytes, list[str]] = {}
         """Headers of the response beside those of its kind."""
         self.allowed_origin = ""
         """Of a page of another site that may read the answer."""
@@ -222,11 +226,21 @@ class Request:
 
     # -- response
 
+    def note(self, header: bytes, values: Iterable[str]) -> None:
+        """Tell the client something in a header, each value once; without effect once the answer has begun."""
+        own = self._notes.setdefault(header, [])
+        own += [value for value in dict.fromkeys(values) if value not in own]
+
     async def send(self, message: Message) -> None:
         """Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY, *self.notes]
+            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
+            own += [
+                (name, _NO_HEADER.sub("?", ", ".join(values)).encode())
+                for name, values in self._notes.items()
+                if values
+            ]
             message = {**message, "headers": [*message["headers"], *own]}
         elif self.first_byte is None and message.get("body"):
             self.first_byte = time.monotonic() - self.began

@@ -20,6 +20,7 @@ from dstune.serve.gateway import page
 from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import now
+from dstune.serve.store.keys import Caller
 from dstune.serve.store.tables import AnswerRow, Feedback
 
 INFERENCE: dict[str, Mapping[str, Check]] = {
@@ -58,7 +59,9 @@ async def readiness(gateway: Gateway, request: Request) -> None:
 
 
 async def models(gateway: Gateway, request: Request) -> None:
-    visible = [describe(model) for name, model in gateway.fleet.models.items() if request.key.may_use(name)]
+    visible = [
+        describe(model, request.key) for name, model in gateway.fleet.models.items() if request.key.may_use(name)
+    ]
     await request.answer({"object": "list", "data": visible})
 
 
@@ -67,10 +70,11 @@ async def one_model(gateway: Gateway, request: Request) -> None:
     model = gateway.fleet.models.get(name)
     if model is None or not request.key.may_use(name):
         raise ApiError(404, "The model does not exist.", param="model", code="model_not_found")
-    await request.answer(describe(model))
+    await request.answer(describe(model, request.key))
 
 
-def describe(model: Model) -> dict[str, Any]:
+def describe(model: Model, key: Caller) -> dict[str, Any]:
+    """As its owner's key may see it: the base is named to those who may use it."""
     proof = model.proof
     parity: dict[str, Any] = {"status": proof.status}
     if proof.detail:
@@ -84,7 +88,7 @@ def describe(model: Model) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "dstune",
-        "parent": model.parent,
+        "parent": model.parent if model.parent and key.may_use(model.parent) else None,
         "task": model.source.task,
         "version": model.version,
         "ready": model.ready,
@@ -153,7 +157,7 @@ async def add_model(gateway: Gateway, request: Request) -> None:
     folder = await asyncio.to_thread(_allowed, path, gateway.settings.adapter_roots)
     found = await asyncio.to_thread(source.resolve, name, str(folder))
     model = await gateway.fleet.add(found)
-    await request.answer(describe(model))
+    await request.answer(describe(model, request.key))
 
 
 def _allowed(path: str, roots: tuple[str, ...]) -> Path:

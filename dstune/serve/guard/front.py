@@ -116,18 +116,13 @@ def _decision(policy: Policy, verdict: Verdict | None) -> str:
 
 
 def note_unchecked(request: Request) -> None:
-    if (UNCHECKED, b"all") not in request.notes:
-        request.notes.append((UNCHECKED, b"all"))
+    request.note(UNCHECKED, ["all"])
 
 
 def note(request: Request, verdict: Verdict) -> None:
     """Tell the client in headers what was found or not looked for, as long as there can be headers."""
-    if request.status:
-        return
-    found = sorted({entry.detector for entry in verdict.detected})
-    for name, detectors in ((FLAGGED, found), (UNCHECKED, sorted(verdict.not_run))):
-        if detectors:
-            request.notes.append((name, ", ".join(detectors).encode()))
+    request.note(FLAGGED, sorted({entry.detector for entry in verdict.detected}))
+    request.note(UNCHECKED, sorted(verdict.not_run))
 
 
 @dataclass

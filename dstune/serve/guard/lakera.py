@@ -62,8 +62,8 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     guard.charge(request, verdict)
     guard.record(request, policy, "guard", verdict)
     note(request, verdict)
-    if ignored := [*sorted(set(body) - KNOWN), *sorted(_media(body["messages"]))]:
-        request.notes.append((b"x-guard-ignored", ", ".join(ignored).encode("ascii", "replace")[:500]))
+    ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(_media(body["messages"]))])[:500]
+    request.note(b"x-guard-ignored", [ignored] if ignored else [])
     if verdict.refused and not verdict.blocked:
         too_long = [one for one in verdict.not_run.values() if one.startswith("more than")]
         if too_long:

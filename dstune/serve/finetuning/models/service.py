@@ -20,6 +20,7 @@ from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import describe
 from dstune.serve.store.database import Database
+from dstune.serve.store.keys import Caller
 
 log = logging.getLogger("dstune.serve")
 
@@ -41,13 +42,13 @@ class Models:
         caller = request.key
         tuned = await asyncio.to_thread(self.store.usable, caller)
         values = [
-            describe(model)
+            describe(model, caller)
             for name, model in gateway.fleet.models.items()
             if caller.may_use(name) and not name.startswith("ft:")
         ]
         served = {value["id"] for value in values}
         values += [_base(name) for name in self._presets().models if name not in served and caller.may_use(name)]
-        values += [self._tuned(gateway, model) for model in tuned if caller.may_use(model.name)]
+        values += [self._tuned(gateway, model, caller) for model in tuned if caller.may_use(model.name)]
         await request.answer({"object": "list", "data": values})
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
@@ -58,9 +59,9 @@ class Models:
             tuned = await asyncio.to_thread(self.store.find, caller, name)
             if tuned is None:
                 raise missing(name)
-            await request.answer(self._tuned(gateway, tuned))
+            await request.answer(self._tuned(gateway, tuned, caller))
         elif name in gateway.fleet.models:
-            await request.answer(describe(gateway.fleet.models[name]))
+            await request.answer(describe(gateway.fleet.models[name], caller))
         elif name in self._presets().models:
             await request.answer(_base(name))
         else:
@@ -159,7 +160,7 @@ class Models:
             audit.note(session, request, "checkpoint.permission.deleted", name, permission=permission)
 
     @staticmethod
-    def _tuned(gateway: Gateway, row: TunedModel) -> dict[str, Any]:
+    def _tuned(gateway: Gateway, row: TunedModel, caller: Caller) -> dict[str, Any]:
         value = {
             "id": row.name,
             "object": "model",
@@ -168,7 +169,7 @@ class Models:
             "parent": row.preset,
         }
         served = gateway.fleet.models.get(row.name)
-        return {**describe(served), **value} if served is not None else value
+        return {**describe(served, caller), **value} if served is not None else value
 
 
 def _base(name: str) -> dict[str, Any]:
