@@ -216,6 +216,21 @@ def test_choices_reasoning_and_arguments_are_each_checked():
     )
 
 
+@pytest.mark.parametrize("size", [3, 200])
+def test_arguments_in_json_stay_json(size):
+    given = {"note": f'say "hi" to {EMAIL}', "card": 4111111111111111, "more": [4111111111111111, "x"]}
+    text = json.dumps(given)
+    pieces = [text[place : place + size] for place in range(0, len(text), size)]
+    calls = [{"tool_calls": [{"index": 0, "function": {"arguments": piece}}]} for piece in pieces]
+    events = [*(chat_event(**call) for call in calls), chat_event(None, "tool_calls")]
+    out = passed(events, policy("mask", "pii/email", "pii/credit_card"))
+    found = [call for one in out[:-1] for call in one["choices"][0]["delta"].get("tool_calls", [])]
+    card = "<CREDIT_CARD>"
+    assert json.loads("".join(call["function"]["arguments"] for call in found)) == {
+        "note": 'say "hi" to <EMAIL>', "card": card, "more": [card, "x"]
+    }  # fmt: skip
+
+
 def test_a_choice_that_is_stopped_leaves_the_others_going():
     others = ["This is fine. ", "So is this, ", "and that."]
     events = [chat_event(EMAIL + ". ", index=1)]

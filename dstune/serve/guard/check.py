@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -127,15 +129,26 @@ class Verdict:
 
     def masked(self, number: int, text: str) -> str:
         parts, end = [], 0
-        for span in self.masks(number):
-            parts += [text[end : max(span.start, 0)], tag(span.detector)]
+        spans = self.masks(number)
+        for span, shown in zip(spans, tags(text, spans), strict=True):
+            parts += [text[end : max(span.start, 0)], shown]
             end = span.end
         return "".join([*parts, text[end:]])
 
 
-def tag(detector: str) -> str:
-    """What stands in the place of what was masked: `<EMAIL>`."""
-    return f"<{detector.rpartition('/')[2].upper()}>"
+_JSON = re.compile(r'\s*(?:\{|\[\s*["{\[\d-])')
+_QUOTE = re.compile(r'\\.|"', re.S)
+
+
+def tags(text: str, masks: Sequence[Span]) -> list[str]:
+    """What stands in the place of what was masked: `<EMAIL>`. Where `text` is JSON, what was no part of a string, such as a
+    number, becomes a string."""
+    found = [f"<{mask.detector.rpartition('/')[2].upper()}>" for mask in masks]
+    if not masks or not _JSON.match(text):
+        return found
+    quotes = [one.start() for one in _QUOTE.finditer(text) if one.group() == '"']
+    within = [bisect_left(quotes, mask.start) % 2 for mask in masks]
+    return [shown if inside else f'"{shown}"' for shown, inside in zip(found, within, strict=True)]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any
 from dstune.serve.asgi import event
 from dstune.serve.engines.http import object_of, of_its_shape, within_event
 from dstune.serve.guard.bodies import TELLING, texts_in
-from dstune.serve.guard.check import Span, Verdict, tag
+from dstune.serve.guard.check import Span, Verdict, tags
 
 HELD = 192
 KEPT = 64
@@ -95,12 +95,11 @@ class Channel:
     def visible(self, start: int, end: int) -> str:
         """What a reader gets of `text[start:end]`."""
         parts, place = [], start
-        for mask in self.masks:
-            if mask.end <= start or mask.start >= end:
-                continue
+        masks = [mask for mask in self.masks if mask.end > start and mask.start < end]
+        for mask, shown in zip(masks, tags(self.text, masks), strict=True):
             parts.append(self.text[place : max(mask.start, place)])
             if mask.start >= start:
-                parts.append(tag(mask.detector))
+                parts.append(shown)
             place = max(place, min(mask.end, end))
         return "".join([*parts, self.text[place:end]])
 
