@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 ATTACK, BENIGN = "attack", "benign"
@@ -77,6 +80,46 @@ def runs(text: str) -> set[int]:
     words = _WORD.findall(text.lower())
     last = max(len(words) - RUN_WORDS, 0)
     return {hash(tuple(words[start : start + RUN_WORDS])) for start in range(last + 1)}
+
+
+_UNREAD = re.compile(r"[A-Za-z0-9+/=_-]{40,}")
+_PRONOUNCED = re.compile("[a-z]{4,}")
+
+
+def encoded(text: str) -> bool:
+    """Whether it has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
+    for found in _UNREAD.finditer(text):
+        run = found.group()
+        words = sum(map(len, _PRONOUNCED.findall(run)))
+        if words < 0.4 * len(run) and re.search(r"\d", run) and re.search("[a-z]", run) and re.search("[A-Z]", run):
+            return True
+    return False
+
+
+class Odds:
+    """How much more often words stand in attacks than in harmless texts (naive Bayes over words and pairs of words)."""
+
+    RUN = 24
+    """Words and pairs of the part of a text that counts: one sentence is enough to look like an attack."""
+
+    def __init__(self, attacks: Iterable[Text], harmless: Iterable[Text]):
+        self._attacks, self._harmless = (
+            Counter(w for one in side for w in self._words(one.text)) for side in (attacks, harmless)
+        )
+        self._base = math.log((sum(self._attacks.values()) + 1) / (sum(self._harmless.values()) + 1))
+
+    @staticmethod
+    def _words(text: str) -> list[str]:
+        words = _WORD.findall(text.lower())
+        return [part for first, second in pairwise([*words, ""]) for part in (first, f"{first} {second}")]
+
+    def highest(self, one: Text) -> float:
+        """The log-odds of the part of RUN words and pairs that has the highest."""
+        odds = [math.log((self._attacks[w] + 1) / (self._harmless[w] + 1)) - self._base for w in self._words(one.text)]
+        sums = list(accumulate(odds, initial=0.0))
+        return max(
+            sums[min(start + self.RUN, len(odds))] - sums[start] for start in range(max(len(odds) - self.RUN, 0) + 1)
+        )
 
 
 _SCRIPTS = (

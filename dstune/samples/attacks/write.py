@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from dstune.samples.attacks import benign, own, packages
-from dstune.samples.attacks.texts import ATTACK, BENIGN, Text, chosen, distinct, place, runs, shorten, spread
+from dstune.samples.attacks.texts import (
+    ATTACK,
+    BENIGN,
+    Odds,
+    Text,
+    chosen,
+    distinct,
+    encoded,
+    place,
+    runs,
+    shorten,
+    spread,
+)
 
 COPIED = 0.3
 """A row that has more of its runs of words than this in training rows is a near copy."""
@@ -25,6 +37,8 @@ DOCUMENT_CHARACTERS = 1200
 """Of a document of the calibration at least."""
 DOCUMENTS_EACH = 150
 """Documents of the calibration, of each package: 1% of what has few is one, and one odd text sets the threshold."""
+TWINS_EACH = 3
+"""Benign twins of a rule in the calibration: of one rule there are dozens, and they would set the threshold alone."""
 PIECE = 320
 """Characters of a part of a document for training: also in code they are within a window."""
 
@@ -90,13 +104,17 @@ class _Pool:
 
     def training(self) -> list[Text]:
         attacks, harmless = self._attacks(0.0, KNOWN[0]), self._harmless(*TRAIN)
+        # The guard decodes before it scores, so encoded attacks teach only that certificates and keys are attacks.
+        attacks = [one for one in attacks if not encoded(one.text)]
         pieces = self._pieces(*TRAIN, 400)
+        hard = self._hard_pieces(Odds(attacks, [*harmless, *pieces]))
         # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
         short = [one for one in attacks if len(one.text) <= 250 and one.package != "prompt-armor"]
         plain = [one for one in harmless if len(one.text) <= 250 and one.family == "hard"]
-        hidden = [*_hide(chosen(short, 1600), pieces, AROUND), *_hide(chosen(plain, 800), pieces[::-1], AROUND)]
+        around = chosen([*pieces, *hard], len(pieces) + len(hard))
+        hidden = [*_hide(chosen(short, 1600), around, AROUND), *_hide(chosen(plain, 1000), around[::-1], AROUND)]
         parts = [one.cut() for one in (*attacks, *harmless)]
-        return list(distinct([*parts, *hidden, *pieces]))
+        return list(distinct([*parts, *hidden, *pieces, *hard]))
 
     def validation(self) -> list[Text]:
         attacks = [one.cut() for one in chosen(self._attacks(*KNOWN), 250)]
@@ -133,6 +151,16 @@ class _Pool:
         parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
         return chosen((one for own_kind in parts for one in own_kind), 3 * each)
 
+    def _hard_pieces(self, odds: Odds) -> list[Text]:
+        """Of each kind of document the parts of training that look most like attacks, and some that are encoded. People who
+        write to each other tell each other what to do: of e-mails there are most."""
+        found = []
+        for kind, count in ((self.emails, 700), (self.commands, 400), (self.prose, 300)):
+            pool = list(benign.windows(_between(kind, *TRAIN), 12, PIECE + 40))
+            found += sorted(chosen(pool, 10 * count), key=odds.highest, reverse=True)[:count]
+            found += chosen((one for one in pool if encoded(one.text)), 100)
+        return found
+
     # -- calibration: benign alone ------------------------------------------------------------------------------------
 
     def calibration(self) -> list[Text]:
@@ -140,7 +168,7 @@ class _Pool:
         short = [
             *spread(_between(self.prompts, low, high), 5, 1000),
             *spread(_between(self.chats, low, high), 6, 1000),
-            *chosen(_between(self.twins, low, high), 400),
+            *spread(_between(self.twins, low, high), TWINS_EACH, 400),
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
         ]
