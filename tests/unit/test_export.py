@@ -1,243 +1,56 @@
-"""Exports of real DeepSpeed checkpoints are the trained weights, and load with transformers and peft alone."""
+"""What of an export needs no trained run."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dstune.checkpoint import export, store
-from dstune.checkpoint.shards import Weights, cut
+from dstune.checkpoint.shards import cut
+from dstune.config.compose import compose
 from dstune.core.errors import UserError
-from tests.support.exports import CASES, load, logits, with_weights
+from dstune.inference import export_command
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if name.startswith(("full", "tied", "alone")) and "bf16" not in name]
-)
-def test_a_full_export_is_the_trained_model(shelf, name):
-    whole = shelf.whole(name)
-    exported = load(shelf.run(name) / "export")
-    found = dict(exported.named_parameters())
-    assert found.keys() == whole.keys()
-    assert all(torch.equal(found[key], whole[key]) for key in whole)
-    assert torch.equal(logits(exported), logits(with_weights(load(shelf.model(name)), whole)))
-    assert not torch.equal(logits(exported), logits(load(shelf.model(name)))), "nothing was trained"
-    assert exported.config.use_cache is True
-    assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == (shelf.model(name).name == "tied")
-
-
-def test_bf16_training_exports_its_fp32_weights(shelf):
-    exported = load(shelf.run("full-bf16-1") / "export")
-    whole = shelf.whole("full-bf16-1")
-    assert {weight.dtype for weight in whole.values()} == {torch.bfloat16}
-    for name, weight in exported.named_parameters():
-        assert weight.dtype == torch.float32  # as the base model is stored
-        assert torch.equal(weight.bfloat16(), whole[name])
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in exported.parameters())
-
-
-def test_a_model_stored_in_bf16_is_exported_so(shelf):
-    exported, whole = load(shelf.run("stored-bf16-2") / "export"), shelf.whole("stored-bf16-2")
-    assert all(torch.equal(weight, whole[key].bfloat16()) for key, weight in exported.named_parameters())
-    assert {weight.dtype for weight in exported.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("name", [f"lora-{stage}" for stage in range(4)])
-def test_an_adapter_export_loads_with_peft_on_its_base(shelf, name):
-    import peft
-
-    folder, whole = shelf.run(name) / "export", shelf.whole(name)
-    exported = peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    trained = {key: weight for key, weight in whole.items() if "lora_" in key}
-    found = dict(exported.named_parameters())
-    assert trained.keys() == {key for key in found if "lora_" in key}
-    assert all(torch.equal(found[key], weight) for key, weight in whole.items())
-    assert not torch.allclose(logits(exported), logits(load(shelf.model(name))), atol=1e-3), "nothing was trained"
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(shelf.model(name))
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "chat_template.jinja",
-        "dstune.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    ]
-
-
-@pytest.mark.parametrize("name", [f"lora-{stage}" for stage in range(4)])
-def test_a_merged_export_computes_what_the_adapter_does(shelf, name, tmp_path):
-    import peft
-
-    folder = export.export_checkpoint(shelf.run(name), store.newest(shelf.run(name)), tmp_path / "merged", merge=True)
-    unmerged = peft.AutoPeftModelForCausalLM.from_pretrained(shelf.run(name) / "export").eval()
-    merged = load(folder)
-    assert not [key for key, _ in merged.named_parameters() if "lora" in key]
-    torch.testing.assert_close(logits(merged), logits(unmerged), rtol=0, atol=1e-5)
-
-
-def test_a_model_stored_in_bf16_stays_so_and_its_adapter_does_not(shelf, tmp_path):
-    import peft
-    from safetensors.torch import load_file
-
-    run_dir = shelf.run("lora-bf16-stored-3")
-    adapter = load_file(run_dir / "export" / "adapter_model.safetensors")
-    assert {weight.dtype for weight in adapter.values()} == {torch.float32}
-    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "merged", merge=True)
-    stored = load_file(folder / "model.safetensors")
-    assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
-    base = load(shelf.model("lora-bf16-stored-3"), dtype=torch.float32)
-    exact = peft.PeftModel.from_pretrained(base, run_dir / "export").merge_and_unload().state_dict()
-    assert all(torch.equal(weight, exact[key].bfloat16()) for key, weight in stored.items())
-
-
-def test_an_adapter_on_random_weights_is_exported_merged(shelf):
-    whole = shelf.whole("lora-random-2")
-    exported = dict(load(shelf.run("lora-random-2") / "export").named_parameters())
-    name = "model.layers.1.self_attn.q_proj"
-    parts = [
-        whole[f"base_model.model.{name}.{part}.weight"] for part in ("base_layer", "lora_A.default", "lora_B.default")
-    ]
-    expected = parts[0] + parts[2] @ parts[1] * (32 / 4)
-    torch.testing.assert_close(exported[f"{name}.weight"], expected, rtol=0, atol=1e-6)
-    assert torch.equal(exported["model.norm.weight"], whole["base_model.model.model.norm.weight"])
-
-
-@pytest.mark.parametrize("name", ["labels-2", "labels-head-3", "labels-lora-3"])
-def test_a_classifier_keeps_its_head_and_label_names(shelf, name):
-    import peft
-    from transformers import AutoModelForSequenceClassification as Classifier
-
-    folder, whole = shelf.run(name) / "export", shelf.whole(name)
-    labels = ["left", "right"]
-    if "lora" in name:
-        base = Classifier.from_pretrained(shelf.model(name), num_labels=2)
-        exported = peft.PeftModel.from_pretrained(base, folder).eval()
-    else:
-        exported = load(folder, "SequenceClassification")
-        assert exported.config.id2label == dict(enumerate(labels))
-        assert exported.config.label2id == {"left": 0, "right": 1}
-    found = dict(exported.named_parameters())
-    unused = {key for key in whole if ".original_module." in key}  # the head that the adapter's own one replaces
-    assert whole.keys() == found.keys()
-    assert all(torch.equal(found[key], whole[key]) for key in whole.keys() - unused)
-
-
-def test_what_was_drawn_new_is_trained_and_saved_with_an_adapter(shelf):
-    """A new pooler that stayed frozen would be another one at every load."""
-    import peft
-    from transformers import AutoModelForSequenceClassification as Classifier
-
-    whole = shelf.whole("pooler-lora-2")
-    base = Classifier.from_pretrained(shelf.model("pooler-lora-2"), num_labels=2)
-    exported = peft.PeftModel.from_pretrained(base, shelf.run("pooler-lora-2") / "export").eval()
-    found = dict(exported.named_parameters())
-    poolers = {key for key in whole if "pooler" in key and "original_module" not in key}
-    assert len(poolers) >= 2
-    assert all(torch.equal(found[key], whole[key]) for key in poolers)
-    # And a method that freezes the body trains it too.
-    name = "bert.pooler.dense.weight"
-    first, last = shelf.whole("pooler-head-3", step=2)[name], shelf.whole("pooler-head-3")[name]
-    assert not torch.equal(first, last)
-    assert torch.equal(
-        load(shelf.run("pooler-head-3") / "export", "SequenceClassification").bert.pooler.dense.weight, last
-    )
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("tokens")])
-def test_added_tokens_are_trained_and_end_an_answer(shelf, name, tmp_path):
-    import peft
-    from transformers import AutoTokenizer, GenerationConfig
-
-    folder = shelf.run(name) / "export"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    before = load(shelf.model(name)).config.vocab_size
-    assert end >= before and len(tokenizer) == before + 3
-    assert end in GenerationConfig.from_pretrained(folder).eos_token_id
-    exported = load(folder) if "full" in name else peft.AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    ids = torch.arange(9, before + 3)[None]
-    with torch.no_grad():
-        expected = exported(input_ids=ids, use_cache=False).logits
-    assert expected.shape[-1] == before + 3
-    if "full" not in name:
-        run_dir = shelf.run(name)
-        merged = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "merged", merge=True)
-        with torch.no_grad():
-            torch.testing.assert_close(load(merged)(input_ids=ids).logits, expected, rtol=0, atol=5e-5)
-        rows = [
-            [weight for key, weight in shelf.whole(name, step).items() if "trainable_tokens_delta" in key]
-            for step in (2, 3)
-        ]
-        assert len(rows[0]) == (1 if "-tied" in name else 2)
-        assert all(not torch.equal(early, late) for early, late in zip(*rows, strict=True)), "they were not trained"
-
-
-def test_rows_of_tokens_are_trained_alike_at_every_stage(shelf):
-    """At stage 3 the vocabulary is partitioned, and peft reads it whole."""
-    runs = [shelf.whole(f"tokens-untied-{stage}") for stage in (0, 2, 3)]
-    keys = [key for key in runs[0] if "trainable_tokens_delta" in key]
-    assert len(keys) == 2
-    for other in runs[1:]:
-        assert all(torch.allclose(runs[0][key], other[key], rtol=0, atol=1e-4) for key in keys)
-
-
-def test_control_tokens_that_the_base_model_has_are_trained_too(shelf):
-    """ChatML's are in the vocabulary; of a base model they are rows that no text has trained."""
-    name = "control-2"
-    early, late = (shelf.whole(name, step) for step in (2, 3))
-    keys = [key for key in late if "trainable_tokens_delta" in key]
-    assert len(keys) == 2 and all(late[key].shape == (2, 32) for key in keys)
-    assert all(not torch.equal(early[key], late[key]) for key in keys)
-
-
-def test_added_tokens_beside_a_frozen_body_are_refused(shelf):
+def test_a_sample_and_a_hub_id_are_named_in_the_card():
     from dataclasses import replace
 
-    from dstune.config.run_file import read_run
-    from dstune.methods.head.config import HeadConfig
-    from dstune.models.load import load_model, load_tokenizer
-    from dstune.protocols import method_of
+    from dstune.checkpoint.card import _datasets, _hub_name, _licence
+    from tests.support.configs import run_config
 
-    config = replace(read_run(shelf.run("tokens-untied-2") / "run.yaml").config, method=HeadConfig())
-    model = load_model(config, load_tokenizer(config.model), (), torch.float32)
-    with pytest.raises(UserError, match="method=lora"):
-        method_of(config.method).apply(model, config)
-
-
-def test_answers_end_where_the_turn_ends(shelf):
-    from transformers import GenerationConfig
-
-    for name in ("full-2", "lora-2"):
-        settings = GenerationConfig.from_pretrained(shelf.run(name) / "export")
-        assert settings.eos_token_id == 4  # <|im_end|>
-        assert settings.pad_token_id == 2
+    assert _hub_name("sample://smollm2") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert _licence("sample://gemma3") == "gemma"
+    assert _hub_name("org/name") == "org/name" and _hub_name("/home/me/model") is None
+    config = run_config()
+    for path, ids in (("org/rows:train_sft", ["org/rows"]), ("data/rows.jsonl", []), ("sample://chitchat", [])):
+        assert _datasets(replace(config, data=replace(config.data, train=path))) == ids
 
 
-def test_large_models_are_written_in_several_files(shelf, tmp_path):
-    run_dir = shelf.run("full-3")
-    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out", max_shard_size="60KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 1
-    assert (folder / "model.safetensors.index.json").exists()
-    assert torch.equal(logits(load(folder)), logits(load(run_dir / "export")))
+def test_arguments_of_the_template_are_evaluated_as_they_were_trained(tmp_path):
+    from dstune.checkpoint.record import recorded_overrides
+
+    given = {"enable_thinking": False, "tone": "it's warm", "levels": [1, None]}
+    task = {"name": "chat", "chat_template_kwargs": given}
+    (tmp_path / "dstune.json").write_text(json.dumps({"task": task, "data": {"format": "auto"}}))
+    found = compose([*recorded_overrides(tmp_path, []), "model.path=sample://smollm2", "data.train=x.jsonl"])
+    assert found.config.task.chat_template_kwargs == given
 
 
-def test_shards_agree_with_deepspeeds_own_reader(shelf):
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    for name in ("full-1", "full-2", "full-3", "labels-2"):
-        checkpoint = store.newest(shelf.run(name))
-        expected = get_fp32_state_dict_from_zero_checkpoint(checkpoint.parent, tag=checkpoint.name)
-        found = Weights(checkpoint)
-        assert expected.keys() == set(found)
-        assert all(torch.equal(expected[key], found[key]) for key in found)
+def test_the_verb_is_light_to_import():
+    program = (
+        "import sys, dstune.checkpoint.export; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
-# -- pure -------------------------------------------------------------------------------------------------------------
+def test_a_rollback_refuses_what_it_would_not_do():
+    with pytest.raises(UserError) as refused:
+        export_command.main(["models:/film@champion", "--rollback", "--merge", "--out", "x", "--register", "models:/y"])
+    assert [problem.where for problem in refused.value.problems] == ["--out", "--merge", "--register"]
 
 
 def test_cut_reads_across_pieces():
