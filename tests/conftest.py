@@ -11,50 +11,11 @@ from pathlib import Path
 
 import pytest
 from absl.logging import PythonHandler
+from support.tiers import SECONDS, WHOLE_FILES, part_of
 
-LONG_FIRST = ("distributed", "cluster", "parity", "packaging", "unit")
-"""Folders by how long a file of theirs takes: workers that take whole files end together when the short ones come last."""
-
-ONLY_IN_CI = (
-    *("cluster", "packaging/test_distribution", "security/test_fuzz", "security/test_two_users"),
-    *(
-        f"distributed/test_{name}"
-        for name in (
-            *(
-                "baseline",
-                "catalogue_probe",
-                "chain",
-                "evaluate",
-                "faults",
-                "few_rows",
-                "finetuning_jobs",
-                "hub_data",
-                "loading",
-                "old_runs",
-            ),
-            *("secrets", "serve", "multi_task", "sources", "streaming", "sweep", "tracking"),
-            *("utilization", "watch", "zero_file"),
-        )
-    ),
-    *(
-        f"parity/test_{name}"
-        for name in (
-            *(
-                "compiled",
-                "experts",
-                "forgetting",
-                "method_runs",
-                "micro_batch",
-                "offload",
-                "preference",
-                "reward_embedding",
-            ),
-            *("seq2seq", "spikes", "swap", "tensor", "ulysses", "unfreezing"),
-        )
-    ),
-)
-"""Files (or folders) that `make test` leaves to `make test-ci`: they start ranks for minutes, and each proves something about
-one method, task or launcher. The ladder, accumulation, resuming, signals and supervision stay."""
+LONG_FIRST = ("distributed", "parity", "cluster", "packaging", "unit")
+"""Folders by how long a file of theirs takes, where `support.tiers` does not know it: workers that take whole files end together
+when the short ones come last."""
 
 # A shell that starts `make test` in the background has it ignore Ctrl-C, `nohup` a hangup, and every command under test would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,15 +45,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker that is added here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if place(item).startswith(ONLY_IN_CI):
+        if place(item) in WHOLE_FILES:
             item.add_marker("ci")
     if chosen := config.getoption("--ci-part"):
         part, parts = map(int, chosen.split("/"))
-        files = sorted({place(item) for item in items if _long(item)})
-        others = {file for number, file in enumerate(files) if number % parts != part % parts}
-        items[:] = [item for item in items if not (_long(item) and place(item) in others)]
-    order = {folder: number for number, folder in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: order.get(place(item).split("/")[0], len(order)))
+        parts_of_files = part_of({place(item) for item in items if _long(item)}, parts)
+        items[:] = [item for item in items if not _long(item) or parts_of_files[place(item)] == part]
+    folders = {folder: number for number, folder in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: (-SECONDS.get(place(item), 0), folders.get(place(item).split("/")[0], len(folders))))
 
 
 def _long(item: pytest.Item) -> bool:

@@ -143,6 +143,7 @@ def test_help_names_each(workplace):
     assert "print how many steps a run has taken" in workplace.run("--help").stdout
 
 
+@pytest.mark.ci
 def test_all_work_together(workplace):
     words = [word for kind in KINDS if kind in CHOSEN for word in CHOSEN[kind]]
     done = workplace.run(

@@ -94,6 +94,11 @@ def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, refer
         names[f"s{stage}-n{size}"] = ("unpacked", [f"zero=stage{stage}", "data.packing=false"])
     names[f"packed-n{size}"] = ("packed", ["zero=stage3", "data.packing=true"])
     run_ranks(PROGRAM, size, [workshop.case(name, *overrides) for name, (_, overrides) in names.items()])
+    equal_the_plain_loop(workshop, references, names)
+
+
+def equal_the_plain_loop(workshop, references, names):
+    """names: kind of reference and overrides of each run."""
     for name, (kind, _) in names.items():
         expected = references[kind]
         rows = workshop.rows(name)

@@ -1,0 +1,95 @@
+"""Which files `make test` leaves to `make test-ci`, and how that is divided into parts that take as long as each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+WHOLE_FILES = {
+    "cluster/test_finetuning.py": 100,
+    "cluster/test_hostfile.py": 250,
+    "cluster/test_plugins.py": 60,
+    "cluster/test_routes.py": 60,
+    "cluster/test_secrets.py": 60,
+    "cluster/test_slurm.py": 300,
+    "distributed/test_api_runs.py": 115,
+    "distributed/test_bad_input.py": 140,
+    "distributed/test_baseline.py": 120,
+    "distributed/test_catalogue_probe.py": 20,
+    "distributed/test_chain.py": 60,
+    "distributed/test_evaluate.py": 150,
+    "distributed/test_example_plugins.py": 260,
+    "distributed/test_export.py": 160,
+    "distributed/test_faults.py": 60,
+    "distributed/test_few_rows.py": 80,
+    "distributed/test_finetuning_jobs.py": 900,
+    "distributed/test_hub_data.py": 60,
+    "distributed/test_in_process.py": 115,
+    "distributed/test_loading.py": 40,
+    "distributed/test_methods.py": 45,
+    "distributed/test_multi_task.py": 80,
+    "distributed/test_notebook.py": 190,
+    "distributed/test_old_runs.py": 150,
+    "distributed/test_predict.py": 80,
+    "distributed/test_runs.py": 480,
+    "distributed/test_secrets.py": 120,
+    "distributed/test_serve.py": 270,
+    "distributed/test_served.py": 60,
+    "distributed/test_sources.py": 60,
+    "distributed/test_streaming.py": 220,
+    "distributed/test_survival.py": 200,
+    "distributed/test_sweep.py": 200,
+    "distributed/test_tracking.py": 80,
+    "distributed/test_utilization.py": 80,
+    "distributed/test_watch.py": 60,
+    "distributed/test_zero_file.py": 40,
+    "packaging/test_distribution.py": 60,
+    "parity/test_accumulation.py": 55,
+    "parity/test_callbacks.py": 50,
+    "parity/test_compiled.py": 60,
+    "parity/test_experts.py": 200,
+    "parity/test_forgetting.py": 100,
+    "parity/test_heads.py": 195,
+    "parity/test_ladder.py": 360,
+    "parity/test_method_runs.py": 150,
+    "parity/test_micro_batch.py": 120,
+    "parity/test_offload.py": 80,
+    "parity/test_preference.py": 150,
+    "parity/test_reward_embedding.py": 100,
+    "parity/test_saves.py": 100,
+    "parity/test_seq2seq.py": 120,
+    "parity/test_spikes.py": 60,
+    "parity/test_swap.py": 120,
+    "parity/test_tensor.py": 300,
+    "parity/test_ulysses.py": 150,
+    "parity/test_unfreezing.py": 80,
+    "security/test_fuzz.py": 120,
+    "security/test_fuzz_api.py": 120,
+    "security/test_two_users.py": 60,
+}
+"""Files that start ranks for a minute, or try for as long: each proves something about one method, task, launcher or life of a
+run. `tests/distributed/test_before_push.py` has one of each for `make test`. The number: seconds on one of two cores that are both
+busy; measured, or guessed from the ranks that are started."""
+
+SOME_TESTS = {
+    "distributed/test_matrix.py": 300,
+    "distributed/test_multi_label.py": 40,
+    "parity/test_elastic.py": 250,
+    "placement/test_gpu_report.py": 240,
+    "placement/test_placement.py": 120,
+    "unit/test_golden.py": 120,
+}
+"""Files some tests of which are marked `ci` and take long, the same way."""
+
+SECONDS = WHOLE_FILES | SOME_TESTS
+OTHERWISE = 20
+
+
+def part_of(files: Mapping[str, object] | set[str], parts: int) -> dict[str, int]:
+    """The part, counted from 1, that each file belongs to: the longest first, each into the part that has least so far."""
+    filled = [0] * parts
+    found = {}
+    for file in sorted(files, key=lambda file: (-SECONDS.get(file, OTHERWISE), file)):
+        least = filled.index(min(filled))
+        filled[least] += SECONDS.get(file, OTHERWISE)
+        found[file] = least + 1
+    return found
