@@ -53,21 +53,6 @@ def test_light_modules_load_nothing_heavy() -> None:
     assert json.loads(done.stdout) == {}, "the first module after whose import each of these is there"
 
 
-def test_a_rank_does_not_import_mlflow():
-    """DeepSpeed would, wherever it is installed; nothing that a rank imports may bring DeepSpeed in before its start."""
-    code = (
-        "import sys, dstune.rank.worker\n"
-        "assert 'deepspeed' not in sys.modules\n"
-        "from dstune.core.rank_env import RankEnv\n"
-        "from dstune.zero.start import start_process_group\n"
-        "import os; os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT='0', CUDA_VISIBLE_DEVICES='')\n"
-        "start_process_group(RankEnv(0, 1, 0, 1, 'alone'))\n"
-        "assert 'deepspeed' in sys.modules and 'mlflow' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 TRAIN_ALONE = """
 import json, os, sys
 from pathlib import Path
@@ -80,7 +65,9 @@ from dstune.zero.start import start_process_group
 composed, run_dir = compose(sys.argv[2:]), Path(sys.argv[1])
 run_dir.mkdir()
 write_run(run_dir / "run.yaml", composed)
+assert "deepspeed" not in sys.modules, "nothing that a rank imports may bring it in before its start"
 worker.train(composed.config, run_dir, start_process_group(RankEnv(0, 1, 0, 1, "alone")))
+assert "deepspeed" in sys.modules and "mlflow" not in sys.modules, "DeepSpeed would import it, wherever it is installed"
 print(json.dumps([name for name in sys.modules if name.startswith(("dstune.tasks.", "dstune.methods."))]))
 sys.stdout.flush()
 os._exit(0)  # DeepSpeed's threads need not be waited for
@@ -89,7 +76,8 @@ LIGHT_IN_A_ROOM = ("config", "rules", "rows")
 """Modules of a room that every process may load; the others belong to runs of its task or method alone."""
 
 
-def test_a_run_loads_nothing_heavy_of_rooms_that_it_does_not_use(tmp_path):
+def test_a_run_loads_nothing_heavy_that_it_does_not_use(tmp_path):
+    """Neither of other rooms, nor MLflow."""
     model = save_decoder(tmp_path / "model")
     rows = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}] * 8
     train = tmp_path / "rows.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -253,10 +254,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("report", CHANGES)
-def test_files_that_change_during_training_are_named(tmp_path, opened, report):
+def test_files_that_change_during_training_are_named(tmp_path, opened):
     data_loader = StreamingLoader(streaming(tmp_path), opened(streaming(tmp_path)), None)
-    CHANGES[report](tmp_path)
+    CHANGES["gone: s0.jsonl"](tmp_path)
 
     def train() -> None:
         for step in range(30):
@@ -266,17 +266,18 @@ def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     with pytest.raises(UserError, match="changed while the run trains") as raised:
         train()
     assert [problem.where for problem in raised.value.problems] == ["data.train"]
-    assert f"({report})" in str(raised.value)
+    assert "(gone: s0.jsonl)" in str(raised.value)
 
 
-def test_files_that_change_while_a_block_is_read_are_named(tmp_path):
+@pytest.mark.parametrize("report", CHANGES)
+def test_files_that_change_while_a_block_is_read_are_named(tmp_path, report):
     config = streaming(tmp_path)
     data = prepared(config, byte_tokenizer(), tmp_path / "cache")
     begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
     build = block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards, {})
-    CHANGES["changed: s1.jsonl"](tmp_path)
+    CHANGES[report](tmp_path)
     (tmp_path / "block").mkdir()
-    with pytest.raises(UserError, match=r"changed: s1\.jsonl"):
+    with pytest.raises(UserError, match=re.escape(f"({report})")):
         build(tmp_path / "block")
 
 

@@ -81,19 +81,17 @@ def test_a_character_cut_by_a_boundary_loses_nothing_else() -> None:
     assert found[1].text.endswith("b")
 
 
-# -- in a process of its own ------------------------------------------------------------------------------------------
+# -- tasks --------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_in_a_pipe(model: Path, tmp_path: Path) -> None:
+def test_chat_in_a_pipe(show, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "my.jsonl", [exchange("Two and two?", "Four."), exchange("Who?", "Me.")])
-    done = Commands(tmp_path).run(
-        "data", "show", f"model.path={model}", "data.train=my.jsonl", "data.split.validation=0"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n[[Four.<|im_end|>]]" in done.stdout
-    assert re.search(r"sample 0 of 2, \d+ tokens, \d+ trained", done.stdout)
-    assert "tokens that count in the loss are [[trained]]" in done.stdout
+    code, printed, errors = show("data.train=my.jsonl", "data.split.validation=0")
+    assert code == 0, errors
+    assert "\x1b" not in printed
+    assert "<|im_start|>user\nTwo and two?<|im_end|>\n<|im_start|>assistant\n[[Four.<|im_end|>]]" in printed
+    assert re.search(r"sample 0 of 2, \d+ tokens, \d+ trained", printed)
+    assert "tokens that count in the loss are [[trained]]" in printed
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"my.jsonl", "cache"}, "no run directory is left"
 
@@ -119,18 +117,17 @@ def test_causal_lm_on_a_terminal(model: Path, tmp_path: Path) -> None:
     assert re.search(r"\n[a-z]+\x1b\[32m[a-z ]*is four\x1b\[0m\x1b\[32m\x1b\[1m<\|im_end\|>\x1b\[0m", printed.decode())
 
 
-def test_classification_with_no_color(model: Path, tmp_path: Path) -> None:
+def test_classification_with_no_color(show, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reviews.csv").write_text("review,stars\nwhat a day,good\nis it not,bad\n" * 5)
     columns = "data.columns={text: review, label: stars}"
     given = ("task=classification", "data.train=reviews.csv", columns, "data.split.validation=0", "data.packing=false")
-    commands = Commands(tmp_path)
-    commands.env["NO_COLOR"] = "1"
-    done = commands.run("data", "show", f"model.path={model}", *given, "--rows", "1")
-    assert done.returncode == 0, done.stderr
-    assert "label good" in done.stdout
-    assert "what a day" in done.stdout
-    assert "[[" not in done.stdout
-    assert "packing" not in done.stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, printed, errors = show(*given, "--rows", "1")
+    assert code == 0, errors
+    assert "label good" in printed
+    assert "what a day" in printed
+    assert "[[" not in printed
+    assert "packing" not in printed
 
 
 # -- what is said -----------------------------------------------------------------------------------------------------

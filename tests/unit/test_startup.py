@@ -91,9 +91,10 @@ def test_micro_batches_that_count_for_nothing_are_reported(overrides: str, ranks
 @pytest.mark.parametrize("ranks", [2, 3, 6, 8])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_what_is_advised_leaves_none(ranks: int, rows: int) -> None:
+    composed = compose(["data=chitchat"]).config
     for of_step in range(rows, 25):
-        config = compose(["data=chitchat"]).config
-        config = replace(config, trainer=replace(config.trainer, global_batch_size=of_step, micro_batch_size=rows))
+        trainer = replace(composed.trainer, global_batch_size=of_step, micro_batch_size=rows)
+        config = replace(composed, trainer=trainer)
         for line in fillers(config, ranks):
             key, value = re.search(r"\(trainer\.(\w+)=(\d+) does\)", line).groups()
             advised = replace(config, trainer=replace(config.trainer, **{key: int(value)}))
