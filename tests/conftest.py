@@ -42,23 +42,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ci-part", metavar="K/N", help="leave out the files of the ci tier that the other parts have")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of the ci tier alone are not even imported where `-m` leaves it out."""
+    return True if "not ci" in config.getoption("markexpr") and place(collection_path) in WHOLE_FILES else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker that is added here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if place(item) in WHOLE_FILES:
+        if place(item.path) in WHOLE_FILES:
             item.add_marker("ci")
     if chosen := config.getoption("--ci-part"):
         part, parts = map(int, chosen.split("/"))
-        parts_of_files = part_of({place(item) for item in items if _long(item)}, parts)
-        items[:] = [item for item in items if not _long(item) or parts_of_files[place(item)] == part]
+        parts_of_files = part_of({place(item.path) for item in items if _long(item)}, parts)
+        items[:] = [item for item in items if not _long(item) or parts_of_files[place(item.path)] == part]
     folders = {folder: number for number, folder in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: (-SECONDS.get(place(item), 0), folders.get(place(item).split("/")[0], len(folders))))
+    items.sort(
+        key=lambda item: (-SECONDS.get(place(item.path), 0), folders.get(place(item.path).split("/")[0], len(folders)))
+    )
 
 
 def _long(item: pytest.Item) -> bool:
     return item.get_closest_marker("ci") is not None and item.get_closest_marker("slow") is None
 
 
-def place(item: pytest.Item) -> str:
+def place(file: Path) -> str:
     """`parity/test_ladder.py`"""
-    return item.path.relative_to(Path(__file__).parent).as_posix()
+    return file.relative_to(Path(__file__).parent).as_posix()

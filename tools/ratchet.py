@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import io
 import json
 import re
@@ -223,7 +224,7 @@ def branches(module: ast.Module, kinds: dict[str, str]) -> Iterator[tuple[str, s
                 yield from (("cases", kind, line) for line, kind in decided.items())
                 if kind := named(subject):
                     yield "by_name", kind, node.lineno
-            case ast.expr():
+            case ast.Call() | ast.Compare() | ast.Subscript() | ast.Dict():
                 if kind := requested_class(node, kinds):
                     yield kind, kind, node.lineno
                 elif kind := name_asked(node):
@@ -366,11 +367,12 @@ def import_graph(tree: Path, parsed: dict[Path, ast.Module]) -> dict[str, set[st
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """`ast.walk` without the bodies of `if TYPE_CHECKING:`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        yield child
-        yield from run_time_nodes(child)
+    left = [node]
+    while left:
+        for child in ast.iter_child_nodes(left.pop()):
+            if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)):
+                yield child
+                left.append(child)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -406,10 +408,13 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def dialect(text: str) -> Iterator[tuple[str, int]]:
     """(identifier, line) of every use of an identifier with a part in `DIALECT`."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME:
-            parts = {part.lower() for part in re.findall(r"[a-z]+|[A-Z][a-z]*", token.string)}
-            if parts & DIALECT:
-                yield token.string, token.start[0]
+        if token.type == tokenize.NAME and in_dialect(token.string):
+            yield token.string, token.start[0]
+
+
+@functools.cache
+def in_dialect(identifier: str) -> bool:
+    return not DIALECT.isdisjoint(part.lower() for part in re.findall(r"[a-z]+|[A-Z][a-z]*", identifier))
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
