@@ -10,7 +10,8 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -147,14 +148,17 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """
     if is_section(hint):
         return build(hint, value, where)
-    expected = describe(hint)
+    whole = hint
     if is_optional(hint):
         if value is None:
             return None
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if isinstance(value, str) and not isinstance(value, EnvironmentText) and refers(value):
         value = resolve_text(value, where)
-    wrong = UserError(Problem(where, f"expected {expected}", _fix(value, hint, where), format_value(value)))
+
+    def wrong() -> UserError:  # made where it is raised alone: for all good values it would be a third of composing
+        return UserError(Problem(where, f"expected {describe(whole)}", _fix(value, hint, where), format_value(value)))
+
     if hint is Any:
         return _plain_any(value, where)
     if isinstance(hint, types.UnionType):
@@ -162,15 +166,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, Enum):
         if isinstance(value, hint):
             return value
-        if isinstance(value, bool):  # a bare `on` or `off` of YAML; no enum of the schema has such a member
-            raise wrong
-        name = str(value)
-        if name not in hint.__members__:
-            raise wrong
-        return hint[name]
+        if isinstance(value, bool) or str(value) not in hint.__members__:  # `on` of YAML is a bool
+            raise wrong()
+        return hint[str(value)]
     if isinstance(hint, type) and issubclass(hint, MemberName):
         if value not in hint.options():
-            raise wrong
+            raise wrong()
         return str(value)
     origin = typing.get_origin(hint)
     if origin in (list, tuple, dict):
@@ -178,37 +179,35 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     return _scalar(value, hint, wrong)
 
 
-def _one_of(value: Any, hints: Sequence[Any], where: str, wrong: UserError) -> Any:
+def _one_of(value: Any, hints: Sequence[Any], where: str, wrong: Callable[[], UserError]) -> Any:
     """`value` as the first of these types that takes it."""
     for hint in hints:
-        try:
+        with suppress(UserError):
             return convert(value, hint, where)
-        except UserError:
-            continue
-    raise wrong
+    raise wrong()
 
 
-def _scalar(value: Any, hint: Any, wrong: UserError) -> Any:
+def _scalar(value: Any, hint: Any, wrong: Callable[[], UserError]) -> Any:
     if hint is bool:
         if isinstance(value, str) and value.lower() in TRUE + FALSE:
             return value.lower() in TRUE
         if isinstance(value, bool) or value in (0, 1):
             return bool(value)
-        raise wrong
+        raise wrong()
     if not isinstance(value, (int, float, str)):
-        raise wrong
+        raise wrong()
     if hint is str:
         return value if isinstance(value, str) else str(value)
     if isinstance(value, bool) or (hint is int and isinstance(value, float)):
-        raise wrong
+        raise wrong()
     try:
         # Text is converted because YAML 1.1 reads a hand-written 1e-5 as text, and the environment holds only text.
         return hint(value)
     except (ValueError, OverflowError):
-        raise wrong from None
+        raise wrong() from None
 
 
-def _container(value: Any, hint: Any, origin: type, where: str, wrong: UserError) -> Any:
+def _container(value: Any, hint: Any, origin: type, where: str, wrong: Callable[[], UserError]) -> Any:
     arguments = typing.get_args(hint)
     problems: list[Problem] = []
 
@@ -220,11 +219,11 @@ def _container(value: Any, hint: Any, origin: type, where: str, wrong: UserError
 
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise wrong
+            raise wrong()
         result: Any = {str(key): item(part, arguments[1], f"{where}.{key}") for key, part in value.items()}
     else:
         if not isinstance(value, (list, tuple)) or (origin is tuple and len(value) != len(arguments)):
-            raise wrong
+            raise wrong()
         hints = arguments if origin is tuple else arguments * len(value)
         result = origin(item(part, hints[i], f"{where}[{i}]") for i, part in enumerate(value))
     if problems:

@@ -31,9 +31,8 @@ class Problem:
     """The offending value as the user wrote it; empty where there is none (a missing file's key has one)."""
 
     def __post_init__(self) -> None:
-        for field in fields(
-            self
-        ):  # a value of the environment is shown by its reference, a control character as its code
+        # A value of the environment is shown by its reference, a control character as its code.
+        for field in fields(self):
             object.__setattr__(self, field.name, visible(redact(str(getattr(self, field.name)))))
 
     def __str__(self) -> str:

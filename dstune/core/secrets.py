@@ -8,6 +8,7 @@ texts of what is about to be written as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ _public: set[str] = set()
 _references: set[str] = set()
 
 
+@functools.lru_cache(1024)  # `redact` asks it about every variable for every text
 def is_secret(name: str, value: str = "") -> bool:
     """Whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address with
     credentials in it."""
