@@ -65,6 +65,7 @@ WHOLE_FILES = {
     "security/test_fuzz.py": 120,
     "security/test_fuzz_api.py": 120,
     "security/test_two_users.py": 60,
+    "unit/test_export_memory.py": 30,
 }
 """Files that start ranks for a minute, or try for as long: each proves something about one method, task, launcher or life of a
 run. `tests/distributed/test_before_push.py` has one of each for `make test`. The number: seconds on one of two cores that are both
