@@ -130,8 +130,8 @@ class Verdict:
     def masked(self, number: int, text: str) -> str:
         parts, end = [], 0
         spans = self.masks(number)
-        for span, shown in zip(spans, tags(text, spans), strict=True):
-            parts += [text[end : max(span.start, 0)], shown]
+        for span, replacement in zip(spans, tags(text, spans), strict=True):
+            parts += [text[end : max(span.start, 0)], replacement]
             end = span.end
         return "".join([*parts, text[end:]])
 
@@ -148,7 +148,7 @@ def tags(text: str, masks: Sequence[Span]) -> list[str]:
         return found
     quotes = [one.start() for one in _QUOTE.finditer(text) if one.group() == '"']
     within = [bisect_left(quotes, mask.start) % 2 for mask in masks]
-    return [shown if inside else f'"{shown}"' for shown, inside in zip(found, within, strict=True)]
+    return [replacement if inside else f'"{replacement}"' for replacement, inside in zip(found, within, strict=True)]
 
 
 @dataclass

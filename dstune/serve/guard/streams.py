@@ -96,10 +96,10 @@ class Channel:
         """What a reader gets of `text[start:end]`."""
         parts, place = [], start
         masks = [mask for mask in self.masks if mask.end > start and mask.start < end]
-        for mask, shown in zip(masks, tags(self.text, masks), strict=True):
+        for mask, replacement in zip(masks, tags(self.text, masks), strict=True):
             parts.append(self.text[place : max(mask.start, place)])
             if mask.start >= start:
-                parts.append(shown)
+                parts.append(replacement)
             place = max(place, min(mask.end, end))
         return "".join([*parts, self.text[place:end]])
 
