@@ -2,13 +2,17 @@
 
     python benchmarks/serving.py overhead [--streams 16] [--requests 400]
     python benchmarks/serving.py soak [--requests 10000]
-    python benchmarks/serving.py engine RUN [--streams 1,4,8]      tokens/s and first token of the local engine
+    python benchmarks/serving.py engines NAME=WORDS ... [--streams 1,4,8] [--rounds 3]      tokens/s and first token
 
 The stub writes tokens at a fixed rate and runs in a process of its own, as the gateway does. `overhead` asks the stub, a relay
 (a process that copies bytes between two sockets, the least that anything in between costs) and the gateway in turn, in one run.
 A loaded machine delays each process that has to wake up; what is left of the difference between gateway and relay is the
 gateway's own, and so is its CPU time. `soak` mixes requests that are good, dropped, read slowly, sent slowly, too large, and
 wrong, and reads memory and open sockets of the gateway's process while it goes on.
+
+`engines` starts a `dstune serve` for each of its arguments and asks them in turn: `local="MODEL --dtype float32 --threads 1"
+llama="EXPORT-GGUF --engine llama.cpp --engine-python /path/to/llama-server -- --threads 1"`. Answers are greedy; their tokens are
+those that the engine counts.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -362,63 +367,109 @@ async def soak(requests: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-# -- a real engine ----------------------------------------------------------------------------------------------------
+# -- real engines -----------------------------------------------------------------------------------------------------
 
 
-async def engine(model: str, streams: list[int], tokens: int = 48) -> dict[str, Any]:
-    """Of the local engine behind a real gateway, which has to run already: `dstune serve MODEL`."""
-    key = Path(os.environ.get("DSTUNE_KEY_FILE", "serving/key")).read_text().strip()
-    url = os.environ.get("DSTUNE_URL", "http://127.0.0.1:8000")
-    result: dict[str, Any] = {}
-    headers = {"authorization": f"Bearer {key}"}
-    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=600, trust_env=False) as client:
+class Served:
+    """A `dstune serve` of its own."""
 
-        async def one() -> tuple[float, int]:
-            asked = {
-                "model": model,
-                "messages": [{"role": "user", "content": "Tell me about the sea."}],
-                "max_tokens": tokens,
-                "temperature": 0,
-                "stream": True,
-                "logit_bias": {},
+    def __init__(self, name: str, words: str, folder: Path):
+        self.state = folder / name
+        argv = [sys.executable, "-m", "dstune", "serve", "--port", "0", "--state", str(self.state), *shlex.split(words)]
+        with (folder / f"{name}.log").open("wb") as log:
+            self.process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            url, serves, models = line.strip().partition("/v1  serves ")
+            if serves:
+                self.url, self.model = url, models.split(", ")[0]
+                return
+        raise SystemExit(f"{name} did not start: {folder / f'{name}.log'}")
+
+    def client(self) -> httpx2.AsyncClient:
+        headers = {"authorization": f"Bearer {(self.state / 'key').read_text().strip()}"}
+        return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=600, trust_env=False)
+
+    async def stream(self, client: httpx2.AsyncClient, tokens: int) -> tuple[float, int]:
+        """Seconds to the first text, and tokens of the answer."""
+        asked = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": "Tell me about the sea."}],
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        began, first, count = time.perf_counter(), 0.0, 0
+        async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                event = json.loads(line[6:]) if line.startswith("data: {") else {}
+                if not first and any(choice["delta"].get("content") for choice in event.get("choices", [])):
+                    first = time.perf_counter() - began
+                if event.get("usage"):
+                    count = event["usage"]["completion_tokens"]
+        return first, count
+
+
+async def engines(commands: list[str], streams: list[int], rounds: int, tokens: int = 24) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="dstune-serving-"))
+    servers: dict[str, Served] = {}
+    rates: dict[tuple[str, int], list[float]] = {}
+    firsts: dict[tuple[str, int], list[float]] = {}
+    try:
+        async with AsyncExitStack() as stack:
+            clients = {}
+            for command in commands:
+                name, _, words = command.partition("=")
+                servers[name] = Served(name, words, folder)
+                clients[name] = await stack.enter_async_context(servers[name].client())
+                await servers[name].stream(clients[name], tokens)  # what is compiled or cached at first use
+            for number in streams * rounds:
+                for name, server in servers.items():
+                    began = time.perf_counter()
+                    found = await asyncio.gather(*(server.stream(clients[name], tokens) for _ in range(number)))
+                    seconds = time.perf_counter() - began
+                    rates.setdefault((name, number), []).append(sum(count for _, count in found) / seconds)
+                    firsts.setdefault((name, number), []).append(statistics.median(first for first, _ in found))
+    finally:
+        for server in servers.values():
+            server.process.terminate()
+            server.process.wait(60)
+    figures = {
+        name: {
+            str(number): {
+                "tokens_per_second": statistics.median(rates[name, number]),
+                "of_rounds": sorted(rates[name, number]),
+                "first_token_seconds": statistics.median(firsts[name, number]),
             }
-            began, first, count = time.perf_counter(), 0.0, 0
-            async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
-                async for line in answer.aiter_lines():
-                    if '"content"' in line and '"role"' not in line:
-                        first, count = first or time.perf_counter() - began, count + 1
-            return first, count
-
-        await one()
-        for number in streams:
-            began = time.perf_counter()
-            found = await asyncio.gather(*(one() for _ in range(number)))
-            seconds = time.perf_counter() - began
-            result[str(number)] = {
-                "tokens_per_second": sum(count for _, count in found) / seconds,
-                "first_token_seconds": statistics.median(first for first, _ in found),
-            }
-    return result
+            for number in streams
+        }
+        for name in servers
+    }
+    return {"load": os.getloadavg()[0], "rounds": rounds, "tokens": tokens, **figures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "soak", "engine", *ROLES))
-    parser.add_argument("path", nargs="?")
-    parser.add_argument("--streams", default="16")
+    parser.add_argument("what", choices=("overhead", "soak", "engines", *ROLES))
+    parser.add_argument("given", nargs="*")
+    parser.add_argument("--streams")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int)
     arguments = parser.parse_args()
     if arguments.what in ROLES:
         from dstune.serve.server import run
 
-        run({"stub": run_stub, "relay": run_relay, "gateway": run_gateway}[arguments.what](Path(arguments.path)))
+        run({"stub": run_stub, "relay": run_relay, "gateway": run_gateway}[arguments.what](Path(*arguments.given)))
         return
     if arguments.what == "overhead":
-        result = asyncio.run(overhead(int(arguments.streams), arguments.requests or 400))
+        result = asyncio.run(overhead(int(arguments.streams or 16), arguments.requests or 400))
     elif arguments.what == "soak":
         result = asyncio.run(soak(arguments.requests or 10_000))
     else:
-        result = asyncio.run(engine(arguments.path, [int(one) for one in arguments.streams.split(",")]))
+        streams = [int(one) for one in (arguments.streams or "1,4,8").split(",")]
+        result = asyncio.run(engines(arguments.given, streams, arguments.rounds))
     print(json.dumps(result, indent=1))
 
 
