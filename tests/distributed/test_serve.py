@@ -108,6 +108,14 @@ def engines(folder: Path, kind=LocalEngine, **given):
     return lambda source, base: kind(source, base, folder, short, limits, **given)
 
 
+def real_vllm(folder: Path):
+    python = os.environ.get("DSTUNE_VLLM_PYTHON", "")
+    if not Path(python).is_file():
+        pytest.skip("needs vLLM in an environment of its own: DSTUNE_VLLM_PYTHON=/path/to/its/bin/python")
+    words = ["--enforce-eager", "--max-model-len", "256"]
+    return engines(folder, VllmEngine, python=python, number_format="float32", arguments=words)
+
+
 def vllm(folder: Path):
     python = vllm_double.install(folder / "venv")
     return engines(folder, VllmEngine, python=str(python), number_format="float32")
@@ -223,19 +231,21 @@ async def says(client: openai.AsyncOpenAI, model: str) -> str:
 
 
 def test_full_models_and_merged_ones(shelf, tmp_path):
+    sources = resolve("full", str(shelf.run("full"))), resolve("merged", str(merged(shelf, tmp_path)))
+    proofs = started(Fleet(engines(state(tmp_path / "state"))), *sources)
+    assert {name: proof.status for name, proof in proofs.items()} == {"full": "proven", "merged": "proven"}
+    assert all(proof.rows >= 10 and proof.difference < 1e-4 for proof in proofs.values())
+
+
+def merged(shelf: Shelf, folder: Path) -> Path:
     from dstune.checkpoint.export import export_checkpoint
     from dstune.checkpoint.store import newest
     from dstune.inference.reference import add_reference
 
     run = shelf.run("lora-a").parent.parent
-    merged = export_checkpoint(run, newest(run), tmp_path / "merged", merge=True)
-    assert add_reference(merged, run) == ""
-    (tmp_path / "state").mkdir()
-    proofs = started(
-        Fleet(engines(tmp_path / "state")), resolve("full", str(shelf.run("full"))), resolve("merged", str(merged))
-    )
-    assert {name: proof.status for name, proof in proofs.items()} == {"full": "proven", "merged": "proven"}
-    assert all(proof.rows >= 10 and proof.difference < 1e-4 for proof in proofs.values())
+    made = export_checkpoint(run, newest(run), folder / "merged", merge=True)
+    assert add_reference(made, run) == ""
+    return made
 
 
 def test_classifier_tagger_reranker_and_embedder(shelf, tmp_path):
@@ -320,14 +330,15 @@ def test_a_reader_and_a_reward_model(shelf, tmp_path):
 # -- another model ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["local", "vllm"])
+@pytest.mark.parametrize("kind", ["local", "vllm", pytest.param("real vllm", marks=pytest.mark.slow)])
 def test_what_is_not_the_trained_model_is_refused(shelf, tmp_path, kind):
     """A changed template, tensors under another prefix, another base, zeros, a base that was changed: each by its reason."""
     from safetensors.torch import load_file, save_file
 
-    fleet_of = lambda name: Fleet(  # noqa: E731
-        (engines if kind == "local" else vllm)(state(tmp_path / name)), one_template=kind == "vllm"
-    )
+    kinds = {"local": engines, "vllm": vllm, "real vllm": real_vllm}
+
+    def fleet_of(name: str) -> Fleet:
+        return Fleet(kinds[kind](state(tmp_path / name)), one_template=kind != "local")
 
     template = shelf.copy("lora-a", tmp_path / "template")
     file = template / "chat_template.jinja"
@@ -395,13 +406,22 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_vllm(shelf, tmp_path):
-    python = os.environ.get("DSTUNE_VLLM_PYTHON", "")
-    if not Path(python).is_file():
-        pytest.skip("needs vLLM in an environment of its own: DSTUNE_VLLM_PYTHON=/path/to/its/bin/python")
-    words = ["--enforce-eager", "--max-model-len", "256"]
-    of = engines(tmp_path, VllmEngine, python=python, number_format="float32", arguments=words)
-    proofs = started(Fleet(of, one_template=True), resolve("a", str(shelf.run("lora-a"))))
-    assert proofs["a"].status == "proven"
+    """Two adapters, one added while it runs; all weights, and merged ones."""
+
+    async def use(fleet: Fleet):
+        added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))
+        async with open_gateway(fleet, tmp_path, shelf) as (client, _):
+            texts = [await says(client, name) for name in fleet.models]
+        return added.proof, {name: model.proof.status for name, model in fleet.models.items()}, texts
+
+    added, statuses, texts = started(
+        Fleet(real_vllm(tmp_path), one_template=True), resolve("a", str(shelf.run("lora-a"))), then=use
+    )
+    assert statuses == {"base": "base", "a": "proven", "b": "proven"} and added.difference < 1e-4
+    assert len(set(texts)) == 3
+    for number, folder in enumerate((shelf.run("full"), merged(shelf, tmp_path))):
+        proofs = started(Fleet(real_vllm(state(tmp_path / str(number)))), resolve("x", str(folder)))
+        assert proofs["x"].status == "proven"
 
 
 def test_a_model_without_a_reference_is_served_and_listed_as_unproven(shelf, tmp_path):
