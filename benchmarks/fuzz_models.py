@@ -92,8 +92,8 @@ def reference(content: bytes, folder: Path) -> None:
     async def prompt_ids(name: str, row: Any) -> list[int]:
         return [1, 2]
 
-    async def logprobs(name: str, ids: list[int]) -> list[float]:
-        return [-0.5 for _ in ids]
+    async def logprobs(name: str, prompt: list[int], targets: list[int]) -> list[float]:
+        return [-0.5 for _ in targets]
 
     async def answers(rows: list[Any]) -> dict[str, Any]:
         return {"ids": [[1, 2] for _ in rows], "answers": [{"vector": [0.5]} for _ in rows]}

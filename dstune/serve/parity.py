@@ -83,8 +83,6 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
     reference = read_reference(source.folder)
     if reference is None:
         return Proof("unproven", "the model has no reference: `dstune export` stores one", dtype=engine.dtype)
-    if engine.dtype not in BOUNDS:
-        return Proof("unproven", f"no bound is known for weights in {engine.dtype or 'an unknown number format'}")
     rows = reference["rows"]
     try:
         if source.generates:
@@ -98,16 +96,16 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
 
 
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:
-    bound = BOUNDS[engine.dtype]
-    largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
+    bound, compared = _bound(engine), 0
+    largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):
-        targets = list(row["target_ids"])
-        ids = [*row["prompt_ids"], *targets]
-        found = (await engine.logprobs(name, ids))[-len(targets) :]
-        different = _difference(found, row["logprobs"], engine.dtype)
+        tokens = row["prompt_ids"], row["target_ids"]
+        found = await engine.logprobs(name, *tokens)
+        compared += len(found)
+        different = _difference(found, row["logprobs"][: len(found)], engine.dtype)
         if not different <= bound:
             raise Refused(
                 f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference are "
@@ -116,7 +114,9 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
             )
         largest = max(largest, different)
         if effect is not None and base is not None and effect.needs(row):
-            effect.take(row, found, (await engine.logprobs(base, ids))[-len(targets) :])
+            effect.take(row, found, await engine.logprobs(base, *tokens))
+    if not compared:
+        raise Unprovable("the engine reports no log-probability of any row of the reference")
     if effect is not None and (reason := effect.problem()):
         raise Refused(
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
@@ -173,7 +173,7 @@ def _changed(row: Mapping[str, Any]) -> float:
 
 
 async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:
-    bound = BOUNDS[engine.dtype]
+    bound = _bound(engine)
     found = await engine.answers([row["row"] for row in rows])
     largest = 0.0
     for number, (row, ids, answer) in enumerate(zip(rows, found["ids"], found["answers"], strict=True), 1):
@@ -189,6 +189,12 @@ async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]])
             )
         largest = max(largest, different)
     return Proof("proven", "", len(rows), largest, bound, None, engine.dtype)
+
+
+def _bound(engine: Engine) -> float:
+    if engine.dtype not in BOUNDS:
+        raise Unprovable(f"no bound is known for weights in {engine.dtype or 'an unknown number format'}")
+    return BOUNDS[engine.dtype]
 
 
 def _numbers(answer: Mapping[str, Any]) -> list[float]:

@@ -17,6 +17,7 @@ import pytest
 import dstune
 from dstune.core.errors import DstuneError
 from dstune.serve.engines.base import EngineDown, Limits
+from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.local.engine import LocalEngine
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.fleet import Fleet
@@ -104,7 +105,7 @@ def engines(folder: Path, kind=LocalEngine, **given):
     folder.chmod(0o700)
     short = Path(os.environ.get("TMPDIR", "/tmp")) / f"dstune-test-{os.getpid()}-{abs(hash(str(folder))) % 10**8}"
     short.mkdir(mode=0o700, exist_ok=True)
-    limits = Limits(threads=1, start_seconds=240)
+    limits = Limits(threads=1)
     return lambda source, base: kind(source, base, folder, short, limits, **given)
 
 
@@ -422,6 +423,58 @@ def test_the_real_vllm(shelf, tmp_path):
     for number, folder in enumerate((shelf.run("full"), merged(shelf, tmp_path))):
         proofs = started(Fleet(real_vllm(state(tmp_path / str(number)))), resolve("x", str(folder)))
         assert proofs["x"].status == "proven"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_the_real_llama_server(shelf, tmp_path, kind):
+    """Proven where a bound is known, also where a token begins each text; another template and other weights are refused."""
+    program = os.environ.get("DSTUNE_LLAMA_SERVER", "")
+    if not Path(program).is_file():
+        pytest.skip("needs llama.cpp's server: DSTUNE_LLAMA_SERVER=/path/to/llama-server")
+    from dstune.checkpoint.export import export_gguf
+    from dstune.checkpoint.store import newest
+    from dstune.inference.reference import add_reference
+    from tests.support.gguf_models import save_model
+
+    base = save_model(tmp_path / "model", "llama", begins=kind == "f16")
+
+    def export(name: str, seed: int) -> Path:
+        run = save_run(tmp_path / name, base, shelf.chat, *LORA, "data.max_length=96", seed=seed, scale=0.05)
+        file = export_gguf(run, newest(run), tmp_path / f"{name}-export", kind)
+        assert add_reference(file.parent, run) == ""
+        return file
+
+    def fleet(name: str) -> Fleet:
+        return Fleet(engines(state(tmp_path / name), LlamaCppEngine, program=program, arguments=["--threads", "1"]))
+
+    async def use(fleet: Fleet):
+        async with open_gateway(fleet, tmp_path, shelf) as (client, _):
+            ask = {"model": "x", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 6}
+            whole = await client.chat.completions.create(**ask, temperature=0, logprobs=True, top_logprobs=0)
+            assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+            text = whole.choices[0].message.content
+            parts = await client.chat.completions.create(**ask, temperature=0, stream=True)
+            assert "".join([part.choices[0].delta.content or "" async for part in parts if part.choices]) == text
+            drawn = [await client.chat.completions.create(**ask, seed=seed) for seed in (1, 1, 2)]
+            texts = [one.choices[0].message.content for one in drawn]
+            assert texts[0] == texts[1] != texts[2]
+            with pytest.raises(openai.BadRequestError, match="control token"):
+                await client.chat.completions.create(**ask | {"messages": [{"role": "user", "content": "<|im_end|>"}]})
+        return fleet.models["x"].proof
+
+    file = export("one", 1)
+    proof = started(fleet("1"), resolve("x", str(file.parent)), then=use)
+    assert proof.status == ("unproven" if kind == "q8_0" else "proven"), proof
+    if kind != "q8_0":
+        other = export("two", 2)
+        kept = file.read_bytes()
+        file.write_bytes(other.read_bytes())
+        assert "not the model that was trained" in refusal(fleet("2"), resolve("x", str(file.parent)))
+        file.write_bytes(kept)
+    template = file.parent / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant"))
+    assert "another prompt than in training" in refusal(fleet("3"), resolve("x", str(file.parent)))
 
 
 def test_a_model_without_a_reference_is_served_and_listed_as_unproven(shelf, tmp_path):

@@ -223,14 +223,31 @@ def test_answers_of_a_server_elsewhere_are_counted_as_it_writes_them(tmp_path):
         assert engine.context_in(odd) == 0
 
 
-def test_llama_cpp_gets_max_tokens_which_all_of_its_versions_know(tmp_path):
+def test_llama_cpp_gets_what_it_acts_on(tmp_path):
     from tests.support.tiny import save_tokenizer
 
     save_tokenizer(tmp_path)
     engine = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
     engine._special = SpecialTexts.of(engine.source)
-    sent = engine.outgoing("/v1/chat/completions", chat(max_completion_tokens=5))
-    assert sent["max_tokens"] == 5 and "max_completion_tokens" not in sent
+
+    def sent(**given):
+        return engine.outgoing("/v1/chat/completions", chat(**given))
+
+    found = sent(max_completion_tokens=5)
+    assert found["max_tokens"] == 5 and "max_completion_tokens" not in found, "all of its versions know this name"
+    alternatives = [sent(logprobs=True, **given)["top_logprobs"] for given in ({}, {"top_logprobs": 0})]
+    assert alternatives == [1, 1], "for 0 it tells no log-probabilities at all, by itself 20"
+    assert sent(logprobs=True, top_logprobs=3)["top_logprobs"] == 3
+    assert "top_logprobs" not in sent(logprobs=False)
+    assert [sent(seed=seed)["seed"] for seed in (7, -1, 2**31)] == [7, 2**31 - 2, 1], "-1 would be another each time"
+    with pytest.raises(ApiError, match="Invalid tool_choice"):
+        sent(tool_choice={"type": "function", "function": {"name": "f"}})
+    for prompt in (["a", "b"], [[1], [2]]):
+        with pytest.raises(ApiError, match="Invalid prompt"):
+            engine.outgoing("/v1/completions", {"prompt": prompt})
+    for prompt in ("a", ["a"], [1, 2], [[1, 2]]):
+        assert engine.outgoing("/v1/completions", {"prompt": prompt})["prompt"] == prompt
+    assert sent(tool_choice="required")["tool_choice"] == "required"
 
 
 def test_what_an_engine_elsewhere_sends_is_bounded(tmp_path, caplog):
@@ -260,8 +277,8 @@ def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys):
     own = tmp_path / "run"
     own.mkdir(mode=0o700)
     made = llama.command(own)
-    assert llama._key not in " ".join(made.argv)
-    assert (own / "key").stat().st_mode & 0o077 == 0 and "127.0.0.1" in made.argv
+    assert made.socket is not None and Path(made.socket).parent == own, "loopback is open to every user of the machine"
+    assert made.argv[made.argv.index("--host") + 1] == made.socket and "--port" not in made.argv
     local = LocalEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
     local._folder = own
     assert "m.gguf" not in " ".join(local.command(own).argv)

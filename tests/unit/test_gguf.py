@@ -18,63 +18,10 @@ from dstune.core.errors import UserError
 from dstune.data.named_templates import joined
 from dstune.inference import export_command
 from dstune.testing.tiny import CHATML
+from tests.support.gguf_models import MODELS, SIZES, save_byte_level, save_model
 from tests.support.tiny import save_decoder
 
 TEXT = "Numbers like 1234 and words, don't they?  <|im_start|>user\nhi<|im_end|>\n"
-
-
-def save_byte_level(folder: Path) -> int:
-    """A byte-level tokenizer with ChatML, trained on a sentence; its size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["Numbers like words, the words they like, and don't they like numbers"] * 9, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token="<|endoftext|>"
-    )
-    wrapped.chat_template = CHATML
-    wrapped.save_pretrained(folder)
-    return len(wrapped)
-
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "eos_token_id": 2,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
-MODELS = {
-    "llama": ("Llama", {"tie_word_embeddings": False}),
-    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
-    "mistral": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", {"head_dim": 128}),
-}
-
-
-def save_model(folder: Path, name: str) -> Path:
-    import transformers
-
-    kind, changes = MODELS[name]
-    rows = save_byte_level(folder)
-    config = getattr(transformers, f"{kind}Config")(**(SIZES | {"vocab_size": rows} | changes))
-    torch.manual_seed(0)
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -178,7 +178,7 @@ class Scoring(StubEngine):
     async def prompt_ids(self, model, row):
         return row["prompt_ids"]
 
-    async def logprobs(self, model, ids):
+    async def logprobs(self, model, prompt, targets):
         self.seen_while_loading.append(self.listed())
         return self.scores[model]
 

@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from dstune.core.errors import UserError
 from dstune.protocols import TASKS
 from dstune.serve import command, fields, options
 from dstune.serve.engines.base import Engine, Limits, Unprovable
-from dstune.serve.engines.llama_cpp import LlamaCppEngine
+from dstune.serve.engines.llama_cpp import LlamaCppEngine, number_format
 from dstune.serve.engines.remote import RemoteEngine, check_address
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.engines.vllm import VllmEngine
@@ -210,7 +211,7 @@ class Told(Engine):
     async def prompt_ids(self, model, row):
         return self.ids
 
-    async def logprobs(self, model, ids):
+    async def logprobs(self, model, prompt, targets):
         if model not in self.found:
             raise Unprovable("nothing")
         return self.found[model]
@@ -226,14 +227,14 @@ def proof(tmp_path, *, dtype="float32", base=None, **given):
 
 
 def test_equal_is_proven_and_different_is_refused(tmp_path):
-    near, far = [-9.0, -1.00005, -2.0], [-9.0, -1.0, -2.0002]
+    near, far = [-1.00005, -2.0], [-1.0, -2.0002]
     found = proof(tmp_path, found={"m": near})
     assert (found.status, found.rows) == ("proven", 1) and found.difference == pytest.approx(5e-5)
     with pytest.raises(Refused, match="log-probabilities of row 1"):
         proof(tmp_path, found={"m": far})
     assert proof(tmp_path, found={"m": far}, dtype="bfloat16").status == "proven"
     with pytest.raises(Refused):
-        proof(tmp_path, found={"m": [-9.0, float("nan"), -2.0]})
+        proof(tmp_path, found={"m": [float("nan"), -2.0]})
     with pytest.raises(Refused, match=r"differ from token 1 on \(\.\.\. 7"):
         proof(tmp_path, found={"m": near}, ids=[1, 7])
     with pytest.raises(Refused, match="another prompt"):
@@ -286,10 +287,10 @@ def test_a_reader_is_known_by_its_spans_too(tmp_path):
 
 
 def test_an_adapter_has_to_differ_from_its_base(tmp_path):
-    same = [-9.0, -1.0, -2.0]
+    same = [-1.0, -2.0]
     with pytest.raises(Refused, match="has no effect"):
-        proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.0005, -2.0]})
-    found = proof(tmp_path, base="b", found={"m": same, "b": [-9.0, -1.5, -2.0]})
+        proof(tmp_path, base="b", found={"m": same, "b": [-1.0005, -2.0]})
+    found = proof(tmp_path, base="b", found={"m": same, "b": [-1.5, -2.0]})
     assert found.effect == pytest.approx(0.5)
 
 
@@ -310,7 +311,7 @@ def test_a_small_effect_is_proven_in_bf16_where_the_reference_tells_what_the_bas
         source = stub_source("m", folder=tmp_path)
         said = [one + wrong for one, wrong in zip(trained, noise, strict=True)]
         plain = [one - engine_change * (a - b) for one, a, b in zip(said, trained, base, strict=True)]
-        engine = Told(source, "m", tmp_path, tmp_path, Limits(), found={"m": [-9.0, *said], "b": [-9.0, *plain]})
+        engine = Told(source, "m", tmp_path, tmp_path, Limits(), found={"m": list(said), "b": list(plain)})
         engine.dtype = "bfloat16"
         return asyncio.run(prove(engine, "m", source, "b"))
 
@@ -363,26 +364,106 @@ def answered(engine: Engine, routes: dict[str, Any]) -> list[tuple[str, dict]]:
         async def ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
             seen.append((path, json.loads(body or b"{}")))
             found = routes.get(path)
+            found = found(seen[-1][1]) if callable(found) else found
             return (404, b"") if found is None else (200, json.dumps(found).encode())
 
     engine.client = Answers()
     return seen
 
 
-def test_llama_cpp_is_compared_by_tokens_alone(tmp_path):
-    row = {"messages": [{"role": "user", "content": "a"}], "prompt_ids": [1, 2], "target_ids": [3], "logprobs": [-1.0]}
-    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
-    engine = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
-    seen = answered(engine, {"/apply-template": {"prompt": "<s>a"}, "/tokenize": {"tokens": [1, 2]}})
+LLAMA_ROW = {
+    "messages": [{"role": "user", "content": "a"}],
+    "arguments": {"thinking": False},
+    "prompt_ids": [1, 2],
+    "target_ids": [3, 4, 5],
+    "logprobs": [-1.0, -2.0, -3.0],
+}
+
+
+def llama(folder: Path, dtype: str = "float16") -> LlamaCppEngine:
+    (folder / "reference.json").write_text(json.dumps({"format": 1, "rows": [LLAMA_ROW]}))
+    engine = LlamaCppEngine(stub_source("m", folder=folder), "m", folder, folder, Limits())
+    engine.dtype = dtype
+    return engine
+
+
+def llama_server(found: dict[int, dict], tokens: tuple[int, ...] = (1, 2)) -> dict[str, object]:
+    """As llama.cpp's server answers: a forced token with what the model gave it; nothing where it is a part of a character."""
+
+    def written(body: dict) -> dict:
+        ((token, bias),) = body["logit_bias"]
+        assert bias > 1e5 and body["n_predict"] == 1 and body["n_probs"] == 1
+        assert [*body["prompt"], token] == [1, 2, 3, 4, 5][: len(body["prompt"]) + 1]
+        return {"completion_probabilities": [found[token]]} if token in found else {"content": ""}
+
+    template = {"prompt": "<s>a"}
+    return {"/apply-template": template, "/tokenize": {"tokens": list(tokens)}, "/completion": written}
+
+
+def test_llama_cpp_is_held_against_the_training_by_forced_tokens(tmp_path):
+    engine = llama(tmp_path)
+    trained = {token: {"id": token, "logprob": -1.001 * (token - 2)} for token in (3, 4, 5)}
+    seen = answered(engine, llama_server(trained))
     found = asyncio.run(prove(engine, "m", engine.source))
-    assert found.status == "unproven" and "tokens are those of the training" in found.detail
-    assert seen[1][1] == {"content": "<s>a", "add_special": False, "parse_special": True}
-    assert engine.headers == {"authorization": f"Bearer {engine._key}"}
-    answered(engine, {"/apply-template": {"prompt": "<s>a"}, "/tokenize": {"tokens": [1, 5]}})
+    assert found.status == "proven" and 0.0019 < found.difference < 0.0021
+    assert seen[0][1] == {"messages": LLAMA_ROW["messages"], "chat_template_kwargs": {"thinking": False}}
+    # It strips the template's own begin of the text, and sets that of its vocabulary in front.
+    assert seen[1][1] == {"content": "<s>a", "add_special": True, "parse_special": True}
+
+    answered(engine, llama_server(trained, tokens=(1, 5)))
     with pytest.raises(Refused, match="another prompt"):
         asyncio.run(prove(engine, "m", engine.source))
+    answered(engine, llama_server(trained | {4: {"id": 4, "logprob": -2.2}}))
+    with pytest.raises(Refused, match="not the model that was trained"):
+        asyncio.run(prove(engine, "m", engine.source))
+
+
+def test_what_llama_cpp_does_not_report_is_unproven(tmp_path):
+    def told(found: dict[int, dict], dtype: str = "float16", **given) -> str:
+        engine = llama(tmp_path, dtype)
+        answered(engine, llama_server(found, **given))
+        return str(asyncio.run(prove(engine, "m", engine.source)))
+
+    first = {"id": 3, "logprob": -1.0}
+    assert told({3: first, 5: {"id": 5, "logprob": -90.0}}).startswith("proven"), "4 is a part of a character"
+    assert "no log-probability of any row" in told({4: first})
+    assert "tells no log-probability of a token" in told({3: {"id": 3, "prob": 0.4}})
+    assert "tells no log-probability of a token" in told({3: {"id": 9, "logprob": -1.0}})
+    assert "no bound is known for weights in Q4_K" in told({3: first}, "Q4_K")
+    with pytest.raises(Refused, match="another prompt"):
+        told({3: first}, "Q4_K", tokens=(1, 5))
+    engine = llama(tmp_path)
     answered(engine, {})
     assert "has no POST /apply-template" in asyncio.run(prove(engine, "m", engine.source)).detail
+
+
+def test_a_gguf_file_with_coarse_matrices_has_no_bound(tmp_path):
+    import gguf
+    import numpy as np
+
+    def saved(*kinds: str) -> Path:
+        file = tmp_path / "m.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_tensor("norm", np.ones(32, np.float32))
+        for number, kind in enumerate(kinds):
+            quantized = gguf.quantize(np.ones((2, 256), np.float32), gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"m{number}", quantized, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file
+
+    for kinds, expected in (
+        (("F32",), "float16"),
+        (("F32", "BF16"), "bfloat16"),
+        (("F16", "Q8_0"), "Q8_0"),
+        (("F32", "Q8_0", "Q4_0"), "Q4_0, Q8_0"),
+    ):
+        assert number_format(saved(*kinds)) == expected
+    (tmp_path / "m.gguf").write_bytes(b"no GGUF")
+    with pytest.raises(UserError, match="is no GGUF file"):
+        number_format(tmp_path / "m.gguf")
 
 
 def test_a_server_elsewhere_is_asked_for_its_own_name_and_is_unproven(tmp_path):

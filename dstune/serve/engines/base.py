@@ -129,14 +129,17 @@ class Engine:
         ids: list[int] = found["tokens"]
         return ids
 
-    async def logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
-        """The log-probability of each token but the first. Raises Unprovable, EngineDown."""
-        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
+        """The log-probabilities of the targets after the prompt, or of as many of the first ones as the engine reports.
+        Raises Unprovable, EngineDown."""
+        ids = [*prompt, *targets]
+        body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
         found = await self.ask("POST", "/v1/completions", body)
         reported = found["choices"][0].get("prompt_logprobs")
         if not reported:
             raise Unprovable("the engine tells no log-probabilities of a prompt")
-        return [float(one[str(token)]["logprob"]) for one, token in zip(reported[1:], ids[1:], strict=True)]
+        values = [float(one[str(token)]["logprob"]) for one, token in zip(reported[1:], ids[1:], strict=True)]
+        return values[-len(targets) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Tokens and answers of an encoder's rows. Raises Unprovable."""

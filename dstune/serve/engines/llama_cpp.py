@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +13,24 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine, Unprovable
 from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.errors import ApiError
 
 _SAMPLING = frozenset(
     {"temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "stop"}
     | {"stream", "stream_options", "user", "max_tokens"}
 )
 CHAT = _SAMPLING | {"model", "messages", "max_completion_tokens", "response_format", "safety_identifier"}
-CHAT |= {"logprobs", "top_logprobs"}
+CHAT |= {"logprobs", "top_logprobs", "chat_template_kwargs"}
+TOOLS = frozenset({"tools", "tool_choice"})
 COMPLETION = _SAMPLING | {"model", "prompt"}
+
+EXACT = frozenset({"F32", "F16", "BF16"})
+"""Formats of matrices for which a bound is known. All are computed with a cache of keys and values in fp16."""
+
+MOST_SCORED = 16
+"""Targets of a row that are compared: each is a step of the model."""
+FORCED = 1e6
+"""Added to the logit of a token that is to be taken, whatever the model prefers."""
 
 
 @dataclass
@@ -32,46 +40,40 @@ class LlamaCppEngine(Engine):
     arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._key = secrets.token_urlsafe(32)
         self._special: SpecialTexts | None = None
-        self.dtype = (
-            "float32"  # of what it tells; it tells no log-probabilities of a prompt, so nothing is compared in it
-        )
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self._key}"}
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
-        return {"/v1/chat/completions": CHAT, "/v1/completions": COMPLETION}
+        tools = TOOLS if "tools" in (self.source.template or "") else frozenset()
+        return {"/v1/chat/completions": CHAT | tools, "/v1/completions": COMPLETION}
+
+    @property
+    def file(self) -> Path:
+        """Raises UserError where the folder does not hold one GGUF file."""
+        files = [] if self.source.folder is None else sorted(self.source.folder.glob("*.gguf"))
+        if len(files) != 1:
+            reason = f"holds {len(files)} GGUF files, one is served"
+            raise UserError(Problem("MODEL", reason, "dstune export RUN --gguf", self.source.path))
+        return files[0]
 
     def command(self, folder: Path) -> Command:
         program = self.program or shutil.which("llama-server")
         if program is None or not Path(program).is_file():
             reason = "there is no program `llama-server`"
             raise UserError(Problem("--engine-python", reason, "--engine-python /path/to/llama-server", program or ""))
-        files = [] if self.source.folder is None else sorted(self.source.folder.glob("*.gguf"))
-        if len(files) != 1:
-            reason = f"holds {len(files)} GGUF files, one is served"
-            raise UserError(Problem("MODEL", reason, "dstune export RUN --gguf", self.source.path))
-        # Loopback is open to every user of the machine, so the engine has a key of its own; it goes by a file, since a
-        # command line can be read by all.
-        key_file = folder / "key"
-        descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        os.write(descriptor, f"{self._key}\n".encode())
-        os.close(descriptor)
-        port = _free_port()
-        own = ["--model", str(files[0]), "--alias", self.base, "--host", "127.0.0.1", "--port", str(port)]
-        own += ["--api-key-file", str(key_file), "--jinja", "--no-webui"]
+        place = folder / "http.sock"  # it knows a socket by this end of its name
+        own = ["--model", str(self.file), "--alias", self.base, "--host", str(place), "--jinja", "--no-webui"]
+        # Its own defaults cut the distribution, also where a request asks for temperature 1 and top_p 1.
+        own += ["--temp", "1", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
         if self.source.template is not None:
             template = folder / "chat_template.jinja"
             template.write_text(freeze_date(self.source.template, self.source.template_date), encoding="utf-8")
             own += ["--chat-template-file", str(template)]
-        return Command([program, *own, *self.arguments], os.environ, f"http://127.0.0.1:{port}")
+        return Command([program, *own, *self.arguments], os.environ, "http://engine", str(place))
 
     def learn(self) -> None:
         self._special = self._special or SpecialTexts.of(self.source)
+        self.dtype = number_format(self.file)
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"
@@ -79,23 +81,65 @@ class LlamaCppEngine(Engine):
         kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
         # Older ones do not know this name, and would write without end.
         most = kept.pop("max_completion_tokens", None)
-        return kept if most is None else kept | {"max_tokens": most}
+        if most is not None:
+            kept["max_tokens"] = most
+        if kept.get("logprobs"):  # by itself it tells 20 alternatives, and for 0 of them nothing at all
+            kept["top_logprobs"] = max(kept.get("top_logprobs", 0), 1)
+        if "seed" in kept:  # it has 32 bits for it, and draws one itself for -1
+            kept["seed"] %= 2**31 - 1
+        if isinstance(kept.get("tool_choice"), dict):
+            raise _unsupported(
+                "tool_choice", "must be none, auto or required: llama.cpp lets the model choose a function"
+            )
+        prompt = kept.get("prompt")
+        if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
+            raise _unsupported(
+                "prompt", "must be one text or its token ids: llama.cpp counts the tokens of the first alone"
+            )
+        return kept
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         text = row.get("text")
         if text is None:
-            requested = {"messages": row["messages"]} | ({"tools": row["tools"]} if row.get("tools") else {})
+            named = {"messages": "messages", "tools": "tools", "arguments": "chat_template_kwargs"}
+            requested = {field: row[key] for key, field in named.items() if row.get(key)}
             text = (await self.ask("POST", "/apply-template", requested))["prompt"]
-        body = {"content": text, "add_special": "messages" not in row, "parse_special": True}
+        # As it does with a request: the begin of the text that its vocabulary asks for is taken from what the template has
+        # printed, and put in front of the tokens.
+        body = {"content": text, "add_special": True, "parse_special": True}
         ids: list[int] = (await self.ask("POST", "/tokenize", body))["tokens"]
         return ids
 
-    async def logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
-        raise Unprovable("its tokens are those of the training; llama.cpp tells no log-probabilities of a prompt")
+    async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
+        """It tells no log-probabilities of a prompt, but that of a token that it writes, before anything is added to it:
+        so each target is forced in turn. A part of a character has none."""
+        found: list[float] = []
+        for number, target in enumerate(targets[:MOST_SCORED]):
+            body = {"prompt": [*prompt, *targets[:number]], "n_predict": 1, "n_probs": 1, "temperature": 0}
+            body |= {"logit_bias": [[target, FORCED]], "cache_prompt": True}
+            written = (await self.ask("POST", "/completion", body)).get("completion_probabilities")
+            if not written:
+                break
+            if written[0].get("id") != target or "logprob" not in written[0]:
+                raise Unprovable(
+                    "its tokens are those of the training; this version tells no log-probability of a token"
+                )
+            found.append(float(written[0]["logprob"]))
+        return found
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
+def _unsupported(field: str, reason: str) -> ApiError:
+    return ApiError(400, f"Invalid {field}: {reason}.", param=field, code="unsupported_value")
+
+
+def number_format(file: Path) -> str:
+    """By what bound a GGUF file is compared, or the names of formats without one. Raises UserError where it is no such file."""
+    from gguf import GGUFReader
+
+    try:
+        kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(Problem("MODEL", f"is no GGUF file: {error}", "dstune export RUN --gguf", str(file))) from error
+    if coarse := kinds - EXACT:
+        return ", ".join(sorted(coarse))
+    return "bfloat16" if "BF16" in kinds else "float16"

@@ -55,7 +55,7 @@ class RemoteEngine(Engine):
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         raise Unprovable("a server elsewhere does not show the tokens of a prompt")
 
-    async def logprobs(self, model: str, ids: Sequence[int]) -> list[float]:
+    async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
         raise Unprovable("a server elsewhere does not tell log-probabilities of a prompt")
 
 
