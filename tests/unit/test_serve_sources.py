@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -461,8 +462,33 @@ def test_a_gguf_file_with_coarse_matrices_has_no_bound(tmp_path):
         (("F32", "Q8_0", "Q4_0"), "Q4_0, Q8_0"),
     ):
         assert number_format(saved(*kinds)) == expected
-    (tmp_path / "m.gguf").write_bytes(b"no GGUF")
-    with pytest.raises(UserError, match="is no GGUF file"):
+
+
+def hostile(entries: int = 0, tensors: int = 0, rest: bytes = b"") -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, tensors, entries) + rest
+
+
+NAME = struct.pack("<Q", 1) + b"a"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"no GGUF", "shorter"),
+        (hostile()[:4] + struct.pack("<IQQ", 1, 0, 0), "version"),
+        (hostile(entries=1, rest=NAME + struct.pack("<IIQ", 9, 4, 2**40)), "shorter"),  # a list of so many numbers
+        (hostile(entries=1, rest=NAME + struct.pack("<IIQ", 9, 8, 2**60)), "shorter"),
+        (hostile(entries=1, rest=NAME + struct.pack("<IIQIQ", 9, 9, 1, 9, 1)), "a list of type 9"),
+        (hostile(entries=1, rest=NAME + struct.pack("<I", 77)), "no type 77"),
+        (hostile(entries=2**60), "shorter"),
+        (hostile(tensors=2**60), "list of its tensors"),
+        (hostile(tensors=1, rest=NAME + struct.pack("<I", 2**31) + b"\0" * 40), "shorter"),
+        (hostile(tensors=1, rest=NAME + struct.pack("<IQQIQ", 2, 1, 1, 999, 0)), "999"),
+    ],
+)
+def test_a_strangers_gguf_file_is_not_believed(tmp_path, content, reason):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=f"is no GGUF file: .*{reason}"):
         number_format(tmp_path / "m.gguf")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dstune.checkpoint.gguf_header import matrix_types
 from dstune.core.errors import Problem, UserError
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import Command, Engine, Unprovable
@@ -134,11 +135,11 @@ def _unsupported(field: str, reason: str) -> ApiError:
 
 def number_format(file: Path) -> str:
     """By what bound a GGUF file is compared, or the names of formats without one. Raises UserError where it is no such file."""
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType
 
     try:
-        kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
-    except (OSError, ValueError, LookupError) as error:
+        kinds = {GGMLQuantizationType(kind).name for kind in matrix_types(file)}
+    except (OSError, ValueError) as error:
         raise UserError(Problem("MODEL", f"is no GGUF file: {error}", "dstune export RUN --gguf", str(file))) from error
     if coarse := kinds - EXACT:
         return ", ".join(sorted(coarse))

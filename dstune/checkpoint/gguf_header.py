@@ -1,0 +1,83 @@
+"""What a GGUF file says of its tensors, read as a stranger's: nothing is believed that the file is too short for.
+
+The `gguf` package's own reader takes a count of 2^40 values at its word and does not come back.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes by the number of a type, as in llama.cpp's specification of the format."""
+_TEXT, _LIST = 8, 9
+_LEAST_OF_A_TENSOR = 24
+"""Bytes of its entry: lengths of name and shape, type and place."""
+
+
+def matrix_types(file: Path) -> set[int]:
+    """The numbers of the types (GGMLQuantizationType) of all tensors that have more than one dimension.
+
+    Raises ValueError where the file is no GGUF of version 2 or 3, or ends too early.
+    """
+    with file.open("rb") as stream:
+        return _Header(stream, file.stat().st_size).matrix_types()
+
+
+class _Header:
+    def __init__(self, stream: BinaryIO, size: int):
+        self._stream, self._left = stream, size
+
+    def matrix_types(self) -> set[int]:
+        magic, version, tensors, entries = self._take("<4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError("it does not begin as GGUF of version 2 or 3 does")
+        for _ in range(entries):
+            self._skip_text()
+            self._skip_value(*self._take("<I"))
+        found = set()
+        for _ in range(tensors):
+            if self._left < _LEAST_OF_A_TENSOR:
+                raise ValueError("it ends within the list of its tensors")
+            self._skip_text()
+            (dimensions,) = self._take("<I")
+            self._skip(8 * dimensions)
+            kind, _ = self._take("<IQ")
+            found |= {kind} if dimensions > 1 else set()
+        return found
+
+    def _skip_value(self, kind: int) -> None:
+        if kind == _TEXT:
+            self._skip_text()
+        elif kind == _LIST:
+            of_one, count = self._take("<IQ")
+            if of_one in _SCALARS:
+                self._skip(_SCALARS[of_one] * count)
+            elif of_one == _TEXT:
+                for _ in range(count):
+                    self._skip_text()
+            else:
+                raise ValueError(f"a list of type {of_one} is not read")
+        elif kind in _SCALARS:
+            self._skip(_SCALARS[kind])
+        else:
+            raise ValueError(f"there is no type {kind}")
+
+    def _skip_text(self) -> None:
+        self._skip(*self._take("<Q"))
+
+    def _take(self, shape: str) -> tuple[Any, ...]:
+        size = struct.calcsize(shape)
+        self._count(size)
+        return struct.unpack(shape, self._stream.read(size))
+
+    def _skip(self, size: int) -> None:
+        self._count(size)
+        self._stream.seek(size, 1)
+
+    def _count(self, size: int) -> None:
+        """Each step takes bytes off, so that no count in the file is worked through longer than the file is."""
+        if size > self._left:
+            raise ValueError("it is shorter than it says")
+        self._left -= size
