@@ -452,7 +452,8 @@ def test_the_real_llama_server(shelf, tmp_path, kind):
         async with open_gateway(fleet, tmp_path, shelf) as (client, _):
             ask = {"model": "x", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 6}
             whole = await client.chat.completions.create(**ask, temperature=0, logprobs=True, top_logprobs=0)
-            assert len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
+            # Tokens that are a part of a character come together, with one of them.
+            assert 0 < len(whole.choices[0].logprobs.content) <= whole.usage.completion_tokens
             text = whole.choices[0].message.content
             parts = await client.chat.completions.create(**ask, temperature=0, stream=True)
             assert "".join([part.choices[0].delta.content or "" async for part in parts if part.choices]) == text
