@@ -48,9 +48,9 @@ LORA = ("task=chat", "method=lora", "method.rank=4")
 class Shelf:
     """Exports with their references, each made when it is first asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, **changes: float):
         self.folder = folder
-        self.base = save_decoder(folder / "base")
+        self.base = save_decoder(folder / "base", **changes)
         self.encoder = save_encoder(folder / "encoder")
         self.chat = write_dialogues(folder / "chat.jsonl", 60)
         self.made: dict[str, Path] = {}
@@ -113,7 +113,7 @@ def real_vllm(folder: Path):
     python = os.environ.get("DSTUNE_VLLM_PYTHON", "")
     if not Path(python).is_file():
         pytest.skip("needs vLLM in an environment of its own: DSTUNE_VLLM_PYTHON=/path/to/its/bin/python")
-    words = ["--enforce-eager", "--max-model-len", "256"]
+    words = ["--enforce-eager", "--max-model-len", "256", "--gpu-memory-utilization", "0.3"]
     return engines(folder, VllmEngine, python=python, number_format="float32", arguments=words)
 
 
@@ -406,8 +406,10 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_real_vllm(shelf, tmp_path):
+def test_the_real_vllm(tmp_path):
     """Two adapters, one added while it runs; all weights, and merged ones."""
+    # Its attention on CPUs takes heads of 32 and more; logits as large as those of the other tests differ by 1.1e-4 then.
+    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.1)
 
     async def use(fleet: Fleet):
         added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))

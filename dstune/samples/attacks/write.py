@@ -37,8 +37,6 @@ DOCUMENT_CHARACTERS = 1200
 """Of a document of the calibration at least."""
 DOCUMENTS_EACH = 150
 """Documents of the calibration, of each package: 1% of what has few is one, and one odd text sets the threshold."""
-TWINS_EACH = 3
-"""Benign twins of a rule in the calibration: of one rule there are dozens, and they would set the threshold alone."""
 PIECE = 320
 """Characters of a part of a document for training: also in code they are within a window."""
 
@@ -168,7 +166,7 @@ class _Pool:
         short = [
             *spread(_between(self.prompts, low, high), 5, 1000),
             *spread(_between(self.chats, low, high), 6, 1000),
-            *spread(_between(self.twins, low, high), TWINS_EACH, 400),
+            *chosen(_between(self.twins, low, high), 400),
             *_between(self.sentences, low, high),
             *_between(self.notes, low, high),
         ]
