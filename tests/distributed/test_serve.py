@@ -408,8 +408,9 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
 @pytest.mark.slow
 def test_the_real_vllm(tmp_path):
     """Two adapters, one added while it runs; all weights, and merged ones."""
-    # Its attention on CPUs takes heads of 32 and more; logits as large as those of the other tests differ by 1.1e-4 then.
-    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.1)
+    # On CPUs its attention takes heads of 32 and more, and log-probabilities of weights as large as those of the other tests
+    # are up to 2.5e-4 apart: these are as large as transformers makes them.
+    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.02)
 
     async def use(fleet: Fleet):
         added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))
