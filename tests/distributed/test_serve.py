@@ -406,6 +406,7 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # it starts three times, a minute or more each
 def test_the_real_vllm(tmp_path):
     """Two adapters, one added while it runs; all weights, and merged ones."""
     # On CPUs its attention takes heads of 32 and more, and log-probabilities of weights as large as those of the other tests
