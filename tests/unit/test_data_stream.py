@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -254,9 +253,10 @@ CHANGES = {
 }
 
 
-def test_files_that_change_during_training_are_named(tmp_path, opened):
+@pytest.mark.parametrize("report", CHANGES)
+def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     data_loader = StreamingLoader(streaming(tmp_path), opened(streaming(tmp_path)), None)
-    CHANGES["gone: s0.jsonl"](tmp_path)
+    CHANGES[report](tmp_path)
 
     def train() -> None:
         for step in range(30):
@@ -266,18 +266,17 @@ def test_files_that_change_during_training_are_named(tmp_path, opened):
     with pytest.raises(UserError, match="changed while the run trains") as raised:
         train()
     assert [problem.where for problem in raised.value.problems] == ["data.train"]
-    assert "(gone: s0.jsonl)" in str(raised.value)
+    assert f"({report})" in str(raised.value)
 
 
-@pytest.mark.parametrize("report", CHANGES)
-def test_files_that_change_while_a_block_is_read_are_named(tmp_path, report):
+def test_files_that_change_while_a_block_is_read_are_named(tmp_path):
     config = streaming(tmp_path)
     data = prepared(config, byte_tokenizer(), tmp_path / "cache")
     begin, held_out = Position(**data.stream.end), np.load(data.stream.held_out)
     build = block_builder(config, byte_tokenizer(), begin, held_out, data.stream.shards, {})
-    CHANGES[report](tmp_path)
+    CHANGES["changed: s1.jsonl"](tmp_path)
     (tmp_path / "block").mkdir()
-    with pytest.raises(UserError, match=re.escape(f"({report})")):
+    with pytest.raises(UserError, match=r"changed: s1\.jsonl"):
         build(tmp_path / "block")
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from dstune.core.errors import UserError
 from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
-from dstune.serve.guard.check import Text, Verdict, entry_of, item_of, tag
+from dstune.serve.guard.check import Span, Text, Verdict, entry_of, item_of, tags
 from dstune.serve.guard.model import GuardModel
 from dstune.serve.guard.policy import PII, Policy, Watch, read
 from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
@@ -179,7 +179,7 @@ def test_what_a_detector_says():
     verdict = Verdict(Policy("own"), [entry_of(watch, Result())])
     assert verdict.unchecked == ["prompt_attack"] and verdict.refused and not verdict.flagged
     assert not Verdict(Policy("own", "open"), verdict.entries).refused
-    assert tag("pii/email") == "<EMAIL>"
+    assert tags("write to a@b.example", [Span(0, 9, 20, "pii/email")]) == ["<EMAIL>"]
     assert [Text("x", role).direction for role in ("system", "user", "assistant", "tool")] == [
         "",
         "input",
