@@ -399,7 +399,7 @@ def test_the_same_packages_give_the_same_files(folder: Path, tmp_path: Path) -> 
         ("Donaudampfschifffahrtselektrizitaetenhauptbetriebswerkbauunterbeamten", False),
     ],
 )
-def test_what_is_encoded_is_told_from_paths_and_words(text: str, expected: bool) -> None:
+def test_base64_is_neither_a_path_nor_words(text: str, expected: bool) -> None:
     assert encoded(text) is expected
 
 

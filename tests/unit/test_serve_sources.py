@@ -249,7 +249,7 @@ def test_vectors_are_compared_as_a_whole(tmp_path):
     (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
     source = stub_source("m", folder=tmp_path, task="embedding", generates=False, serves=("embed",))
 
-    def told(vector, dtype):
+    def proof_of(vector, dtype):
         engine = Told(source, "m", tmp_path, tmp_path, Limits())
         engine.dtype = dtype
 
@@ -260,10 +260,10 @@ def test_vectors_are_compared_as_a_whole(tmp_path):
         return asyncio.run(prove(engine, "m", source))
 
     near, other = [one + 2e-3 for one in right], [one * (-1) ** number for number, one in enumerate(right)]
-    assert told(near, "bfloat16").difference == pytest.approx(0.032)
+    assert proof_of(near, "bfloat16").difference == pytest.approx(0.032)
     for vector, dtype in ((other, "bfloat16"), (near, "float32"), ([float("nan"), *right[1:]], "bfloat16")):
         with pytest.raises(Refused, match="is not the model that was trained"):
-            told(vector, dtype)
+            proof_of(vector, dtype)
 
 
 def test_a_reader_is_known_by_its_spans_too(tmp_path):
@@ -272,7 +272,7 @@ def test_a_reader_is_known_by_its_spans_too(tmp_path):
     (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
     source = stub_source("m", folder=tmp_path, task="question_answering", generates=False, serves=("answer",))
 
-    def told(answer):
+    def proof_of(answer):
         engine = Told(source, "m", tmp_path, tmp_path, Limits())
         engine.dtype = "float32"
 
@@ -282,9 +282,9 @@ def test_a_reader_is_known_by_its_spans_too(tmp_path):
         engine.answers = answers
         return asyncio.run(prove(engine, "m", source)).status
 
-    assert told(answer) == "proven"
+    assert proof_of(answer) == "proven"
     with pytest.raises(Refused, match="is not the model that was trained"):
-        told(answer | {"predicted": "w3"})
+        proof_of(answer | {"predicted": "w3"})
 
 
 def test_an_adapter_has_to_differ_from_its_base(tmp_path):
@@ -420,19 +420,19 @@ def test_llama_cpp_is_held_against_the_training_by_forced_tokens(tmp_path):
 
 
 def test_what_llama_cpp_does_not_report_is_unproven(tmp_path):
-    def told(found: dict[int, dict], dtype: str = "float16", **given) -> str:
+    def proof_of(found: dict[int, dict], dtype: str = "float16", **given) -> str:
         engine = llama(tmp_path, dtype)
         answered(engine, llama_server(found, **given))
         return str(asyncio.run(prove(engine, "m", engine.source)))
 
     first = {"id": 3, "logprob": -1.0}
-    assert told({3: first, 5: {"id": 5, "logprob": -90.0}}).startswith("proven"), "4 is a part of a character"
-    assert "no log-probability of any row" in told({4: first})
-    assert "tells no log-probability of a token" in told({3: {"id": 3, "prob": 0.4}})
-    assert "tells no log-probability of a token" in told({3: {"id": 9, "logprob": -1.0}})
-    assert "no bound is known for weights in Q4_K" in told({3: first}, "Q4_K")
+    assert proof_of({3: first, 5: {"id": 5, "logprob": -90.0}}).startswith("proven"), "4 is a part of a character"
+    assert "no log-probability of any row" in proof_of({4: first})
+    assert "tells no log-probability of a token" in proof_of({3: {"id": 3, "prob": 0.4}})
+    assert "tells no log-probability of a token" in proof_of({3: {"id": 9, "logprob": -1.0}})
+    assert "no bound is known for weights in Q4_K" in proof_of({3: first}, "Q4_K")
     with pytest.raises(Refused, match="another prompt"):
-        told({3: first}, "Q4_K", tokens=(1, 5))
+        proof_of({3: first}, "Q4_K", tokens=(1, 5))
     engine = llama(tmp_path)
     answered(engine, {})
     assert "has no POST /apply-template" in asyncio.run(prove(engine, "m", engine.source)).detail
