@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -97,6 +98,7 @@ def train_stage(
         setup.check_arithmetic()
         setup.load_checkpoint()
         run_training(setup, setup.build_training())
+    setup.engine.close()  # another stage may follow
 
 
 class Setup:
@@ -166,6 +168,9 @@ class Setup:
 
     def build_model(self) -> None:
         """The model with the method's parameters, cut or sharded where ranks share rows or weights, and the head."""
+        # Models and engines of what came before are in cycles: their memory is needed now, and an engine that Python only
+        # collects while it trains synchronises the device in the midst of a step.
+        gc.collect()
         config, dtype = self.config, DTYPES[self.precision]
         with partitioned_loading(self.deepspeed):
             model = self.prepared.model(config, self.tokenizer, dtype)

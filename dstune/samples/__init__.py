@@ -183,7 +183,7 @@ CATALOGUE = {
             "see docs/guard-model.md",
             attacks.SOURCES[0],
             16_000_000,
-            recipe=6,
+            recipe=7,
             parts=attacks.SOURCES[1:],
             splits=("validation", "calibration", "test"),
         ),

@@ -19,7 +19,7 @@ from dstune.core.distributed import World
 from dstune.protocols import Optimizer
 from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
-from dstune.zero.hooks import without_hooks
+from dstune.zero.hooks import forget, without_hooks
 from dstune.zero.masks import Change, masked_weight_decay, zero_gradients
 from dstune.zero.parts import full_count, full_shape, gathered, is_partitioned
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
@@ -511,4 +511,7 @@ class Engine:
         restore(self._engine, self.stage, own, self._replica)
 
     def close(self) -> None:
+        """Leave nothing that keeps the model's memory, or the optimizer's, once the caller has let go of both."""
         self._engine.destroy()
+        if self.stage == 3:
+            forget(self.module)

@@ -32,3 +32,16 @@ def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
             coordinator._invalidate_trace()
         offload.setup_zero_stage3_hooks()
         FWD_MODULE_STACK.pop()  # it was there already
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of a stage-3 model, and of the engine in its hooks: DeepSpeed 0.19.8 keeps both in a module's list and in a cache."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in getattr(cached, "__closure__", None) or ():  # of the wrapper that records NVTX ranges
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()

@@ -64,6 +64,8 @@ class Found:
     device: str = ""
     kernels: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    engines: int = 0
+    """Of DeepSpeed, that live when the run's own is built."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of DeepSpeed."""
     products: str = ""

@@ -116,6 +116,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", DSTUNE_STORE=str(run_dir / "store"))
     world = start_process_group(RankEnv(0, 1, 0, 1, "environment"))
     preemption = Preemption(config, 0.0, run_dir, is_main=True)
+    gc.disable()  # so that what set-up leaves behind is still there when it is counted
     *before, config = method_of(config.method).stages(config, run_dir)
     for stage in before:
         worker.train_before(stage, config, run_dir, world, preemption)
@@ -125,10 +126,12 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     setup.prepare_method()
     setup.build_model()
     setup.build_engine()
+    engines = sum(type(one).__name__ == "DeepSpeedEngine" for one in gc.get_objects())
+    gc.enable()
     setup.check_arithmetic()
     setup.load_checkpoint()
     run = setup.build_training()
-    found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": []}
+    found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": [], "engines": engines}
     found["groups"] = len(run.engine._engine.optimizer.param_groups)
     found["kernels"] = kernels.of_run(setup.module, setup.model, run.head, run.engine.inner_optimizer)
     found["rows"] = run.config.trainer.micro_batch_size

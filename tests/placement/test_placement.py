@@ -32,6 +32,8 @@ def problems(found: Found, expected: Found) -> list[str]:
     if expected.error:
         return [f"on the CPU: {expected.error}"]
     wrong = found.not_allowed()
+    if found.engines != 1:
+        wrong.append(f"{found.engines} engines live when the run's own is built")
     if not found.device.startswith("sim"):
         wrong.append(f"it was computed on {found.device}")
     half = 100 if found.name.startswith("bf16") else 1  # its kernels round otherwise
@@ -148,6 +150,24 @@ def test_a_run_is_set_up_for_its_device(server: Server) -> None:
     assert found.kernels["norms"] == "torch's kernel" and found.products == "high"
     plain = server.run(Cell("plain-norms", (*words, "model.fused_norms=false")))
     assert plain.kernels["norms"] == "blocks of rows" and plain.products == "highest"
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("name", "further"),
+    [
+        ("chat-importance-2", ()),
+        ("ulmfit-language-model-3", ("model.path=models/decoder",)),
+        ("classification-features-3", ()),
+        ("ewc-2", ()),
+        ("preference-full-3", ("task.reference_model=models/decoder",)),
+    ],
+)
+def test_what_came_before_is_gone_when_the_engine_is_built(server: Server, name: str, further: tuple[str, ...]) -> None:
+    """An engine that scored weights, trained a stage or computed references: its memory is free, and it waits in no step."""
+    words = cell(server, name).argv
+    found = server.run(Cell(f"before-{name}{len(further)}", (*words, *further)))
+    assert not found.error and found.engines == 1, found.error
 
 
 @pytest.mark.ci
