@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import shutil
@@ -60,7 +59,7 @@ from dstune.trainer.sanity_checks import content_digest, examine, refuse_differe
 from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine
+from dstune.zero.engine import Engine, collect_closed
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve, set_arithmetic
 from dstune.zero.slices import Slices
@@ -168,9 +167,7 @@ class Setup:
 
     def build_model(self) -> None:
         """The model with the method's parameters, cut or sharded where ranks share rows or weights, and the head."""
-        # Models and engines of what came before are in cycles: their memory is needed now, and an engine that Python only
-        # collects while it trains synchronises the device in the midst of a step.
-        gc.collect()
+        collect_closed()
         config, dtype = self.config, DTYPES[self.precision]
         with partitioned_loading(self.deepspeed):
             model = self.prepared.model(config, self.tokenizer, dtype)
