@@ -179,33 +179,40 @@ def test_two_adapters_of_one_base_and_a_third_one_while_requests_run(shelf, tmp_
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_an_engine_that_is_killed_under_load_comes_back_proven(shelf, tmp_path, kills):
-    """No answer ever comes from another model."""
+    sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
+    restarts = started(Fleet(engines(tmp_path)), *sources, then=killed(kills, shelf, tmp_path))
+    assert restarts == kills
+
+
+def killed(kills: int, shelf: Shelf, folder: Path):
+    """What kills the first model's engine under load, so often. No answer ever comes from another model."""
 
     async def use(fleet: Fleet):
-        names = ("a", "b", "base")
-        async with open_gateway(fleet, tmp_path, shelf) as (client, _):
-            texts = {name: await says(client, name) for name in names}
-            engine = fleet.models["a"].engine
+        statuses = {name: model.proof.status for name, model in fleet.models.items()}
+        assert "proven" in statuses.values()
+        async with open_gateway(fleet, folder, shelf) as (client, _):
+            texts = {name: await says(client, name) for name in statuses}
+            assert len(set(texts.values())) == len(texts)
+            engine = next(iter(fleet.models.values())).engine
             for number in range(kills):
-                running = [asyncio.create_task(says(client, name)) for name in names * 8]
+                asked = [*texts] * 8
+                running = [asyncio.create_task(says(client, name)) for name in asked]
                 await asyncio.sleep(0.05)
                 os.killpg(engine.process.pid, signal.SIGKILL)
                 found = await asyncio.gather(*running, return_exceptions=True)
-                for name, text in zip(names * 8, found, strict=True):
-                    assert text == texts[name] or isinstance(
-                        text, openai.InternalServerError | openai.APIConnectionError
-                    )
+                for name, text in zip(asked, found, strict=True):
+                    lost = openai.InternalServerError | openai.APIConnectionError
+                    assert text == texts[name] or isinstance(text, lost)
                     assert not isinstance(text, openai.InternalServerError) or text.status_code == 503
-                for _ in range(1200):
+                for _ in range(2400):
                     if fleet.ready and engine.starts == number + 2:
                         break
                     await asyncio.sleep(0.2)
-                assert {name: await says(client, name) for name in names} == texts
-                assert [fleet.models[name].proof.status for name in names] == ["proven", "proven", "base"]
-            assert fleet.restarts() == {"base": kills}
+                assert {name: await says(client, name) for name in texts} == texts
+                assert {name: model.proof.status for name, model in fleet.models.items()} == statuses
+            return sum(fleet.restarts().values())
 
-    sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
-    started(Fleet(engines(tmp_path)), *sources, then=use)
+    return use
 
 
 @asynccontextmanager
@@ -430,27 +437,54 @@ def test_the_real_vllm(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
-def test_the_real_llama_server(shelf, tmp_path, kind):
-    """Proven where a bound is known, also where a token begins each text; another template and other weights are refused."""
-    program = os.environ.get("DSTUNE_LLAMA_SERVER", "")
-    if not Path(program).is_file():
-        pytest.skip("needs llama.cpp's server: DSTUNE_LLAMA_SERVER=/path/to/llama-server")
-    from dstune.checkpoint.export import export_gguf
-    from dstune.checkpoint.store import newest
-    from dstune.inference.reference import add_reference
-    from tests.support.gguf_models import save_model
+@pytest.mark.timeout(3600)  # it starts six times, and is proven each time
+def test_the_real_vllm_is_killed_five_times(tmp_path):
+    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.02)
+    sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
+    fleet = Fleet(real_vllm(tmp_path), one_template=True)
+    assert started(fleet, *sources, then=killed(5, shelf, tmp_path)) == 5
 
-    base = save_model(tmp_path / "model", "llama", begins=kind == "f16")
 
-    def export(name: str, seed: int) -> Path:
-        run = save_run(tmp_path / name, base, shelf.chat, *LORA, "data.max_length=96", seed=seed, scale=0.05)
-        file = export_gguf(run, newest(run), tmp_path / f"{name}-export", kind)
+class LlamaServers:
+    """GGUF exports of adapters of one base, and fleets that serve them; skips where the server is not installed."""
+
+    def __init__(self, folder: Path, data: Path, kind: str, *, begins: bool = False):
+        self.program = os.environ.get("DSTUNE_LLAMA_SERVER", "")
+        if not Path(self.program).is_file():
+            pytest.skip("needs llama.cpp's server: DSTUNE_LLAMA_SERVER=/path/to/llama-server")
+        from tests.support.gguf_models import save_model
+
+        self.folder, self.data, self.kind = folder, data, kind
+        self.base = save_model(folder / "model", "llama", begins=begins)
+
+    def export(self, name: str, seed: int) -> Path:
+        from dstune.checkpoint.export import export_gguf
+        from dstune.checkpoint.store import newest
+        from dstune.inference.reference import add_reference
+
+        words = (*LORA, "data.max_length=96")
+        run = save_run(self.folder / name, self.base, self.data, *words, seed=seed, scale=0.05)
+        file = export_gguf(run, newest(run), self.folder / f"{name}-export", self.kind)
         assert add_reference(file.parent, run) == ""
         return file
 
-    def fleet(name: str) -> Fleet:
-        return Fleet(engines(state(tmp_path / name), LlamaCppEngine, program=program, arguments=["--threads", "1"]))
+    def fleet(self, name: str) -> Fleet:
+        given = {"program": self.program, "arguments": ["--threads", "1"]}
+        return Fleet(engines(state(self.folder / name), LlamaCppEngine, **given))
+
+
+@pytest.mark.slow
+def test_the_real_llama_server_is_killed_five_times(shelf, tmp_path):
+    servers = LlamaServers(tmp_path, shelf.chat, "f32")
+    sources = [resolve(name, str(servers.export(name, seed).parent)) for name, seed in (("one", 1), ("two", 2))]
+    assert started(servers.fleet("1"), *sources, then=killed(5, shelf, tmp_path)) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_the_real_llama_server(shelf, tmp_path, kind):
+    """Proven where a bound is known, also where a token begins each text; another template and other weights are refused."""
+    servers = LlamaServers(tmp_path, shelf.chat, kind, begins=kind == "f16")
 
     async def use(fleet: Fleet):
         async with open_gateway(fleet, tmp_path, shelf) as (client, _):
@@ -468,18 +502,18 @@ def test_the_real_llama_server(shelf, tmp_path, kind):
                 await client.chat.completions.create(**ask | {"messages": [{"role": "user", "content": "<|im_end|>"}]})
         return fleet.models["x"].proof
 
-    file = export("one", 1)
-    proof = started(fleet("1"), resolve("x", str(file.parent)), then=use)
+    file = servers.export("one", 1)
+    proof = started(servers.fleet("1"), resolve("x", str(file.parent)), then=use)
     assert proof.status == ("unproven" if kind == "q8_0" else "proven"), proof
     if kind != "q8_0":
-        other = export("two", 2)
+        other = servers.export("two", 2)
         kept = file.read_bytes()
         file.write_bytes(other.read_bytes())
-        assert "not the model that was trained" in refusal(fleet("2"), resolve("x", str(file.parent)))
+        assert "not the model that was trained" in refusal(servers.fleet("2"), resolve("x", str(file.parent)))
         file.write_bytes(kept)
     template = file.parent / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant\n", "assistant"))
-    assert "another prompt than in training" in refusal(fleet("3"), resolve("x", str(file.parent)))
+    assert "another prompt than in training" in refusal(servers.fleet("3"), resolve("x", str(file.parent)))
 
 
 def test_a_model_without_a_reference_is_served_and_listed_as_unproven(shelf, tmp_path):
