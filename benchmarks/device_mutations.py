@@ -57,7 +57,7 @@ _PLACEMENT: dict[str, Mutation] = {
     "how_often_a_step_waits": undo("zero/engine.py", "        fewer_reads.install()\n"),
     "a_run_is_set_up_for_its_device": undo("models/kernels.py", "(module, fused=config.fused_norms)", "(module)"),
     "what_came_before_is_gone_when_the_engine_is_built": undo(
-        "zero/engine.py", "    if _closed:\n        gc.collect()\n", case="importance"
+        "zero/hooks.py", "    if _closed:\n        gc.collect()\n", case="importance"
     ),
     "an_evaluation_waits_for_its_sums_alone": undo(
         "trainer/evaluate.py", "on_device(indexed(self.head, batch), self.engine.device)",

@@ -59,7 +59,7 @@ from dstune.trainer.sanity_checks import content_digest, examine, refuse_differe
 from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import deepspeed_config
-from dstune.zero.engine import Engine, collect_closed
+from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve, set_arithmetic
 from dstune.zero.slices import Slices
@@ -88,16 +88,21 @@ def train_stage(
 ) -> None:
     """As `train`, a single stage."""
     setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
-    setup.configure_rank()
-    setup.load_data()
-    with explained(setup.doing, setup.less_memory):
-        setup.prepare_method()
-        setup.build_model()
-        setup.build_engine()
-        setup.check_arithmetic()
-        setup.load_checkpoint()
-        run_training(setup, setup.build_training())
-    setup.engine.close()  # another stage may follow
+    try:
+        setup.configure_rank()
+        setup.load_data()
+        with explained(setup.doing, setup.less_memory):
+            setup.prepare_method()
+            setup.build_model()
+            setup.build_engine()
+            setup.check_arithmetic()
+            setup.load_checkpoint()
+            run_training(setup, setup.build_training())
+    except BaseException:
+        if world.size == 1:  # with more of them the device may still wait for a rank that is gone
+            setup.close()
+        raise
+    setup.close()
 
 
 class Setup:
@@ -110,6 +115,14 @@ class Setup:
         self.on_gpu = accelerator.present()
         self.console = Console()
         self.message: Callable[[str], None] = self.console.message if world.is_main else lambda text: None
+
+    def close(self) -> None:
+        """Another stage may follow in this process, or another run. What the run is worth is decided by now."""
+        if hasattr(self, "engine"):
+            try:
+                self.engine.close()
+            except Exception as error:
+                activity.warning("the engine could not be closed: %s", error)
 
     def configure_rank(self) -> None:
         """Precision, groups of ranks, and the dictionary for DeepSpeed."""
@@ -167,7 +180,6 @@ class Setup:
 
     def build_model(self) -> None:
         """The model with the method's parameters, cut or sharded where ranks share rows or weights, and the head."""
-        collect_closed()
         config, dtype = self.config, DTYPES[self.precision]
         with partitioned_loading(self.deepspeed):
             model = self.prepared.model(config, self.tokenizer, dtype)

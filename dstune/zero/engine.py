@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import logging
@@ -12,7 +11,6 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -37,16 +35,6 @@ PARAMETER_GROUPS = "dstune_parameter_groups"
 Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Any]
 """(forward, batch) -> an output whose `loss_sum` is the sum of the losses of the batch. See `models.heads`."""
-
-
-_closed: WeakSet[Any] = WeakSet()
-
-
-def collect_closed() -> None:
-    """Free what closed engines hold, models among it: they are in cycles, and one that Python only collects while it trains
-    synchronises the device in the midst of a step. Takes 0.3 s, and nothing where there was none."""
-    if _closed:
-        gc.collect()
 
 
 def _announce_borrowed_weights(model: nn.Module) -> None:
@@ -525,6 +513,4 @@ class Engine:
     def close(self) -> None:
         """Leave nothing that keeps the model's memory, or the optimizer's, once the caller has let go of both."""
         self._engine.destroy()
-        _closed.add(self._engine)
-        if self.stage == 3:
-            forget(self.module)
+        forget(self._engine, self.module)

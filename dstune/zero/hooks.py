@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -34,14 +36,27 @@ def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
         FWD_MODULE_STACK.pop()  # it was there already
 
 
-def forget(model: nn.Module) -> None:
-    """Let go of a stage-3 model, and of the engine in its hooks: DeepSpeed 0.19.8 keeps both in a module's list and in a cache."""
+_closed: WeakSet[Any] = WeakSet()
+
+
+def forget(engine: Any, model: nn.Module) -> None:
+    """Let go of a DeepSpeed engine that was closed: version 0.19.8 keeps models of stage 3 in a list of a module and in a cache,
+    and an engine is in the hooks of its model."""
+    _closed.add(engine)
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-    stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [module for module in stack if module is not model]
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    gone = set(model.modules())
+    stack = getattr(parameter_offload, "FWD_MODULE_STACK", [])
+    stack[:] = [module for module in stack if module not in gone]
+    cached = getattr(PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release", None)
     for cell in getattr(cached, "__closure__", None) or ():  # of the wrapper that records NVTX ranges
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
+
+
+def collect_closed() -> None:
+    """Free what closed engines hold, models among it: they are in cycles, and one that Python only collects while it trains
+    synchronises the device in the midst of a step. Takes 0.3 s, and nothing where there was none."""
+    if _closed:
+        gc.collect()

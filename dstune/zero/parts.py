@@ -10,16 +10,19 @@ import torch
 from torch import nn
 
 from dstune.core import messages
+from dstune.zero.hooks import collect_closed
 
 
 @contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """While open, `models.load.load_model` at stage 3 leaves on each rank its part of each parameter.
+    """While open, `models.load.load_model` at stage 3 leaves on each rank its part of each parameter. At every stage the memory
+    of engines that were closed is free by then.
 
     transformers keeps only a weak reference to this object: it has to outlive the loading.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
+    collect_closed()
     keep_alive = HfDeepSpeedConfig(settings)
     yield
     del keep_alive
