@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from dstune.core.parsing import parse_json
 from dstune.data.messages import NO_ARGUMENTS
 from dstune.serve.errors import ApiError
 
@@ -131,6 +132,8 @@ def _message(message: Any) -> str:
     for name in ("name", "tool_call_id", "refusal", "reasoning_content"):
         if message.get(name) is not None and (problem := _text(1_000_000)(message[name])):
             return f"({role}) {name} {problem}"
+    if message.get("refusal") and message.get("content"):
+        return f"({role}) has a content and a refusal"
     may_be_null = role == "assistant" and bool(calls or message.get("refusal"))
     problem = _content(message.get("content"), may_be_null=may_be_null)
     return f"({role}) {problem}" if problem else ""
@@ -143,9 +146,17 @@ def _calls(calls: Any) -> str:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return "a tool call needs a function with a name"
-        if not isinstance(function.get("arguments"), str):
-            return "the arguments of a tool call must be JSON text"
+        if not isinstance(function.get("arguments"), str) or not isinstance(_json(function["arguments"]), dict):
+            return "the arguments of a tool call must be the JSON text of an object"
     return ""
+
+
+def _json(text: str) -> Any:
+    """None where it is no JSON."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
 
 
 def _tools(value: Any) -> str:
@@ -206,7 +217,17 @@ def _template_kwargs(value: Any) -> str:
 def _response_format(value: Any) -> str:
     if not isinstance(value, dict) or value.get("type") not in ("text", "json_object", "json_schema"):
         return 'must be an object with the type "text", "json_object" or "json_schema"'
-    return ""
+    # What stands elsewhere is a schema for one engine and nothing for another.
+    schema = value["type"] == "json_schema"
+    if unknown := set(value) - {"type", *(["json_schema"] if schema else [])}:
+        return f"has the unknown field {min(unknown)[:60]!r} for the type {value['type']!r}"
+    if not schema:
+        return ""
+    given = value.get("json_schema")
+    if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
+        return "needs json_schema.schema, a JSON schema"
+    unknown = set(given) - {"name", "description", "schema", "strict"}
+    return f"has the unknown field {min(unknown)[:60]!r} in json_schema" if unknown else ""
 
 
 def _prompt(value: Any) -> str:
@@ -410,8 +431,29 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 """Values at which a field asks for nothing, so that any engine may leave it out."""
 
 
+def _in_one_text(value: Any) -> Any:
+    """Messages whose contents are texts: parts are joined, and a refusal is what was said, as in rows of training. Engines give
+    parts to templates that read them, and know of no refusal."""
+    if not isinstance(value, list):
+        return value
+    return [_in_one_text(item) if isinstance(item, list) else _as_one_text(item) for item in value]
+
+
+def _as_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    content, refusal = message.get("content"), message.get("refusal")
+    if isinstance(content, list):
+        content = "\n".join(part.get(part["type"], part.get("text")) for part in content)
+    kept = {name: value for name, value in message.items() if name != "refusal"}
+    return kept | ({"content": content or refusal} if content or refusal or "content" in message else {})
+
+
+MESSAGES = {_messages, _conversations, _response_input}
+"""Checks of fields that hold messages."""
+
+
 def checked(body: Mapping[str, Any], known: Mapping[str, Check], acts: Collection[str]) -> dict[str, Any]:
-    """`body` without fields that ask for nothing. known: the fields of the route. acts: those that the engine acts on.
+    """`body` without fields that ask for nothing, its messages in one text each. known: the fields of the route. acts: those
+    that the engine acts on.
 
     Raises ApiError for the first field that is unknown, wrong, or that the engine would ignore.
     """
@@ -424,7 +466,7 @@ def checked(body: Mapping[str, Any], known: Mapping[str, Check], acts: Collectio
         if problem := known[name](value):
             raise ApiError(400, f"Invalid {name}: {problem}.", param=name, code="invalid_value")
         if name in acts:
-            kept[name] = value
+            kept[name] = _in_one_text(value) if known[name] in MESSAGES else value
         elif not (name in NEUTRAL and NEUTRAL[name](value)):
             raise ApiError(
                 400, f"This model does not support {name!r} with this value.", param=name, code="unsupported_parameter"

@@ -163,7 +163,9 @@ class Fleet:
             try:
                 await self._load(group, name, adapter)
             except (DstuneError, EngineDown, Unprovable, OSError) as error:
-                if not (again and engine.alive()):
+                # A server elsewhere that does not answer now has refused nothing: it is asked again.
+                passing = isinstance(error, EngineDown) and not engine.starts_process
+                if passing or not (again and engine.alive()):
                     raise
                 log.error("%s is not served until it is added again: %s", name, error)
                 self.models[name] = replace(self.models[name], ready=False, failed=str(error))
@@ -251,7 +253,10 @@ class Fleet:
         pause, engine = FIRST_PAUSE, group.engine
         while True:
             began = time.monotonic()
-            await engine.ended()
+            try:
+                await engine.ended()
+            except Exception:  # what it answers to a look at its health
+                log.exception("the engine %s of %s cannot be watched", engine.name, group.base)
             self._unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE

@@ -29,6 +29,8 @@ EFFECT = 10
 
 SHARE = 0.5
 """Of the change that training saw, what the engine has to show at least; one that loads nothing shows none of it."""
+LEAST_COMPARED = 0.5
+"""Share of the rows that an engine has to report log-probabilities of."""
 ROWS_OF_EFFECT = 8
 """The rows that training changed most are asked of the base too."""
 
@@ -99,12 +101,12 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
     for number, row in enumerate(rows, 1):  # tokens first: some engines tell nothing else
         if not row.get("ids_only"):
             _refuse_other_ids(name, number, await engine.prompt_ids(name, row), row["prompt_ids"])
-    bound, compared = _bound(engine), 0
+    bound, compared = _bound(engine), 0  # rows of which it reports a target at least
     largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):
         tokens = row["prompt_ids"], row["target_ids"]
         found = await engine.logprobs(name, *tokens)
-        compared += len(found)
+        compared += bool(found)
         different = _difference(found, row["logprobs"][: len(found)], engine.dtype)
         if not different <= bound:
             raise Refused(
@@ -115,14 +117,14 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
         largest = max(largest, different)
         if effect is not None and base is not None and effect.needs(row):
             effect.take(row, found, await engine.logprobs(base, *tokens))
-    if not compared:
-        raise Unprovable("the engine reports no log-probability of any row of the reference")
+    if compared < max(LEAST_COMPARED * len(rows), 1):
+        raise Unprovable(f"the engine reports log-probabilities of {compared} of {len(rows)} rows of the reference")
     if effect is not None and (reason := effect.problem()):
         raise Refused(
             f"{name} has no effect: {reason}. Its weights are zeros, or their names are not those of the model."
         )
     measured = None if effect is None else effect.largest
-    return Proof("proven", "", len(rows), largest, bound, measured, engine.dtype)
+    return Proof("proven", "", compared, largest, bound, measured, engine.dtype)
 
 
 class Effect:

@@ -217,6 +217,17 @@ IGNORED = [
     ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
+    ({"messages": [{"role": "assistant", "content": "a", "refusal": "b"}]}, "messages"),
+    *(
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}]},
+            "messages",
+        )
+        for text in ('{"a": "my secret is', "[]", "")
+    ),
     ({"store": True}, "store"),
     ({"metadata": {"a": "b"}}, "metadata"),
     ({"service_tier": "flex"}, "service_tier"),
@@ -250,6 +261,28 @@ def test_what_asks_for_nothing_is_left_out(tmp_path):
         assert answer.status_code == 200
         (_, body), *_ = found.app.seen
         assert set(body) == {"model", "messages"}
+
+    run(test, tmp_path)
+
+
+def test_engines_get_messages_in_one_text_each(tmp_path):
+    """As training reads them; engines would give parts to templates that read parts, and pass a refusal over."""
+
+    async def test(found):
+        parts = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]
+        said = [
+            {"role": "user", "content": parts},
+            {"role": "assistant", "refusal": "No."},
+            {"role": "user", "content": "c"},
+        ]
+        answer = await found.client().post("/v1/chat/completions", json=chat() | {"messages": said})
+        assert answer.status_code == 200
+        (_, body), *_ = found.app.seen
+        contents = [("user", "a<|im_\nend|>b"), ("assistant", "No."), ("user", "c")]
+        assert body["messages"] == [{"role": role, "content": text} for role, text in contents]
+        asked = [{"role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]}]
+        await found.client().post("/v1/responses", json={"model": "first", "input": asked})
+        assert found.app.seen[-1][1]["input"] == [{"role": "user", "content": "a\nb"}]
 
     run(test, tmp_path)
 

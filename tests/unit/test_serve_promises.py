@@ -351,6 +351,8 @@ class Fragile(StubEngine):
 
     ended_once = False
     bad: tuple[str, ...] = ()
+    away: int = 0
+    """How often it does not answer when an adapter is loaded."""
     broken = False
     unloaded: tuple[str, ...] = ()
 
@@ -366,8 +368,11 @@ class Fragile(StubEngine):
             raise RuntimeError("a fault of ours")
 
     async def load_adapter(self, name, folder):
+        if self.away:
+            self.away -= 1
+            raise EngineDown("answers with 502")
         if name in self.bad:
-            raise EngineDown("answers with 500")
+            raise UserError(Problem("stub", "refuses it"))
 
     async def unload_adapter(self, name):
         self.unloaded += (name,)
@@ -398,7 +403,7 @@ def test_an_adapter_that_is_refused_after_a_restart_stays_out_alone(tmp_path, mo
         await until(lambda: own.starts == 2 and fleet.models["good"].ready)
         await until(lambda: fleet.models["bad"].failed)
         assert fleet.ready and not fleet.models["bad"].ready
-        assert "500" in fleet.models["bad"].failed
+        assert "refuses it" in fleet.models["bad"].failed
         await asyncio.sleep(0.1)
         assert own.starts == 2  # the engine was kept
         own.bad = ()
@@ -410,6 +415,28 @@ def test_an_adapter_that_is_refused_after_a_restart_stays_out_alone(tmp_path, mo
         await until(lambda: fleet.models["bad"].failed)
         await fleet.remove("bad")
         assert "bad" not in fleet.models and not own.unloaded
+        await fleet.stop()
+
+    asyncio.run(main())
+
+
+def test_an_adapter_is_loaded_again_when_a_server_elsewhere_did_not_answer(tmp_path, monkeypatch):
+    """One 502 of a balancer in front of it is no refusal."""
+    monkeypatch.setattr("dstune.serve.fleet.FIRST_PAUSE", 0.01)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    adapter = stub_source("mine", folder=tmp_path, adapter=True, base="base")
+
+    async def main():
+        fleet = Fleet(
+            lambda source, base: Fragile(source, base, tmp_path, tmp_path, Limits(), url="http://127.0.0.1:9")
+        )
+        await fleet.start([stub_source("base"), adapter])
+        engine = fleet.models["mine"].engine
+        engine.away, engine.ended_once = 1, True
+        await until(lambda: engine.starts >= 2 and not engine.away)
+        engine.ended_once = True  # as a server that is stopped is silent
+        await until(lambda: fleet.models["mine"].ready)
+        assert fleet.ready and not fleet.models["mine"].failed
         await fleet.stop()
 
     asyncio.run(main())

@@ -135,6 +135,7 @@ def test_control_tokens_in_what_clients_write_are_refused(tmp_path):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "<|im_end|>"}]}]},
         {"tools": [{"function": {"description": "<|im_end|>"}}]},
         {"prompt": ["a", "<|im_end|>"]},
+        {"messages": [{"tool_calls": [{"function": {"arguments": '{"a": "\\u003c|im_end|>"}'}}]}]},
     ):
         with pytest.raises(ApiError):
             special.refuse(body)
@@ -427,7 +428,7 @@ def test_what_llama_cpp_does_not_report_is_unproven(tmp_path):
 
     first = {"id": 3, "logprob": -1.0}
     assert proof_of({3: first, 5: {"id": 5, "logprob": -90.0}}).startswith("proven"), "4 is a part of a character"
-    assert "no log-probability of any row" in proof_of({4: first})
+    assert "log-probabilities of 0 of 1 rows" in proof_of({4: first})
     assert "tells no log-probability of a token" in proof_of({3: {"id": 3, "prob": 0.4}})
     assert "tells no log-probability of a token" in proof_of({3: {"id": 9, "logprob": -1.0}})
     assert "no bound is known for weights in Q4_K" in proof_of({3: first}, "Q4_K")
@@ -436,6 +437,47 @@ def test_what_llama_cpp_does_not_report_is_unproven(tmp_path):
     engine = llama(tmp_path)
     answered(engine, {})
     assert "has no POST /apply-template" in asyncio.run(prove(engine, "m", engine.source)).detail
+
+
+def test_few_rows_with_log_probabilities_prove_nothing(tmp_path):
+    """Of a row whose first target is a part of a character llama.cpp reports none."""
+    engine = llama(tmp_path)
+    other = LLAMA_ROW | {"target_ids": [4, 5], "logprobs": [-2.0, -3.0]}
+    answered(engine, llama_server({3: {"id": 3, "logprob": -1.0}}))
+
+    async def forced(model, prompt, targets):
+        return [-1.0] if targets[0] == 3 else []
+
+    engine.logprobs = forced
+    for count, status in ((1, "unproven"), (2, "proven")):
+        rows = [LLAMA_ROW] * count + [other] * (4 - count)
+        (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": rows}))
+        found = asyncio.run(prove(engine, "m", engine.source))
+        assert (found.status, found.rows) == (status, 0 if status == "unproven" else count)
+        assert found.status == "proven" or "of 1 of 4 rows" in found.detail
+
+
+def test_an_error_about_the_model_is_no_missing_route(tmp_path):
+    """vLLM answers 404 to both: where its name is another, an adapter would be called unproven and be asked in vain."""
+    engine = VllmEngine(stub_source("m"), "m", tmp_path, tmp_path, Limits(), address="http://127.0.0.1:9")
+
+    def answer(error: dict[str, Any]) -> None:
+        class Answers:
+            async def ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+                return 404, json.dumps(error).encode()
+
+        engine.client = Answers()
+
+    unknown = {"message": "The model `m` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
+    for error in ({"error": unknown}, unknown, {"error": {"message": "The model 'm'", "code": "model_not_found"}}):
+        answer(error)
+        with pytest.raises(UserError, match="does not know the model: The model"):
+            asyncio.run(engine.prompt_ids("m", {"text": "a"}))
+    answer({"detail": "Not Found"})
+    with pytest.raises(Unprovable, match="has no POST /tokenize"):
+        asyncio.run(engine.prompt_ids("m", {"text": "a"}))
+    with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        asyncio.run(Engine.load_adapter(engine, "a", tmp_path))
 
 
 def test_a_gguf_file_with_coarse_matrices_has_no_bound(tmp_path):

@@ -9,6 +9,7 @@ import socket
 import time
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from dstune.core.errors import UserError
 from dstune.serve import keys_command
@@ -264,3 +265,12 @@ def test_a_server_that_is_told_to_end_says_so_first_and_finishes(tmp_path):
                     await client.get("/healthz")
 
     asyncio.run(test())
+
+
+def test_what_clients_write_is_in_no_error_of_the_database(tmp_path):
+    """They are logged: the answer of a user whose correction could not be stored would stand there for ever."""
+    with Database.of_folder(tmp_path).session() as session:
+        session.add(Feedback(id="x", correction="my diagnosis"))
+        with pytest.raises(IntegrityError) as caught:
+            session.flush()
+    assert "my diagnosis" not in str(caught.value)

@@ -154,7 +154,13 @@ class Engine:
         return body
 
     async def load_adapter(self, name: str, folder: Path) -> None:
-        await self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        """Raises UserError where it refuses, or was started without that."""
+        try:
+            await self.ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        except Unprovable as error:
+            reason = f"{error}, so no adapter can be added to it"
+            fix = "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            raise UserError(Problem("--engine-url", reason, fix)) from None
 
     async def unload_adapter(self, name: str) -> None:
         await self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
@@ -279,7 +285,8 @@ class Engine:
     # -- HTTP
 
     async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400."""
+        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400 and for a model that
+        it does not know."""
         if self.client is None:
             raise EngineDown(f"{self.name} is not running")
         try:
@@ -287,6 +294,9 @@ class Engine:
                 status, content = await self.client.ask(method, path, None if body is None else dumps(body))
         except FAILURES as error:
             raise EngineDown(f"{self.name} does not answer: {error or type(error).__name__}") from error
+        if status == 404 and _names_the_model(content):
+            fix = "its --served-model-name has to be the name that the model has here"
+            raise UserError(Problem(self.name, f"does not know the model: {_message(content)}", fix))
         if status in (404, 405, 501):
             raise Unprovable(f"{self.name} has no {method} {path}")
         if 400 <= status < 500:
@@ -314,6 +324,13 @@ def _value(content: bytes) -> Any:
         return json.loads(content)
     except ValueError:
         return None
+
+
+def _names_the_model(content: bytes) -> bool:
+    """Whether an error is about the model that was asked, and not about the route."""
+    value = _value(content)
+    error = value.get("error", value) if isinstance(value, dict) else None
+    return isinstance(error, dict) and (error.get("param") == "model" or error.get("code") == "model_not_found")
 
 
 def _message(content: bytes) -> str:

@@ -6,6 +6,7 @@ renders it so. Other engines parse it: a user's message could close its turn and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
 from dstune.serve.errors import ApiError
 from dstune.serve.source import Source
 
@@ -90,6 +92,9 @@ def _texts(value: Any) -> Iterator[str]:
         for key, item in value.items():
             yield key
             yield from _texts(item)
+            if key == "arguments" and isinstance(item, str):  # of a call: templates get the object
+                with contextlib.suppress(ValueError):
+                    yield from _texts(parse_json(item))
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)

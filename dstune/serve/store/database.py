@@ -32,7 +32,11 @@ class Database:
         if url.startswith("postgresql://"):
             url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         try:
-            self.engine: Engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+            self.engine: Engine = create_engine(
+                url,
+                pool_pre_ping=not url.startswith("sqlite"),
+                hide_parameters=True,  # texts of clients, in errors that are logged
+            )
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _tune)
                 event.listen(self.engine, "begin", _begin)
