@@ -43,6 +43,9 @@ from tests.support.tiny import (
 )
 
 LORA = ("task=chat", "method=lora", "method.rank=4")
+WIDE = {"hidden_size": 128, "initializer_range": 0.02}
+"""Of models for the real vLLM: on CPUs its attention takes heads of 32 and more, and log-probabilities of weights as large as
+those of the other tests are up to 2.5e-4 apart; these are as large as transformers makes them."""
 
 
 class Shelf:
@@ -338,12 +341,16 @@ def test_a_reader_and_a_reward_model(shelf, tmp_path):
 # -- another model ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["local", "vllm", pytest.param("real vllm", marks=pytest.mark.slow)])
 def test_what_is_not_the_trained_model_is_refused(shelf, tmp_path, kind):
     """A changed template, tensors under another prefix, another base, zeros, a base that was changed: each by its reason."""
     from safetensors.torch import load_file, save_file
 
     kinds = {"local": engines, "vllm": vllm, "real vllm": real_vllm}
+    width = WIDE if kind == "real vllm" else {}
+    if width:
+        shelf = Shelf(tmp_path / "shelf", **width)
 
     def fleet_of(name: str) -> Fleet:
         return Fleet(kinds[kind](state(tmp_path / name)), one_template=kind != "local")
@@ -366,7 +373,7 @@ def test_what_is_not_the_trained_model_is_refused(shelf, tmp_path, kind):
     told = refusal(fleet_of("3"), resolve("x", str(zeros)))
     assert "not the model that was trained" in told or "no effect" in told
 
-    other = save_decoder(tmp_path / "other", seed=9)
+    other = save_decoder(tmp_path / "other", seed=9, **width)
     settings = json.loads((template / "adapter_config.json").read_text())
     moved = shelf.copy("lora-a", tmp_path / "moved")
     (moved / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(other)}))
@@ -416,9 +423,7 @@ def test_vllm_by_its_command_line(shelf, tmp_path):
 @pytest.mark.timeout(1800)  # it starts three times, a minute or more each
 def test_the_real_vllm(tmp_path):
     """Two adapters, one added while it runs; all weights, and merged ones."""
-    # On CPUs its attention takes heads of 32 and more, and log-probabilities of weights as large as those of the other tests
-    # are up to 2.5e-4 apart: these are as large as transformers makes them.
-    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.02)
+    shelf = Shelf(tmp_path / "shelf", **WIDE)
 
     async def use(fleet: Fleet):
         added = await fleet.add(resolve("b", str(shelf.run("lora-b"))))
@@ -439,7 +444,7 @@ def test_the_real_vllm(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)  # it starts six times, and is proven each time
 def test_the_real_vllm_is_killed_five_times(tmp_path):
-    shelf = Shelf(tmp_path / "shelf", hidden_size=128, initializer_range=0.02)
+    shelf = Shelf(tmp_path / "shelf", **WIDE)
     sources = [resolve(name, str(shelf.run(f"lora-{name}"))) for name in ("a", "b")]
     fleet = Fleet(real_vllm(tmp_path), one_template=True)
     assert started(fleet, *sources, then=killed(5, shelf, tmp_path)) == 5
