@@ -313,7 +313,7 @@ def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
 
 
 def first_keys(keys: Keys, state: Path) -> None:
-    """A key of a client and an admin's where there are none, printed once and kept in files of this user alone."""
+    """A key of a client and an admin's where there are none, kept in files of this user alone and printed to a terminal once."""
     names = {row.name for row in keys.all()}
     for name, file, admin in (("default", "key", False), ("admin", "admin-key", True)):
         if name in names or (admin and any(row.admin for row in keys.all())) or (not admin and names):
@@ -324,7 +324,8 @@ def first_keys(keys: Keys, state: Path) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(f"{key}\n")
-        print(f"{'admin key' if admin else 'key'}: {key}", flush=True)
+        if sys.stdout.isatty():  # elsewhere it would stay in somebody's log
+            print(f"{'admin key' if admin else 'key'}: {key}", flush=True)
 
 
 def _bound(host: str, port: int) -> socket.socket:

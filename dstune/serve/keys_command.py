@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(argv: list[str]) -> int:
         role = "owner" if arguments.admin else (arguments.role or "member").replace("-", "_")
         key = keys.add(arguments.name, admin=arguments.admin, models=models, limit=limit, project=project, role=role)
         print(json.dumps({"name": arguments.name, "key": key}) if arguments.json else key)
+        print("dstune: keep it now: its hash alone is stored", file=sys.stderr)
     elif arguments.action == "revoke":
         keys.revoke(arguments.name)
         print(json.dumps({"revoked": arguments.name}) if arguments.json else f"{arguments.name} is revoked")
@@ -69,7 +71,9 @@ def _list(rows: list, organizations: Mapping[str, str], *, as_json: bool) -> Non
 
 def _parser() -> VerbParser:
     parser = VerbParser(prog="dstune serve-keys", description="Keys of clients of `dstune serve`.")
-    parser.add_argument("action", choices=("add", "list", "revoke"), metavar="add|list|revoke")
+    parser.add_argument(
+        "action", choices=("add", "list", "revoke"), metavar="add|list|revoke", help="make one, show all, end one"
+    )
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("--admin", action="store_true", help="may see metrics and change models too")
     parser.add_argument(
@@ -77,7 +81,9 @@ def _parser() -> VerbParser:
     )
     parser.add_argument("--project", default="default", metavar="NAME", help="whose files and jobs it shares")
     parser.add_argument("--organization", default="default", metavar="NAME", help="of the project")
-    parser.add_argument("--models", metavar="NAME[,NAME...]", help="models that it may use (default: all)")
+    parser.add_argument(
+        "--models", metavar="NAME[,NAME...]", help="models that it may use, also ones that come later (default: all)"
+    )
     parser.add_argument("--requests-per-minute", type=_positive, metavar="N")
     parser.add_argument("--tokens-per-day", type=_positive, metavar="N")
     parser.add_argument("--concurrent", type=_positive, metavar="N", help="requests at once")

@@ -152,7 +152,11 @@ def _add_limits(parser: VerbParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the engine local (default: cores - 1)")
     parser.add_argument(
-        "--drain-delay", type=float, default=0.0, metavar="S", help="from SIGTERM to the last new request"
+        "--drain-delay",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="from SIGTERM to the last new request, for load balancers to see /readyz (default 0)",
     )
     parser.add_argument("--drain-seconds", type=int, default=30, metavar="S", help="for running requests (default 30)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")

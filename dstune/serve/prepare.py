@@ -32,6 +32,7 @@ def main(run: Path, scratch: Path) -> int:
     from dstune.checkpoint.export import current_export, export_checkpoint, find_checkpoint, refuse_damaged
     from dstune.checkpoint.record import NAME as RECORD
     from dstune.config.run_links import refuse_links
+    from dstune.inference.reference import NAME as REFERENCE
     from dstune.inference.reference import add_reference
 
     try:
@@ -45,7 +46,10 @@ def main(run: Path, scratch: Path) -> int:
             # The same step may have been saved again since, by a run that went on from an earlier one.
             if not made.is_file() or made.stat().st_mtime_ns < saved.stat().st_mtime_ns:
                 export_checkpoint(run, checkpoint, folder, force=True)
+        known = (folder / REFERENCE).is_file()
         note = add_reference(folder, run)
+        if not known and not note:
+            note = f"{folder / REFERENCE} holds held-out rows of your data: leave it out where you publish the folder"
         if note:
             print(f"dstune: {note}", file=sys.stderr, flush=True)
     except DstuneError as error:

@@ -52,6 +52,15 @@ class Route:
         return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", named))
 
 
+CLOSED = {
+    **dict.fromkeys(
+        ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/batches"), " here: `dstune serve --fine-tuning` opens it"
+    ),
+    "/v2/guard": " here: `dstune serve --guard POLICY` opens it",
+}
+"""Beginnings of paths that a server may have, and what opens them."""
+
+
 class Gateway:
     """ASGI application."""
 
@@ -174,7 +183,8 @@ class Gateway:
             others.add(route.method)
         if others:
             raise ApiError(405, "This route has another method.", headers={"allow": ", ".join(sorted(others))})
-        raise ApiError(404, "There is no such route.", code="unknown_url")
+        opened = next((words for start, words in CLOSED.items() if request.path.startswith(start)), "")
+        raise ApiError(404, f"There is no such route{opened}.", code="unknown_url")
 
     async def _handle(self, route: Route, request: Request) -> None:
         if not route.any_host:
@@ -188,7 +198,11 @@ class Gateway:
         host = request.header("host").lower()
         name = host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
         if "*" not in self.settings.hosts and name not in self.settings.hosts:
-            raise ApiError(421, "The server does not answer under this host name.", code="unknown_host")
+            raise ApiError(
+                421,
+                "The server does not answer under this host name: `dstune serve --allow-host NAME`.",
+                code="unknown_host",
+            )
 
     def _from_other_site(self, request: Request) -> bool:
         """Whether a page of a site that may call the server asks. Raises ApiError."""

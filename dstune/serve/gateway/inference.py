@@ -52,7 +52,10 @@ class Inference:
         model = self.model_of(request, name)
         acts = model.engine.routes.get(path)
         if acts is None:
-            raise ApiError(404, f"The model {model.source.name!r} does not serve {path}.", param="model")
+            served = ", ".join(model.engine.routes) or "nothing"
+            raise ApiError(
+                404, f"The model {model.source.name!r} does not serve {path}; it serves {served}.", param="model"
+            )
         request.model = model.source.name
         body = checked(body, known, acts)
         request.refuse_halves(body)
@@ -77,7 +80,12 @@ class Inference:
             raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
         model = self.fleet.models.get(name)
         if model is None or request.caller is None or not request.caller.may_use(name):
-            raise ApiError(404, f"The model {name[:128]!r} does not exist.", param="model", code="model_not_found")
+            raise ApiError(
+                404,
+                f"The model {name[:128]!r} does not exist: GET /v1/models lists those of this key.",
+                param="model",
+                code="model_not_found",
+            )
         if not model.ready:
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
         return model

@@ -167,7 +167,9 @@ def _allowed(path: str, roots: tuple[str, ...]) -> Path:
     except (OSError, ValueError, RuntimeError):
         folder = None
     if folder is None or not folder.is_dir() or not any(folder.is_relative_to(Path(root).resolve()) for root in roots):
-        raise UserError(Problem("path", "is no folder below those that --adapter-root names"))
+        raise UserError(
+            Problem("path", "is no folder below those that --adapter-root names", "dstune serve --adapter-root DIR")
+        )
     if source.is_run(str(folder)) and current_export(folder) is None:
         raise UserError(Problem("path", "the run has no export of its newest checkpoint: run `dstune export`"))
     return folder

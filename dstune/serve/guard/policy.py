@@ -15,7 +15,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_yaml, read_file
 from dstune.serve.guard.calibration import CALIBRATES, DIRECTIONS, LEVELS, TRAINS
 
-DEFAULT = Path(__file__).with_name("default.yaml")
+PACKAGED = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("default", "rules")}
 FORMAT = 1
 BLOCK, MASK, FLAG = "block", "mask", "flag"
 CLOSED, OPEN = "closed", "open"
@@ -129,24 +129,26 @@ class Policies:
                         else "blocks, and has no model"
                     )
                     model = f"models.{watch.detector}: RUN/export (or --guard-model)"
-                    fix = f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or action: flag"
+                    fix = f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or --guard rules, which needs none"
                     problems.append(Problem(where, reason, fix, watch.action))
         if problems:
             raise UserError(problems)
 
 
 def read(path: str | Path, model: str | None = None) -> Policies:
-    """The policies in a file; `default` names the packaged one. model: of `prompt_attack`, in the place of the file's.
+    """The policies in a file; `default` and `rules` name packaged ones. model: of `prompt_attack`, in the place of the file's.
 
     Raises UserError with all that is wrong.
     """
-    file = DEFAULT if str(path) == "default" else Path(path)
+    file = PACKAGED.get(str(path)) or Path(path)
     try:
         value = parse_yaml(read_file(file).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = f"cannot be read as YAML: {str(error).splitlines()[0]}"
-        raise UserError(Problem("--guard", reason, "--guard default uses the packaged policy", str(path))) from None
-    reader = _Reader("default policy" if file == DEFAULT else str(path), file.parent)
+        raise UserError(
+            Problem("--guard", reason, "--guard rules uses a packaged policy that needs no model", str(path))
+        ) from None
+    reader = _Reader(f"policy {path}" if str(path) in PACKAGED else str(path), file.parent)
     found = reader.policies(value)
     if reader.problems:
         raise UserError(reader.problems)
