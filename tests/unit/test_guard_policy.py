@@ -100,6 +100,15 @@ def test_the_packaged_policy_and_what_it_needs(tmp_path):
     found.check_models(["prompt_attack"])
 
 
+def test_the_packaged_policy_without_a_model_is_the_other_one_but_for_the_model():
+    found = read("rules")
+    found.check_models([])
+    expected = read("default").of_route("/v1/chat/completions")
+    for direction, watches in expected.directions.items():
+        kept = tuple(watch for watch in watches if watch.detector != "prompt_attack")
+        assert found.of_route("/v2/guard").watches(direction) == kept
+
+
 def test_a_route_can_be_off(tmp_path):
     file = tmp_path / "guard.yaml"
     file.write_text("format: 1\npolicies: {own: {input: [{detector: pii, action: mask}]}}\nroutes: {/v2/guard: off}\n")
