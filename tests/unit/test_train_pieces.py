@@ -18,7 +18,7 @@ from support.configs import run_config
 from torch.utils.checkpoint import checkpoint
 
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
-from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.errors import DstuneError, Problem, TrainingFailed, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
 from dstune.metrics.language import language_model_metrics
@@ -450,3 +450,28 @@ def test_feed_thread_ends_when_the_loop_leaves_early():
     assert next(feed) == 0
     feed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]
+
+
+@pytest.mark.parametrize(("ranks", "closed"), [(1, True), (2, False)])
+def test_a_failed_run_is_closed_where_its_process_may_live_on(monkeypatch, tmp_path, ranks, closed):
+    """A notebook goes on with another run, which needs the memory. Of several ranks the device may wait for one that is gone."""
+    seen = []
+
+    class Fails(worker.Setup):
+        def __init__(self, *given):
+            pass
+
+        def configure_rank(self):
+            def close():
+                seen.append("closed")
+                raise RuntimeError("a fault of the device")
+
+            self.engine = SimpleNamespace(close=close)
+
+        def load_data(self):
+            raise TrainingFailed("out of memory")
+
+    monkeypatch.setattr(worker, "Setup", Fails)
+    with pytest.raises(TrainingFailed, match="out of memory"):
+        worker.train_stage(None, tmp_path, SimpleNamespace(size=ranks), None, worker.StartupTimer())
+    assert bool(seen) == closed
