@@ -116,6 +116,10 @@ def _messages(value: Any) -> str:
     return ""
 
 
+def _given(value: Mapping[str, Any]) -> set[str]:
+    return {key for key, item in value.items() if item is not None}
+
+
 def _message(message: Any) -> str:
     if not isinstance(message, dict):
         return "must be an object"
@@ -123,8 +127,7 @@ def _message(message: Any) -> str:
     known = MESSAGE_FIELDS.get(role) if isinstance(role, str) else None
     if known is None:
         return f"has the unknown role {str(role)[:40]!r}; roles are {', '.join(MESSAGE_FIELDS)}"
-    given = {key for key, item in message.items() if item is not None}
-    if unknown := given - known:
+    if unknown := _given(message) - known:
         return f"({role}) has the unknown field {min(unknown)[:60]!r}"
     calls = message.get("tool_calls")
     if calls is not None and (problem := _calls(calls)):
@@ -146,7 +149,7 @@ def _calls(calls: Any) -> str:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return "a tool call needs a function with a name"
-        if not isinstance(function.get("arguments"), str) or not isinstance(_json(function["arguments"]), dict):
+        if not isinstance(function.get("arguments"), str) or not isinstance(_json(function["arguments"] or "{}"), dict):
             return "the arguments of a tool call must be the JSON text of an object"
     return ""
 
@@ -219,14 +222,14 @@ def _response_format(value: Any) -> str:
         return 'must be an object with the type "text", "json_object" or "json_schema"'
     # What stands elsewhere is a schema for one engine and nothing for another.
     schema = value["type"] == "json_schema"
-    if unknown := set(value) - {"type", *(["json_schema"] if schema else [])}:
+    if unknown := _given(value) - {"type", *(["json_schema"] if schema else [])}:
         return f"has the unknown field {min(unknown)[:60]!r} for the type {value['type']!r}"
     if not schema:
         return ""
     given = value.get("json_schema")
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
         return "needs json_schema.schema, a JSON schema"
-    unknown = set(given) - {"name", "description", "schema", "strict"}
+    unknown = _given(given) - {"name", "description", "schema", "strict"}
     return f"has the unknown field {min(unknown)[:60]!r} in json_schema" if unknown else ""
 
 
@@ -444,7 +447,17 @@ def _as_one_text(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, list):
         content = "\n".join(part.get(part["type"], part.get("text")) for part in content)
     kept = {name: value for name, value in message.items() if name != "refusal"}
-    return kept | ({"content": content or refusal} if content or refusal or "content" in message else {})
+    if refusal or "content" in message:
+        kept["content"] = refusal or content
+    if message.get("tool_calls"):
+        kept["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    return kept
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Clients that gather a stream send "" for a call without arguments."""
+    function = call["function"]
+    return call if function["arguments"] else call | {"function": function | {"arguments": "{}"}}
 
 
 MESSAGES = {_messages, _conversations, _response_input}

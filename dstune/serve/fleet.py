@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.serve import adapters
-from dstune.serve.engines.base import Engine, EngineDown, Unprovable
+from dstune.serve.engines.base import Engine, EngineDown, EngineFault, Unprovable
 from dstune.serve.parity import Proof, Refused, prove
 from dstune.serve.source import NAME, Source, base_source
 
@@ -164,7 +164,8 @@ class Fleet:
                 await self._load(group, name, adapter)
             except (DstuneError, EngineDown, Unprovable, OSError) as error:
                 # A server elsewhere that does not answer now has refused nothing: it is asked again.
-                passing = isinstance(error, EngineDown) and not engine.starts_process
+                away = isinstance(error, EngineDown) and not isinstance(error, EngineFault)
+                passing = away and not engine.starts_process
                 if passing or not (again and engine.alive()):
                     raise
                 log.error("%s is not served until it is added again: %s", name, error)

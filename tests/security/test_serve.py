@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from pathlib import Path
 
 import httpx2
@@ -269,7 +270,7 @@ def test_what_an_engine_elsewhere_sends_is_bounded(tmp_path, caplog):
             object_of(broken)
 
 
-def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys):
+def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"")
     program = tmp_path / "llama-server"
     program.write_text("")
@@ -284,15 +285,18 @@ def test_no_secret_is_on_a_command_line_and_no_folder_is_open(tmp_path, capsys):
     assert "m.gguf" not in " ".join(local.command(own).argv)
 
     os.chmod(tmp_path, 0o700)
-    keys = Keys(Database.of_folder(tmp_path))
-    first_keys(keys, tmp_path)
-    told = capsys.readouterr().out
-    for name in ("key", "admin-key"):
-        file = tmp_path / name
-        assert file.stat().st_mode & 0o777 == 0o600 and file.read_text().strip() in told
-    assert keys.find((tmp_path / "admin-key").read_text().strip()).admin
-    first_keys(keys, tmp_path)
-    assert capsys.readouterr().out == ""
+    for name, terminal in (("a", True), ("b", False)):  # elsewhere they would stay in somebody's log
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
+        (state := tmp_path / name).mkdir(mode=0o700)
+        keys = Keys(Database.of_folder(state))
+        first_keys(keys, state)
+        output = capsys.readouterr().out
+        for file in (state / "key", state / "admin-key"):
+            assert file.stat().st_mode & 0o777 == 0o600
+            assert (file.read_text().strip() in output) == terminal
+        assert keys.find((state / "admin-key").read_text().strip()).admin
+        first_keys(keys, state)
+        assert capsys.readouterr().out == ""
 
 
 def test_a_key_file_that_is_a_link_is_replaced(tmp_path):

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from dstune.serve.engines.base import EngineDown
+from dstune.serve.gateway.app import Route
 from dstune.serve.gateway.routes import INFERENCE, ROUTES
 from dstune.serve.store.keys import Keys, Limit
 from tests.support.serving import chat, served
@@ -198,6 +199,22 @@ def test_routes_of_engines_that_are_not_on_the_list_are_not_reachable(tmp_path):
     run(test, tmp_path)
 
 
+def test_a_route_that_is_not_open_names_what_opens_it(tmp_path):
+    async def test(found):
+        client = found.client()
+        for path, words in (
+            ("/v1/files", "--fine-tuning"),
+            ("/v1/organization/costs", "--fine-tuning"),
+            ("/v2/guard", "--guard"),
+        ):
+            assert f"`dstune serve {words}" in (await client.get(path)).text, path
+        found.gateway.add_routes([Route("GET", "/v1/files", ROUTES[0].handler)])
+        for path in ("/v1/files/x", "/v1/filesystem", "/nothing"):
+            assert (await client.get(path)).json()["error"]["message"] == "There is no such route.", path
+
+    run(test, tmp_path)
+
+
 IGNORED = [
     ({"chat_template": "{{ x }}"}, "chat_template"),
     ({"prompt_logprobs": 0}, "prompt_logprobs"),
@@ -217,7 +234,7 @@ IGNORED = [
     ({"chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"tools": "x"}}, "chat_template_kwargs"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": {}, "json_schema": None}}, "response_format"),
     ({"response_format": {"type": "json_schema", "schema": {}}}, "response_format"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format"),
     ({"messages": [{"role": "assistant", "content": "a", "refusal": "b"}]}, "messages"),
@@ -226,7 +243,7 @@ IGNORED = [
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}]},
             "messages",
         )
-        for text in ('{"a": "my secret is', "[]", "")
+        for text in ('{"a": "my secret is', "[]")
     ),
     ({"store": True}, "store"),
     ({"metadata": {"a": "b"}}, "metadata"),
@@ -280,6 +297,14 @@ def test_engines_get_messages_in_one_text_each(tmp_path):
         (_, body), *_ = found.app.seen
         contents = [("user", "a<|im_\nend|>b"), ("assistant", "No."), ("user", "c")]
         assert body["messages"] == [{"role": role, "content": text} for role, text in contents]
+        empty = [{"role": "system", "content": ""}, {"role": "user", "content": [{"type": "text", "text": ""}]}]
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+        empty += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": []}]
+        answer = await found.client().post("/v1/chat/completions", json=chat() | {"messages": empty})
+        assert answer.status_code == 200
+        sent = found.app.seen[-1][1]["messages"]
+        assert [message["content"] for message in sent] == ["", "", None, ""]
+        assert sent[2]["tool_calls"] == [call | {"function": {"name": "f", "arguments": "{}"}}]
         asked = [{"role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]}]
         await found.client().post("/v1/responses", json={"model": "first", "input": asked})
         assert found.app.seen[-1][1]["input"] == [{"role": "user", "content": "a\nb"}]

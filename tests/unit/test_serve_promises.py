@@ -21,7 +21,7 @@ import pytest
 from dstune.core.errors import Problem, UserError
 from dstune.serve import command, options
 from dstune.serve.engines import control_strings, special
-from dstune.serve.engines.base import Command, EngineDown, Limits
+from dstune.serve.engines.base import Command, EngineDown, EngineFault, Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
@@ -372,7 +372,7 @@ class Fragile(StubEngine):
             self.away -= 1
             raise EngineDown("answers with 502")
         if name in self.bad:
-            raise UserError(Problem("stub", "refuses it"))
+            raise EngineFault("answers with 500")
 
     async def unload_adapter(self, name):
         self.unloaded += (name,)
@@ -403,7 +403,7 @@ def test_an_adapter_that_is_refused_after_a_restart_stays_out_alone(tmp_path, mo
         await until(lambda: own.starts == 2 and fleet.models["good"].ready)
         await until(lambda: fleet.models["bad"].failed)
         assert fleet.ready and not fleet.models["bad"].ready
-        assert "refuses it" in fleet.models["bad"].failed
+        assert "500" in fleet.models["bad"].failed
         await asyncio.sleep(0.1)
         assert own.starts == 2  # the engine was kept
         own.bad = ()
@@ -434,6 +434,8 @@ def test_an_adapter_is_loaded_again_when_a_server_elsewhere_did_not_answer(tmp_p
         engine = fleet.models["mine"].engine
         engine.away, engine.ended_once = 1, True
         await until(lambda: engine.starts >= 2 and not engine.away)
+        await asyncio.sleep(0.1)
+        assert not fleet.models["mine"].failed
         engine.ended_once = True  # as a server that is stopped is silent
         await until(lambda: fleet.models["mine"].ready)
         assert fleet.ready and not fleet.models["mine"].failed

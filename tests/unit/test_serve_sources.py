@@ -457,8 +457,8 @@ def test_few_rows_with_log_probabilities_prove_nothing(tmp_path):
         assert found.status == "proven" or "of 1 of 4 rows" in found.detail
 
 
-def test_an_error_about_the_model_is_no_missing_route(tmp_path):
-    """vLLM answers 404 to both: where its name is another, an adapter would be called unproven and be asked in vain."""
+def test_what_a_server_does_not_find_is_no_missing_route(tmp_path):
+    """vLLM answers 404 to both: where its name of a model is another, an adapter would be unproven and be asked in vain."""
     engine = VllmEngine(stub_source("m"), "m", tmp_path, tmp_path, Limits(), address="http://127.0.0.1:9")
 
     def answer(error: dict[str, Any]) -> None:
@@ -471,13 +471,18 @@ def test_an_error_about_the_model_is_no_missing_route(tmp_path):
     unknown = {"message": "The model `m` does not exist.", "type": "NotFoundError", "param": "model", "code": 404}
     for error in ({"error": unknown}, unknown, {"error": {"message": "The model 'm'", "code": "model_not_found"}}):
         answer(error)
-        with pytest.raises(UserError, match="does not know the model: The model"):
+        with pytest.raises(UserError, match="does not find what /tokenize needs: The model"):
             asyncio.run(engine.prompt_ids("m", {"text": "a"}))
-    answer({"detail": "Not Found"})
-    with pytest.raises(Unprovable, match="has no POST /tokenize"):
-        asyncio.run(engine.prompt_ids("m", {"text": "a"}))
-    with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+    answer({"error": {"message": "No adapter found for /runs/a", "type": "NotFoundError", "param": None, "code": 404}})
+    with pytest.raises(UserError, match="No adapter found for /runs/a"):
         asyncio.run(Engine.load_adapter(engine, "a", tmp_path))
+    for text in ("Not Found", "File Not Found"):
+        for error in ({"detail": text}, {"error": {"message": text, "code": 404}}):
+            answer(error)
+            with pytest.raises(Unprovable, match="has no POST /tokenize"):
+                asyncio.run(engine.prompt_ids("m", {"text": "a"}))
+            with pytest.raises(UserError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+                asyncio.run(Engine.load_adapter(engine, "a", tmp_path))
 
 
 def test_a_gguf_file_with_coarse_matrices_has_no_bound(tmp_path):

@@ -36,6 +36,10 @@ class EngineDown(Exception):
     """The engine does not run, or does not answer."""
 
 
+class EngineFault(EngineDown):
+    """The engine answers that it has failed at what it was asked."""
+
+
 class Unprovable(Exception):
     """The engine has no route for what parity needs; the text says which."""
 
@@ -285,8 +289,8 @@ class Engine:
     # -- HTTP
 
     async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400 and for a model that
-        it does not know."""
+        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400, and for a 404
+        that says what it does not find: a model, or an adapter's folder."""
         if self.client is None:
             raise EngineDown(f"{self.name} is not running")
         try:
@@ -294,15 +298,15 @@ class Engine:
                 status, content = await self.client.ask(method, path, None if body is None else dumps(body))
         except FAILURES as error:
             raise EngineDown(f"{self.name} does not answer: {error or type(error).__name__}") from error
-        if status == 404 and _names_the_model(content):
-            fix = "its --served-model-name has to be the name that the model has here"
-            raise UserError(Problem(self.name, f"does not know the model: {_message(content)}", fix))
+        if status == 404 and _explains(content):
+            raise UserError(Problem(self.name, f"does not find what {path} needs: {_message(content)}"))
         if status in (404, 405, 501):
             raise Unprovable(f"{self.name} has no {method} {path}")
         if 400 <= status < 500:
             raise UserError(Problem(self.name, f"refuses {path}: {_message(content)}"))
         if status != 200:
-            raise EngineDown(f"{self.name} answers {path} with {status}")
+            passing = status in (502, 503, 504)  # of what stands in front of it
+            raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
         found = _value(content)
         return found if isinstance(found, dict) else {}
 
@@ -326,11 +330,12 @@ def _value(content: bytes) -> Any:
         return None
 
 
-def _names_the_model(content: bytes) -> bool:
-    """Whether an error is about the model that was asked, and not about the route."""
+def _explains(content: bytes) -> bool:
+    """Whether a 404 is about more than the route, of which servers say "Not Found" alone."""
     value = _value(content)
     error = value.get("error", value) if isinstance(value, dict) else None
-    return isinstance(error, dict) and (error.get("param") == "model" or error.get("code") == "model_not_found")
+    message = error.get("message") if isinstance(error, dict) else None
+    return isinstance(message, str) and not message.lower().rstrip(".").endswith("not found")
 
 
 def _message(content: bytes) -> str:

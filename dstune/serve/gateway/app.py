@@ -52,11 +52,20 @@ class Route:
         return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", named))
 
 
+_API = (
+    "files",
+    "uploads",
+    "fine_tuning",
+    "batches",
+    "webhook_endpoints",
+    "webhook_event_types",
+    "organization",
+    "secrets",
+)
 CLOSED = {
-    **dict.fromkeys(
-        ("/v1/files", "/v1/uploads", "/v1/fine_tuning/", "/v1/batches"), " here: `dstune serve --fine-tuning` opens it"
-    ),
-    "/v2/guard": " here: `dstune serve --guard POLICY` opens it",
+    **{f"/v1/{name}": "--fine-tuning" for name in _API},
+    "/v2/guard": "--guard POLICY",
+    "/utf-16/v2/guard": "--guard POLICY",
 }
 """Beginnings of paths that a server may have, and what opens them."""
 
@@ -183,8 +192,15 @@ class Gateway:
             others.add(route.method)
         if others:
             raise ApiError(405, "This route has another method.", headers={"allow": ", ".join(sorted(others))})
-        opened = next((words for start, words in CLOSED.items() if request.path.startswith(start)), "")
-        raise ApiError(404, f"There is no such route{opened}.", code="unknown_url")
+        raise ApiError(404, f"There is no such route{self._closed(request.path)}.", code="unknown_url")
+
+    def _closed(self, path: str) -> str:
+        """What opens the routes of this beginning, where none of them is open."""
+        for start, words in CLOSED.items():
+            if f"{path}/".startswith(f"{start}/"):
+                opened = any(f"{route.path}/".startswith(f"{start}/") for _, route in self._patterns)
+                return "" if opened else f" here: `dstune serve {words}` opens it"
+        return ""
 
     async def _handle(self, route: Route, request: Request) -> None:
         if not route.any_host:
