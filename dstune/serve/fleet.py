@@ -261,7 +261,11 @@ class Fleet:
             self._unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE
-            what = "has ended; it is started again" if engine.starts_process else "does not answer; it is asked again"
+            what = (
+                "has ended; it is started again"
+                if engine.starts_process
+                else "is away or was replaced; it is asked again"
+            )
             log.error("the engine %s of %s %s in %g s", engine.name, group.base, what, pause)
             try:
                 await engine.stop(0)

@@ -260,6 +260,7 @@ class Engine:
                 silent = 0 if await self._answers() else silent + 1
 
     async def _answers(self) -> bool:
+        """Whether a server that this one has not started still answers as the one that was asked at the start."""
         try:
             return await self._healthy()
         except UserError:  # it answers, if only to refuse

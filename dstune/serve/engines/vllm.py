@@ -5,6 +5,7 @@ What it does with adapters, templates and dates is in docs/serving.md; its modul
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 from dstune.data.template_date import freeze_date
-from dstune.serve.engines.base import Command, Engine, EngineDown, Unprovable, context_of
+from dstune.serve.engines.base import HEALTH_SECONDS, Command, Engine, EngineDown, Unprovable, context_of
 from dstune.serve.engines.special import SpecialTexts, hub_folder
 from dstune.serve.source import Source
 
@@ -73,6 +74,8 @@ class VllmEngine(Engine):
     def __post_init__(self) -> None:
         self.starts_process = self.address is None  # type: ignore[misc]
         self._special: SpecialTexts | None = None
+        self._loaded: set[str] = set()
+        self._places: dict[str, Any] = {}
 
     @property
     def headers(self) -> dict[str, str]:
@@ -147,6 +150,25 @@ class VllmEngine(Engine):
                 self.context = context_of(await self.ask("GET", "/v1/models", None), {self.base})
         return healthy
 
+    async def start(self) -> None:
+        self._loaded, self._places = set(), {}
+        await super().start()
+
+    async def _answers(self) -> bool:
+        """Whether it is still the server that was proven: one that was replaced behind its address is healthy as well, and
+        lacks the adapters, or has others by their names."""
+        if not await super()._answers():
+            return False
+        try:
+            async with asyncio.timeout(HEALTH_SECONDS):
+                listed = (await self.ask("GET", "/v1/models", None))["data"]
+            places = {one["id"]: one.get("root") for one in listed if one["id"] in self._loaded}
+        except (EngineDown, Unprovable, UserError, TimeoutError, LookupError, TypeError, AttributeError):
+            return True  # it does not say
+        known = {name: place for name, place in self._places.items() if name in self._loaded}
+        self._places = places | known
+        return all(name in places and places[name] == place for name, place in known.items())
+
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
@@ -163,6 +185,12 @@ class VllmEngine(Engine):
             with contextlib.suppress(UserError, Unprovable):
                 await self.unload_adapter(name)
         await super().load_adapter(name, folder)
+        self._loaded.add(name)
+        self._places.pop(name, None)
+
+    async def unload_adapter(self, name: str) -> None:
+        self._loaded.discard(name)
+        await super().unload_adapter(name)
 
     def _given(self, flag: str) -> str:
         """The value of an argument of the user's."""
