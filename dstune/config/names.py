@@ -70,7 +70,9 @@ OTHER_VALUES = {
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The most similar of `valid`, or None where nothing is similar."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    choices = list(valid)
+    same = [one for one in choices if one.casefold() == name.casefold()]
+    found = same or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 

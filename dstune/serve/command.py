@@ -235,7 +235,8 @@ async def _serve(
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     served = [*fleet.models, *(["the fine-tuning API"] if api is not None else [])]
     served += ["the guard"] if guarding is not None else []
-    print(f"http://{host}:{port}/v1  serves {', '.join(served)}", flush=True)
+    place = "v2/guard" if arguments.guard_only else "v1"
+    print(f"http://{host}:{port}/{place}  serves {', '.join(served)}", flush=True)
     page = "" if without_models(arguments) else f"; the chat page: http://{host}:{port}/"
     keys = [str(file) for file in (state / "key", state / "admin-key") if file.is_file()]
     print(f"keys: {', '.join(keys) or 'those of `dstune serve-keys add`'}{page}", flush=True)

@@ -131,7 +131,9 @@ def _add_store(parser: VerbParser) -> None:
 
 def _add_guard(parser: VerbParser) -> None:
     """What looks at requests, and what is written down of them."""
-    parser.add_argument("--guard", metavar="FILE", help="policies to check requests and answers by; `default` has one")
+    parser.add_argument(
+        "--guard", metavar="FILE", help="policies to check by: a file, `rules` (needs no model) or `default`"
+    )
     parser.add_argument("--guard-model", metavar="DIR", help="calibrated export that finds prompt attacks")
     parser.add_argument("--guard-only", action="store_true", help="serve /v2/guard alone; no MODEL is named then")
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")

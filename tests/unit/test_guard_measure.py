@@ -116,6 +116,25 @@ def test_documents_count_in_every_direction_and_requests_in_theirs_alone() -> No
     assert only.threshold("input", 10, "l3_likely") == limits["tool_result"]
 
 
+def test_lengths_without_an_example_are_not_blocked_and_not_let_pass_for_that() -> None:
+    chance = random.Random(0)
+    texts = [
+        Scored(direction, tuple(chance.random() for _ in range(3)), ()) for direction in DIRECTIONS for _ in range(3000)
+    ]
+    rows = [{"text": str(number), "direction": one.direction} for number, one in enumerate(texts)]
+    model: Any = Model()
+    found = thresholds(texts, model, rows, "here")
+    assert found.calibrated_on["directions"]["input"]["by_windows"] == {
+        "up_to_1": 0, "up_to_2": 3000 * 3, "up_to_4": 3000 * 3, "up_to_8": 0, "up_to_16": 0, "up_to_32": 0, "any": 0
+    }  # fmt: skip
+    for level in LEVELS:
+        values = [found.threshold("input", windows, level) for windows in (1, 2, 4, 8, 16, 32, 512)]
+        assert values[0] == values[1] > 0.8 and values == sorted(values)
+    limit = found.threshold("input", 16, "l4_less_likely")
+    alarms = sum(max(chance.random() for _ in range(12)) >= limit for _ in range(2000)) / 2000
+    assert 0.02 < alarms < 0.08, "four times as many windows are four times as many chances"
+
+
 def benign(count: int, words: int) -> list[dict[str, Any]]:
     chance = random.Random(1)
     return [

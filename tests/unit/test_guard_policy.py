@@ -242,6 +242,27 @@ def test_special_tokens_that_somebody_wrote_are_text():
     assert [len(one) for one in model.windows("w1 " * 30)] == [16, 16, 8] and model.windows(" ") == []
 
 
+def test_words_that_a_tokenizer_does_not_know_are_set_apart():
+    """WordPiece makes one unknown token of more than 100 letters, and of a word with a symbol."""
+    from types import SimpleNamespace
+
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {
+        token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ab", "##ab", "\u2192"])
+    }
+    raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer(strip_accents=False)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]")
+    model = GuardModel(SimpleNamespace(tokenizer=tokenizer), 1, "attack", "", None, 128, 96)
+    assert model.windows("ab\u2192ab") == [[2, 4, 6, 4, 3]]
+    assert 1 not in model.windows("ab" * 51)[0] and len(model.windows("ab" * 51)[0]) == 53
+    assert model.windows("ab" * 40) == [[2, 4, *[5] * 39, 3]]
+
+
 def test_scores_are_remembered_and_counted(scanner):
     item = Item("w1 w2 w3", "input", frozenset({"prompt_attack"}))
     first, second = scanner.scan(item), scanner.scan(item)
@@ -276,3 +297,16 @@ def test_values_hidden_in_encodings_are_found_with_their_place(scanner):
         for one in scanner.scan(Item(text, "input", frozenset(PII.values()))).found
     }
     assert found == {"pii/email": run, "pii/credit_card": "\uff14\uff11\uff11\uff11 1111 1111 1111"}
+    # Each encoded part has its own place, whatever stands between them.
+    card, other = b64encode(b"4111 1111 1111 1111").decode(), b64encode(b"hello there my friend from afar").decode()
+    text = f"{run} from 8.8.8.8 or bob@example.org and {other}, {card}"
+    spans = {
+        (one.detector, text[one.start : one.end])
+        for one in scanner.scan(Item(text, "input", frozenset(PII.values()))).found
+    }
+    assert spans == {
+        ("pii/email", run), ("pii/ip_address", "8.8.8.8"), ("pii/email", "bob@example.org"), ("pii/credit_card", card)
+    }  # fmt: skip
+    halves = [b64encode(half).decode() for half in (b"the card is 4111 1111", b"1111 1111 is the other half of it")]
+    (one,) = scanner.scan(Item(" / ".join(halves), "input", frozenset({"pii/credit_card"}))).found
+    assert (one.start, one.end) == (0, len(" / ".join(halves))), "a value that was cut in two"

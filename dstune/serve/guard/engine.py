@@ -62,12 +62,7 @@ class Guarding:
 
     def __init__(self, policies: Policies, state: Path, runtime: Path, limits: Limits | None = None):
         self.policies = policies
-        detectors = {
-            watch.detector
-            for policy in policies.policies.values()
-            for watches in policy.directions.values()
-            for watch in watches
-        }
+        detectors = {watch.detector for policy in policies.policies.values() for watch in policy.all_watches}
         needs = []
         if detectors & {SECRETS, *PII.values()}:
             needs.append("sensitive")

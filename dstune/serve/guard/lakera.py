@@ -134,7 +134,11 @@ def _policy(guard: Guard, project: Any) -> Policy:
         raise ApiError(422, "project_id must be a text.", param="project_id")
     policy = guard.policies.of_project(project or None)
     if policy is None:
-        reason = "There is no such project." if project else "The route /v2/guard is off in the policies."
+        reason = (
+            "There is no such project: `projects` of the policies names them."
+            if project
+            else "The route /v2/guard is off in the policies."
+        )
         raise ApiError(404, reason, param="project_id", code="project_not_found")
     return policy
 

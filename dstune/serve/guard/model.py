@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
 from dstune.serve.guard.calibration import Calibration, digest_of
 from dstune.serve.guard.variants import Variant
@@ -74,7 +77,8 @@ class GuardModel:
         folder = Path(path)
         if not folder.is_dir():
             reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
-            raise UserError(Problem("guard.model", reason, "dstune train experiment=guard makes one", str(path)))
+            fix = "dstune train experiment=guard makes one; for one of the hub: hf download ID --local-dir FOLDER"
+            raise UserError(Problem("guard.model", reason, fix, str(path)))
         calibration = Calibration.load(folder) if calibrated else None
         expected = find(ModelConfig(path=str(folder)), "last", [])
         with tempfile.TemporaryDirectory(prefix="dstune-guard-") as scratch:
@@ -83,13 +87,14 @@ class GuardModel:
         step = stride or (calibration.stride if calibration else min(STRIDE, window * 3 // 4))
         name = label or (calibration.label if calibration else _label_of(predictor.labels, folder))
         if name not in predictor.labels:
+            near = nearest(name, predictor.labels)
             reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
-            raise UserError(Problem("guard.model", reason, value=str(folder)))
+            raise UserError(Problem("guard.model", reason, (near and f"did you mean {near}?") or "", str(folder)))
         own: Any = predictor.model.config
         longest = getattr(own, "max_position_embeddings", None) or window
         if window > longest:
             reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
-            raise UserError(Problem("guard.model", reason, "calibrate it with --window-tokens", str(folder)))
+            raise UserError(Problem("guard.model", reason, f"--window-tokens {longest} or fewer", str(folder)))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
         several = own.problem_type == "multi_label_classification"
@@ -99,8 +104,9 @@ class GuardModel:
     def windows(self, text: str) -> list[Window]:
         """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
 
-        A special token that somebody wrote is tokens of its characters.
+        A special token that somebody wrote is tokens of its characters, and symbols and very long words are set apart.
         """
+        text = _readable_words(text)
         tokenizer: Any = self.predictor.tokenizer
         content = self.window_tokens - tokenizer.num_special_tokens_to_add(pair=False)
         with self._tokenizing:
@@ -157,6 +163,25 @@ class GuardModel:
     def score(self, readings: Sequence[Variant]) -> Score:
         """Of a text by its readings (`variants(text)`)."""
         return highest(readings, self.scores([one.text for one in readings]))
+
+
+_NO_LETTER = re.compile(r"[^\w\s\x00-\x7f]")
+LONGEST_WORD = 90
+"""Of more than 100 characters a tokenizer of BERT's makes one unknown token, and of a word with a symbol that it does not know."""
+
+
+def _readable_words(text: str) -> str:
+    if not text.isascii():
+        text = _NO_LETTER.sub(_apart, text)
+    return _LONG_WORD.sub(r"\g<0> ", text)
+
+
+_LONG_WORD = re.compile(rf"[^\s!-/:-@\[-`{{-~]{{{LONGEST_WORD}}}(?=\S)")
+
+
+def _apart(found: re.Match[str]) -> str:
+    sign = found.group()
+    return f" {sign} " if unicodedata.category(sign)[0] == "S" else sign
 
 
 def highest(readings: Sequence[Variant], scores: Sequence[Sequence[float]]) -> Score:

@@ -89,6 +89,10 @@ class Policy:
     def watches(self, direction: str) -> tuple[Watch, ...]:
         return self.directions.get(direction, ())
 
+    @property
+    def all_watches(self) -> Iterator[Watch]:
+        return (watch for watches in self.directions.values() for watch in watches)
+
 
 @dataclass(frozen=True)
 class Policies:
@@ -128,11 +132,17 @@ class Policies:
                         if path
                         else "blocks, and has no model"
                     )
-                    model = f"models.{watch.detector}: RUN/export (or --guard-model)"
-                    fix = f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or --guard rules, which needs none"
-                    problems.append(Problem(where, reason, fix, watch.action))
+                    problems.append(Problem(where, reason, _model_of(watch.detector), watch.action))
         if problems:
             raise UserError(problems)
+
+
+def _model_of(detector: str) -> str:
+    """How a policy gets a model that may block."""
+    if detector != PROMPT_ATTACK:
+        return f"{CALIBRATES} FOLDER --label LABEL, then models.{detector}: FOLDER; or action: {FLAG}"
+    model = f"models.{detector}: RUN/export (or --guard-model)"
+    return f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or --guard rules, which needs none"
 
 
 def read(path: str | Path, model: str | None = None) -> Policies:
@@ -153,6 +163,9 @@ def read(path: str | Path, model: str | None = None) -> Policies:
     if reader.problems:
         raise UserError(reader.problems)
     if model is not None:
+        if not any(watch.detector == PROMPT_ATTACK for one in found.policies.values() for watch in one.all_watches):
+            reason = f"no policy of {path} looks for {PROMPT_ATTACK}"
+            raise UserError(Problem("--guard-model", reason, "--guard default, or leave it out", model))
         found = replace(found, models={**found.models, PROMPT_ATTACK: Path(model)})
     return found
 

@@ -22,6 +22,10 @@ REMEMBERED = 8192
 """Scores of texts that were seen a moment ago: a conversation comes back with each of its turns."""
 
 
+Search = Callable[[str], Iterator[tuple[str, int, int]]]
+"""Detector and place of each find in a text."""
+
+
 @dataclass(frozen=True)
 class Item:
     """A text to be looked at."""
@@ -206,7 +210,7 @@ class Scanner:
     def _spans(
         item: Item, whole: str, normal: Normal, readings: Sequence[Variant]
     ) -> Iterator[tuple[str, int, int, str]]:
-        searches: list[tuple[Collection[str], Callable[[str], Iterator[tuple[str, int, int]]]]] = [
+        searches: list[tuple[Collection[str], Search]] = [
             (frozenset(PII.values()), _personal_data),
             ((SECRETS,), _secrets),
             ((LINKS,), lambda text: ((LINKS, start, end) for start, end in unknown_links(text, item.links))),
@@ -214,16 +218,36 @@ class Scanner:
         for detectors, search in searches:
             if item.detectors.isdisjoint(detectors):
                 continue
-            seen = set()
+            seen = []
             for detector, start, end in search(normal.text):
                 if detector in item.detectors:
-                    seen.add(span := normal.span(start, end))
+                    span = normal.span(start, end)
+                    seen.append((detector, span[0]))
                     yield detector, *span, ""
-            # Encoded, it is the whole run that goes.
             for reading in readings:
-                if reading.name in DECODED and not any(reading.start <= start < reading.end for start, _ in seen):
-                    for detector in {kind for kind, _, _ in search(reading.text)} & item.detectors:
-                        yield detector, reading.start, reading.end, reading.name
+                if reading.name in DECODED:
+                    yield from _encoded(reading, search, item.detectors, seen)
+
+
+def _encoded(
+    reading: Variant, search: Search, chosen: Collection[str], seen: Sequence[tuple[str, int]]
+) -> Iterator[tuple[str, int, int, str]]:
+    """Finds in what was decoded: the whole run goes in which one stands, or all runs where it was cut into several.
+
+    seen: finds that are plain, which need no second one in the same place.
+    """
+    found = set()
+    for part in reading.parts or (reading,):
+        for detector in {kind for kind, _, _ in search(part.text)}.intersection(chosen):
+            found.add(detector)
+            if not any(kind == detector and part.start <= start < part.end for kind, start in seen):
+                yield detector, part.start, part.end, reading.name
+    if len(reading.parts) > 1:
+        for glue in ("", " "):
+            joined = glue.join(part.text for part in reading.parts)
+            for detector in {kind for kind, _, _ in search(joined)}.intersection(chosen) - found:
+                found.add(detector)
+                yield detector, reading.start, reading.end, reading.name
 
 
 def _personal_data(text: str) -> Iterator[tuple[str, int, int]]:

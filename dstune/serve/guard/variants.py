@@ -36,6 +36,8 @@ class Variant:
     start: int = 0
     end: int = 0
     """The part of the original that it was decoded from."""
+    parts: tuple[Variant, ...] = ()
+    """What it is joined of, where it is several parts of the original."""
 
 
 # -- normalising ------------------------------------------------------------------------------------------------------
@@ -54,15 +56,17 @@ _SOURCES = (
     "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7"
     "\u0131\u0251\u0261\u0269\u026a\u1d00\u0299\u1d04\u1d05\u1d07\ua730\u0262\u029c\u1d0a"
     "\u1d0b\u029f\u1d0d\u0274\u1d0f\u1d18\u0280\ua731\u1d1b\u1d1c\u1d20\u1d21\u028f\u1d22"
+    "\u0570\u0578\u0585\u057d\u0563\u0566\u0581\u054d\u0555\u053c"  # Armenian
+    "\u13aa\u13f4\u13df\u13a0\u13ac\u13c0\u13bb\u13ab\u13e6\u13de\u13b7\u13e2\u13a1\u13da\u13a2\u13d9\u13b3\u13a9\u13c3"  # Cherokee
 )
 _TARGETS = (
     "aeopcyxijshdqwbkmhtlABEKMHOPCTYXIJSGQWYIaopvikuxetwyABEZHIKMNOPTYXiagiiabcdefghjklmnoprstuvwyz"
+    "hnouqqgUOLABCDEGHJKLMPRSTVWYZ"
 )  # fmt: skip
 LOOK_ALIKES = dict(zip(_SOURCES, _TARGETS, strict=True))
-"""Cyrillic, Greek and small-capital letters that look like Latin ones."""
+"""Cyrillic, Greek, Armenian, Cherokee and small-capital letters that look like Latin ones."""
 _FOREIGN = re.compile(f"[{''.join(LOOK_ALIKES)}]")
 _WORD = re.compile(r"[^\W\d_]+")
-_ASCII_LETTER = re.compile(r"[A-Za-z]")
 _TO_LATIN = str.maketrans(LOOK_ALIKES)
 
 
@@ -135,12 +139,26 @@ def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
 
 
 def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
-    part = text[start:end]
-    if part.isascii() and not _DROPPED.search(part):
-        yield start, end, part
-        return
-    for first, last in _clusters(part):
-        yield start + first, start + last, _composed(part[first:last])
+    for line in _LINE.finditer(text, start, end):
+        if _as_it_is(line.group()):
+            yield *line.span(), line.group()
+            continue
+        for first, last in _clusters(line.group()):
+            yield line.start() + first, line.start() + last, _composed(line.group()[first:last])
+
+
+_LINE = re.compile(r"[^\n]*\n|[^\n]+")
+_STANDING = re.compile("[\U000e0020-\U000e007e\U0001f150-\U0001f169\U0001f170-\U0001f189\U0001f1e6-\U0001f1ff]")
+
+
+def _as_it_is(line: str) -> bool:
+    """Whether nothing in it is changed: character by character that takes twenty times as long to find."""
+    if _DROPPED.search(line):
+        return False
+    if line.isascii():
+        return True
+    changed = not unicodedata.is_normalized("NFKC", line) or _STANDING.search(line)
+    return not (changed or any(map(unicodedata.combining, line)))
 
 
 _STANDS_FOR = {0xE0000 + code: code for code in range(0x20, 0x7F)}
@@ -169,12 +187,13 @@ def _latin(text: str) -> str:
     if not _FOREIGN.search(text):
         return text
     # Where other letters of these scripts stand, a word of look-alikes alone is a word of the language.
-    foreign = any("\u0370" <= one <= "\u052f" and one not in LOOK_ALIKES for one in set(text) if one.isalpha())
+    foreign = any("\u0370" <= one <= "\u058f" and one not in LOOK_ALIKES for one in set(text) if one.isalpha())
 
     def change(found: re.Match[str]) -> str:
         word = found.group()
         latin = word.translate(_TO_LATIN)
-        return latin if latin.isascii() and not (foreign and not _ASCII_LETTER.search(word)) else word
+        mixed = any(not "\u0370" <= one <= "\u058f" for one in word)  # of more than one script
+        return latin if latin.isascii() and (mixed or not foreign) else word
 
     return _WORD.sub(change, text)
 
@@ -202,32 +221,74 @@ def _readable(raw: bytes) -> str | None:
     encoding = "utf-8"
     if raw.count(0) >= 0.4 * len(raw):
         encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError:
+    text = _DROPPED.sub("", raw.decode(encoding, "replace"))
+    if len(text) < 6 or text.count("\ufffd") > 0.05 * len(text) + (len(text) >= LEAST_CERTAIN):
         return None
+    if _NUMBERS.fullmatch(text):
+        return text
     good = sum(character.isalnum() or character in " \n\t.,:;!?'\"-()/_" for character in text)
     letters = sum(character.isalpha() for character in text)
-    return text if len(text) >= 6 and good >= 0.9 * len(text) and letters >= 0.5 * len(text) else None
+    clean, lettered = (0.75, 0.35) if len(text) >= LEAST_CERTAIN else (0.9, 0.5)
+    return text.replace("\ufffd", "") if good >= clean * len(text) and letters >= lettered * len(text) else None
 
 
-_BASE64 = re.compile(r"(?<![A-Za-z0-9+/_-])(?:[A-Za-z0-9+/_-]{16,76}\r?\n){0,400}[A-Za-z0-9+/_-]{12,}={0,2}")
-_IN_NAMES = re.compile(r"[/_+-]")
+_NUMBERS = re.compile(r"[\d .,:+()/-]{8,}")
+"""A card, an account, a telephone."""
+LEAST_CERTAIN = 16
+"""Characters from which on a text may hold a sign that is none and still is no accident."""
+
+
+_BASE64 = re.compile(
+    r"(?<![A-Za-z0-9+/_-])(?:(?:[A-Za-z0-9+/_-]{4,}[ \t]{0,3}\r?\n[ \t>]{0,8}){1,400}+(?:[A-Za-z0-9+/_-]{2,}={0,2})?+"
+    r"|[A-Za-z0-9+/_-]{12,}={0,2})"
+)
+_IN_NAMES = re.compile(r"[/_+-]|\n[ \t>]*")
 MOST_BREAKS = 8
+_REGION = re.compile(r"[A-Za-z0-9+/_-](?:[\s>]{0,3}[A-Za-z0-9+/_-]){23,}+={0,2}")
+_INSIDE = re.compile(r"[A-Z0-9+/]")
+"""Within a word, where a language has small letters."""
+_STRETCH = re.compile(rb"[\x20-\x7e\r\n\t]{16,}")
 
 
 def _base64(text: str) -> Iterator[Variant]:
+    covered: list[tuple[int, int]] = []
     for found in _BASE64.finditer(text):
-        # The end of a path or a name may stand before it: `files/SWdub3Jl`.
+        if len(found.group()) < 12:
+            continue
+        # The end of a path or a name may stand before it, or a line that is none: `files/SWdub3Jl`.
         breaks = [one.end() for one in islice(_IN_NAMES.finditer(found.group()), MOST_BREAKS)]
         for start in (0, *breaks):
             if (decoded := _of_base64(found.group()[start:])) is not None:
                 yield Variant("base64", decoded, found.start() + start, found.end())
+                covered.append((found.start() + start, found.end()))
                 break
+    for one in _within_base64(text):
+        at = bisect_right(covered, (one.start + 8, len(text))) - 1
+        if at < 0 or covered[at][1] < one.end - 8:  # not the same once more, with a letter of what stands before it
+            yield one
+
+
+def _within_base64(text: str) -> Iterator[Variant]:
+    """Where its beginning is not known, or spaces stand within: what is text in one of its four alignments."""
+    for region in _REGION.finditer(text):
+        words = region.group().split()
+        if sum(bool(_INSIDE.search(word, 1)) for word in words) < 0.3 * len(words):
+            continue  # words of a language
+        places = [place for place in range(*region.span()) if text[place].isalnum() or text[place] in "+/_-"]
+        run = "".join(text[place] for place in places).replace("-", "+").replace("_", "/")
+        for skipped in range(4):
+            part = run[skipped:]
+            part = part[: len(part) - (len(part) % 4 == 1)]
+            raw = base64.b64decode(part + "=" * (-len(part) % 4))
+            for found in _STRETCH.finditer(raw):
+                stretch = found.group().decode()
+                if sum(one.isalpha() for one in stretch) >= 0.6 * len(stretch):
+                    first, last = skipped + found.start() * 4 // 3, skipped + (found.end() * 4 - 1) // 3
+                    yield Variant("base64", stretch, places[first], places[min(last, len(places) - 1)] + 1)
 
 
 def _of_base64(text: str) -> str | None:
-    run = re.sub(r"[\r\n=]", "", text).replace("-", "+").replace("_", "/")
+    run = re.sub(r"[\s>=]", "", text).replace("-", "+").replace("_", "/")
     if len(run) < 12 or (run.isalpha() and (run.islower() or run.isupper())):
         return None  # a long word
     try:
@@ -252,22 +313,22 @@ def _base32(text: str) -> Iterator[Variant]:
             yield Variant("base32", decoded, *found.span())
 
 
-_HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9A-Fa-f]{2}[ :,]?){8,}(?![0-9A-Za-z])")
+_HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?+[0-9A-Fa-f]{2}[\s:,;-]{0,2}+){8,}+")
 
 
 def _hex(text: str) -> Iterator[Variant]:
     for found in _HEX.finditer(text):
-        digits = re.sub(r"0x|\\x|[ :,]", "", found.group())
+        digits = re.sub(r"0x|\\x|[\s:,;-]", "", found.group())
         if (decoded := _readable(bytes.fromhex(digits))) is not None:
             yield Variant("hex", decoded, *found.span())
 
 
-_BINARY = re.compile(r"(?<![0-9])(?:[01]{8}[ ,]?){4,}(?![0-9])")
+_BINARY = re.compile(r"(?<![0-9])(?:[01]{8}[\s,;:-]{0,2}+){4,}+(?![0-9])")
 
 
 def _binary(text: str) -> Iterator[Variant]:
     for found in _BINARY.finditer(text):
-        bits = re.sub(r"[ ,]", "", found.group())
+        bits = re.sub(r"[\s,;:-]", "", found.group())
         raw = bytes(int(bits[place : place + 8], 2) for place in range(0, len(bits), 8))
         if (decoded := _readable(raw)) is not None:
             yield Variant("binary", decoded, *found.span())
@@ -307,19 +368,37 @@ def _words_matching(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, 
         yield begin, end
 
 
-_SPACED = re.compile(r"(?<!\w)(?:[^\W_](?: {1,3}|[.\-_*|,/]{1,2} ?)){4,}[^\W_](?!\w)")
+_SPACED = re.compile(r"(?<!\w)(?:[^\W_](?: {1,3}+|[.\-_*|,/]{1,2}+ ?+)){4,}+(?:[^\W_](?![^\W_]))?+")
+"""Nothing is given back: `a_ a_ a_ ...` of 12,000 characters took 2 s, and all other texts waited."""
+_SEPARATORS = " .-_*|,/"
 
 
 def _spaced(text: str) -> Iterator[Variant]:
     """`i g n o r e   t h i s`: more than one separator stands between words."""
     for found in _SPACED.finditer(text):
-        run = found.group()
+        run = found.group().rstrip(_SEPARATORS)
         wide = re.split(r"\s{2,}|[/|] ?", run) if re.search(r"\s{2,}|[/|]", run) else [run]
         words = [re.sub(r"\W|_", "", word) for word in wide]
-        if sum(word.isalpha() for word in words) >= 0.5 * len(words):
-            yield Variant(
-                "spaced", " ".join(_split_words(word) if len(word) > 12 else word for word in words), *found.span()
-            )
+        if sum(map(len, words)) > 4 and sum(word.isalpha() for word in words) >= 0.5 * len(words):
+            joined = " ".join(_split_words(word) if len(word) > 12 else word for word in words)
+            yield Variant("spaced", joined, found.start(), found.start() + len(run))
+
+
+_RUN_TOGETHER = re.compile(r"[^\W\d_]{16,}+")
+_CAMEL = re.compile(r"(?<=[^\W\d_A-Z])(?=[A-Z])")
+LONGEST_WORD = 2000
+
+
+def _run_together(text: str) -> Iterator[Variant]:
+    """`IgnoreAllPreviousInstructions`, `ignoreallpreviousinstructions`: of these a tokenizer makes unknown words."""
+    for found in _RUN_TOGETHER.finditer(text):
+        word = found.group()[:LONGEST_WORD]
+        split = _CAMEL.sub(" ", word)
+        if " " not in split:
+            split = _split_words(word)
+        common = [one for one in split.lower().split() if len(one) > 3 and one in _VOCABULARY]
+        if len(common) >= 2 and sum(map(len, common)) >= 0.5 * len(word):  # "a", "it", "in" are in any long word
+            yield Variant("joined", split, *found.span())
 
 
 _MORE_TEXT = """
@@ -367,14 +446,43 @@ _TURNED = _LETTERS[13:] + _LETTERS[:13]
 _ROT13 = str.maketrans(_LETTERS + _LETTERS.upper(), _TURNED + _TURNED.upper())
 
 
-def _by_segment(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
-    """Parts of the text that hold more common words once they are changed."""
+def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
+    """Neighbouring words that are common ones only once they are changed, also where plain words stand beside them."""
+    for found in _SEGMENT.finditer(text):
+        segment = found.group()
+        if len(segment) < 8:
+            continue
+        words = list(_ANY_WORD.finditer(segment))
+        changed = [change(word.group()).lower() in _VOCABULARY for word in words]
+        plain = [word.group().lower() in _VOCABULARY for word in words]
+        gains = [one - other for one, other in zip(changed, plain, strict=True)]
+        least = 1 if min(gains, default=0) == 0 else 2  # one word alone is no accident where nothing else can be read
+        for first, last in _gaining(gains, least):
+            start, end = words[first].start(), words[last].end()
+            yield Variant(name, change(segment[start:end]), found.start() + start, found.start() + end)
+
+
+def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
+    """Runs whose sum is at least `least`, with what changes nothing around them; first and last place."""
+    first = total = highest = last = 0
+    for place, gain in enumerate([*gains, -len(gains) - 1]):
+        total += gain
+        if total < 0:
+            if highest >= least:
+                yield first, last
+            first, total, highest, last = place + 1, 0, 0, place + 1
+        elif total >= highest:
+            highest, last = total, place
+
+
+def _by_segment(name: str, text: str, least: int, change: Callable[[str], str]) -> Iterator[Variant]:
+    """Parts of the text that hold so many more common words once they are changed."""
     for found in _SEGMENT.finditer(text):
         segment = found.group()
         if len(segment) < 8:
             continue
         changed = change(segment)
-        if changed != segment and _common(changed) > _common(segment):
+        if changed != segment and _common(changed) >= _common(segment) + least:
             yield Variant(name, changed, *found.span())
 
 
@@ -400,9 +508,11 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     _escaped,
     _binary,
     _spaced,
-    lambda text: _by_segment("rot13", text, lambda part: part.translate(_ROT13)),
-    lambda text: _by_segment("reversed", text, lambda part: part[::-1]),
-    lambda text: _by_segment("leet", text, _unleet),
+    _run_together,
+    lambda text: _by_words("rot13", text, lambda part: part.translate(_ROT13)),
+    lambda text: _by_words("reversed", text, lambda part: part[::-1]),
+    lambda text: _by_segment("leet", text, 1, _unleet),
+    lambda text: _by_segment("look-alikes", text, 3, lambda part: part.translate(_TO_LATIN)),
 )
 SEVERAL = "several"
 """The name of readings that stand together."""
@@ -416,26 +526,35 @@ def variants(text: str) -> list[Variant]:
 
 
 def variants_of(text: str, normal: Normal) -> list[Variant]:
-    found = [Variant("plain", normal.text, 0, len(text))]
-    for decoded in _decoded(normal.text, DEPTH):
-        start, end = normal.span(decoded.start, decoded.end)
-        found.append(Variant(decoded.name, decoded.text, start, end))
+    found = [
+        Variant("plain", normal.text, 0, len(text)),
+        *(_placed(one, normal) for one in _decoded(normal.text, DEPTH)),
+    ]
     if rest := found[MOST_VARIANTS:]:
-        rest.insert(0, found[MOST_VARIANTS - 1])
-        start, end = min(one.start for one in rest), max(one.end for one in rest)
-        found[MOST_VARIANTS - 1 :] = [Variant(SEVERAL, "\n".join(one.text for one in rest), start, end)]
+        found[MOST_VARIANTS - 1 :] = [_joined(SEVERAL, [found[MOST_VARIANTS - 1], *rest])]
     return found
+
+
+def _placed(one: Variant, normal: Normal) -> Variant:
+    """With its place in the original."""
+    start, end = normal.span(one.start, one.end)
+    return Variant(one.name, one.text, start, end, tuple(_placed(part, normal) for part in one.parts))
+
+
+def _joined(name: str, parts: Sequence[Variant]) -> Variant:
+    single = tuple(inner for one in parts for inner in one.parts or (one,))
+    text = "\n".join(one.text for one in parts)
+    return Variant(name, text, min(one.start for one in parts), max(one.end for one in parts), single)
 
 
 def _decoded(text: str, depth: int) -> Iterator[Variant]:
     for decode in _DECODERS:
-        parts = list(decode(text))
+        parts = [Variant(one.name, normalised(one.text).text, one.start, one.end) for one in decode(text)]
         if not parts:
             continue
         # Parts in one encoding are one reading: an attack may be cut into several.
-        joined = "\n".join(part.text for part in parts)
-        start, end = parts[0].start, parts[-1].end
-        yield Variant(parts[0].name, joined, start, end)
-        if depth > 1 and parts[0].name in DECODED:
-            for inner in _decoded(normalised(joined).text, depth - 1):
-                yield Variant(inner.name, inner.text, start, end)
+        joined = _joined(parts[0].name, parts)
+        yield joined
+        if depth > 1 and joined.name in DECODED:
+            for inner in _decoded(joined.text, depth - 1):
+                yield Variant(inner.name, inner.text, joined.start, joined.end)

@@ -27,6 +27,8 @@ users write counts in theirs alone: long requests are full of orders, which docu
 FEWEST = 20
 """Texts that a direction needs at least."""
 CHUNK = 64
+MOST_WINDOWS = 512
+"""Of a text that is checked: what the last bucket is taken for where no example is as long."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str)
 
     Raises UserError where a direction has too few, or a row is an attack.
     """
-    _check(rows, model.label, source)
+    check(rows, model.label, source)
     return thresholds(list(_scores(model, rows)), model, rows, source)
 
 
@@ -70,7 +72,8 @@ def _counts(one: Scored, direction: str) -> bool:
     return one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
 
 
-def _check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
+def check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
+    """Raises UserError where a direction has too few rows, or one is an attack."""
     problems = []
     attacks = sum(row.get("label") == label for row in rows)
     if attacks:
@@ -101,17 +104,24 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
 
 def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
     """The buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
-    where chance would have it otherwise."""
+    where chance would have it otherwise.
+
+    Texts shorter than any example have the thresholds of the shortest, and longer ones those of the longest at a lower rate:
+    n times as many windows are n chances, were they independent.
+    """
+    maxima = [sorted(_maxima(scored, above or 0, up_to)) for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False)]
+    filled = [number for number, highest in enumerate(maxima) if highest]
     found: list[Bucket] = []
-    used: dict[str, int] = {}
     floor = dict.fromkeys(LEVELS.values(), 0.0)
-    for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False):
-        highest = sorted(_maxima(scored, above or 0, up_to))
-        used[f"up_to_{up_to}" if up_to else "any"] = len(highest)
+    for number, up_to in enumerate(BUCKETS):
+        measured = max((one for one in filled if one <= number), default=filled[0])
+        share = (BUCKETS[measured] or MOST_WINDOWS) / (up_to or MOST_WINDOWS)
         for rate in floor:
-            floor[rate] = max(floor[rate], threshold_at(highest, rate))
+            own = rate if number <= measured else 1 - (1 - rate) ** share
+            floor[rate] = max(floor[rate], threshold_at(maxima[measured], own))
         found.append(Bucket(up_to, dict(floor)))
-    return tuple(found), used
+    names = (f"up_to_{up_to}" if up_to else "any" for up_to in BUCKETS)
+    return tuple(found), dict(zip(names, map(len, maxima), strict=True))
 
 
 def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
@@ -126,14 +136,17 @@ def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator
                 yield max(one.plain[start : start + length])
 
 
+def needed(rate: float) -> int:
+    """Texts from which on `threshold_at` keeps a rate by more than the highest score of all."""
+    return math.ceil(1 / rate) - 1
+
+
 def threshold_at(highest: Sequence[float], rate: float) -> float:
     """The lowest threshold at which at most `rate` of texts like these are alarms: the score after the k-th lowest of m with
     k = ceil((m + 1) (1 - rate)), as in conformal prediction (arXiv:2107.07511). Where m is too small for that, the score
     after the highest.
 
-    highest: in rising order.
+    highest: in rising order, at least one.
     """
-    if not highest:
-        return 0.0
     place = min(math.ceil((len(highest) + 1) * (1 - rate)), len(highest))
     return math.nextafter(highest[place - 1], math.inf)

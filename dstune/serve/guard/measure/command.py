@@ -40,17 +40,22 @@ def _calibrate(argv: list[str]) -> int:
     )
     parser.add_argument("export", metavar="EXPORT", help="an export of task=classification, or any classifier's folder")
     parser.add_argument(
-        "--data", default=CALIBRATION, help="benign rows with text and direction (default: %(default)s)"
+        "--data",
+        default=CALIBRATION,
+        help="benign rows with text and direction: at least 20 of each of input, output and tool_result (default: %(default)s)",
     )
     parser.add_argument("--label", help="the label that means an attack (default: attack, or the second of two)")
     parser.add_argument("--window-tokens", type=int, help="of a window (default: 128)")
     parser.add_argument("--stride", type=int, help="tokens from window to window (default: 96)")
     parser.add_argument("--json", action="store_true", help="print the calibration to stdout")
     arguments = parser.parse_args(argv)
-    from dstune.serve.guard.measure.calibrate import calibrate
+    from dstune.serve.guard.measure.calibrate import calibrate, check, needed
     from dstune.serve.guard.model import GuardModel
 
-    rows = _rows(arguments.data)
+    rows = None
+    if not samples.is_sample(arguments.data):  # these are fetched only for a model that can be calibrated
+        rows = _rows(arguments.data)
+        check(rows, arguments.label or "attack", arguments.data)
     model = GuardModel.load(
         arguments.export,
         label=arguments.label,
@@ -58,17 +63,24 @@ def _calibrate(argv: list[str]) -> int:
         stride=arguments.stride,
         calibrated=False,
     )
-    calibration = calibrate(model, rows, arguments.data)
+    calibration = calibrate(model, _rows(arguments.data) if rows is None else rows, arguments.data)
     file = calibration.save(Path(arguments.export))
     if arguments.json:
         print(file.read_text(encoding="utf-8"), end="")
         return EXIT_DONE
     print(f"{file}: thresholds by rate of false alarms and number of windows")
     for direction, buckets in calibration.directions.items():
-        print(f"{direction} ({calibration.calibrated_on['directions'][direction]['texts']} texts)")
-        for bucket in buckets:
-            values = "  ".join(f"{rate:.1%} {value:.4f}" for rate, value in bucket.thresholds.items())
-            print(f"  {f'up to {bucket.up_to}' if bucket.up_to else 'more':>9}  {values}")
+        counts = calibration.calibrated_on["directions"][direction]
+        print(f"{direction} ({counts['texts']} texts)")
+        for bucket, examples in zip(buckets, counts["by_windows"].values(), strict=True):
+            values = "  ".join(
+                f"{rate:.1%} {value:.4f}{'' if examples >= needed(rate) else '*'}"
+                for rate, value in bucket.thresholds.items()
+            )
+            print(f"  {f'up to {bucket.up_to}' if bucket.up_to else 'more':>9}  {values}  from {examples:,}")
+    print(
+        "* fewer texts than the rate needs (0.1% 999, 0.5% 199, 1% 99, 5% 19): the highest score, or that of other lengths"
+    )
     return EXIT_DONE
 
 
@@ -78,7 +90,9 @@ def _test(argv: list[str]) -> int:
         description="Put attacks and benign texts to a guard and count what it flags, with one threshold for all suites.",
     )
     parser.add_argument(
-        "target", metavar="TARGET", help="URL of a server, an export with guard.json, a file of policies, or `default`"
+        "target",
+        metavar="TARGET",
+        help="an export with guard.json, a file of policies, `rules`, `default`, or a server's URL (key in DSTUNE_API_KEY)",
     )
     parser.add_argument("--data", default=TEST, help="rows with text, label, direction, suite (default: %(default)s)")
     parser.add_argument("--suite", action="append", default=[], help="only this suite; may be given several times")

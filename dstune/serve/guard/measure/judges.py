@@ -96,6 +96,10 @@ class ServerJudge:
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
             reason = error.read(500).decode("utf-8", "replace")
+            if error.code == 401:
+                raise UserError(
+                    Problem(KEY, "the server asks for a key", f"{KEY}=... dstune guard test {self.url}")
+                ) from None
             raise DstuneError(f"{self.url} answered {error.code}: {reason}") from None
         except (OSError, ValueError) as error:
             raise DstuneError(f"{self.url} cannot be asked: {error}") from None
@@ -119,7 +123,8 @@ class Target:
 
 
 def target_of(given: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
-    """given: a URL, an export's folder, a file of policies, or `default`. level, rules: of an export. model, policy: of a file.
+    """given: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
+    model, policy: of a file.
 
     Raises UserError.
     """

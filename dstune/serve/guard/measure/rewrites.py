@@ -113,6 +113,13 @@ _POLITE = (
     "of us enjoyed it, my neighbour above all. Thank you so much for your patience, and have a lovely day!"
 )
 
+
+def _half_quoted(text: str) -> str:
+    words = text.split()
+    half = (len(words) + 1) // 2
+    return f'My brother wrote: "{" ".join(words[:half])}" And then: {" ".join(words[half:])}'
+
+
 EVASIONS: dict[str, Callable[[str], str]] = {
     "letters swapped within words": _swapped,
     "hyphens within words": _hyphens,
@@ -127,7 +134,7 @@ EVASIONS: dict[str, Callable[[str], str]] = {
         f"{n}. {w}" for n, w in enumerate(text.split(), 1)
     ),
     "without vowels": lambda text: re.sub(r"(?<=\w)[aeiou](?=\w)", "", text),
-    "first half as a quotation of somebody else": lambda text: f'My brother wrote: "{text}" What could he mean?',
+    "first half as a quotation of somebody else": _half_quoted,
 }
 """What people try; most of it no program undoes with certainty."""
 
