@@ -1,5 +1,5 @@
-"""`python -m dstune.launch.slurm_job`: by this name the scripts of SLURM jobs call `dstune.launch.slurm.job`, those in the
-queue too."""
+"""`python -m dstune.launch.slurm_job`: the name by which scripts that an earlier version put into the queue call
+`dstune.launch.slurm.job`."""
 
 import sys
 

@@ -11,6 +11,7 @@ from dstune.config.schema import RunSection, tracking_class
 from dstune.core.errors import UserError
 from dstune.core.paths import STOP_REASON
 from dstune.launch import records
+from dstune.launch import slurm_job as queued
 from dstune.launch.slurm import job as slurm_job
 from dstune.launch.slurm import jobs as slurm_jobs
 from dstune.launch.slurm import submit as slurm
@@ -89,6 +90,11 @@ def test_ranks_on_each_node():
     assert "--ntasks-per-node=1" in directives(script())
     assert "--ntasks-per-node=3" in directives(script(processes=3, gpus=4))
     assert " --ntasks-per-node=3 " in script(processes=3)
+
+
+def test_scripts_call_the_module_and_queued_ones_its_earlier_name():
+    assert script().count('"$python" -m dstune.launch.slurm.job ') == 2
+    assert queued.main is slurm_job.main
 
 
 def test_containers():

@@ -1,5 +1,5 @@
 """What the script of a SLURM job does before and after its ranks, on the job's first node:
-`python -m dstune.launch.slurm_job begin|end RUN_DIR [CODE]`.
+`python -m dstune.launch.slurm.job begin|end RUN_DIR [CODE]`.
 """
 
 from __future__ import annotations
@@ -71,3 +71,7 @@ def _signalled_before_training(code: int) -> str:
 def _continues(result: dict[str, object]) -> bool:
     """Whether the run was interrupted by the clock, not by somebody's wish."""
     return result.get("status") == "preempted" and STOP_REASON not in str(result.get("reason"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -18,9 +18,9 @@ from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
 REQUEUE = 85
-"""Exit code of `slurm_job end` that asks the script to put the job back into the queue."""
+"""Exit code of `slurm.job end` that asks the script to put the job back into the queue."""
 NOTHING_LEFT = 10
-"""Exit code of `slurm_job begin` where an earlier job of the chain has ended the run."""
+"""Exit code of `slurm.job begin` where an earlier job of the chain has ended the run."""
 
 
 def job_script(
@@ -50,7 +50,7 @@ def job_script(
         *_variables(launch, run, names, parent_env),
         *launch.setup,
         "",
-        '"$python" -m dstune.launch.slurm_job begin "$run"; code=$?',
+        '"$python" -m dstune.launch.slurm.job begin "$run"; code=$?',
         f"[[ $code -eq {NOTHING_LEFT} ]] && exit 0  # an earlier job of the chain has ended the run",
         "[[ $code -eq 0 ]] || exit $code",
         "",
@@ -60,7 +60,7 @@ def job_script(
         f"  {' '.join(_rank(launch, run, module))}",
         "code=$?",
         "",
-        '"$python" -m dstune.launch.slurm_job end "$run" $code; code=$?',
+        '"$python" -m dstune.launch.slurm.job end "$run" $code; code=$?',
         f"if [[ $code -eq {REQUEUE} ]]; then",
         *(_again(launch)),
         "fi",
