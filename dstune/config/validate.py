@@ -133,7 +133,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
         )
     read_as = {data.format, *(form.shape for name, form in ROW_FORMATS.classes().items() if name == data.format)}
     readers = [name for name, cls in TASKS.classes().items() if read_as & {*cls.formats}]
-    if readers and task.name not in readers:
+    if readers and not read_as & {*task.formats}:
         yield Problem(
             "data.format",
             f"rows of this format are for task={' or '.join(readers)}, but the task is {task.name}",
