@@ -19,7 +19,7 @@ from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.methods.lora.start import start_lora
 from dstune.models.base_weights import original_weights
 from dstune.models.load import NewWeights, new_weights
-from dstune.zero.parts import full_count, full_shape
+from dstune.zero.parts import full_count, full_shape, is_partitioned
 
 
 def add_lora(
@@ -61,7 +61,7 @@ def _layers_gathered(model: nn.Module) -> Iterator[None]:
     It does so where transformers says that it runs under ZeRO-3, which that says while a model is loaded only; then peft
     would look for the rows of trained tokens on a GPU too.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not any(map(is_partitioned, model.parameters())):
         yield
         return
     with patch("peft.utils.integrations.check_deepspeed_zero3_enabled", lambda: True):
