@@ -24,10 +24,10 @@ def light_modules() -> list[str]:
     """Every module that the launching process may import: all of these folders, and the files beside them."""
     paths = [
         path
-        for folder in ("config", "launch", "planning", "samples", "sweep")
+        for folder in ("cli", "config", "launch", "planning", "samples", "sweep")
         for path in (ROOT / "dstune" / folder).rglob("*.py")
     ]
-    paths += [ROOT / "dstune" / f"{name}.py" for name in ("cli", "core/errors", "core/paths", "core/rank_env")]
+    paths += [ROOT / "dstune" / f"{name}.py" for name in ("core/errors", "core/paths", "core/rank_env")]
     names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__main__.py")
     return sorted(name.removesuffix(".__init__") for name in names)
 
