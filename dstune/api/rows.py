@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dstune.core import files
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -148,7 +148,6 @@ def _write_spark(rows: Any, file: Path, key: str) -> int:
     """
     import pyarrow
 
-    from dstune.data.files import first_line
     from dstune.data.lakehouse._ordered import write_ordered
 
     if twice := sorted({name for name in rows.columns if rows.columns.count(name) > 1}):

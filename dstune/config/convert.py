@@ -32,7 +32,7 @@ from dstune.config.names import (
     type_hints,
 )
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml
 from dstune.core.secrets import remember
 
@@ -86,7 +86,7 @@ def resolve_text(text: str, where: str) -> EnvironmentText:
 
 def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
     """The problem with a `${...}` that cannot be resolved."""
-    reason = str(error).splitlines()[0]
+    reason = first_line(error)
     name = _REFERS.split(text, maxsplit=1)[1].split("}", 1)[0].strip() if refers(text) else ""
     if name and "not found" in reason:
         fix = f"export {name}=..., or give a default: {ENVIRONMENT}{name},default}}"

@@ -82,6 +82,17 @@ class WaitedInVain(Stalled):
     """The same, in a collective: another rank did not come."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def with_class(error: BaseException) -> str:
+    """An error's class and the first line of its text, where it has one."""
+    name = type(error).__name__
+    return name if (line := first_line(error)) == name else f"{name}: {line}"
+
+
 @contextmanager
 def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[None]:
     """Whatever a library raises about files that somebody else wrote is a UserError: `what` cannot be loaded, and why."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.core import entry_points, files, plugin_files, registry
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, with_class
 from dstune.core.plugin_files import KEY as KEY
 from dstune.core.plugin_files import Source
 
@@ -334,7 +334,9 @@ def _load_installed(point: EntryPoint) -> Plugin:
         content = plugin_files.installed_content(Path(spec.origin))
         plugin = _load(Source(point.module, spec.origin, content, is_file=False))
     except Exception as error:  # of the plugin's own code
-        text = error.problems[0].reason if isinstance(error, UserError) else f"it cannot be imported: {_text(error)}"
+        text = (
+            error.problems[0].reason if isinstance(error, UserError) else f"it cannot be imported: {with_class(error)}"
+        )
         reason = f"the plugin of the installed package {distribution}: {text}"
         fix = f"pip install --upgrade {distribution}, or uninstall it"
         raise UserError(Problem(point.module, reason, fix)) from error
@@ -471,8 +473,4 @@ def _import_problem(source: Source, error: BaseException) -> Problem:
     fix = "correct the line"
     if isinstance(error, ModuleNotFoundError):
         fix = f"install {error.name}; a plugin is one file or an installed package, and imports no files beside it"
-    return Problem(where, f"the plugin cannot be imported: {_text(error)}", fix)
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+    return Problem(where, f"the plugin cannot be imported: {with_class(error)}", fix)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dstune.config.data_schema import TextRows
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.files import hash_file
 
 DOCUMENTS = (".txt", ".md")
@@ -158,8 +158,3 @@ def members(archive: Path) -> list[str]:
         for name in names
         if is_readable(name) and ending_of(name) in TEXTS and not name.startswith(hidden) and "/." not in name
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited
 from dstune.core.parsing import parse_json
-from dstune.data.files import DataFile, RawRow, first_line
+from dstune.data.files import DataFile, RawRow
 from dstune.data.read_text import MAX_ROW_BYTES
 from dstune.planning.host import available_bytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import read_object
 
 
@@ -64,7 +64,7 @@ def run(
             bootstrap_iters=1000,
         )
     except (OSError, ConnectionError) as error:
-        reason = f"its rows cannot be had: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        reason = f"its rows cannot be had: {first_line(error)}"
         fix = "run it once where the model hub is reachable, or give tasks with local rows (--harness-path FOLDER)"
         raise UserError(Problem("--harness", reason, fix, ",".join(tasks))) from error
     assert found is not None, "there is one process"

@@ -17,7 +17,7 @@ from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.tokenizers import open_tokenizer
 from dstune.data.formats import check_columns
 from dstune.inference.resolve_model import (
@@ -232,7 +232,7 @@ def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
     try:
         module = peft.PeftModel.from_pretrained(body, folder)
     except (RuntimeError, ValueError) as error:
-        reason = f"does not fit its base: {str(error).splitlines()[0]}"
+        reason = f"does not fit its base: {first_line(error)}"
         raise UserError(Problem("MODEL", reason, "give the folder of another adapter", str(folder))) from error
     return _predictor(expected, module, body, tokenizer)
 

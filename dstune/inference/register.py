@@ -23,10 +23,9 @@ from typing import Any
 
 from dstune.checkpoint.record import read_record
 from dstune.config.schema import RunConfig
-from dstune.core.errors import DstuneError, Problem, UserError
+from dstune.core.errors import DstuneError, Problem, UserError, first_line
 from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import read_object
-from dstune.data.files import first_line
 from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"

@@ -14,7 +14,7 @@ from typing import Any
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
-from dstune.core.errors import Problem, UserError, files_of_others
+from dstune.core.errors import Problem, UserError, files_of_others, first_line
 from dstune.core.tokenizers import open_tokenizer
 from dstune.inference.resolve_model import (
     adapter_settings,
@@ -176,7 +176,7 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
             else:
                 model = peft.PeftModel.from_pretrained(model, folder, adapter_name=name)
         except (RuntimeError, ValueError) as error:
-            reason = f"does not fit the model: {str(error).splitlines()[0]}"
+            reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(_key(name), reason, "give an adapter of this model", str(folder))) from error
     return Speaker(model, voices)
 

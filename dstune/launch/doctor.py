@@ -16,7 +16,7 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.run_file import Composed, write_run
 from dstune.config.schema import RunConfig
 from dstune.core.arguments import VerbParser
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError, first_line
 from dstune.launch import checks, records
 from dstune.launch.console import Console
 from dstune.planning.hardware import known_device
@@ -95,7 +95,7 @@ def allreduce(config: RunConfig) -> Check:
             command = ("dstune.rank.doctor", str(folder))
             code = launcher.start(config, folder, console=quiet, command=command, saves=False)
         except DstuneError as error:
-            return Check("all-reduce", FAIL, str(error).splitlines()[0], "fix this first")
+            return Check("all-reduce", FAIL, first_line(error), "fix this first")
         result = records.read_result(folder) or {}
     if code != EXIT_DONE or "allreduce" not in result:
         return Check(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.data_schema import DataConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.hub import HubName, Prepared, cached, hub_name, subset_key, subset_problem
 from dstune.data.inputs import PARTS
 from dstune.launch.hub import ModelRequest, is_connection_problem, is_offline, refusal
@@ -135,7 +135,7 @@ def _unknown_subset(name: HubName, subset: str | None, commit: str, expected: Mo
 def _unreadable(error: Exception, expected: ModelRequest) -> Problem:
     """What keeps `datasets` from reading a repository that is there."""
     cause: BaseException = error.__cause__ or error
-    text = (str(cause).splitlines() or [type(cause).__name__])[0]
+    text = first_line(cause)
     if "scripts are no longer supported" in str(error):
         reason = "it is a Python script, which datasets no longer runs"
         fix = f"{expected.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"

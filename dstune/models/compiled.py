@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from dstune.config.schema import ModelConfig
+from dstune.core.errors import with_class
 from dstune.models.norms import CLOSE
 from dstune.zero import accelerator
 
@@ -179,13 +180,13 @@ def compiled_if_as_exact(
     try:
         exact, plain = results(own, torch.float64, torch.device("cpu")), results(own, dtype, device)
     except Exception as error:
-        return None, f"it takes other tensors than known ones ({_first_line(error)})"
+        return None, f"it takes other tensors than known ones ({with_class(error)[:200]})"
     try:
         # fullgraph: else torch computes what it cannot compile the plain way, without a word.
         kernel = accelerator.compiled(own, dynamic=True, fullgraph=True)
         fused = results(kernel, dtype, device)
     except Exception as error:
-        return None, f"it does not compile here ({_first_line(error)})"
+        return None, f"it does not compile here ({with_class(error)[:200]})"
     for true, ours, theirs in zip(exact, plain, fused, strict=True):
         allowed, found = (float((one - true).norm() / true.norm()) for one in (ours, theirs))
         if not found <= CLOSE * allowed:
@@ -197,10 +198,6 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
     """That of its first weight which is no code of a quantized one."""
     kinds = (weight.dtype for weight in layer.parameters())
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def _seeded() -> torch.Generator:

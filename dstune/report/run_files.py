@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dstune.checkpoint import store
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import METRICS_BYTES, parse_json, parse_yaml, read_file, read_object
 
 RUN_FILE = "run.yaml"
@@ -127,7 +127,7 @@ def read(path: Path) -> RunFiles:
     try:
         stored = parse_yaml(read_file(path / RUN_FILE).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = f"cannot be read: {str(error).splitlines()[0]}"
+        reason = f"cannot be read: {first_line(error)}"
         raise UserError(Problem(str(path / RUN_FILE), reason, "give another run")) from None
     stored = stored if isinstance(stored, dict) else {}
     return RunFiles(

@@ -23,7 +23,7 @@ from dstune.config.cadence import first_evaluation
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_schema import OptunaConfig, Pruner, Sampler
 from dstune.config.sweep_space import Assignment, Axis, grid
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, with_class
 from dstune.sweep.directory import Sweep, identity, status_in, trial_name, write_record
 from dstune.sweep.outcome import Metrics, reached
 from dstune.sweep.schedule import Trial
@@ -199,7 +199,7 @@ class Study:
         except UserError:
             raise
         except Exception as error:  # of SQLAlchemy, its drivers, redis, the file system
-            reason = f"the storage cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"the storage cannot be used: {with_class(error)}"
             fix = "look at the address, and install the driver of the database"
             raise UserError(Problem("sweep.storage", reason, fix, location)) from None
         study.set_user_attr(STARTS, starts + 1)

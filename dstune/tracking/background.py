@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from dstune.core.errors import with_class
 from dstune.protocols.tracker import Row, Tracker
 
 MAX_WAITING = 10_000
@@ -64,13 +65,9 @@ class Background:
             try:
                 self._actions.get()()
             except BaseException as error:  # SystemExit too: some clients end the process where they find no key
-                self._turn_off(f"{type(error).__name__}: {first_line(error)}")
+                self._turn_off(with_class(error))
 
     def _turn_off(self, reason: str) -> None:
         if self._on:
             self._on = False
             self._warn(f"warning: {self.name} is off for the rest of this run: {reason}")
-
-
-def first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

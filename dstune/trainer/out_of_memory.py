@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.schema import Automatic, Offload, OptimizerOffload, RunConfig, stage_of
-from dstune.core.errors import TrainingFailed, UserError
+from dstune.core.errors import TrainingFailed, UserError, first_line
 from dstune.planning.architecture import architecture
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import memory
@@ -71,8 +71,7 @@ def explained(place: Callable[[], str], advise: Callable[[], list[str]]) -> Iter
     except Exception as error:  # torch, a driver and DeepSpeed have kinds of their own
         if not accelerator.out_of_memory(error):
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         fixes = advise()
         fix = ", ".join(fixes) or "a smaller trainer.micro_batch_size or data.max_length, or a higher zero.stage"
-        report = f"out of memory in {place()} ({first}). By the plan, most first: {fix}"
+        report = f"out of memory in {place()} ({first_line(error)}). By the plan, most first: {fix}"
         raise TrainingFailed(f"{report}. `trainer.micro_batch_size={Automatic.auto.value}` finds what fits.") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.config.augment_schema import AugmentConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.tokenizers import open_tokenizer
 from dstune.data.chat.template import ChatTemplate
 
@@ -79,7 +79,7 @@ def _load(path: str) -> tuple[Any, Any]:
         model = kind.from_pretrained(local, local_files_only=True)
         tokenizer = open_tokenizer(local, where="data.augment.models", local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = f"cannot be loaded: {str(error).splitlines()[0]}"
+        reason = f"cannot be loaded: {first_line(error)}"
         raise UserError(
             Problem("data.augment.models", reason, "a folder, or a hub id that is in the cache", path)
         ) from error

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils import chat_template_utils
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited, trial
 from dstune.data.chat.rule import Span
 from dstune.data.template_date import freeze_date
@@ -151,7 +151,7 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # a template is a program of somebody else: it may raise anything
-            raise RenderError(f"the chat template refuses this conversation: {_first_line(error)}") from None
+            raise RenderError(f"the chat template refuses this conversation: {first_line(error)}") from None
         finally:
             if self._left is not None:
                 self._left = max(self._left - (time.process_time() - began), 0.001)
@@ -212,10 +212,6 @@ def seen(messages: Messages) -> Messages:
 def _untamed(reason: str) -> Problem:
     fix = "set model.chat_template to a template that you trust, for example one of those in docs/chat-templates.md"
     return Problem("model.chat_template", f"the chat template is refused: {reason}", fix)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:

@@ -11,9 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
-from dstune.data.files import first_line
 from dstune.data.lakehouse._address import Address
 from dstune.data.lakehouse._inside import is_elsewhere, outside, path_inside, refuse_outside
 

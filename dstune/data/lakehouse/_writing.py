@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
-from dstune.data.files import first_line
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.lakehouse._address import Address
 
 ROWS_PER_BATCH = 1024

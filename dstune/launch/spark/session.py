@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.launch.console import Console
 from dstune.launch.spark.config import SparkConfig
 
@@ -78,8 +78,7 @@ def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
     try:
         session = builder.getOrCreate()
     except Exception as error:  # of Java, py4j or pyspark
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        reason, fix = f"Spark does not start: {first}", "look at its log above"
+        reason, fix = f"Spark does not start: {first_line(error)}", "look at its log above"
         raise UserError(Problem("launch.master", reason, fix, str(launch.master))) from None
     try:
         _refuse_without_context(session)

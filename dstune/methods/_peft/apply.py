@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import HEADS, tensors_of
 from dstune.models.load import NewWeights, new_weights
@@ -84,7 +84,7 @@ def adapt(
         with gathered(whole):
             adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise UserError(refused(str(error).splitlines()[0])) from error
+        raise UserError(refused(first_line(error))) from error
     if config.trainer.activation_checkpointing:
         # A frozen embedding's output carries no gradient, and a checkpointed block without one is not differentiated.
         model.enable_input_require_grads()

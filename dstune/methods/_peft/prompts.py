@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.models.load import load_tokenizer, new_weights
 from dstune.zero.parts import gathered
 
@@ -35,7 +35,7 @@ def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel,
     try:
         adapted: Any = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
     except (ValueError, AttributeError, KeyError) as error:
-        reason = f"{type(model).__name__} takes no {name}: {str(error).splitlines()[0]}"
+        reason = f"{type(model).__name__} takes no {name}: {first_line(error)}"
         raise UserError(Problem("method", reason, "method=lora", name)) from error
     adapted.prompt_encoder.to(model.dtype)  # as peft does with what it puts beside layers
     return adapted

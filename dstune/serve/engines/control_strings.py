@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dstune.core.errors import first_line
+
 
 def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """Raises OSError, ValueError where the folder holds no tokenizer."""
@@ -27,7 +29,7 @@ def main() -> int:
     try:
         answer = pattern_of(Path(given["folder"]), trust_remote_code=given["trust_remote_code"])
     except Exception as error:  # whatever a tokenizer's own files or code raise
-        answer = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        answer = {"error": first_line(error)}
     print(json.dumps(answer))
     return 0
 

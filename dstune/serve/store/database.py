@@ -13,7 +13,7 @@ from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 
 DATABASE = "store.sqlite"
 LOCK = 0x6473_7475
@@ -43,9 +43,9 @@ class Database:
             self._migrate()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             fix = "sqlite:///FILE, or postgresql://USER@HOST/NAME with `pip install 'psycopg[binary]'`"
-            raise UserError(Problem("--store", f"cannot be used: {str(error).splitlines()[0]}", fix)) from error
+            raise UserError(Problem("--store", f"cannot be used: {first_line(error)}", fix)) from error
         except OperationalError as error:
-            raise UserError(Problem("--store", f"cannot be opened: {str(error.orig).splitlines()[0]}")) from error
+            raise UserError(Problem("--store", f"cannot be opened: {first_line(error.orig or error)}")) from error
         self.session = sessionmaker(self.engine, expire_on_commit=False)
         self.writing = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
         """For transactions that write what they have read: SQLite lets one of them in at a time, from its start."""

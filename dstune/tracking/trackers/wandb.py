@@ -21,10 +21,10 @@ from dstune.config.convert import to_dict
 from dstune.config.fields import setting
 from dstune.config.schema import RunConfig
 from dstune.core import files
+from dstune.core.errors import first_line
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.launcher import PASS, SKIP, Check
 from dstune.protocols.tracker import Row, TrackingConfig
-from dstune.tracking.background import first_line
 
 INIT_TIMEOUT_SECONDS = 60.0
 FINISH_TIMEOUT_SECONDS = 60.0

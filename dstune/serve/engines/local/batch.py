@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstune.core.errors import first_line
 from dstune.serve.engines.local.sampling import Sampler, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 
@@ -53,7 +54,7 @@ class Sequence:
             piece = self.stream.push(chosen)
         except Exception as error:
             log.exception("a token could not be chosen")
-            self.fail(_first_line(error))
+            self.fail(first_line(error))
             return False
         self.last = chosen.token
         if piece.text or piece.tokens or piece.finish:
@@ -285,7 +286,7 @@ class Scheduler:
             log.exception("a prompt could not be read")
             self._reading = None
             for sequence in prompt.sequences:
-                sequence.fail(_first_line(error))
+                sequence.fail(first_line(error))
 
     def _begin(self, prompt: _Prompt, logits: Tensor) -> None:
         """The first token of each answer, which then joins its batch."""
@@ -319,7 +320,7 @@ class Scheduler:
         except Exception as error:
             log.exception("a step failed")
             for sequence in batch.sequences:
-                sequence.fail(_first_line(error))
+                sequence.fail(first_line(error))
         batch.leave()
         if not batch.sequences:
             del self._batches[key]
@@ -375,7 +376,3 @@ def _copied(cache: Any) -> Any:
     from copy import deepcopy
 
     return deepcopy(cache)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

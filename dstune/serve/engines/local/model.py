@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.control import ControlTokens
@@ -108,7 +108,7 @@ class LocalModel:
             if self._peft is not None:
                 with suppress(RuntimeError, ValueError, KeyError):
                     self._peft.delete_adapter(adapter)
-            reason = f"does not fit the model: {str(error).splitlines()[0]}"
+            reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(name, reason, value=str(folder))) from error
         self.model.eval()
         self._know(name, voice, adapter)

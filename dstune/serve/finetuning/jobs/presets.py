@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml
 from dstune.planning.hardware import parse
 from dstune.protocols import LAUNCHERS, METHODS, TASKS
@@ -126,7 +126,7 @@ def read(path: Path) -> Presets:
     except OSError as error:
         raise UserError(Problem("--presets", f"cannot be read: {error.strerror}", value=str(path))) from None
     except Exception as error:  # whatever the parser raises for a file that is none
-        raise UserError(Problem(str(path), f"is no YAML: {str(error).splitlines()[0]}")) from None
+        raise UserError(Problem(str(path), f"is no YAML: {first_line(error)}")) from None
     problems: list[Problem] = []
     made = _presets(found, path.name, problems)
     if problems:
