@@ -10,7 +10,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
@@ -386,17 +386,18 @@ def to_dict(config: Any) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The tree as YAML in the order of the schema; `from_yaml` gives back an equal tree."""
+    """The tree as YAML in the order of the schema; `load` and `from_dict` give back an equal tree."""
     return dump(to_dict(config))
 
 
-def from_yaml(text: str, where: str) -> RunConfig:
-    """The frozen tree from `to_yaml`'s text; `${oc.env:KEY}` is read from the environment of the caller.
-
-    Raises:
-        UserError: no YAML, unknown keys, wrong types, a variable that is not set; `where` names the source.
-    """
-    return from_dict(load(text, where), where)
+def dotted(tree: Mapping[str, Any], whole: Container[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Sections as dotted keys with their values; a mapping whose key is in `whole` stays one."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in whole:
+            yield from dotted(value, whole, f"{key}.")
+        else:
+            yield key, value
 
 
 def dump(value: Any) -> str:

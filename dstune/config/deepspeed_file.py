@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.config.convert import format_value, load
+from dstune.config.convert import dotted, format_value, load
 from dstune.config.deepspeed_keys import FIXED, OWN_KEYS, PASSED, REFUSED, TRANSLATED, WITHOUT_EFFECT
 from dstune.config.names import classes_of
 from dstune.config.not_offered import FEATURES
@@ -106,7 +106,7 @@ def _parse(path: Path) -> dict[str, Any]:
 def translate(raw: Mapping[str, Any], where: str) -> Content:
     """What a DeepSpeed configuration says; `where` names it in messages."""
     content = Content()
-    for key, value in flat(raw):
+    for key, value in dotted(raw, REFUSED):
         if key.startswith("_") or value == AUTO or (key == "gradient_accumulation_steps" and value is None):
             continue
         if key in OWN_KEYS:
@@ -128,16 +128,6 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     return content
 
 
-def flat(raw: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; of a section that is refused as a whole, the section."""
-    for name, value in raw.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and key not in REFUSED:
-            yield from flat(value, f"{key}.")
-        else:
-            yield key, value
-
-
 def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
     """A key that dstune has none for: into `settings`, or a problem."""
     if key in WITHOUT_EFFECT:
@@ -154,7 +144,7 @@ def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[P
 
 def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with `zero.settings`, which may hold only what dstune has no key for."""
-    for key, value in flat(settings):
+    for key, value in dotted(settings, REFUSED):
         where = f"zero.settings.{key}"
         group = key.split(".", 1)[0].replace("scheduler", "schedule")
         own_key = OWN_KEYS.get(key) or TRANSLATED.get(key)

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import format_value, from_dict, to_dict
+from dstune.config.convert import dotted, format_value, from_dict, to_dict
 from dstune.config.hydra_session import session
 from dstune.config.names import all_keys
 from dstune.config.run_file import Composed
@@ -122,7 +122,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
     Raises:
         UserError: every key that may not change, with the old value as fix.
     """
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = (dict(dotted(to_dict(config), all_keys())) for config in (old, new))
     problems = []
     for section in ("task", "method", "optimizer", "schedule"):
         key = f"{section}.name"
@@ -168,15 +168,3 @@ def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem
     elif new.epochs > old.epochs:
         reason = f"the run's length was given in optimizer steps (trainer.max_steps={old.max_steps}), not in epochs"
         yield Problem("trainer.epochs", reason, f"leave it out; {longer}", format_value(new.epochs))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections as dotted keys; a value that is a mapping (`data.columns`) stays one."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in all_keys():
-            flat.update(_flat(value, f"{key}."))
-        else:
-            flat[key] = value
-    return flat

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from dstune.config.convert import format_value
+from dstune.config.convert import dotted, format_value
 from dstune.config.names import all_keys, names_choice
 from dstune.config.overrides import key_of
 from dstune.core.errors import Problem, UserError
@@ -129,7 +129,7 @@ def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequ
     """The axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
     given = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
     axes, problems = list(found.axes), []
-    for key, value in _flat(space):
+    for key, value in dotted(space):  # `{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`
         if key in given:
             continue
         try:
@@ -243,15 +243,6 @@ def _element(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{_element(item)}" for key, item in value.items()) + "}"
     return repr(value) if isinstance(value, float) else format_value(value)
-
-
-def _flat(space: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`."""
-    for name, value in space.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _not_varied(key: str) -> tuple[str, str] | None:

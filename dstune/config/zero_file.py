@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import format_value, from_dict, to_dict
+from dstune.config.convert import dotted, format_value, from_dict, to_dict
 from dstune.config.deepspeed_file import Content, Value, read
 from dstune.config.hydra_session import ROOT_CONFIG
 from dstune.config.names import classes_of, type_hints
@@ -216,13 +216,5 @@ def _keys_of(hydra: Hydra, path: str, package: str) -> frozenset[str]:
     loaded = hydra.config_loader.repository.load_config(path)
     if loaded is None:
         return frozenset()
-    content = OmegaConf.to_container(loaded.config, resolve=False)
-    return frozenset(_dotted(content, f"{package}." if package else ""))
-
-
-def _dotted(content: Any, prefix: str) -> Iterator[str]:
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+    content: Any = OmegaConf.to_container(loaded.config, resolve=False)
+    return frozenset(key for key, _ in dotted(content, prefix=f"{package}." if package else ""))

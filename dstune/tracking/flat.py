@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dstune.config.convert import dotted
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str | None]:
+
+def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
     """Nested mappings as dotted keys; lists as text."""
-    result: dict[str, bool | int | float | str | None] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            result |= flat(value, f"{prefix}{name}.")
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            result[f"{prefix}{name}"] = value
-        else:
-            result[f"{prefix}{name}"] = str(value)
-    return result
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in dotted(values)}
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

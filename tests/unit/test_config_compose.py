@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dstune.config.compose import compose
-from dstune.config.convert import EnvironmentText, from_dict, from_yaml, to_dict, to_yaml
+from dstune.config.convert import EnvironmentText, from_dict, load, to_dict, to_yaml
 from dstune.config.resume import continue_run
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
@@ -140,7 +140,7 @@ def test_composing_imports_nothing_heavy():
 @pytest.mark.parametrize("experiment", ["quickstart", "sentiment", "chat_lora", "llama3_8b_4nodes"])
 def test_yaml_round_trip(experiment: str):
     config = compose([f"experiment={experiment}"]).config
-    assert from_yaml(to_yaml(config), "run.yaml") == config
+    assert from_dict(load(to_yaml(config), "run.yaml"), "run.yaml") == config
     assert from_dict(to_dict(config), "run.yaml") == config
 
 
@@ -149,7 +149,7 @@ def test_yaml_round_trip(experiment: str):
 )
 def test_any_text_survives_the_round_trip(config: RunConfig, text: str):
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=text))
-    assert from_yaml(to_yaml(config), "run.yaml").run.dir == text
+    assert from_dict(load(to_yaml(config), "run.yaml"), "run.yaml").run.dir == text
 
 
 def test_to_dict_holds_plain_values_only(config: RunConfig):
@@ -159,11 +159,11 @@ def test_to_dict_holds_plain_values_only(config: RunConfig):
     assert tree["method"]["name"] == "lora"
 
 
-def test_from_yaml_reports_everything_at_once(config: RunConfig):
+def test_a_run_file_reports_everything_at_once(config: RunConfig):
     text = to_yaml(config).replace("epochs: 1", "epochs: many").replace("rank: 16", "rnk: 16")
     text = text.replace("name: cosine", "name: cosin").replace("export: last", "export: lst") + "foo: 1\n"
     with pytest.raises(UserError) as caught:
-        from_yaml(text, "run.yaml")
+        from_dict(load(text, "run.yaml"), "run.yaml")
     found = {problem.where: problem for problem in caught.value.problems}
     assert set(found) == {"foo", "method.rnk", "schedule.name", "trainer.epochs", "run.export"}
     assert "method.rank" in found["method.rnk"].fix
@@ -176,9 +176,9 @@ def test_from_yaml_reports_everything_at_once(config: RunConfig):
     ("text", "where", "reason"),
     [("a: [", "run.yaml:1", "no YAML"), ("- a", "run.yaml", "not a configuration"), ("run: 3", "run", "section")],
 )
-def test_from_yaml_of_something_else(text: str, where: str, reason: str):
+def test_a_run_file_of_something_else(text: str, where: str, reason: str):
     with pytest.raises(UserError) as caught:
-        from_yaml(text, "run.yaml")
+        from_dict(load(text, "run.yaml"), "run.yaml")
     assert any(problem.where == where and reason in problem.reason for problem in caught.value.problems)
 
 
