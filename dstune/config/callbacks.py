@@ -12,7 +12,7 @@ from dstune.config.convert import convert
 from dstune.config.names import nearest
 from dstune.config.schema import RunConfig
 from dstune.core import plugin_files
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, collected
 from dstune.protocols import CALLBACKS, Callback
 
 KEY = "trainer.callbacks"
@@ -136,11 +136,9 @@ def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, whe
     hints = typing.get_type_hints(cls.__init__)
     converted = dict(arguments)
     for argument, value in arguments.items():
-        try:
+        with collected(problems):
             if argument in named and argument in hints:
                 converted[argument] = convert(value, hints[argument], f"{where}.{argument}")
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(problems)
     return converted

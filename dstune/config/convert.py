@@ -32,7 +32,7 @@ from dstune.config.names import (
     type_hints,
 )
 from dstune.config.schema import CHOICES, RunConfig
-from dstune.core.errors import Problem, UserError, first_line
+from dstune.core.errors import Problem, UserError, collected, first_line
 from dstune.core.parsing import parse_yaml
 from dstune.core.secrets import remember
 
@@ -295,10 +295,8 @@ def build(cls: type, value: Any, where: str) -> Any:
     for name, hint in hints.items():
         if name not in value:
             continue
-        try:
+        with collected(problems):
             arguments[name] = convert(value[name], hint, f"{where}.{name}")
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(problems)
     return cls(**arguments)

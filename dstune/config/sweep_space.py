@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.convert import dotted, format_value
 from dstune.config.names import all_keys, names_choice
 from dstune.config.overrides import key_of
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, collected
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -115,10 +115,8 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
         if override is None or not override.is_sweep_override():
             found.fixed.append(text)
             continue
-        try:
+        with collected(problems):
             found.axes.append(_axis(override, text, groups))
-        except UserError as error:
-            problems += error.problems
     problems += _repeated(found)
     if problems:
         raise UserError(problems)
@@ -132,10 +130,8 @@ def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequ
     for key, value in dotted(space):  # `{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`
         if key in given:
             continue
-        try:
+        with collected(problems):
             axes.append(_of_file(key, value, groups))
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(problems)
     return replace(found, axes=axes)

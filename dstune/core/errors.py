@@ -82,6 +82,15 @@ class WaitedInVain(Stalled):
     """The same, in a collective: another rank did not come."""
 
 
+@contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Adds what is raised within to `problems`."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.core import entry_points, files, plugin_files, registry
-from dstune.core.errors import Problem, UserError, with_class
+from dstune.core.errors import Problem, UserError, collected, with_class
 from dstune.core.plugin_files import KEY as KEY
 from dstune.core.plugin_files import Source
 
@@ -124,10 +124,8 @@ def activate(requested: Sequence[str]) -> None:
     for name, place in plugin_files.distinct(requested).items():
         if name in _installed and not plugin_files.is_path(place):
             continue
-        try:
+        with collected(problems):
             sources.append(plugin_files.find(place))
-        except UserError as error:
-            problems += error.problems
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir=None)
@@ -358,10 +356,8 @@ def _activate(sources: Sequence[Source], run_dir: Path | None) -> None:
             _park(name)
         problems: list[Problem] = []
         for source in sources:
-            try:
+            with collected(problems):
                 _active[source.name] = _load(source)
-            except UserError as error:
-                problems += error.problems
         if problems:
             raise UserError(problems)
     os.environ.pop(VARIABLE, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, collected
 from dstune.data import sources
 from dstune.data.inputs import PARTS, of_training
 from dstune.data.rows import check_columns
@@ -42,14 +42,12 @@ def find_inputs(config: RunConfig) -> Inputs:
         for name, (key, own) in named.items():
             if getattr(own.data, part) is None:
                 continue
-            try:
+            with collected(problems):
                 check_columns(own.data.columns)
                 files = sources.of_part(own.data, part, key)
                 streamed = own.data.streaming and part == "train"
                 stream = Stream([FileShard(file) for file in files], own.trainer.seed) if streamed else None
                 inputs.setdefault(part, {})[name] = Input(key, files, own, stream)
-            except UserError as error:
-                problems += error.problems
     if problems:
         raise UserError(problems)
     return inputs

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
 from dstune.config.validate import at_stage
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, collected
 from dstune.core.parsing import read_object
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
@@ -67,11 +66,11 @@ def resolve_run(
     config = with_replay(config)
     problems: list[Problem] = []
     model, fetched = config.model, False
-    with _collected(problems):
+    with collected(problems):
         model = resolve_model(config.model, stage, config)
-    with _collected(problems):
+    with collected(problems):
         config = replace(config, task=resolve_further_models(config, stage))
-    with _collected(problems):
+    with collected(problems):
         config = replace(config, data=hub_data.resolve(config.data, stage))
         fetched = True
     config, refused = table_rows.resolve(config, stage)
@@ -80,11 +79,11 @@ def resolve_run(
         given = getattr(own.data, part)
         if (not fetched and hub_name(given)) or (refused and sources.data_source_of(given)):
             continue  # it is among the problems
-        with _collected(problems):
+        with collected(problems):
             check_data(key, part, own, stage)
             found = first_row_problems(own, part, key, trains=trains)
             problems += [problem for problem in found if problem not in problems]
-    with _collected(problems):
+    with collected(problems):
         config = replace(config, method=method_of(config.method).resolve())
     problems += _missing(config)
     problems += augment_problems(config, stage) if trains else []
@@ -100,15 +99,6 @@ def resolve_run(
     if trains:
         _refuse(memory_problems(config))
     return config
-
-
-@contextmanager
-def _collected(problems: list[Problem]) -> Iterator[None]:
-    """Adds what is raised within to `problems`."""
-    try:
-        yield
-    except UserError as error:
-        problems += error.problems
 
 
 def _missing(config: RunConfig) -> Iterator[Problem]:
@@ -232,10 +222,8 @@ def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
         except UserError as error:
             problems += [replace(problem, where="data.augment.models") for problem in error.problems]
     if augment.synonyms:
-        try:
+        with collected(problems):
             sources.expand(augment.synonyms, "data.augment.synonyms")
-        except UserError as error:
-            problems += error.problems
     return problems
 
 
