@@ -30,6 +30,11 @@ def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
     return errors
 
 
+def size(log: Path) -> int:
+    """Bytes of a log; 0 where there is none yet."""
+    return log.stat().st_size if log.exists() else 0
+
+
 def last_lines(log: Path, start: int = 0, count: int = SHOWN_LINES) -> list[str]:
     """The end of `log` behind its byte `start`."""
     try:

@@ -93,7 +93,7 @@ class RemoteLaunch:
         self.grace_seconds, self.console = grace_seconds, console
         self.folder = run_dir / "launch"
         self.log = run_dir / "logs" / LAUNCHER_LOG
-        self.starts = {rank: _size(log_path(run_dir, rank)) for rank in range(plan.size)}
+        self.starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(plan.size)}
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.lost: list[str] = []
         self.stop_signal: str | None = None
@@ -108,7 +108,7 @@ class RemoteLaunch:
         follower = Follower(log_path(self.run_dir, 0), self.console)
         count = len(self.plan.slots)
         self.console.stage(f"starting {self.plan.size} rank(s) on {count} host{'s' * (count > 1)}")
-        self._log_start = _size(self.log)
+        self._log_start = attempt.size(self.log)
         try:
             self._open_nodes()
             with files.append(self.log) as log:
@@ -236,7 +236,3 @@ class RemoteLaunch:
         self.console.message(f"last lines of {self.log}:")
         for line in attempt.last_lines(self.log, self._log_start) or ["(it wrote nothing)"]:
             self.console.message(f"  | {line}")
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

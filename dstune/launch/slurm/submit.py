@@ -43,7 +43,7 @@ def run(
         UserError: sbatch refuses, or the ranks found the user's mistake.
     """
     size = launch.size
-    starts = {rank: _size(log_path(run_dir, rank)) for rank in range(size)}
+    starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(size)}
     follower = Follower(log_path(run_dir, 0), console)
     jobs = submit(config, launch, run_dir, module)
     many = f"jobs {', '.join(jobs)}" if len(jobs) > 1 else f"job {jobs[0]}"
@@ -135,7 +135,3 @@ def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequen
     console.message(f"dstune: {message}")
     with contextlib.suppress(Unreachable):  # asked again by the next signal
         queue.ask_to_stop(jobs, run_dir)
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0

@@ -109,7 +109,7 @@ class Stage:
         self.size = size
         self._command = list(command) if command is not None else ["dstune.worker", str(self._run_dir)]
         self._id, self._token = uuid.uuid4().hex, secrets.token_hex(32)
-        self.starts = {rank: _size(log_path(run_dir, rank)) for rank in range(size)}
+        self.starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(size)}
         self._attempt = Attempt(1)
         self._waiting: list[tuple[Line, dict[str, Any]]] = []
         """Tasks of the next attempt, which have to wait for the end of the present one."""
@@ -409,7 +409,3 @@ def _listening(conf: Any) -> tuple[socket.socket, str]:
         reason = f"the driver cannot listen there: {error.strerror or error}"
         fix = "set it to an address of this machine (SPARK_LOCAL_IP)"
         raise UserError(Problem("spark.driver.bindAddress", reason, fix, place)) from None
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
