@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from dstune.cli.verb import Verb, Words, verb
+from dstune.cli.verb import Verb, verb
 
 
 @verb
@@ -14,12 +11,5 @@ class Models(Verb):
     summary = "models that a task can start from, what they take, and how good they are untuned"
     action = "dstune.catalogue:main"
     overrides = True
+    on_hardware = True
     further_words = ("hardware=", "nodes=")
-
-    def words(self, given: Sequence[str]) -> Words:
-        found = super().words(given)
-        if given:
-            return found
-        from dstune.planning.hardware import DEVICES
-
-        return replace(found, words=[*(f"hardware={name}" for name in DEVICES), *found.words])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from dstune.cli.verb import Verb, Words, verb
+from dstune.cli.verb import Verb, verb
 
 
 @verb
@@ -14,15 +11,8 @@ class Plan(Verb):
     summary = "memory of a rank and time of a step for each ZeRO choice, before anything runs"
     action = "dstune.launch.plan:main"
     overrides = True
+    on_hardware = True
     further_words = ("hardware=", "nodes=", "price=", "--calibrate", "--json", "--help")
 
     def parser(self) -> None:
         return None
-
-    def words(self, given: Sequence[str]) -> Words:
-        found = super().words(given)
-        if given:
-            return found
-        from dstune.planning.hardware import DEVICES
-
-        return replace(found, words=[*(f"hardware={name}" for name in DEVICES), *found.words])

@@ -36,6 +36,8 @@ class Verb:
     """Whether it composes a configuration, so that `key=value` may stand behind it."""
     takes_files: ClassVar[bool] = True
     """Whether its plain words may be paths."""
+    on_hardware: ClassVar[bool] = False
+    """Whether `hardware=NAME` may be its first word."""
     further_words: ClassVar[tuple[str, ...]] = ()
     """Words that it reads without a parser."""
 
@@ -56,6 +58,10 @@ class Verb:
     def words(self, given: Sequence[str]) -> Words:
         """What may follow the words `given` behind the verb, for completion in the shell."""
         words = [*self.further_words]
+        if self.on_hardware and not given:
+            from dstune.planning.hardware import DEVICES
+
+            words = [*(f"hardware={name}" for name in DEVICES), *words]
         parser = self.parser()
         if parser is None:
             return Words(words, self.overrides, files=self.takes_files)
