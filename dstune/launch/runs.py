@@ -141,8 +141,8 @@ def as_text(found: list[Listed], folders: list[Path], first: str | None = None) 
             line.status,
             str(line.step),
             *(["-" if line.measured is None else f"step {line.measured}"] * len(earlier)),
-            *(_value(line.metrics.get(name, "-")) for name in formatted),
-            *(_value(line.values.get(key)) for key in keys),
+            *(cell(line.metrics.get(name, "-")) for name in formatted),
+            *(cell(line.values.get(key)) for key in keys),
             duration(line.seconds),
             "" if line.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began)),
         ]
@@ -157,12 +157,13 @@ def _below(run: str, folder: Path) -> str:
     return str(path.relative_to(folder)) if inside else run
 
 
-def _value(value: Any) -> str:
+def cell(value: object) -> str:
+    """A metric or a setting in a column of `table`."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell."""
     widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heading, *rows))
+    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (heading, *rows))
     return "\n".join(line.rstrip() for line in lines)

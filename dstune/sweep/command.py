@@ -24,7 +24,7 @@ from dstune.core.rank_env import from_environment
 from dstune.core.secrets import publish
 from dstune.launch import preflight, records
 from dstune.launch.console import Console
-from dstune.launch.runs import table
+from dstune.launch.runs import cell, table
 from dstune.launch.signals import caught_signals
 from dstune.protocols import launcher_of
 from dstune.report.command import leave_behind
@@ -246,7 +246,7 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
             one.name,
             one.status,
             *(f"{one.objective[name]:.4g}" if name in one.objective else "-" for name in names),
-            *(format_override(one.values.get(key)) for key in keys),
+            *(cell(one.values.get(key)) for key in keys),
             f"{one.seconds:.0f}",
         ]
         for one in order
@@ -256,7 +256,3 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
     }
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     return f"\n{table(heading, rows)}\n\n{len(found)} trials: {summary}\nsweep  {path}\nreport {path / 'report.html'}"
-
-
-def format_override(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
