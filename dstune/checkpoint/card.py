@@ -15,7 +15,7 @@ from typing import Any
 from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.schema import RunConfig
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 from dstune.protocols import method_of, task_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
@@ -70,12 +70,12 @@ class Export:
 
     @property
     def encoder_decoder(self) -> bool:
-        kind = _read(self.folder / "adapter_config.json").get("task_type")
-        return kind == "SEQ_2_SEQ_LM" or bool(_read(self.folder / "config.json").get("is_encoder_decoder"))
+        kind = object_in(self.folder / "adapter_config.json").get("task_type")
+        return kind == "SEQ_2_SEQ_LM" or bool(object_in(self.folder / "config.json").get("is_encoder_decoder"))
 
     @property
     def chat_template(self) -> bool:
-        inside = _read(self.folder / "tokenizer_config.json").get("chat_template")
+        inside = object_in(self.folder / "tokenizer_config.json").get("chat_template")
         return (self.folder / "chat_template.jinja").is_file() or bool(inside)
 
     @property
@@ -110,10 +110,10 @@ def _sections(run_dir: Path, export: Export) -> Iterator[str]:
     yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
     usage = "\n".join(task_of(config.task).usage(export))
     yield f"## Use\n\n```python\n{usage}\n```"
-    yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(_read(run_dir / 'data_report.json'))}".rstrip()
+    yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(object_in(run_dir / 'data_report.json'))}".rstrip()
     yield f"## Evaluation\n\n{_evaluation(run_dir, state)}"
     yield f"## Training\n\n{_settings(config, state)}"
-    environment = _read(run_dir / "environment.json")
+    environment = object_in(run_dir / "environment.json")
     packages = environment.get("packages") or {}
     versions = [f"{name} {packages[name]}" for name in SHOWN_PACKAGES if packages.get(name)]
     if versions:
@@ -135,7 +135,7 @@ def _counts(report: Mapping[str, Any]) -> str:
 def _evaluation(run_dir: Path, state: Mapping[str, Any]) -> str:
     before = (state.get("train") or {}).get("eval_initial") or {}
     after = state.get("metrics") or {}
-    result = _read(run_dir / "result.json")
+    result = object_in(run_dir / "result.json")
     test = (result.get("test") or {}) if result.get("steps") == state.get("step") else {}
     names = [name for name in after or test if name != "targets"]
     if not names:
@@ -241,7 +241,3 @@ def _data_name(config: RunConfig) -> str:
         )
         formatted.append(f"`{name}`")
     return ", ".join(formatted)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path) or {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 
 
 def is_of_base(folder: Path, base: ModelConfig) -> bool:
@@ -21,7 +21,7 @@ def is_of_base(folder: Path, base: ModelConfig) -> bool:
     from dstune.models import pooled
     from dstune.models.load import model_folder
 
-    named = (read_object(folder / "adapter_config.json") or {}).get("base_model_name_or_path", base_name(base))
+    named = object_in(folder / "adapter_config.json").get("base_model_name_or_path", base_name(base))
     if named != base_name(base):
         return False
     carried = [file.read_bytes() for file in folder.rglob("*.py")]

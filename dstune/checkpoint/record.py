@@ -14,7 +14,7 @@ from dstune.config.run_file import read_run_content
 from dstune.config.schema import RunConfig
 from dstune.config.trust import SIGNATURE
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 from dstune.protocols import TASKS, method_of, task_of
 
 NAME = "dstune.json"
@@ -49,7 +49,7 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record in `folder`, as far as it is of the kind that is written; empty where there is none that can be read."""
-    record = read_object(folder / NAME) or {}
+    record = object_in(folder / NAME)
     task, data = record.get("task"), record.get("data")
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
         record.pop("task", None)
@@ -108,7 +108,7 @@ def public_name(path: str) -> str:
 
 def task_of_head(folder: Path) -> str | None:
     """The task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
-    architectures = (read_object(folder / "config.json") or {}).get("architectures")
+    architectures = object_in(folder / "config.json").get("architectures")
     if not isinstance(architectures, list):
         return None
     ends = {name: task.head_classes for name, task in TASKS.classes().items() if task.head_classes}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 
 MAX_RANK = 512
 """The largest value that `--max-lora-rank` takes (its default is 16)."""
@@ -18,7 +18,7 @@ ADAPTER_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_e
 
 def vllm_problems(folder: Path) -> list[str]:
     """Why vLLM would not serve the model or adapter in `folder`; empty where nothing speaks against it."""
-    adapter = _read(folder / "adapter_config.json")
+    adapter = object_in(folder / "adapter_config.json")
     problems = _adapter_problems(folder, adapter) if adapter else _model_problems(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         problems.append("there is no tokenizer")
@@ -26,14 +26,14 @@ def vllm_problems(folder: Path) -> list[str]:
 
 
 def _model_problems(folder: Path) -> list[str]:
-    config, problems = _read(folder / "config.json"), []
+    config, problems = object_in(folder / "config.json"), []
     if not config.get("architectures") or not config.get("model_type"):
         problems.append("config.json names no architecture")
-    index = _read(folder / "model.safetensors.index.json")
+    index = object_in(folder / "model.safetensors.index.json")
     files = set(index.get("weight_map", {}).values()) if index else {"model.safetensors"}
     problems += [f"{name} is missing" for name in sorted(files) if not (folder / name).is_file()]
     if "ForCausalLM" in str(config.get("architectures")):
-        if _read(folder / "generation_config.json").get("eos_token_id") is None:
+        if object_in(folder / "generation_config.json").get("eos_token_id") is None:
             problems.append("generation_config.json names no end of an answer")
         if not _has_template(folder):
             problems.append(
@@ -70,9 +70,5 @@ def _adapter_problems(folder: Path, config: dict[str, Any]) -> list[str]:
 
 def _has_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").is_file() or bool(
-        _read(folder / "tokenizer_config.json").get("chat_template")
+        object_in(folder / "tokenizer_config.json").get("chat_template")
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path) or {}

@@ -219,3 +219,8 @@ def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def object_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is none that can be read."""
+    return read_object(path) or {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from dstune import samples
 from dstune.config.data_schema import DataConfig, TextRows
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import parse_json, read_file, read_object
+from dstune.core.parsing import object_in, parse_json, read_file
 from dstune.data import hub, slices
 from dstune.data.answers import flat
 from dstune.data.files import (
@@ -249,7 +249,7 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None)
     """The files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
     description = folder / "dataset_dict.json"
     if description.is_file():  # DatasetDict.save_to_disk
-        splits = (read_object(description) or {}).get("splits")
+        splits = object_in(description).get("splits")
         if not isinstance(splits, list) or not all(isinstance(name, str) and _is_name(name) for name in splits):
             reason = f"{folder} is no saved data set: dataset_dict.json has no names of splits"
             raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk"))

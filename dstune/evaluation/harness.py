@@ -13,7 +13,7 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError, first_line
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 
 
 def require() -> None:
@@ -49,7 +49,7 @@ def run(
         options["revision"] = config.model.revision
     adapter = Path(folder) / "adapter_config.json"
     if adapter.is_file():
-        options["peft"], folder = folder, str((read_object(adapter) or {}).get("base_model_name_or_path"))
+        options["peft"], folder = folder, str(object_in(adapter).get("base_model_name_or_path"))
     from dstune.zero import accelerator
 
     model = HFLM(pretrained=folder, device=accelerator.kind(), **options)

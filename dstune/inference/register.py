@@ -25,7 +25,7 @@ from dstune.checkpoint.record import read_record
 from dstune.config.schema import RunConfig
 from dstune.core.errors import DstuneError, Problem, UserError, first_line
 from dstune.core.network import ask_no_metadata_service
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"
@@ -248,10 +248,10 @@ def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
     tags = {"run": config.run.name, "step": str(record.get("step", "")), "task": config.task.name}
     if config.data.train is not None:
         tags["data.train"] = str(config.data.train)
-    facts = read_object(run_dir / "environment.json") or {}
+    facts = object_in(run_dir / "environment.json")
     if found := facts.get("data_fingerprint"):
         tags["data.fingerprint"] = str(found)
-    for key, table in ((read_object(run_dir / "data_report.json") or {}).get("tables") or {}).items():
+    for key, table in (object_in(run_dir / "data_report.json").get("tables") or {}).items():
         tags[f"table.{key}"] = f"{table.get('table')}@{table.get('version')}#{table.get('id')} {table.get('digest')}"
     return {RESERVED.sub("_", f"dstune_{name}"): value[:TAG_VALUE] for name, value in tags.items()}
 

@@ -27,7 +27,7 @@ from dstune.config.run_links import refuse_links
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in, read_object
 from dstune.core.paths import SAVE_FILE, STOP_FILE
 from dstune.core.secrets import publish
 from dstune.launch import records
@@ -83,7 +83,7 @@ class Mirror:
                 raise UserError(records.in_use(self.place, records.read_launch(self.work))) from None
             if self.work.is_dir():  # until the guard of a launcher that was killed has ended the ranks
                 os.close(records.acquire_lock(self.work))
-            lease, own = self._read_lease(), read_object(self._own) or {}
+            lease, own = self._read_lease(), object_in(self._own)
             if cut_short := lease == {}:  # or being written
                 self._watch(lease)
                 if (lease := self._read_lease()) == {} and self._has_newest():

@@ -13,7 +13,7 @@ from torch import Tensor
 from dstune import samples
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 
 INDEX = "model.safetensors.index.json"
 
@@ -79,7 +79,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file.name)
-    places = (read_object(folder / INDEX) or {}).get("weight_map")
+    places = object_in(folder / INDEX).get("weight_map")
     if isinstance(places, dict):
         return places
     raise LookupError(f"{folder} has no model.safetensors")

@@ -26,7 +26,7 @@ from dstune.config.architectures import (
 )
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
-from dstune.core.parsing import read_file, read_object
+from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
@@ -113,7 +113,7 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 def _architecture(config: ModelConfig) -> PretrainedConfig:
     """Its `config.json` as transformers reads it. Raises UserError where that would never end."""
     path = local_path(config.path)
-    if problems := size_problems(read_object(Path(path) / "config.json") or {}, value=config.path):
+    if problems := size_problems(object_in(Path(path) / "config.json"), value=config.path):
         raise UserError(problems)
     with files_of_others("model.path", config.path, "its config.json", "give a hub id or a folder with a config.json"):
         return AutoConfig.from_pretrained(path, **_source(config))

@@ -13,7 +13,7 @@ import yaml
 
 from dstune.checkpoint import store
 from dstune.core.errors import Problem, UserError, first_line
-from dstune.core.parsing import METRICS_BYTES, parse_json, parse_yaml, read_file, read_object
+from dstune.core.parsing import METRICS_BYTES, object_in, parse_json, parse_yaml, read_file
 
 RUN_FILE = "run.yaml"
 SEARCHED_DEPTH = 3
@@ -138,10 +138,10 @@ def read(path: Path) -> RunFiles:
         version=str(stored.get("dstune_version") or ""),
         metrics=_rows(path / "metrics.jsonl"),
         samples=_rows(path / "samples.jsonl"),
-        result=shaped_result(_object(path / "result.json")),
-        environment=_object(path / "environment.json"),
-        data=_object(path / "data_report.json"),
-        launch=_object(path / "launch.json"),
+        result=shaped_result(object_in(path / "result.json")),
+        environment=object_in(path / "environment.json"),
+        data=object_in(path / "data_report.json"),
+        launch=object_in(path / "launch.json"),
         checkpoints=_checkpoints(path),
     )
 
@@ -179,10 +179,6 @@ def shaped_result(result: Row) -> Row:
 def is_odd(value: Any) -> bool:
     """Whether a metric of this value is none: a list, a text, a number that no calculation survives."""
     return not (isinstance(value, dict) or is_number(value) or (isinstance(value, float) and not math.isfinite(value)))
-
-
-def _object(path: Path) -> Row:
-    return read_object(path) or {}
 
 
 def _rows(path: Path) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dstune.checkpoint.record import public_name
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import parse_json, read_object
+from dstune.core.parsing import object_in, parse_json
 from dstune.serve.source import Source
 
 MOST_HEADER_BYTES = 100 << 20
@@ -78,7 +78,7 @@ def _other_template(adapter: Source, base: Source) -> Iterator[tuple[str, str, s
 def _added(source: Source) -> set[str]:
     folder = source.prompted_as or source.folder
     assert folder is not None
-    found = read_object(folder / "tokenizer.json") or {}
+    found = object_in(folder / "tokenizer.json")
     tokens = found.get("added_tokens")
     return {str(one.get("content")) for one in (tokens if isinstance(tokens, list) else []) if isinstance(one, dict)}
 
@@ -86,7 +86,7 @@ def _added(source: Source) -> set[str]:
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
     """Modules that the base lacks, or has in another shape."""
     shapes = {name: shape for file in sorted(base.glob("*.safetensors")) for name, shape in tensor_shapes(file).items()}
-    settings = read_object(adapter / "adapter_config.json") or {}
+    settings = object_in(adapter / "adapter_config.json")
     if not shapes or settings.get("peft_type") != "LORA" or settings.get("target_parameters"):
         return
     ends = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}

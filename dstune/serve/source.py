@@ -15,7 +15,7 @@ from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 from dstune.data.named_templates import DEFAULT, joined
 from dstune.inference.resolve_model import base_of
 from dstune.launch import rundir
@@ -91,7 +91,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
         files[DEFAULT] = own
     if files:
         return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
-    found = _object(folder / "tokenizer_config.json").get("chat_template")
+    found = object_in(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, str):
         return {DEFAULT: found}
     named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
@@ -186,7 +186,3 @@ def _embeds(folder: Path) -> str:
     """The task of a folder without a record that has sentence-transformers files."""
     found = next((name for name, kind in TASKS.classes().items() if kind.overrides_from(folder)), "")
     return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_object(path) or {}

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in
 from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.files import DataFile
@@ -79,7 +79,7 @@ def files(address: Address, key: str) -> list[DataFile]:
 
 def describe(address: Address) -> dict[str, Any]:
     """What is known of the rows; empty where they are not here."""
-    return (read_object(_folder(address) / META) or {}) if address.is_resolved else {}
+    return object_in(_folder(address) / META) if address.is_resolved else {}
 
 
 def is_here(address: Address) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import read_object
+from dstune.core.parsing import object_in, read_object
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import HEALTH_SECONDS, Command, Engine, EngineDown, Unprovable, context_of
 from dstune.serve.engines.special import SpecialTexts, hub_folder
@@ -213,5 +213,5 @@ class VllmEngine(Engine):
 
 def _rank(folder: Path | None) -> int:
     assert folder is not None
-    settings = read_object(folder / "adapter_config.json") or {}
+    settings = object_in(folder / "adapter_config.json")
     return max([int(settings.get("r") or 0), *map(int, (settings.get("rank_pattern") or {}).values())])

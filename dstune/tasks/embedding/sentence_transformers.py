@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import parse_json, read_file, read_object
+from dstune.core.parsing import object_in, parse_json, read_file
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
 
 MODES = {Pooling.mean: "mean_tokens", Pooling.cls: "cls_token", Pooling.last: "lasttoken"}
@@ -43,7 +43,7 @@ def embedding_overrides(folder: Path) -> list[str]:
         (folder / str(module.get("path")) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"),
         None,
     )
-    settings = _object(pooling / "config.json") if pooling else {}
+    settings = object_in(pooling / "config.json") if pooling else {}
     # Newer releases name the mode, older ones have a switch for each.
     given = settings.get("pooling_mode")
     named = [str(one) for one in (given if isinstance(given, list) else [given] if given else [])]
@@ -56,13 +56,9 @@ def embedding_overrides(folder: Path) -> list[str]:
         )
         reason = f"its modules.json names {what}, which dstune does not have"
         raise UserError(Problem("MODEL", reason, "embed with sentence-transformers itself", str(folder)))
-    length = _object(folder / "sentence_bert_config.json").get("max_seq_length")
+    length = object_in(folder / "sentence_bert_config.json").get("max_seq_length")
     longest = [f"data.max_length={length}"] if type(length) is int else []
     return ["task=embedding", f"task.pooling={modes[0].value}", *longest]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_object(path) or {}
 
 
 def _read(path: Path) -> Any:
