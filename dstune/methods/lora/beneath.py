@@ -8,13 +8,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dstune.checkpoint.adapters import ADAPTED
 from dstune.core.errors import Problem, UserError
 from dstune.core.limits import check_patterns
 from dstune.methods._peft.files import read_settings, tensors_of
 from dstune.methods.lora.start import shift
-
-PREFIX = "base_model.model."
-"""What peft puts in front of the names of a model that it adapts."""
 
 
 def put_beneath(model: nn.Module, folders: list[str]) -> None:
@@ -49,10 +47,10 @@ def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         )
         fix = f"dstune export RUN --merge, and model.path with what it writes, instead of {folder}"
         raise UserError(Problem("method.frozen_adapters", reason, fix, str(folder)))
-    names = [module.removeprefix(PREFIX) for module in modules]
+    names = [module.removeprefix(ADAPTED) for module in modules]
     check_patterns(settings, names, "method.frozen_adapters", str(folder))
     for module in modules:
-        name = module.removeprefix(PREFIX)
+        name = module.removeprefix(ADAPTED)
         a, b = tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float()
         patterns = settings.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstune.checkpoint.adapters import ADAPTED
 from dstune.core.errors import Problem, UserError
 from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.models.quantize import dequantized, is_quantized
 from dstune.zero.parts import gathered
 
 SHIFT_A, SHIFT_B = "shift_A", "shift_B"
-PEFT = "base_model.model."
-"""In front of the names of the model in a PeftModel."""
 
 
 Originals = Callable[[str, Mapping[str, torch.Size]], Mapping[str, Tensor]]
@@ -60,7 +59,7 @@ def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
     """LoftQ (Li et al. 2023, arXiv:2310.08659), its first iteration: the adapter begins as what a low rank can hold of the
     difference between the weights and their 4-bit values. These stay those of the base, so any copy of it serves the export.
     """
-    layers = {name.removeprefix(PEFT): layer for name, layer in lora_layers(adapted) if is_quantized(layer)}
+    layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted) if is_quantized(layer)}
     shapes = {f"{name}.weight": layer.get_base_layer().weight.quant_state.shape for name, layer in layers.items()}
     weights = originals(adapted.get_base_model().base_model_prefix, shapes)
     for name, layer in layers.items():
