@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 METADATA_VARIABLE = "DSTUNE_CLOUD_METADATA"
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import Problem, UserError
+from dstune.core.network import LOOPBACK
 from dstune.serve.state import STATE
 
 ENGINES = ("local", "vllm", "llama.cpp", "remote")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX = "serve."
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.network import ask_no_metadata_service
+from dstune.core.network import LOOPBACK, ask_no_metadata_service
 from dstune.data.files import DataFile
 from dstune.data.lakehouse import _copies
 from dstune.data.lakehouse._address import Address, parse
@@ -96,7 +96,7 @@ def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, s
         raise UserError(Problem(key, f"{HOST} is not set: which catalog is meant?", fix, spec))
     host = host if "://" in host else f"https://{host}"
     split = urllib.parse.urlsplit(host)
-    if split.scheme != "https" and split.hostname not in ("127.0.0.1", "::1", "localhost"):
+    if split.scheme != "https" and split.hostname not in LOOPBACK:
         reason = f"{HOST} is no address of HTTPS: the token would be readable on its way"
         raise UserError(Problem(key, reason, f"export {HOST}=https://{split.netloc or 'HOST'}", spec))
     ask_no_metadata_service()

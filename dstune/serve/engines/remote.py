@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from dstune.core.errors import Problem, UserError
+from dstune.core.network import LOOPBACK
 from dstune.serve import fields
 from dstune.serve.engines.base import Command, Engine, Unprovable, context_of
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
