@@ -26,7 +26,6 @@ Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataF
 
 FOLDER = "data"
 """Where rows from memory are, below the run directory."""
-INCOMPLETE = ".incomplete"
 
 
 def is_file(rows: Any) -> bool:
@@ -53,7 +52,7 @@ def write(rows: Any, target: Path, key: str) -> None:
             that a saved run has trained on.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = target.with_name(f"{target.name}{INCOMPLETE}")
+    incomplete = target.with_name(f"{target.name}{files.INCOMPLETE}")
     try:
         table = _table(rows)
         if _of_spark(rows):

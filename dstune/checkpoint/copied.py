@@ -118,7 +118,7 @@ def copy_checkpoint(source: Path, target: Path) -> None:
     """Make `target` a copy of the checkpoint `source`, unless it is one. Cut short at any point, `target` or
     `target.incomplete` is what was there before, or the new one, whole. Raises OSError."""
     marker = (source / store.COMMITTED).read_bytes()
-    again = target.with_name(target.name + store.INCOMPLETE)
+    again = target.with_name(target.name + INCOMPLETE)
     if store.is_committed(target):
         if (target / store.COMMITTED).read_bytes() == marker:
             _remove(again)
@@ -158,8 +158,8 @@ def fetch(place: Path, work: Path) -> None:
     for run in runs_in(place):
         found = (store.newest(run), store.resumable(run), store.best(run))
         kept = {checkpoint for checkpoint in found if checkpoint is not None}
-        for path in store.folder(run).glob(f"step-*{store.INCOMPLETE}"):
-            final = path.with_name(path.name.removesuffix(store.INCOMPLETE))
+        for path in store.folder(run).glob(f"step-*{INCOMPLETE}"):
+            final = path.with_name(path.name.removesuffix(INCOMPLETE))
             if store.is_committed(path) and not store.is_committed(final):
                 kept.add(path)
         here = work / run.relative_to(place)

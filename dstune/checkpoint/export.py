@@ -24,6 +24,7 @@ from dstune.config.run_file import read_run
 from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import INCOMPLETE
 from dstune.protocols import method_of, task_of
 from dstune.protocols.method import MethodConfig
 
@@ -147,7 +148,7 @@ def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """A new folder that becomes `out` when the block ends without an error."""
-    folder = out.with_name(f"{out.name}{store.INCOMPLETE}")
+    folder = out.with_name(f"{out.name}{INCOMPLETE}")
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

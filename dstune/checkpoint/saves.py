@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint import store
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.core.distributed import World
+from dstune.core.files import INCOMPLETE
 from dstune.trainer.state import FORMAT, TrainState
 from dstune.zero.engine import Engine
 
@@ -108,7 +109,7 @@ class Saves:
 
     def _prepare(self, step: int, weights_only: bool) -> Path | None:
         """The empty folder that a checkpoint is written into; None where there is no room for it."""
-        folder = store.folder(self._run_dir) / (store.tag(step) + store.INCOMPLETE)
+        folder = store.folder(self._run_dir) / (store.tag(step) + INCOMPLETE)
         refusal = ""
         if self._world.is_main:
             try:
@@ -166,7 +167,7 @@ class Saves:
         except BaseException as error:  # nothing else waits for it, and rank 0 waits for an answer
             save.error = f"{type(error).__name__}: {error}"
         report = _report(folder, self._world.rank)
-        temporary = report.with_suffix(".incomplete")
+        temporary = report.with_suffix(INCOMPLETE)
         try:
             temporary.write_text(json.dumps({"entries": save.entries, "error": save.error}))
             temporary.rename(report)

@@ -13,6 +13,7 @@ from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
+from dstune.core.files import INCOMPLETE
 from dstune.trainer.state import TrainState
 from dstune.zero.engine import Engine
 
@@ -104,9 +105,9 @@ class Checkpoints:
         for path in sorted(store.folder(run_dir).glob("step-*")):
             if used is not None and path.name <= used.name:
                 continue
-            if path.name.endswith(store.INCOMPLETE):
+            if path.name.endswith(INCOMPLETE):
                 self._message(
-                    f"{path.name.removesuffix(store.INCOMPLETE)} was being saved when the run ended, and is not used"
+                    f"{path.name.removesuffix(INCOMPLETE)} was being saved when the run ended, and is not used"
                 )
             elif path.suffix == "" and not store.is_committed(path):
                 self._message(

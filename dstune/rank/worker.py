@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.convert import format_value
@@ -24,6 +23,7 @@ from dstune.config.schema import Precision, RunConfig, stage_of
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
 from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
+from dstune.core.files import INCOMPLETE
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import report_once, report_to_launcher
@@ -317,7 +317,7 @@ def take_over_export(source: Path, own: Path) -> None:
     own = own / "export"
     if not (theirs / "config.json").is_file() or own.is_dir():
         return
-    temporary = own.with_name(f"{own.name}{store.INCOMPLETE}")
+    temporary = own.with_name(f"{own.name}{INCOMPLETE}")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(theirs, temporary)
     temporary.rename(own)
