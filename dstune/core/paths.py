@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+RUN_FILE = "run.yaml"
+BEGUN = "environment.json"
+"""What the ranks write when nothing keeps the training from beginning any more."""
+REFERENCE_FILE = "reference.json"
+"""In an export: what the model as it was trained answers, for servers to be compared with."""
 STOP_FILE, SAVE_FILE = "STOP", "SAVE"
 """Names of files in the run directory that ask for a save, with and without stopping."""
 PRUNE_FILE = "PRUNE"

@@ -23,7 +23,7 @@ from dstune.config.schema import Attention, RunConfig
 from dstune.config.trust import Use
 from dstune.core import files
 from dstune.core.errors import UserError
-from dstune.core.paths import cache_root
+from dstune.core.paths import REFERENCE_FILE, cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data import sources
 from dstune.data.build import prepare
@@ -39,7 +39,6 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import TASKS, method_of, task_of
 from dstune.zero import accelerator
 
-NAME = "reference.json"
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 ROWS = 32
 MOST_TOKENS = 1024
@@ -53,7 +52,7 @@ def add_reference(folder: Path, run_dir: Path) -> str:
 
     Loads the model in fp32. Raises UserError where the run's data or model are gone.
     """
-    if (folder / NAME).is_file():
+    if (folder / REFERENCE_FILE).is_file():
         return ""
     try:
         config = read_run(run_dir / "run.yaml", use=Use.rows).config
@@ -103,7 +102,7 @@ def add_reference(folder: Path, run_dir: Path) -> str:
         "rows": described,
     }
     try:
-        files.write(folder / NAME, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
+        files.write(folder / REFERENCE_FILE, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
     except OSError as error:
         return f"{folder} gets no reference: {error.strerror}"
     return ""

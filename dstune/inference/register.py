@@ -26,6 +26,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import DstuneError, Problem, UserError, first_line
 from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import object_in
+from dstune.core.paths import REFERENCE_FILE
 from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"
@@ -37,7 +38,7 @@ RESERVED = re.compile(r"[.,\-=/:]")
 """What Unity Catalog refuses in the name of a tag."""
 TAG_VALUE = 256
 """Characters of a tag's value that every registry takes."""
-NOT_THE_MODEL = ("README.md", "dstune.json", "reference.json", "reference.jsonl")
+NOT_THE_MODEL = ("README.md", "dstune.json", REFERENCE_FILE, "reference.jsonl")
 """Files of an export that may differ for the same model: times, versions, held-out rows."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
 PROOF_SECONDS = 1800.0

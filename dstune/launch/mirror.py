@@ -28,7 +28,7 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.parsing import object_in, read_object
-from dstune.core.paths import SAVE_FILE, STOP_FILE
+from dstune.core.paths import BEGUN, SAVE_FILE, STOP_FILE
 from dstune.core.secrets import publish
 from dstune.launch import records
 
@@ -38,8 +38,6 @@ ALIVE_SECONDS = 30.0
 """A lease that has not changed for so long is that of a launch that died."""
 FILES_SECONDS = 10.0
 """Between copies of logs and metrics where no checkpoint comes."""
-BEGUN = "environment.json"
-"""What the ranks write when nothing keeps the training from beginning any more."""
 WITH_PATHS = ("result.json", "report.html")
 """Files that name others of the run by their path."""
 

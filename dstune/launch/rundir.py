@@ -20,6 +20,8 @@ from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE, write
+from dstune.core.paths import BEGUN
+from dstune.core.paths import RUN_FILE as RUN_FILE
 from dstune.core.secrets import publish
 from dstune.launch import records
 from dstune.launch.positions import truncate_as_before
@@ -30,11 +32,8 @@ from dstune.tracking.trials import is_sweep
 if TYPE_CHECKING:
     from dstune.launch.mirror import Mirror
 
-RUN_FILE = "run.yaml"
 REPLACED = (RUN_FILE, "result.json", "launch.json")
 """What every start writes anew."""
-BEGUN = "environment.json"
-"""What the ranks write when nothing keeps the training from beginning any more."""
 KEYWORDS = ("auto", "never")
 """Values of `run.resume` that are no path."""
 

@@ -16,10 +16,7 @@ from dstune.launch import records
 from dstune.launch.manage import status_of
 from dstune.report.numbers import duration
 from dstune.report.run_files import RUN_FILE, find_runs
-from dstune.tracking.trials import Record, best_first, is_sweep, objectives_of, ranked, read_records
-
-MAX_SECONDS = 1e11
-"""The year 5138."""
+from dstune.tracking.trials import MAX_SECONDS, Record, best_first, is_sweep, objectives_of, ranked, read_records
 
 
 @dataclass(frozen=True)

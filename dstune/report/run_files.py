@@ -14,8 +14,8 @@ import yaml
 from dstune.checkpoint import store
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import METRICS_BYTES, object_in, parse_json, parse_yaml, read_file
+from dstune.core.paths import RUN_FILE as RUN_FILE
 
-RUN_FILE = "run.yaml"
 SEARCHED_DEPTH = 3
 """Folders below a sweep's in which runs are looked for: SWEEP/TRIAL, or NAME/DATE_TIME below `runs`, or one more."""
 

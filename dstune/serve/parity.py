@@ -14,10 +14,10 @@ from typing import Any
 
 from dstune.core.errors import DstuneError
 from dstune.core.parsing import parse_json, read_file
+from dstune.core.paths import REFERENCE_FILE
 from dstune.serve.engines.base import Engine, Unprovable
 from dstune.serve.source import Source
 
-FILE = "reference.json"
 MOST_BYTES = 64 << 20
 
 BOUNDS = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.1}
@@ -63,7 +63,7 @@ class Proof:
 
 def read_reference(folder: Path | None) -> dict[str, Any] | None:
     """None where there is none. Raises Refused where the file is none."""
-    path = None if folder is None else folder / FILE
+    path = None if folder is None else folder / REFERENCE_FILE
     if path is None or not path.is_file():
         return None
     try:
@@ -93,7 +93,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
     except Unprovable as error:
         return Proof("unproven", str(error), dtype=engine.dtype)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        reason = f"what it answers cannot be compared with its {FILE} ({type(error).__name__}: {error})"
+        reason = f"what it answers cannot be compared with its {REFERENCE_FILE} ({type(error).__name__}: {error})"
         raise Refused(f"{name}: {reason}; `dstune export` writes a new one") from error
 
 

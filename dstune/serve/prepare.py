@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dstune.config.trust import flags_for, from_flags
 from dstune.core.errors import DstuneError, from_json, to_json
+from dstune.core.paths import REFERENCE_FILE
 
 
 def prepare(run: Path, state: Path) -> Path:
@@ -32,7 +33,6 @@ def main(run: Path, scratch: Path) -> int:
     from dstune.checkpoint.export import current_export, export_checkpoint, find_checkpoint, refuse_damaged
     from dstune.checkpoint.record import NAME as RECORD
     from dstune.config.run_links import refuse_links
-    from dstune.inference.reference import NAME as REFERENCE
     from dstune.inference.reference import add_reference
 
     try:
@@ -46,10 +46,12 @@ def main(run: Path, scratch: Path) -> int:
             # The same step may have been saved again since, by a run that went on from an earlier one.
             if not made.is_file() or made.stat().st_mtime_ns < saved.stat().st_mtime_ns:
                 export_checkpoint(run, checkpoint, folder, force=True)
-        known = (folder / REFERENCE).is_file()
+        known = (folder / REFERENCE_FILE).is_file()
         note = add_reference(folder, run)
         if not known and not note:
-            note = f"{folder / REFERENCE} holds held-out rows of your data: leave it out where you publish the folder"
+            note = (
+                f"{folder / REFERENCE_FILE} holds held-out rows of your data: leave it out where you publish the folder"
+            )
         if note:
             print(f"dstune: {note}", file=sys.stderr, flush=True)
     except DstuneError as error:

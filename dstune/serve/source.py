@@ -16,6 +16,7 @@ from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
+from dstune.core.paths import REFERENCE_FILE
 from dstune.data.named_templates import DEFAULT, joined
 from dstune.inference.resolve_model import base_of
 from dstune.launch import rundir
@@ -124,7 +125,7 @@ def needs_preparation(path: str) -> bool:
     if not is_run(path):
         return False
     found = current_export(Path(path))
-    return found is None or not (found / "reference.json").is_file()
+    return found is None or not (found / REFERENCE_FILE).is_file()
 
 
 def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:

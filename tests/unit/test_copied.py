@@ -14,6 +14,7 @@ from support.command import wait_until
 from dstune.checkpoint import copied, store
 from dstune.core import limited_places
 from dstune.core.errors import UserError
+from dstune.core.paths import BEGUN
 from dstune.launch import mirror, records
 
 
@@ -254,7 +255,7 @@ def test_a_copy_that_takes_long_is_no_silence(without_locks, monkeypatch):
     monkeypatch.setattr(mirror, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
     opened = opened_mirror(place)
-    (opened.work / mirror.BEGUN).write_text("{}")
+    (opened.work / BEGUN).write_text("{}")
     save(opened.work, 10)
     copy = copied.copy_checkpoint
 
@@ -278,7 +279,7 @@ def test_errors_while_copying_are_reported_and_retried(without_locks, monkeypatc
     monkeypatch.setattr(mirror, "POLL_SECONDS", 0.02)
     opened = mirror.open_mirror(without_locks, said.append)
     opened.work.mkdir()
-    (opened.work / mirror.BEGUN).write_text("{}")
+    (opened.work / BEGUN).write_text("{}")
     left = [3]
 
     def fails(run: Path) -> list[Path]:
