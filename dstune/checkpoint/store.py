@@ -19,7 +19,8 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from dstune.core.errors import Problem, UserError
-from dstune.core.files import INCOMPLETE, hash_file, sync_path
+from dstune.core.files import INCOMPLETE as INCOMPLETE
+from dstune.core.files import hash_file, sync_path
 from dstune.core.parsing import parse_json, read_file
 from dstune.trainer.state import FORMAT, upgrade_state
 
