@@ -120,7 +120,8 @@ def activate(requested: Sequence[str]) -> None:
         UserError: each that is not there, cannot be imported, or clashes with another one.
     """
     load_installed()
-    sources, problems = [], []
+    sources: list[Source] = []
+    problems: list[Problem] = []
     for name, place in plugin_files.distinct(requested).items():
         if name in _installed and not plugin_files.is_path(place):
             continue
