@@ -21,7 +21,7 @@ from dstune.checkpoint.model_code import is_of_base
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
 from dstune.config.run_file import read_run
-from dstune.config.schema import RunConfig
+from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
@@ -119,6 +119,18 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
     checkpoint = find_checkpoint(run_dir, which)
     refuse_damaged(run_dir, checkpoint)
     return export_checkpoint(run_dir, checkpoint, scratch / "export", merge=merge)
+
+
+def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The run's `model` read from `folder`, with the configuration, tokenizer and chat template that the run trained with."""
+    return replace(
+        model,
+        path=str(folder),
+        revision=None,
+        weights=InitialWeights.pretrained,
+        chat_template=None,
+        config_overrides={},
+    )
 
 
 def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:

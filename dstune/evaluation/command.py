@@ -14,7 +14,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.checkpoint import store
-from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
+from dstune.checkpoint.export import exported, find_checkpoint, model_of_export, refuse_damaged
 from dstune.checkpoint.record import recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.forgetting import measured_alone
@@ -22,20 +22,19 @@ from dstune.config.multi_task import is_multi_task
 from dstune.config.overrides import quoted
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
-from dstune.config.schema import Automatic, InitialWeights, ModelConfig, RunConfig, tracking_class
+from dstune.config.schema import Automatic, ModelConfig, RunConfig, tracking_class
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
 from dstune.core.arguments import VerbParser, is_path
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.data.inputs import PARTS
 from dstune.evaluation import harness
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
-
-SPLITS = ("train", "validation", "test", "guard", "ood")
 
 
 def main(argv: list[str]) -> int:
@@ -114,7 +113,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
     )
-    parser.add_argument("--split", choices=SPLITS, default="validation", help="which rows (default validation)")
+    parser.add_argument("--split", choices=PARTS, default="validation", help="which rows (default validation)")
     parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
     parser.add_argument(
         "--shots",
@@ -180,16 +179,7 @@ def _configuration(
         config = replace(config, task=task_of(config.task).for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
-        folder = exported(path, scratch, which=arguments.checkpoint, merge=True)
-        # Its configuration, tokenizer and chat template are those that the run trained with.
-        model = replace(
-            config.model,
-            path=str(folder),
-            revision=None,
-            weights=InitialWeights.pretrained,
-            chat_template=None,
-            config_overrides={},
-        )
+        model = model_of_export(config.model, exported(path, scratch, which=arguments.checkpoint, merge=True))
         config = replace(config, model=model, task=task_of(config.task).for_evaluation(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint import store
-from dstune.checkpoint.export import exported, find_checkpoint, refuse_damaged
+from dstune.checkpoint.export import exported, find_checkpoint, model_of_export, refuse_damaged
 from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.overrides import quoted
 from dstune.config.run_file import read_run
 from dstune.config.run_overrides import apply_overrides
-from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
+from dstune.config.schema import ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError, first_line
@@ -173,16 +173,7 @@ def load(expected: ModelRequest, scratch: Path) -> Predictor:
     method = method_of(expected.config.method)
     if method.adapter and not method.merges:
         return _load_beside(expected, find_checkpoint(expected.run, expected.step))
-    folder = exported(expected.run, scratch, which=expected.step, merge=True)
-    # Its configuration, tokenizer and chat template are those that the run trained with.
-    model = replace(
-        expected.config.model,
-        path=str(folder),
-        revision=None,
-        weights=InitialWeights.pretrained,
-        chat_template=None,
-        config_overrides={},
-    )
+    model = model_of_export(expected.config.model, exported(expected.run, scratch, which=expected.step, merge=True))
     return _load_whole(replace(expected, config=replace(expected.config, model=model, method=METHODS.default())))
 
 

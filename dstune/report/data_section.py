@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dstune.data.inputs import PARTS
 from dstune.report.numbers import number, percent
 from dstune.report.run_files import RunFiles, section
 
-PARTS = ("train", "validation", "test", "guard", "ood")
 SHOWN_EXAMPLES = 5
 SHOWN_LABELS = 12
 """Labels whose rows are counted one by one; of more of them the most and the least frequent ones."""

@@ -15,6 +15,7 @@ from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.data.inputs import PARTS
 from dstune.launch import preflight, train
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
@@ -22,7 +23,6 @@ from dstune.launch.console import Console
 if TYPE_CHECKING:
     from dstune.show.facts import Preview
 
-SPLITS = ("train", "validation", "test", "guard", "ood")
 EPILOG = """\
 Everything else is taken as by `dstune train`: overrides, --config-dir, and the PATH of a run in the first place.
 
@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> tuple[Options, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="rows to show, evenly spaced (default 4)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="which rows (default train)")
+    parser.add_argument("--split", choices=PARTS, default="train", help="which rows (default train)")
     parser.add_argument("--row", metavar="FILE:LINE", help="show this row alone")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
