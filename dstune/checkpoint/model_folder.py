@@ -109,7 +109,7 @@ class _Built:
 def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], trained: Weights) -> _Built:
     architecture = load_config(config.model)
     dtype = architecture.dtype or torch.float32
-    config = _plain(config)
+    config = plain(config)
     with torch.device("meta"):
         on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
         model = load_model(on_meta, tokenizer, labels, dtype)
@@ -126,7 +126,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
         return _Built(method.apply(model, config), model, names, dtype)
 
 
-def _plain(config: RunConfig) -> RunConfig:
+def plain(config: RunConfig) -> RunConfig:
     """Any attention has the same weights; eager is there for every model, on a machine without GPU too."""
     return replace(
         config,
@@ -152,7 +152,7 @@ class _Sources:
         whole = {name: self._trained_name(name) for name in built.names}
         missing = {name: built.names[name].shape for name, key in whole.items() if not key}
         self._whole = {name: key for name, key in whole.items() if key}
-        self._base = self._base_weights(_plain(config), tokenizer, labels, missing)
+        self._base = self._base_weights(plain(config), tokenizer, labels, missing)
 
     def all(self) -> dict[str, Source]:
         dtype = self._built.dtype

@@ -17,9 +17,10 @@ import torch
 from dstune.checkpoint import store
 from dstune.checkpoint.adapters import load_trained
 from dstune.checkpoint.export import find_checkpoint
+from dstune.checkpoint.model_folder import plain
 from dstune.checkpoint.record import read_record
 from dstune.config.run_file import read_run
-from dstune.config.schema import Attention, RunConfig
+from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.core import files
 from dstune.core.errors import UserError
@@ -218,16 +219,10 @@ def _language_row(
 
 def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[Any, Any]:
     """(what was trained, adapters included; the model of transformers in it), in fp32."""
-    from dataclasses import replace
-
-    plain = replace(
-        config,
-        model=replace(config.model, attention=Attention.eager),
-        trainer=replace(config.trainer, activation_checkpointing=False),
-    )
+    config = plain(config)
     labels = tuple(store.read_state(checkpoint)["labels"])
-    body = load_model(plain, tokenizer, labels, torch.float32)
-    module = method_of(config.method).apply(body, plain)
+    body = load_model(config, tokenizer, labels, torch.float32)
+    module = method_of(config.method).apply(body, config)
     load_trained(module, checkpoint)
     return module.to(accelerator.kind()).eval(), body
 
