@@ -15,14 +15,13 @@ from transformers.masking_utils import sdpa_mask
 from dstune.config.schema import Attention, RunConfig
 from dstune.models.cpu_attention import CausalAttention, computes
 from dstune.models.spans import (
-    SPANS,
     Spans,
     attention_problem,
     known_spans,
-    no_mask,
     refuse_unknown,
     spans_of,
     window_of,
+    with_spans,
 )
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
@@ -130,11 +129,7 @@ class SamplesApart(SpanAttention):
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. See `spans_of`; boundaries are of another attention."""
-        report = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans_of(inputs)}
-        if "position_ids" not in inputs:  # some models would make them of the mask
-            rows, width = labels.shape
-            report["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
-        return report, labels
+        return with_spans(inputs, labels, spans_of(inputs)), labels
 
     def refuse(self, reason: str) -> str:
         """Let the model attend as it was loaded from now on; what to tell of it."""

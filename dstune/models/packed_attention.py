@@ -16,7 +16,7 @@ from dstune.config.schema import Attention, RunConfig
 from dstune.core.distributed import World
 from dstune.models import varlen
 from dstune.models.attention import SamplesApart, SpanAttention
-from dstune.models.spans import SPANS, attention_problem, no_mask
+from dstune.models.spans import attention_problem, with_spans
 from dstune.models.varlen import Boundaries, Kernel, boundaries_of
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
@@ -170,11 +170,7 @@ class PackedAttention(SpanAttention):
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. boundaries: as the loader has made them."""
         spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
-        own = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
-        if "position_ids" not in inputs:
-            rows, width = labels.shape
-            own["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
-        return own, labels
+        return with_spans(inputs, labels, spans), labels
 
     def refuse(self, reason: str) -> str:
         """Let the model attend as it was loaded from now on; what to tell of it."""

@@ -37,6 +37,15 @@ def no_mask(device: torch.device) -> torch.Tensor:
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: Any) -> dict[str, Any]:
+    """The inputs of a model whose attention finds its samples by `spans`. labels: [rows, width]"""
+    found = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
+    if "position_ids" not in inputs:  # some models would make them of the mask
+        rows, width = labels.shape
+        found["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
+    return found
+
+
 def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
     """Takes the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError where
     layers of the model have not handed them on."""
