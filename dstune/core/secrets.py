@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dstune.core.text import Filtered, visible_but_colours
@@ -79,12 +79,17 @@ def redact(text: str) -> str:
 def redacted(value: Any) -> Any:
     """`value`, made of mappings and sequences as JSON is, with every text in it redacted. Numbers and keys stay: a file
     must be read back with the same ones, and the digits of a count are found in many a password."""
+    return texts_mapped(value, redact)
+
+
+def texts_mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same with `change` applied to each text."""
     if isinstance(value, str):
-        return redact(value)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: redacted(item) for key, item in value.items()}
+        return {key: texts_mapped(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redacted(item) for item in value]
+        return [texts_mapped(item, change) for item in value]
     return value
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.parsing import parse_json
+from dstune.core.secrets import texts_mapped
 
 ROWS = 2000
 SECONDS = 300.0
@@ -144,8 +145,8 @@ class RequestLog:
             return None
 
     def _masked(self, row: dict[str, Any]) -> dict[str, Any]:
-        answer = _texts_mapped(answer_value(row["answer"]), self._redact)
-        request = _texts_mapped(row["request"], self._redact)
+        answer = texts_mapped(answer_value(row["answer"]), self._redact)
+        request = texts_mapped(row["request"], self._redact)
         user = row["user"] and self._redact(row["user"])
         written = {
             name: json.dumps(value, ensure_ascii=False) for name, value in (("request", request), ("answer", answer))
@@ -180,17 +181,6 @@ def _own_key(path: Path) -> bytes:
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(made := secrets.token_bytes(32))
     return made
-
-
-def _texts_mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """JSON with `change` applied to each text of it."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _texts_mapped(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_texts_mapped(item, change) for item in value]
-    return value
 
 
 def answer_value(raw: bytes) -> Any:
