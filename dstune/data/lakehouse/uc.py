@@ -14,19 +14,16 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.network import LOOPBACK, ask_no_metadata_service
-from dstune.data.files import DataFile
-from dstune.data.lakehouse import _copies
-from dstune.data.lakehouse._address import Address, parse
-from dstune.data.lakehouse._tables import LIBRARY, refuse_parts, require_library
+from dstune.data.lakehouse._address import Address
+from dstune.data.lakehouse._source import Table
+from dstune.data.lakehouse._tables import LIBRARY
 from dstune.protocols import data_source
-from dstune.protocols.data_source import DataSource
 from dstune.protocols.launcher import PASS, SKIP, Check
 
 NAME = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
@@ -46,7 +43,7 @@ OPENER = urllib.request.build_opener(_Stay)
 
 
 @data_source
-class UnityCatalog(DataSource):
+class UnityCatalog(Table):
     name = "uc"
 
     @classmethod
@@ -57,32 +54,8 @@ class UnityCatalog(DataSource):
         detail = f"deltalake {importlib.metadata.version('deltalake')}; uc:// never asked of Databricks itself, see docs/delta.md"
         yield Check("delta", PASS, detail)
 
-    def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
-        address = parse(spec, key)
-        if _copies.is_here(address):
-            return spec
-        require_library(key, spec)
-        place, options = locate(address, key, "READ")
-        return str(_copies.resolve(place, address, key, stage, options))
-
-    def files(self, spec: str, key: str) -> list[DataFile]:
-        return _copies.files(parse(spec, key), key)
-
-    def describe(self, spec: str) -> dict[str, Any]:
-        return _copies.describe(parse(spec, "data"))
-
-    def check_output(self, spec: str) -> None:
-        require_library("--output", spec)
-        address = parse(spec, "--output")
-        refuse_parts(address)
-        locate(address, "--output", "READ_WRITE")
-
-    def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
-        from dstune.data.lakehouse._writing import write_rows
-
-        address = parse(spec, "--output")
-        place, options = locate(address, "--output", "READ_WRITE")
-        return write_rows(place, address, rows, identity, replace=replace, options=options)
+    def locate(self, address: Address, key: str, *, to_write: bool = False) -> tuple[Address, str, dict[str, str]]:
+        return address, *locate(address, key, "READ_WRITE" if to_write else "READ")
 
 
 def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, str]]:
