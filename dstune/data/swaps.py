@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -32,20 +33,7 @@ class Swaps:
     @classmethod
     def read(cls, path: str) -> Swaps:
         """From a file of rows with the columns `from` and `to`. Raises UserError."""
-        pairs, problems = [], []
-        for file in sources.expand(path, KEY):
-            for raw in sources.read(file):
-                terms = [(raw.fields or {}).get(name) for name in ("from", "to")]
-                if all(isinstance(term, str) and term.strip() for term in terms):
-                    pairs.append((str(terms[0]).strip(), str(terms[1]).strip()))
-                else:
-                    reason = raw.error or "a row needs two terms, in the columns 'from' and 'to'"
-                    problems.append(Problem(raw.place, reason, 'for example {"from": "he", "to": "she"}'))
-        if problems:
-            raise UserError(problems[:10])
-        if not pairs:
-            raise UserError(Problem(KEY, "the table has no terms", "give rows with the columns 'from' and 'to'", path))
-        return cls(pairs)
+        return cls(read_pairs(path, KEY, {"from": "he", "to": "she"}))
 
     def text(self, text: str) -> str:
         return self._pattern.sub(lambda found: cased(self._other[found.group().lower()], found.group()), text)
@@ -61,6 +49,26 @@ class Swaps:
             match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
         }
         return sorted(f"{term} -> {self._other[term].lower()}" for term in found)
+
+
+def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, str]]:
+    """From a file of rows with the two columns of `example`. Raises UserError."""
+    first, second = example
+    columns = f"the columns {first!r} and {second!r}"
+    pairs, problems = [], []
+    for file in sources.expand(path, key):
+        for raw in sources.read(file):
+            terms = [(raw.fields or {}).get(name) for name in example]
+            if all(isinstance(term, str) and term.strip() for term in terms):
+                pairs.append((str(terms[0]).strip(), str(terms[1]).strip()))
+            else:
+                reason = raw.error or f"a row needs two terms, in {columns}"
+                problems.append(Problem(raw.place, reason, f"for example {json.dumps(example)}"))
+    if problems:
+        raise UserError(problems[:10])
+    if not pairs:
+        raise UserError(Problem(key, "the table has no rows", f"give rows with {columns}", path))
+    return pairs
 
 
 def cased(term: str, like: str) -> str:

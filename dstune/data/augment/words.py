@@ -8,9 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from dstune.core.errors import Problem, UserError
-from dstune.data import sources
-from dstune.data.swaps import cased
+from dstune.data.swaps import cased, read_pairs
 
 KEY = "data.augment.synonyms"
 
@@ -70,17 +68,6 @@ def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, cho
 def read_synonyms(path: str) -> dict[str, list[str]]:
     """From a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises UserError."""
     found: dict[str, list[str]] = defaultdict(list)
-    problems = []
-    for file in sources.expand(path, KEY):
-        for raw in sources.read(file):
-            word, synonym = ((raw.fields or {}).get(name) for name in ("word", "synonym"))
-            if isinstance(word, str) and isinstance(synonym, str) and word.strip() and synonym.strip():
-                found[word.strip().lower()].append(synonym.strip())
-            else:
-                reason = raw.error or "a row needs two terms, in the columns 'word' and 'synonym'"
-                problems.append(Problem(raw.place, reason, 'for example {"word": "big", "synonym": "large"}'))
-    if problems:
-        raise UserError(problems[:10])
-    if not found:
-        raise UserError(Problem(KEY, "the table has no words", "give rows with the columns 'word' and 'synonym'", path))
+    for word, synonym in read_pairs(path, KEY, {"word": "big", "synonym": "large"}):
+        found[word.lower()].append(synonym)
     return dict(found)
