@@ -126,7 +126,8 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
 def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
     """The axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
     given = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
-    axes, problems = list(found.axes), []
+    axes = list(found.axes)
+    problems: list[Problem] = []
     for key, value in dotted(space):  # `{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`
         if key in given:
             continue
