@@ -14,7 +14,10 @@ from support.command import Commands, metrics, result
 from support.tiny import save_encoder
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("task", "method", "row format", "metric", "callback", "optimizer", "schedule", "launcher", "tracker", "verb")
+KINDS = (
+    *("task", "method", "row format", "metric", "callback", "optimizer", "schedule"),
+    *("way to split the work", "data source", "launcher", "tracker", "verb"),
+)
 TASK = ["task=polarity", "task.labels=[against,for]"]
 CHOSEN = {
     "task": ["task=polarity"],
@@ -24,6 +27,7 @@ CHOSEN = {
     "callback": ["trainer.callbacks=[{lowest_loss: {digits: 6}}]"],
     "optimizer": ["optimizer=rmsprop", "optimizer.alpha=0.9", "optimizer.lr=1e-3"],
     "schedule": ["schedule=inverse_root", "schedule.warmup_steps=1"],
+    "way to split the work": ["task=causal_lm", "parallel=pairs", "launch.processes=2"],
     "launcher": ["launch=polite", "launch.niceness=1"],
     "tracker": ["tracking.table.separator='|'"],
 }
@@ -35,6 +39,7 @@ MISSPELLED = {
     "callback": ("trainer.callbacks=[{lowest_loss: {digit: 6}}]", "digits"),
     "optimizer": ("optimizer.alfa=0.5", "optimizer.alpha"),
     "schedule": ("schedule=inverse_rot", "inverse_root"),
+    "way to split the work": ("parallel.sise=2", "parallel.size"),
     "launcher": ("launch.nicenes=1", "launch.niceness"),
     "tracker": ("tracking.table.seperator=x", "tracking.table.separator"),
 }
@@ -80,7 +85,7 @@ def test_each_is_one_place(kind):
     assert len({str(Path(path).parent) for path in code}) == 1
     assert len(code) == 1 or all(not (ROOT / path).parent.exists() for path in code)
     others = paths.keys() - code
-    assert len(others) == (kind in ("task", "method", "optimizer", "schedule", "launcher"))
+    assert len(others) == (kind in ("task", "method", "optimizer", "schedule", "way to split the work", "launcher"))
     assert all(path.startswith("conf/") for path in others)
 
 
@@ -93,13 +98,15 @@ from dstune.core.errors import UserError
 from types import SimpleNamespace
 
 given = json.loads(sys.argv[1])
+task = lambda words: [] if "task=causal_lm" in words else given["task"]
 assert "tree" in sys.modules["dstune"].__file__
 for kind, words in given["chosen"].items():
-    validate(compose([*given["task"], *words, *given["base"]]).config)
+    validate(compose([*task(words), *words, *given["base"]]).config)
 nearest = {}
 for kind, wrong in given["misspelled"].items():
+    words = given["chosen"][kind]
     try:
-        validate(compose([*given["task"], *given["chosen"][kind], wrong, *given["base"]]).config)
+        validate(compose([*task(words), *words, wrong, *given["base"]]).config)
     except UserError as error:
         nearest[kind] = str(error)
 verbs = {"train": lambda given: SimpleNamespace(words=[], overrides=True, files=False)}
@@ -114,6 +121,7 @@ COMPLETED = {
     "trainer.callbacks=[low": "trainer.callbacks=[lowest_loss]",
     "optimizer=rm": "optimizer=rmsprop",
     "schedule=inv": "schedule=inverse_root",
+    "parallel=pa": "parallel=pairs",
     "launch=po": "launch=polite",
     "tracking.tab": "tracking.table.",
 }
@@ -137,7 +145,17 @@ def test_each_composes_is_completed_and_names_the_nearest_key(workplace):
 
 def test_help_names_each(workplace):
     text = workplace.run("train", "--help").stdout
-    words = ("polarity", "norms", "survey", "lowest_recall", "lowest_loss", "rmsprop", "inverse_root", "polite")
+    words = (
+        "polarity",
+        "norms",
+        "survey",
+        "lowest_recall",
+        "lowest_loss",
+        "rmsprop",
+        "inverse_root",
+        "pairs",
+        "polite",
+    )
     keys = ("method.shifts=", "optimizer.alpha=", "launch.niceness=", "tracking.table.separator=")
     assert [word for word in (*words, *keys) if word not in text] == []
     assert "print how many steps a run has taken" in workplace.run("--help").stdout
@@ -145,9 +163,9 @@ def test_help_names_each(workplace):
 
 @pytest.mark.ci
 def test_all_work_together(workplace):
-    words = [word for kind in KINDS if kind in CHOSEN for word in CHOSEN[kind]]
+    words = [word for kind in CHOSEN.keys() - {"way to split the work"} for word in CHOSEN[kind]]
     done = workplace.run(
-        *("train", "model.path=model", "data.train=rows.jsonl", "data.max_length=32", "run.dir=run", *TASK, *words),
+        *("train", "model.path=model", "data.train=newest://.", "data.max_length=32", "run.dir=run", *TASK, *words),
         *(
             "data.split.validation=0.2",
             "trainer.micro_batch_size=4",
