@@ -217,7 +217,7 @@ class Launch:
             self._kill()
 
     def _ask_for_stacks(self) -> None:
-        """A rank stalled: the others print where they are (see `train.watchdog`), one that was stopped too."""
+        """A rank stalled: the others print where they are (`trainer/callbacks/watchdog.py`), one that was stopped too."""
         for rank, process in enumerate(self.ranks):
             if process.poll() is None:
                 process.send_signal(signal.SIGQUIT)
