@@ -22,9 +22,6 @@ from dstune.zero.restore import WEIGHT, Source
 CUTS = "dstune_cuts"
 """Key of `Slices.cuts` in what DeepSpeed saves."""
 
-Cuts = Mapping[str, int]
-"""The dimension along which each weight is cut, by its name; the others are whole on every rank."""
-
 
 class Slices:
     """This rank's place among those that share weights, and among those that have the same slices."""
