@@ -28,16 +28,7 @@ from dstune.serve.gateway.output_bound import bounded
 from dstune.serve.gateway.routes import _allowed
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
-from tests.support.serving import chat, served, stub_source
-
-
-def run(test, folder, **settings):
-    async def main():
-        async with served(folder, **settings) as found:
-            return await test(found)
-
-    return asyncio.run(main())
-
+from tests.support.serving import chat, run, stub_source
 
 CUT = b"<cut>"
 """What stands for a connection that the server has closed."""

@@ -253,3 +253,13 @@ async def served(
 
 def chat(text: str = "hello there", **changes: Any) -> dict[str, Any]:
     return {"model": "first", "messages": [{"role": "user", "content": text}], **changes}
+
+
+def run(test, tmp_path, **settings):
+    """The result of `test(served)`."""
+
+    async def main():
+        async with served(tmp_path, **settings) as found:
+            return await test(found)
+
+    return asyncio.run(main())

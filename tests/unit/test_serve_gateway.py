@@ -12,18 +12,7 @@ from dstune.serve.engines.base import EngineDown
 from dstune.serve.gateway.app import Route
 from dstune.serve.gateway.routes import INFERENCE, ROUTES
 from dstune.serve.store.keys import Keys, Limit
-from tests.support.serving import chat, served
-
-
-def run(test, tmp_path, **settings):
-    """The result of `test(served)`."""
-
-    async def main():
-        async with served(tmp_path, **settings) as found:
-            return await test(found)
-
-    return asyncio.run(main())
-
+from tests.support.serving import chat, run
 
 EXAMPLES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
