@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dstune.serve.guard.bodies import Placed
+from dstune.serve.guard.bodies import Placed, media_in, texts_in
 from dstune.serve.guard.check import Span, Text, Verdict
 from dstune.serve.guard.lakera import _payload
 from dstune.serve.guard.policy import Policy
@@ -293,6 +293,17 @@ BODIES = [
         "content": [{"type": "image_url", "text": ATTACK, "image_url": {"url": "data:image/png;base64,AA"}}],
     },
     {"role": "user", "content": "x", "parts": [{"text": ATTACK}]},
+    # What says that it is a picture, and is none, and what stands beside one.
+    {"role": "user", "type": "image", "content": ATTACK},
+    {"role": "user", "content": [{"type": "image", "content": ATTACK}]},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "detail": ATTACK}}]},
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": ATTACK}}]},
+    {"role": "user", "content": [{"type": "file", "file": {"file_data": "QUJD", "filename": ATTACK}}]},
+    {"role": "assistant", "tool_calls": [{"function": {"arguments": {"type": "file", "content": ATTACK}}}]},
+    {"role": "assistant", "tool_calls": [{"function": {"arguments": {"content": [{"type": "file", "file": ATTACK}]}}}]},
+    {"role": "tool", "content": "x", "status": ATTACK},
+    {"role": "tool", "content": "x", "object": ATTACK},
+    {"role": "user", "content": [{"type": ATTACK, "text": "x"}]},
 ]
 
 
@@ -303,6 +314,24 @@ def test_a_text_is_read_wherever_a_client_puts_it(tmp_path, message):
         assert (await ask(found, body))["flagged"]
 
     run(test, tmp_path, POLICY | {"output": [BLOCKS]})
+
+
+MEDIA = [
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "auto"}},
+    {"type": "input_image", "image_url": "https://example.org/a.png"},
+    {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}},
+    {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+    {"type": "video", "video": ["data:image/png;base64,AAAA", "data:image/png;base64,AAAB"]},
+    {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA", "file_id": "file-1"}},
+]
+
+
+@pytest.mark.parametrize("part", MEDIA)
+def test_of_media_nothing_is_read(part):
+    for message in ({"content": [part]}, {"content": [{"type": "tool_result", "content": [part]}]}, {"output": [part]}):
+        assert list(texts_in(message)) == [] and media_in(message) == {part["type"]}
+    call = {"tool_calls": [{"function": {"arguments": part}}]}  # which a template prints
+    assert list(texts_in(call)) and not media_in(call)
 
 
 def test_texts_without_number_are_not_checked(tmp_path):

@@ -43,13 +43,22 @@ def put(body: Any, changes: Mapping[Place, str]) -> Any:
 
 
 KINDS = frozenset({"role", "type", "status", "object", "finish_reason", "native_finish_reason"})
-"""Keys whose text says what something is: there is nothing to read in it."""
+"""Keys whose text says what something is, as long as it is one word."""
 IDS = frozenset({"id", "tool_call_id", "call_id"})
 MEDIA = frozenset(
     {"image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file"}
 )
-"""Types of parts that hold no text but what stands under `text`."""
+"""Types of parts of a content that hold something other than text."""
+DATA = MEDIA | {"audio_url", "file_data", "file_url", "file_id", "source", "url", "data", "base64", "path"}
+"""Where such a part holds it, alone or one within the other."""
+_DESCRIBES = frozenset({"detail", "format", "media_type", "mime_type"})
+"""What a part tells of its picture or sound, in a word."""
+_WITHIN = frozenset({"message", "delta", "content", "output"})
+"""The way to the parts of a content, or of what a function has answered."""
+_KIND = re.compile(r"[\w.-]{0,32}")
+_DESCRIPTION = re.compile(r"[\w./+-]{0,32}")
 _ID = re.compile(r"[\w.:-]{0,64}")
+_SPACE = re.compile(r"\s")
 
 
 def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> Iterator[Placed]:
@@ -61,23 +70,53 @@ def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> It
 
 def texts_in(value: Any, place: Place = (), but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
     """Each text of a JSON value and where it stands. but: keys that are left out."""
+    return ((where, text) for where, text, media in _texts_in(value, place, but) if not media)
+
+
+def media_in(value: Any) -> set[str]:
+    """Types of the parts of a message of which something is left out."""
+    return {media for _, _, media in _texts_in(value) if media}
+
+
+def _texts_in(
+    value: Any, place: Place = (), but: Collection[str] = (), part: str = "", data: bool = True
+) -> Iterator[tuple[Place, str, str]]:
+    """And the type of the part whose data a text is; empty where it is to be read.
+
+    part: the type of the media that this is within. data: whether all keys on the way from there are of its data.
+    """
     if isinstance(value, str):
         key = place[-1] if place else ""
-        if not (key in KINDS or (key in IDS and _ID.fullmatch(value))):
-            yield place, value
+        if part and data and not _SPACE.search(value):  # prose is none
+            yield place, value, part
+        elif not _names(key, value, part):
+            yield place, value, ""
     elif isinstance(value, dict):
-        media = is_media(value)
+        if media := _media(value, place):
+            part, data = media, True
         for key, item in value.items():
-            if key not in but and (not media or key == "text"):
-                yield from texts_in(item, (*place, key), but)
+            if key not in but:
+                yield from _texts_in(item, (*place, key), but, part, data and key in DATA)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from texts_in(item, (*place, index), but)
+            yield from _texts_in(item, (*place, index), but, part, data)
 
 
-def is_media(part: Mapping[str, Any]) -> bool:
-    kind = part.get("type")
-    return isinstance(kind, str) and kind in MEDIA
+def _names(key: str | int, text: str, part: str) -> bool:
+    """Whether a text only says what something is, or which one."""
+    return (
+        (key in KINDS and _KIND.fullmatch(text) is not None)
+        or (key in IDS and _ID.fullmatch(text) is not None)
+        or (part != "" and key in _DESCRIBES and _DESCRIPTION.fullmatch(text) is not None)
+    )
+
+
+def _media(value: Mapping[str, Any], place: Place) -> str:
+    """The type of a part of a content that holds no text; empty for all else, whatever it says that it is: a template prints
+    the arguments of a call, and a model reads them."""
+    kind = value.get("type")
+    within = place != () and isinstance(place[-1], int) and all(isinstance(key, int) or key in _WITHIN for key in place)
+    return kind if within and isinstance(kind, str) and kind in MEDIA else ""
 
 
 def _chat(body: Mapping[str, Any]) -> Iterator[Placed]:

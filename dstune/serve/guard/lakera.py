@@ -17,7 +17,7 @@ from dstune.serve.asgi import while_connected
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
-from dstune.serve.guard.bodies import Placed, is_media, of_message
+from dstune.serve.guard.bodies import Placed, media_in, of_message
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
 from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict
 from dstune.serve.guard.front import Guard, note, unavailable
@@ -62,7 +62,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     guard.charge(request, verdict)
     guard.record(request, policy, "guard", verdict)
     note(request, verdict)
-    ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(_media(body["messages"]))])[:500]
+    ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(set().union(*map(media_in, body["messages"])))])[:500]
     request.note(b"x-guard-ignored", [ignored] if ignored else [])
     if verdict.refused and not verdict.blocked:
         too_long = [one for one in verdict.not_run.values() if one.startswith("more than")]
@@ -112,14 +112,6 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
         except UnicodeEncodeError:
             raise ApiError(422, "A message is no UTF-8 text.", param="messages") from None
     return found
-
-
-def _media(value: Any) -> set[str]:
-    """Types of the parts that nobody looks into."""
-    if isinstance(value, dict) and is_media(value):
-        return {str(value["type"])}
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return set().union(*map(_media, parts))
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
