@@ -183,6 +183,22 @@ def test_kong_sends_text_parts_and_shows_what_comes(tmp_path):
     run(test, tmp_path)
 
 
+def test_places_count_the_texts_of_parts_and_nothing_beside_them(tmp_path):
+    async def test(found, guard):
+        cached = {"type": "text", "text": "Hi ", "cache_control": {"type": "ephemeral", "ttl": "5m"}}
+        noted = {"type": "text", "text": EMAIL, "note": {"by": EMAIL}}
+        body = {"messages": [{"role": "user", "content": [cached, noted, "or ", f"at {EMAIL}"]}], "payload": True}
+        places = [(one["start"], one["end"], one.get("field")) for one in (await ask(found, body))["payload"]]
+        last = len("Hi " + EMAIL + "or at ")
+        assert places == [
+            (3, 3 + len(EMAIL), None),
+            (0, len(EMAIL), "content.1.note.by"),
+            (last, last + len(EMAIL), None),
+        ]
+
+    run(test, tmp_path)
+
+
 # -- the contract -----------------------------------------------------------------------------------------------------
 
 

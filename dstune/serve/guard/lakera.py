@@ -201,11 +201,12 @@ LABELS = {detector: kind for kind, detector in PII.items()} | {SECRETS: "SECRET"
 
 
 def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dict[str, Any]]:
-    """Spans in the content of messages. A message that is a list of parts is counted as its texts one behind the other."""
+    """Spans in messages. A content that is a list of parts is counted as its texts one behind the other, what stands elsewhere
+    from its own beginning."""
     before: dict[int, int] = {}
     starts, wide = [], []
     for one in placed:
-        starts.append(before.get(one.text.message, 0))
+        starts.append(before.get(one.text.message, 0) if _in_content(one) else 0)
         wide.append([place for place, sign in enumerate(one.text.text) if sign > "\uffff"] if units == UTF_16 else [])
         if _in_content(one):
             before[one.text.message] = starts[-1] + len(one.text.text) + len(wide[-1])
@@ -225,4 +226,8 @@ def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dic
 
 
 def _in_content(one: Placed) -> bool:
-    return one.place[2] == "content"
+    """Whether a client counts this text: a content, a part that is a text, or the text of a part; no other field of a part."""
+    match one.place[2:]:
+        case ("content",) | ("content", int()) | ("content", int(), "text"):
+            return True
+    return False
