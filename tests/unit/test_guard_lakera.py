@@ -266,6 +266,8 @@ def test_a_guard_that_is_gone_flags_nothing_and_passes_nothing(tmp_path):
         answer = await ask(found, {"messages": [{"role": "user", "content": "hi"}], "breakdown": True})
         assert not answer["flagged"] and set(answer["not_run"]) == {"prompt_attack/rules"}
         assert answer["breakdown"][0]["detected"] is None
+        (file,) = (tmp_path / "open" / "guard").glob("audit-*.jsonl")
+        assert [json.loads(line)["decision"] for line in file.read_text().splitlines()] == ["unchecked"]
 
     (tmp_path / "open").mkdir()
     run(opened, tmp_path / "open", {"on_failure": "open", "input": [BLOCKS]})

@@ -59,8 +59,9 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
         if policy.on_failure == CLOSED:
             raise unavailable() from None
         verdict = _nothing_ran(policy, placed, str(error))
-    guard.charge(request, verdict)
-    guard.record(request, policy, "guard", verdict)
+    else:
+        guard.charge(request, verdict)
+        guard.record(request, policy, "guard", verdict)
     note(request, verdict)
     ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(set().union(*map(media_in, body["messages"])))])[:500]
     request.note(b"x-guard-ignored", [ignored] if ignored else [])
