@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ import pytest
 from dstune.core.errors import UserError
 from dstune.serve.command import guard_gateway
 from dstune.serve.engines.base import Limits as EngineLimits
+from dstune.serve.guard.bodies import Placed
+from dstune.serve.guard.check import Span, Text, Verdict
 from dstune.serve.guard.engine import Guarding
-from dstune.serve.guard.policy import read
+from dstune.serve.guard.front import _masked
+from dstune.serve.guard.policy import Policy, read
 from dstune.serve.guard.scanner import Scanner
 from dstune.serve.store.keys import Limit
 from tests.support.guards import InProcess, calibrated_between, guarded, write_policies
@@ -94,6 +98,27 @@ def test_requests_are_masked_or_stopped_before_an_engine_sees_them(tmp_path):
         assert EMAIL not in json.dumps(audit(tmp_path))
 
     run(test, tmp_path)
+
+
+def test_masks_of_many_texts_are_found_as_fast_as_those_of_one():
+    """In the event loop of all requests: each text went through the spans of all."""
+    count = 16_000
+    placed = [Placed(("messages", number, "content"), Text("I am a@b.co now", "user")) for number in range(count)]
+    spans = [Span(number, 5, 11, "pii/email", masked=True) for number in reversed(range(count))]
+    began = time.process_time()
+    found = _masked(placed, Verdict(Policy("own"), spans=spans))
+    assert time.process_time() - began < 2
+    assert set(found.values()) == {"I am <EMAIL> now"} and len(found) == count
+
+
+def test_overlapping_masks_are_one():
+    spans = [
+        Span(0, 5, 20, "secrets", True),
+        Span(0, 2, 9, "pii/email", True),
+        Span(1, 0, 1, "secrets"),
+        Span(0, 6, 7, "x", True),
+    ]
+    assert Verdict(Policy("own"), spans=spans).masks() == {0: [Span(0, 2, 20, "pii/email", True)]}
 
 
 def test_routes_without_a_policy_are_logged(tmp_path, caplog):

@@ -113,27 +113,28 @@ class Verdict:
         """Whether nobody may take this for checked."""
         return bool(self.unchecked) and self.policy.on_failure == CLOSED
 
-    def masks(self, text: int) -> list[Span]:
-        """What is masked in a text: in order and disjoint."""
-        own = sorted(
-            (span for span in self.spans if span.text == text and span.masked),
-            key=lambda span: (span.start, -span.end),
-        )
-        kept: list[Span] = []
-        for span in own:
-            if not kept or span.start >= kept[-1].end:
-                kept.append(span)
-            elif span.end > kept[-1].end:  # a longer one that begins within: both are gone
-                kept[-1] = replace(kept[-1], end=span.end)
+    def masks(self) -> dict[int, list[Span]]:
+        """What is masked, by the number of its text: in order and disjoint. Of all texts at once, since each look for those of
+        one goes through all there are."""
+        kept: dict[int, list[Span]] = {}
+        for span in sorted(
+            (span for span in self.spans if span.masked), key=lambda span: (span.text, span.start, -span.end)
+        ):
+            own = kept.setdefault(span.text, [])
+            if not own or span.start >= own[-1].end:
+                own.append(span)
+            elif span.end > own[-1].end:  # a longer one that begins within: both are gone
+                own[-1] = replace(own[-1], end=span.end)
         return kept
 
-    def masked(self, number: int, text: str) -> str:
-        parts, end = [], 0
-        spans = self.masks(number)
-        for span, replacement in zip(spans, tags(text, spans), strict=True):
-            parts += [text[end : max(span.start, 0)], replacement]
-            end = span.end
-        return "".join([*parts, text[end:]])
+
+def masked(text: str, masks: Sequence[Span]) -> str:
+    """`text` with tags in the place of its masks, which are in order and disjoint."""
+    parts, end = [], 0
+    for span, replacement in zip(masks, tags(text, masks), strict=True):
+        parts += [text[end : max(span.start, 0)], replacement]
+        end = span.end
+    return "".join([*parts, text[end:]])
 
 
 _JSON = re.compile(r'\s*(?:\{|\[\s*["{\[\d-])')

@@ -12,7 +12,7 @@ from dstune.serve.engines.http import object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.guard.audit import Audit
 from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
-from dstune.serve.guard.check import Checker, GuardDown, Text, Verdict, item_of
+from dstune.serve.guard.check import Checker, GuardDown, Text, Verdict, item_of, masked
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import CLOSED, Policy
 from dstune.serve.guard.streams import HeldBack, Stopped
@@ -99,7 +99,9 @@ class Guard:
 
 def _masked(placed: Sequence[Placed], verdict: Verdict) -> dict[tuple[str | int, ...], str]:
     return {
-        one.place: verdict.masked(number, one.text.text) for number, one in enumerate(placed) if verdict.masks(number)
+        placed[number].place: masked(placed[number].text.text, masks)
+        for number, masks in verdict.masks().items()
+        if number < len(placed)
     }
 
 
@@ -230,11 +232,10 @@ class Guarded:
         kept = b"".join([chunk async for chunk in chunks])
         text = "".join(_deltas(kept))
         verdict = await self._piece("", text, 0, total) if text.strip() else Verdict(self.policy)
-        if verdict.blocked or verdict.masks(0):
-            stopped = verdict.blocked or sorted({span.detector for span in verdict.masks(0)})
-            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(stopped)}.", "param": None}
+        if found := verdict.blocked or sorted({span.detector for span in verdict.masks().get(0, [])}):
+            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(found)}.", "param": None}
             yield b"event: error\n" + event({"type": "error", **error})
-            raise Stopped(stopped)
+            raise Stopped(found)
         yield kept
 
 

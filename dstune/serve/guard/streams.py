@@ -71,7 +71,8 @@ class Channel:
                 raise Stopped(verdict.blocked)
             self.masks = [mask for mask in self.masks if mask.end <= start]
             self.masks += [
-                replace(mask, start=max(mask.start, 0) + start, end=mask.end + start) for mask in verdict.masks(0)
+                replace(mask, start=max(mask.start, 0) + start, end=mask.end + start)
+                for mask in verdict.masks().get(0, [])
             ]
             self.checked = length
         self.released = length if final else max(self.released, self._free(length))
