@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from dstune.serve.asgi import event
 from dstune.serve.guard.bodies import of_answer
-from dstune.serve.guard.check import Checker, GuardDown, item_of
+from dstune.serve.guard.check import Checker, GuardDown, Span, Verdict, item_of
 from dstune.serve.guard.policy import Policy, Watch
 from dstune.serve.guard.scanner import Scanner
-from dstune.serve.guard.streams import HELD, KEPT, HeldBack, Stopped
+from dstune.serve.guard.streams import CONTEXT, HEAD, HELD, KEPT, LONGEST_FIND, LONGEST_WORD, Channel, HeldBack, Stopped
 
 CARD, KEY, EMAIL = "4111 1111 1111 1111", "sk-ant-api03-" + "Ab1_" * 20, "maria.gonzalez@mail.example.org"
 TEXT = (
@@ -57,8 +58,6 @@ def passed(events: list, own: Policy, *, sizes: int = 0, scan=None, choices: int
     checker = Checker(scan or in_process)
 
     async def check(context, text, windows):
-        from dataclasses import replace
-
         item = replace(item_of(own, text, "output"), context=context, windows_before=windows)
         return await checker.piece(own, item)
 
@@ -243,6 +242,72 @@ def test_a_choice_that_is_stopped_leaves_the_others_going():
     assert [one for one in ends if one[1]] == [(1, "content_filter"), (0, "stop")] and out[-1] is None
     both = passed([*events[:1], chat_event(KEY), *events[1:]], policy("block", "pii/email", "secrets"), choices=2)
     assert both[-1] is not None and written(both) == written(both, 1) == ""
+
+
+PROSE = "Some words of no importance, one after the other, and then it ends. "
+LONG = {
+    "key without an end": ("-----BEGIN PRIVATE KEY----- ", PROSE * 220, ""),
+    "long key": ("-----BEGIN PRIVATE KEY-----\n", ("MIIEvQ" * 10 + "\n") * 400, "-----END PRIVATE KEY-----"),
+    "long word": ("sk-ant-api03-", "Ab1_" * 3000, ""),
+}
+
+
+@pytest.mark.parametrize("size", [80, 300])
+@pytest.mark.parametrize("kind", LONG)
+def test_a_find_without_an_end_is_masked_as_it_comes(kind, size):
+    """It was held to the end of the answer, and searched from its beginning with each piece: 2.3 million characters for 30,000."""
+    searched = []
+
+    async def scan(items):
+        searched.append(len(items[0].context) + len(items[0].text))
+        return [Scanner({}).scan(item) for item in items]
+
+    head, middle, end = LONG[kind]
+    after = "" if kind == "key without an end" else " That was it. " + PROSE * 3
+    text = f"Here it is. {head}{middle}{end}{after}"
+    events = [chat_event(text[place : place + size]) for place in range(0, len(text), size)]
+    out = passed([*events, chat_event("", "stop")], policy("mask", "secrets"), scan=scan)
+    assert written(out) == f"Here it is. <SECRETS>{after}"
+    assert max(searched) < LONGEST_FIND + CONTEXT + HEAD + HELD + size
+    assert max(searched[len(searched) * 3 // 4 :]) < CONTEXT + HEAD + 3 * HELD + size  # none goes back to its beginning
+
+
+def test_a_find_without_an_end_goes_out_before_the_answer_ends():
+    channel, gone = Channel(), []
+
+    async def check(context, text, windows):
+        item = replace(item_of(own, text, "output"), context=context, windows_before=windows)
+        return await checker.piece(own, item)
+
+    async def scan(items):
+        return [Scanner({}).scan(item) for item in items]
+
+    async def run():
+        for _ in range(220):
+            channel.text += PROSE
+            await channel.advance(check, final=False)
+            gone.append(len(channel.text) - channel.released)
+
+    own, checker = policy("mask", "secrets"), Checker(scan)
+    channel.text = "-----BEGIN PRIVATE KEY----- "
+    asyncio.run(run())
+    assert max(gone) <= LONGEST_FIND and gone[-1] < 2 * HELD
+    assert channel.visible(0, channel.released) == "<SECRETS>" and len(channel.masks) == 1
+
+
+def test_what_goes_on_as_a_word_belongs_to_a_find_that_is_not_known_again():
+    async def check(context, text, windows):
+        spans = [] if context else [Span(0, 4, len(text), "secrets", masked=True)]
+        return Verdict(policy("mask", "secrets"), spans=spans)
+
+    channel = Channel("see " + "x" * LONGEST_FIND)
+    asyncio.run(channel.advance(check, final=False))
+    assert channel.released > LONGEST_FIND - LONGEST_WORD - KEPT
+    for text in ("y" * HELD, "z" * HELD + " and more"):
+        channel.text += text
+        asyncio.run(channel.advance(check, final=False))
+    asyncio.run(channel.advance(check, final=True))
+    assert channel.visible(0, len(channel.text)) == "see <SECRETS> and more"
 
 
 def test_completions_and_line_ends_of_other_servers():

@@ -7,10 +7,12 @@ since a card number or a key may go on there. It is checked with what stands bef
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from operator import setitem
 from typing import Any
 
@@ -25,10 +27,14 @@ KEPT = 64
 LONGEST_WORD = 192
 """An e-mail address is one word: it waits for its end, up to so many characters."""
 LONGEST_FIND = 8192
-"""What is found at the end of the text may go on; it waits no longer than this."""
+"""What is found at the end of the text may go on; it waits no longer than this. Then it goes out as its mask, and so does what
+comes until it ends: a private key without an end would be searched from its beginning with each piece."""
 CONTEXT = 2000
 """Characters before a piece that are searched with it."""
+HEAD = 256
+"""Of a find that went out before its end: searched before the context, since by these characters it is known."""
 _SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*\s+|\n\s*")
+_WORD = re.compile(r"\S*")
 
 Check = Callable[[str, str, int], Awaitable[Verdict]]
 """Of context, text and the windows before: what is found. Raises GuardDown."""
@@ -53,6 +59,9 @@ class Channel:
     elsewhere: int = 0
     """Characters that other channels were written since it was."""
     masks: list[Span] = field(default_factory=list)
+    """In order and disjoint."""
+    head: str = ""
+    """Of the find that has gone out up to here and may go on."""
 
     def due(self) -> bool:
         waiting = self.text[self.checked :]
@@ -65,17 +74,41 @@ class Channel:
         length = len(self.text)
         if self.checked < length:
             start = self.released
-            verdict = await check(self.text[max(0, start - CONTEXT) : start], self.text[start:], self.windows)
+            context = self.head + self.text[max(0, start - CONTEXT) : start]
+            verdict = await check(context, self.text[start:], self.windows)
             self.windows += verdict.windows
             if verdict.blocked:
                 raise Stopped(verdict.blocked)
-            self.masks = [mask for mask in self.masks if mask.end <= start]
-            self.masks += [
-                replace(mask, start=max(mask.start, 0) + start, end=mask.end + start)
-                for mask in verdict.masks().get(0, [])
-            ]
+            self._mask(verdict)
             self.checked = length
-        self.released = length if final else max(self.released, self._free(length))
+        before = self.released
+        self.released = length if final else max(before, self._free(length))
+        self._keep_head(before)
+
+    def _mask(self, verdict: Verdict) -> None:
+        """Put what was found from `released` on in the place of what was found there before."""
+        start = self.released
+        while self.masks and self.masks[-1].start >= start:
+            self.masks.pop()
+        if self.masks and self.masks[-1].end > start:
+            self.masks[-1] = replace(self.masks[-1], end=start)
+        word = _WORD.match(self.text, start) if self.head else None
+        if word is not None:  # without its middle a find may not be known again: what goes on as one word is of it
+            self.masks[-1] = replace(self.masks[-1], end=word.end())
+        for found in verdict.masks().get(0, []):
+            begin, end = start + max(found.start, 0), start + found.end
+            if self.masks and (begin < self.masks[-1].end or (found.start < 0 and self.masks[-1].end == start)):
+                self.masks[-1] = replace(self.masks[-1], end=max(end, self.masks[-1].end))
+            else:
+                self.masks.append(replace(found, start=begin, end=end))
+
+    def _keep_head(self, before: int) -> None:
+        """Of the find that `released` stands within. before: where that stood, from where on the find was searched."""
+        within = next((mask for mask in reversed(self.masks) if mask.start < self.released), None)
+        if within is None or not (within.end > self.released or within.end == self.checked):
+            self.head = ""
+        elif within.start >= before or not self.head:
+            self.head = self.text[within.start : within.start + HEAD]
 
     def _free(self, length: int) -> int:
         """Up to where nothing can change any more."""
@@ -87,16 +120,19 @@ class Channel:
         for found in _SENTENCE.finditer(self.text, self.released):
             if not any(one.isdigit() for one in self.text[max(found.start() - 24, 0) : found.end() + 2]):
                 free = max(free, found.end())
-        for mask in self.masks:
-            goes_on = mask.end == length and length - mask.start < LONGEST_FIND
-            if mask.start < free and (goes_on or free < mask.end):
+        for mask in reversed(self.masks):
+            if mask.end <= self.released:
+                break
+            unfinished = free < mask.end or mask.end == length
+            if mask.start < free and unfinished and length - mask.start < LONGEST_FIND:
                 free = mask.start
         return free
 
     def visible(self, start: int, end: int) -> str:
         """What a reader gets of `text[start:end]`."""
         parts, place = [], start
-        masks = [mask for mask in self.masks if mask.end > start and mask.start < end]
+        first = bisect_right(self.masks, start, key=lambda mask: mask.end)
+        masks = list(takewhile(lambda mask: mask.start < end, self.masks[first:]))
         for mask, replacement in zip(masks, tags(self.text, masks), strict=True):
             parts.append(self.text[place : max(mask.start, place)])
             if mask.start >= start:
