@@ -8,6 +8,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
 from dstune.serve.guard.policy import BLOCK, CLOSED, EXACT, FLAG, MASK, SPANS, Policy, Watch, needs_model
@@ -168,9 +169,9 @@ class Checker:
                 self._unchecked(verdict, piece, f"more than {MOST_TEXTS} texts")
             return verdict
         pieces = list(_pieces(policy, texts))
-        if sum(len(piece.item.text) for piece in pieces if piece.number is not None) > policy.limits.characters:
+        if reason := _beyond(policy, [piece for piece in pieces if piece.number is not None]):
             for piece in pieces:
-                self._unchecked(verdict, piece, f"more than {policy.limits.characters} characters")
+                self._unchecked(verdict, piece, reason)
             return verdict
         items = [replace(piece.item, decisive=frozenset()) if everything else piece.item for piece in pieces]
         for piece, result in zip(pieces, await self.scanned(policy, items), strict=True):
@@ -270,41 +271,109 @@ def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
         for start, text, direction in _parts(policy, one):
             if text.strip() and (watches := policy.watches(direction)):
                 yield _Piece(item_of(policy, text, direction, prompts, public), watches, one.message, number, start)
-    # What was cut into several messages is read in one.
+    # What was cut into several messages, or by documents, is read in one.
     for direction, group in itertools.groupby(texts, lambda one: one.direction):
         run = [one for one in group if one.text.strip()]
-        watches = (
-            tuple(watch for watch in policy.watches(direction) if watch.detector not in SPANS) if direction else ()
-        )
-        if len(run) > 1 and watches:
-            joined = item_of(policy, " ".join(one.text for one in run), direction, prompts, public)
-            yield _Piece(joined, watches, run[-1].message, None)
+        watches = tuple(watch for watch in policy.watches(direction) if watch.detector not in SPANS)
+        if run and direction and watches:
+            for text, own in _joined(policy, run, watches):
+                item = _only(item_of(policy, text, direction, prompts, public), own)
+                yield _Piece(item, own, run[-1].message, None)
+
+
+def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
+    """Why there is too much to look at; empty where there is not. pieces: of single texts."""
+    if len(pieces) > MOST_TEXTS:  # of few texts, which markers cut into many
+        return f"more than {MOST_TEXTS} texts"
+    if sum(len(piece.item.text) for piece in pieces) > policy.limits.characters:
+        return f"more than {policy.limits.characters} characters"
+    return ""
+
+
+def _only(item: Item, watches: Iterable[Watch]) -> Item:
+    """The item with what these look for alone."""
+    detectors = frozenset(watch.detector for watch in watches)
+    return replace(item, detectors=detectors, decisive=item.decisive & detectors)
 
 
 def _parts(policy: Policy, one: Text) -> Iterable[tuple[int, str, str]]:
-    """Where each part of a text begins, the part, and its direction: documents between markers are tools' results."""
+    """Where each part of a text begins, the part, and its direction: documents between markers are tools' results where the
+    policy looks at those. Else they are as the rest of the text, or nothing would look at what is typed behind a marker."""
     if not one.direction:
         return
     place = 0
-    if one.direction == "input":
-        for start, end in _documents(one.text, policy.document_markers):
-            yield place, one.text[place:start], "input"
-            yield start, one.text[start:end], "tool_result"
-            place = end
+    for document in _documents(policy, one) if policy.watches("tool_result") else ():
+        yield place, one.text[place : document.start], one.direction
+        yield document.start, one.text[document.start : document.end], "tool_result"
+        place = document.end
     yield place, one.text[place:], one.direction
 
 
-def _documents(text: str, markers: Sequence[tuple[str, str]]) -> Iterable[tuple[int, int]]:
-    """A document without its end marker goes to the end of the text."""
+def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> Iterable[tuple[str, tuple[Watch, ...]]]:
+    """Neighbouring texts of one direction in one, and what looks at them: their authors' own words, and these with the
+    documents among them."""
+    documents = [list(_documents(policy, one)) for one in run]
+    own = [
+        _without(one.text, [(each.opens, each.closes) for each in found])
+        for one, found in zip(run, documents, strict=True)
+    ]
+    if sum(bool(part.strip()) for parts in own for part in parts) > 1:
+        for text in _readings(own):
+            yield text, watches
+    # Half of an attack may stand in a document. A model would take all documents for the user's words, and what does not look
+    # at documents otherwise does not here.
+    among = {watch.detector for watch in policy.watches("tool_result") or watches}
+    exact = tuple(watch for watch in watches if watch.detector in EXACT and watch.detector in among)
+    if exact and any(documents):
+        whole = [
+            _without(one.text, [place for each in found for place in each.markers])
+            for one, found in zip(run, documents, strict=True)
+        ]
+        for text in _readings(whole):
+            yield text, exact
+
+
+def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
+    """What is left of a text beside these places, which are in order and disjoint."""
+    parts, place = [], 0
+    for start, end in places:
+        parts.append(text[place:start])
+        place = end
+    return [part for part in (*parts, text[place:]) if part]
+
+
+def _readings(texts: Sequence[Sequence[str]]) -> list[str]:
+    """The parts of several texts in one: end to end, and where that makes one word of two, with a space between them too."""
+    found = [" ".join("".join(parts) for parts in texts)]
+    if any(not (one[-1].isspace() or other[0].isspace()) for parts in texts for one, other in pairwise(parts)):
+        found.append(" ".join(" ".join(parts) for parts in texts))
+    return found
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A part of a text between markers."""
+
+    opens: int
+    """Where its first marker begins."""
+    start: int
+    end: int
+    closes: int
+    """Where its second marker ends."""
+
+    @property
+    def markers(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (self.opens, self.start), (self.end, self.closes)
+
+
+def _documents(policy: Policy, one: Text) -> Iterable[_Document]:
+    """Those in what a user wrote. One without its end marker goes to the end of the text."""
+    if one.direction != "input" or not policy.document_markers:
+        return
+    ends = dict(reversed(policy.document_markers))
+    opening = re.compile("|".join(map(re.escape, sorted(ends))))
     place = 0
-    while True:
-        opened = [(text.find(begin, place), begin, end) for begin, end in markers]
-        opened = [one for one in opened if one[0] >= 0]
-        if not opened:
-            return
-        start, begin, end = min(opened)
-        start += len(begin)
-        stop = text.find(end, start)
-        stop = len(text) if stop < 0 else stop
-        yield start, stop
-        place = stop
+    while (found := opening.search(one.text, place)) is not None:
+        end = one.text.find(ends[found.group()], found.end())
+        end, place = (end, end + len(ends[found.group()])) if end >= 0 else (len(one.text), len(one.text))
+        yield _Document(found.start(), found.end(), end, place)
