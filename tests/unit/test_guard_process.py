@@ -12,8 +12,11 @@ import pytest
 
 from dstune.serve.guard.check import Text, _pieces
 from dstune.serve.guard.model import BATCH
-from dstune.serve.guard.process import Compute
+from dstune.serve.guard.process import Compute, GuardApp
+from dstune.serve.guard.scanner import Item, Scanner
 from dstune.serve.guard.wire import items_from_json, items_to_json
+from tests.support.guards import calibrate
+from tests.support.tiny import save_classifier
 
 
 class Recording:
@@ -52,7 +55,7 @@ def test_a_long_text_does_not_hold_up_a_short_one():
         done: list[str] = []
 
         async def score(name, windows):
-            scores = await compute.scores("prompt_attack", windows)
+            scores = await compute.scores("prompt_attack", windows, name)
             done.append(name)
             return scores
 
@@ -62,7 +65,7 @@ def test_a_long_text_does_not_hold_up_a_short_one():
         await asyncio.sleep(0.05)
         model.may.set()
         found = await asyncio.gather(*tasks)
-        assert await compute.scores("prompt_attack", []) == []
+        assert await compute.scores("prompt_attack", [], "none") == []
         return done, found
 
     done, found = asyncio.run(run())
@@ -72,22 +75,84 @@ def test_a_long_text_does_not_hold_up_a_short_one():
     assert sum(map(len, model.batches)) == 403
 
 
+def test_many_short_texts_do_not_hold_up_another_request():
+    """They were scored in the order in which they came: 4,096 texts before the first of anybody else."""
+    model = Recording()
+
+    async def run():
+        compute = Compute({"prompt_attack": model})
+        many = [asyncio.create_task(compute.scores("prompt_attack", [[1]], "many")) for _ in range(4096)]
+        await asyncio.sleep(0.05)
+        other = asyncio.create_task(compute.scores("prompt_attack", [[2]] * 20, "other"))
+        await asyncio.sleep(0.05)
+        model.may.set()
+        await other
+        waiting = sum(not one.done() for one in many)
+        await asyncio.gather(*many)
+        return waiting
+
+    assert asyncio.run(run()) > 1000
+    turns = [number for number, batch in enumerate(model.batches) if 2 in batch]
+    assert turns == [1, 2, 3]  # half of each turn is its own
+    assert max(map(len, model.batches)) <= BATCH
+
+
+def test_searches_take_turns_by_request():
+    """One search after the other, as the lock of the interpreter has them: another request's text is among the first."""
+    order: list[str] = []
+    may = threading.Event()
+
+    class Slow(Scanner):
+        def prepare(self, item):
+            may.wait(10)
+            order.append(item.text)
+            return super().prepare(item)
+
+    async def run():
+        app = GuardApp(Slow({}))
+        many = asyncio.create_task(app.scan([Item("many", "input", frozenset())] * 2000))
+        await asyncio.sleep(0.05)
+        other = asyncio.create_task(app.scan([Item("other", "input", frozenset())] * 2))
+        await asyncio.sleep(0.05)
+        may.set()
+        assert len(await many) == 2000 and len(await other) == 2
+
+    asyncio.run(run())
+    assert [number for number, text in enumerate(order) if text == "other"][-1] < 10
+
+
+def test_the_limit_of_windows_is_of_all_texts_of_a_request(tmp_path):
+    scanner = Scanner.load({"prompt_attack": calibrate(save_classifier(tmp_path / "export"), 0.5)})
+    items = [Item(f"w1 w2 w{number}", "input", frozenset({"prompt_attack"}), most_windows=10) for number in range(30)]
+
+    async def run():
+        app = GuardApp(scanner)
+        return [await app.scan(some) for some in (items, items[:10], items[5:15], items[:12])]
+
+    refused, few, more, remembered = asyncio.run(run())
+    assert {result.not_run["prompt_attack"] for result in refused} == {"more than 10 windows"}
+    assert not any(result.computed or result.scores for result in refused)
+    for passed, computed in ((few, 10), (more, 5), (remembered, 0)):
+        assert not any(result.not_run for result in passed)
+        assert sum(result.computed for result in passed) == computed
+
+
 def test_a_text_that_nobody_waits_for_is_dropped_and_a_fault_is_one_texts():
     model = Recording()
 
     async def run():
         compute = Compute({"prompt_attack": model})
-        first = asyncio.create_task(compute.scores("prompt_attack", [[1]] * BATCH))
+        first = asyncio.create_task(compute.scores("prompt_attack", [[1]] * BATCH, "first"))
         await asyncio.sleep(0.05)
-        left = asyncio.create_task(compute.scores("prompt_attack", [[2]] * 1000))
+        left = asyncio.create_task(compute.scores("prompt_attack", [[2]] * 1000, "left"))
         await asyncio.sleep(0.05)
         left.cancel()
         await asyncio.wait([left])  # its future is cancelled by then, however late this loop gets a core
         model.may.set()
         assert await first == [0.001] * BATCH
         with pytest.raises(RuntimeError, match="no such token"):
-            await compute.scores("prompt_attack", [[-1]])
-        assert await compute.scores("prompt_attack", [[3]]) == [0.003]
+            await compute.scores("prompt_attack", [[-1]], "wrong")
+        assert await compute.scores("prompt_attack", [[3]], "right") == [0.003]
 
     asyncio.run(run())
     assert sum(batch.count(2) for batch in model.batches) == 0
@@ -102,7 +167,7 @@ def test_models_take_turns():
         compute = Compute(models)
         windows = [[number] for number in range(100)]
         began = time.monotonic()
-        await asyncio.gather(*(compute.scores(name, windows) for name in models for _ in range(3)))
+        await asyncio.gather(*(compute.scores(name, windows, one) for name in models for one in range(3)))
         return time.monotonic() - began
 
     assert asyncio.run(run()) < 10

@@ -9,8 +9,8 @@ import asyncio
 import json
 import logging
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from typing import Any
 from dstune.serve.asgi import ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
 from dstune.serve.engines.local.process import run_process, set_threads
 from dstune.serve.guard.model import BATCH, GuardModel, Window
-from dstune.serve.guard.scanner import Item, Result, Scanner
+from dstune.serve.guard.scanner import Item, Prepared, Result, Scanner
 from dstune.serve.guard.wire import items_from_json, result_to_json
 
 log = logging.getLogger("dstune.serve.guard")
@@ -28,64 +28,94 @@ log = logging.getLogger("dstune.serve.guard")
 MOST_BYTES = 64 << 20
 SEARCHES = 4
 """Texts that are searched side by side: 200,000 characters of numbers take seconds, and others need not wait for them."""
+SEARCHES_OF_ONE = SEARCHES // 2
+"""Of one request: however many texts it has, another one's first text waits for none but those that are searched now."""
 
 
 @dataclass
 class _Job:
-    detector: str
     windows: Sequence[Window]
     future: Future[list[float]]
     scores: list[float] = field(default_factory=list)
 
 
 class Compute:
-    """One thread that scores windows. Each turn takes some of every text that waits, so that a long one delays no short one."""
+    """One thread that scores windows. Each turn takes as many of every request that waits, so that neither a long text nor
+    thousands of short ones delay another request's."""
 
     def __init__(self, models: dict[str, GuardModel]):
         self._models = models
-        self._jobs: deque[_Job] = deque()
+        self._lines: dict[tuple[str, object], deque[_Job]] = {}
+        """By detector and request, the one whose turn is next first."""
         self._changed = threading.Condition()
         if models:
             threading.Thread(target=self._run, name="compute", daemon=True).start()
 
-    async def scores(self, detector: str, windows: Sequence[Window]) -> list[float]:
+    async def scores(self, detector: str, windows: Sequence[Window], request: object) -> list[float]:
+        """request: what all texts share that take turns as one."""
         if not windows:
             return []
-        job = _Job(detector, windows, Future())
+        job = _Job(windows, Future())
         with self._changed:
-            self._jobs.append(job)
+            self._lines.setdefault((detector, request), deque()).append(job)
             self._changed.notify()
         return await asyncio.wrap_future(job.future)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._jobs:
+                while not self._lines:
                     self._changed.wait()
-                detector = self._jobs[0].detector
-                jobs = [job for job in self._jobs if job.detector == detector][:BATCH]
-            self._turn(self._models[detector], jobs)
+                detector = next(iter(self._lines))[0]
+                turn = [line for line in self._lines if line[0] == detector][:BATCH]
+                parts = [part for line in turn for part in _next(self._lines[line], max(1, BATCH // len(turn)))]
+            if parts:
+                self._score(self._models[detector], parts)
             with self._changed:
-                self._jobs = deque(job for job in self._jobs if not job.future.done())
-                self._jobs.rotate(-1)
+                for line in turn:
+                    jobs = self._lines.pop(line)
+                    while jobs and jobs[0].future.done():
+                        jobs.popleft()
+                    if jobs:
+                        self._lines[line] = jobs  # behind all others
 
     @staticmethod
-    def _turn(model: GuardModel, jobs: Sequence[_Job]) -> None:
-        each = max(1, BATCH // len(jobs))
-        jobs = [job for job in jobs if not job.future.cancelled()]
-        parts = [job.windows[len(job.scores) : len(job.scores) + each] for job in jobs]
+    def _score(model: GuardModel, parts: Sequence[tuple[_Job, Sequence[Window]]]) -> None:
         try:
-            scores = iter(model.score_windows([window for part in parts for window in part]))
+            scores = iter(model.score_windows([window for _, part in parts for window in part]))
         except Exception as error:
             log.exception("windows could not be scored")
-            for job in jobs:
+            for job, _ in parts:
                 if job.future.set_running_or_notify_cancel():
                     job.future.set_exception(RuntimeError(str(error)))
             return
-        for job, part in zip(jobs, parts, strict=True):
+        for job, part in parts:
             job.scores += [next(scores) for _ in part]
             if len(job.scores) == len(job.windows) and job.future.set_running_or_notify_cancel():
                 job.future.set_result(job.scores)
+
+
+def _next(jobs: Iterable[_Job], most: int) -> Iterator[tuple[_Job, Sequence[Window]]]:
+    """The next windows of a request, and the texts that they are of."""
+    for job in jobs:
+        if most <= 0:
+            return
+        if not job.future.done():
+            part = job.windows[len(job.scores) : len(job.scores) + most]
+            most -= len(part)
+            yield job, part
+
+
+def limit_windows(prepared: Sequence[Prepared]) -> None:
+    """Score nothing by a model that would have more windows of all texts of a request than the policy allows of one. What is
+    remembered costs nothing, and does not count."""
+    windows: Counter[str] = Counter()
+    for one in prepared:
+        windows.update({detector: sum(map(len, pieces)) for detector, pieces in one.windows.items()})
+    for one in prepared:
+        for detector in [each for each in one.windows if windows[each] > one.item.most_windows]:
+            del one.windows[detector]
+            one.not_run[detector] = f"more than {one.item.most_windows} windows"
 
 
 class GuardApp:
@@ -107,7 +137,7 @@ class GuardApp:
             body = json.loads(await read_body(receive, MOST_BYTES))
             items = items_from_json(body)
             async with while_connected(receive):
-                results = await self._scan(items)
+                results = await self.scan(items)
             await respond(send, 200, dumps({"results": [result_to_json(one) for one in results]}))
         except ClientGone:
             return
@@ -115,13 +145,20 @@ class GuardApp:
             log.exception("texts could not be looked at")
             await respond(send, 500, b'{"error":{"message":"the guard failed"}}')
 
-    async def _scan(self, items: Sequence[Item]) -> list[Result]:
-        return list(await asyncio.gather(*(self._one(item) for item in items)))
+    async def scan(self, items: Sequence[Item]) -> list[Result]:
+        """Of the texts of one request."""
+        request, turns = object(), asyncio.Semaphore(SEARCHES_OF_ONE)
+        prepared = await asyncio.gather(*(self._searched(item, turns) for item in items))
+        limit_windows(prepared)
+        return list(await asyncio.gather(*(self._scored(one, request) for one in prepared)))
 
-    async def _one(self, item: Item) -> Result:
-        prepared = await asyncio.get_running_loop().run_in_executor(self._search, self.scanner.prepare, item)
+    async def _searched(self, item: Item, turns: asyncio.Semaphore) -> Prepared:
+        async with turns:
+            return await asyncio.get_running_loop().run_in_executor(self._search, self.scanner.prepare, item)
+
+    async def _scored(self, prepared: Prepared, request: object) -> Result:
         scores = {
-            detector: await self._compute.scores(detector, [one for reading in windows for one in reading])
+            detector: await self._compute.scores(detector, [one for reading in windows for one in reading], request)
             for detector, windows in prepared.windows.items()
         }
         return self.scanner.finish(prepared, scores)
