@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from dstune.core.errors import UserError
@@ -356,6 +357,30 @@ def test_a_model_stops_requests_and_is_charged_to_the_key(tmp_path, model):
         assert long.status_code == 413
 
     run(test, tmp_path, {"input": [ATTACKS], "limits": {"windows": 20}}, {"prompt_attack": model})
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v2/guard"])
+def test_what_is_not_waited_for_is_charged_too(tmp_path, model, route, gives_up):
+    async def test(found, guard):
+        async def slow(items):
+            await asyncio.sleep(10)
+            return await InProcess.scan(guard, items)
+
+        found.gateway.guard.check.scan = slow
+        # 3,000 characters are 8 windows of 16 tokens, whatever had been scored of them.
+        client = found.client(found.gateway.keys.add("small", limit=Limit(tokens_per_day=128)))
+        body = chat("word " * 600) if route != "/v2/guard" else {"messages": chat("word " * 600)["messages"]}
+        if gives_up:
+            with pytest.raises(httpx2.TimeoutException):
+                await client.post(route, json=body, timeout=0.2)
+            await asyncio.sleep(0.2)
+        else:
+            assert (await client.post(route, json=body)).status_code == 503
+        assert (await client.post(route, json=body)).status_code == 429
+
+    limits = {"seconds": 60 if gives_up else 0.1}
+    run(test, tmp_path, {"input": [ATTACKS], "limits": limits}, {"prompt_attack": model})
 
 
 def test_blocking_needs_a_calibrated_model(tmp_path, model):

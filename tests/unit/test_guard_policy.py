@@ -14,6 +14,7 @@ from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_o
 from dstune.serve.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
 from dstune.serve.guard.model import GuardModel
 from dstune.serve.guard.policy import PII, Policy, Watch, read
+from dstune.serve.guard.process import GuardApp
 from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
 from tests.support.guards import calibrate
 from tests.support.tiny import save_classifier
@@ -345,6 +346,21 @@ def test_scores_are_remembered_and_counted(scanner):
     assert (first.computed, second.computed) == (1, 0) and first.scores == second.scores
     many = scanner.scan(dataclasses.replace(item, text="w1 " * 100, most_windows=3))
     assert many.not_run == {"prompt_attack": "more than 3 windows"} and not many.scores
+
+
+def test_the_limit_of_windows_is_of_all_texts_of_a_request(scanner):
+    items = [Item(f"w5 w6 w{number}", "input", frozenset({"prompt_attack"}), most_windows=10) for number in range(30)]
+
+    async def run():
+        app = GuardApp(scanner)
+        return [await app.scan(some) for some in (items, items[:10], items[5:15], items[:12])]
+
+    refused, few, more, remembered = asyncio.run(run())
+    assert {result.not_run["prompt_attack"] for result in refused} == {"more than 10 windows"}
+    assert not any(result.computed or result.scores for result in refused)
+    for passed, computed in ((few, 10), (more, 5), (remembered, 0)):
+        assert not any(result.not_run for result in passed)
+        assert sum(result.computed for result in passed) == computed
 
 
 def test_a_decided_text_costs_no_model(scanner):

@@ -15,8 +15,6 @@ from dstune.serve.guard.model import BATCH
 from dstune.serve.guard.process import Compute, GuardApp
 from dstune.serve.guard.scanner import Item, Scanner
 from dstune.serve.guard.wire import items_from_json, items_to_json
-from tests.support.guards import calibrate
-from tests.support.tiny import save_classifier
 
 
 class Recording:
@@ -119,22 +117,6 @@ def test_searches_take_turns_by_request():
 
     asyncio.run(run())
     assert [number for number, text in enumerate(order) if text == "other"][-1] < 10
-
-
-def test_the_limit_of_windows_is_of_all_texts_of_a_request(tmp_path):
-    scanner = Scanner.load({"prompt_attack": calibrate(save_classifier(tmp_path / "export"), 0.5)})
-    items = [Item(f"w1 w2 w{number}", "input", frozenset({"prompt_attack"}), most_windows=10) for number in range(30)]
-
-    async def run():
-        app = GuardApp(scanner)
-        return [await app.scan(some) for some in (items, items[:10], items[5:15], items[:12])]
-
-    refused, few, more, remembered = asyncio.run(run())
-    assert {result.not_run["prompt_attack"] for result in refused} == {"more than 10 windows"}
-    assert not any(result.computed or result.scores for result in refused)
-    for passed, computed in ((few, 10), (more, 5), (remembered, 0)):
-        assert not any(result.not_run for result in passed)
-        assert sum(result.computed for result in passed) == computed
 
 
 def test_a_text_that_nobody_waits_for_is_dropped_and_a_fault_is_one_texts():

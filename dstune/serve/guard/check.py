@@ -26,6 +26,10 @@ class GuardDown(Exception):
     """Nothing looked at the texts."""
 
 
+class Late(GuardDown):
+    """Nothing has looked at the texts by the time that the policy allows; it may still be at it."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A part of a conversation."""
@@ -138,6 +142,20 @@ def masked(text: str, masks: Sequence[Span]) -> str:
     return "".join([*parts, text[end:]])
 
 
+CHARACTERS = 384
+"""From the start of a window to that of the next: 96 tokens of four."""
+
+
+def asked(policy: Policy, texts: Iterable[Text]) -> int:
+    """About how many windows of the texts models were to score: what is known of the work where no answer tells it."""
+    read = {
+        direction
+        for direction, watches in policy.directions.items()
+        if any(needs_model(one.detector) for one in watches)
+    }
+    return sum(1 + len(one.text) // CHARACTERS for one in texts if one.direction in read and one.text.strip())
+
+
 _JSON = re.compile(r'\s*(?:\{|\[\s*["{\[\d-])')
 _QUOTE = re.compile(r'\\.|"', re.S)
 
@@ -160,7 +178,7 @@ class Checker:
     async def __call__(self, policy: Policy, texts: Sequence[Text], *, everything: bool = False) -> Verdict:
         """everything: ask all detectors, also after one has found enough to block.
 
-        Raises GuardDown.
+        Raises GuardDown, Late.
         """
         verdict = Verdict(policy)
         if len(texts) > MOST_TEXTS:
@@ -193,7 +211,7 @@ class Checker:
             async with asyncio.timeout(policy.limits.seconds):
                 return await self.scan(items)
         except TimeoutError:
-            raise GuardDown(f"took more than {policy.limits.seconds:g} s") from None
+            raise Late(f"took more than {policy.limits.seconds:g} s") from None
 
     @staticmethod
     def _unchecked(verdict: Verdict, piece: _Piece, reason: str) -> None:

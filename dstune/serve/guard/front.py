@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from dstune.serve.engines.http import object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.guard.audit import Audit
 from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
-from dstune.serve.guard.check import Checker, GuardDown, Text, Verdict, item_of, masked
+from dstune.serve.guard.check import Checker, GuardDown, Late, Text, Verdict, asked, item_of, masked
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import CLOSED, Policy
 from dstune.serve.guard.streams import HeldBack, Stopped
@@ -41,11 +42,22 @@ class Guard:
         self._admission = admission
         self.counted: Callable[[str, str], None] = lambda what, decision: None
 
-    def charge(self, request: Request, verdict: Verdict) -> None:
+    def charge(self, request: Request, windows: int) -> None:
         """Windows of texts and their variants, as tokens of the key."""
-        if request.caller is not None and verdict.windows:
+        if request.caller is not None and windows:
             most = max(self.guarding.engine.window_tokens.values(), default=0)
-            self._admission.charge(request.caller, verdict.windows * most)
+            self._admission.charge(request.caller, windows * most)
+
+    async def charged(self, request: Request, asked: int, verdict: Awaitable[Verdict]) -> Verdict:
+        """The verdict, whose windows are charged to the key. Where it comes too late or nobody waits for it any more, those
+        that were asked for are: whoever gives up early would be checked for nothing. Raises GuardDown."""
+        try:
+            found = await verdict
+        except (Late, asyncio.CancelledError):
+            self.charge(request, asked)
+            raise
+        self.charge(request, found.windows)
+        return found
 
     def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:
         """Write a decision down, and return it."""
@@ -75,7 +87,8 @@ class Guard:
     ) -> dict[str, Any]:
         """`body` with its masks. Raises ApiError where it is stopped."""
         try:
-            verdict = await self.check(policy, [one.text for one in placed])
+            texts = [one.text for one in placed]
+            verdict = await self.charged(request, asked(policy, texts), self.check(policy, texts))
         except GuardDown as error:
             log.error("%s: the guard could not check: %s", request.id, error)
             self.record(request, policy, what, None, str(error))
@@ -83,7 +96,6 @@ class Guard:
                 raise unavailable() from None
             note_unchecked(request)
             return body
-        self.charge(request, verdict)
         self.record(request, policy, what, verdict)
         note(request, verdict)
         if verdict.blocked:
@@ -156,7 +168,6 @@ class Guarded:
             except GuardDown as error:
                 self._down(error)
                 continue
-            self.guard.charge(self.request, verdict)
             self.guard.record(self.request, self.policy, "answer", verdict)
             note(self.request, verdict)
             if verdict.blocked:
@@ -172,7 +183,8 @@ class Guarded:
     async def _verdict(self, beside: Sequence[Text], placed: Sequence[Placed]) -> Verdict:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
-        return await self.guard.check(policy, [*(one.text for one in placed), *beside])
+        texts = [*(one.text for one in placed), *beside]
+        return await self.guard.charged(self.request, asked(policy, texts), self.guard.check(policy, texts))
 
     def _down(self, error: GuardDown) -> None:
         """Raises ApiError where nothing may pass unchecked."""
@@ -207,18 +219,18 @@ class Guarded:
         several = len(prompts) if isinstance(prompts, list) and not all(type(one) is int for one in prompts) else 1
         return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
 
-    async def _piece(self, context: str, text: str, windows: int, total: Verdict) -> Verdict:
+    async def _piece(self, context: str, text: str, before: int, total: Verdict) -> Verdict:
         """Raises GuardDown where nothing may pass unchecked."""
         item = item_of(self.policy, text, "output", self.prompts, self.public)
-        item = replace(item, context=context, windows_before=windows)
+        item = replace(item, context=context, windows_before=before)
         try:
-            verdict = await self.guard.check.piece(self.policy, item)
+            windows = asked(self.policy, [Text(text, "assistant")])
+            verdict = await self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
         except GuardDown as error:
             if self.policy.on_failure == CLOSED:
                 raise
             total.not_run |= {watch.detector: str(error) for watch in self.policy.watches("output")}
             return Verdict(self.policy)
-        self.guard.charge(self.request, verdict)
         total.entries += [entry for entry in verdict.entries if entry.detected is not False]
         total.not_run |= verdict.not_run
         total.windows += verdict.windows

@@ -19,7 +19,7 @@ from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
 from dstune.serve.guard.bodies import Placed, media_in, of_message
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
-from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict
+from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict, asked
 from dstune.serve.guard.front import Guard, note, unavailable
 from dstune.serve.guard.policy import CLOSED, PII, SECRETS, Policy
 
@@ -49,18 +49,18 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     requested = {name: _flag(body, name) for name in ("payload", "breakdown", "dev_info")}
     policy = _policy(guard, body.get("project_id"))
     units = units or _units(request)
+    texts = [one.text for one in placed]
+    everything = requested["breakdown"] or not decides
     try:
         async with gateway.admission.place(request.key, request.receive), while_connected(request.receive):
-            verdict = await guard.check(
-                policy, [one.text for one in placed], everything=requested["breakdown"] or not decides
-            )
+            checking = guard.check(policy, texts, everything=everything)
+            verdict = await guard.charged(request, asked(policy, texts), checking)
     except GuardDown as error:
         guard.record(request, policy, "guard", None, str(error))
         if policy.on_failure == CLOSED:
             raise unavailable() from None
         verdict = _nothing_ran(policy, placed, str(error))
     else:
-        guard.charge(request, verdict)
         guard.record(request, policy, "guard", verdict)
     note(request, verdict)
     ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(set().union(*map(media_in, body["messages"])))])[:500]
