@@ -17,12 +17,13 @@ import pytest
 from dstune.core.errors import UserError
 from dstune.serve.command import guard_gateway
 from dstune.serve.engines.base import Limits as EngineLimits
+from dstune.serve.guard import engine
 from dstune.serve.guard.bodies import Placed
-from dstune.serve.guard.check import Span, Text, Verdict
+from dstune.serve.guard.check import GuardDown, Span, Text, Verdict
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.front import _masked
 from dstune.serve.guard.policy import Policy, read
-from dstune.serve.guard.scanner import Scanner
+from dstune.serve.guard.scanner import Item, Scanner
 from dstune.serve.store.keys import Limit
 from tests.support.guards import InProcess, calibrated_between, guarded, write_policies
 from tests.support.serving import chat, served
@@ -441,6 +442,37 @@ def test_the_guards_process_is_started_watched_and_fails_closed(tmp_path):
         "input": [RULES, {"detector": "secrets", "action": "block"}, {"detector": "unknown_links", "action": "block"}]
     }
     in_a_process(tmp_path, policy, ["w1 w2"], [ATTACK, f"key {KEY}", "see https://evil.example/x"])
+
+
+def test_a_process_that_is_stuck_is_started_again(tmp_path, monkeypatch, caplog):
+    """It was waited for until it ended, and every request with it."""
+    monkeypatch.setattr(engine, "PROBE_SECONDS", 0.2)
+
+    async def main():
+        policies = read(write_policies(tmp_path, {"input": [RULES]}))
+        short = Path(tempfile.mkdtemp(prefix="dstune-test-"))
+        guarding = Guarding(policies, tmp_path, short, EngineLimits(start_seconds=600, drain_seconds=2))
+        assert guarding.patience == 120
+        guarding.patience = 20.0
+        await guarding.start()
+        try:
+            first = guarding.engine.process.pid
+            os.kill(first, signal.SIGSTOP)
+            scan = asyncio.create_task(guarding.scan([Item(ATTACK, "input", frozenset({"prompt_attack/rules"}))]))
+            while not (guarding.up and guarding.engine.starts > 1):
+                await asyncio.sleep(0.1)
+            with pytest.raises(GuardDown):
+                await scan
+            with pytest.raises(ProcessLookupError):
+                os.kill(first, 0)
+            (found,) = await guarding.scan([Item(ATTACK, "input", frozenset({"prompt_attack/rules"}))])
+            assert found.found
+        finally:
+            await guarding.stop()
+            shutil.rmtree(short)
+
+    asyncio.run(asyncio.wait_for(main(), 300))
+    assert "the guard has done nothing for 20 s" in caplog.text
 
 
 @pytest.mark.ci

@@ -95,6 +95,41 @@ def test_many_short_texts_do_not_hold_up_another_request():
     assert max(map(len, model.batches)) <= BATCH
 
 
+def test_how_long_a_step_takes_is_told_and_a_queue_is_none():
+    """A search or a turn without an end is seen; many requests, each of which waits long, are not taken for one."""
+    model = Recording()
+    may = threading.Event()
+
+    class Slow(Scanner):
+        def prepare(self, item):
+            may.wait(10)
+            return super().prepare(item)
+
+    async def run():
+        app = GuardApp(Slow({}))
+        assert app.silent() == 0
+        many = asyncio.create_task(app.scan([Item("x", "input", frozenset())] * 50))
+        await asyncio.sleep(0.5)
+        assert app.silent() > 0.4
+        may.set()
+        await many
+        assert app.silent() == 0
+        compute = Compute({"prompt_attack": model})
+        assert compute.silent() == 0
+        waits = asyncio.create_task(compute.scores("prompt_attack", [[1]] * BATCH * 20, "one"))
+        await asyncio.sleep(0.5)
+        assert compute.silent() > 0.4
+        model.score_windows = lambda windows: time.sleep(0.1) or [0.0] * len(windows)
+        model.may.set()
+        silent = []
+        while not waits.done():
+            await asyncio.sleep(0.05)
+            silent.append(compute.silent())
+        assert sorted(silent)[len(silent) // 2] < 0.4 and compute.silent() == 0
+
+    asyncio.run(run())
+
+
 def test_searches_take_turns_by_request():
     """One search after the other, as the lock of the interpreter has them: another request's text is among the first."""
     order: list[str] = []

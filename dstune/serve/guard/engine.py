@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,13 @@ from dstune.serve.source import Source
 log = logging.getLogger("dstune.serve")
 
 LONGEST_PAUSE = 30.0
+PROBE_SECONDS = 5.0
+"""How often the process is asked how long a step of its work has taken."""
+SILENT_SECONDS = 120.0
+"""A step (one text's search, or sixteen windows) that takes longer has no end. On a slow core sixteen windows are scored in a
+second, and 200,000 characters searched in some; four searches share a core, and other work may leave a tenth of it."""
+SILENT_CHECKS = 4
+"""Nor does it end before that where it takes fewer times `limits.seconds`, for which a whole request may take."""
 
 
 def _source() -> Source:
@@ -72,6 +80,9 @@ class Guarding:
         self.engine = GuardEngine(
             _source(), "guard", state, runtime, limits or Limits(), models=models, needs=tuple(needs)
         )
+        longest = max(policy.limits.seconds for policy in policies.policies.values())
+        self.patience = max(SILENT_SECONDS, SILENT_CHECKS * longest)
+        """Seconds without a step that ended, after which the process is taken for stuck."""
         self._watcher: asyncio.Task[None] | None = None
         self.up = False
 
@@ -102,9 +113,9 @@ class Guarding:
     async def _watch(self) -> None:
         pause = 1.0
         while True:
-            await self.engine.ended()
+            why = await self._gone()
             self.up = False
-            log.error("the guard has ended; it is started again in %g s", pause)
+            log.error("the guard %s; it is started again in %g s", why, pause)
             await self.engine.stop(0)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE)
@@ -119,6 +130,32 @@ class Guarding:
                 continue
             pause = 1.0
             log.info("the guard is back")
+
+    async def _gone(self) -> str:
+        """Returns when the process has ended, or is stuck: which of the two."""
+        waits = {
+            asyncio.create_task(self.engine.ended()): "has ended",
+            asyncio.create_task(self._stuck()): f"has done nothing for {self.patience:g} s",
+        }
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+        for one in done:
+            one.result()
+        return waits[done.pop()]
+
+    async def _stuck(self) -> None:
+        """Returns when the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
+        requests: these may all take too long where there are many, and a guard that works through them is not stuck."""
+        heard = time.monotonic()
+        while (left := heard + self.patience - time.monotonic()) > 0:
+            await asyncio.sleep(min(PROBE_SECONDS, left))
+            with contextlib.suppress(Exception):  # whatever comes in its place, it is no answer
+                async with asyncio.timeout(max(left, PROBE_SECONDS)):
+                    health = await self.engine.ask("GET", "/health", None)
+                heard = time.monotonic() - health["silent"]
 
     async def scan(self, items: Sequence[Item]) -> list[Result]:
         """Raises GuardDown."""

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,8 @@ class Compute:
         self._lines: dict[tuple[str, object], deque[_Job]] = {}
         """By detector and request, the one whose turn is next first."""
         self._changed = threading.Condition()
+        self._moved = 0.0
+        """When the last turn ended, or windows came while none waited."""
         if models:
             threading.Thread(target=self._run, name="compute", daemon=True).start()
 
@@ -57,9 +60,16 @@ class Compute:
             return []
         job = _Job(windows, Future())
         with self._changed:
+            if not self._lines:
+                self._moved = time.monotonic()
             self._lines.setdefault((detector, request), deque()).append(job)
             self._changed.notify()
         return await asyncio.wrap_future(job.future)
+
+    def silent(self) -> float:
+        """Seconds for which windows have waited without a turn that ended."""
+        with self._changed:
+            return time.monotonic() - self._moved if self._lines else 0.0
 
     def _run(self) -> None:
         while True:
@@ -78,6 +88,7 @@ class Compute:
                         jobs.popleft()
                     if jobs:
                         self._lines[line] = jobs  # behind all others
+                self._moved = time.monotonic()
 
     @staticmethod
     def _score(model: GuardModel, parts: Sequence[tuple[_Job, Sequence[Window]]]) -> None:
@@ -125,6 +136,8 @@ class GuardApp:
         self.scanner = scanner
         self._compute = Compute(scanner.models)
         self._search = ThreadPoolExecutor(SEARCHES, "search")
+        self._searching: dict[object, float] = {}
+        """Since when each text is searched."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +145,8 @@ class GuardApp:
         try:
             if (scope["method"], scope["path"]) == ("GET", "/health"):
                 models = {name: model.window_tokens for name, model in self.scanner.models.items()}
-                await respond(send, 200, dumps({"calibrated": self.scanner.calibrated, "window_tokens": models}))
+                health = {"calibrated": self.scanner.calibrated, "window_tokens": models, "silent": self.silent()}
+                await respond(send, 200, dumps(health))
                 return
             body = json.loads(await read_body(receive, MOST_BYTES))
             items = items_from_json(body)
@@ -152,9 +166,22 @@ class GuardApp:
         limit_windows(prepared)
         return list(await asyncio.gather(*(self._scored(one, request) for one in prepared)))
 
+    def silent(self) -> float:
+        """The longest that a step of the work has taken by now: a search, or a turn of windows."""
+        now = time.monotonic()
+        return max([self._compute.silent(), *(now - since for since in list(self._searching.values()))])
+
     async def _searched(self, item: Item, turns: asyncio.Semaphore) -> Prepared:
         async with turns:
-            return await asyncio.get_running_loop().run_in_executor(self._search, self.scanner.prepare, item)
+            return await asyncio.get_running_loop().run_in_executor(self._search, self._prepare, item)
+
+    def _prepare(self, item: Item) -> Prepared:
+        step = object()
+        self._searching[step] = time.monotonic()
+        try:
+            return self.scanner.prepare(item)
+        finally:
+            del self._searching[step]
 
     async def _scored(self, prepared: Prepared, request: object) -> Result:
         scores = {
