@@ -268,6 +268,67 @@ def test_links_are_known_by_their_host():
     assert not list(unknown_links("e.g. main.py, 3.14, a.b and version v1.2/x", allowed))
 
 
+HIDDEN_HOSTS = [
+    "https://example.com'@evil.com/?q=1", "https://example.com|@evil.com/?q=1", 'https://example.com"@evil.com/?q=1',
+    "https://example.com<@evil.com/?q=1", "https://example.com:443'@evil.com/x", f"https://example.com'{'a' * 5000}@evil.com/x",
+    "https://me:word@example.com/", "http:/evil.com/?q=1", "https:evil.com", r"https:\evil.com/x", r"https:/\evil.com/x",
+    r"https:\/\/evil.com/x", r"https\:evil.com/x", "https:evil%2ecom/x", "https:1746437514/?q=1", "https:[2001:db8::1]/?q=1",
+    "https:me@evil.com/x", "https://example.com'.evil.com/x", "https://example.com,x.evil.com/x",
+    "https://example.com'%2eevil%2ecom/", r"https://example.com\@evil.com/", r"https://example.com\.evil.com/",
+    "//example.com'@evil.com/?q=1", "//example.com@evil.com/?q=1", "//1746437514/?q=1", "www.example.com'@evil.com/",
+    "http://[::1]/", "https://example.com:443.evil.com/", "https://intranet/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("link", HIDDEN_HOSTS)
+def test_the_host_of_a_link_is_what_browsers_take(link):
+    within_words = [f"_{link}", f"\u89c1{link} now"] if link.startswith("http") else []
+    for text in (f"![a]({link})", f"see {link} now", *within_words):
+        ((start, end),) = unknown_links(text, ["example.com"])
+        assert text[start:end].rstrip(")") == link
+
+
+KNOWN_LINKS = [
+    "[a](https://example.com)", "<https://example.com>", '"https://example.com."', '"https://example.com".', "_https://example.com_",
+    "'see https://example.com, and'", "[https://example.com](https://example.com/x)", "[a](https://example.com).Next",
+    "[a](https://example.com)写信a@b.org。", '{"url":"https://example.com","to":"a@b.org","file":"a.txt"}',
+    r'{\"url\":\"https://example.com\",\"to\":\"a@b.org\"}', '<a href="https://example.com">www.example.com</a>',
+    "<a href=https://example.com>example.com</a>", "**https://example.com**", "|https://example.com|a.txt|", "`https://example.com`",
+    "https://example.com:8443/a?b=c@d.org", "https://example.com/a,b@c", "https://docs.example.com#x'@evil.com", "https://example.com's.",
+    "“https://example.com”", "https://EXAMPLE.com.", "https:example.com", "http:/example.com/x", "//example.com/x",
+    "www.example.com, ", "https://*.example.com/x", "https://example.com\nhttps://example.com", r"https://example.com\\path",
+]  # fmt: skip
+NO_LINKS = [
+    "{http:require('http')}", "http:80/tcp https:443", "https:// for", "use https: and http:", "// a comment.py", "//@ts-ignore",
+    "//TODO(@bob) it", "a//10.5", "x //1000000", "https://<host>/path", "file:main.py ws:1", "https:word",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*KNOWN_LINKS, *NO_LINKS])
+def test_known_links_stay_known_in_markdown(text):
+    assert not list(unknown_links(text, ["example.com"]))
+    assert bool(list(unknown_links(text, []))) == (text in KNOWN_LINKS)
+
+
+def test_a_link_after_a_known_one_is_looked_at():
+    for text in (
+        "[https://example.com](https://evil.com/x)",
+        "https://example.com|https://evil.com/x",
+        "https://evil.com/x](https://example.com)",
+    ):
+        assert [text[start:end] for start, end in unknown_links(text, ["example.com"])] == ["https://evil.com/x"]
+
+
+@pytest.mark.parametrize(
+    "sign", ["https:", "https:a.b,", "https:@", "https://a,", "https://example.com'", "//a@b.co ", "www.a ", "\\'"]
+)
+def test_hosts_without_an_end_take_time_by_their_length(sign: str) -> None:
+    for tail in ("", "a" * 60_000):
+        began = time.process_time()
+        list(unknown_links(sign * (60_000 // len(sign)) + tail, ["example.com"]))
+        assert time.process_time() - began < 2
+
+
 def test_many_links_take_time_by_their_number() -> None:
     began = time.process_time()
     assert len(list(unknown_links("http://a.bc/ d.com/x " * 10_000, ()))) == 20_000

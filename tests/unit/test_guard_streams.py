@@ -95,7 +95,15 @@ def test_values_that_are_cut_into_pieces_are_masked_whole(seed):
     assert out[-2]["choices"][0]["finish_reason"] == "stop" and out[-1] is None
 
 
-@pytest.mark.parametrize("value", [CARD, KEY, EMAIL, "DE89 3704 0044 0532 0130 00", "+1 415-555-2671"])
+BESIDE_NUMBERS = [
+    "4242 4242 4242 4242 02/27 737",
+    "4111111111111111 123",
+    "BE71 0961 2345 6769 50 EUR",
+    "o'brien@example.org",
+]
+
+
+@pytest.mark.parametrize("value", [CARD, KEY, EMAIL, "DE89 3704 0044 0532 0130 00", "+1 415-555-2671", *BESIDE_NUMBERS])
 def test_nothing_of_a_value_that_stops_the_answer_goes_out(value):
     detectors = ("pii/email", "pii/credit_card", "pii/iban_code", "pii/phone_number", "secrets")
     for before in ("It is ", "One sentence. Then ", "x" * 150 + " and then ", "y" * (HELD - 10) + " "):
@@ -107,6 +115,21 @@ def test_nothing_of_a_value_that_stops_the_answer_goes_out(value):
             assert len(written(out)) <= len(before), written(out)
             assert out[-2]["choices"][0] == {"index": 0, "delta": {}, "finish_reason": "content_filter"}
             assert out[-1].detectors
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 17])
+def test_cards_and_ibans_beside_numbers_are_masked_in_a_stream(size):
+    text = (
+        "Pay 20 4242 4242 4242 4242 02/27 737. Or 4111111111111111 123 of o'brien@example.org, or BE71 0961 2345 6769 50 EUR.\n"
+        "It costs 100 4111 1111 1111 1111 12/26 and goes on for long enough that some of it goes out before the end is there."
+    )
+    pieces = [text[place : place + size] for place in range(0, len(text), size)]
+    own = policy("mask", "pii/credit_card", "pii/iban_code", "pii/email")
+    out = passed([*(chat_event(one) for one in pieces), chat_event("", "stop")], own)
+    assert written(out) == (
+        "Pay 20 <CREDIT_CARD> 02/27 737. Or <CREDIT_CARD> 123 of <EMAIL>, or <IBAN_CODE> 50 EUR.\n"
+        "It costs 100 <CREDIT_CARD> 12/26 and goes on for long enough that some of it goes out before the end is there."
+    )
 
 
 def test_text_goes_out_sentence_by_sentence_as_the_engine_wrote_it():

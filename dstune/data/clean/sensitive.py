@@ -1,7 +1,7 @@
 """Secrets and personal data in a text: where they are, and the text with tags in their place.
 
 Offline: no service is asked whether a secret is valid, and no model looks for names. Each kind has a check beyond its
-pattern where one exists: check digits of cards and IBANs (python-stdnum), numbering plans of phones (libphonenumber),
+pattern where one exists: check digits of cards and of IBANs (python-stdnum), numbering plans of phones (libphonenumber),
 ranges of IP addresses and social security numbers.
 """
 
@@ -111,9 +111,13 @@ def _always(_: str) -> bool:
 
 # -- personal data ----------------------------------------------------------------------------------------------------
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{4}){2,7}(?:[ ]?[A-Z0-9]{1,4})?\b")
-_CARD = re.compile(r"(?<![\d.,-])(?:\d[ -]?){12,18}\d(?!\d|[.,-]\d)")
+_AT = re.compile(r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}\b")
+_LOCAL = re.compile(r"(?<![\w.+-])[\w.+-]+(?:[!#$%&'*/=?^`{|}~][\w.+-]+)*\Z")
+"""What stands before the @. The signs that quote and separate too (RFC 5322 allows them) are part of it one by one, between
+letters: `'`, `{`, `**` before the first letter are around the address."""
+_LONGEST_LOCAL = 64
+_IN_URLS = "/?&#="
+_KEY = re.compile(r"[A-Za-z_]\w*=")
 _SSN = re.compile(r"(?<![\d-])\d{3}([- ])\d{2}\1\d{4}(?![\d-])")
 _IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.]*\d)")
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)?(?![\w:])")
@@ -131,8 +135,7 @@ def find_personal_data(text: str) -> list[Finding]:
 
 def _personal_data(text: str) -> Iterator[Finding]:
     if "@" in text:
-        for match in _EMAIL.finditer(text):
-            yield Finding(*match.span(), "EMAIL")
+        yield from _emails(text)
     if ":" in text:
         for match in _IPV6.finditer(text):
             if _is_person_address(match.group()):
@@ -142,21 +145,47 @@ def _personal_data(text: str) -> Iterator[Finding]:
     for match in _IPV4.finditer(text):
         if _is_person_address(match.group()):
             yield Finding(*match.span(), "IP_ADDRESS")
-    for match in _IBAN.finditer(text):
-        if _checks("stdnum.iban").is_valid(match.group()):
-            yield Finding(*match.span(), "IBAN")
-    for match in _CARD.finditer(text):
-        digits = re.sub(r"\D", "", match.group())
-        if digits[0] in "23456" and _checks("stdnum.luhn").is_valid(digits):
-            yield Finding(*match.span(), "CARD")
-    for match in _SSN.finditer(text):
+    numbers = _ibans_and_cards(text)
+    yield from numbers
+    rest = _without(text, numbers)  # the digits before a card, with its first ones, may pass for a phone number
+    for match in _SSN.finditer(rest):
         if _checks("stdnum.us.ssn").is_valid(match.group()):
             yield Finding(*match.span(), "SSN")
-    yield from _phones(text)
+    yield from _phones(rest)
 
 
 def _checks(module: str) -> Any:
     return require(module, "data.clean.personal_data")
+
+
+def _without(text: str, findings: list[Finding]) -> str:
+    """As long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across them."""
+    parts, end = [], 0
+    for found in findings:
+        parts += [text[end : found.start], "\n" * (found.end - found.start)]
+        end = found.end
+    return "".join([*parts, text[end:]])
+
+
+def _emails(text: str) -> Iterator[Finding]:
+    end = 0
+    for match in _AT.finditer(text):
+        local = _LOCAL.search(text, max(end, match.start() - _LONGEST_LOCAL), match.start())
+        if local is not None:
+            end = match.end()
+            yield Finding(_begin_of_local(text, local.start(), match.start(), end), end, "EMAIL")
+
+
+def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
+    """Where the address that ends at `end` begins, without the quote (`b'`), the path or the key (`mail=`) before it."""
+    before, closing = text[max(start - 1, 0) : start], text[end : end + 1]
+    opening = "{" if closing == "}" else closing
+    if opening and before != opening and not text[end + 1 : end + 2].isalnum():
+        start = max(start, text.rfind(opening, start, at) + 1)
+    if before and before in _IN_URLS:
+        return max(start, *(text.rfind(sign, start, at) + 1 for sign in _IN_URLS))
+    key = _KEY.match(text, start, at)
+    return key.end() if key else start
 
 
 def _is_person_address(text: str) -> bool:
@@ -175,7 +204,98 @@ def _phones(text: str) -> Iterator[Finding]:
             yield Finding(match.start, match.end, "PHONE")
 
 
+# -- IBANs and cards --------------------------------------------------------------------------------------------------
+
+_IBAN = re.compile(r"\b([A-Z]{2})[0-9]{2}(?=[ ]?[A-Z0-9]{4})")
+"""How one begins. How long it is depends on the country, and numbers may follow."""
+_GROUPED_CARD = re.compile(
+    r"(?<![\d.])(?<!(?<!\d)-)"
+    r"(?:[2-6][0-9]{3}([ -])(?:[0-9]{4}\1[0-9]{4}\1(?:[0-9]{4}(\1[0-9]{1,3})?|[0-9]{2,3})|[0-9]{6}\1[0-9]{4,5})|[2-6][0-9]{12,18})"
+    r"(?!\d|\.\d)"
+)
+"""As cards are printed: in fours (up to three digits may be left), 4-6-5, 4-6-4, or in one group. Numbers may stand beside it."""
+_CARD = re.compile(r"(?<![\d.,-])[2-6](?:[ -]?[0-9]){12,18}(?!\d|[.,-]\d)")
+"""In any groups."""
+_BESIDE = re.compile(r"\d | \d")
+_ISSUED = re.compile(
+    r"4(?:[0-9]{12}|[0-9]{15}|[0-9]{18})"  # Visa
+    r"|(?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}"  # Mastercard
+    r"|220[0-4][0-9]{12,15}|35(?:2[89]|[3-8][0-9])[0-9]{12,15}"  # Mir, JCB
+    r"|3[47][0-9]{13}|3(?:0[0-59]|[689][0-9])[0-9]{11}"  # American Express, Diners
+    # Discover, UnionPay, RuPay, Maestro, Elo
+    r"|(?:50[0-9]{2}|5893|6(?:[025][0-9]{2}|304|36[0-9]|4[4-9][0-9]|7[56][0-9]))[0-9]{9,15}"
+)
+"""First digits and length by issuer (ISO/IEC 7812). Of numbers in a row the check digit alone takes one of ten."""
+_TABLE = re.compile(r"(?:[0-9]{4}[ -]){9}[0-9]{4}(?!\d)")
+"""More numbers of four digits than two cards and one before them: if four were tried from each one on, chance would find a
+card in every third row."""
+_NO_DIGITS = str.maketrans("", "", " -")
+_VALUES = bytes.maketrans(b"0123456789", bytes(range(10)))
+_TWICE = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9]))
+
+
+def _ibans_and_cards(text: str) -> list[Finding]:
+    """In order and disjoint. What is surer is looked for first, and nothing else within it."""
+    found: list[Finding] = []
+    for kind, search in (("IBAN", _ibans), ("CARD", _grouped_cards), ("CARD", _lone_cards)):
+        found += [Finding(*span, kind) for span in search(_without(text, found))]
+        found = _disjoint(iter(found))
+    return found
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    for begin in _IBAN.finditer(text):
+        pattern = _iban_of(begin[1])
+        match = pattern.match(text, begin.start()) if pattern else None
+        if match is not None and _checks("stdnum.iban").is_valid(match.group()):
+            yield match.span()
+
+
+@cache
+def _iban_of(country: str) -> re.Pattern[str] | None:
+    """In groups of four or in one, as long as the country has them; None where it has none."""
+    structure = _checks("stdnum.numdb").get("iban").info(country)[0][1].get("bban", "")
+    signs = {"n": "[0-9]", "a": "[A-Z]", "c": "[A-Z0-9]"}
+    each = [signs[kind] for length, kind in re.findall(r"(\d+)!([nac])", structure) for _ in range(int(length))]
+    groups = ["[ ]?" + "".join(each[place : place + 4]) for place in range(0, len(each), 4)]
+    return re.compile(rf"{country}[0-9]{{2}}{''.join(groups)}(?!\w)") if groups else None
+
+
+def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
+    """Cards by their grouping, wherever they stand among other groups of digits; the longest of those that begin there."""
+    place = 0
+    while (found := _GROUPED_CARD.search(text, place)) is not None:
+        start, end = found.span()
+        ends = (end, found.start(2)) if found[2] else (end,)
+        end = next((one for one in ends if _is_issued(text[start:one])), 0)
+        if end:
+            yield start, end
+            place = end
+        else:
+            place = found.end() if _TABLE.match(text, start) else start + 1
+
+
+def _lone_cards(text: str) -> Iterator[tuple[int, int]]:
+    """Runs of digits in any groups. Where another number goes before or follows, it has to be of an issuer."""
+    for found in _CARD.finditer(text):
+        start, end = found.span()
+        alone = not _BESIDE.fullmatch(text[max(start - 2, 0) : start]) and not _BESIDE.fullmatch(text[end : end + 2])
+        if _luhn(found.group().translate(_NO_DIGITS)) if alone else _is_issued(found.group()):
+            yield start, end
+
+
+def _is_issued(card: str) -> bool:
+    digits = card.translate(_NO_DIGITS)
+    return _ISSUED.fullmatch(digits) is not None and _luhn(digits)
+
+
+def _luhn(digits: str) -> bool:
+    """ISO/IEC 7812-1, annex B. python-stdnum takes ten times longer, and a table of numbers asks for many."""
+    values = digits.encode("ascii").translate(_VALUES)
+    return (sum(values[-1::-2]) + sum(values[-2::-2].translate(_TWICE))) % 10 == 0
+
+
 def check_personal_data() -> None:
     """Raises UserError if a package that the search for personal data needs is missing."""
-    for module in ("phonenumbers", "stdnum.iban", "stdnum.luhn", "stdnum.us.ssn"):
+    for module in ("phonenumbers", "stdnum.iban", "stdnum.numdb", "stdnum.us.ssn"):
         _checks(module)

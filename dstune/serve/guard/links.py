@@ -4,13 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 from dstune.core.errors import Problem, UserError
 
-_SCHEME = re.compile(r"\b(?:https?|s?ftp|wss?|file):[/\\]{2}[^\s<>\"'`\])}|\\]{1,2048}", re.IGNORECASE)
+LONGEST_NAME = 253
+"""Of a host, in the domain name system."""
+_START = re.compile(
+    r"(?<![A-Za-z0-9])(?P<scheme>https?\\?:[/\\]*|(?:s?ftp|wss?|file)\\?:[/\\]{2,})|(?<![\w:/\\])[/\\]{2,}|(?<![\w@./-])(?=www\.)",
+    re.IGNORECASE,
+)
+r"""What stands before a host. Browsers take any number of slashes after `https:`, in both directions, and Markdown takes the
+backslash of `https\:` away."""
+_NAME = re.compile(
+    r"(?:\*\.)?[^\s/?#\\:@!\"$&'()*+,;<=>\[\]^`{|}~\u00ab\u00bb\u2010-\u2027\u2030-\u205e\u3001\u3008-\u3011\u3014-\u301f]{0,800}"
+)
+"""Each sign of a name may be written in three."""
+_PORT = re.compile(r"(?::\d{0,5})?")
+_STOP = re.compile(r"[\s/?#]|\\(?![!-/:-@\[-`{-~])")
+r"""Where user and host end by the URL standard. Markdown reads `\@` as `@`: there the backslash is no slash."""
+_DOT = re.compile(r"[.\u3002\uff0e\uff61%]\w")
+"""With what a host goes on, and so ends in another domain; a dot may be `%2e`."""
+_NO_HOST = re.compile(r"[<>\[\]^|]")
+"""Browsers load no URL that has one of these in its host."""
+_PATH = re.compile(r"[^\s<>\"'`\])}|\\]{0,2048}")
+_NUMBER = re.compile(r"(?:.*\.)?(?:0x[0-9a-f]*|\d+)\.?|\[[0-9a-f:.]*\]", re.IGNORECASE)
+_PORT_ALONE = re.compile(r"\d{1,5}")
+"""`http:80` names a port; as an address it would be nobody's."""
+_CLOSING = {"(": ")", "<": ">", "[": "]", "{": "}", '"': '"', "'": "'", "`": "`"}
 _ACTIVE = re.compile(r"\b(?:javascript|vbscript):[^\s]{1,200}|\bdata:text/html[^\s]{1,200}", re.IGNORECASE)
 _BARE = re.compile(
     r"(?:[/\\]{2}|(?<![\w@./-]))(?:[^\W_][\w-]{0,62}\.){1,126}[^\W\d_]{2,24}(?::\d{1,5})?(?:/[^\s<>\"'`\])}|\\]{0,2048})?(?![\w@-])"
@@ -36,17 +60,17 @@ def check_installed() -> None:
 def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, int]]:
     """Where links stand whose host is none of `allowed` or below one.
 
-    Addresses without a name (`http://0x7f.1/`), and links that run code, are never known.
+    Never known are addresses without a name (`http://0x7f.1/`), links that run code, and those with a user before the host
+    (`https://example.com@evil.com`) or with a sign after which it goes on (`https://example.com'.evil.com`).
     """
     seen: list[tuple[int, int]] = []
-    for found in _ACTIVE.finditer(text):
-        seen.append(found.span())
-        yield found.span()
-    for found in _SCHEME.finditer(text):
-        link = found.group().rstrip(".,;:!?")
-        seen.append(found.span())
-        if not _known(_host(link), allowed):
-            yield found.start(), found.start() + len(link)
+    for active in _ACTIVE.finditer(text):
+        seen.append(active.span())
+        yield active.span()
+    for one in _Search(text).links():
+        seen.append((one.start, one.end))
+        if not _known(one.host, allowed):
+            yield one.start, one.start + len(text[one.start : one.end].rstrip(".,;:!?"))
     if "." not in text:
         return
     seen.sort(reverse=True)
@@ -57,21 +81,127 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
             end = max(end, seen.pop()[1])
         if found.start() < end:
             continue
-        name = link.lstrip("/\\")  # `//host` has the scheme of the page that shows it
-        host = _host(f"https://{name}")
-        parts = _suffixes()(host)
-        if not parts.suffix or not parts.domain or ("/" not in link and not link.lower().startswith("www.")):
+        host = _host(re.split("[/:]", link.lstrip("/\\"), maxsplit=1)[0])
+        if "/" not in link or not _has_domain(host):
             continue  # `file.py` and `e.g` are no links, and neither is a name without a path: it is no click away
         if not _known(host, allowed):
             yield found.start(), found.start() + len(link)
 
 
-def _host(link: str) -> str:
-    """Lower case, in ASCII; empty where there is none."""
+@dataclass(frozen=True)
+class _Link:
+    """An address with a scheme, two slashes or `www.`."""
+
+    start: int
+    end: int
+    host: str
+    """Lower case, in ASCII; empty where it is not what the address begins with."""
+
+
+class _Search:
+    """For the links of one text."""
+
+    def __init__(self, text: str):
+        self._text = text
+        self._stop, self._dot, self._no_host = (_Next(one, text) for one in (_STOP, _DOT, _NO_HOST))
+        self._last_at = (-1, -1)
+        """Where a host ends, and the last @ before."""
+
+    def links(self) -> Iterator[_Link]:
+        place = 0
+        while (found := _START.search(self._text, place)) is not None:
+            place = max(found.end(), found.start() + 1)
+            link = self._link(found)
+            if link is not None:
+                yield link
+                place = max(link.end, place)
+
+    def _link(self, found: re.Match[str]) -> _Link | None:
+        """None where no host may be meant: `https://` alone, `http:80`, `// a comment`."""
+        text, (start, begin) = self._text, found.span()
+        name = _matched(_NAME, text, begin)
+        rest = begin + len(name)
+        rest += len(_matched(_PORT, text, rest))
+        stop = self._stop(begin)
+        others = [] if self._closed(start, rest) else self._other_names(begin, rest, stop)
+        if not name and not others:
+            return None
+        sure = found["scheme"] is not None and text[begin - 1] in "/\\"
+        if not sure and not any(_is_address(one, text[stop : stop + 1]) for one in (name, *others)):
+            return None
+        end = begin + len(text[begin:stop].rstrip(")>}\"'`")) if others else rest
+        if end == stop:
+            end += len(_matched(_PATH, text, stop))
+        return _Link(start, end, "" if others else _host(name))
+
+    def _other_names(self, begin: int, rest: int, stop: int) -> list[str]:
+        """What a browser may take for the host, by what stands between the name, which ends at `rest`, and the next slash."""
+        if self._at_before(stop, begin) >= rest:
+            return [_matched(_NAME, self._text, self._at_before(stop, begin) + 1) or "@"]
+        in_brackets = self._text.startswith("[", begin)
+        if in_brackets or self._dot(rest) < min(stop, self._no_host(rest)):
+            tail = self._text[max(begin, stop - LONGEST_NAME) : stop]
+            return [tail.rstrip(")>}\"'`,;!?")]
+        return []
+
+    def _at_before(self, stop: int, begin: int) -> int:
+        """The last @ between the two places, or a place before."""
+        if self._last_at[0] != stop:  # several beginnings may have one end
+            self._last_at = stop, self._text.rfind("@", begin, stop)
+        return self._last_at[1]
+
+    def _closed(self, start: int, rest: int) -> bool:
+        """Whether what follows the name closes the bracket or quote that the link stands in, and the next is no part of it."""
+        text = self._text
+        rest += text.startswith("\\", rest)  # of JSON within JSON
+        closing = _CLOSING.get(text[max(start - 1, 0) : start])
+        if closing is None or not text.startswith(closing, rest):
+            return False
+        in_markdown = text.startswith("](", max(start - 2, 0))
+        return in_markdown or not re.match(r"[\w@.%-]", text[rest + 1 : rest + 2])
+
+
+class _Next:
+    """Where a pattern is found next. Asked for places that only rise it reads the text once."""
+
+    def __init__(self, pattern: re.Pattern[str], text: str):
+        self._pattern, self._text, self._found = pattern, text, -1
+
+    def __call__(self, place: int) -> int:
+        """The length of the text where there is none."""
+        if self._found < place:
+            found = self._pattern.search(self._text, place)
+            self._found = found.start() if found else len(self._text)
+        return self._found
+
+
+def _matched(pattern: re.Pattern[str], text: str, place: int) -> str:
+    found = pattern.match(text, place)
+    assert found is not None, "these match nothing too"
+    return found.group()
+
+
+def _is_address(name: str, after: str) -> bool:
+    """Whether it names a host of the internet; a number does only with a path after it, since it may be any."""
+    name = unquote(name)
+    if after in ("/", "?", "#", "\\") and _NUMBER.fullmatch(name) and not _PORT_ALONE.fullmatch(name):
+        return True
+    return _has_domain(name)
+
+
+def _has_domain(host: str) -> bool:
+    parts = _suffixes()(host)
+    return bool(parts.suffix and parts.domain)
+
+
+def _host(name: str) -> str:
+    """Lower case, in ASCII; empty where it cannot be one."""
+    name = name.rstrip("._\u3002").lower()  # `_` ends emphasis, and no domain
+    if len(name) > LONGEST_NAME:
+        return ""
     try:
-        host = (urlsplit(link.replace("\\", "/")).hostname or "").rstrip(".")
-        return host.encode("idna").decode() if not host.isascii() else host
-    except (ValueError, UnicodeError):
+        return name if name.isascii() else name.encode("idna").decode()
+    except UnicodeError:
         return ""
 
 
