@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dstune.config.names import nearest
-from dstune.core.errors import Problem, UserError
+from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml, read_file
 from dstune.serve.guard.calibration import CALIBRATES, DIRECTIONS, LEVELS, TRAINS
 
@@ -154,7 +154,7 @@ def read(path: str | Path, model: str | None = None) -> Policies:
     try:
         value = parse_yaml(read_file(file).decode())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = f"cannot be read as YAML: {str(error).splitlines()[0]}"
+        reason = f"cannot be read as YAML: {first_line(error)}"
         raise UserError(
             Problem("--guard", reason, "--guard rules uses a packaged policy that needs no model", str(path))
         ) from None
