@@ -146,7 +146,7 @@ CHARACTERS = 384
 """From the start of a window to that of the next: 96 tokens of four."""
 
 
-def asked(policy: Policy, texts: Iterable[Text]) -> int:
+def estimated_windows(policy: Policy, texts: Iterable[Text]) -> int:
     """About how many windows of the texts models were to score: what is known of the work where no answer tells it."""
     read = {
         direction

@@ -13,7 +13,7 @@ from dstune.serve.engines.http import object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.guard.audit import Audit
 from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
-from dstune.serve.guard.check import Checker, GuardDown, Late, Text, Verdict, asked, item_of, masked
+from dstune.serve.guard.check import Checker, GuardDown, Late, Text, Verdict, estimated_windows, item_of, masked
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import CLOSED, Policy
 from dstune.serve.guard.streams import HeldBack, Stopped
@@ -48,13 +48,13 @@ class Guard:
             most = max(self.guarding.engine.window_tokens.values(), default=0)
             self._admission.charge(request.caller, windows * most)
 
-    async def charged(self, request: Request, asked: int, verdict: Awaitable[Verdict]) -> Verdict:
+    async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
         """The verdict, whose windows are charged to the key. Where it comes too late or nobody waits for it any more, those
         that were asked for are: whoever gives up early would be checked for nothing. Raises GuardDown."""
         try:
             found = await verdict
         except (Late, asyncio.CancelledError):
-            self.charge(request, asked)
+            self.charge(request, windows)
             raise
         self.charge(request, found.windows)
         return found
@@ -88,7 +88,7 @@ class Guard:
         """`body` with its masks. Raises ApiError where it is stopped."""
         try:
             texts = [one.text for one in placed]
-            verdict = await self.charged(request, asked(policy, texts), self.check(policy, texts))
+            verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
         except GuardDown as error:
             log.error("%s: the guard could not check: %s", request.id, error)
             self.record(request, policy, what, None, str(error))
@@ -184,7 +184,7 @@ class Guarded:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
         texts = [*(one.text for one in placed), *beside]
-        return await self.guard.charged(self.request, asked(policy, texts), self.guard.check(policy, texts))
+        return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
 
     def _down(self, error: GuardDown) -> None:
         """Raises ApiError where nothing may pass unchecked."""
@@ -224,7 +224,7 @@ class Guarded:
         item = item_of(self.policy, text, "output", self.prompts, self.public)
         item = replace(item, context=context, windows_before=before)
         try:
-            windows = asked(self.policy, [Text(text, "assistant")])
+            windows = estimated_windows(self.policy, [Text(text, "assistant")])
             verdict = await self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
         except GuardDown as error:
             if self.policy.on_failure == CLOSED:

@@ -19,7 +19,7 @@ from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
 from dstune.serve.guard.bodies import Placed, media_in, of_message
 from dstune.serve.guard.calibration import LEVELS, UNLIKELY
-from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict, asked
+from dstune.serve.guard.check import MOST_TEXTS, NOT_RUN, Entry, GuardDown, Verdict, estimated_windows
 from dstune.serve.guard.front import Guard, note, unavailable
 from dstune.serve.guard.policy import CLOSED, PII, SECRETS, Policy
 
@@ -54,7 +54,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     try:
         async with gateway.admission.place(request.key, request.receive), while_connected(request.receive):
             checking = guard.check(policy, texts, everything=everything)
-            verdict = await guard.charged(request, asked(policy, texts), checking)
+            verdict = await guard.charged(request, estimated_windows(policy, texts), checking)
     except GuardDown as error:
         guard.record(request, policy, "guard", None, str(error))
         if policy.on_failure == CLOSED:
