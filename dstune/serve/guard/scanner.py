@@ -12,9 +12,10 @@ from dstune.serve.guard.calibration import UNLIKELY
 from dstune.serve.guard.leaks import LEAST_RUNS, canaries_in, codes_of, leaked_runs
 from dstune.serve.guard.links import unknown_links
 from dstune.serve.guard.model import GuardModel, Score, Window, highest
+from dstune.serve.guard.normal import Normal, normalised
 from dstune.serve.guard.policy import LEAK, LINKS, PII, RULES, SECRETS, needs_model
 from dstune.serve.guard.rules import matching
-from dstune.serve.guard.variants import DECODED, Normal, Variant, normalised, variants_of
+from dstune.serve.guard.variants import DECODED, Variant, variants_of
 
 CONTEXT_TOKENS = 128
 """Before a piece of a stream, scored with it."""

@@ -1,4 +1,4 @@
-"""A text as a reader would see it, and what its hidden parts say once they are decoded.
+"""What the hidden parts of a text say once they are decoded.
 
 Attacks are written in base64, with look-alike letters or invisible characters so that a model reads them and a search does
 not. What is found here is scored beside the text. What was encoded twice is decoded twice, no deeper.
@@ -9,19 +9,17 @@ from __future__ import annotations
 import base64
 import binascii
 import html
-import json
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from urllib.parse import unquote
 
+from dstune.serve.guard.normal import DROPPED, TO_LATIN, Normal, normalised
+
 MOST_VARIANTS = 6
 """Of a text, itself included. What more there is stands together in the last one, so that decoys push nothing out."""
-MOST_MARKS = 30
-"""As in Unicode's stream-safe text format; no language comes near."""
 DEPTH = 2
 """Base64 within base64 is decoded, no deeper."""
 
@@ -39,166 +37,6 @@ class Variant:
     parts: tuple[Variant, ...] = ()
     """What it is joined of, where it is several parts of the original."""
 
-
-# -- normalising ------------------------------------------------------------------------------------------------------
-
-_DROPPED = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
-    "\ufeff\uffa0\U000e0000\U000e0001\U000e007f\U000e0100-\U000e01ef\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
-)
-"""Characters that nobody sees: zero width, direction, variation selectors, soft hyphens, fillers, controls."""
-
-_SOURCES = (
-    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u04bb\u0501\u051b\u051d"  # Cyrillic
-    "\u0432\u043a\u043c\u043d\u0442\u04cf"
-    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0423\u0425\u0406\u0408\u0405\u0500\u051a\u051c\u04ae\u04c0"
-    "\u03b1\u03bf\u03c1\u03bd\u03b9\u03ba\u03c5\u03c7\u03b5\u03c4\u03c9\u03b3"  # Greek
-    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7"
-    "\u0131\u0251\u0261\u0269\u026a\u1d00\u0299\u1d04\u1d05\u1d07\ua730\u0262\u029c\u1d0a"
-    "\u1d0b\u029f\u1d0d\u0274\u1d0f\u1d18\u0280\ua731\u1d1b\u1d1c\u1d20\u1d21\u028f\u1d22"
-    "\u0570\u0578\u0585\u057d\u0563\u0566\u0581\u054d\u0555\u053c"  # Armenian
-    "\u13aa\u13f4\u13df\u13a0\u13ac\u13c0\u13bb\u13ab\u13e6\u13de\u13b7\u13e2\u13a1\u13da\u13a2\u13d9\u13b3\u13a9\u13c3"  # Cherokee
-)
-_TARGETS = (
-    "aeopcyxijshdqwbkmhtlABEKMHOPCTYXIJSGQWYIaopvikuxetwyABEZHIKMNOPTYXiagiiabcdefghjklmnoprstuvwyz"
-    "hnouqqgUOLABCDEGHJKLMPRSTVWYZ"
-)  # fmt: skip
-LOOK_ALIKES = dict(zip(_SOURCES, _TARGETS, strict=True))
-"""Cyrillic, Greek, Armenian, Cherokee and small-capital letters that look like Latin ones."""
-_FOREIGN = re.compile(f"[{''.join(LOOK_ALIKES)}]")
-_WORD = re.compile(r"[^\W\d_]+")
-_TO_LATIN = str.maketrans(LOOK_ALIKES)
-
-
-@dataclass(frozen=True)
-class Normal:
-    """A normalised text that knows where its characters come from."""
-
-    text: str
-    _starts: Sequence[int] | None = None
-    """Of the pieces that were changed one by one: their first character in `text`; None where nothing moved."""
-    _origins: Sequence[tuple[int, int]] = ()
-    """And their place in the original."""
-
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """The part of the original that became `text[start:end]`."""
-        if self._starts is None:
-            return start, end
-        return self._origin(start)[0], self._origin(max(end - 1, start))[1]
-
-    def _origin(self, place: int) -> tuple[int, int]:
-        """Of one character."""
-        assert self._starts is not None
-        number = bisect_right(self._starts, place) - 1
-        first, last = self._origins[number]
-        begin = self._starts[number]
-        following = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.text)
-        if last - first == following - begin:  # as it was
-            return first + place - begin, first + place - begin + 1
-        return first, last
-
-
-def normalised(text: str) -> Normal:
-    """`text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC), marks
-    over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have no
-    other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
-    escapes = "\\" in text and _JSON_STRING.search(text) is not None
-    if not escapes and text.isascii() and not _DROPPED.search(text):
-        return Normal(text)
-    parts: list[str] = []
-    starts: list[int] = []
-    origins: list[tuple[int, int]] = []
-    length = 0
-    for start, end, piece in _pieces(text, escapes=escapes):
-        if not piece:
-            continue
-        parts.append(piece)
-        starts.append(length)
-        origins.append((start, end))
-        length += len(piece)
-    joined = "".join(parts)
-    return Normal(_latin(joined), starts, origins)
-
-
-_JSON_STRING = re.compile(r'"\s*[:,\]}]')
-"""The end of a text in JSON."""
-_JSON_ESCAPE = re.compile(r"(?<!\\)(?:\\++u[dD][89abAB][0-9a-fA-F]{2})?\\++(?:u[0-9a-fA-F]{4}|[\"/bfnrt])")
-"""JSON within JSON has more backslashes. Only the first of a run begins one, and none is given back: 16,000 took 2 s."""
-_BACKSLASHES = re.compile(r"\\+")
-
-
-def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
-    """Parts of the text, as they are read, with their place."""
-    place = 0
-    for found in _JSON_ESCAPE.finditer(text) if escapes else ():
-        yield from _written(text, place, found.start())
-        read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", found.group()) + '"')
-        yield *found.span(), _composed(read.encode("utf-8", "replace").decode())
-        place = found.end()
-    yield from _written(text, place, len(text))
-
-
-def _written(text: str, start: int, end: int) -> Iterator[tuple[int, int, str]]:
-    for line in _LINE.finditer(text, start, end):
-        if _as_it_is(line.group()):
-            yield *line.span(), line.group()
-            continue
-        for first, last in _clusters(line.group()):
-            yield line.start() + first, line.start() + last, _composed(line.group()[first:last])
-
-
-_LINE = re.compile(r"[^\n]*\n|[^\n]+")
-_STANDING = re.compile("[\U000e0020-\U000e007e\U0001f150-\U0001f169\U0001f170-\U0001f189\U0001f1e6-\U0001f1ff]")
-
-
-def _as_it_is(line: str) -> bool:
-    """Whether nothing in it is changed: character by character that takes twenty times as long to find."""
-    if _DROPPED.search(line):
-        return False
-    if line.isascii():
-        return True
-    changed = not unicodedata.is_normalized("NFKC", line) or _STANDING.search(line)
-    return not (changed or any(map(unicodedata.combining, line)))
-
-
-_STANDS_FOR = {0xE0000 + code: code for code in range(0x20, 0x7F)}
-_STANDS_FOR |= {start + code: 65 + code for start in (0x1F150, 0x1F170, 0x1F1E6) for code in range(26)}
-"""Tag characters, and letters in circles, squares and flags, which have no compatibility form."""
-
-
-def _composed(cluster: str) -> str:
-    piece = unicodedata.normalize("NFKC", _DROPPED.sub("", cluster).translate(_STANDS_FOR))
-    bare = piece[:1].isascii() or unicodedata.combining(piece[0])  # a mark alone is the rest of more than are read
-    return "".join(one for one in piece if not unicodedata.combining(one)) if bare else piece
-
-
-def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Each character with the marks that combine with it, at most MOST_MARKS: putting many into order takes time by the
-    square of their number."""
-    start = 0
-    for place in range(1, len(text) + 1):
-        if place == len(text) or place - start > MOST_MARKS or not unicodedata.combining(text[place]):
-            yield start, place
-            start = place
-
-
-def _latin(text: str) -> str:
-    """As long as `text`."""
-    if not _FOREIGN.search(text):
-        return text
-    # Where other letters of these scripts stand, a word of look-alikes alone is a word of the language.
-    foreign = any("\u0370" <= one <= "\u058f" and one not in LOOK_ALIKES for one in set(text) if one.isalpha())
-
-    def change(found: re.Match[str]) -> str:
-        word = found.group()
-        latin = word.translate(_TO_LATIN)
-        mixed = any(not "\u0370" <= one <= "\u058f" for one in word)  # of more than one script
-        return latin if latin.isascii() and (mixed or not foreign) else word
-
-    return _WORD.sub(change, text)
-
-
-# -- decoding ---------------------------------------------------------------------------------------------------------
 
 _STOP_TEXT = """
 a all and any are as at be by do for from give have how i if in instructions is it me my no not of on or
@@ -221,7 +59,7 @@ def _readable(raw: bytes) -> str | None:
     encoding = "utf-8"
     if raw.count(0) >= 0.4 * len(raw):
         encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
-    text = _DROPPED.sub("", raw.decode(encoding, "replace"))
+    text = DROPPED.sub("", raw.decode(encoding, "replace"))
     if len(text) < 6 or text.count("\ufffd") > 0.05 * len(text) + (len(text) >= LEAST_CERTAIN):
         return None
     if _NUMBERS.fullmatch(text):
@@ -512,7 +350,7 @@ _DECODERS: tuple[Callable[[str], Iterator[Variant]], ...] = (
     lambda text: _by_words("rot13", text, lambda part: part.translate(_ROT13)),
     lambda text: _by_words("reversed", text, lambda part: part[::-1]),
     lambda text: _by_segment("leet", text, 1, _unleet),
-    lambda text: _by_segment("look-alikes", text, 3, lambda part: part.translate(_TO_LATIN)),
+    lambda text: _by_segment("look-alikes", text, 3, lambda part: part.translate(TO_LATIN)),
 )
 SEVERAL = "several"
 """The name of readings that stand together."""
