@@ -228,8 +228,8 @@ _ISSUED = re.compile(
 """First digits and length by issuer (ISO/IEC 7812). Of numbers in a row the check digit alone takes one of ten."""
 _TABLE = re.compile(r"(?:[0-9]{4}[ -]){9}[0-9]{4}(?!\d)")
 """More numbers of four digits than two cards and one before them: if four were tried from each one on, chance would find a
-card in every third row."""
-_NO_DIGITS = str.maketrans("", "", " -")
+card in many a row."""
+_NO_SEPARATORS = str.maketrans("", "", " -")
 _VALUES = bytes.maketrans(b"0123456789", bytes(range(10)))
 _TWICE = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9]))
 
@@ -280,12 +280,12 @@ def _lone_cards(text: str) -> Iterator[tuple[int, int]]:
     for found in _CARD.finditer(text):
         start, end = found.span()
         alone = not _BESIDE.fullmatch(text[max(start - 2, 0) : start]) and not _BESIDE.fullmatch(text[end : end + 2])
-        if _luhn(found.group().translate(_NO_DIGITS)) if alone else _is_issued(found.group()):
+        if _luhn(found.group().translate(_NO_SEPARATORS)) if alone else _is_issued(found.group()):
             yield start, end
 
 
 def _is_issued(card: str) -> bool:
-    digits = card.translate(_NO_DIGITS)
+    digits = card.translate(_NO_SEPARATORS)
     return _ISSUED.fullmatch(digits) is not None and _luhn(digits)
 
 
