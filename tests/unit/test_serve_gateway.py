@@ -48,6 +48,20 @@ def test_the_guard_reads_every_route():
     ]
 
 
+def test_items_of_responses_are_of_who_wrote_them():
+    from dstune.serve.guard import bodies
+
+    items = [
+        {"role": "user", "content": "a"},
+        {"type": "function_call", "name": "f", "arguments": "b"},
+        {"type": "function_call_output", "call_id": "1", "output": "c"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "d"}]},
+        {"type": "message", "content": "e"},
+    ]
+    found = {one.text.text: one.text.direction for one in bodies.of_request("/v1/responses", {"input": items})}
+    assert found == {"a": "input", "f": "output", "b": "output", "c": "tool_result", "d": "output", "e": "input"}
+
+
 # -- who is let in ----------------------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,15 @@ def _responses(body: Mapping[str, Any]) -> Iterator[Placed]:
         yield from _texts(body["input"], "input")
         return
     for number, item in enumerate(body["input"]):
-        yield from of_message(item, number, ("input", number))
+        yield from of_message({"role": _role_of(item), **item}, number, ("input", number))
+
+
+def _role_of(item: Mapping[str, Any]) -> str:
+    """Who wrote an item that names no role: a tool its output, the model its calls and what it thought."""
+    kind = str(item.get("type", ""))
+    if kind.endswith("_output"):
+        return "tool"
+    return "assistant" if kind.endswith("_call") or kind == "reasoning" else "user"
 
 
 def _texts(value: Any, name: str, role: str = "user") -> Iterator[Placed]:
