@@ -147,7 +147,7 @@ def test_a_tokenizer_s_growth_is_found_in_little_time(content: str, tmp_path: Pa
     began = time.process_time()
     with contextlib.suppress(UserError):
         _refuse_growing_file(tmp_path / "tokenizer.json")
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 5
 
 
 def test_usual_tokenizers_grow_little(model: Path) -> None:

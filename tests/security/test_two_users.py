@@ -166,13 +166,15 @@ def test_the_second_user_redirects_nothing_by_being_first(first: First) -> None:
         "import os, sys; from dstune.core import rendezvous; from dstune.core.rank_env import RankEnv\n"
         "env = RankEnv(int(sys.argv[1]), 2, 0, 1, 'slurm'); variables = {'SLURM_JOB_ID': '7', 'SLURM_STEP_ID': '0'}\n"
         "print('looks', flush=True)\n"
-        "rendezvous._meet_in_private(env, variables, seconds=20); print(*sorted(variables.values()))\n"
+        "rendezvous._meet_in_private(env, variables, seconds=20); print(*sorted(variables.values()), flush=True)\n"
+        "sys.stdin.read()\n"  # what it said holds as long as it lives
     )
     environment = {**first.env, "GLOO_SOCKET_IFNAME": "lo"}
 
     def rank(number: int, user: int, **changes: str) -> subprocess.Popen:
         command = as_user(user, "-c", code, str(number))
-        return subprocess.Popen(command, cwd=place, env=environment | changes, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=place, env=environment | changes, text=True, **pipes)
 
     theirs = rank(0, SECOND, HOME="/nonexistent", DSTUNE_CACHE="/nonexistent").communicate(timeout=60)[0]
     planted = list(place.glob(".dstune-meeting-*"))
@@ -186,8 +188,11 @@ def test_the_second_user_redirects_nothing_by_being_first(first: First) -> None:
     early = rank(1, FIRST)
     assert early.stdout is not None and early.stdout.readline() == "looks\n"
     time.sleep(0.5)  # it has looked before its own rank 0 says anything
-    own = rank(0, FIRST).communicate(timeout=60)[0].removeprefix("looks\n")
+    first_rank = rank(0, FIRST)
+    assert first_rank.stdout is not None and first_rank.stdout.readline() == "looks\n"
+    own = first_rank.stdout.readline()
     second = early.communicate(timeout=60)[0]
+    first_rank.communicate(timeout=60)
     assert second == own and own and own not in theirs
     # The key of signatures, where somebody has put one into the place.
     folder = first.folder / ".config" / "dstune"
