@@ -95,7 +95,7 @@ def test_many_short_texts_do_not_hold_up_another_request():
     assert max(map(len, model.batches)) <= BATCH
 
 
-def test_how_long_a_step_takes_is_told_and_a_queue_is_none():
+def test_silence_is_the_duration_of_a_step_and_a_queue_has_none():
     """A search or a turn without an end is seen; many requests, each of which waits long, are not taken for one."""
     model = Recording()
     may = threading.Event()
