@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from absl.logging import PythonHandler
+from support import warm_start
 from support.tiers import SECONDS, WHOLE_FILES, part_of
 
 LONG_FIRST = ("distributed", "parity", "cluster", "packaging", "unit")
@@ -36,6 +37,15 @@ def _environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _cold(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Commands of tests marked `cold` import everything themselves, as a user's do."""
+    if request.node.get_closest_marker("cold"):
+        warm_start.cold.set()
+    yield
+    warm_start.cold.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,8 +6,8 @@ import importlib.util
 
 from dstune.core.errors import Problem, UserError
 
-MODULES = ("alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop")
-API_MODULES = ("aiohttp", "cryptography", "python_multipart", "rapidfuzz")
+MODULES = ("aiohttp", "alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop", "yarl")
+API_MODULES = ("cryptography", "python_multipart", "rapidfuzz")
 
 
 def require() -> None:

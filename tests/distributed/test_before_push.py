@@ -90,6 +90,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(shops):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.cold
 def test_a_run_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(workplace, shops):
     """Ctrl-C saves and leaves with 75, kill -9 of one rank ends all of them, and the same command goes on after both."""
     run_dir = workplace.folder / "disturbed"

@@ -15,6 +15,8 @@ from support.command import at_step, exact, ranks_of, result, wait_until
 
 from dstune.checkpoint import store
 
+pytestmark = pytest.mark.cold  # the lives of processes: as users start them
+
 
 def test_files_named_save_and_stop_and_a_damaged_checkpoint(workplace, undisturbed):  # noqa: F811
     """SAVE saves and goes on, STOP saves and leaves; a flipped bit is named, and the checkpoint before it is used."""

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from support import warm_start
+
 ROOT = Path(__file__).parents[2]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -37,12 +39,12 @@ class Commands:
 
     def run(self, *arguments: str, program: tuple[str, ...] = (), timeout: float = 240) -> subprocess.CompletedProcess:
         command = [*(program or (sys.executable, "-m", "dstune")), *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout)
+        return warm_start.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout)
 
     def start(self, *arguments: str) -> subprocess.Popen:
         log = (self.folder / "command.log").open("w")
         command = [sys.executable, "-m", "dstune", *arguments]
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+        return warm_start.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT)
 
     @property
     def log(self) -> str:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from support import warm_start
+
 if TYPE_CHECKING:
     from dstune.core.distributed import World
 
@@ -63,7 +65,7 @@ def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) 
         for rank, log in enumerate(logs):
             with log.open("w") as stream:
                 command = [sys.executable, str(program), json.dumps(argument)]
-                process = subprocess.Popen(
+                process = warm_start.Popen(
                     command, env=environment(rank, size, port), stdout=stream, stderr=subprocess.STDOUT
                 )
                 processes.append(process)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForSequenceClassification
 
 from dstune.core.errors import UserError
 from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
 from dstune.serve.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
-from dstune.serve.guard.model import GuardModel
+from dstune.serve.guard.model import GuardModel, skip_unread_positions
 from dstune.serve.guard.policy import PII, Policy, Watch, read
 from dstune.serve.guard.process import GuardApp
 from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
@@ -338,6 +340,35 @@ def test_words_that_a_tokenizer_does_not_know_are_set_apart():
     assert model.windows("ab\u2192ab") == [[2, 4, 6, 4, 3]]
     assert 1 not in model.windows("ab" * 51)[0] and len(model.windows("ab" * 51)[0]) == 53
     assert model.windows("ab" * 40) == [[2, 4, *[5] * 39, 3]]
+
+
+def test_positions_that_the_head_does_not_read_are_left_out_of_the_last_layer(tmp_path):
+    import torch
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(save_classifier(tmp_path)).eval()
+    widths: list[int] = []
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.register_forward_hook(lambda _, states, out: widths.append(out.shape[1]))
+    ids, mask = torch.randint(5, 40, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    with torch.inference_mode():
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        assert skip_unread_positions(model)
+        widths.clear()
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, expected)
+    assert widths == [9, 1]
+
+
+def test_a_head_that_reads_all_positions_keeps_them(tmp_path):
+    import torch
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(save_classifier(tmp_path)).eval()
+    model.bert.pooler.forward = lambda states: states.mean(1)
+    ids = torch.randint(5, 40, (1, 9))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        assert not skip_unread_positions(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=0)
 
 
 def test_scores_are_remembered_and_counted(scanner):

@@ -99,6 +99,7 @@ class GuardModel:
         predictor.tokenizer.model_max_length = int(1e9)
         several = own.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
+        skip_unread_positions(predictor.model)
         return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, several)
 
     def windows(self, text: str) -> list[Window]:
@@ -163,6 +164,34 @@ class GuardModel:
     def score(self, readings: Sequence[Variant]) -> Score:
         """Of a text by its readings (`variants(text)`)."""
         return highest(readings, self.scores([one.text for one in readings]))
+
+
+def skip_unread_positions(model: Any) -> bool:
+    """Let the last layer of a BERT-like encoder go on with the first position alone where the head reads no other.
+
+    The output projection and the feed-forward part of that layer are 9/12 of it: an eighth of the time of six layers.
+    The logits of a sample must stay what they were; otherwise, and of any other architecture, the model stays as it is.
+    Returns whether it was changed.
+    """
+    import torch
+
+    layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
+    attention = getattr(layers[-1], "attention", None) if layers else None
+    output = getattr(attention, "output", None)
+    if output is None:
+        return False
+    ids = torch.arange(1, 17, device=next(model.parameters()).device).remainder(model.config.vocab_size)[None]
+    with torch.inference_mode():
+        before = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        handle = output.register_forward_pre_hook(lambda _, states: tuple(state[:, :1] for state in states))
+        try:
+            after = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        except (RuntimeError, IndexError, TypeError):  # a head that reads further positions
+            after = None
+    if after is None or after.shape != before.shape or not torch.allclose(before, after, rtol=0, atol=1e-4):
+        handle.remove()
+        return False
+    return True
 
 
 _NO_LETTER = re.compile(r"[^\w\s\x00-\x7f]")

@@ -1,0 +1,307 @@
+"""Commands and ranks that start in a tenth of a second in place of ten: forks of a process that has imported what they import.
+
+Nine tenths of the processor time of a short run are imports of PyTorch, transformers, DeepSpeed and dstune, once for each of its
+processes. What is forked here is a process as any other: a child of the one that started it, with its own pid, command line,
+environment and working directory under /proc, so that signals, exit codes, sessions and the search for what a launch left behind
+work as they do for users. Two differences remain: the ranks of a run have the same hash seed, and modules are there that a
+command would not import. So what concerns either, and one of each proof, starts cold: `@pytest.mark.cold`.
+
+A warm process keeps a twin that has done nothing but imports; its own children are forked from that one. A process becomes a
+child of the one that asked, not of the twin, because its parent in between ends while the asking one is a subreaper
+(`man 2 PR_SET_CHILD_SUBREAPER`). Whatever of the environment could have changed an import has it start cold.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import fcntl
+import gc
+import importlib
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
+SET_MM, ARG_END, ENV_END = 35, 9, 11  # PR_SET_MM, PR_SET_MM_ARG_END, PR_SET_MM_ENV_END
+PADDING = "DSTUNE_TEST_PADDING"
+"""Room for the environment of what is forked, as /proc shows it."""
+IMPORTS = ("deepspeed.runtime.engine", "numpy", "transformers.models.llama.modeling_llama", "wandb", "dstune.rank.worker",
+           *(f"dstune.cli.{verb}" for verb in ("train", "evaluate", "predict", "export", "plan", "generate", "report")),
+           "dstune.config.compose", "dstune.report.command")  # fmt: skip
+FREE = ("DSTUNE_", "GLOO_", "LOCAL_", "MASTER_", "PYTEST_", "WANDB_")
+FREE_NAMES = {
+    "RANK",
+    "WORLD_SIZE",
+    "PYTHONPATH",
+    "PYTHONSAFEPATH",
+    "XDG_CONFIG_HOME",
+    "TMPDIR",
+    "COLUMNS",
+    "NO_COLOR",
+    "TERM",
+}
+"""Variables that are read when they are needed; any other that differs from what the imports have seen has a process start cold."""
+IMPORTED = ("CUDA_", "DS_", "HF_", "LD_", "MKL_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_")
+
+
+def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozenset[str]) -> bool:
+    """Whether a process with `env` would have imported what one with `base` has. also: what ranks are given beside it."""
+    for name, value in env.items():
+        if name not in FREE_NAMES and not name.startswith(FREE) and base.get(name) != value:
+            return False
+    return all(name in env for name in base if name.startswith(IMPORTED) and name not in also)
+
+
+def program(argv: Sequence[str]) -> list[str] | None:
+    """`-m MODULE ...` or `FILE ...` after the interpreter, where that may start warm."""
+    if not argv or argv[0] != sys.executable:
+        return None
+    words = [str(word) for word in argv[1:]]
+    if words[:1] == ["-u"]:
+        words = words[1:]
+    if words[:1] == ["-m"]:
+        return words if words[1] == "dstune" or words[1].startswith("dstune.") else None
+    if words and Path(words[0]).parent.parent == ROOT / "tests":
+        return words
+    return None
+
+
+class Source:
+    """The end of a socket at whose other end a warm process waits."""
+
+    def __init__(self, end: socket.socket, base: Mapping[str, str], also: frozenset[str]):
+        self.end, self.base, self.also = end, base, also
+        self.lock = threading.Lock()
+
+    def start(self, words: list[str], fds: Sequence[int], **how: Any) -> int:
+        """The pid of the new child of this process. Raises OSError where there is none."""
+        with self.lock:
+            request = json.dumps({"words": words, "parent": os.getpid(), **how}).encode()
+            ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(self.end, [len(request).to_bytes(4)], list(fds))
+                self.end.sendall(request)
+                answer = self.end.recv(32)
+            finally:
+                ctypes.CDLL(None).prctl(SUBREAPER, 0, 0, 0, 0)
+        if not answer:
+            raise BrokenPipeError("the warm process has ended")
+        return int(answer)
+
+
+source: Source | None = None
+"""What the processes of this one are forked from; the first that may start warm makes it."""
+cold = threading.Event()
+_OwnPopen = subprocess.Popen
+
+
+class Popen(_OwnPopen):  # type: ignore[type-arg]
+    """`subprocess.Popen`, whose process is forked where that is possible."""
+
+    def _execute_child(self, args: Any, executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Any, cwd: Any, env: Any,
+                       startupinfo: Any, creationflags: Any, shell: bool, p2cread: int, p2cwrite: int, c2pread: int,
+                       c2pwrite: int, errread: int, errwrite: int, restore_signals: bool, gid: Any, gids: Any, uid: Any,
+                       umask: int, start_new_session: bool, process_group: int) -> None:  # fmt: skip
+        rest = (startupinfo, creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals,
+                gid, gids, uid, umask, start_new_session, process_group)  # fmt: skip
+        plain = preexec_fn is executable is gid is gids is uid is None and not shell and close_fds and umask == -1
+        words = program(list(args)) if plain and not isinstance(args, str | bytes | os.PathLike) else None
+        given = dict(os.environ if env is None else env)
+        found = None if words is None or cold.is_set() or process_group != -1 else _source(given)
+        if found is not None:
+            inherited = (p2cread, c2pwrite, errwrite)
+            fds = [number if own == -1 else own for number, own in enumerate(inherited)]
+            mask = os.umask(0)
+            os.umask(mask)
+            how = {"env": given, "cwd": os.fspath(cwd or os.getcwd()), "umask": mask, "session": start_new_session}
+            try:
+                self.pid = found.start(words or [], [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
+            except OSError:
+                pass
+            else:
+                self._child_created = True
+                self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+                return
+        super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+
+
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run` of what may start warm."""
+    input, timeout = options.pop("input", None), options.pop("timeout", None)
+    if options.pop("capture_output", False):
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Popen(command, **options) as process:
+        try:
+            out, err = process.communicate(input, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _source(env: Mapping[str, str]) -> Source | None:
+    global source
+    if source is None and sys.platform == "linux":
+        from dstune.launch.commands import ALWAYS, UNLESS_SET
+
+        free = {name for name in env if name in FREE_NAMES or name.startswith(FREE)}
+        base = {**UNLESS_SET, **ALWAYS, **{name: value for name, value in env.items() if name not in free}}
+        own, other = socket.socketpair()
+        also = frozenset({*ALWAYS, *UNLESS_SET} - env.keys())
+        command = [sys.executable, "-u", __file__, str(other.fileno()), json.dumps([base, sorted(also)]), "x" * 4000]
+        environment = {**base, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", PADDING: "x" * 32_000}
+        _OwnPopen(
+            command, env=environment, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        other.close()
+        source = Source(own, base, also)
+    return source if source is not None and same_imports(env, source.base, source.also) else None
+
+
+# -- in the warm process -----------------------------------------------------------------------------------------------
+
+
+def serve(end: socket.socket, base: Mapping[str, str], also: frozenset[str]) -> list[str]:
+    """Fork for each request. Returns in the fork alone, with what it is to run; this process ends with the asking one."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        head, fds, _, _ = socket.recv_fds(end, 4, 64)
+        if len(head) < 4:
+            os._exit(0)
+        request = json.loads(_exactly(end, int.from_bytes(head)))
+        reading, writing = os.pipe()
+        between = os.fork()
+        if between == 0:
+            pid = os.fork()
+            if pid == 0:
+                end.close()
+                become(request, fds, base, also)
+                return request["words"]
+            os.write(writing, str(pid).encode())
+            os._exit(0)
+        for number in (writing, *fds):
+            os.close(number)
+        os.waitpid(between, 0)
+        end.sendall(os.read(reading, 32))
+        os.close(reading)
+
+
+def _exactly(end: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        found += end.recv(size - len(found))
+    return found
+
+
+def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, str], also: frozenset[str]) -> None:
+    """Give this fork everything that it would have been started with."""
+    global source
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["session"]:
+        os.setsid()
+    high = [_dup_high(fd) for fd in fds]
+    os.closerange(0, 500)
+    for fd, number in zip(high, request["numbers"], strict=True):
+        os.dup2(fd, number)
+    os.closerange(500, 1000)
+    os.umask(request["umask"])
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    python = [sys.executable, "-u"]
+    words: list[str] = request["words"]
+    _show(python + words, request["env"])
+    sys.path[:] = [
+        path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"))
+    ]
+    sys.path[:0] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
+    if "PYTHONSAFEPATH" not in request["env"]:
+        sys.path.insert(0, os.getcwd() if words[0] == "-m" else str(Path(words[0]).parent))
+    random.seed()
+    sys.modules["numpy"].random.seed()
+    deadline = time.monotonic() + 10
+    while os.getppid() != request["parent"]:  # for a moment it is the one that ends
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.0005)
+    if words[:2] == ["-m", "dstune"]:  # which starts ranks
+        own, other = (end.detach() for end in socket.socketpair())
+        if os.fork() == 0:
+            end = _dup_high(other)
+            os.closerange(0, 500)
+            for _ in range(3):
+                os.open(os.devnull, os.O_RDWR)
+            words[:] = serve(socket.socket(fileno=end), base, also)
+            return
+        source = Source(socket.socket(fileno=_dup_high(own)), base, also)
+        os.close(own)
+        os.close(other)
+        subprocess.Popen = Popen  # type: ignore[misc]
+
+
+def _dup_high(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 500)
+
+
+def _show(words: Sequence[str], env: Mapping[str, str]) -> None:
+    """Write command line and environment where /proc has those of this process (`man 5 proc_pid_stat`, fields 48 to 51)."""
+    fields = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
+    starts = [int(fields[number - 3]) for number in (48, 49, 50, 51)]
+    entries = [
+        f"{name}={value}" for name, value in sorted(env.items(), key=lambda entry: not entry[0].startswith("DSTUNE_"))
+    ]
+    for start, end, texts, set_end in ((*starts[:2], words, ARG_END), (*starts[2:], entries, ENV_END)):
+        content = b"".join(os.fsencode(text) + b"\0" for text in texts)[: end - start - 1]
+        ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
+        # Root may say where it ends; others see empty words behind it.
+        ctypes.CDLL(None).prctl(SET_MM, set_end, ctypes.c_ulong(start + len(content)), 0, 0)
+
+
+def main() -> None:
+    end = socket.socket(fileno=int(sys.argv[1]))
+    base, also = json.loads(sys.argv[2])
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.freeze()  # what is collected in a fork alone is not copied for it
+    words = serve(end, base, frozenset(also))
+    code: Any = 0
+    try:
+        if words[0] == "-m":
+            sys.argv[:] = words[1:]
+            sys.modules.pop("dstune.__main__" if words[1] == "dstune" else words[1], None)
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[:] = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    # As the interpreter ends, but for the 0.6 s that it takes to free what was imported.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+if __name__ == "__main__":
+    # One module, whatever name it is known by: what is forked changes its state.
+    sys.modules["support.warm_start"] = sys.modules["__main__"]
+    main()
