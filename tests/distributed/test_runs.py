@@ -39,6 +39,7 @@ def undisturbed(workplace) -> list[dict]:
     return exact(run_dir)
 
 
+@pytest.mark.cold
 def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     run_dir = workplace.folder / "killed"
     command = workplace.start("train", *overrides("killed"))

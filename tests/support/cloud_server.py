@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import psutil
 
+from support import warm_start
 from tests.support.command import clean_environment
 
 MODULES = ("dstune.serve.finetuning.jobs.process", "dstune.serve.finetuning.jobs.export", "dstune.worker")
@@ -48,7 +49,7 @@ class Server:
             str(self.presets),
         ]
         log = (self.folder / "server.log").open("a")
-        self.process = subprocess.Popen(
+        self.process = warm_start.Popen(
             [*command, "--state", str(self.state)], cwd=self.folder, env=self.env, stdout=subprocess.PIPE, stderr=log,
             text=True, start_new_session=True,
         )  # fmt: skip

@@ -239,7 +239,9 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
         if time.monotonic() > deadline:
             os._exit(1)
         time.sleep(0.0005)
-    if words[:2] == ["-m", "dstune"]:  # which starts ranks
+    if words[0] == "-m" and (
+        words[1] == "dstune" or words[1].startswith("dstune.serve.")
+    ):  # which start ranks or engines
         own, other = (end.detach() for end in socket.socketpair())
         if os.fork() == 0:
             end = _dup_high(other)
