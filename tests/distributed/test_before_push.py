@@ -14,7 +14,7 @@ import torch
 from parity import test_heads as heads
 from parity import test_ladder as ladder
 from parity.reference import train_plainly
-from support.command import Commands, at_step, exact, overrides_of_run, ranks_of, result, wait_until
+from support.command import Commands, at_step, exact, family_of, overrides_of_run, ranks_of, result, wait_until
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
 from support.workshop import Results
@@ -90,7 +90,6 @@ def test_resumed_equals_uninterrupted_to_the_bit(shops):
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.cold
 def test_a_run_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(workplace, shops):
     """Ctrl-C saves and leaves with 75, kill -9 of one rank ends all of them, and the same command goes on after both."""
     run_dir = workplace.folder / "disturbed"
@@ -106,7 +105,7 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(workpla
 
     command = workplace.start("train", *overrides("disturbed"))
     wait_until(lambda: at_step(run_dir, saved + 3))
-    family = psutil.Process(command.pid).children(recursive=True)
+    family = family_of(command.pid)
     next(rank for rank in ranks_of(run_dir) if rank.environ()["RANK"] == "1").kill()
     killed = time.monotonic()
     assert command.wait(timeout=60) == 1

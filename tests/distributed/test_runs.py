@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.command import Commands, at_step, exact, metrics, overrides_of_run, ranks_of, result, wait_until
+from support.command import Commands, at_step, exact, family_of, metrics, overrides_of_run, ranks_of, result, wait_until
 from support.tiny import save_decoder, write_dialogues
 
 STEPS = 40
@@ -39,13 +39,12 @@ def undisturbed(workplace) -> list[dict]:
     return exact(run_dir)
 
 
-@pytest.mark.cold
 def test_kill_9_of_one_rank_and_resume(workplace, undisturbed):
     run_dir = workplace.folder / "killed"
     command = workplace.start("train", *overrides("killed"))
     wait_until(lambda: at_step(run_dir, 8))
     ranks = ranks_of(run_dir)
-    family = psutil.Process(command.pid).children(recursive=True)
+    family = family_of(command.pid)
     victim = next(rank for rank in ranks if rank.environ()["RANK"] == "1")
     victim.kill()
     killed = time.monotonic()

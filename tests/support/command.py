@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -103,6 +104,15 @@ def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
             return found
         time.sleep(0.02)
     raise AssertionError(f"nothing happened within {timeout} s")
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    """The living descendants of a command, but for the twin of a warm one (`warm_start`), which ends by itself when it ends."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
+            found += [process] if warm_start.__file__ not in process.cmdline() else []
+    return found
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
