@@ -39,13 +39,15 @@ def _environment() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(autouse=True)
-def _cold(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Commands of tests marked `cold` import everything themselves, as a user's do."""
-    if request.node.get_closest_marker("cold"):
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Commands of tests marked `cold`, and of the fixtures that are set up for them, import everything themselves."""
+    if item.get_closest_marker("cold"):
         warm_start.cold.set()
-    yield
-    warm_start.cold.clear()
+    try:
+        return (yield)
+    finally:
+        warm_start.cold.clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

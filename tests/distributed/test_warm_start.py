@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,15 +60,51 @@ def test_a_launcher_that_is_killed_takes_the_twin_along(tmp_path: Path, env: dic
     command = [sys.executable, "-m", "dstune", "doctor"]
     with Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         twins = wait_until(lambda: psutil.Process(process.pid).children())
+        wait_until(lambda: warm_start.__file__ in twins[0].cmdline())
         process.kill()
-    _, alive = psutil.wait_procs(twins, timeout=10)
-    assert not alive
+    wait_until(
+        lambda: all(not twin.is_running() or twin.status() == psutil.STATUS_ZOMBIE for twin in twins), timeout=10
+    )
+
+
+def test_it_has_what_a_process_inherits_and_its_output_is_buffered(tmp_path: Path, env: dict[str, str]) -> None:
+    """Limits, processors, mask and ignored signals of the asking process, which differ from those of the warm one."""
+    script = [sys.executable, str(SCRIPT), "inherit"]
+    cores, mask, handler = os.sched_getaffinity(0), os.umask(0o027), signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        os.sched_setaffinity(0, [min(cores)])
+        resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+        env |= {"TMPDIR": str(tmp_path)}
+        env.pop("PYTHONUNBUFFERED", None)
+        warm = run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60).stdout
+        own = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60).stdout
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.umask(mask)
+        signal.signal(signal.SIGUSR1, handler)
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    (said, is_warm), (expected, is_own) = (text.strip().split("\n")[-1].rsplit("|", 1) for text in (warm, own))
+    assert (is_warm, is_own) == ("warm", "cold") and said == expected and str(tmp_path) in said
+
+
+def test_a_start_that_was_interrupted_leaves_none_of_its_answers_behind() -> None:
+    one, other = socket.socketpair()
+    broken = warm_start.Source(one, {}, frozenset())
+    with pytest.raises(TypeError):
+        broken.start(["x"], ["no descriptor"])  # type: ignore[list-item]
+    other.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        broken.start(["x"], [])
 
 
 def test_what_could_have_changed_an_import_starts_cold(env: dict[str, str]) -> None:
     base = {"PATH": "/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     assert same_imports(base | {"RANK": "1", "DSTUNE_CACHE": "x"}, base, frozenset())
-    for changed in ({"HF_HUB_OFFLINE": "0"}, {"LD_PRELOAD": "x.so"}, {"OMP_NUM_THREADS": "2"}, {"MY_OWN": "1"}):
+    for changed in (
+        {"HF_HUB_OFFLINE": "0"}, {"LD_PRELOAD": "x.so"}, {"OMP_NUM_THREADS": "2"}, {"MY_OWN": "1"},
+        {"PYTHONPATH": "/another/tree"}, {"DSTUNE_FAULT": "disk"},
+    ):  # fmt: skip
         assert not same_imports(base | changed, base, frozenset())
     assert not same_imports({"PATH": "/bin"}, base, frozenset())
     assert program([sys.executable, "-m", "dstune", "train"]) and not program([sys.executable, "-c", "import dstune"])

@@ -1,14 +1,15 @@
 """Commands and ranks that start in a tenth of a second in place of ten: forks of a process that has imported what they import.
 
 Nine tenths of the processor time of a short run are imports of PyTorch, transformers, DeepSpeed and dstune, once for each of its
-processes. What is forked here is a process as any other: a child of the one that started it, with its own pid, command line,
-environment and working directory under /proc, so that signals, exit codes, sessions and the search for what a launch left behind
-work as they do for users. Two differences remain: the ranks of a run have the same hash seed, and modules are there that a
-command would not import. So what concerns either, and one of each proof, starts cold: `@pytest.mark.cold`.
+processes. What is forked here is a child of the process that started it, with its own pid, command line, environment and working
+directory under /proc, so that signals, exit codes, sessions, limits and the search for what a launch left behind work as they do
+for users. Three differences remain: all forks of a test worker have the same hash seed, modules are there that a command would not
+import, and the interpreter is left before it frees them. What concerns these starts cold: `@pytest.mark.cold`. So do other
+launchers than dstune's own (SLURM, mpirun, pdsh), and whatever has an environment that could have changed an import.
 
-A warm process keeps a twin that has done nothing but imports; its own children are forked from that one. A process becomes a
-child of the one that asked, not of the twin, because its parent in between ends while the asking one is a subreaper
-(`man 2 PR_SET_CHILD_SUBREAPER`). Whatever of the environment could have changed an import has it start cold.
+A warm process that starts others keeps a twin that has done nothing but imports; they are forked from that one. A process becomes
+a child of the one that asked, not of the twin, because its parent in between ends while the asking one is a subreaper
+(`man 2 PR_SET_CHILD_SUBREAPER`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import importlib
 import json
 import os
 import random
+import resource
 import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -34,30 +37,30 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
-SET_MM, ARG_END, ENV_END = 35, 9, 11  # PR_SET_MM, PR_SET_MM_ARG_END, PR_SET_MM_ENV_END
+HIGH = 500
+"""Descriptors from here on are in use while a process is made; none that is given to it has such a number."""
 PADDING = "DSTUNE_TEST_PADDING"
 """Room for the environment of what is forked, as /proc shows it."""
 IMPORTS = ("deepspeed.runtime.engine", "numpy", "transformers.models.llama.modeling_llama", "wandb", "dstune.rank.worker",
            *(f"dstune.cli.{verb}" for verb in ("train", "evaluate", "predict", "export", "plan", "generate", "report")),
            "dstune.config.compose", "dstune.report.command")  # fmt: skip
 FREE = ("DSTUNE_", "GLOO_", "LOCAL_", "MASTER_", "PYTEST_", "WANDB_")
-FREE_NAMES = {
-    "RANK",
-    "WORLD_SIZE",
-    "PYTHONPATH",
-    "PYTHONSAFEPATH",
-    "XDG_CONFIG_HOME",
-    "TMPDIR",
-    "COLUMNS",
-    "NO_COLOR",
-    "TERM",
-}
-"""Variables that are read when they are needed; any other that differs from what the imports have seen has a process start cold."""
+FREE_NAMES = {"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "XDG_CONFIG_HOME", "TMPDIR", "COLUMNS",
+              "NO_COLOR", "TERM"}  # fmt: skip
+"""Variables that are read when they are needed. Any other that differs from what the imports have seen has a process start cold;
+so have another tree in PYTHONPATH, and `DSTUNE_FAULT`, which a `sitecustomize` reads (`support/struck.py`)."""
 IMPORTED = ("CUDA_", "DS_", "HF_", "LD_", "MKL_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_")
+USUAL = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+"""Of the commands and ranks of tests."""
+LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
+IGNORABLE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozenset[str]) -> bool:
     """Whether a process with `env` would have imported what one with `base` has. also: what ranks are given beside it."""
+    path = set(env.get("PYTHONPATH", "").split(os.pathsep))
+    if "DSTUNE_FAULT" in env or not path <= {"", str(ROOT), str(ROOT / "tests")}:
+        return False
     for name, value in env.items():
         if name not in FREE_NAMES and not name.startswith(FREE) and base.get(name) != value:
             return False
@@ -65,12 +68,10 @@ def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozense
 
 
 def program(argv: Sequence[str]) -> list[str] | None:
-    """`-m MODULE ...` or `FILE ...` after the interpreter, where that may start warm."""
+    """`-m MODULE ...` or `FILE ...` after the interpreter and its `-u`, where that may start warm."""
     if not argv or argv[0] != sys.executable:
         return None
-    words = [str(word) for word in argv[1:]]
-    if words[:1] == ["-u"]:
-        words = words[1:]
+    words = [str(word) for word in argv[1 + _unbuffered(argv) :]]
     if words[:1] == ["-m"]:
         return words if words[1] == "dstune" or words[1].startswith("dstune.") else None
     if words and Path(words[0]).parent.parent == ROOT / "tests":
@@ -78,26 +79,35 @@ def program(argv: Sequence[str]) -> list[str] | None:
     return None
 
 
+def _unbuffered(argv: Sequence[str]) -> bool:
+    return list(argv[1:2]) == ["-u"]
+
+
 class Source:
-    """The end of a socket at whose other end a warm process waits."""
+    """The end of a socket at whose other end a warm process waits, for this process alone."""
 
     def __init__(self, end: socket.socket, base: Mapping[str, str], also: frozenset[str]):
         self.end, self.base, self.also = end, base, also
-        self.lock = threading.Lock()
+        self.lock, self.owner = threading.Lock(), os.getpid()
 
-    def start(self, words: list[str], fds: Sequence[int], **how: Any) -> int:
-        """The pid of the new child of this process. Raises OSError where there is none."""
+    def start(self, words: Sequence[str], fds: Sequence[int], **how: Any) -> int:
+        """The pid of the new child of this process. Raises OSError where there is none, then and later."""
+        request = json.dumps({"words": words, "parent": os.getpid(), **how}).encode()
         with self.lock:
-            request = json.dumps({"words": words, "parent": os.getpid(), **how}).encode()
+            if self.owner != os.getpid():
+                raise BrokenPipeError("this process was forked from the one that the warm process knows")
             ctypes.CDLL(None).prctl(SUBREAPER, 1, 0, 0, 0)
             try:
                 socket.send_fds(self.end, [len(request).to_bytes(4)], list(fds))
                 self.end.sendall(request)
                 answer = self.end.recv(32)
+            except BaseException:
+                self.end.close()  # an answer that comes after all would be taken for that of the next request
+                raise
             finally:
                 ctypes.CDLL(None).prctl(SUBREAPER, 0, 0, 0, 0)
-        if not answer:
-            raise BrokenPipeError("the warm process has ended")
+        if answer in (b"", b"0"):
+            raise BrokenPipeError("the warm process made none")
         return int(answer)
 
 
@@ -117,17 +127,22 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
         rest = (startupinfo, creationflags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals,
                 gid, gids, uid, umask, start_new_session, process_group)  # fmt: skip
         plain = preexec_fn is executable is gid is gids is uid is None and not shell and close_fds and umask == -1
+        plain = plain and process_group == -1 and not cold.is_set() and all(number < HIGH for number in pass_fds)
         words = program(list(args)) if plain and not isinstance(args, str | bytes | os.PathLike) else None
-        given = dict(os.environ if env is None else env)
-        found = None if words is None or cold.is_set() or process_group != -1 else _source(given)
-        if found is not None:
+        given, folder = dict(os.environ if env is None else env), os.path.abspath(cwd or ".")
+        found = _source(given) if words is not None and os.path.isdir(folder) else None
+        if found is not None and words is not None:
             inherited = (p2cread, c2pwrite, errwrite)
             fds = [number if own == -1 else own for number, own in enumerate(inherited)]
-            mask = os.umask(0)
-            os.umask(mask)
-            how = {"env": given, "cwd": os.fspath(cwd or os.getcwd()), "umask": mask, "session": start_new_session}
+            how = {
+                "env": given,
+                "cwd": folder,
+                "session": start_new_session,
+                "unbuffered": _unbuffered(args),
+                **_inherited(),
+            }
             try:
-                self.pid = found.start(words or [], [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
+                self.pid = found.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
             except OSError:
                 pass
             else:
@@ -151,26 +166,43 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[A
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def _inherited() -> dict[str, Any]:
+    """What a process has from the one that starts it, beside descriptors and environment."""
+    status = Path("/proc/self/status").read_text()
+    return {
+        "umask": int(status.split("Umask:", 1)[1].split()[0], 8),
+        "affinity": sorted(os.sched_getaffinity(0)),
+        "limits": [resource.getrlimit(limit) for limit in LIMITS],
+        "ignored": [number for number in IGNORABLE if signal.getsignal(number) is signal.SIG_IGN],
+    }
+
+
 def _source(env: Mapping[str, str]) -> Source | None:
     global source
-    if source is None and sys.platform == "linux":
+    if source is None and sys.platform == "linux" and resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2 * HIGH:
         from dstune.launch.commands import ALWAYS, UNLESS_SET
 
-        free = {name for name in env if name in FREE_NAMES or name.startswith(FREE)}
-        base = {**UNLESS_SET, **ALWAYS, **{name: value for name, value in env.items() if name not in free}}
-        own, other = socket.socketpair()
-        also = frozenset({*ALWAYS, *UNLESS_SET} - env.keys())
-        command = [sys.executable, "-u", __file__, str(other.fileno()), json.dumps([base, sorted(also)]), "x" * 4000]
+        own = {
+            name: value for name, value in os.environ.items() if name not in FREE_NAMES and not name.startswith(FREE)
+        }
+        base = {**UNLESS_SET, **ALWAYS, **own, **USUAL}
+        also = frozenset({*ALWAYS, *UNLESS_SET} - {*own, *USUAL})
+        end, other = socket.socketpair()
+        command = [sys.executable, "-u", __file__, str(other.fileno()), "x" * 8000]
         environment = {**base, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", PADDING: "x" * 32_000}
-        _OwnPopen(
-            command, env=environment, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        _OwnPopen(command, env=environment, pass_fds=[other.fileno()], **quiet)  # type: ignore[call-overload]
         other.close()
-        source = Source(own, base, also)
+        source = Source(end, base, also)
+        known = json.dumps([base, sorted(also)]).encode()  # not on its command line, which everybody may read
+        end.sendall(len(known).to_bytes(4) + known)
     return source if source is not None and same_imports(env, source.base, source.also) else None
 
 
 # -- in the warm process -----------------------------------------------------------------------------------------------
+
+places: list[int] = []
+"""Where its command line and its environment begin and end (`man 5 proc_pid_stat`, fields 48 to 51)."""
 
 
 def serve(end: socket.socket, base: Mapping[str, str], also: frozenset[str]) -> list[str]:
@@ -183,55 +215,71 @@ def serve(end: socket.socket, base: Mapping[str, str], also: frozenset[str]) -> 
             os._exit(0)
         request = json.loads(_exactly(end, int.from_bytes(head)))
         reading, writing = os.pipe()
-        between = os.fork()
+        between = _fork()
         if between == 0:
-            pid = os.fork()
+            pid = _fork()
             if pid == 0:
                 end.close()
                 become(request, fds, base, also)
                 return request["words"]
-            os.write(writing, str(pid).encode())
+            os.write(writing, str(max(pid, 0)).encode())
             os._exit(0)
         for number in (writing, *fds):
             os.close(number)
-        os.waitpid(between, 0)
-        end.sendall(os.read(reading, 32))
+        if between > 0:
+            os.waitpid(between, 0)
+        end.sendall(os.read(reading, 32) or b"0")
         os.close(reading)
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError:
+        return -1
 
 
 def _exactly(end: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
-        found += end.recv(size - len(found))
+        part = end.recv(size - len(found))
+        if not part:
+            os._exit(0)
+        found += part
     return found
 
 
 def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, str], also: frozenset[str]) -> None:
     """Give this fork everything that it would have been started with."""
     global source
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in IGNORABLE:
+        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
+    if signal.SIGINT not in request["ignored"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["session"]:
         os.setsid()
     high = [_dup_high(fd) for fd in fds]
-    os.closerange(0, 500)
+    os.closerange(0, HIGH)
     for fd, number in zip(high, request["numbers"], strict=True):
         os.dup2(fd, number)
-    os.closerange(500, 1000)
+    os.closerange(HIGH, 2 * HIGH)
     os.umask(request["umask"])
+    os.sched_setaffinity(0, request["affinity"])
+    for limit, values in zip(LIMITS, request["limits"], strict=True):
+        resource.setrlimit(limit, values)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    python = [sys.executable, "-u"]
     words: list[str] = request["words"]
-    _show(python + words, request["env"])
-    sys.path[:] = [
-        path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"))
-    ]
+    if not (request["unbuffered"] or "PYTHONUNBUFFERED" in request["env"]):
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    _show([sys.executable, *["-u"] * request["unbuffered"], *words], request["env"])
+    own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")}
+    sys.path[:] = [path for path in sys.path if path not in own]
     sys.path[:0] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     if "PYTHONSAFEPATH" not in request["env"]:
         sys.path.insert(0, os.getcwd() if words[0] == "-m" else str(Path(words[0]).parent))
+    tempfile.tempdir = None
     random.seed()
     sys.modules["numpy"].random.seed()
     deadline = time.monotonic() + 10
@@ -242,41 +290,40 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
     if words[0] == "-m" and (
         words[1] == "dstune" or words[1].startswith("dstune.serve.")
     ):  # which start ranks or engines
-        own, other = (end.detach() for end in socket.socketpair())
+        ends = [end.detach() for end in socket.socketpair()]
         if os.fork() == 0:
-            end = _dup_high(other)
-            os.closerange(0, 500)
+            mine = _dup_high(ends[1])
+            os.closerange(0, HIGH)
             for _ in range(3):
                 os.open(os.devnull, os.O_RDWR)
-            words[:] = serve(socket.socket(fileno=end), base, also)
+            _show([sys.executable, __file__], {})
+            words[:] = serve(socket.socket(fileno=mine), base, also)
             return
-        source = Source(socket.socket(fileno=_dup_high(own)), base, also)
-        os.close(own)
-        os.close(other)
+        source = Source(socket.socket(fileno=_dup_high(ends[0])), base, also)
+        for end in ends:
+            os.close(end)
         subprocess.Popen = Popen  # type: ignore[misc]
 
 
 def _dup_high(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 500)
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
 
 
 def _show(words: Sequence[str], env: Mapping[str, str]) -> None:
-    """Write command line and environment where /proc has those of this process (`man 5 proc_pid_stat`, fields 48 to 51)."""
-    fields = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
-    starts = [int(fields[number - 3]) for number in (48, 49, 50, 51)]
+    """Write command line and environment where /proc reads those of this process; empty words follow."""
     entries = [
-        f"{name}={value}" for name, value in sorted(env.items(), key=lambda entry: not entry[0].startswith("DSTUNE_"))
+        f"{name}={value}" for name, value in sorted(env.items(), key=lambda one: not one[0].startswith("DSTUNE_"))
     ]
-    for start, end, texts, set_end in ((*starts[:2], words, ARG_END), (*starts[2:], entries, ENV_END)):
+    for start, end, texts in ((*places[:2], words), (*places[2:], entries)):
         content = b"".join(os.fsencode(text) + b"\0" for text in texts)[: end - start - 1]
         ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
-        # Root may say where it ends; others see empty words behind it.
-        ctypes.CDLL(None).prctl(SET_MM, set_end, ctypes.c_ulong(start + len(content)), 0, 0)
 
 
 def main() -> None:
     end = socket.socket(fileno=int(sys.argv[1]))
-    base, also = json.loads(sys.argv[2])
+    fields = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
+    places[:] = [int(fields[number - 3]) for number in (48, 49, 50, 51)]
+    base, also = json.loads(_exactly(end, int.from_bytes(_exactly(end, 4))))
     for name in IMPORTS:
         importlib.import_module(name)
     gc.freeze()  # what is collected in a fork alone is not copied for it

@@ -1,18 +1,20 @@
 """Says what it is, for `distributed/test_warm_start.py`."""
 
 import os
+import resource
+import signal
 import sys
+import tempfile
 import time
 
-print(
-    os.getppid(),
-    os.getcwd(),
-    os.environ["DSTUNE_SIGN"],
-    os.getpid(),
-    "warm" if "torch" in sys.modules else "cold",
-    sep="|",
-    flush=True,
-)
+warm = "warm" if "torch" in sys.modules else "cold"
+if sys.argv[1] == "inherit":
+    ignored = signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    limit = resource.getrlimit(resource.RLIMIT_CORE)
+    output = type(sys.stdout.buffer).__name__
+    print(os.sched_getaffinity(0), os.umask(0), ignored, output, limit, tempfile.gettempdir(), warm, sep="|")
+    sys.exit()
+print(os.getppid(), os.getcwd(), os.environ["DSTUNE_SIGN"], os.getpid(), warm, sep="|", flush=True)
 if sys.argv[1] == "wait":
     time.sleep(60)
 if sys.argv[1] == "exit":

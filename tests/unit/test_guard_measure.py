@@ -163,7 +163,7 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate.calibrate(model, [row for row in benign(30, 5) if row["direction"] != "output"], "f")
     assert [problem.reason for problem in caught.value.problems] == ["0 texts have direction output, and 20 are needed"]
     rows, empty = benign(30, 5), {"text": "", "direction": "output", "label": "benign"}
-    with pytest.raises(UserError, match="of no text with direction output does the model's tokenizer make a token"):
+    with pytest.raises(UserError, match="only 0 texts with direction output contain a token"):
         calibrate.calibrate(model, [*(row for row in rows if row["direction"] != "output"), *[empty] * 30], "f")
 
 

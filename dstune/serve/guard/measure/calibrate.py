@@ -47,19 +47,22 @@ class Scored:
 def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
     """rows: benign texts that the model was not trained on, with `text` and `direction`. source: what they are called.
 
-    Raises UserError where a direction has too few, or none with a token, or a row is an attack.
+    Raises UserError where a direction has too few with a token, or a row is an attack.
     """
     check(rows, model.label, source)
-    return thresholds(list(_scores(model, rows)), model, rows, source)
+    scored = list(_scores(model, rows))
+    for direction in DIRECTIONS:
+        count = sum(one.direction == direction and bool(one.all) for one in scored)
+        if count < FEWEST:
+            reason = f"only {count} texts with direction {direction} contain a token, and {FEWEST} are needed"
+            raise UserError(Problem(source, reason, "give it texts as users and tools write them"))
+    return thresholds(scored, model, rows, source)
 
 
 def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
     directions, counts = {}, {}
     for direction in DIRECTIONS:
-        own = [one for one in scored if one.all and _counts(one, direction)]
-        if not own:
-            reason = f"of no text with direction {direction} does the model's tokenizer make a token"
-            raise UserError(Problem(source, reason, "give it texts as users and tools write them"))
+        own = [one for one in scored if _counts(one, direction)]
         directions[direction], used = _buckets(own)
         texts = [row["text"] for row in rows if row["direction"] == direction]
         counts[direction] = {
