@@ -263,6 +263,7 @@ def test_each_method(table):
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(1200)  # minutes, and more beside other work
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_whole_matrix(table, stage):
     """All cells; half of the runs are resumed at another stage."""

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ci  # two minutes: each line is composed
+@pytest.mark.timeout(1200)  # beside other work
 def test_problems_are_worded_as_committed() -> None:
     spec = importlib.util.spec_from_file_location("golden", ROOT / "tools" / "golden.py")
     assert spec is not None and spec.loader is not None
