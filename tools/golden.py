@@ -31,9 +31,10 @@ def entries() -> Iterator[list[str]]:
     from dstune.config.validate import validate
 
     lines = [line for line in WRONG.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-    before = Path.cwd()
+    before, home = Path.cwd(), os.environ.get("HOME", "")
     with tempfile.TemporaryDirectory() as empty:
         os.chdir(empty)
+        os.environ["HOME"] = "/home/user"  # some fixes name a place in it
         try:
             for line in lines:
                 try:
@@ -44,6 +45,7 @@ def entries() -> Iterator[list[str]]:
                 yield [f"$ dstune train {line}", *(f"  {text}".replace("\n", "\n  ") for text in problems)]
         finally:
             os.chdir(before)
+            os.environ["HOME"] = home
 
 
 if __name__ == "__main__":
