@@ -22,6 +22,8 @@ ROWS, PEAK = 8, 1e9
 WEIGHTS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
 FLOPS = ROWS * (6 * WEIGHTS * LENGTH + 12 * 32 * 2 * LENGTH**2 + 6 * 105 * 32 * TARGETS)
 
+pytestmark = pytest.mark.cold  # the time of imports is looked at
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Commands:
