@@ -41,9 +41,10 @@ HIGH = 500
 """Descriptors from here on are in use while a process is made; none that is given to it has such a number."""
 PADDING = "DSTUNE_TEST_PADDING"
 """Room for the environment of what is forked, as /proc shows it."""
-IMPORTS = ("deepspeed.runtime.engine", "numpy", "transformers.models.llama.modeling_llama", "wandb", "dstune.rank.worker",
+IMPORTS = ("deepspeed.runtime.engine", "numpy", "transformers.models.llama.modeling_llama", "dstune.rank.worker",
            *(f"dstune.cli.{verb}" for verb in ("train", "evaluate", "predict", "export", "plan", "generate", "report")),
            "dstune.config.compose", "dstune.report.command")  # fmt: skip
+"""Not wandb: it makes a folder as it is imported, which the first fork that ends would remove for all others."""
 FREE = ("DSTUNE_", "GLOO_", "LOCAL_", "MASTER_", "PYTEST_", "WANDB_")
 FREE_NAMES = {"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "XDG_CONFIG_HOME", "TMPDIR", "COLUMNS",
               "NO_COLOR", "TERM"}  # fmt: skip
