@@ -130,7 +130,7 @@ def _import_muon() -> None:
     from deepspeed.runtime import compiler
 
     own = getattr(compiler, "compile", None)
-    compiler.compile = lambda: lambda function: function
+    compiler.compile = lambda *_, **__: lambda function: function
     try:
         with suppress(ImportError):  # of a version that has it elsewhere
             import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
