@@ -24,7 +24,7 @@ what is trained, and when; it goes with every task, model and ZeRO stage unless 
 MATRIX = """\
 ## What goes with what
 
-Each cell promises what `tests/distributed/test_matrix.py` runs on two ranks: training, frozen weights that keep every bit, a resume
+Each cell promises what `tests/distributed/test_matrix*.py` run on two ranks: training, frozen weights that keep every bit, a resume
 to the bit, and an export that plain `transformers` or `peft` loads with equal outputs.
 """
 

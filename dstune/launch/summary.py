@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dstune.config.run_file import read_run
+from dstune.config.trust import Use
+from dstune.core.errors import UserError
 from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 from dstune.launch import records
+from dstune.protocols import task_of
 
 COLUMN = 14
 COUNTS = ("rows", "targets", "tokens", "seconds", "generated")
@@ -18,7 +23,7 @@ SHOWN_CHARACTERS = 600
 
 
 def summary(run_dir: Path) -> str:
-    """What a finished run achieved, one answered prompt, and where everything is."""
+    """What a finished run achieved, one answered prompt, where everything is, and what comes next."""
     result = records.read_result(run_dir) or {}
     lines = [""]
     for section in (
@@ -30,7 +35,10 @@ def summary(run_dir: Path) -> str:
         # What an earlier owner of the directory left in its files costs a section, not the end of the command.
         with suppress(TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             lines += section()
-    return "\n".join([*lines, "", *_paths(run_dir, result)])
+    lines += ["", *_paths(run_dir, result)]
+    with suppress(UserError, OSError, LookupError):
+        lines += ["", *_next(run_dir, result)]
+    return "\n".join(lines)
 
 
 def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +140,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
-    lines = [_entry("run", str(run_dir))]
+    lines = [_entry("run", _short(run_dir))]
     for label, path in (
         ("metrics", run_dir / "metrics.jsonl"),
         ("result", records.result_path(run_dir)),
@@ -143,6 +151,21 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
         if path and Path(path).exists():
             lines.append(_entry(label, _short(Path(path))))
     return lines
+
+
+def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
+    """What can be done with it now, as one would type it."""
+    if not result.get("export"):
+        return []
+    task = task_of(read_run(run_dir / "run.yaml", use=Use.weights).config.task)
+    run = shlex.quote(_short(run_dir))
+    commands = [
+        f"dstune generate {run} --prompt '...'" if task.generates else f"dstune predict {run} --input rows.jsonl"
+    ]
+    if task.generates or task.serves:
+        commands.append(f"dstune serve {run}")
+    commands.append(f"dstune report {run}")
+    return [_entry("" if position else "next", command) for position, command in enumerate(commands)]
 
 
 def _short(path: Path) -> str:

@@ -25,6 +25,8 @@ WHOLE_FILES = {
     "distributed/test_hub_data.py": 60,
     "distributed/test_in_process.py": 95,
     "distributed/test_loading.py": 40,
+    "distributed/test_matrix_0_1.py": 430,
+    "distributed/test_matrix_2_3.py": 430,
     "distributed/test_methods.py": 45,
     "distributed/test_multi_task.py": 40,
     "distributed/test_notebook.py": 110,
@@ -72,7 +74,7 @@ run. `tests/distributed/test_before_push.py` has one of each for `make test`. Th
 busy; measured, or guessed from the ranks that are started."""
 
 SOME_TESTS = {
-    "distributed/test_matrix.py": 1000,
+    "distributed/test_matrix.py": 140,
     "distributed/test_multi_label.py": 40,
     "parity/test_elastic.py": 250,
     "placement/test_gpu_report.py": 500,

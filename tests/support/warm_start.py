@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,9 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
             }
             try:
                 self.pid = found.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
-            except OSError:
-                pass
+            except OSError as error:
+                if "pytest" in sys.modules:  # elsewhere it would be read as a word of the command
+                    warnings.warn(f"no warm process: {words[:2]} starts cold ({error})", stacklevel=2)
             else:
                 self._child_created = True
                 self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)

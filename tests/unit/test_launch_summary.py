@@ -2,7 +2,12 @@
 
 import json
 
+import pytest
+from support.configs import run_config
+
+from dstune.config.run_file import Composed, write_run
 from dstune.launch.summary import summary
+from dstune.protocols import TASKS
 
 RESULT = {
     "status": "completed",
@@ -79,3 +84,23 @@ def test_long_texts_are_wrapped_and_cut(tmp_path):
 def test_files_that_are_missing_or_incomplete(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 0, "pro')
     assert str(tmp_path) in summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "commands"),
+    [
+        ("chat", ["generate {} --prompt '...'", "serve {}", "report {}"]),
+        ("classification", ["predict {} --input rows.jsonl", "serve {}", "report {}"]),
+    ],
+)
+def test_it_ends_with_what_comes_next(tmp_path, monkeypatch, task, commands):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "of mine"
+    (run_dir / "export").mkdir(parents=True)
+    write_run(run_dir / "run.yaml", Composed(run_config(task=TASKS.configs()[task]()), []))
+    (run_dir / "result.json").write_text(json.dumps(RESULT))
+    assert "dstune " not in summary(run_dir)  # nothing to go on with
+    (run_dir / "result.json").write_text(json.dumps({**RESULT, "export": str(run_dir / "export")}))
+    quoted = "'runs/of mine'"
+    found = [line[15:] for line in summary(run_dir).splitlines()[-3:]]
+    assert found == [f"dstune {command.format(quoted)}" for command in commands]

@@ -53,3 +53,9 @@ with watchdog.around("saving"):
 time.sleep(50)
 """)
     assert code == 1 and "for 0.3 s (trainer.stall_seconds) in step 1" in reported
+
+
+def test_its_thread_ends_with_the_run():
+    """A notebook trains again and again in one process."""
+    body = "watchdog.close(); time.sleep(0.5); import threading; print(threading.active_count(), end='')"
+    assert ended(body)[:2] == (0, "1")

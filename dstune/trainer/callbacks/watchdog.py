@@ -71,6 +71,7 @@ class Watchdog(Callback):
         """report: hands the reason to whoever started the rank."""
         self._seconds, self._rank, self._report = seconds, rank, report
         self._now: _Watched | None = None
+        self._closed = threading.Event()
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -98,6 +99,9 @@ class Watchdog(Callback):
     def on_train_end(self, run: Run, request: Request) -> None:
         self._now = None
 
+    def close(self) -> None:
+        self._closed.set()
+
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
         """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
@@ -109,8 +113,7 @@ class Watchdog(Callback):
             self._now = before and replace(before, since=time.monotonic())
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._seconds / 4))
+        while not self._closed.wait(min(1.0, self._seconds / 4)):
             now = self._now
             if now is not None and time.monotonic() - now.since > now.limit:
                 self._end(now)
