@@ -22,7 +22,6 @@ from pathlib import Path
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
-from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import python_path
@@ -31,7 +30,7 @@ from dstune.launch.hosts import Answer, Ssh
 from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.processes import LAUNCH_ID, end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
-from dstune.launch.signals import caught_signals
+from dstune.launch.signals import StopFile, caught_signals
 from dstune.launch.verdict import Verdict, how
 
 POLL_SECONDS = 0.1
@@ -96,12 +95,11 @@ class RemoteLaunch:
         self.starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(plan.size)}
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.lost: list[str] = []
-        self.stop_signal: str | None = None
-        self.forced = False
+        self.stop = StopFile(run_dir, console)
 
     def run(self, received: Sequence[str]) -> Verdict:
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
+        self.stop.remove()
         records.begin(self.run_dir, self.id, self.plan.size)
         for name, text in self.plan.files.items():
             files.write(self.folder / name, text, mode=0o600)  # variables of the user's
@@ -163,9 +161,9 @@ class RemoteLaunch:
         deadline: float | None = None
         while launcher.poll() is None:
             follower.look()
-            self._obey(received)
+            self.stop.look(received)
             self.lost = [host for host, node in self.nodes.items() if node.poll() is not None]
-            if self.lost or self.forced:
+            if self.lost or self.stop.forced:
                 return
             if deadline is None and self._is_over():
                 finished = records.read_result(self.run_dir) is not None
@@ -194,17 +192,6 @@ class RemoteLaunch:
                     found.append((host, code))
         return min(found, key=lambda end: end[1] > 0, default=None)
 
-    def _obey(self, received: Sequence[str]) -> None:
-        if received and self.stop_signal is None:
-            self.stop_signal = received[0]
-            files.write(self.run_dir / STOP_FILE, "")
-            self.console.message(
-                f"dstune: received {self.stop_signal}: saving at the end of this step; again to stop at once without saving"
-            )
-        if len(received) > 1 and not self.forced:
-            self.forced = True
-            self.console.message("dstune: received a second signal: stopping at once")
-
     def _close_nodes(self) -> None:
         """Let every node end what is left of the launch there."""
         for node in self.nodes.values():
@@ -219,8 +206,8 @@ class RemoteLaunch:
                 node.wait()
 
     def _judge(self, code: int) -> Verdict:
-        (self.run_dir / STOP_FILE).unlink(missing_ok=True)
-        if self.forced:
+        self.stop.remove()
+        if self.stop.forced:
             return Verdict(EXIT_FAILED, "stopped at once by a second signal")
         if self.lost and records.read_result(self.run_dir) is None:
             names = ", ".join(self.lost)

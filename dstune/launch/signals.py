@@ -6,8 +6,13 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from dstune.core import files
+from dstune.core.paths import STOP_FILE
+from dstune.launch.console import Console
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 """Caught beside those of `run.signals`: nobody who sends them wants the ranks to be orphans."""
@@ -38,3 +43,28 @@ def caught_signals(names: Sequence[str] = ("SIGUSR1",)) -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class StopFile:
+    """Asks ranks that no signal of this process reaches: the file STOP in the run directory, which they look for at each step."""
+
+    def __init__(self, run_dir: Path, console: Console):
+        self._file, self._console = run_dir / STOP_FILE, console
+        self.signal: str | None = None
+        """The first request, which is to save and end."""
+        self.forced = False
+        """Whether a second one came: to end at once."""
+
+    def look(self, received: Sequence[str]) -> None:
+        """received: what `caught_signals` collects."""
+        if received and self.signal is None:
+            self.signal = received[0]
+            files.write(self._file, "")
+            then = "saving at the end of this step; again to stop at once without saving"
+            self._console.message(f"dstune: received {self.signal}: {then}")
+        if len(received) > 1 and not self.forced:
+            self.forced = True
+            self._console.message("dstune: received a second signal: stopping at once")
+
+    def remove(self) -> None:
+        self._file.unlink(missing_ok=True)

@@ -25,12 +25,11 @@ from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.handoff import FOLDER, HANDED, RANK_LOGS
-from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.console import Console
 from dstune.launch.remote_commands import variables_of
-from dstune.launch.signals import caught_signals
+from dstune.launch.signals import StopFile, caught_signals
 from dstune.launch.spark import refusals
 from dstune.launch.spark.config import SparkConfig
 from dstune.launch.spark.session import session_of, wait_for_slots
@@ -126,13 +125,12 @@ class Stage:
         """Whether any rank was started."""
         self._missing_reported = False
         self._gave_up = False
-        self._stop_signal: str | None = None
-        self._forced = False
+        self._stop = StopFile(self._run_dir, self._console)
 
     def run(self, session: Any, received: Sequence[str]) -> Verdict:
         if received:
             return Verdict(EXIT_PREEMPTED, f"received {received[0]} before training began")
-        (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+        self._stop.remove()
         context = session.sparkContext
         follower = Follower(log_path(self._run_dir, 0), self._console)
         self._console.stage(f"starting {self.size} rank(s) through Spark ({context.master})")
@@ -149,7 +147,7 @@ class Stage:
                     self._accept(server)
                     self._listen()
                     follower.look()
-                    self._obey(received)
+                    self._stop.look(received)
                     self._advance()
                     if self._is_over():
                         ended = ended or time.monotonic()
@@ -169,7 +167,7 @@ class Stage:
                 if not self._attempt.running or self._no_rank_left():
                     (self._run_dir / records.DRIVER).unlink(missing_ok=True)
         follower.end()
-        (self._run_dir / STOP_FILE).unlink(missing_ok=True)
+        self._stop.remove()
         if self._refusal is not None:
             raise self._refusal
         return self._judge()
@@ -343,16 +341,16 @@ class Stage:
         self._attempt.over = True
         for task in self._attempt.tasks.values():
             if task.line.open:
-                task.line.send({"end": 0.0 if self._forced else self._launch.grace_seconds})
-        if self._refusal is not None or self._forced:
+                task.line.send({"end": 0.0 if self._stop.forced else self._launch.grace_seconds})
+        if self._refusal is not None or self._stop.forced:
             self._dismiss_waiting()
 
     def _is_over(self) -> bool:
         """Whether no rank shall be started any more."""
-        if self._refusal is not None or self._forced or self._gave_up or self._all_ended():
+        if self._refusal is not None or self._stop.forced or self._gave_up or self._all_ended():
             return True
         present = self._attempt
-        return self._stop_signal is not None and (not present.running or (present.over and self._no_rank_left()))
+        return self._stop.signal is not None and (not present.running or (present.over and self._no_rank_left()))
 
     def _all_ended(self) -> bool:
         present = self._attempt
@@ -369,24 +367,14 @@ class Stage:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _obey(self, received: Sequence[str]) -> None:
-        if received and self._stop_signal is None:
-            self._stop_signal = received[0]
-            files.write(self._run_dir / STOP_FILE, "")
-            then = "saving at the end of this step; again to stop at once without saving"
-            self._console.message(f"dstune: received {self._stop_signal}: {then}")
-        if len(received) > 1 and not self._forced:
-            self._forced = True
-            self._console.message("dstune: received a second signal: stopping at once")
-
     def _judge(self) -> Verdict:
-        if self._forced:
+        if self._stop.forced:
             return Verdict(EXIT_FAILED, "stopped at once by a second signal")
-        if self._stop_signal is not None and not self._began:
-            return Verdict(EXIT_PREEMPTED, f"received {self._stop_signal} before training began")
+        if self._stop.signal is not None and not self._began:
+            return Verdict(EXIT_PREEMPTED, f"received {self._stop.signal} before training began")
         if self._all_ended():
             errors = attempt.read_errors(self._run_dir, self.size)
-            verdict = judge(self._attempt.ended, errors, self._stop_signal, forced=False)
+            verdict = judge(self._attempt.ended, errors, self._stop.signal, forced=False)
             if verdict.exit_code == EXIT_DONE and records.read_result(self._run_dir) is None:
                 return Verdict(EXIT_FAILED, "the ranks ended without a result")
             return verdict
