@@ -203,10 +203,10 @@ def _load_beside(expected: ModelRequest, checkpoint: Path) -> Predictor:
 
 
 def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
-    import peft
     from safetensors import safe_open
 
     from dstune.models.load import new_weights
+    from dstune.models.peft_import import peft
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():

@@ -79,7 +79,7 @@ def add_reference(folder: Path, run_dir: Path) -> str:
         return f"{folder} gets no reference: no engine of dstune serve takes an encoder-decoder"
     task = task_of(config.task)
     if task.generates:
-        import peft
+        from dstune.models.peft_import import peft
 
         described = [_scored(row, body if module is None else module) for row in rows]
         if (folder / "adapter_config.json").is_file() and isinstance(module, peft.PeftModel):

@@ -144,7 +144,7 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
-    import peft
+    from dstune.models.peft_import import peft
 
     own = found.adapter_folder
     base = found.config if own is None else base_of(own, found.config)

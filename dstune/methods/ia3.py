@@ -87,7 +87,7 @@ class Ia3(ModuleAdapter):
             yield Tensor(f"{module}.ia3_l", shape, layer=layer)
 
     def settings(self, common: dict[str, Any]) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         chosen = {"feedforward_modules": self.config.feedforward_modules} if self.config.target_modules else {}
         return peft.IA3Config(**common, **chosen)

@@ -54,7 +54,7 @@ class Oft(ModuleAdapter):
         return tuple(low_rank(model, self.targets, -(-self.config.block_size // 2), experts=False))
 
     def settings(self, common: dict[str, Any]) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         return peft.OFTConfig(
             r=0,

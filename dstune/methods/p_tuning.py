@@ -78,7 +78,7 @@ class PTuning(TrainedPrompt):
         yield from linear("mlp_head.2", 2 * size, hidden)
 
     def settings(self, task_type: Any) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         return peft.PromptEncoderConfig(
             num_virtual_tokens=self.config.virtual_tokens,

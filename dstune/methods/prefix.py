@@ -68,7 +68,7 @@ class Prefix(TrainedPrompt):
             yield from linear("transform.2", size, of_layers)
 
     def settings(self, task_type: Any) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         return peft.PrefixTuningConfig(
             num_virtual_tokens=self.config.virtual_tokens,

@@ -49,7 +49,7 @@ class Prompt(TrainedPrompt):
         yield "embedding.weight", self._embedding(model)
 
     def settings(self, task_type: Any) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         return peft.PromptTuningConfig(num_virtual_tokens=self.config.virtual_tokens, task_type=task_type)
 

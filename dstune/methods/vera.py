@@ -65,7 +65,7 @@ class Vera(ModuleAdapter):
             yield Tensor(f"{module}.vera_lambda_d", (self.config.rank,), layer=layer)
 
     def settings(self, common: dict[str, Any]) -> Any:
-        import peft
+        from dstune.models.peft_import import peft
 
         return peft.VeraConfig(
             r=self.config.rank,

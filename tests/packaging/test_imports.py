@@ -68,6 +68,7 @@ write_run(run_dir / "run.yaml", composed)
 assert "deepspeed" not in sys.modules, "nothing that a rank imports may bring it in before its start"
 worker.train(composed.config, run_dir, start_process_group(RankEnv(0, 1, 0, 1, "alone")))
 assert "deepspeed" in sys.modules and "mlflow" not in sys.modules, "DeepSpeed would import it, wherever it is installed"
+assert "peft" in sys.modules and "torch._inductor.compile_fx" not in sys.modules, "bitsandbytes would import the compiler"
 print(json.dumps([name for name in sys.modules if name.startswith(("dstune.tasks.", "dstune.methods."))]))
 sys.stdout.flush()
 os._exit(0)  # DeepSpeed's threads need not be waited for

@@ -38,7 +38,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
     Raises UserError where the two do not have the same tensors.
     """
-    import peft
+    from dstune.models.peft_import import peft
 
     tensors = tensors_of(folder, "method.adapter")
     own = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -58,7 +58,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config: RunConfig) -> dict[str, Any]:
     """Arguments of peft's configurations of adapters on modules."""
-    import peft
+    from dstune.models.peft_import import peft
 
     targets, whole, kind = _targets(method), _modules_to_save(method, new_weights(model)), task_type(config, model)
     if targets == "all-linear" and kind in (peft.TaskType.TOKEN_CLS, peft.TaskType.QUESTION_ANS):
@@ -78,7 +78,7 @@ def adapt(
 
     refused: the problem behind what peft says. whole: parameters that peft needs all of.
     """
-    import peft
+    from dstune.models.peft_import import peft
 
     try:
         with gathered(whole):
@@ -93,7 +93,7 @@ def adapt(
 
 def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
     """peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
-    import peft
+    from dstune.models.peft_import import peft
 
     if name := task_of(config.task).peft_type:
         return peft.TaskType[name]

@@ -20,7 +20,7 @@ merges are learnt in the order of their frequency (Lester et al. 2021 draw from 
 
 def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel, config: RunConfig) -> nn.Module:
     """The frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
-    import peft
+    from dstune.models.peft_import import peft
 
     new = [own for own in new_weights(model).parameters if not {"classifier", "score"} & set(own.split("."))]
     if new:

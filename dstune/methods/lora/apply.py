@@ -26,7 +26,7 @@ def add_lora(
     lora: LoraConfig, model: PreTrainedModel, config: RunConfig, refused: Callable[[str], Problem]
 ) -> nn.Module:
     """The model with the adapters on it. refused: the problem behind what peft says."""
-    import peft
+    from dstune.models.peft_import import peft
 
     new = new_weights(model)
     on_meta = model.device.type == "meta"  # an export, which takes all weights from the checkpoint

@@ -36,7 +36,7 @@ def put_beneath(model: nn.Module, folders: list[str]) -> None:
 
 def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(module, A [rank, in], B [out, rank] with the scale in it), in fp32."""
-    from peft.utils.other import get_pattern_key
+    from dstune.models.peft_import import peft
 
     settings = read_settings(folder, "method.frozen_adapters")
     tensors = tensors_of(folder, "method.frozen_adapters")
@@ -53,5 +53,5 @@ def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
         name = module.removeprefix(ADAPTED)
         a, b = tensors[f"{module}.lora_A.weight"].float(), tensors[f"{module}.lora_B.weight"].float()
         patterns = settings.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), name), settings["lora_alpha"])
+        alpha = patterns.get(peft.utils.other.get_pattern_key(list(patterns), name), settings["lora_alpha"])
         yield name, a, b * (alpha / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a)))

@@ -38,7 +38,7 @@ class LocalModel:
 
     def __init__(self, speaker: Speaker, own: str, trained: str | None):
         """own: name under which the model is served. trained: name of the adapter that its own folder is, if it is one."""
-        import peft
+        from dstune.models.peft_import import peft
 
         model = speaker.model
         self._peft = model if isinstance(model, peft.PeftModel) else None
@@ -88,7 +88,7 @@ class LocalModel:
 
     def load(self, name: str, folder: Path) -> None:
         """Raises UserError where the adapter does not fit."""
-        import peft
+        from dstune.models.peft_import import peft
 
         voice = voice_of(folder, self._base)
         if len(voice.tokenizer) > self.vocabulary:

@@ -1,0 +1,43 @@
+"""`peft`, without what bitsandbytes brings with it: import it from here, where it is used.
+
+peft imports bitsandbytes wherever that is installed. Its functions for CPUs are compiled as they are defined, which brings all of
+PyTorch's compiler: 1.4 s and 41 MiB for each rank (bitsandbytes 0.50, torch 2.13), in front of functions that few runs call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["peft"]
+
+
+@contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """While open, `torch.compile` of a function compiles it when it is first called."""
+    own = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+        if function is None:
+            return functools.partial(compile_later, **options)
+        compiled = functools.cache(lambda: own(function, **options))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            return compiled()(*arguments, **named)
+
+        return call
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = own
+
+
+with compiled_when_called():
+    import peft
