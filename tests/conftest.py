@@ -14,6 +14,8 @@ from absl.logging import PythonHandler
 from support import warm_start
 from support.tiers import SECONDS, WHOLE_FILES, part_of
 
+pytest.register_assert_rewrite("support.matrix")
+
 LONG_FIRST = ("distributed", "parity", "cluster", "packaging", "unit")
 """Folders by how long a file of theirs takes, where `support.tiers` does not know it: workers that take whole files end together
 when the short ones come last."""

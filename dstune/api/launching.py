@@ -42,7 +42,7 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
     formatted = console(progress)
     run_dir, code, pending = launched(command, formatted, write_rows)
     if progress and not pending and code == EXIT_DONE:
-        formatted.message(summary(run_dir))
+        formatted.message(summary(run_dir, commands=False))
     return _ended(run_dir, code)
 
 

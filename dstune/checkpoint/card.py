@@ -15,7 +15,7 @@ from typing import Any
 from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.schema import RunConfig
-from dstune.core.parsing import object_in
+from dstune.core.parsing import is_encoder_decoder, object_in
 from dstune.protocols import method_of, task_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
@@ -70,8 +70,7 @@ class Export:
 
     @property
     def encoder_decoder(self) -> bool:
-        kind = object_in(self.folder / "adapter_config.json").get("task_type")
-        return kind == "SEQ_2_SEQ_LM" or bool(object_in(self.folder / "config.json").get("is_encoder_decoder"))
+        return is_encoder_decoder(self.folder)
 
     @property
     def chat_template(self) -> bool:

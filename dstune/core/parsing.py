@@ -224,3 +224,9 @@ def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any] | None:
 def object_in(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none that can be read."""
     return read_object(path) or {}
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Whether an export, an adapter's or a whole model's, is of a model with two halves, such as T5."""
+    kind = object_in(folder / "adapter_config.json").get("task_type")
+    return kind == "SEQ_2_SEQ_LM" or bool(object_in(folder / "config.json").get("is_encoder_decoder"))

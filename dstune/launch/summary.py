@@ -9,12 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dstune.config.run_file import read_run
-from dstune.config.trust import Use
+from dstune.config.run_file import read_run_content
 from dstune.core.errors import UserError
-from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
+from dstune.core.parsing import METRICS_BYTES, is_encoder_decoder, parse_json, read_file
 from dstune.launch import records
-from dstune.protocols import task_of
+from dstune.protocols import METHODS, TASKS
 
 COLUMN = 14
 COUNTS = ("rows", "targets", "tokens", "seconds", "generated")
@@ -22,8 +21,8 @@ TEXT_WIDTH = 96
 SHOWN_CHARACTERS = 600
 
 
-def summary(run_dir: Path) -> str:
-    """What a finished run achieved, one answered prompt, where everything is, and what comes next."""
+def summary(run_dir: Path, *, commands: bool = True) -> str:
+    """What a finished run achieved, one answered prompt, and where everything is. commands: end with those that come next."""
     result = records.read_result(run_dir) or {}
     lines = [""]
     for section in (
@@ -36,8 +35,9 @@ def summary(run_dir: Path) -> str:
         with suppress(TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             lines += section()
     lines += ["", *_paths(run_dir, result)]
-    with suppress(UserError, OSError, LookupError):
-        lines += ["", *_next(run_dir, result)]
+    if commands and result.get("export"):
+        with suppress(UserError, TypeError, LookupError):
+            lines += ["", *_next(run_dir, result)]
     return "\n".join(lines)
 
 
@@ -146,6 +146,7 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
         ("result", records.result_path(run_dir)),
         ("checkpoint", result.get("checkpoint")),
         ("export", result.get("export")),
+        ("report", run_dir / "report.html"),
         ("logs", run_dir / "logs"),
     ):
         if path and Path(path).exists():
@@ -154,17 +155,14 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
-    """What can be done with it now, as one would type it."""
-    if not result.get("export"):
-        return []
-    task = task_of(read_run(run_dir / "run.yaml", use=Use.weights).config.task)
+    """What can be done with the export, as one would type it."""
+    config = read_run_content(run_dir / "run.yaml")["config"]
+    task, method = TASKS.classes()[config["task"]["name"]], METHODS.classes()[config["method"]["name"]]
     run = shlex.quote(_short(run_dir))
-    commands = [
-        f"dstune generate {run} --prompt '...'" if task.generates else f"dstune predict {run} --input rows.jsonl"
-    ]
-    if task.generates or task.serves:
+    given = "--text '...'" if task.predicts_from_text else "--input FILE"
+    commands = [f"dstune generate {run} --prompt '...'" if task.generates else f"dstune predict {run} {given}"]
+    if task.serves or (task.generates and not method.in_front and not is_encoder_decoder(Path(result["export"]))):
         commands.append(f"dstune serve {run}")
-    commands.append(f"dstune report {run}")
     return [_entry("" if position else "next", command) for position, command in enumerate(commands)]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -295,14 +296,14 @@ def run_training(setup: Setup, run: Training) -> None:
         run.startup.mark("checks")
         request = fit(run)
         run.callbacks.on_train_end(run, request)
-        try:
-            finish(run, setup.checkpoints, run_dir, tokenizer, request, setup.prepared)
-        finally:
-            run.callbacks.close()  # last: a run that is preempted has little time for its result
+        finish(run, setup.checkpoints, run_dir, tokenizer, request, setup.prepared)
     except BaseException:
         if isinstance(run.log, RunLog):
             run.log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
+        with suppress(Exception):  # what it raises is not why the run failed
+            run.callbacks.close()
         raise
+    run.callbacks.close()  # last: a run that is preempted has little time for its result
 
 
 def goes_once_through(config: RunConfig) -> bool:

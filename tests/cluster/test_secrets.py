@@ -71,7 +71,7 @@ class Watch(threading.Thread):
 def readable_by_others(folder: Path, values: list[str], since: float) -> list[str]:
     """Files of this user below `folder` that hold one of the values and that a mode above 0600 shows to others."""
     found = []
-    # Unlike `rglob`, it passes over folders that go meanwhile: other tests write beside this one.
+    # Unlike `rglob`, `os.walk` skips folders that disappear meanwhile: other tests write beside this one.
     paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
     for path in paths:
         try:

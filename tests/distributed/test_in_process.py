@@ -121,3 +121,41 @@ def test_restarts_are_refused():
     config = replace(run_config(), launch=LocalConfig(in_process=True, processes=1, restarts=2))
     [problem] = [problem for problem in find_problems(config) if problem.where == "launch.in_process"]
     assert problem.fix == "launch.restarts=0"
+
+
+FAILING = """
+import dstune
+
+@dstune.callback
+class Fails(dstune.Callback):
+    name = "fails"
+
+    def on_step_begin(self, run, step):
+        if step.number == 2:
+            raise RuntimeError("as planned")
+"""
+CAUGHT = """
+import sys, threading
+import dstune
+try:
+    dstune.train(*sys.argv[1:])
+except Exception as error:
+    print("caught", error)
+print(*sorted(thread.name for thread in threading.enumerate()), sep="\\n")
+"""
+
+
+def test_a_run_that_fails_leaves_no_thread_behind(tmp_path: Path):
+    """Its watchdog would end the process half an hour later."""
+    save_decoder(tmp_path / "model")
+    write_dialogues(tmp_path / "rows.jsonl", 20)
+    (tmp_path / "own.py").write_text(FAILING)
+    settings = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_length=64"]
+    settings += ["trainer.max_steps=3", "trainer.micro_batch_size=2", "trainer.global_batch_size=4", "run.dir=run"]
+    settings += ["launch.processes=1", "launch.in_process=true", "plugins=[./own.py]", "trainer.callbacks=[fails]"]
+    env = os.environ | {"DSTUNE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", CAUGHT, *settings]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert "caught" in done.stdout and "as planned" in done.stdout + done.stderr, done.stdout + done.stderr
+    left = done.stdout.splitlines()[done.stdout.splitlines().index("MainThread") :]
+    assert not {"watchdog", "peak-memory"} & set(left), left

@@ -100,3 +100,16 @@ def test_a_run_loads_nothing_heavy_that_it_does_not_use(tmp_path):
     heavy = [parts for parts in loaded if len(parts) > 2 and parts[-1] not in LIGHT_IN_A_ROOM]
     shared = [parts for parts in heavy if parts[1].startswith("_")]  # bases of several rooms: adapters of peft
     assert [parts for parts in heavy if parts not in shared and parts[1] not in ("chat", "lora")] == []
+
+
+ROUNDING = """
+import sys, torch
+from dstune.methods.qlora.quantize import rounding
+rounding(torch.float32, double=True)
+import bitsandbytes
+sys.exit("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+def test_four_bits_do_not_bring_the_compiler():
+    assert subprocess.run([sys.executable, "-c", ROUNDING], cwd=ROOT).returncode == 0

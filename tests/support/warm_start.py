@@ -146,7 +146,7 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
             try:
                 self.pid = found.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
             except OSError as error:
-                if "pytest" in sys.modules:  # elsewhere it would be read as a word of the command
+                if "pytest" in sys.modules:  # elsewhere it would look like the command's own output
                     warnings.warn(f"no warm process: {words[:2]} starts cold ({error})", stacklevel=2)
             else:
                 self._child_created = True

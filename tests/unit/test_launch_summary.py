@@ -7,7 +7,7 @@ from support.configs import run_config
 
 from dstune.config.run_file import Composed, write_run
 from dstune.launch.summary import summary
-from dstune.protocols import TASKS
+from dstune.protocols import METHODS, TASKS
 
 RESULT = {
     "status": "completed",
@@ -86,21 +86,40 @@ def test_files_that_are_missing_or_incomplete(tmp_path):
     assert str(tmp_path) in summary(tmp_path)
 
 
+GENERATE, SERVE = "generate {} --prompt '...'", "serve {}"
+
+
 @pytest.mark.parametrize(
-    ("task", "commands"),
+    ("task", "method", "export", "commands"),
     [
-        ("chat", ["generate {} --prompt '...'", "serve {}", "report {}"]),
-        ("classification", ["predict {} --input rows.jsonl", "serve {}", "report {}"]),
+        ("chat", "lora", {}, [GENERATE, SERVE]),
+        ("chat", "prompt", {}, [GENERATE]),
+        ("seq2seq", "full", {"config.json": {"is_encoder_decoder": True}}, [GENERATE]),
+        ("seq2seq", "lora", {"adapter_config.json": {"task_type": "SEQ_2_SEQ_LM"}}, [GENERATE]),
+        ("classification", "prompt", {}, ["predict {} --text '...'", SERVE]),
+        ("question_answering", "full", {}, ["predict {} --input FILE", SERVE]),
+        ("preference", "lora", {}, [GENERATE, SERVE]),
     ],
 )
-def test_it_ends_with_what_comes_next(tmp_path, monkeypatch, task, commands):
+def test_it_ends_with_what_comes_next(tmp_path, monkeypatch, task, method, export, commands):
     monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "runs" / "of mine"
     (run_dir / "export").mkdir(parents=True)
-    write_run(run_dir / "run.yaml", Composed(run_config(task=TASKS.configs()[task]()), []))
+    for name, content in export.items():
+        (run_dir / "export" / name).write_text(json.dumps(content))
+    config = run_config(task=TASKS.configs()[task](), method=METHODS.configs()[method]())
+    write_run(run_dir / "run.yaml", Composed(config, []))
     (run_dir / "result.json").write_text(json.dumps(RESULT))
     assert "dstune " not in summary(run_dir)  # nothing to go on with
     (run_dir / "result.json").write_text(json.dumps({**RESULT, "export": str(run_dir / "export")}))
-    quoted = "'runs/of mine'"
-    found = [line[15:] for line in summary(run_dir).splitlines()[-3:]]
+    assert "dstune " not in summary(run_dir, commands=False)
+    quoted, lines = "'runs/of mine'", summary(run_dir).splitlines()
+    found = [line[15:] for line in lines[lines.index("") :] if "dstune " in line]
     assert found == [f"dstune {command.format(quoted)}" for command in commands]
+    assert lines[-len(commands) - 1] == "" and lines[-len(commands)].startswith("next ")
+
+
+def test_a_run_of_a_task_that_is_not_known_here(tmp_path):
+    (tmp_path / "run.yaml").write_text("config: {task: {name: own}, method: {name: lora}}")
+    (tmp_path / "result.json").write_text(json.dumps({**RESULT, "export": str(tmp_path)}))
+    assert summary(tmp_path).splitlines()[-1].startswith("export ")

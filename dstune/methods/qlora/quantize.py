@@ -30,6 +30,8 @@ def rounding(dtype: torch.dtype, *, double: bool, storage: torch.dtype = torch.u
     """transformers' settings of the rounding that `method=qlora` trains on."""
     from transformers import BitsAndBytesConfig
 
+    import dstune.models.peft_import  # noqa: F401  # before transformers imports bitsandbytes
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
