@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import dstune
@@ -36,7 +37,7 @@ def test_the_first_plugin_of_the_page_works(tmp_path, monkeypatch):
     (command, *_) = re.findall(r"^dstune train (.*)$", text, re.MULTILINE)
     Path("kappa.py").write_text(code)
     try:
-        validate(compose(command.split()).config)
+        validate(compose(shlex.split(command)).config)
         kappa = protocols.METRICS["kappa"]()
         assert kappa.compute([0, 1, 1, 0], [0, 1, 1, 0], ("a", "b")) == 1.0
     finally:
