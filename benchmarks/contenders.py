@@ -104,12 +104,12 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     from dstune.data.collate import collate
     from dstune.data.sampler import share
     from dstune.models.load import load_tokenizer
-    from dstune.trainer.prefetcher import training_order
+    from dstune.trainer.data_loader import order_of
 
     config = compose(job.overrides()).config
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "benchmark"), cache_root())
-    order = training_order(config, data)
+    order = order_of(config, data.train)
     steps, tokens = [], []
     for step in range(job.steps):
         window = order.window(*order.locate(step))

@@ -66,8 +66,8 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
+    from dstune.trainer.data_loader import order_of
     from dstune.trainer.evaluate import limited
-    from dstune.trainer.prefetcher import training_order
 
     config = read_run(run_dir / "run.yaml").config
     began = time.perf_counter()
@@ -91,7 +91,7 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay)
     warmup = math.ceil(config.schedule.warmup_ratio * steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
-    order = training_order(config, data)
+    order = order_of(config, data.train)
     model.train()
     for step in range(steps):
         window = order.window(*order.locate(step))

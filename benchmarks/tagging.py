@@ -110,7 +110,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     from dstune.data.build import prepare
     from dstune.models.load import initialize_weights
     from dstune.protocols import schedule_of
-    from dstune.trainer.prefetcher import training_order
+    from dstune.trainer.data_loader import order_of
 
     began = time.perf_counter()
     train, held = ([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files)
@@ -134,7 +134,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
 
     rows = [encoded(row) for row in train]
     assert all(data.train.table[at]["input_ids"] == row["input_ids"] for at, row in enumerate(rows)), "other tokens"
-    order = training_order(config, data)
+    order = order_of(config, data.train)
     windows = [order.window(*order.locate(step)) for step in range(order.steps(config.trainer.epochs))]
     batches = [
         [int(sample) for part in window.micro_batches if not part.filler for sample in part.samples]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -113,3 +115,21 @@ sys.exit("torch._inductor.compile_fx" in sys.modules)
 
 def test_four_bits_do_not_bring_the_compiler():
     assert subprocess.run([sys.executable, "-c", ROUNDING], cwd=ROOT).returncode == 0
+
+
+def test_what_scripts_import_of_dstune_is_there():
+    """Those of `benchmarks/` import within functions, and no other test runs them."""
+    missing = []
+    scripts = [file for folder in ("benchmarks", "tools", "examples", "docs") for file in (ROOT / folder).rglob("*.py")]
+    for script in scripts:
+        for node in ast.walk(ast.parse(script.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dstune":
+                module = importlib.import_module(node.module)
+                place, inside = f"{script.relative_to(ROOT)}:{node.lineno}: {node.module}", hasattr(module, "__path__")
+                missing += [
+                    f"{place} has no {alias.name}"
+                    for alias in node.names
+                    if not hasattr(module, alias.name)
+                    and not (inside and importlib.util.find_spec(f"{node.module}.{alias.name}"))
+                ]
+    assert len(scripts) > 50 and missing == []
