@@ -112,7 +112,7 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     order = order_of(config, data.train)
     steps, tokens = [], []
     for step in range(job.steps):
-        window = order.window(*order.locate(step))
+        window = order.global_batch(*order.locate(step))
         tokens.append(window.tokens)
         ranks = []
         for rank in range(job.ranks):

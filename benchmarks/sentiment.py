@@ -94,7 +94,7 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     order = order_of(config, data.train)
     model.train()
     for step in range(steps):
-        window = order.window(*order.locate(step))
+        window = order.global_batch(*order.locate(step))
         chosen = [
             sample for micro_batch in window.micro_batches if not micro_batch.filler for sample in micro_batch.samples
         ]

@@ -135,7 +135,7 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     rows = [encoded(row) for row in train]
     assert all(data.train.table[at]["input_ids"] == row["input_ids"] for at, row in enumerate(rows)), "other tokens"
     order = order_of(config, data.train)
-    windows = [order.window(*order.locate(step)) for step in range(order.steps(config.trainer.epochs))]
+    windows = [order.global_batch(*order.locate(step)) for step in range(order.steps(config.trainer.epochs))]
     batches = [
         [int(sample) for part in window.micro_batches if not part.filler for sample in part.samples]
         for window in windows
