@@ -73,6 +73,8 @@ def test_every_command_is_one_that_exists():
             assert command[1] in VERBS
         elif command[0] == "eval":
             assert command[1] == "$(dstune completion bash)"
+        elif command[0] == "source":
+            assert command[1] == ".venv/bin/activate"  # which `make quickstart` makes
         else:
             assert command[0] in {"pip", "deepspeed", "srun", "mpirun"}
     assert len(TRAIN) >= 8
