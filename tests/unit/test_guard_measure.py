@@ -66,7 +66,7 @@ def test_a_threshold_leaves_at_most_its_rate(rows: int, rate: float, above: int)
 class Model:
     """A model whose window of five words has the highest number in it as its score."""
 
-    label, digest, window_tokens, stride, calibration = "attack", "d", 128, 96, None
+    label, digest, window_tokens, stride, part_tokens, calibration = "attack", "d", 128, 96, 0, None
 
     def windows(self, text: str) -> list[list[int]]:
         words = [int(word) if word.isdigit() else 0 for word in text.split()]

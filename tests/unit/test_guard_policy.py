@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -144,7 +145,7 @@ def test_a_level_is_that_of_its_direction_and_number_of_windows(tmp_path):
 
 
 DAMAGED = [
-    (lambda value: value.update(format=2), "format"),
+    (lambda value: value.update(format=3), "format"),
     (lambda value: value["directions"].pop("output"), "directions"),
     (lambda value: value["directions"]["input"].update(by_windows=[]), "by_windows"),
     (lambda value: value["directions"]["input"]["by_windows"][0].update(up_to=None), "only the last"),
@@ -156,6 +157,8 @@ DAMAGED = [
     ),
     (lambda value: value["directions"]["input"]["by_windows"][0]["thresholds"].update({"0.05": 1.0}), "not lower"),
     (lambda value: value.update(stride=128), "stride"),
+    (lambda value: value.update(part_tokens=127), "part_tokens"),
+    (lambda value: value.update(part_tokens=None), "part_tokens"),
     (lambda value: value.update(calibrated_on={}), "calibrated_on"),
     (lambda value: value.update(model_digest="0" * 64), "other weights"),
 ]
@@ -289,15 +292,46 @@ def test_windows_overlap_and_cover_the_text(scanner):
     model = scanner.models["prompt_attack"]
     text = " ".join(f"w{number}" for number in range(60))
     windows = model.windows(text)
-    assert [len(one) for one in windows] == [16, 16, 16, 16, 12]
+    assert [len(one.ids) for one in windows] == [16, 16, 16, 16, 12] and all(one.of_long for one in windows)
     whole = model.predictor.tokenizer(text)["input_ids"]
-    assert [one[0] for one in windows] == [whole[place] for place in (0, 12, 24, 36, 48)]
-    assert windows[-1][-1] == whole[-1] and model.windows("") == []
+    assert [one.ids[0] for one in windows] == [whole[place] for place in (0, 12, 24, 36, 48)]
+    assert windows[-1].ids[-1] == whole[-1] and model.windows("") == []
     scores = model.scores([text, "w1", ""])
     assert [len(one) for one in scores] == [5, 1, 0]
     alone = model.scores([" ".join(f"w{number}" for number in range(12, 28))])
     assert scores[0][1] == pytest.approx(alone[0][0], abs=1e-6)
     assert all(0 <= score <= 1 for of_text in scores for score in of_text)
+
+
+def test_a_suspicious_window_of_a_long_text_is_read_again_in_parts(scanner):
+    model = dataclasses.replace(scanner.models["prompt_attack"], part_tokens=8)
+    window = model.windows(" ".join(f"w{number}" for number in range(40)))[0]
+    assert window.of_long and not model.windows("w1 " * 20)[0].of_long
+    (whole,) = model._log_odds([window.ids])
+    if whole < 0:
+        model.index, whole = 1 - model.index, -whole
+    parts = model._parts(window.ids)
+    assert parts == [window.ids[start : start + 8] for start in (0, 4, 8)]
+    (score,) = model.score_windows([window])
+    assert math.log(score / (1 - score)) == pytest.approx((whole + max(model._log_odds(parts))) / 2, abs=1e-5)
+    # Otherwise the score is the probability of the model.
+    plain = pytest.approx(1 / (1 + math.exp(-whole)), abs=1e-6)
+    short = window._replace(of_long=False)
+    without = dataclasses.replace(model, part_tokens=0)
+    assert model.score_windows([short])[0] == plain and without.score_windows([window])[0] == plain
+    model.index = 1 - model.index
+    assert model.score_windows([window])[0] == pytest.approx(1 / (1 + math.exp(whole)), abs=1e-6)
+    assert model._parts(window.ids[:8]) == [] and model.score_windows([]) == []
+
+
+def test_a_calibration_of_the_first_format_knows_no_parts(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    file = calibration(tmp_path, part_tokens=32).save(tmp_path)
+    assert Calibration.load(tmp_path).part_tokens == 32
+    value = json.loads(file.read_text()) | {"format": 1}
+    del value["part_tokens"]
+    file.write_text(json.dumps(value))
+    assert Calibration.load(tmp_path) == calibration(tmp_path)
 
 
 def test_special_tokens_that_somebody_wrote_are_text():
@@ -317,8 +351,12 @@ def test_special_tokens_that_somebody_wrote_are_text():
         tokenizer_object=raw, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
     )
     model = GuardModel(SimpleNamespace(tokenizer=tokenizer), 1, "attack", "", None, 16, 12)
-    assert model.windows("w1 [SEP] w2") == [[2, 7, 4, 6, 5, 8, 3]]
-    assert [len(one) for one in model.windows("w1 " * 30)] == [16, 16, 8] and model.windows(" ") == []
+    assert model.windows("w1 [SEP] w2") == [([2, 7, 4, 6, 5, 8, 3], False)]
+    assert [len(one.ids) for one in model.windows("w1 " * 30)] == [16, 16, 8] and model.windows(" ") == []
+    window = model.windows("w1 w2 " * 5)[0].ids
+    assert model._parts(window) == []
+    model.part_tokens = 6
+    assert model._parts(window) == [[2, *[7, 8] * 3, 3], [2, 8, 7, 8, 7, 8, 7, 3], [2, 7, 8, 7, 8, 3]]
 
 
 def test_words_that_a_tokenizer_does_not_know_are_set_apart():
@@ -337,9 +375,9 @@ def test_words_that_a_tokenizer_does_not_know_are_set_apart():
     raw.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]")
     model = GuardModel(SimpleNamespace(tokenizer=tokenizer), 1, "attack", "", None, 128, 96)
-    assert model.windows("ab\u2192ab") == [[2, 4, 6, 4, 3]]
-    assert 1 not in model.windows("ab" * 51)[0] and len(model.windows("ab" * 51)[0]) == 53
-    assert model.windows("ab" * 40) == [[2, 4, *[5] * 39, 3]]
+    assert model.windows("ab\u2192ab")[0].ids == [2, 4, 6, 4, 3]
+    assert 1 not in model.windows("ab" * 51)[0].ids and len(model.windows("ab" * 51)[0].ids) == 53
+    assert model.windows("ab" * 40)[0].ids == [2, 4, *[5] * 39, 3]
 
 
 def test_positions_that_the_head_does_not_read_are_left_out_of_the_last_layer(tmp_path):

@@ -20,7 +20,8 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import read_object
 
 NAME = "guard.json"
-FORMAT = 1
+FORMAT = 2
+"""1 knew no parts."""
 DIRECTIONS = ("input", "output", "tool_result")
 LEVELS: Mapping[str, float] = {
     "l1_confident": 0.001,
@@ -30,6 +31,7 @@ LEVELS: Mapping[str, float] = {
 }
 """The rate of false alarms that each level stands for, most certain first."""
 UNLIKELY = "l5_unlikely"
+SMALLEST_PART = 4
 CALIBRATES = "dstune guard calibrate"
 TRAINS = "dstune train experiment=guard"
 """What makes a model, which CALIBRATES then gives its thresholds."""
@@ -58,6 +60,8 @@ class Calibration:
     """Tokens from the start of a window to the start of the next."""
     label: str = "attack"
     """The model's label whose probability is the score."""
+    part_tokens: int = 0
+    """Of the parts in which a suspicious window was read again; 0 where it was not."""
 
     def threshold(self, direction: str, windows: int, level: str) -> float:
         """The lowest score that has this level or a more certain one."""
@@ -81,6 +85,7 @@ class Calibration:
             "calibrated_on": dict(self.calibrated_on),
             "window_tokens": self.window_tokens,
             "stride": self.stride,
+            "part_tokens": self.part_tokens,
             "label": self.label,
         }
         _read(value, str(folder / NAME))
@@ -133,24 +138,34 @@ def _read(value: Mapping[str, Any], where: str) -> Calibration:
         raise UserError(Problem(f"{where}: {key}", reason, f"{CALIBRATES} EXPORT")) from None
 
 
+def wrong_windows(window: Any, stride: Any, part: Any) -> tuple[str, str] | None:
+    """The first of the three lengths that cannot be, by its key, and why."""
+    if type(window) is not int or not 16 <= window <= 8192:
+        return "window_tokens", f"must be a whole number from 16 to 8192, is {window!r}"
+    if type(stride) is not int or not 1 <= stride <= window - 2:
+        return "stride", f"must be a whole number from 1 to window_tokens - 2, is {stride!r}"
+    if type(part) is not int or not (part == 0 or SMALLEST_PART <= part <= window - 2):
+        return "part_tokens", f"must be 0 or a whole number from {SMALLEST_PART} to window_tokens - 2, is {part!r}"
+    return None
+
+
 def _calibration(value: Mapping[str, Any]) -> Calibration:
-    if value.get("format") != FORMAT:
-        raise _Wrong("format", f"must be {FORMAT}, is {value.get('format')!r}")
+    if value.get("format") not in (1, FORMAT):
+        raise _Wrong("format", f"must be 1 or {FORMAT}, is {value.get('format')!r}")
     for key in ("model_digest", "label"):
         if not isinstance(value.get(key), str) or not value[key]:
             raise _Wrong(key, "must be a text")
-    window, stride = value.get("window_tokens"), value.get("stride")
-    if type(window) is not int or not 16 <= window <= 8192:
-        raise _Wrong("window_tokens", f"must be a whole number from 16 to 8192, is {window!r}")
-    if type(stride) is not int or not 1 <= stride <= window - 2:
-        raise _Wrong("stride", f"must be a whole number from 1 to window_tokens - 2, is {stride!r}")
+    lengths: tuple[Any, Any, Any] = (value.get("window_tokens"), value.get("stride"), value.get("part_tokens", 0))
+    window, stride, part = lengths
+    if wrong := wrong_windows(*lengths):
+        raise _Wrong(*wrong)
     if not isinstance(value.get("calibrated_on"), dict) or not value["calibrated_on"]:
         raise _Wrong("calibrated_on", "must say which rows the thresholds come from")
     given = value.get("directions")
     if not isinstance(given, dict) or set(given) != set(DIRECTIONS):
         raise _Wrong("directions", f"must be {', '.join(DIRECTIONS)}")
     directions = {name: _buckets(given[name], f"directions.{name}") for name in DIRECTIONS}
-    return Calibration(value["model_digest"], directions, value["calibrated_on"], window, stride, value["label"])
+    return Calibration(value["model_digest"], directions, value["calibrated_on"], window, stride, value["label"], part)
 
 
 def _buckets(given: Any, key: str) -> tuple[Bucket, ...]:

@@ -7,12 +7,13 @@ import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
-from dstune.serve.guard.calibration import Calibration, digest_of
+from dstune.serve.guard.calibration import Calibration, digest_of, wrong_windows
 from dstune.serve.guard.variants import Variant
 
 if TYPE_CHECKING:
@@ -23,10 +24,19 @@ if TYPE_CHECKING:
 WINDOW, STRIDE = 128, 96
 """Of a model that is not calibrated."""
 BATCH = 16
-"""Windows that are computed together."""
+"""Rows that are computed together."""
+PARTS_OF_A_WINDOW = 4
+"""A window that looks like an attack is read again in parts of a quarter of its length."""
 
-Window = list[int]
-"""Token ids, special tokens included."""
+LONG = 3
+"""From so many windows on, a text is a long one: users paste documents, and answers and results of tools are some."""
+
+
+class Window(NamedTuple):
+    ids: list[int]
+    """Of the tokens, special ones included."""
+    of_long: bool = False
+    """Whether its text is a long one."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Score:
 
 @dataclass
 class GuardModel:
-    """A classifier of which the probability of one label is the score."""
+    """A classifier that scores windows by the probability of one label (`score_windows`)."""
 
     predictor: Predictor
     index: int
@@ -52,6 +62,8 @@ class GuardModel:
     """None where the folder has no `guard.json`: such a model may flag, never block."""
     window_tokens: int
     stride: int
+    part_tokens: int = 0
+    """Of the parts in which a suspicious window is read again, without special tokens. 0: it is not."""
     several_labels: bool = False
     """Whether each label has a probability of its own."""
     _tokenizing: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -64,9 +76,10 @@ class GuardModel:
         label: str | None = None,
         window_tokens: int | None = None,
         stride: int | None = None,
+        part_tokens: int | None = None,
         calibrated: bool = True,
     ) -> GuardModel:
-        """The model in a folder, with what its `guard.json` says of label and windows unless it is given here.
+        """The model in a folder, with what its `guard.json` says of label, windows and parts unless it is given here.
 
         calibrated: whether to read `guard.json`; a model is loaded without it to be calibrated anew.
         Raises UserError where there is no classifier, or its `guard.json` is damaged or of other weights.
@@ -82,11 +95,17 @@ class GuardModel:
             fix = "dstune train experiment=guard makes one; for one of the hub: hf download ID --local-dir FOLDER"
             raise UserError(Problem("guard.model", reason, fix, str(path)))
         calibration = Calibration.load(folder) if calibrated else None
+        window = window_tokens if window_tokens is not None else calibration.window_tokens if calibration else WINDOW
+        own_stride = calibration.stride if calibration else min(STRIDE, window * 3 // 4)
+        step = stride if stride is not None else own_stride
+        own_parts = calibration.part_tokens if calibration else window // PARTS_OF_A_WINDOW
+        part = part_tokens if part_tokens is not None else own_parts
+        if wrong := wrong_windows(window, step, part):
+            key, reason = wrong
+            raise UserError(Problem(f"--{key.replace('_', '-')}", reason, value=str(folder)))
         expected = find(ModelConfig(path=str(folder)), "last", [])
         with tempfile.TemporaryDirectory(prefix="dstune-guard-") as scratch:
             predictor = load(expected, Path(scratch))
-        window = window_tokens or (calibration.window_tokens if calibration else WINDOW)
-        step = stride or (calibration.stride if calibration else min(STRIDE, window * 3 // 4))
         name = label or (calibration.label if calibration else _label_of(predictor.labels, folder))
         if name not in predictor.labels:
             near = nearest(name, predictor.labels)
@@ -102,7 +121,7 @@ class GuardModel:
         several = own.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
         skip_unread_positions(predictor.model)
-        return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, several)
+        return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
 
     def windows(self, text: str) -> list[Window]:
         """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
@@ -124,7 +143,7 @@ class GuardModel:
                 return_token_type_ids=False,
             )["input_ids"]
         special = self.window_tokens - content
-        return [ids for ids in found if len(ids) > special]
+        return [Window(ids, len(found) >= LONG) for ids in found if len(ids) > special]
 
     def tail(self, text: str, tokens: int) -> str:
         """The end of `text` that is so many tokens."""
@@ -135,27 +154,67 @@ class GuardModel:
         return text[places[-tokens][0] :] if len(places) > tokens else text
 
     def score_windows(self, windows: Sequence[Window]) -> list[float]:
-        """The probability of the label in each window."""
+        """The score of each window, from 0 to 1: the probability of the label.
+
+        A window of a long text that has more than 0.5 is read again in parts that overlap by half. Its score is then the sigmoid
+        of the mean of two log-odds, of the whole and of the part that looks most like an attack: a short attack stands out in its
+        part, and what only makes an impression as a whole does not.
+        """
         import torch
 
-        order = sorted(range(len(windows)), key=lambda number: len(windows[number]))
-        scores = [0.0] * len(windows)
+        odds = self._log_odds([window.ids for window in windows])
+        again = [number for number, window in enumerate(windows) if window.of_long and odds[number] > 0]
+        parts = {number: self._parts(windows[number].ids) for number in again}
+        found = iter(self._log_odds([part for own in parts.values() for part in own]))
+        for number, own in parts.items():
+            if own:
+                odds[number] = (odds[number] + max(next(found) for _ in own)) / 2
+        return torch.tensor(odds, dtype=torch.float64).sigmoid().tolist()
+
+    def _parts(self, ids: list[int]) -> list[list[int]]:
+        """Pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
+        before, after = self._special_tokens
+        size, end = self.part_tokens, len(ids) - after
+        if not size or end - before <= size:
+            return []
+        step = size // 2
+        starts = range(before, end - size + step, step)
+        return [ids[:before] + ids[start : min(start + size, end)] + ids[end:] for start in starts]
+
+    @cached_property
+    def _special_tokens(self) -> tuple[int, int]:
+        """How many stand before and after a text."""
+        tokenizer: Any = self.predictor.tokenizer
+        with self._tokenizing:
+            whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        before = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        return before, len(whole) - before - len(bare)
+
+    def _log_odds(self, rows: Sequence[list[int]]) -> list[float]:
+        """ln(p / (1 - p)) of the label in each row of token ids."""
+        import torch
+
+        order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+        odds = [0.0] * len(rows)
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            longest = len(windows[chosen[-1]])
+            longest = len(rows[chosen[-1]])
             padding = int(self.predictor.tokenizer.pad_token_id or 0)
             ids = torch.full((len(chosen), longest), padding)
             mask = torch.zeros((len(chosen), longest), dtype=torch.long)
             for row, number in enumerate(chosen):
-                ids[row, : len(windows[number])] = torch.tensor(windows[number])
-                mask[row, : len(windows[number])] = 1
+                ids[row, : len(rows[number])] = torch.tensor(rows[number])
+                mask[row, : len(rows[number])] = 1
             device = next(self.predictor.model.parameters()).device
             with torch.inference_mode():
-                logits = self.predictor.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
-            found = logits.sigmoid() if self.several_labels else logits.softmax(dim=-1)
-            for number, value in zip(chosen, found[:, self.index].tolist(), strict=True):
-                scores[number] = value
-        return scores
+                logits = self.predictor.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double()
+            found = logits[:, self.index]
+            if not self.several_labels:
+                others = [number for number in range(logits.shape[1]) if number != self.index]
+                found = found - logits[:, others].logsumexp(dim=1)
+            for number, value in zip(chosen, found.tolist(), strict=True):
+                odds[number] = value
+        return odds
 
     def scores(self, texts: Sequence[str]) -> list[list[float]]:
         """The score of each window of each text, as the texts are: neither normalised nor decoded."""

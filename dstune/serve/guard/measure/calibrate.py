@@ -16,14 +16,11 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration
-from dstune.serve.guard.model import GuardModel
+from dstune.serve.guard.model import LONG, GuardModel
 from dstune.serve.guard.variants import variants
 
 BUCKETS = (1, 2, 4, 8, 16, 32, None)
 """Most windows of each bucket."""
-LONG = 3
-"""From so many windows on, an answer or a result counts in every direction: users paste documents, and answers are some. What
-users write counts in theirs alone: long requests are full of orders, which documents are not."""
 FEWEST = 20
 """Texts that a direction needs at least."""
 CHUNK = 64
@@ -71,10 +68,13 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
             "by_windows": used,
         }
     calibrated_on: dict[str, Any] = {"rows": source, "directions": counts}
-    return Calibration(model.digest, directions, calibrated_on, model.window_tokens, model.stride, model.label)
+    windows = (model.window_tokens, model.stride, model.label, model.part_tokens)
+    return Calibration(model.digest, directions, calibrated_on, *windows)
 
 
 def _counts(one: Scored, direction: str) -> bool:
+    """A long answer or result counts in every direction. What users write counts in theirs alone: long requests are full of
+    orders, which documents are not."""
     return one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
 
 

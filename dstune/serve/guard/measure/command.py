@@ -47,6 +47,11 @@ def _calibrate(argv: list[str]) -> int:
     parser.add_argument("--label", help="the label that means an attack (default: attack, or the second of two)")
     parser.add_argument("--window-tokens", type=int, help="of a window (default: 128)")
     parser.add_argument("--stride", type=int, help="tokens from window to window (default: 96)")
+    parser.add_argument(
+        "--part-tokens",
+        type=int,
+        help="a window that looks like an attack is read again in parts of so many; 0: it is not (default: a quarter)",
+    )
     parser.add_argument("--json", action="store_true", help="print the calibration to stdout")
     arguments = parser.parse_args(argv)
     from dstune.serve.guard.measure.calibrate import calibrate, check, needed
@@ -61,6 +66,7 @@ def _calibrate(argv: list[str]) -> int:
         label=arguments.label,
         window_tokens=arguments.window_tokens,
         stride=arguments.stride,
+        part_tokens=arguments.part_tokens,
         calibrated=False,
     )
     calibration = calibrate(model, _rows(arguments.data) if rows is None else rows, arguments.data)
