@@ -324,6 +324,17 @@ def test_a_suspicious_window_of_a_long_text_is_read_again_in_parts(scanner):
     assert model._parts(window.ids[:8]) == [] and model.score_windows([]) == []
 
 
+def test_parts_are_those_of_the_calibration_and_a_model_without_one_has_none(tmp_path):
+    folder = save_classifier(tmp_path / "export")
+    assert GuardModel.load(folder, window_tokens=16).part_tokens == 0
+    assert GuardModel.load(folder, window_tokens=16, calibrated=False).part_tokens == 4
+    calibrate(folder, 0.5)
+    assert GuardModel.load(folder).part_tokens == 0
+    for lengths, key in (({"part_tokens": 15}, "--part-tokens"), ({"stride": 0}, "--stride")):
+        with pytest.raises(UserError, match=key):
+            GuardModel.load(folder, window_tokens=16, calibrated=False, **lengths)
+
+
 def test_a_calibration_of_the_first_format_knows_no_parts(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     file = calibration(tmp_path, part_tokens=32).save(tmp_path)

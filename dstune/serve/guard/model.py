@@ -98,7 +98,8 @@ class GuardModel:
         window = window_tokens if window_tokens is not None else calibration.window_tokens if calibration else WINDOW
         own_stride = calibration.stride if calibration else min(STRIDE, window * 3 // 4)
         step = stride if stride is not None else own_stride
-        own_parts = calibration.part_tokens if calibration else window // PARTS_OF_A_WINDOW
+        # A model without thresholds is judged by its probability alone.
+        own_parts = calibration.part_tokens if calibration else 0 if calibrated else window // PARTS_OF_A_WINDOW
         part = part_tokens if part_tokens is not None else own_parts
         if wrong := wrong_windows(window, step, part):
             key, reason = wrong
