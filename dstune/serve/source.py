@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -146,7 +147,8 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         rundir.refuse_missing(Path(path))
         name = name or path.removeprefix("sample://")
     if not NAME.fullmatch(name):
-        raise UserError(Problem("MODEL", "this name cannot be served", "give it another one: NAME=PATH", name))
+        fix = f"give it one of letters, digits, and . _ : - within: dstune serve model={shlex.quote(path)}"
+        raise UserError(Problem("MODEL", "is no name for a model", fix, name))
     if folder is None:
         return Source(name, None, path, "chat", True, (), adapter=False, base=path, trust_remote_code=trust_remote_code)
     record = read_record(folder)

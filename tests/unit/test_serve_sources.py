@@ -29,6 +29,14 @@ def test_names_and_paths():
     assert len(caught.value.problems) == 2
 
 
+def test_a_name_that_no_address_takes_is_refused_with_the_command(tmp_path):
+    folder = tmp_path / "my model"
+    folder.mkdir()
+    with pytest.raises(UserError) as caught:
+        resolve("", str(folder))
+    assert f"dstune serve model='{folder}'" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
