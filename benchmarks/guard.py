@@ -92,7 +92,11 @@ def print_window(export: str, count: int) -> None:
     model = GuardModel.load(export)
     for title, sentence in (("harmless", HARMLESS), ("an attack, which is read again in parts", ATTACK)):
         (window, *_) = model.windows(sentence * 40)
-        model.score_windows([window] * 3)
+        (found, *_) = model.score_windows([window] * 3)
+        if bool(found.parts) != (sentence is ATTACK):
+            raise SystemExit(
+                f"{title}: read again {bool(found.parts)} (score {found.value:.3f}); calibrate the model first"
+            )
         seconds = []
         for _ in range(count):
             started = time.perf_counter()

@@ -7,7 +7,7 @@
 
 Gateway, stub engine and client share a process, the guard has its own, as in `dstune serve`; with and without the guard alternate
 in one run. Without --model an encoder of the size of MiniLM with random weights stands in: what it finds means nothing, what it
-takes is the same.
+takes for harmless texts is the same.
 """
 
 from __future__ import annotations

@@ -147,8 +147,9 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         rundir.refuse_missing(Path(path))
         name = name or path.removeprefix("sample://")
     if not NAME.fullmatch(name):
-        fix = f"give it one of letters, digits, and . _ : - within: dstune serve model={shlex.quote(path)}"
-        raise UserError(Problem("MODEL", "is no name for a model", fix, name))
+        own = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
+        reason = "is no name for a model: letters, digits, and . _ : / @ - within"
+        raise UserError(Problem("MODEL", reason, f"dstune serve {own}={shlex.quote(path)}", name))
     if folder is None:
         return Source(name, None, path, "chat", True, (), adapter=False, base=path, trust_remote_code=trust_remote_code)
     record = read_record(folder)

@@ -18,20 +18,22 @@ from dstune.serve.guard.policy import Policies, read
 from dstune.serve.guard.scanner import Item, Result, Scanner
 
 
-def calibrate(folder: Path, threshold: float, *, window_tokens: int = 16, stride: int = 12) -> Path:
+def calibrate(
+    folder: Path, threshold: float, *, window_tokens: int = 16, stride: int = 12, part_tokens: int = 0
+) -> Path:
     """`guard.json` with one threshold for all levels."""
     bucket = Bucket(None, dict.fromkeys(LEVELS.values(), threshold))
     directions = dict.fromkeys(DIRECTIONS, (bucket,))
-    Calibration(digest_of(folder), directions, {"input": {"rows": 1, "digest": "0"}}, window_tokens, stride).save(
-        folder
-    )
+    made_of = {"input": {"rows": 1, "digest": "0"}}
+    lengths = {"window_tokens": window_tokens, "stride": stride, "part_tokens": part_tokens}
+    Calibration(digest_of(folder), directions, made_of, **lengths).save(folder)
     return folder
 
 
 def calibrated_between(folder: Path, low: str, high: str) -> Path:
     """A threshold between the scores of two texts. Raises AssertionError where `low` has not the lower one."""
     model = GuardModel.load(folder, window_tokens=16, stride=12)
-    first, second = (max(scores) for scores in model.scores([low, high]))
+    first, second = (max(one.value for one in scores) for scores in model.scores([low, high]))
     assert first < second
     return calibrate(folder, (first + second) / 2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import random
@@ -21,6 +22,7 @@ from dstune.serve.guard.measure.judges import LocalJudge, ServerJudge, target_of
 from dstune.serve.guard.measure.replay import replay
 from dstune.serve.guard.measure.report import Judged, breakdown, cell, wilson
 from dstune.serve.guard.measure.rewrites import ENCODINGS, EVASIONS, rewrite
+from dstune.serve.guard.model import WindowScore
 from dstune.serve.guard.policy import BLOCK, PROMPT_ATTACK, Policy, Watch
 from dstune.serve.guard.scanner import Scanner
 from dstune.serve.guard.variants import variants
@@ -66,17 +68,32 @@ def test_a_threshold_leaves_at_most_its_rate(rows: int, rate: float, above: int)
 class Model:
     """A model whose window of five words has the highest number in it as its score."""
 
-    label, digest, window_tokens, stride, part_tokens, calibration = "attack", "d", 128, 96, 0, None
+    label, digest, window_tokens, stride, part_tokens, calibration = "attack", "d", 128, 96, 32, None
 
-    def windows(self, text: str) -> list[list[int]]:
+    def windows(self, text: str, before: int = 0) -> list[list[int]]:
         words = [int(word) if word.isdigit() else 0 for word in text.split()]
         return [words[start : start + 5] for start in range(0, len(words), 5)]
 
-    def score_windows(self, windows: Sequence[list[int]]) -> list[float]:
-        return [max(window) / 1000 for window in windows]
+    def score_windows(self, windows: Sequence[list[int]]) -> list[WindowScore]:
+        return [WindowScore(max(window) / 1000, max(window) / 1000) for window in windows]
 
-    def scores(self, texts: Sequence[str]) -> list[list[float]]:
+    def scores(self, texts: Sequence[str]) -> list[list[WindowScore]]:
         return [self.score_windows(self.windows(text)) for text in texts]
+
+
+def of_text(direction: str, windows: tuple[float, ...]) -> Scored:
+    return Scored(direction, windows, (), windows)
+
+
+def test_thresholds_of_two_windows_know_no_parts() -> None:
+    """Texts of two windows are not read again, so neither count what was in longer ones."""
+    short = [of_text(direction, (0.1,)) for direction in DIRECTIONS for _ in range(50)]
+    long = [Scored("output", (0.3,) * 8, (), (0.7,) * 8) for _ in range(50)]
+    model: Any = Model()
+    found = thresholds([*short, *long], model, [{"text": "x", "direction": "input"}], "here")
+    assert found.threshold("input", 2, "l4_less_likely") == pytest.approx(0.7) and found.part_tokens == 32
+    floor = thresholds([*short, *(dataclasses.replace(one, alone=one.plain) for one in long)], model, [], "here")
+    assert floor.threshold("input", 2, "l4_less_likely") == pytest.approx(0.3)
 
 
 def test_thresholds_rise_with_the_number_of_windows_and_keep_the_rate() -> None:
@@ -85,8 +102,8 @@ def test_thresholds_rise_with_the_number_of_windows_and_keep_the_rate() -> None:
     def scores(count: int) -> tuple[float, ...]:
         return tuple(chance.random() for _ in range(count))
 
-    short = [Scored(direction, scores(1), ()) for direction in DIRECTIONS for _ in range(2000)]
-    long = [Scored("tool_result", scores(40), ()) for _ in range(300)]
+    short = [of_text(direction, scores(1)) for direction in DIRECTIONS for _ in range(2000)]
+    long = [of_text("tool_result", scores(40)) for _ in range(300)]
     model: Any = Model()
     rows = [{"text": str(number), "direction": one.direction} for number, one in enumerate([*short, *long])]
     found = thresholds([*short, *long], model, rows, "here")
@@ -104,9 +121,9 @@ def test_thresholds_rise_with_the_number_of_windows_and_keep_the_rate() -> None:
 
 def test_documents_count_in_every_direction_and_requests_in_theirs_alone() -> None:
     """Long requests are full of orders: where they counted, nothing that a tool returns could reach the threshold."""
-    short = [Scored(direction, (0.1,), ()) for direction in DIRECTIONS for _ in range(50)]
-    requests = [Scored("input", (0.9,) * 10, ()) for _ in range(200)]
-    documents = [Scored("tool_result", (0.2,) * 10, ()) for _ in range(200)]
+    short = [of_text(direction, (0.1,)) for direction in DIRECTIONS for _ in range(50)]
+    requests = [of_text("input", (0.9,) * 10) for _ in range(200)]
+    documents = [of_text("tool_result", (0.2,) * 10) for _ in range(200)]
     rows = [{"text": str(number), "direction": "input"} for number in range(3)]
     model: Any = Model()
     found = thresholds([*short, *requests, *documents], model, rows, "here")
@@ -119,7 +136,7 @@ def test_documents_count_in_every_direction_and_requests_in_theirs_alone() -> No
 def test_lengths_without_an_example_are_not_blocked_and_not_let_pass_for_that() -> None:
     chance = random.Random(0)
     texts = [
-        Scored(direction, tuple(chance.random() for _ in range(3)), ()) for direction in DIRECTIONS for _ in range(3000)
+        of_text(direction, tuple(chance.random() for _ in range(3))) for direction in DIRECTIONS for _ in range(3000)
     ]
     rows = [{"text": str(number), "direction": one.direction} for number, one in enumerate(texts)]
     model: Any = Model()

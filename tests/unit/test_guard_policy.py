@@ -15,10 +15,11 @@ from transformers import AutoModelForSequenceClassification
 from dstune.core.errors import UserError
 from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
 from dstune.serve.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
-from dstune.serve.guard.model import GuardModel, skip_unread_positions
+from dstune.serve.guard.model import GuardModel, Window, skip_unread_positions
 from dstune.serve.guard.policy import PII, Policy, Watch, read
 from dstune.serve.guard.process import GuardApp
 from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
+from dstune.serve.guard.wire import result_from_json, result_to_json
 from tests.support.guards import calibrate
 from tests.support.tiny import save_classifier
 
@@ -157,8 +158,8 @@ DAMAGED = [
     ),
     (lambda value: value["directions"]["input"]["by_windows"][0]["thresholds"].update({"0.05": 1.0}), "not lower"),
     (lambda value: value.update(stride=128), "stride"),
-    (lambda value: value.update(part_tokens=127), "part_tokens"),
-    (lambda value: value.update(part_tokens=None), "part_tokens"),
+    (lambda value: value.update(part_tokens=65), "part_tokens"),
+    (lambda value: value.pop("part_tokens"), "part_tokens"),
     (lambda value: value.update(calibrated_on={}), "calibrated_on"),
     (lambda value: value.update(model_digest="0" * 64), "other weights"),
 ]
@@ -299,40 +300,75 @@ def test_windows_overlap_and_cover_the_text(scanner):
     scores = model.scores([text, "w1", ""])
     assert [len(one) for one in scores] == [5, 1, 0]
     alone = model.scores([" ".join(f"w{number}" for number in range(12, 28))])
-    assert scores[0][1] == pytest.approx(alone[0][0], abs=1e-6)
-    assert all(0 <= score <= 1 for of_text in scores for score in of_text)
+    assert scores[0][1].value == pytest.approx(alone[0][0].value, abs=1e-6)
+    assert all(0 <= one.value == one.alone <= 1 and not one.parts for of_text in scores for one in of_text)
 
 
 def test_a_suspicious_window_of_a_long_text_is_read_again_in_parts(scanner):
     model = dataclasses.replace(scanner.models["prompt_attack"], part_tokens=8)
     window = model.windows(" ".join(f"w{number}" for number in range(40)))[0]
-    assert window.of_long and not model.windows("w1 " * 20)[0].of_long
+    assert window.of_long and not model.windows("w1 " * 20)[0].of_long and model.windows("w1", 2)[0].of_long
     (whole,) = model._log_odds([window.ids])
     if whole < 0:
         model.index, whole = 1 - model.index, -whole
     parts = model._parts(window.ids)
     assert parts == [window.ids[start : start + 8] for start in (0, 4, 8)]
     (score,) = model.score_windows([window])
-    assert math.log(score / (1 - score)) == pytest.approx((whole + max(model._log_odds(parts))) / 2, abs=1e-5)
-    # Otherwise the score is the probability of the model.
+    highest = max(model._log_odds(parts))
+    assert math.log(score.value / (1 - score.value)) == pytest.approx(max((whole + highest) / 2, 0), abs=1e-5)
     plain = pytest.approx(1 / (1 + math.exp(-whole)), abs=1e-6)
+    assert (score.alone, score.parts) == (plain, 24 / 16)
+    # Otherwise the score is the probability of the model.
     short = window._replace(of_long=False)
     without = dataclasses.replace(model, part_tokens=0)
-    assert model.score_windows([short])[0] == plain and without.score_windows([window])[0] == plain
+    assert model.score_windows([short]) == without.score_windows([window]) == [(plain, plain, 0)]
     model.index = 1 - model.index
-    assert model.score_windows([window])[0] == pytest.approx(1 / (1 + math.exp(whole)), abs=1e-6)
+    assert model.score_windows([window])[0].value == pytest.approx(1 / (1 + math.exp(whole)), abs=1e-6)
     assert model._parts(window.ids[:8]) == [] and model.score_windows([]) == []
+
+
+class Odds(GuardModel):
+    """The log-odds of a row are its highest id, less for rows of another length than `whole`."""
+
+    whole, less = 16, 9
+
+    def _log_odds(self, rows):
+        return [float(max(row) - (self.less if len(row) != self.whole else 0)) for row in rows]
+
+
+def test_what_was_read_again_stays_above_what_was_not(scanner):
+    model = Odds(**vars(dataclasses.replace(scanner.models["prompt_attack"], part_tokens=8)))
+    suspicious, harmless = Window([1] * 16, True), Window([0] * 16, True)
+    assert [one.value for one in model.score_windows([suspicious, harmless])] == [0.5, 0.5]
+    model.less = -3  # the parts look worse
+    found = model.score_windows([suspicious, harmless])
+    assert found[0].value == pytest.approx(1 / (1 + math.exp(-2.5))) and found[1].value == 0.5
+
+
+def test_pieces_of_an_answer_are_read_as_the_whole_answer_would_be(scanner):
+    """By the thresholds of so many windows, and charged for."""
+    model = Odds(**vars(dataclasses.replace(scanner.models["prompt_attack"], part_tokens=8)))
+    model.less = -1
+    own = Scanner({"prompt_attack": model})
+    item = Item("w1 " * 14, "output", frozenset({"prompt_attack"}))
+    model.whole = len(model.windows(item.text)[0].ids)
+    first, later = own.scan(item), own.scan(dataclasses.replace(item, windows_before=3))
+    assert (first.computed, first.parts) == (1, 0) and (later.computed, later.parts) == (1, 2)
+    assert later.scores["prompt_attack"].score > first.scores["prompt_attack"].score
+    assert own.scan(dataclasses.replace(item, windows_before=90)).computed == 0  # remembered
+    assert result_from_json(json.loads(json.dumps(result_to_json(later)))) == later
 
 
 def test_parts_are_those_of_the_calibration_and_a_model_without_one_has_none(tmp_path):
     folder = save_classifier(tmp_path / "export")
-    assert GuardModel.load(folder, window_tokens=16).part_tokens == 0
-    assert GuardModel.load(folder, window_tokens=16, calibrated=False).part_tokens == 4
-    calibrate(folder, 0.5)
-    assert GuardModel.load(folder).part_tokens == 0
-    for lengths, key in (({"part_tokens": 15}, "--part-tokens"), ({"stride": 0}, "--stride")):
-        with pytest.raises(UserError, match=key):
-            GuardModel.load(folder, window_tokens=16, calibrated=False, **lengths)
+    assert GuardModel.load(folder, window_tokens=32).part_tokens == 0
+    assert GuardModel.load(folder, window_tokens=48, calibrated=False).part_tokens == 12
+    calibrate(folder, 0.5, window_tokens=32, part_tokens=9)
+    assert GuardModel.load(folder).part_tokens == 9
+    wrong = [({"part_tokens": 25}, "--part-tokens: must be 0 or"), ({"stride": 0}, "--stride: must be a whole number")]
+    for lengths, reason in wrong:
+        with pytest.raises(UserError, match=reason):
+            GuardModel.load(folder, window_tokens=48, calibrated=False, **lengths)
 
 
 def test_a_calibration_of_the_first_format_knows_no_parts(tmp_path):
@@ -340,7 +376,6 @@ def test_a_calibration_of_the_first_format_knows_no_parts(tmp_path):
     file = calibration(tmp_path, part_tokens=32).save(tmp_path)
     assert Calibration.load(tmp_path).part_tokens == 32
     value = json.loads(file.read_text()) | {"format": 1}
-    del value["part_tokens"]
     file.write_text(json.dumps(value))
     assert Calibration.load(tmp_path) == calibration(tmp_path)
 
@@ -368,6 +403,10 @@ def test_special_tokens_that_somebody_wrote_are_text():
     assert model._parts(window) == []
     model.part_tokens = 6
     assert model._parts(window) == [[2, *[7, 8] * 3, 3], [2, 8, 7, 8, 7, 8, 7, 3], [2, 7, 8, 7, 8, 3]]
+    raw.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]")
+    trailing = GuardModel(SimpleNamespace(tokenizer=tokenizer), 1, "attack", "", None, 16, 12, 6)
+    assert trailing._parts([*[7, 8] * 4, 3]) == [[*[7, 8] * 3, 3], [8, 7, 8, 7, 8, 3]]
 
 
 def test_words_that_a_tokenizer_does_not_know_are_set_apart():

@@ -34,7 +34,7 @@ def test_a_name_that_no_address_takes_is_refused_with_the_command(tmp_path):
     folder.mkdir()
     with pytest.raises(UserError) as caught:
         resolve("", str(folder))
-    assert f"dstune serve model='{folder}'" in str(caught.value)
+    assert f"dstune serve my-model='{folder}'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ LEVELS: Mapping[str, float] = {
 }
 """The rate of false alarms that each level stands for, most certain first."""
 UNLIKELY = "l5_unlikely"
-SMALLEST_PART = 4
+SMALLEST_PART = 8
+"""Tokens. Of shorter ones there would be hundreds in a window, and none says anything."""
 CALIBRATES = "dstune guard calibrate"
 TRAINS = "dstune train experiment=guard"
 """What makes a model, which CALIBRATES then gives its thresholds."""
@@ -59,7 +60,7 @@ class Calibration:
     stride: int = 96
     """Tokens from the start of a window to the start of the next."""
     label: str = "attack"
-    """The model's label whose probability is the score."""
+    """The model's label that windows are scored by."""
     part_tokens: int = 0
     """Of the parts in which a suspicious window was read again; 0 where it was not."""
 
@@ -144,8 +145,8 @@ def wrong_windows(window: Any, stride: Any, part: Any) -> tuple[str, str] | None
         return "window_tokens", f"must be a whole number from 16 to 8192, is {window!r}"
     if type(stride) is not int or not 1 <= stride <= window - 2:
         return "stride", f"must be a whole number from 1 to window_tokens - 2, is {stride!r}"
-    if type(part) is not int or not (part == 0 or SMALLEST_PART <= part <= window - 2):
-        return "part_tokens", f"must be 0 or a whole number from {SMALLEST_PART} to window_tokens - 2, is {part!r}"
+    if type(part) is not int or not (part == 0 or SMALLEST_PART <= part <= window // 2):
+        return "part_tokens", f"must be 0 or a whole number from {SMALLEST_PART} to half of window_tokens, is {part!r}"
     return None
 
 
@@ -155,8 +156,8 @@ def _calibration(value: Mapping[str, Any]) -> Calibration:
     for key in ("model_digest", "label"):
         if not isinstance(value.get(key), str) or not value[key]:
             raise _Wrong(key, "must be a text")
-    lengths: tuple[Any, Any, Any] = (value.get("window_tokens"), value.get("stride"), value.get("part_tokens", 0))
-    window, stride, part = lengths
+    part = 0 if value["format"] == 1 else value.get("part_tokens")
+    lengths: tuple[Any, Any, Any] = (value.get("window_tokens"), value.get("stride"), part)
     if wrong := wrong_windows(*lengths):
         raise _Wrong(*wrong)
     if not isinstance(value.get("calibrated_on"), dict) or not value["calibrated_on"]:
@@ -165,7 +166,9 @@ def _calibration(value: Mapping[str, Any]) -> Calibration:
     if not isinstance(given, dict) or set(given) != set(DIRECTIONS):
         raise _Wrong("directions", f"must be {', '.join(DIRECTIONS)}")
     directions = {name: _buckets(given[name], f"directions.{name}") for name in DIRECTIONS}
-    return Calibration(value["model_digest"], directions, value["calibrated_on"], window, stride, value["label"], part)
+    return Calibration(
+        value["model_digest"], directions, value["calibrated_on"], *lengths[:2], value["label"], lengths[2]
+    )
 
 
 def _buckets(given: Any, key: str) -> tuple[Bucket, ...]:

@@ -28,8 +28,9 @@ LONGEST_PAUSE = 30.0
 PROBE_SECONDS = 5.0
 """How often the process is asked how long a step of its work has taken."""
 SILENT_SECONDS = 120.0
-"""A step (one text's search, or sixteen windows) that takes longer has no end. On a slow core sixteen windows are scored in a
-second, and 200,000 characters searched in some; four searches share a core, and other work may leave a tenth of it."""
+"""A step (one text's search, or sixteen windows) that takes longer has no end. On a slow core sixteen windows and their
+parts are scored in three seconds, and 200,000 characters searched in some; four searches share a core, and other work may leave a
+tenth of it."""
 SILENT_CHECKS = 4
 """Nor does it end before that where it takes fewer times `limits.seconds`, for which a whole request may take."""
 

@@ -56,7 +56,7 @@ class Guard:
         except (Late, asyncio.CancelledError):
             self.charge(request, windows)
             raise
-        self.charge(request, found.windows)
+        self.charge(request, found.windows + found.parts)
         return found
 
     def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:

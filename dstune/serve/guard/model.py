@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
-from dstune.serve.guard.calibration import Calibration, digest_of, wrong_windows
+from dstune.serve.guard.calibration import SMALLEST_PART, Calibration, digest_of, wrong_windows
 from dstune.serve.guard.variants import Variant
 
 if TYPE_CHECKING:
@@ -25,18 +25,28 @@ WINDOW, STRIDE = 128, 96
 """Of a model that is not calibrated."""
 BATCH = 16
 """Rows that are computed together."""
-PARTS_OF_A_WINDOW = 4
-"""A window that looks like an attack is read again in parts of a quarter of its length."""
+WINDOW_TO_PART = 4
+"""A part is a quarter of a window, where nobody says otherwise."""
 
 LONG = 3
-"""From so many windows on, a text is a long one: users paste documents, and answers and results of tools are some."""
+"""From so many windows on, a text is a long one: most are documents, or have one within. Its suspicious windows are read again in
+parts, and it counts in the calibration of every direction."""
 
 
 class Window(NamedTuple):
     ids: list[int]
     """Of the tokens, special ones included."""
     of_long: bool = False
-    """Whether its text is a long one."""
+    """Whether it is one of at least `LONG` of its reading, or of an answer that is checked piece by piece."""
+
+
+class WindowScore(NamedTuple):
+    value: float
+    """From 0 to 1."""
+    alone: float
+    """The probability of the label in the window as a whole: `value`, unless the window was read again."""
+    parts: float = 0.0
+    """Work for its parts, in windows of full length."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +108,15 @@ class GuardModel:
         window = window_tokens if window_tokens is not None else calibration.window_tokens if calibration else WINDOW
         own_stride = calibration.stride if calibration else min(STRIDE, window * 3 // 4)
         step = stride if stride is not None else own_stride
-        # A model without thresholds is judged by its probability alone.
-        own_parts = calibration.part_tokens if calibration else 0 if calibrated else window // PARTS_OF_A_WINDOW
-        part = part_tokens if part_tokens is not None else own_parts
+        if part_tokens is not None:
+            part = part_tokens
+        elif calibration is not None:
+            part = calibration.part_tokens
+        else:  # without thresholds a model is judged by its probability alone
+            part = 0 if calibrated else max(window // WINDOW_TO_PART, SMALLEST_PART)
         if wrong := wrong_windows(window, step, part):
             key, reason = wrong
-            raise UserError(Problem(f"--{key.replace('_', '-')}", reason, value=str(folder)))
+            raise UserError(Problem(f"--{key.replace('_', '-')}", reason))
         expected = find(ModelConfig(path=str(folder)), "last", [])
         with tempfile.TemporaryDirectory(prefix="dstune-guard-") as scratch:
             predictor = load(expected, Path(scratch))
@@ -122,10 +135,16 @@ class GuardModel:
         several = own.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
         skip_unread_positions(predictor.model)
-        return GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
+        model = GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
+        if part and model._special_tokens is None:
+            reason = "has a tokenizer that makes no token of a letter, so windows cannot be read in parts"
+            raise UserError(Problem("guard.model", reason, "dstune guard calibrate --part-tokens 0", str(folder)))
+        return model
 
-    def windows(self, text: str) -> list[Window]:
+    def windows(self, text: str, before: int = 0) -> list[Window]:
         """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
+
+        before: windows of the same answer that were scored already.
 
         A special token that somebody wrote is tokens of its characters, and symbols and very long words are set apart.
         """
@@ -144,7 +163,7 @@ class GuardModel:
                 return_token_type_ids=False,
             )["input_ids"]
         special = self.window_tokens - content
-        return [Window(ids, len(found) >= LONG) for ids in found if len(ids) > special]
+        return [Window(ids, before + len(found) >= LONG) for ids in found if len(ids) > special]
 
     def tail(self, text: str, tokens: int) -> str:
         """The end of `text` that is so many tokens."""
@@ -154,27 +173,30 @@ class GuardModel:
             places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text[places[-tokens][0] :] if len(places) > tokens else text
 
-    def score_windows(self, windows: Sequence[Window]) -> list[float]:
-        """The score of each window, from 0 to 1: the probability of the label.
+    def score_windows(self, windows: Sequence[Window]) -> list[WindowScore]:
+        """The score of each window: the probability of the label.
 
         A window of a long text that has more than 0.5 is read again in parts that overlap by half. Its score is then the sigmoid
-        of the mean of two log-odds, of the whole and of the part that looks most like an attack: a short attack stands out in its
-        part, and what only makes an impression as a whole does not.
+        of the mean of two log-odds, of the whole and of the part that looks most like an attack, and at least 0.5, so that it
+        stays above windows that were not read again: a short attack stands out in its part, and what only makes an impression as
+        a whole does not.
         """
         import torch
 
-        odds = self._log_odds([window.ids for window in windows])
-        again = [number for number, window in enumerate(windows) if window.of_long and odds[number] > 0]
-        parts = {number: self._parts(windows[number].ids) for number in again}
+        alone = self._log_odds([window.ids for window in windows])
+        odds, work = list(alone), [0.0] * len(windows)
+        again = [number for number, window in enumerate(windows) if window.of_long and alone[number] > 0]
+        parts = {number: own for number in again if (own := self._parts(windows[number].ids))}
         found = iter(self._log_odds([part for own in parts.values() for part in own]))
         for number, own in parts.items():
-            if own:
-                odds[number] = (odds[number] + max(next(found) for _ in own)) / 2
-        return torch.tensor(odds, dtype=torch.float64).sigmoid().tolist()
+            odds[number] = max((alone[number] + max(next(found) for _ in own)) / 2, 0.0)
+            work[number] = sum(map(len, own)) / self.window_tokens
+        values, whole = torch.tensor([odds, alone], dtype=torch.float64).sigmoid().tolist()
+        return list(map(WindowScore, values, whole, work))
 
     def _parts(self, ids: list[int]) -> list[list[int]]:
         """Pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
-        before, after = self._special_tokens
+        before, after = self._special_tokens or (0, 0)
         size, end = self.part_tokens, len(ids) - after
         if not size or end - before <= size:
             return []
@@ -183,13 +205,12 @@ class GuardModel:
         return [ids[:before] + ids[start : min(start + size, end)] + ids[end:] for start in starts]
 
     @cached_property
-    def _special_tokens(self) -> tuple[int, int]:
-        """How many stand before and after a text."""
+    def _special_tokens(self) -> tuple[int, int] | None:
+        """How many stand before and after a text. None where a text of one letter has no token."""
         tokenizer: Any = self.predictor.tokenizer
         with self._tokenizing:
-            whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-        before = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
-        return before, len(whole) - before - len(bare)
+            mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        return (mask.index(0), mask[::-1].index(0)) if 0 in mask else None
 
     def _log_odds(self, rows: Sequence[list[int]]) -> list[float]:
         """ln(p / (1 - p)) of the label in each row of token ids."""
@@ -217,7 +238,7 @@ class GuardModel:
                 odds[number] = value
         return odds
 
-    def scores(self, texts: Sequence[str]) -> list[list[float]]:
+    def scores(self, texts: Sequence[str]) -> list[list[WindowScore]]:
         """The score of each window of each text, as the texts are: neither normalised nor decoded."""
         windows = [self.windows(text) for text in texts]
         flat = iter(self.score_windows([window for of_text in windows for window in of_text]))
@@ -291,12 +312,13 @@ def _apart(found: re.Match[str]) -> str:
     return f" {sign} " if unicodedata.category(sign)[0] == "S" else sign
 
 
-def highest(readings: Sequence[Variant], scores: Sequence[Sequence[float]]) -> Score:
+def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]) -> Score:
     """The score of a text from those of the windows of its readings."""
     found = Score(0.0, sum(map(len, scores)))
-    for reading, values in zip(readings, scores, strict=True):
-        if values and max(values) > found.value:
-            found = Score(max(values), found.windows, reading.name)
+    for reading, windows in zip(readings, scores, strict=True):
+        value = max((one.value for one in windows), default=0.0)
+        if value > found.value:
+            found = Score(value, found.windows, reading.name)
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from dstune.serve.asgi import ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
 from dstune.serve.engines.local.process import run_process, set_threads
-from dstune.serve.guard.model import BATCH, GuardModel, Window
+from dstune.serve.guard.model import BATCH, GuardModel, Window, WindowScore
 from dstune.serve.guard.scanner import Item, Prepared, Result, Scanner
 from dstune.serve.guard.wire import items_from_json, result_to_json
 
@@ -36,8 +36,8 @@ SEARCHES_OF_ONE = SEARCHES // 2
 @dataclass
 class _Job:
     windows: Sequence[Window]
-    future: Future[list[float]]
-    scores: list[float] = field(default_factory=list)
+    future: Future[list[WindowScore]]
+    scores: list[WindowScore] = field(default_factory=list)
 
 
 class Compute:
@@ -54,7 +54,7 @@ class Compute:
         if models:
             threading.Thread(target=self._run, name="compute", daemon=True).start()
 
-    async def scores(self, detector: str, windows: Sequence[Window], request: object) -> list[float]:
+    async def scores(self, detector: str, windows: Sequence[Window], request: object) -> list[WindowScore]:
         """request: what all texts share that take turns as one."""
         if not windows:
             return []

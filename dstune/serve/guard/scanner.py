@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from dstune.serve.guard.calibration import UNLIKELY
 from dstune.serve.guard.leaks import LEAST_RUNS, canaries_in, codes_of, leaked_runs
 from dstune.serve.guard.links import unknown_links
-from dstune.serve.guard.model import GuardModel, Score, Window, highest
+from dstune.serve.guard.model import LONG, GuardModel, Score, Window, WindowScore, highest
 from dstune.serve.guard.normal import Normal, normalised
 from dstune.serve.guard.policy import LEAK, LINKS, PII, RULES, SECRETS, needs_model
 from dstune.serve.guard.rules import matching
@@ -81,6 +82,8 @@ class Result:
     """By detector, the reason."""
     computed: int = 0
     """Windows that were computed for it."""
+    parts: int = 0
+    """Work for their parts, in windows."""
     variants: int = 0
 
 
@@ -140,7 +143,8 @@ class Scanner:
             if item.context:
                 tail = self._tail(item.context)
                 scored = variants_of(tail + item.text, normalised(tail + item.text))
-            key = hashlib.sha256("\0".join(one.text for one in scored).encode("utf-8", "surrogatepass")).digest()
+            text = "\0".join([str(min(item.windows_before, LONG)), *(one.text for one in scored)])
+            key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
             for detector in by_model:
                 model = self.models.get(detector)
                 if model is None:
@@ -148,7 +152,7 @@ class Scanner:
                 elif (known := self._scores.get((detector, key))) is not None:
                     remembered[detector] = known
                 else:
-                    pieces = [model.windows(one.text) for one in scored]
+                    pieces = [model.windows(one.text, item.windows_before) for one in scored]
                     if sum(map(len, pieces)) > item.most_windows:
                         not_run[detector] = f"more than {item.most_windows} windows"
                     else:
@@ -161,15 +165,16 @@ class Scanner:
             return model.tail(context, CONTEXT_TOKENS)
         return context
 
-    def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[float]]) -> Result:
+    def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[WindowScore]]) -> Result:
         """scores: by detector those of all windows, in the order of `prepared.windows`."""
-        item, computed = prepared.item, 0
+        item, computed, parts = prepared.item, 0, 0.0
         scored: dict[str, Scored] = {}
         known = dict(prepared.remembered)
         for detector, pieces in prepared.windows.items():
             flat = iter(scores[detector])
             known[detector] = highest(prepared.readings, [[next(flat) for _ in of_reading] for of_reading in pieces])
             computed += known[detector].windows
+            parts += sum(one.parts for one in scores[detector])
             self._remember(detector, prepared.key, known[detector])
         for detector, score in known.items():
             calibration = self.models[detector].calibration
@@ -178,7 +183,7 @@ class Scanner:
             if calibration is not None:
                 level = calibration.level(item.direction, windows, score.value) if score.windows else UNLIKELY
             scored[detector] = Scored(level, score.value, score.windows, score.variant)
-        return Result(prepared.found, scored, prepared.not_run, computed, len(prepared.readings))
+        return Result(prepared.found, scored, prepared.not_run, computed, math.ceil(parts), len(prepared.readings))
 
     def _remember(self, detector: str, key: bytes, score: Score) -> None:
         self._scores[detector, key] = score

@@ -35,6 +35,8 @@ class Scored:
     direction: str
     plain: tuple[float, ...]
     variants: tuple[float, ...]
+    alone: tuple[float, ...]
+    """Of the plain windows as they would be in a text that is not long."""
 
     @property
     def all(self) -> tuple[float, ...]:
@@ -68,8 +70,8 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
             "by_windows": used,
         }
     calibrated_on: dict[str, Any] = {"rows": source, "directions": counts}
-    windows = (model.window_tokens, model.stride, model.label, model.part_tokens)
-    return Calibration(model.digest, directions, calibrated_on, *windows)
+    cut_and_label = (model.window_tokens, model.stride, model.label, model.part_tokens)
+    return Calibration(model.digest, directions, calibrated_on, *cut_and_label)
 
 
 def _counts(one: Scored, direction: str) -> bool:
@@ -102,7 +104,12 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
         scores = iter(model.scores([one.text for of_row in readings for one in of_row]))
         for row, of_row in zip(chunk, readings, strict=True):
             plain, *others = [next(scores) for _ in of_row]
-            yield Scored(row["direction"], tuple(plain), tuple(value for own in others for value in own))
+            yield Scored(
+                row["direction"],
+                tuple(one.value for one in plain),
+                tuple(one.value for own in others for one in own),
+                tuple(one.alone for one in plain),
+            )
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
             print(f"{start + len(chunk)} of {len(rows)} texts, {reported - started:.0f} s", file=sys.stderr, flush=True)
@@ -138,8 +145,9 @@ def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator
         if above < len(one.all) <= (up_to or math.inf):
             yield max(one.all)
         elif len(one.plain) > length and above:  # of short texts there are enough, and a cut text is none
-            for start in range(0, len(one.plain) - length + 1, length):
-                yield max(one.plain[start : start + length])
+            windows = one.plain if length >= LONG else one.alone
+            for start in range(0, len(windows) - length + 1, length):
+                yield max(windows[start : start + length])
 
 
 def needed(rate: float) -> int:

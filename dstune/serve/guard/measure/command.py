@@ -75,6 +75,8 @@ def _calibrate(argv: list[str]) -> int:
         print(file.read_text(encoding="utf-8"), end="")
         return EXIT_DONE
     print(f"{file}: thresholds by rate of false alarms and number of windows")
+    parts = f", suspicious ones of long texts again in parts of {model.part_tokens}" if model.part_tokens else ""
+    print(f"windows of {model.window_tokens} tokens, {model.stride} apart{parts}")
     for direction, buckets in calibration.directions.items():
         counts = calibration.calibrated_on["directions"][direction]
         print(f"{direction} ({counts['texts']} texts)")

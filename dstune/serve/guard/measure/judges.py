@@ -17,6 +17,7 @@ from dstune.core.errors import DstuneError, Problem, UserError
 from dstune.serve.guard.calibration import CALIBRATES, DIRECTIONS, TRAINS
 from dstune.serve.guard.check import entry_of, item_of
 from dstune.serve.guard.measure.report import Judged
+from dstune.serve.guard.model import WindowScore
 from dstune.serve.guard.policy import BLOCK, CLOSED, PROMPT_ATTACK, RULES, Limits, Policies, Policy, Watch, read
 from dstune.serve.guard.scanner import Scanner
 
@@ -44,7 +45,7 @@ class LocalJudge:
             chunk = rows[start : start + CHUNK]
             items = [item_of(self.policy, row["text"], row.get("direction", "input")) for row in chunk]
             prepared = [self.scanner.prepare(item) for item in items]
-            computed: dict[str, Iterator[float]] = {}
+            computed: dict[str, Iterator[WindowScore]] = {}
             for detector, model in self.scanner.models.items():
                 windows = [w for one in prepared for reading in one.windows.get(detector, []) for w in reading]
                 computed[detector] = iter(model.score_windows(windows))
@@ -164,7 +165,13 @@ def _export(folder: Path, level: str, rules: bool) -> Target:
     watches = (Watch(PROMPT_ATTACK, BLOCK, level), *((Watch(RULES, BLOCK),) if rules else ()))
     limits = Limits(characters=8_000_000, windows=100_000, seconds=600)
     policy = Policy("export", directions=dict.fromkeys(DIRECTIONS, watches), limits=limits)
-    threshold = {"export": str(folder), "level": level, "rules": rules, "model_digest": calibration.model_digest}
+    threshold = {
+        "export": str(folder),
+        "level": level,
+        "rules": rules,
+        "model_digest": calibration.model_digest,
+        "part_tokens": calibration.part_tokens,
+    }
     return Target(LocalJudge(policy, scanner), threshold)
 
 
