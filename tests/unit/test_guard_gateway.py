@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import shutil
@@ -382,6 +383,19 @@ def test_what_is_not_waited_for_is_charged_too(tmp_path, model, route, gives_up)
 
     limits = {"seconds": 60 if gives_up else 0.1}
     run(test, tmp_path, {"input": [ATTACKS], "limits": limits}, {"prompt_attack": model})
+
+
+def test_parts_of_windows_are_charged_as_well(tmp_path, model):
+    async def test(found, guard):
+        async def with_parts(items):
+            return [dataclasses.replace(one, parts=8) for one in await InProcess.scan(guard, items)]
+
+        found.gateway.guard.check.scan = with_parts
+        client = found.client(found.gateway.keys.add("small", limit=Limit(tokens_per_day=128)))
+        answers = [await client.post("/v1/chat/completions", json=chat(words()[0])) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 429]  # (1 + 8) x 16 tokens
+
+    run(test, tmp_path, {"input": [ATTACKS]}, {"prompt_attack": model})
 
 
 def test_blocking_needs_a_calibrated_model(tmp_path, model):
