@@ -140,8 +140,9 @@ class Setup:
         set_arithmetic(config.trainer)
 
     def doing(self) -> str:
-        """What memory ran out in."""
-        return "training" if hasattr(self, "state") else "setting up the model and the optimizer"
+        """What memory ran out in, and on which of several ranks."""
+        what = "training" if hasattr(self, "state") else "setting up the model and the optimizer"
+        return what if self.world.size == 1 else f"{what} on rank {self.world.rank}"
 
     def less_memory(self) -> list[str]:
         values = load_config(self.config.model).get_text_config().to_dict()

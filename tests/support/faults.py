@@ -184,7 +184,7 @@ FAULTS = [
         "out of memory",
         "an allocation fails in rank 1",
         inject={"at": "dstune.zero.engine:Engine.accumulate", "rank": 1, "call": micro_batches(AT + 1), "do": "oom"},
-        says=("rank 1 ended", "allocate memory"),
+        says="in training on rank 1 .*allocate memory",
     ),
     Fault(
         "exception in the data",
