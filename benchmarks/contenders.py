@@ -112,11 +112,11 @@ def write_tensors(job: Job, path: Path) -> list[int]:
     order = order_of(config, data.train)
     steps, tokens = [], []
     for step in range(job.steps):
-        window = order.global_batch(*order.locate(step))
-        tokens.append(window.tokens)
+        global_batch = order.global_batch(*order.locate(step))
+        tokens.append(global_batch.tokens)
         ranks = []
         for rank in range(job.ranks):
-            (micro_batch,) = share(window.micro_batches, rank, job.ranks)
+            (micro_batch,) = share(global_batch.micro_batches, rank, job.ranks)
             batch = collate(data.train, micro_batch, pad_token_id=tokenizer.pad_token_id, packing=True)
             # All sides get rows of the same length; one that is a few tokens short is filled up with no targets.
             fill = {"input_ids": tokenizer.pad_token_id, "labels": -100, "position_ids": 0}

@@ -94,9 +94,12 @@ def plain_loop(run_dir: Path) -> dict[str, float]:
     order = order_of(config, data.train)
     model.train()
     for step in range(steps):
-        window = order.global_batch(*order.locate(step))
+        global_batch = order.global_batch(*order.locate(step))
         chosen = [
-            sample for micro_batch in window.micro_batches if not micro_batch.filler for sample in micro_batch.samples
+            sample
+            for micro_batch in global_batch.micro_batches
+            if not micro_batch.filler
+            for sample in micro_batch.samples
         ]
         inputs, labels = batch(data.train, chosen)
         loss = cross_entropy(model(**inputs).logits, labels)

@@ -135,10 +135,10 @@ def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[s
     rows = [encoded(row) for row in train]
     assert all(data.train.table[at]["input_ids"] == row["input_ids"] for at, row in enumerate(rows)), "other tokens"
     order = order_of(config, data.train)
-    windows = [order.global_batch(*order.locate(step)) for step in range(order.steps(config.trainer.epochs))]
+    global_batches = [order.global_batch(*order.locate(step)) for step in range(order.steps(config.trainer.epochs))]
     batches = [
-        [int(sample) for part in window.micro_batches if not part.filler for sample in part.samples]
-        for window in windows
+        [int(sample) for part in global_batch.micro_batches if not part.filler for sample in part.samples]
+        for global_batch in global_batches
     ]
 
     class Alike(Trainer):
