@@ -10,12 +10,13 @@ from dstune import __version__
 from dstune.config.convert import EnvironmentText, may_refer, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import key_of, quoted
+from dstune.config.plugins import activate_requested
 from dstune.config.run_file import read_run_content
 from dstune.config.schema import RunConfig
 from dstune.config.trust import SIGNATURE
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
-from dstune.protocols import TASKS, method_of, task_of
+from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
 
 NAME = "dstune.json"
 RECORDED = ("format", "max_length", "packing")
@@ -31,10 +32,15 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
     if "labels" in task:
         task["labels"] = state["labels"]
     data = config.data
+    shape = (
+        {"shape": ROW_FORMATS[data.format].shape}
+        if data.format in ROW_FORMATS and ROW_FORMATS[data.format].shape
+        else {}
+    )
     record = {
         "dstune": __version__,
         "task": task,
-        "data": {name: getattr(data, name) for name in RECORDED},
+        "data": {name: getattr(data, name) for name in RECORDED} | shape,
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
@@ -62,7 +68,9 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     """The export's task and data settings as overrides; without the task's where `given` chooses another.
 
     A folder without a record gives the task that the head in its config.json is for, or its sentence-transformers files.
+    The plugins of the project and of `given` are active afterwards, since a task may be one's.
     """
+    activate_requested(given)
     chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
     record = read_record(folder)
     if "task" not in record:
@@ -74,6 +82,9 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
         return []
     task = dict(record["task"])
     data = {name: value for name, value in record.get("data", {}).items() if name in RECORDED}
+    shape = record.get("data", {}).get("shape")
+    if data and data["format"] not in ROW_FORMATS and isinstance(shape, str) and shape in ROW_FORMATS:
+        data["format"] = shape  # the plugin that has the format is not here, and not needed for rows of its shape
     recorded = {f"task.{key}": value for key, value in task.items()} | {f"data.{key}": data[key] for key in data}
     _refuse_references(folder, recorded, given)
     name = task.pop("name")

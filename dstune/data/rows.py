@@ -32,6 +32,7 @@ def normalise(
     task: TaskConfig | None = None,
     *,
     input_apart: bool = False,
+    answered: bool = True,
 ) -> dict[str, Any]:
     """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
@@ -40,7 +41,8 @@ def normalise(
     strings, perhaps none), or `tokens` and `tags` (as many strings), or `question`, `context` and `answers` (each with `text` and
     `start`). Pairs of answers are those of `preferences.pair_row`; a judged answer is a chat row with `desirable` (true
     or false). task: what its settings allow, for example an assistant that says nothing. input_apart: an Alpaca row's
-    `input` stays a key of its own beside the instruction, for a template that has a place for it.
+    `input` stays a key of its own beside the instruction, for a template that has a place for it. answered: without it, the
+    roles in the format's `answers` are None.
     Raises RowError.
     """
     form = ROW_FORMATS[fmt]()
@@ -49,6 +51,9 @@ def normalise(
     found: dict[str, Any] = {}
     fields = form.expand(fields)
     for role in (*form.required, *form.optional):
+        if role in form.answers and not answered:
+            found[role] = None
+            continue
         column = column_of(type(form), role, mapping, fields)
         if column not in fields and role in form.required:
             raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")

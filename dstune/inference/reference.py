@@ -37,7 +37,7 @@ from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
 from dstune.inference.rows import Query
 from dstune.models.load import load_model, load_tokenizer
-from dstune.protocols import TASKS, method_of, task_of
+from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
 from dstune.zero import accelerator
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -169,7 +169,9 @@ def _row(
         fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")
         row = normalise(fields, fmt, config.data.columns, config.task)
         if not task.generates:
-            return {"row": task.as_query(fields, row), "ids": np.asarray(sample["input_ids"]).tolist()}
+            # A server may not have the plugin that reads rows of its own.
+            sent = row if ROW_FORMATS[fmt].shape else fields
+            return {"row": task.as_query(sent, row), "ids": np.asarray(sample["input_ids"]).tolist()}
         return _language_row(row, config, sample, tokenizer)
     except (RowError, UserError):
         return None

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from dstune.config.data_schema import DataConfig, OnBadRow
+from dstune.config.data_schema import AUTOMATIC, DataConfig, OnBadRow
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.files import DOCUMENTS
+from dstune.data.formats import column_of
 from dstune.data.problems import listing
 from dstune.data.rows import RowError, canonical, normalise
+from dstune.protocols import ROW_FORMATS, formats_for, task_of
 
 MOST_TOLD = 10
 """Bad rows that are named; the others are counted."""
@@ -58,9 +61,28 @@ class Question:
 
     def of(self, fields: Mapping[str, Any], place: str) -> Query:
         """Raises RowError."""
-        row = self.row(fields, place)
+        form = self._form(fields)
+        row = self._shaped(form, fields, place) if form else self.row(fields, place)
         canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
         return Query(place, fields, row)
+
+    def _form(self, fields: Mapping[str, Any]) -> str:
+        """The row format of a plugin that reads these columns without answers; empty where the task reads them itself."""
+        if self.format == AUTOMATIC and (self.text_column or self.mapping.get(self.role, self.role)) in fields:
+            return ""
+        for name in formats_for(task_of(self.task)):
+            form = ROW_FORMATS[name]
+            needed = [role for role in form.required if role not in form.answers]
+            found = all(column_of(form, role, self.mapping, fields) in fields for role in needed)
+            if found and form.answers and self.format in (AUTOMATIC, name):
+                return name
+        return ""
+
+    def _shaped(self, form: str, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """As `row`, of a row in a plugin's format. Raises RowError."""
+        shape = copy.copy(self)
+        shape.mapping, shape.format = {}, ROW_FORMATS[form].shape
+        return shape.row(normalise(fields, form, self.mapping, self.task, answered=False), place)
 
     def text(self, fields: Mapping[str, Any], *roles: str) -> str:
         """The text in the first column that a row has of `roles` (default: `text`)."""

@@ -27,6 +27,9 @@ class RowFormat:
     """By role, columns that are taken for it where neither its own name nor `data.columns` gives one."""
     shape: ClassVar[str] = ""
     """The format of a built-in task whose rows `row` makes: tasks that read that one read this one too. For plugins."""
+    answers: ClassVar[tuple[str, ...]] = ()
+    """Roles that a row to be predicted does not have; `row` gets None for them. With a `shape`: without them `dstune predict`
+    reads rows of that shape alone."""
     readable_as: ClassVar[tuple[str, ...]] = ()
     """Formats as which a row can be read too, since it has all that they need."""
     conversational: ClassVar[bool] = False
@@ -40,6 +43,11 @@ class RowFormat:
 
     input_apart: bool = False
     """Whether `input` is to stay apart from the instruction (`model.prompt_template=alpaca`)."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if unknown := [role for role in cls.answers if role not in (*cls.required, *cls.optional)]:
+            raise ValueError(f"answers names {unknown[0]!r}, which is neither in required nor in optional")
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """The columns of a row, with those beside them that a column holds inside."""

@@ -115,6 +115,7 @@ from dstune.data.values import label, text
 class @Name@(dstune.RowFormat):
     name = "@name@"
     required: ClassVar = ("question", "kind")
+    answers: ClassVar = ("kind",)
     shape = "text_label"
     checks: ClassVar = {"question": text, "kind": label}
 

@@ -25,6 +25,7 @@ class StarRating(dstune.RowFormat):
     name = "star_rating"
     required: ClassVar = ("body", "stars")
     optional: ClassVar = ("title",)
+    answers: ClassVar = ("stars",)
     other_names: ClassVar = {"stars": ("rating", "score")}
     shape = "text_label"
     checks: ClassVar = {"title": text, "body": text, "stars": stars}

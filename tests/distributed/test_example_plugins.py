@@ -65,7 +65,14 @@ def test_all_six_at_once_at_every_stage(workplace, stage):
     assert answered.returncode == 0, answered.stderr[-3000:]
     assert json.loads(answered.stdout)["predicted"] in ("1", "2", "3")
     assert workplace.run("export", "whole", "--out", "exported").returncode == 0
-    assert (folder / "exported" / "config.json").is_file()
+    record = json.loads((folder / "exported" / "dstune.json").read_text())
+    assert (record["data"]["format"], record["data"]["shape"]) == ("star_rating", "text_label")
+    (folder / "review.jsonl").write_text(json.dumps({"title": "w1", "body": "w2 w1"}) + "\n")
+    copies = "plugins=[whole/plugins/ordinal.py,whole/plugins/star_rating.py]"
+    by_columns = workplace.run("predict", "exported", "--input", "review.jsonl", "--json", copies)
+    by_text = workplace.run("predict", "exported", "--text", "w1\nw2 w1", "--json", copies)
+    assert by_columns.returncode == by_text.returncode == 0, by_columns.stderr[-3000:]
+    assert json.loads(by_columns.stdout)["predicted"] == json.loads(by_text.stdout)["predicted"]
     page = workplace.run("report", "whole")
     assert page.returncode == 0, page.stderr[-3000:]
     html = (folder / "whole" / "report.html").read_text()

@@ -55,7 +55,8 @@ def main(url: str, key: str, training: str, validation: str, chats: str = "") ->
     )
     if chats:
         _chat(client, job.fine_tuned_model)
-    second = client.fine_tuning.jobs.create(model="tiny", training_file=files["training_file"])
+    slow: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50}}}
+    second = client.fine_tuning.jobs.create(model="tiny", training_file=files["training_file"], method=slow)
     assert client.fine_tuning.jobs.cancel(second.id).status == "cancelled"
     assert [one.id for one in client.fine_tuning.jobs.list(limit=1)][:2] == [second.id, job.id]
     assert client.models.delete(job.fine_tuned_model).deleted

@@ -36,7 +36,11 @@ def main(folder: str) -> None:
         with open(metrics) as stream:
             first += len(stream.readlines())
     code = 0
-    for step in range(first, STEPS + 1):
+    with open(f"{folder}/configuration/experiment/job.yaml") as stream:
+        steps = (
+            100 * STEPS if "epochs: 50\n" in stream.read() else STEPS
+        )  # with 50 epochs: one that is still there to be cancelled
+    for step in range(first, steps + 1):
         time.sleep(SECONDS)
         if os.path.exists(f"{folder}/stop"):
             code = 75
@@ -51,7 +55,7 @@ def main(folder: str) -> None:
         with open(metrics, "a") as stream:
             stream.write(json.dumps(row) + "\n")
     if code == 0:
-        for step in (STEPS // 2, STEPS):
+        for step in (steps // 2, steps):
             os.makedirs(f"{folder}/models/step-{step}", exist_ok=True)
     live(folder, "ends")
     write(f"{folder}/ended.json", {"attempt": task["attempt"], "code": code, "problems": [], "tokens": 10 * STEPS})

@@ -40,6 +40,21 @@ def test_arguments_of_the_template_are_evaluated_as_they_were_trained(tmp_path):
     assert found.config.task.chat_template_kwargs == given
 
 
+def test_an_export_is_read_with_and_without_the_plugin_of_its_rows(tmp_path, monkeypatch):
+    from dstune.checkpoint.record import recorded_overrides
+    from dstune.core import plugins
+
+    monkeypatch.chdir(Path(__file__).parents[2] / "examples" / "plugins")
+    data = {"format": "star_rating", "shape": "text_label"}
+    (tmp_path / "dstune.json").write_text(json.dumps({"task": {"name": "ordinal"}, "data": data}))
+    with pytest.raises(UserError, match="there is no such task"):
+        recorded_overrides(tmp_path, [])
+    both = ["plugins=[./ordinal.py,./star_rating.py]"]
+    assert recorded_overrides(tmp_path, both) == ["task=ordinal", "data.format='star_rating'"]
+    assert recorded_overrides(tmp_path, ["plugins=[./ordinal.py]"]) == ["task=ordinal", "data.format='text_label'"]
+    plugins.activate([])
+
+
 def test_the_verb_is_light_to_import():
     program = (
         "import sys, dstune.checkpoint.export; assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from dstune.config.compose import compose
 from dstune.config.documentation import documentation, help_text
 from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
+from dstune.data.rows import RowError
+from dstune.protocols import task_of
 from tests.support.plugins import LION, ROOT, copy, folder_of_plugins, problems
 
 
@@ -279,3 +282,31 @@ def test_a_member_needs_a_config_of_its_own():
     assert where == "./mine.py:4"
     assert "Mine: the optimizer 'adamw' has this `Config`" in reason
     assert compose(["data=chitchat"]).config.optimizer.name == "adamw"
+
+
+# ---- rows to be predicted ----
+
+
+def requested(row: dict, *settings: str) -> dict:
+    config = compose(["task=classification", "plugins=[./star_rating.py]", *settings]).config
+    return task_of(config.task).question(("1", "2"), config.data).of(row, "row 1").row
+
+
+@pytest.mark.parametrize("settings", [[], ["data.format=star_rating"]])
+def test_rows_in_a_plugins_format_are_predicted_as_they_were_trained(settings):
+    shutil.copy(ROOT / "examples" / "plugins" / "star_rating.py", ".")
+    assert requested({"title": "Good", "body": "It works."}, *settings)["text"] == "Good\nIt works."
+    assert requested({"title": "Good", "body": "It works.", "stars": "what is here is not read"}, *settings)["text"]
+    assert requested({"review": "Bad"}, "data.columns={body: review}", *settings)["text"] == "Bad"
+    assert requested({"text": "a bare text"}, *settings)["text"] == "a bare text"
+    with pytest.raises(RowError, match="missing column"):
+        requested({"title": "Good", "stars": 4}, *settings)
+
+
+def test_answers_that_are_no_roles():
+    Path("own.py").write_text(
+        "import dstune\n\n@dstune.row_format\nclass Own(dstune.RowFormat):\n"
+        "    name = 'own'\n    required = ('a', 'b')\n    answers = ('c',)\n"
+    )
+    ((_, message, _),) = problems("plugins=[./own.py]")
+    assert "answers names 'c', which is neither in required nor in optional" in message
