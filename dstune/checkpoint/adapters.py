@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,12 @@ from dstune.zero.parts import gathered
 ADAPTED = "base_model.model."
 """What peft puts in front of the names of the model that it wraps."""
 
-TUNER = "base_model."
-"""In front of what all adapters share."""
 
-
-MARKS = (".lora_", ".ia3_l.", ".vera_lambda_", ".oft_R.")
-"""What follows the name of the adapted module in the names of its adapter's tensors."""
-
-
-def adapters_by_module(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of the tensors of each adapter, by the module that it is on."""
+def adapters_by_module(names: Iterable[str], marks: Sequence[str]) -> dict[str, list[str]]:
+    """Names of the tensors of each adapter, by the module that it is on. marks: `tensor_marks` of the method."""
     found: dict[str, list[str]] = {}
     for name in names:
-        for mark in MARKS:
+        for mark in marks:
             owner, separator, _ = name.partition(mark)
             if separator:
                 found.setdefault(owner.removeprefix(ADAPTED), []).append(name)
@@ -42,22 +35,11 @@ def fill(module: nn.Module, prefix: str, names: Iterable[str], trained: Mapping[
     for name in names:
         part, _, parameter = name.removeprefix(prefix).rpartition(".")
         module.get_submodule(part)._parameters[parameter] = nn.Parameter(trained[name].float(), requires_grad=False)
-    inner: Any
-    for inner in module.modules():
-        for buffer, shared in (("vera_A", f"{TUNER}vera_A.default"), ("vera_B", f"{TUNER}vera_B.default")):
-            if shared in trained and hasattr(inner, buffer):
-                getattr(inner, buffer)["default"] = trained[shared].float()
-        if hasattr(inner, "rows") and hasattr(inner, "cols") and inner.rows.device.type == "meta":  # of OFT, not saved
-            size = inner.block_size
-            inner.rows, inner.cols = torch.triu_indices(size, size, 1)
 
 
-def merged(layer: Any, leaf: str, weight: Tensor) -> Tensor:
-    """The `weight` or `bias` of an adapted module with its adapter in it: computed in fp32, to be rounded once."""
+def merged(layer: Any, weight: Tensor) -> Tensor:
+    """The weight of an adapted module with its adapter in it: computed in fp32, to be rounded once."""
     base = layer.get_base_layer()
-    if leaf == "bias":
-        scales = hasattr(layer, "ia3_l") and not layer.is_feedforward  # no other adapter touches the bias
-        return weight.float() * layer.ia3_l["default"].flatten() if scales else weight
     bias, base.bias = getattr(base, "bias", None), None
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
     layer.merge(safe_merge=True)

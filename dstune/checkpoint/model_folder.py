@@ -147,8 +147,9 @@ class _Sources:
         trained: Weights,
     ):
         self._built, self._trained = built, trained
-        self._adapters = adapters_by_module(trained)
-        self._trained_on = method_of(config.method).trained_on(built.model, trained)
+        self._method = method_of(config.method)
+        self._adapters = adapters_by_module(trained, self._method.tensor_marks)
+        self._trained_on = self._method.trained_on(built.model, trained)
         whole = {name: self._trained_name(name) for name in built.names}
         missing = {name: built.names[name].shape for name, key in whole.items() if not key}
         self._whole = {name: key for name, key in whole.items() if key}
@@ -180,9 +181,7 @@ class _Sources:
         if not self._built.adapted:
             return weight
         if (place := self._around(owner, leaf)) is not None:
-            layer = self._built.model.get_submodule(place)
-            fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
-            return merged_parameter(layer, weight)
+            return merged_parameter(self._filled(place), weight)
         if leaf not in ("weight", "bias"):
             return weight
         prefix = f"{ADAPTED}{owner}."
@@ -195,9 +194,15 @@ class _Sources:
             weight = self._trained_on[owner](weight)
         if owner not in self._adapters:
             return weight
-        layer = self._built.model.get_submodule(owner)
-        fill(layer, prefix, self._adapters[owner], self._trained)
-        return merged(layer, leaf, weight)
+        layer = self._filled(owner)
+        return merged(layer, weight) if leaf == "weight" else self._method.merged_bias(layer, weight)
+
+    def _filled(self, place: str) -> Any:
+        """The adapted module with all that its adapter computes with in memory."""
+        layer = self._built.model.get_submodule(place)
+        fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
+        self._method.fill(layer, self._trained)
+        return layer
 
     def _around(self, owner: str, leaf: str) -> str | None:
         """Where the adapter of the parameter `owner.leaf` is, if it has one of its own: peft puts one wrapper around another
@@ -231,8 +236,9 @@ class _Sources:
 
 def _save_adapter(config: RunConfig, built: _Built, trained: Weights, folder: Path) -> None:
     """In fp32: adapters are small, and peft computes them in fp32."""
-    plain = method_of(config.method).plain_adapter(built.module, trained)
-    if hasattr(built.module, "prompt_encoder"):  # what is saved is what the encoder gives
+    method = method_of(config.method)
+    plain = method.plain_adapter(built.module, trained)
+    if method.in_front:  # what is saved is what the encoder gives
         tokens = built.module.prompt_tokens
         tokens["default"] = torch.arange(len(tokens["default"]))
         fill(built.module, "", [name for name in trained if name.startswith("prompt_encoder.")], trained)

@@ -15,6 +15,8 @@ from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
+    import torch
+
     from dstune.planning.architecture import Architecture, Tensor
 
 MODULES = {
@@ -52,6 +54,7 @@ class Ia3(ModuleAdapter):
     learning_rate = 1e-2
 
     peft_type = "IA3"
+    tensor_marks = (".ia3_l.",)
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         config = self.config
@@ -85,6 +88,9 @@ class Ia3(ModuleAdapter):
             of_inputs = any(module.endswith(f".{ending}") for ending in feed_forward)
             shape = (1, inputs) if of_inputs else (outputs, 1)
             yield Tensor(f"{module}.ia3_l", shape, layer=layer)
+
+    def merged_bias(self, module: Any, bias: torch.Tensor) -> torch.Tensor:
+        return bias if module.is_feedforward else bias.float() * module.ia3_l["default"].flatten()
 
     def settings(self, common: dict[str, Any]) -> Any:
         from dstune.models.peft_import import peft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,9 @@ from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from dstune.planning.architecture import Architecture, Tensor
 
 
@@ -40,6 +44,7 @@ class Oft(ModuleAdapter):
     learning_rate = 2e-4
 
     peft_type = "OFT"
+    tensor_marks = (".oft_R.",)
     renamed: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "dropout": "module_dropout"}
     ours_alone = ("exact",)
 
@@ -52,6 +57,15 @@ class Oft(ModuleAdapter):
         from dstune.planning.adapters import low_rank
 
         return tuple(low_rank(model, self.targets, -(-self.config.block_size // 2), experts=False))
+
+    def fill(self, module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+        """The places of the rotations' entries, which are not saved."""
+        import torch
+
+        inner: Any
+        for inner in module.modules():
+            if hasattr(inner, "rows") and hasattr(inner, "cols"):
+                inner.rows, inner.cols = torch.triu_indices(inner.block_size, inner.block_size, 1)
 
     def settings(self, common: dict[str, Any]) -> Any:
         from dstune.models.peft_import import peft

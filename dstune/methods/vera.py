@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,9 @@ from dstune.methods._peft.config import ModuleAdapterConfig
 from dstune.protocols import method
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from dstune.planning.architecture import Architecture, Tensor
 
 
@@ -41,6 +44,7 @@ class Vera(ModuleAdapter):
     learning_rate = 1e-2
 
     peft_type = "VERA"
+    tensor_marks = (".vera_lambda_",)
     renamed: ClassVar[dict[str, str]] = {
         "rank": "r",
         "dropout": "vera_dropout",
@@ -63,6 +67,13 @@ class Vera(ModuleAdapter):
         for module, (outputs, _), layer in linear_modules(model, self.targets):
             yield Tensor(f"{module}.vera_lambda_b", (outputs,), layer=layer)
             yield Tensor(f"{module}.vera_lambda_d", (self.config.rank,), layer=layer)
+
+    def fill(self, module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
+        """The two matrices that all modules share."""
+        for inner in module.modules():
+            for buffer in ("vera_A", "vera_B"):
+                if hasattr(inner, buffer):
+                    getattr(inner, buffer)["default"] = trained[f"base_model.{buffer}.default"].float()
 
     def settings(self, common: dict[str, Any]) -> Any:
         from dstune.models.peft_import import peft

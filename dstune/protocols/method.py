@@ -251,6 +251,17 @@ class Method:
         """
         return {}
 
+    tensor_marks: ClassVar[tuple[str, ...]] = ()
+    """Of a method that `merges`: what stands behind an adapted module's name in the names of its adapter's tensors."""
+
+    def fill(self, module: nn.Module, trained: Mapping[str, Tensor]) -> None:
+        """Give an adapted module, built without memory, what its adapter computes with beside the tensors of its own. Before
+        it is merged."""
+
+    def merged_bias(self, module: Any, bias: Tensor) -> Tensor:
+        """The bias of an adapted module with its adapter in it."""
+        return bias
+
     def plain_adapter(self, adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of an adapter's file by name, where they are others than peft saves; `adapted`, the PeftModel, gets
         the settings for them."""
