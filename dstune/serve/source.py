@@ -12,6 +12,7 @@ from typing import Any
 
 from dstune.checkpoint.export import current_export
 from dstune.checkpoint.record import read_record, task_of_head
+from dstune.config.plugins import activate_requested
 from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
@@ -47,6 +48,8 @@ class Source:
     template_date: str | None = None
     prompted_as: Path | None = None
     """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
+    plugins: tuple[str, ...] = ()
+    """Of its run, as the key `plugins` takes them: a task may be one's."""
 
     @property
     def load_from(self) -> str:
@@ -132,8 +135,11 @@ def needs_preparation(path: str) -> bool:
 def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:
     """folder: the export of a run, where it is not the run's own. Raises UserError where the model cannot be served."""
     record: dict[str, Any] = {}
+    plugins: tuple[str, ...] = ()
     if is_run(path):
-        config = read_run(Path(path) / "run.yaml", use=Use.weights).config
+        run = read_run(Path(path) / "run.yaml", use=Use.weights)
+        config = run.config
+        plugins = tuple(str(Path(path).resolve() / one.copy) if one.is_file else one.name for one in run.plugins)
         folder = folder or current_export(Path(path))
         assert folder is not None, "a run is exported before it is served"
         name = name or config.run.name
@@ -152,11 +158,14 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         raise UserError(Problem("MODEL", reason, f"dstune serve {own}={shlex.quote(path)}", name))
     if folder is None:
         return Source(name, None, path, "chat", True, (), adapter=False, base=path, trust_remote_code=trust_remote_code)
+    if not plugins:
+        activate_requested([])
     record = read_record(folder)
     task = str((record.get("task") or {}).get("name") or task_of_head(folder) or _embeds(folder) or "chat")
     kind = TASKS.classes().get(task)
     if kind is None:
-        raise UserError(Problem("MODEL", f"was trained for task={task}, which is not known here", value=path))
+        reason, fix = f"was trained for task={task}, which is not known here", "plugins: [FILE.py] in dstune.yaml"
+        raise UserError(Problem("MODEL", reason, fix, path))
     if not kind.generates and not kind.serves:
         reason = f"is a model for task={task}, which has no route"
         raise UserError(Problem("MODEL", reason, "dstune predict answers files of rows", path))
@@ -164,7 +173,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     date = (record.get("task") or {}).get("template_date")
     made = Source(
         name, folder.resolve(), path, task, kind.generates, kind.serves, adapter, base=str(folder.resolve()),
-        trust_remote_code=trust_remote_code, template_date=date,
+        trust_remote_code=trust_remote_code, template_date=date, plugins=plugins,
     )  # fmt: skip
     if adapter:
         base = base_of(folder, ModelConfig())

@@ -73,6 +73,10 @@ def test_all_six_at_once_at_every_stage(workplace, stage):
     by_text = workplace.run("predict", "exported", "--text", "w1\nw2 w1", "--json", copies)
     assert by_columns.returncode == by_text.returncode == 0, by_columns.stderr[-3000:]
     assert json.loads(by_columns.stdout)["predicted"] == json.loads(by_text.stdout)["predicted"]
+    served = workplace.run("serve", "whole", "--check")
+    assert served.returncode == 0 and ": proven: " in served.stdout, served.stderr[-3000:]
+    unknown = workplace.run("serve", "exported", "--check")
+    assert unknown.returncode == 2 and "plugins: [FILE.py] in dstune.yaml" in unknown.stderr
     page = workplace.run("report", "whole")
     assert page.returncode == 0, page.stderr[-3000:]
     html = (folder / "whole" / "report.html").read_text()

@@ -66,6 +66,7 @@ class LocalEngine(Engine):
             "revision": source.load_revision,
             "trust_remote_code": source.trust_remote_code,
             "generates": source.generates,
+            "plugins": source.plugins,
             "base": self.base,
             "adapter": None,
             "dtype": self.number_format,

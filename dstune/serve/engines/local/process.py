@@ -73,6 +73,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
 
 
 def _encoder(settings: dict[str, Any]) -> Any:
+    from dstune.config.overrides import quoted
     from dstune.config.schema import ModelConfig
     from dstune.inference.load import find, load
     from dstune.serve.engines.local.encoders import EncoderApp
@@ -81,7 +82,8 @@ def _encoder(settings: dict[str, Any]) -> Any:
     named = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
-    expected = find(named, "last", [])
+    plugins = settings["plugins"]
+    expected = find(named, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
     predictor = load(expected, Path(settings["scratch"]))
     compute_in(settings["dtype"], predictor.model)
     return EncoderApp(settings["base"], predictor)
