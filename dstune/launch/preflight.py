@@ -326,8 +326,8 @@ def _weight_problems(folder: Path, config: ModelConfig) -> list[Problem]:
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         reason = "only pickled weights (.bin) are there, which may run code when they are loaded"
         fix = (
-            "convert them once where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW, "
-            "safe_serialization=True)"
+            f"convert them once where you trust them: {_auto_class(folder)}.from_pretrained(PATH).save_pretrained(NEW), "
+            "and the same with AutoTokenizer"
         )
     elif any(folder.glob("*.gguf")):
         reason = "only GGUF weights are there"
@@ -336,6 +336,20 @@ def _weight_problems(folder: Path, config: ModelConfig) -> list[Problem]:
         reason = "there are no weights (*.safetensors) in it"
         fix = "give a folder with weights, or model.weights=random to train from new ones"
     return [Problem("model.path", reason, fix, config.path)]
+
+
+_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "CausalLM")
+_AUTO_CLASSES = {f"For{head}": f"AutoModelFor{head}" for head in _HEADS} | {
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
+"""By the end of an architecture's name."""
+
+
+def _auto_class(folder: Path) -> str:
+    """The class of transformers that loads a model with its head."""
+    named = (read_object(folder / "config.json") or {}).get("architectures") or [""]
+    return next((auto for end, auto in _AUTO_CLASSES.items() if str(named[0]).endswith(end)), "AutoModel")
 
 
 def _no_config(folder: Path, config: ModelConfig) -> Problem:

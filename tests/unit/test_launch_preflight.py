@@ -54,7 +54,10 @@ def test_a_whole_folder_passes(tmp_path):
     ("names", "expected"),
     [
         (["tokenizer.json"], r"there are no weights"),
-        (["tokenizer.json", "pytorch_model.bin"], r"only pickled weights \(\.bin\)[\s\S]*safe_serialization"),
+        (
+            ["tokenizer.json", "pytorch_model.bin"],
+            r"only pickled weights \(\.bin\)[\s\S]*AutoModel\.from_pretrained[\s\S]*AutoTokenizer",
+        ),
         (["tokenizer.json", "model.gguf"], r"only GGUF weights"),
         (["model.safetensors"], r"no tokenizer files"),
     ],
@@ -63,6 +66,21 @@ def test_incomplete_folders(tmp_path, names, expected):
     message = refusal(folder(tmp_path / "model", *names))
     assert re.search(expected, message)
     assert "model.path=" in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "auto"),
+    [
+        ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM"),
+        ("T5ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("BertModel", "AutoModel"),
+    ],
+)
+def test_pickled_weights_are_converted_with_their_head(tmp_path, architecture, auto):
+    model = folder(tmp_path / "model", "tokenizer.json", "pytorch_model.bin")
+    (model / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    assert f" {auto}.from_pretrained(PATH)" in refusal(model)
 
 
 def test_weights_are_not_needed_for_random_ones(tmp_path):
