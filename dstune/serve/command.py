@@ -145,6 +145,8 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
         if opened is None:
             for name, model in fleet.models.items():
                 print(f"{name}: {model.proof}", flush=True)
+            for line in guarding.lines() if guarding is not None else ():
+                print(f"guard: {line}", flush=True)
             return EXIT_DONE
         await _serve(arguments, state, fleet, guarding, opened)
     except EngineDown as error:
@@ -164,8 +166,10 @@ def _guarding(arguments: argparse.Namespace, state: Path, runtime: Path) -> Guar
     from dstune.serve.guard.engine import Guarding
     from dstune.serve.guard.policy import read
 
-    limits = Limits(threads=arguments.threads, drain_seconds=5)
-    return Guarding(read(arguments.guard, arguments.guard_model), state, runtime, limits)
+    policies = read(arguments.guard, arguments.guard_model)
+    if arguments.guard_only:
+        policies.check_answers()
+    return Guarding(policies, state, runtime, Limits(threads=arguments.threads, drain_seconds=5))
 
 
 def guard_gateway(gateway: Gateway, guarding: Guarding, state: Path, log_days: float) -> Audit:
@@ -221,7 +225,11 @@ async def _serve(
     gateway = Gateway(fleet, database, _settings(arguments), recorder, routes)
     if api is not None:
         api.attach(gateway)
-    audit = guard_gateway(gateway, guarding, state, arguments.log_days) if guarding is not None else None
+    audit = None
+    if guarding is not None:
+        audit = guard_gateway(gateway, guarding, state, arguments.log_days)
+        for line in guarding.lines():
+            log.info("guard: %s", line)
     port = listening.getsockname()[1]
     try:
         listening.listen(2048)

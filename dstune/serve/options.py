@@ -98,7 +98,7 @@ def _add_engine(parser: VerbParser) -> None:
     )
     parser.add_argument("--base-name", default="", metavar="NAME", help="under which the base of adapters is served")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format to compute in")
-    parser.add_argument("--check", action="store_true", help="hold the models against their training, and end")
+    parser.add_argument("--check", action="store_true", help="check models against their training, and the guard; end")
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
 
 
@@ -197,7 +197,7 @@ def check(arguments: argparse.Namespace) -> None:
         if arguments.models:
             reason = "no model is served with --no-inference, --guard-only or --jobs only"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
-        if arguments.check:
+        if arguments.check and not arguments.guard_only:
             problems.append(Problem("--check", "there is no model to hold against its training", "leave it out"))
     elif not arguments.models:
         problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))

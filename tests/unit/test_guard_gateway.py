@@ -388,7 +388,7 @@ def test_what_is_not_waited_for_is_charged_too(tmp_path, model, route, gives_up)
 def test_parts_of_windows_are_charged_as_well(tmp_path, model):
     async def test(found, guard):
         async def with_parts(items):
-            return [dataclasses.replace(one, parts=8) for one in await InProcess.scan(guard, items)]
+            return [dataclasses.replace(one, tokens=one.tokens + 8 * 16) for one in await InProcess.scan(guard, items)]
 
         found.gateway.guard.check.scan = with_parts
         client = found.client(found.gateway.keys.add("small", limit=Limit(tokens_per_day=128)))

@@ -133,6 +133,28 @@ def test_portkey_counts_in_utf_16_units(tmp_path):
     run(test, tmp_path)
 
 
+def test_results_count_in_utf_16_units_too(tmp_path):
+    async def test(found, guard):
+        body = {"messages": [{"role": "user", "content": f"😀 {EMAIL}"}], "payload": True}
+        in_path, by_header = (
+            await ask(found, body, "/utf-16/v2/guard/results"),
+            await ask(found, body, "/v2/guard/results", **{"x-offsets": "utf-16"}),
+        )
+        assert in_path["results"] and in_path["payload"] == by_header["payload"] and in_path["payload"][0]["start"] == 3
+
+    run(test, tmp_path)
+
+
+def test_a_route_that_is_off_is_no_missing_project(tmp_path):
+    async def test(found, guard):
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        assert (await ask(found, body, status=404))["error"] == "route_off"
+        assert (await ask(found, body | {"project_id": "none"}, status=404))["error"] == "project_not_found"
+        await ask(found, body | {"project_id": "shop"})
+
+    run(test, tmp_path, routes={"/v1/completions": "own"}, projects={"shop": "own"})
+
+
 def test_many_places_are_counted_as_fast_as_few(tmp_path):
     """In the event loop of all requests: 28,000 of them took four minutes."""
     text = "😀 a@b.co " * 20_000

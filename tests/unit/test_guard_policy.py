@@ -13,8 +13,10 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from dstune.core.errors import UserError
+from dstune.serve.command import main as serve
 from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
 from dstune.serve.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
+from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.model import GuardModel, Window, skip_unread_positions
 from dstune.serve.guard.policy import PII, Policy, Watch, read
 from dstune.serve.guard.process import GuardApp
@@ -119,6 +121,68 @@ def test_a_route_can_be_off(tmp_path):
     file = tmp_path / "guard.yaml"
     file.write_text("format: 1\npolicies: {own: {input: [{detector: pii, action: mask}]}}\nroutes: {/v2/guard: off}\n")
     assert read(file).of_route("/v2/guard") is None
+
+
+def where_and_why(error) -> list[tuple[str, str]]:
+    return [(one.where, one.reason.partition(";")[0]) for one in error.value.problems]
+
+
+def test_models_without_a_folder_are_named_with_all_that_is_wrong(tmp_path):
+    file = tmp_path / "guard.yaml"
+    look = {"detector": "prompt_attack", "level": "l3_likely", "action": "block"}
+    file.write_text(yaml.safe_dump(policies(input=[look]) | {"models": {"prompt_attack": "nothing"}, "format": 2}))
+    missing = "there is no such folder"
+    with pytest.raises(UserError) as error:
+        read(file)
+    assert where_and_why(error) == [(f"{file}: format", "must be 1"), (f"{file}: models.prompt_attack", missing)]
+    with pytest.raises(UserError) as error:
+        read(file, str(tmp_path / "none"))
+    assert where_and_why(error) == [(f"{file}: format", "must be 1"), ("--guard-model", missing)]
+    file.write_text(file.read_text().replace("format: 2", "format: 1"))
+    assert read(file, str(tmp_path)).models == {"prompt_attack": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "key", "fix"),
+    [
+        ("rulse", {}, "--guard", "did you mean rules?"),
+        ("none.yaml", {}, "--guard", "a file of policies, rules or default"),
+        ("none.yaml", {"key": "TARGET", "kinds": "a policy or a URL"}, "TARGET", "a policy or a URL"),
+    ],
+)
+def test_a_policy_that_is_not_there(given, more, key, fix):
+    with pytest.raises(UserError) as error:
+        read(given, **more)
+    (problem,) = error.value.problems
+    assert (problem.where, problem.value, problem.reason, problem.fix) == (key, given, "there is no such file", fix)
+
+
+def guard_only(file, tmp_path):
+    return ["--guard-only", "--check", "--guard", str(file), "--state", str(tmp_path / "state")]
+
+
+def test_a_guard_alone_that_could_answer_nobody_is_refused(tmp_path):
+    file = tmp_path / "guard.yaml"
+    file.write_text(yaml.safe_dump(policies() | {"routes": {"/v1/completions": "own", "/v2/guard": "off"}}))
+    with pytest.raises(UserError) as error:
+        serve(guard_only(file, tmp_path))
+    (problem,) = error.value.problems
+    assert (problem.where, problem.fix) == (f"{file}: routes", "routes: {/v2/guard: own}")
+    file.write_text(yaml.safe_dump(policies() | {"projects": {"shop": "own"}}))
+    read(file).check_answers()
+
+
+def test_a_guard_alone_can_be_checked(tmp_path, capsys):
+    file = tmp_path / "guard.yaml"
+    file.write_text(yaml.safe_dump(policies() | {"routes": {"/v2/guard": "own"}, "projects": {"shop": "own"}}))
+    assert serve(guard_only(file, tmp_path)) == 0
+    assert capsys.readouterr().out == "guard: policy own for /v2/guard, project shop\n"
+
+
+def test_the_label_of_each_model_is_said(tmp_path):
+    guarding = Guarding(read("default", str(tmp_path)), tmp_path, tmp_path)
+    guarding.engine.labels = {"prompt_attack": "INJECTION"}
+    assert list(guarding.lines())[1:] == [f"prompt_attack is the label INJECTION of {tmp_path}"]
 
 
 # -- levels -----------------------------------------------------------------------------------------------------------
@@ -353,7 +417,7 @@ def test_pieces_of_an_answer_are_read_as_the_whole_answer_would_be(scanner):
     item = Item("w1 " * 14, "output", frozenset({"prompt_attack"}))
     model.whole = len(model.windows(item.text)[0].ids)
     first, later = own.scan(item), own.scan(dataclasses.replace(item, windows_before=3))
-    assert (first.computed, first.parts) == (1, 0) and (later.computed, later.parts) == (1, 2)
+    assert (first.computed, first.tokens) == (1, 16) and (later.computed, later.tokens) == (1, 16 + 22)
     assert later.scores["prompt_attack"].score > first.scores["prompt_attack"].score
     assert own.scan(dataclasses.replace(item, windows_before=90)).computed == 0  # remembered
     assert result_from_json(json.loads(json.dumps(result_to_json(later)))) == later
@@ -369,6 +433,9 @@ def test_parts_are_those_of_the_calibration_and_a_model_without_one_has_none(tmp
     for lengths, reason in wrong:
         with pytest.raises(UserError, match=reason):
             GuardModel.load(folder, window_tokens=48, calibrated=False, **lengths)
+    with pytest.raises(UserError, match="has no label 'NOPE'") as error:
+        GuardModel.load(folder, label="NOPE")
+    assert error.value.problems[0].where == str(folder)
 
 
 def test_a_calibration_of_the_first_format_knows_no_parts(tmp_path):
@@ -480,6 +547,14 @@ def test_the_limit_of_windows_is_of_all_texts_of_a_request(scanner):
     for passed, computed in ((few, 10), (more, 5), (remembered, 0)):
         assert not any(result.not_run for result in passed)
         assert sum(result.computed for result in passed) == computed
+
+
+def test_each_model_is_charged_with_its_own_windows(scanner):
+    short = scanner.models["prompt_attack"]
+    long = dataclasses.replace(short, window_tokens=64, stride=48)
+    both = Scanner({"prompt_attack": short, "moderated_content/hate": long})
+    found = both.scan(Item("w1 " * 20, "input", frozenset(both.models)))
+    assert (found.computed, found.tokens) == (3, 2 * 16 + 64)
 
 
 def test_a_decided_text_costs_no_model(scanner):

@@ -31,6 +31,8 @@ LEVELS: Mapping[str, float] = {
 }
 """The rate of false alarms that each level stands for, most certain first."""
 UNLIKELY = "l5_unlikely"
+ATTACK = "attack"
+"""The label of attacks in rows, and in models that dstune trains."""
 SMALLEST_PART = 8
 """Tokens. Of shorter ones there would be hundreds in a window, and none says anything."""
 CALIBRATES = "dstune guard calibrate"
@@ -59,7 +61,7 @@ class Calibration:
     """Of a window, with its special tokens."""
     stride: int = 96
     """Tokens from the start of a window to the start of the next."""
-    label: str = "attack"
+    label: str = ATTACK
     """The model's label that windows are scored by."""
     part_tokens: int = 0
     """Of the parts in which a suspicious window was read again; 0 where it was not."""

@@ -91,8 +91,8 @@ class Verdict:
     not_run: dict[str, str] = field(default_factory=dict)
     """By detector, why it did not run somewhere."""
     windows: int = 0
-    parts: int = 0
-    """Work for parts of windows, in windows."""
+    tokens: int = 0
+    """What is charged for windows and their parts."""
     variants: int = 0
 
     @property
@@ -224,7 +224,7 @@ class Checker:
     @staticmethod
     def _add(verdict: Verdict, piece: _Piece, result: Result) -> None:
         verdict.windows += result.computed
-        verdict.parts += result.parts
+        verdict.tokens += result.tokens
         verdict.variants += result.variants
         verdict.not_run |= dict(result.not_run)
         for watch in piece.watches:

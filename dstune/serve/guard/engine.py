@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +48,7 @@ class GuardEngine(Engine):
     needs: tuple[str, ...] = ()
     calibrated: tuple[str, ...] = ()
     window_tokens: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
@@ -92,6 +93,16 @@ class Guarding:
         await self._begin()
         self._watcher = asyncio.create_task(self._watch())
 
+    def lines(self) -> Iterator[str]:
+        """Once it has started: what is guarded by which policy, and the label by which each model scores."""
+        given = self.policies
+        for name in given.policies:
+            routes = [route for route, own in given.routes.items() if own == name]
+            projects = [f"project {project}" for project, own in given.projects.items() if own == name]
+            yield f"policy {name} for {', '.join([*routes, *projects]) or 'nothing'}"
+        for detector, label in self.engine.labels.items():
+            yield f"{detector} is the label {label} of {self.engine.models[detector]}"
+
     async def _begin(self) -> None:
         await self.engine.start()
         health = await self.engine.ask("GET", "/health", None)
@@ -100,7 +111,7 @@ class Guarding:
         except UserError:
             await self.engine.stop(0)
             raise
-        self.engine.window_tokens = health["window_tokens"]
+        self.engine.window_tokens, self.engine.labels = health["window_tokens"], health["labels"]
         self.up = True
 
     async def stop(self) -> None:

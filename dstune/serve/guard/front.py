@@ -42,21 +42,20 @@ class Guard:
         self._admission = admission
         self.counted: Callable[[str, str], None] = lambda what, decision: None
 
-    def charge(self, request: Request, windows: int) -> None:
-        """Windows of texts and their variants, as tokens of the key."""
-        if request.caller is not None and windows:
-            most = max(self.guarding.engine.window_tokens.values(), default=0)
-            self._admission.charge(request.caller, windows * most)
+    def charge(self, request: Request, tokens: int) -> None:
+        if request.caller is not None and tokens:
+            self._admission.charge(request.caller, tokens)
 
     async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
-        """The verdict, whose windows are charged to the key. Where it comes too late or nobody waits for it any more, those
-        that were asked for are: whoever gives up early would be checked for nothing. Raises GuardDown."""
+        """The verdict, whose windows are charged to the key as tokens. Where it comes too late or nobody waits for it any more,
+        those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
+        Raises GuardDown."""
         try:
             found = await verdict
         except (Late, asyncio.CancelledError):
-            self.charge(request, windows)
+            self.charge(request, windows * max(self.guarding.engine.window_tokens.values(), default=0))
             raise
-        self.charge(request, found.windows + found.parts)
+        self.charge(request, found.tokens)
         return found
 
     def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:

@@ -1,7 +1,7 @@
 """`POST /v2/guard` and `/v2/guard/results`, as gateways ask Lakera's API.
 
 Places count characters (code points). Clients that count in UTF-16 units, as JavaScript does, ask under `/utf-16/v2/guard`
-or with `x-offsets: utf-16`.
+and `/utf-16/v2/guard/results`, or with `x-offsets: utf-16`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def routes(guard: Guard) -> list[Route]:
         Route("POST", "/v2/guard", handler(decides=True), scope="member"),
         Route("POST", "/v2/guard/results", handler(decides=False), scope="member"),
         Route("POST", "/utf-16/v2/guard", handler(decides=True, units=UTF_16), scope="member"),
+        Route("POST", "/utf-16/v2/guard/results", handler(decides=False, units=UTF_16), scope="member"),
     ]
 
 
@@ -127,12 +128,11 @@ def _policy(guard: Guard, project: Any) -> Policy:
         raise ApiError(422, "project_id must be a text.", param="project_id")
     policy = guard.policies.of_project(project or None)
     if policy is None:
-        reason = (
-            "There is no such project: `projects` of the policies names them."
-            if project
-            else "The route /v2/guard is off in the policies."
-        )
-        raise ApiError(404, reason, param="project_id", code="project_not_found")
+        if project:
+            reason = "There is no such project: `projects` of the policies names them."
+            raise ApiError(404, reason, param="project_id", code="project_not_found")
+        reason = "`routes` of the policies names none for /v2/guard; `projects` names one for each project_id."
+        raise ApiError(404, reason, code="route_off")
     return policy
 
 

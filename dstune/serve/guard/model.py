@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError
-from dstune.serve.guard.calibration import SMALLEST_PART, Calibration, digest_of, wrong_windows
+from dstune.serve.guard.calibration import ATTACK, CALIBRATES, SMALLEST_PART, Calibration, digest_of, wrong_windows
 from dstune.serve.guard.variants import Variant
 
 if TYPE_CHECKING:
@@ -100,10 +100,6 @@ class GuardModel:
         from dstune.inference.load import find, load
 
         folder = Path(path)
-        if not folder.is_dir():
-            reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
-            fix = "dstune train experiment=guard makes one; for one of the hub: hf download ID --local-dir FOLDER"
-            raise UserError(Problem("guard.model", reason, fix, str(path)))
         calibration = Calibration.load(folder) if calibrated else None
         window = window_tokens if window_tokens is not None else calibration.window_tokens if calibration else WINDOW
         own_stride = calibration.stride if calibration else min(STRIDE, window * 3 // 4)
@@ -124,12 +120,12 @@ class GuardModel:
         if name not in predictor.labels:
             near = nearest(name, predictor.labels)
             reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
-            raise UserError(Problem("guard.model", reason, (near and f"did you mean {near}?") or "", str(folder)))
+            raise UserError(Problem(str(folder), reason, (near and f"did you mean {near}?") or ""))
         own: Any = predictor.model.config
         longest = getattr(own, "max_position_embeddings", None) or window
         if window > longest:
             reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
-            raise UserError(Problem("guard.model", reason, f"--window-tokens {longest} or fewer", str(folder)))
+            raise UserError(Problem(str(folder), reason, f"--window-tokens {longest} or fewer"))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
         several = own.problem_type == "multi_label_classification"
@@ -138,7 +134,7 @@ class GuardModel:
         model = GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
         if part and model._special_tokens is None:
             reason = "has a tokenizer that makes no token of a letter, so windows cannot be read in parts"
-            raise UserError(Problem("guard.model", reason, "dstune guard calibrate --part-tokens 0", str(folder)))
+            raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder} --part-tokens 0"))
         return model
 
     def windows(self, text: str, before: int = 0) -> list[Window]:
@@ -324,9 +320,9 @@ def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]
 
 def _label_of(labels: Sequence[str], folder: Path) -> str:
     """Of a model that is not calibrated: `attack`, or the second of two labels."""
-    if "attack" in labels:
-        return "attack"
+    if ATTACK in labels:
+        return ATTACK
     if len(labels) == 2:
         return labels[1]
     reason = f"which of its labels means an attack is not known: {', '.join(labels) or 'it has none'}"
-    raise UserError(Problem("guard.model", reason, "calibrate it with the label that counts", str(folder)))
+    raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder} --label LABEL"))

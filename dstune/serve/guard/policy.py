@@ -117,6 +117,13 @@ class Policies:
         name = self.projects.get(project)
         return None if name is None else self.policies[name]
 
+    def check_answers(self) -> None:
+        """Raises UserError where `/v2/guard`, served alone, could answer nobody."""
+        if self.of_route("/v2/guard") is None and not self.projects:
+            reason = "--guard-only serves /v2/guard alone, and neither routes nor projects names a policy for it"
+            fix = f"routes: {{/v2/guard: {next(iter(self.policies))}}}"
+            raise UserError(Problem(f"{self.file}: routes", reason, fix))
+
     def check_models(self, calibrated: Iterable[str]) -> None:
         """calibrated: detectors whose model has thresholds. Raises UserError where a policy would block by any other."""
         known, problems = set(calibrated), []
@@ -145,28 +152,51 @@ def _model_of(detector: str) -> str:
     return f"{TRAINS}, {CALIBRATES} RUN/export, then {model}; or --guard rules, which needs none"
 
 
-def read(path: str | Path, model: str | None = None) -> Policies:
+def no_folder(key: str, folder: Path) -> list[Problem]:
+    """Why there is no model of a guard."""
+    if folder.is_dir():
+        return []
+    reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
+    fix = f"{TRAINS} makes one; for one of the hub: hf download ID --local-dir FOLDER"
+    return [Problem(key, reason, fix, str(folder))]
+
+
+def read(
+    path: str | Path,
+    model: str | None = None,
+    *,
+    key: str = "--guard",
+    kinds: str = "a file of policies, rules or default",
+) -> Policies:
     """The policies in a file; `default` and `rules` name packaged ones. model: of `prompt_attack`, in the place of the file's.
+    key: what gave the path. kinds: what may be given there.
 
     Raises UserError with all that is wrong.
     """
     file = PACKAGED.get(str(path)) or Path(path)
     try:
         value = parse_yaml(read_file(file).decode())
+    except FileNotFoundError:
+        near = nearest(str(path), PACKAGED)
+        fix = f"did you mean {near}?" if near else kinds
+        raise UserError(Problem(key, "there is no such file", fix, str(path))) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = f"cannot be read as YAML: {first_line(error)}"
-        raise UserError(
-            Problem("--guard", reason, "--guard rules uses a packaged policy that needs no model", str(path))
-        ) from None
+        raise UserError(Problem(key, reason, "rules is a packaged policy that needs no model", str(path))) from None
     reader = _Reader(f"policy {path}" if str(path) in PACKAGED else str(path), file.parent)
-    found = reader.policies(value)
-    if reader.problems:
-        raise UserError(reader.problems)
+    found, problems = reader.policies(value), reader.problems
     if model is not None:
-        if not any(watch.detector == PROMPT_ATTACK for one in found.policies.values() for watch in one.all_watches):
+        if not problems and not any(
+            watch.detector == PROMPT_ATTACK for one in found.policies.values() for watch in one.all_watches
+        ):
             reason = f"no policy of {path} looks for {PROMPT_ATTACK}"
-            raise UserError(Problem("--guard-model", reason, "--guard default, or leave it out", model))
+            problems.append(Problem("--guard-model", reason, "--guard default, or leave it out", model))
         found = replace(found, models={**found.models, PROMPT_ATTACK: Path(model)})
+    for detector, folder in found.models.items():
+        of_option = detector == PROMPT_ATTACK and model is not None
+        problems += no_folder("--guard-model" if of_option else f"{found.file}: models.{detector}", folder)
+    if problems:
+        raise UserError(problems)
     return found
 
 

@@ -144,8 +144,13 @@ class GuardApp:
             return
         try:
             if (scope["method"], scope["path"]) == ("GET", "/health"):
-                models = {name: model.window_tokens for name, model in self.scanner.models.items()}
-                health = {"calibrated": self.scanner.calibrated, "window_tokens": models, "silent": self.silent()}
+                models = self.scanner.models.items()
+                health = {
+                    "calibrated": self.scanner.calibrated,
+                    "window_tokens": {name: model.window_tokens for name, model in models},
+                    "labels": {name: model.label for name, model in models},
+                    "silent": self.silent(),
+                }
                 await respond(send, 200, dumps(health))
                 return
             body = json.loads(await read_body(receive, MOST_BYTES))

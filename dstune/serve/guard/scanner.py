@@ -82,8 +82,8 @@ class Result:
     """By detector, the reason."""
     computed: int = 0
     """Windows that were computed for it."""
-    parts: int = 0
-    """Work for their parts, in windows."""
+    tokens: int = 0
+    """What is charged: these windows at their model's full length, and their parts."""
     variants: int = 0
 
 
@@ -167,14 +167,15 @@ class Scanner:
 
     def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[WindowScore]]) -> Result:
         """scores: by detector those of all windows, in the order of `prepared.windows`."""
-        item, computed, parts = prepared.item, 0, 0.0
+        item, computed, tokens = prepared.item, 0, 0.0
         scored: dict[str, Scored] = {}
         known = dict(prepared.remembered)
         for detector, pieces in prepared.windows.items():
             flat = iter(scores[detector])
             known[detector] = highest(prepared.readings, [[next(flat) for _ in of_reading] for of_reading in pieces])
             computed += known[detector].windows
-            parts += sum(one.parts for one in scores[detector])
+            work = known[detector].windows + sum(one.parts for one in scores[detector])
+            tokens += work * self.models[detector].window_tokens
             self._remember(detector, prepared.key, known[detector])
         for detector, score in known.items():
             calibration = self.models[detector].calibration
@@ -183,7 +184,7 @@ class Scanner:
             if calibration is not None:
                 level = calibration.level(item.direction, windows, score.value) if score.windows else UNLIKELY
             scored[detector] = Scored(level, score.value, score.windows, score.variant)
-        return Result(prepared.found, scored, prepared.not_run, computed, math.ceil(parts), len(prepared.readings))
+        return Result(prepared.found, scored, prepared.not_run, computed, math.ceil(tokens), len(prepared.readings))
 
     def _remember(self, detector: str, key: bytes, score: Score) -> None:
         self._scores[detector, key] = score

@@ -41,7 +41,7 @@ def items_from_json(value: dict[str, Any]) -> list[Item]:
 def result_from_json(value: dict[str, Any]) -> Result:
     found = tuple(Found(**one) for one in value["found"])
     scores = {detector: Scored(**one) for detector, one in value["scores"].items()}
-    return Result(found, scores, value["not_run"], value["computed"], value["parts"], value["variants"])
+    return Result(found, scores, value["not_run"], value["computed"], value["tokens"], value["variants"])
 
 
 def result_to_json(result: Result) -> dict[str, Any]:
