@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration
+from dstune.serve.guard.calibration import ATTACK, DIRECTIONS, LEVELS, Bucket, Calibration
 from dstune.serve.guard.model import LONG, GuardModel
 from dstune.serve.guard.variants import variants
 
@@ -81,9 +81,9 @@ def _counts(one: Scored, direction: str) -> bool:
 
 
 def check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
-    """Raises UserError where a direction has too few rows, or one is an attack."""
+    """Raises UserError where a direction has too few rows, or one is an attack. label: the model's name of attacks."""
     problems = []
-    attacks = sum(row.get("label") == label for row in rows)
+    attacks = sum(row.get("label") in (ATTACK, label) for row in rows)
     if attacks:
         reason = f"{attacks} of its rows are attacks; thresholds are set from benign texts"
         problems.append(Problem(source, reason, "take these rows out"))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
+from dstune.checkpoint.record import NAME as RECORD
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.core.parsing import lines_within, open_file, parse_json
-from dstune.serve.guard.calibration import LEVELS
+from dstune.serve.guard.calibration import ATTACK, LEVELS
 
 ACTIONS = ("calibrate", "test")
 LONGEST_ROW = 8_000_000
@@ -56,11 +57,14 @@ def _calibrate(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     from dstune.serve.guard.measure.calibrate import calibrate, check, needed
     from dstune.serve.guard.model import GuardModel
+    from dstune.serve.guard.policy import no_folder
 
+    if missing := no_folder("EXPORT", Path(arguments.export)):
+        raise UserError(missing)
     rows = None
     if not samples.is_sample(arguments.data):  # these are fetched only for a model that can be calibrated
         rows = _rows(arguments.data)
-        check(rows, arguments.label or "attack", arguments.data)
+        check(rows, arguments.label or ATTACK, arguments.data)
     model = GuardModel.load(
         arguments.export,
         label=arguments.label,
@@ -71,12 +75,13 @@ def _calibrate(argv: list[str]) -> int:
     )
     calibration = calibrate(model, _rows(arguments.data) if rows is None else rows, arguments.data)
     file = calibration.save(Path(arguments.export))
+    _add_to_card(Path(arguments.export))
     if arguments.json:
         print(file.read_text(encoding="utf-8"), end="")
         return EXIT_DONE
     print(f"{file}: thresholds by rate of false alarms and number of windows")
     parts = f", suspicious ones of long texts again in parts of {model.part_tokens}" if model.part_tokens else ""
-    print(f"windows of {model.window_tokens} tokens, {model.stride} apart{parts}")
+    print(f"label {model.label}, windows of {model.window_tokens} tokens, {model.stride} apart{parts}")
     for direction, buckets in calibration.directions.items():
         counts = calibration.calibrated_on["directions"][direction]
         print(f"{direction} ({counts['texts']} texts)")
@@ -90,6 +95,18 @@ def _calibrate(argv: list[str]) -> int:
         "* fewer texts than the rate needs (0.1% 999, 0.5% 199, 1% 99, 5% 19): the highest score, or that of other lengths"
     )
     return EXIT_DONE
+
+
+def _add_to_card(export: Path) -> None:
+    """Say once in the model card of dstune's own export how it is used as a guard."""
+    card, title = export / "README.md", "## As a guard"
+    if not ((export / RECORD).is_file() and card.is_file()) or title in (text := card.read_text(encoding="utf-8")):
+        return
+    lines = (
+        "`guard.json` has the label, the windows and the levels by which a guard scores texts; `argmax` knows none of them.",
+        "`dstune serve RUN --guard default --guard-model PATH` uses this model so, `dstune guard test PATH` measures it.",
+    )
+    card.write_text("\n".join((text.rstrip(), "", title, "", *lines, "")), encoding="utf-8")
 
 
 def _test(argv: list[str]) -> int:
@@ -151,7 +168,8 @@ def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
                 Problem(where, "direction must be input, output or tool_result", value=str(value["direction"]))
             )
         elif labelled and value.get("label") not in ("attack", "benign"):
-            problems.append(Problem(where, "label must be attack or benign", value=str(value.get("label"))))
+            given = "" if value.get("label") is None else str(value["label"])
+            problems.append(Problem(where, "label must be attack or benign", '{"text": ..., "label": "attack"}', given))
         else:
             rows.append(value)
     if problems:

@@ -65,7 +65,7 @@ class LocalJudge:
 
 @dataclass
 class ServerJudge:
-    """`POST /v2/guard` of a server. A row is flagged where the answer says so."""
+    """`POST /v2/guard` of a server. A row is flagged where a detector that blocks has found something, as in `LocalJudge`."""
 
     url: str
     key: str | None = None
@@ -77,15 +77,14 @@ class ServerJudge:
     def _judged(self, row: Mapping[str, Any]) -> Judged:
         message = {"role": ROLES[row.get("direction", "input")], "content": row["text"]}
         answer = self._ask({"messages": [message], "breakdown": True})
-        if not isinstance(answer.get("flagged"), bool):
-            raise DstuneError(f"{self.url}: the answer does not say whether the text is flagged")
-        levels = [
-            entry.get("result")
-            for entry in answer.get("breakdown") or []
-            if isinstance(entry, dict) and entry.get("detector_type") == PROMPT_ATTACK
-        ]
+        if not isinstance(breakdown := answer.get("breakdown"), list):
+            raise DstuneError(f"{self.url}: the answer has no breakdown")
+        entries = [entry for entry in breakdown if isinstance(entry, dict)]
+        levels = [entry.get("result") for entry in entries if entry.get("detector_type") == PROMPT_ATTACK]
         level = levels[0] if levels and isinstance(levels[0], str) else None
-        return Judged(row, answer["flagged"], level)
+        # Lakera's entries have no action: what it detects, it flags.
+        blocked = any(entry.get("detected") and entry.get("action", BLOCK) == BLOCK for entry in entries)
+        return Judged(row, blocked, level)
 
     def _ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
@@ -140,10 +139,10 @@ def target_of(given: str, *, level: str | None, model: str | None, policy: str |
     if by_url:
         url = given.rstrip("/")
         url = url if url.endswith("/guard") else f"{url}/v2/guard"
-        return Target(ServerJudge(url, os.environ.get(KEY)), {"server": url, "rule": "flagged by the server's policy"})
+        return Target(ServerJudge(url, os.environ.get(KEY)), {"server": url, "rule": "blocked by the server's policy"})
     if export:
         return _export(Path(given), level or LEVEL, rules)
-    policies = read(given, model)
+    policies = read(given, model, key="TARGET", kinds="a policy, an export's folder or a URL")
     chosen = _policy(policies, policy, given)
     scanner = Scanner.load(policies.models)
     policies.check_models(scanner.calibrated)
