@@ -56,7 +56,7 @@ ROOMS = {
 REGISTERED = {"task": "task", "method": "method", "launcher": "launch"}
 # Folders of `launch/` are rooms, its other files are what launchers share. A method may be one file.
 FILES_ARE_ROOMS = frozenset({"method", "optimizer", "schedule", "parallel"})
-DIALECT = frozenset({"told", "shown", "asked", "wanted", "settle", "aside", "torn", "said", "beforehand", "handed"})
+DIALECT = re.compile("(un)?(told|shown|asked|wanted|settled?|aside|torn|said|beforehand|handed)", re.IGNORECASE)
 AT_THE_ROOT = frozenset({"__init__", "__main__"})
 ALIAS_LINES = 15  # worker.py may stay as an alias for jobs that were queued with an earlier version
 REASON = re.compile(r"#\s*branch:\s*\S")
@@ -167,8 +167,6 @@ def class_kinds(tree: Path, modules: Iterable[ast.Module]) -> dict[str, str]:
         base = f"{kind.capitalize()}Config"
         if base in bases:
             kinds[base] = kind
-    if "SourceTask" in bases:
-        kinds["SourceTask"] = "task"
     aliases = [node for module in modules for node in module.body if isinstance(node, ast.Assign | ast.AnnAssign)]
     for _ in range(2):  # an alias of aliases
         for node in aliases:
@@ -234,7 +232,8 @@ def branches(module: ast.Module, kinds: dict[str, str]) -> Iterator[tuple[str, s
 
 
 def case_kind(case: ast.match_case, kinds: dict[str, str]) -> str | None:
-    return next((kind for node in ast.walk(case.pattern) if (kind := pattern_kind(node, kinds))), None)
+    classes = [node.cls for node in ast.walk(case.pattern) if isinstance(node, ast.MatchClass)]
+    return next((kind for node in classes if (kind := kind_of(node, kinds))), None)
 
 
 def requested_class(node: ast.expr, kinds: dict[str, str]) -> str | None:
@@ -242,7 +241,7 @@ def requested_class(node: ast.expr, kinds: dict[str, str]) -> str | None:
         case ast.Call(func=ast.Name(id="isinstance" | "issubclass"), args=[_, classes]):
             return kind_of(classes, kinds)
         case ast.Compare(left=left, comparators=others):
-            return next((kind for side in (left, *others) if (kind := typed(side) or enum_kind(side, kinds))), None)
+            return next((kind for side in (left, *others) if (kind := typed(side))), None)
         case ast.Subscript(slice=index) | ast.Call(func=ast.Attribute(attr="get"), args=[index, *_]):
             return typed(index)
         case ast.Dict(keys=keys) if keys:
@@ -269,15 +268,6 @@ def field_asked(node: ast.expr) -> str | None:
     return None
 
 
-def pattern_kind(pattern: ast.AST, kinds: dict[str, str]) -> str | None:
-    match pattern:
-        case ast.MatchClass(cls=cls):
-            return kind_of(cls, kinds)
-        case ast.MatchValue(value=value):
-            return enum_kind(value, kinds)
-    return None
-
-
 def section(node: ast.expr) -> str | None:
     """The kind if `node` reads as a section of the configuration: `task`, `config.task`, `run.config.method`."""
     match node:
@@ -301,14 +291,6 @@ def typed(node: ast.expr) -> str | None:
     match node:
         case ast.Call(func=ast.Name(id="type"), args=[value]):
             return section(value)
-    return None
-
-
-def enum_kind(node: ast.expr, kinds: dict[str, str]) -> str | None:
-    """The kind of `SourceTask.chat`."""
-    match node:
-        case ast.Attribute(value=ast.Name(id=name)) if not name.endswith("Config"):
-            return kinds.get(name)
     return None
 
 
@@ -414,7 +396,7 @@ def dialect(text: str) -> Iterator[tuple[str, int]]:
 
 @functools.cache
 def in_dialect(identifier: str) -> bool:
-    return not DIALECT.isdisjoint(part.lower() for part in re.findall(r"[a-z]+|[A-Z][a-z]*", identifier))
+    return any(map(DIALECT.fullmatch, re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)))
 
 
 # --- the command --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
 
-SHOWN_METRICS = 8
+MAX_METRICS = 8
 
 
 class Run:
@@ -120,7 +120,7 @@ class Run:
         """A short table, for notebooks."""
         result = self.result
         before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
-        names = [name for name, value in after.items() if isinstance(value, (int, float))][:SHOWN_METRICS]
+        names = [name for name, value in after.items() if isinstance(value, (int, float))][:MAX_METRICS]
         rows = [
             f"<tr><td>{html.escape(name)}</td><td>{_number(before.get(name))}</td><td>{_number(after[name])}</td></tr>"
             for name in names

@@ -20,7 +20,7 @@ from dstune.protocols import method_of, task_of
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 WHERE = 'path = "PATH"  # this folder, or the id under which it was published'
-SHOWN_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
+LISTED_PACKAGES = ("dstune", "torch", "transformers", "deepspeed", "peft", "datasets", "tokenizers")
 
 
 def write_card(folder: Path, run_dir: Path, config: RunConfig, state: Mapping[str, Any], *, adapter: bool) -> None:
@@ -114,7 +114,7 @@ def _sections(run_dir: Path, export: Export) -> Iterator[str]:
     yield f"## Training\n\n{_settings(config, state)}"
     environment = object_in(run_dir / "environment.json")
     packages = environment.get("packages") or {}
-    versions = [f"{name} {packages[name]}" for name in SHOWN_PACKAGES if packages.get(name)]
+    versions = [f"{name} {packages[name]}" for name in LISTED_PACKAGES if packages.get(name)]
     if versions:
         yield f"## Versions\n\nPython {environment.get('python')}, {', '.join(versions)}."
 

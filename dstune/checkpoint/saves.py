@@ -31,8 +31,8 @@ class Pending:
 
     thread: threading.Thread
     reported: threading.Event = field(default_factory=threading.Event)
-    """This rank's files are written, and rank 0 can read so, or `untold` is set."""
-    untold: str = ""
+    """This rank's files are written, and rank 0 can read so, or `unreported` is set."""
+    unreported: str = ""
     """What this rank could not even write into its report."""
     parts: list[str] | None = None
     """Rank 0: what the ranks could not report, once they have been asked."""
@@ -101,7 +101,7 @@ class Saves:
         if self._pending is None:
             return True
         self._pending.reported.wait()
-        self._pending.parts = self._world.gather(self._pending.untold)
+        self._pending.parts = self._world.gather(self._pending.unreported)
         self._pending.thread.join()
         self.refusal = self._world.broadcast(self._pending.refusal)
         self._pending = None
@@ -172,7 +172,7 @@ class Saves:
             temporary.write_text(json.dumps({"entries": save.entries, "error": save.error}))
             temporary.rename(report)
         except OSError as error:  # told when all ranks meet again
-            self._pending.untold = save.error or str(error)
+            self._pending.unreported = save.error or str(error)
         self._pending.reported.set()
         if not self._world.is_main:
             return

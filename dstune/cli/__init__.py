@@ -59,7 +59,7 @@ exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune 
 
 UNUSABLE = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 """What is wrong with a path, not with what is there: a folder of somebody else, a text that is none."""
-SHOWN_CHARACTERS = 200
+MAX_PATH_CHARACTERS = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def _exit_code(arguments: list[str]) -> int:
         if error.errno not in UNUSABLE or not isinstance(error.filename, str | bytes | os.PathLike):
             raise
         name = os.fsdecode(error.filename)
-        where = name if len(name) < SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}..."
+        where = name if len(name) < MAX_PATH_CHARACTERS else f"{name[:MAX_PATH_CHARACTERS]}..."
         refusal = UserError(Problem(where, f"cannot be used: {error.strerror}", "give a path that you may use"))
         print_error(refusal, as_json="--json" in arguments)
         code = refusal.exit_code

@@ -185,14 +185,14 @@ def check(
     """
     checked = Checked()
     choices: list[Override] = []
-    unsettled: set[str] = set()
+    undecided: set[str] = set()
     values = []
     for override in overrides:
         key = override.key_or_group
         found: list[Problem] = []
         if (known := not_offered(key, override.value())) is not None:
             found = [known]
-            unsettled.update([key] if key in CHOICES else [])
+            undecided.update([key] if key in CHOICES else [])
         elif key == "hydra.searchpath":
             choices.append(override)
         elif is_hydra_setting(override):
@@ -200,7 +200,7 @@ def check(
         elif is_group_choice(override, groups):
             if found := _choice_problems(override, groups):
                 # A wrong experiment may have chosen any class.
-                unsettled.update(CHOICES if key == "experiment" else [key])
+                undecided.update(CHOICES if key == "experiment" else [key])
             else:
                 choices.append(override)
         elif "/" in key or override.package is not None:
@@ -217,14 +217,14 @@ def check(
     for override in values:
         key = override.key_or_group
         found = []
-        if key.split(".", 1)[0] not in unsettled:
+        if key.split(".", 1)[0] not in undecided:
             found = _value_problems(override, classes, groups)
         elif key not in all_keys():
             found = [_unknown_key(key, all_keys(), classes, groups, override.value())]
         if found:
             checked.problems += found
             checked.doubtful.add(meant_by(key))
-        elif key.split(".", 1)[0] not in unsettled:
+        elif key.split(".", 1)[0] not in undecided:
             checked.good.append(override)
     return checked
 

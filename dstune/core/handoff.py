@@ -18,7 +18,7 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 
 LAUNCH_ID = "DSTUNE_LAUNCH_ID"
-HANDED = "DSTUNE_HANDED"
+HANDOFF_FILE = "DSTUNE_HANDED"
 """The name of the file, set where something is handed over."""
 FOLDER = "DSTUNE_FOLDER"
 """Where relative paths of the configuration begin; launchers of several nodes start ranks elsewhere."""
@@ -56,7 +56,7 @@ def take(rank: int, variables: MutableMapping[str, str]) -> None:
     Raises:
         UserError: the file is not there, or not one that this user alone can have written: `PATH` is among what it sets.
     """
-    name = variables.get(HANDED)
+    name = variables.get(HANDOFF_FILE)
     if not name:
         return
     file = handoff_file(name)

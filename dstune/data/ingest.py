@@ -24,7 +24,7 @@ from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
 
-SHOWN_BAD_ROWS = 10
+MAX_LISTED_BAD_ROWS = 10
 
 ROWS_PER_BATCH = 1000
 
@@ -58,7 +58,7 @@ class BadRows:
         if fields := unprinted_in(reason):
             first, count = self._unprinted.get(fields, (place, 0))
             self._unprinted[fields] = first, count + 1
-        if len(self._problems) < SHOWN_BAD_ROWS:
+        if len(self._problems) < MAX_LISTED_BAD_ROWS:
             self._problems.append(Problem(where=place, reason=reason))
 
     def first(self, since: int = 0) -> list[dict[str, str]]:

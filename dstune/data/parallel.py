@@ -26,7 +26,7 @@ BYTES_PER_BATCH = 2**20
 """A batch of the written file is as many rows, or about as many bytes of them where that is fewer. Each process that opens the
 file holds 6 kB for each batch (of 9 columns), and four do when the last rows are done: batches of 100 rows took 190 bytes a row."""
 
-TOLD_EVERY_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0
 """How often the number of rows that are done is reported; what takes less is not worth a line."""
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def _report(doing: str, tally: Path, rows: int) -> Iterator[None]:
     tally.touch()
 
     def tell() -> None:
-        while not over.wait(TOLD_EVERY_SECONDS):
+        while not over.wait(PROGRESS_SECONDS):
             done = min(tally.stat().st_size * ROWS_AT_ONCE, rows)
             log.info(doing, extra={"done": done, "total": rows})
 

@@ -14,7 +14,7 @@ from dstune.data import sources
 HEAD_BYTES = 1 << 16
 """How much of a shard is hashed to know it again: a stream is too long to be read for that."""
 
-SHOWN = 3
+MAX_NAMES = 3
 """Names of shards in a message, of each kind."""
 
 SHARDS_SEED = 1
@@ -163,6 +163,8 @@ def difference(before: list[list[str]], now: list[list[str]]) -> str:
         "changed": [name for name in old if name in new and old[name] != new[name]],
     }
     words = [
-        f"{what}: {', '.join(names[:SHOWN])}{' ...' * (len(names) > SHOWN)}" for what, names in found.items() if names
+        f"{what}: {', '.join(names[:MAX_NAMES])}{' ...' * (len(names) > MAX_NAMES)}"
+        for what, names in found.items()
+        if names
     ]
     return "; ".join(words) or f"{len(before)} files then, {len(now)} in this order now"

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     _print_status(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow
     from dstune.inference.load import find, load
-    from dstune.inference.rows import MOST_TOLD, Rows
+    from dstune.inference.rows import MAX_LISTED_BAD_ROWS, Rows
     from dstune.protocols import task_of
 
     named = ModelConfig(
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     on_bad = data.on_bad_row if skip_bad_rows_requested else OnBadRow.error
     rows = Rows(task.question(expected.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
-        for problem in islice(rows.bad_rows(), MOST_TOLD):
+        for problem in islice(rows.bad_rows(), MAX_LISTED_BAD_ROWS):
             _print_status(f"left out: {problem}")
         _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     _note_replaced(rows)

@@ -17,7 +17,7 @@ from dstune.data.problems import listing
 from dstune.data.rows import RowError, canonical, normalise
 from dstune.protocols import ROW_FORMATS, formats_for, task_of
 
-MOST_TOLD = 10
+MAX_LISTED_BAD_ROWS = 10
 """Bad rows that are named; the others are counted."""
 
 Given = tuple[str, Mapping[str, Any] | None, str]
@@ -100,7 +100,7 @@ class Question:
 class Rows:
     """The rows to be answered, in order; read anew at each pass, so that they need not fit into memory.
 
-    Raises UserError (at creation) with every row that cannot be answered, the first MOST_TOLD by name; with
+    Raises UserError (at creation) with every row that cannot be answered, the first MAX_LISTED_BAD_ROWS by name; with
     `data.on_bad_row=skip` these are left out and counted in `bad`.
     """
 
@@ -167,7 +167,7 @@ class Rows:
         for requested, problem in self._requests():
             count += requested is not None
             bad += problem is not None
-            if problem is not None and len(report) < MOST_TOLD:
+            if problem is not None and len(report) < MAX_LISTED_BAD_ROWS:
                 report.append(problem)
         if bad and not count and len({problem.reason for problem in report}) == 1:  # the same with all: told once
             missing = "missing column" in report[0].reason

@@ -12,7 +12,7 @@ from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Ended, Verdict
 
-SHOWN_LINES = 20
+TAIL_LINES = 20
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
@@ -35,7 +35,7 @@ def size(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-def last_lines(log: Path, start: int = 0, count: int = SHOWN_LINES) -> list[str]:
+def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
     """The end of `log` behind its byte `start`."""
     try:
         with log.open("rb") as stream:

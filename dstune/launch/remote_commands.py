@@ -14,7 +14,7 @@ from typing import Protocol
 
 from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
-from dstune.core.handoff import FOLDER, HANDED, LAUNCH_ID, RANK_LOGS
+from dstune.core.handoff import FOLDER, HANDOFF_FILE, LAUNCH_ID, RANK_LOGS
 from dstune.core.rank_env import GROUP_SECRET
 from dstune.core.secrets import is_secret
 from dstune.launch.commands import (
@@ -114,8 +114,8 @@ def variables_of(
     if on_cpu:
         formatted.setdefault("DS_ACCELERATOR", "cpu")
     handoff["all"][GROUP_SECRET] = secrets.token_hex(32)
-    formatted[HANDED] = secrets.token_hex(16)
-    handoff["file"] = {"name": formatted[HANDED]}
+    formatted[HANDOFF_FILE] = secrets.token_hex(16)
+    handoff["file"] = {"name": formatted[HANDOFF_FILE]}
     return formatted, {kind: values for kind, values in handoff.items() if values}
 
 

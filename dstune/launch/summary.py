@@ -18,7 +18,7 @@ from dstune.protocols import METHODS, TASKS
 COLUMN = 14
 COUNTS = ("rows", "targets", "tokens", "seconds", "generated")
 TEXT_WIDTH = 96
-SHOWN_CHARACTERS = 600
+MAX_CHARACTERS = 600
 
 
 def summary(run_dir: Path, *, commands: bool = True) -> str:
@@ -180,10 +180,8 @@ def _text(label: str, text: str) -> str:
     formatted = "".join(
         character if character.isprintable() or character == "\n" else " " for character in text.strip()
     )
-    if len(formatted) > SHOWN_CHARACTERS:
-        formatted = (
-            f"... {formatted[-SHOWN_CHARACTERS:]}" if label == "prompt" else f"{formatted[:SHOWN_CHARACTERS]} ..."
-        )
+    if len(formatted) > MAX_CHARACTERS:
+        formatted = f"... {formatted[-MAX_CHARACTERS:]}" if label == "prompt" else f"{formatted[:MAX_CHARACTERS]} ..."
     wrapped = [part for line in formatted.splitlines() for part in textwrap.wrap(line, TEXT_WIDTH) or [""]]
     indent = "\n" + " " * (COLUMN + 1)
     return _entry(label, indent.join(wrapped) if wrapped else "(nothing)")

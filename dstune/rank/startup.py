@@ -36,7 +36,7 @@ FEW_ROWS = 20
 """Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 FEW_STEPS = 20
 """Optimizer steps below which a run is told to be short: adapters at their usual rate hardly move in fewer."""
-LABELS_TOLD = 12
+MAX_LISTED_LABELS = 12
 
 
 def describe(
@@ -108,16 +108,16 @@ def conversations_of(counts: Mapping[str, Any]) -> str:
 def label_counts(counts: dict[str, int]) -> str:
     """How many training rows each label has, the most frequent first."""
     ordered = sorted(counts, key=lambda name: -counts[name])
-    reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:LABELS_TOLD])
-    more = f" and {len(ordered) - LABELS_TOLD} more" if len(ordered) > LABELS_TOLD else ""
+    reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:MAX_LISTED_LABELS])
+    more = f" and {len(ordered) - MAX_LISTED_LABELS} more" if len(ordered) > MAX_LISTED_LABELS else ""
     return f"{len(ordered)} labels: {reported}{more}"
 
 
 def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
     """Labels that look like a slip, the first of them one by one."""
     found = suspicious(counts)
-    yield from found[:LABELS_TOLD]
-    if more := len(found[LABELS_TOLD:]):
+    yield from found[:MAX_LISTED_LABELS]
+    if more := len(found[MAX_LISTED_LABELS:]):
         yield f"{more:,} more labels look like a slip (data_report.json has all labels)"
 
 

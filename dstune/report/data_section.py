@@ -11,10 +11,10 @@ from dstune.data.inputs import PARTS
 from dstune.report.numbers import number, percent
 from dstune.report.run_files import RunFiles, section
 
-SHOWN_EXAMPLES = 5
-SHOWN_LABELS = 12
+MAX_EXAMPLES = 5
+MAX_LABELS = 12
 """Labels whose rows are counted one by one; of more of them the most and the least frequent ones."""
-SHOWN_LENGTHS = 7
+MAX_LENGTHS = 7
 """Other values of data.max_length that are judged: the powers of two next to the one chosen."""
 
 
@@ -122,8 +122,8 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
 def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]:
     """The rows of each label, the most frequent one first."""
     ordered = sorted(counted.items(), key=lambda item: -item[1])
-    half = SHOWN_LABELS // 2
-    left_out = ordered[half:-half] if len(ordered) > SHOWN_LABELS else []
+    half = MAX_LABELS // 2
+    left_out = ordered[half:-half] if len(ordered) > MAX_LABELS else []
     facts = [(f"label {name}", number(count), _of(count, rows)) for name, count in ordered]
     if left_out:
         between = number(sum(count for _, count in left_out))
@@ -159,7 +159,7 @@ def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
         bars.append(Bar(label, f"{rows:,}", rows / highest, limit is not None and bound > limit))
         below = bound
     powers = [2**exponent for exponent in range(5, 41) if min(counted) < 2**exponent < 2 * max(counted)]
-    near = sorted(powers, key=lambda length: abs(math.log2(length / (limit or max(counted)))))[:SHOWN_LENGTHS]
+    near = sorted(powers, key=lambda length: abs(math.log2(length / (limit or max(counted)))))[:MAX_LENGTHS]
     cuts = []
     for length in sorted({*near, *([limit] if limit else [])}):
         longer = statistics.longer_than(counted, length)
@@ -189,7 +189,7 @@ def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) 
 def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
     found = section(dict(counts), "examples").get(name)
     rows = found if isinstance(found, list) else []
-    formatted = [row for row in rows if isinstance(row, dict)][:SHOWN_EXAMPLES]
+    formatted = [row for row in rows if isinstance(row, dict)][:MAX_EXAMPLES]
     return [(str(row.get("place", "")), str(row.get("text", ""))) for row in formatted]
 
 

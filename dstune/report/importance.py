@@ -9,7 +9,7 @@ from typing import Any
 from dstune.core.parsing import parse_json, read_file
 from dstune.report.numbers import number, percent
 
-SHOWN = 15
+MAX_TENSORS = 15
 """Tensors in the table; all are in importance.json."""
 
 
@@ -37,7 +37,7 @@ def _section(report: dict[str, Any]) -> Importance:
     ablated = bool(report["correlation"])
     columns = ["tensor", "shape", selection.replace("_", " "), "trained"] + (["loss without it"] if ablated else [])
     rows = []
-    for row in tensors[:SHOWN]:
+    for row in tensors[:MAX_TENSORS]:
         size = 1
         for length in row["shape"]:
             size *= length

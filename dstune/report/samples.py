@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dstune.report.run_files import RunFiles
 
-SHOWN_PROMPTS = 20
+MAX_PROMPTS = 20
 
 
 @dataclass
@@ -35,7 +35,7 @@ def answered(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[Answered]:
                 entry.answers.append(_answer("before", number if len(runs) == 1 else -1, first))
             if last is not first or last["step"] > 0:
                 entry.answers.append(_answer("after" if len(runs) == 1 else label, number, last))
-    return list(found.values())[:SHOWN_PROMPTS]
+    return list(found.values())[:MAX_PROMPTS]
 
 
 def _answer(label: str, run: int, row: dict) -> tuple[str, int, str]:

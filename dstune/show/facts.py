@@ -31,8 +31,8 @@ from dstune.show.segments import Segment, Turn, segments, turns
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 COMPARED_SAMPLES = 1_000_000
 """Samples looked at for repetitions; a hash of 8 bytes is kept of each."""
-SHOWN_REPETITIONS = 5
-SHOWN_CHARACTERS = 160
+MAX_REPETITIONS = 5
+EXCERPT_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _arrays(part: Split, count: int, with_labels: bool) -> Iterator[tuple[np.nda
 def _frequent(hashes: np.ndarray) -> list[tuple[int, int]]:
     """(first place, number of times) of the hashes that occur more than once, the most frequent first."""
     _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
-    order = np.lexsort((first, -counts))[:SHOWN_REPETITIONS]
+    order = np.lexsort((first, -counts))[:MAX_REPETITIONS]
     return [(int(first[at]), int(counts[at])) for at in order if counts[at] > 1]
 
 
@@ -317,5 +317,5 @@ def _decoded(tokenizer: Any, part: Split, number: int, *, trained: bool = False)
     ids, labels = _tokens_and_labels(part.sample(number))
     if trained and labels is not None:
         ids = ids[labels != NO_TARGET]
-    text = " ".join(tokenizer.decode(ids[:SHOWN_CHARACTERS], skip_special_tokens=True).split())
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
+    text = " ".join(tokenizer.decode(ids[:EXCERPT_CHARACTERS], skip_special_tokens=True).split())
+    return text if len(text) <= EXCERPT_CHARACTERS else f"{text[:EXCERPT_CHARACTERS]} ..."

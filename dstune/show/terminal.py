@@ -13,7 +13,7 @@ from dstune.show.facts import Preview, Repeated, Row
 from dstune.show.segments import Segment
 
 BAR_CELLS = 40
-SHOWN_CHARACTERS = 1200
+MAX_CHARACTERS = 1200
 """Longer pieces lose their middle; the page (--html) and --json have all of it."""
 
 RESET = "\x1b[0m"
@@ -146,9 +146,9 @@ def visible(value: str) -> str:
 
 
 def _shortened(value: str) -> str:
-    if len(value) <= SHOWN_CHARACTERS:
+    if len(value) <= MAX_CHARACTERS:
         return value
-    half = SHOWN_CHARACTERS // 2
+    half = MAX_CHARACTERS // 2
     return f"{value[:half]} [... {len(value) - 2 * half:,} characters ...] {value[-half:]}"
 
 

@@ -50,6 +50,8 @@ BRANCHES = {
     "branches.by_field": "def f(config):\n    return getattr(config.method, 'rank', 0)\n",
     "branches.reasoned": "def f(config):\n    return isinstance(config.task, ChatConfig)  # branch: an old format\n",
     "dialect": "def f():\n    toldNames = 1\n",
+    "dialect ": "MOST_TOLD = 1\n",
+    "dialect  ": "untold = 1\n",
 }
 
 

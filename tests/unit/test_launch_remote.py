@@ -117,7 +117,7 @@ def test_handoff_files_reach_the_ranks_that_need_it(tmp_path, monkeypatch):
     (tmp_path / "x").write_text(json.dumps({"all": {"A": "1"}, "first": {"B": "2"}}))
     (tmp_path / "x").chmod(0o600)
     for rank, expected in ((0, {"A": "1", "B": "2"}), (1, {"A": "1"})):
-        variables = {handoff.HANDED: "x"}
+        variables = {handoff.HANDOFF_FILE: "x"}
         handoff.take(rank, variables)
         assert {name: variables[name] for name in ("A", "B") if name in variables} == expected
     nothing: dict[str, str] = {}

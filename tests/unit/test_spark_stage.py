@@ -220,7 +220,7 @@ def test_a_request_to_stop_and_a_second_one(tmp_path):
 def test_attempts_never_overlap(tmp_path, monkeypatch):
     """A task is lost: Spark starts all of them again, and their ranks begin when no rank of before can be there any more."""
     monkeypatch.setattr(stage, "SILENT_SECONDS", 1.0)
-    monkeypatch.setattr(stage, "SETTLE_SECONDS", 0.5)
+    monkeypatch.setattr(stage, "RANK_END_SECONDS", 0.5)
     session, run_dir, most = Spark(), tmp_path / "run", []
 
     def lose_one() -> None:
@@ -261,7 +261,7 @@ def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path, monkeypatch):
     reported: list[str] = []
     monkeypatch.setattr(records.time, "sleep", waited.append)
     records.wait_for_former_ranks(tmp_path / "run", reported.append)
-    assert waited and 0 < waited[0] <= stage.SILENT_SECONDS + stage.SETTLE_SECONDS + 0.5
+    assert waited and 0 < waited[0] <= stage.SILENT_SECONDS + stage.RANK_END_SECONDS + 0.5
     assert "until its ranks have ended" in reported[0]
     os.utime(tmp_path / "run" / records.DRIVER, (1, 1))
     records.wait_for_former_ranks(tmp_path / "run", reported.append)
@@ -370,7 +370,7 @@ def test_slots_are_counted_before_the_stage(monkeypatch):
     context = SimpleNamespace(master="spark://h:1", defaultParallelism=2, getConf=lambda: conf)
     monkeypatch.setattr(sessions, "slots", lambda context: next(found))
     monkeypatch.setattr(sessions, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(sessions, "SETTLED_SECONDS", 0.05)
+    monkeypatch.setattr(sessions, "QUIET_SECONDS", 0.05)
     assert sessions.wait_for_slots(context, None, []) == 4, "and not what was there first"
     monkeypatch.setattr(sessions, "SLOTS_SECONDS", 0.05)
     monkeypatch.setattr(sessions, "slots", lambda context: 1)

@@ -31,7 +31,7 @@ from dstune.data.split import content_hash
 TRIES = 5
 """How often a copy is made anew that equals another row; a text of three words has few others."""
 
-SHOWN = 5
+MAX_EXAMPLES = 5
 ROWS_AT_ONCE = 1000
 
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def _copies(
             of["words"] += count
         content = canonical(copy)
         made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
-        if len(report.examples) < SHOWN:
+        if len(report.examples) < MAX_EXAMPLES:
             before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
             formatted = f"{before} -> {' | '.join(texts(copy))}"
             report.examples.append({"place": train.table.place(train.indices[place]), "text": formatted})

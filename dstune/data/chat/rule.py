@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 Span = tuple[int, int]
 """Characters [start, end) of a rendered text."""
 
-SHOWN_CHARACTERS = 60
+EXCERPT_CHARACTERS = 60
 
 _TAGS = re.compile(r"<[^<>]*>|\s")
 
@@ -196,8 +196,8 @@ def in_common(first: str, second: str) -> int:
 def _not_a_beginning(prompt: str, answered: str) -> str:
     """Both texts from a little before the place where they part."""
     at = in_common(prompt, answered)
-    begin = max(0, at - SHOWN_CHARACTERS // 2)
-    formatted = [repr(text[begin : begin + SHOWN_CHARACTERS]) for text in (prompt, answered)]
+    begin = max(0, at - EXCERPT_CHARACTERS // 2)
+    formatted = [repr(text[begin : begin + EXCERPT_CHARACTERS]) for text in (prompt, answered)]
     return (
         "the chat template writes another text for this turn than a server would prompt with: the prompt goes on "
         f"{formatted[0]}, the conversation {formatted[1]}"
@@ -205,4 +205,4 @@ def _not_a_beginning(prompt: str, answered: str) -> str:
 
 
 def _tail(text: str) -> str:
-    return repr(text[-SHOWN_CHARACTERS // 2 :])
+    return repr(text[-EXCERPT_CHARACTERS // 2 :])

@@ -32,7 +32,7 @@ STEPS = (
 )
 """In their order. A row that one step removes is not seen by the later ones."""
 
-SHOWN_CHARACTERS = 80
+EXCERPT_CHARACTERS = 80
 
 
 @dataclass
@@ -126,11 +126,11 @@ class Cleaner:
     def formatted(self, row: Row) -> str:
         """The beginning of a row for a report: in one line, without what it hides."""
         text = " / ".join(part for part in texts(row) if part.strip())
-        text = text[: 20 * SHOWN_CHARACTERS]  # finding what to hide in a whole document would take long
+        text = text[: 20 * EXCERPT_CHARACTERS]  # finding what to hide in a whole document would take long
         for _, _, find in self._searches():
             text = sensitive.mask(text, find(text))
         text = " ".join(text.split())
-        return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+        return text if len(text) <= EXCERPT_CHARACTERS else text[: EXCERPT_CHARACTERS - 3] + "..."
 
     def _searches(self) -> list[tuple[str, Found, Callable[[str], list[sensitive.Finding]]]]:
         expected = (

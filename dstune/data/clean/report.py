@@ -7,7 +7,7 @@ from typing import Any
 
 from dstune.data.clean.cleaner import STEPS
 
-SHOWN_EXAMPLES = 3
+MAX_EXAMPLES = 3
 
 KINDS = ("removed", "changed", "flagged")
 
@@ -40,7 +40,7 @@ class Report:
         self.counts[step][kind] += number
 
     def wants_example(self, step: str) -> bool:
-        return len(self.examples.get(step, [])) < SHOWN_EXAMPLES
+        return len(self.examples.get(step, [])) < MAX_EXAMPLES
 
     def example(self, step: str, place: str, text: str, note: str = "") -> None:
         """A row by its place and the beginning of its text; `note` says what the step found."""

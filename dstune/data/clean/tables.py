@@ -23,7 +23,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data.clean.cleaner import STEPS, Cleaner
 from dstune.data.clean.near import SIGNATURE_NUMBERS, NearCopies, open_signatures
-from dstune.data.clean.report import NAMES, SHOWN_EXAMPLES, Report
+from dstune.data.clean.report import MAX_EXAMPLES, NAMES, Report
 from dstune.data.clean.rows import near_text
 from dstune.data.control import ControlTokens
 from dstune.data.ingest import ROW_SCHEMA, Table, numbers_on_disk
@@ -119,7 +119,7 @@ class Cleaning:
         own = table.text_keys[rows]
         # `np.isin` would sort them all, in 80 bytes a row.
         leaked = np.searchsorted(keys, own, "right") > np.searchsorted(keys, own, "left")
-        for row in rows[leaked][:SHOWN_EXAMPLES]:
+        for row in rows[leaked][:MAX_EXAMPLES]:
             other = next((of, at[0]) for of, numbers in held_out if len(at := _equal(of, numbers, table, row)))
             self._example(report, "leaks", table, row, f"as {other[0].place(other[1])}")
         report.add("leaks", "removed", int(leaked.sum()))
@@ -152,7 +152,7 @@ class Cleaning:
                 for step in steps:
                     report.add(step, kind, found["counts"].as_py())
                 if any(report.wants_example(step) for step in steps):
-                    rows = np.flatnonzero(pc.equal(column, found["values"]).to_numpy())[:SHOWN_EXAMPLES]
+                    rows = np.flatnonzero(pc.equal(column, found["values"]).to_numpy())[:MAX_EXAMPLES]
                     for step, row in product(steps, rows.tolist()):
                         notes = results["note"][row].as_py()
                         self._example(report, step, table, row, json.loads(notes).get(step, "") if notes else "")
@@ -169,7 +169,7 @@ class Cleaning:
         copies[first] = False
         copies_of = rows[copies]
         report.add("duplicates", "removed" if remove else "flagged", len(copies_of))
-        for row in copies_of[:SHOWN_EXAMPLES]:
+        for row in copies_of[:MAX_EXAMPLES]:
             original = rows[np.flatnonzero(keys[rows] == keys[row])[0]]
             self._example(report, "duplicates", table, row, f"as {table.place(original)}")
         if remove:
@@ -190,7 +190,7 @@ class Cleaning:
         original = search.find()
         copies = np.flatnonzero(original >= 0)
         report.add("near_duplicates", "removed", len(copies))
-        for row in copies[:SHOWN_EXAMPLES]:
+        for row in copies[:MAX_EXAMPLES]:
             self._example(report, "near_duplicates", table, row, f"near {table.place(original[row])}")
         kept[copies] = False
 
@@ -213,7 +213,7 @@ class Cleaning:
         original = search.find()[held:]
         leaked = original >= 0
         report.add("leaks", "removed", int(leaked.sum()))
-        for position in np.flatnonzero(leaked)[:SHOWN_EXAMPLES]:
+        for position in np.flatnonzero(leaked)[:MAX_EXAMPLES]:
             of, number = texts.find(int(original[position]))
             self._example(report, "leaks", table, rows[position], f"near {of.place(number)}")
         return rows[~leaked]

@@ -247,6 +247,6 @@ class Launch:
     def _log_path(self, rank: int) -> Path:
         return attempt.log_path(self.run_dir, rank)
 
-    def last_lines(self, rank: int, count: int = attempt.SHOWN_LINES) -> list[str]:
+    def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
         """The end of what `rank` wrote during this launch."""
         return attempt.last_lines(self._log_path(rank), self.log_starts[rank], count)

@@ -16,7 +16,7 @@ from dstune.launch.console import Console
 from dstune.launch.spark.config import SparkConfig
 
 POLL_SECONDS = 0.2
-SETTLED_SECONDS = 5.0
+QUIET_SECONDS = 5.0
 """The workers of a new session are all there when none has come for so long."""
 SLOTS_SECONDS = 60.0
 """How long more slots are waited for where there are fewer than ranks, since the last one came."""
@@ -128,7 +128,7 @@ def wait_for_slots(context: Any, requested: int | None, received: Sequence[str])
         if found != seen:
             seen, since = found, time.monotonic()
         waited = time.monotonic() - since
-        if requested is None and found and (here or waited > SETTLED_SECONDS):
+        if requested is None and found and (here or waited > QUIET_SECONDS):
             return found
         if here or waited > SLOTS_SECONDS:
             reason = f"Spark has {found} slot{'s' * (found != 1)}, and all ranks have to run at once"

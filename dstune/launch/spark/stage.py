@@ -24,7 +24,7 @@ from typing import Any
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
-from dstune.core.handoff import FOLDER, HANDED, RANK_LOGS
+from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
 from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.console import Console
@@ -37,7 +37,7 @@ from dstune.launch.spark.task import LIMIT, SILENT_SECONDS, Line, run_task
 from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.1
-SETTLE_SECONDS = 5.0
+RANK_END_SECONDS = 5.0
 """What a task needs beyond the silence of its driver to end its rank."""
 MAX_STRANGERS = 256
 """Connections that have not said who they are. Others wait until there is room."""
@@ -114,7 +114,7 @@ class Stage:
         """Tasks of the next attempt, which have to wait for the end of the present one."""
         self._strangers: dict[Line, float] = {}
         """Connections that have not said who they are."""
-        self._patience = SILENT_SECONDS + SETTLE_SECONDS + launch.grace_seconds
+        self._patience = SILENT_SECONDS + RANK_END_SECONDS + launch.grace_seconds
         """After how long no rank can be there any more whose task has lost the driver."""
         self._touched = -TOUCH_SECONDS
         self._refusal: UserError | None = None
@@ -152,7 +152,7 @@ class Stage:
                     if self._is_over():
                         ended = ended or time.monotonic()
                         self._end_attempt()
-                        if time.monotonic() - ended > (JOB_SECONDS if self._all_ended() else SETTLE_SECONDS):
+                        if time.monotonic() - ended > (JOB_SECONDS if self._all_ended() else RANK_END_SECONDS):
                             break
             finally:
                 self._end_attempt()
@@ -311,7 +311,7 @@ class Stage:
         if self._began:
             self._console.message("dstune: Spark starts the stage again; the run goes on from its newest checkpoint")
         folder = plain.pop(FOLDER, "/")
-        for name in (HANDED, RANK_LOGS):
+        for name in (HANDOFF_FILE, RANK_LOGS):
             plain.pop(name, None)
         for rank, task in present.tasks.items():
             host = hellos[rank]["host"]
