@@ -8,7 +8,6 @@ _SWITCH = "thinks = {} if switch is None else {switch: _thinks(message)}"
 _PAIR = 'pair = worse or {"chosen", "rejected"} <= fields.keys()'
 _VERDICT = "if column in fields and is_verdict(fields[column]):"
 _LABEL = "((turn.start, other.end()),), (at, turn.stop))"
-_BEGINS = "if not text.startswith(turn.prompt) or not text.startswith(turn.body, turn.start):"
 
 _CHAT: dict[str, Mutation] = {
     # Turns as a server sees them.

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dstune.inference.voices import Speaker
 
 Path_ = str | os.PathLike[str]
-Messages = Sequence[Mapping[str, Any]]
 
 
 def predict(model: Any, rows: Any, *overrides: str, checkpoint: str = "last", **options: Any) -> list[dict[str, Any]]:

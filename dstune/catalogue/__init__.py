@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     settings = planner.parse([word for word in given.words if "=" in word])
     config = compose(settings.rest).config
     cluster = planner.cluster_of(config, settings)
-    models = [model for model in _all(config, folders, given.hub) if _described(model, config, cluster)]
+    models = [model for model in _all(folders, given.hub) if _described(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
     metric = ""
     if given.probe:
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
 # ---- what there is ----
 
 
-def _all(config: RunConfig, folders: Sequence[str], words: str | None) -> Iterator[Model]:
+def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
     """Every model once, under the shortest way to choose it."""
     found: dict[str, Model] = {}
     for model in (*_samples(), *_presets(), *_cached(), *_folders(folders), *(_on_hub(words) if words else ())):

@@ -15,7 +15,6 @@ from dstune.config.convert import format_value
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 
-KEYS = ("evaluate.every", "checkpoint.every")
 PATTERN = re.compile(r"(\d+(?:\.\d+)?) *(%|epochs?)")
 ROUNDING = 1e-9
 """Far above the error of `epoch + step / steps`, far below a step's share of an epoch."""
@@ -67,7 +66,7 @@ class Cadence:
 
 
 def cadence(every: int | str) -> Cadence:
-    """What a value of `KEYS` means. Raises ValueError for words that mean nothing."""
+    """What a value of `evaluate.every` or `checkpoint.every` means. Raises ValueError for words that mean nothing."""
     if isinstance(every, int):
         return Cadence(Fraction(every), Unit.steps)
     found = PATTERN.fullmatch(every.strip())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from dstune.trainer.state import TrainState
 
 if TYPE_CHECKING:
     from dstune.trainer.loop import Evaluated, Step, Training
-
-Kind = TypeVar("Kind", bound=Callback)
 
 
 class CallbackList:

@@ -16,9 +16,7 @@ from dstune.trainer.measure import Row, rows_of
 Evaluated = tuple[Split, Sequence[Row]]
 
 
-def compare(
-    config: RunConfig, labels: tuple[str, ...], swapped: Swapped, before: Evaluated, after: Evaluated
-) -> dict[str, Any]:
+def compare(config: RunConfig, swapped: Swapped, before: Evaluated, after: Evaluated) -> dict[str, Any]:
     """Over the rows that hold a term: how many answers flip, the mean change of a row's loss for each of its targets, and
     the same for each swap. Of a regression it is the mean change of the prediction instead of flips; a language model has
     none.

@@ -156,7 +156,7 @@ class Evaluator:
         before = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
         _, kept_before = self._run(before, None)
         _, kept_after = self._run(changed, None)
-        return compare(self.config, self.data.labels, swapped, (before, kept_before), (changed, kept_after))
+        return compare(self.config, swapped, (before, kept_before), (changed, kept_after))
 
     def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
         """Sums over all rows on all ranks, and what the head keeps of each sample, in the order of `split`."""

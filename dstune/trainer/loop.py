@@ -196,9 +196,7 @@ def steps(run: Training) -> Iterator[Step | None]:
     end = sys.maxsize if endless else run.total_steps + state.left_out_batches
     numbers = range(state.next_batch, end if first < run.total_steps else state.next_batch)
     run.step_timer.start()
-    for batch in prefetched_steps(
-        run.config, run.data, run.data_loader, run.world, run.pad_token_id, numbers, run.head
-    ):
+    for batch in prefetched_steps(run.config, run.data_loader, run.world, run.pad_token_id, numbers, run.head):
         if batch is None:
             yield None
             continue

@@ -14,7 +14,6 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
-from dstune.data.prepared import PreparedData
 from dstune.data.sampler import GlobalBatch, MicroBatch, share
 from dstune.models.heads import Head
 from dstune.models.heads.language import indexed
@@ -51,13 +50,7 @@ class RankBatch:
 
 
 def prefetched_steps(
-    config: RunConfig,
-    data: PreparedData,
-    data_loader: DataLoader,
-    world: World,
-    pad_token_id: int,
-    steps: range,
-    head: Head,
+    config: RunConfig, data_loader: DataLoader, world: World, pad_token_id: int, steps: range, head: Head
 ) -> Iterator[RankBatch | None]:
     """The steps of `steps` in order, two steps ahead of their use.
 

@@ -51,9 +51,7 @@ class Probe:
         self.engine.set_learning_rate(rate)
         data_loader = data_loader_of(self.config, self.data, None, None)
         for step, feed in enumerate(
-            prefetched_steps(
-                self.config, self.data, data_loader, self.world, self.tokenizer.pad_token_id, range(steps), self.head
-            )
+            prefetched_steps(self.config, data_loader, self.world, self.tokenizer.pad_token_id, range(steps), self.head)
         ):
             assert feed is not None, "whole data is always there"
             for position, (micro_batch, batch) in enumerate(feed.batches):

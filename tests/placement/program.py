@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120
 IMPORTS = (
     *("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert", "peft", "bitsandbytes"),
     *("transformers.models.t5.modeling_t5", "deepspeed", "datasets", "hydra", "dstune.config.validate"),

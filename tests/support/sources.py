@@ -8,7 +8,6 @@ import json
 import lzma
 import random
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +216,3 @@ def label_sources(folder: Path) -> dict[str, tuple[str, list[str]]]:
         "class names in parquet": (str(folder / "classes.parquet"), []),
         "class names in a saved data set": (str(folder / "classes"), []),
     }
-
-
-Maker = Callable[[Path], dict[str, tuple[str, list[str]]]]

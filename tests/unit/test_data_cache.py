@@ -18,8 +18,6 @@ from dstune.data import builder, cache, parallel
 from dstune.data.tokenize import RowTokenizer
 from dstune.tasks.chat.config import ChatConfig
 
-NOTHING_HELD_OUT = SplitConfig(validation=0.0)
-
 
 def test_the_second_call_reads_the_cache(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "rows.jsonl", chats(50))

@@ -293,9 +293,7 @@ def test_what_swapped_terms_change(tmp_path):
         ]
 
     ran = after.index("he ran")
-    changes = compare(
-        config, data.labels, swapped, (data.validation, kept(4, {}, 0.5)), (swapped.split, kept(3, {ran: 1}, 0.75))
-    )
+    changes = compare(config, swapped, (data.validation, kept(4, {}, 0.5)), (swapped.split, kept(3, {ran: 1}, 0.75)))
     assert changes["rows"] == 3 and changes["flips"] == 1 and changes["loss_change"] == pytest.approx(0.25)
     assert changes["by_term"]["she -> he"] == {
         "rows": 1,

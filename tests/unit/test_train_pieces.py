@@ -338,9 +338,7 @@ def all_see(*prepare):
         data_loader.load = lambda step: prepare[rank]()
         rounds = 0
         try:
-            for feed in prefetched_steps(
-                run_config(), SimpleNamespace(labels=()), data_loader, world, 0, range(1), None
-            ):
+            for feed in prefetched_steps(run_config(), data_loader, world, 0, range(1), None):
                 if feed is not None:
                     return rounds, feed.epoch
                 rounds += 1

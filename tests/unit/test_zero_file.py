@@ -142,13 +142,6 @@ def test_the_run_does_not_need_the_file_any_more(write, tmp_path: Path):
 
 # ---- contradictions ----
 
-BATCH = {
-    "train_batch_size": 16,
-    "train_micro_batch_size_per_gpu": 4,
-    "gradient_clipping": 1.0,
-    "bf16": {"enabled": False},
-}
-
 
 @pytest.mark.parametrize(
     ("content", "override", "key"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -22,8 +21,6 @@ from dstune.core.errors import DstuneError, Problem, UserError, from_json
 from dstune.serve.asgi import dumps
 from dstune.serve.engines.http import FAILURES, Upstream
 from dstune.serve.source import Source
-
-log = logging.getLogger("dstune.serve")
 
 GUARD = Path(__file__).with_name("guard.py")
 
