@@ -212,10 +212,10 @@ def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
         yield None, size
 
 
-def read_object(path: Path, limit: int = MAX_BYTES) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none that can be read."""
     try:
-        value = parse_json(read_file(path, limit))
+        value = parse_json(read_file(path))
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

@@ -30,18 +30,17 @@ def columns_read(form: type[RowFormat], mapping: Mapping[str, str], columns: Col
     return {column_of(form, role, mapping, columns) for role in (*form.required, *form.optional)} & set(columns)
 
 
-def check_columns(mapping: Mapping[str, str], key: str = "data.columns") -> None:
+def check_columns(mapping: Mapping[str, str]) -> None:
     """Raises UserError if `data.columns` names a role that no format has."""
     problems = []
     roles = sorted({role for form in ROW_FORMATS.classes().values() for role in (*form.required, *form.optional)})
     for role, column in mapping.items():
         if role not in roles:
             close = difflib.get_close_matches(role, roles, n=1)
-            fix = (
-                _mapping(key, {close[0] if name == role else name: of for name, of in mapping.items()}) if close else ""
-            )
-            fix = fix or f"roles: {', '.join(roles)}"
-            problems.append(Problem(where=f"{key}.{role}", value=column, reason="no such role", fix=fix))
+            fix = f"roles: {', '.join(roles)}"
+            if close:
+                fix = _mapping("data.columns", {close[0] if name == role else name: of for name, of in mapping.items()})
+            problems.append(Problem(where=f"data.columns.{role}", value=column, reason="no such role", fix=fix))
     if problems:
         raise UserError(problems)
 

@@ -50,8 +50,6 @@ def adapter(found: Import, value: Any) -> None:
     common.method_of_lora(
         found,
         rank="lora_r",
-        alpha="lora_alpha",
-        dropout="lora_dropout",
         targets=targets,
         save="lora_modules_to_save",
         switches={

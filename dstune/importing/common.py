@@ -68,8 +68,6 @@ def method_of_lora(
     found: Import,
     *,
     rank: str,
-    alpha: str,
-    dropout: str,
     targets: Any,
     save: str,
     switches: Mapping[str, str],
@@ -78,9 +76,9 @@ def method_of_lora(
     """switches: keys of the other tool that say the same as one of ours."""
     found.choose("method", "qlora" if four_bits else "lora")
     found.put("method.rank", int(found.get(rank, 16)))
-    found.put("method.alpha", float(found.get(alpha, 2 * int(found.get(rank, 16)))))
-    found.put("method.dropout", float(found.get(dropout, 0.0)))
-    for name, key in ((rank, "method.rank"), (alpha, "method.alpha"), (dropout, "method.dropout")):
+    found.put("method.alpha", float(found.get("lora_alpha", 2 * int(found.get(rank, 16)))))
+    found.put("method.dropout", float(found.get("lora_dropout", 0.0)))
+    for name, key in ((rank, "method.rank"), ("lora_alpha", "method.alpha"), ("lora_dropout", "method.dropout")):
         if name in found.raw:
             found.carried[name] = [key]
     modules = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else list(targets)

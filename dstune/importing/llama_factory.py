@@ -55,8 +55,6 @@ def finetuning(found: Import, value: Any) -> None:
         common.method_of_lora(
             found,
             rank="lora_rank",
-            alpha="lora_alpha",
-            dropout="lora_dropout",
             targets=found.get("lora_target", "all"),
             save="additional_target",
             switches={"use_rslora": "method.rslora", "use_dora": "method.dora", "loraplus_lr_ratio": "method.lr_ratio"},

@@ -94,8 +94,6 @@ def use_peft(found: Import, value: Any) -> None:
         common.method_of_lora(
             found,
             rank="lora_r",
-            alpha="lora_alpha",
-            dropout="lora_dropout",
             targets=found.get("lora_target_modules", "all-linear"),
             save="lora_modules_to_save",
             switches={"use_rslora": "method.rslora", "use_dora": "method.dora"},

@@ -6,8 +6,6 @@ every step holds whatever the rows are, and of the activations only where the ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import inputs, sources
@@ -28,12 +26,12 @@ ENOUGH_ROWS = 32
 """Full rows for each row of a micro-batch that the data has to hold at least: some may be repeated and left out."""
 
 
-def memory_problems(config: RunConfig, env: Mapping[str, str] | None = None) -> list[Problem]:
+def memory_problems(config: RunConfig) -> list[Problem]:
     """What keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
     if config.run.force:
         return []
     try:
-        cluster = free_cluster(config, env)
+        cluster = free_cluster(config)
         if cluster is None:
             return []  # the ranks' machines are others
         plan = planned(config, cluster)

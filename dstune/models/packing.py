@@ -10,20 +10,19 @@ import torch
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Largest accepted difference relative to the largest logit. Contaminated rows of SmolLM2 differ by 35, clean ones by
 3e-5 in fp32, at logits of about 30."""
+LENGTH = 8
 
 Forward = Callable[..., Any]
 
 
-def contamination(
-    forward: Forward, vocabulary: int, device: torch.device, length: int = 8
-) -> tuple[float, torch.dtype]:
+def contamination(forward: Forward, vocabulary: int, device: torch.device) -> tuple[float, torch.dtype]:
     """Largest logit difference of a sample behind another one in a packed row against the sample alone.
 
     Relative to the largest logit. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.
     """
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(vocabulary, (2, 1, length), generator=generator)
-    positions = torch.arange(length)[None]
+    first, second = torch.randint(vocabulary, (2, 1, LENGTH), generator=generator)
+    positions = torch.arange(LENGTH)[None]
 
     def logits(tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return forward(input_ids=tokens.to(device), position_ids=position_ids.to(device), use_cache=False).logits
@@ -31,6 +30,6 @@ def contamination(
     with torch.no_grad():
         # Two rows, as in training: some attention implementations tell samples apart in a batch of one row only.
         rows, row_positions = torch.cat([first, second], dim=1), torch.cat([positions, positions], dim=1)
-        packed = logits(rows.expand(2, -1), row_positions.expand(2, -1))[:1, length:]
+        packed = logits(rows.expand(2, -1), row_positions.expand(2, -1))[:1, LENGTH:]
         alone = logits(second, positions)
     return float((packed - alone).abs().max() / alone.abs().max()), alone.dtype

@@ -18,7 +18,7 @@ from dstune.core.rank_env import STORE, RankEnv
 from dstune.zero import accelerator
 
 
-def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)) -> World:
+def start_process_group(env: RankEnv) -> World:
     """Join the ranks of this run: gloo on CPUs, nccl on GPUs. Sets the device of this rank."""
     os.environ.update(
         RANK=str(env.rank),
@@ -52,7 +52,7 @@ def start_process_group(env: RankEnv, timeout: timedelta = timedelta(minutes=30)
         deepspeed.init_distributed(
             backend,
             auto_mpi_discovery=False,
-            timeout=timeout,
+            timeout=timedelta(minutes=30),
             verbose=False,
             init_method=f"file://{store}" if store else None,
             rank=env.rank,

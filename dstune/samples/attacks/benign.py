@@ -30,9 +30,10 @@ _OTHER_LICENCES = [
 _ATTACKS = ("prompt-injection", "reverse-shell")
 _READ_BYTES = 400_000
 """Of a file at most: some have 100 MB, and a few rows of each are taken."""
+_ROWS_EACH = 40
 
 
-def evals(archive: Archive, rows_each: int = 40) -> Iterator[Text]:
+def evals(archive: Archive) -> Iterator[Text]:
     """System and user turns of evaluation tasks; a group is a task."""
     for name in archive.namelist():
         parts = name.split("/")
@@ -42,7 +43,7 @@ def evals(archive: Archive, rows_each: int = 40) -> Iterator[Text]:
             continue
         with archive.open(name) as file:
             lines = file.read(_READ_BYTES).split(b"\n")
-        for line in lines[: rows_each if len(lines) > 1 else 1]:
+        for line in lines[: _ROWS_EACH if len(lines) > 1 else 1]:
             text = _prompt(line)
             if text and len(text) >= 8:
                 yield Text(text, BENIGN, "evals", "natural", f"evals:{parts[3]}", "input", language_of(text))

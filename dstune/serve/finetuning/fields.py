@@ -9,17 +9,17 @@ from dstune.serve.errors import ApiError
 MOST_PAIRS, MOST_KEY, MOST_VALUE = 16, 64, 512
 
 
-def checked_metadata(value: object, param: str = "metadata") -> dict[str, str] | None:
+def checked_metadata(value: object) -> dict[str, str] | None:
     """Raises ApiError for what is none."""
     if value is None:
         return None
     if not isinstance(value, dict) or len(value) > MOST_PAIRS:
-        raise invalid(param, f"an object of at most {MOST_PAIRS} pairs")
+        raise invalid("metadata", f"an object of at most {MOST_PAIRS} pairs")
     for name, text in value.items():
         if not is_text(name, MOST_KEY):
-            raise invalid(param, f"pairs whose keys have 1 to {MOST_KEY} characters")
+            raise invalid("metadata", f"pairs whose keys have 1 to {MOST_KEY} characters")
         if text != "" and not is_text(text, MOST_VALUE):
-            raise invalid(f"{param}.{name}", f"a text of at most {MOST_VALUE} characters")
+            raise invalid(f"metadata.{name}", f"a text of at most {MOST_VALUE} characters")
     return value
 
 

@@ -25,7 +25,9 @@ from dstune.serve.errors import ApiError
 
 MOST_ROWS = 512
 """Rows of several requests that are computed together."""
-
+MAX_WAITING = 256
+"""Requests."""
+BATCH_SIZE = 32
 
 log = logging.getLogger("dstune.serve")
 
@@ -46,9 +48,9 @@ class Batcher:
     """One thread that answers the rows of all requests that wait, together. It alone uses the tokenizer, which keeps how it
     cuts: two threads cannot use it at once."""
 
-    def __init__(self, predictor: Predictor, batch_size: int = 32, max_waiting: int = 256):
-        self._predictor, self._batch_size = predictor, batch_size
-        self._jobs: queue.Queue[_Job] = queue.Queue(max_waiting)
+    def __init__(self, predictor: Predictor):
+        self._predictor = predictor
+        self._jobs: queue.Queue[_Job] = queue.Queue(MAX_WAITING)
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def answers(self, rows: list[Query]) -> list[Answered]:
@@ -90,7 +92,7 @@ class Batcher:
         ids: list[list[int]] = [[] for _ in rows]
         for sample in samples:
             ids[sample.row] += sample.input_ids.tolist()
-        answers = self._predictor.answers_of(samples, rows, self._batch_size, all_labels=True)
+        answers = self._predictor.answers_of(samples, rows, BATCH_SIZE, all_labels=True)
         return [Answered(*pair) for pair in zip(answers, ids, strict=True)]
 
 

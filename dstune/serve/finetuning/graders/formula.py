@@ -117,7 +117,7 @@ class Formula:
         self._at += 1
         if token == "(":
             inner = self._sum()
-            self._expect(")")
+            self._close()
             return inner
         if token[0].isdigit() or token[0] == ".":
             number = float(token)
@@ -138,7 +138,7 @@ class Formula:
         arguments = [self._sum()]
         while self._take(",") is not None:
             arguments.append(self._sum())
-        self._expect(")")
+        self._close()
         if count is not None and len(arguments) != count:
             raise FormulaError(f"{name} takes {count} argument(s)")
         if count is None and len(arguments) == 1:
@@ -151,9 +151,9 @@ class Formula:
             return self._tokens[self._at - 1]
         return None
 
-    def _expect(self, token: str) -> None:
-        if self._take(token) is None:
-            raise FormulaError(f"{token!r} is missing")
+    def _close(self) -> None:
+        if self._take(")") is None:
+            raise FormulaError("')' is missing")
 
 
 def _tokens(text: str) -> list[str]:
