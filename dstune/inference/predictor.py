@@ -21,7 +21,7 @@ from dstune.data.collate import collate
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer, Sample
-from dstune.inference.rows import Query
+from dstune.inference.rows import Query, Question
 from dstune.models.heads import Head
 from dstune.models.heads.base import Batch
 from dstune.protocols import task_of
@@ -58,6 +58,8 @@ class Predictor:
     tokenizer: Any
     labels: tuple[str, ...]
 
+    question_class: ClassVar[type[Question]] = Question
+    """What of a row is read."""
     reads_columns: ClassVar[bool] = True
     """Whether batches hold more of a sample than its tokens."""
 

@@ -304,7 +304,7 @@ class Task:
 
     def question(self, labels: Sequence[str], data: DataConfig) -> Question:
         """What of a row is read to predict. labels: of the model, in their order. data: `columns` and `format` as in training."""
-        raise NotImplementedError(f"task={self.name} predicts nothing")
+        return self.predictor().question_class(self.config, labels, data)
 
     def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """What a client would send of a row of the training, as `question` reads it. row: the same, normalised."""

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dstune.checkpoint.card import Export
-    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import PreparedData, Split
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
-    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.trainer.baseline import Prompted
     from dstune.trainer.counterfactual import Evaluated
@@ -155,11 +153,6 @@ class Classification(Task):
         from dstune.tasks.classification.encode import ClassificationEncoder
 
         return ClassificationEncoder(tokenizer, self.config, fmt, max_length, labels, class_weights)
-
-    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        from dstune.tasks.classification.predict import ClassificationQuestion
-
-        return ClassificationQuestion(self.config, labels, data)
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.classification.predict import ClassificationPredictor

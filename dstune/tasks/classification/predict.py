@@ -28,6 +28,8 @@ class ClassificationQuestion(Question):
 
 
 class ClassificationPredictor(Predictor):
+    question_class = ClassificationQuestion
+
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
         rows, samples = [one.row for one in requested], []
         for fmt in ("text_label", "pair"):  # a tokenizer takes texts or pairs, never both at once

@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from dstune.checkpoint.card import Export
-    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
-    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.trainer.measure import Evaluation, Row, Totals
 
@@ -114,11 +112,6 @@ class Embedding(Task):
 
         index = {"index": np.array(micro_batch.samples, dtype=np.int64)} if with_index else {}
         return contrastive_batch(split, micro_batch, pad_token_id) | index
-
-    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        from dstune.tasks.embedding.predict import EmbeddingQuestion
-
-        return EmbeddingQuestion(self.config, labels, data)
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.embedding.predict import EmbeddingPredictor

@@ -23,6 +23,7 @@ class EmbeddingQuestion(Question):
 
 
 class EmbeddingPredictor(Predictor):
+    question_class = EmbeddingQuestion
     reads_columns = False
 
     def computed(self, batch: Batch) -> Mapping[str, Any]:

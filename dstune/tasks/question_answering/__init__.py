@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from dstune.checkpoint.card import Export
-    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
-    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.trainer.counterfactual import Evaluated
     from dstune.trainer.measure import Evaluation, Row, Totals
@@ -87,11 +85,6 @@ class QuestionAnswering(Task):
         from dstune.tasks.question_answering.encode import AnswerEncoder
 
         return AnswerEncoder(tokenizer, self.config, max_length)
-
-    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        from dstune.tasks.question_answering.predict import QuestionAboutText
-
-        return QuestionAboutText(self.config, labels, data)
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.question_answering.predict import AnswerPredictor

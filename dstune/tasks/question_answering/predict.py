@@ -27,6 +27,8 @@ class QuestionAboutText(Question):
 
 
 class AnswerPredictor(Predictor):
+    question_class = QuestionAboutText
+
     def answers_from(
         self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:

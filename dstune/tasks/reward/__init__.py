@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dstune.checkpoint.card import Export
-    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
-    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.trainer.measure import Evaluation, Row, Totals
 
@@ -101,11 +99,6 @@ class Reward(Task):
         from dstune.data.batches import pair_batch
 
         return pair_batch(split, micro_batch, pad_token_id)
-
-    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        from dstune.tasks.reward.predict import RewardQuestion
-
-        return RewardQuestion(self.config, labels, data)
 
     def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """The better answer of a pair."""

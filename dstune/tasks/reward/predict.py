@@ -32,6 +32,7 @@ class RewardQuestion(Question):
 
 
 class RewardPredictor(Predictor):
+    question_class = RewardQuestion
     reads_columns = False
 
     def samples(self, requested: Sequence[Query]) -> list[Sample]:

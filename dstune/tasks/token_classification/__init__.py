@@ -18,12 +18,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from dstune.checkpoint.card import Export
-    from dstune.config.data_schema import DataConfig
     from dstune.config.schema import RunConfig
     from dstune.data.prepared import Split
     from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
-    from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
     from dstune.trainer.counterfactual import Evaluated
     from dstune.trainer.measure import Evaluation, Row, Totals
@@ -114,11 +112,6 @@ class TokenClassification(Task):
         from dstune.tasks.token_classification.encode import TokenEncoder
 
         return TokenEncoder(tokenizer, self.config, max_length, labels)
-
-    def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        from dstune.tasks.token_classification.predict import TaggingQuestion
-
-        return TaggingQuestion(self.config, labels, data)
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.token_classification.predict import TaggingPredictor

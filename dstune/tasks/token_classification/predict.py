@@ -37,6 +37,8 @@ class TaggingQuestion(Question):
 
 
 class TaggingPredictor(Predictor):
+    question_class = TaggingQuestion
+
     def answers_from(
         self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
