@@ -40,15 +40,8 @@ class Pending:
     """Rank 0: why there is no checkpoint of it."""
 
 
-class Saves:
-    """Writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
-
-    In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and goes on; a thread writes
-    them, then says so in a file of its own. The thread of rank 0 waits for these files and commits. There is no collective
-    in it, so it may run beside any of the loop's. A rank that dies leaves the folder without a marker: no checkpoint.
-
-    facts: what is written into each checkpoint. message: shows a line to the user.
-    """
+class OfRun:
+    """What reads or writes the checkpoints of one run; every rank has one."""
 
     def __init__(
         self,
@@ -61,9 +54,21 @@ class Saves:
     ):
         self._config, self._run_dir, self._engine, self._world = config, run_dir, engine, world
         self._facts, self._message = facts, message
-        self._pending: Pending | None = None
-        self.refusal = ""
-        """Why the last save came to nothing, on every rank; empty when it was written."""
+
+
+class Saves(OfRun):
+    """Writes the checkpoints of one run. Every rank has one and calls its methods together with the others.
+
+    In the background (`checkpoint.mode=async`) each rank copies its shards to host memory and goes on; a thread writes
+    them, then says so in a file of its own. The thread of rank 0 waits for these files and commits. There is no collective
+    in it, so it may run beside any of the loop's. A rank that dies leaves the folder without a marker: no checkpoint.
+
+    facts: what is written into each checkpoint. message: shows a line to the user.
+    """
+
+    _pending: Pending | None = None
+    refusal = ""
+    """Why the last save came to nothing, on every rank; empty when it was written."""
 
     def save(self, state: TrainState, *, now: bool = False, whole: bool = False) -> bool:
         """Save all ranks. now: on the disk when this returns, whatever `checkpoint.mode` says. whole: so that the run can

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dstune.checkpoint import store
-from dstune.checkpoint.saves import megabytes
+from dstune.checkpoint.saves import OfRun, megabytes
 from dstune.checkpoint.shards import Shards, in_pieces
-from dstune.config.schema import RunConfig, SaveMode
-from dstune.core.distributed import World
+from dstune.config.schema import SaveMode
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
 from dstune.trainer.state import TrainState
-from dstune.zero.engine import Engine
 
 OTHER_ROWS = (
     "bring back the rows, or start another run with run.dir; if the rows are the same, an earlier version trained other tokens "
@@ -37,24 +34,12 @@ SAVES_OF_FREE_SPACE = 2
 """A save is written beside the checkpoint that it will replace."""
 
 
-class Checkpoints:
+class Checkpoints(OfRun):
     """Reads the checkpoints of one run. Every rank has one and calls its methods together with the others.
 
     facts: what stands in each checkpoint and, where UNCHANGED has it, must be equal in what is continued.
     message: shows a line to the user.
     """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        engine: Engine,
-        world: World,
-        facts: dict[str, Any],
-        message: Callable[[str], None],
-    ):
-        self._config, self._run_dir, self._engine, self._world = config, run_dir, engine, world
-        self._facts, self._message = facts, message
 
     def resume(self) -> TrainState:
         """Load the newest whole checkpoint of the run, or of the run that `run.resume` names; else start at step 0.

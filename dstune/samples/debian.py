@@ -7,7 +7,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.samples.download import Package, fetch_with
+from dstune.samples.download import Archive, Package, fetch_with
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class DebianPackage(Package):
         return fetch_with(command, self, folder, label, fix=fix, complaint="E:")
 
 
-class DebianArchive:
-    """The files of a .deb, by their paths without a leading `./`; read like a `zipfile.ZipFile`.
+class DebianArchive(Archive):
+    """The files of a .deb, by their paths without a leading `./`.
 
     A .deb is an `ar` archive (deb(5)): 8 bytes, then for each member a header of 60 bytes with its name and size, and its
     content, padded to an even length. The files are in the member `data.tar.*`.
@@ -44,18 +44,6 @@ class DebianArchive:
         with tarfile.open(fileobj=packed) as archive:
             opened = ((member, archive.extractfile(member)) for member in archive if member.isfile())
             self._files = {member.name.removeprefix("./"): file.read() for member, file in opened if file is not None}
-
-    def namelist(self) -> list[str]:
-        return list(self._files)
-
-    def read(self, name: str) -> bytes:
-        return self._files[name]
-
-    def __enter__(self) -> DebianArchive:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.clear()
 
 
 def _size(content: bytes, place: int) -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from dstune.core.errors import Problem, UserError
 
@@ -50,6 +50,24 @@ class Package:
 
 class AddressUnknown(Exception):
     """pip could not say where the file is, or the address cannot be read directly."""
+
+
+class Archive:
+    """The files of a package by their paths; read like a `zipfile.ZipFile`."""
+
+    _files: dict[str, bytes]
+
+    def namelist(self) -> list[str]:
+        return list(self._files)
+
+    def read(self, name: str) -> bytes:
+        return self._files[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.clear()
 
 
 def fetch(package: Package, folder: Path, label: str) -> Path:

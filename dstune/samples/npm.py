@@ -6,7 +6,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstune.samples.download import Package, fetch_with
+from dstune.samples.download import Archive, Package, fetch_with
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,10 @@ class NpmPackage(Package):
         return fetch_with(command, self, folder, label, fix=fix)
 
 
-class NpmArchive:
-    """The files of a package, by their paths without the leading `package/`; read like a `zipfile.ZipFile`."""
+class NpmArchive(Archive):
+    """The files of a package, by their paths without the leading `package/`."""
 
     def __init__(self, path: Path):
         with tarfile.open(path, "r:gz") as archive:
             opened = ((member, archive.extractfile(member)) for member in archive if member.isfile())
             self._files = {member.name.partition("/")[2]: file.read() for member, file in opened if file is not None}
-
-    def namelist(self) -> list[str]:
-        return list(self._files)
-
-    def read(self, name: str) -> bytes:
-        return self._files[name]
-
-    def __enter__(self) -> NpmArchive:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._files.clear()

@@ -26,6 +26,7 @@ from typing import Any
 
 import openai
 
+from dstune.core.rendezvous import free_port
 from dstune.serve.finetuning.jobs.build import Parts
 from dstune.serve.finetuning.jobs.check import inconsistencies
 from dstune.serve.finetuning.jobs.launcher import ProcessLauncher
@@ -77,7 +78,7 @@ def stub_server(folder: Path) -> Iterator[tuple[str, str]]:
     database = Database.of_folder(folder)
     key = Keys(database).add("owner", role="owner")
     database.close()
-    port = _free_port()
+    port = free_port()
     server = get_context("fork").Process(target=serve, args=(folder, port))
     server.start()
     try:
@@ -85,12 +86,6 @@ def stub_server(folder: Path) -> Iterator[tuple[str, str]]:
     finally:
         server.terminate()
         server.join(10)
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @dataclass
@@ -127,7 +122,7 @@ def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_secon
     database = Database.of_folder(folder)
     key = Keys(database).add("load")
     database.close()
-    port = _free_port()
+    port = free_port()
     report, over = Report(kills), threading.Event()
     fork = get_context("fork")
     server = fork.Process(target=serve, args=(folder, port))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.core.rendezvous import free_port
 from support import warm_start
 
 if TYPE_CHECKING:
@@ -44,12 +44,6 @@ def start_rank() -> World:
     env = from_environment(os.environ)
     assert env is not None
     return start_process_group(env)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) -> list[str]:

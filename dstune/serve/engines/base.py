@@ -72,8 +72,6 @@ class Engine:
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
-    one_template: ClassVar[bool] = False
-    """Whether all adapters are asked through one chat template."""
 
     source: Source
     """What it serves: the base, or a model that is its own base."""

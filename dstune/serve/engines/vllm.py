@@ -61,7 +61,6 @@ _KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 @dataclass
 class VllmEngine(Engine):
     name: ClassVar[str] = "vllm"
-    one_template: ClassVar[bool] = True
     python: str | None = None
     """Of vLLM's environment; None where it runs at `address`."""
     address: str | None = None

@@ -33,7 +33,8 @@ class ConversationFormat(RowFormat):
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         """The conversation in the values of a row."""
-        raise NotImplementedError
+        messages: list[dict[str, Any]] = found[self.required[0]]
+        return messages
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         messages = with_system(self.messages(found), found.get("system"))
@@ -55,10 +56,6 @@ class Messages(ConversationFormat):
     optional = BESIDE
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
-    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = found["messages"]
-        return messages
-
 
 @row_format
 class Conversations(ConversationFormat):
@@ -67,10 +64,6 @@ class Conversations(ConversationFormat):
     optional = BESIDE
     other_names: ClassVar = {**ConversationFormat.other_names, "conversations": ("conversation",)}
     checks: ClassVar[dict[str, Check]] = {"conversations": conversation_of}
-
-    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        messages: list[dict[str, Any]] = found["conversations"]
-        return messages
 
 
 @row_format
