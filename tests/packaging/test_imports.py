@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.tiny import save_decoder
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,7 @@ sys.exit("torch._inductor.compile_fx" in sys.modules)
 """
 
 
+@pytest.mark.ci
 def test_four_bits_do_not_bring_the_compiler():
     assert subprocess.run([sys.executable, "-c", ROUNDING], cwd=ROOT).returncode == 0
 

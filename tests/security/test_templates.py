@@ -133,6 +133,7 @@ def test_the_memory_of_a_child_is_limited_and_its_faults_are_its_own():
         in_child(lambda: os.kill(os.getpid(), 9), 5)
 
 
+@pytest.mark.ci
 def test_time_that_ends_while_the_work_fails_leaves_nothing_behind():
     """The timer may fire between the work, which has raised something, and the end of the limits."""
 

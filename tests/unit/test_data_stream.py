@@ -253,7 +253,9 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("report", CHANGES)
+@pytest.mark.parametrize(
+    "report", [name if "new" in name else pytest.param(name, marks=pytest.mark.ci) for name in CHANGES]
+)
 def test_files_that_change_during_training_are_named(tmp_path, opened, report):
     data_loader = StreamingLoader(streaming(tmp_path), opened(streaming(tmp_path)), None)
     CHANGES[report](tmp_path)
@@ -280,6 +282,7 @@ def test_files_that_change_while_a_block_is_read_are_named(tmp_path):
         build(tmp_path / "block")
 
 
+@pytest.mark.ci
 def test_an_empty_block_is_kept_until_every_rank_has_passed_it(tmp_path, opened):
     config = streaming(tmp_path)
     held_out = prepared(config, byte_tokenizer(), tmp_path / "cache").stream

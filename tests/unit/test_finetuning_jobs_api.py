@@ -198,6 +198,7 @@ async def _first(pages: Any) -> Any:
     raise AssertionError("an empty list")
 
 
+@pytest.mark.ci
 def test_pages_of_jobs_and_events_while_new_ones_arrive(tmp_path):
     async def test(found: Office) -> None:
         client = found.cloud.openai()
@@ -377,6 +378,7 @@ def test_a_repeated_create_makes_one_job(tmp_path):
     in_office(tmp_path, test)
 
 
+@pytest.mark.ci
 def test_answers_that_are_lost_make_nothing_twice(tmp_path):
     """The client's own repetitions, through a proxy that drops two answers to each request: uploads, creates, changes."""
 

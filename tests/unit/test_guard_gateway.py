@@ -460,6 +460,7 @@ def test_the_guards_process_is_started_watched_and_fails_closed(tmp_path):
     in_a_process(tmp_path, policy, ["w1 w2"], [ATTACK, f"key {KEY}", "see https://evil.example/x"])
 
 
+@pytest.mark.ci
 def test_a_process_that_is_stuck_is_started_again(tmp_path, monkeypatch, caplog):
     """It was waited for until it ended, and every request with it."""
     monkeypatch.setattr(engine, "PROBE_SECONDS", 0.2)

@@ -65,6 +65,7 @@ def test_the_examples_appear_in_help_and_completion(folder):
     assert all(name in words for name in ("there are: veto_outliers", "kappa"))
 
 
+@pytest.mark.ci
 def test_a_run_lists_the_installed_plugins_that_can_act_in_it(folder):
     install(folder, "1.0")
     program = """

@@ -139,7 +139,7 @@ BAD_AFTER_GOOD = ("method.rank=4,8", "trainer.seed=1,2")
 
 
 # Not hyperband: which bracket a trial is in, and so whether it can be pruned at all, follows from a hash of the study's name.
-@pytest.mark.parametrize("pruner", [Pruner.median, Pruner.asha])
+@pytest.mark.parametrize("pruner", [Pruner.median, pytest.param(Pruner.asha, marks=pytest.mark.ci)])
 def test_a_trial_that_falls_behind_ends(pruner: Pruner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sweep = Optuna(tmp_path, CURVE, monkeypatch)
     sweep.go(settings(pruner=pruner, sampler=Sampler.grid, startup_trials=1, reduction_factor=2), *BAD_AFTER_GOOD)

@@ -194,6 +194,7 @@ def sync(url: str, folder: Path, home: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.ci
 def test_wandb_sync_of_a_continued_run_replaces_what_was_synced_before(tmp_path):
     run_dir = tmp_path / "run"
     with wandb_server() as server:
@@ -242,6 +243,7 @@ def test_online_without_a_key_goes_on_offline_and_asks_nobody(tmp_path):
     tracked_offline(tmp_path / "run", printed, "no W&B key found")
 
 
+@pytest.mark.ci
 def test_a_broken_netrc_is_no_key(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".netrc").write_text('machine api.wandb.ai login user password "unfinished\n{{{')
@@ -249,12 +251,14 @@ def test_a_broken_netrc_is_no_key(tmp_path):
     tracked_offline(tmp_path / "run", printed, "W&B cannot be used (API key")
 
 
+@pytest.mark.ci
 def test_a_server_that_is_not_there_leaves_an_offline_run(tmp_path):
     variables = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     printed = launch(tmp_path / "run", "online", variables=variables, timeout=3.0, **{"from": 0, "to": 3})
     tracked_offline(tmp_path / "run", printed, "W&B cannot be used (")
 
 
+@pytest.mark.ci
 def test_a_refused_key_leaves_an_offline_run(tmp_path):
     with wandb_server(key="b" * 40) as server:
         variables = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
@@ -291,6 +295,7 @@ def configuration(mode: str) -> schema.RunConfig:
     return run_config(tracking=schema.tracking_class()(wandb=WandbConfig(mode=WandbMode[mode])))
 
 
+@pytest.mark.ci
 def test_a_service_that_crashes_ends_wandb_and_not_the_run(tmp_path):
     crash = LAUNCH.replace(
         "tracker.samples(last",

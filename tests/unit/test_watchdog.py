@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 PROGRAM = """
 import time
 from dstune.trainer.callbacks.watchdog import Watchdog
@@ -30,6 +32,7 @@ def test_a_step_that_hangs_is_ended():
     assert reported.startswith("reported: rank 1 made no progress for 0.3 s (trainer.stall_seconds) in step 1: ")
 
 
+@pytest.mark.ci
 def test_a_save_may_take_longer_and_ends_too():
     code, reported, seconds = ended("""
 with watchdog.around("saving"):
@@ -46,6 +49,7 @@ def test_after_the_loop_nothing_is_queried():
     assert ended("watchdog.on_train_end(None, None); time.sleep(1.5)")[:2] == (0, "")
 
 
+@pytest.mark.ci
 def test_a_step_after_a_save_has_its_own_limit():
     code, reported, _ = ended("""
 with watchdog.around("saving"):
