@@ -179,7 +179,7 @@ def test_a_guard_alone_can_be_checked(tmp_path, capsys):
     assert capsys.readouterr().out == "guard: policy own for /v2/guard, project shop\n"
 
 
-def test_the_label_of_each_model_is_said(tmp_path):
+def test_a_policy_prints_the_label_of_each_model(tmp_path):
     guarding = Guarding(read("default", str(tmp_path)), tmp_path, tmp_path)
     guarding.engine.labels = {"prompt_attack": "INJECTION"}
     assert list(guarding.lines())[1:] == [f"prompt_attack is the label INJECTION of {tmp_path}"]

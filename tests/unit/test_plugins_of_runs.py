@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from dstune.config.run_overrides import apply_overrides
 from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.launch import rundir
+from dstune.serve.source import resolve
 from dstune.sweep import directory
 from tests.support.plugins import LION, ROOT, copy, folder_of_plugins
 
@@ -92,6 +94,28 @@ def test_a_copy_that_was_changed_or_is_gone(folder):
     kept.unlink()
     with pytest.raises(UserError, match="there is no such file"):
         read_run(folder / "run" / "run.yaml")
+
+
+def test_a_task_of_a_plugin_is_served_from_its_run(folder):
+    """Its export alone does not have the plugin: there it has to be given, as the refusal says."""
+    shutil.copy(LION.with_name("ordinal.py"), "ordinal.py")
+    composed = compose(["data.train=rows.jsonl", "plugins=[./ordinal.py]", "task=ordinal", "run.dir=run"])
+    export = folder / "run" / "export"
+    export.mkdir(parents=True)
+    write_run(folder / "run" / "run.yaml", composed)
+    (export / "config.json").write_text("{}")
+    (export / "dstune.json").write_text('{"task": {"name": "ordinal"}}')
+    Path("ordinal.py").unlink()
+    plugins.activate([])
+
+    source = resolve("", "run")
+    assert (source.task, source.folder, source.generates) == ("ordinal", export, False)
+    assert source.plugins == (str(folder / "run" / "plugins" / "ordinal.py"),)
+    with pytest.raises(UserError) as error:
+        resolve("", str(export))
+    (problem,) = error.value.problems
+    assert problem.reason == "was trained for task=ordinal, which is not known here"
+    assert problem.fix == "plugins: [FILE.py] in dstune.yaml"
 
 
 @pytest.fixture
