@@ -252,7 +252,8 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
     if not isinstance(section, Mapping):
         return
     kind = section.get("type", AUTO)
-    choice = OPTIMIZERS.get(str(kind).lower())
+    by_name = {name.lower(): name for name in classes_of("optimizer")}
+    choice = OPTIMIZERS.get(str(kind).lower(), by_name.get(str(kind).lower()))
     if kind != AUTO and choice is None:
         reason = f"dstune has no such optimizer (there are {', '.join(sorted(classes_of('optimizer')))})"
         content.problems.append(Problem(f"optimizer.type in {where}", reason, value=str(kind)))

@@ -190,7 +190,8 @@ def check(
     for override in overrides:
         key = override.key_or_group
         found: list[Problem] = []
-        if (known := not_offered(key, override.value())) is not None:
+        offered = override.value() in groups.get(key, ())  # by a plugin
+        if not offered and (known := not_offered(key, override.value())) is not None:
             found = [known]
             undecided.update([key] if key in CHOICES else [])
         elif key == "hydra.searchpath":

@@ -4,8 +4,8 @@ Everything below is a frozen dataclass that the code reads. `compose.py` derives
 (a frozen dataclass raises while composing), and turns the composed result back into these classes.
 
 A group whose choices have different keys (`task`, `method`, `optimizer`, `schedule`, `launch`) has one class per
-choice, so `method=full method.rank=8` is an unknown key instead of a silently ignored one; code uses `match` on the
-class.
+choice, so `method=full method.rank=8` is an unknown key instead of a silently ignored one; the class is the key by which
+the registry finds the room.
 A line of documentation and the range of a field stand beside it: `documentation()` and `validate.py` read both.
 """
 

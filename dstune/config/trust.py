@@ -22,6 +22,7 @@ from dstune.config.convert import chosen_class, format_value, may_refer, refers,
 from dstune.config.fields import SIGNED
 from dstune.config.names import all_keys, classes_of, is_section, sections, type_hints
 from dstune.config.overrides import key_of
+from dstune.config.schema import CHOICES
 from dstune.core import plugins, signing
 from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import was_resolved
@@ -111,8 +112,19 @@ def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
         if _refers(value) or (field is not None and _speaks(field, value)):
             found[name] = everything[name]
     if CODE in found:
-        found[CODE] = [found[CODE], {key: _at(content["config"], key) for key in CODE_OF}]
+        found[CODE] = [found[CODE], _code_of(content["config"])]
     return found
+
+
+def _code_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that name repositories whose code may run."""
+    named = {key: _at(config, key) for key in CODE_OF}
+    for section in ("task", "method"):
+        choice = str(_at(config, f"{section}.name"))
+        if choice in CHOICES.of_plugins(section) or CHOICES.find(section, choice) is None:
+            # Which of them name further models is not known before the plugin is loaded, so all of its settings count.
+            named[section] = config.get(section)
+    return named
 
 
 def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Field[Any] | None]]:

@@ -6,7 +6,7 @@ Pure: no file, no network, no hardware is looked at. What only a machine or the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from dstune.config.augment_rules import check_augment
@@ -39,6 +39,7 @@ from dstune.config.watched import watched
 from dstune.config.zero_rules import check_zero
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import (
+    METRICS,
     ROW_FORMATS,
     TASKS,
     TRACKERS,
@@ -46,6 +47,7 @@ from dstune.protocols import (
     method_of,
     metric_names,
     optimizer_of,
+    registered_metrics,
     schedule_of,
     task_of,
 )
@@ -319,6 +321,10 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "evaluate.slice_metric", reason, f"one of {', '.join(metrics)}", format_value(evaluate.slice_metric)
         )
+    elif evaluate.slice_metric in generation_metrics(config):
+        reason = f"{evaluate.slice_metric} is a metric of generated targets, and none are generated for a subgroup"
+        yield Problem("evaluate.slice_metric", reason, "evaluate.slice_metric=loss", evaluate.slice_metric)
+    yield from _check_metrics_of_plugins(config, metrics)
     yield from _check_what_needs_evaluations(config, held_out)
     if stopping.max_gap is not None and not task.comparable_loss:
         reason = f"the loss of task={task.name} depends on how many texts are compared at once, so there is no gap to measure"
@@ -391,8 +397,32 @@ def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
 
 
 def generation_metrics(config: RunConfig) -> set[str]:
-    """Metrics of generated targets, of any task of the run."""
-    return {name for task in (config.task, *tasks_of(config).values()) for name in task_of(task).generation_metrics}
+    """Metrics of generated targets, of any task of the run; all that plugins make of such a task's are."""
+    tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
+    return {
+        name
+        for task in tasks
+        if task.generation_metrics
+        for name in (*task.generation_metrics, *registered_metrics(task))
+    }
+
+
+def _check_metrics_of_plugins(config: RunConfig, metrics: Sequence[str]) -> Iterator[Problem]:
+    chosen = {
+        "trainer.early_stopping.metric": [config.trainer.early_stopping.metric],
+        "evaluate.slice_metric": [config.evaluate.slice_metric or "loss"],
+        "sweep.objective": config.sweep.objective,
+    }
+    for key, names in chosen.items():
+        for name in names:
+            if name in metrics and name.rpartition("/")[2] not in METRICS:
+                fix = "register a `dstune.Metric` of this name, whose `lower_is_better` says so"
+                yield Problem(key, f"it is not known whether less of {name} is better", fix, name)
+    for task in map(task_of, (config.task, *tasks_of(config).values())):
+        for name in METRICS:
+            if not task.has_predictions and METRICS[name].computed_for(task.name):
+                reason = f"the metric {name} is made of predictions, and evaluations of task={task.name} have none"
+                yield Problem("task", reason, f"leave {task.name} out of the `tasks` of {name}", task.name)
 
 
 def check_saves(config: RunConfig) -> Iterator[Problem]:

@@ -56,6 +56,7 @@ __all__ = [
     "optimizer_of",
     "parallelism",
     "parallelism_of",
+    "registered_metrics",
     "row_format",
     "schedule",
     "schedule_of",
@@ -90,7 +91,12 @@ def metric_names(config: TaskConfig) -> tuple[str, ...]:
     """The metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
     task = task_of(config)
     own = tuple(task.metrics)
-    return own + tuple(name for name in METRICS if name not in own and METRICS[name].computed_for(task.name))
+    return own + tuple(name for name in registered_metrics(task) if name not in own)
+
+
+def registered_metrics(task: Task) -> tuple[str, ...]:
+    """Those that are made of the predictions of `task`, beside its own."""
+    return tuple(name for name in METRICS if METRICS[name].computed_for(task.name)) if task.has_predictions else ()
 
 
 def formats_for(task: Task) -> tuple[str, ...]:

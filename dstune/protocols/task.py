@@ -77,6 +77,8 @@ class Task:
     """Why the head cannot read a pooled vector of the row; empty where it can."""
     row_loss: ClassVar[bool] = True
     """Every row has a loss of its own, which can be told apart by subgroups and compared with other texts of the row."""
+    has_predictions: ClassVar[bool] = True
+    """Its evaluations have what was predicted for each row (`Evaluation.predictions`), which metrics of plugins read."""
     comparable_loss: ClassVar[bool] = True
     """The losses of training and evaluation can be compared, however many rows a step has."""
     prefix_positions_ok: ClassVar[bool] = False
@@ -318,7 +320,7 @@ class Task:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Evaluation metrics that may decide which checkpoint is best."""
+        """Evaluation metrics that may decide which checkpoint is best, if one registered by that name says which way is better."""
         return ("loss",)
 
     generation_metrics: ClassVar[tuple[str, ...]] = ()

@@ -113,7 +113,7 @@ class Evaluator:
         task = task_of(self.config.task)
         evaluation = task.measure(self.data.labels, split, totals, kept)
         evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
-        evaluation = with_registered(evaluation, task.name, self.data.labels)
+        evaluation = with_registered(evaluation, task, self.data.labels)
         if not (slices and self.config.evaluate.slices):
             return totals, evaluation
         metrics, details = measure_slices(self.config, self.data.labels, split, kept)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dstune.data.prepared import Split
-from dstune.protocols import METRICS, task_of
-from dstune.protocols.task import TaskConfig
+from dstune.protocols import METRICS, registered_metrics, task_of
+from dstune.protocols.task import Task, TaskConfig
 from dstune.trainer.generation import Generated
 
 Row = dict[str, np.ndarray]
@@ -81,10 +81,10 @@ def without_loss(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name not in ("loss", "targets")}
 
 
-def with_registered(evaluation: Evaluation, task: str, labels: tuple[str, ...]) -> Evaluation:
+def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...]) -> Evaluation:
     """`evaluation` with the metrics that are registered for `task` beside its own (`dstune.protocols.Metric`)."""
     pairs = evaluation.predictions or tuple((row.target, row.answer) for row in evaluation.generated)
-    registered = [METRICS[name]() for name in METRICS if METRICS[name].computed_for(task)]
+    registered = [METRICS[name]() for name in registered_metrics(task)]
     if not (registered and pairs):
         return evaluation
     targets, predictions = zip(*pairs, strict=True)

@@ -47,7 +47,7 @@ def measure_slices(
             rows = [kept[sample] for sample in samples.tolist()]
             part = split.select(samples)
             evaluation = task.measure(labels, part, totals_of(rows), rows)
-            evaluation = with_registered(evaluation, task.name, labels)
+            evaluation = with_registered(evaluation, task, labels)
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
         expected = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
         large = {

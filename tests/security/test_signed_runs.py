@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
+from dstune.config import trust
 from dstune.config.compose import compose
 from dstune.config.run_file import Composed, write_run
 from dstune.core.errors import UserError
 from dstune.launch.slurm.config import SlurmConfig
+from dstune.protocols import TASKS
 from tests.support.stranger import CONSEQUENTIAL, TOKEN, Stranger, mine, read
 
 
@@ -55,6 +57,21 @@ def test_the_signature_fits_no_other_value(stranger: Stranger) -> None:
     assert altered(lambda config: config["tracking"].update(tags=["${ oc.env :HF_TOKEN}"])) == ["tracking.tags"]
     assert altered(lambda config: config["model"].update(trust_remote_code=False)) == []
     assert altered(lambda config: config["tracking"].update(notes="mine")) == []
+
+
+def test_further_models_of_a_task_are_signed_with_the_consent_to_their_code() -> None:
+    named = {
+        f"task.{key}" for task in TASKS.classes().values() for one in task.further_models for key in vars(one).values()
+    }
+    assert named and named <= set(trust.CODE_OF)
+
+    def signed(task: dict[str, str]) -> str:
+        config = {"model": {"path": "m", "trust_remote_code": True}, "task": task, "method": {"name": "full"}}
+        return trust.statement({"config": config})["model.trust_remote_code"]
+
+    plugin = {"name": "distil", "teacher": "a/b"}  # not loaded where the signature is read
+    assert signed(plugin) == signed(dict(plugin)) != signed(plugin | {"teacher": "evil/b"})
+    assert signed({"name": "chat", "chat_template": "a"}) == signed({"name": "chat", "chat_template": "b"})
 
 
 def test_a_run_with_nothing_of_consequence_needs_no_signature(stranger: Stranger) -> None:

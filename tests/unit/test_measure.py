@@ -341,7 +341,7 @@ def test_a_registered_metric_is_measured_over_all_rows_and_slices(tmp_path, dist
         for label in true
     ]
     task = task_of(config.task)
-    whole = with_registered(task.measure(data.labels, split, Totals(0.0, 6.0, 2.0), kept), task.name, data.labels)
+    whole = with_registered(task.measure(data.labels, split, Totals(0.0, 6.0, 2.0), kept), task, data.labels)
     assert whole.metrics["distance"] == 1.0  # of 0, 1, 2, 0, 1, 2
     metrics, details = measure_slices(config, data.labels, split, kept)
     values = {name: of["distance"] for name, of in details["from"]["values"].items()}

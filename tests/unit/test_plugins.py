@@ -284,6 +284,84 @@ def test_a_member_needs_a_config_of_its_own():
     assert compose(["data=chitchat"]).config.optimizer.name == "adamw"
 
 
+def test_a_plugin_may_offer_what_dstune_does_not():
+    copy("muon.py", '"lion"', '"muon"')
+    assert compose(["data=chitchat", "plugins=[./muon.py]", "optimizer=muon"]).config.optimizer.name == "muon"
+    ((where, reason, _),) = problems("optimizer=muon")
+    assert where == "optimizer" and reason.startswith("is not offered: Muon")
+
+
+def test_a_deepspeed_file_may_choose_the_optimizer_of_a_plugin():
+    copy()
+    Path("ds.json").write_text('{"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}')
+    optimizer = compose(["data=chitchat", "plugins=[./lion.py]", "zero=file", "zero.path=ds.json"]).config.optimizer
+    assert (optimizer.name, optimizer.lr) == ("lion", 1e-4)
+
+
+# ---- metrics ----
+
+METRICS = """
+import dstune
+from dataclasses import dataclass
+from dstune.tasks.seq2seq import Seq2Seq
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
+
+
+@dstune.metric
+class Distance(dstune.Metric):
+    name = "distance"
+    tasks = ("chat", "seq2seq")
+
+    def compute(self, predictions, targets, labels):
+        return 0.0
+
+
+@dataclass(frozen=True)
+class OwnConfig(Seq2SeqConfig):
+    name: str = "own"
+
+
+@dstune.task
+class Own(Seq2Seq):
+    Config = OwnConfig
+    metrics = ("loss", "emd")
+"""
+
+
+def invalid(*overrides: str) -> list[tuple[str, str]]:
+    config = compose(["model.path=m", "data.train=rows.jsonl", "plugins=[./metrics.py]", *overrides]).config
+    return [(problem.where, problem.reason) for problem in find_problems(config, ())]
+
+
+def test_a_metric_is_refused_where_no_evaluation_has_it():
+    Path("metrics.py").write_text(METRICS)
+    reason = "the metric distance is made of predictions, and evaluations of task=chat have none"
+    assert ("task", reason) in invalid("task=chat")
+    assert "trainer.early_stopping.metric" in dict(invalid("task=chat", "trainer.early_stopping.metric=distance"))
+    seq2seq = ("task=seq2seq", "data.split.validation=0.1", "evaluate.every=5", "evaluate.slices=[lang]")
+    stopping = (*seq2seq, "trainer.early_stopping.metric=distance", "trainer.early_stopping.patience=2")
+    assert invalid(*stopping, "evaluate.generate_rows=9") == []
+    (problem,) = invalid(*stopping, "evaluate.generate_rows=0")
+    assert problem[1] == "distance is a metric of generated targets, and evaluate.generate_rows is 0"
+    for name in ("bleu", "distance"):
+        (problem,) = invalid(*seq2seq, f"evaluate.slice_metric={name}")
+        assert problem == (
+            "evaluate.slice_metric",
+            f"{name} is a metric of generated targets, and none are generated for a subgroup",
+        )
+
+
+def test_a_metric_of_a_task_that_may_be_better_either_way():
+    Path("metrics.py").write_text(METRICS)
+    own = ("task=own", "data.split.validation=0.1", "evaluate.every=5", "trainer.early_stopping.patience=2")
+    assert invalid(*own) == []
+    reason = "it is not known whether less of emd is better"
+    assert invalid(*own, "trainer.early_stopping.metric=emd") == [("trainer.early_stopping.metric", reason)]
+    with open("metrics.py", "a") as file:
+        file.write('\n\n@dstune.metric\nclass Emd(dstune.Metric):\n    name = "emd"\n    lower_is_better = True\n')
+    assert invalid(*own, "trainer.early_stopping.metric=emd") == []
+
+
 # ---- rows to be predicted ----
 
 

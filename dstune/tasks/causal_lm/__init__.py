@@ -23,6 +23,7 @@ class CausalLm(LanguageTask):
     tensor_parallel = True
     one_pass = True
     formats = ("text", "tokens")
+    has_predictions = False
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))
 

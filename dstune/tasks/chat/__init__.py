@@ -25,6 +25,7 @@ class Chat(LanguageTask):
     one_pass = True
     formats = ("messages", "conversations", "prompt_completion", "alpaca")
     frozen_keys = ("template_date",)
+    has_predictions = False
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     ranked_by = (("bits_per_byte", True), ("loss", True))
 

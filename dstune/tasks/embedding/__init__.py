@@ -34,6 +34,7 @@ class Embedding(Task):
     config: EmbeddingConfig
 
     row_loss = False
+    has_predictions = False
     comparable_loss = False
     unpackable = "every text has a vector of its own"
     texts_per_row = 2

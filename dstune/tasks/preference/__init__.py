@@ -36,6 +36,7 @@ class Preference(WritingTask):
 
     conversational = True
     row_loss = False
+    has_predictions = False
     prefix_positions_ok = True
     unpackable = "answers are compared whole, each in a row of its own"
     low_learning_rate = True

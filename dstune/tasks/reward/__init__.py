@@ -36,6 +36,7 @@ class Reward(Task):
     pipeline = "text-classification"
     unpoolable = "a reward model has the head of its architecture"
     row_loss = False
+    has_predictions = False
     prefix_positions_ok = True
     unpackable = "answers are compared whole, each in a row of its own"
     predicts_from_text = False
