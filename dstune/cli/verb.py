@@ -73,7 +73,7 @@ class Verb:
         return Words(words, self.overrides, files=takes_words and self.takes_files)
 
 
-VERBS: Registry[Verb] = Registry("verb", "dstune.cli", plugins=False)
+VERBS: Registry[Verb] = Registry("verb", Verb, "dstune.cli", plugins=False)
 verb = VERBS.add
 
 

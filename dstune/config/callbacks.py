@@ -133,7 +133,12 @@ def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, whe
             problems.append(
                 Problem(where, f"the callback {name} needs {one.name}", f"give {name}: {{{one.name}: VALUE}}")
             )
-    hints = typing.get_type_hints(cls.__init__)
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError as error:
+        reason = f"the type of an argument of {name} is known to type checkers alone: {error}"
+        fix = "import it without `if TYPE_CHECKING`, or annotate the argument with str, int, float, bool or a list of these"
+        raise UserError([*problems, Problem(where, reason, fix)]) from error
     converted = dict(arguments)
     for argument, value in arguments.items():
         with collected(problems):

@@ -40,6 +40,12 @@ def problem_of(error: BaseException, hydra: Hydra) -> Problem:
             return problem
         return Problem(where, f"{problem.reason}: {choice}", problem.fix)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines and error.__cause__ is not None:  # of the class of a choice, which OmegaConf cannot read
+        cause = str(error.__cause__)
+        lines = cause.splitlines()
+        owner = re.search(r"object_type=(?!NoneType)(\w+)", cause)
+        where = owner[1] if owner else where
+        text = cause
     keyed = re.search(r"full_key: (\S+)", text) or re.search(r"full_key: (\S+)", str(error.__cause__ or ""))
     if keyed:
         return _key_problem(where, keyed[1], lines)

@@ -40,13 +40,17 @@ def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
     print(f"dstune: {error}", file=sys.stderr, flush=True)
 
 
-def report_once(run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS) -> None:
-    """For a rank inside somebody else's launch: rank 0 tells its error, any other one only what rank 0 has not told.
+def report_once(
+    run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS, *, prints: bool = True
+) -> None:
+    """For a rank inside somebody else's launch: rank 0 prints its error, any other one only what rank 0 has not printed.
 
+    prints: whether rank 0 does; its caller raises the error otherwise.
     A rank leaves its file when it has looked at rank 0's, so rank 0 knows when nobody needs the folder any more.
     """
     if env.rank == 0:
-        print(f"dstune: {error}", file=sys.stderr, flush=True)
+        if prints:
+            print(f"dstune: {error}", file=sys.stderr, flush=True)
         leave_error(run_dir, 0, error)
         others = [error_file(run_dir, rank) for rank in range(1, env.world_size)]
         if _wait(lambda: not others or any(file.exists() for file in others), patience):

@@ -45,15 +45,23 @@ class Registry(Generic[Member]):
     """The members of one kind, in the order in which they registered.
 
     kind: what a member is called in messages, and the configuration section that chooses one.
+    base: the class that all members derive from.
     package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
     plugins: whether plugins may add members.
     """
 
     def __init__(
-        self, kind: str, package: str | None = None, *, folders_only: bool = False, plugins: bool = True
+        self,
+        kind: str,
+        base: type[Any],
+        package: str | None = None,
+        *,
+        folders_only: bool = False,
+        plugins: bool = True,
     ) -> None:
         self.kind = kind
+        self._base = base
         self._plugins = plugins
         if plugins:
             _kinds.append(self)
@@ -67,8 +75,11 @@ class Registry(Generic[Member]):
         """Register `cls` under its `name` (default: that of its `Config`). Used as a decorator.
 
         Raises:
-            ValueError: another class has this name already.
+            ValueError: another class has this name already, or `cls` is none of this kind.
         """
+        if not (isinstance(cls, type) and issubclass(cls, self._base)):
+            name = getattr(cls, "__qualname__", cls)
+            raise ValueError(f"{name}: a {self.kind} is a class that derives from dstune.{self._base.__name__}")
         config = getattr(cls, "Config", None)
         # Its own: a room may build on another one's class.
         name = cls.__dict__.get("name") or (config.name if config is not None else getattr(cls, "name", None))

@@ -65,17 +65,17 @@ __all__ = [
     "tracker",
 ]
 
-TASKS: Registry[Task] = Registry("task", "dstune.tasks")
-METHODS: Registry[Method] = Registry("method", "dstune.methods")
-METRICS: Registry[Metric] = Registry("metric", "dstune.metrics")
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "dstune.optim")
-SCHEDULES: Registry[Schedule] = Registry("schedule", "dstune.optim")
-ROW_FORMATS: Registry[RowFormat] = Registry("row format", "dstune.tasks")
-CALLBACKS: Registry[Callback] = Registry("callback", "dstune.trainer.callbacks")
-LAUNCHERS: Registry[Launcher] = Registry("launch", "dstune.launch", folders_only=True)
-PARALLELISMS: Registry[Parallelism] = Registry("parallel", "dstune.parallel")
-TRACKERS: Registry[Tracker] = Registry("tracker", "dstune.tracking.trackers")
-DATA_SOURCES: Registry[DataSource] = Registry("data source", "dstune.data.lakehouse", plugins=False)
+TASKS: Registry[Task] = Registry("task", Task, "dstune.tasks")
+METHODS: Registry[Method] = Registry("method", Method, "dstune.methods")
+METRICS: Registry[Metric] = Registry("metric", Metric, "dstune.metrics")
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer, "dstune.optim")
+SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, "dstune.optim")
+ROW_FORMATS: Registry[RowFormat] = Registry("row format", RowFormat, "dstune.tasks")
+CALLBACKS: Registry[Callback] = Registry("callback", Callback, "dstune.trainer.callbacks")
+LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True)
+PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
+TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
+DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, "dstune.data.lakehouse", plugins=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add

@@ -434,7 +434,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
 
     def report_error(error: DstuneError) -> None:
         errors.append(error)
-        report_once(run_dir, env, error)
+        report_once(run_dir, env, error, prints=prints)
 
     def work() -> None:
         refuse_unshared(world, run_dir)

@@ -68,6 +68,15 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Either sets torch's allocator; where both are there, torch 2.13 reads the first."""
 
 
+def leave_process_group() -> None:
+    """So that another run may start in this process."""
+    if torch.distributed.is_initialized():
+        from deepspeed.utils import groups
+
+        torch.distributed.destroy_process_group()
+        groups._WORLD_GROUP = None  # its copy of the group, which the next engine would use
+
+
 def use_expandable_segments(variables: MutableMapping[str, str]) -> None:
     """Let CUDA's allocator grow what it has, which leaves fewer gaps where micro-batches differ in size, unless the user has set
     anything of it. To be called before the first tensor on the device."""

@@ -159,3 +159,48 @@ def test_a_run_that_fails_leaves_no_thread_behind(tmp_path: Path):
     assert "caught" in done.stdout and "as planned" in done.stdout + done.stderr, done.stdout + done.stderr
     left = done.stdout.splitlines()[done.stdout.splitlines().index("MainThread") :]
     assert not {"watchdog", "peak-memory"} & set(left), left
+
+
+REFUSES = """
+import dstune
+
+@dstune.callback
+class Refuses(dstune.Callback):
+    name = "refuses"
+
+    def __init__(self, low: int = 1):
+        if low > 2:
+            raise ValueError("low is above 2")
+"""
+SEVERAL = """
+import sys
+import dstune
+run = dstune.train(*sys.argv[1:])
+loss = run.evaluate(split="train")["metrics"]["loss"]
+again = run.resume("trainer.max_steps=4")
+print("trained", again.result["steps"], loss > 0)
+try:
+    dstune.train(*sys.argv[1:-1], "run.dir=other", "trainer.callbacks=[{refuses: {low: 3}}]")
+except dstune.UserError as error:
+    print("refused", [(problem.where, problem.reason) for problem in error.problems])
+"""
+
+
+def test_runs_follow_each_other_in_one_process(tmp_path: Path):
+    save_decoder(tmp_path / "model")
+    write_dialogues(tmp_path / "rows.jsonl", 20)
+    (tmp_path / "own.py").write_text(REFUSES)
+    settings = [f"model.path={tmp_path / 'model'}", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_length=64"]
+    settings += [
+        "trainer.max_steps=3",
+        "trainer.micro_batch_size=2",
+        "trainer.global_batch_size=4",
+        "plugins=[./own.py]",
+    ]
+    settings += ["launch.processes=1", "launch.in_process=true", "run.dir=run"]
+    env = os.environ | {"DSTUNE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", SEVERAL, *settings]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "trained 4 True" in done.stdout, done.stdout
+    assert "refused [(" in done.stdout and "low is above 2" in done.stdout, done.stdout

@@ -81,6 +81,41 @@ def test_keys_have_types_ranges_and_nearest_names():
     assert [problem.where for problem in find_problems(config)] == ["optimizer.momentum"]  # of its range
 
 
+def test_a_field_of_a_type_that_no_key_can_have():
+    text = LION.read_text().replace(
+        '"""Decay rate of the momentum (beta 2)."""', '"""Decay rate."""\n    extra: set[int] = None'
+    )
+    Path("lion.py").write_text(text)
+    ((where, reason, _),) = problems("plugins=[./lion.py]", "optimizer=lion")
+    assert (where, reason) == ("LionConfig", "extra: Unexpected type annotation: set[int]")
+
+
+CALLBACK = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+import dstune
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dstune.callback
+class Typed(dstune.Callback):
+    name = "typed"
+
+    def __init__(self, dtype: torch.dtype | None = None, number: int = 3):
+        pass
+"""
+
+
+def test_an_argument_whose_type_is_imported_for_type_checkers():
+    Path("typed.py").write_text(CALLBACK)
+    config = compose(["data=chitchat", "plugins=[./typed.py]", "trainer.callbacks=[{typed: {number: 4}}]"]).config
+    (problem,) = find_problems(config)
+    assert problem.where == "trainer.callbacks[0]"
+    assert "name 'torch' is not defined" in problem.reason and "TYPE_CHECKING" in problem.fix
+
+
 TRACKER = """
 from dataclasses import dataclass
 import dstune
@@ -181,6 +216,18 @@ def test_the_same_file_is_executed_once_and_a_changed_one_again():
             "import dstune\n\n@dstune.task\nclass T(dstune.Task):\n    name = ''\n",
             "bad.py:3",
             "a task needs a `name`",
+            "",
+        ),
+        (
+            "import dstune\n\n@dstune.callback\nclass C:\n    name = 'c'\n",
+            "bad.py:3",
+            "derives from dstune.Callback",
+            "",
+        ),
+        (
+            "import dstune\n\n@dstune.metric\nclass M(dstune.Callback):\n    name = 'm'\n",
+            "bad.py:3",
+            "from dstune.Metric",
             "",
         ),
     ],

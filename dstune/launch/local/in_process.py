@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import traceback
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, UserError
 from dstune.core.rank_env import RankEnv
 from dstune.launch import records
 from dstune.launch.commands import local_plan
@@ -21,14 +22,22 @@ RANK = RankEnv(0, 1, 0, 1, "in-process")
 
 
 def run(config: RunConfig, run_dir: Path) -> int:
-    """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code."""
+    """Train `config` in `run_dir`, which holds its `run.yaml`, and return the exit code.
+
+    Raises:
+        UserError: what is wrong with the run or its plugins, as it is raised where ranks are processes.
+    """
     from dstune.rank.worker import main_inside
 
     with _as_rank(config, run_dir):
-        code = main_inside(RANK, lambda: (config, run_dir, run_dir)).code
-    if code != EXIT_DONE and records.read_result(run_dir) is None:
-        records.write_result(run_dir, "failed", f"the rank ended with exit code {code}", 1)
-    return code
+        outcome = main_inside(RANK, lambda: (config, run_dir, run_dir), prints=False)
+    if outcome.code != EXIT_DONE and records.read_result(run_dir) is None:
+        records.write_result(run_dir, "failed", f"the rank ended with exit code {outcome.code}", 1)
+    if isinstance(outcome.error, UserError):
+        raise outcome.error
+    if outcome.error is not None:
+        print(f"dstune: {outcome.error}", file=sys.stderr, flush=True)
+    return outcome.code
 
 
 def call(config: RunConfig, directory: Path, command: Sequence[str], console: Console) -> int:
@@ -61,12 +70,6 @@ def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-        _leave_process_group()
+        from dstune.zero.start import leave_process_group
 
-
-def _leave_process_group() -> None:
-    """So that another run may start in this process."""
-    import torch.distributed
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave_process_group()
