@@ -45,7 +45,8 @@ def from_environment(env: Mapping[str, str]) -> RankEnv | None:
     `RANK` with `WORLD_SIZE` always makes a rank, also in a world of one (`deepspeed --num_gpus 1`). Open MPI, PMI and
     SLURM also mark single processes that are no part of a distributed launch (`mpirun -n 1`, a bare sbatch step), so
     with them a world of one is none. When several launchers left variables, the innermost and most specific wins:
-    RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both).
+    RANK, then Open MPI, PMI, SLURM (mpirun inside an sbatch script has both). srun sets PMI's rank and size too
+    (`--mpi=pmi2`), but not how many ranks are on the node: where both agree, SLURM's variables are used.
 
     Raises:
         UserError: a variable is no number, the rank is not below the world size, or the number of ranks is not told.
@@ -96,6 +97,10 @@ def _pmi(env: Mapping[str, str]) -> RankEnv | None:
     if not (env.get("PMI_RANK") and env.get("PMI_SIZE")):
         return None
     rank, world_size = _number(env, "PMI_RANK"), _number(env, "PMI_SIZE")
+    step = _slurm(env)
+    # mpiexec starts its own processes through srun as well, but one for each node: that step has fewer tasks.
+    if step is not None and (step.rank, step.world_size) == (rank, world_size):
+        return step
     # MPICH and Intel MPI (Hydra process manager), Cray PALS, MVAPICH2.
     names = ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
     local_size = _first(env, names, world_size)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dstune.core import files
 from dstune.core.errors import Problem, TrainingFailed, UserError
+from dstune.core.handoff import LAUNCH_ID
 from dstune.core.paths import cache_root
 from dstune.core.rank_env import GROUP_SECRET, STORE, RankEnv
 
@@ -206,12 +207,41 @@ def _take_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
 
 
 def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
-    """What tells this start of the ranks from any other one in the same run directory."""
+    """What tells this start of the ranks from any other one in the same run directory.
+
+    Raises:
+        UserError: nothing does, so that ranks could meet those of another start.
+    """
     names = {
         "slurm": ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
-        "openmpi": ("DSTUNE_LAUNCH_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
-    }.get(env.source, ("DSTUNE_LAUNCH_ID", "PMI_ID", "HYDRA_JOB_ID"))
-    return " ".join(variables.get(name, "") for name in names)
+        "openmpi": (LAUNCH_ID, "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+    }.get(env.source, (LAUNCH_ID,))
+    identity = " ".join(variables.get(name, "") for name in names).strip()
+    if not identity and env.local_size == env.world_size:
+        identity = _launcher(env)
+    if not identity:
+        reason = f"{env.source} gives the ranks nothing that tells this start from an earlier one"
+        fix = "export a new value to all ranks at each start, for example mpiexec -genv DSTUNE_LAUNCH_ID $(uuidgen) ..."
+        raise UserError(Problem(LAUNCH_ID, reason, fix))
+    return identity
+
+
+def _launcher(env: RankEnv) -> str:
+    """The process that started all ranks of this machine: the nearest ancestor that is no part of a rank itself, such as a
+    shell script around it. MPICH's mpiexec sets no variable that could be used instead. Empty where none is visible.
+    """
+    import psutil
+
+    place = {"pmi": "PMI_RANK", "openmpi": "OMPI_COMM_WORLD_RANK", "slurm": "SLURM_PROCID"}.get(env.source, "RANK")
+    for process in psutil.Process().parents():
+        try:
+            if place not in process.environ():
+                return f"{_place()} {process.pid}"
+        except psutil.AccessDenied:  # another user's, such as the daemon of a queue
+            return f"{_place()} {process.pid}"
+        except psutil.Error:
+            pass
+    return ""
 
 
 def _leave(file: Path, meeting: dict[str, object]) -> None:

@@ -43,6 +43,32 @@ CASES = {
     ),
     "pmi without local variables": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, RankEnv(1, 2, 1, 2, "pmi")),
     "pmi with one process": ({"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+    "srun with PMI-2": (
+        {
+            "PMI_RANK": "9",
+            "PMI_SIZE": "16",
+            "SLURM_PROCID": "9",
+            "SLURM_STEP_NUM_TASKS": "16",
+            "SLURM_LOCALID": "1",
+            "SLURM_NODEID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+        },
+        RankEnv(9, 16, 1, 8, "slurm"),
+    ),
+    "mpich inside a slurm job, its proxies started by srun": (
+        {
+            "PMI_RANK": "9",
+            "PMI_SIZE": "16",
+            "MPI_LOCALRANKID": "1",
+            "MPI_LOCALNRANKS": "8",
+            "SLURM_PROCID": "1",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_LOCALID": "0",
+            "SLURM_NODEID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+        },
+        RankEnv(9, 16, 1, 8, "pmi"),
+    ),
     "srun on three nodes": (
         {
             "SLURM_PROCID": "6",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -96,6 +98,37 @@ def test_what_another_user_or_an_ended_launch_left_is_not_believed(tmp_path, mon
         place.write_text(json.dumps(json.loads(place.read_text()) | {"pid": 2**22 + 1}))
     with pytest.raises(TrainingFailed, match="rank 0 did not say"):
         rendezvous._private_meeting(places, identity, 0.2)
+
+
+def test_starts_without_a_number_are_distinguished_by_their_launcher(tmp_path):
+    """MPICH's mpiexec gives its ranks none: two of them on one machine must not meet each other's ranks."""
+    rank = (
+        "import os; from dstune.core import rendezvous as r; from dstune.core.rank_env import RankEnv;"
+        "print(r._identity(RankEnv(int(os.environ['PMI_RANK']), 2, 0, 2, 'pmi'), os.environ))"
+    )
+    # The second rank is started by a script.
+    mpiexec = (
+        "import os, subprocess, sys\n"
+        "for number, command in enumerate(([sys.executable, '-c', sys.argv[1]],"
+        " ['sh', '-c', '\"$@\"; true', 'sh', sys.executable, '-c', sys.argv[1]])):\n"
+        "    subprocess.run(command, env=os.environ | {'PMI_RANK': str(number)}, check=True)"
+    )
+    starts = [
+        subprocess.run([sys.executable, "-c", mpiexec, rank], capture_output=True, text=True, check=True).stdout.split(
+            "\n"
+        )
+        for _ in range(2)
+    ]
+    assert all(first and first == second for first, second, _ in starts) and starts[0] != starts[1]
+
+
+def test_ranks_on_several_nodes_need_a_number_of_their_start(tmp_path):
+    rank = RankEnv(0, 4, 0, 2, "pmi")
+    with pytest.raises(UserError, match="DSTUNE_LAUNCH_ID"):
+        rendezvous.meet(rank, tmp_path, {"PMI_ID": "0"})
+    variables = {"DSTUNE_LAUNCH_ID": "7"}
+    rendezvous.meet(rank, tmp_path, variables)
+    assert variables["MASTER_PORT"]
 
 
 def test_two_runs_of_one_rank_do_not_share_a_port(tmp_path):
