@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dstune.core.errors import Problem, UserError
-from dstune.launch.records import LaunchRecord
 from dstune.protocols import LAUNCHERS
-from dstune.protocols.launcher import Queue
+
+if TYPE_CHECKING:
+    from dstune.launch.records import LaunchRecord
+    from dstune.protocols.launcher import Queue
+
+
+def queue_named(launcher: str) -> Queue | None:
+    """The queue of a launcher; None where it has none, or is not known here."""
+    found = LAUNCHERS.find(launcher)
+    return None if found is None else found.queue
 
 
 def queue_of(record: LaunchRecord) -> Queue:
@@ -14,7 +24,7 @@ def queue_of(record: LaunchRecord) -> Queue:
     Raises:
         UserError: no launcher of this name has a queue: it is a plugin's, or the record is a stranger's.
     """
-    queue = LAUNCHERS[record.launcher].queue if record.launcher in LAUNCHERS else None
+    queue = queue_named(record.launcher)
     if queue is None:
         reason = "the run's jobs are in the queue of a launcher that is not known here"
         raise UserError(Problem("launch.json", reason, "give the plugin that has it", record.launcher))

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import socket
 import time
 from collections import Counter
@@ -21,6 +20,8 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import MAX_BYTES, METRICS_BYTES, lines_within, open_file, parse_json, read_object
 from dstune.core.paths import cache_root
 from dstune.core.secrets import redacted
+from dstune.launch.queues import queue_named
+from dstune.protocols.launcher import Queue
 from dstune.report.run_files import is_row, shaped_result
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ LEASE = "lease.json"
 DRIVER = Path("launch") / "driver"
 """Touched while the process lives whose ranks end by themselves some time after it; holds how many seconds that may take."""
 LONGEST_SECONDS = 60.0
-JOB = re.compile(r"\d+(_\d+)?")
-"""A number of a SLURM job, or of one of an array: what may stand on a command line of `scancel`."""
 TAKEOVER_SECONDS = 15.0
 """How long to wait for the ranks of a launcher that was killed; its guard is ending them."""
 
@@ -51,7 +50,7 @@ class LaunchRecord:
     jobs: list[str] = field(default_factory=list)
     """Jobs that the ranks run in, one after the other."""
     launcher: str = "slurm"
-    """Whose jobs they are; earlier versions left none but SLURM's."""
+    """The launcher whose jobs they are. Earlier versions did not write it, and had SLURM's jobs only."""
 
     @property
     def is_here(self) -> bool:
@@ -81,21 +80,22 @@ def working_folder(place: Path) -> Path:
     return cache_root() / "runs" / hashlib.sha256(str(place.absolute()).encode()).hexdigest()[:16]
 
 
-def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
+def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
     """Note that this process launches the run now, and remove what could pass for its own: an earlier launch's errors
-    and result."""
+    and result. jobs, launcher: as for `note`."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for stale in (*(run_dir / "logs").glob("rank-*.error"), result_path(run_dir)):
         stale.unlink(missing_ok=True)
-    note(run_dir, launch_id, processes, jobs)
+    note(run_dir, launch_id, processes, jobs, launcher)
 
 
-def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = ()) -> None:
-    """Write `launch.json` for this process."""
+def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
+    """Write `launch.json` for this process. launcher: the name of the one whose queue `jobs` are in."""
     import psutil
 
+    assert launcher or not jobs, "another launcher's queue would be asked about the jobs"
     me = psutil.Process()
-    record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes, list(jobs))
+    record = LaunchRecord(launch_id, me.pid, me.create_time(), socket.gethostname(), processes, list(jobs), launcher)
     write_json(run_dir / "launch.json", asdict(record))
 
 
@@ -107,16 +107,14 @@ def read_launch(run_dir: Path) -> LaunchRecord | None:
     numbers = all(
         isinstance(value, int | float) and value > 0 for value in (record.pid, record.started, record.processes)
     )
-    jobs = isinstance(record.jobs, list) and all(isinstance(job, str) and JOB.fullmatch(job) for job in record.jobs)
-    return (
-        record
-        if numbers
-        and jobs
-        and isinstance(record.pid, int)
-        and isinstance(record.host, str)
-        and isinstance(record.launcher, str)
-        else None
-    )
+    texts = isinstance(record.host, str) and isinstance(record.launcher, str)
+    if not (numbers and texts and isinstance(record.pid, int) and isinstance(record.jobs, list)):
+        return None
+    if record.jobs:
+        expected = (queue_named(record.launcher) or Queue).job
+        if not all(isinstance(job, str) and expected.fullmatch(job) for job in record.jobs):
+            return None
+    return record
 
 
 def _holds(process: psutil.Process, lock: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ class Queue:
     """Where a launcher's runs wait for machines, and go on without the process that submitted them."""
 
     name: ClassVar[str]
+    job: ClassVar[re.Pattern[str]] = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@\[\]-]*")
+    """What the ids of its jobs look like. They are read from `launch.json`, which a stranger may have written, and end up on
+    the command lines of the queue's programs: no id is an option or has spaces in it."""
     variables: ClassVar[frozenset[str]] = frozenset()
     """Of the environment, which the queue's own commands need."""
 

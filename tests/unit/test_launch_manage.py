@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +17,11 @@ from dstune import cli
 from dstune.checkpoint import store
 from dstune.core.errors import UserError
 from dstune.launch import manage, records, runs
+from dstune.protocols import LAUNCHERS, Launcher
+from dstune.protocols.launcher import LaunchConfig, Queue
+from dstune.serve.finetuning.jobs import configuration, process
+from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.presets import Preset
 from tests.support.runs import write_sweep_directory
 
 # Ends with the number of signals it got within a second: a first one asks, a second one ends at once.
@@ -53,6 +60,55 @@ def record(run_dir, process, *, host=None, shift=0.0):
     started = psutil.Process(process.pid).create_time() + shift
     fields = {"id": "x", "pid": process.pid, "started": started, "processes": 2}
     records.write_json(run_dir / "launch.json", {**fields, "host": host or os.uname().nodename})
+
+
+@dataclass(frozen=True)
+class TorqueConfig(LaunchConfig):
+    name: str = "torque"
+    wait: bool = True
+
+
+class Torque(Launcher):
+    """As a plugin brings it."""
+
+    Config = TorqueConfig
+
+    class queue(Queue):
+        name, cancelled = "Torque", []
+
+        @classmethod
+        def require(cls, *, cancel=False): ...
+
+        @classmethod
+        def alive(cls, ids):
+            return [SimpleNamespace(id=one, is_waiting=True) for one in ids if one not in cls.cancelled]
+
+        @classmethod
+        def named(cls, name):
+            return ["9.torque-server"]
+
+        @classmethod
+        def cancel(cls, ids):
+            cls.cancelled += ids
+
+
+def test_a_queue_of_a_plugin_is_asked_about_its_own_jobs(run, tmp_path):
+    LAUNCHERS.add(Torque)
+    try:
+        records.begin(run, "x", 2, ["12.torque-server", "13[4].torque-server"], "torque")
+        assert manage.status_of(run).state == "pending"
+        assert cli.main(["cancel", str(run), "--now", "--json"]) == 0
+        assert Torque.queue.cancelled == ["12.torque-server", "13[4].torque-server"]
+        # A job of fine-tuning whose submission was killed before it was noted.
+        folder = JobFolder(tmp_path)
+        assert process.Training(folder, 0, "torque")._in_queue()
+        assert records.read_launch(folder.run).launcher == "torque"
+        assert manage.status_of(folder.run).state == "pending"
+        preset = Preset("tiny", "base", launch={"name": "torque"})
+        assert configuration._launch(preset) == {"wait": False}
+    finally:
+        LAUNCHERS.remove("torque")
+    assert manage.status_of(run).state == "elsewhere", "without the plugin nobody can tell"
 
 
 def test_states(run, launcher):

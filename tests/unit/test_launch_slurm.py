@@ -205,11 +205,11 @@ def test_jobs_of_a_chain_behind_the_end_have_nothing_to_do(tmp_path):
         ("preempted", STOP_REASON, NOTHING_LEFT),
         ("preempted", "received SIGUSR1", 0),
     ):
-        records.begin(tmp_path, "x", 2, ["5", "6"])
+        records.begin(tmp_path, "x", 2, ["5", "6"], "slurm")
         result(tmp_path, status, reason)
         assert slurm_job.begin(tmp_path, "6") == code, (status, reason)
     # Submitted by hand after a stop: somebody wants it to go on.
-    records.begin(tmp_path, "x", 2, ["5"])
+    records.begin(tmp_path, "x", 2, ["5"], "slurm")
     result(tmp_path, "preempted", STOP_REASON)
     assert slurm_job.begin(tmp_path, "9") == 0
     assert records.read_launch(tmp_path).jobs == ["9"]

@@ -39,7 +39,7 @@ def submit(
     job = jobs.submit(file, content, {**os.environ, **inherited(base, os.environ)})
     tasks = [f"{job}_{task}" for task in range(len(runs))]
     for task, (_, run_dir) in zip(tasks, runs, strict=True):
-        records.note(run_dir, launch_id, launch.size, [task])
+        records.note(run_dir, launch_id, launch.size, [task], launch.name)
     console.stage(f"submitted array {job}: {len(runs)} jobs, {base.sweep.parallel} at a time, {file}")
     return tasks
 

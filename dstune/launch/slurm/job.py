@@ -36,7 +36,7 @@ def begin(run_dir: Path, job: str) -> int:
         return NOTHING_LEFT
     size = before.processes if before else int(os.environ.get("SLURM_NTASKS", "1"))
     leave_secret(run_dir)
-    records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job])
+    records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job], "slurm")
     return EXIT_DONE
 
 

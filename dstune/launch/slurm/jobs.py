@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ def submit(script: Path, content: str, env: Mapping[str, str], after: str | None
         fix = f"change the keys of launch, or look at {script}"
         raise UserError(Problem("launch=slurm", f"sbatch refuses the job: {message}", fix))
     number = done.stdout.strip().split(";")[0]
-    if not records.JOB.fullmatch(number):
+    if not SlurmQueue.job.fullmatch(number):
         raise UserError(
             Problem("launch=slurm", f"sbatch answers with no number of a job: {number[:80]}", f"sbatch {script}")
         )
@@ -124,7 +125,7 @@ def named(name: str) -> list[str]:
     done = _squeue("--me", f"--name={name}", "--format=%A")
     if done.returncode != 0:
         raise Unreachable(done.stderr.strip())
-    return [number for number in done.stdout.split() if records.JOB.fullmatch(number)]
+    return [number for number in done.stdout.split() if SlurmQueue.job.fullmatch(number)]
 
 
 def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
@@ -181,6 +182,8 @@ def probe(*, needed: bool) -> Check:
 
 class SlurmQueue(Queue):
     name = "SLURM"
+    job = re.compile(r"\d+(_\d+)?")
+    """The number of a job, or of one of an array."""
     variables = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
 
     def require(self, *, cancel: bool = False) -> None:

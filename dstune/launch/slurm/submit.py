@@ -76,7 +76,7 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
     try:
         for _ in range(launch.chain):
             jobs.append(queue.submit(script, content, env, after=jobs[-1] if jobs else None))
-            records.note(run_dir, launch_id, size, jobs)
+            records.note(run_dir, launch_id, size, jobs, launch.name)
     except UserError:  # the launch is undone now, so no part of its chain may run
         if jobs:
             queue.cancel(jobs)

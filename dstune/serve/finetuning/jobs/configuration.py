@@ -14,6 +14,7 @@ from typing import Any
 
 from dstune.config.schema import TrainerConfig
 from dstune.core import files
+from dstune.protocols import LAUNCHERS
 from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.hyperparameters import Value
 from dstune.serve.finetuning.jobs.presets import LOCAL, TASK_OF, Preset
@@ -92,7 +93,9 @@ def _launch(preset: Preset) -> dict[str, Any]:
     found = {key: value for key, value in preset.launch.items() if key != "name"}
     if preset.pool == LOCAL:
         return {"restarts": RESTARTS, **found, "processes": preset.devices}
-    return found | {"wait": False} if preset.pool == "slurm" else found
+    # A job of a queue needs no process here. A launcher without the key never waits.
+    launcher = LAUNCHERS[preset.pool]
+    return found | {"wait": False} if launcher.queue is not None and hasattr(launcher.Config, "wait") else found
 
 
 def _tracking(plan: Plan) -> dict[str, Any]:

@@ -205,7 +205,7 @@ class Training:
                 time.sleep(QUEUE_SECONDS)
         if lost:
             run.mkdir(exist_ok=True)
-            records.note(run, uuid.uuid4().hex, launched.processes if launched else 1, lost)
+            records.note(run, uuid.uuid4().hex, launched.processes if launched else 1, lost, self._pool)
         return bool(lost)
 
     def _wait_in_queue(self) -> int:
