@@ -17,7 +17,6 @@ from pathlib import Path
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 
-LAUNCH_ID = "DSTUNE_LAUNCH_ID"
 HANDOFF_FILE = "DSTUNE_HANDED"
 """The name of the file, set where something is handed over."""
 FOLDER = "DSTUNE_FOLDER"

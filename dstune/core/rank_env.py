@@ -14,6 +14,8 @@ from dstune.core.errors import Problem, UserError
 
 LAUNCHER_PID = "DSTUNE_LAUNCHER_PID"
 """Set for ranks that dstune started itself: the process that has to live as long as they do."""
+LAUNCH_ID = "DSTUNE_LAUNCH_ID"
+"""The mark of a launch, which all processes of its ranks inherit."""
 
 STORE = "DSTUNE_STORE"
 """Where ranks of one machine meet: a file in a folder of their launch alone, in place of a port that others could take."""

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from dstune.core import files
 from dstune.core.errors import Problem, TrainingFailed, UserError
-from dstune.core.handoff import LAUNCH_ID
 from dstune.core.paths import cache_root
-from dstune.core.rank_env import GROUP_SECRET, STORE, RankEnv
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, STORE, RankEnv
 
 SECRET_FILE = Path("launch") / "secret"
 MEETING_SECONDS = 300.0

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 
 import psutil
 
-LAUNCH_ID = "DSTUNE_LAUNCH_ID"
+MARK = "DSTUNE_LAUNCH_ID"  # `dstune.core.rank_env.LAUNCH_ID`, which the guard cannot import
 
 
 def processes_of(launch_id: str, sessions: Iterable[int] = ()) -> list[psutil.Process]:
@@ -38,7 +38,7 @@ def _belongs(process: psutil.Process, launch_id: str, sessions: set[int]) -> boo
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        return os.getsid(process.pid) in sessions or process.environ().get(LAUNCH_ID) == launch_id
+        return os.getsid(process.pid) in sessions or process.environ().get(MARK) == launch_id
     except (psutil.Error, OSError):  # ended meanwhile, or another user's
         return False
 

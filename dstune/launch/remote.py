@@ -22,13 +22,14 @@ from pathlib import Path
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.rank_env import LAUNCH_ID
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.launch.hosts import Answer, Ssh
 from dstune.launch.on_hosts_config import OnHostsConfig
-from dstune.launch.processes import LAUNCH_ID, end_all
+from dstune.launch.processes import end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
 from dstune.launch.signals import StopFile, caught_signals
 from dstune.launch.verdict import Verdict, how

@@ -14,8 +14,8 @@ from typing import Protocol
 
 from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
-from dstune.core.handoff import FOLDER, HANDOFF_FILE, LAUNCH_ID, RANK_LOGS
-from dstune.core.rank_env import GROUP_SECRET
+from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID
 from dstune.core.secrets import is_secret
 from dstune.launch.commands import (
     ALWAYS,

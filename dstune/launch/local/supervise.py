@@ -23,13 +23,13 @@ from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Stalled
 from dstune.core.paths import SIGNAL_FILE
-from dstune.core.rank_env import GROUP_SECRET, STORE
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, STORE
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan
 from dstune.launch.console import Console, copy
 from dstune.launch.local.config import LocalConfig
 from dstune.launch.local.restarts import Restarts
-from dstune.launch.processes import LAUNCH_ID, Guard, end_all, is_stopped
+from dstune.launch.processes import Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
 

@@ -149,8 +149,8 @@ def _supervise(line: Line, start: dict[str, Any], rank: int, run_dir: Path) -> t
     """Start the rank, and wait for its end: its exit code, and whether the driver ordered it. Raises OSError, and UserError where
     its log is a link."""
     from dstune.core import files
-    from dstune.core.rank_env import LAUNCHER_PID
-    from dstune.launch.processes import LAUNCH_ID, Guard, end_all
+    from dstune.core.rank_env import LAUNCH_ID, LAUNCHER_PID
+    from dstune.launch.processes import Guard, end_all
 
     inherited = {
         name: value
