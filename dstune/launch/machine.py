@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ class Gpu:
     uuid: str
     memory_gib: float
     free_gib: float
+    capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
         name, total = fullest.name, fullest.memory_gib
         found = known_device(name)
         device = replace(found or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
+        # Rank 0 decides the precision of all.
+        device = replace(device, capability=(taken or [fullest])[0].capability)
         return Here(Cluster(device, ranks, known=found is not None, host_gib=available_bytes() / GIB), free)
     available = available_bytes() / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
@@ -74,13 +78,27 @@ def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
 
 def gpus() -> list[Gpu]:
     """Each GPU that the driver's tool lists, by its number; none where there is no such tool."""
-    query = ["nvidia-smi", "--query-gpu=name,uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    keys = "name,uuid,memory.total,memory.free"
+    return _gpus(f"{keys},compute_cap") or _gpus(keys)  # drivers before 510 refuse the whole query for the last one
+
+
+def _gpus(keys: str) -> list[Gpu]:
+    query = ["nvidia-smi", f"--query-gpu={keys}", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        rows = [[part.strip() for part in line.rsplit(",", 3)] for line in lines if line.strip()]
-        return [Gpu(name, uuid, float(total) / 1024, float(free) / 1024) for name, uuid, total, free in rows]
+        rows = [[part.strip() for part in line.rsplit(",", keys.count(","))] for line in lines if line.strip()]
+        return [
+            Gpu(name, uuid, float(total) / 1024, float(free) / 1024, _capability(*further))
+            for name, uuid, total, free, *further in rows
+        ]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
+
+
+def _capability(text: str = "") -> tuple[int, int] | None:
+    """`7.5`, as the driver's tool has it."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

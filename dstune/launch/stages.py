@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.parallel_rules import ranks_problem
-from dstune.config.schema import Automatic, Precision, RunConfig, stage_of
+from dstune.config.precision import FIRST_BF16, automatic
+from dstune.config.schema import Automatic, Precision, RunConfig
 from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
 from dstune.launch import machine
 from dstune.planning import architecture, source
 from dstune.planning.calibration import speeds
-from dstune.planning.hardware import Cluster
+from dstune.planning.hardware import Cluster, Device
 from dstune.planning.plan import Choice, cheapest_stage
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
@@ -91,7 +92,7 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
     if config.trainer.mlp_tiles > 1 and not any(TILED[0] in tensor.name for tensor in model.tensors):
         raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
     on_gpu = cluster.device.gpu
-    precision = resolved_precision(config, on_gpu=on_gpu)
+    precision = resolved_precision(config, cluster.device)
     found = setup(
         config,
         model,
@@ -109,13 +110,15 @@ def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int,
     return {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
 
 
-def resolved_precision(config: RunConfig, *, on_gpu: bool) -> Precision:
-    """What `auto` becomes (`dstune.zero.precision.resolve`)."""
+def resolved_precision(config: RunConfig, device: Device) -> Precision:
+    """What the ranks will compute in on `device`."""
     requested = config.trainer.precision
     if requested is not Precision.auto:
         return requested
-    fast = on_gpu or machine.fast_bf16()
-    return Precision.bf16 if stage_of(config.zero) > 0 and fast else Precision.fp32
+    capability = device.capability
+    # A GPU of which nothing is known has bf16, as all of the table do.
+    fast = capability is None or capability >= FIRST_BF16 if device.gpu else machine.fast_bf16()
+    return automatic(config, fast_bf16=fast, capability=capability)
 
 
 def is_open(config: RunConfig) -> bool:

@@ -36,6 +36,8 @@ class Device:
     """Share of `tflops` that large matrix products reach; measured by `dstune plan --calibrate`, assumed otherwise."""
     overhead: float = 0.0
     """Seconds of a step and layer that no formula explains (kernel launches, Python); measured where calibrated."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability, where it is known."""
 
 
 # Memory in GiB as the driver shows it, a little below the name's figure. Networks: one 400 Gb/s port a GPU for H100 and

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 
 import torch
 
-from dstune.config.schema import Precision, RunConfig, TrainerConfig, stage_of
-from dstune.config.zero_rules import check_zero
+from dstune.config.precision import automatic
+from dstune.config.schema import Precision, RunConfig, TrainerConfig
 from dstune.core.errors import Problem, UserError
 from dstune.zero import accelerator
 
@@ -26,13 +25,6 @@ def fast_bf16() -> bool:
     return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
 
 
-def wants_fp16(config: RunConfig) -> bool:
-    """Whether `auto` is fp16: on Volta and Turing, whose tensor cores know no other format, where the run can train in it."""
-    capability = accelerator.capability()
-    fits = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
-    return capability is not None and (7, 0) <= capability < (8, 0) and not [*check_zero(fits)]
-
-
 def resolve(config: RunConfig) -> Precision:
     """`trainer.precision` with `auto` decided by the hardware.
 
@@ -40,12 +32,7 @@ def resolve(config: RunConfig) -> Precision:
     """
     requested = config.trainer.precision
     if requested is Precision.auto:
-        # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
-        if stage_of(config.zero) == 0:
-            return Precision.fp32
-        if fast_bf16():
-            return Precision.bf16
-        return Precision.fp16 if wants_fp16(config) else Precision.fp32
+        return automatic(config, fast_bf16=fast_bf16(), capability=accelerator.capability())
     if requested is Precision.fp16 and not accelerator.present():
         raise UserError(
             Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.core.errors import UserError
-from dstune.launch import machine, preflight, room
+from dstune.launch import machine, preflight, room, stages
 from dstune.launch import plan as plan_verb
 from dstune.launch.commands import Machine
 from dstune.planning import activations, host
@@ -243,8 +244,14 @@ def test_an_architecture_that_the_planner_does_not_know_is_let_through(
 
 def listing(monkeypatch: pytest.MonkeyPatch, *lines: str, **env: str) -> machine.Here:
     """What `machine.here` makes of the driver's tool's answer, for one rank."""
-    answer = SimpleNamespace(stdout="\n".join(lines) + "\n")
-    monkeypatch.setattr(machine.subprocess, "run", lambda *command, **options: answer)
+
+    def run(command: list[str], **options: object) -> SimpleNamespace:
+        columns = command[1].count(",")
+        if any(line.count(",") != columns for line in lines):  # a driver that does not know the key
+            raise subprocess.CalledProcessError(2, command)
+        return SimpleNamespace(stdout="\n".join(lines) + "\n")
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
     monkeypatch.setattr(machine, "this_machine", lambda env: Machine(gpus=1, cores=2))
     return machine.here(compose(["experiment=quickstart"]).config, env)
 
@@ -261,6 +268,27 @@ def test_a_gpu_that_the_run_does_not_use_may_be_full(monkeypatch: pytest.MonkeyP
     other = FREE.replace("H100 80GB HBM3", "GeForce RTX 4090")
     assert listing(monkeypatch, FULL, other).free_gib == float("inf")  # CUDA may count them the other way round
     assert listing(monkeypatch, FULL, other, CUDA_DEVICE_ORDER="PCI_BUS_ID").free_gib == 1.0
+
+
+@pytest.mark.parametrize(
+    ("capability", "stage", "expected"),
+    [
+        ("9.0", 2, Precision.bf16),
+        ("9.0", 0, Precision.fp32),
+        ("7.5", 2, Precision.fp16),
+        ("7.0", 0, Precision.fp32),
+        ("6.1", 2, Precision.fp32),
+        ("[N/A]", 2, Precision.bf16),
+        (None, 2, Precision.bf16),
+    ],
+)
+def test_the_plan_computes_in_what_the_ranks_will(
+    capability: str | None, stage: int, expected: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = listing(monkeypatch, FREE if capability is None else f"{FREE}, {capability}")
+    assert found.free_gib == 80000 / 1024
+    config = compose(["experiment=quickstart", f"zero=stage{stage}"]).config
+    assert stages.resolved_precision(config, found.cluster.device) is expected
 
 
 def test_without_the_drivers_tool_nothing_is_known_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
