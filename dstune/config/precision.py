@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dstune.config.schema import Precision, RunConfig, stage_of
-from dstune.config.zero_rules import check_zero
+from dstune.config.validate import permits
 
 FIRST_BF16 = (8, 0)
 """Compute capability of Ampere, the first of CUDA's devices whose tensor cores know bf16."""
@@ -22,6 +22,6 @@ def automatic(config: RunConfig, *, fast_bf16: bool, capability: tuple[int, int]
     if fast_bf16:
         return Precision.bf16
     # The tensor cores of Volta and Turing know fp16 alone; not every run can train in it.
-    fits = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
+    in_fp16 = replace(config, trainer=replace(config.trainer, precision=Precision.fp16))
     knows_fp16 = capability is not None and FIRST_FP16 <= capability < FIRST_BF16
-    return Precision.fp16 if knows_fp16 and not [*check_zero(fits)] else Precision.fp32
+    return Precision.fp16 if knows_fp16 and permits(config, in_fp16) else Precision.fp32

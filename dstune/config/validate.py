@@ -114,6 +114,12 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
     return problems
 
 
+def permits(config: RunConfig, changed: RunConfig) -> bool:
+    """Whether nothing is wrong with `changed` that is not wrong with `config`."""
+    before = find_problems(config)
+    return all(problem in before for problem in find_problems(changed))
+
+
 def at_stage(config: RunConfig, stage: int) -> RunConfig:
     return replace(config, zero=replace(config.zero, stage=stage))
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from dstune.config.schema import Automatic, Offload, OptimizerOffload, RunConfig, stage_of
+from dstune.config.validate import permits
 from dstune.core.errors import TrainingFailed, UserError, first_line
 from dstune.planning.architecture import architecture
 from dstune.planning.hardware import GIB
 from dstune.planning.memory import memory
 from dstune.planning.setup import head_of, labels_of, setup
-from dstune.protocols import method_of
+from dstune.protocols import METHODS, method_of
 from dstune.zero import accelerator
 
 
@@ -36,8 +37,8 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int, ranks_per_node: int) -> list[str]:
-    """Overrides in the order of what they free by the plan; empty where the planner does not know the model. values: its
-    `config.json`."""
+    """Overrides that can be trained with, in the order of what they free by the plan; empty where the planner does not know the
+    model. values: its `config.json`."""
 
     def total(run: RunConfig) -> float:
         model = architecture(values, head_of(run), labels_of(run))
@@ -54,10 +55,11 @@ def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int
 
     try:
         now = total(config)
-        freed = [(now - total(run), words) for words, run in alternatives(config)]
+        freed = [(now - total(run), words) for words, run in alternatives(config) if permits(config, run)]
     except (UserError, AttributeError, LookupError, TypeError, ValueError):
         return []
-    if not method_of(config.method).adapter:
+    lora = replace(config, method=METHODS["lora"].Config())
+    if not method_of(config.method).adapter and permits(config, lora):
         freed.append((0.0, "method=lora"))
     freed.sort(key=lambda one: -one[0])
     return [f"{words} ({gib:.1f} GiB less)" if gib > 0.05 else words for gib, words in freed if gib >= 0]

@@ -17,6 +17,7 @@ from dstune.config.schema import GradientDtype, Precision, TrainerConfig, ZeroCo
 from dstune.core.errors import TrainingFailed, UserError
 from dstune.core.rank_env import RankEnv
 from dstune.models.heads import numbers
+from dstune.parallel.tensor import TensorConfig
 from dstune.planning.architecture import architecture
 from dstune.planning.setup import LIVE, PREFETCH, prefetch
 from dstune.rank import worker
@@ -49,6 +50,9 @@ def device(monkeypatch, *, bf16: bool, capability: tuple[int, int] | None, count
 def test_auto_is_what_the_tensor_cores_know(monkeypatch, bf16, capability, stage, expected):
     device(monkeypatch, bf16=bf16, capability=capability)
     assert precision.resolve(run_config(zero=ZeroConfig(stage=stage))) is expected
+    if expected is Precision.fp16:  # which slices of weights are not trained in
+        config = run_config(zero=ZeroConfig(stage=2), parallel=TensorConfig())
+        assert precision.resolve(config) is Precision.fp32
 
 
 def test_bf16_is_refused_where_it_is_emulated(monkeypatch):
@@ -263,6 +267,13 @@ def test_memory_that_runs_out_names_keys_in_the_order_of_what_they_free(monkeypa
     assert {text.partition("=")[0] for text in found} == {
         "trainer.micro_batch_size", "trainer.activation_checkpointing", "zero", "data.max_length", "method",
     }  # fmt: skip
+    sliced = replace(config, parallel=TensorConfig())
+    advised = [
+        text.partition(" ")[0] for text in out_of_memory.advice(sliced, LLAMA | SIZES["1B"], Precision.bf16, 8, 8)
+    ]
+    assert "trainer.micro_batch_size=4" in advised and "zero=stage3" not in advised, "slices are for stages 0 to 2"
+    pulled = replace(config, forgetting=replace(config.forgetting, l2sp=0.1))  # which adapters cannot be
+    assert "method=lora" not in out_of_memory.advice(pulled, LLAMA | SIZES["1B"], Precision.bf16, 8, 8)
     with (
         pytest.raises(TrainingFailed, match=r"out of memory in training \(CUDA out of memory.*most first: a, b\."),
         out_of_memory.explained(lambda: "training", lambda: ["a", "b"]),
