@@ -3,10 +3,13 @@
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from dstune.config import launch_rules
+from dstune.config.launch_rules import check_launch
 from dstune.config.schema import RunSection, tracking_class
 from dstune.core.errors import UserError
 from dstune.core.paths import STOP_REASON
@@ -17,6 +20,8 @@ from dstune.launch.slurm import jobs as slurm_jobs
 from dstune.launch.slurm import submit as slurm
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE, job_script
+from dstune.protocols import Launcher
+from dstune.protocols.launcher import LaunchConfig
 from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
 from tests.support.configs import run_config
 
@@ -39,6 +44,22 @@ def script(tmp_path=Path("/shared/runs/one"), name="run", tracking=NO_TRACKING, 
 
 def directives(text):
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+
+
+@dataclass(frozen=True)
+class OtherConfig(LaunchConfig):
+    name: str = "other"
+    constraint: str = 'gpu_model=="A100"'
+    interface: str = 'a"b'
+
+
+def test_quotes_are_refused_in_slurms_own_keys_alone(monkeypatch):
+    """Their values stand between quotes in its script; what a plugin's key of the same name may say is the plugin's."""
+    keys = ("partition", "account", "qos", "constraint", "memory", "time", "interface")
+    refused = check_launch(run_config(launch=SlurmConfig(**dict.fromkeys(keys, 'a"b'))))
+    assert {problem.where for problem in refused if "quote" in problem.reason} == {f"launch.{key}" for key in keys}
+    monkeypatch.setattr(launch_rules, "launcher_of", Launcher)
+    assert [problem.where for problem in check_launch(run_config(launch=OtherConfig()))] == ["launch.interface"]
 
 
 def test_what_is_requested():

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from dstune.config.convert import format_value
+from dstune.config.launch_rules import quote_problems
 from dstune.core.errors import Problem
 from dstune.launch.slurm.config import SlurmConfig
 
@@ -36,6 +37,7 @@ OWNED = {
 
 
 def check(launch: SlurmConfig) -> Iterator[Problem]:
+    yield from quote_problems(launch, ("partition", "account", "qos", "constraint", "memory", "time"))
     if launch.gpus and launch.processes and launch.processes > launch.gpus:
         reason = f"every rank needs a GPU of its own, and launch.gpus={launch.gpus}"
         yield Problem("launch.processes", reason, f"launch.processes={launch.gpus}", str(launch.processes))
