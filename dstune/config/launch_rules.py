@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 from dstune.protocols import launcher_of
-from dstune.protocols.launcher import LaunchConfig
 
 
 def check_launch(config: RunConfig) -> Iterator[Problem]:
@@ -22,7 +21,6 @@ def check_launch(config: RunConfig) -> Iterator[Problem]:
             )
             yield Problem("launch.export_env", "this is no name of an environment variable", fix, name.split("=")[0])
     yield from _check_characters(config)
-    yield from quote_problems(launch, ("interface",))
     yield from launcher_of(launch).check()
 
 
@@ -39,11 +37,11 @@ def _check_characters(config: RunConfig) -> Iterator[Problem]:
     for key, text in values:
         if CONTROL.search(text):
             yield Problem(key, "it has a line break or another control character in it", "leave that out", text)
+        elif key == "launch.interface":  # in the option lines of every launcher that has it
+            yield from quote_problems(key, text)
 
 
-def quote_problems(launch: LaunchConfig, keys: Sequence[str]) -> Iterator[Problem]:
-    """Of keys whose values stand between quotes in a line of options, as far as the launcher has them."""
-    for key in keys:
-        text = getattr(launch, key, None)
-        if isinstance(text, str) and re.search(r"[\"'`\\]", text) and not CONTROL.search(text):
-            yield Problem(f"launch.{key}", "it has a quote or a backslash in it", "leave that out", text)
+def quote_problems(key: str, text: str) -> Iterator[Problem]:
+    """Of a value that stands between quotes in a line of options."""
+    if re.search(r"[\"'`\\]", text):
+        yield Problem(key, "it has a quote or a backslash in it", "leave that out", text)

@@ -37,7 +37,8 @@ OWNED = {
 
 
 def check(launch: SlurmConfig) -> Iterator[Problem]:
-    yield from quote_problems(launch, ("partition", "account", "qos", "constraint", "memory", "time"))
+    for key in ("partition", "account", "qos", "constraint", "memory", "time"):
+        yield from quote_problems(f"launch.{key}", getattr(launch, key) or "")
     if launch.gpus and launch.processes and launch.processes > launch.gpus:
         reason = f"every rank needs a GPU of its own, and launch.gpus={launch.gpus}"
         yield Problem("launch.processes", reason, f"launch.processes={launch.gpus}", str(launch.processes))
