@@ -7,8 +7,10 @@ them, one at a time.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from dstune.checkpoint.shards import Weights
 from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import with_arguments
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
@@ -40,7 +43,9 @@ from dstune.models.pooled import PooledForSequenceClassification
 from dstune.protocols import method_of, task_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 CLASSIFIER_CODE = "modeling_dstune"
 """The module beside an exported classifier with a head of dstune's own."""
@@ -64,6 +69,8 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
     expected = {name for name, parameter in built.module.named_parameters() if parameter.requires_grad}
     absent = expected - set(trained) if built.adapted else set()
     assert not absent, f"{checkpoint} has no weights for {sorted(absent)[:3]}"
+    if not built.adapted:
+        refuse_added(parameter_names(built.model), trained.parameters, config.method.name)
 
     stops = stop_token_ids(tokenizer)
     _set_generation(config.model, built.model, stops, tokenizer.pad_token_id)
@@ -77,6 +84,21 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
     task_of(config.task).write_export(config, built.model.config, folder)
+
+
+def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
+    """Raises UserError where a method without an adapter trains parameters that the plain model does not have: the export
+    would be a model without them. model: names of all its parameters."""
+    if added := sorted(set(trained) - model):
+        listed = ", ".join(added[:3]) + (f" and {len(added) - 3} more" if len(added) > 3 else "")
+        reason = f"it trains parameters that the exported model does not have: {listed}"
+        fix = "keep the model's parameter names, or derive the method from dstune.methods._peft.Adapter"
+        raise UserError(Problem("method", reason, fix, method))
+
+
+def parameter_names(model: Any) -> set[str]:
+    """Every name of every parameter: at stage 0 a checkpoint has a tied weight under each."""
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _build_in(tokenizer: Any, arguments: Mapping[str, Any]) -> None:
@@ -295,12 +317,32 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
     ends = sorted({*stops, *(before if isinstance(before, list) else [] if before is None else [before])})
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     generation.pad_token_id = pad_token_id
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        # Some published models have sampling values and do not switch sampling on, which saving refuses.
-        generation.do_sample = True
-    model.generation_config = generation
+    model.generation_config, left_out = _valid_settings(generation)
+    if left_out:
+        log.warning("the export leaves out generation settings that have no effect: %s", ", ".join(left_out))
+
+
+def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
+    """`generation` as transformers agrees to save it, and the settings that it lacks.
+
+    Some published models have a temperature and do not sample. Sampling stays off then: the export answers like its base.
+    """
+    from transformers import GenerationConfig
+
+    valid, left_out = GenerationConfig(), []
+    # Whether another setting has an effect depends on these.
+    modes = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
+    given = {name: value for name, value in vars(generation).items() if not name.startswith("_")}
+    for name in sorted(given, key=lambda name: name not in modes):
+        candidate = copy(valid)
+        setattr(candidate, name, given[name])
+        try:
+            candidate.validate(strict=True)
+        except (TypeError, ValueError):
+            left_out.append(name)
+        else:
+            valid = candidate
+    return valid, left_out
 
 
 def base_name(config: ModelConfig) -> str:

@@ -120,6 +120,10 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len({**self._shards.buffers, **self._shards.shapes})
 
+    @property
+    def parameters(self) -> set[str]:
+        return set(self._shards.shapes) - set(self._shards.buffers)
+
 
 class _Layout(ABC):
     """Where the elements of a parameter are."""

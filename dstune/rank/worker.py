@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from dstune.checkpoint.model_folder import parameter_names, refuse_added
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
 from dstune.config.convert import format_value
 from dstune.config.run_file import Composed, read_decided, variables_for_ranks, write_run
-from dstune.config.schema import Precision, RunConfig, stage_of
+from dstune.config.schema import Export, Precision, RunConfig, stage_of
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
 from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
@@ -191,7 +192,11 @@ class Setup:
         if self.cut is not None:
             self.cut.install(model)
         self.rows = self.cut or attention_of_samples(config, model, self.world, self.message)
+        plain = parameter_names(model)
         self.module = self.method.apply(model, config)
+        if config.run.export is not Export.none and not self.method.adapter:
+            trained = (name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+            refuse_added(plain, trained, self.method.name)
         if self.shards is not None:
             slice_model(self.module, model, self.shards)
         use_kernels(self.module, config.model, self.message)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Commands, exact, metrics, result
-from support.examples import CASES, EXAMPLES, SPLIT, TOGETHER, overrides, prepare
+from support.examples import CASES, EXAMPLES, LABELS, SPLIT, TOGETHER, overrides, prepare
 
 STREAM = ["data.streaming=true", "data.stream_rows=20", "data.validation=held_out.jsonl"]
 BY_STAGE = {0: SPLIT, 1: [*SPLIT, "data.workers=2"], 2: STREAM, 3: SPLIT}
@@ -103,6 +103,46 @@ def test_all_six_at_once_at_every_stage(workplace, stage):
 @pytest.mark.parametrize("name", CASES)
 def test_each_at_every_stage(workplace, name, stage):
     check(workplace, CASES[name], stage, *SPLIT)
+
+
+WRAPPED = """
+import torch
+from dataclasses import dataclass
+
+import dstune
+from dstune.protocols.method import MethodConfig
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scale = inner, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden):
+        return self.scale * self.inner(hidden)
+
+
+@dataclass(frozen=True)
+class WrappedConfig(MethodConfig):
+    name: str = "wrapped"
+
+
+@dstune.method
+class Wrapped(dstune.Method):
+    Config = WrappedConfig
+
+    def apply(self, model, run):
+        model.dropout = Scaled(model.dropout)
+        return model
+"""
+
+
+def test_a_method_whose_parameters_an_export_would_lose_does_not_start(workplace):
+    (workplace.folder / "wrapped.py").write_text(WRAPPED)
+    case = ["wrapped"], ["task=classification", "method=wrapped", LABELS]
+    done = workplace.run("train", *overrides(case, "run", 1, "launch.processes=1", *SPLIT), timeout=200)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "dropout.scale" in done.stderr and not (workplace.folder / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

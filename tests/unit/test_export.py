@@ -14,6 +14,8 @@ from dstune.checkpoint.shards import cut
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.inference import export_command
+from tests.support.generation import saved_run
+from tests.support.tiny import save_decoder
 
 
 def test_a_sample_and_a_hub_id_are_named_in_the_card():
@@ -75,3 +77,48 @@ def test_cut_reads_across_pieces():
             assert cut(pieces, start, count).tolist() == list(range(start, start + count))
     with pytest.raises(AssertionError, match="1 elements early"):
         cut(pieces, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        ({"temperature": 0.6, "top_p": 0.9}, ["temperature", "top_p"]),
+        ({"length_penalty": 2.0, "output_scores": True}, ["length_penalty", "output_scores"]),
+        ({"temperature": 0.6, "do_sample": True, "repetition_penalty": 1.1}, []),
+    ],
+)
+def test_generation_settings_without_effect_are_left_out_and_change_nothing_else(tmp_path, caplog, settings, left_out):
+    from transformers import GenerationConfig
+
+    from dstune.checkpoint import store
+    from dstune.checkpoint.export import export_checkpoint
+
+    base = save_decoder(tmp_path / "base")
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({"max_length": 40, **settings}))
+    run_dir = saved_run(tmp_path, base, "task=chat", "method=full")
+    saved = GenerationConfig.from_pretrained(export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "out"))
+    assert bool(saved.do_sample) == settings.get("do_sample", False)
+    kept = {name: value for name, value in settings.items() if name not in left_out}
+    assert {name: getattr(saved, name) for name in kept} == kept and saved.max_length == 40
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("dstune.checkpoint")]
+    assert len(messages) == bool(left_out) and all(name in messages[0] for name in left_out)
+
+
+def test_trained_parameters_without_a_place_in_the_export_are_refused(tmp_path):
+    from dstune.checkpoint import store
+    from dstune.checkpoint.export import export_checkpoint
+
+    run_dir = saved_run(tmp_path, save_decoder(tmp_path / "base"), "task=chat", "method=full")
+    checkpoint = store.newest(run_dir)
+    file = checkpoint / "mp_rank_00_model_states.pt"
+    state = torch.load(file)
+    name = "model.layers.0.self_attn.q_proj"
+    state["module"][f"{name}.inner.weight"] = state["module"].pop(f"{name}.weight")
+    state["module"]["lm_head.weight"], state["module"]["counter"] = torch.zeros(1), torch.zeros(1)
+    state["buffer_names"] = ["counter"]
+    torch.save(state, file)
+    with pytest.raises(UserError) as refused:
+        export_checkpoint(run_dir, checkpoint, tmp_path / "out")
+    (problem,) = refused.value.problems
+    assert problem.where == "method" and problem.reason.endswith(f": {name}.inner.weight")
