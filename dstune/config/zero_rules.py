@@ -8,16 +8,22 @@ from dstune.config.convert import format_value
 from dstune.config.deepspeed_file import settings_problems
 from dstune.config.schema import OptimizerOffload, Precision, RunConfig, SaveMode, stage_of
 from dstune.core.errors import Problem
-from dstune.protocols import method_of
+from dstune.protocols import method_of, optimizer_of
 
-SWAP_BUFFERS = 4
-"""What an update has in memory of a sub-group whose states are on a disk: weights, two moments, gradients."""
+MIN_SWAP_BUFFERS = 4
+"""As many as AdamW needs; fewer, which SGD could do with, are untested."""
 
 SWAPPED_AT_ONCE = 20_000_000
 """Elements of a sub-group on a rank. DeepSpeed's 1e9 would hold the states of a small model in memory as a whole: 16 GB of
 buffers."""
 
 STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, during an update only"
+
+
+def swap_buffers(states: int) -> int:
+    """What an update has in memory of a sub-group whose states are on a disk: weights, gradients, and `states`, the tensors that
+    the optimizer keeps of each parameter."""
+    return max(MIN_SWAP_BUFFERS, 2 + states)
 
 
 def overlaps(config: RunConfig, replicas: int, *, on_gpu: bool) -> bool:
@@ -68,9 +74,11 @@ def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
         reason = f"it copies what it saves into memory, and {STATES_ON_A_DISK}"
         yield Problem("checkpoint.mode", reason, "checkpoint.mode=sync", "async")
     offload = config.zero.settings.get("zero_optimization", {}).get("offload_optimizer", {})
-    if offload.get("buffer_count", SWAP_BUFFERS) < SWAP_BUFFERS:
+    states = optimizer_of(config.optimizer).states_per_parameter
+    needed = swap_buffers(states)
+    if offload.get("buffer_count", needed) < needed:
         key = "zero.settings.zero_optimization.offload_optimizer.buffer_count"
-        reason = "an update needs weights, two moments and gradients of a part at once"
-        yield Problem(key, reason, f"{SWAP_BUFFERS} or more", format_value(offload["buffer_count"]))
+        reason = f"an update needs weights, gradients and {states} optimizer states of a part at once"
+        yield Problem(key, reason, f"{needed} or more", format_value(offload["buffer_count"]))
     if not config.zero.nvme_path.strip():
         yield Problem("zero.nvme_path", "no folder is given", "zero.nvme_path=/folder/on/a/local/disk", "an empty text")

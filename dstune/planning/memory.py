@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dstune.config.zero_rules import SWAP_BUFFERS
+from dstune.config.zero_rules import swap_buffers
 from dstune.planning import activations
 from dstune.planning.setup import Setup
 
@@ -186,7 +186,7 @@ def _swap_buffers(s: Setup) -> int:
     """fp32 buffers of the size of the largest sub-group, through which states on a disk are read and written. A sub-group takes
     whole tensors until it has `swapped_at_once` elements or more."""
     shares = [-(-t.count // s.ranks) for t in s.trained]
-    return SWAP_BUFFERS * 4 * min(sum(shares), max(shares, default=0) + s.swapped_at_once)
+    return swap_buffers(s.moments) * 4 * min(sum(shares), max(shares, default=0) + s.swapped_at_once)
 
 
 def _gradient_store(s: Setup) -> int:

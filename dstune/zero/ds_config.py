@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dstune.config.schema import GradientDtype, Offload, OptimizerOffload, Precision, RunConfig, stage_of
-from dstune.config.zero_rules import SWAP_BUFFERS, SWAPPED_AT_ONCE, overlaps
-from dstune.protocols import parallelism_of
+from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps, swap_buffers
+from dstune.protocols import optimizer_of, parallelism_of
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
@@ -79,7 +79,7 @@ def _zero(config: RunConfig, replicas: int, *, on_gpu: bool, prefetch: tuple[int
             "device": "nvme",
             "nvme_path": config.zero.nvme_path,
             "pin_memory": on_gpu,
-            "buffer_count": SWAP_BUFFERS,
+            "buffer_count": swap_buffers(optimizer_of(config.optimizer).states_per_parameter),
         }
         zero["sub_group_size"] = SWAPPED_AT_ONCE
     return zero

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils import cpp_extension
 
 from dstune.config.schema import OptimizerOffload, ZeroConfig
-from dstune.config.zero_rules import SWAP_BUFFERS
+from dstune.config.zero_rules import swap_buffers
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import try_lock
@@ -178,7 +178,7 @@ def check_disk_space(settings: dict[str, Any], shares: list[int], moments: int, 
     if world.local_rank == 0 and free < needed:
         reason = f"optimizer states take {needed / 2**30:.1f} GiB of a node's disk, and {free / 2**30:.1f} are free"
         problem = Problem(KEY, reason, "a larger disk, more nodes, or zero.offload_optimizer=cpu", place)
-    buffers = SWAP_BUFFERS * BYTES * min(sum(shares), max(shares, default=0) + zero["sub_group_size"])
+    buffers = swap_buffers(moments) * BYTES * min(sum(shares), max(shares, default=0) + zero["sub_group_size"])
     allowed, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if problem is None and os.geteuid() != 0 and allowed != resource.RLIM_INFINITY and allowed < buffers:
         reason = (

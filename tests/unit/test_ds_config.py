@@ -8,6 +8,8 @@ import pytest
 from support.configs import run_config
 
 from dstune.config.schema import Offload, OptimizerOffload, Precision, TrainerConfig, ZeroConfig
+from dstune.config.zero_rules import check_zero
+from dstune.optim.adamw import AdamW
 from dstune.zero.ds_config import deepspeed_config, micro_batches_per_rank
 
 
@@ -100,3 +102,18 @@ def test_states_on_a_disk_are_updated_in_small_parts_that_a_user_may_change():
         deepspeed_config(run_config(zero=own), 2, Precision.bf16, on_gpu=True)["zero_optimization"]["sub_group_size"]
         == 5
     )
+
+
+def test_every_state_of_an_optimizer_gets_a_buffer_where_states_are_on_a_disk(monkeypatch):
+    config = run_config(zero=ZeroConfig(offload_optimizer=OptimizerOffload.nvme, nvme_path="/scratch"))
+    few = replace(config.zero, settings={"zero_optimization": {"offload_optimizer": {"buffer_count": 4}}})
+
+    def buffers() -> int:
+        settings = deepspeed_config(config, 2, Precision.bf16, on_gpu=True)
+        return settings["zero_optimization"]["offload_optimizer"]["buffer_count"]
+
+    assert buffers() == 4 and not list(check_zero(replace(config, zero=few)))
+    monkeypatch.setattr(AdamW, "states_per_parameter", 3)
+    assert buffers() == 5
+    (problem,) = check_zero(replace(config, zero=few))
+    assert problem.where.endswith("buffer_count") and problem.fix == "5 or more"

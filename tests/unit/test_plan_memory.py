@@ -126,6 +126,8 @@ def test_on_a_disk_the_host_keeps_gradients_and_four_buffers() -> None:
     # Llama 8B on 8 ranks: 4 bytes of gradients for each of its weights, and buffers of the embedding's share and 20 million more.
     buffers = 4 * 4 * (128256 * 4096 / 8 + 20e6)
     assert memory(llama("zero.offload_optimizer=nvme")).host == pytest.approx(4 * P / 8 + buffers, rel=1e-3)
+    more = memory(replace(llama("zero.offload_optimizer=nvme"), moments=3)).host
+    assert more == pytest.approx(4 * P / 8 + buffers * 5 / 4, rel=1e-3)
     own = "zero.settings={zero_optimization:{sub_group_size:1000}}"
     assert memory(llama("zero.offload_optimizer=nvme", own)).host < memory(llama("zero.offload_optimizer=nvme")).host
 

@@ -109,6 +109,9 @@ def test_memory_that_may_not_be_locked_is_reported_before_a_buffer_is(tmp_path, 
     )  # of a part: 1,024 + 100 elements, four times 4 bytes
     with pytest.raises(UserError, match=r"(?s)34 MiB of locked memory, and 8 are allowed.*ulimit -l"):
         swap.check_disk_space(settings(tmp_path), [2**21 + 2**17], 2, Alone())
+    swap.check_disk_space(settings(tmp_path), [2**19], 2, Alone())
+    with pytest.raises(UserError, match="10 MiB of locked memory"):
+        swap.check_disk_space(settings(tmp_path), [2**19], 3, Alone())
 
 
 def test_a_file_that_the_disk_cut_short_is_seen(tmp_path):
