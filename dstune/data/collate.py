@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dstune.data.prepared import Split
+from dstune.core.errors import Problem, UserError
+from dstune.data.prepared import TEXTS, Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
+from dstune.protocols import Task
 
 NO_TARGET = -100
 """Label of a position that does not count (the value that torch's cross entropy ignores by default)."""
@@ -26,8 +29,21 @@ ROW_COLUMNS = {
 }
 """Columns of a sample with one value (or a list of fixed length) by the name that a batch gives them."""
 
+OTHER_COLUMNS = ("input_ids", "target_ids", "bytes", *TEXTS)
+"""Columns that `collate` reads by name, and those that metrics alone read."""
+
 TARGETS = ("labels", "start_positions", "end_positions")
 """What of a batch is NO_TARGET in a filler, or NaN where targets are numbers of any kind."""
+
+
+def refuse_unknown_columns(task: Task, columns: Iterable[str]) -> None:
+    """Raises UserError where the encoder of `task` gives columns that `collate` leaves out of a batch, and the task has no
+    `collate` of its own."""
+    unknown = sorted({*columns} - {*TOKEN_COLUMNS, *ROW_COLUMNS, *OTHER_COLUMNS})
+    if unknown and type(task).collate is Task.collate:
+        reason = f"its encoder gives columns that no batch has: {', '.join(unknown)}"
+        fix = "define collate in the task: it returns the arrays of a batch, or None if only metrics read these columns"
+        raise UserError(Problem("task", reason, fix, task.name))
 
 
 def collate(

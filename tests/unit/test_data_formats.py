@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,9 @@ from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize import RowTokenizer
 from dstune.protocols import task_of
 from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.classification import Classification
 from dstune.tasks.classification.config import ClassificationConfig
+from dstune.tasks.classification.encode import ClassificationEncoder
 from dstune.tasks.classification.metrics import multi_label_metrics
 
 S = {"role": "system", "content": "s"}
@@ -330,3 +333,16 @@ def test_pairs_for_a_model_without_segments_have_none(tmp_path):
     config = data_run(path, task=ClassificationConfig(), packing=False, split=SplitConfig(validation=0.0))
     data = prepared(config, tokenizer, tmp_path / "cache")
     assert set(data.train.table.column_names) == {"input_ids", "label"}
+
+
+def test_columns_that_no_batch_gets_are_refused_unless_the_task_makes_its_own_batches(monkeypatch):
+    columns = ClassificationEncoder.columns.fget
+    added = property(lambda encoder: {**columns(encoder), "margin": datasets.Value("float32")})
+    monkeypatch.setattr(ClassificationEncoder, "columns", added)
+    task = ClassificationConfig(labels=["a", "b"])
+    with pytest.raises(UserError) as refused:
+        RowTokenizer(byte_tokenizer(), task, "text_label", 64, ("a", "b"))
+    (problem,) = refused.value.problems
+    assert problem.where == "task" and problem.reason.endswith(": margin") and "collate" in problem.fix
+    monkeypatch.setattr(Classification, "collate", lambda *given, **options: None)
+    assert "margin" in RowTokenizer(byte_tokenizer(), task, "text_label", 64, ("a", "b")).features

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.data.chat.evidence import Exchange
+from dstune.data.collate import refuse_unknown_columns
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
 from dstune.data.tokenize.multi_task import MultiTaskEncoder
@@ -68,6 +69,7 @@ class RowTokenizer:
             self._encoder = MultiTaskEncoder([own._encoder for own in self._of_source], sources)
         else:
             self._encoder = task_of(task).encoder(tokenizer, shape_of(fmt), max_length, labels, class_weights)
+        refuse_unknown_columns(task_of(task), self._encoder.columns)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
