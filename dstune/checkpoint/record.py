@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import __version__
-from dstune.config.convert import EnvironmentText, may_refer, to_dict
+from dstune.config.convert import EnvironmentText, build, may_refer, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import key_of, quoted
 from dstune.config.plugins import activate_requested
@@ -16,7 +16,8 @@ from dstune.config.schema import RunConfig
 from dstune.config.trust import SIGNATURE
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
-from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
+from dstune.protocols import ROW_FORMATS, TASKS, Task, method_of, task_of
+from dstune.protocols.task import TaskConfig
 
 NAME = "dstune.json"
 RECORDED = ("format", "max_length", "packing")
@@ -62,6 +63,15 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("format"), str):
         record.pop("data", None)
     return record
+
+
+def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
+    """The configuration of the task `kind` that the record in `folder` holds. Raises UserError where a key or value is none of
+    that task's, or refers to the environment of this machine."""
+    task = read_record(folder)["task"]
+    _refuse_references(folder, {f"task.{key}": value for key, value in task.items()}, [])
+    config: TaskConfig = build(kind.Config, task, f"{folder / NAME}: task")
+    return config
 
 
 def recorded_overrides(folder: Path, given: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dstune.checkpoint.record import read_record, task_of_head
+from dstune.checkpoint.record import read_record, recorded_task, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
@@ -131,7 +131,7 @@ def _from_record(needed: ModelConfig, key: str) -> _Found:
     _refuse_no_writer(task.get("name") or task_of_head(Path(needed.path)), key, needed.path)
     kind = TASKS.classes().get(task.get("name", ""))
     if kind is not None and kind.asks_by_prompt:
-        return _Found(needed, chat=False, task=kind.Config(**task))
+        return _Found(needed, chat=False, task=recorded_task(Path(needed.path), kind))
     return _Found(needed, chat=kind is None or kind.conversational, date=task.get("template_date"))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,21 @@ from dstune.checkpoint import store
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from dstune.core.errors import UserError
+from dstune.inference.voices import voice_of
+from dstune.tasks.seq2seq import Seq2Seq
+from dstune.tasks.seq2seq.config import Seq2SeqConfig
 from tests.support.generation import answers, damage, expected, refusal, save_step, saved_run
 from tests.support.tiny import save_decoder, save_encoder
+
+
+class Tone(Enum):
+    plain = "is plain"
+    warm = "is warm"
+
+
+@dataclass(frozen=True)
+class ToneConfig(Seq2SeqConfig):
+    tone: Tone = Tone.plain
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +159,22 @@ def test_models_that_write_no_text(tmp_path):
         config = json.loads((encoder / "config.json").read_text()) | {"architectures": [f"BertFor{kind}"]}
         (encoder / "config.json").write_text(json.dumps(config))
         assert "writes no text" in refusal(encoder, "--prompt", "w1")
+
+
+def test_the_record_of_a_task_is_checked_and_typed(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Seq2Seq, "Config", ToneConfig)
+    folder = Path(shutil.copytree(decoder, tmp_path / "export"))
+    record = folder / "dstune.json"
+    task = {"name": "seq2seq", "prompt": "Say {source}", "tone": "warm"}
+    record.write_text(json.dumps({"task": task}))
+    voice = voice_of(folder, None)
+    assert voice.task == ToneConfig(prompt="Say {source}", tone=Tone.warm)
+    monkeypatch.setenv("SECRET", "s")
+    for key, value in (("newer", 1), ("tone", "cold"), ("prompt", "${oc.env:SECRET} {source}")):
+        record.write_text(json.dumps({"task": task | {key: value}}))
+        with pytest.raises(UserError) as refused:
+            voice_of(folder, None)
+        assert refused.value.problems[0].where == f"{record}: task.{key}"
 
 
 def test_a_model_that_is_not_there(tmp_path):
