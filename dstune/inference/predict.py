@@ -8,7 +8,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     _print_status(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow
     from dstune.inference.load import find, load
+    from dstune.inference.predictor import ANSWERS
     from dstune.inference.rows import MAX_LISTED_BAD_ROWS, Rows
     from dstune.protocols import task_of
 
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
         for problem in islice(rows.bad_rows(), MAX_LISTED_BAD_ROWS):
             _print_status(f"left out: {problem}")
         _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
-    _note_replaced(rows)
+    taken = {*ANSWERS, "row"}
+    _note_replaced(rows, taken)
     output = _output(arguments, files, rows, expected) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         _print_status(f"loading the model for task={task.name}")
@@ -68,12 +70,15 @@ def main(argv: list[str]) -> int:
             answers = model.answers(block, arguments.batch_size, all_labels=arguments.probabilities)
             problems += sum("problem" in answer for answer in answers)
             cut += sum("truncated" in answer for answer in answers)
+            if more := {name for answer in answers for name in answer} - taken:  # a plugin's
+                _note_replaced(rows, more)
+                taken |= more
             done += len(block)
             if output is not None:
-                output.append([_row(one, answer) for one, answer in zip(block, answers, strict=True)])
+                output.append([_row(one, answer, taken) for one, answer in zip(block, answers, strict=True)])
                 _print_status(f"{done:,} of {rows.count:,} rows")
             else:
-                _print(block, answers, as_json=arguments.json)
+                _print(block, answers, taken, as_json=arguments.json)
     if cut:
         _print_status(f"{cut:,} rows are longer than the model reads and were cut")
     if problems:
@@ -148,10 +153,8 @@ def _files(data: DataConfig, spec: str) -> list[DataFile]:
     return sources.of_part(own, "test", "--input")
 
 
-def _note_replaced(rows: Rows) -> None:
-    from dstune.inference.predictor import ANSWERS
-
-    own = [name for name in rows.columns() if name in (*ANSWERS, "row")]
+def _note_replaced(rows: Rows, taken: Set[str]) -> None:
+    own = [name for name in rows.columns() if name in taken]
     if own:
         _print_status(f"columns that answers have too are not kept: {', '.join(own)}")
 
@@ -174,11 +177,9 @@ def _output(
     return answers_file(arguments.output, requested, BLOCK, force=arguments.force)
 
 
-def _row(one: Query, answer: Answer) -> dict[str, Any]:
-    """Where the row is, its own columns, and its answer, whose names are taken."""
-    from dstune.inference.predictor import ANSWERS
-
-    own = {name: value for name, value in one.fields.items() if name not in (*ANSWERS, "row")}
+def _row(one: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:
+    """Where the row is, its own columns, and its answer. taken: names that no own column keeps."""
+    own = {name: value for name, value in one.fields.items() if name not in taken}
     found: dict[str, Any] = _plain({"row": one.place, **own, **answer})
     return found
 
@@ -200,13 +201,13 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _print(block: Sequence[Query], answers: Sequence[Answer], *, as_json: bool) -> None:
+def _print(block: Sequence[Query], answers: Sequence[Answer], taken: Set[str], *, as_json: bool) -> None:
     if not as_json:
         for line in _lines(block, answers):
             print(line, flush=True)
         return
     for one, answer in zip(block, answers, strict=True):
-        print(json.dumps(_row(one, answer), ensure_ascii=False), flush=True)
+        print(json.dumps(_row(one, answer, taken), ensure_ascii=False), flush=True)
 
 
 def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
@@ -220,23 +221,36 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
 
 
 def _report(answer: Mapping[str, Any]) -> str:
-    if "problem" in answer:
-        return f"no answer: {answer['problem']}"
-    if "vector" in answer:
-        first = ", ".join(f"{value:.4f}" for value in answer["vector"][:4])
-        return f"[{first}, ...] {len(answer['vector'])} numbers"
-    if "score" in answer:
-        return f"{answer['score']:8.4f}"
-    found, probability = answer["predicted"], answer.get("probability")
-    if "entities" in answer:
-        return "; ".join(f"{one['type']}: {one['text']}" for one in answer["entities"]) or "-"
-    if isinstance(found, float):
-        return f"{found:.4f}"
-    if isinstance(probability, Mapping):
-        return ", ".join(f"{label} {probability[label]:.3f}" for label in found) or "-"
-    if isinstance(found, list):
-        return " ".join(found)
-    return f"{found}  {probability:.3f}" if probability is not None else found or "-"
+    """One line of any task's answer, a plugin's included."""
+    match answer:
+        case {"problem": problem}:
+            return f"no answer: {problem}"
+        case {"vector": [*numbers]}:
+            return f"[{', '.join(map(_shown, numbers[:4]))}, ...] {len(numbers)} numbers"
+        case {"score": float(score)}:
+            return f"{score:8.4f}"
+        case {"entities": [*entities]}:
+            return "; ".join(f"{one['type']}: {one['text']}" for one in entities) or "-"
+        case {"predicted": [*labels], "probability": Mapping() as probabilities}:
+            return ", ".join(f"{label} {_shown(probabilities.get(label), 3)}" for label in labels) or "-"
+        case {"predicted": str(label), "probability": float(probability)}:
+            return f"{_shown(label)}  {probability:.3f}"
+        case {"predicted": found}:
+            return _shown(found)
+    return _shown({name: value for name, value in answer.items() if name != "truncated"})
+
+
+def _shown(value: Any, digits: int = 4) -> str:
+    match value:
+        case None | "":
+            return "-"
+        case float():
+            return f"{value:.{digits}f}"
+        case [*parts]:
+            return " ".join(map(_shown, parts)) or "-"
+        case Mapping():
+            return ", ".join(f"{name} {_shown(part)}" for name, part in value.items()) or "-"
+    return str(value)
 
 
 def _text(one: Query) -> str:
@@ -244,7 +258,12 @@ def _text(one: Query) -> str:
     for name in ("text", "anchor", "question", "prompt"):
         if name in row:
             return str(row[name])
-    return " ".join(row["tokens"]) if "tokens" in row else str(row["messages"][-1]["content"])
+    match row:
+        case {"tokens": [*tokens]}:
+            return " ".join(map(str, tokens))
+        case {"messages": [*_, {"content": content}]}:
+            return str(content)
+    return _shown(row)
 
 
 def _print_status(text: str) -> None:

@@ -41,7 +41,7 @@ ANSWERS = (
     "truncated",
     "problem",
 )
-"""All names that an answer may have."""
+"""Names in the answers of built-in tasks."""
 
 
 @dataclass(frozen=True)
