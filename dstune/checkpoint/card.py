@@ -103,7 +103,10 @@ class Export:
 
 def _sections(run_dir: Path, export: Export) -> Iterator[str]:
     config, state = export.config, export.state
-    what = "A LoRA adapter of" if export.adapter else "A fine-tuned version of"
+    what = "A fine-tuned version of"
+    if export.adapter:
+        kind = method_of(config.method).adapter_name or config.method.name
+        what = f"{'An' if kind[0] in 'aeiouAEIOU' else 'A'} {kind} adapter of"
     base = _hub_name(config.model.path) or public_name(config.model.path)
     revision = f" at revision `{config.model.revision}`" if config.model.revision else ""
     yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."

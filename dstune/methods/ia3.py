@@ -54,6 +54,7 @@ class Ia3(ModuleAdapter):
     learning_rate = 1e-2
 
     peft_type = "IA3"
+    adapter_name = "IA3"
     tensor_marks = (".ia3_l.",)
 
     def check(self, run: RunConfig) -> Iterator[Problem]:

@@ -44,6 +44,7 @@ class Oft(ModuleAdapter):
     learning_rate = 2e-4
 
     peft_type = "OFT"
+    adapter_name = "OFT"
     tensor_marks = (".oft_R.",)
     renamed: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "dropout": "module_dropout"}
     ours_alone = ("exact",)

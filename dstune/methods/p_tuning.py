@@ -49,6 +49,7 @@ class PTuning(TrainedPrompt):
     learning_rate = 1e-3
 
     peft_type = "P_TUNING"
+    adapter_name = "P-tuning"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
 
     @property

@@ -40,6 +40,7 @@ class Prefix(TrainedPrompt):
     learning_rate = 1e-2
 
     peft_type = "PREFIX_TUNING"
+    adapter_name = "prefix-tuning"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
 
     def check(self, run: RunConfig) -> Iterator[Problem]:

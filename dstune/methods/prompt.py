@@ -38,6 +38,7 @@ class Prompt(TrainedPrompt):
     learning_rate = 1e-2
 
     peft_type = "PROMPT_TUNING"
+    adapter_name = "prompt-tuning"
     renamed: ClassVar[dict[str, str]] = {"virtual_tokens": "num_virtual_tokens"}
     ours_alone = ("init_text",)
 

@@ -44,6 +44,7 @@ class Vera(ModuleAdapter):
     learning_rate = 1e-2
 
     peft_type = "VERA"
+    adapter_name = "VeRA"
     tensor_marks = (".vera_lambda_",)
     renamed: ClassVar[dict[str, str]] = {
         "rank": "r",

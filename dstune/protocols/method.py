@@ -94,6 +94,8 @@ class Method:
     scores_gradients: ClassVar[bool] = False
     same_parameters_throughout: ClassVar[bool] = False
 
+    adapter_name: ClassVar[str] = ""
+    """What a model card calls the adapter (`LoRA`); the method's name where it is empty."""
     learning_rate: ClassVar[float] = 2e-5
     """The peak rate where `optimizer.lr` is not given: of AdamW, for a language model of usual size."""
     choice_settings: ClassVar[Mapping[str, Any]] = {}

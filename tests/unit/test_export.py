@@ -14,6 +14,7 @@ from dstune.checkpoint.shards import cut
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.inference import export_command
+from dstune.protocols import METHODS
 from tests.support.generation import saved_run
 from tests.support.tiny import save_decoder
 
@@ -30,6 +31,24 @@ def test_a_sample_and_a_hub_id_are_named_in_the_card():
     config = run_config()
     for path, ids in (("org/rows:train_sft", ["org/rows"]), ("data/rows.jsonl", []), ("sample://chitchat", [])):
         assert _datasets(replace(config, data=replace(config.data, train=path))) == ids
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [("lora", "A LoRA"), ("qlora", "A LoRA"), ("ia3", "An IA3"), ("vera", "A VeRA"), ("oft", "An OFT")]
+    + [("prompt", "A prompt-tuning"), ("prefix", "A prefix-tuning"), ("p_tuning", "A P-tuning")],
+)
+def test_the_card_names_the_kind_of_adapter(tmp_path, monkeypatch, method, title):
+    from dstune.checkpoint.card import Export, _sections
+    from tests.support.configs import run_config
+
+    def opening() -> str:
+        config = run_config(method=METHODS[method].Config())
+        return next(_sections(tmp_path, Export(tmp_path, config, {}, adapter=True))).split("\n\n")[1]
+
+    assert opening().startswith(f"{title} adapter of")
+    monkeypatch.setattr(METHODS[method], "adapter_name", "")
+    assert f" {method} adapter of" in opening()
 
 
 def test_arguments_of_the_template_are_evaluated_as_they_were_trained(tmp_path):

@@ -37,6 +37,7 @@ class Lora(ModuleAdapter):
     same_parameters_throughout = True
     trains_tokens = True
     peft_type = "LORA"
+    adapter_name = "LoRA"
     tensor_marks = (".lora_",)
     renamed: ClassVar[dict[str, str]] = {
         "rank": "r",
