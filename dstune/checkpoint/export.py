@@ -64,8 +64,8 @@ def export_checkpoint(
 
         state = store.read_state(checkpoint)
         with whole_loading():
-            write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
-        write_record(folder, config, state, checkpoint.name, run_dir)
+            architecture = write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
+        write_record(folder, config, state, checkpoint.name, run_dir, architecture)
         write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
     return out
 

@@ -43,7 +43,7 @@ from dstune.models.pooled import PooledForSequenceClassification
 from dstune.protocols import method_of, task_of
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,11 @@ CLASSIFIER_CODE = "modeling_dstune"
 """The module beside an exported classifier with a head of dstune's own."""
 
 
-def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: bool, max_shard_size: int | str) -> None:
-    """Write weights, configuration, generation settings and tokenizer of `checkpoint` to the empty `folder`.
+def write_model(
+    config: RunConfig, checkpoint: Path, folder: Path, *, merge: bool, max_shard_size: int | str
+) -> PretrainedConfig:
+    """Write weights, configuration, generation settings and tokenizer of `checkpoint` to the empty `folder`; the model's
+    configuration is returned, which an adapter's folder lacks.
 
     A LoRA run gives an adapter; with `merge`, or where the base has random weights and so exists nowhere else, a whole
     model.
@@ -83,7 +86,9 @@ def write_model(config: RunConfig, checkpoint: Path, folder: Path, *, merge: boo
         built.model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
         _save_whole(built, sources, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
-    task_of(config.task).write_export(config, built.model.config, folder)
+    architecture: PretrainedConfig = built.model.config
+    task_of(config.task).write_export(config, architecture, folder)
+    return architecture
 
 
 def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:

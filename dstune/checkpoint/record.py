@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dstune import __version__
 from dstune.config.convert import EnvironmentText, build, may_refer, to_dict
@@ -19,12 +19,22 @@ from dstune.core.parsing import object_in
 from dstune.protocols import ROW_FORMATS, TASKS, Task, method_of, task_of
 from dstune.protocols.task import TaskConfig
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 NAME = "dstune.json"
 RECORDED = ("format", "max_length", "packing")
 """Keys of `data` in it."""
 
 
-def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpoint: str, run_dir: Path) -> None:
+def write_record(
+    folder: Path,
+    config: RunConfig,
+    state: dict[str, Any],
+    checkpoint: str,
+    run_dir: Path,
+    architecture: PretrainedConfig | None = None,
+) -> None:
     """Write `dstune.json`: task, data settings, base model by the name that the run gave it, step; and where that name refers
     to the environment, the signature of the run, so that it may do so."""
     task = to_dict(config)["task"]
@@ -46,12 +56,18 @@ def write_record(folder: Path, config: RunConfig, state: dict[str, Any], checkpo
         "revision": config.model.revision,
         "method": config.method.name,
         **method_of(config.method).record(),
+        **({} if architecture is None or not task_of(config.task).has_head else _head(architecture)),
         "step": state["step"],
         "checkpoint": checkpoint,
     }
     if isinstance(config.model.path, EnvironmentText):
         record[SIGNATURE] = read_run_content(run_dir / "run.yaml").get(SIGNATURE)
     (folder / NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _head(architecture: PretrainedConfig) -> dict[str, Any]:
+    """What builds the head of an adapter's base again without the code of the task (`inference.registered_model`)."""
+    return {"outputs": architecture.num_labels, "problem_type": architecture.problem_type}
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -76,12 +76,15 @@ def load_export(folder):
     base, revision = settings["base_model_name_or_path"], settings.get("revision")
     at = {"revision": revision} if revision else {}
     config = AutoConfig.from_pretrained(base, **at)
-    task, record = {}, os.path.join(folder, "dstune.json")
-    if os.path.exists(record):
-        with open(record, encoding="utf-8") as stream:
-            task = json.load(stream).get("task") or {}
+    record, path = {}, os.path.join(folder, "dstune.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as stream:
+            record = json.load(stream)
+    task = record.get("task") or {}
     labels = task.get("labels") or []
-    if task.get("regression") or task.get("name") == "reward":
+    if "outputs" in record:  # not in exports of earlier versions
+        config.num_labels, config.problem_type = record["outputs"], record.get("problem_type")
+    elif task.get("regression") or task.get("name") == "reward":
         config.num_labels, config.problem_type = 1, "regression"
     elif task.get("multi_label"):
         config.problem_type = "multi_label_classification"

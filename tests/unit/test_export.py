@@ -35,8 +35,10 @@ def test_a_sample_and_a_hub_id_are_named_in_the_card():
 
 @pytest.mark.parametrize(
     ("method", "title"),
-    [("lora", "A LoRA"), ("qlora", "A LoRA"), ("ia3", "An IA3"), ("vera", "A VeRA"), ("oft", "An OFT")]
-    + [("prompt", "A prompt-tuning"), ("prefix", "A prefix-tuning"), ("p_tuning", "A P-tuning")],
+    [
+        *(("lora", "A LoRA"), ("qlora", "A LoRA"), ("ia3", "An IA3"), ("vera", "A VeRA"), ("oft", "An OFT")),
+        *(("prompt", "A prompt-tuning"), ("prefix", "A prefix-tuning"), ("p_tuning", "A P-tuning")),
+    ],
 )
 def test_the_card_names_the_kind_of_adapter(tmp_path, monkeypatch, method, title):
     from dstune.checkpoint.card import Export, _sections

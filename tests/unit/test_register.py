@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from support.configs import run_config
+from support.generation import saved_run
+from support.tiny import save_decoder
 
 from dstune.core.errors import DstuneError, UserError
 from dstune.inference import register as registry
@@ -225,3 +227,25 @@ def test_a_registered_model_answers_as_its_task_does():
     assert predicted(TinyForSequenceClassification([2.5])) == ["2.5"], "one number is no choice"
     with pytest.raises(ValueError, match="no text to give for TinyForTokenClassification"):
         predicted(TinyForTokenClassification([1.0]))
+
+
+def test_a_head_is_built_from_the_record_whatever_the_task_is_called(tmp_path):
+    pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+    import peft
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from dstune.checkpoint import store
+    from dstune.checkpoint.export import export_checkpoint
+    from dstune.inference.registered_model import load_export
+
+    base = save_decoder(tmp_path / "base", tied=True)
+    run_dir = saved_run(tmp_path, base, "task=reward", "method=full", "data.packing=false")
+    whole = export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "whole")
+    record = json.loads((whole / "dstune.json").read_text())
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", modules_to_save=["score"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "dstune.json").write_text(json.dumps(record | {"task": {"name": "own_reward"}}))
+    _, loaded = load_export(str(tmp_path / "adapter"))
+    assert loaded.get_base_model().config.num_labels == 1
