@@ -226,30 +226,30 @@ def _report(answer: Mapping[str, Any]) -> str:
         case {"problem": problem}:
             return f"no answer: {problem}"
         case {"vector": [*numbers]}:
-            return f"[{', '.join(map(_shown, numbers[:4]))}, ...] {len(numbers)} numbers"
+            return f"[{', '.join(map(_formatted, numbers[:4]))}, ...] {len(numbers)} numbers"
         case {"score": float(score)}:
             return f"{score:8.4f}"
         case {"entities": [*entities]}:
             return "; ".join(f"{one['type']}: {one['text']}" for one in entities) or "-"
         case {"predicted": [*labels], "probability": Mapping() as probabilities}:
-            return ", ".join(f"{label} {_shown(probabilities.get(label), 3)}" for label in labels) or "-"
+            return ", ".join(f"{label} {_formatted(probabilities.get(label), 3)}" for label in labels) or "-"
         case {"predicted": str(label), "probability": float(probability)}:
-            return f"{_shown(label)}  {probability:.3f}"
+            return f"{_formatted(label)}  {probability:.3f}"
         case {"predicted": found}:
-            return _shown(found)
-    return _shown({name: value for name, value in answer.items() if name != "truncated"})
+            return _formatted(found)
+    return _formatted({name: value for name, value in answer.items() if name != "truncated"})
 
 
-def _shown(value: Any, digits: int = 4) -> str:
+def _formatted(value: Any, digits: int = 4) -> str:
     match value:
         case None | "":
             return "-"
         case float():
             return f"{value:.{digits}f}"
         case [*parts]:
-            return " ".join(map(_shown, parts)) or "-"
+            return " ".join(map(_formatted, parts)) or "-"
         case Mapping():
-            return ", ".join(f"{name} {_shown(part)}" for name, part in value.items()) or "-"
+            return ", ".join(f"{name} {_formatted(part)}" for name, part in value.items()) or "-"
     return str(value)
 
 
@@ -263,7 +263,7 @@ def _text(one: Query) -> str:
             return " ".join(map(str, tokens))
         case {"messages": [*_, {"content": content}]}:
             return str(content)
-    return _shown(row)
+    return _formatted(row)
 
 
 def _print_status(text: str) -> None:
