@@ -35,6 +35,7 @@ from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
+from dstune.tracking.jsonl import json_text
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +101,7 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         with redirect_stdout(sys.stderr):
             results = harness.run(config, folder, tasks, arguments.harness_path, shots[0] if shots else None)
     if arguments.json:
-        print(json.dumps({"model": arguments.target, "harness": results}))
+        print(json_text({"model": arguments.target, "harness": results}))
     else:
         harness.show(arguments.target, results)
     return EXIT_DONE
@@ -250,7 +251,7 @@ def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[
 
 def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"model": target, **result}))
+        print(json_text({"model": target, **result}))
         return
     if "prompted" in result:
         _print_prompted(target, result)
@@ -302,7 +303,7 @@ def _print_prompted(target: str, result: dict[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    files.write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import socket
 import time
@@ -23,6 +22,7 @@ from dstune.core.secrets import redacted
 from dstune.launch.queues import queue_named
 from dstune.protocols.launcher import Queue
 from dstune.report.run_files import is_row, shaped_result
+from dstune.tracking.jsonl import json_text
 
 if TYPE_CHECKING:
     import psutil
@@ -221,7 +221,7 @@ def _note(logged: Logged, row: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` whole or not at all."""
-    files.write(path, json.dumps(redacted(value), indent=1) + "\n")
+    files.write(path, json_text(redacted(value), indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

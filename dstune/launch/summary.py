@@ -84,7 +84,7 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
 def _overfitting(result: Mapping[str, Any]) -> list[str]:
     """The gap between held-out rows and those trained on, and whether the weights are past their best."""
     found = result.get("overfitting")
-    if not found:
+    if not found or found["gap"] is None:  # no loss was finite
         return []
     lines = [_entry("gap", f"{found['gap']:+.4f} (training loss {found['training_loss']:.4f})")]
     best, measured = result.get("best"), result.get("weights_step")

@@ -37,6 +37,7 @@ from dstune.launch.mirror import Mirror, open_mirror
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
+from dstune.tracking.jsonl import json_text
 
 if TYPE_CHECKING:
     from dstune.rank.worker import Outcome
@@ -277,7 +278,7 @@ def conclude(command: Command, run_dir: Path, code: int, console: Console) -> No
     """The last words of the command: what was achieved, or how to go on."""
     result = records.read_result(run_dir) or {}
     if command.json:
-        print(json.dumps(result))
+        print(json_text(result))
     elif code == EXIT_DONE:
         print(summary(run_dir))
     elif code == EXIT_PREEMPTED or result.get("checkpoint"):

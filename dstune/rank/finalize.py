@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dstune.core.secrets import redacted
 from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.protocols.method import Preparation
 from dstune.rank.startup import show_samples
+from dstune.tracking.jsonl import json_text
 from dstune.tracking.log import RunLog
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
@@ -132,4 +132,4 @@ def export(run_dir: Path, config: RunConfig) -> Path:
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write `result.json` whole or not at all."""
-    files.write(run_dir / "result.json", json.dumps(redacted(result), indent=1))
+    files.write(run_dir / "result.json", json_text(redacted(result), indent=1))

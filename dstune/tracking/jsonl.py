@@ -29,7 +29,7 @@ class JsonLines:
         self._waiting = b""
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._waiting += json.dumps(plain(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._waiting += json_text(row, ensure_ascii=False).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -78,6 +78,11 @@ def _is_row_until(line: bytes, step: int) -> bool:
     except (ValueError, KeyError, TypeError):
         # A crash of the machine can leave a block of zeros where a line was being written.
         return False
+
+
+def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """`value` as JSON that other programs read, which `json.dumps` alone does not promise: it writes NaN."""
+    return json.dumps(plain(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
 def plain(value: Any) -> Any:

@@ -1,9 +1,14 @@
 """The result of a run whose ranks were killed before they could write it."""
 
 import json
+import math
+
+import numpy as np
 
 from dstune.checkpoint import store
+from dstune.evaluation import command
 from dstune.launch import records
+from dstune.rank import finalize
 
 ROWS = [
     {"step": 0, "eval/loss": 4.0, "eval/accuracy": 0.5, "eval/seconds": 1.0},
@@ -58,3 +63,16 @@ def test_values_of_the_environment_are_not_in_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("A_TOKEN", "planted-token-value")
     records.write_result(tmp_path, "failed", "no access with planted-token-value", 1)
     assert records.read_result(tmp_path)["reason"] == "no access with ${oc.env:A_TOKEN}"
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path, capsys):
+    """JSON has no NaN, and other programs refuse a file that has one."""
+    result = {"status": "completed", "eval_final": {"mine": math.nan, "loss": np.float32(0.5)}}
+    folders = [tmp_path / "of_ranks", tmp_path / "of_launcher"]
+    for folder in folders:
+        folder.mkdir()
+    finalize.write_result(folders[0], result)
+    records.write_json(folders[1] / "result.json", result)
+    command._print("runs/a", result, as_json=True)
+    texts = [*((folder / "result.json").read_text() for folder in folders), capsys.readouterr().out]
+    assert [json.loads(text)["eval_final"] for text in texts] == [{"mine": None, "loss": 0.5}] * 3

@@ -69,6 +69,12 @@ def test_the_metrics_are_those_of_the_exported_weights(tmp_path):
     assert "best" not in formatted and "seconds" not in formatted
 
 
+def test_a_gap_that_is_not_finite_costs_no_other_line(tmp_path):
+    result = {**RESULT, "overfitting": {"gap": None, "training_loss": 2.4}}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert "held-out loss" in summary(tmp_path)
+
+
 def test_long_texts_are_wrapped_and_cut(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps({"status": "stopped", "reason": "no gain", "steps": 1}))
     row = {"step": 3, "prompt": "first " + "word " * 400 + "last", "reference": "", "answer": ""}
