@@ -108,6 +108,18 @@ def test_early_stopping_on_losses_that_are_not_numbers():
     assert "has not been finite" in request.reason
 
 
+def test_a_metric_that_is_not_finite_is_reported_once():
+    """`best` stays null in the result, and the reader has to know why."""
+    config = run_config(trainer=TrainerConfig(early_stopping=EarlyStoppingConfig(metric="mine")))
+    hook, messages = EarlyStopping(config), []
+    for step in (1, 2):
+        run = at(step)
+        run.log = SimpleNamespace(message=messages.append)
+        hook.on_evaluate(run, SimpleNamespace(metrics={"loss": 1.0, "mine": math.nan}))
+    (message,) = messages
+    assert message.startswith("warning: mine is nan in the evaluation after step 1,")
+
+
 @pytest.mark.parametrize(
     ("metric", "value", "best", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ class EarlyStopping(Callback):
         self._settings = config.trainer.early_stopping
         self._saves_best = config.trainer.early_stopping.patience > 0 or config.run.export.value == "best"
         self._without_gain = 0
+        self._warned = False
 
     @classmethod
     def for_run(cls, run: Any) -> EarlyStopping:
@@ -36,6 +38,10 @@ class EarlyStopping(Callback):
         if metric not in metrics:  # on all ranks alike
             reason = "these rows and labels have no such metric"
             raise UserError(Problem("trainer.early_stopping.metric", reason, f"one of {', '.join(metrics)}", metric))
+        if run.log and not self._warned and not math.isfinite(metrics[metric]):
+            self._warned = True
+            reason = f"{metric} is {metrics[metric]} in the evaluation after step {state.step}"
+            run.log.message(f"warning: {reason}, which is never the best one (trainer.early_stopping.metric)")
         best = state.best.value if state.best else None
         if improves(metric, metrics[metric], best, self._settings.min_delta):
             state.best = Best(metric, metrics[metric], state.step)
