@@ -47,7 +47,6 @@ def finish(
             "world_size": run.world.size,
             "tokens": state.tokens,
             "seconds": round(state.seconds, 3),
-            **run.callbacks.results(),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,
             "best": state.best and vars(state.best),
@@ -55,6 +54,7 @@ def finish(
             **({"labels": list(run.data.labels)} if state.results and run.data.labels else {}),
             **state.results,
         }
+        result |= run.callbacks.results(result.keys(), run.message)
         write_result(run_dir, result)
         assert isinstance(run.log, RunLog)
         run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dstune.config.callbacks import chosen_callbacks
+from dstune.config.callbacks import KEY, chosen_callbacks
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import CALLBACKS
 from dstune.protocols.callback import LEAVE, Action, Callback, Request, merge
@@ -16,6 +17,9 @@ from dstune.trainer.state import TrainState
 
 if TYPE_CHECKING:
     from dstune.trainer.loop import Evaluated, Step, Training
+
+
+SCALARS = {bool, float, int, str}
 
 
 class CallbackList:
@@ -105,7 +109,7 @@ class CallbackList:
     def around(self, phase: str) -> Iterator[None]:
         with ExitStack() as stack:
             for one in self._callbacks:
-                stack.enter_context(one.around(phase))
+                stack.enter_context(_of_type(AbstractContextManager, one, "around", one.around(phase)))
             yield
 
     # -- vetoes -------------------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ class CallbackList:
 
     def numbers(self) -> list[Mapping[str, float]]:
         """Of each callback."""
-        return [one.numbers() for one in self._callbacks]
+        return [_of_type(Mapping, one, "numbers", one.numbers()) for one in self._callbacks]
 
     def agreed(self, run: Training, mine: list[Mapping[str, float]], everyone: np.ndarray) -> None:
         """mine: what `numbers` returned. everyone: its values one after another, [ranks, numbers]."""
@@ -131,26 +135,61 @@ class CallbackList:
             if numbers:
                 one.agreed(run, {name: next(columns) for name in numbers})
 
-    def metrics(self, run: Training, step: Step) -> dict[str, float | int | str]:
-        return {name: value for one in self._callbacks for name, value in one.metrics(run, step).items()}
+    def metrics(self, run: Training, step: Step, taken: Iterable[str]) -> dict[str, float | int | str]:
+        """Of all callbacks. taken: the names of the loop's own.
 
-    def results(self) -> dict[str, Any]:
-        return {name: value for one in self._callbacks for name, value in one.results().items()}
+        Raises:
+            UserError: a name is there already, so that one value would hide the other; or a value is not JSON.
+        """
+        found: dict[str, float | int | str] = {}
+        owners = dict.fromkeys(taken, "the training loop")
+        for one in self._callbacks:
+            own = _of_type(Mapping, one, "metrics", one.metrics(run, step))
+            for name in own.keys() & owners.keys():
+                reason = f"the callback {one.name} returned the metric {name}, which {owners[name]} has written already"
+                raise UserError(Problem(KEY, reason, f"rename it, for example to {one.name}/{name}"))
+            if not {type(value) for value in own.values()} <= SCALARS and (problem := _not_json(own, numpy=True)):
+                reason = f"metrics() of the callback {one.name} {problem}"
+                raise UserError(Problem(KEY, reason, "return numbers and texts, for example float(x)"))
+            owners |= dict.fromkeys(own, f"the callback {one.name}")
+            found |= own
+        return found
+
+    def results(self, taken: Collection[str], warn: Callable[[str], None]) -> dict[str, Any]:
+        """Of all callbacks. What `result.json` cannot hold is left out with a warning: the training is done, and a result that
+        lacks an entry is better than a failed run. taken: the names that it has already."""
+        found: dict[str, Any] = {}
+        for one in self._callbacks:
+            own = one.results()
+            if not isinstance(own, Mapping):
+                warn(f"warning: results() of the callback {one.name} returned {type(own).__name__}, which is ignored")
+                continue
+            for name, value in own.items():
+                clash = name in taken or name in found
+                problem = "is there already" if clash else _not_json({name: value}, numpy=True)
+                if problem:
+                    warn(f"warning: result.json leaves out {name!r} of the callback {one.name}: it {problem}")
+                else:
+                    found[name] = value
+        return found
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Of those that have one, by name."""
-        return {one.name: state for one in self._callbacks if (state := one.state_dict())}
+        """Of those that have one, by name. Raises UserError for a state that no checkpoint can hold."""
+        states = {one.name: state for one in self._callbacks if (state := one.state_dict())}
+        for name, state in states.items():
+            if problem := _not_json(state):
+                fix = "return JSON's types from state_dict: float(x) for a number, list(x) for a set"
+                raise UserError(Problem(KEY, f"the state of {name} {problem}", fix))
+        return states
 
     def load(self, state: TrainState) -> None:
         """Raises UserError for the state of a callback that nobody knows: it would be lost with the next save."""
         own = {one.name for one in self._callbacks}
         if unknown := sorted(name for name in state.callbacks if name not in own and name not in CALLBACKS):
             reason = f"the checkpoint has the state of {', '.join(unknown)}, and no callback has such a name"
-            raise UserError(
-                Problem("trainer.callbacks", reason, "add it to plugins again, or start another run with run.dir")
-            )
+            raise UserError(Problem(KEY, reason, "add it to plugins again, or start another run with run.dir"))
         for one in self._callbacks:
             if one.name in state.callbacks:
                 one.load_state_dict(state.callbacks[one.name])
@@ -164,11 +203,39 @@ def _checked(one: Callback, request: Any, ignored: Action = Action.CONTINUE) -> 
     """
     if not isinstance(request, Request):
         reason = f"the callback {one.name} returned {type(request).__name__} where it asks for something"
-        raise UserError(Problem("trainer.callbacks", reason, "end the hook with `return dstune.Request()`"))
+        raise UserError(Problem(KEY, reason, "end the hook with `return dstune.Request()`"))
     if wrong := request.action & ignored:
         names = " and ".join(str(action.name) for action in Action if action & wrong)
         reason = f"the callback {one.name} asks for {names} where there is no step to do it after"
-        raise UserError(Problem("trainer.callbacks", reason, "ask for it in on_step_agreed"))
+        raise UserError(Problem(KEY, reason, "ask for it in on_step_agreed"))
     if request.action & (Action.STOP | LEAVE) and not request.reason:
         return Request(request.action, f"the callback {one.name} asked for it")
     return request
+
+
+def _of_type(kind: type, one: Callback, hook: str, returned: Any) -> Any:
+    """`returned`, which the loop needs. Raises UserError where a hook of `one` ends without it."""
+    if isinstance(returned, kind):
+        return returned
+    wrong, right = type(returned).__name__, kind.__name__.removeprefix("Abstract")
+    reason = f"{hook}() of the callback {one.name} returned {wrong} instead of a {right}"
+    raise UserError(Problem(KEY, reason, f"return super().{hook}(...) where there is nothing to return"))
+
+
+def _not_json(value: Any, *, numpy: bool = False) -> str:
+    """What JSON has no type for in `value`; empty where there is nothing.
+
+    numpy: scalars of numpy and torch are fine, since `tracking.jsonl.plain` converts them.
+    """
+
+    def refuse(part: Any) -> Any:
+        with suppress(ValueError, RuntimeError):  # more than one number
+            if numpy and hasattr(part, "item"):
+                return part.item()
+        raise TypeError(f"holds a {type(part).__name__}, which JSON has no type for")
+
+    try:
+        json.dumps(value, default=refuse)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error) if str(error).startswith("holds") else f"is not JSON: {error}"
+    return ""

@@ -29,7 +29,7 @@ from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
 from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
 from dstune.trainer.state import TrainState
-from dstune.trainer.step_timer import StepTimer, StepTimes
+from dstune.trainer.step_timer import METRICS, StepTimer, StepTimes
 from dstune.trainer.utilization import Utilization
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine, Update
@@ -305,7 +305,8 @@ def report_step(run: Training, step: Step) -> None:
         "tokens": run.state.tokens,
         "step_seconds": step.seconds,
     }
-    more = {**run.callbacks.metrics(run, step), **task_of(run.config.task).measure_step(Totals.of(step.sums))}
+    of_task = task_of(run.config.task).measure_step(Totals.of(step.sums))
+    more = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
     run.unwritten = UnwrittenRow(step.number, metrics, more, run.step_timer.times())
     if run.unwritten.times.known:
         write_row(run)

@@ -11,6 +11,7 @@ from dstune.zero import accelerator
 PARTS = ("forward", "backward", "update")
 """In this order within a step; forward and backward once for each micro-batch. At ZeRO 2 and 3 gradients are reduced inside the
 backward pass, and at ZeRO 3 weights are gathered inside both."""
+METRICS = ("data_seconds", *(f"{part}_seconds" for part in PARTS))
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class StepTimes:
 
     def parts(self) -> dict[str, float]:
         """As metrics. What comes before the first forward pass counts as part of it."""
-        found = {"data_seconds": self.waited} | {f"{part}_seconds": 0.0 for part in PARTS}
+        found = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
         if not self.known:
             self.marks[-1][1].synchronize()
         for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):

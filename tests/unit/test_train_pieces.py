@@ -283,6 +283,11 @@ def test_a_row_is_written_after_the_next_step(monkeypatch):
     run.unwritten = None
     loop.report_step(run, step)  # of a device that is done, and of a CPU, at once
     assert rows[-1][0] == 2 and run.unwritten is None
+    for name in ("loss", "lr", "step", "forward_seconds"):
+        run.callbacks = CallbackList([one := Callback()])
+        one.metrics = lambda run, step, name=name: {name: 7.0}
+        with pytest.raises(UserError, match=f"the metric {name}, which the training loop"):
+            loop.report_step(run, step)
 
 
 def test_own_time_under_activation_checkpointing():

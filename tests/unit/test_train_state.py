@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support.configs import run_config
 
@@ -153,6 +155,64 @@ def test_a_hook_that_forgets_its_answer_is_named():
 
     with pytest.raises(UserError, match="the callback forgetful returned NoneType"):
         CallbackList([Forgetful()]).on_evaluate(SimpleNamespace(), SimpleNamespace())
+
+
+def callback(**hooks):
+    """One named `mine` with hooks that return these values."""
+    returning = {name: lambda self, *arguments, value=value: value for name, value in hooks.items()}
+    return type("Mine", (Callback,), {"name": "mine", **returning})()
+
+
+STEP = SimpleNamespace(), SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        ("metrics", lambda callbacks: callbacks.metrics(*STEP, ())),
+        ("numbers", CallbackList.numbers),
+        ("around", lambda callbacks: callbacks.around("saving").__enter__()),
+    ],
+)
+def test_a_hook_that_returns_nothing_is_named(hook, call):
+    with pytest.raises(UserError, match=rf"{hook}\(\) of the callback mine returned NoneType"):
+        call(CallbackList([callback(**{hook: None})]))
+
+
+def test_a_metric_hides_no_other():
+    class Other(Callback):
+        name = "other"
+
+        def metrics(self, run, step):
+            return {"gain": 1.0}
+
+    both = [callback(metrics={"gain": np.float32(0.5)}), Other()]
+    assert CallbackList(both[:1]).metrics(*STEP, ("loss", "lr")) == {"gain": 0.5}
+    with pytest.raises(UserError, match="other returned the metric gain, which the callback mine has written"):
+        CallbackList(both).metrics(*STEP, ())
+    with pytest.raises(UserError, match="mine returned the metric loss, which the training loop has written"):
+        CallbackList([callback(metrics={"loss": 99.0})]).metrics(*STEP, ("loss", "lr"))
+
+
+def test_a_metric_that_is_not_json_names_its_callback():
+    with pytest.raises(UserError, match="of the callback mine holds a PosixPath"):
+        CallbackList([callback(metrics={"where": Path("x")})]).metrics(*STEP, ())
+
+
+@pytest.mark.parametrize("value", [np.float32(1.5), {1, 2}])
+def test_a_state_that_no_checkpoint_can_hold_is_refused_before_training(value):
+    with pytest.raises(UserError, match=rf"trainer\.callbacks: the state of mine holds a {type(value).__name__}"):
+        CallbackList([callback(state_dict={"a": value})])
+
+
+def test_what_the_result_cannot_hold_is_left_out_with_a_warning():
+    """The training is done, and has saved and exported its weights."""
+    mine = callback(results={"status": "fine", "path": Path("x"), "mean": np.float32(0.5)})
+    warnings: list[str] = []
+    assert CallbackList([mine]).results({"status", "steps"}, warnings.append) == {"mean": 0.5}
+    assert ["'status' of the callback mine" in warnings[0], "holds a PosixPath" in warnings[1]] == [True, True]
+    assert CallbackList([callback(results=None)]).results((), warnings.append) == {}
+    assert "mine returned NoneType" in warnings[2]
 
 
 def test_going_back_gives_callbacks_their_earlier_state():
