@@ -72,6 +72,14 @@ def test_what_is_wrong_is_named(entry, words):
     assert problem.startswith("trainer.callbacks[0]") and words in problem
 
 
+def test_a_callback_that_refuses_its_arguments_is_named(tmp_path, monkeypatch):
+    source = "from dstune.protocols import Callback\nclass Strict(Callback):\n    def __init__(self): raise ValueError('too low')\n"
+    installed(tmp_path / "strict_module.py", source, monkeypatch)
+    config = run_config(trainer=TrainerConfig(callbacks=["strict_module:Strict"]))
+    with pytest.raises(UserError, match=r"\[0\]=strict_module:Strict: it cannot be made: ValueError: too low"):
+        chosen_callbacks(config)
+
+
 def test_a_callback_is_named_once():
     [problem] = problems({"printer": {"text": "a"}}, {"printer": {"text": "b"}})
     assert problem.startswith("trainer.callbacks[1]") and "already" in problem
