@@ -145,7 +145,7 @@ class CallbackList:
         owners = dict.fromkeys(taken, "the training loop")
         for one in self._callbacks:
             own = _of_type(Mapping, one, "metrics", one.metrics(run, step))
-            for name in own.keys() & owners.keys():
+            for name in filter(owners.get, own):
                 reason = f"the callback {one.name} returned the metric {name}, which {owners[name]} has written already"
                 raise UserError(Problem(KEY, reason, f"rename it, for example to {one.name}/{name}"))
             if not {type(value) for value in own.values()} <= SCALARS and (problem := _not_json(own, numpy=True)):
@@ -160,7 +160,7 @@ class CallbackList:
         lacks an entry is better than a failed run. taken: the names that it has already."""
         found: dict[str, Any] = {}
         for one in self._callbacks:
-            own = one.results()
+            own: Any = one.results()
             if not isinstance(own, Mapping):
                 warn(f"warning: results() of the callback {one.name} returned {type(own).__name__}, which is ignored")
                 continue

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import Split
-from dstune.protocols import METRICS, registered_metrics, task_of
+from dstune.protocols import METRICS, Metric, registered_metrics, task_of
 from dstune.protocols.task import Task, TaskConfig
 from dstune.trainer.generation import Generated
 
@@ -88,8 +89,17 @@ def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...])
     if not (registered and pairs):
         return evaluation
     targets, predictions = zip(*pairs, strict=True)
-    more = {one.name: float(one.compute(predictions, targets, labels)) for one in registered}
+    more = {one.name: _number(one, one.compute(predictions, targets, labels)) for one in registered}
     return replace(evaluation, metrics=evaluation.metrics | more)
+
+
+def _number(metric: Metric, value: Any) -> float:
+    """Raises UserError where the `compute` of `metric` returned none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = f"compute() of the metric {metric.name} returned {type(value).__name__} instead of a number"
+        raise UserError(Problem("plugins", reason, "return float(x)")) from error
 
 
 def texts_of(split: Split) -> Iterator[dict[str, Any]]:

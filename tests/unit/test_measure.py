@@ -34,7 +34,7 @@ from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.token_classification.config import TokenClassificationConfig
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.data_loader import order_of
-from dstune.trainer.measure import Totals, with_registered
+from dstune.trainer.measure import Evaluation, Totals, with_registered
 from dstune.trainer.subgroups import measure_slices
 
 NOTHING_HELD_OUT = SplitConfig(validation=0.0)
@@ -323,6 +323,14 @@ def distance():
 
     yield Distance
     METRICS.remove("distance")
+
+
+@pytest.mark.parametrize("value", [None, "high", {"x": 1.0}])
+def test_a_registered_metric_that_is_no_number_is_named(distance, monkeypatch, value):
+    monkeypatch.setattr(METRICS["distance"], "compute", lambda *unused: value)
+    evaluation = Evaluation({"loss": 1.0}, predictions=((0, 1),))
+    with pytest.raises(UserError, match=f"of the metric distance returned {type(value).__name__} instead of a number"):
+        with_registered(evaluation, task_of(ClassificationConfig()), ("a", "b"))
 
 
 def test_a_registered_metric_is_measured_over_all_rows_and_slices(tmp_path, distance):
