@@ -244,17 +244,17 @@ class Callback:
         """The `numbers` of all ranks, in rank order; the same on every rank."""
 
     def metrics(self, run: Run, step: Step) -> Mapping[str, float | int | str]:
-        """For the row of the step in metrics.jsonl; after `on_step_agreed`, on rank 0."""
+        """For the row of the step in metrics.jsonl, under names that it lacks; after `on_step_agreed`, on rank 0."""
         return {}
 
     def results(self) -> Mapping[str, Any]:
-        """For `result.json`."""
+        """For `result.json`, under names that it lacks: anything else is left out with a warning."""
         return {}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to remember, as JSON. Must be the same on every rank."""
+        """What a checkpoint has to remember, as JSON, which has no numbers of numpy. Must be the same on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
