@@ -6,7 +6,8 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -45,22 +46,28 @@ def parser_of(verb: Callable[[list[str]], int], argv: list[str]) -> VerbParser |
 class VerbParser(argparse.ArgumentParser):
     """`argparse` whose errors are a `UserError` with what to type instead, also as JSON."""
 
+    _given: Sequence[str] = ()
+    """The words of the command, behind `prog`."""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if _looking.get():
             raise _FoundParser(self)
+        self._given = self._given or list(args or ())  # two passes read an intermixed command, the second a part of it
         return super().parse_known_args(args, namespace)
 
     def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
         # Since Python 3.13 it does not come by `parse_known_args`.
         if _looking.get():
             raise _FoundParser(self)
+        self._given = list(args or ())
         return super().parse_known_intermixed_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         if missing := re.search(r"the following arguments are required: (.+)", message):
             names = [name for name in missing[1].split(", ") if name != "KEY=VALUE"]  # of which there may be none
-            raise UserError(Problem(", ".join(names), "this is missing", f"{self.prog} {' '.join(names)}"))
+            fix = f"{self.prog} {shlex.join(self._given)}".strip()
+            raise UserError(Problem(", ".join(names), "this is missing", f"{fix} {' '.join(names)}"))
         if unknown := re.search(r"unrecognized arguments: (.+)", message):
             given = unknown[1].split()[0]
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]

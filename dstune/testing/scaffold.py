@@ -219,8 +219,10 @@ TEMPLATES = {
 def main(argv: list[str]) -> int:
     """`dstune init plugin KIND FILE`. Raises UserError; returns the exit code."""
     parser = VerbParser(prog="dstune init", description="Write a plugin that works, to begin from (docs/plugins.md).")
-    parser.add_argument("what", choices=["plugin"], help="what to begin")
-    parser.add_argument("kind", choices=list(TEMPLATES), help="what the plugin adds")
+    parser.add_argument("what", metavar="plugin", choices=["plugin"], help="what to begin")
+    parser.add_argument(
+        "kind", metavar="KIND", choices=list(TEMPLATES), help=f"what the plugin adds: {', '.join(TEMPLATES)}"
+    )
     parser.add_argument(
         "file", type=Path, metavar="FILE", help="such as my_task.py, which is also the name of what it adds"
     )

@@ -55,6 +55,15 @@ def test_what_is_refused(words, reason, capsys):
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [([], "plugin KIND FILE"), (["plugin"], "plugin KIND FILE"), (["plugin", "task"], "plugin task FILE")],
+)
+def test_the_fix_repeats_the_words_that_were_given(words, fix, capsys):
+    assert main(["init", *words]) == 2
+    assert f"fix: dstune init {fix}\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", TEMPLATES)
