@@ -40,7 +40,10 @@ def distinct(requested: Sequence[str]) -> dict[str, str]:
         path = Path(spec)
         name = name_of(spec)
         if is_path(spec) and not name.isidentifier():
-            fix = f"rename it, for example {path.with_name(''.join(c if c.isalnum() else '_' for c in name) + '.py')}"
+            fix = "give the path of a Python file"
+            if path.name not in ("", ".."):  # folders without a name of their own
+                valid = "".join(c if c.isalnum() else "_" for c in name)
+                fix = f"rename it, for example {path.with_name(f'{valid}.py')}"
             problems.append(Problem(KEY, "the name of a plugin file is a name in Python", fix, spec))
         elif name in found and Path(found[name]).absolute() != path.absolute() and found[name] != spec:
             reason = f"there are two plugins named {name}: {found[name]} and {spec}"

@@ -278,6 +278,7 @@ def test_names_that_clash_with_a_plugin_of_an_earlier_configuration():
         ("[./lions.py]", "there is no such file", "did you mean lion.py?"),
         ("[nonesuch.module]", "there is no such module", "plugins=[./file.py]"),
         ("[./my-lion.py]", "the name of a plugin file is a name in Python", "my_lion.py"),
+        ("[/]", "the name of a plugin file is a name in Python", "give the path of a Python file"),
         ("[./lion.py:Tiger]", "./lion.py registers no class Tiger", "the plugin registers Lion"),
         ("3", "expected a list of files and modules", "plugins=[./file.py,package.module]"),
     ],
