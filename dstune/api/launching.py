@@ -63,10 +63,21 @@ def check_overrides(overrides: Sequence[Any]) -> None:
     problems = []
     for word in overrides:
         if not isinstance(word, str):
-            fix = 'write "KEY=VALUE"; rows are passed as train=rows'
+            fix = 'write "KEY=VALUE"; rows to train on are passed as train=rows'
             problems.append(Problem("overrides", "expected a text", fix, repr(word)[:80]))
         elif word.startswith("-"):
-            fix = "dstune.train takes KEY=VALUE and GROUP=CHOICE; flags belong to the command line"
+            fix = "pass KEY=VALUE or GROUP=CHOICE; flags belong to the command line"
             problems.append(Problem("overrides", "this is a flag", fix, word))
+    if problems:
+        raise UserError(problems)
+
+
+def refuse_lone(**lists: Any) -> None:
+    """Raises UserError for one text, path or class where an argument takes a list: a text would be read letter by letter."""
+    problems = []
+    for name, given in lists.items():
+        if isinstance(given, (str, os.PathLike, type)):
+            one = given.__name__ if isinstance(given, type) else repr(os.fspath(given))
+            problems.append(Problem(name, "expected a list", f"{name}=[{one}]", one))
     if problems:
         raise UserError(problems)

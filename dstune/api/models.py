@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 Path_ = str | os.PathLike[str]
 
 
-def predict(model: Any, rows: Any, *overrides: str, checkpoint: str = "last", **options: Any) -> list[dict[str, Any]]:
+def predict(
+    model: Any, rows: Any, *overrides: str, checkpoint: str | int = "last", **options: Any
+) -> list[dict[str, Any]]:
     """Labels, tags, answers, scores or vectors of rows that have none: one mapping for each row, in order.
 
     Args:
@@ -36,7 +39,7 @@ def predict(model: Any, rows: Any, *overrides: str, checkpoint: str = "last", **
     return Loaded(model).predict(rows, overrides, checkpoint=checkpoint, **options)
 
 
-def generate(model: Any, prompt: Any, *, checkpoint: str = "last", **options: Any) -> Any:
+def generate(model: Any, prompt: Any, *, checkpoint: str | int = "last", **options: Any) -> Any:
     """Text from a language model: a string for one prompt, a list of strings for several.
 
     Args:
@@ -52,7 +55,7 @@ def generate(model: Any, prompt: Any, *, checkpoint: str = "last", **options: An
     return Loaded(model).generate(prompt, checkpoint=checkpoint, **options)
 
 
-def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint: str = "last") -> dict[str, Any]:
+def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint: str | int = "last") -> dict[str, Any]:
     """Metrics of a run, an export or a model on held-out rows, on as many ranks as training uses.
 
     Args:
@@ -68,18 +71,27 @@ def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint:
         UserError: the configuration or the data is wrong.
         TrainingFailed: the ranks did not end well, or were stopped.
     """
+    from dstune.api.launching import check_overrides
     from dstune.api.notebook import console
     from dstune.evaluation.command import measure, parse
 
-    arguments = parse([os.fspath(model), *overrides, "--split", split, "--checkpoint", checkpoint])
+    path = os.fspath(model)
+    check_overrides([path, *overrides])
+    arguments = parse([path, *overrides, f"--split={split}", f"--checkpoint={checkpoint}"])
     code, result = measure(arguments, console())
     if code != EXIT_DONE or result is None:
-        raise TrainingFailed(f"the evaluation of {os.fspath(model)} ended with exit code {code}")
+        raise TrainingFailed(f"the evaluation of {path} ended with exit code {code}")
     return result
 
 
 def export(
-    run: Any, path: Path_, *, checkpoint: str = "last", merge: bool = False, force: bool = False, reference: bool = True
+    run: Any,
+    path: Path_,
+    *,
+    checkpoint: str | int = "last",
+    merge: bool = False,
+    force: bool = False,
+    reference: bool = True,
 ) -> Path:
     """Write a run's model as a plain Hugging Face folder: a whole model, or the adapter of an adapter method.
 
@@ -114,7 +126,7 @@ def export(
     folder = run_directory(Path(os.fspath(run)))
     if merge:
         refuse_unmergeable("merge", read_run(folder / "run.yaml", use=Use.weights).config.method)
-    found = find_checkpoint(folder, checkpoint)
+    found = find_checkpoint(folder, str(checkpoint))
     refuse_damaged(folder, found)
     check_free(Path(path), force)
     with folder_for(Path(path)) as out:
@@ -156,11 +168,13 @@ def plan(
     Raises:
         UserError: the configuration is wrong.
     """
+    from dstune.api.launching import check_overrides
     from dstune.launch.plan import as_json, as_text, configuration, parse, plan_of
 
-    words = [] if run is None else [os.fspath(run)]
-    words += [*overrides, *(f"hardware={hardware}" for _ in [0] if hardware), *(f"nodes={nodes}" for _ in [0] if nodes)]
-    arguments = parse([*words, *(f"price={price}" for _ in [0] if price)])
+    words = [*([] if run is None else [os.fspath(run)]), *overrides]
+    check_overrides(words)
+    numbers = {"hardware": hardware, "nodes": nodes, "price": price}
+    arguments = parse([*words, *(f"{name}={value}" for name, value in numbers.items() if value is not None)])
     config = configuration(arguments)
     found = plan_of(config, arguments)
     return Plan(as_json(found, arguments.price, config), as_text(found, arguments.price, config))
@@ -181,23 +195,27 @@ class Loaded:
         self._key, self._model = None, None
 
     def predict(
-        self, rows: Any, overrides: Sequence[str], *, checkpoint: str, batch_size: int = 32, probabilities: bool = False
+        self,
+        rows: Any,
+        overrides: Sequence[str],
+        *,
+        checkpoint: str | int,
+        batch_size: int = 32,
+        probabilities: bool = False,
     ) -> list[dict[str, Any]]:
         """See `predict`."""
-        from dstune.api.rows import each, plain_row
+        from dstune.api.launching import check_overrides
+        from dstune.api.rows import each
         from dstune.config.data_schema import OnBadRow
         from dstune.config.schema import ModelConfig
         from dstune.inference.load import find, load
         from dstune.inference.rows import Rows as Questions
         from dstune.protocols import task_of
 
-        if batch_size < 1:
-            raise UserError(Problem("batch_size", "must be at least 1", "batch_size=32", str(batch_size)))
-        expected = find(ModelConfig(path=self._path), checkpoint, overrides)
-        given = [
-            (f"row {number}", row if isinstance(row, str) else plain_row(row))
-            for number, row in enumerate(each(rows), 1)
-        ]
+        check_overrides(overrides)
+        _check_batch_size(batch_size, 32)
+        expected = find(ModelConfig(path=self._path), str(checkpoint), overrides)
+        given = [(f"row {number}", _columns(row)) for number, row in enumerate(each(rows), 1)]
         if not given:
             return []
         question = task_of(expected.config.task).question(expected.labels, expected.config.data)
@@ -218,7 +236,7 @@ class Loaded:
         self,
         prompt: Any,
         *,
-        checkpoint: str,
+        checkpoint: str | int,
         batch_size: int = 8,
         system: str | None = None,
         plain: bool = False,
@@ -230,7 +248,12 @@ class Loaded:
         from dstune.inference.voices import opened
         from dstune.inference.writer import Writer
 
+        checkpoint = str(checkpoint)
+        _check_batch_size(batch_size, 8)
         one = isinstance(prompt, str) or _is_conversation(prompt)
+        if not one and (isinstance(prompt, Mapping) or not isinstance(prompt, Iterable)):
+            fix = 'a text, a conversation such as [{"role": "user", "content": "Hi"}], or a list of either'
+            raise UserError(Problem("prompt", "expected texts or conversations", fix, repr(prompt)[:80]))
         requests = [_request(text, number) for number, text in enumerate([prompt] if one else prompt, 1)]
         chosen = _sampling(sampling)
         newest = store.newest(Path(self._path)) if checkpoint == "last" else None
@@ -253,6 +276,21 @@ class Loaded:
             self._model = load()
             self._key = key
         return self._model
+
+
+def _check_batch_size(size: Any, default: int) -> None:
+    if not isinstance(size, Integral) or size < 1:
+        raise UserError(Problem("batch_size", "must be a number of at least 1", f"batch_size={default}", repr(size)))
+
+
+def _columns(row: Any) -> str | dict[str, Any] | ValueError:
+    """A text or the columns of a row, or what is wrong with it, so that bad rows of every kind are listed together."""
+    from dstune.api.rows import plain_row
+
+    try:
+        return row if isinstance(row, str) else plain_row(row)
+    except ValueError as error:
+        return error
 
 
 def _is_conversation(prompt: Any) -> bool:
@@ -288,16 +326,32 @@ def _sampling(options: Mapping[str, Any]) -> Any:
             problems.append(Problem(name, "generate has no such option", fix))
     if problems:
         raise UserError(problems)
+    kinds = dict.fromkeys(("max_new_tokens", "top_k", "seed"), ("a whole number", Integral))
+    kinds |= dict.fromkeys(("temperature", "top_p"), ("a number", Real))
+    for name, (kind, cls) in kinds.items():
+        value = options.get(name, getattr(Sampling, name))
+        if not isinstance(value, cls) or isinstance(value, bool):
+            fix = f"{name}={getattr(Sampling, name)} is the default"
+            problems.append(Problem(name, f"expected {kind}", fix, repr(value)[:80]))
     stop = options.get("stop", ())
-    given = {**options, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-    chosen = Sampling(**given)
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        problems.append(Problem("stop", "expected a text or a list of texts", 'stop=["\\n"]', repr(stop)[:80]))
+    if problems:
+        raise UserError(problems)
+    chosen = Sampling(**{**options, "stop": tuple(texts)})
     problems += [
-        Problem(name, f"must be at least {least}", value=str(value))
-        for name, least in (("max_new_tokens", 1), ("top_k", 0), ("temperature", 0))
+        Problem(name, f"must be at least {least}", fix, str(value))
+        for name, least, fix in (
+            ("max_new_tokens", 1, "max_new_tokens=256"),
+            ("top_k", 0, "top_k=0 samples from all tokens"),
+            ("temperature", 0, "temperature=0 is greedy"),
+        )
         if not (value := getattr(chosen, name)) >= least
     ]
     if not 0 < chosen.top_p <= 1:
-        problems.append(Problem("top_p", "must be more than 0 and at most 1", value=str(chosen.top_p)))
+        fix = "top_p=1 samples from all tokens"
+        problems.append(Problem("top_p", "must be more than 0 and at most 1", fix, str(chosen.top_p)))
     if not chosen.temperature and (chosen.top_p != 1 or chosen.top_k):
         problems.append(Problem("temperature", "greedy answers draw nothing", "temperature=0.7", "0"))
     if problems:

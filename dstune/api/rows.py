@@ -232,7 +232,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
-    """The rows or texts of `rows` one by one, to be predicted."""
+    """The rows or texts of `rows` one by one, to be predicted. Raises UserError: `rows` holds none."""
     table = _table(rows)
     if table is not None:
         yield from table.to_pylist()
@@ -241,4 +241,9 @@ def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
     elif isinstance(rows, (str, Mapping)):
         yield rows
     else:
-        yield from rows
+        try:
+            given = iter(rows)
+        except TypeError:
+            fix = "pass a list of texts or mappings, a datasets.Dataset or a pandas.DataFrame"
+            raise UserError(Problem("rows", f"expected rows, not {type(rows).__name__}", fix)) from None
+        yield from given

@@ -80,15 +80,17 @@ class Run:
         write([self.dir], self.dir / REPORT_FILE)
         return Report(self.dir / REPORT_FILE)
 
-    def predict(self, rows: Any, *overrides: str, checkpoint: str = "last", **options: Any) -> list[dict[str, Any]]:
+    def predict(
+        self, rows: Any, *overrides: str, checkpoint: str | int = "last", **options: Any
+    ) -> list[dict[str, Any]]:
         """`dstune.predict` with this run; the model stays in memory between calls."""
         return self._models.predict(rows, overrides, checkpoint=checkpoint, **options)
 
-    def generate(self, prompt: Any, *, checkpoint: str = "last", **options: Any) -> Any:
+    def generate(self, prompt: Any, *, checkpoint: str | int = "last", **options: Any) -> Any:
         """`dstune.generate` with this run; the model stays in memory between calls."""
         return self._models.generate(prompt, checkpoint=checkpoint, **options)
 
-    def evaluate(self, *overrides: str, split: str = "validation", checkpoint: str = "last") -> dict[str, Any]:
+    def evaluate(self, *overrides: str, split: str = "validation", checkpoint: str | int = "last") -> dict[str, Any]:
         """`dstune.evaluate` with this run."""
         from dstune.api.models import evaluate
 
@@ -160,11 +162,16 @@ def load_run(path: str | Path, *, trust: Sequence[str] = ()) -> Run:
         `["model.trust_remote_code"]` (docs/security.md).
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or `trust` names a key that no run has.
     """
+    from dstune.api.launching import refuse_lone
+
+    refuse_lone(trust=trust)
     run = Run(path)
     if trust:
-        from dstune.config.trust import believe
+        from dstune.config.run_file import read_run_content
+        from dstune.config.trust import believe, check_keys
 
+        check_keys(trust, read_run_content(run.dir / "run.yaml"))
         believe(trust, run.dir)
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.api import rows as memory
-from dstune.api.launching import WriteRows, check_overrides, run_to_end
+from dstune.api.launching import WriteRows, check_overrides, refuse_lone, run_to_end
 from dstune.api.run import Run
 from dstune.core.errors import Problem, UserError
 
@@ -67,6 +67,7 @@ def train(
     from dstune.launch.train import Command
 
     check_overrides(overrides)
+    refuse_lone(callbacks=callbacks, plugins=plugins, config_dirs=config_dirs)
     overrides = (*overrides, *(() if launch is None else (f"launch={launch}",)))
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None

@@ -192,7 +192,9 @@ def check_free(out: Path, force: bool) -> None:
     if not force:
         step = read_record(out).get("step")
         reason = "exists already" if step is None else f"exists already: the export of step {step}"
-        raise UserError(Problem("--out", reason, "give another folder, or --force to replace it", str(out)))
+        raise UserError(
+            Problem("--out", reason, "give another folder, or --force (in Python force=True) to replace it", str(out))
+        )
     former = [out / name for name in ("config.json", "adapter_config.json")]
     if not any(path.is_file() for path in former) and not list(out.glob("*.gguf")):
         raise UserError(Problem("--out", "is no former export, so it is not replaced", "give another folder", str(out)))

@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dstune.config.run_file import read_run_content
-from dstune.config.trust import FLAG, SIGNATURE, believed
+from dstune.config.trust import FLAG, LINKS, SIGNATURE, believed
 from dstune.core import signing
 from dstune.core.errors import Problem, UserError
-
-LINKS = "links"
-"""What `--trust` calls them."""
 
 
 def refuse_links(run: Path) -> None:

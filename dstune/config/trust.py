@@ -20,7 +20,7 @@ from typing import Any
 
 from dstune.config.convert import chosen_class, format_value, may_refer, refers, to_dict
 from dstune.config.fields import SIGNED
-from dstune.config.names import all_keys, classes_of, is_section, sections, type_hints
+from dstune.config.names import all_keys, classes_of, is_section, nearest, sections, type_hints
 from dstune.config.overrides import key_of
 from dstune.config.schema import CHOICES
 from dstune.core import plugins, signing
@@ -31,6 +31,8 @@ SIGNATURE = "signature"
 """Of `run.yaml`, beside `config`."""
 FLAG = "--trust"
 MODEL, CODE = "model.path", "model.trust_remote_code"
+LINKS = "links"
+"""What the flag calls folders of a run that are links (`run_links.py`)."""
 CODE_OF = (
     *("model.path", "model.revision", "model.weights", "model.config_overrides"),
     *("task.reference_model", "task.reference_revision", "method.adapter", "method.frozen_adapters"),
@@ -55,6 +57,19 @@ _named: dict[str, set[str]] = {}
 def believe(keys: Sequence[str], run: Path) -> None:
     """From now on these keys of `run` count as if they were signed."""
     _named.setdefault(str(run.resolve()), set()).update(keys)
+
+
+def check_keys(keys: Sequence[str], content: Mapping[str, Any]) -> None:
+    """Raises UserError for keys that neither a `run.yaml` with this content nor any choice of dstune has."""
+    known = {plugins.KEY, LINKS, OVERRIDES, *all_keys(), *(name for name, _, _ in _leaves(content["config"]))}
+    problems = []
+    for key in keys:
+        if key not in known:
+            similar = nearest(str(key), sorted(known))
+            fix = f"did you mean {similar}?" if similar else "the keys that the refusal of the run names"
+            problems.append(Problem("trust", "there is no such key", fix, str(key)))
+    if problems:
+        raise UserError(problems)
 
 
 @contextmanager

@@ -107,18 +107,23 @@ class Rows:
     def __init__(
         self,
         question: Question,
-        texts: Sequence[tuple[str, str | Mapping[str, Any]]],
+        texts: Sequence[tuple[str, str | Mapping[str, Any] | ValueError]],
         files: Sequence[sources.DataFile],
         on_bad: OnBadRow,
     ):
-        """texts: place and text, or place and columns, of those that are in no file."""
+        """texts: place and text, columns, or what is wrong with them, of those that are in no file."""
         if question.text_column is None and any(isinstance(text, str) for _, text in texts):
             reason = "a row of this task is more than a text"
             fix = "--input FILE with the columns of the training rows, without the answers"
             raise UserError(Problem("--text", reason, fix))
         self._question = question
         column = question.text_column or "text"
-        self._texts = [(place, {column: text} if isinstance(text, str) else text) for place, text in texts]
+        self._texts: list[Given] = [
+            (place, None, str(text))
+            if isinstance(text, ValueError)
+            else (place, {column: text} if isinstance(text, str) else text, "")
+            for place, text in texts
+        ]
         self._files = files
         self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 
@@ -137,8 +142,7 @@ class Rows:
         return next((list(fields) for _, fields, _ in self._given() if fields is not None), [])
 
     def _given(self) -> Iterator[Given]:
-        for place, fields in self._texts:
-            yield place, fields, ""
+        yield from self._texts
         for file in self._files:
             for raw in sources.read(file):
                 yield raw.place, self._of_text(file, raw.fields), raw.error

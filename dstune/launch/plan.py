@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         return show(flags)
     config = configuration(arguments)
     if arguments.calibrate:
-        if arguments.hardware or arguments.numbers:
+        if arguments.hardware is not None or arguments.numbers:
             raise UserError(
                 Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
             )
@@ -201,7 +201,7 @@ def growth(config: RunConfig) -> Growth | None:
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
     """The plan of a run on the hardware that the arguments name, or on this machine."""
     cluster = cluster_of(config, arguments)
-    if arguments.hardware or arguments.numbers or cluster.nodes > 1:
+    if arguments.hardware is not None or arguments.numbers or cluster.nodes > 1:
         return planned(config, cluster)
     return planned(config, cluster, speeds(cluster.per_node, on_gpu=cluster.device.gpu))
 
@@ -209,7 +209,7 @@ def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
 def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
     """The hardware that the arguments name, or this machine. Raises UserError."""
     nodes = arguments.nodes or launcher_of(config.launch).nodes()
-    if arguments.hardware or arguments.numbers:
+    if arguments.hardware is not None or arguments.numbers:
         return hardware.parse(arguments.hardware, arguments.numbers, nodes)
     return replace(machine.here(config).cluster, nodes=nodes)
 

@@ -14,13 +14,17 @@ import datasets
 import pandas
 import pyarrow.parquet
 import pytest
-from support.runs import full_run
+from support.runs import full_run, run_config
+from support.tiny import save_classifier
 
 import dstune
 from dstune.api import rows, training
 from dstune.api.launching import _ended
+from dstune.checkpoint.export import check_free
+from dstune.config.run_file import Composed, write_run
 from dstune.core.errors import EXIT_PREEMPTED, UserError
 from dstune.launch import records
+from dstune.tasks.classification.config import ClassificationConfig
 
 
 def test_the_import_is_light():
@@ -222,6 +226,33 @@ def test_flags_and_rows_among_the_overrides():
     assert [problem.reason for problem in error.value.problems] == ["this is a flag", "expected a text"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: dstune.evaluate("sample://tiny-chat", "--help"),
+        lambda: dstune.evaluate("--help"),
+        lambda: dstune.plan("--json", "model=llama3_8b"),
+        lambda: dstune.predict("sample://tiny-chat", ["a"], "--json"),
+    ],
+)
+def test_flags_are_refused_by_every_function(call):
+    with pytest.raises(UserError, match="this is a flag"):
+        call()
+
+
+def test_one_text_where_a_list_belongs():
+    with pytest.raises(UserError) as error:
+        dstune.train(plugins="urgency", config_dirs=Path("foo"), callbacks=dstune.Callback, train=ROWS)
+    fixes = {problem.where: problem.fix for problem in error.value.problems}
+    assert fixes == {
+        "plugins": "plugins=['urgency']",
+        "config_dirs": "config_dirs=['foo']",
+        "callbacks": "callbacks=[Callback]",
+    }
+    with pytest.raises(UserError, match=r"trust=\['plugins'\]"):
+        dstune.load_run("nowhere", trust="plugins")
+
+
 def test_every_problem_is_listed_and_nothing_left_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(dstune.UserError) as error:
@@ -243,6 +274,37 @@ def test_a_run_is_read_from_its_files(tmp_path):
     report = run.report()
     assert Path(report).name == "report.html"
     assert report._repr_html_().startswith("<iframe")
+
+
+def test_only_keys_that_exist_can_be_trusted(tmp_path):
+    full_run(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        dstune.load_run(tmp_path / "run", trust=["plugin", "model.trust_remote_code", "nonsense"])
+    assert [problem.fix for problem in error.value.problems] == [
+        "did you mean plugins?",
+        "the keys that the refusal of the run names",
+    ]
+    dstune.load_run(tmp_path / "run", trust=["plugins", "links", "task.reference_model", "trainer.max_steps"])
+
+
+@pytest.mark.parametrize("step", [2, "2"])
+def test_a_step_is_a_number_or_a_text(tmp_path, step):
+    run = dstune.load_run(full_run(tmp_path / "run"))
+    classifier = full_run(tmp_path / "classifier")
+    write_run(classifier / "run.yaml", Composed(run_config(task=ClassificationConfig(labels=("a", "b"))), []))
+    for call in (
+        lambda: dstune.predict(classifier, ["a"], checkpoint=step),
+        lambda: run.export(tmp_path / "out", checkpoint=step),
+        lambda: run.generate("a", checkpoint=step),
+        lambda: run.evaluate(checkpoint=step),
+    ):
+        with pytest.raises(UserError, match="--checkpoint=2: there is no such whole checkpoint"):
+            call()
+
+
+def test_a_former_export_is_replaced_by_the_words_of_python_too(tmp_path):
+    with pytest.raises(UserError, match=r"--force \(in Python force=True\) to replace it"):
+        check_free(tmp_path, force=False)
 
 
 def test_no_run(tmp_path):
@@ -275,10 +337,51 @@ def test_options_of_generate_have_names_and_ranges():
         dstune.generate("nowhere", "Hi", temprature=0.5, top_x=1)
     assert [problem.where for problem in error.value.problems] == ["temprature", "top_x"]
     assert error.value.problems[0].fix == "did you mean temperature?"
+    wrong = {"max_new_tokens": "3", "top_k": 2.5, "seed": True, "temperature": None, "top_p": "1", "stop": 3}
+    for given in (wrong, {"max_new_tokens": 0, "top_k": -1, "temperature": -1, "top_p": 2}):
+        with pytest.raises(UserError) as error:
+            dstune.generate("nowhere", "Hi", **given)
+        assert [problem.where for problem in error.value.problems] == list(given)
+        assert all(name in problem.fix for name, problem in zip(given, error.value.problems, strict=True))
     with pytest.raises(UserError, match="greedy answers draw nothing"):
         dstune.generate("nowhere", "Hi", top_k=3)
     with pytest.raises(UserError, match=r"prompt 2=.*expected a text that is not empty"):
         dstune.generate("nowhere", ["Hi", " "])
+
+
+@pytest.mark.parametrize("size", [-1, 0, "8"])
+def test_rows_computed_together_are_at_least_one(size):
+    for call in (dstune.generate, dstune.predict):
+        with pytest.raises(UserError, match=r"batch_size=.*at least 1"):
+            call("nowhere", ["Hi"], batch_size=size)
+
+
+def test_what_is_no_prompt():
+    for given in (None, 5, {"role": "user", "content": "Hi"}):
+        with pytest.raises(UserError, match="expected texts or conversations"):
+            dstune.generate("nowhere", given)
+
+
+def test_every_row_that_cannot_be_answered_is_listed(tmp_path):
+    save_classifier(tmp_path)
+    with pytest.raises(UserError) as error:
+        dstune.predict(tmp_path, [{"text": "x"}, 3, {"txt": "x"}, {"text": {1}}], "task=classification")
+    bad = [problem for problem in error.value.problems if problem.where.startswith("row ")]
+    assert [problem.where for problem in bad] == ["row 2", "row 3", "row 4"]
+    assert [problem.reason.split(",")[0] for problem in bad] == [
+        "expected a mapping of columns",
+        "missing column 'text'",
+        "column 'text' holds a set",
+    ]
+    with pytest.raises(UserError, match="expected rows, not int"):
+        dstune.predict(tmp_path, 5, "task=classification")
+
+
+@pytest.mark.parametrize(("name", "value"), [("nodes", 0), ("price", 0), ("hardware", "")])
+def test_a_plan_ignores_no_argument(name, value):
+    with pytest.raises(UserError) as error:
+        dstune.plan("model=llama3_8b", "task=chat", **{name: value})
+    assert error.value.problems[0].where == name
 
 
 def test_a_plan_is_a_table_and_a_mapping(tmp_path):
