@@ -326,7 +326,9 @@ def _sampling(options: Mapping[str, Any]) -> Any:
             problems.append(Problem(name, "generate has no such option", fix))
     if problems:
         raise UserError(problems)
-    kinds = dict.fromkeys(("max_new_tokens", "top_k", "seed"), ("a whole number", Integral))
+    kinds: dict[str, tuple[str, type]] = dict.fromkeys(
+        ("max_new_tokens", "top_k", "seed"), ("a whole number", Integral)
+    )
     kinds |= dict.fromkeys(("temperature", "top_p"), ("a number", Real))
     for name, (kind, cls) in kinds.items():
         value = options.get(name, getattr(Sampling, name))
