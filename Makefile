@@ -19,7 +19,7 @@ help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
 	@echo "make install     only make $(VENV) and install dstune into it"
 	@echo "make test-fast   configuration, launcher and planner without ranks, while you edit (under 2 minutes)"
-	@echo "make test        before you push: unit tests, and one of each proof on ranks (about 15 minutes on 2 cores)"
+	@echo "make test        before you push: unit tests, and one of each proof on ranks (about 13 minutes on 2 cores)"
 	@echo "make test-again  what failed in the run before, one test at a time"
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (an hour and a half on 2 cores)"
 	@echo "make test-ci-part CI_PART=3/8   the third of eight parts of what it has beside make test"

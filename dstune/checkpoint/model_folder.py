@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -335,6 +336,9 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
     from transformers import GenerationConfig
 
     valid, left_out = GenerationConfig(), []
+    with suppress(TypeError, ValueError):
+        generation.validate(strict=True)
+        return generation, []
     # Whether another setting has an effect depends on these.
     modes = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
     given = {name: value for name, value in vars(generation).items() if not name.startswith("_")}
