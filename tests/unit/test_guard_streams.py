@@ -277,7 +277,7 @@ LONG = {
 
 @pytest.mark.parametrize("size", [80, 300])
 @pytest.mark.parametrize("kind", LONG)
-def test_a_long_finding_is_masked_in_a_stream(kind, size):
+def test_a_long_finding_is_redacted_in_a_stream(kind, size):
     """It was held to the end of the answer, and searched from its beginning with each piece: 2.3 million characters for 30,000."""
     searched = []
 

@@ -92,7 +92,7 @@ class Torque(Launcher):
             cls.cancelled += ids
 
 
-def test_a_queue_of_a_plugin_is_asked_about_its_own_jobs(run, tmp_path):
+def test_a_queue_of_a_plugin_answers_for_its_own_jobs(run, tmp_path):
     LAUNCHERS.add(Torque)
     try:
         records.begin(run, "x", 2, ["12.torque-server", "13[4].torque-server"], "torque")

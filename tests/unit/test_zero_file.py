@@ -194,7 +194,7 @@ def test_another_value_of_the_command_line_is_refused_with_both_places(write, co
 
 @pytest.mark.ci
 @contradictions
-def test_what_the_file_says_may_be_said_twice(write, content, override, key):
+def test_a_value_of_the_file_may_be_repeated(write, content, override, key):
     path, problems = contradicted(write, content, override)
     fix = problems[key].split("fix: ", 1)[1].split(", or write")[0]
     assert composed(path, fix) == composed(path)
