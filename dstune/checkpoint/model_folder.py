@@ -11,7 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 from dstune.checkpoint import store
 from dstune.checkpoint.adapters import ADAPTED, adapters_by_module, fill, merged, merged_parameter, replace_tensors
 from dstune.checkpoint.shards import Weights
-from dstune.checkpoint.weights import Source, saved_tensors, write_safetensors
+from dstune.checkpoint.weights import Source, saved_tensors, tied_names, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
 from dstune.core.errors import Problem, UserError
@@ -81,7 +81,10 @@ def write_model(
     if built.adapted and not merge and config.model.weights is not InitialWeights.random:
         _save_adapter(config, built, trained, folder)
     else:
-        sources = _Sources(config, tokenizer, labels, built, trained).all()
+        weights = _Sources(config, tokenizer, labels, built, trained)
+        if weights.untied:
+            _untie(built.model, weights.untied, config.method.name)
+        sources = weights.all()
         # Training has no use for the cache of past keys and values; generation has.
         # Two joined encoders have no such setting of their own.
         built.model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
@@ -126,6 +129,8 @@ class _Built:
     """Of transformers; with adapters it is the one inside of `module`."""
     names: Mapping[str, Tensor]
     """What the model saves by itself, without adapters."""
+    tied: Mapping[str, str]
+    """Further names of tied weights, each with the name under which it is saved."""
     dtype: torch.dtype
     """In which the model is stored: that of its config.json."""
 
@@ -141,17 +146,17 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
     with torch.device("meta"):
         on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
         model = load_model(on_meta, tokenizer, labels, dtype)
-        names = saved_tensors(model)
+        names, tied = saved_tensors(model), tied_names(model)
         method = method_of(config.method)
         if not method.adapter:
-            return _Built(model, model, names, dtype)
+            return _Built(model, model, names, tied, dtype)
         # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
         saved = (name.split(".modules_to_save.default.") for name in trained)
         parts = {f"{owner[0].removeprefix(ADAPTED)}.{owner[1]}" for owner in saved if len(owner) == 2}
         parts &= set(names)
         rows = new_weights(model).rows if any("trainable_tokens_delta" in name for name in trained) else ()
         model.dstune_new_weights = NewWeights(tuple(sorted(parts)), rows)
-        return _Built(method.apply(model, config), model, names, dtype)
+        return _Built(method.apply(model, config), model, names, tied, dtype)
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -178,17 +183,31 @@ class _Sources:
         self._method = method_of(config.method)
         self._adapters = adapters_by_module(trained, self._method.tensor_marks)
         self._trained_on = self._method.trained_on(built.model, trained)
-        whole = {name: self._trained_name(name) for name in built.names}
-        missing = {name: built.names[name].shape for name, key in whole.items() if not key}
+        apart = {owner for name, owner in built.tied.items() if self._has_own(name) or self._has_own(owner)}
+        self.untied = {name: owner for name, owner in built.tied.items() if built.adapted and owner in apart}
+        """Names of tied weights that have adapters of their own: in the merged model each is a tensor of its own."""
+        whole = {name: self._trained_name(name) for name in (*built.names, *self.untied)}
+        frozen = {self._saved(name) for name, key in whole.items() if not key}
+        missing = {name: built.names[name].shape for name in built.names if name in frozen}
         self._whole = {name: key for name, key in whole.items() if key}
         self._base = self._base_weights(plain(config), tokenizer, labels, missing)
 
     def all(self) -> dict[str, Source]:
-        dtype = self._built.dtype
+        dtype, names = self._built.dtype, self._built.names
+        tensors = {**names, **{name: names[owner] for name, owner in self.untied.items()}}
         return {
             name: Source(tensor.shape, dtype if tensor.is_floating_point() else tensor.dtype, partial(self._read, name))
-            for name, tensor in self._built.names.items()
+            for name, tensor in tensors.items()
         }
+
+    def _saved(self, name: str) -> str:
+        """The name under which the base model saves the tensor `name`."""
+        return self._built.tied.get(name, name)
+
+    def _has_own(self, name: str) -> bool:
+        """Whether the run trained more of `name` than rows of new tokens, which peft trains for all names of a tied weight."""
+        owner = name.rpartition(".")[0]
+        return bool(self._trained_name(name)) or owner in self._adapters or owner in self._trained_on
 
     def _trained_name(self, name: str) -> str:
         """The name under which the run trained the whole tensor `name`; empty where it did not."""
@@ -204,7 +223,7 @@ class _Sources:
     def _read(self, name: str) -> Tensor:
         if name in self._whole:
             return self._trained[self._whole[name]]
-        weight = self._base[name]
+        weight = self._base[self._saved(name)]
         owner, _, leaf = name.rpartition(".")
         if not self._built.adapted:
             return weight
@@ -260,6 +279,20 @@ class _Sources:
         dtype = torch.float32 if config.model.weights is InitialWeights.random else self._built.dtype
         loaded: dict[str, Tensor] = load_model(config, tokenizer, labels, dtype).state_dict()
         return loaded
+
+
+def _untie(model: Any, names: Mapping[str, str], method: str) -> None:
+    """Let `model`, which is on the meta device, be saved with a tensor under each of `names`.
+
+    Raises UserError where its architecture ties them whatever its configuration says.
+    """
+    settings = model.config.get_text_config(decoder=True)
+    model.config.tie_word_embeddings = settings.tie_word_embeddings = False
+    with torch.device("meta"):
+        still = tied_names(type(model)(deepcopy(model.config)))
+    if both := sorted(names.keys() & still.keys()):
+        reason = f"{both[0]} and {names[both[0]]} are one tensor in {type(model).__name__}, and the adapter changes each otherwise"
+        raise UserError(Problem("--merge", reason, "export the adapter, without --merge", method))
 
 
 def _save_adapter(config: RunConfig, built: _Built, trained: Weights, folder: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import save_encoder
+from support.tiny import save_decoder, save_encoder
 
 from dstune.config.compose import compose
+from dstune.core.errors import UserError
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
 
@@ -33,3 +34,27 @@ def test_the_head_is_trained_whole(encoder: Path, task: str, labels: tuple[str, 
     prefix = f"base_model.model.{head}"
     assert trained == {f"{prefix}.modules_to_save.default.weight", f"{prefix}.modules_to_save.default.bias"}
     assert of_head == trained | {f"{prefix}.original_module.weight", f"{prefix}.original_module.bias"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("key", "value"), [("target_modules", "[q_proj,lm_head]"), ("modules_to_save", "[embed_tokens]")]
+)
+def test_the_vocabulary_has_no_second_adapter_beside_new_tokens(
+    tmp_path: Path, tied: bool, key: str, value: str
+) -> None:
+    decoder = save_decoder(tmp_path / "model", tied=tied)
+    config = compose(
+        [
+            f"model.path={decoder}",
+            "method=lora",
+            "data.train=rows.jsonl",
+            "model.add_tokens=[one,two]",
+            f"method.{key}={value}",
+        ]
+    ).config
+    model = load_model(config, load_tokenizer(config.model), (), torch.float32)
+    with pytest.raises(UserError) as refused:
+        method_of(config.method).apply(model, config)
+    [problem] = refused.value.problems
+    assert problem.where == f"method.{key}" and "rows of its new tokens" in problem.reason

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
-from dstune.core.errors import Problem
+from dstune.core.errors import Problem, UserError
 from dstune.core.limits import check_patterns
 from dstune.methods._peft.apply import adapt, common_settings
 from dstune.methods.lora.beneath import put_beneath
@@ -29,6 +29,8 @@ def add_lora(
     from dstune.models.peft_import import peft
 
     new = new_weights(model)
+    if new.rows:
+        _refuse_vocabulary(lora, model)
     on_meta = model.device.type == "meta"  # an export, which takes all weights from the checkpoint
     if lora.frozen_adapters and not on_meta:
         put_beneath(model, lora.frozen_adapters)
@@ -90,6 +92,19 @@ def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]
     weights = {id(weight) for weight in _vocabulary(model)}
     owners = [name for name, weight in model.named_parameters() if id(weight) in weights]
     return {name.split(".")[-2]: list(new.rows) for name in owners}
+
+
+def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises UserError where the vocabulary is to have another adapter than the rows of its new tokens: peft has no layer
+    with both."""
+    vocabulary = {id(weight) for weight in _vocabulary(model)}
+    names = (name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in vocabulary)
+    for name in names:
+        for key, endings in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
+            if named := [ending for ending in endings if f".{name}".endswith(f".{ending}")]:
+                reason = f"{name} holds the vocabulary, and the rows of its new tokens are trained already"
+                fix = "leave it out, or train no new tokens (model.add_tokens, model.chat_template)"
+                raise UserError(Problem(f"method.{key}", reason, fix, named[0]))
 
 
 def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
