@@ -27,8 +27,10 @@ UNCHANGED = {
 }
 """What a checkpoint shares with the run that continues it: the key to change where it differs, and how."""
 
-LAYOUT = ("world_size", "zero_stage", "weight_parts")
+LAYOUT = ("world_size", "zero_stage", "weight_parts", "shard_settings")
 """What DeepSpeed's own shards depend on."""
+UNSAID: dict[str, Any] = {"weight_parts": 1, "shard_settings": {}}
+"""Of a checkpoint of an earlier version."""
 
 SAVES_OF_FREE_SPACE = 2
 """A save is written beside the checkpoint that it will replace."""
@@ -57,8 +59,7 @@ class Checkpoints(OfRun):
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            now = {"weight_parts": 1} | self._facts
-            before = {"weight_parts": 1} | saved
+            now, before = UNSAID | self._facts, UNSAID | saved
             same = all(before[fact] == now[fact] for fact in LAYOUT)
             if same and not self._engine.swaps and not in_pieces(checkpoint):
                 self._engine.load(checkpoint.parent, checkpoint.name)

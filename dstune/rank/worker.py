@@ -60,7 +60,7 @@ from dstune.trainer.out_of_memory import advice, explained
 from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, verify_rows
 from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator, swap
-from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.ds_config import SHARD_SETTINGS, deepspeed_config
 from dstune.zero.engine import Engine
 from dstune.zero.parts import partitioned_loading
 from dstune.zero.precision import DTYPES, resolve, set_arithmetic
@@ -232,10 +232,12 @@ class Setup:
     def load_checkpoint(self) -> None:
         """The size of a micro-batch, log-probabilities of the start weights, and the newest checkpoint."""
         engine, world, padding = self.engine, self.world, self.tokenizer.pad_token_id
+        zero = self.deepspeed["zero_optimization"]
         self.metadata: dict[str, Any] = {
             "world_size": world.size,
             "zero_stage": engine.stage,
             "weight_parts": 1 if self.shards is None else self.shards.parts,
+            "shard_settings": {key: zero[key] for key in SHARD_SETTINGS if key in zero},
             "precision": self.precision.value,
             "labels": list(self.data.labels),
             "chat_template_kwargs": dict(self.served.arguments),

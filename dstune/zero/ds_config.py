@@ -8,6 +8,9 @@ from dstune.config.schema import GradientDtype, Offload, OptimizerOffload, Preci
 from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps, swap_buffers
 from dstune.protocols import optimizer_of, parallelism_of
 
+SHARD_SETTINGS = ("round_robin_gradients", "sub_group_size")
+"""Of `zero_optimization`: what decides which elements stand where in DeepSpeed's shards, beside stage and ranks."""
+
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
     """Micro-batches of a full step on each rank, zero-target fillers included. Ranks of a group have the same ones."""

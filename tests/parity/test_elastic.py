@@ -41,6 +41,27 @@ def test_a_run_that_moves_at_every_step_has_the_curve_of_one_that_stays(workshop
         assert [row["grad_norm"] for row in moves] == pytest.approx([row["grad_norm"] for row in stays], rel=1e-4)
 
 
+OTHERWISE = {"stage2": "round_robin_gradients: true", "stage3": "sub_group_size: 700"}
+"""What lays out the shards of a stage in another order, on as many ranks."""
+
+
+@pytest.mark.ci
+def test_shards_in_another_order_have_the_curve_of_a_run_that_stays(workshop: Workshop):  # noqa: F811
+    for step in range(2):
+        cases = []
+        for zero, words in OTHERWISE.items():
+            settings = "zero.settings={zero_optimization: {" + words + "}}"
+            for name, more in (("same", []), ("other", [settings] * step)):
+                name = f"{name}-order-{zero}"
+                overrides = [*ADAMW, f"zero={zero}", f"trainer.max_steps={2 + 2 * step}", *more]
+                cases.append(workshop.case(f"{name}-{step}", *overrides, directory=name))
+        run_ranks(PROGRAM, 2, cases)
+    for zero in OTHERWISE:
+        same, other = workshop.rows(f"same-order-{zero}"), workshop.rows(f"other-order-{zero}")
+        assert [row["step"] for row in other] == [1, 2, 3, 4]
+        assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in same], rel=1e-5)
+
+
 CHAIN = {3: (1, 3, 2, 0), 1: (3, 1, 0, 2), 2: (0, 3, 1, 2)}
 """Stages that follow each other, by number of ranks; the origin is stage 3 on 2 ranks. bf16 has no stage 0."""
 
