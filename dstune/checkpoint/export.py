@@ -165,7 +165,9 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     yield folder
-    if out.exists():
+    if out.is_symlink():
+        out.unlink()  # what it leads to is not ours
+    elif out.exists():
         shutil.rmtree(out)
     folder.rename(out)
 
@@ -242,7 +244,11 @@ def find_checkpoint(run_dir: Path, which: str) -> Path:
 
 def refuse_damaged(run_dir: Path, checkpoint: Path) -> None:
     """Raises UserError where files of `checkpoint` are not what was saved; it names the newest other one that is whole."""
-    damaged = store.damaged_files(checkpoint)
+    try:
+        damaged = store.damaged_files(checkpoint)
+    except FileNotFoundError:
+        reason = "the run went on and has removed it"
+        raise UserError(Problem(str(checkpoint), reason, "give the command again: it takes a newer one")) from None
     if not damaged:
         return
     others = [info for info in store.listing(run_dir) if info.committed and info.path != checkpoint]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,25 +115,36 @@ class Checkpoints(OfRun):
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
         """Each rank reads its share of the files; all come to the same answer."""
-        whole = [info.path for info in store.listing(run_dir) if info.committed and not info.weights_only]
-        candidates = self._world.broadcast(whole)
-        found: list[str] = []
-        for checkpoint in reversed(candidates):
-            mine = store.damaged_files(checkpoint, share=(self._world.rank, self._world.size))
-            damaged = sorted(name for names in self._world.gather(mine) for name in names)
+        found: dict[str, str] = {}
+        while (checkpoint := self._newest_but(run_dir, found)) is not None:
+            damaged = self._damaged_files(checkpoint)
+            if damaged is None:
+                continue
             if not damaged:
                 return checkpoint
-            found.append(f"{checkpoint.name} ({', '.join(damaged)})")
-            self._message(
-                f"skipping damaged checkpoint {checkpoint.name}: {', '.join(damaged)} differ from what was written"
-            )
+            names = ", ".join(damaged)
+            found[checkpoint.name] = f"{checkpoint.name} ({names})"
+            self._message(f"skipping damaged checkpoint {checkpoint.name}: {names} differ from what was written")
             if self._world.is_main and run_dir == self._run_dir:
                 store.quarantine(checkpoint)
             self._world.barrier()
         if found:
-            reason = f"every checkpoint is damaged: {'; '.join(found)}"
+            reason = f"every checkpoint is damaged: {'; '.join(found.values())}"
             raise UserError(Problem("run.dir", reason, "start another run with run.dir", str(run_dir)))
         return None
+
+    def _newest_but(self, run_dir: Path, names: Collection[str]) -> Path | None:
+        whole = (info.path for info in store.listing(run_dir) if info.committed and not info.weights_only)
+        newest = max((path for path in whole if path.name not in names), default=None)
+        return self._world.broadcast(newest)
+
+    def _damaged_files(self, checkpoint: Path) -> list[str] | None:
+        """None where the run that it belongs to goes on and has removed it: there is a newer one."""
+        mine: list[str] | None = None
+        with suppress(FileNotFoundError):
+            mine = store.damaged_files(checkpoint, share=(self._world.rank, self._world.size))
+        parts = self._world.gather(mine)
+        return None if None in parts else sorted(name for part in parts for name in part or ())
 
     def _refuse_changes(self, name: str, saved: dict[str, Any]) -> None:
         problems = [

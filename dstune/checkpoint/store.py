@@ -163,15 +163,17 @@ def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str
     """Names of committed files that are absent or differ from what was written, by their hash.
 
     share: (r, n) looks at every n-th file from the r-th only, so that n processes read all of them together.
+
+    Raises FileNotFoundError where its run has pruned it.
     """
-    files = json.loads((checkpoint / COMMITTED).read_text())["files"]
-    names = list(files)[share[0] :: share[1]]
 
     def differs(name: str) -> bool:
         path = checkpoint / name
         return not path.is_file() or hash_file(path) != files[name].get("xxh3_64")
 
-    with ThreadPoolExecutor() as pool:
+    with hold(checkpoint) as marker, ThreadPoolExecutor() as pool:
+        files = json.load(marker)["files"]
+        names = list(files)[share[0] :: share[1]]
         return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,10 @@ def checkpoints(argv: list[str]) -> int:
             os.close(lock)
     found = store.listing(run_dir)
     whole, best = [info for info in found if info.committed], store.best(run_dir)
-    damaged = {info.path: store.damaged_files(info.path) for info in whole} if arguments.verify else {}
+    damaged: dict[Path, list[str]] = {}
+    for info in whole if arguments.verify else ():
+        with suppress(FileNotFoundError):  # a run that goes on has pruned it
+            damaged[info.path] = store.damaged_files(info.path)
     if arguments.json:
         rows = [
             {

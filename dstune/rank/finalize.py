@@ -111,6 +111,15 @@ def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:
     that the weights are of."""
     best = store.best(run_dir) if run.world.is_main and run.config.run.export is Export.best else None
     best = run.world.broadcast(best)
+    reached = run.state.best
+    if (
+        run.log
+        and run.config.run.export is Export.best
+        and reached
+        and (best is None or best.name != store.tag(reached.step))
+    ):
+        there = "the last weights stand in for it" if best is None else "the best one that was saved stands in for it"
+        run.log.message(f"warning: the best evaluation, after step {reached.step}, has no checkpoint here: {there}")
     if best is None or best.name == store.tag(run.state.step):
         return run.state.step
     checkpoints.load_weights(best)

@@ -142,7 +142,7 @@ def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
     batch = (rows - 1) // (needed - 1) if needed > 1 else 0
     smaller = f", trainer.global_batch_size={batch}" if 1 <= batch < trainer.global_batch_size else ""
     passes = "" if trainer.epochs == 1 else f", {trainer.epochs} passes"
-    fix = f"trainer.epochs={-(-FEW_STEPS // each)}{smaller} or more rows give {FEW_STEPS}"
+    fix = f"trainer.epochs={-(-FEW_STEPS // max(1, each))}{smaller} or more rows give {FEW_STEPS}"
     yield f"{only} ({way}{passes}), in which a model learns little: {fix}"
 
 

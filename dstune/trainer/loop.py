@@ -83,11 +83,10 @@ class Training:
         """Passes over the training rows in the whole run; None for a stream."""
         if self.data_loader.rows() is None:
             return None
-        return (
-            self.total_steps / self.data_loader.steps(1)
-            if self.config.trainer.max_steps
-            else self.config.trainer.epochs
-        )
+        if not self.config.trainer.max_steps:
+            return self.config.trainer.epochs
+        # The first pass over a small mixture may have no row at all.
+        return self.total_steps / max(1, self.data_loader.steps(1))
 
     def around(self, phase: str) -> AbstractContextManager[None]:
         return self.callbacks.around(phase)

@@ -79,6 +79,8 @@ class Update:
     """Norm of the global gradient before clipping; not finite where the step was skipped."""
     applied: bool
     loss_scale: float = 1.0
+    lowest_loss_scale: float = 1.0
+    """What overflows can lower it to: to itself where it is fixed."""
     vetoed: bool = False
     """Not applied because `accumulate` was told so."""
     read: Mapping[str, float] = field(default_factory=dict)
@@ -231,7 +233,7 @@ class Engine:
         if self._gradients is not None and not vetoed:
             self._gradients.check(self._world)
             self._gradients = None
-        loss_scale = float(self._engine.optimizer.loss_scale) if self._fp16 else 1.0
+        loss_scale, lowest = self._loss_scale()
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}
         with _no_word_of_overflow() if vetoed else nullcontext():
             self._engine.step()
@@ -243,7 +245,15 @@ class Engine:
         if applied and not self._written:
             swap.check_written(self._engine.optimizer, self._world)
             self._written = True
-        return Update(norm, applied=applied, loss_scale=loss_scale, vetoed=vetoed, read=reads.beside)
+        return Update(norm, applied, loss_scale, lowest, vetoed, reads.beside)
+
+    def _loss_scale(self) -> tuple[float, float]:
+        """Of this step, and the lowest that there can be."""
+        if not self._fp16:
+            return 1.0, 1.0
+        scaler = self._engine.optimizer.loss_scaler
+        scale = float(scaler.loss_scale)
+        return scale, float(scaler.min_scale) if scaler.dynamic else scale
 
     def _unpartitioned_norm(self) -> torch.Tensor:
         # Stage 0 in fp32 reports no norm; the gradients are already averaged here and the same on every rank.

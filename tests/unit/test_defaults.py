@@ -225,6 +225,10 @@ def reported(
     return list(few_steps(run_config(trainer=settings, data=data), run))
 
 
+def test_few_steps_of_a_mixture_whose_first_pass_has_no_row() -> None:
+    assert "0 steps of" in reported(1, 8, 0, epochs=3)[0]
+
+
 def test_few_steps_are_reported_with_their_arithmetic_and_what_to_change() -> None:
     (line,) = reported(rows=29, samples=285, each=2, packing=True)
     assert line == (

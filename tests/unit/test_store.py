@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dstune.checkpoint import store
+from dstune.checkpoint.export import refuse_damaged
+from dstune.core.errors import UserError
 from dstune.core.files import hash_file
 
 
@@ -98,6 +100,21 @@ def test_a_checkpoint_that_is_read_is_not_pruned(tmp_path):
     assert store.prune(tmp_path, keep=1) == []
     reader.close()
     assert store.prune(tmp_path, keep=1) == [first]
+
+
+def test_a_checkpoint_is_not_pruned_while_its_files_are_compared(tmp_path, monkeypatch):
+    older = write(tmp_path, 10)
+    write(tmp_path, 20)
+
+    def prune_and_hash(path):
+        assert store.prune(tmp_path, 1) == []
+        return hash_file(path)
+
+    monkeypatch.setattr(store, "hash_file", prune_and_hash)
+    assert store.damaged_files(older) == []
+    assert store.prune(tmp_path, 1) == [older]
+    with pytest.raises(UserError, match="has removed it"):
+        refuse_damaged(tmp_path, older)
 
 
 def test_retention_keeps_the_newest_and_the_best(tmp_path):

@@ -82,6 +82,9 @@ def test_overflow_of_the_loss_scale_is_no_fault_until_the_scale_is_at_its_floor(
     assert after_steps(hook, replace(BROKEN, loss_scale=4096.0)) == [Action.CONTINUE]
     assert hook.results() == {"nonfinite_steps": 0, "overflow_steps": 1}
     assert after_steps(hook, replace(BROKEN, loss_scale=1.0)) == [Action.FAIL]
+    # zero.settings={fp16: {loss_scale: 128}} or {min_loss_scale: 128}
+    hook = NonFinite(run_config(trainer=TrainerConfig(max_nonfinite_steps=0)))
+    assert after_steps(hook, replace(BROKEN, loss_scale=128.0, lowest_loss_scale=128.0)) == [Action.FAIL]
 
 
 def test_early_stopping_counts_evaluations_without_gain_and_keeps_the_best():

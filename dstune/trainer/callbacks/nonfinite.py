@@ -35,7 +35,7 @@ class NonFinite(Callback):
         update = step.update
         if update.applied or update.vetoed:
             return CONTINUE
-        if update.loss_scale > 1.0:
+        if _can_fall(update):
             self.overflow_steps += 1
             return CONTINUE
         self.nonfinite_steps += 1
@@ -51,7 +51,7 @@ class NonFinite(Callback):
         update = step.update
         if update.applied:
             return {}
-        reason = "overflow" if update.loss_scale > 1.0 else "nonfinite"
+        reason = "overflow" if _can_fall(update) else "nonfinite"
         return {"skipped": "spike" if update.vetoed else reason}
 
     def results(self) -> Mapping[str, Any]:
@@ -62,3 +62,7 @@ class NonFinite(Callback):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.nonfinite_steps, self.overflow_steps = state["nonfinite_steps"], state["overflow_steps"]
+
+
+def _can_fall(update: Any) -> bool:
+    return bool(update.loss_scale > update.lowest_loss_scale)
