@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.convert import format_value
-from dstune.config.data_schema import Duplicates, Found
+from dstune.config.data_schema import AUTOMATIC, Duplicates, Found
+from dstune.config.multi_task import OTHER_PARTS, is_multi_task
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 
@@ -23,6 +24,8 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
     if data.tokenizer is None:
         reason = "token ids mean nothing without the tokenizer that made them"
         yield Problem("data.tokenizer", reason, "data.tokenizer=NAME, the hub id or folder of that tokenizer", "null")
+    if not is_multi_task(config):  # there each source has an encoder of its own
+        yield from _check_all_are(config)
     clean = data.clean
     reason = "rows of token ids have no text that could be looked at"
     for key, value, off in (
@@ -37,3 +40,21 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"data.clean.{key}", reason, f"leave out data.clean.{key}", name)
     if clean.duplicates is Duplicates.near:
         yield Problem("data.clean.duplicates", reason, "data.clean.duplicates=exact", "near")
+
+
+def _check_all_are(config: RunConfig) -> Iterator[Problem]:
+    """Beside texts, `bits_per_byte` would divide the loss of all rows by the bytes of the texts alone."""
+    data = config.data
+    read = {
+        f"data.mixture.{name}": data.format if source.format == AUTOMATIC else source.format
+        for name, source in data.mixture.items()
+    }
+    read |= {f"data.{part}": data.format for part in OTHER_PARTS if getattr(data, part) is not None}
+    ids = [key for key, fmt in read.items() if fmt == TOKENS]
+    if texts := [key for key in read if ids and key not in ids]:
+        yield Problem(
+            f"{ids[0]}.format" if ids[0].startswith("data.mixture.") else "data.format",
+            f"the rows of {ids[0]} are token ids and those of {texts[0]} are texts; a run reads one or the other",
+            f"tokenize {texts[0]} with data.tokenizer too and set data.format=tokens, or give the texts of {ids[0]}",
+            TOKENS,
+        )

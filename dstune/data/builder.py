@@ -25,7 +25,7 @@ from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
 from dstune.data.clean.report import Report
 from dstune.data.clean.tables import Cleaning
-from dstune.data.formats import check_mapped
+from dstune.data.formats import check_mapped, shape_of_all
 from dstune.data.ingest import BadRows, Table, ingest
 from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
 from dstune.data.parts import choose, leave_out_leaks, limited, of_task
@@ -208,11 +208,10 @@ class Builder:
         self, read: dict[str, Table], tables: dict[str, Table], labels: tuple[str, ...], weights: tuple[float, ...]
     ) -> RowTokenizer:
         """read: the training rows by source."""
-        formats = {table.format for table in tables.values()}
         return RowTokenizer(
             self._tokenizer,
             self._config.task,
-            "messages" if "messages" in formats else tables["train"].format,
+            shape_of_all({table.format for table in tables.values()}, self._config.task),
             self._config.data.max_length,
             labels,
             weights,

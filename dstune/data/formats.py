@@ -30,6 +30,17 @@ def columns_read(form: type[RowFormat], mapping: Mapping[str, str], columns: Col
     return {column_of(form, role, mapping, columns) for role in (*form.required, *form.optional)} & set(columns)
 
 
+def shape_of(fmt: str) -> str:
+    """The format whose encoder reads the rows of the format `fmt`."""
+    return (ROW_FORMATS[fmt].shape if fmt in ROW_FORMATS else "") or fmt
+
+
+def shape_of_all(formats: Collection[str], task: TaskConfig) -> str:
+    """The format whose encoder reads rows of all `formats` in one run: the first that the task reads, `messages` before it."""
+    shapes = {shape_of(fmt) for fmt in formats}
+    return next((name for name in ("messages", *task_of(task).read_formats) if name in shapes), AUTOMATIC)
+
+
 def check_columns(mapping: Mapping[str, str]) -> None:
     """Raises UserError if `data.columns` names a role that no format has."""
     problems = []

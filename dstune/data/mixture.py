@@ -13,6 +13,7 @@ import pyarrow as pa
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.data.files import DataFile
+from dstune.data.formats import shape_of_all
 from dstune.data.ingest import ROW_SCHEMA, Table, load_table
 from dstune.data.split import lowest
 
@@ -40,8 +41,7 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
                 first_row += len(chosen)
             files += table.files
             numbers.append(np.full(int(kept.sum()), number, dtype=np.int16))
-    formats = [table.format for table in tables.values()]
-    fmt = "messages" if "messages" in formats else formats[0]
+    fmt = shape_of_all({table.format for table in tables.values()}, config.task)
     rows_read = sum(table.rows_read for table in tables.values())
     bad_rows = sum(table.bad_rows for table in tables.values())
     merged = load_table(target, files, config, fmt, rows_read, bad_rows)

@@ -207,7 +207,10 @@ class Task:
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
     ) -> Encoder:
-        """What turns rows into samples. Raises UserError if the tokenizer lacks what task and format need."""
+        """What turns rows into samples. Raises UserError if the tokenizer lacks what task and format need.
+
+        fmt: where sources and parts have several formats, the first of `formats` among them; rows of the others come as well.
+        """
         raise NotImplementedError(f"task={self.name} has no encoder")
 
     def collate(

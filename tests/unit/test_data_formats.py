@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
 
-from dstune.config.data_schema import SplitConfig
+from dstune.config.data_schema import SourceConfig, SplitConfig
 from dstune.core.errors import UserError
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET, collate
@@ -333,6 +333,25 @@ def test_pairs_for_a_model_without_segments_have_none(tmp_path):
     config = data_run(path, task=ClassificationConfig(), packing=False, split=SplitConfig(validation=0.0))
     data = prepared(config, tokenizer, tmp_path / "cache")
     assert set(data.train.table.column_names) == {"input_ids", "label"}
+
+
+@pytest.mark.parametrize("order", [("texts", "pairs"), ("pairs", "texts"), ("texts",)])
+def test_single_texts_stand_beside_pairs(tmp_path, order):
+    """Sources in any order; the third time only the validation rows are pairs."""
+    tokenizer = bert_tokenizer()
+    texts = [{"text": f"w{number}", "label": label} for number, label in ((5, "same"), (6, "other"))]
+    paths = {
+        "texts": write_jsonl(tmp_path / "texts.jsonl", texts),
+        "pairs": write_jsonl(tmp_path / "pairs.jsonl", PAIRS),
+    }
+    held_out = str(write_jsonl(tmp_path / "held.jsonl", [{"text": "w1", "text_pair": "w2 w3", "label": "same"}]))
+    mixture = {name: SourceConfig(path=str(paths[name])) for name in order}
+    config = data_run("", task=ClassificationConfig(), mixture=mixture, packing=False, validation=held_out)
+    data = prepared(config, tokenizer, tmp_path / "cache")
+    given = [tokenizer(row["text"], row.get("text_pair")) for row in [*texts, *PAIRS * (len(order) == 2)]]
+    for split, expected in ((data.train, given), (data.validation, [tokenizer("w1", "w2 w3")])):
+        found = [(row["input_ids"], row["token_type_ids"]) for row in split.table]
+        assert sorted(found) == sorted((one["input_ids"], one["token_type_ids"]) for one in expected)
 
 
 def test_columns_that_no_batch_gets_are_refused_unless_the_task_makes_its_own_batches(monkeypatch):

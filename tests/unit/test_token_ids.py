@@ -68,8 +68,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert problem.where == "data.tokenizer" and "cannot be loaded" in problem.reason
 
 
-def problems(*overrides: str) -> list[str]:
-    config = compose(["task=causal_lm", "model=smollm2", "data.train=rows.jsonl", *overrides]).config
+def problems(*overrides: str, rows: str = "data.train=rows.jsonl") -> list[str]:
+    config = compose(["task=causal_lm", "model=smollm2", rows, *overrides]).config
     return [problem.where for problem in find_problems(config)]
 
 
@@ -82,3 +82,13 @@ def test_what_goes_with_token_ids():
         "data.clean.secrets",
         "data.clean.duplicates",
     ]
+
+
+def test_token_ids_do_not_stand_beside_texts():
+    mixture = "data.mixture={a: {path: a.jsonl}, b: {path: b.jsonl, format: %s}}"
+    named = "data.tokenizer=sample://smollm2"
+    assert problems(named, rows=mixture % "tokens") == ["data.mixture.b.format"]
+    assert problems(named, "data.format=tokens", rows=mixture % "text") == ["data.mixture.a.format"]
+    assert problems(named, "data.format=tokens", rows=mixture % "tokens") == []
+    both = "data.mixture={a: {path: a.jsonl, format: text}, b: {path: b.jsonl, format: text}}"
+    assert problems(named, "data.format=tokens", "data.validation=c.jsonl", rows=both) == ["data.format"]

@@ -12,11 +12,12 @@ import pyarrow as pa
 
 from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import refuse_unknown_columns
+from dstune.data.formats import shape_of
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
 from dstune.data.tokenize.multi_task import MultiTaskEncoder
 from dstune.data.tokenize.sample import Encoder, Rows, Sample, SourcePrompts
-from dstune.protocols import ROW_FORMATS, task_of
+from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 
 __all__ = ["COUNTED", "Encoder", "RowTokenizer", "Sample", "conversation"]
@@ -29,11 +30,6 @@ COUNTED = {
     "problem": datasets.Value("string"),
 }
 """Columns of `RowTokenizer` that serve to count and are not kept with the samples."""
-
-
-def shape_of(fmt: str) -> str:
-    """The format whose encoder reads the rows of the format `fmt`."""
-    return (ROW_FORMATS[fmt].shape if fmt in ROW_FORMATS else "") or fmt
 
 
 class RowTokenizer:

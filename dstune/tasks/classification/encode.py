@@ -36,7 +36,7 @@ class ClassificationEncoder(Encoder):
         self._multi_label = task.multi_label
         self._regression = task.regression
         self._class_weights = class_weights
-        # For a single text every segment is 0, which is what a model takes where none is given.
+        # For a single text every segment is 0, beside pairs as well: that is what a model takes where none is given.
         self._with_segments = fmt == "pair" and "token_type_ids" in tokenizer.model_input_names
         self._control = ControlTokens(tokenizer)
 
@@ -50,13 +50,13 @@ class ClassificationEncoder(Encoder):
         return columns | ({"token_type_ids": tokens} if self._with_segments else {})
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        texts = [row["text"] for row in rows]
-        pairs = [row["text_pair"] for row in rows] if rows and "text_pair" in rows[0] else None
+        texts = [[row[name] for name in ("text", "text_pair") if name in row] for row in rows]
+        batch = [tuple(whole) if len(whole) == 2 else whole[0] for whole in texts]
         # Of a pair the longer text is cut first.
-        kept = self._tokenizer(texts, pairs, truncation=True, max_length=self._max_length, verbose=False)
+        kept = self._tokenizer(batch, truncation=True, max_length=self._max_length, verbose=False)
         samples = []
         for position, number in enumerate(numbers):
-            whole = [texts[position], *([pairs[position]] if pairs else [])]
+            whole = texts[position]
             ids = np.array(kept["input_ids"][position], dtype=np.int32)
             segments = kept["token_type_ids"][position] if self._with_segments else None
             length = len(ids)
@@ -71,7 +71,7 @@ class ClassificationEncoder(Encoder):
             if self._class_weights:
                 weight = columns["loss_weight"] = self._class_weights[label]
             if self._with_segments:
-                columns["token_type_ids"] = np.array(segments, dtype=np.int32)
+                columns["token_type_ids"] = np.array(segments if len(whole) == 2 else [0] * len(ids), dtype=np.int32)
             samples.append(Sample(number, ids, columns, weight, length > len(ids), "", length))
         return samples
 

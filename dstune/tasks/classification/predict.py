@@ -31,13 +31,10 @@ class ClassificationPredictor(Predictor):
     question_class = ClassificationQuestion
 
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
-        rows, samples = [one.row for one in requested], []
-        for fmt in ("text_label", "pair"):  # a tokenizer takes texts or pairs, never both at once
-            own = [number for number, row in enumerate(rows) if ("text_pair" in row) == (fmt == "pair")]
-            if own:
-                encode = RowTokenizer(self.tokenizer, self.config.task, fmt, self.longest, self.labels)
-                samples += encode.samples([rows[number] for number in own], own)
-        return sorted(samples, key=lambda sample: sample.row)
+        rows = [one.row for one in requested]
+        fmt = "pair" if any("text_pair" in row for row in rows) else "text_label"
+        encode = RowTokenizer(self.tokenizer, self.config.task, fmt, self.longest, self.labels)
+        return encode.samples(rows, list(range(len(rows))))
 
     def answers_from(
         self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
