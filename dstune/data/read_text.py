@@ -160,6 +160,9 @@ def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
         position = _skip_space(text, position)
     if position >= len(text):
         yield RawRow(file, last, None, "broken JSON: the array is not closed")
+    elif (position := _skip_space(text, position + 1)) < len(text):
+        line += text.count("\n", counted, position)
+        yield RawRow(file, line, None, f"broken JSON: there is more after the end of the array{lost}")
 
 
 def _objects(file: DataFile, text: str) -> Iterator[RawRow]:

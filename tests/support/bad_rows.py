@@ -79,6 +79,11 @@ ROWS: list[Case] = [
         {"rows.json": f"[{json.dumps(GOOD)}\n{json.dumps(GOOD)}]"},
     ),
     ("broken JSON: the array is not closed", CHAT, {"rows.json": f"[{json.dumps(GOOD)},\n{json.dumps(GOOD)}"}),
+    (
+        "broken JSON: there is more after the end of the array; the rest of the file, to line …, is lost",
+        CHAT,
+        {"rows.json": f"{json.dumps([GOOD])}\n{json.dumps([GOOD])}"},
+    ),
     ("a row is a JSON object, this is …", CHAT, "[1, 2]"),
     ("not UTF-8: byte … of the line is …", CHAT, {"rows.jsonl": json.dumps(GOOD).encode() + b'\n{"messages": "\xff"}'}),
     ("not UTF-8: byte … after …", CLASSES, {"rows.csv": b"text,label\nok\xe9,x\nfine,y\n"}),

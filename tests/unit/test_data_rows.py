@@ -12,7 +12,7 @@ from unit.data_helpers import exchange, write_jsonl
 
 from dstune.core.errors import UserError
 from dstune.data.rows import RowError, canonical, check_columns, normalise, recognise, sort_labels
-from dstune.data.sources import DataFile, expand, fingerprint, read
+from dstune.data.sources import DataFile, count, expand, fingerprint, read
 from dstune.data.split import TEST, TRAIN, VALIDATION, assign, content_hash, lowest
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
@@ -64,6 +64,11 @@ def test_json_that_is_jsonl(tmp_path):
         ('[\n{"text": "a"},\n{"text": }\n]', 3, "broken JSON"),
         ('[\n{"text": "a"}\n{"text": "b"}]', 3, "no comma"),
         ('[\n{"text": "a"},\n', 2, "not closed"),
+        (
+            '[\n{"text": "a"}\n]\n \n[{"text": "b"}]\n',
+            5,
+            "more after the end of the array; the rest of the file, to line 5",
+        ),
     ],
 )
 def test_broken_json_array(tmp_path, text, line, error):
@@ -72,6 +77,7 @@ def test_broken_json_array(tmp_path, text, line, error):
     last = found(path)[-1]
     assert last[0] == line
     assert error in last[2]
+    assert count(DataFile(path)) == len(found(path))
 
 
 def test_csv_and_tsv(tmp_path):
