@@ -9,7 +9,7 @@ from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited
 from dstune.core.parsing import parse_json
 from dstune.data.files import DataFile, RawRow
-from dstune.data.read_text import MAX_ROW_BYTES
+from dstune.data.read_text import MAX_ROW_BYTES, refuse_doubled
 from dstune.planning.host import available_bytes
 
 ROWS_PER_BATCH = 1024
@@ -117,6 +117,7 @@ def _too_much(file: DataFile, what: str, error: TooMuch) -> UserError:
 
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
     """The rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
+    refuse_doubled(schema.names, str(file))
     classes = _class_names(schema)
     nested = {field.name: value_of for field in schema if (value_of := _value_of(field.type))}
     for batch in batches:

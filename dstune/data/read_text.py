@@ -250,9 +250,7 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
                 continue
             if names is None:
                 names = values
-                if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
-                    reason = f"the header has {listing(doubled)} twice"
-                    raise UserError(Problem(where=f"{file}:{line}", reason=reason, fix="give each column its own name"))
+                refuse_doubled(names, f"{file}:{line}")
                 continue
             if len(values) != len(names):
                 where = "" if lines.number == line else f" (in lines {line} to {lines.number})"
@@ -262,6 +260,13 @@ def read_csv(file: DataFile) -> Iterator[RawRow]:
                 yield RawRow(file, line, None, fault)
                 continue
             yield RawRow(file, line, dict(zip(names, values, strict=True)))
+
+
+def refuse_doubled(names: Sequence[str], where: str) -> None:
+    """Raises UserError where two columns have the same name: a row would keep the last one only."""
+    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
+        reason = f"more than one column is named {listing(doubled)}"
+        raise UserError(Problem(where=where, reason=reason, fix="give each column its own name"))
 
 
 class _CsvLines:

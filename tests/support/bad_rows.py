@@ -421,7 +421,7 @@ FILES: list[tuple[str, Any]] = [
     ("no whole … file: …", {"rows.jsonl.gz": gzip.compress(json.dumps(GOOD).encode() * 99)[:-9]}),
     ("no readable … file: …", {"rows.arrow": b"ARROW1 is not enough"}),
     ("not UTF-8: byte … in line …", {"rows.json": b'[\n{"messages": "\xff"}]'}),
-    ("the header has … twice", {"rows.csv": b"prompt,prompt\na,b\n"}),
+    ("more than one column is named …", {"rows.csv": b"prompt,prompt\na,b\n"}),
     ("holds no rows", {"rows.json": b"[]"}),
     ("only files of this machine, data sets of the hub and … are read", "s3://bucket/rows.jsonl"),
     ("there is no such file or folder, and the cache of datasets has no such data set …", "nobody/nothing"),

@@ -110,6 +110,16 @@ def test_parquet(tmp_path):
         found(path)
 
 
+def test_a_table_with_a_column_twice_is_refused(tmp_path):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pa.ipc.new_file(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        with pytest.raises(UserError, match=f"{name}: more than one column is named 'text'"):
+            found(tmp_path / name)
+
+
 def test_expand_globs_are_sorted(tmp_path):
     for name in ("b.jsonl", "a.jsonl", "c.csv"):
         write_jsonl(tmp_path / name, ROWS)
