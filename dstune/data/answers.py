@@ -24,23 +24,26 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
     for row in rows:
         fields = row.fields or {}
         articles = fields["data"] if isinstance(fields.get("data"), list) else [fields]
-        if not all(isinstance(article, dict) and isinstance(article.get("paragraphs"), list) for article in articles):
+        found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [None])]
+        # Rows of any task may have such a column: only questions below it make it SQuAD's.
+        if not found or any(_listed(paragraph, "qas") is None for _, paragraph in found):
             yield row
             continue
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                questions = paragraph.get("qas") if isinstance(paragraph, dict) else None
-                if not isinstance(questions, list):
-                    yield replace(row, fields=None, error="a paragraph without a list of questions (qas)")
-                    continue
-                shared = {"title": article.get("title"), "context": paragraph.get("context")}
-                for question in questions:
-                    if isinstance(question, dict):
-                        yield replace(row, fields=shared | question)
-                    else:
-                        yield replace(
-                            row, fields=None, error=f"a question must be an object, it is {format_value(question)}"
-                        )
+        for article, paragraph in found:
+            shared = {"title": article.get("title"), "context": paragraph.get("context")}
+            for question in paragraph["qas"]:
+                if isinstance(question, dict):
+                    yield replace(row, fields=shared | question)
+                else:
+                    yield replace(
+                        row, fields=None, error=f"a question must be an object, it is {format_value(question)}"
+                    )
+
+
+def _listed(value: Any, key: str, default: Any = None) -> Any:
+    """The list that an object has under `key`."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else default
 
 
 def answers_of(value: Any) -> list[Answer]:

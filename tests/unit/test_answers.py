@@ -16,6 +16,7 @@ from dstune.config.data_schema import CleanConfig, OnBadRow, SplitConfig
 from dstune.data.clean.rows import map_texts
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
+from dstune.data.sources import DataFile, read
 from dstune.protocols import task_of
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.question_answering.encode import AnswerEncoder
@@ -57,6 +58,12 @@ def test_the_files_of_squad(tmp_path):
         assert tokens == ["m", "##a", "##t"]
         assert second["start"] == second["end"] == second["null"] == 0
     assert runs[0].train.table.to_list() == runs[1].train.table.to_list()
+
+
+@pytest.mark.parametrize("column", [{"data": []}, {"data": [1]}, {"paragraphs": []}, {"paragraphs": ["a"]}])
+def test_columns_with_the_names_of_squad_are_no_squad(tmp_path, column):
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "a", **column}]))
+    assert [found.fields for found in read(DataFile(tmp_path / "rows.json"))] == [{"text": "a", **column}]
 
 
 def test_bad_rows(tmp_path):
