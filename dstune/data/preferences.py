@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from dstune.data.media import holds_something
@@ -29,7 +28,7 @@ from dstune.data.messages import (
     without_strange_nulls,
 )
 from dstune.data.problems import RowError, format_value
-from dstune.data.values import messages_in
+from dstune.data.values import messages_in, number
 
 Row = dict[str, Any]
 ANSWERS = ("chosen", "rejected")
@@ -43,7 +42,7 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
 
     `input` and `history` belong to a prompt that is a text, as in Alpaca rows. Raises RowError.
     """
-    margin = _margin(fields.get("margin"))
+    margin = None if fields.get("margin") in (None, "") else number(fields["margin"], "margin")
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     arguments = template_arguments(fields.get("chat_template_kwargs"))
     system = text_or_nothing(fields.get("system"), "system")
@@ -183,9 +182,9 @@ def _words(text: str) -> str:
 
 def _common(first: list[Message], second: list[Message]) -> int:
     """How many messages the two have in common at the start."""
-    for number, (left, right) in enumerate(zip(first, second, strict=False)):
+    for count, (left, right) in enumerate(zip(first, second, strict=False)):
         if left != right:
-            return number
+            return count
     return min(len(first), len(second))
 
 
@@ -209,14 +208,3 @@ def _answer(value: Any, column: str) -> Any:
             raise RowError(f"column {column!r} is empty")
         return value
     return conversation_of([value] if isinstance(value, dict) else value, column)
-
-
-def _margin(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):  # in a CSV file
-        with suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < float("inf"):
-        raise RowError(f"column 'margin' must be a number, it is {format_value(value)}")
-    return float(value)

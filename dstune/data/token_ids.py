@@ -20,8 +20,8 @@ def numbers(value: Any, column: str) -> list[int]:
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of token ids, it is {format_value(value)}")
     for number in value:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise RowError(f"column {column!r} must hold whole numbers, one is {format_value(number)}")
+        if not isinstance(number, int) or isinstance(number, bool) or not -(2**63) <= number < 2**63:
+            raise RowError(f"column {column!r} must hold whole numbers of 64 bits, one is {format_value(number)}")
     return value
 
 

@@ -337,7 +337,7 @@ ROWS: list[Case] = [
     ),
     ("positive and negative are the same", EmbeddingConfig(), {"anchor": "a", "positive": "b", "negative": "b"}),
     ("column … must be a list of token ids, it is …", TEXT, {"input_ids": []}),
-    ("column … must hold whole numbers, one is …", TEXT, {"input_ids": [1, "2"]}),
+    ("column … must hold whole numbers of 64 bits, one is …", TEXT, {"input_ids": [1, "2"]}),
     (
         "attention_mask must be 1 for every token: rows are padded, and kept apart, when they are packed",
         TEXT,

@@ -373,6 +373,13 @@ def test_a_margin_of_a_csv_file_is_a_number(given, margin):
     assert read(row, RewardConfig(template_date="2025-03-09"))[1].get("margin") == margin
 
 
+@pytest.mark.parametrize("given", [pytest.param(10**400, id="huge"), "much", "inf", True, [1]])
+def test_a_margin_that_is_no_finite_number_is_refused(given):
+    row = {"prompt": "Hi", "chosen": "Yes", "rejected": "No", "margin": given}
+    with pytest.raises(RowError, match="column 'margin' must be a number"):
+        read(row, RewardConfig(template_date="2025-03-09"))
+
+
 def test_a_conversation_as_a_python_literal_is_named():
     with pytest.raises(
         RowError, match=r"not JSON: .* at character 3; Python's str\(\) wrote it, json\.dumps writes JSON"

@@ -38,6 +38,12 @@ def test_long_rows_become_pieces_and_no_target_is_lost(tmp_path):
     assert targets == ids[9:] and len(table) == 2  # the piece without a target is left out
 
 
+def test_an_id_of_more_than_64_bits_is_a_bad_row(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": [5, 6]}, {"input_ids": [5, 2**64 - 1]}])
+    (problem,) = refusal_of(run(path), byte_tokenizer(), tmp_path)
+    assert problem.where == f"{path}:2" and "whole numbers of 64 bits, one is 18446744073709551615" in problem.reason
+
+
 def test_equal_rows_are_found_and_different_ones_kept(tmp_path):
     train = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": ids} for ids in ([5, 6], [5, 6], [7, 8], [9, 9])])
     held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"input_ids": [7, 8]}])
