@@ -27,7 +27,7 @@ class Swaps:
             self._other.setdefault(first.lower(), second)
         for first, second in pairs:
             self._other.setdefault(second.lower(), first)
-        longest_first = sorted(self._other, key=len, reverse=True)
+        longest_first = sorted((term for pair in pairs for term in pair), key=len, reverse=True)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
 
     @classmethod
@@ -36,7 +36,12 @@ class Swaps:
         return cls(read_pairs(path, KEY, {"from": "he", "to": "she"}))
 
     def text(self, text: str) -> str:
-        return self._pattern.sub(lambda found: cased(self._other[found.group().lower()], found.group()), text)
+        return self._pattern.sub(self._swapped, text)
+
+    def _swapped(self, found: re.Match[str]) -> str:
+        # The pattern also takes a dotless or a dotted capital I for i, and a long s for s: these are other words.
+        other = self._other.get(found.group().lower())
+        return found.group() if other is None else cased(other, found.group())
 
     def row(self, row: Row) -> Row | None:
         """The normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
@@ -48,7 +53,7 @@ class Swaps:
         found = {
             match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
         }
-        return sorted(f"{term} -> {self._other[term].lower()}" for term in found)
+        return sorted(f"{term} -> {self._other[term].lower()}" for term in found & self._other.keys())
 
 
 def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, str]]:

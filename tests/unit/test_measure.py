@@ -259,6 +259,13 @@ def test_terms_are_swapped_both_ways(tmp_path):
         Swaps.read(str(table))
 
 
+def test_letters_that_only_the_pattern_takes_for_others_are_left():
+    swaps = Swaps([("ali", "veli"), ("his", "her"), ("he", "she"), ("İsmail", "Ayşe")])
+    text = "ALİ geldi, h\u0131s, \u017fhe"
+    assert swaps.text(text) == text and swaps.row({"text": text}) is None and swaps.names({"text": text}) == []
+    assert swaps.text("Ali, İsmail, ismail, AYŞE") == "Veli, Ayşe, ismail, İSMAIL"
+
+
 def swapped_run(tmp_path, task, rows: list[dict]) -> RunConfig:
     (tmp_path / "terms.csv").write_text("from,to\nhe,she\nbig,small\n")
     held = write_jsonl(tmp_path / "held.jsonl", rows)
