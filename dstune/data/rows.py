@@ -100,8 +100,8 @@ def labels_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def sort_labels(labels: Collection[str]) -> tuple[str, ...]:
-    """Label names in the order of their indices: by value where all are integers (2 before 10), else by name."""
+    """Label names in the order of their indices: by value where all are integers (2 before 10, 01 before 1), else by name."""
     try:
-        return tuple(sorted(set(labels), key=int))
+        return tuple(sorted(set(labels), key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(set(labels)))

@@ -293,6 +293,8 @@ def test_words_in_brackets_are_words():
 def test_sort_labels():
     assert sort_labels(["10", "2", "1"]) == ("1", "2", "10")
     assert sort_labels(["b", "a", "a", "10"]) == ("10", "a", "b")
+    equal = [f"{'0' * zeros}1" for zeros in range(20)]  # so many that a set has them in order by chance never
+    assert sort_labels(equal) == tuple(reversed(equal))
 
 
 def test_canonical_depends_on_content_only():
