@@ -26,10 +26,13 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
         articles = fields["data"] if isinstance(fields.get("data"), list) else [fields]
         found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [None])]
         # Rows of any task may have such a column: only questions below it make it SQuAD's.
-        if not found or any(_listed(paragraph, "qas") is None for _, paragraph in found):
+        if all(_listed(paragraph, "qas") is None for _, paragraph in found):
             yield row
             continue
         for article, paragraph in found:
+            if _listed(paragraph, "qas") is None:
+                yield replace(row, fields=None, error="a paragraph without a list of questions (qas)")
+                continue
             shared = {"title": article.get("title"), "context": paragraph.get("context")}
             for question in paragraph["qas"]:
                 if isinstance(question, dict):

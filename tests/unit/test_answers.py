@@ -66,6 +66,13 @@ def test_columns_with_the_names_of_squad_are_no_squad(tmp_path, column):
     assert [found.fields for found in read(DataFile(tmp_path / "rows.json"))] == [{"text": "a", **column}]
 
 
+def test_a_damaged_paragraph_of_squad_is_one_bad_row(tmp_path):
+    paragraphs = [{"context": CONTEXT, "qas": [{"id": "1"}]}, {"context": CONTEXT}, "torn"]
+    (tmp_path / "rows.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    found = list(read(DataFile(tmp_path / "rows.json")))
+    assert [row.error for row in found] == [None, *["a paragraph without a list of questions (qas)"] * 2]
+
+
 def test_bad_rows(tmp_path):
     rows = [
         row("mat"),
