@@ -70,7 +70,7 @@ def test_a_damaged_paragraph_of_squad_is_one_bad_row(tmp_path):
     paragraphs = [{"context": CONTEXT, "qas": [{"id": "1"}]}, {"context": CONTEXT}, "torn"]
     (tmp_path / "rows.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
     found = list(read(DataFile(tmp_path / "rows.json")))
-    assert [row.error for row in found] == [None, *["a paragraph without a list of questions (qas)"] * 2]
+    assert [row.error for row in found] == ["", *["a paragraph without a list of questions (qas)"] * 2]
 
 
 def test_bad_rows(tmp_path):
