@@ -22,6 +22,7 @@ import numpy as np
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import ChatTemplate, RenderError
+from dstune.data.frame import Frame
 from dstune.data.message import ROLES
 
 _FIRST_STAND_IN = 0x13000
@@ -161,20 +162,12 @@ class ControlTokens:
         `max_length` (the longer text first); to which text each belongs (`token_type_ids`, zeros where the tokenizer
         has none); and how many tokens there were before."""
         parts = [self.ids(text) for text in texts]
-        example = self._tokenizer(*["a"] * len(texts))
-        types = example.get("token_type_ids", [0] * len(example["input_ids"]))
-        rest = list(zip(example["input_ids"], types, strict=True))
-        plain = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        length = len(rest) + sum(len(part) - len(plain) for part in parts)
+        frame = Frame.of(self._tokenizer, len(texts))
+        length = frame.size + sum(map(len, parts))
         for _ in range(length - max_length):
             max(parts, key=len)[-1:] = []
-        joined: list[tuple[int, int]] = []
-        for part in parts:
-            start = next(at for at in range(len(rest)) if [token for token, _ in rest[at : at + len(plain)]] == plain)
-            joined += [*rest[:start], *((token, rest[start][1]) for token in part)]
-            rest = rest[start + len(plain) :]
-        joined += rest
-        return [token for token, _ in joined], [kind for _, kind in joined], length
+        ids, types, _ = frame.around(parts)
+        return ids, types, length
 
     def continued(self, text: str) -> list[int]:
         """Tokens of a text without added tokens that goes on from another one: no space is put in front of it."""

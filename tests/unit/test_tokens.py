@@ -17,11 +17,11 @@ from dstune.config.schema import EarlyStoppingConfig, TrainerConfig
 from dstune.config.validate import find_problems
 from dstune.data.collate import NO_TARGET, collate
 from dstune.data.files import DataFile
+from dstune.data.frame import chunks
 from dstune.data.problems import RowError
 from dstune.data.read_tagged import read_tagged
 from dstune.data.sampler import MicroBatch
 from dstune.data.tags import TagScheme, checked, completed
-from dstune.data.tokenize.frame import chunks
 from dstune.show.segments import segments
 from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 from dstune.tasks.token_classification.encode import TokenEncoder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,11 +27,11 @@ class Finding:
     """What stands in its place when it is masked, without the angle brackets: EMAIL."""
 
 
-def mask(text: str, findings: list[Finding]) -> str:
+def mask(text: str, findings: list[Finding], tag: Callable[[Finding], str] = lambda found: f"<{found.kind}>") -> str:
     """`text` with a tag such as `<EMAIL>` in place of each finding (sorted and disjoint, as `find_...` give them)."""
     parts, end = [], 0
     for found in findings:
-        parts += [text[end : found.start], f"<{found.kind}>"]
+        parts += [text[end : found.start], tag(found)]
         end = found.end
     return "".join([*parts, text[end:]])
 
@@ -160,11 +160,7 @@ def _checks(module: str) -> Any:
 
 def _without(text: str, findings: list[Finding]) -> str:
     """As long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across them."""
-    parts, end = [], 0
-    for found in findings:
-        parts += [text[end : found.start], "\n" * (found.end - found.start)]
-        end = found.end
-    return "".join([*parts, text[end:]])
+    return mask(text, findings, lambda found: "\n" * (found.end - found.start))
 
 
 def _emails(text: str) -> Iterator[Finding]:

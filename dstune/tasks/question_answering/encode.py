@@ -10,8 +10,8 @@ import numpy as np
 
 from dstune.data.answers import Answer
 from dstune.data.control import ControlTokens
+from dstune.data.frame import Frame, chunks
 from dstune.data.render import require_offsets
-from dstune.data.tokenize.frame import Frame, chunks
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 

@@ -427,26 +427,23 @@ class Reconciler:
 
     def _end_attempt(
         self, job: Job, change: Change, messages: Sequence[Message], *, exports: bool = False, **values: Any
-    ) -> None:
+    ) -> bool:
+        """Whether the attempt was still this one."""
         with self._store.database.writing.begin() as session:
             row = self._store.locked(session, job.id)
             if row.state != job.state or row.attempt != job.attempt:
-                return
+                return False
             self._account(row)
             texts = self._results.pause(session, row, self._of(row), self._reader(job).read()) if exports else []
             self._store.change(session, row, change, [*map(Message, texts), *messages], **values)
         if exports:
             self._results.published()
+        return True
 
     def _fail(self, job: Job, code: str, message: str, param: Any) -> None:
         error = {"code": code, "message": message, "param": param}
-        with self._store.database.writing.begin() as session:
-            row = self._store.locked(session, job.id)
-            if row.state != job.state or row.attempt != job.attempt:
-                return
-            self._account(row)
-            self._store.change(session, row, Change.FAIL, [Message(message, "error")], error=error)
-        self._over(job)
+        if self._end_attempt(job, Change.FAIL, [Message(message, "error")], error=error):
+            self._over(job)
 
     def _account(self, row: Job) -> None:
         """The end of an attempt: its devices are free, and its time is counted; not the time in the queue of a cluster."""
