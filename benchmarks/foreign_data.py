@@ -33,7 +33,6 @@ from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import UserError
 from dstune.data import sources
 from dstune.data.collate import NO_TARGET
-from dstune.data.control import ControlTokens
 from dstune.data.files import is_readable
 from dstune.data.formats import check_task, recognise
 from dstune.data.preferences import ANSWERS, as_chat
@@ -92,7 +91,6 @@ class Trainer:
         self._tokenizer = tokenizer_for("chatml", (FOLDER / "chatml.jinja").read_text(encoding="utf-8"))
         self._chat = RowTokenizer(self._tokenizer, CHAT, "messages", LONGEST)
         self._text = RowTokenizer(self._tokenizer, TEXT, "text", LONGEST)
-        self._control = ControlTokens(self._tokenizer)
 
     def texts(self, row: dict[str, Any]) -> tuple[str, str]:
         """What the model sees of a normalised row, and what of it is trained (of a pair, of both answers). Raises RowError."""

@@ -189,7 +189,6 @@ class _Parameters(_Layout):
     """Stage 3."""
 
     def __init__(self, param_shapes: list[dict[str, Any]], optims: list[dict[str, Any]]):
-        self._optims = optims
         self._weights = [optim["fp32_flat_groups"] for optim in optims]
         self._states = [optim["optimizer_state_dict"]["state"] for optim in optims]
         self.shapes = {}

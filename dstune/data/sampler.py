@@ -40,8 +40,6 @@ class MicroBatch:
 class GlobalBatch:
     """The micro-batches of one optimizer step."""
 
-    epoch: int
-    index: int
     micro_batches: tuple[MicroBatch, ...]
     weight: float
     """Targets of all its samples: what the summed loss is divided by."""
@@ -143,18 +141,16 @@ class TrainingOrder:
         )
         samples = plan.samples[plan.starts[first] : plan.starts[last]]
         # A Python int where they are integers: exact, and JSON.
-        return GlobalBatch(
-            epoch, index, micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum())
-        )
+        return GlobalBatch(micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum()))
 
     def rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of this epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`. Returns (samples, starts)."""
         plan = self._plan(epoch)
         return plan.samples, plan.starts
 
-    def efficiency(self, epoch: int) -> float:
-        """Share of the positions computed in this epoch that hold a token instead of padding."""
-        plan = self._plan(epoch)
+    def efficiency(self) -> float:
+        """Share of the positions computed in the first epoch that hold a token instead of padding."""
+        plan = self._plan(0)
         row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
         rows = len(row_lengths)
         starts = np.concatenate(

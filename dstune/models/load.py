@@ -158,8 +158,6 @@ class NewWeights:
     Base models hold rows for control tokens which no text has trained. Those of Gemma 3 are all but equal (cosine 0.95), so a
     frozen end of turn cannot be told from the other unused tokens: after 12 steps of LoRA no answer ended.
     """
-    added: int = 0
-    """How many of the rows were not there before."""
 
 
 def new_weights(model: PreTrainedModel) -> NewWeights:
@@ -223,7 +221,7 @@ def load_model(
     parameters = () if config.model.weights is InitialWeights.random else tuple(new)
     control = tokenizer.convert_tokens_to_ids(list(_control_tokens(config.model)))
     trained_rows = sorted({*range(rows, len(tokenizer)), *control})
-    model.dstune_new_weights = NewWeights(parameters, tuple(trained_rows), max(0, len(tokenizer) - rows))
+    model.dstune_new_weights = NewWeights(parameters, tuple(trained_rows))
     if config.trainer.mlp_tiles > 1:
         tile_feed_forward(model, config.trainer.mlp_tiles)
     if config.trainer.activation_checkpointing:

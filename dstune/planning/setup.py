@@ -61,7 +61,6 @@ class Setup:
     length: int
     """Tokens of the longest row."""
     global_batch_size: int
-    packing: bool
     attention: str
     """`sdpa`, `eager`, `flash_attention_2` (any kernel without a mask), or `samples`: each on its own."""
     checkpointing: bool | Selective
@@ -171,7 +170,6 @@ def setup(
         texts=task_of(config.task).texts_per_row,
         length=length,
         global_batch_size=config.trainer.global_batch_size,
-        packing=config.data.packing,
         attention=_attention(config, model, values, on_gpu=on_gpu, half=weight_bytes == 2),
         checkpointing=config.trainer.activation_checkpointing,
         tiles=config.trainer.mlp_tiles,

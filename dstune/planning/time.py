@@ -77,8 +77,6 @@ class StepTime:
     """Positions of the step over all ranks."""
     volume: int
     """Bytes that leave a rank in a step."""
-    flops: float
-    """Floating-point operations of a rank in a step, recomputation excluded."""
 
     @property
     def seconds(self) -> float:
@@ -171,5 +169,4 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         optimizer=optimizer,
         tokens=s.global_batch_size * s.texts * s.length,
         volume=volume + inside,
-        flops=count * (forward + backward),
     )

@@ -32,7 +32,6 @@ class RunFiles:
     overrides: list[str]
     plugins: list[Row]
     """As `run.yaml` lists them; none of them is loaded."""
-    version: str
     metrics: list[Row]
     samples: list[Row]
     result: Row
@@ -135,7 +134,6 @@ def read(path: Path) -> RunFiles:
         config=section(stored, "config"),
         overrides=[str(text) for text in stored.get("overrides") or []],
         plugins=[one for one in stored.get("plugins") or [] if isinstance(one, dict)],
-        version=str(stored.get("dstune_version") or ""),
         metrics=_rows(path / "metrics.jsonl"),
         samples=_rows(path / "samples.jsonl"),
         result=shaped_result(object_in(path / "result.json")),

@@ -72,7 +72,6 @@ class Scale:
     """An axis of a plot: positions in per cent, and what stands beside it."""
 
     ticks: list[tuple[float, str]]
-    numbers: Sequence[float] = ()
     names: Sequence[str] = ()
     low: float = 0.0
     high: float = 1.0

@@ -42,7 +42,6 @@ class Command:
 
     flags: Flags
     split: Split
-    sweep: Path | None
     json: bool
 
 
@@ -98,7 +97,7 @@ def parse(argv: list[str]) -> Command:
             config_dirs=flags.config_dirs or folders,
         )
     with_groups = probes.groups(flags.config_dirs, flags.overrides)
-    return Command(flags, split(flags.overrides, with_groups), sweep, json="--json" in argv)
+    return Command(flags, split(flags.overrides, with_groups), json="--json" in argv)
 
 
 def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:

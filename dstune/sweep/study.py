@@ -51,7 +51,7 @@ class Study:
         self._objectives = list(objectives)
         self._optuna = _imported()
         self._distributions = {axis.key: self._distribution(axis) for axis in self._axes}
-        self._study = self._open(sweep)
+        self._study = self._open()
         self._expected = self._settings.trials
         self._check()
         if self._settings.sampler is Sampler.grid:
@@ -176,7 +176,7 @@ class Study:
         for own in self._mine.values():
             own.set_user_attr(SEEN, time.time())
 
-    def _open(self, sweep: Sweep) -> optuna.Study:
+    def _open(self) -> optuna.Study:
         settings, optuna_ = self._settings, self._optuna
         location = settings.storage or f"sqlite:///{self._sweep.absolute() / 'study.db'}"
         name = settings.study or f"{self._config.run.name}-{identity(self._config, self._axes)}"

@@ -248,7 +248,7 @@ class Trials:
             return 1.0  # the rows are about full whatever the size
         sized = replace(self.config, trainer=replace(self.config.trainer, micro_batch_size=rows))
         order = order_of(sized, self.split)
-        return order.efficiency(0) if order.steps_in(0) else 1.0
+        return order.efficiency() if order.steps_in(0) else 1.0
 
 
 def always(loss_sum: torch.Tensor) -> bool:

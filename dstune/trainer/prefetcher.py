@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 WAIT_SECONDS = 0.5
 """While any rank waits for a block of a stream, how often all of them see whether to go on waiting."""
+AHEAD = 2
+"""Steps that are prepared before their use, and wait in memory."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def prefetched_steps(
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return RankBatch(loaded.global_batch, loaded.epoch, tuple(batches), counted(config, loaded.split, batches))
 
-    feeds = Prefetcher(prepare, steps, depth=2)
+    feeds = Prefetcher(prepare, steps)
     try:
         for step in steps:
             while data_loader.may_wait(step) and not _all_have_it(feeds, world):
@@ -103,9 +105,9 @@ def dropout_seed(seed: int, step: int, index: int, part: int = 0) -> int:
 class Prefetcher(Generic[T]):
     """`prepare(step)` for each step, computed in one background thread; its exceptions are raised at their step."""
 
-    def __init__(self, prepare: Callable[[int], T], steps: range, depth: int):
+    def __init__(self, prepare: Callable[[int], T], steps: range):
         self._prepare, self._steps = prepare, steps
-        self._ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=depth)
+        self._ready: queue.Queue[T | BaseException] = queue.Queue(maxsize=AHEAD)
         self._next: T | BaseException | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="feed", daemon=True)

@@ -282,4 +282,4 @@ def test_the_sample_dialogues(smollm2, tmp_path):
         length_grouping=False,
         seed=0,
     )
-    assert order.efficiency(0) > 0.97
+    assert order.efficiency() > 0.97

@@ -183,7 +183,7 @@ def test_efficiency_by_hand():
         length_grouping=False,
         seed=0,
     )
-    assert packed.efficiency(0) == pytest.approx(14 / 16)
+    assert packed.efficiency() == pytest.approx(14 / 16)
     # Unpacked, one micro-batch of 4: the widest is 5, padded to 8: 14 of 32.
     unpacked = TrainingOrder(
         lengths,
@@ -195,14 +195,14 @@ def test_efficiency_by_hand():
         length_grouping=False,
         seed=0,
     )
-    assert unpacked.efficiency(0) == pytest.approx(14 / 32)
+    assert unpacked.efficiency() == pytest.approx(14 / 32)
 
 
 def test_length_grouping_saves_padding_and_stays_random():
     lengths = np.random.RandomState(3).randint(1, 513, size=2000)
     settings = {"micro_batch_size": 4, "global_batch_size": 16, "max_length": 512}
     grouped = order(lengths, length_grouping=True, **settings)
-    assert grouped.efficiency(0) > 0.9 > 0.7 > order(lengths, **settings).efficiency(0)
+    assert grouped.efficiency() > 0.9 > 0.7 > order(lengths, **settings).efficiency()
     means = [
         lengths[grouped.global_batch(0, index).micro_batches[0].samples].mean() for index in range(grouped.steps_in(0))
     ]
@@ -218,7 +218,7 @@ def test_length_grouping_saves_padding_and_stays_random():
 def test_packing_of_dialogue_like_lengths():
     """Log-normal lengths cut at the capacity, as the sample dialogues have them."""
     lengths = np.minimum(512, np.exp(np.random.RandomState(0).normal(5.8, 0.9, size=4000)).astype(int) + 1)
-    assert order(lengths, packing=True, max_length=512).efficiency(0) > 0.97
+    assert order(lengths, packing=True, max_length=512).efficiency() > 0.97
 
 
 def test_share_example_of_its_documentation():

@@ -316,7 +316,7 @@ def test_feed_keeps_the_order_and_raises_where_it_belongs():
             raise ValueError("row 3")
         return step * 10
 
-    feed = Prefetcher(prepare, range(6), depth=2)
+    feed = Prefetcher(prepare, range(6))
     assert [next(feed) for _ in range(3)] == [0, 10, 20]
     with pytest.raises(ValueError, match="row 3"):
         next(feed)
@@ -464,7 +464,7 @@ def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path,
 
 
 def test_feed_thread_ends_when_the_loop_leaves_early():
-    feed = Prefetcher(lambda step: step, range(10**9), depth=2)
+    feed = Prefetcher(lambda step: step, range(10**9))
     assert next(feed) == 0
     feed.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "feed"]

@@ -176,8 +176,8 @@ def agent_injection_bench(files: Files) -> Iterator[Text]:
             yield Text(row["injected"], ATTACK, "agent-injection-bench", "indirect", row["id"], "tool_result")
 
 
-def agentdojo(files: Files, frames_each: int = 4) -> Iterator[Text]:
-    """Goals of injections in frames of its attacks, and the benign texts that its tools return."""
+def agentdojo(files: Files) -> Iterator[Text]:
+    """Goals of injections, each in four frames of its attacks, and the benign texts that its tools return."""
     goals: list[str] = []
     frames: list[str] = []
     for name in sorted(files.namelist()):
@@ -189,7 +189,7 @@ def agentdojo(files: Files, frames_each: int = 4) -> Iterator[Text]:
             for number, text in enumerate(_long_values(yaml.load(_unresolved(files.read(name)), _LOADER))):
                 yield Text(text, BENIGN, "agentdojo", "tool", f"{name}:{number}", "tool_result")
     for goal in goals:
-        for frame in sorted(dict.fromkeys(frames), key=lambda frame: place(frame + goal))[:frames_each]:
+        for frame in sorted(dict.fromkeys(frames), key=lambda frame: place(frame + goal))[:4]:
             text = frame
             for slot, value in (("goal", goal), ("user", "Emma Johnson"), ("model", "AI assistant")):
                 text = text.replace("{" + slot + "}", value)

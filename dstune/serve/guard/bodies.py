@@ -68,9 +68,9 @@ def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> It
         yield Placed((*place, *where), Text(text, role, number))
 
 
-def texts_in(value: Any, place: Place = (), but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
+def texts_in(value: Any, but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
     """Each text of a JSON value and where it stands. but: keys that are left out."""
-    return ((where, text) for where, text, media in _texts_in(value, place, but) if not media)
+    return ((where, text) for where, text, media in _texts_in(value, but=but) if not media)
 
 
 def media_in(value: Any) -> set[str]:

@@ -46,7 +46,6 @@ class GuardEngine(Engine):
     name: ClassVar[str] = "guard"
     models: Mapping[str, Path] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    calibrated: tuple[str, ...] = ()
     window_tokens: Mapping[str, int] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
 

@@ -76,13 +76,13 @@ class Guard:
             return None
         placed = of_request(route, body)
         texts = [one.text for one in placed]
-        changed = await self._inspected(request, policy, "request", placed, body)
+        changed = await self._inspected(request, policy, placed, body)
         prompts = tuple(one.text for one in texts if not one.direction)
         public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
         return Guarded(self, policy, request, route, changed, prompts, public)
 
     async def _inspected(
-        self, request: Request, policy: Policy, what: str, placed: Sequence[Placed], body: dict[str, Any]
+        self, request: Request, policy: Policy, placed: Sequence[Placed], body: dict[str, Any]
     ) -> dict[str, Any]:
         """`body` with its masks. Raises ApiError where it is stopped."""
         try:
@@ -90,12 +90,12 @@ class Guard:
             verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
         except GuardDown as error:
             log.error("%s: the guard could not check: %s", request.id, error)
-            self.record(request, policy, what, None, str(error))
+            self.record(request, policy, "request", None, str(error))
             if policy.on_failure == CLOSED:
                 raise unavailable() from None
             note_unchecked(request)
             return body
-        self.record(request, policy, what, verdict)
+        self.record(request, policy, "request", verdict)
         note(request, verdict)
         if verdict.blocked:
             raise ApiError(400, f"The request was stopped by: {', '.join(verdict.blocked)}.", code=FILTERED)

@@ -240,10 +240,6 @@ class GuardModel:
         flat = iter(self.score_windows([window for of_text in windows for window in of_text]))
         return [[next(flat) for _ in of_text] for of_text in windows]
 
-    def score(self, readings: Sequence[Variant]) -> Score:
-        """Of a text by its readings (`variants(text)`)."""
-        return highest(readings, self.scores([one.text for one in readings]))
-
 
 def skip_unread_positions(model: Any) -> bool:
     """Let the last layer of a BERT-like encoder go on with the first position alone where the head reads no other.

@@ -200,7 +200,7 @@ class Scanner:
             if end > before:  # what ends in the context was found with it
                 yield Found(detector, start - before, end - before, label)
 
-        for detector, start, end, label in self._spans(item, whole, normal, readings):
+        for detector, start, end, label in self._spans(item, normal, readings):
             yield from at(detector, start, end, label)
         if RULES in item.detectors:
             for reading in readings:
@@ -214,9 +214,7 @@ class Scanner:
                 yield from at(LEAK, 0, len(whole), "wording")
 
     @staticmethod
-    def _spans(
-        item: Item, whole: str, normal: Normal, readings: Sequence[Variant]
-    ) -> Iterator[tuple[str, int, int, str]]:
+    def _spans(item: Item, normal: Normal, readings: Sequence[Variant]) -> Iterator[tuple[str, int, int, str]]:
         searches: list[tuple[Collection[str], Search]] = [
             (frozenset(PII.values()), _personal_data),
             ((SECRETS,), _secrets),

@@ -119,7 +119,7 @@ class PairHead:
     """The loss of a better and a worse answer, both in one forward pass."""
 
     def __init__(self, task: PreferenceConfig, model: PreTrainedModel):
-        self._task, self._beta = task, beta_of(task)
+        self._task = task
         self._log_probabilities = LogProbabilities(model)
 
     def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:

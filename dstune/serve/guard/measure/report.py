@@ -17,11 +17,12 @@ LENGTHS = (
 """Characters of a text."""
 
 
-def wilson(found: int, rows: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(found: int, rows: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
     if rows == 0:
         return 0.0, 1.0
-    share, square = found / rows, z * z
+    share, z = found / rows, 1.959964
+    square = z * z
     centre = (share + square / (2 * rows)) / (1 + square / rows)
     half = z / (1 + square / rows) * math.sqrt(share * (1 - share) / rows + square / (4 * rows * rows))
     low, high = centre - half, centre + half

@@ -183,10 +183,10 @@ def _random_remark(text: str, chance: random.Random) -> str:
 _REWRITES = (_random_case, _random_swaps, _random_drops, _random_marks, _random_synonyms, _random_remark)
 
 
-def rewrite(text: str, number: int, seed: int = 0) -> str:
+def rewrite(text: str, number: int) -> str:
     """Rewriting number `number` of `text`: two random changes, always the same for the same numbers (after best-of-N
     jailbreaking, arXiv:2412.03556)."""
-    chance = random.Random(f"{seed}:{number}:{text}")
+    chance = random.Random(f"0:{number}:{text}")
     for change in chance.sample(_REWRITES, 2):
         text = change(text, chance)
     return text
