@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
@@ -306,6 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    end_with(main)

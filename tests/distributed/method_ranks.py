@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import replace
 
 import torch
 from support.configs import run_config
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 from dstune.config import schema
 from dstune.core.distributed import World
@@ -109,5 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)
+    end_with(main)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ import pytest
 
 from dstune.serve.finetuning.jobs import check
 from tests.support.cloud_server import Server, job_processes, wait_for
-from tests.support.command import Commands, exact, metrics
+from tests.support.command import Commands, exact, metrics, wait_until
 from tests.support.tiny import save_decoder, write_dialogues, write_preferences
 
 pytestmark = pytest.mark.timeout(1800)  # several trainings and starts of servers each, also beside other work
 FLOW = Path(__file__).parents[1] / "support" / "client_flow.py"
+until = partial(wait_until, timeout=900)
 SETTINGS = {"trainer": {"precision": "fp32", "micro_batch_size": 2}, "data": {"workers": 1}, "zero": {"stage": 0}}
 
 
@@ -349,7 +351,7 @@ def test_a_job_outlives_the_control_group_of_its_server(base, tmp_path, control_
             at_step(client, server, job.id, 30)
             end_group(own)
             assert server.process is not None and server.process.wait(timeout=60) == -9
-            until(lambda found=job.id, lives=prefix: bool(job_processes(server.job_folder(found))) is lives, seconds=60)
+            until(lambda found=job.id, lives=prefix: bool(job_processes(server.job_folder(found))) is lives, timeout=60)
             if prefix:
                 at_step_of(server, job.id, 60)
             server.start()
@@ -418,10 +420,3 @@ def at_step(client: openai.OpenAI, server: Server, job: str, step: int) -> None:
 def at_step_of(server: Server, job: str, step: int) -> None:
     """The same of a job whose server does not answer."""
     until(lambda: any(row["step"] >= step for row in metrics(server.job_folder(job) / "run")[-2:]))
-
-
-def until(condition: Any, seconds: float = 900.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 from deepspeed.runtime.zero import partition_parameters
 from parity.accumulate_ranks import TARGETS, micro_batch, window_config
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 from dstune.config.schema import Precision
 from dstune.models.load import load_model, load_tokenizer
@@ -60,5 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)
+    end_with(main)

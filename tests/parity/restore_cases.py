@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 from dstune.checkpoint.shards import Shards
 from dstune.config.run_file import read_run
@@ -39,6 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    end_with(main)

@@ -8,11 +8,10 @@ how many parameters are cut; and how many bytes of activations the ranks have su
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 import torch
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dstune.config.schema import Selective
@@ -128,6 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    end_with(main)

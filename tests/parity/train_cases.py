@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 from dstune.config.run_file import read_run, write_run
 from dstune.core.errors import Preempted
@@ -63,6 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    end_with(main)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dstune.rank import worker
 from dstune.zero.engine import Engine
 from dstune.zero.parts import gathered
 from dstune.zero.shard_files import Save
-from support.ranks import start_rank
+from support.ranks import end_with, start_rank
 
 save_shards = Engine.save
 
@@ -36,6 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)
+    end_with(main)

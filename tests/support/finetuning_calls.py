@@ -16,7 +16,7 @@ def run(test, tmp_path, **options):
     return asyncio.run(main())
 
 
-async def until(check, seconds=20.0):
+async def until(check, seconds=60.0):
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end, "it does not come"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,12 +169,3 @@ class Bench:
         row = self.read(job)
         rows, _ = self.store.events(row.project, job, Page(limit=10_000, ascending=True))
         return [row.message for row in rows]
-
-
-def eventually(condition: Any, seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"nothing happened within {seconds} s")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,13 @@ def start_rank() -> World:
     env = from_environment(os.environ)
     assert env is not None
     return start_process_group(env)
+
+
+def end_with(main: Callable[[], None]) -> None:
+    """Run the `main` of such a program and leave; DeepSpeed's threads need not be waited for."""
+    main()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run_ranks(program: Path, size: int, argument: Any, *, timeout: float = 600) -> list[str]:

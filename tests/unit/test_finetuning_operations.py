@@ -31,7 +31,8 @@ from dstune.serve.finetuning.jobs.tables import TunedModel
 from dstune.serve.finetuning.models.service import Models
 from dstune.serve.store.tables import DEFAULT_PROJECT
 from dstune.sweep import devices
-from tests.support.jobs import Bench, eventually
+from tests.support.command import wait_until
+from tests.support.jobs import Bench
 
 
 def parsed(*words: str):
@@ -234,7 +235,7 @@ def test_a_training_that_saves_for_long_gets_no_second_signal(tmp_path):
     signals, stop = folder.run / "signals", folder.run / "STOP"
     child = 0
     try:
-        eventually((folder.run / "launch.json").exists)
+        wait_until((folder.run / "launch.json").exists)
         child = json.loads((folder.run / "launch.json").read_text())["pid"]
         for how in (SAVE, SAVE, NOW):
             ask_orphan(folder, how)
@@ -247,7 +248,7 @@ def test_a_training_that_saves_for_long_gets_no_second_signal(tmp_path):
         time.sleep(0.3)
         assert (signals.exists(), stop.exists()) == (False, True)
         ask_orphan(folder, NOW)
-        eventually(signals.exists)
+        wait_until(signals.exists)
     finally:
         parent.kill()
         if child:
@@ -261,7 +262,7 @@ def test_a_new_prefix_counts_from_the_next_start_on(tmp_path):
         folder = JobFolder(tmp_path / place)
         folder.create()
         launcher.start(folder, {}, {"PLACE": "plain"})
-        eventually((folder.path / place).exists)
+        wait_until((folder.path / place).exists)
         prefix[:] = ["env", "PLACE=prefixed"]
 
 

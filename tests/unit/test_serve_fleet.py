@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,14 +16,8 @@ from dstune.core.errors import Problem, UserError
 from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
 from dstune.serve.parity import Proof, Refused
+from tests.support.finetuning_calls import until
 from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
-
-
-async def until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.02)
 
 
 def test_an_engine_that_is_killed_under_load_is_started_again(tmp_path):

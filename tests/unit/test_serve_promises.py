@@ -36,6 +36,7 @@ from dstune.serve.store.database import Database, now
 from dstune.serve.store.keys import Keys, Limit
 from dstune.serve.store.tables import AnswerRow
 from dstune.testing.tiny import CHATML
+from tests.support.finetuning_calls import until
 from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
 from tests.support.tiny import save_tokenizer
 
@@ -376,13 +377,6 @@ class Fragile(StubEngine):
 
     async def unload_adapter(self, name):
         self.unloaded += (name,)
-
-
-async def until(condition) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        await asyncio.sleep(0.01)
 
 
 def test_an_adapter_that_is_refused_after_a_restart_stays_out_alone(tmp_path, monkeypatch):
