@@ -7,6 +7,7 @@ in both types), so that a difference is dstune's own rounding: the same loop in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
 from dstune.data.collate import collate
+from dstune.data.sampler import GlobalBatch, TrainingOrder
 from dstune.models.load import load_tokenizer
 from dstune.trainer.data_loader import order_of
 from dstune.trainer.prefetcher import dropout_seed
@@ -97,6 +99,24 @@ def train_plainly(
                 parameter.grad = None
     result.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return result
+
+
+def descend(
+    config: RunConfig, order: TrainingOrder, model: torch.nn.Module, loss_of: Callable[[int, GlobalBatch], torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of SGD by hand. loss_of: the mean loss of the global batch of a step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses, norms = [], []
+    assert config.trainer.max_steps is not None
+    for step in range(config.trainer.max_steps):
+        loss = loss_of(step, order.global_batch(*order.locate(step)))
+        gradients = torch.autograd.grad(loss, trained)
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter -= config.optimizer.lr * gradient
+    return losses, norms
 
 
 def _fisher(config: RunConfig, model, tokenizer, cache: Path) -> dict[str, torch.Tensor]:

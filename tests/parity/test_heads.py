@@ -16,7 +16,7 @@ from parity.reference import train_plainly
 from seqeval.metrics import f1_score
 from support.ranks import run_ranks
 from support.tiny import save_encoder, write_labelled, write_questions, write_scored, write_tagged
-from support.workshop import VOLATILE, Results
+from support.workshop import PLAIN, VOLATILE, Results
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -38,19 +38,13 @@ STAGES = {1: (0, 3), 2: (1, 3), 3: (2, 3)}
 """ZeRO stages by number of ranks."""
 
 BASE = [
-    "data=files",
+    *PLAIN,
     "data.split.validation=0.3",
     "data.clean.leaks=false",
-    "optimizer=sgd",
     "optimizer.lr=0.1",
-    "schedule=constant",
-    "trainer.precision=fp32",
-    "trainer.grad_clip=0",
     "trainer.micro_batch_size=2",
     "trainer.global_batch_size=9",
     "trainer.max_steps=3",
-    "zero.param_persistence_threshold=0",
-    "evaluate.at_start=false",
     "run.export=none",
 ]
 

@@ -15,7 +15,7 @@ from parity.reference import Reference, train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_dialogues
-from support.workshop import VOLATILE, Results
+from support.workshop import PLAIN, VOLATILE, Results
 
 from dstune.config.compose import compose
 
@@ -23,20 +23,14 @@ PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = (0, 1, 2, 3)
 
 BASE = [
-    "data=files",
+    *PLAIN,
     "data.max_length=64",
     "data.split.validation=0.2",
-    "optimizer=sgd",
     "optimizer.lr=0.2",
-    "schedule=constant",
     "model.config_overrides={attention_dropout:0.1}",
-    "trainer.precision=fp32",
-    "trainer.grad_clip=0",
     "trainer.micro_batch_size=2",
     "trainer.global_batch_size=10",  # five micro-batches: no number of ranks but one divides them
     "trainer.max_steps=5",
-    "zero.param_persistence_threshold=0",  # tiny parameters are partitioned too
-    "evaluate.at_start=false",
 ]
 
 
@@ -70,11 +64,6 @@ def workshop(tmp_path_factory, monkeypatch_module) -> Workshop:
 def monkeypatch_module():
     with pytest.MonkeyPatch.context() as patch:
         yield patch
-
-
-@pytest.fixture(scope="module", params=["unpacked", "packed"])
-def packing(request) -> str:
-    return request.param
 
 
 @pytest.fixture(scope="module")

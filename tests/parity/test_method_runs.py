@@ -11,9 +11,10 @@ from parity.test_ladder import exact, monkeypatch_module  # noqa: F401 (fixture)
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_labelled
+from support.workshop import Results
 
 from dstune.config.compose import compose
-from dstune.config.run_file import read_run, write_run
+from dstune.config.run_file import read_run
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 STAGES = {"head": (0, 1, 2, 3), "features": (0, 3), "entries": (0, 1, 2, 3), "tensors": (0, 2)}
@@ -39,21 +40,16 @@ COMMON = [
 ]
 
 
-class Runs:
+class Runs(Results):
     def __init__(self, folder: Path):
         self.folder = folder
         self.model = save_encoder(folder / "model", hidden_dropout_prob=0.1)
         self.data = write_labelled(folder / "rows.jsonl", 100)
 
     def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
-        path = self.folder / f"{name}.yaml"
         run_dir = self.folder / (directory or name)
         given = [f"model.path={self.model}", f"data.train={self.data}", *COMMON, f"run.dir={run_dir}", *overrides]
-        write_run(path, compose(given))
-        return {"run_yaml": str(path), "run_dir": str(run_dir)}
-
-    def weights(self, name: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / name / "export" / "model.safetensors")
+        return self.written(name, compose(given), directory)
 
     def json(self, name: str, file: str) -> dict:
         return json.loads((self.folder / name / file).read_text())

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity.reference import descend
 from support.ranks import run_ranks
 from support.tiny import save_decoder, write_preferences
-from support.workshop import Workshop
+from support.workshop import PLAIN, Workshop
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import export_checkpoint
 from dstune.core.errors import UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data.build import prepare
+from dstune.data.sampler import GlobalBatch
 from dstune.evaluation import command as evaluate
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import method_of
@@ -25,20 +27,14 @@ from dstune.trainer.data_loader import order_of
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [
+    *PLAIN,
     "task=preference",
-    "data=files",
     "data.max_length=64",
     "data.split.validation=0.2",
-    "optimizer=sgd",
     "optimizer.lr=0.5",
-    "schedule=constant",
-    "trainer.precision=fp32",
-    "trainer.grad_clip=0",
     "trainer.micro_batch_size=2",
     "trainer.global_batch_size=9",  # five micro-batches, the last one of a single pair
     "trainer.max_steps=3",
-    "zero.param_persistence_threshold=0",
-    "evaluate.at_start=false",
     "run.export=none",
 ]
 KINDS = {
@@ -76,17 +72,12 @@ def workshop(tmp_path_factory):
         sources = [f"model.path={save_decoder(folder / 'model')}"]
         sources.append(f"data.train={write_preferences(folder / 'pairs.jsonl', 40)}")
         shop = Workshop(folder, [*BASE, *sources])
-        cases = cases_of(shop, 2)
+        cases = shop.cells(2, KINDS, CELLS[2])
         for kind, stage in RESUMED.items():
             changed = [f"zero=stage{stage}", "optimizer=adamw", "optimizer.lr=1e-2"]
             cases += shop.stopped_and_continued(kind, *KINDS[kind], *changed)
         run_ranks(PROGRAM, 2, cases)
         yield shop
-
-
-def cases_of(shop: Workshop, size: int) -> list[dict[str, str]]:
-    """The cells of `size` ranks."""
-    return [shop.case(f"{kind}-s{stage}-n{size}", *KINDS[kind], f"zero=stage{stage}") for kind, stage in CELLS[size]]
 
 
 def log_probability(module: torch.nn.Module, ids: list[int], labels: list[int]) -> tuple[torch.Tensor, int]:
@@ -120,7 +111,8 @@ class Plain:
             theirs, _ = log_probability(self.reference, ids, labels)
         return mine, theirs, count
 
-    def global_batch(self, samples: list[int]) -> torch.Tensor:
+    def global_batch(self, _: int, batch: GlobalBatch) -> torch.Tensor:
+        samples = [index for part in batch.micro_batches for index in part.samples]
         if self.kind.startswith("kto"):
             return self.kto(samples)
         return torch.stack([self.pair(index) for index in samples]).mean()
@@ -186,19 +178,7 @@ def references(workshop) -> References:
         model = load_model(config, tokenizer, (), torch.float32)
         policy = method_of(config.method).apply(model, config).double()
         plain = Plain(kind, config, policy, copy.deepcopy(policy), data.train)
-        order = order_of(config, data.train)
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        losses, norms = [], []
-        for step in range(3):
-            global_batch = order.global_batch(*order.locate(step))
-            loss = plain.global_batch([index for part in global_batch.micro_batches for index in part.samples])
-            gradients = torch.autograd.grad(loss, trained)
-            losses.append(float(loss.detach()))
-            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
-            with torch.no_grad():
-                for parameter, gradient in zip(trained, gradients, strict=True):
-                    parameter -= config.optimizer.lr * gradient
-        found[kind] = (losses, norms)
+        found[kind] = descend(config, order_of(config, data.train), policy, plain.global_batch)
         if kind == "kto":
             found.points, found.without_point = plain.points, plain.without_point
     return found
@@ -207,7 +187,7 @@ def references(workshop) -> References:
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.ci)])
 def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
     if size != 2:
-        run_ranks(PROGRAM, size, cases_of(workshop, size))
+        run_ranks(PROGRAM, size, workshop.cells(size, KINDS, CELLS[size]))
     for kind, stage in CELLS[size]:
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]

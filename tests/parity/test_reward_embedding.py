@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from parity.reference import descend
 from support.ranks import run_ranks
 from support.tiny import save_decoder, save_encoder, write_contrastive, write_preferences
-from support.workshop import Workshop
+from support.workshop import PLAIN, Workshop
 
 from dstune.core.rank_env import RankEnv
 from dstune.data.batches import batch_of
@@ -22,19 +23,13 @@ from dstune.trainer.prefetcher import dropout_seed
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 BASE = [
-    "data=files",
+    *PLAIN,
     "data.max_length=64",
     "data.split.validation=0.2",
-    "optimizer=sgd",
     "optimizer.lr=0.1",
-    "schedule=constant",
-    "trainer.precision=fp32",
-    "trainer.grad_clip=0",
     "trainer.micro_batch_size=3",
     "trainer.global_batch_size=13",  # five micro-batches, the last one of a single pair
     "trainer.max_steps=2",
-    "zero.param_persistence_threshold=0",
-    "evaluate.at_start=false",
     "run.export=none",
 ]
 KINDS = {
@@ -74,7 +69,7 @@ def workshop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSTUNE_CACHE", str(folder / "cache"))
         shop = Workshop(folder, BASE)
-        cases = cases_of(shop, 2)
+        cases = shop.cells(2, KINDS, CELLS[2])
         for kind, stage in RESUMED.items():
             changed = [f"zero=stage{stage}", "optimizer=adamw", "optimizer.lr=1e-2"]
             cases += shop.stopped_and_continued(kind, *KINDS[kind], *changed)
@@ -83,11 +78,6 @@ def workshop(tmp_path_factory):
             cases.append(shop.case(f"{kind}-export", *KINDS[kind], *exported))
         run_ranks(PROGRAM, 2, cases)
         yield shop
-
-
-def cases_of(shop: Workshop, size: int) -> list[dict[str, str]]:
-    """The cells of `size` ranks."""
-    return [shop.case(f"{kind}-s{stage}-n{size}", *KINDS[kind], f"zero=stage{stage}") for kind, stage in CELLS[size]]
 
 
 def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -158,32 +148,25 @@ def references(workshop) -> dict[str, tuple[list[float], list[float]]]:
         module = (
             method_of(config.method).apply(load_model(config, tokenizer, (), torch.float32), config).double().train()
         )
-        order = order_of(config, data.train)
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        losses, norms = [], []
-        for step in range(2):
-            global_batch = order.global_batch(*order.locate(step))
-            assert len(global_batch.micro_batches) == 5
-            batches = [
-                batch_of(config, data.train, part, tokenizer.pad_token_id) for part in global_batch.micro_batches
-            ]
-            seeds = [dropout_seed(config.trainer.seed, step, part.index) for part in global_batch.micro_batches]
-            compute = embedding_loss if isinstance(config.task, EmbeddingConfig) else reward_loss
-            loss = compute(module, batches, seeds, config)
-            gradients = torch.autograd.grad(loss, trained)
-            losses.append(float(loss.detach()))
-            norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
-            with torch.no_grad():
-                for parameter, gradient in zip(trained, gradients, strict=True):
-                    parameter -= config.optimizer.lr * gradient
-        found[kind] = (losses, norms)
+        compute = embedding_loss if isinstance(config.task, EmbeddingConfig) else reward_loss
+
+        def loss_of(
+            step, global_batch, config=config, rows=data.train, tokenizer=tokenizer, module=module, compute=compute
+        ):
+            parts = global_batch.micro_batches
+            assert len(parts) == 5
+            batches = [batch_of(config, rows, part, tokenizer.pad_token_id) for part in parts]
+            seeds = [dropout_seed(config.trainer.seed, step, part.index) for part in parts]
+            return compute(module, batches, seeds, config)
+
+        found[kind] = descend(config, order_of(config, data.train), module, loss_of)
     return found
 
 
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.ci)])
 def test_any_number_of_ranks_and_any_stage_equals_the_plain_loop(workshop, references, size):
     if size != 2:
-        run_ranks(PROGRAM, size, cases_of(workshop, size))
+        run_ranks(PROGRAM, size, workshop.cells(size, KINDS, CELLS[size]))
     for kind, stage in CELLS[size]:
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]

@@ -12,28 +12,22 @@ from parity.reference import train_plainly
 from safetensors.torch import load_file
 from support.ranks import run_ranks
 from support.tiny import save_bart, save_decoder, save_encoder, save_joined_encoders, save_t5, write_pairs
-from support.workshop import VOLATILE, Results
+from support.workshop import PLAIN, VOLATILE, Results
 
 from dstune.config.compose import compose
 
 PROGRAM = Path(__file__).with_name("train_cases.py")
 
 BASE = [
-    "data=files",
+    *PLAIN,
     "task=seq2seq",
     "task.prompt='w0 {source}'",
     "data.max_length=64",
     "data.split.validation=0.2",
-    "optimizer=sgd",
     "optimizer.lr=0.05",
-    "schedule=constant",
-    "trainer.precision=fp32",
-    "trainer.grad_clip=0",
     "trainer.micro_batch_size=2",
     "trainer.global_batch_size=10",  # five micro-batches: no number of ranks but one divides them
     "trainer.max_steps=3",
-    "zero.param_persistence_threshold=0",
-    "evaluate.at_start=false",
     "evaluate.max_rows=7",  # four batches: no number of ranks but one, two and four divides them
 ]
 KINDS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from dstune.testing.tiny import SPECIAL, word_tokenizer
 
@@ -16,12 +17,20 @@ def save_tokenizer(folder: Path) -> None:
     word_tokenizer(SPECIAL + WORDS).save_pretrained(folder)
 
 
+def _saved(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
+    """A model of random weights with the tokenizer."""
+    import torch
+
+    torch.manual_seed(seed)
+    model_class(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: object) -> Path:
     """A two-layer Llama of about 30,000 parameters."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "vocab_size": len(SPECIAL) + len(WORDS),
         "hidden_size": 32,
@@ -36,18 +45,13 @@ def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: 
         "pad_token_id": 2,
         "initializer_range": 0.2,  # large enough that attention and dropout matter to the loss
     }
-    torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return _saved(folder, seed, LlamaForCausalLM, LlamaConfig(**(settings | changes)))
 
 
 def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     """A two-layer BERT body (no classification head) of about 30,000 parameters."""
-    import torch
     from transformers import BertConfig, BertModel
 
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "vocab_size": len(SPECIAL) + len(WORDS),
         "hidden_size": 32,
@@ -58,21 +62,18 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
         "pad_token_id": 2,
         "initializer_range": 0.2,
     }
-    torch.manual_seed(seed)
-    BertModel(BertConfig(**(settings | changes))).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return _saved(folder, seed, BertModel, BertConfig(**(settings | changes)))
 
 
-def save_classifier(folder: Path, *, labels: tuple[str, ...] = ("benign", "attack"), seed: int = 0) -> Path:
+def save_classifier(folder: Path) -> Path:
     """The same with a head of random weights."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    save_encoder(folder, seed=seed)
-    names = dict(enumerate(labels))
+    save_encoder(folder)
+    names = dict(enumerate(("benign", "attack")))
     config = BertConfig.from_pretrained(folder, id2label=names, label2id={name: index for index, name in names.items()})
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -82,52 +83,42 @@ SEQ2SEQ_TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "deco
 
 def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
     """A T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
-    import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
     settings |= {"num_heads": 4, "dropout_rate": 0.0, "initializer_factor": 1.0, **SEQ2SEQ_TOKENS}
-    torch.manual_seed(seed)
-    T5ForConditionalGeneration(T5Config(**(settings | changes))).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return _saved(folder, seed, T5ForConditionalGeneration, T5Config(**(settings | changes)))
 
 
-def save_bart(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+def save_bart(folder: Path, **changes: object) -> Path:
     """A BART of two layers on each side and about 60,000 parameters."""
-    import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "max_position_embeddings": 128}
     for side in ("encoder", "decoder"):
         settings |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 64}
     settings |= {"dropout": 0.0, "init_std": 0.2, "forced_eos_token_id": None, **SEQ2SEQ_TOKENS}
-    torch.manual_seed(seed)
-    BartForConditionalGeneration(BartConfig(**(settings | changes))).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
+    return _saved(folder, 0, BartForConditionalGeneration, BartConfig(**(settings | changes)))
 
 
-def save_joined_encoders(folder: Path, encoder: Path, *, seed: int = 0) -> Path:
+def save_joined_encoders(folder: Path, encoder: Path) -> Path:
     """An `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
     import torch
     from transformers import EncoderDecoderModel
 
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     EncoderDecoderModel.from_encoder_decoder_pretrained(str(encoder), str(encoder)).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
 
 
-def write_pairs(path: Path, rows: int, *, seed: int = 0, longest: int = 12) -> Path:
+def write_pairs(path: Path, rows: int) -> Path:
     """Sources of words; a target is, for some of the first words, the word that follows it: w5 w7 w9 gives w6 w8."""
-    choose = random.Random(seed)
+    choose = random.Random(0)
     with path.open("w") as stream:
         for _ in range(rows):
-            numbers = choose.choices(range(len(WORDS) - 1), k=choose.randint(2, longest))
-            kept = numbers[: choose.choice([1, 1, 2, 5, longest])]
+            numbers = choose.choices(range(len(WORDS) - 1), k=choose.randint(2, 12))
+            kept = numbers[: choose.choice([1, 1, 2, 5, 12])]
             row = {"source": " ".join(WORDS[n] for n in numbers), "target": " ".join(WORDS[n + 1] for n in kept)}
             stream.write(json.dumps(row) + "\n")
     return path
@@ -178,9 +169,9 @@ def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
     return path
 
 
-def write_contrastive(path: Path, rows: int, *, seed: int = 0) -> Path:
+def write_contrastive(path: Path, rows: int) -> Path:
     """Texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
-    choose = random.Random(seed)
+    choose = random.Random(0)
 
     def text(words: list[str], count: int) -> str:
         return " ".join(choose.choices(words, k=count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,16 @@ VOLATILE = {
 """What of a row of metrics is another number in every run."""
 
 
+PLAIN = (
+    "data=files",
+    "optimizer=sgd",
+    "schedule=constant",
+    "trainer.precision=fp32",
+    "trainer.grad_clip=0",
+    "zero.param_persistence_threshold=0",  # tiny parameters are partitioned too
+    "evaluate.at_start=false",
+)
+"""Of runs that are compared with a plain loop: beside this their lengths, rates and batches."""
 AT_THE_END = ("evaluate.every=0", "checkpoint.every=0")
 
 
@@ -68,6 +78,12 @@ class Workshop(Results):
         """A case of `parity/train_cases.py`."""
         composed = self.config(f"run.dir={self.folder / (directory or name)}", *overrides)
         return self.written(name, composed, directory)
+
+    def cells(
+        self, size: int, kinds: Mapping[str, Sequence[str]], cells: Sequence[tuple[str, int]]
+    ) -> list[dict[str, str]]:
+        """KIND-sSTAGE-nSIZE for each kind and ZeRO stage of `cells`."""
+        return [self.case(f"{kind}-s{stage}-n{size}", *kinds[kind], f"zero=stage{stage}") for kind, stage in cells]
 
     def stopped_and_continued(self, name: str, *overrides: str) -> list[dict[str, str]]:
         """NAME-whole without a stop, and NAME-cut that is stopped after its first step and then continued."""

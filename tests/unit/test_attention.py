@@ -107,24 +107,31 @@ def batches() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-@pytest.mark.parametrize("name", ["packed", "padded"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing):
-    batch = batches()[name]
-    save_decoder(tmp_path)
+def as_with_masks(folder, loss_of) -> None:
+    """loss_of: of a model, and whether its samples are told apart without masks."""
+    save_decoder(folder)
     found = []
     for apart in (False, True):
-        model = load(tmp_path)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        head = task_of(ChatConfig()).head(model, SamplesApart(model) if apart else None)
-        loss = head(model, batch).loss_sum
+        model = load(folder)
+        loss = loss_of(model, apart)
         loss.backward()
         found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
     (expected, of_masks), (loss, gradients) = found
     torch.testing.assert_close(loss, expected)
     for key, gradient in gradients.items():
         torch.testing.assert_close(gradient, of_masks[key], atol=2e-5, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("name", ["packed", "padded"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, checkpointing):
+    def loss_of(model, apart):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        head = task_of(ChatConfig()).head(model, SamplesApart(model) if apart else None)
+        return head(model, batches()[name]).loss_sum
+
+    as_with_masks(tmp_path, loss_of)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.models.packed_attention import Heads, PackedAttention, choose
 from dstune.models.varlen import Boundaries, Kernel, boundaries_of
 from dstune.zero import accelerator
-from tests.unit.test_attention import batches, load, set_up_rank
+from tests.unit.test_attention import as_with_masks, batches, load, set_up_rank
 
 
 def looped(query, key, value, boundaries, scale, window):
@@ -56,20 +56,14 @@ def test_where_samples_begin():
 def test_a_model_learns_what_it_learns_with_masks(tmp_path, name, indexed):
     """With boundaries and targets that the loader has found, and with those that the head finds."""
     batch = batches()[name]
-    save_decoder(tmp_path)
-    found = []
-    for packed in (False, True):
-        model = load(tmp_path)
+
+    def loss_of(model, packed):
         head = CausalLmHead(model, PackedAttention(model, LOOP) if packed else None)
         given = head.indexed(batch) if indexed else batch
         assert (STARTS in given and LONGEST in given) == (indexed and packed)
-        loss = head(model, given).loss_sum
-        loss.backward()
-        found.append((loss.detach(), {key: value.grad for key, value in model.named_parameters()}))
-    (expected, of_masks), (loss, gradients) = found
-    torch.testing.assert_close(loss, expected)
-    for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, of_masks[key], atol=2e-5, rtol=1e-4, msg=key)
+        return head(model, given).loss_sum
+
+    as_with_masks(tmp_path, loss_of)
 
 
 def crossing(query, key, value, boundaries, scale, window):
