@@ -19,7 +19,7 @@ def check_plugin(
     folder: str | os.PathLike[str],
     decoder: bool = False,
 ) -> dict[str, Any]:
-    """Train a plugin on a tiny random model and compare: one rank with two, and a resumed run with an undisturbed one.
+    """Train a plugin on a tiny random model in fp32 and compare: one rank with two, and a resumed run with an undisturbed one.
 
     Args:
         file: the plugin, as in `plugins=[...]`.
