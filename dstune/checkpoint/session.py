@@ -31,7 +31,7 @@ UNCHANGED = {
 
 LAYOUT = ("world_size", "zero_stage", "weight_parts", "shard_settings")
 """What DeepSpeed's own shards depend on."""
-UNSAID: dict[str, Any] = {"weight_parts": 1, "shard_settings": {}}
+OF_EARLIER_VERSIONS: dict[str, Any] = {"weight_parts": 1, "shard_settings": {}}
 """Of a checkpoint of an earlier version."""
 
 SAVES_OF_FREE_SPACE = 2
@@ -61,7 +61,7 @@ class Checkpoints(OfRun):
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            now, before = UNSAID | self._facts, UNSAID | saved
+            now, before = OF_EARLIER_VERSIONS | self._facts, UNSAID | saved
             same = all(before[fact] == now[fact] for fact in LAYOUT)
             if same and not self._engine.swaps and not in_pieces(checkpoint):
                 self._engine.load(checkpoint.parent, checkpoint.name)
