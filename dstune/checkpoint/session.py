@@ -61,7 +61,7 @@ class Checkpoints(OfRun):
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            now, before = OF_EARLIER_VERSIONS | self._facts, UNSAID | saved
+            now, before = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
             same = all(before[fact] == now[fact] for fact in LAYOUT)
             if same and not self._engine.swaps and not in_pieces(checkpoint):
                 self._engine.load(checkpoint.parent, checkpoint.name)
