@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dstune.config.by_method import RATE
 from dstune.config.compose import compose
 from dstune.config.convert import dump, to_dict
 from dstune.config.names import all_keys, classes_of, type_hints
@@ -111,7 +112,7 @@ def _text(found: Import, tool: str, source: Path) -> str:
     lines += ["defaults:", *chosen, "  - _self_"]
     tree: dict[str, Any] = {}
     for key in sorted(found.values, key=list(all_keys()).index):
-        if found.values[key] != _usual(found, key):
+        if key == RATE or found.values[key] != _usual(found, key):  # left out, the rate would be the method's
             _nest(tree, key.split("."), found.values[key])
     return "\n".join(lines) + "\n" + (dump(tree) if tree else "")
 

@@ -368,6 +368,9 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "auto_find_batch_size": True},
             {"trainer": {"micro_batch_size": "auto", "global_batch_size": 8}},
         ),
+        # The optimizer's usual rate is written too: without one, the method's is filled in.
+        ("axolotl", {"adapter": "lora", "learning_rate": 2e-5}, {"optimizer": {"lr": 2e-5}}),
+        ("trl", {"use_peft": True}, {"optimizer": {"lr": 2e-5}}),
     ],
 )
 def test_values(tool, keys, expected):
