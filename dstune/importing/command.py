@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from dstune.config.words import packaged_choices
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_USER, Problem, UserError
 from dstune.importing.convert import Experiment, convert
@@ -36,8 +37,8 @@ def main(argv: list[str]) -> int:
     requested = _parser().parse_args(argv)
     if requested.ranks is not None and requested.ranks < 1:
         raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(requested.ranks)))
-    if requested.output is not None and requested.output.exists() and not requested.force:
-        raise UserError(Problem("--output", "the file exists", "another name, or --force", str(requested.output)))
+    if requested.output is not None:
+        _check_output(requested.output, requested.force)
     raw = read(requested.file)
     found = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
     if requested.output is not None:
@@ -58,6 +59,16 @@ def main(argv: list[str]) -> int:
             print(found.text, end="")
         print(report(found, requested.output), file=sys.stderr if requested.output is None else sys.stdout)
     return EXIT_USER if found.problems else EXIT_DONE
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Raises UserError for a file that would not be found as `experiment=NAME`, or that exists."""
+    if output.stem in packaged_choices()["experiment"]:
+        reason = f"dstune has an experiment {output.stem} of its own, which experiment={output.stem} would choose"
+        fix = f"give another name: {output.with_stem(f'my_{output.stem}')}"
+        raise UserError(Problem("--output", reason, fix, str(output)))
+    if output.exists() and not force:
+        raise UserError(Problem("--output", "the file exists", "another name, or --force", str(output)))
 
 
 def report(found: Experiment, output: Path | None) -> str:

@@ -546,6 +546,7 @@ def test_the_verb_prints_the_experiment_and_what_has_to_be_fixed(tmp_path, monke
         ("base_model: m\n", ["--from", "unsloth"], "--from"),
         ("base_model: m\n", ["--ranks", "0"], "--ranks"),
         ("base_model: m\n", ["--ranks", "two"], "command line"),
+        ("base_model: m\n", ["-o", "mine/experiment/quickstart.yaml"], "my_quickstart.yaml"),
     ],
 )
 def test_bad_files_and_arguments(tmp_path, monkeypatch, capsys, text, arguments, where):
