@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,9 @@ def main(argv: list[str]) -> int:
 
 def _check_output(output: Path, force: bool) -> None:
     """Raises UserError for a file that would not be found as `experiment=NAME`, or that exists."""
+    if output.suffix != ".yaml":
+        fix = "give a name that ends in .yaml"
+        raise UserError(Problem("--output", "an experiment is found in a .yaml file only", fix, str(output)))
     if output.stem in packaged_choices()["experiment"]:
         reason = f"dstune has an experiment {output.stem} of its own, which experiment={output.stem} would choose"
         fix = f"give another name: {output.with_stem(f'my_{output.stem}')}"
@@ -89,5 +93,6 @@ def report(found: Experiment, output: Path | None) -> str:
         if folder is None:
             lines.append("put it into a folder named experiment, so that --config-dir finds it")
         else:
-            lines.append(f"next: dstune train --config-dir {folder} experiment={output.stem}")
+            command = shlex.join(["dstune", "train", "--config-dir", str(folder), f"experiment={output.stem}"])
+            lines.append(f"next: {command}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -527,6 +528,15 @@ def test_the_verb_writes_an_experiment_that_trains_by_name(tmp_path, monkeypatch
     assert answer["output"] == "mine/experiment/qlora.yaml"
 
 
+def test_the_next_command_is_quoted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("base_model: m\ndatasets: [{path: a/b, type: alpaca}]\n")
+    assert main(["import", "a.yaml", "-o", "my dir/experiment/my sft.yaml"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(command) == ["dstune", "train", "--config-dir", "my dir", "experiment=my sft"]
+    assert compose(["experiment=my sft"], ["my dir"]).config.model.path == "m"
+
+
 def test_the_verb_prints_the_experiment_and_what_has_to_be_fixed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("base_model: m\nmicro_batch_size: 1\n")
@@ -546,6 +556,7 @@ def test_the_verb_prints_the_experiment_and_what_has_to_be_fixed(tmp_path, monke
         ("base_model: m\n", ["--from", "unsloth"], "--from"),
         ("base_model: m\n", ["--ranks", "0"], "--ranks"),
         ("base_model: m\n", ["--ranks", "two"], "command line"),
+        ("base_model: m\n", ["-o", "mine/experiment/sft.yml"], "--output"),
         ("base_model: m\n", ["-o", "mine/experiment/quickstart.yaml"], "my_quickstart.yaml"),
     ],
 )
