@@ -353,7 +353,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "group_by_length": lambda found, value: found.put("trainer.length_grouping", bool(value)),
     "bf16": precision,
     "fp16": precision,
-    "tf32": own_way("fp32 products stay fp32"),
+    "tf32": lambda found, value: found.put("trainer.tf32", bool(value)),
     "gradient_checkpointing": checkpointing,
     "gradient_checkpointing_kwargs": own_way("activations are computed again without re-entering autograd"),
     "deepspeed": deepspeed,

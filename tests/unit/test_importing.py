@@ -35,7 +35,7 @@ HANDBOOK = {
     "logging_strategy",
     "overwrite_output_dir",
 }
-AXOLOTL = {"tf32", "logging_steps", "special_tokens"}
+AXOLOTL = {"logging_steps", "special_tokens"}
 WATCHDOG = {"loss_watchdog_threshold", "loss_watchdog_patience"}
 
 NOT_CARRIED: dict[str, dict[str, set[str]]] = {
@@ -55,7 +55,7 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     },
     "axolotl/tiny_llama_pretrain.yaml": {
         DIFFERENT: {"optimizer", "attn_implementation"},
-        MEANINGLESS: {"model_type", "tokenizer_type", "num_epochs", "tf32", "logging_steps"},
+        MEANINGLESS: {"model_type", "tokenizer_type", "num_epochs", "logging_steps"},
     },
     "llama_factory/qwen3_full_sft.yaml": {NOT_SUPPORTED: {"template", "trust_remote_code"}, MEANINGLESS: TRAINER},
     "llama_factory/qwen3_lora_sft.yaml": {NOT_SUPPORTED: {"template", "trust_remote_code"}, MEANINGLESS: TRAINER},
@@ -301,6 +301,7 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"warmup_steps": 10, "max_steps": 100},
             {"schedule": {"warmup_steps": 10}, "trainer": {"max_steps": 100}},
         ),
+        ("llama-factory", {"tf32": True}, {"trainer": {"tf32": True}}),
         ("axolotl", {"lr_scheduler": "cosine", "cosine_min_lr_ratio": 0.1}, {"schedule": {"min_lr_ratio": 0.1}}),
         (
             "axolotl",
