@@ -136,7 +136,8 @@ def epochs(found: Import, value: Any) -> None:
         found.put("trainer.epochs", int(value))
     else:
         found.put("trainer.epochs", max(1, int(float(value))))
-        found.drop("a part of an epoch: rounded down, trainer.max_steps gives any length", DIFFERENT)
+        rounded = "rounded down" if float(value) > 1 else "rounded up to one"
+        found.drop(f"a part of an epoch: {rounded}, trainer.max_steps gives any length", DIFFERENT)
 
 
 def max_steps(found: Import, value: Any) -> None:

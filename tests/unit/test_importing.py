@@ -437,6 +437,13 @@ def test_keys_that_cannot_be_carried(tool, keys, dropped, kind):
     assert ("did you mean lora_r?" in found.dropped[dropped].reason) == (dropped == "lora_rr")
 
 
+@pytest.mark.parametrize(("part", "rounded"), [(0.5, "rounded up to one"), (2.5, "rounded down")])
+def test_a_part_of_an_epoch(part, rounded):
+    tree, found = values("axolotl", num_epochs=part)
+    assert tree["trainer"].get("epochs", 1) == max(1, int(part))
+    assert rounded in found.dropped["num_epochs"].reason
+
+
 def test_settings_of_validation_rows_that_are_lost_are_named():
     training = {"path": "org/rows", "type": "chat_template", "name": "small", "revision": "v1"}
     other = {"path": "org/held", "type": "completion", "name": "large", "revision": "v2", "field": "body"}
