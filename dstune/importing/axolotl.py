@@ -20,6 +20,8 @@ DEFAULTS: dict[str, Any] = {
     "sequence_len": 512,
     "val_set_size": 0.0,
     "gradient_checkpointing": False,
+    "group_by_length": False,
+    "dataset_exact_deduplication": False,
     "seed": 42,
 }
 """What axolotl does where its file is silent and dstune would do something else."""

@@ -409,6 +409,7 @@ HUGGING_FACE_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.0,
+    "group_by_length": False,
     "seed": 42,
 }
 """What the Hugging Face Trainer does where its file is silent and dstune would do something else."""

@@ -88,6 +88,9 @@ def _finish(found: Import) -> None:
             if key in values:
                 del values[key]
                 _undo(found, key, "it needs evaluations during training (evaluate.every)")
+    if "trainer.length_grouping" in values and values.get("data.packing", True):
+        del values["trainer.length_grouping"]
+        _undo(found, "trainer.length_grouping", "packed rows all have one length (data.packing)")
     for section in ("task", "method", "optimizer", "schedule"):
         choice = found.choices.get(section, USUAL[section])
         for key in [key for key in values if key.startswith(f"{section}.")]:

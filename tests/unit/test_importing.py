@@ -370,6 +370,9 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
             {"micro_batch_size": 2, "gradient_accumulation_steps": 4, "auto_find_batch_size": True},
             {"trainer": {"micro_batch_size": "auto", "global_batch_size": 8}},
         ),
+        ("axolotl", {}, {"trainer": {"length_grouping": False}, "data": {"clean": {"duplicates": "keep"}}}),
+        ("llama-factory", {}, {"trainer": {"length_grouping": False}}),
+        ("trl", {}, {"trainer": {"length_grouping": False}}),
         # The optimizer's usual rate is written too: without one, the method's is filled in.
         ("axolotl", {"adapter": "lora", "learning_rate": 2e-5}, {"optimizer": {"lr": 2e-5}}),
         ("trl", {"use_peft": True}, {"optimizer": {"lr": 2e-5}}),
@@ -407,6 +410,7 @@ def test_values(tool, keys, expected):
         ),
         ("axolotl", {"val_set_size": 500}, "val_set_size", DIFFERENT),
         ("axolotl", {"num_epochs": 0.5}, "num_epochs", DIFFERENT),
+        ("axolotl", {"group_by_length": True, "sample_packing": True}, "group_by_length", MEANINGLESS),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler", NOT_SUPPORTED),
         ("axolotl", {"optimizer": "lion"}, "optimizer", NOT_SUPPORTED),
         ("axolotl", {"deepspeed": {"zero_optimization": {}}}, "deepspeed", NOT_SUPPORTED),
