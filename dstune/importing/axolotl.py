@@ -9,7 +9,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, LATER
 from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
-from dstune.importing.sources import Source, put_sources, with_split
+from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
     "micro_batch_size": 1,
@@ -141,21 +141,11 @@ def validation(found: Import, value: Any) -> None:
     pair = _source(found, value[0])
     if pair:
         found.put("data.validation", pair[0].path)
-        _report_lost_settings(found, pair[0])
+        temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
+        training = [_source(temporary, entry) for entry in found.get("datasets", [])]
+        report_lost_settings(found, pair[0], [other[0] for other in training if other])
     if len(value) > 1:
         found.drop("data.validation takes one source: the first", DIFFERENT)
-
-
-def _report_lost_settings(found: Import, source: Source) -> None:
-    """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
-    temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
-    pairs = [_source(temporary, entry) for entry in found.get("datasets", [])]
-    training = [pair[0] for pair in pairs if pair]
-    read_as = training[0] if len(training) == 1 else Source(source.path)
-    for name in ("format", "columns", "subset", "revision"):
-        theirs, ours = getattr(source, name), getattr(read_as, name)
-        if theirs != ours:
-            found.drop(f"{source.path}: its {name} ({theirs}); it is read with data.{name}={ours}", DIFFERENT)
 
 
 def precision(found: Import, value: Any) -> None:

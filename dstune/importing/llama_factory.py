@@ -11,7 +11,7 @@ from dstune.core.parsing import parse_json, read_file
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER, LIGER
 from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others
-from dstune.importing.sources import Source, put_sources, with_split
+from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
     **HUGGING_FACE_DEFAULTS,
@@ -133,12 +133,18 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
     if media:
         found.drop(f"{name}: {', '.join(media)}; {LATER}", DIFFERENT)
         return None
+    if folder := described.get("folder"):
+        found.drop(f"{name}: its folder ({folder}); files of the whole data set are read", DIFFERENT)
     source.max_rows = found.get("max_samples") or described.get("num_samples")
     return source
 
 
+def _names(value: Any) -> list[str]:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+
+
 def dataset(found: Import, value: Any) -> None:
-    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+    names = _names(value)
     info = _described(found)
     sources = [source for name in names if (source := _source(found, name, info))]
     put_sources(found, sources)
@@ -147,10 +153,16 @@ def dataset(found: Import, value: Any) -> None:
 
 
 def eval_dataset(found: Import, value: Any) -> None:
-    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-    source = _source(found, names[0], _described(found))
+    names = _names(value)
+    info = _described(found)
+    source = _source(found, names[0], info)
     if source:
         found.put("data.validation", source.path)
+        if source.max_rows:
+            found.put("evaluate.max_rows", source.max_rows)
+        temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
+        training = [_source(temporary, name, info) for name in _names(found.get("dataset", []))]
+        report_lost_settings(found, source, [other for other in training if other])
     if len(names) > 1:
         found.drop("data.validation takes one source: the first", DIFFERENT)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dstune.importing.result import Import
+from dstune.importing.result import DIFFERENT, Import
 
 
 @dataclass
@@ -57,3 +57,12 @@ def put_sources(found: Import, sources: Sequence[Source]) -> None:
         for source in sources:
             mixture[name_of(source.path, list(mixture))] = source.differences()
         found.put("data.mixture", mixture)
+
+
+def report_lost_settings(found: Import, source: Source, training: Sequence[Source]) -> None:
+    """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
+    read_as = training[0] if len(training) == 1 else Source(source.path)
+    for name in ("format", "columns", "subset", "revision"):
+        theirs, ours = getattr(source, name), getattr(read_as, name)
+        if theirs != ours:
+            found.drop(f"{source.path}: its {name} ({theirs}); it is read with data.{name}={ours}", DIFFERENT)

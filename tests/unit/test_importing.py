@@ -590,3 +590,28 @@ def test_columns_of_a_described_data_set_are_carried(tmp_path, monkeypatch):
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"mine": described}))
     tree, _ = values("llama-factory", dataset="mine")
     assert tree["data"]["columns"] == {"conversations": "turns", "system": "instructions", "tools": "functions"}
+
+
+def test_settings_of_a_described_data_set_that_are_lost_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = {"hf_hub_url": "org/rows", "subset": "en", "folder": "math", "columns": {"prompt": "q", "response": "a"}}
+    described = {
+        "training": training,
+        "alike": {**training, "split": "test", "num_samples": 50},
+        "other": {"hf_hub_url": "org/held", "subset": "de"},
+        "turns": {"hf_hub_url": "org/turns", "formatting": "sharegpt"},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(described))
+    _, found = values("llama-factory", dataset="training", eval_dataset="other")
+    assert "its folder (math)" in found.dropped["dataset"].reason
+    lost = found.dropped["eval_dataset"]
+    assert lost.kind == DIFFERENT
+    assert "its subset (de)" in lost.reason
+    assert "its columns ({})" in lost.reason
+    _, found = values("llama-factory", dataset="turns", eval_dataset="training")
+    assert "its format (alpaca); it is read with data.format=conversations" in found.dropped["eval_dataset"].reason
+    _, found = values("llama-factory", dataset="turns", eval_dataset="turns")
+    assert "eval_dataset" not in found.dropped, "both are read alike"
+    tree, _ = values("llama-factory", dataset="training", eval_dataset="alike")
+    assert tree["evaluate"]["max_rows"] == 50
