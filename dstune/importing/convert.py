@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,10 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     """
     module = TOOLS[tool]
     module.check(raw)
-    world = ranks or raw.get("num_processes") or 1
     silent = {key: value for key, value in module.DEFAULTS.items() if raw.get(key) is None}
+    world = ranks or _ranks(raw.get("num_processes"))
     found = Import(
-        {**silent, **{key: value for key, value in raw.items() if value is not None}}, int(world), frozenset(silent)
+        {**silent, **{key: value for key, value in raw.items() if value is not None}}, world, frozenset(silent)
     )
     found.raw["_file"] = str(source)
     apply({**module.TABLE, "_file": lambda found, value: None}, found)
@@ -62,6 +63,13 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     carried = {key: names for key, names in found.carried.items() if key in raw and key not in found.dropped}
     off = [key for key in raw if key not in carried and key not in found.dropped]
     return Experiment(tool, text, carried, found.dropped, off, found.assumed, problems_of(text))
+
+
+def _ranks(processes: Any) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,5}", str(processes or 1)):
+        fix = "correct it in the file, or give --ranks N"
+        raise UserError(Problem("num_processes", "expected a whole number of at least 1", fix, str(processes)))
+    return int(processes or 1)
 
 
 def _without_references(found: Import) -> None:

@@ -237,6 +237,16 @@ def test_the_number_of_ranks_is_required():
         assert any("--ranks" in text for text in found.assumed)
 
 
+@pytest.mark.parametrize("processes", ["auto", [4], {"a": 1}, -2, 1.5, True])
+def test_a_number_of_ranks_that_is_none_is_refused(processes):
+    raw = {"base_model": "m", "num_processes": processes}
+    with pytest.raises(UserError) as error:
+        convert(raw, "axolotl", Path("x.yaml"))
+    assert error.value.problems[0].where == "num_processes"
+    assert "--ranks" in (error.value.problems[0].fix or "")
+    assert convert(raw, "axolotl", Path("x.yaml"), 2)
+
+
 # ---- single keys ----
 
 
