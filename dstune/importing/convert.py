@@ -16,7 +16,7 @@ from dstune.config.schema import CHOICES
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
 from dstune.core.text import one_line
-from dstune.importing.files import TOOLS
+from dstune.importing.files import TOOLS, has_variable
 from dstune.importing.result import MEANINGLESS, NOT_SUPPORTED, Dropped, Import, apply
 
 USUAL = {"task": "chat", "method": "full", "optimizer": "adamw", "schedule": "cosine", "zero": "auto"}
@@ -45,15 +45,16 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     ranks: by which batches of one rank are multiplied; what the file says, else one.
 
     Raises:
-        UserError: the file is for a kind of training that dstune does not have.
+        UserError: the file is for a kind of training that dstune does not have, or its number of ranks is none.
     """
     module = TOOLS[tool]
     module.check(raw)
     silent = {key: value for key, value in module.DEFAULTS.items() if raw.get(key) is None}
-    world = ranks or _ranks(raw.get("num_processes"))
-    found = Import(
-        {**silent, **{key: value for key, value in raw.items() if value is not None}}, world, frozenset(silent)
-    )
+    found = Import({**silent, **{key: value for key, value in raw.items() if value is not None}}, 1, frozenset(silent))
+    for key in [key for key, value in raw.items() if has_variable(value)]:
+        found.drop("a variable of the shell: write its value", key=key)
+        found.raw[key] = module.DEFAULTS.get(key)
+    found.ranks = ranks or _ranks(found.get("num_processes"))
     found.raw["_file"] = str(source)
     apply({**module.TABLE, "_file": lambda found, value: None}, found)
     del found.raw["_file"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,16 @@ from dstune.importing import axolotl, llama_factory, trl
 
 TOOLS: dict[str, ModuleType] = {"axolotl": axolotl, "llama-factory": llama_factory, "trl": trl}
 """The order in which a file is tried: TRL's keys are a part of LLaMA-Factory's."""
+
+
+class Variable(str):
+    """A word with a variable of the shell in it, whose value the script need not say."""
+
+
+MARK = "\0"
+"""Stands for a `$` that the shell would replace, since `shlex` does not say what was quoted."""
+EXPANDED = r"\$(?=[\w{(@*])"
+QUOTED = re.compile(rf"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|#.*|{EXPANDED}""")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -46,7 +57,7 @@ def of_command(text: str, where: str) -> dict[str, Any]:
     """
     lines = text.replace("\\\n", " ").splitlines()
     try:
-        commands = [shlex.split(line, comments=True) for line in lines]
+        commands = [shlex.split(QUOTED.sub(_marked, line), comments=True) for line in lines]
     except ValueError as error:
         raise UserError(Problem("FILE", f"this is no shell script: {error}", value=where)) from None
     words = max(commands, key=lambda command: sum(word.startswith("--") for word in command), default=[])
@@ -55,9 +66,10 @@ def of_command(text: str, where: str) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            key = key.replace("-", "_")
+            key = key.replace("-", "_").replace(MARK, "$")
             found[key] = _value(value) if equals else True
-        elif key and not word.endswith(".py"):  # the script stands behind accelerate's own arguments
+        # The script stands behind accelerate's own arguments, and those of the shell behind all.
+        elif key and not word.endswith((".py", f"{MARK}@", f"{MARK}*")):
             before = found[key]
             more = _value(word)
             found[key] = more if before is True else [*(before if isinstance(before, list) else [before]), more]
@@ -68,7 +80,20 @@ def of_command(text: str, where: str) -> dict[str, Any]:
     return found
 
 
+def _marked(quoted: re.Match[str]) -> str:
+    text = quoted[0]
+    if text == "$":
+        return MARK
+    return re.sub(rf"(\\.)|{EXPANDED}", lambda found: found[1] or MARK, text) if text.startswith('"') else text
+
+
+def has_variable(value: Any) -> bool:
+    return any(isinstance(part, Variable) for part in (value if isinstance(value, list) else [value]))
+
+
 def _value(word: str) -> Any:
+    if MARK in word:
+        return Variable(word.replace(MARK, "$"))
     try:
         value = parse_yaml(word)
     except yaml.YAMLError:
