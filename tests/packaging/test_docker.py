@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,28 @@ def test_what_is_copied_into_the_images_is_there() -> None:
             for source in line.split()[:-1]:
                 assert (ROOT / source).exists(), f"{file.name}: {source}"
                 assert source.split("/")[0] not in ignored
+
+
+def test_the_images_install_the_whole_package(tmp_path: Path) -> None:
+    copied = {
+        file.name: re.search(r"^COPY pyproject.*?(?=^RUN)", file.read_text(), re.MULTILINE | re.DOTALL)
+        for file in DOCKER.glob("Dockerfile.*")
+    }
+    (lines,) = {found[0] for found in copied.values() if found}
+    for line in lines.splitlines():
+        *sources, target = line.split()[1:]
+        for source in sources:
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, tmp_path / target)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
+    subprocess.run(build, cwd=tmp_path, check=True, timeout=120)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    for folder, prefix in (("dstune", ""), ("dstune_plugins", ""), ("conf", "dstune/")):
+        for path in (tmp_path / folder).rglob("*.py"):
+            assert f"{prefix}{path.relative_to(tmp_path)}" in installed
 
 
 def test_the_images_are_installed_from_locked_versions_in_the_ranges_of_the_package() -> None:
