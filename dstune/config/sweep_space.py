@@ -170,7 +170,7 @@ def _parsed(text: str) -> Override | None:
 
 def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], where: str | None = None) -> Axis:
     """where: what problems name as their place, the key when not given."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep
+    from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
 
     key, given = override.get_key_element(), text.partition("=")[2]
     where = where or key
@@ -184,6 +184,8 @@ def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], wh
         if not texts:
             known = ", ".join(groups.get(key, ())) or "glob() is for groups"
             raise UserError(Problem(where, "no choice of this group fits", known, given))
+    elif isinstance(value, RangeSweep) and value.step == 0:
+        raise UserError(Problem(where, "the step of a range is not 0", f"range({value.start},{value.stop},1)", given))
     else:
         texts = list(override.sweep_string_iterator())
     if not texts:
