@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -35,6 +36,9 @@ from dstune.protocols import launcher_of, method_of, task_of
 
 if TYPE_CHECKING:
     from dstune.data.chat.factor import Growth
+
+MOST_NODES = 1_000_000
+"""More make numbers that no float holds."""
 
 HELP = """\
 usage: dstune plan [RUN] [key=value ...] [hardware=8xH100-80G] [nodes=4] [price=2.5] [--json]
@@ -140,7 +144,7 @@ def parse(argv: list[str]) -> Arguments:
         elif word not in ("--json", "--calibrate"):
             rest.append(word)
     nodes, price = _number(found.get("nodes", "1")), _number(found.get("price", "1"))
-    if nodes is None or nodes != int(nodes):
+    if nodes is None or nodes != int(nodes) or nodes > MOST_NODES:
         problems.append(Problem("nodes", "expected a number of nodes", "nodes=4", found["nodes"]))
     if price is None:
         problems.append(Problem("price", "expected a price above 0", "price=2.5", found["price"]))
@@ -158,7 +162,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"\d+(\.\d+)?([eE]\d+)?", text) and float(text) > 0 else None
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?([eE]\d+)?", text) and 0 < float(text) < math.inf else None
 
 
 @dataclass(frozen=True)
