@@ -10,10 +10,12 @@ import pytest
 
 from dstune.config.schema import ModelConfig, tracking_class
 from dstune.core import handoff
+from dstune.core.errors import UserError
 from dstune.launch import hosts
 from dstune.launch.hostfile.commands import pdsh_plan
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.hosts import Answer, Ssh
+from dstune.launch.openmpi import OpenMpi
 from dstune.launch.openmpi.commands import mpirun_plan
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
@@ -110,6 +112,19 @@ def test_mpirun_gets_names_of_variables_and_hosts_with_slots():
     assert plan.env["OMPI_ALLOW_RUN_AS_ROOT"] == "1"
     assert plan.argv[-5:] == (sys.executable, "-u", "-m", "dstune.worker", str(Path("run").absolute()))
     assert "--report-bindings" in plan.argv
+
+
+def test_mpirun_is_given_no_slots_by_their_numbers(tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=4\nnode2 slots=4\n")
+
+    def slots(**keys):
+        return OpenMpi(OpenMpiConfig(hostfile=str(tmp_path / "hosts"), **keys)).slots()
+
+    for key, value in (("exclude", "node1:0"), ("include", "node2:0,2")):
+        with pytest.raises(UserError, match="mpirun takes a host's first slots") as error:
+            slots(**{key: value})
+        assert error.value.problems[0].where == f"launch.{key}"
+    assert slots(include="node1@node2:0,1") == {"node1": [0, 1, 2, 3], "node2": [0, 1]}
 
 
 def test_handoff_files_reach_the_ranks_that_need_it(tmp_path, monkeypatch):

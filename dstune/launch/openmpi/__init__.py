@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import format_value
-from dstune.core.errors import Problem
+from dstune.core.errors import Problem, UserError
 from dstune.launch.on_hosts import OnHosts
 from dstune.launch.openmpi.config import OpenMpiConfig
 from dstune.protocols import launcher
@@ -39,6 +39,16 @@ class OpenMpi(OnHosts):
             yield Problem(
                 "launch.processes", reason, "leave it out, or change the slots", format_value(launch.processes)
             )
+
+    def slots(self) -> dict[str, list[int]]:
+        found = super().slots()
+        for host, own in found.items():
+            if own != list(range(len(own))):
+                key = "include" if self.config.include else "exclude"
+                reason = f"mpirun takes a host's first slots, whatever their numbers: not slots {own} of {host}"
+                fix = "launch=hostfile, which starts ranks on the slots named; or give whole hosts, without numbers"
+                raise UserError(Problem(f"launch.{key}", reason, fix, getattr(self.config, key)))
+        return found
 
     def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
         from dstune.launch.openmpi.nodes import plan
