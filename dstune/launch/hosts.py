@@ -167,9 +167,12 @@ def sees(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Problem]:
     try:
 
         def look(host: str) -> Problem | None:
-            done = subprocess.run(
-                ssh.command(host, ["test", "-e", str(mark.absolute())]), capture_output=True, timeout=ANSWER_SECONDS
-            )
+            words = ssh.command(host, ["test", "-e", str(mark.absolute())])
+            try:
+                done = subprocess.run(words, capture_output=True, timeout=ANSWER_SECONDS)
+            except subprocess.TimeoutExpired:
+                reason = f"{folder.absolute()} does not answer there within {ANSWER_SECONDS} s"
+                return Problem("run.dir", reason, f"look at its file system: ssh {host} ls {folder.absolute()}", host)
             if done.returncode == 0:
                 return None
             reason = (

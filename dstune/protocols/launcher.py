@@ -75,7 +75,7 @@ class Queue:
         return []
 
     def cancel(self, ids: Sequence[str]) -> None:
-        """End the jobs at once."""
+        """End the jobs at once. Raises Unreachable."""
         raise NotImplementedError
 
     def ask_to_stop(self, ids: Sequence[str], run_dir: Path) -> None:

@@ -173,6 +173,14 @@ def test_clocks():
     assert hosts.common_skew(answers) == {"n2": -61.0}
 
 
+def test_a_host_whose_file_system_hangs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(Ssh, "command", lambda *_: ["sleep", "5"])
+    [problem] = hosts.sees(["n1"], Ssh(), tmp_path)
+    assert (problem.where, problem.value) == ("run.dir", "n1")
+    assert "does not answer there" in problem.reason
+
+
 def test_ssh_never_asks():
     words = Ssh("me", 2222).command("n1", ["echo", "a b"])
     assert words[0] == "ssh"

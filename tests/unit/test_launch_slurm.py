@@ -198,6 +198,22 @@ def test_half_a_chain_is_none(tmp_path, monkeypatch):
     assert (tmp_path / "cancelled").read_text() == "41\n"
 
 
+def test_slurms_programs_that_hang_are_named(tmp_path, monkeypatch):
+    for name in ("sbatch", "scancel"):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "$1$2" = --parsable ] && echo 41 || exec sleep 5\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(slurm_jobs, "SECONDS", 0.5)
+    config = run_config(launch=SlurmConfig(chain=2, requeue=False))
+    with pytest.raises(UserError) as error:
+        slurm.submit(config, config.launch, tmp_path)
+    queued, left = error.value.problems
+    assert "sbatch gives no answer" in queued.reason
+    assert "squeue --me" in str(queued.fix)
+    assert "scancel gives no answer" in left.reason
+    assert left.fix == "scancel 41"
+
+
 SQUEUE = """\
 #!/bin/sh
 case "$*" in

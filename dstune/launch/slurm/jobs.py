@@ -62,18 +62,17 @@ def submit(script: Path, content: str, env: Mapping[str, str], after: str | None
     after: a job whose end it waits for.
 
     Raises:
-        UserError: there is no sbatch here, or it refuses; with its own words.
+        UserError: there is no sbatch here, it gives no answer, or it refuses; with its own words.
     """
     require("sbatch")
     dependency = [f"--dependency=afterany:{after}"] if after else []
-    done = subprocess.run(
-        ["sbatch", "--parsable", *dependency],
-        input=content,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=dict(env),
-    )
+    command = ["sbatch", "--parsable", *dependency]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, text=True, timeout=SECONDS, env=dict(env))
+    except subprocess.TimeoutExpired:
+        reason = f"sbatch gives no answer within {SECONDS} s, and the job may be in the queue all the same"
+        fix = "look at `squeue --me`: `scancel JOB` takes it out; then start again"
+        raise UserError(Problem("launch=slurm", reason, fix)) from None
     if done.returncode != 0:
         message = (
             "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()) or "no reason"
@@ -137,7 +136,12 @@ def _squeue(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def cancel(ids: Sequence[str]) -> None:
-    subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=SECONDS)
+    """Raises Unreachable."""
+    try:
+        subprocess.run(["scancel", *ids], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        reason = f"scancel gives no answer within {SECONDS} s; `squeue --me` shows whether {', '.join(ids)} is left"
+        raise Unreachable(reason) from None
 
 
 def require(program: str) -> None:

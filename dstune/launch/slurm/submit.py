@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, UserError
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
@@ -77,9 +77,13 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
         for _ in range(launch.chain):
             jobs.append(queue.submit(script, content, env, after=jobs[-1] if jobs else None))
             records.note(run_dir, launch_id, size, jobs, launch.name)
-    except UserError:  # the launch is undone now, so no part of its chain may run
-        if jobs:
-            queue.cancel(jobs)
+    except UserError as error:  # the launch is undone now, so no part of its chain may run
+        try:
+            if jobs:
+                queue.cancel(jobs)
+        except Unreachable as left:
+            problem = Problem("launch.chain", f"its first jobs may run: {left}", f"scancel {' '.join(jobs)}")
+            raise UserError([*error.problems, problem]) from None
         raise
     return jobs
 
@@ -129,7 +133,10 @@ def _judge(run_dir: Path, size: int, over: str, jobs: Sequence[str], received: S
 def _stop(jobs: Sequence[str], run_dir: Path, console: Console, received: Sequence[str]) -> None:
     if len(received) > 1:
         console.message("dstune: received a second signal: the job is cancelled without saving")
-        queue.cancel(jobs)
+        try:
+            queue.cancel(jobs)
+        except Unreachable as error:
+            console.message(f"dstune: SLURM does not answer ({error}); another signal asks it again")
         return
     message = f"received {received[0]}: saving at the end of this step; again to stop at once without saving"
     console.message(f"dstune: {message}")
