@@ -159,7 +159,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
     """Hydra, ready to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
 
     Raises:
-        UserError: one of `config_dirs` is no folder.
+        UserError: one of `config_dirs` is no folder, or has files that dstune's own would win over.
     """
     missing = [folder for folder in config_dirs if not Path(folder).is_dir()]
     if missing:
@@ -180,6 +180,8 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
     with opened:
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None, "initialize_config_* sets the global instance"
+        if hidden := [problem for extra in config_dirs for problem in _hidden(hydra, Path(extra))]:
+            raise UserError(hidden)
         search_path = hydra.config_loader.get_search_path()
         for extra in config_dirs:
             # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
@@ -187,6 +189,21 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
         if config_dirs:
             hydra.config_loader.repository.initialize_sources(search_path)
         yield hydra
+
+
+def _hidden(hydra: Hydra, folder: Path) -> Iterator[Problem]:
+    """The files of a folder that Hydra would pass over, since dstune has a choice of that name."""
+    from hydra.core.object_type import ObjectType
+
+    if folder.resolve() == config_folder():
+        return
+    [packaged] = [source for source in hydra.config_loader.repository.get_sources() if source.provider == "main"]
+    for group in packaged.list("", ObjectType.GROUP):
+        for path in sorted((folder / group).glob("*.yaml")):
+            if packaged.is_config(f"{group}/{path.stem}"):
+                reason = f"this file would have no effect: {group}={path.stem} is dstune's own"
+                fix = f"rename it: as {group}/my_{path.stem}.yaml it is chosen by {group}=my_{path.stem}"
+                yield Problem(str(path), reason, fix)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dstune.config.compose import compose
 from dstune.config.names import all_keys, suggest_key
 from dstune.config.run_overrides import apply_overrides
 from dstune.core.errors import Problem, UserError
+from dstune.launch.slurm.config import SlurmConfig
 
 
 def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Problem]:
@@ -150,6 +151,21 @@ def test_a_wrong_file_is_named(tmp_path: Path, file: str, content: str, chosen: 
     assert where in problem.where
     assert reason in problem.reason
     assert fix in problem.fix
+
+
+def test_a_file_that_a_packaged_one_would_win_over_is_refused(tmp_path: Path):
+    (tmp_path / "launch").mkdir()
+    file = tmp_path / "launch" / "slurm.yaml"
+    file.write_text("defaults: [/schema/launch/slurm@_here_, _self_]\npartition: gpu\n")
+    [problem] = problems("data=chitchat", "launch=slurm", config_dirs=(tmp_path,))
+    assert problem.where == str(file)
+    assert "launch=slurm is dstune's own" in problem.reason
+    assert "launch/my_slurm.yaml" in str(problem.fix)
+    file.rename(tmp_path / "launch" / "my_slurm.yaml")
+    launch = compose(["data=chitchat", "launch=my_slurm"], (tmp_path,)).config.launch
+    assert isinstance(launch, SlurmConfig)
+    assert launch.partition == "gpu"
+    compose(["data=chitchat"], (Path(__file__).parents[2] / "conf",))  # the same files
 
 
 def test_missing_config_dirs_are_all_named(tmp_path: Path):
