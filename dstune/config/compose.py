@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dstune.config import by_method
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import EnvironmentText, chosen_class, interpolation_problem, partly_from_dict, refers
+from dstune.config.convert import (
+    EnvironmentText,
+    chosen_class,
+    interpolation_problem,
+    partly_from_dict,
+    refers,
+    to_dict,
+)
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
 from dstune.config.names import default_classes
@@ -62,6 +69,26 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
             origins = {key: origin for key, origin in origins.items() if before.optimizer == config.optimizer}
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
     return Composed(config, given, plugins.used_by(config), tuple(map(str, config_dirs)), origins)
+
+
+def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Put the content of the file that zero.path names into a composition. Raises UserError, as `compose` does."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(composed, "zero.path") is None:
+        return
+    from dstune.config.zero_file import given_by, with_file
+
+    config = typed_config(_plain(composed), "the composed configuration")
+    before, after = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
+    for section in (name for name in before if after[name] != before[name]):
+        if after[section].get("name") != before[section].get("name"):
+            composed[section] = after[section]  # another choice, which has other keys
+            continue
+        # Key by key: the others stay as they are written, with their references.
+        for key, value in after[section].items():
+            if value != before[section][key]:
+                composed[section][key] = value
 
 
 def frozen_at_start() -> tuple[str, ...]:

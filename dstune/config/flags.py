@@ -158,7 +158,8 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
         verbs: what completion offers; None where no completion is asked for.
 
     Raises:
-        UserError: wrong overrides, as `compose` does, or a package that the configuration does not have.
+        UserError: wrong overrides or a wrong file of zero.path, as `compose` does, or a package that the configuration does
+            not have.
     """
     if flags.shell_completion:
         from dstune.config.completion import shell_completion
@@ -193,10 +194,11 @@ def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import Container, OmegaConf
 
-    from dstune.config.compose import compose_dict_config
+    from dstune.config.compose import compose_dict_config, put_file
 
     composed = compose_dict_config(hydra, overrides)
     HydraConfig.instance().set_config(composed)  # for references such as ${hydra:runtime.cwd}
+    put_file(hydra, composed, overrides)
     OmegaConf.set_readonly(composed.hydra, None)
     formatted: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
     header = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from dstune import cli
 from dstune.checkpoint.export import GGUF_TYPES
 from dstune.config import flags as hydra
 from dstune.config.completion import complete
+from dstune.config.compose import compose
+from dstune.config.convert import to_dict
 from dstune.config.documentation import documentation, help_text, merged
 from dstune.config.flags import Flags, hydra_flags, show
 from dstune.config.names import all_keys, names_choice
@@ -95,6 +98,25 @@ def test_cfg_job(capsys: pytest.CaptureFixture[str]):
     assert config["run"]["name"] == "quickstart"
     assert config["trainer"]["max_steps"] == 3
     assert "hydra" not in config and "experiment" not in config
+
+
+def test_cfg_has_the_values_of_a_deepspeed_file(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    path = tmp_path / "z3.json"
+    content = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "sub_group_size": 10},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 7}},
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+    }
+    path.write_text(json.dumps(content))
+    argv = ("--cfg", "job", "data=chitchat", "zero=file", f"zero.path={path}", "trainer.epochs=${trainer.seed}")
+    config = yaml.safe_load(format_value(capsys, *argv))
+    run = to_dict(compose(argv[2:]).config)
+    assert config["trainer"].pop("epochs") == "${trainer.seed}"
+    del run["trainer"]["epochs"], run["task"], config["task"]  # today's date
+    assert {key: value for key, value in config.items() if key in run} == run
+    path.write_text("{")
+    assert refused(*argv).problems[0].where == f"{path}:1"
 
 
 def test_cfg_hydra_and_all(capsys: pytest.CaptureFixture[str]):
