@@ -70,7 +70,8 @@ def read(path: Path) -> Content:
 def _content(raw: Mapping[str, Any], path: Path) -> Content:
     if "deepspeed_config" in raw or "distributed_type" in raw:
         return _of_accelerate(raw, path)
-    if not any(key.split(".", 1)[0] in raw for table in (OWN_KEYS, TRANSLATED, PASSED) for key in table):
+    tables = (OWN_KEYS, TRANSLATED, PASSED, WITHOUT_EFFECT, FIXED, REFUSED)
+    if not any(key.split(".", 1)[0] in raw for table in tables for key in table):
         fix = "give the JSON for DeepSpeed, or accelerate's YAML with a section deepspeed_config"
         raise UserError(Problem("zero.path", "this is no DeepSpeed configuration", fix, str(path)))
     return translate(raw, str(path))
@@ -118,20 +119,35 @@ def translate(raw: Mapping[str, Any], where: str) -> Content:
     _precision(raw, content, where)
     _optimizer(raw.get("optimizer"), content, where)
     _scheduler(raw.get("scheduler"), content, where)
-    for value in content.values:
+    for value in list(content.values):
         if value.key == "zero.offload_param" and value.value == "nvme":
+            content.values.remove(value)
             fix = f'"device": "cpu" in {where}'
             content.problems.append(Problem(value.source, FEATURES["nvme"][0], fix, "nvme"))
-    if not any(value.key == "zero.stage" for value in content.values) and _section(raw, "zero_optimization") != AUTO:
+    has_stage = any(value.key == "zero.stage" for value in content.values)
+    if not has_stage and isinstance(raw.get("zero_optimization", {}), Mapping):
         content.values.append(Value("zero.stage", 0, "zero_optimization.stage, absent"))
     _same_values(content, where)
     return content
+
+
+SECTIONS = {
+    **dict.fromkeys(("bf16", "bfloat16", "fp16"), '{"enabled": true}'),
+    "zero_optimization": '{"stage": 2}',
+    **dict.fromkeys(("zero_optimization.offload_optimizer", "zero_optimization.offload_param"), '{"device": "cpu"}'),
+    "optimizer": '{"type": "AdamW"}',
+    "scheduler": '{"type": "WarmupDecayLR"}',
+}
+"""Sections as they are written; the others may be empty."""
 
 
 def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
     """A key that dstune has none for: into `settings`, or a problem."""
     if key in WITHOUT_EFFECT:
         return []
+    if any(known.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known in table):
+        fix = f'such as "{key.rpartition(".")[2]}": {SECTIONS.get(key, "{}")}, or remove it'
+        return [Problem(f"{key} in {where}", "this is a section: expected an object", fix, format_value(value))]
     found = setting_problems(key, value, f"{key} in {where}")
     if not found and key in PASSED:
         *sections, name = key.split(".")

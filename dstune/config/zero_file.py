@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config import overrides as user_overrides
-from dstune.config.convert import dotted, format_value, from_dict, to_dict
+from dstune.config.convert import convert, dotted, format_value, from_dict, to_dict
 from dstune.config.deepspeed_file import Content, Value, read
 from dstune.config.hydra_session import ROOT_CONFIG
 from dstune.config.names import classes_of, type_hints
@@ -75,9 +75,14 @@ class _Merge:
             now, who = self.tree[section][name], self.given(value.key)
             if who and value.implied:
                 return
-            if who and now != value.value:
+            try:  # first: a value of another kind is no contradiction that a key of dstune could end
+                taken = to_dict(convert(value.value, self._keys(section)[name], value.key))
+            except UserError as error:
+                self._refuse(value, error.problems[0].reason, 'correct it there, or write "auto"')
+                return
+            if who and now != taken:
                 self._contradiction(value, now, who)
-            self.tree[section][name] = value.value
+            self.tree[section][name] = taken
             self._taken.add(value.key)
 
     def _choose(self, value: Value) -> None:

@@ -339,6 +339,29 @@ def test_nvme_and_unknown_keys_are_refused(write):
     assert "does not know" in problems["made_up"]
 
 
+@pytest.mark.parametrize(
+    ("content", "key", "words"),
+    [
+        ({"bf16": True}, "bf16", '"bf16": {"enabled": true}'),
+        ({"zero_optimization": 3}, "zero_optimization", '"zero_optimization": {"stage": 2}'),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "zero_optimization.offload_param", '{"device": "cpu"}'),
+        ({"optimizer": "AdamW"}, "optimizer", '{"type": "AdamW"}'),
+        ({"aio": 1}, "aio", '"aio": {}'),
+        ({"train_batch_size": "many"}, "train_batch_size", "expected a whole number"),
+        ({"steps_per_print": 10, "wall_clock_breakdown": True}, "wall_clock_breakdown", "step_seconds"),
+        (
+            {"activation_checkpointing": {"profile": True}},
+            "activation_checkpointing.profile",
+            "trainer.activation_checkpointing=true",
+        ),
+    ],
+)
+def test_values_of_another_kind_and_files_of_a_few_keys_are_named_as_what_they_are(write, content, key, words):
+    problems = refused(write(content), "trainer.global_batch_size=8", "zero.stage=0")
+    assert list(problems) == [key]
+    assert words in problems[key]
+
+
 def test_a_file_without_a_stage_is_stage_0(write):
     assert composed(write({"gradient_clipping": 1.0})).zero.stage == 0
 
