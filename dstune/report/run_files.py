@@ -113,7 +113,7 @@ def _no_run(path: Path) -> Problem:
     if path.is_file() and (path.parent / RUN_FILE).is_file():
         runs = [path.parent]
     newest = max(runs, key=lambda run: (run / RUN_FILE).stat().st_mtime, default=None)
-    fix = f"dstune report {newest}" if newest else "give the directory of a run, for example runs/NAME/DATE_TIME"
+    fix = f"give {newest}" if newest else "give the directory of a run, for example runs/NAME/DATE_TIME"
     return Problem("RUN", reason, fix, str(path))
 
 

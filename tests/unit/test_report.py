@@ -231,11 +231,12 @@ def test_what_is_no_run_is_refused(
     monkeypatch.chdir(tmp_path)
     path = {"absent": tmp_path / "gone", "empty": tmp_path / "empty", "file": run / "metrics.jsonl"}[kind]
     (tmp_path / "empty").mkdir()
-    assert cli.main(["report", str(path)]) == 2
-    error = capsys.readouterr().err
-    fix = re.search(r"fix: dstune (report .*)", error)
-    assert fix, error
-    assert cli.main(fix[1].split()) == 0, "the fix works as it is typed"
+    for verb in ("report", "runs"):
+        assert cli.main([verb, str(path)]) == 2
+        error = capsys.readouterr().err
+        fix = re.search(r"fix: give (.*)", error)
+        assert fix, error
+        assert cli.main([verb, fix[1]]) == 0, "the fix works as it is typed"
 
 
 def test_where_the_page_goes(
