@@ -134,7 +134,7 @@ def _output(
     from dstune.checkpoint import store
 
     newest = store.newest(Path(arguments.model))
-    text = json.dumps([[request.formatted, request.messages, request.adapter] for request in requests])
+    text = json.dumps([[one.formatted, one.messages, one.adapter, one.tools, one.arguments] for one in requests])
     requested = {
         "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
         "adapters": adapters,

@@ -80,6 +80,22 @@ def test_a_killed_command_goes_on(decoder, tmp_path, monkeypatch, capsys):
     assert not part.exists()
 
 
+@pytest.mark.parametrize("more", [{"tools": [{"name": "now"}]}, {"chat_template_kwargs": {"enable_thinking": False}}])
+def test_a_begun_file_is_of_other_requests(decoder, tmp_path, monkeypatch, more):
+    def killed(writer, requests, number=0):
+        raise MemoryError
+
+    monkeypatch.setattr(Writer, "answer", killed)
+    rows = tmp_path / "p.jsonl"
+    command = [str(decoder), "--input", str(rows), "--output", str(tmp_path / "a.jsonl")]
+    row = {"messages": [{"role": "user", "content": "w1"}]}
+    rows.write_text(json.dumps(row))
+    with pytest.raises(MemoryError):
+        generate.main(command)
+    rows.write_text(json.dumps(row | more))
+    assert "was begun with other rows" in refusal(*command)
+
+
 def test_only_whole_batches_are_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     begun = AnswersFile(path, {"model": "m"}, 2)
