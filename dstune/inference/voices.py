@@ -111,9 +111,13 @@ def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
 
     path = Path(needed.path)
     if is_checkpoint(path):
+        if which != "last":
+            raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
         path, which = run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         rundir.refuse_missing(path)
+        if which != "last":
+            raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
         return _from_record(needed, key)
     config = read_run(path / "run.yaml", use=Use.weights).config
     _refuse_no_writer(config.task.name, key, str(path))

@@ -119,6 +119,8 @@ def test_what_an_incomplete_save_left_is_no_checkpoint(decoder, tmp_path, capsys
     assert "--adapter mine" in text and "is no whole checkpoint" in text
     (row,) = answers(capsys, whole, "--prompt", "w5", "--max-new-tokens", 8)
     assert row["answer"]
+    assert "is a checkpoint already" in refusal(whole, "--prompt", "w5", "--checkpoint", "best")
+    assert "only a run has checkpoints" in refusal(decoder, "--prompt", "w5", "--checkpoint", 3)
 
 
 def test_a_run_on_plain_text_goes_on_with_the_text(decoder, tmp_path, capsys):
