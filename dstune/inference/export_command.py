@@ -50,8 +50,9 @@ def main(argv: list[str]) -> int:
     method = read_run(run_dir / "run.yaml", use=Use.weights).config.method
     for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
         refuse_unmergeable(flag, method)
-    if not re.fullmatch(r"\d+([KMGT]B)?", arguments.max_shard_size):
-        raise UserError(Problem("--max-shard-size", "is no size", "--max-shard-size 5GB", arguments.max_shard_size))
+    if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", arguments.max_shard_size):
+        reason = "must be a whole number above 0 with KB, MB, GB or TB behind it"
+        raise UserError(Problem("--max-shard-size", reason, "--max-shard-size 5GB", arguments.max_shard_size))
     refuse_damaged(run_dir, checkpoint)
     name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
     out = arguments.out or run_dir / name

@@ -91,6 +91,14 @@ def test_a_rollback_refuses_what_it_would_not_do():
     assert [problem.where for problem in refused.value.problems] == ["--out", "--merge", "--register"]
 
 
+@pytest.mark.parametrize("size", ["500", "0", "0GB", "5 GB", "-1GB"])
+def test_a_shard_has_a_size_with_a_unit(tmp_path, size):
+    run_dir = saved_run(tmp_path, save_decoder(tmp_path / "decoder"), "task=chat", "method=full")
+    with pytest.raises(UserError, match=f"--max-shard-size={size}: must be a whole number"):
+        export_command.main([str(run_dir), f"--max-shard-size={size}"])
+    assert not list(run_dir.glob("export*"))
+
+
 def test_cut_reads_across_pieces():
     pieces = [torch.arange(0, 3), torch.arange(3, 4), torch.arange(4, 9)]
     for start in range(9):
