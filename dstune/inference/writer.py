@@ -105,7 +105,8 @@ class Writer:
         """
         import torch
 
-        torch.manual_seed(self._sampling.seed * 2**20 + number)
+        # Any whole number is a seed; torch takes 64 bits, in which those that fit, negative ones too, stay what they are.
+        torch.manual_seed((self._sampling.seed * 2**20 + number) % 2**64)
         prompts = [self.prompt_ids(request) for request in requests]
         groups: dict[tuple[str, int], list[int]] = {}
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):

@@ -38,6 +38,16 @@ def test_sampling_depends_on_the_seed_only(decoder, capsys):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("seed", [0, 3, -3, 10**12])
+def test_a_seed_may_be_any_whole_number(decoder, capsys, monkeypatch, seed):
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", lambda given: seeded.append(torch.Generator().manual_seed(given)))
+    for given in (seed, seed + 2**44, seed - 10**6 * 2**44):
+        answers(capsys, decoder, "--prompt", "w1", "--temperature", 1, "--seed", given, "--max-new-tokens", 1)
+    expected_state = torch.Generator().manual_seed(seed * 2**20).get_state()
+    assert all(torch.equal(one.get_state(), expected_state) for one in seeded) and len(seeded) == 3
+
+
 def test_an_answer_ends_with_the_turn_even_if_the_model_does_not_say_so(decoder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
