@@ -37,7 +37,7 @@ def file_name(rows: Any, split: str) -> str:
     """Below the run directory, where `rows` of the split are written."""
     if _of_spark(rows):
         return f"{FOLDER}/{split}.parquet"
-    table = _table(rows)
+    table = _table(rows, split)
     return (
         f"{FOLDER}/{split}.{'jsonl' if table is None else 'arrow' if _has_empty_objects(table.schema) else 'parquet'}"
     )
@@ -54,7 +54,7 @@ def write(rows: Any, target: Path, key: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     incomplete = target.with_name(f"{target.name}{files.INCOMPLETE}")
     try:
-        table = _table(rows)
+        table = _table(rows, key)
         if _of_spark(rows):
             count = _write_spark(rows, incomplete, key)
         elif table is None:
@@ -80,20 +80,29 @@ def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
         raise UserError(Problem(key, f"the run in {run} began with other rows", f"{fix}continues with its own"))
 
 
-def _table(rows: Any) -> Any:
+def _table(rows: Any, key: str) -> Any:
     """A pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame of columns whose values are of
-    several types. Neither library is imported for the question."""
+    several types. Neither library is imported for the question.
+
+    Raises UserError for a DataFrame with two columns of one name.
+    """
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(rows, datasets.Dataset):
         return rows.with_format("arrow")[:]
     if _frame(rows) is not None:
         import pyarrow
 
+        _refuse_doubles(list(rows.columns), key)
         try:
             return pyarrow.Table.from_pandas(rows, preserve_index=False)
         except pyarrow.ArrowException:
             return None
     return None
+
+
+def _refuse_doubles(columns: list[Any], key: str) -> None:
+    if twice := sorted({str(name) for name in columns if columns.count(name) > 1}):
+        raise UserError(Problem(key, "two columns have one name", "rename or drop one of them", ", ".join(twice)))
 
 
 def _frame(rows: Any) -> Any:
@@ -149,8 +158,7 @@ def _write_spark(rows: Any, file: Path, key: str) -> int:
 
     from dstune.data.lakehouse._ordered import write_ordered
 
-    if twice := sorted({name for name in rows.columns if rows.columns.count(name) > 1}):
-        raise UserError(Problem(key, "two columns have one name", "rename or drop one of them", ", ".join(twice)))
+    _refuse_doubles(rows.columns, key)
 
     def batches() -> Iterator[Any]:
         try:
@@ -233,7 +241,7 @@ def _plain(value: Any, where: str) -> Any:
 
 def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
     """The rows or texts of `rows` one by one, to be predicted. Raises UserError: `rows` holds none."""
-    table = _table(rows)
+    table = _table(rows, "rows")
     if table is not None:
         yield from table.to_pylist()
     elif _frame(rows) is not None:

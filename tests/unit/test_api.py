@@ -128,6 +128,17 @@ def test_a_frame_whose_columns_mix_types_becomes_json_lines(tmp_path):
     assert list(rows.each(table)) == given
 
 
+def test_a_frame_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pandas.DataFrame([["a", "b", 1]], columns=["text", "text", "n"])
+    for call in (
+        lambda: rows.file_name(table, "train"),
+        lambda: rows.write(table, tmp_path / "train.jsonl", "train"),
+        lambda: list(rows.each(table)),
+    ):
+        with pytest.raises(UserError, match="=text: two columns have one name"):
+            call()
+
+
 def test_a_dataset_that_was_shuffled_keeps_its_order(tmp_path):
     table = (
         datasets.Dataset.from_list([{"text": str(number)} for number in range(50)]).shuffle(seed=1).select(range(20))
