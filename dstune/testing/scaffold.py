@@ -7,6 +7,7 @@ from pathlib import Path
 from dstune.core import files
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.protocols import CALLBACKS, METHODS, METRICS, OPTIMIZERS, ROW_FORMATS, TASKS
 
 TASK = '''\
 """task=@name@: a label for a text."""
@@ -214,6 +215,14 @@ TEMPLATES = {
     "callback": (CALLBACK, "trainer.callbacks=[@name@]"),
     "optimizer": (OPTIMIZER, "optimizer=@name@"),
 }
+REGISTRIES = {
+    "task": TASKS,
+    "method": METHODS,
+    "row_format": ROW_FORMATS,
+    "metric": METRICS,
+    "callback": CALLBACKS,
+    "optimizer": OPTIMIZERS,
+}
 
 
 def main(argv: list[str]) -> int:
@@ -236,13 +245,16 @@ def write(kind: str, file: Path) -> str:
     """Write a plugin of a kind to `file`; returns the override that chooses it.
 
     Raises:
-        UserError: the file exists, cannot be written, or its name is no name in Python.
+        UserError: the file exists, cannot be written, or its name is no name in Python or is that of another one of the kind.
     """
     name = file.stem
     if file.suffix != ".py" or not name.isidentifier():
         raise UserError(
             Problem("FILE", "a plugin is a Python file whose name is a name in Python", "my_plugin.py", str(file))
         )
+    if name in REGISTRIES[kind]:
+        reason = f"dstune has a {kind.replace('_', ' ')} named {name!r} already"
+        raise UserError(Problem("FILE", reason, str(file.with_name(f"my_{name}.py")), str(file)))
     if file.exists():
         raise UserError(Problem("FILE", "exists already", "give another name", str(file)))
     template, words = TEMPLATES[kind]

@@ -14,6 +14,10 @@ from dstune.testing import check_plugin
 from dstune.testing.scaffold import TEMPLATES
 
 ROWS = [{"text": f"w{n % 5} w{n % 7} w{n % 3}", "label": "odd" if n % 3 else "even"} for n in range(24)]
+TAKEN = [
+    *(("task", "chat"), ("method", "lora"), ("row_format", "messages"), ("metric", "loss")),
+    *(("callback", "memory"), ("optimizer", "adamw")),
+]
 BESIDE = {
     "task": [],
     "method": ["task=classification"],
@@ -47,6 +51,7 @@ def test_what_is_written_composes(kind, capsys):
         (["plugin", "task", "my-task.py"], "is a Python file whose name is a name in Python"),
         (["plugin", "task", "nowhere/my_task.py"], "cannot be written"),
         (["plugin", "tusk", "a.py"], "there is no such choice"),
+        *((["plugin", kind, f"{name}.py"], f"named '{name}' already\n    fix: my_{name}.py") for kind, name in TAKEN),
     ],
 )
 def test_what_is_refused(words, reason, capsys):
