@@ -17,7 +17,9 @@ import yaml
 
 from dstune import samples
 from dstune.config.compose import compose
+from dstune.config.overrides import quoted
 from dstune.config.presets import description, model_files
+from dstune.config.ranges import check_ranges
 from dstune.config.schema import ModelConfig, RunConfig, Selective
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, UserError
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> int:
     folders = [word for word in given.words if "=" not in word]
     settings = planner.parse([word for word in given.words if "=" in word])
     config = compose(settings.rest).config
+    if problems := list(check_ranges(config)):
+        raise UserError(problems)
     cluster = planner.cluster_of(config, settings)
     models = [model for model in _all(folders, given.hub) if _described(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
@@ -210,7 +214,8 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     kind = str(values.get("model_type"))
     if not _suits(kind, config.task):
         return False
-    model.context = next((values[key] for key in ("max_position_embeddings", "n_positions") if values.get(key)), None)
+    lengths = (values.get(key) for key in ("max_position_embeddings", "n_positions"))
+    model.context = next((length for length in lengths if type(length) is int and length > 0), None)
     try:
         found = planner.planned(own, cluster)
     except DstuneError as error:
@@ -277,7 +282,7 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
 def _requests(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
     """The metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt). Raises
     UserError where it cannot be asked, DstuneError where a signal has stopped it."""
-    words = [*overrides, f"data.validation={data}", f"evaluate.max_rows={rows}", "data.packing=false"]
+    words = [*overrides, f"data.validation={quoted(data)}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
     shots = ["--shots", "0"] if task_of(config.task).few_shot else []

@@ -10,8 +10,9 @@ import pytest
 from support.tiny import save_bart, save_decoder, save_encoder
 
 from dstune import catalogue
+from dstune.config.compose import compose
 from dstune.config.presets import model_files
-from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError
+from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import plan
 
@@ -145,6 +146,34 @@ def test_what_is_refused(shelf):
         catalogue.main(["task=reward", "data.packing=false", "--probe", "rows.jsonl", "hardware=H100"])
     with pytest.raises(UserError, match="no model of the task is on this machine"):
         catalogue.main(["--probe", "rows.jsonl", "hardware=H100"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["data.max_length=0"], ["data.max_length=-5"], ["trainer.micro_batch_size=0"], ["method=lora", "method.rank=0"]],
+)
+def test_numbers_are_in_the_ranges_of_a_training(shelf, words):
+    with pytest.raises(UserError, match=f"{words[-1]}: must be"):
+        catalogue.main([*words, "hardware=H100"])
+
+
+def test_a_length_that_is_no_number_is_none(shelf, capsys):
+    file = shelf / "decoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": "2048"}))
+    assert listed(capsys, shelf / "decoder", "hardware=H100")[f"model.path={shelf / 'decoder'}"]["context"] is None
+    assert catalogue.main([str(shelf / "decoder"), "hardware=H100"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a,b.jsonl", "rows (1).jsonl", "it's.jsonl"])
+def test_the_rows_of_a_probe_have_any_name(shelf, monkeypatch, name):
+    def ask(argv):
+        given = compose([word for word in argv[1:] if word.startswith("data.")]).config.data.validation
+        raise UserError(Problem("here", f"asked on {given}"))
+
+    monkeypatch.setattr(evaluate, "ask", ask)
+    with pytest.raises(UserError) as refused:
+        catalogue.main([str(shelf / "decoder"), "task=chat", "--probe", name, "hardware=H100"])
+    assert f"not asked: asked on {name}" in str(refused.value)
 
 
 def test_a_signal_ends_the_probe_and_not_one_model_alone(shelf, monkeypatch, capsys):
