@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -194,6 +195,20 @@ def _held(checkpoint: Path) -> bool:
     except OSError:  # no marker, or a file system without locks
         return False
     return False
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is (or would be) a checkpoint of a run."""
+    return path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file()
+
+
+def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
+    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
+    run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
+    if step is None:
+        fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
+        raise UserError(Problem(key, "is no whole checkpoint", fix, str(checkpoint)))
+    return run_dir, str(int(step[1]))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

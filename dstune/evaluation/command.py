@@ -39,7 +39,7 @@ from dstune.tracking.jsonl import json_text
 
 
 def main(argv: list[str]) -> int:
-    """`dstune evaluate RUN|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    """`dstune evaluate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     code = ask(argv)
     return EXIT_FAILED if code == EXIT_PREEMPTED else code  # there is nothing saved to go on from
 
@@ -110,7 +110,9 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises UserError."""
     parser = VerbParser(prog="dstune evaluate", description="Metrics of a run, an export or a model on held-out rows.")
-    parser.add_argument("target", metavar="RUN|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME")
+    parser.add_argument(
+        "target", metavar="RUN|CHECKPOINT|EXPORT|MODEL", help="run directory, folder, hub id or sample://NAME"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="with a model, `data=...` and `task=...` at least"
     )
@@ -137,9 +139,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
+    path = Path(arguments.target)
+    if path.is_file():
+        fix = f"give a run, an export or a model; rows are given behind it: data.{arguments.split}=FILE"
+        raise UserError(Problem("MODEL", "this is a file", fix, arguments.target))
+    if store.is_checkpoint(path):
+        if arguments.checkpoint != "last":
+            reason = "the model is a checkpoint already"
+            raise UserError(Problem("--checkpoint", reason, "leave it out", arguments.checkpoint))
+        path, arguments.checkpoint = store.run_and_step(path, "MODEL")
+        arguments.target = str(path)
+    rundir.refuse_missing(path)
     if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
         reason = "only a run has checkpoints" if arguments.shots is None else "with --shots the untuned model is asked"
-        raise UserError(Problem("--checkpoint", reason, "leave --checkpoint out", arguments.checkpoint))
+        fix = f"give {arguments.target} without a checkpoint"
+        raise UserError(Problem("--checkpoint", reason, fix, arguments.checkpoint))
     if arguments.prompted and (arguments.shots is None or not _is_run(arguments.target)):
         fix = "dstune evaluate RUN --shots 0,4 --prompted MODEL"
         raise UserError(
@@ -165,7 +179,6 @@ def _configuration(
     """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
-    rundir.refuse_missing(path)
     stored = None
     if (path / "run.yaml").is_file():
         stored = _with_rows(measured_alone(_read(path, arguments.overrides)), path)

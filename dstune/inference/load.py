@@ -25,9 +25,7 @@ from dstune.inference.resolve_model import (
     base_of,
     check_adapter,
     computing_dtype,
-    is_checkpoint,
     resolved,
-    run_and_step,
 )
 from dstune.launch import rundir
 from dstune.parallel.none import NoParallelConfig
@@ -59,10 +57,10 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
     Raises UserError where it cannot be had, or its task is to write text.
     """
     path = Path(model.path)
-    if is_checkpoint(path):
+    if store.is_checkpoint(path):
         if which != "last":
             raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
-        path, which = run_and_step(path, "MODEL")
+        path, which = store.run_and_step(path, "MODEL")
     if (path / "run.yaml").is_file():
         if model.revision is not None:
             raise UserError(Problem("--revision", "a run has none", "leave it out, or --checkpoint", model.revision))

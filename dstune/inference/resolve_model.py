@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,20 +19,6 @@ from dstune.models.adapter_sizes import check_sizes
 
 if TYPE_CHECKING:
     import torch
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is (or would be) a checkpoint of a run."""
-    return path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file()
-
-
-def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
-    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
-    run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
-    if step is None:
-        fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
-        raise UserError(Problem(key, "is no whole checkpoint", fix, str(checkpoint)))
-    return run_dir, str(int(step[1]))
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint import store
 from dstune.checkpoint.record import read_record, recorded_task, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.schema import ModelConfig
@@ -21,9 +22,7 @@ from dstune.inference.resolve_model import (
     base_of,
     check_adapter,
     computing_dtype,
-    is_checkpoint,
     located,
-    run_and_step,
 )
 from dstune.protocols import METHODS, TASKS, task_of
 from dstune.protocols.task import TaskConfig
@@ -110,10 +109,10 @@ def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.launch import rundir
 
     path = Path(needed.path)
-    if is_checkpoint(path):
+    if store.is_checkpoint(path):
         if which != "last":
             raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
-        path, which = run_and_step(path, key)
+        path, which = store.run_and_step(path, key)
     if not (path / "run.yaml").is_file():
         rundir.refuse_missing(path)
         if which != "last":

@@ -286,7 +286,7 @@ def run_directory(path: Path) -> Path:
     if is_sweep(path):
         fix = f"`dstune runs {path}` lists its trials; `dstune train {path}` continues it"
         raise UserError(Problem("RUN", "this is a sweep, not a run", fix, str(path)))
-    if any(any(path.glob(f"{depth}/{RUN_FILE}")) for depth in ("*", "*/*")):
+    if _holds_runs(path):
         fix = f"`dstune runs {path}` lists them; or give {_similar(path)}"
         raise UserError(Problem("RUN", "this folder holds runs, and is none itself", fix, str(path)))
     reason = "this folder holds no run (no run.yaml)" if path.is_dir() else "there is no such run directory"
@@ -294,14 +294,20 @@ def run_directory(path: Path) -> Path:
 
 
 def refuse_missing(path: Path) -> None:
-    """Refuse what is not there beside runs: `runs/nope` is a typing error, and no model of the hub.
+    """Refuse what is not there beside runs (`runs/nope` is a typing error, and no model of the hub), and a folder of runs.
 
     Raises:
-        UserError: runs are in the folder that `path` would be in.
+        UserError: runs are in the folder that `path` would be in; runs are in `path`, which is no model.
     """
     beside = path.parent
-    if beside != Path() and not path.exists() and any(any(beside.glob(f"{d}/{RUN_FILE}")) for d in ("*", "*/*")):
+    missing = beside != Path() and not path.exists() and _holds_runs(beside)
+    is_model = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if missing or (not is_model and _holds_runs(path)):
         run_directory(path)
+
+
+def _holds_runs(folder: Path) -> bool:
+    return any(any(folder.glob(f"{depth}/{RUN_FILE}")) for depth in ("*", "*/*"))
 
 
 def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse: bool) -> Composed:
