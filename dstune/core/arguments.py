@@ -9,9 +9,12 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dstune.core.errors import Problem, UserError
+
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 def is_path(word: str) -> bool:
@@ -19,6 +22,21 @@ def is_path(word: str) -> bool:
     has `=` in its name."""
     # Not by `Path.is_file`, which raises for a word that is too long for a name.
     return os.path.isfile(os.path.join(word, "run.yaml")) or ("=" not in word and not word.startswith(("-", "~", "+")))
+
+
+def refuse_place(path: Path, force: bool) -> None:
+    """Raises UserError where answers cannot be put."""
+    if path.suffix.lower() in TABLES:
+        fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
+        raise UserError(
+            Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
+        )
+    if path.is_dir():
+        raise UserError(Problem("--output", "is a folder", f"--output {path / 'answers.jsonl'}", str(path)))
+    if path.exists() and not force:
+        raise UserError(Problem("--output", "exists already", "give another file, or --force to replace it", str(path)))
+    if path.parent != Path() and not path.parent.is_dir():
+        raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
 
 
 class _FoundParser(Exception):

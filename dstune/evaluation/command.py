@@ -26,7 +26,7 @@ from dstune.config.schema import Automatic, ModelConfig, RunConfig, tracking_cla
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
-from dstune.core.arguments import VerbParser, is_path
+from dstune.core.arguments import VerbParser, is_path, refuse_place
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.data.inputs import PARTS
 from dstune.evaluation import harness
@@ -52,7 +52,10 @@ def ask(argv: list[str]) -> int:
         return _harness(arguments, console.stage)
     code, result = measure(arguments, console)
     if result is not None:
+        rows = result.pop("row_results", [])
         _print(arguments.target, result, as_json=arguments.json)
+        if arguments.output is not None:  # last: a full disk loses no metrics
+            _write_rows(arguments.output, rows)
     return code
 
 
@@ -71,8 +74,6 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         result = records.read_result(directory)
         assert result is not None, "the supervisor saw to it"
     del result["status"]
-    if arguments.output is not None:
-        _write_rows(arguments.output, result.pop("row_results"))
     if arguments.shots is not None and _is_run(arguments.target):
         run, requested = Path(arguments.target), result["asked"]
         baseline_file.remember(run, requested, result["split"], result["rows"], result["prompted"])
@@ -134,6 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with harness tasks of your own")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
+    parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_intermixed_args(argv)
     if not is_path(arguments.target):
@@ -150,6 +152,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         path, arguments.checkpoint = store.run_and_step(path, "MODEL")
         arguments.target = str(path)
     rundir.refuse_missing(path)
+    if arguments.output is not None:
+        refuse_place(arguments.output, arguments.force)
     if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
         reason = "only a run has checkpoints" if arguments.shots is None else "with --shots the untuned model is asked"
         fix = f"give {arguments.target} without a checkpoint"
@@ -316,7 +320,11 @@ def _print_prompted(target: str, result: dict[str, Any]) -> None:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    files.write(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))
+    try:
+        files.write(path, "".join(json_text(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error}"
+        raise UserError(Problem("--output", reason, "give a file in another folder", str(path))) from None
 
 
 def _print_confusion(labels: list[str], confusion: list[list[int]]) -> None:

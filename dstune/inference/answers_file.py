@@ -17,13 +17,12 @@ from typing import Any
 import xxhash
 
 from dstune.checkpoint import copied
+from dstune.core.arguments import refuse_place
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.paths import cache_root
 from dstune.data.sources import data_source_of
 from dstune.protocols import DATA_SOURCES
-
-TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
@@ -71,19 +70,6 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
         return source.write(place, file, file.stem, replace=force)
 
     return AnswersElsewhere(place, write, requested, batch_size, force=force)
-
-
-def refuse_place(path: Path, force: bool) -> None:
-    """Raises UserError where answers cannot be put."""
-    if path.suffix.lower() in TABLES:
-        fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
-        raise UserError(
-            Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))
-        )
-    if path.exists() and not force:
-        raise UserError(Problem("--output", "exists already", "give another file, or --force to replace it", str(path)))
-    if path.parent != Path() and not path.parent.is_dir():
-        raise UserError(Problem("--output", "there is no such folder", f"mkdir -p {path.parent}", str(path)))
 
 
 class AnswersFile:

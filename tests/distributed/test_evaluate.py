@@ -180,6 +180,32 @@ def refusal(*arguments: object) -> str:
     return str(caught.value)
 
 
+def test_no_file_is_replaced_without_force_and_no_metrics_are_lost(tmp_path, monkeypatch, capsys):
+    there = tmp_path / "rows.jsonl"
+    there.write_text("")
+    for place, reason in (
+        (there, "exists already"),
+        (tmp_path, f"is a folder\n    fix: --output {tmp_path}/answers.jsonl"),
+        (tmp_path / "nowhere" / "rows.jsonl", "there is no such folder"),
+    ):
+        assert reason in refusal("model", "--output", place)
+
+    def measure(arguments, console):
+        return 0, {"rows": 1, "split": "test", "metrics": {"loss": 2.0}, "row_results": [{"row": "x:1"}]}
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    assert evaluate.main(["model", "--output", str(there), "--force"]) == 0
+    assert there.read_text() == '{"row": "x:1"}\n'
+    capsys.readouterr()
+
+    def write(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluate.files, "write", write)
+    assert "cannot be written: No space left" in refusal("model", "--output", there, "--force")
+    assert "loss  2.0000" in capsys.readouterr().out
+
+
 def test_what_it_refuses(shelf, tmp_path):
     run_dir = shelf.folder / "full-3"
     assert "there are no test rows" in refusal(run_dir, "--split", "test", "launch.processes=1")
