@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dstune.core import files
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.core.registry import Registry
 from dstune.protocols import CALLBACKS, METHODS, METRICS, OPTIMIZERS, ROW_FORMATS, TASKS
 
 TASK = '''\
@@ -215,7 +217,7 @@ TEMPLATES = {
     "callback": (CALLBACK, "trainer.callbacks=[@name@]"),
     "optimizer": (OPTIMIZER, "optimizer=@name@"),
 }
-REGISTRIES = {
+REGISTRIES: dict[str, Registry[Any]] = {
     "task": TASKS,
     "method": METHODS,
     "row_format": ROW_FORMATS,
