@@ -83,6 +83,7 @@ def write_model(
     else:
         weights = _Sources(config, tokenizer, labels, built, trained)
         if weights.untied:
+            refuse_rows_beside(trained, config.method.name)
             _untie(built.model, weights.untied, config.method.name)
         sources = weights.all()
         # Training has no use for the cache of past keys and values; generation has.
@@ -103,6 +104,13 @@ def refuse_added(model: set[str], trained: Iterable[str], method: str) -> None:
         reason = f"it trains parameters that the exported model does not have: {listed}"
         fix = "keep the model's parameter names, or derive the method from dstune.methods._peft.Adapter"
         raise UserError(Problem("method", reason, fix, method))
+
+
+def refuse_rows_beside(trained: Iterable[str], method: str) -> None:
+    """Raises UserError where rows of new tokens were trained beside another adapter on the vocabulary."""
+    if any("trainable_tokens_delta" in name for name in trained):
+        reason = "rows of new tokens were trained beside another adapter on the vocabulary: no merged weight has both"
+        raise UserError(Problem("--merge", reason, "export the adapter, without --merge", method))
 
 
 def parameter_names(model: Any) -> set[str]:
@@ -224,6 +232,8 @@ class _Sources:
         if name in self._whole:
             return self._trained[self._whole[name]]
         weight = self._base[self._saved(name)]
+        if name in self.untied:
+            weight = weight.clone()  # safetensors writes no memory twice
         owner, _, leaf = name.rpartition(".")
         if not self._built.adapted:
             return weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -116,9 +117,16 @@ class Checkpoints(OfRun):
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
         """Each rank reads its share of the files; all come to the same answer."""
         found: dict[str, str] = {}
+        absent: set[Path] = set()
         while (checkpoint := self._newest_but(run_dir, found)) is not None:
             damaged = self._damaged_files(checkpoint)
             if damaged is None:
+                if checkpoint in absent:
+                    reason = f"{checkpoint} is there on the first rank, and not on all"
+                    fix = "give a folder that all hosts share"
+                    raise UserError(Problem("run.resume", reason, fix, str(run_dir)))
+                absent.add(checkpoint)
+                time.sleep(1)
                 continue
             if not damaged:
                 return checkpoint

@@ -175,7 +175,10 @@ def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str
     with hold(checkpoint) as marker, ThreadPoolExecutor() as pool:
         files = json.load(marker)["files"]
         names = list(files)[share[0] :: share[1]]
-        return [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+        damaged = [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+    if damaged and not (checkpoint / COMMITTED).exists():  # its removal had begun before it was held
+        raise FileNotFoundError(checkpoint)
+    return damaged
 
 
 def hold(checkpoint: Path) -> TextIO:

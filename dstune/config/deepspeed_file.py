@@ -240,7 +240,8 @@ def _precision(raw: Mapping[str, Any], content: Content, where: str) -> None:
     requested = {}
     for name, sections in {"bf16": ("bf16", "bfloat16"), "fp16": ("fp16",)}.items():
         for section in sections:
-            enabled = _section(raw, section).get("enabled", AUTO) if section in raw else AUTO
+            content_of = _section(raw, section)
+            enabled = content_of.get("enabled", AUTO) if content_of and content_of != AUTO else AUTO
             if enabled != AUTO:
                 requested[name] = bool(enabled)
     on = [name for name, enabled in requested.items() if enabled]
@@ -276,8 +277,8 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
         return
     if choice is not None:
         content.values.append(Value("optimizer", choice, "optimizer.type"))
-    params = section.get("params") or {}
-    if choice == "adamw" and isinstance(params, Mapping) and "weight_decay" not in params:
+    params = _params("optimizer", section, content, where)
+    if choice == "adamw" and "weight_decay" not in params:
         # Its own Adam decays nothing then; torch's, which `torch_adam` chooses, has a default.
         decay = 0.01 if params.get("torch_adam") and str(kind).lower() == "adamw" else 0.0
         content.values.append(Value("optimizer.weight_decay", decay, "optimizer.params.weight_decay, absent", True))
@@ -291,6 +292,18 @@ def _optimizer(section: Any, content: Content, where: str) -> None:
             content.problems.append(
                 Problem(f"{source} in {where}", "dstune's optimizers do not do this", value=format_value(value))
             )
+
+
+def _params(name: str, section: Mapping[str, Any], content: Content, where: str) -> Mapping[str, Any]:
+    params = section.get("params")
+    if isinstance(params, Mapping):
+        return params
+    if params not in (None, AUTO):
+        reason = "this is a section: expected an object"
+        content.problems.append(
+            Problem(f"{name}.params in {where}", reason, 'such as {"lr": 1e-5}', format_value(params))
+        )
+    return {}
 
 
 SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -311,7 +324,7 @@ def _scheduler(section: Any, content: Content, where: str) -> None:
         return
     if kind != AUTO:
         content.values.append(Value("schedule", SCHEDULERS[kind], "scheduler.type"))
-    for name, value in (section.get("params") or {}).items():
+    for name, value in _params("scheduler", section, content, where).items():
         source = f"scheduler.params.{name}"
         if value == AUTO:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import importlib.util
 import re
 import sys
@@ -200,7 +201,9 @@ def _hidden(hydra: Hydra, folder: Path) -> Iterator[Problem]:
     [packaged] = [source for source in hydra.config_loader.repository.get_sources() if source.provider == "main"]
     for group in packaged.list("", ObjectType.GROUP):
         for path in sorted((folder / group).glob("*.yaml")):
-            if packaged.is_config(f"{group}/{path.stem}"):
+            own = config_folder() / group / path.name
+            # An unedited copy has all the effect that it can have.
+            if packaged.is_config(f"{group}/{path.stem}") and not (own.is_file() and filecmp.cmp(own, path, False)):
                 reason = f"this file would have no effect: {group}={path.stem} is dstune's own"
                 fix = f"rename it: as {group}/my_{path.stem}.yaml it is chosen by {group}=my_{path.stem}"
                 yield Problem(str(path), reason, fix)

@@ -23,6 +23,8 @@ class Variable(str):
     """A word with a variable of the shell in it, whose value the script need not say."""
 
 
+FLAG = re.compile(r"use_|do_|load_in_|bf16|fp16|tf32|(packing|gradient_checkpointing|group_by_length|push_to_hub)$")
+"""Arguments that stand alone: a variable behind one is no value of it."""
 MARK = "\0"
 """Stands for a `$` that the shell would replace, since `shlex` does not say what was quoted."""
 EXPANDED = r"\$(?=[\w{(@*])"
@@ -69,9 +71,12 @@ def of_command(text: str, where: str) -> dict[str, Any]:
             key = key.replace("-", "_").replace(MARK, "$")
             found[key] = _value(value) if equals else True
         # The script stands behind accelerate's own arguments, and those of the shell behind all.
-        elif key and not word.endswith((".py", f"{MARK}@", f"{MARK}*")):
-            before = found[key]
-            more = _value(word)
+        elif key and not word.endswith((".py", f"{MARK}@", f"{MARK}*", "[@]}", "[*]}")):
+            before, more = found[key], _value(word)
+            if isinstance(more, Variable) and (before is not True or FLAG.match(key)):
+                found[more] = more  # further arguments, whatever they are
+                key = ""
+                continue
             found[key] = more if before is True else [*(before if isinstance(before, list) else [before]), more]
         else:
             key = ""

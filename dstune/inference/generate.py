@@ -134,7 +134,8 @@ def _output(
     from dstune.checkpoint import store
 
     newest = store.newest(Path(arguments.model))
-    text = json.dumps([[one.formatted, one.messages, one.adapter, one.tools, one.arguments] for one in requests])
+    parts = [[one.formatted, one.messages, one.adapter, *filter(None, (one.tools, one.arguments))] for one in requests]
+    text = json.dumps(parts)
     requested = {
         "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
         "adapters": adapters,

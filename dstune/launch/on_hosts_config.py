@@ -13,7 +13,7 @@ class OnHostsConfig(LaunchConfig):
     hostfile: str | None = setting(None, signed=True)
     """File with one `HOST slots=N` a line; a slot is a rank (and a GPU)."""
     include: str | None = None
-    """Hosts or slots to use, as HOST@HOST:0,1; all when not given."""
+    """Hosts or slots to use, as HOST@HOST:0,1 (openmpi: a host's first slots only); all when not given."""
     exclude: str | None = None
     """Hosts or slots to leave out, in the same form."""
     user: str | None = setting(None, signed=True)

@@ -14,7 +14,7 @@ from dstune.checkpoint.shards import Weights
 from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.inference import export_command
-from tests.support.exports import CASES, Shelf, filled_shelf, load, logits, with_weights
+from tests.support.exports import CASES, Shelf, filled_shelf, load, logits, token_ids, with_weights
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,17 @@ def test_a_merged_export_computes_what_the_adapter_does(shelf, name, tmp_path):
     merged = load(folder)
     assert not [key for key, _ in merged.named_parameters() if "lora" in key]
     torch.testing.assert_close(logits(merged), logits(unmerged), rtol=0, atol=5e-5)
+
+
+def test_of_four_tied_weights_the_one_with_an_adapter_is_parted(shelf, tmp_path):
+    import peft
+
+    run_dir = shelf.run("seq2seq-head-2")
+    folder = export.export_checkpoint(run_dir, store.newest(run_dir), tmp_path / "merged", merge=True)
+    unmerged = peft.AutoPeftModelForSeq2SeqLM.from_pretrained(run_dir / "export").eval()
+    ids = {"input_ids": token_ids(), "decoder_input_ids": token_ids()[:, :8]}
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder, "Seq2SeqLM")(**ids).logits, unmerged(**ids).logits, rtol=0, atol=5e-5)
 
 
 def test_a_model_stored_in_bf16_stays_so_and_its_adapter_does_not(shelf, tmp_path):

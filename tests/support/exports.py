@@ -10,7 +10,7 @@ import torch
 from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from tests.support.ranks import run_ranks
-from tests.support.tiny import save_decoder, save_encoder, write_dialogues, write_labelled
+from tests.support.tiny import save_decoder, save_encoder, save_t5, write_dialogues, write_labelled, write_pairs
 
 PROGRAM = Path(__file__).with_name("export_cases.py")
 LORA = ["method=lora", "method.rank=4", "optimizer.lr=0.05"]
@@ -29,13 +29,14 @@ CASES: dict[str, tuple[str, str, list[str]]] = {
     "lora-tied-head-0": ("tied", "chat", [*LORA, "zero=stage0", "method.target_modules=[q_proj,lm_head]"]),
     "lora-tied-whole-2": ("tied", "chat", [*LORA, "zero=stage2", "method.modules_to_save=[embed_tokens,lm_head]"]),
     "lora-tied-rows-3": ("tied", "chat", [*LORA, "zero=stage3", "method.target_modules=[q_proj,embed_tokens]"]),
+    "seq2seq-head-2": ("t5", "seq2seq", [*LORA, "zero=stage2", "method.target_modules=[q,v,lm_head]"]),
     **{f"alone-{stage}": ("tied", "chat", ["method=full", f"zero=stage{stage}"]) for stage in (2, 3)},
     "stored-bf16-2": ("stored_bf16", "chat", ["method=full", "zero=stage2"]),
-    "labels-2": ("encoder", "labels", ["method=full", "zero=stage2"]),
-    "labels-head-3": ("encoder", "labels", ["method=head", "zero=stage3"]),
-    "labels-lora-3": ("encoder", "labels", [*LORA, "zero=stage3"]),
-    "pooler-lora-2": ("no_pooler", "labels", [*LORA, "zero=stage2"]),
-    "pooler-head-3": ("no_pooler", "labels", ["method=head", "zero=stage3"]),
+    "labels-2": ("encoder", "classification", ["method=full", "zero=stage2"]),
+    "labels-head-3": ("encoder", "classification", ["method=head", "zero=stage3"]),
+    "labels-lora-3": ("encoder", "classification", [*LORA, "zero=stage3"]),
+    "pooler-lora-2": ("no_pooler", "classification", [*LORA, "zero=stage2"]),
+    "pooler-head-3": ("no_pooler", "classification", ["method=head", "zero=stage3"]),
     **{
         f"tokens-{model}-{stage}": (model, "chat", [*LORA, f"zero=stage{stage}", "model.chat_template=llama3"])
         for model, stage in (("untied", 0), ("tied", 1), ("untied", 2), ("tied", 3), ("untied", 3))
@@ -73,11 +74,13 @@ class Shelf:
             "tied": save_decoder(folder / "models" / "tied", tied=True),
             "stored_bf16": in_bf16(save_decoder(folder / "models" / "stored_bf16")),
             "encoder": save_encoder(folder / "models" / "encoder"),
+            "t5": save_t5(folder / "models" / "t5"),
             "no_pooler": without_pooler(save_encoder(folder / "models" / "no_pooler")),
         }
         self.data = {
             "chat": write_dialogues(folder / "chat.jsonl", 40),
-            "labels": write_labelled(folder / "labels.jsonl", 40),
+            "classification": write_labelled(folder / "labels.jsonl", 40),
+            "seq2seq": write_pairs(folder / "pairs.jsonl", 40),
         }
 
     def run(self, name: str) -> Path:
@@ -95,7 +98,7 @@ class Shelf:
                 "data.max_length=64",
                 "data.split.validation=0.2",
                 f"data.packing={data == 'chat'}",
-                f"task={'chat' if data == 'chat' else 'classification'}",
+                f"task={data}",
                 f"model.path={self.models[model]}",
                 "model.attention=sdpa",
                 "trainer.precision=fp32",

@@ -36,9 +36,14 @@ def test_the_head_is_trained_whole(encoder: Path, task: str, labels: tuple[str, 
     assert of_head == trained | {f"{prefix}.original_module.weight", f"{prefix}.original_module.bias"}
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
-    ("key", "value"), [("target_modules", "[q_proj,lm_head]"), ("modules_to_save", "[embed_tokens]")]
+    ("key", "value", "tied"),
+    [
+        ("target_modules", "[q_proj,lm_head]", False),
+        ("target_modules", "[q_proj,embed_tokens]", True),
+        ("modules_to_save", "[lm_head]", True),
+        ("modules_to_save", "[embed_tokens]", False),
+    ],
 )
 def test_the_vocabulary_has_no_second_adapter_beside_new_tokens(
     tmp_path: Path, tied: bool, key: str, value: str

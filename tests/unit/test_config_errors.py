@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstune.config.compose import compose
+from dstune.config.hydra_session import config_folder
 from dstune.config.names import all_keys, suggest_key
 from dstune.config.run_overrides import apply_overrides
 from dstune.core.errors import Problem, UserError
@@ -161,6 +162,9 @@ def test_a_file_that_a_packaged_one_would_win_over_is_refused(tmp_path: Path):
     assert problem.where == str(file)
     assert "launch=slurm is dstune's own" in problem.reason
     assert "launch/my_slurm.yaml" in str(problem.fix)
+    file.write_bytes((config_folder() / "launch" / "slurm.yaml").read_bytes())  # a copy hides nothing
+    assert compose(["data=chitchat", "launch=slurm"], (tmp_path,)).config.launch == SlurmConfig()
+    file.write_text("defaults: [/schema/launch/slurm@_here_, _self_]\npartition: gpu\n")
     file.rename(tmp_path / "launch" / "my_slurm.yaml")
     launch = compose(["data=chitchat", "launch=my_slurm"], (tmp_path,)).config.launch
     assert isinstance(launch, SlurmConfig)

@@ -532,16 +532,18 @@ def test_a_command_with_an_accelerate_file():
 def test_variables_of_a_shell_are_not_carried():
     raw = of_command(
         """python sft.py --model_name_or_path $MODEL --run_name "a-${NAME}" --num_processes $(nproc) --learning_rate=$LR \\
-        --chat_template '$x.jinja' --output_dir "out'$OUT'" --report_to wandb $TRACKER --dataset_name \\$rows "$@" # $X""",
+        --chat_template '$x.jinja' --output_dir "out'$OUT'" --report_to wandb $TRACKER --dataset_name \\$rows \\
+        --use_peft $MORE --bf16 "${ALL[@]}" "$@" # $X""",
         "x.sh",
     )
     found = convert(raw, "trl", Path("x.sh"))
-    variables = {"model_name_or_path", "run_name", "num_processes", "learning_rate", "output_dir", "report_to"}
+    variables = {"model_name_or_path", "run_name", "num_processes", "learning_rate", "output_dir", "$TRACKER", "$MORE"}
     assert {key for key, dropped in found.dropped.items() if "variable of the shell" in dropped.reason} == variables
     assert found.dropped["model_name_or_path"].value == "$MODEL"
     tree = yaml.safe_load(found.text)
     assert (tree["model"], tree["data"]["train"]) == ({"chat_template": "$x.jinja"}, "$rows")
     assert tree["optimizer"]["lr"] == 2e-5, "TRL's own, as without the argument"
+    assert {"override /method": "lora"} in tree["defaults"] and tree["trainer"]["precision"] == "bf16"
     assert convert({"model_name_or_path": "$MODEL"}, "trl", Path("x.yaml")).carried["model_name_or_path"]
 
 

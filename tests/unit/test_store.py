@@ -117,6 +117,18 @@ def test_a_checkpoint_is_not_pruned_while_its_files_are_compared(tmp_path, monke
         refuse_damaged(tmp_path, older)
 
 
+def test_a_checkpoint_whose_removal_had_begun_is_gone_and_not_damaged(tmp_path, monkeypatch):
+    path = write(tmp_path, 10)
+
+    def remove_and_hash(file):
+        (path / store.COMMITTED).unlink()
+        return ""
+
+    monkeypatch.setattr(store, "hash_file", remove_and_hash)
+    with pytest.raises(FileNotFoundError):
+        store.damaged_files(path)
+
+
 def test_retention_keeps_the_newest_and_the_best(tmp_path):
     write(tmp_path, 10, best_step=10)
     for step in (20, 30, 40):

@@ -320,6 +320,17 @@ def test_sections_that_dstune_cannot_honour_are_refused(write, value):
     assert [name for name in names if REFUSED[name] not in problems[name]] == []
 
 
+def test_params_of_an_optimizer_are_a_section_or_auto(write):
+    auto = {
+        "bf16": "auto",
+        "optimizer": {"type": "AdamW", "params": "auto"},
+        "scheduler": {"type": "WarmupLR", "params": "auto"},
+    }
+    assert composed(write(auto)).schedule.name == "constant"
+    with pytest.raises(UserError, match="expected an object"):
+        composed(write({"optimizer": {"type": "AdamW", "params": [1]}}))
+
+
 def test_sections_that_are_off_are_let_through(write):
     off = {name: None if name in ON_WHEN_THERE else {"enabled": False, "x": 1} for name in REFUSED}
     assert composed(write(with_keys(2, off))).zero.settings == {}

@@ -29,9 +29,9 @@ def add_lora(
     from dstune.models.peft_import import peft
 
     new = new_weights(model)
-    if new.rows:
-        _refuse_vocabulary(lora, model)
     on_meta = model.device.type == "meta"  # an export, which takes all weights from the checkpoint
+    if new.rows and not on_meta:
+        _refuse_vocabulary(lora, model)
     if lora.frozen_adapters and not on_meta:
         put_beneath(model, lora.frozen_adapters)
     patterns = {"rank_pattern": dict(lora.rank_pattern), "alpha_pattern": dict(lora.alpha_pattern)}
@@ -96,11 +96,14 @@ def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]
 
 def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
     """Raises UserError where the vocabulary is to have another adapter than the rows of its new tokens: peft has no layer
-    with both."""
+    with both. Only a projection that is tied may have one: the rows are those of the embedding then."""
+    tied = model.get_output_embeddings() if len(_vocabulary(model)) == 1 else None
     vocabulary = {id(weight) for weight in _vocabulary(model)}
-    names = (name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in vocabulary)
-    for name in names:
+    owners = {name: one for name, one in model.named_modules() if id(getattr(one, "weight", None)) in vocabulary}
+    for name, module in owners.items():
         for key, endings in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
+            if module is tied and key == "target_modules":
+                continue
             if named := [ending for ending in endings if f".{name}".endswith(f".{ending}")]:
                 reason = f"{name} holds the vocabulary, and the rows of its new tokens are trained already"
                 fix = "leave it out, or train no new tokens (model.add_tokens, model.chat_template)"
