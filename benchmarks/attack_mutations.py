@@ -65,7 +65,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "rank/worker.py", " | variables_for_ranks(run_dir)", ""
     ),
     "changed_since.test_a_job_is_submitted_as_it_was_written": undo(
-        "launch/slurm/jobs.py", '"--parsable", *dependency],', '"--parsable", *dependency, str(script)],'
+        "launch/slurm/jobs.py", '"--parsable", *dependency]', '"--parsable", *dependency, str(script)]'
     ),
     "changed_since.test_a_process_of_a_rank_executes_no_other_plugin": undo(
         "core/plugins.py", 'if source.sha256 != one["sha256"]:', "if False:"

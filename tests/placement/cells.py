@@ -124,8 +124,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
     "dstune/trainer/loop.py:veto": (1, STEP),
     "dstune/trainer/forgetting.py:collect": (1, STEP),
     # A loss of the whole global batch: vectors of every micro-batch go through the host to all ranks.
-    "dstune/trainer/whole_batch.py:<dictcomp>": (5, MICRO_BATCH),
-    "dstune/tasks/embedding/head.py:<listcomp>": (1, MICRO_BATCH),
+    # From Python 3.12 on a comprehension is part of its function.
+    **dict.fromkeys((f"dstune/trainer/whole_batch.py:{name}" for name in ("<dictcomp>", "joined")), (5, MICRO_BATCH)),
+    **dict.fromkeys((f"dstune/tasks/embedding/head.py:{name}" for name in ("<listcomp>", "join")), (1, MICRO_BATCH)),
 }
 """By the place that waits: how often, and in what."""
 
