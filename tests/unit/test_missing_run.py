@@ -7,6 +7,14 @@ from dstune.core.errors import UserError
 from dstune.evaluation import command as evaluate
 
 
+@pytest.fixture
+def a_run(tmp_path, monkeypatch) -> None:
+    """runs/mine in the working directory."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "run.yaml").write_text("config: {}\n")
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -18,10 +26,7 @@ from dstune.evaluation import command as evaluate
     ],
     ids=lambda words: words[0],
 )
-def test_every_verb_says_that_there_is_no_such_run(tmp_path, monkeypatch, words):
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "run.yaml").write_text("config: {}\n")
-    monkeypatch.chdir(tmp_path)
+def test_every_verb_says_that_there_is_no_such_run(a_run, words):
     with pytest.raises(UserError, match="there is no such run directory"):
         run(words)
 
@@ -31,10 +36,7 @@ def test_every_verb_says_that_there_is_no_such_run(tmp_path, monkeypatch, words)
     [["evaluate", "runs"], ["generate", "runs", "--prompt", "x"], ["predict", "runs", "--text", "x"]],
     ids=lambda words: words[0],
 )
-def test_a_folder_of_runs_is_no_model(tmp_path, monkeypatch, words):
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "run.yaml").write_text("config: {}\n")
-    monkeypatch.chdir(tmp_path)
+def test_a_folder_of_runs_is_no_model(a_run, words):
     with pytest.raises(UserError, match="this folder holds runs"):
         run(words)
 

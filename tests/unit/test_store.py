@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from support.configs import run_config
 
 from dstune.checkpoint import store
 from dstune.checkpoint.export import refuse_damaged
+from dstune.checkpoint.session import Checkpoints
 from dstune.core.errors import UserError
 from dstune.core.files import hash_file
 
@@ -170,3 +174,13 @@ def test_entries_of_the_writers_are_compared_with_the_files(tmp_path):
     assert store.newest(tmp_path) is None
     path = store.commit(temporary, {"step": 10}, {"rank0.pt": entry})
     assert store.damaged_files(path) == []
+
+
+def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, 10)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    world = SimpleNamespace(
+        is_main=False, rank=0, size=2, broadcast=lambda value: value, gather=lambda value: [value, None]
+    )
+    with pytest.raises(UserError, match="is there on the first rank, and not on all"):
+        Checkpoints(run_config(), tmp_path, None, world, {}, print).resume()
