@@ -25,9 +25,9 @@ from dstune.config.convert import (
     to_dict,
 )
 from dstune.config.hydra_errors import problem_of
-from dstune.config.hydra_session import ROOT_CONFIG, group_options, session
+from dstune.config.hydra_session import ROOT_CONFIG, group_options, hidden_files, session
 from dstune.config.names import default_classes
-from dstune.config.plugins import activate_requested
+from dstune.config.plugins import activate_requested, search_path
 from dstune.config.run_file import Composed
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.core import plugins
@@ -145,6 +145,8 @@ def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, 
 
 def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
     """`action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
+    if hidden := [problem for folder in search_path(overrides) for problem in hidden_files(folder)]:
+        raise UserError(hidden)
     with warnings.catch_warnings():
         # A folder of hydra.searchpath that does not exist is a mistake, not a warning.
         warnings.simplefilter("error", UserWarning)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
 
 ROOT_CONFIG = "train"
-CONFIG_MODULE = "dstune.conf"
 
 
 @cache
@@ -136,23 +135,24 @@ def register_schema() -> None:
 on_change(register_schema.cache_clear)
 
 
-def config_folder() -> Path | None:
-    """The folder `conf/` beside the package in a checkout, None where `dstune.conf` is installed as a package.
+def config_folder() -> Path:
+    """The folder `conf/` beside the package in a checkout, `dstune/conf` where it is installed.
 
     The checkout comes first: run from one with another one installed, `dstune.conf` would be the other's.
 
     Raises:
         UserError: neither is there.
     """
-    checkout = Path(dstune.__file__).resolve().parent.parent
-    folder = checkout / "conf"
-    if (checkout / "pyproject.toml").is_file() and (folder / f"{ROOT_CONFIG}.yaml").is_file():
+    package = Path(dstune.__file__).resolve().parent
+    folder = package.parent / "conf"
+    if (package.parent / "pyproject.toml").is_file() and (folder / f"{ROOT_CONFIG}.yaml").is_file():
         return folder
-    if importlib.util.find_spec(CONFIG_MODULE) is None:
+    found = importlib.util.find_spec("dstune.conf")
+    if found is None or found.origin is None:
         raise UserError(
             Problem(str(folder), "dstune's configuration files are missing", "install dstune again (pip install .)")
         )
-    return None
+    return Path(found.origin).parent
 
 
 @contextmanager
@@ -168,21 +168,16 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
             Problem("--config-dir", "there is no such folder", "give a folder with groups in it", str(folder))
             for folder in missing
         )
-    from hydra import initialize_config_dir, initialize_config_module
+    if hidden := [problem for extra in config_dirs for problem in hidden_files(Path(extra))]:
+        raise UserError(hidden)
+    from hydra import initialize_config_dir
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
 
     register_schema()
-    folder = config_folder()
-    if folder is None:
-        opened: Any = initialize_config_module(CONFIG_MODULE, job_name="dstune", version_base="1.3")
-    else:
-        opened = initialize_config_dir(str(folder), job_name="dstune", version_base="1.3")
-    with opened:
+    with initialize_config_dir(str(config_folder()), job_name="dstune", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
-        assert hydra is not None, "initialize_config_* sets the global instance"
-        if hidden := [problem for extra in config_dirs for problem in _hidden(hydra, Path(extra))]:
-            raise UserError(hidden)
+        assert hydra is not None, "initialize_config_dir sets the global instance"
         search_path = hydra.config_loader.get_search_path()
         for extra in config_dirs:
             # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
@@ -192,21 +187,21 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
         yield hydra
 
 
-def _hidden(hydra: Hydra, folder: Path) -> Iterator[Problem]:
-    """The files of a folder that Hydra would pass over, since dstune has a choice of that name."""
-    from hydra.core.object_type import ObjectType
-
-    if folder.resolve() == config_folder():
-        return
-    [packaged] = [source for source in hydra.config_loader.repository.get_sources() if source.provider == "main"]
-    for group in packaged.list("", ObjectType.GROUP):
-        for path in sorted((folder / group).glob("*.yaml")):
-            own = config_folder() / group / path.name
-            # An unedited copy has all the effect that it can have.
-            if packaged.is_config(f"{group}/{path.stem}") and not (own.is_file() and filecmp.cmp(own, path, False)):
-                reason = f"this file would have no effect: {group}={path.stem} is dstune's own"
-                fix = f"rename it: as {group}/my_{path.stem}.yaml it is chosen by {group}=my_{path.stem}"
-                yield Problem(str(path), reason, fix)
+def hidden_files(folder: Path) -> Iterator[Problem]:
+    """The files of a folder that Hydra would pass over, since dstune has one of that name."""
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
+        name = path.relative_to(folder)
+        own = config_folder() / name
+        # An unedited copy has all the effect that it can have.
+        if not own.is_file() or filecmp.cmp(own, path, shallow=False):
+            continue
+        group, stem = name.parent, name.stem
+        if group == Path():
+            named, fix = str(name), f"put its keys into {folder}/experiment/NAME.yaml, which experiment=NAME chooses"
+        else:
+            named = f"{group}={stem}"
+            fix = f"rename it: as {group}/my_{stem}.yaml it is chosen by {group}=my_{stem}"
+        yield Problem(str(path), f"this file would have no effect: {named} is dstune's own", fix)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 
-from dstune.config.hydra_session import CONFIG_MODULE, config_folder
+from dstune.config.hydra_session import config_folder
 
 
 def description(path: Path) -> str:
@@ -21,7 +20,4 @@ def description(path: Path) -> str:
 
 def model_files() -> list[Path]:
     """The files of the group `model`, of a checkout or of the installed package."""
-    folder = config_folder()
-    if folder is None:
-        folder = Path(str(importlib.resources.files(CONFIG_MODULE)))
-    return sorted((folder / "model").glob("*.yaml"))
+    return sorted((config_folder() / "model").glob("*.yaml"))

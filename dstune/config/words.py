@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from dstune.config.convert import example, typed
 from dstune.config.names import all_keys, sections, suggest_key
@@ -43,10 +41,9 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
 
 def packaged_choices() -> dict[str, list[str]]:
     """The choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
-    from dstune.config.hydra_session import CONFIG_MODULE, config_folder
+    from dstune.config.hydra_session import config_folder
 
-    folder: Any = config_folder() or importlib.resources.files(CONFIG_MODULE)
-    groups = [group for group in folder.iterdir() if group.is_dir() and not group.name.startswith("_")]
+    groups = [group for group in config_folder().iterdir() if group.is_dir() and not group.name.startswith("_")]
     return {
         group.name: sorted(file.name.removesuffix(".yaml") for file in group.iterdir() if file.name.endswith(".yaml"))
         for group in sorted(groups, key=lambda group: group.name)

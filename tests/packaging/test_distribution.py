@@ -120,7 +120,14 @@ def check_installed(python: Path, folder: Path) -> None:
     listed = json.loads(run(dstune, "samples", "--json", cwd=folder).stdout)
     assert "sample://smollm2" in [sample["uri"] for sample in listed]
     assert "sample://smollm2" in run(python, "-m", "dstune", "train", "--cfg", "job", cwd=folder).stdout
-    assert {path.name for path in folder.iterdir()} <= {".cache"}, "nothing is written into the working folder"
+    own = folder / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [quickstart]\ntrainer: {max_steps: 3}\n"
+    )
+    mine = ("--config-dir", own, "experiment=mine")
+    assert "max_steps: 3\n" in run(dstune, "train", *mine, "--cfg", "job", "-p", "trainer", cwd=folder).stdout
+    assert {path.name for path in folder.iterdir()} <= {".cache", "own"}, "nothing is written into the working folder"
 
 
 def test_an_installed_wheel_works_from_an_empty_folder(built: Built, tmp_path: Path) -> None:

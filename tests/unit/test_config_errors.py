@@ -172,6 +172,19 @@ def test_a_file_that_a_packaged_one_would_win_over_is_refused(tmp_path: Path):
     compose(["data=chitchat"], (Path(__file__).parents[2] / "conf",))  # the same files
 
 
+@pytest.mark.parametrize("place", ["--config-dir", "hydra.searchpath"])
+def test_files_that_would_have_no_effect_are_all_named(tmp_path: Path, place: str):
+    (tmp_path / "trainer").mkdir()
+    for name in ("train.yaml", "trainer/default.yaml"):
+        (tmp_path / name).write_text("max_steps: 3\n")
+    searched, folders = ([], (tmp_path,)) if place == "--config-dir" else ([f"{place}=[{tmp_path}]"], ())
+    found = problems("data=chitchat", *searched, config_dirs=folders)
+    assert {Path(problem.where).name: problem.fix for problem in found} == {
+        "train.yaml": f"put its keys into {tmp_path}/experiment/NAME.yaml, which experiment=NAME chooses",
+        "default.yaml": "rename it: as trainer/my_default.yaml it is chosen by trainer=my_default",
+    }
+
+
 def test_missing_config_dirs_are_all_named(tmp_path: Path):
     found = problems("data=chitchat", config_dirs=(tmp_path / "a", tmp_path / "b"))
     assert [problem.value for problem in found] == [str(tmp_path / "a"), str(tmp_path / "b")]
