@@ -27,7 +27,7 @@ from dstune.config.convert import (
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, hidden_files, session
 from dstune.config.names import default_classes
-from dstune.config.plugins import activate_requested, search_path
+from dstune.config.plugins import activate_requested
 from dstune.config.run_file import Composed
 from dstune.config.schema import CHOICES, RunConfig
 from dstune.core import plugins
@@ -72,14 +72,25 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
 
 
 def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Put the content of the file that zero.path names into a composition. Raises UserError, as `compose` does."""
-    from omegaconf import OmegaConf
+    """Put the content of the file that zero.path names into a composition.
 
-    if OmegaConf.select(composed, "zero.path") is None:
+    A composition that refers to variables which only the run will have stays as it is.
+
+    Raises:
+        UserError: as `compose` does.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    try:
+        if OmegaConf.select(composed, "zero.path") is None:
+            return
+        plain = _plain(composed)
+    except (UserError, InterpolationResolutionError):
         return
     from dstune.config.zero_file import given_by, with_file
 
-    config = typed_config(_plain(composed), "the composed configuration")
+    config = typed_config(plain, "the composed configuration")
     before, after = to_dict(config), to_dict(with_file(config, given_by(hydra, overrides)))
     for section in (name for name in before if after[name] != before[name]):
         if after[section].get("name") != before[section].get("name"):
@@ -140,13 +151,13 @@ def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, 
     from hydra.types import RunMode
 
     composed = hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
+    if hidden := list(hidden_files(composed)):
+        raise UserError(hidden)
     return composed, by_method.fill(composed)
 
 
 def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
     """`action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
-    if hidden := [problem for folder in search_path(overrides) for problem in hidden_files(folder)]:
-        raise UserError(hidden)
     with warnings.catch_warnings():
         # A folder of hydra.searchpath that does not exist is a mistake, not a warning.
         warnings.simplefilter("error", UserWarning)

@@ -198,7 +198,8 @@ def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
 
     composed = compose_dict_config(hydra, overrides)
     HydraConfig.instance().set_config(composed)  # for references such as ${hydra:runtime.cwd}
-    put_file(hydra, composed, overrides)
+    if flags.cfg != "hydra":
+        put_file(hydra, composed, overrides)
     OmegaConf.set_readonly(composed.hydra, None)
     formatted: Any = hydra.get_sanitized_cfg(composed, str(flags.cfg))
     header = ""

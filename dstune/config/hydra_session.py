@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 import importlib.util
 import re
 import sys
@@ -27,6 +26,7 @@ from dstune.protocols import METHODS
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
 
 ROOT_CONFIG = "train"
 
@@ -160,7 +160,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
     """Hydra, ready to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
 
     Raises:
-        UserError: one of `config_dirs` is no folder, or has files that dstune's own would win over.
+        UserError: one of `config_dirs` is no folder.
     """
     missing = [folder for folder in config_dirs if not Path(folder).is_dir()]
     if missing:
@@ -168,8 +168,6 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
             Problem("--config-dir", "there is no such folder", "give a folder with groups in it", str(folder))
             for folder in missing
         )
-    if hidden := [problem for extra in config_dirs for problem in hidden_files(Path(extra))]:
-        raise UserError(hidden)
     from hydra import initialize_config_dir
     from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.global_hydra import GlobalHydra
@@ -187,21 +185,27 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
         yield hydra
 
 
-def hidden_files(folder: Path) -> Iterator[Problem]:
-    """The files of a folder that Hydra would pass over, since dstune has one of that name."""
-    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
-        name = path.relative_to(folder)
-        own = config_folder() / name
-        # An unedited copy has all the effect that it can have.
-        if not own.is_file() or filecmp.cmp(own, path, shallow=False):
-            continue
-        group, stem = name.parent, name.stem
-        if group == Path():
-            named, fix = str(name), f"put its keys into {folder}/experiment/NAME.yaml, which experiment=NAME chooses"
-        else:
-            named = f"{group}={stem}"
-            fix = f"rename it: as {group}/my_{stem}.yaml it is chosen by {group}=my_{stem}"
-        yield Problem(str(path), f"this file would have no effect: {named} is dstune's own", fix)
+def hidden_files(composed: DictConfig) -> Iterator[Problem]:
+    """The files of the user's folders that this composition would have, were there not one of dstune's own of that name."""
+    runtime, own = composed.hydra.runtime, config_folder()
+    folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
+    chosen = [("", ROOT_CONFIG)]
+    for group, choices in runtime.choices.items():
+        chosen += [(group, name) for name in ([choices] if isinstance(choices, str | None) else choices) if name]
+    for group, name in chosen:
+        packaged = own / group / f"{name}.yaml"
+        for path in (folder / group / packaged.name for folder in folders if packaged.is_file()):
+            if not path.is_file() or _settings(path) == _settings(packaged):
+                continue  # a copy that nobody has edited has all the effect that it can have
+            where = f"{group}={name}" if group else packaged.name
+            fix = f"rename it: as {group}/my_{name}.yaml it is chosen by {group}=my_{name}"
+            if not group:
+                fix = f"put its keys into {path.parent}/experiment/NAME.yaml, which experiment=NAME chooses"
+            yield Problem(str(path), f"this file would have no effect: {where} is dstune's own", fix)
+
+
+def _settings(file: Path) -> list[bytes]:
+    return [line for line in file.read_bytes().splitlines() if line.strip() and not line.lstrip().startswith(b"#")]
 
 
 @contextmanager

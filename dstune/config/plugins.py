@@ -77,15 +77,12 @@ def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> It
     """Folders with groups, the first one first."""
     from dstune.config.hydra_session import config_folder
 
-    yield from (*map(Path, config_dirs), *search_path(overrides), config_folder())
-
-
-def search_path(overrides: Sequence[str]) -> Iterator[Path]:
-    """The folders of `hydra.searchpath`."""
+    yield from map(Path, config_dirs)
     for text in overrides:
         if key_of(text) == "hydra.searchpath":
             for place in text.partition("=")[2].strip("[]").split(","):
                 yield Path(place.strip("'\" ").removeprefix("file://"))
+    yield config_folder()
 
 
 def _of_command(overrides: Sequence[str]) -> list[str]:

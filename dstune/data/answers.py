@@ -25,8 +25,10 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
         fields = row.fields or {}
         articles = fields["data"] if isinstance(fields.get("data"), list) else [fields]
         found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [None])]
-        # Rows of any task may have such a column: only questions below it make it SQuAD's.
-        if all(_listed(paragraph, "qas") is None for _, paragraph in found):
+        # Rows of any task may have such columns: they are SQuAD's with questions below, or with nothing beside a title and texts.
+        if all(_listed(paragraph, "qas") is None for _, paragraph in found) and not (
+            articles and all(map(_is_article, articles))
+        ):
             yield row
             continue
         for article, paragraph in found:
@@ -41,6 +43,13 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
                     yield replace(
                         row, fields=None, error=f"a question must be an object, it is {format_value(question)}"
                     )
+
+
+def _is_article(value: Any) -> bool:
+    paragraphs = _listed(value, "paragraphs")
+    if paragraphs is None or not set(value) <= {"title", "paragraphs"}:
+        return False
+    return all(isinstance(paragraph, dict) and "context" in paragraph for paragraph in paragraphs)
 
 
 def _listed(value: Any, key: str, default: Any = None) -> Any:

@@ -125,6 +125,11 @@ def check_installed(python: Path, folder: Path) -> None:
     (own / "experiment" / "mine.yaml").write_text(
         "# @package _global_\ndefaults: [quickstart]\ntrainer: {max_steps: 3}\n"
     )
+    (own / "axolotl.yml").write_text(
+        "base_model: sample://smollm2\ndatasets: [{path: sample://chitchat, type: chat_template}]\n"
+    )
+    imported = ("import", own / "axolotl.yml", "--output", own / "experiment" / "axolotl.yaml")
+    assert "experiment=axolotl" in run(dstune, *imported, cwd=folder).stdout
     mine = ("--config-dir", own, "experiment=mine")
     assert "max_steps: 3\n" in run(dstune, "train", *mine, "--cfg", "job", "-p", "trainer", cwd=folder).stdout
     assert {path.name for path in folder.iterdir()} <= {".cache", "own"}, "nothing is written into the working folder"

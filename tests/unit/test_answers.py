@@ -73,6 +73,22 @@ def test_a_damaged_paragraph_of_squad_is_one_bad_row(tmp_path):
     assert [row.error for row in found] == ["", *["a paragraph without a list of questions (qas)"] * 2]
 
 
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_article_without_paragraphs_has_no_rows(tmp_path, place: int, whole: bool):
+    articles = [{"title": "B", "paragraphs": [{"context": CONTEXT, "qas": [{"id": "1"}]}, {"context": CONTEXT}]}]
+    articles.insert(place, {"title": "A", "paragraphs": []})
+    (tmp_path / "rows.json").write_text(json.dumps({"data": articles} if whole else articles))
+    found = list(read(DataFile(tmp_path / "rows.json")))
+    assert [(row.fields or {}).get("title") for row in found] == ["B", None]
+
+
+def test_an_article_of_paragraphs_without_questions_is_bad(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"title": "A", "paragraphs": [{"context": CONTEXT}]}]))
+    [row] = read(DataFile(tmp_path / "rows.json"))
+    assert "without a list of questions" in row.error
+
+
 def test_bad_rows(tmp_path):
     rows = [
         row("mat"),

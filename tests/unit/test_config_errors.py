@@ -158,11 +158,13 @@ def test_a_file_that_a_packaged_one_would_win_over_is_refused(tmp_path: Path):
     (tmp_path / "launch").mkdir()
     file = tmp_path / "launch" / "slurm.yaml"
     file.write_text("defaults: [/schema/launch/slurm@_here_, _self_]\npartition: gpu\n")
+    compose(["data=chitchat"], (tmp_path,))  # which does not choose it
     [problem] = problems("data=chitchat", "launch=slurm", config_dirs=(tmp_path,))
     assert problem.where == str(file)
     assert "launch=slurm is dstune's own" in problem.reason
     assert "launch/my_slurm.yaml" in str(problem.fix)
-    file.write_bytes((config_folder() / "launch" / "slurm.yaml").read_bytes())  # a copy hides nothing
+    own = (config_folder() / "launch" / "slurm.yaml").read_bytes()
+    file.write_bytes(b"# Of an earlier version.\n" + own)  # a copy hides nothing
     assert compose(["data=chitchat", "launch=slurm"], (tmp_path,)).config.launch == SlurmConfig()
     file.write_text("defaults: [/schema/launch/slurm@_here_, _self_]\npartition: gpu\n")
     file.rename(tmp_path / "launch" / "my_slurm.yaml")

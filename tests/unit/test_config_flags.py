@@ -115,8 +115,12 @@ def test_cfg_has_the_values_of_a_deepspeed_file(capsys: pytest.CaptureFixture[st
     assert config["trainer"].pop("epochs") == "${trainer.seed}"
     del run["trainer"]["epochs"], run["task"], config["task"]  # today's date
     assert {key: value for key, value in config.items() if key in run} == run
+    # What only the machine of the run has in its environment leaves the rest to be looked at.
+    unset = format_value(capsys, *argv, "trainer.seed=${oc.env:DSTUNE_TEST_UNSET}", "-p", "trainer")
+    assert "seed: ${oc.env:DSTUNE_TEST_UNSET}" in unset
     path.write_text("{")
     assert refused(*argv).problems[0].where == f"{path}:1"
+    assert "hydra:" in format_value(capsys, "--cfg", "hydra", *argv[2:])
 
 
 def test_cfg_hydra_and_all(capsys: pytest.CaptureFixture[str]):
