@@ -6,16 +6,19 @@ import asyncio
 import json
 import os
 import socket
+import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError
 
 from dstune.core.errors import UserError
 from dstune.serve import keys_command
 from dstune.serve.gateway.request_log import RequestLog, answer_value
 from dstune.serve.state import state_folder
-from dstune.serve.store.database import Database, now
+from dstune.serve.store.database import DATABASE, Database, now
 from dstune.serve.store.keys import Keys
 from dstune.serve.store.tables import AnswerRow, Feedback, Table
 from tests.support.postgres import postgres
@@ -90,7 +93,7 @@ def test_a_transaction_is_one(tmp_path):
     database = Database.of_folder(tmp_path)
 
     def fail() -> None:
-        with database.session.begin() as session:
+        with database.writing.begin() as session:
             session.connection().exec_driver_sql(
                 "INSERT INTO keys (id, name, hash, admin, created) VALUES ('a', 'a', 'a', 0, '2026-01-01')"
             )
@@ -99,6 +102,36 @@ def test_a_transaction_is_one(tmp_path):
     with pytest.raises(RuntimeError):
         fail()
     assert Keys(database).all() == []
+
+
+def test_a_key_is_revoked_while_another_process_writes(tmp_path):
+    """The other one commits between what `revoke` reads and what it writes, or waits until it is done."""
+    keys, other = Keys(Database.of_folder(tmp_path)), sqlite3.connect(tmp_path / DATABASE, timeout=0)
+    key = keys.add("one")
+    tried = []
+
+    def write(*_: object) -> None:
+        try:
+            other.execute("UPDATE projects SET name = name")
+            other.commit()
+            tried.append("wrote")
+        except sqlite3.OperationalError as error:
+            tried.append(str(error))
+
+    event.listen(keys._database.engine, "after_cursor_execute", write)
+    keys.revoke("one")
+    assert keys.find(key) is None
+    assert "database is locked" in tried
+    other.close()
+
+
+def test_processes_that_open_one_new_file_at_once(tmp_path):
+    url = f"sqlite:///{tmp_path / DATABASE}"
+    with ThreadPoolExecutor(8) as threads:
+        opened = list(threads.map(lambda _: Database(url), range(8)))
+    assert [differences(database) for database in opened] == [[]] * 8
+    for database in opened:
+        database.close()
 
 
 def test_an_address_that_is_none(tmp_path):
@@ -116,7 +149,7 @@ def test_postgresql():
             Keys(databases[1]).add("one")
         row = AnswerRow(id="req_1", key=Keys(databases[0]).find(key).id, model="m", version="v", user="u", status=200)
         row.created = now()
-        with databases[0].session.begin() as session:
+        with databases[0].writing.begin() as session:
             session.add(row)
         with databases[1].session() as session:
             assert session.query(AnswerRow).one().user == "u"

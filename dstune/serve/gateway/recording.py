@@ -136,7 +136,7 @@ class Recorder:
 
     def _remove(self, user: str) -> int:
         own = AnswerRow.user == user
-        with self._database.session.begin() as session:
+        with self._database.writing.begin() as session:
             session.execute(delete(Feedback).where(Feedback.answer.in_(select(AnswerRow.id).where(own))))
             # Whoever asked most has more rows than a statement may name.
             return session.connection().execute(delete(AnswerRow).where(own)).rowcount
@@ -170,7 +170,7 @@ class Recorder:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """By one statement: an object a row would take the interpreter from the requests for ten times as long."""
         try:
-            with self._database.session.begin() as session:
+            with self._database.writing.begin() as session:
                 session.connection().execute(insert(AnswerRow), rows)
         except (IntegrityError, DataError):  # one that the tables refuse must not hold up the others for ever
             if len(rows) == 1:

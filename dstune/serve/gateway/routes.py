@@ -136,7 +136,7 @@ async def feedback(gateway: Gateway, request: Request) -> None:
 
 def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback | None:
     """None where the caller was given no such answer."""
-    with gateway.database.session.begin() as session:
+    with gateway.database.writing.begin() as session:
         own = AnswerRow.key == request.key.id
         named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
         answer = session.scalar(select(AnswerRow).where(own, named))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,18 @@ class Database:
             if self.engine.dialect.name == "sqlite":
                 event.listen(self.engine, "connect", _tune)
                 event.listen(self.engine, "begin", _begin)
-            self._migrate()
+            with self._alone():
+                self._migrate()
         except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
             fix = "sqlite:///FILE, or postgresql://USER@HOST/NAME with `pip install 'psycopg[binary]'`"
             raise UserError(Problem("--store", f"cannot be used: {first_line(error)}", fix)) from error
-        except OperationalError as error:
-            raise UserError(Problem("--store", f"cannot be opened: {first_line(error.orig or error)}")) from error
+        except (OperationalError, OSError) as error:
+            reason = first_line(getattr(error, "orig", None) or error)
+            raise UserError(Problem("--store", f"cannot be opened: {reason}")) from error
         self.session = sessionmaker(self.engine, expire_on_commit=False)
         self.writing = sessionmaker(self.engine.execution_options(writes=True), expire_on_commit=False)
-        """For transactions that write what they have read: SQLite lets one of them in at a time, from its start."""
+        """For every transaction that writes. SQLite lets one of them in at a time, from its start: one that began by reading
+        could not write any more after another one's commit, and would fail at once instead of waiting."""
 
     @staticmethod
     def of_folder(folder: Path) -> Database:
@@ -57,8 +61,14 @@ class Database:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.fchmod(descriptor, 0o600)
         os.close(descriptor)
-        with FileLock(folder / f"{DATABASE}.lock", mode=0o600):  # two processes that migrate at once
-            return Database(f"sqlite:///{file}")
+        return Database(f"sqlite:///{file}")
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """While it is opened: SQLite would not wait to make a new file's log, but fail at once."""
+        file = self.engine.url.database
+        if self.engine.dialect.name != "sqlite" or file in (None, "", ":memory:") or not Path(file).parent.is_dir():
+            return nullcontext()
+        return FileLock(f"{file}.lock", mode=0o600)
 
     def _migrate(self) -> None:
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -90,7 +100,7 @@ def _begin(connection: Any) -> None:
 def _tune(connection: Any, record: Any) -> None:
     """Readers and one writer at a time; what is committed survives a crash of the process."""
     connection.isolation_level = None  # transactions are begun by SQLAlchemy's event, not by the driver's guess
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=10000", "foreign_keys=ON"):
+    for pragma in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -94,7 +94,7 @@ class Keys:
             created=now(),
         )
         try:
-            with self._database.session.begin() as session:
+            with self._database.writing.begin() as session:
                 session.add(row)
         except IntegrityError as error:
             raise UserError(Problem("NAME", "a key has this name already", "revoke it first", name)) from error
@@ -164,7 +164,7 @@ class Keys:
 
     def revoke(self, name: str) -> None:
         """Raises UserError where there is no such key."""
-        with self._database.session.begin() as session:
+        with self._database.writing.begin() as session:
             row = session.scalar(select(Key).where(Key.name == name, Key.revoked.is_(None)))
             if row is None:
                 raise UserError(Problem("NAME", "there is no such key", "`dstune serve-keys list` shows them", name))
