@@ -19,8 +19,11 @@ COMMON = [
     *("trainer.global_batch_size=8", "trainer.max_steps=3", "optimizer.lr=1e-2", "data.max_length=48"),
     *("checkpoint.every=2", "evaluate.every=2", "zero.param_persistence_threshold=0"),
 ]
+# Otherwise an export has the day it was made on, and results that are kept differ from those of the next day.
+DAY = "task.template_date=2026-01-01"
 TASKS: dict[str, list[str]] = {
     "chat": [
+        DAY,
         "model.path=MODELS/decoder",
         "data.train=DATA/chat.jsonl",
         "evaluate.samples=1",
@@ -28,12 +31,12 @@ TASKS: dict[str, list[str]] = {
     ],
     "causal_lm": ["model.path=MODELS/decoder", "data.train=DATA/texts.jsonl"],
     "classification": ["model.path=MODELS/encoder", "data.train=DATA/labelled.jsonl"],
-    "preference": ["model.path=MODELS/decoder", "data.train=DATA/preferences.jsonl"],
-    "reward": ["model.path=MODELS/decoder", "data.train=DATA/preferences.jsonl"],
+    "preference": [DAY, "model.path=MODELS/decoder", "data.train=DATA/preferences.jsonl"],
+    "reward": [DAY, "model.path=MODELS/decoder", "data.train=DATA/preferences.jsonl"],
     "embedding": ["model.path=MODELS/encoder", "data.train=DATA/contrastive.jsonl"],
     "token_classification": ["model.path=MODELS/encoder", "data.train=DATA/tagged.jsonl", "task.stride=8"],
     "question_answering": ["model.path=MODELS/encoder", "data.train=DATA/questions.jsonl", "task.stride=8"],
-    "seq2seq": ["model.path=MODELS/t5", "data.train=DATA/pairs.jsonl", "evaluate.generate_rows=2"],
+    "seq2seq": [DAY, "model.path=MODELS/t5", "data.train=DATA/pairs.jsonl", "evaluate.generate_rows=2"],
 }
 METHODS: dict[str, list[str]] = {
     "full": [],
