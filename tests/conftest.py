@@ -33,13 +33,17 @@ os.environ["XDG_CONFIG_HOME"] = tempfile.mkdtemp(prefix="dstune-tests-")
 PythonHandler.close = logging.StreamHandler.close
 
 
-@pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
-    """The verbs set variables for the ranks they start (HF_HUB_OFFLINE and others): no test is to inherit another's."""
+    """The verbs set variables for the ranks they start (HF_HUB_OFFLINE and others), and fixtures of a file for its tests: no
+    test is to inherit another's."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+_environment_of_a_file = pytest.fixture(autouse=True, scope="module")(_environment)
+_environment_of_a_test = pytest.fixture(autouse=True)(_environment)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -61,6 +65,7 @@ gc.disable()
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
+    warm_start.between_tests.update(os.environ)
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
 

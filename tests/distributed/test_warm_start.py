@@ -50,6 +50,14 @@ def test_a_fork_is_what_a_started_process_is(tmp_path: Path, env: dict[str, str]
     os.close(read)
 
 
+def test_what_a_test_imports_does_not_let_later_ones_start_cold(tmp_path, env, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_OF_AN_IMPORT", "1")
+    monkeypatch.setattr(warm_start, "source", None)
+    with started(tmp_path, env, "wait", stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip().endswith("warm")
+        process.kill()
+
+
 @pytest.mark.parametrize(("words", "code", "text"), [(["exit"], 7, "out"), (["raise"], 1, "Traceback")])
 def test_its_exit_code_and_what_it_writes(tmp_path, env, words, code, text) -> None:
     done = run([sys.executable, str(SCRIPT), *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)

@@ -116,6 +116,9 @@ class Source:
 source: Source | None = None
 """What the processes of this one are forked from; the first that may start warm makes it."""
 cold = threading.Event()
+between_tests: dict[str, str] = {}
+"""The environment that every test finds. What one of them sets, or imports for it, the others have not: a warm process that had it
+would serve nobody else."""
 _OwnPopen = subprocess.Popen
 
 
@@ -185,9 +188,8 @@ def _source(env: Mapping[str, str]) -> Source | None:
     if source is None and sys.platform == "linux" and resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2 * HIGH:
         from dstune.launch.commands import ALWAYS, UNLESS_SET
 
-        own = {
-            name: value for name, value in os.environ.items() if name not in FREE_NAMES and not name.startswith(FREE)
-        }
+        usual = between_tests or os.environ
+        own = {name: value for name, value in usual.items() if name not in FREE_NAMES and not name.startswith(FREE)}
         base = {**UNLESS_SET, **ALWAYS, **own, **USUAL}
         also = frozenset({*ALWAYS, *UNLESS_SET} - {*own, *USUAL})
         end, other = socket.socketpair()
