@@ -37,9 +37,10 @@ def main(folder: str) -> None:
             first += len(stream.readlines())
     code = 0
     with open(f"{folder}/configuration/experiment/job.yaml") as stream:
-        steps = (
-            100 * STEPS if "epochs: 50\n" in stream.read() else STEPS
-        )  # with 50 epochs: one that is still there to be cancelled
+        job = json.loads(stream.read().partition("\n")[2])  # below Hydra's line
+    steps = (
+        100 * STEPS if job["trainer"]["epochs"] == 50 else STEPS
+    )  # of 50 epochs: one that is still there to be cancelled
     for step in range(first, steps + 1):
         time.sleep(SECONDS)
         if os.path.exists(f"{folder}/stop"):
