@@ -38,9 +38,8 @@ def main(folder: str) -> None:
     code = 0
     with open(f"{folder}/configuration/experiment/job.yaml") as stream:
         job = json.loads(stream.read().partition("\n")[2])  # below Hydra's line
-    steps = (
-        100 * STEPS if job["trainer"]["epochs"] == 50 else STEPS
-    )  # of 50 epochs: one that is still there to be cancelled
+    # A job of 50 epochs is still there to be cancelled.
+    steps = 100 * STEPS if job["trainer"]["epochs"] == 50 else STEPS
     for step in range(first, steps + 1):
         time.sleep(SECONDS)
         if os.path.exists(f"{folder}/stop"):
