@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from dstune.core.errors import Problem, UserError
 
@@ -219,11 +219,18 @@ def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes
         os._exit(0)
 
 
+def readable(file: int | IO[bytes], seconds: float) -> bool:
+    """Whether there is something to read, or its end, within that time. `select()` takes no file beyond a process's first 1024."""
+    waiting = select.poll()
+    waiting.register(file, select.POLLIN)
+    return bool(waiting.poll(seconds * 1000))
+
+
 def _answer(reader: int, child: int, seconds: float) -> bytes:
     """What the child wrote; nothing where it took too long. It is gone afterwards."""
     # Its processor time is limited; the wall clock is for one that sleeps, on a machine that has other things to do.
     deadline = time.monotonic() + 20 * seconds
-    ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+    ready = readable(reader, max(0.0, deadline - time.monotonic()))
     answer = os.read(reader, 16) if ready else b""
     if not ready:
         os.kill(child, signal.SIGKILL)

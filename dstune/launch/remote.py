@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.limits import readable
 from dstune.core.rank_env import LAUNCH_ID
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
@@ -150,8 +150,7 @@ class RemoteLaunch:
             self.nodes[host] = node
         for host, node in self.nodes.items():
             assert node.stdout is not None
-            answers, _, _ = select.select([node.stdout], [], [], READY_SECONDS)
-            if not answers or b"ready" not in node.stdout.readline():
+            if not readable(node.stdout, READY_SECONDS) or b"ready" not in node.stdout.readline():
                 last = next(iter(attempt.last_lines(self.log, self._log_start, 1)), "no reason given")
                 raise UserError(
                     Problem("launch.hostfile", f"it does not start dstune: {last}", "look at its environment", host)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,7 +188,19 @@ def test_a_pattern_that_backtracks(settings: dict[str, Any]) -> None:
         check_patterns(settings, MODULES, "method.adapter")
 
 
-def test_ordinary_patterns_pass() -> None:
+@pytest.mark.parametrize("files", [0, 1100], ids="{} open files".format)
+def test_ordinary_patterns_pass(files: int) -> None:
+    """Also in a server with more open files than `select()` takes."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(limits[1], 4096)), limits[1]))
+        for _ in range(files):
+            opened.enter_context(open(os.devnull))
+        check_ordinary_patterns()
+
+
+def check_ordinary_patterns() -> None:
     check_patterns(
         {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {r"layers\.[0-3]\..*": 4, "(": 1}},
         MODULES,
