@@ -75,9 +75,20 @@ def emptied(target: Path) -> BinaryIO:
     return target.open("wb")
 
 
+def spare_of(target: Path) -> Path:
+    """Where `copy_twice` writes first. It is left behind only where the copy was cut short."""
+    return target.with_name(f".{target.name}{SPARE}")
+
+
+def remove(target: Path) -> None:
+    """Remove what `copy_twice` wrote, with what is left of a copy that was cut short."""
+    spare_of(target).unlink(missing_ok=True)
+    target.unlink(missing_ok=True)
+
+
 def copy_twice(source: Path, target: Path) -> None:
     """`target` is replaced by the content of `source`; cut short at any point, `read_back` gives the old or the new."""
-    spare = target.with_name(f".{target.name}{SPARE}")
+    spare = spare_of(target)
     copy(source, spare, digest=xxhash.xxh3_64())
     size = spare.stat().st_size - DIGEST_BYTES
     with spare.open("rb") as read, emptied(target) as write:  # of the spare: the source may have grown since
@@ -89,7 +100,7 @@ def copy_twice(source: Path, target: Path) -> None:
 
 def read_back(source: Path, target: Path) -> None:
     """Copy `source`, which `copy_twice` wrote, or its spare where that is whole: then `source` may be cut short."""
-    spare = source.with_name(f".{source.name}{SPARE}")
+    spare = spare_of(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     if not is_whole(spare):
         copy(source, target)
@@ -153,7 +164,7 @@ def fetch(place: Path, work: Path) -> None:
     spares = {path.relative_to(place) for path in place.rglob(f".*{SPARE}")}
     names = {*names_in(place), *(str(one.with_name(one.name[1 : -len(SPARE)])) for one in spares)}
     for name in sorted(names):
-        if (place / name).exists() or is_whole((place / name).with_name(f".{Path(name).name}{SPARE}")):
+        if (place / name).exists() or is_whole(spare_of(place / name)):
             read_back(place / name, work / name)
     for run in runs_in(place):
         found = (store.newest(run), store.resumable(run), store.best(run))

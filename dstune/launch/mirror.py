@@ -38,7 +38,8 @@ ALIVE_SECONDS = 30.0
 """A lease that has not changed for so long is that of a launch that died."""
 FILES_SECONDS = 10.0
 """Between copies of logs and metrics where no checkpoint comes."""
-WITH_PATHS = ("result.json", "report.html")
+RESULT = "result.json"
+WITH_PATHS = (RESULT, "report.html")
 """Files that name others of the run by their path."""
 
 
@@ -144,7 +145,9 @@ class Mirror:
                 raise UserError(
                     Problem("run.dir", reason, "free some space, or look at the place", str(self.place))
                 ) from None
-            self._known = dict(self._versions())
+            self._known = {
+                name: version for name, version in self._versions() if not copied.spare_of(self.place / name).exists()
+            }
 
     def _versions(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for name in copied.names_in(self.work):
@@ -253,8 +256,27 @@ class Mirror:
         return [path for path in whole if _marker(path) not in (b"", self._markers.get(path))]
 
     def _copy(self) -> None:
-        """Bring the place up to date: files first, since a checkpoint stands on the metrics before it. Raises OSError."""
-        self._copy_files()
+        """Bring the place up to date. Raises OSError.
+
+        Files come first, since a checkpoint stands on the metrics before it; results come last, since a run that says it was
+        completed is not continued: cut short before its last checkpoint was there, nobody would notice the loss.
+        """
+        if self._lost:
+            return
+        here = dict(self._versions())  # a result written from here on may mean a checkpoint that is not copied below
+        changed = [name for name, version in here.items() if self._known.get(name) != version]
+        results = sorted((name for name in changed if Path(name).name == RESULT), key=lambda name: name.count("/"))
+        for name in (*results, *(self._known.keys() - here.keys())):
+            copied.remove(
+                self.place / name
+            )  # before `run.yaml` asks for more steps than the result that is there counts
+            self._known.pop(name, None)
+        self._copy_files([name for name in changed if name not in results], here)
+        self._copy_checkpoints()
+        self._copy_files(results[::-1], here)  # the whole run's after those of its stages
+        self._copied_at = time.monotonic()
+
+    def _copy_checkpoints(self) -> None:
         for checkpoint in self._new_checkpoints():
             if self._lost:
                 return
@@ -269,11 +291,9 @@ class Mirror:
             self._markers[checkpoint] = marker
             run = self.place / checkpoint.parents[1].relative_to(self.work)
             store.prune(run, self.keep)
-        self._copied_at = time.monotonic()
 
-    def _copy_files(self) -> None:
-        here = dict(self._versions())
-        changed = [name for name, version in here.items() if self._known.get(name) != version]
+    def _copy_files(self, changed: list[str], here: dict[str, tuple[int, int]]) -> None:
+        """here: the files of the working folder, with their versions, as `changed` was made from."""
         exports = {Path(name).parent for name in changed if Path(name).parent.name == "export"}
         for folder in exports:  # without its description an export is none
             for description in copied.DESCRIPTIONS:
@@ -292,9 +312,6 @@ class Mirror:
                     raise
                 continue
             self._known[name] = here[name]
-        for name in self._known.keys() - here.keys():
-            (self.place / name).unlink(missing_ok=True)
-            del self._known[name]
 
     def _copy_file(self, name: str, in_export: bool) -> None:
         source, target = self.work / name, self.place / name
