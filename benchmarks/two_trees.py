@@ -1,12 +1,13 @@
 """Two checkouts of dstune train one job each and take turns: what the changes between them cost a step.
 
     python benchmarks/two_trees.py OLD NEW                                 # SmolLM2, full, 128 tokens a step, 1 rank
-    python benchmarks/two_trees.py OLD NEW --method lora --model PATH --turn 20 --steps 2000
+    python benchmarks/two_trees.py OLD NEW --method lora --model PATH --turn 20 --steps 500 --rounds 8
 
 Both runs live at the same time, and one of them is always stopped (SIGSTOP): a machine that slows down for a minute slows both. A
-turn lasts until `--turn` more steps are in the run's metrics.jsonl. Reported is the ratio new / old of the two turns of a pair, of
-time on the wall and of processor time of all the run's processes, which others change less; its median has a 95%
-interval by resampling of the pairs. A ratio of 1.01 means that a step of NEW takes 1% longer. Both trees are read in place;
+turn lasts until `--turn` more steps are in the run's metrics.jsonl. Whichever tree started first took 1.7% longer (eight rounds on
+2 cores), so half of the rounds start NEW first. Reported is the ratio new / old of the two turns of a pair, of time on the wall
+and of processor time of all the run's processes, which others change less; its median has a 95% interval by resampling of the
+pairs. A ratio of 1.01 means that a step of NEW takes 1% longer. Both trees are read in place;
 packages are those of the interpreter that runs this.
 """
 
@@ -117,23 +118,38 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--turn", type=int, default=2, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=2, help="pairs of fresh runs, an even number")
     options = parser.parse_args()
+    if options.rounds < 2 or options.rounds % 2:
+        parser.error("--rounds is an even number from 2 on")
     job = Job(options.method, precision="fp32", ranks=options.ranks, length=options.length, rows=1, steps=options.steps)
     overrides = job.overrides() + ([f"model.path={options.model.resolve()}"] if options.model else [])
-    folder = Path(tempfile.mkdtemp(prefix="dstune-benchmark-"))
-    sides: list[Side] = []
-    try:
-        for name, tree in (("old", options.old), ("new", options.new)):
-            sides.append(Side(tree.resolve(), overrides, folder / name))
-            sides[-1].turn(UNTIMED)
-        pairs = take_turns(sides, (options.steps - UNTIMED) // options.turn, options.turn)
-    finally:
-        for side in sides:
-            side.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    trees = {"old": options.old.resolve(), "new": options.new.resolve()}
+    rounds = [["old", "new"], ["new", "old"]] * (options.rounds // 2)
+    turns = (options.steps - UNTIMED) // options.turn
+    pairs = [
+        pair
+        for names in rounds
+        for pair in measured({name: trees[name] for name in names}, overrides, turns, options.turn)
+    ]
     print(f"{options.method}, {options.ranks} ranks, {options.length} tokens a row, {len(pairs)} pairs of turns")
     for name in ("wall", "processor"):
         print(described(name, [(getattr(old, name), getattr(new, name)) for old, new in pairs]))
+
+
+def measured(trees: dict[str, Path], overrides: list[str], turns: int, steps: int) -> list[tuple[Turn, Turn]]:
+    """(old, new) of each pair of turns of two fresh runs, started in the order of `trees`."""
+    folder = Path(tempfile.mkdtemp(prefix="dstune-benchmark-"))
+    sides: dict[str, Side] = {}
+    try:
+        for name, tree in trees.items():
+            sides[name] = Side(tree, overrides, folder / name)
+            sides[name].turn(UNTIMED)
+        return take_turns([sides["old"], sides["new"]], turns, steps)
+    finally:
+        for side in sides.values():
+            side.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def take_turns(sides: list[Side], number: int, steps: int) -> list[tuple[Turn, Turn]]:
