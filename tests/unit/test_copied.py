@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import xxhash
 from support.command import wait_until
 
 from dstune.checkpoint import copied, store
@@ -356,3 +357,15 @@ def test_answers_and_other_files_where_nothing_is_renamed_or_appended(tmp_path, 
     assert [file.name for file in volume.iterdir()] == ["out.jsonl"]
     with pytest.raises(UserError, match="exists already"):
         begin()
+
+
+def test_a_file_whose_copy_was_cut_short_is_whole_at_the_place_after_the_next_launch(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    place, source = tmp_path / "run", tmp_path / "source"
+    place.mkdir()
+    source.write_text("steps: 1\n")
+    copied.copy(source, copied.spare_of(place / "run.yaml"), digest=xxhash.xxh3_64())
+    (place / "run.yaml").write_text("ste")
+    assert mirror.Mirror(place, {"append": "refused"}, print).close()
+    assert (place / "run.yaml").read_text() == "steps: 1\n"
+    assert not copied.spare_of(place / "run.yaml").exists()
