@@ -4,8 +4,8 @@
     python benchmarks/two_trees.py OLD NEW --method lora --model PATH --turn 20 --steps 500 --rounds 8
 
 Both runs live at the same time, and one of them is always stopped (SIGSTOP): a machine that slows down for a minute slows both. A
-turn lasts until `--turn` more steps are in the run's metrics.jsonl. Whichever tree started first took 1.7% longer (eight rounds on
-2 cores), so half of the rounds start NEW first. Reported is the ratio new / old of the two turns of a pair, of time on the wall
+turn lasts until `--turn` more steps are in the run's metrics.jsonl. The run that starts first is a little slower, so half of
+the rounds start NEW first. Reported is the ratio new / old of the two turns of a pair, of time on the wall
 and of processor time of all the run's processes, which others change less; its median has a 95% interval by resampling of the
 pairs. A ratio of 1.01 means that a step of NEW takes 1% longer. Both trees are read in place;
 packages are those of the interpreter that runs this.

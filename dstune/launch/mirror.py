@@ -266,10 +266,9 @@ class Mirror:
         here = dict(self._versions())  # a result written from here on may mean a checkpoint that is not copied below
         changed = [name for name, version in here.items() if self._known.get(name) != version]
         results = sorted((name for name in changed if Path(name).name == RESULT), key=lambda name: name.count("/"))
+        # Before `run.yaml` asks for more steps than the result that is there counts.
         for name in (*results, *(self._known.keys() - here.keys())):
-            copied.remove(
-                self.place / name
-            )  # before `run.yaml` asks for more steps than the result that is there counts
+            copied.remove(self.place / name)
             self._known.pop(name, None)
         self._copy_files([name for name in changed if name not in results], here)
         self._copy_checkpoints()
