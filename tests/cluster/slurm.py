@@ -46,7 +46,7 @@ SlurmdLogFile={root}/log/slurmd.%n.log
 SlurmctldDebug=info
 SlurmdDebug=info
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=25
 SlurmctldTimeout=10
 KillWait=15
 InactiveLimit=0
@@ -64,7 +64,11 @@ def missing() -> str | None:
 
 
 class Slurm:
-    """A context manager; `machines` are there already."""
+    """A context manager; `machines` are there already.
+
+    A ping of a dead node lasts up to 10 s (`MessageTimeout`), and no node is pinged meanwhile: with a `SlurmdTimeout` of 10 s
+    the living ones were set down too, once in a while.
+    """
 
     def __init__(self, root: Path, machines: Machines):
         self.root, self.machines = root, machines
