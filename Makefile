@@ -13,7 +13,8 @@ PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-all golden test-gpu gpu-report lint format clean debian java
+.NOTPARALLEL:
+.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -23,7 +24,8 @@ help:
 	@echo "make test-again  what failed in the run before, one test at a time"
 	@echo "make test-ci     everything but soak and real models: every proof of exactness (44 to 53 minutes on 2 cores)"
 	@echo "make test-ci-part CI_PART=3/8   the third of eight parts of what it has beside make test"
-	@echo "make test-all    these too: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment"
+	@echo "make test-slow   what it leaves out: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment (about an hour)"
+	@echo "make test-all    make test-ci, then make test-slow"
 	@echo "make test-gpu    the GPU tests, with a report to paste (up to 50 minutes: every case of all parts of gpu-report too)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
@@ -61,8 +63,11 @@ CI_PART ?= 1/8
 test-ci-part: $(VENV)/.installed-test debian
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "ci and not slow and not gpu" --ci-part $(CI_PART)
 
-test-all: $(VENV)/.installed-all $(VENV)/.clients debian java
-	$(TEST_ENV) DSTUNE_NPM=$(CLIENTS) DSTUNE_OPENAI_1=$(CLIENTS)/openai-1 $(PYTEST) $(PARALLEL) -m "not gpu"
+test-slow: $(VENV)/.installed-all $(VENV)/.clients debian java
+	$(TEST_ENV) DSTUNE_NPM=$(CLIENTS) DSTUNE_OPENAI_1=$(CLIENTS)/openai-1 $(PYTEST) $(PARALLEL) -m "slow and not gpu"
+
+# A failure of the first is seen an hour earlier; -k goes on.
+test-all: test-ci test-slow
 
 # The committed wording of errors; its diff is to be read.
 golden: $(VENV)/.installed-test

@@ -10,7 +10,7 @@ from support.faults import FAULTS
 from support.struck import Fault, Scene, check, play
 
 SHORT = ("disk error in a save",)
-"""Run by `make test` too; the others by `make test-all`. Killed ranks, signals and a full disk are in test_runs.py and
+"""Run by `make test` too; the others by `make test-slow`. Killed ranks, signals and a full disk are in test_runs.py and
 test_survival.py."""
 
 

@@ -80,10 +80,11 @@ class Qlora(Lora):
         return quantization(self.config, stage_of(run.zero), dtype)
 
     def after_load(self, model: PreTrainedModel) -> None:
-        from dstune.methods.qlora.quantize import refuse_experts
+        from dstune.methods.qlora.quantize import refuse_experts, refuse_rounded_vocabulary
         from dstune.models.quantize import keep_layout
 
         refuse_experts(model)
+        refuse_rounded_vocabulary(model)
         keep_layout(model)
 
     def frozen_bits(self, weight_bytes: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dstune.core.errors import UserError
+from dstune.core.errors import Problem, UserError
 from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.zero.parts import full_count, full_shape
@@ -49,6 +49,18 @@ def refuse_experts(model: nn.Module) -> None:
     if stacked:
         share = sum(map(full_count, stacked)) / sum(map(full_count, parameters.values()))
         raise UserError(rounded_experts_problem(share))
+
+
+def refuse_rounded_vocabulary(model: Any) -> None:
+    """Raises UserError where the projection to the vocabulary was rounded and has the embedding's weight (biogpt: it is not named
+    as in KEPT): bitsandbytes would fail at the first step. model: of transformers, as `quantization` loaded it."""
+    from bitsandbytes.nn import Linear4bit
+
+    projection = model.get_output_embeddings()
+    if isinstance(projection, Linear4bit) and projection.weight is model.get_input_embeddings().weight:
+        name = next(name for name, module in model.named_modules() if module is projection)
+        reason = f"rounds {name}, the projection to the vocabulary, and its weight is the embedding's, which stays"
+        raise UserError(Problem("method", reason, "method=lora", "qlora"))
 
 
 def quantized_modules(model: nn.Module) -> list[str]:

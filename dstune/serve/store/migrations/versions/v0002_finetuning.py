@@ -11,7 +11,7 @@ down_revision = "0001"
 BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
-def _numbered() -> list[sa.Column]:
+def numbered() -> list[sa.Column]:
     return [
         sa.Column("number", BIG, primary_key=True, autoincrement=True),
         sa.Column("id", sa.String(64), nullable=False, unique=True),
@@ -19,7 +19,7 @@ def _numbered() -> list[sa.Column]:
     ]
 
 
-def _project() -> sa.Column:
+def project() -> sa.Column:
     return sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), nullable=False)
 
 
@@ -40,8 +40,8 @@ def upgrade() -> None:
     )
     now = int(time.time())
     op.bulk_insert(organizations, [{"id": "org-default", "name": "default", "created_at": now}])
-    project = {"id": "proj_default", "organization": "org-default", "name": "default", "created_at": now}
-    op.bulk_insert(projects, [project])
+    default = {"id": "proj_default", "organization": "org-default", "name": "default", "created_at": now}
+    op.bulk_insert(projects, [default])
     op.add_column("keys", sa.Column("project", sa.String(64), nullable=False, server_default="proj_default"))
     op.add_column("keys", sa.Column("role", sa.String(16), nullable=False, server_default="member"))
     op.add_column("answers", sa.Column("input_tokens", sa.Integer, nullable=False, server_default="0"))
@@ -65,7 +65,7 @@ def upgrade() -> None:
     op.create_table(
         "usage",
         sa.Column("number", BIG, primary_key=True, autoincrement=True),
-        _project(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.Column("kind", sa.String(32), nullable=False),
         sa.Column("object", sa.String(128), nullable=False),
@@ -78,7 +78,7 @@ def upgrade() -> None:
     op.create_index("usage_time", "usage", ["project", "created_at"])
     op.create_table(
         "audit",
-        *_numbered(),
+        *numbered(),
         sa.Column("organization", sa.String(64), nullable=False),
         sa.Column("project", sa.String(64), nullable=False),
         sa.Column("key", sa.String(32), nullable=False),
@@ -90,7 +90,7 @@ def upgrade() -> None:
     op.create_index("audit_page", "audit", ["organization", "created_at", "number"])
     op.create_table(
         "webhook_endpoints",
-        *_numbered(),
+        *numbered(),
         sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), nullable=False, index=True),
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("url", sa.Text, nullable=False),
@@ -117,8 +117,8 @@ def upgrade() -> None:
     op.create_index("deliveries_due", "deliveries", ["state", "next_at"])
     op.create_table(
         "batches",
-        *_numbered(),
-        _project(),
+        *numbered(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.Column("endpoint", sa.String(64), nullable=False),
         sa.Column("input_file", sa.String(64), nullable=False),
@@ -141,7 +141,7 @@ def _files() -> None:
     op.create_table(
         "blobs",
         sa.Column("id", sa.String(64), primary_key=True),
-        _project(),
+        project(),
         sa.Column("sha256", sa.String(64), nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("references", sa.Integer, nullable=False),
@@ -150,8 +150,8 @@ def _files() -> None:
     )
     op.create_table(
         "files",
-        *_numbered(),
-        _project(),
+        *numbered(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.Column("blob", sa.String(64), sa.ForeignKey("blobs.id")),
         sa.Column("filename", sa.Text, nullable=False),
@@ -165,7 +165,7 @@ def _files() -> None:
     op.create_table(
         "uploads",
         sa.Column("id", sa.String(64), primary_key=True),
-        _project(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.Column("filename", sa.Text, nullable=False),
         sa.Column("purpose", sa.String(32), nullable=False),

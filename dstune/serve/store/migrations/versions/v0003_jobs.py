@@ -3,22 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
+from dstune.serve.store.migrations.versions.v0002_finetuning import numbered, project
+
 revision = "0003"
 down_revision = "0002"
-
-BIG = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-
-
-def _numbered() -> list[sa.Column]:
-    return [
-        sa.Column("number", BIG, primary_key=True, autoincrement=True),
-        sa.Column("id", sa.String(64), nullable=False, unique=True),
-        sa.Column("created_at", sa.BigInteger, nullable=False),
-    ]
-
-
-def _project() -> sa.Column:
-    return sa.Column("project", sa.String(64), sa.ForeignKey("projects.id"), nullable=False)
 
 
 def _job(*, is_key: bool = False) -> sa.Column:
@@ -31,9 +19,9 @@ def upgrade() -> None:
         answers.alter_column("model", existing_type=sa.String(128), type_=sa.String(256), existing_nullable=False)
     op.create_table(
         "finetuning_jobs",
-        *_numbered(),
+        *numbered(),
         sa.Column("organization", sa.String(64), nullable=False),
-        _project(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.Column("model", sa.Text, nullable=False),
         sa.Column("preset", sa.String(64), nullable=False),
@@ -84,7 +72,7 @@ def upgrade() -> None:
     op.create_index("finetuning_metadata_pair", "finetuning_metadata", ["name", "value"])
     op.create_table(
         "finetuning_events",
-        *_numbered(),
+        *numbered(),
         _job(),
         sa.Column("level", sa.String(8), nullable=False),
         sa.Column("type", sa.String(16), nullable=False),
@@ -96,7 +84,7 @@ def upgrade() -> None:
     op.create_index("finetuning_events_page", "finetuning_events", ["job", "created_at", "number"])
     op.create_table(
         "finetuning_checkpoints",
-        *_numbered(),
+        *numbered(),
         _job(),
         sa.Column("step", sa.BigInteger, nullable=False),
         sa.Column("model", sa.Text, nullable=False),
@@ -106,10 +94,10 @@ def upgrade() -> None:
     op.create_index("finetuning_checkpoints_page", "finetuning_checkpoints", ["job", "created_at", "number"])
     op.create_table(
         "finetuning_models",
-        *_numbered(),
+        *numbered(),
         sa.Column("name", sa.String(512), nullable=False, unique=True),
         sa.Column("organization", sa.String(64), nullable=False),
-        _project(),
+        project(),
         sa.Column("job", sa.String(64), sa.ForeignKey("finetuning_jobs.id"), nullable=False),
         sa.Column("preset", sa.String(64), nullable=False),
         sa.Column("step", sa.BigInteger),
@@ -119,9 +107,9 @@ def upgrade() -> None:
     op.create_index("finetuning_models_page", "finetuning_models", ["project", "created_at", "number"])
     op.create_table(
         "finetuning_permissions",
-        *_numbered(),
+        *numbered(),
         sa.Column("model", sa.String(512), nullable=False),
-        _project(),
+        project(),
         sa.Column("key", sa.String(32), nullable=False),
         sa.UniqueConstraint("model", "project", name="finetuning_permissions_pair"),
     )
