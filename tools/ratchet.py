@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Count what keeps the package from being a house of rooms, and let each count fall only.
 
-usage: tools/ratchet.py [TREE] [--json] [--sites COUNT] [--update [--raise COUNT]]
+usage: tools/ratchet.py [TREE] [--before TREE] [--loaded] [--json] [--sites COUNT] [--update [--raise COUNT]]
 
 Reads the source alone: nothing of the package is imported, so that any commit's tree can be measured
-(`git worktree add --detach ../old COMMIT; tools/ratchet.py ../old`). Without a flag it prints a table and compares it with
-`tools/ratchet.json`: a count above the committed one exits 1. `--sites branches.task` lists where a count comes from,
-`--update` writes the counts that fell; one that rose is written only when `--raise` names it. `lines` is a limit that is
-lowered by naming it as well: moving code adds lines before it removes them.
+(`git worktree add --detach ../old COMMIT; tools/ratchet.py --before ../old` prints both). Without a flag it prints a table and
+compares it with `tools/ratchet.json`: a count above the committed one exits 1. `--sites branches.task` lists where a count
+comes from, `--update` writes the counts that fell; one that rose is written only when `--raise` names it. `lines` is a limit
+that is lowered by naming it as well: moving code adds lines before it removes them. `--loaded` also trains one step of chat with
+LoRA on a tiny model in each tree, and prints how many modules its two processes had imported, by room.
 
 Counts:
 - branches.KIND: places that ask for the class of a task, method, launcher, ... (of its configuration, or the registered one)
@@ -20,6 +21,8 @@ Counts:
 - circles: groups of modules that import each other, imports inside functions included.
 - dialect: identifiers one part of which is a word that the field does not use.
 - lines and the longest files.
+- with `--loaded`, files of unused rooms: what each process imported of tasks and methods other than chat and LoRA, their keys
+  and rules left out. A tree without rooms has no such number.
 """
 
 from __future__ import annotations
@@ -37,9 +40,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.loaded import PACKAGE, Loaded, loaded, room
+
 HOME = Path(__file__).resolve().parents[1]
 RECORD = "tools/ratchet.json"
-PACKAGE = "dstune"
 
 # The configuration section of a kind and the folder of its rooms. Sections of one letter, or objects of another kind that
 # happen to be called so, do not exist in the package.
@@ -306,14 +312,6 @@ def in_room(path: Path, kind: str) -> bool:
 # --- everything else ----------------------------------------------------------------------------------------------------
 
 
-def room(path: Path) -> str:
-    """What the lines of a module (relative to the package) are counted for: its folder, or its room in a folder of rooms."""
-    folder = path.parts[0]
-    if folder in ("tasks", "methods", "launch") and len(path.parts) > 2:
-        return "/".join(path.parts[:2])
-    return folder
-
-
 def loose_modules(tree: Path) -> list[str]:
     loose = []
     for path in sorted((tree / PACKAGE).glob("*.py")):
@@ -407,19 +405,38 @@ def rises(before: dict[str, int], now: dict[str, int]) -> list[str]:
     return [f"{name}: {before.get(name, 0)} -> {value}" for name, value in now.items() if value > before.get(name, 0)]
 
 
-def table(counts: Counts, before: dict[str, int]) -> str:
-    rows = [(name, str(before.get(name, "")), str(value)) for name, value in counts.numbers().items()]
-    rows = [("", "committed", "now"), *rows, ("", "", ""), ("lines by room", "", "")]
-    rows += [(f"  {room}", "", str(lines)) for room, lines in counts.lines.items()]
-    rows += [("", "", ""), ("longest files", "", "")]
-    rows += [(f"  {name}", "", str(lines)) for name, lines in counts.longest]
+def table(title: str, before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str:
+    """The sections of a tree beside those of `before`; rows of either."""
+    rows = [("", title, "now")]
+    for heading, counts in now.items():
+        earlier = before.get(heading, {})
+        rows += [(heading, "", "")] if heading else []
+        for name in dict.fromkeys([*counts, *earlier]):
+            values = (str(side.get(name, "")) for side in (earlier, counts))
+            rows.append(("  " * bool(heading) + name, *values))
+        rows.append(("", "", ""))
     widest = max(len(row[0]) for row in rows)
-    return "\n".join(f"{a:<{widest}}  {b:>9}  {c:>7}".rstrip() for a, b, c in rows)
+    return "\n".join(f"{a:<{widest}}  {b:>9}  {c:>7}".rstrip() for a, b, c in rows).rstrip()
+
+
+def sections(counts: Counts, run: dict[str, Loaded]) -> dict[str, dict[str, int]]:
+    """What the table prints of a tree, by heading."""
+    found = {"": counts.numbers()}
+    for role, process in run.items():
+        if (unused := process.of_unused_rooms()) is not None:
+            found[""][f"files of unused rooms, {role}"] = len(unused)
+        by_room = dict(process.by_room().most_common())
+        found[f"modules loaded by the {role}"] = {"all": process.modules, PACKAGE: len(process.files)} | by_room
+    return found | {"lines by room": counts.lines, "longest files": dict(counts.longest)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("tree", nargs="?", type=Path, default=HOME)
+    parser.add_argument(
+        "--before", metavar="TREE", type=Path, help="print the counts of this tree in place of the committed ones"
+    )
+    parser.add_argument("--loaded", action="store_true", help="train one step, and count the modules that it imports")
     parser.add_argument("--json", action="store_true", help="print the counts, lines by room and longest files as JSON")
     parser.add_argument("--sites", metavar="COUNT", help="list where a count comes from")
     parser.add_argument("--update", action="store_true", help=f"write the counts that fell to {RECORD}")
@@ -437,7 +454,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     record = HOME / RECORD
     before = json.loads(record.read_text(encoding="utf-8"))
-    print(table(counts, before))
+    trees = {"committed": {"": before}} if chosen.before is None else {}
+    for title, tree in {"before": chosen.before, "now": chosen.tree}.items():
+        if tree is not None:
+            run = loaded(tree.resolve()) if chosen.loaded else {}
+            trees[title] = sections(counts if title == "now" else measure(tree.resolve()), run)
+    (title, earlier), (_, now) = trees.items()
+    print(table(title, earlier, now))
     if chosen.tree.resolve() != HOME:
         return 0
     if chosen.update:

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from tools.loaded import Loaded
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -102,6 +104,53 @@ def test_circles_inside_functions_and_loose_modules_are_found(ratchet: ModuleTyp
     assert counts.loose == ["a"]
     (tmp_path / "dstune" / "worker.py").write_text("x = 1\n" * 100)
     assert ratchet.measure(tmp_path).loose == ["a", "worker"]
+
+
+def test_two_trees_stand_beside_each_other(ratchet: ModuleType, tmp_path: Path, capsys) -> None:
+    old = house(tmp_path / "old", {"data/rows.py": BRANCHES["branches.task"], "loose.py": "x = 1\n"})
+    new = house(tmp_path / "new", {"tasks/chat/rows.py": BRANCHES["branches.task"], "core/x.py": "x = 1\ny = 2\n"})
+    assert ratchet.main([str(new), "--before", str(old)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["before", "now"]
+    for row in (
+        ["branches.task", "1", "0"],
+        ["loose_modules", "1", "0"],
+        ["data", "2"],
+        ["tasks/chat", "2"],
+        ["core", "2"],
+    ):
+        assert row in rows
+
+
+def test_a_run_loads_no_file_of_an_unused_room(ratchet: ModuleType, capsys) -> None:
+    assert ratchet.main([str(ROOT), "--loaded"]) == 0
+    sections = [part.splitlines() for part in capsys.readouterr().out.split("\n\n")]
+    assert sections[0][0].split() == ["committed", "now"]
+    counts = {line.split("  ")[0]: int(line.split()[-1]) for line in sections[0][1:]}
+    assert counts["files of unused rooms, launcher"] == counts["files of unused rooms, rank"] == 0
+    launcher, rank = (
+        {name: int(number) for name, number in map(str.split, rows)}
+        for heading, *rows in sections
+        if heading.startswith("modules loaded")
+    )
+    assert launcher["methods/qlora"] <= rank["methods/qlora"], "the keys and rules of every room are there"
+    assert launcher["methods/lora"] < rank["methods/lora"], "and the rest of its own"
+    assert launcher["all"] < 1500 < rank["all"], "torch and transformers are the rank's alone"
+
+
+@pytest.mark.parametrize(
+    ("file", "unused"),
+    [
+        ("tasks/chat/predict.py", []),
+        ("tasks/reward/config.py", []),
+        ("tasks/reward/head.py", ["tasks/reward/head.py"]),
+        ("methods/_peft/model.py", []),
+        ("methods/qlora/quantize.py", ["methods/qlora/quantize.py"]),
+        ("train/loop.py", None),
+    ],
+)
+def test_files_of_unused_rooms(file: str, unused: list[str] | None) -> None:
+    assert Loaded(1, [Path(file)]).of_unused_rooms() == unused
 
 
 def test_a_rise_is_reported_and_not_written(ratchet: ModuleType, tmp_path: Path, monkeypatch, capsys) -> None:
