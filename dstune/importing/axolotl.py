@@ -27,16 +27,110 @@ DEFAULTS: dict[str, Any] = {
 """What axolotl does where its file is silent and dstune would do something else."""
 
 
+LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
+"""Values of `rl` that are imported; `task.loss` has the same names."""
+DEFAULTS_BY_LOSS: dict[str, dict[str, Any]] = {
+    "orpo": {"orpo_alpha": 0.1},
+    "simpo": {"rl_beta": 0.1, "simpo_gamma": 0.5},
+    **{loss: {"rl_beta": 0.1} for loss in ("dpo", "ipo", "kto")},
+}
+"""What it does besides with a value of `rl`."""
+PAIR_COLUMNS = {
+    "argilla": {"prompt": "instruction", "chosen": "chosen_response", "rejected": "rejected_response"},
+    "intel": {"prompt": "question"},
+    "prompt_pairs": {},
+    "ultra": {},
+}
+"""By the second part of a pair's type (`chatml.intel`): `data.columns`."""
+JUDGED_COLUMNS = {"argilla": {"prompt": "instruction"}, "intel": {"prompt": "question"}, "ultra": {}}
+"""The same for judged answers (`rl: kto`)."""
+
+
+def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what axolotl does where the file is silent."""
+    return {**DEFAULTS, **DEFAULTS_BY_LOSS.get(str(raw.get("rl")), {})}
+
+
 def recognised(raw: Mapping[str, Any]) -> bool:
     return "base_model" in raw
 
 
 def check(raw: Mapping[str, Any]) -> None:
     """Raises UserError for a kind of training that is not imported."""
-    for key in ("rl", "reward_model", "process_reward_model"):
-        if raw.get(key):
-            reason = "runs of this kind are not imported; task=preference and task=reward train on the same rows (docs/tasks.md)"
-            raise UserError(Problem(key, reason, "import the configuration of a supervised run", str(raw[key])))
+    if (loss := raw.get("rl")) and loss not in LOSSES:
+        raise UserError(Problem("rl", f"{loss} is not supported", f"one of {', '.join(LOSSES)}", str(loss)))
+    if raw.get("process_reward_model"):
+        reason, fix = "scores for each step of an answer are not supported", "reward_model: true"
+        raise UserError(Problem("process_reward_model", reason, fix, str(raw["process_reward_model"])))
+
+
+def preference_loss(found: Import, value: Any) -> None:
+    found.choose("task", "preference")
+    found.put("task.loss", value)
+
+
+def reward_model(found: Import, value: Any) -> None:
+    if value:
+        found.choose("task", "reward")
+
+
+def key_of_loss(loss: str, key: str) -> Rule:
+    """The value is that of dstune's `key` if `rl` is `loss`."""
+
+    def rule(found: Import, value: Any) -> None:
+        if found.get("rl") == loss:
+            found.put(key, float(value))
+        else:
+            found.drop(f"rl: {loss} alone uses it", MEANINGLESS)
+
+    return rule
+
+
+def beta(found: Import, value: Any) -> None:
+    if found.get("rl") not in (None, "orpo"):
+        found.put("task.beta", float(value))
+    else:
+        found.drop("this loss does not use it", MEANINGLESS)
+
+
+def _preference_source(found: Import, entry: Mapping[str, Any]) -> Source | None:
+    """The source of pairs or, with `rl: kto`, of judged answers."""
+    path, kind = str(entry.get("path", "")), entry.get("type")
+    source = Source(with_split(path, entry.get("split")), subset=entry.get("name"), revision=entry.get("revision"))
+    if path in ("json", "csv", "parquet") and (files := entry.get("data_files")):
+        source.path = str(files[0] if isinstance(files, list) else files)
+    known = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "trust_remote_code"}
+    template, _, layout = str(kind or "").partition(".")
+    judged = found.get("rl") == "kto"
+    source.format = "feedback" if judged else "preference"
+    by_layout = JUDGED_COLUMNS if judged else PAIR_COLUMNS
+    if (
+        not isinstance(kind, Mapping)
+        and template == "chat_template"
+        and layout in ("default", "argilla")
+        and not judged
+    ):
+        known |= {"field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"}
+        roles = {"chosen": "field_chosen", "rejected": "field_rejected"}
+        if layout == "default":
+            roles["prompt"] = "field_messages"
+        source.columns = {role: str(entry[field]) for role, field in roles.items() if entry.get(field, role) != role}
+        if entry.get("message_property_mappings", {"role": "role", "content": "content"}) != {
+            "role": "role",
+            "content": "content",
+        }:
+            known.discard("message_property_mappings")
+    elif not isinstance(kind, Mapping) and template in ("chatml", "llama3") and layout in by_layout:
+        source.columns = by_layout[layout]
+        found.assume(f"rows are rendered by the model's chat template; axolotl writes them as {template}")
+    elif kind == "bradley_terry.chat_template" or not kind:
+        pass
+    else:
+        found.drop(f"{path}: dstune has no rows of type {kind}")
+        return None
+    if ignored := sorted(set(entry) - known):
+        found.drop(f"{path}: {', '.join(ignored)} of the entry", DIFFERENT)
+    return source
 
 
 def adapter(found: Import, value: Any) -> None:
@@ -66,6 +160,9 @@ def adapter(found: Import, value: Any) -> None:
 
 def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
     """The source and the task that its type is for."""
+    if found.get("rl") or found.get("reward_model"):
+        compared = _preference_source(found, entry)
+        return (compared, "preference" if found.get("rl") else "reward") if compared else None
     kind = str(entry.get("type") or "chat_template").split(":", 1)[0].split(".", 1)[0]
     path = str(entry.get("path", ""))
     if isinstance(entry.get("type"), Mapping):
@@ -87,10 +184,11 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
             source.columns = {"text": str(entry["text_column"])}
     elif kind == "alpaca":
         source.format, task = "alpaca", "chat"
-        found.assume(
-            "Alpaca rows are written in the model's chat template; axolotl writes them as plain text, as "
-            "model.prompt_template=alpaca does"
-        )
+        if any(other.get("type") != "alpaca" for other in found.get("datasets", [])):
+            found.assume(
+                "Alpaca rows are written in the model's chat template; axolotl writes them as plain text, as "
+                "model.prompt_template=alpaca does"
+            )
     elif kind == "sharegpt" or (kind == "chat_template" and mapped.get("role") == "from"):
         source.format, task = "conversations", "chat"
         if (column := entry.get("field_messages", "conversations")) != "conversations":
@@ -117,12 +215,15 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
 def datasets(found: Import, value: Any) -> None:
     pairs = [pair for entry in value if (pair := _source(found, entry))]
     tasks = {task for _, task in pairs}
-    task = "chat" if "chat" in tasks or not tasks else "causal_lm"
+    task = next((task for task in ("reward", "preference", "chat") if task in tasks), "causal_lm" if tasks else "chat")
     others = [source.path for source, kind in pairs if kind != task]
     if others:
         found.drop(f"{', '.join(others)}: plain text beside conversations; one run has one task", DIFFERENT)
-    found.choose("task", task)
+    if pairs or not (found.get("rl") or found.get("reward_model")):
+        found.choose("task", task)
     put_sources(found, [source for source, kind in pairs if kind == task])
+    if pairs and all(entry.get("type") == "alpaca" for entry in value):
+        found.put("model.prompt_template", "alpaca")
 
 
 def pretraining(found: Import, value: Any) -> None:
@@ -146,6 +247,14 @@ def validation(found: Import, value: Any) -> None:
         report_lost_settings(found, pair[0], [other[0] for other in training if other])
     if len(value) > 1:
         found.drop("data.validation takes one source: the first", DIFFERENT)
+
+
+def chat_template(found: Import, value: Any) -> None:
+    types = [entry.get("type") for entry in found.get("datasets", [])]
+    if types and all(kind == "alpaca" for kind in types):
+        found.drop("Alpaca rows are written as model.prompt_template=alpaca, whatever the template", MEANINGLESS)
+    else:
+        common.chat_template(found, value)
 
 
 def precision(found: Import, value: Any) -> None:
@@ -207,8 +316,22 @@ TABLE: dict[str, Rule] = {
     "eager_attention": flag_of_attention("eager"),
     "xformers_attention": missing(LATER),
     "flex_attention": missing(LATER),
-    "chat_template": common.chat_template,
-    "chat_template_jinja": common.chat_template,
+    "chat_template": chat_template,
+    "chat_template_jinja": chat_template,
+    "rl": preference_loss,
+    "reward_model": reward_model,
+    "rl_beta": beta,
+    "dpo_beta": beta,
+    "orpo_alpha": key_of_loss("orpo", "task.beta"),
+    "simpo_gamma": key_of_loss("simpo", "task.gamma"),
+    "dpo_label_smoothing": key_of_loss("dpo", "task.label_smoothing"),
+    "kto_desirable_weight": key_of_loss("kto", "task.desirable_weight"),
+    "kto_undesirable_weight": key_of_loss("kto", "task.undesirable_weight"),
+    "precompute_ref_log_probs": lambda found, value: found.put("task.reference", "cached" if value else "auto"),
+    "cpo_alpha": missing("simpo has no supervised term"),
+    "rpo_alpha": missing(LATER),
+    "dpo_use_weighting": missing(LATER),
+    "center_rewards_coefficient": missing(LATER),
     "special_tokens": special_tokens,
     "tokens": missing("the vocabulary stays as it is"),
     "datasets": datasets,

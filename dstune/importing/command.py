@@ -12,7 +12,8 @@ from dstune.config.words import packaged_choices
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_USER, Problem, UserError
 from dstune.importing.convert import Experiment, convert
-from dstune.importing.files import TOOLS, read, tool_of
+from dstune.importing.files import TOOLS, TRAINER_KEY, read, tool_of
+from dstune.importing.trl import SUPPORTED
 
 DESCRIPTION = """\
 Convert a configuration of axolotl, LLaMA-Factory or TRL (YAML, or a shell script with its command) into an experiment,
@@ -28,6 +29,11 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--from", dest="tool", metavar="|".join(TOOLS), help="the tool; recognised by the keys otherwise"
     )
+    parser.add_argument(
+        "--trainer",
+        metavar="|".join(SUPPORTED),
+        help="TRL's trainer that the file is for, if neither a command nor its keys say so",
+    )
     parser.add_argument("--ranks", type=int, metavar="N", help="number of ranks that the batch sizes are meant for")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -41,6 +47,11 @@ def main(argv: list[str]) -> int:
     if requested.output is not None:
         _check_output(requested.output, requested.force)
     raw = read(requested.file)
+    if requested.trainer is not None:
+        if requested.trainer not in SUPPORTED:
+            fix = f"one of {', '.join(SUPPORTED)}"
+            raise UserError(Problem("--trainer", "this trainer is not supported", fix, requested.trainer))
+        raw = {**raw, TRAINER_KEY: requested.trainer}
     found = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
     if requested.output is not None:
         try:

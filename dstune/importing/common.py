@@ -330,6 +330,7 @@ def resume(found: Import, value: Any) -> None:
 
 
 HUGGING_FACE: dict[str, Rule] = {
+    "trainer": own_way("the keys say what is trained"),
     "learning_rate": lambda found, value: found.put("optimizer.lr", float(value)),
     "weight_decay": lambda found, value: found.put("optimizer.weight_decay", float(value)),
     "adam_beta1": beta(0),

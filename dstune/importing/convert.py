@@ -49,11 +49,12 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     """
     module = TOOLS[tool]
     module.check(raw)
-    silent = {key: value for key, value in module.DEFAULTS.items() if raw.get(key) is None}
+    defaults = module.defaults(raw)
+    silent = {key: value for key, value in defaults.items() if raw.get(key) is None}
     found = Import({**silent, **{key: value for key, value in raw.items() if value is not None}}, 1, frozenset(silent))
     for key in [key for key, value in raw.items() if has_variable(value)]:
         found.drop("a variable of the shell: write its value", key=key)
-        found.raw[key] = module.DEFAULTS.get(key)
+        found.raw[key] = defaults.get(key)
     found.ranks = ranks or _ranks(found.get("num_processes"))
     found.raw["_file"] = str(source)
     apply({**module.TABLE, "_file": lambda found, value: None}, found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,8 @@ FLAG = re.compile(r"use_|do_|load_in_|bf16|fp16|tf32|(packing|gradient_checkpoin
 """Arguments that stand alone: a variable behind one is no value of it."""
 MARK = "\0"
 """Stands for a `$` that the shell would replace, since `shlex` does not say what was quoted."""
+TRAINER_KEY = "trainer"
+"""The key under which `of_command` gives the trainer that the command or its script is named after."""
 EXPANDED = r"\$(?=[\w{(@*])"
 QUOTED = re.compile(rf"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|#.*|{EXPANDED}""")
 
@@ -37,18 +40,43 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or holds neither.
     """
-    try:
-        text = read_file(path).decode("utf-8")
-    except OSError as error:
-        raise UserError(Problem("FILE", f"cannot be read: {error.strerror}", "give a YAML file", str(path))) from None
-    except UnicodeDecodeError:
-        raise UserError(Problem("FILE", "this is not text", "give a YAML file", str(path))) from None
+    text = _text_of(path, "FILE")
     if path.suffix == ".sh" or text.lstrip().startswith(("accelerate ", "trl ", "torchrun ", "python ")):
-        return of_command(text, str(path))
-    content = load(text, str(path))
+        return _with_configuration(of_command(text, str(path)), path)
+    return _mapping(text, str(path))
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    """The keys of a YAML text. Raises UserError."""
+    content = load(text, where)
     if not isinstance(content, dict):
-        raise UserError(Problem("FILE", "this is no configuration (a mapping of keys)", "give a YAML file", str(path)))
+        raise UserError(Problem("FILE", "this is no configuration (a mapping of keys)", "give a YAML file", where))
     return {str(key): value for key, value in content.items()}
+
+
+def _with_configuration(arguments: dict[str, Any], script: Path) -> dict[str, Any]:
+    """The arguments of `trl NAME --config FILE` with the keys of FILE, which they override; FILE is looked for from
+    here and from the script's folder.
+
+    Raises:
+        UserError: the file cannot be read, or holds no keys.
+    """
+    name = arguments.get("config")
+    if not isinstance(name, str) or isinstance(name, Variable) or TRAINER_KEY not in arguments:
+        return arguments
+    file = next((base / name for base in (Path(), script.parent) if (base / name).is_file()), Path(name))
+    keys = _mapping(_text_of(file, "--config"), str(file))
+    return {**keys, **{key: value for key, value in arguments.items() if key != "config"}}
+
+
+def _text_of(path: Path, where: str) -> str:
+    """The text of a file. Raises UserError."""
+    try:
+        return read_file(path).decode("utf-8")
+    except OSError as error:
+        raise UserError(Problem(where, f"cannot be read: {error.strerror}", "give a YAML file", str(path))) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem(where, "this is not text", "give a YAML file", str(path))) from None
 
 
 def of_command(text: str, where: str) -> dict[str, Any]:
@@ -82,7 +110,21 @@ def of_command(text: str, where: str) -> dict[str, Any]:
             key = ""
     if not found:
         raise UserError(Problem("FILE", "no command in it has arguments", "give a YAML file or a command", where))
+    if trainer := _trainer_name(words):
+        found = {TRAINER_KEY: trainer, **found}
     return found
+
+
+def _trainer_name(words: Sequence[str]) -> str | None:
+    """The trainer of TRL in `trl NAME`, `.../NAME.py` or `-m trl.scripts.NAME`, or None."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if PurePath(word).name == "trl" and re.fullmatch(r"\w[\w-]*", following):
+            return following.replace("-", "_")
+        module = following if word == "-m" else ""
+        if word.endswith(".py") or ".scripts." in module:
+            stem = module.rsplit(".", 1)[-1] or PurePath(word).stem
+            return trl.trainer_in(stem.replace("-", "_"))
+    return None
 
 
 def _marked(quoted: re.Match[str]) -> str:

@@ -10,7 +10,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 from dstune.importing import common
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER, LIGER
-from dstune.importing.result import DIFFERENT, Import, Rule, missing, own_code, own_way, same, with_others
+from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
 from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -26,24 +26,68 @@ DEFAULTS: dict[str, Any] = {
 """What LLaMA-Factory does where its file is silent and dstune would do something else."""
 
 
+DEFAULTS_BY_STAGE: dict[str, dict[str, Any]] = {
+    "dpo": {"pref_beta": 0.1, "pref_loss": "sigmoid"},
+    "kto": {"pref_beta": 0.1},
+}
+"""What it does besides in a stage."""
+LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
+"""`pref_loss`, and `task.loss` for it."""
+TASKS = {"sft": "chat", "pt": "causal_lm", "dpo": "preference", "kto": "preference", "rm": "reward"}
+"""By stage."""
+
+
+def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what LLaMA-Factory does where the file is silent."""
+    return {**DEFAULTS, **DEFAULTS_BY_STAGE.get(str(raw.get("stage")), {})}
+
+
 def recognised(raw: Mapping[str, Any]) -> bool:
     return "model_name_or_path" in raw and bool({"finetuning_type", "stage", "cutoff_len", "template"} & set(raw))
 
 
 def check(raw: Mapping[str, Any]) -> None:
     """Raises UserError for a kind of training that is not imported."""
-    stage = raw.get("stage", "sft")
-    if stage not in ("sft", "pt"):
-        reason = (
-            "runs of this kind are not imported; task=preference and task=reward train on the same rows (docs/tasks.md)"
-        )
-        raise UserError(Problem("stage", reason, "import a configuration with stage: sft or pt", str(stage)))
+    stage = raw.get("stage") or "sft"
+    if stage not in TASKS:
+        fix = f"a configuration with stage: {', '.join(TASKS)}"
+        raise UserError(Problem("stage", f"{stage} is not supported", fix, str(stage)))
+    loss = raw.get("pref_loss") or "sigmoid"
+    if stage == "dpo" and loss not in LOSSES:
+        fix = f"one of {', '.join(LOSSES)}"
+        raise UserError(Problem("pref_loss", "this loss is not supported", fix, str(loss)))
 
 
 def stage(found: Import, value: Any) -> None:
-    found.choose("task", "causal_lm" if value == "pt" else "chat")
-    if not isinstance(found.raw.get("packing"), bool):
+    found.choose("task", TASKS[value])
+    if value in ("dpo", "kto", "rm"):
+        if value == "kto":
+            found.put("task.loss", "kto")
+        found.put("data.packing", False)
+    elif not isinstance(found.raw.get("packing"), bool):
         found.put("data.packing", value == "pt" or bool(found.get("neat_packing")))
+
+
+def preference_loss(found: Import, value: Any) -> None:
+    if found.get("stage") == "dpo":
+        found.put("task.loss", LOSSES[value])
+        if value == "simpo":
+            found.put("task.gamma", float(found.get("simpo_gamma", 0.5)))
+    else:
+        found.drop("only stage: dpo has pairs", MEANINGLESS)
+
+
+def key_of_loss(loss: str, key: str) -> Rule:
+    """The value is that of dstune's `key` if `loss` (of `task.loss`) is trained."""
+
+    def rule(found: Import, value: Any) -> None:
+        trained = "kto" if found.get("stage") == "kto" else LOSSES.get(str(found.get("pref_loss")))
+        if found.get("stage") in ("dpo", "kto") and trained == loss:
+            found.put(key, float(value))
+        else:
+            found.drop(f"task.loss={loss} alone uses it", MEANINGLESS)
+
+    return rule
 
 
 def finetuning(found: Import, value: Any) -> None:
@@ -99,13 +143,17 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
         found.drop(f"{name}: no dataset_info.json describes it; give data.train", DIFFERENT)
         return None
     place = described.get("hf_hub_url") or described.get("file_name")
-    if place is None or described.get("ranking"):
+    ranking = found.get("stage") in ("dpo", "rm")
+    if place is None or bool(described.get("ranking")) != ranking:
         found.drop(f"{name}: rows of this kind or from this hub; {LATER}", DIFFERENT)
         return None
     path = str(place) if described.get("hf_hub_url") else str(Path(info["_folder"]) / place)
     source = Source(with_split(path, described.get("split")), subset=described.get("subset"))
     columns, tags = dict(described.get("columns") or {}), dict(described.get("tags") or {})
-    if described.get("formatting", "alpaca") == "sharegpt":
+    is_sharegpt = described.get("formatting", "alpaca") == "sharegpt"
+    if found.get("stage") in ("dpo", "rm", "kto"):
+        source.format, source.columns = _preference_columns(columns, is_sharegpt=is_sharegpt, is_ranking=ranking)
+    elif is_sharegpt:
         role = "messages" if tags.get("role_tag") == "role" else "conversations"
         source.format = role
         if (column := columns.get("messages", "conversations")) != role:
@@ -137,6 +185,27 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
         found.drop(f"{name}: its folder ({folder}); files of the whole data set are read", DIFFERENT)
     source.max_rows = found.get("max_samples") or described.get("num_samples")
     return source
+
+
+def _preference_columns(
+    columns: Mapping[str, str], *, is_sharegpt: bool, is_ranking: bool
+) -> tuple[str, dict[str, str]]:
+    """Return `data.format` and `data.columns` for pairs (`is_ranking`) or judged answers."""
+    if is_sharegpt:
+        prompt = columns.get("messages", "conversations")
+        roles = {"prompt" if is_ranking else "messages": prompt}
+    else:
+        roles = {"prompt": columns.get("prompt", "instruction"), "input": columns.get("query", "input")}
+        roles["history"] = columns.get("history", "history")
+    if is_ranking:
+        roles |= {"chosen": columns.get("chosen", "chosen"), "rejected": columns.get("rejected", "rejected")}
+    else:
+        roles["label"] = columns.get("kto_tag", "kto_tag")
+        if not is_sharegpt:
+            roles["completion"] = columns.get("response", "output")
+    roles |= {role: columns[role] for role in ("system", "tools") if role in columns}
+    judged = "feedback_messages" if is_sharegpt else "feedback"
+    return "preference" if is_ranking else judged, {ours: theirs for ours, theirs in roles.items() if ours != theirs}
 
 
 def _names(value: Any) -> list[str]:
@@ -194,6 +263,18 @@ TABLE: dict[str, Rule] = {
     "use_unsloth_gc": missing("activations can be computed again: trainer.activation_checkpointing=true"),
     "upcast_layernorm": missing(LATER),
     "stage": stage,
+    "pref_loss": preference_loss,
+    "pref_beta": same("task.beta"),
+    "simpo_gamma": key_of_loss("simpo", "task.gamma"),
+    "dpo_label_smoothing": key_of_loss("dpo", "task.label_smoothing"),
+    "kto_chosen_weight": key_of_loss("kto", "task.desirable_weight"),
+    "kto_rejected_weight": key_of_loss("kto", "task.undesirable_weight"),
+    "pref_ftx": missing("a run has one loss"),
+    "pref_bco_weight": missing("a run has one loss"),
+    "ld_alpha": missing(LATER),
+    "ref_model": same("task.reference_model"),
+    "ref_model_adapters": missing("give a merged model as task.reference_model"),
+    "ref_model_quantization_bit": missing("the reference is kept in the precision of the run"),
     "finetuning_type": finetuning,
     **dict.fromkeys(
         ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "use_rslora"), with_others

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from dstune.core.errors import Problem, UserError
 from dstune.importing import common
@@ -27,17 +27,106 @@ def recognised(raw: Mapping[str, Any]) -> bool:
     return "model_name_or_path" in raw
 
 
+SUPPORTED = ("sft", "dpo", "kto", "orpo", "reward")
+"""Trainers whose runs are imported."""
+NOT_IMPORTED = (
+    *("a2po", "async_grpo", "bco", "cpo", "distillation", "dpo_online", "gkd", "gmpo", "gold", "grpo", "gspo"),
+    *("minillm", "mpo", "nash_md", "online_dpo", "papo", "ppo", "prm", "rloo", "sdft", "sdpo", "tpo", "xpo"),
+)
+"""Trainers of TRL, and names of its scripts for them, whose runs are not imported."""
+LOSSES = {"dpo": {"sigmoid": "dpo", "ipo": "ipo"}, "kto": {"kto": "kto"}, "sft": {"nll": "", "chunked_nll": ""}}
+"""By trainer, the values of `loss_type` that are imported, and `task.loss` for them."""
+
+PREFERENCE_DEFAULTS: dict[str, Any] = {
+    **HUGGING_FACE_DEFAULTS,
+    "learning_rate": 1e-6,
+    "max_length": 1024,
+    "gradient_checkpointing": True,
+    "eval_strategy": "no",
+    "beta": 0.1,
+}
+DEFAULTS_BY_TRAINER: dict[str, dict[str, Any]] = {
+    "sft": DEFAULTS,
+    "dpo": {**PREFERENCE_DEFAULTS, "loss_type": "sigmoid"},
+    "kto": {**PREFERENCE_DEFAULTS, "loss_type": "kto"},
+    "orpo": PREFERENCE_DEFAULTS,
+    "reward": {
+        **{key: PREFERENCE_DEFAULTS[key] for key in PREFERENCE_DEFAULTS if key != "beta"},
+        "learning_rate": 1e-4,
+    },
+}
+"""What the trainers of TRL 1.16 do where a file is silent."""
+
+
+def defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what TRL does where the file is silent."""
+    return DEFAULTS_BY_TRAINER[trainer_for(raw)]
+
+
+def trainer_in(script: str) -> str | None:
+    """Return the trainer that a script is named after (`run_dpo` -> `dpo`), the longest name first, or None."""
+    names = sorted((*SUPPORTED, *NOT_IMPORTED), key=len, reverse=True)
+    return next((name for name in names if f"_{name}_" in f"_{script}_"), None)
+
+
+def trainer_for(raw: Mapping[str, Any]) -> str:
+    """Return the trainer that a file or a command is for: by its name, else by keys that only this trainer has.
+
+    Raises:
+        UserError: the trainer is not supported, or several trainers have the keys.
+    """
+    if trainer := raw.get("trainer"):
+        if trainer not in SUPPORTED:
+            names = ", ".join(SUPPORTED)
+            raise UserError(Problem("FILE", f"{trainer} is not supported", f"a run of {names}", str(trainer)))
+        return str(trainer)
+    for key in ("num_generations", "reward_funcs"):
+        if key in raw:
+            reason = "training on generated answers is not supported"
+            raise UserError(Problem(key, reason, "import the configuration of another run", str(raw[key])))
+    if raw.keys() & {"desirable_weight", "undesirable_weight"}:
+        return "kto"
+    if "center_rewards_coefficient" in raw:
+        return "reward"
+    if "loss_type" in raw:
+        losses = _losses(raw["loss_type"])
+        for name, supported in LOSSES.items():
+            if losses and set(losses) <= set(supported):
+                return name
+        _refuse_loss(raw["loss_type"], [loss for losses in LOSSES.values() for loss in losses])
+    for key in ("beta", "max_prompt_length"):
+        if key in raw:
+            reason = "several trainers of TRL have this key, and nothing in the file says which one it is for"
+            raise UserError(Problem(key, reason, "--trainer dpo, kto or orpo", str(raw[key])))
+    return "sft"
+
+
 def check(raw: Mapping[str, Any]) -> None:
     """Raises UserError for a kind of training that is not imported."""
-    for key in ("beta", "loss_type", "max_prompt_length", "num_generations", "reward_funcs"):
-        if key in raw and not (key == "loss_type" and raw[key] in ("nll", "chunked_nll")):
-            reason = (
-                "only supervised runs are imported; task=preference trains on the rows of a DPO run (docs/tasks.md)"
-            )
-            raise UserError(Problem(key, reason, "import the configuration of an SFT run", str(raw[key])))
+    trainer = trainer_for(raw)
+    supported = LOSSES.get(trainer, {})
+    if supported and "loss_type" in raw:
+        losses = _losses(raw["loss_type"])
+        if len(losses) != 1 or losses[0] not in supported:
+            _refuse_loss(raw["loss_type"], supported)
+
+
+def _losses(value: Any) -> list[str]:
+    return [str(loss) for loss in (value if isinstance(value, list) else [value])]
+
+
+def _refuse_loss(value: Any, supported: Iterable[str]) -> NoReturn:
+    raise UserError(Problem("loss_type", "this loss is not supported", f"one of {', '.join(supported)}", str(value)))
 
 
 def _set_task(found: Import) -> None:
+    trainer = trainer_for(found.raw)
+    if trainer == "reward":
+        found.choose("task", "reward")
+        return
+    if trainer != "sft":
+        found.choose("task", "preference")
+        return
     if column := found.get("dataset_text_field"):
         found.choose("task", "causal_lm")
         found.put("data.format", "text")
@@ -47,6 +136,34 @@ def _set_task(found: Import) -> None:
         return
     found.choose("task", "chat")
     found.assume("rows are conversations or prompt and completion (task=chat); for plain text give task=causal_lm")
+
+
+def name_of_trainer(found: Import, value: Any) -> None:
+    _set_task(found)
+    if value in ("kto", "orpo"):
+        found.put("task.loss", value)
+
+
+def loss_type(found: Import, value: Any) -> None:
+    trainer = trainer_for(found.raw)
+    if trainer in ("dpo", "kto"):
+        (loss,) = _losses(value)
+        found.choose("task", "preference")
+        found.put("task.loss", LOSSES[trainer][loss])
+    elif trainer == "sft":
+        found.drop("next-token cross entropy, computed for trained tokens only", MEANINGLESS)
+    else:
+        found.drop(f"the loss of the trainer {trainer} is its own", MEANINGLESS)
+
+
+def precomputed_reference(found: Import, value: Any) -> None:
+    if value:
+        found.put("task.reference", "cached")
+
+
+def divergence(found: Import, value: Any) -> None:
+    if value != "reverse_kl":
+        found.drop("the divergence is the reverse KL")
 
 
 def dataset_name(found: Import, value: Any) -> None:
@@ -191,7 +308,27 @@ TABLE: dict[str, Rule] = {
     "pad_to_multiple_of": own_way("rows are padded to the longest of a micro-batch"),
     "completion_only_loss": lambda found, value: found.put("task.train_on_prompt", not value),
     "assistant_only_loss": assistant_only,
-    "loss_type": own_way("next-token cross entropy, computed for trained tokens only"),
+    "trainer": name_of_trainer,
+    "loss_type": loss_type,
+    "beta": same("task.beta"),
+    "label_smoothing": same("task.label_smoothing"),
+    "desirable_weight": same("task.desirable_weight"),
+    "undesirable_weight": same("task.undesirable_weight"),
+    "precompute_ref_log_probs": precomputed_reference,
+    "precompute_ref_batch_size": own_way("the reference computes with the micro-batch of an evaluation"),
+    "disable_dropout": own_way("the dropout of a model stays as its config.json says"),
+    "max_prompt_length": missing("data.max_length is the limit of a row"),
+    "max_completion_length": missing("data.max_length is the limit of a row"),
+    "loss_weights": missing("a run has one loss"),
+    "reference_free": missing("losses without a reference model: task.loss=simpo or orpo"),
+    "f_divergence_type": divergence,
+    **dict.fromkeys(
+        (
+            *("center_rewards_coefficient", "discopop_tau", "f_alpha_divergence_coef", "ld_alpha", "rpo_alpha"),
+            *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "use_weighting"),
+        ),
+        missing(LATER),
+    ),
     "activation_offloading": missing("activations can be computed again: trainer.activation_checkpointing=true"),
     "config_file": common.deepspeed,
     "num_processes": own_way("it gives the number of ranks to this import"),

@@ -490,11 +490,17 @@ def test_a_secret_is_not_repeated():
 @pytest.mark.parametrize(
     ("tool", "keys", "key"),
     [
-        ("axolotl", {"rl": "dpo"}, "rl"),
-        ("axolotl", {"reward_model": True}, "reward_model"),
-        ("llama-factory", {"stage": "dpo"}, "stage"),
+        ("axolotl", {"rl": "grpo"}, "rl"),
+        ("axolotl", {"process_reward_model": True}, "process_reward_model"),
+        ("llama-factory", {"stage": "ppo"}, "stage"),
+        ("llama-factory", {"stage": "dpo", "pref_loss": "hinge"}, "pref_loss"),
         ("trl", {"beta": 0.1}, "beta"),
-        ("trl", {"loss_type": "sigmoid"}, "loss_type"),
+        ("trl", {"max_prompt_length": 512}, "max_prompt_length"),
+        ("trl", {"loss_type": "hinge"}, "loss_type"),
+        ("trl", {"loss_type": "dapo"}, "loss_type"),
+        ("trl", {"trainer": "dpo", "loss_type": ["sigmoid", "ipo"]}, "loss_type"),
+        ("trl", {"trainer": "kto", "loss_type": "apo_zero_unpaired"}, "loss_type"),
+        ("trl", {"reward_funcs": "accuracy"}, "reward_funcs"),
     ],
 )
 def test_another_kind_of_training_is_refused(tool, keys, key):
@@ -505,7 +511,192 @@ def test_another_kind_of_training_is_refused(tool, keys, key):
 
 @pytest.mark.parametrize("tool", [axolotl, llama_factory, trl])
 def test_defaults_of_a_tool_are_in_its_table(tool):
-    assert set(tool.DEFAULTS) <= set(tool.TABLE)
+    raws: list[dict[str, Any]] = [{}, *({"rl": loss} for loss in axolotl.LOSSES)]
+    raws += [{"stage": stage} for stage in llama_factory.TASKS] if tool is llama_factory else []
+    raws += [{"trainer": name} for name in trl.SUPPORTED] if tool is trl else []
+    for raw in raws:
+        assert set(tool.defaults(raw)) <= set(tool.TABLE)
+
+
+ROWS = "--model_name_or_path m --dataset_name rows.jsonl --output_dir out"
+
+
+@pytest.mark.parametrize(
+    ("command", "task", "values_of_task", "rate"),
+    [
+        (f"trl sft {ROWS}", "chat", {"train_on_prompt": True}, 2e-5),
+        (f"trl dpo {ROWS}", "preference", {"loss": "dpo", "beta": 0.1}, 1e-6),
+        (f"trl dpo {ROWS} --loss_type ipo --beta 0.4", "preference", {"loss": "ipo", "beta": 0.4}, 1e-6),
+        (f"trl dpo {ROWS} --label_smoothing 0.1", "preference", {"loss": "dpo", "label_smoothing": 0.1}, 1e-6),
+        (f"uv run trl kto {ROWS} --desirable_weight 0.5", "preference", {"loss": "kto", "beta": 0.1}, 1e-6),
+        (f"trl reward {ROWS}", "reward", {}, 1e-4),
+        (
+            f"accelerate launch --config_file z.yaml trl/scripts/dpo.py {ROWS}",
+            "preference",
+            {"loss": "dpo", "beta": 0.1},
+            1e-6,
+        ),
+        (f"torchrun --nproc_per_node 2 examples/run_dpo_vlm.py {ROWS}", "preference", {"loss": "dpo"}, 1e-6),
+        (f"python -m trl.scripts.kto {ROWS}", "preference", {"loss": "kto"}, 1e-6),
+        (f"python examples/scripts/orpo.py {ROWS}", "preference", {"loss": "orpo", "beta": 0.1}, 1e-6),
+        (f"python reward_modeling.py {ROWS}", "reward", {}, 1e-4),
+        (f"python train.py {ROWS}", "chat", {}, 2e-5),
+        (f"python train.py {ROWS} --loss_type sigmoid", "preference", {"loss": "dpo"}, 1e-6),
+        (f"python train.py {ROWS} --undesirable_weight 2", "preference", {"loss": "kto"}, 1e-6),
+    ],
+)
+def test_a_command_trains_what_its_name_says(command, task, values_of_task, rate, tmp_path):
+    found = convert(of_command(command.replace("--config_file z.yaml ", ""), "x.sh"), "trl", Path("x.sh"))
+    assert found.problems == []
+    config = configuration(found.text, tmp_path)
+    assert config.task.name == task
+    for key, value in values_of_task.items():
+        actual = getattr(config.task, key)
+        assert getattr(actual, "name", actual) == value, key
+    assert config.optimizer.lr == rate
+    assert config.data.max_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *((f"trl {name} {ROWS}", name) for name in ("grpo", "rloo", "gkd", "ppo", "nash_md", "xpo", "online_dpo")),
+        (f"accelerate launch trl/scripts/grpo.py {ROWS}", "grpo"),
+        (f"accelerate launch --num_processes 2 examples/scripts/dpo_online.py {ROWS}", "dpo_online"),
+        (f"python grpo_vlm.py {ROWS}", "grpo"),
+        (f"python -m trl.scripts.rloo {ROWS}", "rloo"),
+        (f"trl vllm-serve {ROWS}", "vllm_serve"),
+    ],
+)
+def test_a_command_of_an_online_trainer_is_refused_by_its_name(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.sh").write_text(command)
+    assert main(["import", "a.sh"]) == 2
+    assert f"{name} is not supported" in capsys.readouterr().err
+
+
+def test_the_configuration_of_a_command_is_read_with_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "dpo.yaml").write_text(
+        "model_name_or_path: m\ndataset_name: rows.jsonl\nlearning_rate: 0.1\n"
+    )
+    (tmp_path / "scripts" / "a.sh").write_text("trl dpo --config dpo.yaml --learning_rate 0.2\n")
+    assert main(["import", "scripts/a.sh"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert {"override /task": "preference"} in tree["defaults"]
+    assert (tree["model"]["path"], tree["optimizer"]["lr"]) == ("m", 0.2)
+    (tmp_path / "scripts" / "dpo.yaml").unlink()
+    assert main(["import", "scripts/a.sh"]) == 2
+
+
+@pytest.mark.parametrize(("trainer", "code"), [("dpo", 0), ("kto", 0), ("grpo", 2)])
+def test_the_trainer_of_a_file_can_be_given(trainer, code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("model_name_or_path: m\ndataset_name: rows.jsonl\nbeta: 0.2\n")
+    assert main(["import", "a.yaml"]) == 2
+    capsys.readouterr()
+    assert main(["import", "a.yaml", "--trainer", trainer]) == code
+    if code == 0:
+        tree = yaml.safe_load(capsys.readouterr().out)
+        assert tree["task"]["beta"] == 0.2 and tree["task"].get("loss", "dpo") == trainer
+
+
+@pytest.mark.parametrize(
+    ("keys", "task", "data"),
+    [
+        (
+            {"rl": "dpo", "rl_beta": 0.2},
+            {"name": "preference", "loss": "dpo", "beta": 0.2},
+            {
+                "path": "a/b",
+                "type": "chat_template.default",
+                "field_messages": "conversation",
+                "field_chosen": "chosen",
+                "roles": {"user": ["user"]},
+                "message_property_mappings": {"role": "role", "content": "content"},
+            },
+        ),
+        ({"rl": "dpo"}, {"loss": "dpo", "beta": 0.1}, {"path": "a/b", "type": "chatml.intel"}),
+        (
+            {"rl": "kto", "kto_desirable_weight": 0.2, "micro_batch_size": 2},
+            {"loss": "kto", "desirable_weight": 0.2},
+            {"path": "a/b", "type": "llama3.ultra"},
+        ),
+        ({"rl": "simpo"}, {"loss": "simpo", "beta": 0.1, "gamma": 0.5}, {"path": "a/b", "type": "chatml.ultra"}),
+        (
+            {"rl": "orpo", "orpo_alpha": 0.3},
+            {"loss": "orpo", "beta": 0.3},
+            {"path": "a/b", "type": "chat_template.argilla"},
+        ),
+        ({"reward_model": True}, {"name": "reward"}, {"path": "a/b", "type": "bradley_terry.chat_template"}),
+    ],
+)
+def test_axolotl_preferences(keys, task, data, tmp_path):
+    _, found = values("axolotl", **keys, datasets=[data])
+    assert found.problems == []
+    assert not set(found.dropped) & {*keys, "datasets"}
+    config = configuration(found.text, tmp_path)
+    for key, value in task.items():
+        actual = getattr(config.task, key)
+        assert getattr(actual, "name", actual) == value, key
+    roles = {"chat_template.default": {"prompt": "conversation"}, "chatml.intel": {"prompt": "question"}}
+    assert config.data.columns == roles.get(data["type"], {})
+
+
+@pytest.mark.parametrize(
+    ("keys", "task", "form", "columns"),
+    [
+        ({"stage": "dpo"}, {"loss": "dpo", "beta": 0.1}, "preference", {"prompt": "conversations"}),
+        (
+            {"stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.0},
+            {"loss": "simpo", "beta": 2.0, "gamma": 0.5},
+            "preference",
+            {"prompt": "conversations"},
+        ),
+        ({"stage": "rm"}, {"name": "reward"}, "preference", {"prompt": "conversations"}),
+        (
+            {"stage": "kto", "kto_rejected_weight": 2},
+            {"loss": "kto", "undesirable_weight": 2.0},
+            "feedback_messages",
+            {"label": "kto_tag"},
+        ),
+    ],
+)
+def test_llama_factory_preferences(keys, task, form, columns, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected"}
+    judged = {"messages": "messages", "kto_tag": "kto_tag"}
+    described = {
+        "pairs": {"file_name": "pairs.json", "ranking": True, "formatting": "sharegpt", "columns": pairs},
+        "judged": {"file_name": "judged.json", "formatting": "sharegpt", "columns": judged},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(described))
+    names = ("judged", "pairs") if keys["stage"] == "kto" else ("pairs", "judged")
+    _, found = values("llama-factory", **keys, dataset=names[0])
+    assert found.problems == []
+    assert not set(found.dropped) & {*keys, "dataset"}
+    config = configuration(found.text, tmp_path)
+    for key, value in task.items():
+        actual = getattr(config.task, key)
+        assert getattr(actual, "name", actual) == value, key
+    assert (config.data.format, config.data.columns, config.data.packing) == (form, columns, False)
+    _, found = values("llama-factory", **keys, dataset=names[1])
+    assert ("dataset" in found.dropped) == (keys["stage"] != "kto" or names[1] == "pairs")
+
+
+def test_alpaca_rows_of_axolotl_are_written_as_its_plain_prompt():
+    alpaca, turns = {"path": "a/b", "type": "alpaca"}, {"path": "a/c", "type": "chat_template"}
+    tree, _ = values("axolotl", datasets=[alpaca])
+    assert tree["model"]["prompt_template"] == "alpaca"
+    tree, found = values("axolotl", datasets=[alpaca], chat_template="chatml")
+    assert tree["model"] == {"path": "m", "prompt_template": "alpaca"}
+    assert found.problems == []
+    for datasets in ([alpaca, turns], [{**alpaca, "type": "alpaca:chatml"}]):
+        tree, found = values("axolotl", datasets=datasets)
+        assert "prompt_template" not in tree["model"]
+        assert any("Alpaca" in text for text in found.assumed)
 
 
 def test_a_command_with_an_accelerate_file():
@@ -515,6 +706,7 @@ def test_a_command_with_an_accelerate_file():
         "x.sh",
     )
     assert raw == {
+        "trainer": "sft",
         "config_file": "ds.yaml",
         "num_processes": 4,
         "model_name_or_path": "m",
