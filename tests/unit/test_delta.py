@@ -80,6 +80,101 @@ def test_versions_times_columns_and_predicates(table):
     assert len(read(f"delta://{table}")) == 31
 
 
+@pytest.mark.parametrize(
+    ("where", "leftover"),
+    [
+        ("n = 1 n = 2", "n = 2"),
+        ("n = 1 AND label = 'b' garbage", "garbage"),
+        ("n = 1; DROP TABLE x", "; DROP TABLE x"),
+        ("n = 1) OR (n = 2", ") OR (n = 2"),
+        ("n = 1)) ((n = 2", ")) ((n = 2"),
+    ],
+)
+def test_what_follows_a_predicate_is_refused_with_its_position(table, where, leftover):
+    assert f"position {len(where) - len(leftover) + 1}, " in refused(f"delta://{table}?where={where}")
+
+
+def test_a_predicate_is_read_to_its_end(table):
+    assert "predicate" in refused(f"delta://{table}?where=n BETWEEN 1")
+    assert numbers(read(f"delta://{table}?where=n BETWEEN 1 AND 2")) == [1, 2]
+    assert numbers(read(f"delta://{table}?where=(n = 1) OR (n = 2) -- AND n = 1")) == [1, 2]
+    assert numbers(read(f"delta://{table}?where=n = 1 OR text = 'a ) b' OR n = 2")) == [1, 2]
+
+
+def test_times_are_those_of_the_files_of_commits(table):
+    """And a commit that seems older than the one before it comes a millisecond after that."""
+    log = sorted((table / "_delta_log").glob("*.json"))
+    for file, seconds in zip(log, (1_700_000_000, 1_700_000_100, 1_700_000_050), strict=True):
+        os.utime(file, (seconds, seconds))
+    for moment, rows in (("2023-11-14T22:13:20Z", 10), ("2023-11-14T22:14:59Z", 10), ("2023-11-14T22:15:00Z", 20)):
+        assert len(read(f"delta://{table}@{moment}")) == rows
+    assert len(read(f"delta://{table}@2023-11-14T22:15:00.001Z")) == 30
+    assert "begins at" in refused(f"delta://{table}@2023-11-14T22:13:19Z")
+
+
+@pytest.mark.parametrize("since", [0, 1])
+def test_times_in_commits_count_since_the_table_has_them(table, since):
+    log = sorted((table / "_delta_log").glob("*.json"))
+    for version, file in enumerate(log):
+        actions = [json.loads(line) for line in file.read_text().splitlines()]
+        for action in actions:
+            if "metaData" in action:
+                settings = {"delta.enableInCommitTimestamps": "true"}
+                if since:
+                    settings["delta.inCommitTimestampEnablementVersion"] = str(since)
+                    settings["delta.inCommitTimestampEnablementTimestamp"] = "1700000100000"
+                action["metaData"]["configuration"] = settings
+            if "protocol" in action:
+                action["protocol"] = {
+                    "minReaderVersion": 1,
+                    "minWriterVersion": 7,
+                    "writerFeatures": ["inCommitTimestamp"],
+                }
+            if "commitInfo" in action and version >= since:
+                action["commitInfo"]["inCommitTimestamp"] = 1_700_000_000_000 + 100_000 * version
+        actions.sort(key=lambda action: "commitInfo" not in action)
+        file.write_text("\n".join(map(json.dumps, actions)))
+        seconds = 1_600_000_000 + version if version < since else time.time()  # of a copy: the files are of today
+        os.utime(file, (seconds, seconds))
+    assert len(read(f"delta://{table}@2023-11-14T22:14:59Z")) == 10
+    assert len(read(f"delta://{table}@2023-11-14T22:15:00Z")) == 20
+    assert len(read(f"delta://{table}@2024-01-01")) == 30
+
+
+def test_a_field_that_a_struct_gets_moves_no_row(tmp_path):
+    rows = [{"text": f"row {number}", "of": {"a": number, "parts": [{"b": number}, None]}} for number in range(50)]
+    wider = [
+        {"text": row["text"], "of": {**row["of"], "new": None, "parts": [{"b": row["of"]["a"], "c": None}, None]}}
+        for row in rows
+    ]
+    of = [("a", pa.int64()), ("parts", pa.list_(pa.struct([("b", pa.int64())])))]
+    wide = [
+        ("a", pa.int64()),
+        ("parts", pa.list_(pa.struct([("b", pa.int64()), ("c", pa.string())]))),
+        ("new", pa.string()),
+    ]
+    for name, content, fields in (("narrow", rows, of), ("wide", wider, wide)):
+        schema = pa.schema([("text", pa.string()), ("of", pa.struct(fields))])
+        deltalake.write_deltalake(tmp_path / name, pa.Table.from_pylist(content, schema))
+    assert digest(f"delta://{tmp_path / 'narrow'}") == digest(f"delta://{tmp_path / 'wide'}")
+
+
+def test_rows_that_differ_in_what_is_absent_have_different_keys():
+    from dstune.data.lakehouse._ordered import row_key
+
+    different = [
+        {"a": None},
+        {"a": {}},
+        {"a": {"b": {}}},
+        {"a": [None]},
+        {"a": []},
+        {"a": [None, None]},
+        {"a": [("k", None)]},
+    ]
+    assert len({row_key(row) for row in different}) == len(different)
+    assert row_key({"a": {"b": None, "c": 1}}) == row_key({"a": {"c": 1}})
+
+
 def test_maintenance_changes_neither_rows_nor_their_order(table):
     before, rows = digest(f"delta://{table}"), read(f"delta://{table}")
     opened = deltalake.DeltaTable(table)

@@ -16,7 +16,7 @@ from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.files import DataFile
 from dstune.data.lakehouse._address import Address
-from dstune.data.lakehouse._tables import check_files, files_of, open_table, scan
+from dstune.data.lakehouse._tables import check_files, check_predicate, files_of, open_table, scan
 
 ROWS, META = "rows.parquet", "table.json"
 FORMAT = 1
@@ -29,6 +29,7 @@ def resolve(
 ) -> Address:
     """The resolved address; its rows are in the cache then. Raises UserError."""
     table, address = open_table(place, address, key, options)
+    check_predicate(table, address, key)
     listed = files_of(table, address, key)
     listing = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
     if known := describe(address):

@@ -114,11 +114,20 @@ def row_keys(table: Any) -> Any:
 
 
 def row_key(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that tell rows with different values apart. A column without a value counts as none, so that one which is
-    added to a table moves no row."""
-    values = {name: value for name, value in row.items() if value is not None}
+    """16 bytes that tell rows with different values apart. A column or a field of a struct without a value counts as none, so
+    that one which is added to a table moves no row."""
+    values = _without_absent(row)
     text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_other)
     return xxhash.xxh3_128_digest(text.encode())
+
+
+def _without_absent(value: Any) -> Any:
+    """`value` without fields of structs that are null; entries of lists, and pairs of maps, keep their places."""
+    if isinstance(value, Mapping):
+        return {name: _without_absent(part) for name, part in value.items() if part is not None}
+    if isinstance(value, (list, tuple)):
+        return [_without_absent(part) for part in value]
+    return value
 
 
 def _other(value: Any) -> Any:

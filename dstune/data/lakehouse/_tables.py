@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,7 +88,7 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
         raise UserError(Problem(key, reason, fix, spec))
     version = address.version
     if address.time:
-        version = _version_at(table, address, key)
+        version = _version_at(table, place, address, key, options)
     if version is None:
         version = newest
     if version > newest:
@@ -103,12 +104,38 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
     return table, replace(address, version=version, time="", table_id=table_id)
 
 
-def _version_at(table: Any, address: Address, key: str) -> int:
+def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> dict[int, float]:
+    """The time of each version, in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
+    Timestamps): the one in the commit since the table has such, before that the time of the commit's file, at least a
+    millisecond after that of the version before."""
+    from deltalake.fs import DeltaStorageHandler
+    from pyarrow.fs import FileSelector, PyFileSystem
+
+    files = PyFileSystem(DeltaStorageHandler(place, dict(options) if options else None))
+    commits = {}
+    for file in files.get_file_info(FileSelector("_delta_log")):
+        if found := re.fullmatch(r"(\d{20})\.json", file.base_name):
+            commits[int(found[1])] = round(file.mtime.timestamp() * 1000)
+    settings = table.metadata().configuration
+    in_commits = settings.get("delta.enableInCommitTimestamps", "").lower() == "true"
+    since = int(settings.get("delta.inCommitTimestampEnablementVersion", 0))
+    times: dict[int, float] = {}
+    last = 0
+    for version, modified in sorted(commits.items()):
+        if not (in_commits and version >= since):
+            last = max(modified, last + 1)
+            times[version] = last / 1000
+    if in_commits:
+        written = {int(entry["version"]): entry for entry in table.history() if "version" in entry}
+        times |= {version: written[version]["inCommitTimestamp"] / 1000 for version in commits if version >= since}
+    return times
+
+
+def _version_at(table: Any, place: str, address: Address, key: str, options: Mapping[str, str] | None) -> int:
     """The newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
     moment = address.moment
     with _refusals_named(key, str(address), "the times of its versions cannot be read"):
-        timed = [entry for entry in table.history() if {"version", "timestamp"} <= entry.keys()]
-        history = {int(entry["version"]): entry["timestamp"] / 1000 for entry in timed}
+        history = _commit_times(table, place, options)
     if moment > datetime.now(UTC):
         raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
     before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
@@ -158,12 +185,49 @@ def check_files(actions: list[dict[str, Any]], place: str, address: Address, key
     return sum(action["size_bytes"] or 0 for action in actions)
 
 
+_SENTINEL = "no such column of any table"
+
+
+def check_predicate(table: Any, address: Address, key: str) -> None:
+    """Raise UserError where the predicate does not end with its text: the library reads the first one and drops what follows."""
+    if not address.where or _is_whole(table, address.where):
+        return
+    with _refusals_named(key, str(address), "the predicate cannot be read"):
+        table.scan(predicate=address.where)  # what the library itself refuses, in its words
+    ends = [found.start() for found in re.finditer(r"\b|\W", address.where)]
+    end = next((end for end in reversed(ends) if _is_whole(table, address.where[:end])), 0)
+    leftover = address.where[end:].strip()
+    reason = f"the predicate ends before position {len(address.where) - len(leftover) + 1}, and this is left over: {leftover}"
+    raise UserError(Problem(key, reason, "join conditions with AND or OR", str(address)))
+
+
+def _is_whole(table: Any, predicate: str) -> bool:
+    """Whether the library reads `predicate` to its end: only then does it meet the unknown name after it.
+
+    In parentheses, since `n BETWEEN 1` would take that name as its bound; and without, since `n = 1) OR (n = 2` closes them.
+    """
+    for text in (f"{predicate}\n", _enclosed(predicate)):
+        try:
+            table.scan(predicate=f'{text} AND "{_SENTINEL}"')
+        except Exception as error:  # of classes of its own
+            if _SENTINEL in str(error):
+                continue
+        return False
+    return True
+
+
+def _enclosed(predicate: str) -> str:
+    return f"({predicate}\n)"  # a comment ends with its line
+
+
 def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
     """Batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
     import pyarrow as pa
 
     with _refusals_named(key, str(address), f"version {address.version} cannot be read"):
-        reader = table.scan(columns=list(address.columns) or None, predicate=address.where or None)
+        reader = table.scan(
+            columns=list(address.columns) or None, predicate=_enclosed(address.where) if address.where else None
+        )
         yield from pa.RecordBatchReader.from_stream(reader)
 
 
