@@ -1,12 +1,12 @@
 """Real chat templates x dialogues: is what dstune trains what a server would make the model write?
 
-    python benchmarks/templates.py [--folder FOLDER] [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked]
+    python benchmarks/templates.py [--folder FOLDER] [--markdown FILE] [--only NAME] [--show DIALOGUE] [--marked] [--reasoning MODE]
     python benchmarks/templates.py --families [--folder FOLDER]
     python benchmarks/templates.py --factors
 
-Templates are read from installed packages (TRL ships those of 40 models), from dstune, and with `--folder` from the
-`.jinja` files of a folder; none of them but dstune's is part of this repository. The source package of llama-cpp-python
-has 25 more (`vendor/llama.cpp/models/templates`):
+Templates are read from installed packages (TRL ships those of 40 models), from dstune, with `--folder` from the `.jinja`
+files of a folder, and with `--family-file` from a list of models (FAMILY_FILE); none of them but dstune's is part of this
+repository. The source package of llama-cpp-python has 25 more (`vendor/llama.cpp/models/templates`):
 
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.16
     tar xzf llama_cpp_python-0.3.16.tar.gz --wildcards '*/models/templates/*.jinja'
@@ -34,6 +34,7 @@ the history, and the tokens of all samples divided by those of the longest.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -50,6 +51,7 @@ from transformers import PreTrainedTokenizerFast
 from dstune.chat_templates import FOLDER
 from dstune.config.architectures import mark_stops
 from dstune.core.errors import UserError
+from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.proof import Server, difference
 from dstune.data.chat.template import ChatTemplate, seen
 from dstune.data.collate import NO_TARGET
@@ -60,7 +62,7 @@ from dstune.data.rows import stored
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
-from dstune.tasks.chat.config import ChatConfig, Turns
+from dstune.tasks.chat.config import ChatConfig, Reasoning, Turns
 
 DATE = "2026-01-15"
 
@@ -98,6 +100,45 @@ FAMILIES = {
     "rwkv": "rwkv",
 }
 """Of a file in `--folder`: the family, by a part of its name. Hermes ends turns with `<|im_end|>` as most others do."""
+
+FAMILY_FILE = "github.com/xorbitsai/inference, xinference/model/llm/llm_family.json, commit 7ecec16b, 2026-08-23"
+"""Where models and their templates are listed that `--family-file` reads; none of the texts is part of this repository."""
+
+DIGESTS = {
+    "mistral-instruct-v0.3": "da883c18dcbef495",
+    "QwQ-32B": "61433aea83935899",
+    "deepseek-r1": "56a1447ad31926fd",
+    "deepseek-r1-0528": "197ecb0f6315af91",
+    "deepseek-r1-distill-qwen": "563b1ce7d61d50a9",
+    "deepseek-v3": "013e5cdf3c2262d4",
+    "gemma-3-1b-it": "7de1c58e208eda46",
+    "glm4-0414": "854b703e44ca06bd",
+    "llama-3-instruct": "b61f26f00f0da37e",
+    "llama-3.2-vision-instruct": "0859dabef7a030ee",
+    "minicpm5-1b": "7451a05cf1e28a79",
+    "mistral-large-instruct": "979039119fc23c71",
+    "phi-3-mini-128k-instruct": "93d7bfd74b1ee92c",
+    "qwen2.5-instruct-1m": "44d5f08f3f72b837",
+    "qwen3": "87a2728cb8dc9fe4",
+    "Qwen3-Instruct": "40c21f34cf67d8c7",
+    "Qwen3-Thinking": "3802169b2a02b81e",
+    "Qwen3-Coder": "7e0648e7a298d820",
+    "Ernie4.5": "471fb57197677031",
+    "glm-4.5": "d20580d25443aebf",
+    "gpt-oss": "f8d9255777615591",
+    "Deepseek-V3.1": "497e31426df76e29",
+    "seed-oss": "fbcca444c9d1fc19",
+    "MiniMax-M2": "55beae30a60db5ce",
+    "DeepSeek-V3.2": "b22a3f6dbd50fb13",
+    "GLM-4.7": "a7e85db118575233",
+    "Kimi-K2.5": "7c91e4b3578b518b",
+    "qwen3.5": "a4aee8afcf2e0711",
+    "qwen3.6": "e84f32a23fdda276",
+    "qwen3.8": "c3cf9e34abf4f9e3",
+    "MiniMax-M3": "11421244f6755349",
+    "glm-5.2": "172dc74a35e1752d",
+}
+"""Of models in that file: the first 16 digits of the SHA-256 of the template that was measured."""
 
 SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|<\|?/?[a-z_]+\|?>|\[/?[A-Z_]+\]|<bos>|</?s>")  # noqa: RUF001
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -155,6 +196,21 @@ def family_of(name: str) -> str:
     if "hermes" in known:
         return "hermes"
     return next((family for part, family in FAMILIES.items() if part in known), known)
+
+
+def listed_templates(file: Path) -> dict[str, str]:
+    """The templates that a list of models has (`FAMILY_FILE`), each text once, under the first model with it. A template that
+    is not the one that was measured is reported."""
+    found: dict[str, str] = {}
+    for model in json.loads(file.read_text(encoding="utf-8")):
+        name, text = model["model_name"].replace("/", "_"), model.get("chat_template")
+        if not text or text in found.values():
+            continue
+        found[name] = text
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if DIGESTS.get(name, digest) != digest:
+            print(f"{name}: another template than the one that was measured")
+    return found
 
 
 def templates(folder: Path | None = None, *, marked: bool = False) -> dict[str, str]:
@@ -265,11 +321,15 @@ def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(stored(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
 
 
-def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tuple[str, str]:
+def cell(
+    tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False, reasoning: Reasoning = Reasoning.keep
+) -> tuple[str, str]:
     """What the table shows, and a refusal's reason or what is wrong."""
     try:
         row = prepared(dialogue)
-        encode = RowTokenizer(tokenizer, ChatConfig(template_date=DATE), "messages", max_length=100_000)
+        marks = ["<think>", "</think>"] if reasoning is Reasoning.inline else []
+        task = ChatConfig(template_date=DATE, reasoning=reasoning, reasoning_marks=marks)
+        encode = RowTokenizer(tokenizer, task, "messages", max_length=100_000)
     except RowError as error:
         return "refused", str(error)
     except UserError as error:
@@ -295,7 +355,11 @@ def cell(tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False) -> tup
         special = tokenizer.all_special_ids
         same = all(counts[token] == expected[token] for token in special)
         return ("=", "") if same else ("WRONG", "a row wrote a control token")
-    turns = server.turns(dialogue)  # as a client sends it, not as the row was read
+    # As a client sends it, not as the row was read; a server gives calls the ids that the template takes.
+    sent = with_call_ids(dialogue["messages"], encode.renderer.facts.call_ids)
+    if reasoning is Reasoning.inline:
+        sent = encode.renderer.expected(sent)
+    turns = server.turns({**dialogue, "messages": sent})
     for turn in turns:
         if reason := difference(turn, rows, stops):
             return "WRONG", f"message {turn.number + 1}: {reason}"
@@ -430,9 +494,13 @@ def print_factors(name: str = "dstune/chatml") -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="read the .jinja files of this folder instead")
+    parser.add_argument(
+        "--family-file", type=Path, help=f"read the templates of a list of models instead: {FAMILY_FILE}"
+    )
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--only", help="templates whose names contain this")
     parser.add_argument("--show", help="print what is trained of this dialogue")
+    parser.add_argument("--reasoning", type=Reasoning, choices=list(Reasoning), default=Reasoning.keep, metavar="MODE")
     parser.add_argument("--marked", action="store_true", help="compare TRL's marked templates with the rule")
     parser.add_argument("--families", action="store_true", help="compare dstune's templates with those of the families")
     parser.add_argument("--factors", action="store_true", help="tokens of conversations whose history is rewritten")
@@ -446,8 +514,9 @@ def main() -> int:
     names = list(DIALOGUES)
     lines = ["| template | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
     reasons: dict[str, int] = {}
-    wrong, counts = [], Counter()
-    for name, template in templates(options.folder, marked=options.marked).items():
+    wrong, counts, by_dialogue = [], Counter(), Counter()
+    listed = listed_templates(options.family_file) if options.family_file else None
+    for name, template in (listed or templates(options.folder, marked=options.marked)).items():
         if options.only and options.only not in name:
             continue
         cells = []
@@ -458,11 +527,14 @@ def main() -> int:
                 if reason and formatted != "refused":
                     print(f"  {dialogue}: {reason}")
             else:
-                formatted, reason = cell(tokenizer, DIALOGUES[dialogue], show=dialogue == options.show)
+                formatted, reason = cell(
+                    tokenizer, DIALOGUES[dialogue], show=dialogue == options.show, reasoning=options.reasoning
+                )
             if options.marked:
                 counts["different" if formatted.startswith("+") else formatted] += 1
             else:
                 counts[formatted if formatted in ("WRONG", "refused") else "served"] += 1
+            by_dialogue[dialogue] += formatted.endswith("=")
             if formatted == "WRONG":
                 wrong.append(f"{name} x {dialogue}: {reason}")
             if formatted == "refused":
@@ -474,6 +546,7 @@ def main() -> int:
         print(lines[-1], flush=True)
     lines += ["", *(f"- r{number}: {reason}" for reason, number in reasons.items())]
     print("\n".join(lines[-len(reasons) :]))
+    print("served, by dialogue:", dict(by_dialogue))
     print(dict(counts), *wrong, sep="\n")
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")

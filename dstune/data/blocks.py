@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import shutil
 import socket
@@ -24,6 +23,7 @@ from typing import Any
 import xxhash
 
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import child_environment
 from dstune.core.errors import TrainingFailed
 from dstune.data import cache
 from dstune.data.prepared import PreparedData, Split, load_split
@@ -204,7 +204,7 @@ def _remove(path: Path) -> None:
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
     """The preparing process, in the session of this rank so that whoever ends the rank ends it too."""
-    environment = os.environ | {
+    environment = child_environment() | {
         "CUDA_VISIBLE_DEVICES": ""
     }  # it computes nothing, and a context takes memory of the GPU
     process = subprocess.Popen(

@@ -45,6 +45,20 @@ NO_TEXT = frozenset({"label", "labels", "tags"})
 """Keys of a row whose values are names. Below them, as in the arguments of a tool, the same keys hold what somebody wrote."""
 
 
+PIECE = 16384
+"""Characters that are counted at a time."""
+CUT = 64
+"""Tokens by which a piece may have more than its part of the whole text, since it was cut within a word."""
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than are of use."""
+
+    def __init__(self, most: int):
+        super().__init__(f"more than {most} tokens")
+        self.most = most
+
+
 @dataclass(frozen=True)
 class Defused:
     """A value whose strings hold stand-ins instead of control tokens."""
@@ -99,8 +113,16 @@ class ControlTokens:
         """The first control token in the strings of `value` (a text, a row, messages), or nothing."""
         return next((found.group() for text in _strings(value) if (found := self.pattern.search(text))), "")
 
+    def refuse_across_parts(self, value: Any) -> None:
+        """Raise RenderError where parts of one content, put together, write a control token that none of them holds: it could not
+        be told from the template's."""
+        for parts in _contents_in_parts(value):
+            if written := _across(self.pattern, parts):
+                raise RenderError(f"the parts of a content put together write the control token {written!r}")
+
     def defuse(self, value: Any) -> Defused:
-        """`value` with stand-ins for the control tokens in its strings."""
+        """`value` with stand-ins for the control tokens in its strings. Raises RenderError as `refuse_across_parts`."""
+        self.refuse_across_parts(value)
         found = (match.group() for text in _strings(value) for match in self.pattern.finditer(text))
         strings = tuple(dict.fromkeys(found))
         used = set(json.dumps(value, ensure_ascii=False))
@@ -147,6 +169,18 @@ class ControlTokens:
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return self.encode(text, own)[0]
+
+    def check_length(self, text: str, most: int) -> None:
+        """Raises TooManyTokens where `text` certainly has more than `most`, without reading all of it: the tokens of megabytes take
+        minutes. Says nothing of texts that are only somewhat too long."""
+        if len(text) <= 4 * most:
+            return
+        count = 0
+        for start in range(0, len(text), PIECE):
+            piece = text[start : start + PIECE]
+            count += len(self._tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]) - CUT
+            if count > most:
+                raise TooManyTokens(most)
 
     def _without_offsets(self, text: str, own: list[int]) -> list[int]:
         written = [found.start() for found in self.pattern.finditer(text)]
@@ -223,6 +257,32 @@ def _strings(value: Any, names: Collection[str] = NO_TEXT) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item, frozenset())
+
+
+def _contents_in_parts(value: Any) -> Iterator[list[str]]:
+    """The texts of each list of text parts in a value."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _contents_in_parts(item)
+    elif isinstance(value, list):
+        parts = [item["text"] for item in value if isinstance(item, dict) and isinstance(item.get("text"), str)]
+        if len(parts) > 1:
+            yield parts
+        for item in value:
+            yield from _contents_in_parts(item)
+
+
+def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
+    """A match of `pattern` over the edge of two parts, as templates put them together; empty if there is none."""
+    for texts in (parts, [part.strip() for part in parts]):
+        edges, place = [], 0
+        for text in texts:
+            place += len(text)
+            edges.append(place)
+        for found in pattern.finditer("".join(texts)):
+            if any(found.start() < edge < found.end() for edge in edges):
+                return found.group()
+    return ""
 
 
 def _is_name(key: str, value: Any, names: Collection[str]) -> bool:

@@ -18,7 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.problems import unprinted_in
-from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise, stored
+from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise, stored, with_joined_parts
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
@@ -254,7 +254,7 @@ class _Reader:
         if self._bound.has_labels:
             self._refuse_other_labels(row)
             label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
-        content = canonical(row)
+        content = canonical(with_joined_parts(row))
         return stored(row), content_hash(content, self._data.split.seed), label
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:

@@ -60,11 +60,20 @@ def refuse_markers(row: Mapping[str, Any]) -> None:
     """Raises RowError where a text of a normalised row has a place for media."""
     for key in TEXTS:
         value = row.get(key, ())
-        for text in (value,) if isinstance(value, str) else (message.get("content") for message in value):
+        for text in (
+            (value,)
+            if isinstance(value, str)
+            else (text for message in value for text in _texts(message.get("content")))
+        ):
             if (
                 text and "<" in text and (marker := marker_in(text))
             ):  # the pattern takes longer to find out the first part
                 raise RowError(f"the marker {marker} stands for media in {text!r:.60}; {UNREAD}")
+
+
+def _texts(content: Any) -> list[str]:
+    """The texts of a message's content."""
+    return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
 
 
 def marker_in(text: str) -> str:

@@ -1,12 +1,13 @@
 """One message of a conversation, as files have it (OpenAI, ShareGPT, LLaMA-Factory), brought to what chat templates read:
-`role`, `content` as text, `reasoning_content`, `tool_calls` with arguments as an object, `weight: 0` where it is not trained.
+`role`, `content` as text (or as a list of text parts, where it has several),
+`reasoning_content`, `tool_calls` with arguments as an object, `weight: 0` where it is not trained.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dstune.core.parsing import parse_json
@@ -14,6 +15,8 @@ from dstune.data import media
 from dstune.data.problems import RowError, format_value
 
 Message = dict[str, Any]
+Content = str | list[dict[str, str]]
+"""A text, or several parts `{type: text, text}`: a template prints them in its own way (`chat.content_format`)."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -98,7 +101,7 @@ def message_of(number: int, message: Any) -> Message:
             raise RowError(f"message {number} ({role}) has a content and a refusal")
         content = refusal
     if name not in NAMES_OF_CALLS and not (calls and content is None):
-        result["content"] = _text(number, role, content)
+        result["content"] = content if isinstance(content, list) else _text(number, role, content)
     if message.pop("prefix", None):
         raise RowError(
             f"message {number} ({role}) is a prefix that the answer continues (continue_final_message); give the message as a "
@@ -121,13 +124,37 @@ def message_of(number: int, message: Any) -> Message:
     return {key: result[key] for key in sorted(result, key=lambda key: places.get(key, len(places)))}
 
 
-def _refuse_two_reasonings(number: int, message: Message, content: str | None) -> None:
+def _refuse_two_reasonings(number: int, message: Message, content: Content | None) -> None:
     """Raises RowError where a template would print one of them alone, or one behind the other."""
     given = [key for key in REASONING_KEYS if message.get(key, "").strip()]
     if len({message[key].strip() for key in given}) > 1:
         raise RowError(f"message {number} (assistant) has a {given[0]} and a {given[1]} that say different things")
-    if given and (content or "").lstrip().startswith("<think>") and inline_reasoning(content or ""):
+    text = content_text(content)
+    if given and text.lstrip().startswith("<think>") and inline_reasoning(text):
         raise RowError(f"message {number} (assistant) has reasoning in its content and as {given[0]}")
+
+
+def content_text(content: Any) -> str:
+    """The content of a message as one text, empty if there is none."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""
+
+
+def content_start(content: Any) -> str:
+    """The text with which a content begins: of several parts the first one."""
+    return content[0]["text"] if isinstance(content, list) and content else content_text(content)
+
+
+def with_start(content: Any, text: str) -> Content:
+    """`content` that begins with `text` in place of `content_start`."""
+    return [{**content[0], "text": text}, *content[1:]] if isinstance(content, list) and content else text
+
+
+def joined(message: Mapping[str, Any]) -> Message:
+    """`message` with its content as one text."""
+    content = message.get("content")
+    return {**message, "content": content_text(content)} if isinstance(content, list) else dict(message)
 
 
 def is_call(message: Any) -> bool:
@@ -141,8 +168,9 @@ def _text(number: int, role: str, content: Any) -> str:
     return content
 
 
-def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> str | None:
-    """The text of a content that is given in parts; reasoning and calls among them become fields of `message`."""
+def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> Content | None:
+    """The text of a content that is given in parts, or its parts if several hold text; reasoning and calls among them become
+    fields of `message`."""
     found: dict[str, list[Any]] = {kind: [] for kind in ORDER}
     last = 0
     for part in parts:
@@ -170,8 +198,9 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> s
         complaint = f"message {number}: a part of type 'tool_call' is not JSON"
         calls = found["call"]
         message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
-    # As vLLM and llama.cpp give them to templates that read a text.
-    return None if found["call"] and not found["text"] else "\n".join(found["text"])
+    if len(found["text"]) > 1:  # how they are put together is the template's business
+        return [{"type": "text", "text": text} for text in found["text"]]
+    return None if found["call"] and not found["text"] else "".join(found["text"])
 
 
 def _type(part: Any) -> str:

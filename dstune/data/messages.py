@@ -9,20 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dstune.data.message import REASONING_KEYS, Message, from_json, is_call, message_of, without_none
+from dstune.data.content_blocks import with_parameters, without_blocks
+from dstune.data.message import REASONING_KEYS, Message, content_text, from_json, is_call, message_of, without_none
 from dstune.data.problems import RowError, format_value
 
 EXCHANGE_KEYS = ("system", "human", "user", "assistant")
 """Of an object that is a question and its answer, in their order."""
 
-FOLLOWERS = {
+USUAL_FOLLOWERS = {
     "start": ("system", "user", "assistant"),
     "system": ("user", "assistant"),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-"""Which role may follow which."""
+"""Which role follows which in a conversation that every chat template renders."""
+
+FOLLOWERS = {
+    "start": ("system", "user", "assistant"),
+    "system": ("system", "user", "assistant"),
+    "user": ("system", "user", "assistant"),
+    "assistant": ("system", "user", "assistant", "tool"),
+    "tool": ("system", "user", "assistant", "tool"),
+}
+"""Which role may follow which: whether a template renders it is proven with the template (`render.py`)."""
 
 VALUES = ("default", "const", "example")
 """Keywords of JSON Schema whose value is any value, null among them."""
@@ -57,7 +67,8 @@ def conversation_of(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of messages that is not empty")
     messages: list[Message] = []
-    for number, given in enumerate((message for item in value for message in _of_exchange(item)), start=1):
+    separate = (message for item in value for of in _of_exchange(item) for message in without_blocks(of))
+    for number, given in enumerate(separate, start=1):
         message = message_of(number, given)
         if is_call(given) and messages and messages[-1]["role"] == "assistant":
             messages[-1] = _with_calls(messages[-1], message, number)
@@ -166,7 +177,7 @@ def with_system(messages: list[Message], system: Any) -> list[Message]:
     if not text:
         return messages
     if messages[0]["role"] == "system":
-        if messages[0]["content"].strip() == text.strip():
+        if content_text(messages[0]["content"]).strip() == text.strip():
             return messages
         raise RowError("a system text stands in the column 'system' and in the first message")
     return [{"role": "system", "content": text}, *messages]
@@ -257,8 +268,9 @@ def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) 
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    tool = with_parameters(tool)
     is_bare = "function" not in tool and isinstance(tool.get("name"), str)
-    if not is_bare or tool.get("type", "function") != "function":
+    if not is_bare or tool.get("type", "function") not in ("function", "custom"):
         return tool
     return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
@@ -336,6 +348,16 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
         raise RowError("no trainable token: every assistant message has the weight 0")
 
 
+def first_unusual(messages: list[Message]) -> int | None:
+    """The number of the first message, from 0, whose role does not usually follow the role before it."""
+    previous = "start"
+    for number, message in enumerate(messages):
+        if message["role"] not in USUAL_FOLLOWERS[previous]:
+            return number
+        previous = message["role"]
+    return None
+
+
 def check_answers(messages: list[Message]) -> None:
     """Raises RowError for a message to train on that would teach the model to say nothing."""
     if not any(_says_something(message) for message in messages):
@@ -346,5 +368,5 @@ def check_answers(messages: list[Message]) -> None:
 
 
 def _says_something(message: Message) -> bool:
-    texts = (message.get(key) for key in ("content", *REASONING_KEYS))
+    texts = (content_text(message.get("content")), *(message.get(key) for key in REASONING_KEYS))
     return bool(message.get("tool_calls")) or any(text and text.strip() for text in texts)

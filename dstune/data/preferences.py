@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstune.data.media import holds_something
-from dstune.data.message import ROLE_NAMES, Message
+from dstune.data.message import ROLE_NAMES, Message, content_text
 from dstune.data.messages import (
     BESIDE_CONVERSATION,
     after_history,
@@ -167,10 +167,12 @@ def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[M
     if isinstance(prompt, list):
         same = prompt in (chosen[: len(prompt)], requested)
     else:
-        requested_text = _words(" ".join(message.get("content", "") for message in requested))
+        requested_text = _words(" ".join(content_text(message.get("content")) for message in requested))
         given = _words(prompt or "")
         same = given in requested_text or all(
-            _words(message.get("content", "")) in given for message in requested if message["role"] != "system"
+            _words(content_text(message.get("content"))) in given
+            for message in requested
+            if message["role"] != "system"
         )
     if not same:
         raise RowError("the column 'prompt' says what chosen and rejected, which are whole conversations, do not")

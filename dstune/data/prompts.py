@@ -10,6 +10,7 @@ import numpy as np
 
 from dstune.config.schema import RunConfig
 from dstune.data.ingest import Table
+from dstune.data.message import content_text
 from dstune.data.prepared import SamplePrompt
 from dstune.data.render import RenderError
 from dstune.data.tokenize import RowTokenizer, conversation
@@ -64,8 +65,8 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     if not first:
         return None
     requested = messages[:first]
-    formatted = "\n".join(message["content"] for message in requested if message["role"] != "system")
-    reference = messages[first].get("content") or ""
+    formatted = "\n".join(content_text(message["content"]) for message in requested if message["role"] != "system")
+    reference = content_text(messages[first].get("content"))
     if encode.renderer is None:
         return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), formatted, reference)
     try:

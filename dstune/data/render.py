@@ -17,6 +17,8 @@ import numpy as np
 from dstune.chat_templates import packaged_for, template_path
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.call_ids import with_call_ids
+from dstune.data.chat.content_format import in_format
 from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
 from dstune.data.chat.prompt import prompt_ids
 from dstune.data.chat.rule import (
@@ -27,6 +29,7 @@ from dstune.data.chat.rule import (
     Stops,
     Turn,
     alternatives,
+    behind_message,
     in_common,
     only_marked,
     passages,
@@ -34,9 +37,10 @@ from dstune.data.chat.rule import (
     turn_of,
 )
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
+from dstune.data.chat.thoughts import inlined, is_open, marks_of
 from dstune.data.control import ControlTokens
-from dstune.data.message import REASONING_KEYS, inline_reasoning
-from dstune.data.messages import NO_ARGUMENTS
+from dstune.data.message import REASONING_KEYS, content_start, inline_reasoning, with_start
+from dstune.data.messages import NO_ARGUMENTS, first_unusual
 from dstune.data.problems import unprinted
 
 __all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
@@ -45,6 +49,9 @@ Render = Callable[..., str]
 """`ChatTemplate.text` or `ChatTemplate.direct`."""
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
+
+END_MARKER = "qzmessageend"
+"""Text that is put behind a message to find where the template has printed it."""
 
 _SEVERAL = "more than one tool call of a message"
 
@@ -86,6 +93,10 @@ class Choice:
     turns: str = "auto"
     """`auto`: every turn, or those that the template marks; `all`: every turn; `last`: the last one alone."""
     drop_reasoning: bool = False
+    inlines_reasoning: bool = False
+    """Reasoning is written at the beginning of the content, where the template has no field for it."""
+    reasoning_marks: tuple[str, ...] = ()
+    """Between which it is written then; none: those of the template or the vocabulary."""
     whole: bool = False
     """The whole conversation is one passage, for a model that scores it; its last part counts."""
 
@@ -126,6 +137,7 @@ class ChatRenderer:
         )
         with self._template.opening():
             self.facts: Facts = facts_of(self._template)
+            self._marks = self._inline_marks()
             if not self.choice.whole:
                 _ = self.stops  # so that a template without ends is refused at once
 
@@ -142,6 +154,9 @@ class ChatRenderer:
     def has_marks(self, tools: Tools | None) -> bool:
         """Whether the template says itself what is trained (`{% generation %}`)."""
         return self._template.has_marks(tools)
+
+    def _obeys_marks(self, tools: Tools | None) -> bool:
+        return self.choice.turns == "auto" and self._template.has_marks(tools)
 
     def holds_control_tokens(self, row: Mapping[str, Any]) -> bool:
         """Whether somebody wrote what reads like a control token."""
@@ -178,7 +193,7 @@ class ChatRenderer:
         given = dict(arguments or {})
         if answer is not None:
             given = self.arguments_for(self.expected([dict(answer)])[0], given)
-        messages = self.expected(messages)
+        messages = self.expected(messages, tools)
         return prompt_ids(self._template, self._control, self.facts, messages, tools=tools, arguments=given)
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -194,13 +209,16 @@ class ChatRenderer:
 
         Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
         """
-        messages = self.expected(messages)
+        messages = self.expected(messages, tools)
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if self.choice.turns == "last":
             numbers = numbers[-1:]
         trained = [number for number in numbers if messages[number].get("weight", 1)]
         self._refuse_dropped(messages, tools, trained)
         adapted = [self.facts.adapted(message) for message in messages]
+        if (number := first_unusual(messages)) is not None:
+            given = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
+            self._refuse_lost(adapted, tools, given, number)
         if self.choice.whole:
             return [self._scored(adapted, tools, arguments, trained)]
         if not trained:
@@ -215,7 +233,7 @@ class ChatRenderer:
         if turns[-1].number < len(messages) - 1:
             whole = render(adapted, tools=tools, arguments=of_last)
         found = passages(whole, turns, self._special)
-        if self.choice.turns == "auto" and self._template.has_marks(tools):
+        if self._obeys_marks(tools):
             for at, passage in enumerate(found):
                 last = passage.places[-1].number
                 formatted = adapted if passage.text is whole else adapted[: last + 1]
@@ -231,7 +249,7 @@ class ChatRenderer:
         Raises RenderError as `passages` does, and where such a turn cannot be found again.
         """
         found = self.passages(messages, tools=tools, arguments=arguments)
-        messages = self.expected(messages)
+        messages = self.expected(messages, tools)
         adapted = [self.facts.adapted(message) for message in messages]
         last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         whole = self._template.text(adapted, tools=tools, arguments=self.arguments_for(last, arguments))
@@ -268,6 +286,10 @@ class ChatRenderer:
         formatted = adapted[: number + 1]
         answered = render(formatted, tools=tools, arguments=arguments)
         calls = bool(message.get("tool_calls"))
+        # Marks are places in the conversation as the template prints it, which is not the text that is trained then.
+        if not answered.startswith(prompt) and not self._obeys_marks(tools):
+            target = _apart(formatted, prompt, answered, arguments, tools, render)
+            answered = answered if target is None else prompt + target
         try:
             turn = turn_of(number, prompt, answered, self.stops, calls=calls)
         except RuleError as error:
@@ -279,8 +301,8 @@ class ChatRenderer:
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
         """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
         found = []
-        if prompt.rstrip().endswith("<think>") and not _thinks(messages[-1]):
-            found.append("the prompt asks for reasoning, which this turn does not have")
+        if is_open(prompt) and not _thinks(messages[-1]):
+            found.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
         own = self._template
         tried = {
             f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} fixes it": (own, messages, {name: value})
@@ -319,9 +341,52 @@ class ChatRenderer:
         start = in_common(prompt, text)
         return Passage(text, (Place(trained[0], start, len(text), len(text), ((start, len(text)),)),))
 
-    def expected(self, messages: Messages) -> Messages:
-        """`messages` without what `task.reasoning` drops."""
-        return [_without_reasoning(message) for message in messages] if self.choice.drop_reasoning else messages
+    def expected(self, messages: Messages, tools: Tools | None = None) -> Messages:
+        """`messages` without what `task.reasoning` drops, and with what it writes into contents; contents are as the template
+        reads them."""
+        messages = with_call_ids(in_format(messages, self._template.source(tools)), self.facts.call_ids)
+        if self.choice.drop_reasoning:
+            return [_without_reasoning(message) for message in messages]
+        if self.choice.inlines_reasoning and self.facts.reasoning_key is None:
+            return [_with_inline_reasoning(message, self._marks) for message in messages]
+        return messages
+
+    def _inline_marks(self) -> tuple[str, str] | None:
+        """The marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are known."""
+        if len(self.choice.reasoning_marks) == 2 and all(self.choice.reasoning_marks):
+            opening, closing = self.choice.reasoning_marks
+            return opening, closing
+        fix = "task.reasoning_marks='[<think>,</think>]', or what else opens and closes reasoning"
+        if self.choice.reasoning_marks:
+            value = str(list(self.choice.reasoning_marks))
+            raise UserError(Problem("task.reasoning_marks", "these have to be two texts", fix, value))
+        marks = _known_marks(self._template)
+        if marks is None and self.choice.inlines_reasoning and self.facts.reasoning_key is None:
+            reason = "neither the chat template nor the vocabulary has marks of reasoning"
+            raise UserError(Problem("task.reasoning_marks", reason, fix))
+        return marks
+
+    def _refuse_lost(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], unusual: int) -> None:
+        """Raises RenderError where the template does not print each message of the user and the system, in their order.
+
+        unusual: the number of the message that comes in an unusual order. A template may print the last one of two alone.
+        """
+        markers: list[str] = []
+        marked = []
+        for message in messages:
+            content = message.get("content")
+            if message["role"] in ("user", "system") and content:
+                markers.append(f"{END_MARKER}{len(markers)}z")
+                message = {**message, "content": _with_end(content, markers[-1])}
+            marked.append(message)
+        text = self._template.text(marked, tools=tools, arguments=arguments)
+        places = [text.find(marker) for marker in markers]
+        if -1 in places or places != sorted(places):
+            role, before = messages[unusual]["role"], messages[unusual - 1]["role"]
+            raise RenderError(
+                f"message {unusual + 1} has the role {role} after {before}, and the chat template does not print all messages "
+                "of such a conversation; put their texts into one message, or set model.chat_template to one that does"
+            )
 
     def _refuse_dropped(self, messages: Messages, tools: Tools | None, trained: Iterable[int]) -> None:
         """Raises RenderError where the row has what the template never prints."""
@@ -342,7 +407,9 @@ class ChatRenderer:
         if self._packaged is not None and not dropped[_SEVERAL]:
             fix += f" (the packaged {self._packaged} does)"
         if facts.reasoning_key is None and any(reasoning_of(messages[number]) for number in trained):
-            fix = f"task.reasoning=drop trains without it, or {fix}" if not fields else fix
+            marks = "...".join(self._marks) if self._marks else "with task.reasoning_marks=[OPENING,CLOSING]"
+            inline = f"task.reasoning=inline writes it into the content ({marks})"
+            fix = f"{inline}, task.reasoning=drop trains without it, or {fix}" if not fields else fix
             fields.append(f"reasoning ({', '.join(REASONING_KEYS)})")
         if fields:
             raise RenderError(unprinted(" and ".join(filter(None, [", ".join(fields[:-1]), fields[-1]])), fix))
@@ -362,29 +429,81 @@ def known_stops(tokenizer: Any) -> frozenset[str]:
     return frozenset(added[number].content for number in ids if number in added)
 
 
+def _apart(
+    messages: Messages, prompt: str, answered: str, arguments: Mapping[str, Any], tools: Tools | None, render: Render
+) -> str | None:
+    """What the last of `messages` adds to a prompt that does not begin the conversation, or nothing where it is ambiguous.
+
+    A marker at the end of the message before it shows where prompt and conversation have both printed that message.
+    """
+    *earlier, last, turn = messages
+    content = last.get("content")
+    if not content or END_MARKER in prompt or END_MARKER in answered:
+        return None
+    marked = [*earlier, {**last, "content": _with_end(content, END_MARKER)}]
+    try:
+        texts = [
+            render(marked, tools=tools, arguments=arguments, prompt=True),
+            render([*marked, turn], tools=tools, arguments=arguments),
+        ]
+    except RenderError:
+        return None
+    tails = [text.rpartition(END_MARKER)[2] for text in texts]
+    expected = zip((prompt, answered), texts, tails, strict=True)
+    if not all(END_MARKER in text and original.endswith(tail) for original, text, tail in expected):
+        return None
+    return behind_message(*tails, thinks=_thinks(turn))
+
+
+def _with_end(content: Any, text: str) -> Any:
+    """A content that ends with `text`."""
+    if isinstance(content, list):
+        return [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
+    return content + text
+
+
 def _thinks(message: Mapping[str, Any]) -> bool:
     """Whether a message has reasoning, in a field of its own or at the start of its content."""
     if reasoning_of(message) is not None:
         return True
-    inline = inline_reasoning(message.get("content") or "")
+    inline = inline_reasoning(content_start(message.get("content")))
     return bool(inline and inline[0].strip())
+
+
+def _known_marks(template: ChatTemplate) -> tuple[str, str] | None:
+    """The marks of reasoning that a template or its vocabulary has."""
+    tokens = {token.content for token in template.tokenizer.added_tokens_decoder.values()}
+    return marks_of(template.source(None), tokens)
+
+
+def _with_inline_reasoning(message: dict[str, Any], marks: tuple[str, str] | None) -> dict[str, Any]:
+    """`message` with the reasoning of its own field at the beginning of its content, between `marks`."""
+    reasoning = reasoning_of(message) if message["role"] == "assistant" else None
+    if reasoning is None or marks is None:
+        return message
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    content = message.get("content")
+    return {**kept, "content": with_start(content, inlined(content_start(content), reasoning, marks))}
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
     kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    if inline := inline_reasoning(kept.get("content") or ""):
-        kept["content"] = inline[1].lstrip()
+    if inline := inline_reasoning(content_start(kept.get("content"))):
+        kept["content"] = with_start(kept["content"], inline[1].lstrip())
     return kept
 
 
 def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
     """Raises RenderError where what the assistant says, thinks or calls is not in what the template writes for it."""
-    content = message.get("content") or ""
+    content = message.get("content")
+    start = content_start(content)
     reasoning = reasoning_of(message)
-    inline = None if reasoning else inline_reasoning(content)
-    output = {"reasoning": reasoning or (inline[0] if inline else ""), "content": inline[1] if inline else content}
+    inline = None if reasoning else inline_reasoning(start)
+    output = {"reasoning": reasoning or (inline[0] if inline else ""), "content": inline[1] if inline else start}
+    if isinstance(content, list):
+        output |= {f"part {number} of its content": part["text"] for number, part in enumerate(content[1:], 2)}
     for function in (call["function"] for call in message.get("tool_calls") or []):
         name, arguments = function["name"], function["arguments"]
         output[f"call of {name}"] = name

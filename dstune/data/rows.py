@@ -8,6 +8,7 @@ from typing import Any
 
 from dstune.data import media
 from dstune.data.formats import check_columns, check_task, column_of, columns_read, recognise
+from dstune.data.message import joined
 from dstune.data.problems import RowError, listing
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
@@ -22,7 +23,12 @@ __all__ = [
     "recognise",
     "sort_labels",
     "stored",
+    "with_joined_parts",
 ]
+
+
+CONVERSATIONS = frozenset({"messages", "prompt", "chosen", "rejected"})
+"""Keys of a normalised row that may hold messages."""
 
 
 def normalise(
@@ -77,6 +83,16 @@ def stored(row: Mapping[str, Any]) -> str:
     What they hold is as it was given: templates print schemas and calls of tools in the order in which they get their keys.
     """
     return json.dumps(dict(sorted(row.items())), ensure_ascii=False, separators=(",", ":"))
+
+
+def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with the parts of each content joined: rows keep their place in a split however a template prints parts."""
+    return {
+        key: [joined(message) if isinstance(message, dict) else message for message in value]
+        if isinstance(value, list) and key in CONVERSATIONS
+        else value
+        for key, value in row.items()
+    }
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:

@@ -175,9 +175,8 @@ def test_a_prompt_that_does_not_begin_the_conversation_is_refused_with_both_text
     assert "the prompt goes on" in text
     assert "<think>" in text
     assert "the conversation" in text
-    assert text.endswith(
-        "; the prompt asks for reasoning, which this turn does not have; model.chat_template=chatml fixes it"
-    )
+    assert "the prompt asks for reasoning, which this turn does not have" in text
+    assert text.endswith("; model.chat_template=chatml fixes it")
     switched = CHATML.replace(
         PROMPT,
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + ('' if thinking is false else '<think>') }}{% endif %}",

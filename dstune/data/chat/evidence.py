@@ -16,7 +16,7 @@ import numpy as np
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import REFUSALS, Served, Server, difference
 from dstune.data.collate import NO_TARGET
-from dstune.data.message import REASONING_KEYS, inline_reasoning
+from dstune.data.message import REASONING_KEYS, content_start, inline_reasoning
 from dstune.data.stopping import stop_token_ids
 
 FILE = "train.evidence.json"
@@ -177,7 +177,7 @@ def _reasoning_of_turns(text: str) -> list[bool]:
 
 
 def _is_thought(message: Mapping[str, Any]) -> bool:
-    inline = inline_reasoning(str(message.get("content") or ""))
+    inline = inline_reasoning(content_start(message.get("content")))
     fields = [message.get(key) for key in REASONING_KEYS]
     return any(str(text or "").strip() for text in (*fields, inline[0] if inline else ""))
 
@@ -228,7 +228,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         for exchange in exchanges:
             places = entry["samples"] if exchange.sample is None else [entry["samples"][exchange.sample]]
             samples = [_columns(table[place], exchange.prefix) for place in places]
-            row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"])}
+            row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"], exchange.row.get("tools"))}
             try:
                 reason, count = _compared(server, row, samples, own, stops)
             except REFUSALS as error:  # of the conversation that was rendered to make the samples

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from dstune.data.chat.call_ids import CallIds, with_call_ids
 from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
-from dstune.data.message import REASONING_KEYS
+from dstune.data.message import REASONING_KEYS, content_start, with_start
 
 SWITCHES = ("enable_thinking", "thinking")
 """Arguments with which templates are told whether the model is to think."""
@@ -23,6 +24,9 @@ _QUESTION = {"role": "user", "content": "qzquestion"}
 _ANSWER = {"role": "assistant", "content": "qzanswer"}
 _RESULT = {"role": "tool", "content": "qzresult", "tool_call_id": "qzcall001", "name": "qzfirst"}
 
+
+_LONG_ID = "call_qz0123456789abcdefghij"
+"""As OpenAI writes ids of calls."""
 
 _INLINE = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.DOTALL)
 """Reasoning at the start of a content, and the answer behind it."""
@@ -63,19 +67,21 @@ class Facts:
     """Whether it concatenates arguments, which then have to be JSON text, instead of printing an object."""
     empty_content: bool
     """Whether a message with calls needs a content, which is empty then."""
+    call_ids: CallIds = CallIds.any
+    """The form of the ids of calls with which it prints them."""
     splits_reasoning: bool = True
     """Whether it finds reasoning in the content by itself (`<think>...</think>`), or prints none at all."""
 
     def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         """`message` as the template reads it; equal to it where it does already."""
-        changed = dict(message)
+        changed, content = dict(message), message.get("content")
         split = not self.splits_reasoning and message["role"] == "assistant"
-        if split and (inline := _INLINE.match(message.get("content") or "")):
-            changed = {**message, "reasoning_content": inline.group(1).strip(), "content": inline.group(2)}
+        if split and (inline := _INLINE.match(content_start(content))):
+            changed |= {"reasoning_content": inline.group(1).strip(), "content": with_start(content, inline.group(2))}
         reasoning = reasoning_of(changed)
         if reasoning is not None and self.reasoning_key == "content":
             changed = {key: value for key, value in changed.items() if key not in REASONING_KEYS}
-            changed["content"] = _inline(reasoning, message.get("content") or "")
+            changed["content"] = with_start(content, _inline(reasoning, content_start(content)))
         elif reasoning is not None:  # under every name, as newer versions of transformers do by themselves
             absent = {key: reasoning for key in REASONING_KEYS if key not in changed}
             changed = {**changed, "reasoning_content": reasoning, **absent}
@@ -109,8 +115,8 @@ def facts_of(template: ChatTemplate) -> Facts:
     """Render a few dozen short conversations."""
     switch = _switch(template)
     thinking = {} if switch is None else {switch: True}
-    as_text, empty, printed = _calls(template)
-    facts = Facts(None, switch, True, True, True, printed, True, True, as_text, empty)
+    as_text, empty, printed, call_ids = _calls(template)
+    facts = Facts(None, switch, True, True, True, printed, True, True, as_text, empty, call_ids)
     requested = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )
@@ -123,6 +129,7 @@ def facts_of(template: ChatTemplate) -> Facts:
             ],
         }
     )
+    (requested, answered), (both,) = (with_call_ids(of, call_ids) for of in ([requested, _RESULT], [both]))
     reasoning_key = next(
         (
             key
@@ -148,9 +155,10 @@ def facts_of(template: ChatTemplate) -> Facts:
         ),
         prints_calls=printed,
         prints_several_calls=printed and _prints(template, [_QUESTION, both], "qzother", tools=_TOOLS),
-        prints_results=_prints(template, [_QUESTION, requested, _RESULT], "qzresult", tools=_TOOLS, prompt=True),
+        prints_results=_prints(template, [_QUESTION, requested, answered], "qzresult", tools=_TOOLS, prompt=True),
         arguments_as_text=as_text,
         empty_content=empty,
+        call_ids=call_ids,
         splits_reasoning=reasoning_key in (None, "content") or _splits(template, thinking),
     )
 
@@ -212,21 +220,22 @@ def _switch(template: ChatTemplate) -> str | None:
     return None
 
 
-def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
-    """(arguments are to be text, a content is needed, calls are printed whole): the first way in which they are, in a
-    conversation that goes on if there is one."""
+def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
+    """(arguments are to be text, a content is needed, calls are printed whole, the form of their ids): the first way in which
+    they are, in a conversation that goes on if there is one."""
     refused = False
     ways = ((False, False), (False, True), (True, False), (True, True))
-    for goes_on, (as_text, empty) in product((True, False), ways):
+    for goes_on, form, (as_text, empty) in product((True, False), CallIds, ways):
         given: Any = '{"qzkey": "qzvalue"}' if as_text else {"qzkey": "qzvalue"}
-        message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", given, "qzcall001")]}
+        message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", given, _LONG_ID)]}
         if empty:
             message["content"] = ""
+        message, answered = with_call_ids([message, {**_RESULT, "tool_call_id": _LONG_ID}], form)
         try:
             text = template.text([_QUESTION, message], tools=_TOOLS)
             prompt = template.text([_QUESTION], tools=_TOOLS, prompt=True)
             if goes_on:
-                template.text([_QUESTION, message, _RESULT, _ANSWER], tools=_TOOLS)
+                template.text([_QUESTION, message, answered, _ANSWER], tools=_TOOLS)
         except RenderError:
             refused = True
             continue
@@ -234,9 +243,9 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool]:
         # An object that is concatenated comes out as Python writes it, and text that is printed as JSON is quoted twice.
         written = "qzfirst" in added and "qzvalue" in added and "'qzkey'" not in added and '\\"qzkey' not in added
         if written:
-            return as_text, empty, True
+            return as_text, empty, True, form
         refused = False
-    return False, False, refused
+    return False, False, refused, CallIds.any
 
 
 def takes_parts(template: ChatTemplate) -> bool:
@@ -285,15 +294,16 @@ def _stops_of_calls(
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
     second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
     requested = facts.adapted({"role": "assistant", "tool_calls": [first]})
+    requested, answered = with_call_ids([requested, _RESULT], facts.call_ids)
     try:
-        final, middle = _behind(template, [_QUESTION, requested], "qzvalue", [_RESULT], tools=_TOOLS)
+        final, middle = _behind(template, [_QUESTION, requested], "qzvalue", [answered], tools=_TOOLS)
     except (RenderError, RuleError):
         return
     if alternatives(known).search(final):
         return
     opening = special.match(middle.removeprefix(final).lstrip())
     if learnt := _last(final, special):
-        both = facts.adapted({"role": "assistant", "tool_calls": [first, second]})
+        (both,) = with_call_ids([facts.adapted({"role": "assistant", "tool_calls": [first, second]})], facts.call_ids)
         try:
             rest, _ = _behind(template, [_QUESTION, both], "qzvalue", [], tools=_TOOLS)
             repeated = template.text([_QUESTION, both], tools=_TOOLS).count(learnt) > rest.count(

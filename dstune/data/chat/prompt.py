@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.probe import Facts, facts_of
 from dstune.data.chat.template import ChatTemplate, Messages, Tools
 from dstune.data.control import ControlTokens
@@ -19,20 +20,27 @@ def prompt_ids(
     *,
     tools: Tools | None = None,
     arguments: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> list[int]:
     """Tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
-    turn, also in an argument of the template. Raises RenderError."""
+    turn, also in an argument of the template.
+
+    most: tokens that are of use. Raises RenderError, and TooManyTokens where there are certainly more.
+    """
     given = dict(arguments or {})
     defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(given.values())})
     written = defused.value
     text = template.text(
-        [facts.adapted(message) for message in written["messages"]],
+        [facts.adapted(message) for message in with_call_ids(written["messages"], facts.call_ids)],
         tools=written["tools"],
         arguments=dict(zip(given, written["arguments"], strict=True)),
         prompt=True,
     )
     # The template prints the special tokens itself; the tokenizer would double the first one.
-    return control.encode(*defused.restore(text))[0]
+    restored, own = defused.restore(text)
+    if most is not None:
+        control.check_length(restored, most)
+    return control.encode(restored, own)[0]
 
 
 class ChatPrompts:
@@ -51,7 +59,14 @@ class ChatPrompts:
             return facts_of(self.template)
 
     def ids(
-        self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> list[int]:
-        """Tokens of `messages` and of the generation prompt. Raises RenderError."""
-        return prompt_ids(self.template, self._control, self._facts, messages, tools=tools, arguments=arguments)
+        """Tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly more than
+        `most`."""
+        own = (self.template, self._control, self._facts)
+        return prompt_ids(*own, messages, tools=tools, arguments=arguments, most=most)

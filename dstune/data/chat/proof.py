@@ -15,8 +15,10 @@ import jinja2
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.limits import TooMuch, limited
+from dstune.data.chat.content_format import in_format
 from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
+from dstune.data.message import content_start
 from dstune.data.template_date import freeze_date
 
 PROOF_SECONDS = 5.0
@@ -25,6 +27,9 @@ PROOF_SECONDS = 5.0
 
 _FOLLOWS = "qzfollows"
 """What a made-up message says."""
+
+_EMPTY_THOUGHT = re.compile(r"[<\[\u25c1].*(?:think|thought|reason).*[>\]\u25b7]", re.S | re.I)
+"""What a prompt may print beyond the conversation, apart from white space."""
 
 REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 """What a template raises that refuses a conversation."""
@@ -142,6 +147,9 @@ class Server:
                 raise
             return None  # nothing was asked yet
         answered = self._rendered(messages, row.get("tools"), given, prompt=False)
+        if not answered.startswith(requested):
+            added = self._added(messages, row.get("tools"), given, requested, answered)
+            answered = answered if added is None else requested + added
         by_text = self.ending is not None and answered.endswith(self.ending[1])
         if self.ending is not None and by_text:
             answered = answered.removesuffix(self.ending[1]) + self.ending[0]
@@ -153,6 +161,30 @@ class Server:
         by_text = by_text and end is None
         stop = None if by_text else self._opening(messages, row.get("tools"), given) if end is None else written[end]
         return Served(number, prompt, written[:end], stop, by_text)
+
+    def _added(
+        self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], requested: str, answered: str
+    ) -> str | None:
+        """What the last of `messages` adds to a prompt that does not begin the conversation: both go on from the message before
+        it, and the end of the prompt that the conversation leaves out is white space or a thought that is closed. Nothing where
+        it is anything else."""
+        *earlier, last, turn = messages
+        content = last.get("content") or ""
+        follows = [*content, {"type": "text", "text": _FOLLOWS}] if isinstance(content, list) else content + _FOLLOWS
+        begun = [*earlier, {**last, "content": follows}]
+        behind, conversation = (
+            text[text.rfind(_FOLLOWS) + len(_FOLLOWS) :]
+            for text in (
+                self._rendered(begun, tools, arguments, prompt=True),
+                self._rendered([*begun, turn], tools, arguments, prompt=False),
+            )
+        )
+        if requested.endswith(behind) and answered.endswith(conversation):
+            for at in range(len(behind), -1, -1):
+                beyond = behind[at:].strip()
+                if conversation.startswith(behind[:at]) and (not beyond or _EMPTY_THOUGHT.fullmatch(beyond)):
+                    return conversation[at:]
+        return None
 
     def _opening(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any]) -> int | None:
         """The stop that opens the message behind `messages`, a tool's result after calls and else the user's: what ends a
@@ -189,7 +221,7 @@ class Server:
         if self.facts.switch is None:
             return {}
         fields = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
-        before, found, _ = str(message.get("content") or "").partition("</think>")
+        before, found, _ = content_start(message.get("content")).partition("</think>")
         opened = before.lstrip().removeprefix("<think>")
         inline = opened if found and "<think>" not in opened else ""
         return {self.facts.switch: any(str(text or "").strip() for text in (*fields, inline))}
@@ -199,7 +231,7 @@ class Server:
         try:
             with limited(PROOF_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    messages,
+                    in_format(messages, source),
                     tools=tools or None,
                     chat_template=source,
                     add_generation_prompt=prompt,

@@ -19,10 +19,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dstune.data.chat.thoughts import ends_thought, is_closed, opens
+
 Span = tuple[int, int]
 """Characters [start, end) of a rendered text."""
 
 EXCERPT_CHARACTERS = 60
+LONGEST_BEYOND = 1000
+"""Characters of a prompt's end that the conversation may leave out."""
 
 _TAGS = re.compile(r"<[^<>]*>|\s")
 
@@ -118,6 +122,25 @@ def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: boo
     raise RuleError(
         f"the chat template prints no end of {what} ({_tail(answered)}), so the model would not learn to stop"
     )
+
+
+def behind_message(prompt: str, answered: str, *, thinks: bool) -> str | None:
+    """What F adds to P, told from what the two print behind the last message in front of the turn; None where it is ambiguous.
+
+    prompt, answered: these two texts. What P prints beyond their common beginning has to be white space or, for a turn
+    without reasoning, a thought that it closes again: behind anything else the model would have to write something that the
+    conversation does not show. thinks: whether the turn has reasoning.
+    """
+    for at in range(in_common(prompt, answered), -1, -1):
+        beyond = prompt[at:]
+        target = answered[at:]
+        if not beyond.strip():
+            return target
+        if not thinks and not opens(target) and (is_closed(beyond) or ends_thought(prompt[:at], beyond)):
+            return target
+        if len(prompt) - at > LONGEST_BEYOND:
+            break
+    return None
 
 
 def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> list[Passage]:

@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited, trial
+from dstune.data.chat.content_format import in_format
 from dstune.data.chat.rule import Span
 from dstune.data.template_date import freeze_date
 
@@ -103,7 +104,7 @@ class ChatTemplate:
         source = self.source(tools)
         with self._as_row_error():
             rendered = self.tokenizer.apply_chat_template(
-                seen(messages),
+                seen(messages, source),
                 tools=tools or None,
                 chat_template=source,
                 add_generation_prompt=prompt,
@@ -175,7 +176,11 @@ class ChatTemplate:
         with self._as_row_error():
             template = _compiled(source)
             rendered = template.render(
-                messages=seen(messages), tools=tools or None, documents=None, add_generation_prompt=prompt, **given
+                messages=seen(messages, source),
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=prompt,
+                **given,
             )
         return str(rendered)
 
@@ -195,7 +200,7 @@ class ChatTemplate:
         source = self.source(tools)
         with self._as_row_error():
             _, indices = render_jinja_template(
-                conversations=[seen(messages)],
+                conversations=[seen(messages, source)],
                 tools=tools or None,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
@@ -204,9 +209,10 @@ class ChatTemplate:
         return sorted((start, end) for start, end in indices[0])
 
 
-def seen(messages: Messages) -> Messages:
-    """What a template gets to see of `messages`."""
-    return [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
+def seen(messages: Messages, source: str) -> Messages:
+    """What the template `source` gets to see of `messages`."""
+    visible = [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
+    return in_format(visible, source)
 
 
 def _untamed(reason: str) -> Problem:

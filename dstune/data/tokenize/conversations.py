@@ -14,7 +14,7 @@ from dstune.data.chat.boundary import Boundaries, BoundaryError
 from dstune.data.chat.evidence import Exchange
 from dstune.data.chat.rule import Place, Span
 from dstune.data.collate import NO_TARGET
-from dstune.data.control import ControlTokens
+from dstune.data.control import ControlTokens, Defused
 from dstune.data.preferences import as_chat
 from dstune.data.render import ChatRenderer, Choice, RenderError, require_offsets, target_mask
 from dstune.data.special_tokens import first_special_tokens
@@ -240,8 +240,10 @@ class ChatEncoder(Language):
 
     def _texts(self, row: dict[str, Any]) -> list[_Text]:
         """The texts of a row, or one with what is wrong with the row."""
-        defused = self._control.defuse(row) if self._control.first(row) else None
+        defused: Defused | None = None
         try:
+            self._control.refuse_across_parts(row)
+            defused = self._control.defuse(row) if self._control.first(row) else None
             texts = self._rendered(defused.value if defused else row)
         except RenderError as error:
             return [_Text(problem=defused.left().sub("...", defused.restore(str(error))[0]) if defused else str(error))]

@@ -23,7 +23,7 @@ class Chat(LanguageTask):
     prefix_positions_ok = True
     tensor_parallel = True
     one_pass = True
-    formats = ("messages", "conversations", "prompt_completion", "alpaca")
+    formats = ("messages", "conversations", "prompt_completion", "alpaca", "dolly")
     frozen_keys = ("template_date",)
     has_predictions = False
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
@@ -51,5 +51,10 @@ class Chat(LanguageTask):
             max_length,
             train_on_prompt=config.train_on_prompt,
             arguments=config.chat_template_kwargs,
-            choice=Choice(config.turns.value, drop_reasoning=config.reasoning is Reasoning.drop),
+            choice=Choice(
+                config.turns.value,
+                drop_reasoning=config.reasoning is Reasoning.drop,
+                inlines_reasoning=config.reasoning is Reasoning.inline,
+                reasoning_marks=tuple(config.reasoning_marks),
+            ),
         )

@@ -19,6 +19,7 @@ class Turns(Enum):
 class Reasoning(Enum):
     keep = "keep"
     drop = "drop"
+    inline = "inline"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,11 @@ class ChatConfig(TaskConfig):
     """Which of the assistant's turns are trained: `auto` (every one, or those that the template marks with
     `{% generation %}`), `all`, or `last`."""
     reasoning: Reasoning = Reasoning.keep
-    """`keep` what the assistant thinks before it answers, or `drop` it from every message."""
+    """`keep` what the assistant thinks before it answers, `drop` it from every message, or write it `inline`, at the beginning
+    of the content, where the chat template has no field for it."""
+    reasoning_marks: list[str] = setting([])
+    """With `reasoning=inline`: the text that opens reasoning and the one that closes it, for example
+    `[<think>,</think>]`; those of the chat template or the vocabulary when not given."""
     chat_template_kwargs: dict[str, Any] = setting({})
     """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them. Where nobody
     says, the model is told to think in turns that have reasoning."""

@@ -87,7 +87,29 @@ class Alpaca(ConversationFormat):
     name = "alpaca"
     required = ("instruction", "output")
     optional = ("input", "history", *BESIDE)
-    checks: ClassVar[dict[str, Check]] = {"instruction": text, "output": text}
+    checks: ClassVar[dict[str, Check]] = {"output": text}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        return alpaca(found, input_apart=self.input_apart)
+        return _instructed(found, input_apart=self.input_apart)
+
+
+@row_format
+class Dolly(ConversationFormat):
+    """The columns of databricks-dolly-15k: an Alpaca row with other names."""
+
+    name = "dolly"
+    required = ("instruction", "context", "response")
+    optional = ("history", *BESIDE)
+    checks: ClassVar[dict[str, Check]] = {"response": text}
+
+    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        renamed = {**found, "input": found["context"], "output": found["response"]}
+        return _instructed(renamed, input_apart=self.input_apart)
+
+
+def _instructed(found: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
+    """The messages of an Alpaca row. Some have their question in the input alone. Raises RowError."""
+    instruction = found["instruction"]
+    if isinstance(instruction, str | None) and not (instruction or "").strip():
+        instruction, found = found.get("input") or "", {**found, "input": None}
+    return alpaca({**found, "instruction": text(instruction, "instruction")}, input_apart=input_apart)

@@ -1,0 +1,83 @@
+"""Whether a chat template reads a content in parts, or as one text; the same for training and for every server.
+
+OpenAI's API and many files give a content as a list of parts. A template that loops over the parts of a content gets the list,
+any other one gets their texts joined by line breaks: the rule of vLLM's `--chat-template-content-format auto` (its function
+`_detect_content_format`), which looks at the syntax tree and renders nothing. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any, TypeGuard
+
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dstune.data.message import joined
+
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""Tags of transformers, which say what is trained; Jinja does not know them."""
+_LONGEST_CHAIN = 100
+"""Filters, slices and tests around a name that are looked through."""
+
+
+@lru_cache(maxsize=64)
+def reads_parts(source: str) -> bool:
+    """Whether the template (Jinja text) loops over the content of a message. False for a text that is no template."""
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(_GENERATION.sub("", source))
+        loops = list(tree.find_all(nodes.For))
+        lists = _names_of(tree, "messages")
+        messages = {loop.target.name for loop in loops if _is_name(loop.target) and _stands_for(loop.iter, lists)}
+        return any(
+            _stands_for(loop.iter, messages, "content") or (_is_name(loop.iter) and loop.iter.name == "content")
+            for loop in loops
+        )
+    except Exception:  # RecursionError included: a template is a stranger's, and is refused elsewhere, by name
+        return False
+
+
+def in_format(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """`messages` with the contents that the template `source` reads: several parts as a list, or joined."""
+    contents = (message.get("content") for message in messages)
+    has_parts = any(isinstance(content, list) and len(content) > 1 for content in contents)
+    return [joined(message) for message in messages] if has_parts and not reads_parts(source) else messages
+
+
+def _names_of(tree: nodes.Template, name: str) -> set[str]:
+    """`name`, and the variables to which the template assigns it or a part of it."""
+    names = {name}
+    assignments = list(tree.find_all(nodes.Assign))
+    while True:
+        further = {
+            assignment.target.name
+            for assignment in assignments
+            if _is_name(assignment.target) and _stands_for(assignment.node, names)
+        }
+        if further <= names:
+            return names
+        names |= further
+
+
+def _stands_for(node: Any, names: set[str], key: str | None = None) -> bool:
+    """Whether an expression is one of the variables (or its attribute `key`), sliced, filtered or tested."""
+    for _ in range(_LONGEST_CHAIN):
+        is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        if not (is_slice or isinstance(node, nodes.Filter | nodes.Test)):
+            break
+        node = node.node
+    if key is not None:
+        if isinstance(node, nodes.Getitem):
+            is_attribute = isinstance(node.arg, nodes.Const) and node.arg.value == key
+        else:
+            is_attribute = isinstance(node, nodes.Getattr) and node.attr == key
+        if not is_attribute:
+            return False
+        node = node.node
+    return _is_name(node) and node.name in names
+
+
+def _is_name(node: Any) -> TypeGuard[nodes.Name]:
+    return isinstance(node, nodes.Name)

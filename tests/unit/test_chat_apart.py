@@ -1,0 +1,224 @@
+"""Turns whose prompt does not begin the conversation: each is trained behind the prompt of a server, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer
+from unit.templates import FIRST_OF_TWO, MISTRAL, THINKING_PROMPT
+from unit.test_chat_faults import CALLING, DATE, REASONED, data_of
+from unit.test_data_render import assistant, refusal, system, tool, user
+
+from dstune.core.errors import UserError
+from dstune.data.build import prove
+from dstune.data.chat.prompt import ChatPrompts
+from dstune.data.collate import NO_TARGET
+from dstune.data.rows import normalise
+from dstune.data.tokenize import RowTokenizer
+from dstune.tasks.chat.config import ChatConfig, Reasoning
+
+EMPTY_THOUGHT = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n\n</think>\n\n' }}{% endif")
+"""Gemma 4 31B, MiniCPM5: the prompt closes an empty thought, which the conversation does not show."""
+CALLS_AND_THOUGHT = CHATML.replace(
+    "message['content'] +",
+    "('<think>' + message.reasoning_content + '</think>' if message.reasoning_content and not message.tool_calls"
+    " else '<think>' + message.reasoning_content + '</think>' if message.reasoning_content and messages[-1].role == 'tool'"
+    " or (message.reasoning_content and loop.last) else '') + (message.content or '') + "
+    "(message.tool_calls | map(attribute='function') | list | tojson if message.tool_calls else '') +",
+)
+"""gpt-oss: the reasoning of a call is shown until its result is answered."""
+REASONED_CALL = [{**CALLING[0]}, {**CALLING[1], "reasoning_content": "Look."}, tool("sunny"), assistant("It is sunny.")]
+
+
+def proven(tmp_path: Path, template: str, rows: list[Any], **task: Any) -> list[tuple[str, str]]:
+    """The context and the target of each sample, decoded, once they are proven against transformers' own rendering."""
+    config, tokenizer, data = data_of(tmp_path, template, rows, ChatConfig(template_date=DATE, **task))
+    assert prove(config, tokenizer, data).turns > 0
+    texts = []
+    for row in data.train.table:
+        start = next(at for at, label in enumerate(row["labels"]) if label != NO_TARGET)
+        texts.append((tokenizer.decode(row["input_ids"][:start]), tokenizer.decode(row["input_ids"][start:])))
+    return sorted(texts, key=lambda pair: len(pair[0]))
+
+
+def prompted(template: str, messages: list[Any], **arguments: Any) -> str:
+    return byte_tokenizer(template).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **arguments
+    )
+
+
+@pytest.mark.parametrize("content", ["Yes", "<tool_call>\n{}\n</tool_call>", "<b>No</b>"])
+def test_an_answer_is_trained_behind_an_empty_thought_that_the_conversation_does_not_show(tmp_path, content):
+    messages = [user("Hi"), assistant("Yes"), user("So"), assistant(content)]
+    first, second = proven(tmp_path, EMPTY_THOUGHT, [{"messages": messages}])
+    assert first == (prompted(EMPTY_THOUGHT, messages[:1]), "Yes<|im_end|>\n")
+    assert second == (prompted(EMPTY_THOUGHT, messages[:3]), f"{content}<|im_end|>\n")
+
+
+def test_a_history_that_hides_the_reasoning_of_an_answered_call_is_no_obstacle(tmp_path):
+    """What a server reads for the answer holds the call as it was trained, so both are one sample."""
+    ((context, rest),) = proven(tmp_path, CALLS_AND_THOUGHT, [{"messages": REASONED_CALL}])
+    prompt = prompted(CALLS_AND_THOUGHT, REASONED_CALL[:3])
+    assert "<think>Look.</think>" in prompt
+    assert context + rest == f"{prompt}It is sunny.<|im_end|>\n"
+    assert context == prompted(CALLS_AND_THOUGHT, REASONED_CALL[:1])
+
+
+def test_a_system_text_that_stands_in_the_last_question_alone_is_trained_where_a_server_has_it(tmp_path):
+    messages = [system("Be kind"), user("Hi"), assistant("Yes")]
+    ((context, target),) = proven(tmp_path, MISTRAL, [{"messages": messages}])
+    assert (context, target) == (prompted(MISTRAL, messages[:2]), " Yes<|im_end|>")
+    assert "Be kind" in context
+
+
+@pytest.mark.parametrize(
+    ("beyond", "message"),
+    [
+        ("<think>\n", assistant("Yes")),  # it would have to close the thought
+        ("<think>\n", CALLING[1]),
+        ("<think></think>", assistant("Yes", reasoning_content="Hm.")),  # it would think behind its thought
+        ("Answer: ", assistant("Yes")),
+    ],
+)
+def test_an_answer_that_does_not_go_on_from_its_prompt_is_refused(beyond, message):
+    template = CALLS_AND_THOUGHT.replace("assistant\n' }}{% endif", f"assistant\n{beyond}' }}}}{{% endif")
+    assert "than a server would prompt with" in refusal(byte_tokenizer(template), [user("Hi"), message])
+
+
+def test_an_answer_that_opens_a_thought_behind_one_that_the_prompt_has_closed_is_refused():
+    message = assistant("<think></think>Yes")
+    assert "than a server would prompt with" in refusal(byte_tokenizer(EMPTY_THOUGHT), [user("Hi"), message])
+
+
+def test_the_proof_fails_where_the_prompt_of_such_a_turn_is_another(tmp_path):
+    rows = [{"messages": [user("Hi"), assistant("Yes")]}]
+    config, _, data = data_of(tmp_path, EMPTY_THOUGHT, rows, ChatConfig(template_date=DATE))
+    with pytest.raises(UserError, match="not trained as a server would render it"):
+        prove(config, byte_tokenizer(EMPTY_THOUGHT.replace("<think>\n\n<", "<think>\n<")), data)
+
+
+def test_an_answer_behind_an_open_thought_names_the_remedies():
+    text = refusal(byte_tokenizer(THINKING_PROMPT), [user("Hi"), assistant("Yes")])
+    assert "reasoning_content" in text
+    assert "model.chat_template=chatml" in text
+
+
+BRACKETS = CHATML.replace("message['content'] +", "message['content'] + ('' if true else '[THINK][/THINK]') +")
+
+
+@pytest.mark.parametrize(
+    ("template", "task", "first"),
+    [
+        (CHATML, {"reasoning_marks": ["<think>", "</think>"]}, "<think>\nHm.\n</think>\n\nYes<|im_end|>"),
+        (CHATML, {"reasoning_marks": ["A:", "B:"]}, "A:Hm.B:Yes<|im_end|>"),
+        (BRACKETS, {}, "[THINK]Hm.[/THINK]Yes<|im_end|>"),
+    ],
+)
+def test_reasoning_is_written_inline_where_the_template_has_no_field_for_it(tmp_path, template, task, first):
+    rows = [{"messages": REASONED}]
+    ((context, rest),) = proven(tmp_path, template, rows, reasoning=Reasoning.inline, **task)
+    assert context == prompted(template, REASONED[:1])
+    assert rest.startswith(f"{first}\n<|im_start|>user\nSo<|im_end|>\n<|im_start|>assistant\n")
+    assert rest.count("Well.") == 1
+
+
+def test_the_local_engine_renders_the_context_that_inline_reasoning_was_trained_behind():
+    """An answer comes back from a client as the model wrote it."""
+    tokenizer = byte_tokenizer(BRACKETS)
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline)
+    (sample,) = RowTokenizer(tokenizer, task, "messages", max_length=1000).samples([{"messages": REASONED}], [0])
+    answered = [user("Hi"), assistant("[THINK]Hm.[/THINK]Yes"), user("So")]
+    prompt = ChatPrompts(tokenizer, DATE).ids(answered)
+    assert sample.input_ids[: len(prompt)].tolist() == prompt
+    assert sample.columns["labels"][len(prompt)] != NO_TARGET
+
+
+def test_the_local_engine_renders_the_prompt_of_an_answer_behind_an_empty_thought():
+    tokenizer = byte_tokenizer(EMPTY_THOUGHT)
+    messages = [user("Hi"), assistant("Yes"), user("So"), assistant("No")]
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date=DATE), "messages", max_length=1000)
+    for sample, asked in zip(encode.samples([{"messages": messages}], [0]), (messages[:1], messages[:3]), strict=True):
+        prompt = ChatPrompts(tokenizer, DATE).ids(asked)
+        assert sample.input_ids[: len(prompt)].tolist() == prompt
+        assert (sample.columns["labels"] != NO_TARGET).argmax() == len(prompt)
+
+
+@pytest.mark.parametrize(("template", "remedy"), [(BRACKETS, "[THINK]...[/THINK]"), (CHATML, "task.reasoning_marks=")])
+def test_a_refusal_of_reasoning_proposes_to_write_it_inline(template, remedy):
+    text = refusal(byte_tokenizer(template), REASONED)
+    assert "task.reasoning=inline" in text
+    assert remedy in text
+
+
+@pytest.mark.parametrize("marks", [[], ["<think>"], ["", "</think>"]])
+def test_inline_reasoning_needs_two_marks(marks):
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline, reasoning_marks=marks)
+    with pytest.raises(UserError, match=r"task\.reasoning_marks"):
+        RowTokenizer(byte_tokenizer(CHATML), task, "messages", max_length=1000)
+
+
+def test_inline_reasoning_that_the_template_strips_is_refused():
+    stripping = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline)
+    encode = RowTokenizer(byte_tokenizer(stripping), task, "messages", max_length=1000)
+    (sample,) = encode.samples([{"messages": REASONED}], [0])
+    assert "does not print its reasoning" in sample.problem
+
+
+TURNS_OF_ONE_ROLE = [user("Hi"), user("You there?"), assistant("Yes"), assistant("What is it?")]
+LAST_SYSTEM_ALONE = (
+    "{% set ns = namespace(text='') %}{% for message in messages if message.role == 'system' %}"
+    "{% set ns.text = message.content %}{% endfor %}{{ ns.text }}"
+    + CHATML.replace("for message in messages", "for message in messages if message.role != 'system'")
+)
+ALTERNATING = (
+    "{% for message in messages %}{% if loop.previtem and loop.previtem.role == message.role %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+
+
+def row_of(messages: list[Any]) -> dict[str, Any]:
+    return normalise({"messages": messages}, "messages", {})
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        TURNS_OF_ONE_ROLE,
+        [system("Be kind"), system("Be short"), user("Hi"), assistant("Yes"), assistant("Sure")],
+        [user("Hi"), assistant("Yes"), system("Be short"), user("So"), assistant("No"), assistant("Never")],
+        [*CALLING, tool("sunny"), user("Quick!"), assistant("Sun."), assistant("All day.")],
+    ],
+)
+def test_the_template_decides_on_the_order_of_roles(tmp_path, messages):
+    ((context, rest),) = proven(tmp_path, CALLS_AND_THOUGHT, [row_of(messages)])
+    expected = byte_tokenizer(CALLS_AND_THOUGHT).apply_chat_template(messages, tokenize=False)
+    assert context + rest == expected
+    answers = [f"{message['content']}<|im_end|>" for message in messages[-2:]]
+    encode = RowTokenizer(
+        byte_tokenizer(CALLS_AND_THOUGHT), ChatConfig(template_date=DATE), "messages", max_length=1000
+    )
+    (sample,) = encode.samples([row_of(messages)], [0])
+    labels = sample.columns["labels"]
+    assert encode.renderer is not None
+    assert byte_tokenizer().decode(labels[labels != NO_TARGET]).endswith("".join(answers))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (ALTERNATING, TURNS_OF_ONE_ROLE, "roles must alternate"),
+        (FIRST_OF_TWO, TURNS_OF_ONE_ROLE, "message 2 has the role user after user"),
+        (
+            LAST_SYSTEM_ALONE,
+            [system("Be kind"), user("Hi"), assistant("Yes"), system("Be short"), user("So"), assistant("No")],
+            "message 4 has the role system after assistant",
+        ),
+    ],
+)
+def test_an_order_of_roles_that_the_template_refuses_or_of_which_it_drops_a_message_is_refused(
+    template, messages, reason
+):
+    assert reason in refusal(byte_tokenizer(template), row_of(messages)["messages"])

@@ -1,0 +1,167 @@
+"""Contents in several parts: a template that loops over parts gets them, any other one a text, in training and in servers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import numpy as np
+import pytest
+from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
+from unit.templates import LLAMA3, MISTRAL
+
+from dstune.chat_templates import template_path
+from dstune.config.data_schema import SplitConfig
+from dstune.data.chat.content_format import reads_parts
+from dstune.data.chat.prompt import ChatPrompts
+from dstune.data.chat.template import RenderError
+from dstune.data.collate import NO_TARGET
+from dstune.data.messages import conversation_of
+from dstune.data.rows import canonical, with_joined_parts
+from dstune.serve.engines.base import Limits, Unprovable
+from dstune.serve.engines.llama_cpp import LlamaCppEngine
+from dstune.serve.engines.special import SpecialTexts
+from dstune.serve.errors import ApiError
+from dstune.serve.fields import CHAT, RESPONSE, checked
+from dstune.tasks.chat.config import ChatConfig, Reasoning
+from tests.support.serving import stub_source
+
+
+def in_parts(template: str = CHATML) -> str:
+    """`template` that prints the parts of a content one behind the other."""
+    changed = re.sub(r"message\['content'\]", "(parts)", template)
+    body = "{% for message in messages %}"
+    assert changed.count("(parts)") and body in changed
+    join = "{% set ns = namespace(text='') %}{% if message.content is string %}{% set ns.text = message.content %}{% else %}"
+    join += "{% for part in message.content %}{% set ns.text = ns.text + part.text %}{% endfor %}{% endif %}"
+    return changed.replace(body, body + join).replace("(parts)", "ns.text")
+
+
+PARTS = in_parts()
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def dialogue(question, answer="Yes"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (CHATML, False),
+        (LLAMA3, False),
+        (MISTRAL, False),
+        (PARTS, True),
+        ("{% for m in messages %}{% for part in m['content'] | list %}{% endfor %}{% endfor %}", True),
+        ("{% for m in messages %}{% for part in m.content[1:] %}{% endfor %}{% endfor %}", True),
+        ("{% set rest = messages[1:] %}{% for m in rest %}{% for part in m.content %}{% endfor %}{% endfor %}", True),
+        ("{% set a = messages %}{% set b = a %}{% for m in b %}{% for x in m.content %}{% endfor %}{% endfor %}", True),
+        ("{% macro show(content) %}{% for item in content %}{% endfor %}{% endmacro %}", True),
+        (
+            "{% for m in messages %}{% generation %}{% for x in m.content %}{% endfor %}{% endgeneration %}{% endfor %}",
+            True,
+        ),
+        ("{% for m in messages %}{% for call in m.tool_calls %}{% break %}{% endfor %}{% endfor %}", False),
+        ("{% for tool in tools %}{% for part in tool.content %}{% endfor %}{% endfor %}", False),
+        ("{% for role, m in messages %}{% endfor %}", False),
+        ("{% for", False),
+        ("{{ " + "(" * 5000, False),
+        ("{{ 10 ** 10 ** 10 }}", False),
+    ],
+)
+def test_what_a_template_reads_is_seen_without_rendering_it(source, expected):
+    began = time.process_time()
+    assert reads_parts(source) is expected
+    assert time.process_time() - began < 2
+
+
+def test_packaged_templates_read_texts():
+    files = list(template_path("chatml").parent.rglob("*.jinja"))
+    assert len(files) > 10 and not [file.stem for file in files if reads_parts(file.read_text())]
+
+
+def sample_of(tmp_path, template, messages, **task):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": messages}])
+    config = data_run(rows, task=ChatConfig(template_date="2025-03-09", **task), split=SplitConfig(validation=0.0))
+    tokenizer = byte_tokenizer(template)
+    (sample,) = prepared(config, tokenizer, tmp_path / "cache").train.table
+    target = np.array(sample["input_ids"])[np.array(sample["labels"]) != NO_TARGET]
+    return tokenizer, tokenizer.decode(sample["input_ids"]), tokenizer.decode(target)
+
+
+@pytest.mark.parametrize(("template", "between"), [(PARTS, ""), (CHATML, "\n")], ids=["parts", "text"])
+def test_training_and_serving_give_parts_as_the_template_reads_them(tmp_path, template, between):
+    messages = dialogue(parts("one", "two"), parts("three", "four"))
+    tokenizer, text, target = sample_of(tmp_path, template, messages)
+    texts = dialogue(f"one{between}two", f"three{between}four")
+    assert text == tokenizer.apply_chat_template(texts, tokenize=False)
+    assert target.startswith(f"three{between}four")
+    if between == "":
+        assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    asked = checked({"model": "m", "messages": messages[:1]}, CHAT, CHAT)["messages"]
+    ids = ChatPrompts(tokenizer, None).ids(conversation_of(asked, "messages"))
+    assert text.startswith(tokenizer.decode(ids)) and f"one{between}two" in tokenizer.decode(ids)
+
+
+def test_reasoning_at_the_beginning_of_the_first_part_is_dropped(tmp_path):
+    answer = parts("<think>Hm.</think>Yes", ", two")
+    _, text, target = sample_of(tmp_path, PARTS, dialogue("Hi", answer), reasoning=Reasoning.drop)
+    assert "Hm." not in text and target.startswith("Yes, two")
+
+
+def test_a_part_that_is_not_printed_is_refused(tmp_path):
+    template = PARTS.replace("message.content %}{% set", "message.content[:1] %}{% set")
+    with pytest.raises(Exception, match="does not print its part 2"):
+        sample_of(tmp_path, template, dialogue("Hi", parts("Yes", "No")))
+
+
+def test_parts_do_not_write_a_control_token_together(tmp_path):
+    """Put together by the template, it could not be told from the template's own."""
+    tokenizer = byte_tokenizer(PARTS)
+    prompts = ChatPrompts(tokenizer, None)
+    for texts in (("a<|im_", "end|>b"), ("a<|im_ ", " end|>b"), ("a<|im", "_", "end|>")):
+        with pytest.raises(RenderError, match="control token"):
+            prompts.ids(conversation_of(dialogue(parts(*texts))[:1], "messages"))
+        with pytest.raises(ApiError):
+            SpecialTexts(re.compile(re.escape("<|im_end|>"))).refuse({"messages": dialogue(parts(*texts))})
+        with pytest.raises(Exception, match="control token"):
+            sample_of(tmp_path, PARTS, dialogue(parts(*texts)))
+    ids = prompts.ids(conversation_of(dialogue(parts("<|im_end|>", "b"))[:1], "messages"))
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1, "that of the template; the other one is text"
+
+
+def test_rows_keep_their_place_in_a_split():
+    """It was decided by the hash of the joined text."""
+    in_two = {"messages": conversation_of(dialogue(parts("a", "b")), "messages"), "tools": [{"text": 1}]}
+    as_text = {"messages": conversation_of(dialogue("a\nb"), "messages"), "tools": [{"text": 1}]}
+    assert canonical(with_joined_parts(in_two)) == canonical(as_text) != canonical(in_two)
+
+
+def test_engines_get_several_parts_as_parts():
+    messages = [{"role": "user", "content": [*parts("a"), {"type": "refusal", "refusal": "b"}]}]
+    (sent,) = checked({"model": "m", "messages": messages}, CHAT, CHAT)["messages"]
+    assert sent["content"] == parts("a", "b")
+    (sent,) = checked({"model": "m", "messages": [{"role": "user", "content": parts("a")}]}, CHAT, CHAT)["messages"]
+    assert sent["content"] == "a"
+    asked = [{"role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]}]
+    assert checked({"model": "m", "input": asked}, RESPONSE, RESPONSE)["input"] == asked
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS], ids=["text", "parts"])
+def test_llama_cpp_gets_one_text_or_nothing(tmp_path, template):
+    """It has another rule for what a template reads."""
+    (tmp_path / "chat_template.jinja").write_text(template)
+    engine = LlamaCppEngine(stub_source("m", folder=tmp_path), "m", tmp_path, tmp_path, Limits())
+    engine._special = SpecialTexts(re.compile("(?!)"))
+    body = {"model": "m", "messages": dialogue(parts("a", "b"))[:1]}
+    if template == CHATML:
+        assert engine.outgoing("/v1/chat/completions", body)["messages"] == dialogue("a\nb")[:1]
+        return
+    with pytest.raises(ApiError):
+        engine.outgoing("/v1/chat/completions", body)
+    with pytest.raises(Unprovable):
+        asyncio.run(engine.prompt_ids("m", body))
