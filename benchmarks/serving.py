@@ -1,14 +1,19 @@
 """The gateway against a stub engine: what it adds to a request, and 10,000 requests of clients that behave badly.
 
     python benchmarks/serving.py overhead [--streams 16] [--requests 400]
+    python benchmarks/serving.py cpu --against TREE [--requests 200] [--rounds 20]       an earlier commit's gateway beside this one
     python benchmarks/serving.py soak [--requests 10000]
+    python benchmarks/serving.py worst [MODEL] [--seconds 300] [--streams 6]      the worst bodies of a fuzzer, and health checks
     python benchmarks/serving.py engines NAME=WORDS ... [--streams 1,4,8] [--rounds 3]      tokens/s and first token
 
 The stub writes tokens at a fixed rate and runs in a process of its own, as the gateway does. `overhead` asks the stub, a relay
 (a process that copies bytes between two sockets, the least that anything in between costs) and the gateway in turn, in one run.
 A loaded machine delays each process that has to wake up; what is left of the difference between gateway and relay is the
-gateway's own, and so is its CPU time. `soak` mixes requests that are good, dropped, read slowly, sent slowly, too large, and
-wrong, and reads memory and open sockets of the gateway's process while it goes on.
+gateway's own, and so is its CPU time. `cpu` asks the gateways of two trees in turn, in one run, with the same packages, and
+prints the milliseconds of CPU time that a request takes of each. `soak` mixes requests that are good, dropped, read slowly, sent
+slowly, too large, and wrong, and reads memory and open sockets of the gateway's process while it goes on. `worst` starts a real
+`dstune serve` (of a tiny model, where none is named), sends what takes a parser, a validator or a tokenizer longest from a process
+of its own, and prints how long health checks and answers to another key took, and the memory of the gateway and of its engine.
 
 `engines` starts a `dstune serve` for each of its arguments and asks them in turn: `local="MODEL --dtype float32 --threads 1"
 llama="EXPORT-GGUF --engine llama.cpp --engine-python /path/to/llama-server -- --threads 1"`. Answers are greedy; their tokens are
@@ -29,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -36,7 +42,8 @@ from typing import Any
 import httpx2
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
 TOKENS = 60
 RATE = 25.0
@@ -130,13 +137,19 @@ async def run_gateway(folder: Path) -> None:
 
 
 class Processes:
-    def __init__(self, *roles: str) -> None:
+    def __init__(self, *roles: str, tree: Path = ROOT, stub: str = "") -> None:
+        """tree: whose gateway it is. stub: the address of one that runs already."""
         self.folder = Path(tempfile.mkdtemp(prefix="dstune-serving-"))
         self.folder.chmod(0o700)
+        self._tree = tree
+        if stub:
+            (self.folder / "stub.json").write_text(json.dumps({"url": stub}))
         self.running = {role: self._start(role) for role in roles}
 
     def _start(self, role: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
-        process = subprocess.Popen([sys.executable, __file__, role, str(self.folder)], stderr=subprocess.DEVNULL)
+        command = [sys.executable, str(self._tree / "benchmarks" / "serving.py"), role, str(self.folder)]
+        environment = os.environ | {"PYTHONPATH": str(self._tree)}
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
         written = self.folder / f"{role}.json"
         while not written.exists() or not written.read_text():
             assert process.poll() is None, f"the {role} ended"
@@ -235,9 +248,9 @@ async def overhead(streams: int, requests: int, rounds: int = 4) -> dict[str, An
     }
 
 
-async def _seconds(client: httpx2.AsyncClient) -> float:
+async def _seconds(client: httpx2.AsyncClient, words: int = 1) -> float:
     began = time.perf_counter()
-    answer = await client.post("/v1/chat/completions", json=body(1))
+    answer = await client.post("/v1/chat/completions", json=body(words))
     assert answer.status_code == 200
     return time.perf_counter() - began
 
@@ -254,6 +267,35 @@ async def _throughput(client: httpx2.AsyncClient, streams: int) -> float:
     counts = await asyncio.gather(*(one() for _ in range(streams)))
     assert counts == [TOKENS] * streams
     return sum(counts) / (time.perf_counter() - began)
+
+
+async def cpu(tree: Path, requests: int, rounds: int) -> dict[str, Any]:
+    """CPU time of a request's gateway, in ms: that of the tree, of this one, and what this one takes more."""
+    new = Processes("stub", "gateway")
+    old = Processes("gateway", tree=tree.resolve(), stub=new.url("stub"))
+    sides, used = {"old": old, "new": new}, {"old": [], "new": []}
+    try:
+        async with old.client("gateway") as first, new.client("gateway") as second:
+            clients = {"old": first, "new": second}
+            for number in range(rounds + 1):
+                for side in random.sample(list(sides), 2):
+                    before = sides[side].cpu_seconds("gateway")
+                    for _ in range(requests):
+                        await _seconds(clients[side], 0)
+                    if number:  # the first round is a warm-up
+                        used[side].append(1000 * (sides[side].cpu_seconds("gateway") - before) / requests)
+    finally:
+        old.stop()
+        new.stop()
+    more = [after - before for before, after in zip(used["old"], used["new"], strict=True)]
+    margin = 2 * statistics.stdev(more) / len(more) ** 0.5
+    mean = statistics.mean(more)
+    return {
+        "load": os.getloadavg()[0],
+        "requests": requests * rounds,
+        "cpu_ms": {side: statistics.mean(values) for side, values in used.items()},
+        "more_ms": {"mean": mean, "interval": [mean - margin, mean + margin]},
+    }
 
 
 # -- clients that behave badly ----------------------------------------------------------------------------------------
@@ -412,6 +454,146 @@ class Served:
         return first, count
 
 
+WORST_BYTES = (8 << 20) - 512
+
+
+def worst_bodies(choose: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Without end, in no order: what takes longest for its size, and what a fuzzer makes of each route's requests."""
+    from benchmarks import fuzz_serve
+
+    def filled(start: bytes, part: bytes, end: bytes) -> bytes:
+        return start + part * ((WORST_BYTES - len(start) - len(end)) // len(part)) + end
+
+    def text(part: bytes) -> bytes:
+        return filled(b'{"model": "m", "messages": [{"role": "user", "content": "', part, b'"}]}')
+
+    values = (
+        b"[],",
+        b"{},",
+        b"[[[]]],",
+        b'"",',
+        b"1,",
+        b"1e5,",
+        b'{"a":1},',
+        b'[{"a":[]}],',
+        b'"\\u0101",',
+        b"12345678901234567890,",
+    )
+    texts = (b"w1 ", b"<|im_end|>", b"\\n", b"\\u0041", b'\\"', b"[{", b" ", b"a", "\U0001f600".encode(), b"\\ud800")
+    names = b",".join(b'"%x":1' % number for number in range(90_000))
+    call = b'{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{%s}"}},'
+    calls = b'{"model": "m", "messages": [{"role": "assistant", "tool_calls": ['
+    fixed = [
+        *(filled(b'{"model": "m", "prompt": [', part, b"0]}") for part in values),
+        *map(text, texts),
+        filled(b"", b"[", b""),
+        filled(b'{"a": ', b'{"a": ', b""),
+        filled(b"", b'"', b""),
+        b'{"model": "m", "metadata": {' + names + b"}}",
+        b'{"model": "m", "prompt": [' + b"[1]," * 99_000 + b"[1]]}",
+        b'{"model": "m", "prompt": [' + b"1," * 490_000 + b"1]}",
+        b'{"model": "m", "stop": ["a"], "messages": [' + b'{"role": "user", "content": "a"},' * 2048 + b"0]}",
+        filled(calls, call % (b'\\"a\\": [' + b"[]," * 900 + b"1]"), b"0]}]}"),
+        filled(b'{"model": "m", "input": [', b'"%s",' % (b"w1 " * 1300), b'"a"]}'),
+    ]
+    while True:
+        if choose.random() < 0.5:
+            yield choose.choice(list(fuzz_serve.BODIES)), choose.choice(fixed)
+        else:
+            yield fuzz_serve.request(choose)
+
+
+async def send_worst(url: str, key: str, model: str, seconds: float, streams: int) -> None:
+    """What a process of its own does to the server."""
+    ends, counts = time.monotonic() + seconds, dict[str, int]()
+
+    async def one(number: int) -> None:
+        bodies = worst_bodies(random.Random(number))
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as client:
+            while time.monotonic() < ends:
+                path, content = next(bodies)
+                try:
+                    given = content.replace(b'"model": "m"', b'"model": "%s"' % model.encode())
+                    told = str((await client.post(path, content=given)).status_code)
+                except httpx2.HTTPError as error:
+                    told = type(error).__name__
+                counts[told] = counts.get(told, 0) + 1
+
+    await asyncio.gather(*map(one, range(streams)))
+    print(json.dumps(counts))
+
+
+async def worst(words: str, seconds: float, streams: int) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="dstune-serving-"))
+    if not words:
+        from tests.support.tiny import save_decoder
+
+        words = str(save_decoder(folder / "tiny"))
+    server = Served("worst", words, folder)
+    process = psutil.Process(server.process.pid)
+
+    def memory() -> dict[str, float]:
+        engines = process.children(recursive=True)
+        return {
+            "gateway": process.memory_info().rss / 2**20,
+            "engine": sum(one.memory_info().rss for one in engines) / 2**20,
+        }
+
+    sizes: list[dict[str, float]] = []
+    before: list[float] = []
+    health: list[float] = []
+    others: list[float] = []
+    admin = (server.state / "admin-key").read_text().strip()  # another key than that of the attack
+    given = {"model": server.model, "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2}
+    try:
+        async with server.client() as client:
+            for _ in range(20):  # what is loaded at first use
+                assert (await client.post("/v1/chat/completions", json=given)).status_code == 200
+            key = client.headers["authorization"].removeprefix("Bearer ")
+            before += [await _health_seconds(client) for _ in range(200)]  # what the machine itself delays
+            sizes.append(memory())
+            attack = [sys.executable, __file__, "send-worst", server.url, key, server.model, str(seconds), str(streams)]
+            sending = subprocess.Popen(attack, stdout=subprocess.PIPE, text=True)
+            client.headers["authorization"] = f"Bearer {admin}"
+            while sending.poll() is None:
+                health.append(await _health_seconds(client))
+                if len(health) % 20 == 0:
+                    began = time.perf_counter()
+                    assert (await client.post("/v1/chat/completions", json=given)).status_code == 200
+                    others.append(time.perf_counter() - began)
+                if len(health) % 100 == 0:
+                    sizes.append(memory())
+            await asyncio.sleep(2)
+            sizes.append(memory())
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+
+    assert sending.stdout is not None
+    answers = json.loads(sending.stdout.read())
+    tenth = max(len(sizes) // 10, 1)
+    return {
+        "load": os.getloadavg()[0],
+        "health_seconds": {"before": _told(before), "meanwhile": _told(health)},
+        "other_key_seconds": _told(others),
+        "mib": {name: [round(one[name]) for one in sizes[::tenth]] for name in sizes[0]},
+        "answers": answers,
+    }
+
+
+async def _health_seconds(client: httpx2.AsyncClient) -> float:
+    await asyncio.sleep(0.05)
+    began = time.perf_counter()
+    assert (await client.get("/healthz")).status_code == 200
+    return time.perf_counter() - began
+
+
+def _told(values: list[float]) -> dict[str, float]:
+    p99 = statistics.quantiles(values, n=100)[-1]
+    return {"count": len(values), "median": statistics.median(values), "p99": p99, "most": max(values)}
+
+
 async def engines(commands: list[str], streams: list[int], rounds: int, tokens: int = 24) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="dstune-serving-"))
     servers: dict[str, Served] = {}
@@ -452,11 +634,13 @@ async def engines(commands: list[str], streams: list[int], rounds: int, tokens: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("overhead", "soak", "engines", *ROLES))
+    parser.add_argument("what", choices=("overhead", "cpu", "soak", "worst", "send-worst", "engines", *ROLES))
     parser.add_argument("given", nargs="*")
     parser.add_argument("--streams")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--requests", type=int)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--against", type=Path, metavar="TREE", help="of an earlier commit")
     arguments = parser.parse_args()
     if arguments.what in ROLES:
         from dstune.serve.server import run
@@ -465,11 +649,19 @@ def main() -> None:
         return
     if arguments.what == "overhead":
         result = asyncio.run(overhead(int(arguments.streams or 16), arguments.requests or 400))
+    elif arguments.what == "cpu":
+        result = asyncio.run(cpu(arguments.against, arguments.requests or 200, arguments.rounds or 20))
+    elif arguments.what == "worst":
+        result = asyncio.run(worst(" ".join(arguments.given), arguments.seconds, int(arguments.streams or 6)))
+    elif arguments.what == "send-worst":
+        url, key, model, seconds, streams = arguments.given
+        asyncio.run(send_worst(url, key, model, float(seconds), int(streams)))
+        return
     elif arguments.what == "soak":
         result = asyncio.run(soak(arguments.requests or 10_000))
     else:
         streams = [int(one) for one in (arguments.streams or "1,4,8").split(",")]
-        result = asyncio.run(engines(arguments.given, streams, arguments.rounds))
+        result = asyncio.run(engines(arguments.given, streams, arguments.rounds or 3))
     print(json.dumps(result, indent=1))
 
 

@@ -11,10 +11,13 @@ install -m 600 /keys/id_ed25519 /root/.ssh/id_ed25519
 install -m 600 /keys/id_ed25519.pub /root/.ssh/authorized_keys
 printf 'Host *\n  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n' >/root/.ssh/config
 
-# A login by ssh shall find the same programs and caches as this container.
-{
-  printf 'export PATH=%q\n' "$PATH"
-  env | grep -E '^(DS_|DSTUNE_|HF_|TORCH_|CUDA_|NCCL_|VIRTUAL_ENV)' | sed 's/^/export /' || true
-} >/root/.bashrc
+# A login by ssh shall find the same programs and caches as this container. Values are quoted: bash reads this file.
+(
+  umask 077
+  while IFS= read -r -d '' entry; do
+    [[ $entry =~ ^(PATH|VIRTUAL_ENV|(DS|DSTUNE|HF|TORCH|CUDA|NCCL)_[A-Za-z0-9_]*)= ]] || continue
+    printf 'export %s=%q\n' "${entry%%=*}" "${entry#*=}"
+  done < <(env -0) >/root/.bashrc
+)
 ssh-keygen -A >/dev/null
 exec /usr/sbin/sshd -D -e -o PasswordAuthentication=no -o PermitRootLogin=prohibit-password

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ def main(argv: list[str]) -> int:
     """`dstune export RUN`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.rollback:
-        _refuse_beside_rollback(arguments)
+        _refuse_other_options(arguments, "rollback")
         return _roll_back(arguments)
     run_dir = run_directory(arguments.run)
+    if arguments.reference:
+        return _renew_reference(arguments, run_dir)
     if arguments.register is not None:
         from dstune.inference.register import parse
 
@@ -54,8 +57,7 @@ def main(argv: list[str]) -> int:
         reason = "must be a whole number above 0 with KB, MB, GB or TB behind it"
         raise UserError(Problem("--max-shard-size", reason, "--max-shard-size 5GB", arguments.max_shard_size))
     refuse_damaged(run_dir, checkpoint)
-    name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
-    out = arguments.out or run_dir / name
+    out = _folder_of(arguments, run_dir)
     if arguments.register is not None and not arguments.force and _is_current(arguments, run_dir, out):
         return _registered(arguments, out, run_dir, checkpoint)
     check_free(out, arguments.force)
@@ -90,6 +92,31 @@ def main(argv: list[str]) -> int:
     return EXIT_DONE
 
 
+def _folder_of(arguments: Namespace, run_dir: Path) -> Path:
+    name = "export-gguf" if arguments.gguf else "export-merged" if arguments.merge else "export"
+    return arguments.out or run_dir / name
+
+
+def _renew_reference(arguments: Namespace, run_dir: Path) -> int:
+    """Accept edits of an export. Raises UserError."""
+    _refuse_other_options(arguments, "reference", ("out", "merge", "gguf"))
+    if arguments.out is None:
+        refuse_links(run_dir)
+    out = _folder_of(arguments, run_dir)
+    from dstune.inference.reference import renew_reference
+
+    renewal = renew_reference(out, run_dir)
+    if arguments.json:
+        print(json.dumps({"export": str(out), **asdict(renewal)}))
+        return EXIT_DONE
+    for change in renewal.changes:
+        print(f"accepted: {change}")
+    print(
+        f"{out} has a new reference of {renewal.rows} rows, {renewal.other_prompts} of them with another prompt than in training"
+    )
+    return EXIT_DONE
+
+
 def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
     """Whether the run's own export is that of the checkpoint already."""
     if arguments.out is not None or arguments.merge:
@@ -110,15 +137,17 @@ def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path
     return EXIT_DONE
 
 
-def _refuse_beside_rollback(arguments: Namespace) -> None:
-    """Raises UserError for options of an export, which a rollback would not obey."""
+def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str] = ()) -> None:
+    """Raises UserError for options of an export beside `--mode`, which would not obey them."""
     default = vars(_parser().parse_args(["RUN"]))
-    given = [name for name, value in vars(arguments).items() if value != default[name]]
-    reason = "nothing is exported with --rollback"
     problems = [
-        Problem(f"--{name.replace('_', '-')}", reason, "leave it out, or run dstune export twice")
-        for name in given
-        if name not in ("run", "rollback", "json")
+        Problem(
+            f"--{name.replace('_', '-')}",
+            f"nothing is exported with --{mode}",
+            "leave it out, or run dstune export twice",
+        )
+        for name, value in vars(arguments).items()
+        if value != default[name] and name not in ("run", mode, "json", *allowed)
     ]
     if problems:
         raise UserError(problems)
@@ -159,6 +188,11 @@ def _parser() -> VerbParser:
     )
     parser.add_argument(
         "--no-reference", action="store_true", help="keep no held-out rows to hold a server against (docs/serving.md)"
+    )
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="export nothing, but accept what you edited in an export: make its reference anew",
     )
     parser.add_argument("--force", action="store_true", help="replace a former export")
     parser.add_argument(

@@ -18,6 +18,7 @@ from dstune.config.schema import ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError, first_line
+from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.core.tokenizers import open_tokenizer
 from dstune.data.formats import check_columns
 from dstune.inference.resolve_model import (
@@ -68,6 +69,7 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
     rundir.refuse_missing(path)
     if which != "last":
         raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
+    refuse_ambiguous_folder(model.path, "MODEL", trusts_code=model.trust_remote_code)
     if (path / "adapter_config.json").is_file():
         return _of_adapter(path, model, overrides)
     return _of_model(model, overrides)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser, is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.data.message import content_text
 from dstune.inference.answers_file import AnswersFile, add_flags, answers_file
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def _text(one: Query) -> str:
         case {"tokens": [*tokens]}:
             return " ".join(map(str, tokens))
         case {"messages": [*_, {"content": content}]}:
-            return str(content)
+            return content_text(content)
     return _formatted(row)
 
 

@@ -79,12 +79,13 @@ def _from_row(line: str, where: str) -> Request:
 
 def request_of(messages: Any, where: str, **beside: Any) -> Request:
     """What to answer in a conversation, which is read as rows of a training file are. Raises ValueError."""
+    from dstune.data.message import content_text
     from dstune.data.messages import conversation_of
 
     read = conversation_of(messages, "messages")
     if read[-1]["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")
-    return Request(read[-1].get("content", ""), where, read, **beside)
+    return Request(content_text(read[-1].get("content")), where, read, **beside)
 
 
 def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,25 +5,37 @@ The model is built as in training, from the checkpoint: not from the exported fi
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from dstune.checkpoint import store
 from dstune.checkpoint.adapters import load_trained
-from dstune.checkpoint.export import find_checkpoint
+from dstune.checkpoint.answer_files import (
+    BASE,
+    RECORDED,
+    base_folder,
+    changed_files,
+    digest_files,
+    record_files,
+    valid_digests,
+)
+from dstune.checkpoint.export import find_checkpoint, model_of_export
 from dstune.checkpoint.model_folder import plain
 from dstune.checkpoint.record import read_record
 from dstune.config.run_file import read_run
-from dstune.config.schema import RunConfig
+from dstune.config.schema import ModelConfig, RunConfig
 from dstune.config.trust import Use
 from dstune.core import files
-from dstune.core.errors import UserError
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import object_in, read_file
 from dstune.core.paths import REFERENCE_FILE, cache_root
 from dstune.core.rank_env import RankEnv
 from dstune.data import sources
@@ -35,6 +47,7 @@ from dstune.data.problems import RowError
 from dstune.data.rows import normalise, recognise
 from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
+from dstune.inference.resolve_model import base_of
 from dstune.inference.rows import Query
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
@@ -48,72 +61,160 @@ MOST_PLACES = 512
 """Held-out rows that are looked at to find `ROWS`."""
 
 
+class NoReference(Exception):
+    """An export can have no reference; the text says why."""
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """What the renewal of a reference has accepted."""
+
+    changes: tuple[str, ...]
+    """What was edited since the export was written, a text for each file."""
+    rows: int
+    other_prompts: int
+    """Rows whose prompt the edited files turn into other tokens than training saw."""
+
+
 def add_reference(folder: Path, run_dir: Path) -> str:
     """Write `reference.json` to `folder`, an export of the run. Returns why there can be none; empty where there is one now.
 
-    Loads the model in fp32. Raises UserError where the run's data or model are gone.
+    Files that were edited since the export was written are held against their digests of then, so a server refuses them
+    until `renew_reference` accepts the edit. Loads the model in fp32. Raises UserError where the run's data or model are gone.
     """
     if (folder / REFERENCE_FILE).is_file():
         return ""
+    record = read_record(folder)
+    try:
+        made = _make(folder, run_dir, record)
+        exported = valid_digests(record.get(RECORDED))
+        if exported is not None:
+            base = {name: digest for name, digest in made.reference["files"].items() if name.startswith(BASE)}
+            made.reference["files"] = exported | base
+        _write(folder, made.reference)
+    except NoReference as error:
+        return f"{folder} gets no reference: {error}"
+    return ""
+
+
+def renew_reference(folder: Path, run_dir: Path) -> Renewal:
+    """Write `reference.json` anew for an export that was edited on purpose: the run's model is asked the held-out rows as the
+    edited template and tokenizer render them, and the files' digests are those of now.
+
+    Loads the model in fp32. Raises UserError where the folder is no export of the run, or can have no reference.
+    """
+    record = read_record(folder)
+    if "step" not in record:
+        raise UserError(
+            Problem("--reference", "there is no export of the run", f"dstune export {run_dir}", str(folder))
+        )
+    before = valid_digests(object_in(folder / REFERENCE_FILE).get("files")) or valid_digests(record.get(RECORDED))
+    try:
+        made = _make(folder, run_dir, record, edited=True)
+        files = made.reference["files"]
+        changes = [] if before is None else changed_files(before, files)
+        earlier = object_in(folder / REFERENCE_FILE).get("edited")
+        earlier = [text for text in earlier if isinstance(text, str)] if isinstance(earlier, list) else []
+        if edited := list(dict.fromkeys([*earlier, *changes])):
+            made.reference["edited"] = edited
+        _write(folder, made.reference)
+        record_files(folder)
+    except NoReference as error:
+        raise UserError(
+            Problem("--reference", f"the export can have no reference: {error}", value=str(folder))
+        ) from None
+    return Renewal(tuple(changes), len(made.reference["rows"]), made.other_prompts)
+
+
+class _Made(NamedTuple):
+    reference: dict[str, Any]
+    other_prompts: int
+
+
+def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: bool = False) -> _Made:
+    """edited: rows are rendered by the template and tokenizer in `folder`, not by those of the run. Raises NoReference, and
+    UserError where the run's data or model are gone."""
     try:
         config = read_run(run_dir / "run.yaml", use=Use.rows).config
     except UserError as error:  # rows that are not known to be the user's
-        return f"{folder} gets no reference: {error.problems[0].where}: {error.problems[0].reason}"
-    record = read_record(folder)
+        raise NoReference(f"{error.problems[0].where}: {error.problems[0].reason}") from None
     if store.newest(run_dir) is None:
-        return f"{folder} gets no reference: the run kept no checkpoint"
+        raise NoReference("the run kept no checkpoint")
     checkpoint = find_checkpoint(run_dir, str(record.get("step", "last")))
     tokenizer = load_tokenizer(config.model)
+    served = _edited_tokenizer(folder, config, tokenizer) if edited else tokenizer
     try:
         data = prepare(config, tokenizer, ALONE, cache_root())
     except UserError as error:
-        return f"{folder} gets no reference: {error}"
-    rows = list(_held_out(config, data, tokenizer))
+        raise NoReference(str(error)) from None
+    rows = list(_held_out(config, data, tokenizer, served))
     if not rows:
-        return f"{folder} gets no reference: the run held out no rows that can be asked again"
+        raise NoReference("the run held out no rows that can be asked again")
+    other_prompts = sum(row.pop("other_prompt", False) for row in rows)
     try:
         module, body = _as_trained(config, checkpoint, tokenizer)
     except KeyError as error:  # features and importance save what they train, beside the model's own weights
-        return f"{folder} gets no reference: the checkpoint does not hold {error.args[0]}, which the run kept as it was"
+        raise NoReference(f"the checkpoint does not hold {error.args[0]}, which the run kept as it was") from None
     if body.config.is_encoder_decoder:
-        return f"{folder} gets no reference: no engine of dstune serve takes an encoder-decoder"
+        raise NoReference("no engine of dstune serve takes an encoder-decoder")
     task = task_of(config.task)
+    is_adapter = (folder / "adapter_config.json").is_file()
     if task.generates:
         from dstune.models.peft_import import peft
 
         described = [_scored(row, body if module is None else module) for row in rows]
-        if (folder / "adapter_config.json").is_file() and isinstance(module, peft.PeftModel):
+        if is_adapter and isinstance(module, peft.PeftModel):
             with module.disable_adapter():  # what the adapter changes is what an engine has to show
                 plain = [_scored(row, module)["logprobs"] for row in rows]
             described = [row | {"base_logprobs": own} for row, own in zip(described, plain, strict=True)]
     else:
         labels = tuple(store.read_state(checkpoint)["labels"])
-        predictor = task.predictor()(config, module, task.head(body), tokenizer, labels)
+        predictor = task.predictor()(config, module, task.head(body), served, labels)
         question = task.question(labels, config.data)
         try:
             requests = [question.of(row["row"], "") for row in rows]
         except RowError as error:  # a row format of its own, which no client sends
-            return f"{folder} gets no reference: its held-out rows are none that can be asked: {error}"
+            raise NoReference(f"its held-out rows are none that can be asked: {error}") from None
+        trained_ids = [row["ids"] for row in rows]
         described = _answered(predictor, requests, rows)
+        if edited:
+            other_prompts = sum(row["ids"] not in trained_ids for row in described)
+    base = base_of(folder, ModelConfig()) if is_adapter else None
     reference = {
-        "format": 1,
+        "format": 2,
         "dtype": "float32",
         "template_date": task.template_date,
         "step": record.get("step"),
+        "files": digest_files(folder, None if base is None else base_folder(base.path, base.revision)),
         "rows": described,
     }
+    return _Made(reference, other_prompts)
+
+
+def _edited_tokenizer(folder: Path, config: RunConfig, tokenizer: Any) -> Any:
+    """The tokenizer and template in `folder`. A GGUF file has its own vocabulary, so only the template beside it is read."""
+    if (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(model_of_export(config.model, folder))
+    edited = copy.deepcopy(tokenizer)
+    if (template := folder / "chat_template.jinja").is_file():
+        edited.chat_template = read_file(template).decode("utf-8")
+    return edited
+
+
+def _write(folder: Path, reference: Mapping[str, Any]) -> None:
+    """Raises NoReference."""
     try:
         files.write(folder / REFERENCE_FILE, json.dumps(reference, ensure_ascii=False) + "\n", mode=0o600)
     except OSError as error:
-        return f"{folder} gets no reference: {error.strerror}"
-    return ""
+        raise NoReference(str(error.strerror)) from None
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """The first held-out rows as a client would ask them, with the tokens that training saw."""
+def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any) -> Iterator[dict[str, Any]]:
+    """The first held-out rows as a client would ask them, with the tokens that training saw; where `served` is another
+    tokenizer than the run's, with those that it gives."""
     split = data.validation or data.test
     if split is None or split.places is None:
         return
@@ -127,7 +228,7 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any) -> Iterator
         fields, own = raw.get(places[origin], (None, config))
         if fields is None or np.count_nonzero(origins[: sample + 1] == origin) > 1:
             continue
-        row = _row(fields, own, split.sample(sample), tokenizer)
+        row = _row(fields, own, split.sample(sample), tokenizer, served)
         if row is not None:
             found += 1
             yield row
@@ -161,7 +262,7 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
 
 
 def _row(
-    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any
+    fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
 ) -> dict[str, Any] | None:
     """None where the row cannot be asked in the same way, since training changed its text (`data.clean`) or cut it."""
     task = task_of(config.task)
@@ -172,13 +273,13 @@ def _row(
             # A server may not have the plugin that reads rows of its own.
             sent = row if ROW_FORMATS[fmt].shape else fields
             return {"row": task.as_query(sent, row), "ids": np.asarray(sample["input_ids"]).tolist()}
-        return _language_row(row, config, sample, tokenizer)
+        return _language_row(row, config, sample, tokenizer, served)
     except (RowError, UserError):
         return None
 
 
 def _language_row(
-    row: dict[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any
+    row: dict[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
 ) -> dict[str, Any] | None:
     """The turns up to the assistant's first one, or a text, with the tokens of what follows."""
     trained = np.asarray(sample["input_ids"]).tolist()
@@ -196,24 +297,43 @@ def _language_row(
         return None
     kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
     one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **kept}
-    # Pairs of answers are not what a server is asked; the better one is a conversation.
-    chats = TASKS["chat"].for_source(config.task, None)
-    encode = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS)
-    samples = encode.samples([one_turn], [0])
-    if len(samples) != 1 or samples[0].problem or samples[0].truncated:
+    trained_turn = _rendered(one_turn, config, tokenizer)
+    if trained_turn is None or trained[: len(trained_turn.prompt) + 1] != [
+        *trained_turn.prompt,
+        trained_turn.target[0],
+    ]:
         return None
-    ids, answer = samples[0].input_ids.tolist(), np.flatnonzero(samples[0].columns["labels"] != NO_TARGET)
-    start, end = int(answer[0]), int(answer[-1]) + 1
-    if trained[: start + 1] != ids[: start + 1]:
+    turn = trained_turn if served is tokenizer else _rendered(one_turn, config, served)
+    if turn is None:
         return None
     requested: dict[str, Any] = {"messages": messages[:first]}
     if "tools" in kept:
         requested["tools"] = kept["tools"]
     if "chat_template_kwargs" in kept:
         requested["arguments"] = kept["chat_template_kwargs"]
-    if not tokenizer.chat_template:
+    if not served.chat_template:
         requested = {"text": row["prompt"]} if "prompt" in row else {"ids_only": True}
-    return {**requested, "prompt_ids": ids[:start], "target_ids": ids[start:end]}
+    if turn.prompt != trained_turn.prompt:
+        requested["other_prompt"] = True
+    return {**requested, "prompt_ids": turn.prompt, "target_ids": turn.target}
+
+
+class _Turn(NamedTuple):
+    prompt: list[int]
+    target: list[int]
+    """The tokens of the assistant's first turn."""
+
+
+def _rendered(one_turn: dict[str, Any], config: RunConfig, tokenizer: Any) -> _Turn | None:
+    """None where the turn is cut, or trains nothing."""
+    # Pairs of answers are not what a server is asked; the better one is a conversation.
+    chats = TASKS["chat"].for_source(config.task, None)
+    samples = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS).samples([one_turn], [0])
+    if len(samples) != 1 or samples[0].problem or samples[0].truncated:
+        return None
+    ids, answer = samples[0].input_ids.tolist(), np.flatnonzero(samples[0].columns["labels"] != NO_TARGET)
+    start, end = int(answer[0]), int(answer[-1]) + 1
+    return _Turn(ids[:start], ids[start:end])
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

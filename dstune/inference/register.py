@@ -23,6 +23,7 @@ from typing import Any
 
 from dstune.checkpoint.record import read_record
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import child_environment
 from dstune.core.errors import DstuneError, Problem, UserError, first_line
 from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import object_in
@@ -266,7 +267,9 @@ def _prove(name: str, number: str, export: Path) -> None:
         for place, out in ((f"models:/{name}/{number}", loaded), (str(export), direct)):
             words = [sys.executable, "-m", "dstune.inference.load_registered", place, str(out)]
             try:
-                done = subprocess.run(words, capture_output=True, text=True, timeout=PROOF_SECONDS)
+                done = subprocess.run(
+                    words, env=child_environment(), capture_output=True, text=True, timeout=PROOF_SECONDS
+                )
             except subprocess.TimeoutExpired:
                 reason = f"{name} version {number} was not loaded back within {PROOF_SECONDS:.0f} s"
                 raise DstuneError(f"{reason}; no alias was moved") from None

@@ -6,6 +6,7 @@ loads the export as transformers and peft do, and refuses weights that are not t
 
 # Without annotations: MLflow reads those of `predict` as the schema of its input.
 # mypy: disable-error-code="no-untyped-def,name-defined,var-annotated"
+import glob
 import json
 import os
 
@@ -92,10 +93,21 @@ def load_export(folder):
         config.num_labels = len(labels)
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
-    model = _whole(base, config, settings.get("task_type"), adapted=True, **at)
+    kind = settings.get("task_type")
+    if kind == "CAUSAL_LM" and _names_whole_model(folder):
+        kind = None
+    model = _whole(base, config, kind, adapted=True, **at)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))
     return tokenizer, PeftModel.from_pretrained(model, folder).eval()
+
+
+def _names_whole_model(folder):
+    """Whether the adapter is for the class of a model with more parts than its language model."""
+    from safetensors import safe_open
+
+    with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as tensors:
+        return any(".language_model." in name for name in tensors.keys())  # noqa: SIM118
 
 
 HEADS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification"}
@@ -109,6 +121,7 @@ HEADS |= {
 def _whole(folder, config, task_type=None, *, adapted=False, **at):
     import transformers
 
+    _refuse_outside(folder)
     name = HEADS.get(task_type) or (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, None) or transformers.AutoModel
     model, found = cls.from_pretrained(folder, config=config, output_loading_info=True, **at)
@@ -116,6 +129,15 @@ def _whole(folder, config, task_type=None, *, adapted=False, **at):
     if missing and not adapted:
         raise ValueError(f"{folder} has no weights for {', '.join(missing[:3])}")
     return model.eval()
+
+
+def _refuse_outside(folder):
+    """Raise ValueError where an index of weights names a file that is not below its folder."""
+    for file in glob.glob(os.path.join(glob.escape(folder), "*.index.json")):
+        with open(file, encoding="utf-8") as stream:
+            places = json.load(stream).get("weight_map") or {}
+        if any(os.path.isabs(name) or ".." in name.split("/") for name in places.values()):
+            raise ValueError(f"{file} names a file outside of its folder")
 
 
 def probe(model):

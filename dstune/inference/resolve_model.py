@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,21 @@ def check_adapter(folder: Path, model: Any, where: str) -> None:
     settings = adapter_settings(folder)
     check_patterns(settings, [name for name, _ in model.named_modules()], where, str(folder))
     check_sizes(settings, folder, where)
+
+
+_ADAPTED = re.compile(r"base_model\.model\.(.+?)\.(?:lora_|ia3_|oft_|vera_|token_adapter)")
+
+
+def adapted_modules(folder: Path) -> set[str]:
+    """Names of the modules that the adapter in `folder` changes, by its tensors; empty where there are none to be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+            found = [_ADAPTED.match(name) for name in tensors.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return set()
+    return {match[1] for match in found if match}
 
 
 def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:

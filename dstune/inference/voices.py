@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
 from dstune.core.tokenizers import open_tokenizer
 from dstune.inference.resolve_model import (
+    adapted_modules,
     adapter_settings,
     base_of,
     check_adapter,
@@ -122,7 +123,7 @@ def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     _refuse_no_writer(config.task.name, key, str(path))
     folder = exported(path, scratch, which=which)
     trust = needed.trust_remote_code or config.model.trust_remote_code
-    model = replace(needed, path=str(folder), trust_remote_code=trust)
+    model = replace(needed, path=str(folder.absolute()), trust_remote_code=trust)
     task = task_of(config.task)
     if task.asks_by_prompt:
         return _Found(model, chat=False, task=config.task)
@@ -166,7 +167,8 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     plain = open_tokenizer(where="model.path", **source)
     voices[BASE] = _voice(plain, found, architecture.is_encoder_decoder)
 
-    model = _language_model(source, architecture, base, read_record(own) if own else {})
+    changed = {name for folder in folders.values() if folder for name in adapted_modules(folder)}
+    model = _language_model(source, architecture, base, read_record(own) if own else {}, changed)
     longest = max(len(voice.tokenizer) for voice in voices.values())
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
@@ -222,13 +224,22 @@ def _architecture(source: dict[str, Any], needed: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(**source)
 
 
-def _language_model(source: dict[str, Any], architecture: Any, needed: ModelConfig, record: Mapping[str, Any]) -> Any:
-    """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed."""
+def _language_model(
+    source: dict[str, Any],
+    architecture: Any,
+    needed: ModelConfig,
+    record: Mapping[str, Any],
+    adapted: Iterable[str] = (),
+) -> Any:
+    """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed. adapted: names of
+    the modules that adapters change."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dstune.models.quantize import keep_layout
+    from dstune.models.unreached import class_of_adapters
 
     kind = AutoModelForSeq2SeqLM if architecture.is_encoder_decoder else AutoModelForCausalLM
+    kind = class_of_adapters(kind, architecture, adapted)
     dtype = computing_dtype(architecture)
     method = METHODS.classes().get(str(record.get("method")))
     options = {} if method is None else method.serving_options(record, dtype)

@@ -6,16 +6,19 @@ vLLM took an adapter of another model without a word, and answered with the base
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from dstune.checkpoint.contents import layouts_of, tensor_shapes
 from dstune.checkpoint.record import public_name
+from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
-from dstune.core.parsing import object_in, parse_json
+from dstune.core.parsing import object_in
+from dstune.planning.source import cached_snapshot
 from dstune.serve.source import Source
 
-MOST_HEADER_BYTES = 100 << 20
+LANGUAGE_MODEL = "model.language_model."
+"""Where a language model is in the classes of transformers that have more parts."""
 _FACTOR = re.compile(r"^base_model\.model\.(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight$")
 
 
@@ -43,8 +46,10 @@ def _problems(adapter: Source, base: Source, one_template: bool) -> Iterator[tup
     if adapter.base_revision and base.base_revision and adapter.base_revision != base.base_revision:
         reason = f"was trained on revision {adapter.base_revision}, the engine serves {base.base_revision}"
         yield reason, "", ""
-    if base.folder is not None:
-        yield from _wrong_shapes(adapter.folder, base.folder)
+    # Of a base that is asked for by its hub id, the files that an engine would load.
+    base_folder = base.folder or cached_snapshot(ModelConfig(path=base.path, revision=base.base_revision))
+    if base_folder is not None:
+        yield from _wrong_shapes(adapter.folder, base_folder)
     if one_template:
         yield from _other_template(adapter, base)
 
@@ -103,7 +108,14 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
     if not factors:
         yield "holds no low-rank matrices under the names that peft loads", "dstune export RUN", ""
     absent = [name for name in factors if _weight_of(name, ends) is None]
-    if absent:
+    inside = [name for name in absent if _weight_of(f"{LANGUAGE_MODEL}{name.removeprefix('model.')}", ends) is not None]
+    if inside:
+        reason = (
+            f"its tensors have the names of a language model alone, first {inside[0]}: servers load a model of which it is a part, "
+            "and ignore them"
+        )
+        yield reason, "dstune export RUN, which writes the names of the whole model", ""
+    elif absent:
         yield (
             f"the base lacks {len(absent)} modules that it changes, first {absent[0]}",
             "give the adapter's own base",
@@ -122,21 +134,8 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _weight_of(name: str, ends: Mapping[str, list[int]]) -> list[int] | None:
-    """The shape of the weight of a module; files of some bases lack the model's outermost name."""
-    for candidate in (name, name.partition(".")[2]):
+    """The shape of the weight of a module; files of some bases lack the model's outermost name, or have two names exchanged."""
+    for candidate in (*layouts_of(name)[:2], name.partition(".")[2]):
         if candidate in ends:
             return ends[candidate]
     return None
-
-
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """By the header of a safetensors file. Raises UserError where it is none."""
-    try:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > MOST_HEADER_BYTES:
-                raise ValueError
-            header = parse_json(stream.read(size))
-        return {name: list(map(int, value["shape"])) for name, value in header.items() if name != "__metadata__"}
-    except (OSError, struct.error, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
-        raise UserError(Problem(str(file), "is no safetensors file", "dstune export RUN")) from None

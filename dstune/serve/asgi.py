@@ -71,8 +71,9 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         watching.cancel()
 
 
-async def read_body(receive: Receive, limit: int) -> bytes:
-    """Raises ClientGone, and ValueError where the body has more than `limit` bytes."""
+async def read_body(receive: Receive, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
+    """hold: told of the size of each part. Raises ClientGone, what `hold` raises, and ValueError where the body has more than
+    `limit` bytes."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -82,6 +83,7 @@ async def read_body(receive: Receive, limit: int) -> bytes:
         size += len(part)
         if size > limit:
             raise ValueError
+        hold(len(part))
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)

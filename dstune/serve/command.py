@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     extra.require()
     if fine_tunes(arguments) or arguments.jobs == "only":
         extra.require_api()
-    from dstune.serve.server import run
+    from dstune.serve.server import allow_open_files, run
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     sources = _sources(arguments, state)
     runtime = Path(tempfile.mkdtemp(prefix="dstune-serve-"))
     try:
+        allow_open_files()
         return run(_run(arguments, state, runtime, sources))
     except asyncio.CancelledError:  # SIGTERM while the engines were starting
         return EXIT_DONE
@@ -77,7 +78,7 @@ def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
     for name, path in source.of_words(arguments.models):
         folder = prepare(Path(path), state) if source.needs_preparation(path) else None
         found.append(source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code))
-    return found
+    return source.with_neutral_labels(found, arguments.neutral_label)
 
 
 def _engine_of(arguments: argparse.Namespace, state: Path, runtime: Path) -> Callable[[Source, str], Engine]:

@@ -7,12 +7,13 @@ A request may hold nothing else. What an engine would ignore is refused by name,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from dstune.core.parsing import parse_json
 from dstune.data.messages import NO_ARGUMENTS
 from dstune.serve.errors import ApiError
+from dstune.serve.gateway.json_bounds import MOST_MEMBERS, members_in
 
 Check = Callable[[Any], str]
 """What is wrong with a value; empty where nothing is."""
@@ -110,10 +111,23 @@ MESSAGE_FIELDS = {
 def _messages(value: Any) -> str:
     if not isinstance(value, list) or not value or len(value) > MOST_MESSAGES:
         return f"must be a list of 1 to {MOST_MESSAGES} messages"
+    members = 0
     for number, message in enumerate(value):
+        members += sum(map(members_in, _arguments_of(message)))
+        if members > MOST_MEMBERS:
+            return f"[{number}] tool calls hold more than {MOST_MEMBERS:,} objects, lists and members"
         if problem := _message(message):
             return f"[{number}] {problem}"
     return ""
+
+
+def _arguments_of(message: Any) -> Iterator[bytes]:
+    """The JSON texts in a message that may be anything."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            yield function["arguments"].encode("utf-8", "replace")
 
 
 def _given(value: Mapping[str, Any]) -> set[str]:
@@ -434,18 +448,22 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 """Values at which a field asks for nothing, so that any engine may leave it out."""
 
 
-def _in_one_text(value: Any) -> Any:
-    """Messages whose contents are texts: parts are joined, and a refusal is what was said, as in rows of training. Engines give
-    parts to templates that read them, and know of no refusal."""
+def _as_trained(value: Any) -> Any:
+    """Messages as rows of training hold them: a content of one part is a text, several stay parts, which templates print in
+    their own way; a refusal is what was said, since engines know of none."""
     if not isinstance(value, list):
         return value
-    return [_in_one_text(item) if isinstance(item, list) else _as_one_text(item) for item in value]
+    return [_as_trained(item) if isinstance(item, list) else _message_as_trained(item) for item in value]
 
 
-def _as_one_text(message: dict[str, Any]) -> dict[str, Any]:
+def _message_as_trained(message: dict[str, Any]) -> dict[str, Any]:
     content, refusal = message.get("content"), message.get("refusal")
     if isinstance(content, list):
-        content = "\n".join(part.get(part["type"], part.get("text")) for part in content)
+        parts = [
+            {"type": _PART_TYPES.get(part["type"], "text"), "text": part.get(part["type"], part.get("text"))}
+            for part in content
+        ]
+        content = parts if len(parts) > 1 else "".join(part["text"] for part in parts)
     kept = {name: value for name, value in message.items() if name != "refusal"}
     if refusal or "content" in message:
         kept["content"] = refusal or content
@@ -460,12 +478,15 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call if function["arguments"] else call | {"function": function | {"arguments": "{}"}}
 
 
+_PART_TYPES = {name: name for name in ("input_text", "output_text")}
+"""Types of parts in `/v1/responses`; all others are `text`."""
+
 MESSAGES = {_messages, _conversations, _response_input}
 """Checks of fields that hold messages."""
 
 
 def checked(body: Mapping[str, Any], known: Mapping[str, Check], acts: Collection[str]) -> dict[str, Any]:
-    """`body` without fields that ask for nothing, its messages in one text each. known: the fields of the route. acts: those
+    """`body` without fields that ask for nothing, its messages as in training. known: the fields of the route. acts: those
     that the engine acts on.
 
     Raises ApiError for the first field that is unknown, wrong, or that the engine would ignore.
@@ -479,7 +500,7 @@ def checked(body: Mapping[str, Any], known: Mapping[str, Check], acts: Collectio
         if problem := known[name](value):
             raise ApiError(400, f"Invalid {name}: {problem}.", param=name, code="invalid_value")
         if name in acts:
-            kept[name] = _in_one_text(value) if known[name] in MESSAGES else value
+            kept[name] = _as_trained(value) if known[name] in MESSAGES else value
         elif not (name in NEUTRAL and NEUTRAL[name](value)):
             raise ApiError(
                 400, f"This model does not support {name!r} with this value.", param=name, code="unsupported_parameter"

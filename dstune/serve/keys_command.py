@@ -87,9 +87,7 @@ def _parser() -> VerbParser:
     parser.add_argument("--requests-per-minute", type=_positive, metavar="N")
     parser.add_argument("--tokens-per-day", type=_positive, metavar="N")
     parser.add_argument("--concurrent", type=_positive, metavar="N", help="requests at once")
-    parser.add_argument(
-        "--state", type=Path, default=Path(STATE), metavar="DIR", help=f"of the server (default {STATE})"
-    )
+    parser.add_argument("--state", type=Path, metavar="DIR", help=f"of the server (default {STATE})")
     parser.add_argument("--store", metavar="URL", help="of the database, where it is not the server's SQLite file")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser

@@ -98,13 +98,20 @@ def _add_engine(parser: VerbParser) -> None:
     )
     parser.add_argument("--base-name", default="", metavar="NAME", help="under which the base of adapters is served")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="number format to compute in")
+    parser.add_argument(
+        "--neutral-label",
+        action="append",
+        default=[],
+        metavar="NAME=LABEL",
+        help="label of a classifier that /v1/moderations does not flag; may be repeated",
+    )
     parser.add_argument("--check", action="store_true", help="check models against their training, and the guard; end")
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
 
 
 def _add_store(parser: VerbParser) -> None:
     """What is kept, and who may reach the server or be reached by it."""
-    parser.add_argument("--state", type=Path, default=Path(STATE), metavar="DIR", help=f"keys, logs (default {STATE})")
+    parser.add_argument("--state", type=Path, metavar="DIR", help=f"keys, logs (default {STATE})")
     parser.add_argument("--store", metavar="URL", help="database, such as postgresql://USER@HOST/NAME (default SQLite)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="host name to answer under")
     parser.add_argument(
@@ -125,7 +132,11 @@ def _add_store(parser: VerbParser) -> None:
     )
     parser.add_argument("--max-file-bytes", type=int, default=512_000_000, metavar="N", help="of an upload (512 MB)")
     parser.add_argument(
-        "--max-project-bytes", type=int, default=2_500_000_000_000, metavar="N", help="of a project's files (2.5 TB)"
+        "--max-project-bytes",
+        type=int,
+        default=2_500_000_000_000,
+        metavar="N",
+        help="of a project's files and jobs (2.5 TB)",
     )
 
 
@@ -243,4 +254,5 @@ def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[
         value = getattr(arguments, flag[2:].replace("-", "_"))
         acts = engine == "local" or (flag == "--threads" and bool(arguments.guard))
         yield flag, "" if value == default else str(value), acts, "it is of the engine local"
+    yield "--neutral-label", arguments.neutral_label, engine == "local", "the engine local moderates"
     yield "--dtype", arguments.dtype or "", engine in ("local", "vllm"), f"the engine {engine} chooses it by itself"

@@ -1,17 +1,22 @@
 """Whether an engine answers as the model that was trained.
 
-An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens that training saw, and the
-log-probabilities of their targets. The engine renders the same rows and scores the same tokens.
+An export holds a reference (`dstune.inference.reference`): held-out rows with the tokens that training saw, the
+log-probabilities of their targets, and digests of the files that decide answers to everything else. The files are compared
+first, then the engine renders the same rows and scores the same tokens.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint.answer_files import base_folder, changed_files, digest_files, valid_digests
+from dstune.checkpoint.contents import missing_contents
+from dstune.checkpoint.record import read_record
 from dstune.core.errors import DstuneError
 from dstune.core.parsing import parse_json, read_file
 from dstune.core.paths import REFERENCE_FILE
@@ -33,6 +38,9 @@ LEAST_COMPARED = 0.5
 """Share of the rows that an engine has to report log-probabilities of."""
 ROWS_OF_EFFECT = 8
 """The rows that training changed most are asked of the base too."""
+
+
+RENEW = "`dstune export RUN --reference`"
 
 
 class Refused(DstuneError):
@@ -58,7 +66,8 @@ class Proof:
         if self.status != "proven":
             return f"{self.status}: {self.detail}" if self.detail else self.status
         effect = "" if self.effect is None else f", {self.effect:.2g} from its base"
-        return f"proven: {self.rows} rows, tokens equal, {self.difference:.2g} of at most {self.bound:g} apart{effect}"
+        detail = f"; {self.detail}" if self.detail else ""
+        return f"proven: {self.rows} rows, tokens equal, {self.difference:.2g} of at most {self.bound:g} apart{effect}{detail}"
 
 
 def read_reference(folder: Path | None) -> dict[str, Any] | None:
@@ -69,8 +78,10 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
     try:
         found = parse_json(read_file(path, MOST_BYTES))
         rows = found["rows"]
-        if found["format"] != 1 or not rows or not all(isinstance(row, dict) for row in list(rows)):
+        if found["format"] not in (1, 2) or not rows or not all(isinstance(row, dict) for row in list(rows)):
             raise ValueError("has another format, or no rows")
+        if found["format"] == 2 and valid_digests(found["files"]) is None:
+            raise ValueError("its digests of files are none")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read: {error}; `dstune export` writes a new one") from None
     return dict(found)
@@ -86,15 +97,48 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
     if reference is None:
         return Proof("unproven", "the model has no reference: `dstune export` stores one", dtype=engine.dtype)
     rows = reference["rows"]
+    await asyncio.to_thread(_refuse_other_files, name, source, reference)
     try:
-        if source.generates:
-            return await _language(engine, name, rows, base)
-        return await _encoder(engine, name, rows)
+        proof = await (_language(engine, name, rows, base) if source.generates else _encoder(engine, name, rows))
     except Unprovable as error:
         return Proof("unproven", str(error), dtype=engine.dtype)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = f"what it answers cannot be compared with its {REFERENCE_FILE} ({type(error).__name__}: {error})"
         raise Refused(f"{name}: {reason}; `dstune export` writes a new one") from error
+    if lacking := await asyncio.to_thread(_lacking, source):
+        return replace(proof, status="unproven", detail=f"{lacking}: `dstune export` writes a whole model")
+    if "files" not in reference:
+        detail = f"its reference is of an earlier version, without digests of files: {RENEW} renews it"
+        return replace(proof, status="unproven", detail=detail)
+    edited = reference.get("edited")
+    edits = f"edited since its training: {', '.join(map(str, edited))}" if isinstance(edited, list) and edited else ""
+    return replace(proof, detail="; ".join(filter(None, (edits, engine.unseen_settings))))
+
+
+def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any]) -> None:
+    """Raises Refused where files that decide answers are not those of the reference."""
+    if "files" not in reference or source.folder is None:
+        return
+    base = base_folder(source.base, source.base_revision) if source.adapter else None
+    try:
+        changes = changed_files(reference["files"], digest_files(source.folder, base))
+    except OSError as error:
+        raise Refused(f"{name} cannot be compared with its {REFERENCE_FILE}: {error}") from None
+    if changes:
+        raise Refused(
+            f"{name} was edited since it was exported: {'; '.join(changes)}. Export it again, or accept the edit: {RENEW}"
+        )
+
+
+def _lacking(source: Source) -> str:
+    """What the folder of a whole model lacks of what was exported, or of its base; empty where it lacks nothing."""
+    if source.folder is None or source.adapter:
+        return ""
+    record = read_record(source.folder)
+    base, revision = record.get("base_model"), record.get("revision")
+    is_hub_id = isinstance(base, str) and "/" in base  # of a local folder the record has the last part of its path
+    folder = base_folder(str(base), revision if isinstance(revision, str) else None) if is_hub_id else None
+    return missing_contents(source.folder, record, folder)
 
 
 async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]], base: str | None) -> Proof:

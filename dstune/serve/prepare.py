@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dstune.config.trust import flags_for, from_flags
+from dstune.core.child_python import child_environment
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.core.paths import REFERENCE_FILE
 
@@ -18,7 +19,7 @@ def prepare(run: Path, state: Path) -> Path:
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     if not lines:
         raise DstuneError(f"{run} could not be exported: the process that does it ended with {done.returncode}")

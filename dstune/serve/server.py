@@ -6,11 +6,13 @@ Both cost less than asyncio's own loop and h11 (benchmarks/serving.py), and uvlo
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import uvicorn
@@ -22,6 +24,10 @@ log = logging.getLogger("dstune.serve")
 MOST_HEAD_BYTES = 65536
 HEAD_SECONDS = 30.0
 """From the connection, or the first byte of a request, to the end of its head."""
+BODY_REST_SECONDS = 5.0
+"""For the rest of a body whose request was answered."""
+MOST_AHEAD = 64
+"""Requests of a connection that wait for the answer to an earlier one."""
 
 T = TypeVar("T")
 
@@ -31,38 +37,96 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-class BoundedHttp(HttpToolsProtocol):
-    """Heads of requests have to be small and soon there: httptools itself takes any."""
+def allow_open_files() -> None:
+    """As many as the system lets this process have: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
-    _head_bytes = 0
+
+def most_connections() -> int:
+    """Half of the files that this process may open: engines, databases and logs need some too."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft // 2 if soft > 0 else 1 << 20
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Bounds what httptools takes without end: heads, framing of chunks, trailers, and requests that are sent ahead."""
+
+    _framing_bytes = 0
+    """Since the last byte of a body, or the end of a head."""
     _in_head = False
+    _in_body = False
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
+        self._close_after(HEAD_SECONDS)
+        self._idle[self] = None
+        if len(self.connections) > most_connections():
+            next(iter(self._idle)).transport.abort()
+
+    @property
+    def _idle(self) -> dict[BoundedHttp, None]:
+        """Connections of this server without a request, or whose head has not come; that which waits longest is the first."""
+        found: dict[BoundedHttp, None] = self.server_state.__dict__.setdefault("idle", {})
+        return found
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._idle.pop(self, None)
         self._in_time()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
+        self._framing_bytes += len(data)
         super().data_received(data)
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self.send_400_response("The head of the request is too large.")
+        if self._framing_bytes > MOST_HEAD_BYTES:
+            self.send_400_response("The head of the request is too large.")
+        elif len(self.pipeline) > MOST_AHEAD:
+            self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._framing_bytes = True, 0
         if self._late is None:
-            self._late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._close_after(HEAD_SECONDS)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            raise ValueError("a header after the head")  # the connection is closed
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_head, self._in_body, self._framing_bytes = False, True, 0
         self._in_time()
+        self._idle.pop(self, None)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._in_time()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.pipeline and not self.transport.is_closing():
+            self._idle[self] = None
+        if self._in_body and self.cycle.response_complete:
+            self._close_after(BODY_REST_SECONDS)
+
+    def send_400_response(self, message: str) -> None:
+        """Closes alone where a response has begun: nothing may stand within it."""
+        if self.cycle is None or not (self.cycle.response_started or self.pipeline):
+            super().send_400_response(message)
+        else:
+            self.transport.close()
+
+    def _close_after(self, seconds: float) -> None:
+        self._late = self.loop.call_later(seconds, self.transport.close)
 
     def _in_time(self) -> None:
         if self._late is not None:
@@ -116,6 +180,7 @@ async def drained(server: Server, app: Drains, delay: float, sockets: list[socke
         await asyncio.sleep(delay)
         server.should_exit = True
 
+    gc.freeze()  # what the start has made stays: looking through it would hold up the loop while a large body is parsed
     leaving = asyncio.create_task(leave())
     try:
         await server.serve(sockets)

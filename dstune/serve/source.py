@@ -17,6 +17,7 @@ from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
 from dstune.core.errors import Problem, UserError
+from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.core.parsing import object_in
 from dstune.core.paths import REFERENCE_FILE
 from dstune.data.named_templates import DEFAULT, joined
@@ -50,6 +51,8 @@ class Source:
     """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
     plugins: tuple[str, ...] = ()
     """Of its run, as the key `plugins` takes them: a task may be one's."""
+    neutral_labels: tuple[str, ...] = ()
+    """Of a classifier, those that `/v1/moderations` does not flag, as the user declared them."""
 
     @property
     def load_from(self) -> str:
@@ -120,6 +123,22 @@ def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list[Source]:
+    """`sources` with what `--neutral-label NAME=LABEL` declares of them. Raises UserError."""
+    labels: dict[str, list[str]] = {source.name: [] for source in sources if "classify" in source.serves}
+    problems = []
+    for word in words:
+        name = max((known for known in labels if word.startswith(f"{known}=")), key=len, default="")
+        if name and word != f"{name}=":
+            labels[name].append(word[len(name) + 1 :])
+            continue
+        fix = f"NAME of {', '.join(labels)}" if labels else "leave it out: no classifier is served"
+        problems.append(Problem("--neutral-label", "is no NAME=LABEL of a classifier that is served", fix, word))
+    if problems:
+        raise UserError(problems)
+    return [replace(source, neutral_labels=tuple(labels.get(source.name, ()))) for source in sources]
+
+
 def is_run(path: str) -> bool:
     return (Path(path) / "run.yaml").is_file()
 
@@ -145,6 +164,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         name = name or config.run.name
         trust_remote_code = trust_remote_code or config.model.trust_remote_code
     elif Path(path).is_dir():
+        refuse_ambiguous_folder(path, "MODEL", trusts_code=trust_remote_code)
         folder = Path(path)
         name = name or folder.resolve().name
     elif Path(path).is_absolute() or path.startswith((".", "~")):

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dstune.core import files, signing
 from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import object_in
 
 if TYPE_CHECKING:
     from dstune.serve.store.database import Database
 
 STATE = "serving"
+"""The folder, in the working directory, of a command without `--state`."""
+MARK = "made-by.json"
+"""Signed by the user who started the first server here."""
 
 
-def state_folder(path: Path, *, create: bool) -> Path:
-    """Raises UserError where it is a link, or another user may read it."""
+def state_folder(named: Path | None, *, create: bool) -> Path:
+    """Return the folder that `--state` names, else `STATE`.
+
+    A folder that the command does not name has to be one that this user's server made: a stranger's folder may bring a database
+    whose keys the stranger knows. Naming it once is enough.
+
+    Raises UserError where it is a link, another user may read it, or it came from somebody else.
+    """
+    path = named or Path(STATE)
     if create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -29,10 +43,32 @@ def state_folder(path: Path, *, create: bool) -> Path:
         raise UserError(Problem("--state", "is not a folder of this user", "give another one", str(path)))
     if found.st_mode & 0o077:
         raise UserError(Problem("--state", "other users may enter it", f"chmod 700 {path}", str(path)))
+    if not _is_signed(path):
+        if named is None and any(path.iterdir()):
+            reason = "no server of yours made this folder: whoever did may know the keys of its database"
+            raise UserError(
+                Problem("--state", reason, f"--state ./{path} if it is yours, else another folder", str(path))
+            )
+        if create:
+            _sign(path)
     return path.resolve()
 
 
-def opened_database(state: Path, url: str | None, *, create: bool) -> Database:
+def _is_signed(path: Path) -> bool:
+    mark = object_in(path / MARK)
+    signed, signer, _ = signing.signed_by(mark.get("signature"))
+    return bool(signer) and signed == {"state": str(mark.get("state"))}
+
+
+def _sign(path: Path) -> None:
+    """Mark the folder as this user's, unless there is no key to sign with: then each command has to name it."""
+    state = secrets.token_hex(16)
+    signature = signing.sign({"state": state})
+    if signature is not None:
+        files.write(path / MARK, json.dumps({"state": state, "signature": signature}), mode=0o600)
+
+
+def opened_database(state: Path | None, url: str | None, *, create: bool) -> Database:
     """The database at `url`, or the one in the server's folder. Raises UserError."""
     from dstune.serve.store.database import DATABASE, Database
 
@@ -40,5 +76,5 @@ def opened_database(state: Path, url: str | None, *, create: bool) -> Database:
         return Database(url)
     folder = state_folder(state, create=create)
     if not create and not (folder / DATABASE).is_file():
-        raise UserError(Problem("--state", "no server has run here yet", "dstune serve-keys add NAME", str(state)))
+        raise UserError(Problem("--state", "no server has run here yet", "dstune serve-keys add NAME", str(folder)))
     return Database.of_folder(folder)

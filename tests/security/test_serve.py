@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import httpx2
@@ -27,8 +29,8 @@ from dstune.serve.gateway.inference import WithoutUsage
 from dstune.serve.gateway.output_bound import bounded
 from dstune.serve.gateway.routes import _allowed
 from dstune.serve.store.database import Database
-from dstune.serve.store.keys import Keys
-from tests.support.serving import chat, run, stub_source
+from dstune.serve.store.keys import Keys, Limit
+from tests.support.serving import chat, listening, run, stub_source
 
 CUT = b"<cut>"
 """What stands for a connection that the server has closed."""
@@ -319,3 +321,275 @@ def test_a_reference_is_not_followed_elsewhere(tmp_path):
     (tmp_path / "reference.json").write_text('{"format": 1, "rows": []}')
     with pytest.raises(Refused):
         read_reference(tmp_path)
+
+
+def kept_open(url: str, head: str, part: str, *, pause: float = 0.0, most: int = 4 << 20) -> int:
+    """How many bytes of `part`, repeated, the server takes before it closes the connection; `most` if it never does."""
+    port, sent = int(url.rpartition(":")[2]), 0
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as own:
+        try:
+            own.sendall(head.encode("latin-1"))
+            while sent < most:
+                own.sendall(part.encode("latin-1"))
+                sent += len(part)
+                own.setblocking(False)
+                try:
+                    if own.recv(65536) == b"":
+                        return sent
+                except BlockingIOError:
+                    pass
+                own.settimeout(5)
+                time.sleep(pause)
+        except (ConnectionError, TimeoutError):
+            return sent
+    return most
+
+
+def test_trailers_and_framing_without_end(tmp_path):
+    """Whoever has no key could fill the memory with headers behind the body, or send chunks' extensions for ever."""
+
+    async def test(found):
+        health = (
+            f"GET /healthz HTTP/1.1\r\nHost: {found.url.removeprefix('http://')}\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        lines = "".join(f"X-{number}: {'y' * 1000}\r\n" for number in range(16))
+        endless = {
+            "trailers": ("0\r\n", lines),
+            "one trailer": ("0\r\nX: ", "y" * 16384),
+            "the name of one": ("0\r\n", "y" * 16384),
+            "an extension of a chunk": ("5;", "y" * 16384),
+        }
+        for what, (start, part) in endless.items():
+            assert await asyncio.to_thread(kept_open, found.url, health + start, part) < 2 << 20, what
+        assert await asyncio.to_thread(kept_open, found.url, "", "\r\n" * 8192) < 2 << 20, "line ends before a request"
+        answer = await asyncio.to_thread(raw, found.url, f"{health}2\r\nab\r\n0\r\n\r\n{health}0\r\n\r\n")
+        assert answer.count(b"HTTP/1.1 200") == 2 and not answer.endswith(CUT), "chunks by themselves are fine"
+
+    run(test, tmp_path)
+
+
+def test_a_body_that_goes_on_after_the_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "BODY_REST_SECONDS", 0.3)
+
+    async def test(found):
+        host = found.url.removeprefix("http://")
+        lengths = {"Transfer-Encoding: chunked": "1\r\nx\r\n", "Content-Length: 999999999": "x"}
+        for length, part in lengths.items():
+            head = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n{length}\r\n\r\n"
+            sent = await asyncio.to_thread(kept_open, found.url, head, part, pause=0.02, most=100 * len(part))
+            assert sent < 100 * len(part), length
+
+    run(test, tmp_path)
+
+
+def test_thousands_of_requests_sent_ahead_are_not_kept(tmp_path):
+    async def test(found):
+        host = found.url.removeprefix("http://")
+        health = f"GET /healthz HTTP/1.1\r\nHost: {host}\r\n\r\n"
+        assert (await asyncio.to_thread(raw, found.url, health * 40)).count(b"HTTP/1.1 200") == 40
+        many = health * 800  # whole ones in what is read at once
+        sent = await asyncio.to_thread(kept_open, found.url, "", many, pause=0.01, most=20 * len(many))
+        assert sent < 20 * len(many)
+
+    run(test, tmp_path)
+
+
+def test_a_host_that_browsers_read_otherwise(tmp_path):
+    async def test(found):
+        port = found.url.rpartition(":")[2]
+        for host in (
+            "localhost:80@evil.com",
+            "localhost:x",
+            "localhost/",
+            "localhost#",
+            "[::1",
+            "[::1]x",
+            "local host",
+            "",
+        ):
+            for path in ("/v1/models", "/healthz"):
+                head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {found.key}\r\n"
+                text = f"{head}Connection: close\r\n\r\n"
+                assert (await asyncio.to_thread(raw, found.url, text)).startswith(b"HTTP/1.1 400"), (host, path)
+        for host, status in (
+            (f"LOCALHOST:{port}", 200),
+            ("[::1]", 200),
+            ("evil.com", 421),
+            ("localhost.evil.com", 421),
+        ):
+            answer = await found.client(host=host).get("/v1/models")
+            assert answer.status_code == status, host
+
+    run(test, tmp_path)
+
+
+async def posted(found, body: bytes, key: str = "", path: str = "/v1/chat/completions"):
+    return await found.client(key or found.key).post(path, content=body, headers={"content-type": "application/json"})
+
+
+async def slowest_health(found, waiting) -> float:
+    """The longest time that a health check took while `waiting` was computed; two seconds are given up."""
+    slowest = 0.0
+    client = found.client()
+    while not waiting.done():
+        began = time.monotonic()
+        assert (await client.get("/healthz")).status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+        await asyncio.sleep(0.01)
+    return slowest
+
+
+def test_containers_are_counted_before_they_are_made(tmp_path):
+    async def test(found):
+        deep = [b'{"model": ' + b"[" * levels + b"]" * levels + b"}" for levels in (63, 64, 5000)]
+        for body, told in zip(deep, ("'model'", "more than 64 deep", "more than 64 deep"), strict=True):
+            answer = await posted(found, body)
+            assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+        for part in (b"[],", b"{},", b'"":1,', b"[[[]]],"):
+            inner = part * (100_001 // max(part.count(b"["), 1)) + b'"":1' * (b":" in part) + b"0" * (b":" not in part)
+            bracket = (b"{", b"}") if b":" in part else (b"[", b"]")
+            answer = await posted(found, b'{"model": ' + bracket[0] + inner + bracket[1] + b"}")
+            assert answer.status_code == 400 and "100,000" in answer.json()["error"]["message"], part
+        for model in found.fleet.models.values():
+            model.engine.context = 1 << 20
+        texts = ["[" * 200_000 + "," * 1_100_000, '\\"{' * 100_000, 'a"[' * 100_000]
+        for text in texts:  # what stands in a text is text
+            answer = await posted(found, json.dumps(chat(text)).encode())
+            assert answer.status_code == 200 and found.app.seen[-1][1]["messages"][0]["content"] == text
+        call = {
+            "id": "c",
+            "type": "function",
+            "function": {"name": "f", "arguments": '{"a": [' + "[]," * 60_000 + "1]}"},
+        }
+        messages = [*chat()["messages"], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+        answer = await posted(found, json.dumps(chat() | {"messages": messages[:1] + messages[1:] * 2}).encode())
+        assert answer.status_code == 400 and "100,000" in answer.json()["error"]["message"]
+
+    run(test, tmp_path)
+
+
+def test_large_bodies_do_not_stop_others(tmp_path):
+    """8 MiB of lists kept the loop busy for seconds each."""
+
+    async def test(found):
+        size = 8 << 20
+        bodies = [
+            b'{"model": [' + b"[[[]]]," * (size // 7 - 3) + b"0]}",
+            b'{"model": [' + b'"",' * (size // 3 - 5) + b"0]}",
+            b'{"model": "first", "prompt": [' + b"1," * 490_000 + b"1]}",
+        ]
+        waiting = asyncio.gather(*(posted(found, body, path="/v1/completions") for body in bodies * 2))
+        assert await slowest_health(found, waiting) < 1
+        assert [answer.status_code for answer in waiting.result()] == [400] * 6
+
+    run(test, tmp_path)
+
+
+def test_a_key_fills_no_more_than_its_share_of_the_memory(tmp_path):
+    async def test(found):
+        body = json.dumps(chat("w" * 200_000)).encode()
+        told = await asyncio.gather(*(posted(found, body) for _ in range(4)))
+        refused = [answer for answer in told if answer.status_code == 429]
+        assert {answer.status_code for answer in told} == {200, 429} and len(refused) >= 2
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        others = await asyncio.gather(
+            *(posted(found, body.replace(b"first", b"second"), key) for key in (found.key, found.other))
+        )
+        assert [answer.status_code for answer in others] == [200, 200], "a share is of a key, and given back"
+
+    run(test, tmp_path, seconds=0.3, key_body_bytes=500_000)
+
+
+def test_a_prompt_beyond_the_context_is_refused_unread_and_charged(tmp_path):
+    async def test(found):
+        found.app.refusal = b'{"error": {"message": "longer than the maximum model length of 2048", "code": 400}}'
+        long = "w" * (2048 * 128 + 1)
+        bodies = {
+            "/v1/chat/completions": [chat(long), chat() | {"messages": [*chat(long[1:])["messages"]] * 2}],
+            "/v1/completions": [{"prompt": long}, {"prompt": ["a", long]}, {"prompt": [1] * 2049}, {"prompt": [[1], [1] * 2049]}],
+            "/v1/responses": [{"input": long}],
+            "/v1/embeddings": [{"input": ["a", long]}],
+            "/answers": [{"question": "a", "context": long}],
+            "/rewards": [{"messages": [chat()["messages"], chat(long)["messages"]]}],
+        }  # fmt: skip
+        for path, asked in bodies.items():
+            for body in asked:
+                answer = await found.client().post(path, json={"model": "first", **body})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded"), path
+        assert not found.app.seen
+        for key_limit, text in ((4000, long), (4000, "the engine refuses this")):
+            key = found.gateway.keys.add(f"charged {text[:5]}", limit=Limit(tokens_per_day=key_limit))
+            told = [await found.client(key).post("/v1/chat/completions", json=chat(text)) for _ in range(3)]
+            assert [answer.status_code for answer in told] == [400, 400, 429]
+            assert told[1].json()["error"]["code"] == "context_length_exceeded"
+            assert int(told[2].headers["retry-after"]) > 1
+
+    run(test, tmp_path)
+
+
+def test_megabytes_for_the_local_engine_do_not_stop_others(tmp_path):
+    """The tokens of 8 MiB took half a minute, in which nobody else was answered."""
+    from tests.support.local_engine import Engine, body
+    from tests.support.tiny import save_decoder
+
+    own = Engine(save_decoder(tmp_path / "base"))
+
+    async def test():
+        async with listening(own.app) as url, httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+
+            async def asked(text: str, name: str) -> tuple[int, float]:
+                began = time.monotonic()
+                given = body(text, max_tokens=2) | {"client": name}
+                answer = await client.post("/v1/chat/completions", json=given)
+                return answer.status_code, time.monotonic() - began
+
+            await asked("w1 w2", "b")
+            long = [asyncio.create_task(asked("w1 w2 <|im_end|> " * 200_000, "a")) for _ in range(3)]
+            await asyncio.sleep(0.3)
+            status, seconds = await asked("w1 w2", "b")
+            assert status == 200 and seconds < 3
+            assert [status for status, _ in await asyncio.gather(*long)] == [400] * 3
+
+    try:
+        asyncio.run(test())
+    finally:
+        own.close()
+
+
+def test_idle_connections_keep_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "most_connections", lambda: 8)
+
+    async def test(found):
+        port, kept = int(found.url.rpartition(":")[2]), []
+        async with found.client() as client:
+            slow = asyncio.create_task(client.post("/v1/chat/completions", json=chat("a b c d e f g h")))
+            await asyncio.sleep(0.2)
+            for number in range(40):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET /healthz HTTP/1.1\r\nX: " if number % 2 else b"")
+                kept.append((reader, writer))
+            assert (await found.client().get("/healthz")).status_code == 200
+            assert (await slow).status_code == 200, "a connection with a request is not idle"
+            closed = [await asyncio.wait_for(reader.read(1), 2) for reader, _ in kept[:30]]
+            assert closed == [b""] * 30, "those that waited longest went first"
+        for _, writer in kept:
+            writer.close()
+
+    run(test, tmp_path, seconds=0.1)
+
+
+def test_a_key_that_fills_the_queue_keeps_no_other_out(tmp_path):
+    async def test(found):
+        first, other = found.client(), found.client(found.other)
+        greedy = [asyncio.create_task(first.post("/v1/chat/completions", json=chat("a b"))) for _ in range(8)]
+        await asyncio.sleep(0.1)  # one is answered, four wait, three were refused
+        answer = await other.post("/v1/chat/completions", json=chat("a", model="second"))
+        assert answer.status_code == 200
+        answered = [task for task in greedy if task.done() and task.result().status_code == 200]
+        assert len(answered) <= 3, "its turn comes before that of the key's last ones"
+        told = [answer.status_code for answer in await asyncio.gather(*greedy)]
+        assert sorted(told) == [200] * 4 + [429] * 4
+        admission = found.gateway.admission
+        assert (admission.active, admission._free, admission._waiting, admission._line) == (0, 1, 0, {})
+
+    run(test, tmp_path, seconds=0.2, concurrent=1, queue=4)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import httpx2
 
+from dstune.checkpoint.answer_files import digest_files
 from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
 from dstune.serve.engines.base import Command, Engine, EngineDown
 from dstune.serve.engines.base import Limits as EngineLimits
@@ -34,6 +35,11 @@ from dstune.serve.source import Source
 from dstune.serve.store.database import Database
 
 
+def write_reference(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`reference.json` with these rows, and digests of the files that are in `folder`."""
+    (folder / "reference.json").write_text(json.dumps({"format": 2, "files": digest_files(folder), "rows": list(rows)}))
+
+
 class StubApp:
     """An engine that answers every request with the words of its last message, one a chunk."""
 
@@ -48,6 +54,10 @@ class StubApp:
         self.filler = ""
         self.pieces: list[str] = []
         """What it writes instead of the words, if any."""
+        self.refusal = b""
+        """What it answers with 400 to requests that ask for it, by the word `refuses`."""
+        self.raw = b""
+        """The bytes of its streams, if any."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -60,6 +70,9 @@ class StubApp:
             return
         if "explode" in json.dumps(body):
             await respond(send, 500, b"Traceback: /etc/passwd")
+            return
+        if self.refusal and "refuses" in json.dumps(body):
+            await respond(send, 400, self.refusal)
             return
         self.running += 1
         gone = asyncio.ensure_future(receive())
@@ -89,6 +102,9 @@ class StubApp:
             await respond(send, 200, dumps(head | {"choices": [choice], "usage": usage}))
             return
         await send({"type": "http.response.start", "status": 200, "headers": [EVENTS]})
+        if self.raw:
+            await send({"type": "http.response.body", "body": self.raw})
+            return
         for word in self.pieces or words:
             await self._pause(gone)
             delta = {"index": 0, "delta": {"content": word + self.filler}, "finish_reason": None}
@@ -169,7 +185,9 @@ class ProcessEngine(StubEngine):
 
     def command(self, folder: Path) -> Command:
         argv = [sys.executable, "-m", "tests.support.stub_process", str(folder / "http"), str(self.seconds)]
-        return Command(argv, os.environ, "http://engine", str(folder / "http"), b"\n")
+        # It imports nothing from where it is started.
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        return Command(argv, environment, "http://engine", str(folder / "http"), b"\n")
 
     async def start(self) -> None:
         await Engine.start(self)

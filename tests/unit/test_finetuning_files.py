@@ -522,7 +522,7 @@ def test_a_body_that_trickles_and_too_many_at_once(tmp_path, monkeypatch):
             '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
         )
         writer.write(head.encode())
-        answer = asyncio.create_task(reader.read())
+        answer = asyncio.create_task(reader.read(65536))  # not to the end, which may be a reset
         while not answer.done():
             with contextlib.suppress(ConnectionError):
                 writer.write(b"z")
@@ -535,7 +535,7 @@ def test_a_body_that_trickles_and_too_many_at_once(tmp_path, monkeypatch):
         answer = await trickle(found)
         assert b"408" in answer.split(b"\r\n")[0] and b"x-should-retry: false" in answer
         assert not list((found.folder / "finetuning" / "tmp").iterdir())
-        monkeypatch.setattr("dstune.serve.finetuning.forms.MOST_AT_ONCE", 0)
+        monkeypatch.setattr("dstune.serve.finetuning.receiving.MOST_FIRST", 0)
         with pytest.raises(openai.RateLimitError):
             await found.openai().files.create(file=ROW, purpose="batch")
         monkeypatch.undo()

@@ -10,106 +10,16 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from openai.types.fine_tuning.job_create_params import IntegrationWandb, JobCreateParams
 
-from dstune.serve.finetuning.jobs.build import Parts
-from dstune.serve.finetuning.jobs.check import inconsistencies
-from dstune.serve.finetuning.jobs.folder import JobFolder, write
 from dstune.serve.finetuning.jobs.planner import Estimate
-from dstune.serve.finetuning.jobs.reconciler import Machine
 from dstune.serve.store.tables import Project
 from tests.support.dropping import Dropping
-from tests.support.finetuning import Cloud, cloud
-from tests.support.jobs import StubLauncher, StubPlans
-
-ROWS = 12
-ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
-PRESETS = {
-    "models": {
-        "tiny": {"path": "base", "learning_rate": {"supervised": 0.001}},
-        "other": {"path": "b", "methods": ["dpo"]},
-    }
-}
-
-
-@dataclass
-class Office:
-    """A cloud whose jobs do what a test says."""
-
-    cloud: Cloud
-    launcher: StubLauncher
-    plans: StubPlans
-
-    async def file(self, client: openai.AsyncOpenAI, rows: int = ROWS) -> str:
-        return (await client.files.create(file=("rows.jsonl", (ROW * rows).encode()), purpose="fine-tune")).id
-
-    async def create(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
-        training = given.pop("training_file", None) or await self.file(client)
-        return await client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": training, **given})
-
-    def folder(self, job: str) -> JobFolder:
-        return JobFolder.of(self.cloud.api.folder / "jobs", job)
-
-    async def reach(self, client: openai.AsyncOpenAI, job: str, *states: str) -> Any:
-        for _ in range(600):
-            found = await client.fine_tuning.jobs.retrieve(job)
-            if found.status in states:
-                return found
-            await asyncio.sleep(0.02)
-        raise AssertionError(f"{job} is {found.status}, not {states}")
-
-    def train(self, job: str, last: int) -> None:
-        run = self.folder(job).run
-        run.mkdir(exist_ok=True)
-        lines = [
-            json.dumps({"step": step, "epoch": step / 4, "loss": 1 / step, "tokens": 10 * step, "step_seconds": 0.5})
-            for step in range(1, last + 1)
-        ]
-        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-
-    def finish(self, job: str, code: int = 0, exports: tuple[int, ...] = (4, 8)) -> None:
-        folder = self.folder(job)
-        for step in exports:
-            (folder.models / f"step-{step}").mkdir(parents=True, exist_ok=True)
-        attempt = max(
-            task["attempt"] for name, task in self.launcher.started if name == job and task["phase"] == "train"
-        )
-        write(folder.ended, {"attempt": attempt, "code": code, "problems": [], "tokens": 80})
-        self.launcher.alive.discard(job)
-
-    async def succeeded(self, client: openai.AsyncOpenAI, **given: Any) -> Any:
-        job = await self.create(client, hyperparameters={"n_epochs": 2, "batch_size": 3}, **given)
-        await self.reach(client, job.id, "running")
-        self.train(job.id, 8)
-        self.finish(job.id)
-        return await self.reach(client, job.id, "succeeded")
-
-
-@asynccontextmanager
-async def office(folder: Path, devices: int = 2) -> AsyncIterator[Office]:
-    folder.mkdir(exist_ok=True)
-    presets = folder / "models.yaml"
-    presets.write_text(json.dumps(PRESETS))
-    launcher, plans = StubLauncher(), StubPlans()
-    async with cloud(folder, parts=Parts(presets, launcher=launcher, planner=plans, machine=Machine(devices))) as found:
-        yield Office(found, launcher, plans)
-
-
-def in_office(folder: Path, test: Any, **given: Any) -> None:
-    async def main() -> None:
-        async with office(folder, **given) as found:
-            await test(found)
-            with found.cloud.api.database.session() as session:
-                assert list(inconsistencies(session, found.cloud.api.folder)) == []
-
-    asyncio.run(main())
+from tests.support.offices import PRESETS, ROW, ROWS, Office, in_office
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
@@ -284,6 +194,86 @@ def test_what_a_create_is_refused_for(tmp_path):
             await client.fine_tuning.jobs.retrieve("ftjob-x")
         assert (caught.value.param, caught.value.code) == ("fine_tune_id", "fine_tune_not_found")
         assert list((found.cloud.api.folder / "jobs").iterdir()) == []  # nothing is left of what was refused
+
+    in_office(tmp_path, test)
+
+
+UNKNOWN_FIELDS = (
+    ({"n_epochs": 5}, "n_epochs", "method.supervised.hyperparameters.n_epochs"),
+    ({"epochs": 5}, "epochs", "method.supervised.hyperparameters.n_epochs"),
+    ({"beta": 0.1}, "beta", "method.dpo.hyperparameters.beta"),
+    ({"n_epochs": 5, "method": {"type": "dpo"}}, "n_epochs", "method.dpo.hyperparameters.n_epochs"),
+    ({"lora": {"r": 8}}, "lora", "training_file"),
+    ({"entity": "e"}, "entity", "integrations.0.wandb.entity"),
+    ({"hyperparameters": {"epochs": 1}}, "hyperparameters.epochs", "hyperparameters.n_epochs"),
+    ({"hyperparameters": {"beta": 1}}, "hyperparameters.beta", "method.dpo.hyperparameters.beta"),
+    ({"method": {"type": "dpo", "n_epochs": 1}}, "method.n_epochs", "method.dpo.hyperparameters.n_epochs"),
+    ({"method": {"type": "dpo", "x": None}}, "method.x", "dpo"),
+    (
+        {"method": {"type": "supervised", "supervised": {"batch_size": 1}}},
+        "method.supervised.batch_size",
+        "method.supervised.hyperparameters.batch_size",
+    ),
+    (
+        {"integrations": [{"type": "wandb", "wandb": {"project": "p"}, "tags": ["a"]}]},
+        "integrations.0.tags",
+        "integrations.0.wandb.tags",
+    ),
+    (
+        {"integrations": [{"type": "wandb", "wandb": {"project": "p", "mode": "online"}}]},
+        "integrations.0.wandb.mode",
+        "project",
+    ),
+)
+
+
+def test_no_field_of_a_job_is_dropped_silently(tmp_path):
+    """A setting that the job would not use is refused with the place where it belongs."""
+
+    async def test(found: Office) -> None:
+        client = found.cloud.openai()
+        file = await found.file(client)
+        for fields, param, place in UNKNOWN_FIELDS:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await found.create(client, training_file=file, extra_body=fields)
+            assert (caught.value.param, caught.value.code) == (param, "unknown_parameter"), fields
+            assert place in caught.value.message, caught.value.message
+        for fields, param in (
+            ({"metadata": {"a": {"b": 1}}}, "metadata.a"),
+            ({"metadata": ["a"]}, "metadata"),
+            ({"integrations": {"type": "wandb"}}, "integrations"),
+            ({"hyperparameters": [5]}, "hyperparameters"),
+        ):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await found.create(client, training_file=file, extra_body=fields)
+            assert caught.value.param == param
+        assert [job async for job in client.fine_tuning.jobs.list()] == []
+
+    in_office(tmp_path, test)
+
+
+def test_all_that_the_official_client_can_send_is_accepted(tmp_path):
+    supervised: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}}
+    wandb: Any = {"type": "wandb", "wandb": {"project": "p", "name": None, "entity": "e", "tags": ["a"]}}
+    given = {
+        "suffix": "s", "seed": 1, "metadata": {"a": "b"}, "integrations": [wandb], "method": supervised,
+        "hyperparameters": {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": "auto"},
+    }  # fmt: skip
+    assert {*given, "model", "training_file", "validation_file"} == set(JobCreateParams.__annotations__)
+    assert set(wandb["wandb"]) == set(IntegrationWandb.__annotations__)
+
+    async def test(found: Office) -> None:
+        owner = found.cloud.openai(found.cloud.owner)
+        await owner.post("/secrets", cast_to=object, body={"name": "wandb", "value": "0123456789abcdef"})
+        job = await found.create(owner, validation_file=await found.file(owner), **given)
+        assert job.method.supervised.hyperparameters.n_epochs == 2
+        nothing = dict.fromkeys(("suffix", "seed", "metadata", "integrations", "validation_file"))
+        assert (await found.create(owner, hyperparameters={"n_epochs": 3}, **nothing)).hyperparameters.n_epochs == 3
+        for method in ("cancel", "pause", "resume"):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await getattr(owner.fine_tuning.jobs, method)(job.id, extra_body={"step": 3})
+            assert caught.value.param == "step"
+        assert (await owner.fine_tuning.jobs.cancel(job.id, extra_body={})).status == "cancelled"
 
     in_office(tmp_path, test)
 
@@ -522,13 +512,14 @@ def test_too_many_jobs_that_wait_are_refused(tmp_path):
         with pytest.raises(openai.RateLimitError) as caught:
             await found.create(client, training_file=file)
         assert caught.value.response.headers["x-should-retry"] == "false"
-        # A paused job does not wait, and so may not be resumed beyond the limit.
+        # A paused job is not over: it makes no place for another one, and may go on.
         await found.reach(client, first.id, "queued")
         await client.fine_tuning.jobs.pause(first.id)
-        await found.create(client, training_file=file)
         with pytest.raises(openai.RateLimitError):
-            await client.fine_tuning.jobs.resume(first.id)
-        assert (await client.fine_tuning.jobs.retrieve(first.id)).status == "paused"
+            await found.create(client, training_file=file)
+        assert (await client.fine_tuning.jobs.resume(first.id)).status == "queued"
+        await client.fine_tuning.jobs.cancel(first.id)
+        await found.create(client, training_file=file)
 
     in_office(tmp_path, test, devices=1)
 

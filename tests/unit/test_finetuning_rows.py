@@ -44,6 +44,7 @@ def checked(tmp_path, row, method="supervised", good=None, count=9):
         chat(ASKED, ANSWER, functions=[{"name": "look"}]),
         chat({"role": "user", "content": [{"type": "text", "text": "a"}], "name": "ann"}, ANSWER),
         {"prompt": "a", "completion": "b"},
+        chat(ASKED, ASKED, ANSWER),  # the template of the model decides
     ],
 )
 def test_group_10_good_rows(tmp_path, row):
@@ -67,7 +68,6 @@ BAD = [
     (chat({**ASKED, "weight": 1}, ANSWER), "messages[0].weight", "assistant"),
     (chat(ASKED, {**ANSWER, "weight": 0}), "", "no trainable token"),
     (chat(ASKED), "", "no assistant message"),
-    (chat(ASKED, ASKED, ANSWER), "messages[1]", "after user"),
     (chat(ASKED, {**ANSWER, "content": ""}), "messages[1]", "is empty"),
     (chat({**ASKED, "content": ""}, {**ANSWER, "content": " "}), "messages", "says anything"),
     (chat(ASKED, CALLED, RESULT, ANSWER), "messages[1].tool_calls[0].function.name", "not among the tools"),

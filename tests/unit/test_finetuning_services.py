@@ -187,3 +187,61 @@ def test_the_api_alone_and_the_extra_that_it_needs(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     with pytest.raises(UserError, match=r"python_multipart is missing(.|\n)*dstune\[api\]"):
         extra.require_api()
+
+
+GRADER = {"type": "string_check", "name": "g", "input": "a", "reference": "a", "operation": "eq"}
+EXPIRY = {"anchor": "created_at", "seconds": 3600}
+UNKNOWN = (
+    ("/v1/uploads", {"part_size": 1}, "part_size"),
+    (
+        "/v1/uploads",
+        {
+            "filename": "a",
+            "purpose": "batch",
+            "bytes": 1,
+            "mime_type": "text/plain",
+            "expires_after": EXPIRY | {"second": 1},
+        },
+        "expires_after.second",
+    ),
+    ("/v1/uploads/u/complete", {"part_id": []}, "part_id"),
+    ("/v1/uploads/u/cancel", {"x": 1}, "x"),
+    ("/v1/batches", {"input_file": "file-a"}, "input_file"),
+    (
+        "/v1/batches",
+        {
+            "input_file_id": "file-a",
+            "endpoint": "/v1/completions",
+            "completion_window": "24h",
+            "output_expires_after": EXPIRY | {"x": 1},
+        },
+        "output_expires_after.x",
+    ),
+    ("/v1/batches/b/cancel", {"x": 1}, "x"),
+    ("/v1/webhook_endpoints", {"secret": "x"}, "secret"),
+    ("/v1/webhook_endpoints/w", {"events": []}, "events"),
+    ("/v1/webhook_endpoints/w/test", {"event": "x"}, "event"),
+    ("/v1/webhook_endpoints/w/rotate_secret", {"secret": "x"}, "secret"),
+    ("/v1/secrets", {"project": "p"}, "project"),
+    ("/v1/fine_tuning/checkpoints/ft:a:b:c:d/permissions", {"project_id": "p"}, "project_id"),
+    ("/v1/fine_tuning/alpha/graders/validate", {"graders": GRADER}, "graders"),
+    (
+        "/v1/fine_tuning/alpha/graders/run",
+        {"grader": GRADER | {"threshold": 1}, "model_sample": ""},
+        "grader.threshold",
+    ),
+)
+
+
+def test_no_field_of_any_body_is_dropped_silently(tmp_path):
+    async def test(found):
+        owner = found.http(found.owner)
+        for path, body, param in UNKNOWN:
+            answer = await owner.post(path, json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, param, "unknown_parameter"), (
+                path,
+                error,
+            )
+
+    run(test, tmp_path, models=("base",))

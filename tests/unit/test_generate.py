@@ -234,7 +234,7 @@ def test_conversations_of_a_file_are_read_as_those_of_training(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in given))
     first, second, third = (request.messages for request in read_file(file))
-    assert first == [{"role": "system", "content": "w9"}, {"role": "user", "content": "w1\nw2"}]
+    assert first == [{"role": "system", "content": "w9"}, {"role": "user", "content": parts}]
     assert second == [{"role": "user", "content": "w1"}]
     assert third[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 

@@ -19,7 +19,7 @@ from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
 from dstune.serve.parity import Refused, prove
-from tests.support.serving import stub_source
+from tests.support.serving import stub_source, write_reference
 
 
 def test_control_tokens_in_what_clients_write_are_refused(tmp_path):
@@ -152,7 +152,7 @@ LLAMA_ROW = {
 
 
 def llama(folder: Path, dtype: str = "float16") -> LlamaCppEngine:
-    (folder / "reference.json").write_text(json.dumps({"format": 1, "rows": [LLAMA_ROW]}))
+    write_reference(folder, [LLAMA_ROW])
     engine = LlamaCppEngine(stub_source("m", folder=folder), "m", folder, folder, Limits())
     engine.dtype = dtype
     return engine
@@ -220,10 +220,22 @@ def test_few_rows_with_log_probabilities_prove_nothing(tmp_path):
     engine.logprobs = forced
     for count, status in ((1, "unproven"), (2, "proven")):
         rows = [LLAMA_ROW] * count + [other] * (4 - count)
-        (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": rows}))
+        write_reference(tmp_path, rows)
         found = asyncio.run(prove(engine, "m", engine.source))
         assert (found.status, found.rows) == (status, 0 if status == "unproven" else count)
         assert found.status == "proven" or "of 1 of 4 rows" in found.detail
+
+
+def test_settings_that_are_not_the_files_of_the_export_are_named(tmp_path):
+    engine = llama(tmp_path)
+    trained = {token: {"id": token, "logprob": -1.0 * (token - 2)} for token in (3, 4, 5)}
+    for words, named in (((), ""), (("--threads", "1"), ""), (("--temp=0.3",), "--temp")):
+        engine.arguments = list(words)
+        answered(engine, llama_server(trained))
+        found = asyncio.run(prove(engine, "m", engine.source))
+        assert found.status == "proven" and bool(found.detail) == bool(named) and named in found.detail
+    elsewhere = VllmEngine(stub_source("m"), "m", tmp_path, tmp_path, Limits(), address="http://127.0.0.1:9")
+    assert elsewhere.unseen_settings
 
 
 def test_what_a_server_does_not_find_is_no_missing_route(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
 from dstune.serve.parity import Proof, Refused
 from tests.support.finetuning_calls import until
-from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
+from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source, write_reference
 
 
 def test_an_engine_that_is_killed_under_load_is_started_again(tmp_path):
@@ -178,7 +177,7 @@ class Scoring(StubEngine):
 
 def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tmp_path):
     row = {"messages": [], "prompt_ids": [1], "target_ids": [2], "logprobs": [-1.0]}
-    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    write_reference(tmp_path, [row])
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     adapter = lambda name: stub_source(name, folder=tmp_path, adapter=True, base="base")  # noqa: E731
     scores = {"base": [-3.0], "good": [-1.0], "zeros": [-3.0], "other": [-2.0]}

@@ -285,8 +285,8 @@ def test_what_asks_for_nothing_is_left_out(tmp_path):
     run(test, tmp_path)
 
 
-def test_engines_get_messages_in_one_text_each(tmp_path):
-    """As training reads them; engines would give parts to templates that read parts, and pass a refusal over."""
+def test_engines_get_messages_as_training_reads_them(tmp_path):
+    """Several parts stay parts; engines would pass a refusal over."""
 
     async def test(found):
         parts = [{"type": "text", "text": "a<|im_"}, {"type": "text", "text": "end|>b"}]
@@ -298,7 +298,7 @@ def test_engines_get_messages_in_one_text_each(tmp_path):
         answer = await found.client().post("/v1/chat/completions", json=chat() | {"messages": said})
         assert answer.status_code == 200
         (_, body), *_ = found.app.seen
-        contents = [("user", "a<|im_\nend|>b"), ("assistant", "No."), ("user", "c")]
+        contents = [("user", parts), ("assistant", "No."), ("user", "c")]
         assert body["messages"] == [{"role": role, "content": text} for role, text in contents]
         empty = [{"role": "system", "content": ""}, {"role": "user", "content": [{"type": "text", "text": ""}]}]
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
@@ -310,7 +310,7 @@ def test_engines_get_messages_in_one_text_each(tmp_path):
         assert sent[2]["tool_calls"] == [call | {"function": {"name": "f", "arguments": "{}"}}]
         asked = [{"role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]}]
         await found.client().post("/v1/responses", json={"model": "first", "input": asked})
-        assert found.app.seen[-1][1]["input"] == [{"role": "user", "content": "a\nb"}]
+        assert found.app.seen[-1][1]["input"] == asked
 
     run(test, tmp_path)
 
@@ -429,7 +429,7 @@ def test_a_client_that_goes_leaves_the_queue(tmp_path):
         assert (await client.post("/v1/chat/completions", json=chat("b"))).status_code == 200
         assert (await running).status_code == 200
         assert [body["messages"][0]["content"][0] for _, body in found.app.seen] == ["a", "b"]
-        assert (admission.active, admission._places._value, dict(admission._of_key)) == (0, 1, {})
+        assert (admission.active, admission._free, dict(admission._of_key)) == (0, 1, {})
 
     run(test, tmp_path, seconds=0.05, concurrent=1, queue=2)
 

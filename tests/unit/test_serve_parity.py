@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ import pytest
 
 from dstune.serve.engines.base import Engine, Limits, Unprovable
 from dstune.serve.parity import Refused, prove, read_reference
-from tests.support.serving import stub_source
+from tests.support.serving import stub_source, write_reference
 
 
 @dataclass
@@ -33,7 +32,7 @@ class AnswersAsGiven(Engine):
 
 def proof(tmp_path, *, dtype="float32", base=None, **given):
     row = {"messages": [], "prompt_ids": [1, 2], "target_ids": [3, 4], "logprobs": [-1.0, -2.0]}
-    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    write_reference(tmp_path, [row])
     source = stub_source("m", folder=tmp_path)
     engine = AnswersAsGiven(source, "m", tmp_path, tmp_path, Limits(), **given)
     engine.dtype = dtype
@@ -59,7 +58,7 @@ def test_vectors_are_compared_as_a_whole(tmp_path):
     """In bf16 the mean of the differences of single numbers would let any vector pass: each is small in a long one."""
     right = [1 / 16] * 256
     row = {"row": {"text": "a"}, "ids": [1], "answer": {"vector": right}}
-    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    write_reference(tmp_path, [row])
     source = stub_source("m", folder=tmp_path, task="embedding", generates=False, serves=("embed",))
 
     def proof_of(vector, dtype):
@@ -82,7 +81,7 @@ def test_vectors_are_compared_as_a_whole(tmp_path):
 def test_a_reader_is_known_by_its_spans_too(tmp_path):
     answer = {"predicted": "w1 w2", "no_answer": 0.0}
     row = {"row": {"question": "a"}, "ids": [1], "answer": answer}
-    (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row]}))
+    write_reference(tmp_path, [row])
     source = stub_source("m", folder=tmp_path, task="question_answering", generates=False, serves=("answer",))
 
     def proof_of(answer):
@@ -121,7 +120,7 @@ def test_a_small_effect_is_proven_in_bf16_where_the_reference_tells_what_the_bas
             "logprobs": trained,
             "base_logprobs": base,
         }
-        (tmp_path / "reference.json").write_text(json.dumps({"format": 1, "rows": [row] * 12}))
+        write_reference(tmp_path, [row] * 12)
         source = stub_source("m", folder=tmp_path)
         said = [one + wrong for one, wrong in zip(trained, noise, strict=True)]
         plain = [one - engine_change * (a - b) for one, a, b in zip(said, trained, base, strict=True)]

@@ -17,7 +17,7 @@ from sqlalchemy.exc import IntegrityError
 from dstune.core.errors import UserError
 from dstune.serve import keys_command
 from dstune.serve.gateway.request_log import RequestLog, answer_value
-from dstune.serve.state import state_folder
+from dstune.serve.state import MARK, state_folder
 from dstune.serve.store.database import DATABASE, Database, now
 from dstune.serve.store.keys import Keys
 from dstune.serve.store.tables import AnswerRow, Feedback, Table
@@ -74,6 +74,18 @@ def test_the_folder_is_of_this_user_alone(tmp_path):
         state_folder(linked, create=False)
     made = state_folder(tmp_path / "new", create=True)
     assert made.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_folder_of_a_server_of_this_user_need_not_be_named_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    made = state_folder(None, create=True)
+    (made / "database").touch()
+    assert state_folder(None, create=True) == state_folder(None, create=False) == made == tmp_path / "serving"
+    (made / MARK).unlink()  # one of an earlier version
+    with pytest.raises(UserError, match="no server of yours made this folder"):
+        state_folder(None, create=True)
+    assert state_folder(tmp_path / "serving", create=True) == state_folder(None, create=True)
 
 
 def differences(database: Database) -> list:

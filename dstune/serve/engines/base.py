@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dstune.core.child_python import SAFE_PATH
 from dstune.core.errors import DstuneError, Problem, UserError, from_json
 from dstune.serve.asgi import dumps
 from dstune.serve.engines.http import FAILURES, Upstream
@@ -72,6 +73,8 @@ class Engine:
 
     name: ClassVar[str]
     starts_process: ClassVar[bool] = True
+    knows_clients: ClassVar[bool] = False
+    """Whether requests say whose they are (`client`), so that each client has its turn."""
 
     source: Source
     """What it serves: the base, or a model that is its own base."""
@@ -95,6 +98,11 @@ class Engine:
     def routes(self) -> Mapping[str, frozenset[str]]:
         """Paths that it serves, with the fields that it acts on."""
         raise NotImplementedError
+
+    @property
+    def unseen_settings(self) -> str:
+        """What decides answers beside the files of the export, and is not compared with them; empty if nothing does."""
+        return ""
 
     def command(self, folder: Path) -> Command:
         """folder: an empty one of this start."""
@@ -211,7 +219,12 @@ class Engine:
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "wb") as out:
             self.process = subprocess.Popen(
-                argv, env=dict(command.env), stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True
+                argv,
+                env={**command.env, **SAFE_PATH},
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -305,6 +318,12 @@ class Engine:
             raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
         found = _value(content)
         return found if isinstance(found, dict) else {}
+
+
+def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:
+    """Which of `flags` stand among the user's words for an engine; empty if none does."""
+    used = [flag for word in words if (flag := word.partition("=")[0]) in flags]
+    return f"in place of the export's files: {', '.join(used)}" if used else ""
 
 
 def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:

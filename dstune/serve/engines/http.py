@@ -27,7 +27,7 @@ FAILURES = (aiohttp.ClientError, OSError)
 """What is raised where an engine cannot be reached, or ends within an answer."""
 MOST_EVENT_BYTES = 16 << 20
 MOST_READ_BYTES = 256 << 20
-"""Of what the gateway itself asks: log-probabilities of a long prompt have some MB."""
+"""Of an answer that is read as a whole: log-probabilities of a long prompt have some MB."""
 
 
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")

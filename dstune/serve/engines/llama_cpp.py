@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 from dstune.checkpoint.gguf_header import matrix_types
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.content_format import reads_parts
+from dstune.data.message import joined
 from dstune.data.template_date import freeze_date
-from dstune.serve.engines.base import Command, Engine, Unprovable
+from dstune.serve.engines.base import Command, Engine, Unprovable, overriding_arguments
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.errors import ApiError
 
@@ -27,6 +29,12 @@ COMPLETION = _SAMPLING | {"model", "prompt"}
 
 EXACT = frozenset({"F32", "F16", "BF16"})
 """Formats of matrices for which a bound is known. All are computed with a cache of keys and values in fp16."""
+
+OVERRIDES = frozenset(
+    {"--chat-template", "--chat-template-file", "--chat-template-kwargs", "--override-kv", "--no-jinja"}
+    | {"--temp", "--top-k", "--top-p", "--min-p", "--repeat-penalty", "--samplers"}
+)
+"""Arguments that put settings in the place of the export's."""
 
 MOST_SCORED = 16
 """Targets of a row that are compared: each is a step of the model."""
@@ -47,6 +55,10 @@ class LlamaCppEngine(Engine):
     def routes(self) -> Mapping[str, frozenset[str]]:
         tools = TOOLS if "tools" in (self.source.template or "") else frozenset()
         return {"/v1/chat/completions": CHAT | tools, "/v1/completions": COMPLETION}
+
+    @property
+    def unseen_settings(self) -> str:
+        return overriding_arguments(self.arguments, OVERRIDES)
 
     @property
     def file(self) -> Path:
@@ -80,6 +92,8 @@ class LlamaCppEngine(Engine):
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        if "messages" in kept:
+            kept["messages"] = self._in_one_text(kept["messages"])
         # Older ones do not know this name, and would write without end.
         most = kept.pop("max_completion_tokens", None)
         if most is not None:
@@ -99,11 +113,26 @@ class LlamaCppEngine(Engine):
             )
         return kept
 
+    def _in_one_text(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages without contents in parts. Raises ApiError where the template would print parts in its own way: llama.cpp has
+        another rule for what a template reads."""
+        if not any(isinstance(message.get("content"), list) for message in messages):
+            return messages
+        if reads_parts(self.source.template or ""):
+            raise _unsupported(
+                "messages", "a content must be one text: this model's chat template reads parts in its own way"
+            )
+        return [joined(message) for message in messages]
+
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         text = row.get("text")
         if text is None:
             named = {"messages": "messages", "tools": "tools", "arguments": "chat_template_kwargs"}
             requested = {field: row[key] for key, field in named.items() if row.get(key)}
+            try:
+                requested["messages"] = self._in_one_text(requested.get("messages", []))
+            except ApiError as error:
+                raise Unprovable(f"a row of its reference cannot be asked: {error}") from None
             text = (await self.ask("POST", "/apply-template", requested))["prompt"]
         # As it does with a request: the begin of the text that its vocabulary asks for is taken from what the template has
         # printed, and put in front of the tokens.

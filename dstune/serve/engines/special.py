@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dstune.checkpoint.answer_files import base_folder
+from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.serve.errors import ApiError
@@ -42,7 +43,7 @@ class SpecialTexts:
         done = subprocess.run(
             [sys.executable, "-m", "dstune.serve.engines.control_strings"],
             input=json.dumps(given) + "\n", stdout=subprocess.PIPE, text=True, check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env=child_environment() | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         lines = done.stdout.strip().splitlines()
         found = json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {done.returncode}"}
@@ -72,17 +73,7 @@ def tokenizer_folder(source: Source) -> Path | None:
 
 def hub_folder(source: Source) -> Path | None:
     """The files of the model that the engine loads: its folder, or what the hub's cache holds of it."""
-    place = Path(source.load_from)
-    if place.is_dir():
-        return place
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(source.load_from, "config.json", revision=source.load_revision)
-    except HFValidationError:  # the name that a server elsewhere has for it
-        return None
-    return Path(found).parent if isinstance(found, str) else None
+    return base_folder(source.load_from, source.load_revision)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -98,3 +89,7 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item)
+        parts = [item["text"] for item in value if isinstance(item, dict) and isinstance(item.get("text"), str)]
+        if len(parts) > 1:  # templates print parts one behind the other, so several may write a token that none holds
+            yield "".join(parts)
+            yield "".join(part.strip() for part in parts)

@@ -17,7 +17,15 @@ from typing import Any, ClassVar
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in, read_object
 from dstune.data.template_date import freeze_date
-from dstune.serve.engines.base import HEALTH_SECONDS, Command, Engine, EngineDown, Unprovable, context_of
+from dstune.serve.engines.base import (
+    HEALTH_SECONDS,
+    Command,
+    Engine,
+    EngineDown,
+    Unprovable,
+    context_of,
+    overriding_arguments,
+)
 from dstune.serve.engines.special import SpecialTexts, hub_folder
 from dstune.serve.source import Source
 
@@ -52,6 +60,12 @@ PARSERS = (("<tool_call>", "hermes"), ("[TOOL_CALLS]", "mistral"), ("<|python_ta
 
 DTYPES = {"auto": "", "half": "float16", "float": "float32"}
 """vLLM's other names of number formats; `auto` is the stored one."""
+
+OVERRIDES = frozenset(
+    {"--chat-template", "--default-chat-template-kwargs", "--tokenizer", "--tokenizer-mode", "--tokenizer-revision"}
+    | {"--generation-config", "--override-generation-config", "--hf-overrides", "--hf-config-path"}
+)
+"""Arguments that put settings in the place of the export's."""
 
 LEAST_RANK = 16
 _KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -94,6 +108,12 @@ class VllmEngine(Engine):
             chat = CHAT | (TOOLS if self.parser else set())
             return {"/v1/chat/completions": chat, "/v1/completions": COMPLETION, "/v1/responses": RESPONSE}
         return {path: fields for kind in self.source.serves for path, fields in OF_TASK[kind].items()}
+
+    @property
+    def unseen_settings(self) -> str:
+        if self.address is not None:
+            return "compared by rows alone: the server reads template, tokenizer and generation settings of its own"
+        return overriding_arguments(self.arguments, OVERRIDES)
 
     def expect(self, adapter: Source) -> None:
         self.max_rank = max(self.max_rank, _rank(adapter.folder), LEAST_RANK)

@@ -41,7 +41,9 @@ def checked_url(url: object, allowed: Collection[str]) -> str:
         raise _refused("must begin with https://")
     if port == 0 or not parts.hostname.isascii():
         raise _refused("must have a host name of ASCII characters and a port that can be reached")
-    host = parts.hostname
+    host = parts.hostname.removesuffix(".")
+    if _address(host) is None and not _HOST.fullmatch(host):
+        raise _refused("must have a host name of letters, digits, dots and hyphens")
     if _address(host) is None and _NUMERIC.search(host):
         raise _refused("must have a host name, or an IP address in its usual form")
     if (_address(host) is not None and not is_public(host)) or host == "localhost" or host.endswith(".localhost"):
@@ -68,12 +70,31 @@ def is_public(address: str) -> bool:
                 return is_public(str(inner))
         if found in _TRANSLATED:
             return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+        if found not in _GLOBAL_UNICAST:
+            return False
+    if any(found in network for network in _SPECIAL):
+        return False
     return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
 
 
 _NUMERIC = re.compile(r"(^|\.)(\d+|0x[0-9a-f]*)\.?$")
 """The end of an IPv4 address as sockets read it too: `127.1`, `2130706433`, `0x7f.1`."""
 _TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+_SPECIAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # services of Azure's hosts, among them metadata
+        "100.64.0.0/10",  # shared by providers; Alibaba's metadata are at 100.100.100.200
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata are at 192.0.0.192
+        "192.88.99.0/24",  # relays of 6to4
+        "2001::/23",  # protocol assignments
+        "3fff::/20",  # documentation
+    )
+)
+"""Beside what `ipaddress` calls global, of which versions of Python think differently. IANA's registries of special-purpose
+addresses, and addresses of clouds that are reachable from their machines alone."""
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -18,6 +18,7 @@ from dstune.core.files import sync_path
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning.ids import new_id
 from dstune.serve.finetuning.jobs.folder import link
+from dstune.serve.finetuning.receiving import Receiving
 
 CHUNK = 1 << 20
 STALE_SECONDS = 86_400
@@ -79,8 +80,7 @@ class Blobs:
 
     def __init__(self, folder: Path):
         self.folder, self._scratch = folder / "blobs", folder / "tmp"
-        self.receiving = 0
-        """Requests that bring bytes now."""
+        self.receiving = Receiving()
         for path in (self.folder, self._scratch):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.blobs import Blobs, Staged
 from dstune.serve.finetuning.creations import Attempt, is_repetition
+from dstune.serve.finetuning.fields import refuse_unknown
 from dstune.serve.finetuning.forms import read_form
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.settings import ApiSettings
@@ -33,6 +34,8 @@ BATCH_SECONDS = 30 * 86_400
 class Files:
     def __init__(self, database: Database, blobs: Blobs, settings: ApiSettings):
         self._database, self._blobs, self._settings = database, blobs, settings
+        self.counted: list[Callable[[Session, str], int]] = [self._bytes_of]
+        """What takes space of a project: each tells its bytes."""
 
     # -- routes
 
@@ -134,13 +137,28 @@ class Files:
         session.add(row)
         return row
 
-    def check_space(self, session: Session, project: str, size: int) -> None:
-        """Raises ApiError where the project's space does not suffice for so many bytes more."""
-        used = session.scalar(select(func.coalesce(func.sum(Blob.bytes), 0)).where(Blob.project == project)) or 0
-        if used + size > self._settings.project_bytes:
-            message = f"The files of this project would have more than {self._settings.project_bytes} bytes."
-            headers = {"x-should-retry": "false"}
+    def check_space(self, session: Session, project: str, size: int = 0) -> None:
+        """Refuse `size` more bytes of a project that has no space for them. Raises ApiError."""
+        self._database.exclusive(session, f"blobs {project}")
+        if self._used(session, project) + size > self._settings.project_bytes:
+            message = (
+                f"The files and jobs of this project would have more than {self._settings.project_bytes} bytes: "
+                "delete files or models, or cancel jobs."
+            )
+            headers = {"retry-after": "60", "x-should-retry": "false"}
             raise ApiError(429, message, code="insufficient_quota", headers=headers)
+
+    def has_space(self, project: str) -> bool:
+        """Whether a project may store more."""
+        with self._database.session() as session:
+            return self._used(session, project) <= self._settings.project_bytes
+
+    def _used(self, session: Session, project: str) -> int:
+        return sum(count(session, project) for count in self.counted)
+
+    @staticmethod
+    def _bytes_of(session: Session, project: str) -> int:
+        return session.scalar(select(func.coalesce(func.sum(Blob.bytes), 0)).where(Blob.project == project)) or 0
 
     def sweep(self) -> None:
         """Delete what has expired, and bytes that no row names."""
@@ -243,19 +261,17 @@ def checked_purpose(purpose: object) -> str:
     return str(purpose)
 
 
-def lifetime(expiry: Mapping[str, Any] | None, purpose: str) -> int | None:
-    """Seconds that a file lives; None for ever. expiry: `expires_after` of a request. Raises ApiError."""
+def lifetime(expiry: Mapping[str, Any] | None, purpose: str, param: str = "expires_after") -> int | None:
+    """Seconds that a file lives; None for ever. expiry: of a request, in which it is called `param`. Raises ApiError."""
     if expiry is None:
         return BATCH_SECONDS if purpose == "batch" else None
     if not isinstance(expiry, Mapping) or expiry.get("anchor") != "created_at":
-        raise ApiError(400, "Invalid expires_after.anchor: must be 'created_at'.", param="expires_after.anchor")
-    if unknown := sorted(set(expiry) - {"anchor", "seconds"}):
-        name = f"expires_after.{unknown[0][:60]}"
-        raise ApiError(400, f"Unknown field: {name!r}.", param=name, code="unknown_parameter")
+        raise ApiError(400, f"Invalid {param}.anchor: must be 'created_at'.", param=f"{param}.anchor")
+    refuse_unknown(expiry, ("anchor", "seconds"), param)
     seconds = expiry.get("seconds")
     if isinstance(seconds, bool) or not isinstance(seconds, int) or not 3600 <= seconds <= 2_592_000:
-        message = "Invalid expires_after.seconds: must be a whole number from 3600 to 2592000."
-        raise ApiError(400, message, param="expires_after.seconds")
+        message = f"Invalid {param}.seconds: must be a whole number from 3600 to 2592000."
+        raise ApiError(400, message, param=f"{param}.seconds")
     return seconds
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 FIELD_BYTES = 65_536
 """Of all fields together."""
-MOST_AT_ONCE = 64
-"""Files that come in: each has a few MB in memory."""
+LEAST_BYTES_A_SECOND = 16_384
+WINDOW_SECONDS = 30.0
+"""In each of which a body has to come at least that fast: one that does not keeps a place for days."""
 AROUND_BYTES = 262_144
 """What a body may have beside the file: fields, headers and boundaries."""
 
@@ -46,31 +48,34 @@ async def read_form(
         raise ApiError(400, "The body must be multipart/form-data with a boundary.")
     if request.header("content-encoding") not in ("", "identity"):
         raise ApiError(400, "The body must not be compressed.")
-    if blobs.receiving >= MOST_AT_ONCE:
-        raise ApiError(
-            429, "The server is receiving too many files.", code="rate_limit_exceeded", headers={"retry-after": "1"}
-        )
-    reader = _Reader(blobs, file, fields, most, prefix)
-    blobs.receiving += 1
-    try:
-        await _read(request, reader, boundary)
-        return reader.form()
-    except FormParserError:
-        reader.discard()
-        raise ApiError(400, "The body is not valid multipart/form-data.") from None
-    except BaseException:
-        reader.discard()
-        raise
-    finally:
-        blobs.receiving -= 1
+    with blobs.receiving.place(request.key):
+        reader = _Reader(blobs, file, fields, most, prefix)
+        try:
+            await _read(request, reader, boundary)
+            return reader.form()
+        except FormParserError:
+            reader.discard()
+            raise ApiError(400, "The body is not valid multipart/form-data.") from None
+        except BaseException:
+            reader.discard()
+            raise
 
 
 async def _read(request: Request, reader: _Reader, boundary: bytes) -> None:
     parser = MultipartParser(boundary, reader.callbacks())
+    began, size = time.monotonic(), 0
     async for chunk in request.chunks(reader.most + AROUND_BYTES):
+        size += len(chunk)
+        seconds = time.monotonic() - began
+        if seconds >= WINDOW_SECONDS:
+            if size < seconds * LEAST_BYTES_A_SECOND:
+                raise ApiError(408, f"The body comes with less than {LEAST_BYTES_A_SECOND} bytes a second.")
+            began, size = time.monotonic(), 0
         parser.write(chunk)
         if reader.waiting >= CHUNK:
+            waited = time.monotonic()
             await asyncio.to_thread(reader.flush)
+            began += time.monotonic() - waited  # the disk is not the client's
     parser.finalize()
     if not reader.ended:
         raise ApiError(400, "The body ends in the middle.")

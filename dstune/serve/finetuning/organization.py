@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
+from dstune.serve.finetuning.fields import refuse_unknown
 from dstune.serve.finetuning.ids import unix_time
 from dstune.serve.finetuning.tables import AuditEntry, Secret, Usage
-from dstune.serve.finetuning.uploads import only_keys
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
@@ -111,7 +111,7 @@ class Organizations:
     async def keep_secret(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        only_keys(body, ("name", "value"))
+        refuse_unknown(body, ("name", "value"))
         name, value = body.get("name"), body.get("value")
         if name not in SECRETS:
             raise ApiError(400, f"Invalid name: must be one of {', '.join(SECRETS)}.", param="name")

@@ -13,7 +13,7 @@ class ApiSettings:
     """Of one that comes in parts."""
     part_bytes: int = 67_108_864
     project_bytes: int = 2_500_000_000_000
-    """Of all files of a project, equal ones counted once."""
+    """Of all that a project stores: its files, equal ones counted once, parts of uploads, folders of jobs with their models."""
     sweep_seconds: float = 60.0
     """Between two looks for what has expired."""
     store: str = ""

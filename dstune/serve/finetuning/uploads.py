@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import delete, func, select
@@ -14,11 +13,13 @@ from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit
 from dstune.serve.finetuning.blobs import Blobs, Staged
 from dstune.serve.finetuning.creations import Attempt
+from dstune.serve.finetuning.fields import refuse_body, refuse_unknown
 from dstune.serve.finetuning.files import Files, checked_purpose, described_file, lifetime
 from dstune.serve.finetuning.forms import checked_filename, read_form
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.tables import File, Part, Upload
+from dstune.serve.finetuning.turns import Turns
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
@@ -32,8 +33,9 @@ MOST_PENDING = 100
 class Uploads:
     def __init__(self, database: Database, blobs: Blobs, files: Files, settings: ApiSettings):
         self._database, self._blobs, self._files, self._settings = database, blobs, files, settings
+        files.counted.append(self._bytes_of)
         # Gigabytes take a while to be put together: that takes no thread from other requests.
-        self._completing = ThreadPoolExecutor(2, thread_name_prefix="complete-upload")
+        self._completing = Turns(4, "complete-upload")
 
     # -- routes
 
@@ -41,7 +43,7 @@ class Uploads:
         request.query(())
         request.repeatable = False
         body = await request.json()
-        only_keys(body, ("filename", "purpose", "bytes", "mime_type", "expires_after"))
+        refuse_unknown(body, ("filename", "purpose", "bytes", "mime_type", "expires_after"))
         filename, purpose = checked_filename(body.get("filename")), checked_purpose(body.get("purpose"))
         size, kind = body.get("bytes"), body.get("mime_type")
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= self._settings.upload_bytes:
@@ -73,7 +75,7 @@ class Uploads:
         request.query(())
         request.repeatable = False
         body = await request.json()
-        only_keys(body, ("part_ids", "md5"))
+        refuse_unknown(body, ("part_ids", "md5"))
         ids, md5 = body.get("part_ids"), body.get("md5")
         if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
             raise ApiError(400, "Invalid part_ids: must be a list of ids.", param="part_ids")
@@ -81,12 +83,12 @@ class Uploads:
             raise ApiError(400, "Invalid part_ids: a part is named twice.", param="part_ids")
         if md5 is not None and not isinstance(md5, str):
             raise ApiError(400, "Invalid md5: must be a text.", param="md5")
-        loop = asyncio.get_running_loop()
-        upload, file = await loop.run_in_executor(self._completing, self._complete, request, ids, md5)
+        upload, file = await self._completing.run(request.key.project, self._complete, request, ids, md5)
         await request.answer(described_upload(upload, file))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:
         request.query(())
+        await refuse_body(request)
         await request.answer(described_upload(await asyncio.to_thread(self._cancel, request)))
 
     # -- inside
@@ -144,9 +146,7 @@ class Uploads:
             # Parts may be sent again, and then lie there twice until the list at the end names one.
             if count >= MOST_PARTS or size + staged.size > 2 * upload.bytes + self._settings.part_bytes:
                 raise ApiError(400, "The parts have more bytes than the upload.", param="data", code="upload_too_large")
-            parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
-            held = session.scalar(parts.where(Upload.project == upload.project)) or 0
-            self._files.check_space(session, upload.project, held + staged.size)
+            self._files.check_space(session, upload.project, staged.size)
             part = Part(id=staged.id, upload=upload.id, bytes=staged.size, created_at=unix_time())
             session.add(part)
             session.flush()
@@ -198,13 +198,13 @@ class Uploads:
             if upload.status == "completed":
                 return self._completed(upload)
             upload = self._open(request, session)
+            unused = self._drop_parts(session, upload)  # first: their bytes count no more
             file = self._files.add(
                 session, staged, project=upload.project, key=upload.key, filename=upload.filename,
                 purpose=upload.purpose, seconds=upload.file_seconds,
             )  # fmt: skip
             upload.status, upload.file = "completed", file.id
             audit.note(session, request, "upload.completed", upload.id, file=file.id)
-            unused = self._drop_parts(session, upload)
         self._remove(unused)
         return upload, file
 
@@ -237,6 +237,12 @@ class Uploads:
             return list(session.scalars(select(Part.id)))
 
     @staticmethod
+    def _bytes_of(session: Session, project: str) -> int:
+        """Bytes of the parts of a project that wait."""
+        parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
+        return session.scalar(parts.where(Upload.project == project)) or 0
+
+    @staticmethod
     def _drop_parts(session: Session, upload: Upload) -> list[str]:
         ids = list(session.scalars(select(Part.id).where(Part.upload == upload.id)))
         session.execute(delete(Part).where(Part.upload == upload.id))
@@ -259,10 +265,3 @@ def described_upload(row: Upload, file: File | None = None) -> dict[str, Any]:
         "expires_at": row.expires_at,
         "file": None if file is None else described_file(file),
     }
-
-
-def only_keys(body: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises ApiError for a key that is not known."""
-    if unknown := sorted(set(body) - set(known)):
-        excerpt = unknown[0][:80]
-        raise ApiError(400, f"Unknown field: {excerpt!r}.", param=excerpt, code="unknown_parameter")

@@ -10,6 +10,7 @@ import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,11 +24,10 @@ from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.addresses import checked_url, is_allowed, outward_session
 from dstune.serve.finetuning.creations import Attempt, is_repetition
-from dstune.serve.finetuning.fields import is_text
+from dstune.serve.finetuning.fields import is_text, refuse_unknown
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.finetuning.tables import Delivery, WebhookEndpoint
-from dstune.serve.finetuning.uploads import only_keys
 from dstune.serve.finetuning.vault import Vault
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
@@ -41,6 +41,8 @@ EVENT_TYPES = (
 )  # fmt: skip
 MOST_ENDPOINTS = 20
 """Of a project."""
+MOST_TESTS = 4
+"""Of a project at a time."""
 SECONDS = 10.0
 """That a receiver has to answer."""
 OLD_SECRET_SECONDS = 86_400
@@ -50,13 +52,15 @@ class Webhooks:
     def __init__(self, database: Database, vault: Vault, settings: ApiSettings):
         self._database, self._vault = database, vault
         self.allowed: Collection[str] = settings.webhook_hosts
+        self._testing: Counter[str] = Counter()
+        """Events that projects have sent for a test, and that are not answered yet."""
 
     # -- routes
 
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        only_keys(body, ("event_types", "name", "url"))
+        refuse_unknown(body, ("event_types", "name", "url"))
         values = self._checked(body, complete=True)
         attempt = Attempt.of(request, "webhook_endpoints", request.digest)
         row, secret = await asyncio.to_thread(self._create, request, attempt, values)
@@ -73,7 +77,7 @@ class Webhooks:
     async def update(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        only_keys(body, ("event_types", "name", "url"))
+        refuse_unknown(body, ("event_types", "name", "url"))
         values = self._checked(body, complete=False)
         await request.answer(described_endpoint(await asyncio.to_thread(self._update, request, values)))
 
@@ -87,7 +91,7 @@ class Webhooks:
         request.query(())
         has_body = request.header("content-length") not in ("", "0") or request.header("transfer-encoding")
         body = await request.json() if has_body else {}
-        only_keys(body, ("keep_old_secret_active_for_24_hours",))
+        refuse_unknown(body, ("keep_old_secret_active_for_24_hours",))
         keep = body.get("keep_old_secret_active_for_24_hours", False)
         if not isinstance(keep, bool):
             name = "keep_old_secret_active_for_24_hours"
@@ -99,13 +103,20 @@ class Webhooks:
     async def test(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        only_keys(body, ("event_type",))
+        refuse_unknown(body, ("event_type",))
         kind = body.get("event_type")
         if kind not in EVENT_TYPES:
             raise _wrong("event_type", f"must be one of {', '.join(EVENT_TYPES)}")
         row = await asyncio.to_thread(self._read, request)
         event = event_body(kind, "test_" + new_id("", 16))
-        status = await self.send(row, json.loads(event)["id"], event)
+        if self._testing[row.project] >= MOST_TESTS:
+            message = f"{MOST_TESTS} events of this project are being tried already."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "10"})
+        self._testing[row.project] += 1
+        try:
+            status = await self.send(row, json.loads(event)["id"], event)
+        finally:
+            self._testing[row.project] -= 1
         if status is None:
             raise ApiError(400, "The endpoint could not be reached.", code="webhook_unreachable")
         await request.answer(

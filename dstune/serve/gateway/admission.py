@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -49,10 +49,13 @@ class Admission:
         self._settings, self._metrics, self._used = settings, metrics, used
         self._days: dict[str, _Day] = {}
         self._reading = asyncio.Lock()
-        self._places = asyncio.Semaphore(settings.concurrent)
+        self._free = settings.concurrent
+        self._line: dict[str, deque[asyncio.Future[None]]] = {}
+        """Requests that wait for a place, by key; the key whose turn it is stands first."""
         self._waiting = 0
         self.active = 0
         self._of_key: Counter[str] = Counter()
+        self._body_bytes: Counter[str] = Counter()
         self._per_minute = MovingWindowRateLimiter(MemoryStorage())
 
     async def check_rate(self, caller: Caller) -> None:
@@ -95,6 +98,21 @@ class Admission:
         else:
             day.unrecorded += tokens
 
+    def hold(self, caller: Caller, size: int) -> None:
+        """Count bytes of a body that is read into memory. Raises ApiError where the key, or all together, have too many."""
+        if self._body_bytes[caller.id] + size > self._settings.key_body_bytes:
+            most = self._settings.key_body_bytes
+            self._refuse(f"The bodies of this key's requests may have {most} bytes together at once.", 1)
+        if self._body_bytes.total() + size > self._settings.all_body_bytes:
+            self._refuse("The server is busy: too many large requests.", 1)
+        self._body_bytes[caller.id] += size
+
+    def release(self, caller: Caller, size: int) -> None:
+        """What `hold` has counted of a request that was answered."""
+        self._body_bytes[caller.id] -= size
+        if not self._body_bytes[caller.id]:
+            del self._body_bytes[caller.id]
+
     @staticmethod
     def _refuse(message: str, seconds: float) -> None:
         headers = {"retry-after": str(max(1, round(seconds)))}
@@ -109,33 +127,73 @@ class Admission:
             self._refuse(f"This key may have {most} requests at once.", 1)
         self._of_key[caller.id] += 1
         try:
-            await self._enter(receive)
+            await self._enter(caller.id, receive)
+            self.active += 1
+            self._metrics.active.set(self.active)
             try:
                 yield
             finally:
                 self.active -= 1
                 self._metrics.active.set(self.active)
-                self._places.release()
+                self._leave()
         finally:
             self._of_key[caller.id] -= 1
             if not self._of_key[caller.id]:
                 del self._of_key[caller.id]
 
-    async def _enter(self, receive: Receive) -> None:
-        if self._places.locked():
-            if self._waiting >= self._settings.queue:
-                self._refuse("The server is busy: too many requests wait.", 1)
-            self._waiting += 1
-            self._metrics.queued.set(self._waiting)
-            try:
-                async with while_connected(receive), asyncio.timeout(self._settings.queue_seconds):
-                    await self._places.acquire()
-            except TimeoutError:
-                raise ApiError(503, "The server is busy.", code="overloaded", headers={"retry-after": "5"}) from None
-            finally:
-                self._waiting -= 1
-                self._metrics.queued.set(self._waiting)
-        else:
-            await self._places.acquire()
-        self.active += 1
-        self._metrics.active.set(self.active)
+    async def _enter(self, key: str, receive: Receive) -> None:
+        """Take a place: at once, or in turn with the other keys that wait for one."""
+        if self._free:
+            self._free -= 1
+            return
+        if self._waiting >= self._settings.queue:
+            self._make_room(key)
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line.setdefault(key, deque()).append(place)
+        self._count_waiting(1)
+        try:
+            async with while_connected(receive), asyncio.timeout(self._settings.queue_seconds):
+                await place
+        except BaseException as error:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._leave()  # it was given one while it was going
+            elif place in self._line.get(key, ()):
+                self._forget(key, place)
+            if isinstance(error, TimeoutError):
+                later = {"retry-after": "5"}
+                raise ApiError(503, "The server is busy.", code="overloaded", headers=later) from None
+            raise
+
+    def _leave(self) -> None:
+        """Give a place on: to the oldest request of the key whose turn it is."""
+        while self._line:
+            key = next(iter(self._line))
+            place = self._line[key][0]
+            self._forget(key, place)
+            if waiting := self._line.pop(key, None):
+                self._line[key] = waiting  # behind all others
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
+
+    def _make_room(self, key: str) -> None:
+        """Of a full queue the key that has most in it loses the newest. Raises ApiError where that is this one."""
+        busy = "The server is busy: too many requests wait."
+        most = max(self._line, key=lambda one: len(self._line[one]), default=key)
+        if len(self._line.get(most, ())) <= len(self._line.get(key, ())) + 1:
+            self._refuse(busy, 1)
+        place = self._line[most][-1]
+        self._forget(most, place)
+        if not place.done():
+            place.set_exception(ApiError(429, busy, code="rate_limit_exceeded", headers={"retry-after": "1"}))
+
+    def _forget(self, key: str, place: asyncio.Future[None]) -> None:
+        self._line[key].remove(place)
+        if not self._line[key]:
+            del self._line[key]
+        self._count_waiting(-1)
+
+    def _count_waiting(self, more: int) -> None:
+        self._waiting += more
+        self._metrics.queued.set(self._waiting)

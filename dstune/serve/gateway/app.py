@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dstune.core.errors import DstuneError, UserError
@@ -24,6 +25,7 @@ from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import ROLES, Caller, Keys
+from dstune.serve.turns import TurnThreads
 
 if TYPE_CHECKING:
     from dstune.serve.guard.front import Guard
@@ -85,6 +87,7 @@ class Gateway:
         self._patterns: list[tuple[re.Pattern[str], Route]] = []
         self._plain: dict[tuple[str, str], Route] = {}
         self.add_routes(routes)
+        self._threads = TurnThreads("bodies")
         self.draining = False
         self.open = 0
         """Requests that are not answered yet."""
@@ -114,7 +117,7 @@ class Gateway:
         if scope["type"] != "http":  # a websocket is refused by closing it
             await send({"type": "websocket.close", "code": 1008})
             return
-        request = Request(scope, receive, send, self.settings)
+        request = Request(scope, receive, send, self.settings, self._threads)
         label, self.open = "none", self.open + 1
         try:
             if self._from_other_site(request):
@@ -146,6 +149,8 @@ class Gateway:
             await self._fail(request, ApiError(500, "The server failed to answer this request.", code="server_error"))
         finally:
             self.open -= 1
+            if request.caller is not None and request.held_bytes:
+                self.admission.release(request.caller, request.held_bytes)
             self._count(request, label)
 
     @staticmethod
@@ -203,16 +208,15 @@ class Gateway:
         return ""
 
     async def _handle(self, route: Route, request: Request) -> None:
+        name = _host_name(request)
         if not route.any_host:
-            self._check_host(request)
+            self._check_host(name)
         self._check_origin(request)
         if route.scope != "public":
             await self._authenticate(route, request)
         await route.handler(self, request)
 
-    def _check_host(self, request: Request) -> None:
-        host = request.header("host").lower()
-        name = host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+    def _check_host(self, name: str) -> None:
         if "*" not in self.settings.hosts and name not in self.settings.hosts:
             raise ApiError(
                 421,
@@ -226,7 +230,7 @@ class Gateway:
 
     async def _preflight(self, request: Request) -> None:
         """What a browser asks before a page of another site may send a request. Raises ApiError."""
-        self._check_host(request)
+        self._check_host(_host_name(request))
         if not self._from_other_site(request):
             raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
         methods = {route.method for pattern, route in self._patterns if pattern.fullmatch(request.path)}
@@ -270,8 +274,21 @@ class Gateway:
         if route.scope in ROLES and not caller.has_role(route.scope):
             raise ApiError(403, f"This needs a key with the role {route.scope}; yours is {caller.role}.", code="role")
         _check_tenant(request, caller)
+        request.memory = partial(self.admission.hold, caller)
         if route.scope != "admin":
             await self.admission.check_rate(caller)
+
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
+
+
+def _host_name(request: Request) -> str:
+    """The host that was asked for, without its port. Raises ApiError where the header is not `NAME` or `NAME:PORT`: proxies and
+    browsers would read another host in it."""
+    match = _HOST.fullmatch(request.header("host").lower())
+    if match is None:
+        raise ApiError(400, "The header host is not a name, or a name and a port.", code="invalid_host")
+    return match[1]
 
 
 def _check_tenant(request: Request, caller: Caller) -> None:

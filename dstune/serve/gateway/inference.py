@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
 from dstune.serve.asgi import ClientGone, dumps, while_connected
-from dstune.serve.engines.http import FAILURES, Upstream, object_of, within_event
+from dstune.serve.engines.base import Engine
+from dstune.serve.engines.http import FAILURES, MOST_READ_BYTES, Upstream, object_of, within_event
 from dstune.serve.errors import ApiError
+from dstune.serve.events import EVENT_END, MOST_END_BYTES, data_of
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.metrics import Metrics
-from dstune.serve.gateway.output_bound import bounded
+from dstune.serve.gateway.output_bound import TOO_LONG, bounded, check_context
 from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.store.keys import Caller
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
     from dstune.serve.guard.front import Guard, Guarded
 
 log = logging.getLogger("dstune.serve")
-
-MOST_ANSWER_BYTES = 256 << 20
 
 
 @dataclass
@@ -57,9 +58,19 @@ class Inference:
                 404, f"The model {model.source.name!r} does not serve {path}; it serves {served}.", param="model"
             )
         request.model = model.source.name
-        body = checked(body, known, acts)
-        request.refuse_halves(body)
-        body = bounded(path, body, model.engine, request.settings.max_output_tokens)
+        given, engine, most = body, model.engine, request.settings.max_output_tokens
+
+        def prepared() -> dict[str, Any]:
+            taken = checked(given, known, acts)
+            request.refuse_halves(taken)
+            check_context(path, taken, engine)
+            return bounded(path, taken, engine, most)
+
+        with self._charging(request.key, engine):
+            await self._answer(request, path, await request.apart(prepared))
+
+    async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
+        """body: that was checked."""
         user = body.get("user") or body.get("safety_identifier")
         request.user = user if isinstance(user, str) else None
         async with self.admission.place(request.key, request.receive):
@@ -73,6 +84,16 @@ class Inference:
             request.version = model.version
             with self.recorder.answer(request, body) as record:
                 await self._forward(request, model, path, body, record, guarded)
+
+    @contextmanager
+    def _charging(self, caller: Caller, engine: Engine) -> Iterator[None]:
+        """A prompt that is refused for its length was read all the same, as far as the context goes: that is charged."""
+        try:
+            yield
+        except ApiError as error:
+            if error.code == TOO_LONG:
+                self.admission.charge(caller, engine.context)
+            raise
 
     def model_of(self, request: Request, name: Any) -> Model:
         """Raises ApiError for a name that is none, or none for this caller."""
@@ -101,7 +122,13 @@ class Inference:
         # Tokens are counted as the engine tells them, whether the client wants to know or not.
         if body.get("stream") and "stream_options" in model.engine.routes[path] and not options.get("include_usage"):
             sent, usage = body | {"stream_options": {**options, "include_usage": True}}, WithoutUsage()
-        content = dumps(model.engine.outgoing(path, sent))
+        engine = model.engine
+
+        def outgoing() -> bytes:
+            own = {"client": request.key.id} if engine.knows_clients else {}
+            return dumps(engine.outgoing(path, sent) | own)
+
+        content = await request.apart(outgoing)
         try:
             async with while_connected(request.receive):
                 answers = guarded if guarded is not None and guarded.looks_at_answers else None
@@ -157,7 +184,6 @@ class Inference:
             answer.close()
 
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 
 
@@ -173,7 +199,7 @@ class WithoutUsage:
         if not self.rest and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
             return chunk
         seen, start, visible = self.rest + chunk, 0, []
-        for end in _EVENT_END.finditer(seen):
+        for end in EVENT_END.finditer(seen, max(len(self.rest) - MOST_END_BYTES, 0)):
             if not _tells_usage(event := seen[start : end.end()]):
                 visible.append(event)
             start = end.end()
@@ -185,7 +211,7 @@ def _tells_usage(event: bytes) -> bool:
     if not _NO_CHOICES.search(event):
         return False
     try:
-        found = object_of(event.removeprefix(b"data:"))
+        found = object_of(data_of(event))
     except FAILURES:
         return False
     return found.get("choices") == [] and bool(found.get("usage"))
@@ -195,7 +221,7 @@ async def _bounded(answer: aiohttp.ClientResponse) -> bytes:
     parts, size = [], 0
     async for chunk in answer.content.iter_any():
         size += len(chunk)
-        if size > MOST_ANSWER_BYTES:
+        if size > MOST_READ_BYTES:
             raise ApiError(502, "The engine's answer is too large.", code="engine_error")
         parts.append(chunk)
     return b"".join(parts)
@@ -222,4 +248,9 @@ async def _refusal(answer: aiohttp.ClientResponse) -> ApiError:
     if status >= 500 or not isinstance(error, dict) or not isinstance(error.get("message"), str):
         status = 502 if status >= 500 else status
         return ApiError(status, "The engine could not answer this request.", code="engine_error")
-    return ApiError(status, error["message"][:2000], param=error.get("param"), code=error.get("code"))
+    code = TOO_LONG if status == 400 and _TOO_LONG.search(error["message"]) else error.get("code")
+    return ApiError(status, error["message"][:2000], param=error.get("param"), code=code)
+
+
+_TOO_LONG = re.compile(r"maximum (?:context|model) length|available context size")
+"""In the words of vLLM and llama.cpp."""

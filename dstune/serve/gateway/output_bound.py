@@ -1,8 +1,8 @@
-"""How much of an engine's output one request may ask for."""
+"""How much one request may ask of an engine: what it reads, and what it writes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dstune.serve.engines.base import Engine
@@ -17,6 +17,42 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """Of routes that write text: the names of an answer's longest length. The first is filled in."""
 COMPLETION_TOKENS = 16
 """Of OpenAI's API, where a request to `/v1/completions` does not say; llama.cpp would never stop."""
+
+
+CHARACTERS_OF_TOKEN = 128
+"""The longest tokens of large vocabularies are runs of so many spaces: a longer text has more tokens than the context, which
+nobody has to count."""
+TOO_LONG = "context_length_exceeded"
+_READ = ("messages", "prompt", "input", "query", "documents", "texts", "text_1", "text_2", "question", "context")
+
+
+def check_context(path: str, body: Mapping[str, Any], engine: Engine) -> None:
+    """Raises ApiError where a prompt cannot fit into the engine's context, however it is cut into tokens."""
+    most = engine.context * CHARACTERS_OF_TOKEN
+    for name in _READ if most else ():
+        for prompt in _prompts(path, name, body.get(name)):
+            if _characters(prompt) > most:
+                reason = f"This model takes {engine.context} tokens, prompt and answer together; {name} has more."
+                raise ApiError(400, reason, param=name, code=TOO_LONG)
+
+
+def _prompts(path: str, name: str, value: Any) -> Iterator[Any]:
+    """What is read at once: a conversation, or each text of a list."""
+    if not isinstance(value, list) or path == "/v1/responses":
+        yield value
+    elif name == "messages":
+        yield from value if isinstance(value[0], list) else [value]
+    else:
+        yield from [value] if isinstance(value[0], int) else value
+
+
+def _characters(value: Any) -> int:
+    """Of all texts; a token id stands for the longest one."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list | dict):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return CHARACTERS_OF_TOKEN if type(value) is int else 0
 
 
 def bounded(path: str, body: dict[str, Any], engine: Engine, most: int) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Record:
             found = _ID.search(chunk[:1024])
             self.response = found[1].decode("utf-8", "replace") if found else None
         seen = self._carried + chunk
-        self.events += seen.count(b"data: ") - self._carried.count(b"data: ")
+        self.events += seen.count(b"data:") - self._carried.count(b"data:")
         if b'_tokens"' in seen:
             if totals := _TOTAL.findall(seen):
                 self.tokens = int(totals[-1])

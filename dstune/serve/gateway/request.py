@@ -8,14 +8,28 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Collection, Iterable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from dstune.serve.asgi import JSON, ClientGone, Headers, Message, Receive, Scope, Send, dumps, read_body, respond
+from dstune.serve.asgi import (
+    JSON,
+    ClientGone,
+    Headers,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    dumps,
+    read_body,
+    respond,
+    while_connected,
+)
 from dstune.serve.errors import ApiError
+from dstune.serve.gateway.json_bounds import excess_of
 from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.keys import Caller
+from dstune.serve.turns import TurnThreads
 
 SECURITY = (
     (b"x-content-type-options", b"nosniff"),
@@ -35,6 +49,9 @@ UNREAD_BYTES = 786_432
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 """JSON may write characters in two halves, and so a half alone, which is no text and cannot be passed on."""
 
+LARGE_BYTES = 262_144
+"""Larger bodies are parsed and checked beside the event loop."""
+
 LINGER_SECONDS = 0.5
 DISCARD_SECONDS = 5.0
 LEAST_BYTES_A_SECOND = 1024
@@ -45,6 +62,9 @@ _NO_HEADER = re.compile(r"[^ -~]")
 """A line's end in what a client named would begin a header of the client's own."""
 
 
+T = TypeVar("T")
+
+
 class SlowReader(Exception):
     """The client takes no more bytes."""
 
@@ -52,12 +72,18 @@ class SlowReader(Exception):
 class Request:
     """An HTTP request with a response that can be begun once."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings):
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: Settings, threads: TurnThreads | None = None
+    ):
+        """threads: for what takes long of a large body."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self._query: bytes = scope.get("query_string", b"")
         self.settings = settings
-        self._receive, self._send = receive, send
+        self._receive, self._send, self._threads = receive, send, threads
+        self.memory: Callable[[int], None] = lambda size: None
+        """Told how many bytes of a body come into memory. Raises ApiError where they are too many."""
+        self.held_bytes = 0
         self._body_ended = False
         self._unread = UNREAD_BYTES
         self._may_hold_halves = False
@@ -198,12 +224,29 @@ class Request:
             raise too_large
         try:
             async with asyncio.timeout(self.settings.body_seconds):
-                body = await read_body(self.receive, limit)
+                body = await read_body(self.receive, limit, self._hold)
         except ValueError:
             raise too_large from None
         except TimeoutError:
             raise ApiError(408, f"The body was not there after {self.settings.body_seconds:g} s.") from None
         self.body_bytes = len(body)
+        return await self.apart(lambda: self._parsed(body))
+
+    def _hold(self, size: int) -> None:
+        self.memory(size)
+        self.held_bytes += size
+
+    async def apart(self, work: Callable[[], T]) -> T:
+        """What `work` makes of the body: of a large one by a thread, where the work of each key has its turn. Raises what it
+        raises, ClientGone."""
+        if self.body_bytes <= LARGE_BYTES or self._threads is None:
+            return work()
+        async with while_connected(self.receive):
+            return await self._threads.run(self.caller.id if self.caller is not None else "", work)
+
+    def _parsed(self, body: bytes) -> dict[str, Any]:
+        if excess := excess_of(body, self.settings.max_depth):
+            raise ApiError(400, f"The body {excess}.")
         self.digest = hashlib.sha256(body).hexdigest()
         self._may_hold_halves = bool(_HALF.search(body))
         try:
@@ -212,8 +255,6 @@ class Request:
             raise ApiError(400, "The body is no JSON.") from None
         if not isinstance(value, dict):
             raise ApiError(400, "The body must be a JSON object.")
-        if _deeper(value, self.settings.max_depth):
-            raise ApiError(400, f"The body is nested more than {self.settings.max_depth} deep.")
         return value
 
     def refuse_halves(self, body: dict[str, Any]) -> None:
@@ -299,18 +340,3 @@ class Request:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            item
-            for one in level
-            if isinstance(one, dict | list)
-            for item in (one.values() if isinstance(one, dict) else one)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return False
-    return True

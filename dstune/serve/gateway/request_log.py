@@ -11,6 +11,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from dstune.core.parsing import parse_json
 from dstune.core.secrets import texts_mapped
+from dstune.serve.events import data_in
 
 ROWS = 2000
 SECONDS = 300.0
@@ -183,20 +185,21 @@ def _own_key(path: Path) -> bytes:
     return made
 
 
+_STREAM = re.compile(r"\ufeff?(?:data|event|id|retry)?:")
+
+
 def answer_value(raw: bytes) -> Any:
     """What an answer says: its JSON, or the text of each choice of a stream."""
     text = raw.decode("utf-8", "replace")
-    if not text.startswith("data: "):
+    if not _STREAM.match(text):
         try:
             return parse_json(text)
         except ValueError:  # an answer that was cut
             return text
     choices: dict[int, str] = {}
-    for line in text.split("\n\n"):
-        if not line.startswith("data: {"):
-            continue
+    for data in data_in(raw):
         try:
-            for choice in json.loads(line.removeprefix("data: ")).get("choices", []):
+            for choice in json.loads(data).get("choices", []):
                 delta = choice.get("delta", {})
                 written = str(choice.get("text") or delta.get("content") or "")
                 if delta.get("tool_calls"):

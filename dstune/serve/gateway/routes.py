@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 
 from dstune.checkpoint.export import current_export
 from dstune.core.errors import Problem, UserError
@@ -21,7 +21,7 @@ from dstune.serve.gateway.app import Gateway, Handler, Route
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import now
 from dstune.serve.store.keys import Caller
-from dstune.serve.store.tables import AnswerRow, Feedback
+from dstune.serve.store.tables import AnswerRow, Feedback, Key
 
 INFERENCE: dict[str, Mapping[str, Check]] = {
     "/v1/chat/completions": fields.CHAT,
@@ -103,6 +103,8 @@ async def metrics(gateway: Gateway, request: Request) -> None:
 
 
 FEEDBACK = ("id", "rating", "label", "correction")
+MOST_LABEL, MOST_CORRECTION = 256, 100_000
+"""Characters."""
 
 
 async def feedback(gateway: Gateway, request: Request) -> None:
@@ -117,9 +119,11 @@ async def feedback(gateway: Gateway, request: Request) -> None:
     number = isinstance(rating, int | float) and not isinstance(rating, bool)
     if rating is not None and not (number and -1 <= rating <= 1):
         raise ApiError(400, "Invalid rating: must be a number from -1 to 1.", param="rating")
-    for name, most in (("label", 256), ("correction", 1_000_000)):
+    for name, most in (("label", MOST_LABEL), ("correction", MOST_CORRECTION)):
         value = body.get(name)
-        if value is not None and not (isinstance(value, str) and 0 < len(value) <= most and "\0" not in value):
+        if isinstance(value, str) and len(value) > most:
+            raise ApiError(413, f"The {name} has more than {most} characters.", param=name, code="request_too_large")
+        if value is not None and not (isinstance(value, str) and value and "\0" not in value):
             raise ApiError(400, f"Invalid {name}: must be a text of at most {most} characters.", param=name)
     if all(body.get(name) is None for name in FEEDBACK[1:]):
         raise ApiError(400, "Give a rating, a label or a correction.", param="rating")
@@ -135,15 +139,30 @@ async def feedback(gateway: Gateway, request: Request) -> None:
 
 
 def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any]) -> Feedback | None:
-    """None where the caller was given no such answer."""
+    """Note the fields that are given, in the place of those that were said of this answer before; None where the caller was given
+    no such answer. Raises ApiError where the project has said too much."""
     with gateway.database.writing.begin() as session:
         own = AnswerRow.key == request.key.id
         named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
         answer = session.scalar(select(AnswerRow).where(own, named))
         if answer is None:
             return None
-        values = {name: body.get(name) for name in FEEDBACK[1:]}
-        row = Feedback(id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.key.id, created=now(), **values)
+        gateway.database.exclusive(session, f"feedback {request.key.project}")
+        row = session.scalar(select(Feedback).where(Feedback.answer == answer.id))
+        if row is None:
+            row = Feedback(id=f"fb_{secrets.token_hex(12)}", answer=answer.id, key=request.key.id, bytes=0)
+        for name in FEEDBACK[1:]:
+            if body.get(name) is not None:
+                setattr(row, name, body[name])
+        before, row.bytes = row.bytes, sum(len(text.encode()) for text in (row.label, row.correction) if text)
+        keys = select(Key.id).where(Key.project == request.key.project)
+        stored = session.scalar(select(func.coalesce(func.sum(Feedback.bytes), 0)).where(Feedback.key.in_(keys))) or 0
+        most = gateway.settings.feedback_bytes
+        if row.bytes > before and stored - before + row.bytes > most:
+            message = f"What this project says of its answers would have more than {most} bytes."
+            headers = {"retry-after": "3600", "x-should-retry": "false"}
+            raise ApiError(429, message, code="insufficient_quota", headers=headers)
+        row.created = now()
         session.add(row)
         return row
 

@@ -13,6 +13,10 @@ class Settings:
     origins: frozenset[str] = frozenset()
     """Other sites whose pages may call it; its own page may."""
     max_body_bytes: int = 8 << 20
+    key_body_bytes: int = 64 << 20
+    """Of all bodies of a key's requests that are not answered yet; more get 429."""
+    all_body_bytes: int = 256 << 20
+    """Of all requests."""
     body_seconds: float = 30.0
     """A body has to be there by then."""
     send_seconds: float = 120.0
@@ -27,5 +31,7 @@ class Settings:
     """A request that waited so long gets 503."""
     max_output_tokens: int = 131072
     """Of all answers to a request together."""
+    feedback_bytes: int = 256 << 20
+    """Of what a project has said of its answers."""
     adapter_roots: tuple[str, ...] = ()
     """Folders below which adapters may be added while the server runs."""

@@ -218,7 +218,20 @@ def of_answer(answer: Mapping[str, Any]) -> dict[int, list[Placed]]:
         found[number] = [
             Placed(("output", number, *where), Text(text, "assistant", number)) for where, text in texts_in(dict(item))
         ]
+    if isinstance(text := answer.get("output_text"), str):
+        found.setdefault(0, []).append(Placed(("output_text",), Text(text, "assistant", 0)))
     return found
+
+
+_ENVELOPE = frozenset(
+    {"id", "object", "model", "system_fingerprint", "service_tier", "provider", "item_id", "response_id"}
+)
+_NAME = re.compile(r"[\w./:@+-]{0,128}")
+
+
+def is_name(key: str | int, text: str) -> bool:
+    """Whether a text of an event names the answer, its model or its server, as each event of a stream does."""
+    return key in _ENVELOPE and _NAME.fullmatch(text) is not None
 
 
 TELLING = ("logprobs", "token_ids", "prompt_token_ids", "prompt_logprobs", "stop_reason")

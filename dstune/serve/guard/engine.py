@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dstune.core.child_python import child_environment
 from dstune.core.errors import DstuneError, UserError
 from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.guard.check import GuardDown
@@ -63,7 +63,9 @@ class GuardEngine(Engine):
             "threads": self.limits.threads,
         }
         argv = [sys.executable, "-m", "dstune.serve.guard.process"]
-        return Command(argv, os.environ, "http://guard", str(folder / "http"), json.dumps(settings).encode() + b"\n")
+        return Command(
+            argv, child_environment(), "http://guard", str(folder / "http"), json.dumps(settings).encode() + b"\n"
+        )
 
 
 class Guarding:

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from aiohttp import ClientPayloadError
+
 from dstune.serve.asgi import dumps, event
-from dstune.serve.engines.http import object_of, of_its_shape
+from dstune.serve.engines.http import MOST_READ_BYTES, object_of, of_its_shape
 from dstune.serve.errors import ApiError, error_body
+from dstune.serve.events import DONE, EventReader
 from dstune.serve.guard.audit import Audit
-from dstune.serve.guard.bodies import ANSWERED_IN_TEXT, Placed, of_answer, of_request, put, withheld, without_telling
+from dstune.serve.guard.bodies import (
+    ANSWERED_IN_TEXT,
+    TELLING,
+    Placed,
+    is_name,
+    of_answer,
+    of_request,
+    put,
+    texts_in,
+    withheld,
+    without_telling,
+)
 from dstune.serve.guard.check import Checker, GuardDown, Late, Text, Verdict, estimated_windows, item_of, masked
 from dstune.serve.guard.engine import Guarding
 from dstune.serve.guard.policy import CLOSED, Policy
@@ -161,9 +176,8 @@ class Guarded:
         with of_its_shape():
             choices = sorted(of_answer(answer).items())
         for number, placed in choices:
-            texts = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
             try:
-                verdict = await self._verdict(texts, placed)
+                verdict = await self._verdict(placed)
             except GuardDown as error:
                 self._down(error)
                 continue
@@ -179,9 +193,10 @@ class Guarded:
                 changed = put(without_telling(changed, number), masks)
         return content if changed is answer else dumps(changed)
 
-    async def _verdict(self, beside: Sequence[Text], placed: Sequence[Placed]) -> Verdict:
+    async def _verdict(self, placed: Sequence[Placed]) -> Verdict:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
+        beside = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
         texts = [*(one.text for one in placed), *beside]
         return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
 
@@ -222,9 +237,14 @@ class Guarded:
         """Raises GuardDown where nothing may pass unchecked."""
         item = item_of(self.policy, text, "output", self.prompts, self.public)
         item = replace(item, context=context, windows_before=before)
+        windows = estimated_windows(self.policy, [Text(text, "assistant")])
+        checked = self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
+        return await self._counted(checked, total)
+
+    async def _counted(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
+        """The verdict, which is added to `total`. Raises GuardDown where nothing may pass unchecked."""
         try:
-            windows = estimated_windows(self.policy, [Text(text, "assistant")])
-            verdict = await self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
+            verdict = await checked
         except GuardDown as error:
             if self.policy.on_failure == CLOSED:
                 raise
@@ -240,21 +260,43 @@ class Guarded:
 
     async def _whole(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
         """A stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
-        kept = b"".join([chunk async for chunk in chunks])
-        text = "".join(_deltas(kept))
-        verdict = await self._piece("", text, 0, total) if text.strip() else Verdict(self.policy)
-        if found := verdict.blocked or sorted({span.detector for span in verdict.masks().get(0, [])}):
-            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(found)}.", "param": None}
+        events = await _events(chunks)
+        echoed = {text for _, text in texts_in(self.body)}
+        texts = [text for text in dict.fromkeys(texts_of_events(events)) if text not in echoed]
+        placed = [Placed((number,), Text(text, "assistant")) for number, text in enumerate(texts)]
+        verdict = await self._counted(self._verdict(placed), total)
+        masked_by = {span.detector for spans in verdict.masks().values() for span in spans}
+        if detectors := verdict.blocked or sorted(masked_by):
+            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(detectors)}.", "param": None}
             yield b"event: error\n" + event({"type": "error", **error})
-            raise Stopped(found)
-        yield kept
+            raise Stopped(detectors)
+        for one in events:
+            kind = str(one.get("type", ""))
+            yield (b"event: %s\n" % kind.encode() if _EVENT_NAME.fullmatch(kind) else b"") + event(one)
 
 
-def _deltas(kept: bytes) -> list[str]:
-    found = []
-    for line in kept.splitlines():
-        if line.startswith(b"data: {"):
-            value = object_of(line[6:])
-            if str(value.get("type", "")).endswith(".delta") and isinstance(value.get("delta"), str):
-                found.append(value["delta"])
-    return found
+_EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
+    """Of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
+    reader, found, size = EventReader(), [], 0
+    async for chunk in chunks:
+        if (size := size + len(chunk)) > MOST_READ_BYTES:
+            raise ClientPayloadError("the engine's answer is too large")
+        found += list(reader.feed(chunk))
+    found += list(reader.end())
+    return [object_of(data) for data in found if data.strip() != DONE]
+
+
+def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
+    written: dict[tuple[Any, ...], list[str]] = {}
+    for one in events:
+        if isinstance(one.get("delta"), str):
+            name = tuple(str(one.get(key)) for key in ("type", "item_id", "output_index", "content_index"))
+            written.setdefault(name, []).append(one["delta"])
+        for place, text in texts_in(one, but=TELLING):
+            if text.strip() and place != ("delta",) and not is_name(place[-1], text):
+                yield text
+    yield from map("".join, written.values())

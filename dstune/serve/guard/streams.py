@@ -17,8 +17,9 @@ from operator import setitem
 from typing import Any
 
 from dstune.serve.asgi import event
-from dstune.serve.engines.http import object_of, of_its_shape, within_event
-from dstune.serve.guard.bodies import TELLING, texts_in
+from dstune.serve.engines.http import object_of, of_its_shape
+from dstune.serve.events import DONE, EventReader
+from dstune.serve.guard.bodies import TELLING, Place, is_name, texts_in
 from dstune.serve.guard.check import Span, Verdict, tags
 
 HELD = 192
@@ -178,16 +179,16 @@ class HeldBack:
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
         all have ended, the stream does. Raises Stopped then, and GuardDown."""
-        buffer = b""
+        reader = EventReader()
         try:
             async for chunk in chunks:
-                buffer += chunk
-                while (found := _END.search(buffer)) is not None:
-                    line, buffer = buffer[: found.start()], buffer[found.end() :]
-                    async for out in self._event(line):
+                for data in reader.feed(chunk):
+                    async for out in self._event(data):
                         yield out
-                within_event(buffer)
-            async for out in self._finish(buffer):
+            for data in reader.end():
+                async for out in self._event(data):
+                    yield out
+            async for out in self._finish():
                 yield out
         except Stopped:
             yield b"data: [DONE]\n\n"
@@ -213,22 +214,32 @@ class HeldBack:
         kind: dict[str, Any] = {"text": ""} if self._last.get("object") == "text_completion" else {"delta": {}}
         return envelope | {"choices": [{"index": number, **kind, "finish_reason": "content_filter"}]}
 
-    async def _event(self, line: bytes) -> AsyncIterator[bytes]:
-        data = b"\n".join(one[5:].lstrip() for one in line.splitlines() if one.startswith(b"data:"))
-        if not data:
-            return  # a comment that keeps the connection open
-        if data == b"[DONE]":
+    async def _event(self, data: bytes) -> AsyncIterator[bytes]:
+        if data.strip() == DONE:
             self._closing.append(b"data: [DONE]\n\n")
             return
         value = object_of(data)
         choices = value.get("choices")
-        if not isinstance(choices, list) or not choices:
+        if not isinstance(choices, list):
+            choices = []
+        await self._check_but(choices, value)
+        if not choices:
             self._closing.append(event(value))  # usage, or an error
             return
         self._last = value
         for choice in choices:
             async for out in self._of_choice(value | {"choices": [choice]}, choice):
                 yield out
+
+    async def _check_but(self, choices: list[Any], value: dict[str, Any]) -> None:
+        """Mask what an event says outside of its choices, such as an error. Raises Stopped, GuardDown."""
+        for place, text in texts_in({name: item for name, item in value.items() if item is not choices}):
+            if len(place) == 1 and is_name(place[0], text):
+                continue
+            channel = Channel(text)
+            await channel.advance(self._check, final=True)
+            if (visible := channel.visible(0, len(text))) != text:
+                setitem(_holder(value, place), place[-1], visible)
 
     async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
         with of_its_shape():
@@ -273,10 +284,7 @@ class HeldBack:
         own.ended = own.ended or choice.get("finish_reason") is not None
         return event(one.value)
 
-    async def _finish(self, rest: bytes) -> AsyncIterator[bytes]:
-        if rest.strip():
-            async for out in self._event(rest):
-                yield out
+    async def _finish(self) -> AsyncIterator[bytes]:
         for number, own in sorted(self._choices.items()):
             if not own.stopped:
                 async for out in self._advance(number, own, lambda channel: True):
@@ -285,7 +293,10 @@ class HeldBack:
             yield out
 
 
-_END = re.compile(rb"\r?\n\r?\n")
+def _holder(value: Any, place: Place) -> Any:
+    for key in place[:-1]:
+        value = value[key]
+    return value
 
 
 def _without_telling(choice: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ class AnswerRow(Table):
 
 
 class Feedback(Table):
-    """What somebody said of an answer."""
+    """What the key that was given an answer says of it: one row, which later words change."""
 
     __tablename__ = "feedback"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -85,5 +85,7 @@ class Feedback(Table):
     rating: Mapped[float | None] = mapped_column(Float, default=None)
     label: Mapped[str | None] = mapped_column(String(256), default=None)
     correction: Mapped[str | None] = mapped_column(Text, default=None)
+    bytes: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
+    """Of the label and the correction."""
     created: Mapped[datetime.datetime] = mapped_column(DateTime(timezone=True))
-    __table_args__ = (Index("feedback_answer", "answer"),)
+    __table_args__ = (Index("feedback_answer", "answer", unique=True), Index("feedback_key", "key"))

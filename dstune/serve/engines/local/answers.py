@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstune.data.chat.template import RenderError
+from dstune.data.control import TooManyTokens
 from dstune.data.messages import conversation_of
 from dstune.data.problems import RowError
 from dstune.serve.asgi import event
@@ -21,6 +22,7 @@ from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
 from dstune.serve.engines.local.tools import Call, ToolForm, ToolText, form_of
 from dstune.serve.errors import ApiError, error_body
+from dstune.serve.turns import CLIENT
 
 
 @dataclass
@@ -81,13 +83,7 @@ class Answers:
         """Of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no room."""
         body, limit = self.body, self.model.limit
         if length + (most or 1) > limit:
-            raise ApiError(
-                400,
-                f"This model takes {limit} tokens, prompt and answer together; the prompt has {length} and "
-                f"{most or 1} are asked for.",
-                param="messages" if "messages" in body else "prompt",
-                code="context_length_exceeded",
-            )
+            raise _too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
         given = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
         stop = body.get("stop") or ()
         seed = body.get("seed")
@@ -139,7 +135,7 @@ class Answers:
 
             sequences.append(Sequence(prompt, sampling, stream, emit, self._adapter))
         try:
-            self.scheduler.submit(sequences)
+            self.scheduler.submit(sequences, CLIENT.get())
         except QueueFull:
             raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
         except ValueError as error:
@@ -320,8 +316,23 @@ def chat_prompt(
     try:
         conversation = conversation_of(messages, "messages")
         return model.conversation_ids(name, conversation, tools, arguments or {})
+    except TooManyTokens as error:
+        raise _too_long(error.most, f"more than {error.most}", 1, "messages") from None
     except (RowError, RenderError) as error:
         raise ApiError(400, f"Invalid messages: {error}.", param="messages", code="invalid_value") from None
+
+
+def text_ids(model: LocalModel, name: str, text: str) -> list[int]:
+    """The tokens of a text that is continued. Raises ApiError where they are too many."""
+    try:
+        return model.text_ids(name, text)
+    except TooManyTokens as error:
+        raise _too_long(error.most, f"more than {error.most}", 1, "prompt") from None
+
+
+def _too_long(limit: int, length: str, requested: int, param: str) -> ApiError:
+    reason = f"This model takes {limit} tokens, prompt and answer together; the prompt has {length} and {requested} are asked for."
+    return ApiError(400, reason, param=param, code="context_length_exceeded")
 
 
 class TextAnswers(Answers):
@@ -339,7 +350,7 @@ class TextAnswers(Answers):
             self.requested.append((prompt, samplings, choices))
 
     def _ids(self, prompt: Any) -> list[int]:
-        ids: list[int] = self.model.text_ids(self.name, prompt) if isinstance(prompt, str) else prompt
+        ids: list[int] = text_ids(self.model, self.name, prompt) if isinstance(prompt, str) else prompt
         if not ids or max(ids) >= self.model.vocabulary:
             raise ApiError(400, "Invalid prompt: it holds no tokens, or some that the model lacks.", param="prompt")
         return ids

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dstune.core.errors import UserError
 from dstune.serve.asgi import EVENTS, ClientGone, Receive, Scope, Send, dumps, read_body, respond, while_connected
-from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers, chat_prompt, prompts_of
+from dstune.serve.engines.local.answers import Answers, ChatAnswers, TextAnswers, chat_prompt, prompts_of, text_ids
 from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel
 from dstune.serve.errors import ApiError
+from dstune.serve.turns import CLIENT, TurnThreads
 
 MOST_BYTES = 64 << 20
 
@@ -36,7 +36,9 @@ class EngineApp:
             if handler is None:
                 raise ApiError(404, "There is no such route.")
             body = await read_body(receive, MOST_BYTES)
-            await self.handle(handler, json.loads(body or b"{}"), receive, send)
+            given = json.loads(body or b"{}")
+            CLIENT.set(str(given.pop("client", "")))
+            await self.handle(handler, given, receive, send)
         except ApiError as error:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             await respond(send, error.status, error.body(), headers)
@@ -58,7 +60,7 @@ class LanguageApp(EngineApp):
     def __init__(self, model: LocalModel, scheduler: Scheduler):
         super().__init__()
         self.model, self.scheduler = model, scheduler
-        self._render = ThreadPoolExecutor(1, "render")  # one: a tokenizer keeps how it cuts
+        self._render = TurnThreads("render")  # one: a tokenizer keeps how it cuts
         self.routes |= {
             ("GET", "/health"): self.health,
             ("GET", "/v1/models"): self.models,
@@ -88,13 +90,21 @@ class LanguageApp(EngineApp):
         """Of a request, which is computed from now on."""
         self._known(body)
         kind = ChatAnswers if handler == self.chat else TextAnswers
+        if kind is TextAnswers:
+            body = body | {"prompt": [await self._ids(body, prompt) for prompt in prompts_of(body["prompt"])]}
         answers = await self._rendered(lambda: kind(self.model, self.scheduler, body))
         answers.submit()
         return answers
 
     async def _rendered(self, render: Callable[[], T]) -> T:
         """What `render` makes by the tokenizer: in a thread, since megabytes take seconds and would stop all streams."""
-        return await asyncio.get_running_loop().run_in_executor(self._render, render)
+        return await self._render.run(CLIENT.get(), render)
+
+    async def _ids(self, body: dict[str, Any], prompt: str | list[int]) -> list[int]:
+        """Of each prompt by itself: between two of them others have their turn. Raises ApiError."""
+        if not isinstance(prompt, str):
+            return prompt
+        return await self._rendered(lambda: text_ids(self.model, str(body["model"]), prompt))
 
     def _known(self, body: dict[str, Any]) -> str:
         name = body.get("model")

@@ -72,6 +72,9 @@ class _Prompt:
     """A prompt that is being read, for one or more answers."""
 
     sequences: list[Sequence]
+    client: str = ""
+    turn: int = 0
+    """Of those that wait: how many of its client's come before it."""
     cache: Any = None
     read: int = 0
 
@@ -154,9 +157,10 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: list[Sequence]) -> None:
-        """Answers to one prompt. Raises QueueFull, ValueError where they can never be held."""
-        prompt = _Prompt(sequences)
+    def submit(self, sequences: list[Sequence], client: str = "") -> None:
+        """Answers to one prompt. Prompts of several clients are read in turn, and one client may have three quarters of those that
+        wait. Raises QueueFull, ValueError where they can never be held."""
+        prompt = _Prompt(sequences, client)
         if prompt.tokens > self._max_cached_tokens or len(sequences) > self._max_sequences:
             raise ValueError(
                 f"prompt and answers may take {prompt.tokens} tokens together; this engine holds "
@@ -165,9 +169,12 @@ class Scheduler:
         with self._changed:
             if len(self._waiting) >= self._max_waiting:  # those whose clients have left take no place
                 self._waiting = deque(one for one in self._waiting if not all(each.done for each in one.sequences))
-            if self._stopped or len(self._waiting) >= self._max_waiting:
+            own = [one.turn for one in self._waiting if one.client == client]
+            if self._stopped or len(self._waiting) >= self._max_waiting or len(own) * 4 >= self._max_waiting * 3:
                 raise QueueFull
-            self._waiting.append(prompt)
+            prompt.turn = own[-1] + 1 if own else self._waiting[0].turn if self._waiting else 0
+            place = sum(one.turn <= prompt.turn for one in self._waiting)
+            self._waiting.insert(place, prompt)
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:

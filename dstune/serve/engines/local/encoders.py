@@ -5,26 +5,29 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import queue
 import re
 import secrets
 import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from dstune.core.errors import Problem, UserError
 from dstune.data.problems import RowError
 from dstune.inference.predictor import Answer, Predictor
 from dstune.inference.rows import Query, Question
 from dstune.protocols import task_of
 from dstune.serve.engines.local.app import EngineApp
 from dstune.serve.errors import ApiError
+from dstune.serve.turns import CLIENT, Turns
 
 MOST_ROWS = 512
 """Rows of several requests that are computed together."""
+MOST_CHARACTERS = 65_536
+"""Of these rows, where they are more than one. A request of more is computed in parts: between them others have their turn."""
 MAX_WAITING = 256
 """Requests."""
 BATCH_SIZE = 32
@@ -36,11 +39,21 @@ class Answered(NamedTuple):
     answer: Answer
     ids: list[int]
     """The tokens of its row that the model read."""
+    length: int
+    """Tokens of its row, those that were cut off included."""
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What an answer says of a row that was cut; empty if the model read all of it."""
+        if "truncated" not in self.answer:
+            return {}
+        return {"truncated": True, "tokens": self.length, "tokens_read": len(self.ids)}
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     rows: list[Query]
+    characters: int
     future: Future[list[Answered]] = field(default_factory=Future)
 
 
@@ -50,22 +63,31 @@ class Batcher:
 
     def __init__(self, predictor: Predictor):
         self._predictor = predictor
-        self._jobs: queue.Queue[_Job] = queue.Queue(MAX_WAITING)
+        self._jobs: Turns[_Job] = Turns()
+        self._requests = 0
         threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def answers(self, rows: list[Query]) -> list[Answered]:
         """Raises ApiError where as many requests wait as may."""
-        job = _Job(rows)
+        if self._requests >= MAX_WAITING:
+            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"})
+        jobs = list(_jobs_of(rows))
+        self._requests += 1
         try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise ApiError(503, "The engine is busy.", code="overloaded", headers={"retry-after": "1"}) from None
-        return await asyncio.wrap_future(job.future)
+            for job in jobs:
+                self._jobs.put(CLIENT.get(), job)
+            found = [await asyncio.wrap_future(job.future) for job in jobs]
+        finally:
+            self._requests -= 1
+            for job in jobs:
+                if job.future.cancel():
+                    self._jobs.remove(CLIENT.get(), job)
+        return [answered for part in found for answered in part]
 
     def _run(self) -> None:
         while True:
             jobs = [self._jobs.get()]
-            while sum(len(job.rows) for job in jobs) < MOST_ROWS and not self._jobs.empty():
+            while _fits(jobs) and len(self._jobs):
                 jobs.append(self._jobs.get())
             jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
             if not self._answer(jobs):
@@ -90,18 +112,52 @@ class Batcher:
     def _answered(self, rows: list[Query]) -> list[Answered]:
         samples = self._predictor.samples(rows)
         ids: list[list[int]] = [[] for _ in rows]
+        lengths = [0] * len(rows)
         for sample in samples:
             ids[sample.row] += sample.input_ids.tolist()
+            lengths[sample.row] = sample.length
         answers = self._predictor.answers_of(samples, rows, BATCH_SIZE, all_labels=True)
-        return [Answered(*pair) for pair in zip(answers, ids, strict=True)]
+        return [Answered(*row) for row in zip(answers, ids, lengths, strict=True)]
+
+
+def _fits(jobs: Sequence[_Job]) -> bool:
+    """Whether another one may be computed with these."""
+    return sum(len(job.rows) for job in jobs) < MOST_ROWS and sum(job.characters for job in jobs) < MOST_CHARACTERS
+
+
+def _jobs_of(rows: Sequence[Query]) -> Iterator[_Job]:
+    part: list[Query] = []
+    characters = 0
+    for row in rows:
+        length = _characters(row.row)
+        if part and (len(part) == MOST_ROWS or characters + length > MOST_CHARACTERS):
+            yield _Job(part, characters)
+            part, characters = [], 0
+        part.append(row)
+        characters += length
+    if part:
+        yield _Job(part, characters)
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list | dict):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return 1
 
 
 class EncoderApp(EngineApp):
     """Routes that the model's task has an answer for (`Task.serves`)."""
 
-    def __init__(self, name: str, predictor: Predictor):
+    def __init__(self, name: str, predictor: Predictor, neutral_labels: Sequence[str] = ()):
+        """neutral_labels: those that `/v1/moderations` does not flag; well-known ones if there are none.
+
+        Raises UserError for a label that the model does not have.
+        """
         super().__init__()
         self.name, self.predictor = name, predictor
+        self._neutral = neutral_of(name, predictor.labels, neutral_labels)
         self._batcher = Batcher(predictor)
         task = task_of(predictor.config.task)
         self._question: Question = task.question(predictor.labels, predictor.config.data)
@@ -128,25 +184,32 @@ class EncoderApp(EngineApp):
     async def models(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": self.name, "object": "model"}]}
 
-    async def _answers(self, rows: Sequence[Mapping[str, Any]], param: str) -> tuple[list[Answer], dict[str, int]]:
-        """The answers, and the tokens that they took."""
-        found = await self._answered(rows, param)
-        tokens = sum(len(one.ids) for one in found)
-        return [one.answer for one in found], {"prompt_tokens": tokens, "total_tokens": tokens}
+    async def _answers(
+        self, rows: Sequence[Mapping[str, Any]], param: str, *, whole: bool = False
+    ) -> tuple[list[Answered], dict[str, int]]:
+        """The answers, and the tokens that they took. whole: refuse rows that are longer than the model reads.
 
-    async def _answered(self, rows: Sequence[Mapping[str, Any]], param: str) -> list[Answered]:
-        """Raises ApiError for the first row without an answer."""
+        Raises ApiError for the first row without an answer.
+        """
         queries = []
         for number, row in enumerate(rows):
             try:
                 queries.append(self._question.of(row, f"{param}[{number}]"))
             except RowError as error:
                 raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
-        found = await self._batcher.answers(queries)
-        for number, one in enumerate(found):
+        answered = await self._batcher.answers(queries)
+        for number, one in enumerate(answered):
             if "problem" in one.answer:
                 raise ApiError(400, f"Invalid {param}[{number}]: {one.answer['problem']}.", param=param)
-        return found
+            if whole and one.cut:
+                reason = (
+                    f"it has {one.length} tokens, this model reads at most {self.predictor.longest}, as in training"
+                )
+                raise ApiError(
+                    400, f"Invalid {param}[{number}]: {reason}.", param=param, code="context_length_exceeded"
+                )
+        tokens = sum(len(one.ids) for one in answered)
+        return answered, {"prompt_tokens": tokens, "total_tokens": tokens}
 
     def _texts(self, value: Any) -> list[dict[str, Any]]:
         column = self._question.text_column or "text"
@@ -159,8 +222,9 @@ class EncoderApp(EngineApp):
         return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        found, usage = await self._answers(self._texts(body["input"]), "input")
-        vectors = [answer["vector"] for answer in found]
+        """A vector stands for a complete text: one that is too long is refused, as OpenAI does."""
+        answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
+        vectors = [one.answer["vector"] for one in answered]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         else:
@@ -169,10 +233,12 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        found, usage = await self._answers(self._texts(body["input"]), "input")
+        """Of a text that is too long the model reads the beginning, as in training, and the answer says so."""
+        answered, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
-        for number, answer in enumerate(found):
-            item = {"index": number, "label": answer["predicted"]}
+        for number, one in enumerate(answered):
+            answer = one.answer
+            item = {"index": number, "label": answer["predicted"], **one.cut}
             if "probabilities" in answer:
                 item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
                 item["labels"] = list(answer["probabilities"])
@@ -187,17 +253,21 @@ class EncoderApp(EngineApp):
         }
 
     async def moderate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The labels of a classifier as categories. Those that are predicted are flagged, except a neutral one."""
-        found, usage = await self._answers(self._texts(body["input"]), "input")
+        """The labels of a classifier as categories. Those that are predicted are flagged, except neutral ones."""
+        is_multi_label = bool(getattr(self.predictor.config.task, "multi_label", False))
+        if not self._neutral and not is_multi_label and self.predictor.labels:  # one of its labels is always predicted
+            listed = ", ".join(self.predictor.labels[:10])
+            reason = (
+                f"which of its labels is not to be flagged ({listed}) has to be said: --neutral-label {self.name}=LABEL"
+            )
+            raise ApiError(400, f"This model does not moderate: {reason}.", param="model", code="neutral_label_unknown")
+        answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
         results = []
-        for answer in found:
+        for answer in (one.answer for one in answered):
             if "probabilities" not in answer:
                 raise ApiError(400, "A regression has no categories.", param="model")
             predicted = answer["predicted"] if isinstance(answer["predicted"], list) else [answer["predicted"]]
-            flags = {
-                label: label in predicted and label.casefold() not in NEUTRAL_LABELS
-                for label in answer["probabilities"]
-            }
+            flags = {label: label in predicted and label not in self._neutral for label in answer["probabilities"]}
             results.append(
                 {"flagged": any(flags.values()), "categories": flags, "category_scores": answer["probabilities"]}
             )
@@ -207,13 +277,14 @@ class EncoderApp(EngineApp):
         given = body["input"] if isinstance(body["input"], list) else [body["input"]]
         places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in given]
         column = self._question.text_column or "tokens"
-        found, usage = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
+        answered, usage = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
         items = []
-        for number, (answer, words) in enumerate(zip(found, places, strict=True)):
+        for number, (one, words) in enumerate(zip(answered, places, strict=True)):
+            answer = one.answer
             entities = []
-            for one in answer.get("entities", []):
-                start, end = words[one["start"]][1], words[one["end"] - 1][2]
-                entities.append(one | ({} if start is None else {"start_character": start, "end_character": end}))
+            for entity in answer.get("entities", []):
+                start, end = words[entity["start"]][1], words[entity["end"] - 1][2]
+                entities.append(entity | ({} if start is None else {"start_character": start, "end_character": end}))
             tagged = [{"word": word, "tag": tag} for (word, _, _), tag in zip(words, answer["predicted"], strict=True)]
             items.append({"index": number, "words": tagged, "entities": entities})
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
@@ -222,10 +293,11 @@ class EncoderApp(EngineApp):
         """Each answer as a part of its context; empty where a model that knows of questions without one finds none."""
         columns = [self._question.mapping.get(role, role) for role in ("question", "context")]
         pairs = zip(*_paired(body, "question", "context"), strict=True)
-        found, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
+        answered, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
         items = [
-            {"index": number, "answer": one["predicted"]} | {key: one[key] for key in ("no_answer",) if key in one}
-            for number, one in enumerate(found)
+            {"index": number, "answer": answer["predicted"]}
+            | {key: answer[key] for key in ("no_answer",) if key in answer}
+            for number, answer in enumerate(one.answer for one in answered)
         ]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
@@ -239,13 +311,16 @@ class EncoderApp(EngineApp):
                 )
                 raise ApiError(400, reason, param="messages")
         column = self._question.mapping.get("messages", "messages")
-        found, usage = await self._answers([{column: messages} for messages in given], "messages")
-        items = [{"index": number, "score": one["score"]} for number, one in enumerate(found)]
+        answered, usage = await self._answers([{column: messages} for messages in given], "messages")
+        items = [{"index": number, "score": one.answer["score"], **one.cut} for number, one in enumerate(answered)]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
         scores, usage = await self._scores(*_paired(body, "text_1", "text_2"))
-        items = [{"index": number, "object": "score", "score": score} for number, score in enumerate(scores)]
+        items = [
+            {"index": number, "object": "score", "score": score.value, **score.cut}
+            for number, score in enumerate(scores)
+        ]
         return {
             "id": f"score-{secrets.token_hex(12)}",
             "object": "list",
@@ -262,15 +337,17 @@ class EncoderApp(EngineApp):
         texts = body["documents"] if "documents" in body else body["texts"]
         texts = [texts] if isinstance(texts, str) else texts
         scores, usage = await self._scores([body["query"]] * len(texts), texts)
-        order = sorted(range(len(texts)), key=lambda number: -scores[number])
+        order = sorted(range(len(texts)), key=lambda number: -scores[number].value)
         if "texts" in body:
             visible = [
-                {"index": n, "score": scores[n]} | ({"text": texts[n]} if body.get("return_text") else {})
+                {"index": n, "score": scores[n].value, **scores[n].cut}
+                | ({"text": texts[n]} if body.get("return_text") else {})
                 for n in order
             ]
             return {"items": visible[: body.get("top_n")], "usage": usage}
         found = [
-            {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number]}
+            {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number].value}
+            | scores[number].cut
             for number in order
         ]
         return {
@@ -280,26 +357,51 @@ class EncoderApp(EngineApp):
             "results": found[: body.get("top_n")],
         }
 
-    async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[float], dict[str, int]]:
+    async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[Score], dict[str, int]]:
         """How well each pair goes together: cosine of vectors, the number of a regression, or the probability of the last of
         two labels. And the tokens that it took."""
         if self._embeds:
             texts = list(dict.fromkeys([*first, *second]))  # a query is computed once
-            answers, usage = await self._answers(self._texts(texts), "text_1")
-            vectors = {text: answer["vector"] for text, answer in zip(texts, answers, strict=True)}
-            return [_cosine(vectors[one], vectors[other]) for one, other in zip(first, second, strict=True)], usage
+            answered, usage = await self._answers(self._texts(texts), "text_1", whole=True)
+            vectors = {text: one.answer["vector"] for text, one in zip(texts, answered, strict=True)}
+            return [
+                Score(_cosine(vectors[one], vectors[other]), {}) for one, other in zip(first, second, strict=True)
+            ], usage
         column = self._question.mapping.get("text_pair", "text_pair")
         text = self._question.text_column or "text"
         rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
-        answers, usage = await self._answers(rows, "text_1")
-        if answers and "probabilities" in answers[0]:
-            if len(self.predictor.labels) != 2 or isinstance(answers[0]["predicted"], list):
+        answered, usage = await self._answers(rows, "text_1")
+        if answered and "probabilities" in answered[0].answer:
+            if len(self.predictor.labels) != 2 or isinstance(answered[0].answer["predicted"], list):
                 raise ApiError(400, "This classifier has no score: it has more than two labels.", param="model")
-            return [list(answer["probabilities"].values())[-1] for answer in answers], usage
-        return [answer["predicted"] for answer in answers], usage
+            return [Score(list(one.answer["probabilities"].values())[-1], one.cut) for one in answered], usage
+        return [Score(one.answer["predicted"], one.cut) for one in answered], usage
 
 
-NEUTRAL_LABELS = frozenset({"ok", "neutral", "none", "safe", "benign", "not toxic", "non-toxic", "not_flagged"})
+class Score(NamedTuple):
+    """Of a pair of texts."""
+
+    value: float
+    cut: dict[str, Any]
+    """As `Answered.cut`."""
+
+
+NEUTRAL_LABELS = frozenset(
+    {"ok", "neutral", "none", "safe", "benign", "normal", "clean", "harmless", "ham", "not flagged", "unflagged"}
+    | {"not toxic", "non toxic", "not spam", "not hate", "non hate", "no hate", "not offensive", "non offensive"}
+)
+"""Well-known names of the label of texts that are not to be flagged, in lower case, with a space for `_` and `-`."""
+
+
+def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> frozenset[str]:
+    """The labels of the model `name` that moderations do not flag. Raises UserError for a declared one that it lacks."""
+    if absent := [label for label in declared if label not in labels]:
+        reason = "the model has no such label" if labels else "the model has no labels"
+        fix = f"one of {', '.join(labels)}" if labels else "leave it out"
+        raise UserError(Problem("--neutral-label", reason, fix, f"{name}={label}") for label in absent)
+    if declared:
+        return frozenset(declared)
+    return frozenset(label for label in labels if re.sub("[_-]", " ", label.casefold()) in NEUTRAL_LABELS)
 
 
 def _paired(body: Mapping[str, Any], one: str, other: str) -> tuple[list[str], list[str]]:

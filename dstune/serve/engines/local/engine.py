@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dstune.core.child_python import child_environment
 from dstune.serve.engines.base import Command, Engine
 
 _SAMPLING = frozenset(
@@ -42,6 +42,7 @@ DEFAULT_MAX_TOKENS = 1024
 @dataclass
 class LocalEngine(Engine):
     name: ClassVar[str] = "local"
+    knows_clients: ClassVar[bool] = True
     number_format: str = ""
     """`float32` or `bfloat16`; empty for what the machine computes fast."""
 
@@ -67,6 +68,7 @@ class LocalEngine(Engine):
             "trust_remote_code": source.trust_remote_code,
             "generates": source.generates,
             "plugins": source.plugins,
+            "neutral_labels": source.neutral_labels,
             "base": self.base,
             "adapter": None,
             "dtype": self.number_format,
@@ -78,7 +80,7 @@ class LocalEngine(Engine):
         }
         argv = [sys.executable, "-m", "dstune.serve.engines.local.process"]
         url, stdin = "http://engine", json.dumps(settings).encode() + b"\n"
-        return Command(argv, os.environ, url, str(folder / "http"), stdin)
+        return Command(argv, child_environment(), url, str(folder / "http"), stdin)
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return await self.ask("POST", "/parity", {"rows": list(rows)})

@@ -163,16 +163,17 @@ class LocalModel:
     def conversation_ids(
         self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
     ) -> list[int]:
-        """The prompt's tokens, as in training. Raises RenderError."""
+        """The prompt's tokens, as in training. Raises RenderError, TooManyTokens."""
         prompts = self._tongues[name].prompts
         assert prompts is not None, "only a model with a template is asked with messages"
-        return prompts.ids(messages, tools=tools, arguments=arguments)
+        return prompts.ids(messages, tools=tools, arguments=arguments, most=self.limit)
 
     def text_ids(self, name: str, text: str) -> list[int]:
-        """Tokens of a text that the model is to continue."""
+        """Tokens of a text that the model is to continue. Raises TooManyTokens."""
         from dstune.data.special_tokens import first_special_tokens
 
         tongue = self._tongues[name]
+        tongue.control.check_length(text, self.limit)
         ids = tongue.control.ids(text)
         prefix = first_special_tokens(tongue.voice.tokenizer)
         return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]

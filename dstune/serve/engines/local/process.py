@@ -86,7 +86,7 @@ def _encoder(settings: dict[str, Any]) -> Any:
     expected = find(named, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
     predictor = load(expected, Path(settings["scratch"]))
     compute_in(settings["dtype"], predictor.model)
-    return EncoderApp(settings["base"], predictor)
+    return EncoderApp(settings["base"], predictor, settings["neutral_labels"])
 
 
 def compute_in(dtype: str, model: Any) -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from dstune.serve.engines.local.sampling import Chosen
 
+MOST_UNFINISHED = 64
+"""Tokens that are decoded together while they are no whole character."""
+
 
 @dataclass
 class Piece:
@@ -75,7 +78,10 @@ class TextStream:
     def _new_text(self, *, last: bool = False) -> str:
         before = self._decode(self._ids[self._start : self._decoded])
         now = self._decode(self._ids[self._start :])
-        if not last and (len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}")):
+        # A character has four bytes at most. What has still no text then (bytes that are none, control tokens) never gets one, and
+        # decoding more and more of it with each token would take the square of the answer.
+        unfinished = len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}")
+        if not last and unfinished and len(self._ids) - self._decoded < MOST_UNFINISHED:
             return ""
         self._start, self._decoded = self._decoded, len(self._ids)
         return now[len(before) :]

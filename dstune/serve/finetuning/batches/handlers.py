@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.creations import Attempt
-from dstune.serve.finetuning.fields import checked_metadata, is_text
+from dstune.serve.finetuning.fields import checked_metadata, is_text, refuse_body, refuse_unknown
 from dstune.serve.finetuning.files import Files, lifetime
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.tables import Batch
-from dstune.serve.finetuning.uploads import only_keys
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import INFERENCE
@@ -23,6 +22,8 @@ from dstune.serve.store.database import Database
 
 ENDPOINTS = tuple(path for path in INFERENCE if path.startswith("/v1/"))
 WINDOW_SECONDS = 86_400
+MOST_OPEN = 500
+"""Batches of a project that are not over."""
 ENDED = ("completed", "failed", "expired", "cancelled")
 TIMES = (
     "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at",
@@ -37,7 +38,7 @@ class Batches:
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        only_keys(body, ("completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"))
+        refuse_unknown(body, ("completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"))
         endpoint = body.get("endpoint")
         if endpoint not in ENDPOINTS:
             raise ApiError(400, f"Invalid endpoint: must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
@@ -48,7 +49,7 @@ class Batches:
         if not is_text(body.get("input_file_id"), 128):
             raise ApiError(400, "Missing required field: 'input_file_id'.", param="input_file_id")
         checked_metadata(body.get("metadata"))
-        seconds = lifetime(body.get("output_expires_after"), "batch")
+        seconds = lifetime(body.get("output_expires_after"), "batch", "output_expires_after")
         attempt = Attempt.of(request, "batches", request.digest)
         row = await asyncio.to_thread(self._create, request, attempt, body, seconds)
         await request.answer(described_batch(row))
@@ -63,6 +64,7 @@ class Batches:
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:
         request.query(())
+        await refuse_body(request)
         await request.answer(described_batch(await asyncio.to_thread(self._cancel, request)))
 
     def _create(self, request: Request, attempt: Attempt, body: dict[str, Any], seconds: int | None) -> Batch:
@@ -75,6 +77,12 @@ class Batches:
             if file.purpose != "batch":
                 message = f"The file has the purpose {file.purpose!r}; a batch needs 'batch'."
                 raise ApiError(400, message, param="input_file_id", code="invalid_purpose")
+            self._files.check_space(session, caller.project)  # its results are stored in any case
+            open_ones = (Batch.project == caller.project, Batch.status.not_in(ENDED))
+            if (session.scalar(select(func.count()).select_from(Batch).where(*open_ones)) or 0) >= MOST_OPEN:
+                message = f"{MOST_OPEN} batches of this project are not over; create more when some have ended."
+                headers = {"retry-after": "60", "x-should-retry": "false"}
+                raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
             now = unix_time()
             details = {"metadata": body.get("metadata"), "expires_at": now + WINDOW_SECONDS}
             row = Batch(

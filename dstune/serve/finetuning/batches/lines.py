@@ -98,13 +98,14 @@ class Answers:
     def __init__(self, path: Path):
         self.path = path
         self.ids: set[str] = set()
-        content = path.read_bytes() if path.is_file() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        for line in whole.splitlines():
-            self.ids.add(json.loads(line)["custom_id"])
+        if not path.is_file():
+            return
+        with path.open("r+b") as file:  # line by line: the answers so far may have gigabytes
+            end = 0
+            while (line := file.readline()).endswith(b"\n"):
+                end += len(line)
+                self.ids.add(json.loads(line)["custom_id"])
+            file.truncate(end)
 
     def add(self, answer: Mapping[str, Any]) -> None:
         with self.path.open("ab") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import shutil
 import time
@@ -85,7 +86,14 @@ class BatchWorker:
             self._database.exclusive(session, "batches")
             rows = list(session.scalars(select(Batch).where(Batch.status.in_(WORKED_ON)).order_by(Batch.number)))
             busy = Counter(row.project for row in rows if row.lease_until >= now)
-            free = [row for row in rows if row.lease_until < now and row.id not in self._mine]
+            has_space = functools.cache(self._files.has_space)  # what it answers is stored in any case
+            free = [
+                row
+                for row in rows
+                if row.lease_until < now
+                and row.id not in self._mine
+                and (row.status != "validating" or has_space(row.project))
+            ]
             row = min(free, key=lambda row: busy[row.project], default=None)
             if row is not None:
                 row.lease_until = now + LEASE_SECONDS

@@ -8,9 +8,11 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.fields import refuse_unknown
 from dstune.serve.finetuning.graders.formula import Formula, FormulaError
 from dstune.serve.finetuning.graders.similarity import FUZZY_CHARACTERS, METRICS, MOST_CHARACTERS, REFUSED
 
@@ -23,6 +25,10 @@ ABSENT = {
 """Types that OpenAI has and this server refuses, with the reason."""
 MOST_GRADERS = 32
 MOST_TEMPLATE = 100_000
+MOST_WRITTEN = 16
+"""Variables of which the text is kept for other templates."""
+MOST_SECONDS = 10.0
+"""In which the graders of a `multi` begin."""
 MOST_RENDERED = 2_000_000
 """Characters of a template with its variables replaced."""
 
@@ -59,11 +65,17 @@ class Sample:
     text: str
     item: Mapping[str, Any]
 
+    @cached_property
     def values(self) -> Mapping[str, Any]:
         sample: dict[str, Any] = {"output_text": self.text}
         with contextlib.suppress(ValueError, RecursionError):
             sample["output_json"] = json.loads(self.text)
         return {"item": self.item, "sample": sample}
+
+    @cached_property
+    def written(self) -> dict[str, str]:
+        """The texts of variables that were asked for already."""
+        return {}
 
 
 @dataclass
@@ -115,7 +127,7 @@ def run_grader(grader: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
 
 def render(template: str, sample: Sample) -> str:
     """A template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
-    values, rest = sample.values(), MOST_RENDERED - len(template)
+    values, rest = sample.values, MOST_RENDERED - len(template)
 
     def value_of(match: re.Match[str]) -> str:
         path = _PATH.fullmatch(match[1])
@@ -130,7 +142,12 @@ def render(template: str, sample: Sample) -> str:
             except (KeyError, IndexError, TypeError):
                 raise GraderFailed("invalid_variable_error") from None
         nonlocal rest
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        place = path[1] + path[2]
+        text = value if isinstance(value, str) else sample.written.get(place)
+        if text is None:
+            text = json.dumps(value, ensure_ascii=False)
+            if len(sample.written) < MOST_WRITTEN:
+                sample.written[place] = text
         rest -= len(text)
         if rest < 0:
             raise GraderFailed("truncated_observation_error")
@@ -143,9 +160,7 @@ def render(template: str, sample: Sample) -> str:
 
 
 def _check_common(grader: Mapping[str, Any], at: str, keys: tuple[str, ...]) -> None:
-    if unknown := sorted(set(grader) - {"type", "name", *keys}):
-        place = f"{at}.{unknown[0][:60]}"
-        raise ApiError(400, f"Unknown field: {place!r}.", param=place, code="unknown_parameter")
+    refuse_unknown(grader, ("type", "name", *keys), at)
     name = grader.get("name")
     if not isinstance(name, str) or not 0 < len(name) <= 256:
         raise _wrong(f"{at}.name", "must be a text of 1 to 256 characters")
@@ -259,9 +274,10 @@ def _score(grader: Mapping[str, Any], sample: Sample) -> float:
 
 
 def _grade_multi(grader: Mapping[str, Any], sample: Sample) -> Graded:
-    graded = Graded()
+    graded, ends = Graded(), time.monotonic() + MOST_SECONDS
     for name, (_, inner) in _named(grader["graders"], "").items():
-        one = _grade_one(inner, sample)
+        late = Graded(errors={"unresponsive_reward_error"})
+        one = _grade_one(inner, sample) if time.monotonic() < ends else late
         graded.rewards[name] = one.reward
         graded.errors |= one.errors
     try:

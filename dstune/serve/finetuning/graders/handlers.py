@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.fields import refuse_unknown
 from dstune.serve.finetuning.graders.grader import Sample, check_grader, run_grader
-from dstune.serve.finetuning.uploads import only_keys
+from dstune.serve.finetuning.turns import Turns
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 
 MOST_SAMPLE = 1_000_000
-_GRADING = ThreadPoolExecutor(1, thread_name_prefix="grader")
+_GRADING = Turns(1, "grader")
 """One request at a time computes, so that others go on."""
-
-
-async def _compute(function: Callable[..., Any], *given: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(_GRADING, function, *given)
 
 
 async def validate(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
     request.refuse_halves(body)
-    only_keys(body, ("grader",))
-    await _compute(check_grader, body.get("grader"))
+    refuse_unknown(body, ("grader",))
+    await _GRADING.run(request.key.project, check_grader, body.get("grader"))
     await request.answer({"grader": body["grader"]})
 
 
@@ -35,8 +27,8 @@ async def run(gateway: Gateway, request: Request) -> None:
     request.query(())
     body = await request.json()
     request.refuse_halves(body)
-    only_keys(body, ("grader", "model_sample", "item"))
-    await _compute(check_grader, body.get("grader"))
+    refuse_unknown(body, ("grader", "model_sample", "item"))
+    await _GRADING.run(request.key.project, check_grader, body.get("grader"))
     text, item = body.get("model_sample"), body.get("item")
     if not isinstance(text, str) or len(text) > MOST_SAMPLE:
         raise ApiError(
@@ -44,5 +36,5 @@ async def run(gateway: Gateway, request: Request) -> None:
         )
     if item is not None and not isinstance(item, dict):
         raise ApiError(400, "Invalid item: must be an object.", param="item")
-    graded = await _compute(run_grader, body["grader"], Sample(text, item or {}))
+    graded = await _GRADING.run(request.key.project, run_grader, body["grader"], Sample(text, item or {}))
     await request.answer(graded)

@@ -51,7 +51,9 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
     store.ended.append(lambda session, job: None if job.active else results.count(session, job))
     launcher = parts.launcher or ProcessLauncher(lambda: presets().prefix)
     machine = parts.machine or (this_machine(presets()) if parts.presets and parts.runs else Machine(0))
-    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, parts.keys or (lambda job: {}))
+    keys = parts.keys or (lambda job: {})
+    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, keys, has_space=files.has_space)
+    files.counted.append(store.bytes_of)
     service = Jobs(
         store,
         files,

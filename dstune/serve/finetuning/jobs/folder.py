@@ -135,6 +135,10 @@ class JobFolder:
         os.close(descriptor)
         return False
 
+    def size(self) -> int:
+        """Bytes of its files; one that has another name elsewhere counts like a copy."""
+        return sum(_size(Path(folder, name)) for folder, _, names in os.walk(self.path) for name in names)
+
     def exports(self) -> dict[int, Path]:
         """Complete exports by step."""
         found = {}
@@ -152,6 +156,13 @@ class JobFolder:
         except OSError:
             return ""
         return found if found in (SAVE, NOW) else ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except FileNotFoundError:  # removed a moment ago
+        return 0
 
 
 def link(source: str | Path, target: str | Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dstune.serve.errors import ApiError
+from dstune.serve.finetuning.fields import refuse_unknown
 
 AUTO = "auto"
 Value = int | float | str
@@ -54,6 +55,8 @@ SUPERVISED: Mapping[str, Range] = {
 }
 DPO: Mapping[str, Range] = {**SUPERVISED, "beta": Range(whole=False, above=0, most=2)}
 METHODS: Mapping[str, Mapping[str, Range]] = {"supervised": SUPERVISED, "dpo": DPO}
+PLACES = {name: f"method.{kind}.hyperparameters.{name}" for kind in ("dpo", "supervised") for name in METHODS[kind]}
+"""Where each hyperparameter stands in a request; the one that both methods have, with the default method."""
 
 DEFAULT_BETA = 0.1
 EPOCHS = 3
@@ -73,9 +76,7 @@ def read(method: str, given: Any, param: str) -> dict[str, Value]:
         given = {}
     if not isinstance(given, Mapping):
         raise ApiError(400, f"Invalid {param}: must be an object.", param=param)
-    if unknown := sorted(set(map(str, given)) - set(known)):
-        name = f"{param}.{unknown[0][:80]}"
-        raise ApiError(400, f"Unknown field: {name}.", param=name, code="unknown_parameter")
+    refuse_unknown(given, known, param, PLACES)
     found: dict[str, Value] = {}
     for name, bounds in known.items():
         value = given.get(name)

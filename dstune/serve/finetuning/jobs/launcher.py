@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dstune.core import files
+from dstune.core.child_python import child_environment
 from dstune.core.paths import STOP_FILE
 from dstune.core.secrets import is_secret
-from dstune.launch.commands import EXPORTED_NAMES, EXPORTED_PREFIXES, python_path
+from dstune.launch.commands import EXPORTED_NAMES, EXPORTED_PREFIXES
 from dstune.protocols import LAUNCHERS
 from dstune.serve.finetuning.jobs.folder import NOW, JobFolder, write
 
@@ -85,8 +86,7 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
         and not name.startswith(NEVER_PREFIXES)
         and not is_secret(name, value)
     }
-    path = python_path(kept.get("PYTHONPATH", ""))
-    return kept | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": path} if path else {})
+    return child_environment(kept)
 
 
 def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str, str]:

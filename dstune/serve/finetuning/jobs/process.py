@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dstune.core.child_python import child_environment
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dstune.core.parsing import parse_json
 from dstune.launch import records
@@ -157,7 +158,12 @@ class Training:
         ]
         with self._folder.report.open("wb") as report, self._folder.log.open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=report, stderr=log, pass_fds=(self._lock,)
+                command,
+                env=child_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                stderr=log,
+                pass_fds=(self._lock,),
             )
             while process.poll() is None:
                 self._pass_on(process)
@@ -235,7 +241,9 @@ class Training:
     def _export(self) -> int:
         command = [sys.executable, "-m", "dstune.serve.finetuning.jobs.export", str(self._folder.path)]
         with self._folder.log.open("ab") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            process = subprocess.Popen(
+                command, env=child_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
             while process.poll() is None:
                 if self._folder.stop_requested() == NOW:
                     process.kill()

@@ -3,9 +3,10 @@ again, the same after a start as later. Whoever is killed between two steps leav
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ PAUSE_SECONDS = 2.0
 """Before the second of such starts; each pause is twice the one before."""
 LONGEST_PAUSE = 300.0
 MOST_VALIDATIONS = 5
+MEASURE_SECONDS = 15.0
+"""Between two measurements of the folder of a running job."""
 SWEEP_SECONDS = 300.0
 ORPHAN_SECONDS = 3600.0
 """After which a folder without a row is what a request left that was cut short."""
@@ -60,7 +63,7 @@ class Machine:
 
 
 class Reconciler:
-    """keys: the variables of a project's accounts, by the job (W&B)."""
+    """keys: the variables of a project's accounts, by the job (W&B). has_space: whether a project may store more."""
 
     def __init__(
         self,
@@ -72,17 +75,28 @@ class Reconciler:
         machine: Machine,
         keys: Callable[[Job], Mapping[str, str]] = lambda job: {},
         pause_seconds: float = PAUSE_SECONDS,
+        has_space: Callable[[str], bool] = lambda project: True,
     ):
         self._store, self._folder, self._presets = store, folder, presets
         self._launcher, self._results, self._machine, self._keys = launcher, results, machine, keys
-        self._pause = pause_seconds
+        self._pause, self._has_space = pause_seconds, has_space
         self._owner = lease.owner()
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
+        self._turns: dict[str, int] = {}
+        """When an organization's files were read last, as a count."""
         self._warned: set[str] = set()
         """Jobs for which there are too few devices."""
+        self._held: set[str] = set()
+        """Jobs that wait for space."""
+        self._measured: dict[str, float] = {}
+        """When the folders of running jobs were measured."""
+        self.cancelled: deque[str] = deque(maxlen=10_000)
+        """Jobs that clients of this process have just cancelled; those that had no process are swept at once."""
         self._swept = -SWEEP_SECONDS
         self.leads = False
+        self.variables: Mapping[str, str] = {}
+        """Of every training on this machine that has no control group of its own."""
 
     def step(self) -> None:
         """One look at everything that is not over."""
@@ -90,17 +104,33 @@ class Reconciler:
         self.leads = lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
         if not self.leads:
             return
-        validating = 0
+        validating, unread = 0, list[Job]()
         for job in self._store.unfinished():
             try:
                 if job.state == State.VALIDATING:
-                    validating += self._validate(job, validating < VALIDATORS)
+                    if self._validate(job):
+                        validating += 1
+                    elif not self._of(job).validated.exists():
+                        unread.append(job)
                 elif job.state in (State.RUNNING, State.PAUSING):
                     self._watch(job)
                 else:
                     self._wind_down(job)
             except Exception:
                 log.exception("job %s could not be looked after; it is tried again", job.id)
+        while unread and validating < VALIDATORS:
+            # The organization whose turn is the longest ago: many jobs of one hold up no other.
+            job = min(unread, key=lambda job: (self._turns.get(job.organization, 0), job.number))
+            unread.remove(job)
+            self._turns[job.organization] = max(self._turns.values(), default=0) + 1
+            try:
+                validating += self._begin_validation(job)
+            except Exception:
+                log.exception("files of job %s could not be read; it is tried again", job.id)
+        while self.cancelled:
+            job = self._store.read(self.cancelled.popleft())
+            if not job.active:
+                self._over(job)
         self._schedule()
         if time.monotonic() - self._swept > SWEEP_SECONDS:
             self._swept = time.monotonic()
@@ -111,13 +141,16 @@ class Reconciler:
         paths = [path for path in self._folder.glob("ftjob-*") if JOB_ID.fullmatch(path.name)]
         states = self._store.states()  # read after the folders, which are made before their rows
         for path in paths:
-            folder, state = JobFolder(path), states.get(path.name)
+            folder, (state, size) = JobFolder(path), states.get(path.name, (None, 0))
             if state is None and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
                 folder.remove()
             elif (
                 state in TERMINAL and folder.snapshot("training_file").exists() and not self._launcher.is_alive(folder)
             ):
                 self._results.tidy(folder)
+                self._store.measure(path.name, folder)
+            elif state is not None and size == 0:  # of a server that did not measure yet
+                self._store.measure(path.name, folder)
 
     def save_all(self) -> None:
         """Have local jobs save and end: their processes would not outlive this one. The next reconciler starts them again."""
@@ -138,17 +171,17 @@ class Reconciler:
 
     # -- files
 
-    def _validate(self, job: Job, may_start: bool) -> bool:
-        """Whether its files are being read now."""
+    def _validate(self, job: Job) -> bool:
+        """Whether its files are being read now; what was found in them is noted."""
         folder = self._of(job)
         found = read(folder.validated)
         if found is not None:
             self._validated(job, folder, found)
             return False
-        if self._launcher.is_alive(folder):
-            return True
-        if not may_start:
-            return False
+        return self._launcher.is_alive(folder)
+
+    def _begin_validation(self, job: Job) -> bool:
+        """Whether it has begun."""
         self._validations[job.id] += 1
         if self._validations[job.id] > MOST_VALIDATIONS:
             self._fail(job, "server_error", INTERNAL, None)
@@ -164,7 +197,7 @@ class Reconciler:
             "validation_file": job.validation_file,
             "most_rows": preset.most_rows,
         }
-        return self._launcher.start(folder, task, {"CUDA_VISIBLE_DEVICES": ""})
+        return self._launcher.start(self._of(job), task, {"CUDA_VISIBLE_DEVICES": ""})
 
     def _validated(self, job: Job, folder: JobFolder, found: Mapping[str, Any]) -> None:
         self._validations.pop(job.id, None)
@@ -209,6 +242,7 @@ class Reconciler:
         if job.step_seconds is not None:  # of a row, as the plan has it
             values["step_seconds"] = job.step_seconds * int(resolved["batch_size"])
         self._change(job, Change.VALIDATED, messages, **values)
+        self._store.measure(job.id, folder)
 
     # -- training
 
@@ -220,6 +254,9 @@ class Reconciler:
         if alive:
             if job.state == State.PAUSING:
                 self._ask(folder, SAVE)
+            if time.monotonic() - self._measured.get(job.id, -MEASURE_SECONDS) >= MEASURE_SECONDS:
+                self._measured[job.id] = time.monotonic()
+                self._store.measure(job.id, folder)
             return
         ended = read(folder.ended)
         if ended is None or ended.get("attempt") != job.attempt:
@@ -337,14 +374,14 @@ class Reconciler:
     # -- devices
 
     def _schedule(self) -> None:
-        settings, now = self._presets().queue, time.time()
+        settings, now, has_space = self._presets().queue, time.time(), functools.cache(self._has_space)
         waiting = [
             Waiting(
                 job.id, job.number, job.organization, job.key, job.priority, job.pool,
                 seconds=_seconds_left(job) or DEFAULT_SECONDS, **self._devices(job),
             )
             for job in self._store.queued()
-            if now - (job.started_at or 0.0) >= self._pause_of(job) and self._fits(job)
+            if now - (job.started_at or 0.0) >= self._pause_of(job) and self._fits(job) and self._may_store(job, has_space)
         ]  # fmt: skip
         if not waiting:
             return
@@ -391,6 +428,19 @@ class Reconciler:
                 note(session, self._store.locked(session, job.id), Message(text, "warn"))
         return False
 
+    def _may_store(self, job: Job, has_space: Callable[[str], bool]) -> bool:
+        """Whether its project has space for what it will leave. A job that has started before goes on in any case: it has its
+        space already."""
+        if job.attempt or has_space(job.project):
+            self._held.discard(job.id)
+            return True
+        if job.id not in self._held:
+            self._held.add(job.id)
+            with self._store.database.writing.begin() as session:
+                text = "The project has no space left: the job starts when files or models are deleted."
+                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+        return False
+
     def _start(self, job_id: str, taken: list[int]) -> None:
         """The row first, then the process: a server that is killed between the two finds a running job without a process."""
         with self._store.database.writing.begin() as session:
@@ -412,7 +462,11 @@ class Reconciler:
             task["devices"] = devices
         elif preset := self._offered(job):
             configuration.launch_anew(self._of(job), preset)
-        env = {**self._keys(job), **(device_environment(taken, self._machine.gpus) if job.pool == LOCAL else {})}
+        env = dict(self._keys(job))
+        if job.pool == LOCAL:
+            env |= device_environment(taken, self._machine.gpus)
+            # A control group of a job's own would take a process with it that later jobs need.
+            env |= {} if self._presets().prefix else self.variables
         self._launcher.start(self._of(job), task, env)
 
     # -- changes
@@ -438,6 +492,7 @@ class Reconciler:
             self._store.change(session, row, change, [*map(Message, texts), *messages], **values)
         if exports:
             self._results.published()
+        self._store.measure(job.id, self._of(job))
         return True
 
     def _fail(self, job: Job, code: str, message: str, param: Any) -> None:
@@ -458,9 +513,11 @@ class Reconciler:
         """A job that ended needs neither its files nor its optimizer states any more."""
         self._readers.pop(job.id, None)
         self._validations.pop(job.id, None)
+        self._measured.pop(job.id, None)
         folder = self._of(job)
         if not self._launcher.is_alive(folder):
             self._results.tidy(folder)
+            self._store.measure(job.id, folder)
 
     def _pause_of(self, job: Job) -> float:
         """What broke its process may take a while to pass."""

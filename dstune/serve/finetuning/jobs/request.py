@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.fields import checked_metadata, invalid, is_text
+from dstune.serve.finetuning.fields import checked_metadata, invalid, is_text, refuse_unknown
 from dstune.serve.finetuning.jobs import hyperparameters
 from dstune.serve.finetuning.jobs.configuration import PLAIN
 from dstune.serve.finetuning.jobs.hyperparameters import Value
@@ -18,6 +18,17 @@ MOST_SUFFIX = 64
 MOST_INTEGRATIONS = 5
 MOST_TAGS = 50
 UNBUILT = ("reinforcement",)
+WANDB = ("project", "name", "entity", "tags")
+FIELDS = (
+    "model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "integrations", "metadata",
+)  # fmt: skip
+_ELSEWHERE = {
+    **{name: f"integrations.0.wandb.{name}" for name in WANDB},
+    **{name: f"method.{name}" for name in hyperparameters.METHODS},
+    "type": "method.type",
+    "wandb": "integrations.0.wandb",
+}
+"""Where fields belong that stand beside those of a job by mistake."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +45,8 @@ class JobRequest:
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
-    """Raises ApiError for the first field that is wrong. Other fields are passed over, as the public contract
-    has it."""
+    """Raises ApiError for the first field that is wrong or unknown."""
+    refuse_unknown(body, FIELDS, elsewhere=_ELSEWHERE | _places_of(body.get("method")))
     method, found = _method(body)
     return JobRequest(
         model=_required(body, "model"),
@@ -48,6 +59,13 @@ def read(body: Mapping[str, Any]) -> JobRequest:
         integrations=_integrations(body.get("integrations")),
         metadata=checked_metadata(body.get("metadata")),
     )
+
+
+def _places_of(method: Any) -> dict[str, str]:
+    """Where the hyperparameters of a request's method stand, by their names."""
+    kind = method.get("type") if isinstance(method, Mapping) else None
+    named = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
+    return hyperparameters.PLACES | {name: f"method.{kind}.hyperparameters.{name}" for name in named}
 
 
 def _required(body: Mapping[str, Any], name: str) -> str:
@@ -90,17 +108,13 @@ def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
         raise ApiError(400, message, param="method.type", code="unsupported")
     if not isinstance(kind, str) or kind not in hyperparameters.METHODS:
         raise invalid("method.type", f"one of {', '.join(hyperparameters.METHODS)}")
-    for name, value in method.items():
-        if name != "type" and name != kind and value is not None:
-            place = f"method.{str(name)[:80]}"
-            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    others = {name: value for name, value in method.items() if name not in hyperparameters.METHODS or value is not None}
+    places = _places_of(method)
+    refuse_unknown(others, ("type", kind), "method", {**places, "hyperparameters": f"method.{kind}.hyperparameters"})
     own = method.get(kind)
     if own is not None and not isinstance(own, Mapping):
         raise invalid(f"method.{kind}", "an object with the key 'hyperparameters'")
-    for name in own or {}:
-        if name != "hyperparameters":
-            place = f"method.{kind}.{str(name)[:80]}"
-            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    refuse_unknown(own or {}, ("hyperparameters",), f"method.{kind}", places)
     found = hyperparameters.read(kind, (own or {}).get("hyperparameters"), f"method.{kind}.hyperparameters")
     if earlier is not None and earlier != {}:
         before = hyperparameters.read("supervised", earlier, "hyperparameters")
@@ -126,13 +140,11 @@ def _integrations(given: Any) -> list[dict[str, Any]]:
 def _integration(one: Any, where: str) -> dict[str, Any]:
     if not isinstance(one, Mapping) or one.get("type") != "wandb":
         raise invalid(f"{where}.type", "'wandb'")
+    refuse_unknown(one, ("type", "wandb"), where, {name: f"{where}.wandb.{name}" for name in WANDB})
     given = one.get("wandb")
     if not isinstance(given, Mapping):
         raise invalid(f"{where}.wandb", "an object with the key 'project'")
-    for name in given:
-        if name not in ("project", "name", "entity", "tags"):
-            place = f"{where}.wandb.{str(name)[:80]}"
-            raise ApiError(400, f"Unknown field: {place}.", param=place, code="unknown_parameter")
+    refuse_unknown(given, WANDB, f"{where}.wandb")
     if given.get("project") is None:
         place = f"{where}.wandb.project"
         raise ApiError(400, f"Missing required parameter: '{place}'.", param=place, code="missing_required_parameter")

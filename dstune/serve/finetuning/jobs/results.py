@@ -131,12 +131,17 @@ class Results:
             raise LookupError(f"the model {model} was deleted")
         return self._jobs / row.folder
 
-    @staticmethod
-    def tidy(folder: JobFolder) -> None:
-        """Remove what a job that is over does not need: its rows, and states of its optimizer."""
+    def tidy(self, folder: JobFolder) -> None:
+        """Remove what a job that is over does not need: its rows, states of its optimizer, and exports that no model names."""
         for path in (folder.train, folder.validation):
             path.unlink(missing_ok=True)
         for path in (folder.run / "checkpoints", folder.start):
             shutil.rmtree(path, ignore_errors=True)
-        for param in ("validation_file", "training_file"):
+        with self._database.session() as session:
+            listed = (TunedModel.job == folder.path.name, TunedModel.deleted_at.is_(None))
+            named = set(session.scalars(select(TunedModel.folder).where(*listed)))
+        for path in folder.exports().values():
+            if str(path.relative_to(self._jobs)) not in named:
+                shutil.rmtree(path, ignore_errors=True)
+        for param in ("validation_file", "training_file"):  # last: `Reconciler._sweep` tidies where they are there
             folder.snapshot(param).unlink(missing_ok=True)

@@ -8,16 +8,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from sqlalchemy.orm import Session
 
+from dstune.launch.local import warm
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.creations import Attempt, is_repetition
+from dstune.serve.finetuning.fields import refuse_body
 from dstune.serve.finetuning.files import Files
 from dstune.serve.finetuning.ids import new_id, unix_time
 from dstune.serve.finetuning.jobs import objects
@@ -32,6 +33,7 @@ from dstune.serve.finetuning.jobs.states import Change, State
 from dstune.serve.finetuning.jobs.store import JobStore
 from dstune.serve.finetuning.jobs.tables import Job
 from dstune.serve.finetuning.models.store import ModelStore
+from dstune.serve.finetuning.turns import Turns
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
@@ -41,6 +43,8 @@ log = logging.getLogger("dstune.serve")
 
 ROUTE = "fine_tuning.jobs"
 STEP_SECONDS = 1.0
+IDLE_SECONDS = 900
+"""After the last start of a training, how long a process with its imports waits for the next."""
 PURPOSE = "fine-tune"
 DONE = {Change.CANCEL: "cancelled", Change.PAUSE: "paused", Change.RESUME: "resumed"}
 """Words of the audit log."""
@@ -70,7 +74,7 @@ class Jobs:
         self._presets, self._planner, self._reconciler, self._has_wandb = presets, planner, reconciler, has_wandb
         self._runs = runs
         # A plan takes seconds: creates that wait for one take no thread from other requests.
-        self._creating = ThreadPoolExecutor(4, thread_name_prefix="create-job")
+        self._creating = Turns(8, "create-job", of_project=2)
         self._stop, self._wake = threading.Event(), threading.Event()
         store.wake = self._wake.set
         self.ends_all = os.getpid() == 1
@@ -86,8 +90,7 @@ class Jobs:
         request.query(())
         given = requests.read(await request.json())
         attempt = Attempt.of(request, ROUTE, request.digest)
-        loop = asyncio.get_running_loop()
-        made = await loop.run_in_executor(self._creating, self._create, request, attempt, given)
+        made = await self._creating.run(request.key.project, self._create, request, attempt, given)
         self._wake.set()
         await request.answer(objects.job(made))
 
@@ -148,6 +151,11 @@ class Jobs:
         self._wake.set()
 
     def run(self) -> None:
+        with warm.offer(IDLE_SECONDS) as variables:
+            self._reconciler.variables = variables
+            self._run()
+
+    def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
             try:
@@ -164,12 +172,13 @@ class Jobs:
 
     async def _wish(self, request: Request, change: Change, message: str) -> None:
         request.query(())
+        await refuse_body(request)
         repeated = is_repetition(request.header("x-stainless-retry-count"))
         project, job = request.key.project, request.parameters["job"]
 
         def also(session: Session) -> None:
-            if change is Change.RESUME:  # else a client could have any number of jobs wait by pausing them
-                self._check_limits(session, request.key, mine=1)
+            if change is Change.RESUME:  # each pause leaves a checkpoint
+                self._files.check_space(session, project)
             audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
 
         row = await asyncio.to_thread(
@@ -178,6 +187,8 @@ class Jobs:
         if change is Change.CANCEL:  # the loop asks trainings too, but looks at no validation any more
             with contextlib.suppress(OSError):
                 await asyncio.to_thread(JobFolder.of(self._folder, row.id).request_stop, NOW)
+            self._reconciler.cancelled.append(row.id)
+            self._wake.set()
         await request.answer(objects.job(row))
 
     def _read(self, request: Request) -> Job:
@@ -203,6 +214,7 @@ class Jobs:
                 folder.remove()
                 return self._store.of(session, caller.project, before)
             self._check_limits(session, caller)
+            self._files.check_space(session, caller.project, job.bytes)
             validation = "" if job.validation_file is None else f" and validation file: {job.validation_file}"
             reading = f"Validating training file: {job.training_file}{validation}"
             self._store.add(session, job, [f"Created fine-tuning job: {job.id}", reading])
@@ -258,6 +270,7 @@ class Jobs:
         folder.create()
         try:
             with self._database.session() as session:
+                job.bytes = 0
                 for param in ("training_file", "validation_file"):
                     name = getattr(job, param)
                     if name is None:
@@ -266,6 +279,7 @@ class Jobs:
                     if file.purpose != PURPOSE:
                         message = f"Invalid {param}: {name} has the purpose {file.purpose!r}, not {PURPOSE!r}."
                         raise ApiError(400, message, param=param, code="invalid_file_purpose")
+                    job.bytes += file.bytes
                     try:
                         self._files.snapshot(file, folder.snapshot(param))
                     except FileNotFoundError:  # deleted a moment ago
@@ -277,14 +291,16 @@ class Jobs:
             folder.remove()
             raise
 
-    def _check_limits(self, session: Session, caller: Caller, mine: int = 0) -> None:
-        """Raises ApiError where too many jobs wait already. mine: how many of them are the request's own."""
+    def _check_limits(self, session: Session, caller: Caller) -> None:
+        """Raises ApiError where too many jobs wait already."""
         self._database.exclusive(session, f"jobs {caller.organization}")
         queue = self._presets().queue
         for whose, limits in (("organization", queue.of(caller.organization)), ("key", queue.key)):
             who = caller.organization if whose == "organization" else caller.id
-            if limits.waiting is None or self._store.waiting(session, **{whose: who}) - mine < limits.waiting:
+            if limits.waiting is None or self._store.waiting(session, **{whose: who}) < limits.waiting:
                 continue
-            message = f"{limits.waiting} jobs of this {whose} wait already; create more when some have started."
+            message = (
+                f"{limits.waiting} jobs of this {whose} wait or are paused already; create more when some have ended."
+            )
             headers = {"retry-after": "60", "x-should-retry": "false"}
             raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)

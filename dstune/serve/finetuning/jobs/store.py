@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import pages
 from dstune.serve.finetuning.ids import new_id, unix_time
+from dstune.serve.finetuning.jobs.folder import JobFolder
 from dstune.serve.finetuning.jobs.states import TERMINAL, Change, State, after
 from dstune.serve.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, JobMetadata
 from dstune.serve.store.database import Database
 
-WAITING = (State.VALIDATING, State.QUEUED)
+WAITING = (State.VALIDATING, State.QUEUED, State.PAUSING, State.PAUSED)
+"""Paused jobs too: else a client could make any number of them."""
 Ended = Callable[[Session, Job], None]
 """Called inside the transaction in which a job reaches its end."""
 
@@ -97,6 +99,12 @@ class JobStore:
         self.wake()
         return row
 
+    def measure(self, job: str, folder: JobFolder) -> None:
+        """Note how many bytes the folder of a job has."""
+        size = folder.size()
+        with self.database.writing.begin() as session:
+            session.execute(update(Job).where(Job.id == job).values(bytes=size))
+
     # -- reading
 
     def of(self, session: Session, project: str, job: str, *, lock: bool = False) -> Job:
@@ -107,6 +115,10 @@ class JobStore:
             message = f"Could not find fine tune: {job[:128]}"
             raise ApiError(404, message, param="fine_tune_id", code="fine_tune_not_found")
         return found
+
+    def read(self, job: str) -> Job:
+        with self.database.session() as session:
+            return session.scalars(select(Job).where(Job.id == job)).one()
 
     def page(
         self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, bare: bool = False
@@ -145,10 +157,10 @@ class JobStore:
             query = select(Job).where(Job.state == State.QUEUED, Job.active.is_(False)).order_by(Job.number)
             return list(session.scalars(query))
 
-    def states(self) -> dict[str, str]:
-        """Of all jobs."""
+    def states(self) -> dict[str, tuple[str, int]]:
+        """The state of each job, and the bytes of its folder (0: never measured)."""
         with self.database.session() as session:
-            return {row.id: row.state for row in session.execute(select(Job.id, Job.state))}
+            return {row.id: (row.state, row.bytes) for row in session.execute(select(Job.id, Job.state, Job.bytes))}
 
     def used(self, since: float) -> dict[str, float]:
         """Device-seconds by organization, of attempts that are over, of jobs that ran after `since`."""
@@ -159,8 +171,13 @@ class JobStore:
                 for organization, seconds in session.execute(query.group_by(Job.organization))
             }
 
+    @staticmethod
+    def bytes_of(session: Session, project: str) -> int:
+        """Bytes of the folders of a project's jobs."""
+        return session.scalar(select(func.coalesce(func.sum(Job.bytes), 0)).where(Job.project == project)) or 0
+
     def waiting(self, session: Session, **of: str) -> int:
-        """How many jobs wait to start. of: `organization` or `key`."""
+        """How many jobs wait to start or to be resumed. of: `organization` or `key`."""
         query = select(func.count()).select_from(Job).where(Job.state.in_(WAITING))
         for name, value in of.items():
             query = query.where(getattr(Job, name) == value)

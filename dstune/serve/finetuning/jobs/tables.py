@@ -62,6 +62,8 @@ class Job(Numbered):
     """Of the plan, and measured once the job runs."""
     memory_gib: Mapped[float | None] = mapped_column(Float, default=None)
     """Of a rank, by the plan."""
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Of its folder, as it was measured last: they count towards the space of its project."""
     queued_at: Mapped[int | None] = mapped_column(BigInteger, default=None)
     started_at: Mapped[float | None] = mapped_column(Float, default=None)
     """Of the present attempt."""

@@ -11,7 +11,7 @@ from typing import Any
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import audit, pages
 from dstune.serve.finetuning.creations import is_repetition
-from dstune.serve.finetuning.fields import is_text
+from dstune.serve.finetuning.fields import is_text, refuse_unknown
 from dstune.serve.finetuning.jobs.presets import Presets
 from dstune.serve.finetuning.jobs.tables import ModelPermission, TunedModel
 from dstune.serve.finetuning.models.serving import Serving
@@ -83,8 +83,7 @@ class Models:
     async def share(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         body = await request.json()
-        if unknown := sorted(set(body) - {"project_ids"}):
-            raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
+        refuse_unknown(body, ("project_ids",))
         projects = body.get("project_ids")
         listed = isinstance(projects, list) and all(is_text(one, 128) for one in projects)
         if not listed or not projects or len(projects) > MOST_PROJECTS:

@@ -11,6 +11,8 @@ from sqlalchemy.orm import Session
 from dstune.serve.errors import ApiError
 from dstune.serve.finetuning import pages
 from dstune.serve.finetuning.ids import new_id, unix_time
+from dstune.serve.finetuning.jobs.folder import JobFolder
+from dstune.serve.finetuning.jobs.store import JobStore
 from dstune.serve.finetuning.jobs.tables import ModelPermission, TunedModel
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Caller
@@ -55,6 +57,7 @@ class ModelStore:
             others = select(TunedModel.id).where(TunedModel.folder == model.folder, TunedModel.deleted_at.is_(None))
             if session.scalar(others) is None:
                 shutil.rmtree(self.folder(model), ignore_errors=True)
+        JobStore(self._database).measure(model.job, JobFolder.of(self._jobs, model.job))
 
     # -- permissions
 
