@@ -5,6 +5,7 @@ Facts come from the run's own files. Nothing of `tracking` or `launch` is in it,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from dstune import samples
 from dstune.checkpoint.record import public_name
 from dstune.config.schema import RunConfig
+from dstune.core.errors import UserError
 from dstune.core.parsing import is_encoder_decoder, object_in
 from dstune.protocols import method_of, task_of
 
@@ -83,6 +85,8 @@ class Export:
 
     def loading(self, kind: str, outputs: int | None = None) -> list[str]:
         """Lines that load `model` and `tokenizer`. kind: as in `AutoModelForKIND`. outputs: of an adapter's new head."""
+        if kind == "CausalLM" and (name := self._whole_class()):
+            return self._loading_whole(name)
         library, loader = (
             ("peft", f"AutoPeftModelFor{kind}") if self.adapter else ("transformers", f"AutoModelFor{kind}")
         )
@@ -98,6 +102,36 @@ class Export:
             WHERE,
             f"model = {loader}.from_pretrained(path{count}{code})",
             "tokenizer = AutoTokenizer.from_pretrained(path)",
+        ]
+
+    def _whole_class(self) -> str:
+        """The auto class of a model that has more parts than its language model; empty where `AutoModelForCausalLM` is right."""
+        from transformers import AutoModelForCausalLM
+
+        from dstune.models.load import load_config
+        from dstune.models.unreached import whole_class
+
+        try:
+            found = whole_class(AutoModelForCausalLM, load_config(self.config.model))
+        except UserError:  # a base that is gone
+            return ""
+        return "" if found is AutoModelForCausalLM else str(found.__name__)
+
+    def _loading_whole(self, loader: str) -> list[str]:
+        tokenizer = "tokenizer = AutoTokenizer.from_pretrained(path)"
+        if not self.adapter:
+            model = f"model = {loader}.from_pretrained(path)"
+            return [f"from transformers import {loader}, AutoTokenizer", "", WHERE, model, tokenizer]
+        base = object_in(self.folder / "adapter_config.json").get("base_model_name_or_path")
+        named = json.dumps(_hub_name(str(base)) or public_name(str(base)))
+        return [
+            "from peft import PeftModel",
+            f"from transformers import {loader}, AutoTokenizer",
+            "",
+            WHERE,
+            f"base = {loader}.from_pretrained({named})",
+            "model = PeftModel.from_pretrained(base, path)",
+            tokenizer,
         ]
 
 

@@ -41,32 +41,40 @@ def export_checkpoint(
     merge: bool = False,
     force: bool = False,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    with_dropped: bool = True,
 ) -> Path:
     """Write the weights of `checkpoint`, one of the run's, to `out`, in the model's storage dtype. Needs one process.
 
     config: of the run; read from its `run.yaml` where it is not given.
 
     Full and head runs give a whole model, LoRA runs an adapter on the hub id or folder of the base (with `merge`, or
-    where the base has random weights and so exists nowhere else, a whole model too). Tokenizer, chat template and model
-    card are always there. `out` appears whole or not at all; a former export is replaced with `force` only.
+    where the base has random weights and so exists nowhere else, a whole model too). Tokenizer, chat template, the base's
+    processor files and a model card are there too. `out` appears whole or not at all; a former export is replaced with
+    `force` only.
+
+    with_dropped: a whole model has the tensors of the base that transformers drops on loading, too.
 
     Memory: one file of at most `max_shard_size` (bytes, or text such as "5GB"), or the largest tensor. The base model is
-    loaded as a whole only where its files have other names than its parameters, or its vocabulary was enlarged.
+    loaded as a whole only where transformers joins tensors of its files, or its vocabulary was enlarged.
 
     Raises UserError where `out` exists, or the base model is no longer to be found.
     """
     check_free(out, force)
     config = config or read_run(run_dir / "run.yaml", use=Use.weights).config
     with _temporary_folder(out) as folder, _quiet():
+        from dstune.checkpoint.answer_files import record_files
         from dstune.checkpoint.card import write_card
         from dstune.checkpoint.model_folder import write_model
         from dstune.zero.parts import whole_loading
 
         state = store.read_state(checkpoint)
         with whole_loading():
-            architecture = write_model(config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size)
+            architecture = write_model(
+                config, checkpoint, folder, merge=merge, max_shard_size=max_shard_size, with_dropped=with_dropped
+            )
         write_record(folder, config, state, checkpoint.name, run_dir, architecture)
         write_card(folder, run_dir, config, state, adapter=(folder / "adapter_config.json").is_file())
+        record_files(folder)
     return out
 
 
@@ -80,6 +88,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
     check_free(out, force)
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     with _quiet():
+        from dstune.checkpoint.answer_files import record_files
         from dstune.checkpoint.gguf_file import check_architecture, write_gguf
         from dstune.checkpoint.gguf_vocabulary import read_vocabulary
         from dstune.checkpoint.ollama import modelfile
@@ -91,7 +100,12 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         read_vocabulary(load_tokenizer(config.model), architecture.vocab_size)
     with _temporary_folder(out) as folder:
         whole = export_checkpoint(
-            run_dir, checkpoint, folder / "whole", config=config, merge=method_of(config.method).merges
+            run_dir,
+            checkpoint,
+            folder / "whole",
+            config=config,
+            merge=method_of(config.method).merges,
+            with_dropped=False,  # llama.cpp has no names for them
         )
         name = f"{config.run.name}-{kind}.gguf"
         write_gguf(whole, folder / name, kind, config.run.name)
@@ -104,6 +118,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
             if (whole / kept).is_file():
                 (whole / kept).rename(folder / kept)
         shutil.rmtree(whole)
+        record_files(folder)
     return out / name
 
 

@@ -5,7 +5,9 @@ The `gguf` package's own reader takes a count of 2^40 values at its word and doe
 
 from __future__ import annotations
 
+import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,14 +27,31 @@ def matrix_types(file: Path) -> set[int]:
         return _Header(stream, file.stat().st_size).matrix_types()
 
 
+def metadata_digests(file: Path) -> dict[str, str]:
+    """By key, a digest of each value beside the tensors: architecture, vocabulary, control tokens, template.
+
+    Without `general.*` and `quantize.*`, which describe the file. Raises ValueError as `matrix_types`.
+    """
+    with file.open("rb") as stream:
+        return _Header(stream, file.stat().st_size).metadata_digests()
+
+
 class _Header:
     def __init__(self, stream: BinaryIO, size: int):
         self._stream, self._left = stream, size
 
+    def metadata_digests(self) -> dict[str, str]:
+        _, entries = self._start()
+        digests = {}
+        for _ in range(entries):
+            key = self._range(self._skip_text)[8:].decode("utf-8", "replace")
+            value = self._range(lambda: self._skip_value(*self._take("<I")))
+            if not key.startswith(("general.", "quantize.")):
+                digests[key] = f"sha256:{hashlib.sha256(value).hexdigest()[:32]}"
+        return digests
+
     def matrix_types(self) -> set[int]:
-        magic, version, tensors, entries = self._take("<4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError("it does not begin as GGUF of version 2 or 3 does")
+        tensors, entries = self._start()
         for _ in range(entries):
             self._skip_text()
             self._skip_value(*self._take("<I"))
@@ -46,6 +65,21 @@ class _Header:
             kind, _ = self._take("<IQ")
             found |= {kind} if dimensions > 1 else set()
         return found
+
+    def _start(self) -> tuple[int, int]:
+        """The numbers of tensors and of values."""
+        magic, version, tensors, entries = self._take("<4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError("it does not begin as GGUF of version 2 or 3 does")
+        return tensors, entries
+
+    def _range(self, skip: Callable[[], None]) -> bytes:
+        """The bytes that `skip` passes over."""
+        start = self._stream.tell()
+        skip()
+        end = self._stream.tell()
+        self._stream.seek(start)
+        return self._stream.read(end - start)
 
     def _skip_value(self, kind: int) -> None:
         if kind == _TEXT:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dstune.checkpoint import store
 from dstune.checkpoint.adapters import ADAPTED, adapters_by_module, fill, merged, merged_parameter, replace_tensors
+from dstune.checkpoint.contents import PROCESSOR_FILES
 from dstune.checkpoint.shards import Weights
+from dstune.checkpoint.surroundings import Surroundings
 from dstune.checkpoint.weights import Source, saved_tensors, tied_names, write_safetensors
 from dstune.config.convert import EnvironmentText
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
@@ -30,7 +32,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import with_arguments
 from dstune.data.stopping import stop_token_ids
 from dstune.models import pooled
-from dstune.models.base_weights import BaseWeights
+from dstune.models.base_weights import BaseFiles, BaseWeights, Loading
 from dstune.models.load import (
     NewWeights,
     complete_generation,
@@ -38,6 +40,7 @@ from dstune.models.load import (
     load_model,
     load_tokenizer,
     local_path,
+    model_folder,
     new_weights,
 )
 from dstune.models.pooled import PooledForSequenceClassification
@@ -53,13 +56,21 @@ CLASSIFIER_CODE = "modeling_dstune"
 
 
 def write_model(
-    config: RunConfig, checkpoint: Path, folder: Path, *, merge: bool, max_shard_size: int | str
+    config: RunConfig,
+    checkpoint: Path,
+    folder: Path,
+    *,
+    merge: bool,
+    max_shard_size: int | str,
+    with_dropped: bool = True,
 ) -> PretrainedConfig:
-    """Write weights, configuration, generation settings and tokenizer of `checkpoint` to the empty `folder`; the model's
-    configuration is returned, which an adapter's folder lacks.
+    """Write weights, configuration, generation settings, tokenizer and processor files of `checkpoint` to the empty `folder`;
+    the model's configuration is returned, which an adapter's folder lacks.
 
     A LoRA run gives an adapter; with `merge`, or where the base has random weights and so exists nowhere else, a whole
     model.
+
+    with_dropped: a whole model has what transformers drops of the base's files, too.
     """
     from transformers.utils import logging
 
@@ -78,19 +89,31 @@ def write_model(
 
     stops = stop_token_ids(tokenizer)
     _set_generation(config.model, built.model, stops, tokenizer.pad_token_id)
+    surroundings = None
+    if config.model.weights is not InitialWeights.random:
+        surroundings = Surroundings.of(config.model, built.model)
     if built.adapted and not merge and config.model.weights is not InitialWeights.random:
-        _save_adapter(config, built, trained, folder)
+        _save_adapter(config, built, trained, folder, surroundings)
     else:
         weights = _Sources(config, tokenizer, labels, built, trained)
         if weights.untied:
             refuse_rows_beside(trained, config.method.name)
             _untie(built.model, weights.untied, config.method.name)
-        sources = weights.all()
+        sources: Mapping[str, Source] = weights.all()
+        model, model_state = built.model, built.state
+        if surroundings is not None:
+            model, model_state = surroundings.model, surroundings.model.state_dict()
+            sources = surroundings.sources(config.model, sources)
+            model.generation_config = built.model.generation_config
+            model.config.get_text_config().tie_word_embeddings = built.model.config.tie_word_embeddings
+        dropped = dropped_sources(config.model, model, model_state) if with_dropped else {}
         # Training has no use for the cache of past keys and values; generation has.
         # Two joined encoders have no such setting of their own.
-        built.model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
-        _save_whole(built, sources, folder, max_shard_size)
+        model.config.use_cache = getattr(load_config(config.model), "use_cache", True)
+        _save_whole(model, built.dtype, sources, dropped, folder, max_shard_size)
     tokenizer.save_pretrained(folder)
+    if config.model.weights is not InitialWeights.random:
+        copy_processor_files(config.model, folder, has_template=bool(tokenizer.chat_template))
     architecture: PretrainedConfig = built.model.config
     task_of(config.task).write_export(config, architecture, folder)
     return architecture
@@ -137,6 +160,8 @@ class _Built:
     """Of transformers; with adapters it is the one inside of `module`."""
     names: Mapping[str, Tensor]
     """What the model saves by itself, without adapters."""
+    state: Mapping[str, Tensor]
+    """Its `state_dict` without adapters, which has tied weights under each of their names."""
     tied: Mapping[str, str]
     """Further names of tied weights, each with the name under which it is saved."""
     dtype: torch.dtype
@@ -154,17 +179,17 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
     with torch.device("meta"):
         on_meta = replace(config, model=replace(config.model, weights=InitialWeights.random))
         model = load_model(on_meta, tokenizer, labels, dtype)
-        names, tied = saved_tensors(model), tied_names(model)
+        names, state, tied = saved_tensors(model), model.state_dict(), tied_names(model)
         method = method_of(config.method)
         if not method.adapter:
-            return _Built(model, model, names, tied, dtype)
+            return _Built(model, model, names, state, tied, dtype)
         # Which weights were new is known only where the base is loaded; the checkpoint has them as modules of their own.
         saved = (name.split(".modules_to_save.default.") for name in trained)
         parts = {f"{owner[0].removeprefix(ADAPTED)}.{owner[1]}" for owner in saved if len(owner) == 2}
         parts &= set(names)
         rows = new_weights(model).rows if any("trainable_tokens_delta" in name for name in trained) else ()
         model.dstune_new_weights = NewWeights(tuple(sorted(parts)), rows)
-        return _Built(method.apply(model, config), model, names, tied, dtype)
+        return _Built(method.apply(model, config), model, names, state, tied, dtype)
 
 
 def plain(config: RunConfig) -> RunConfig:
@@ -204,9 +229,29 @@ class _Sources:
         dtype, names = self._built.dtype, self._built.names
         tensors = {**names, **{name: names[owner] for name, owner in self.untied.items()}}
         return {
-            name: Source(tensor.shape, dtype if tensor.is_floating_point() else tensor.dtype, partial(self._read, name))
+            name: Source(
+                tensor.shape,
+                self._stored_dtype(name) or (dtype if tensor.is_floating_point() else tensor.dtype),
+                partial(self._read, name),
+            )
             for name, tensor in tensors.items()
         }
+
+    def _stored_dtype(self, name: str) -> torch.dtype | None:
+        """That of the base's file where the run left the tensor as it is there."""
+        saved = self._saved(name)
+        if self._changes(name) or not isinstance(self._base, _Base):
+            return None
+        return self._base.stored_dtype(saved)
+
+    def _changes(self, name: str) -> bool:
+        """Whether the exported tensor `name` is not the base's."""
+        if name in self._whole or name in self.untied:
+            return True
+        owner, _, leaf = name.rpartition(".")
+        rows = f"{ADAPTED}{owner}.token_adapter.trainable_tokens_delta.default"
+        adapted = owner in self._adapters or owner in self._trained_on or rows in self._trained
+        return self._built.adapted and (adapted or self._around(owner, leaf) is not None)
 
     def _saved(self, name: str) -> str:
         """The name under which the base model saves the tensor `name`."""
@@ -281,14 +326,76 @@ class _Sources:
     ) -> Mapping[str, Tensor]:
         if not missing:
             return {}
-        if config.model.weights is InitialWeights.pretrained:
-            try:
-                return BaseWeights(config.model, self._built.model.base_model_prefix, missing)
-            except LookupError:
-                pass  # other names than in the files, or an enlarged vocabulary: transformers knows how to load it
-        dtype = torch.float32 if config.model.weights is InitialWeights.random else self._built.dtype
-        loaded: dict[str, Tensor] = load_model(config, tokenizer, labels, dtype).state_dict()
-        return loaded
+        if config.model.weights is InitialWeights.random:
+            drawn: dict[str, Tensor] = load_model(config, tokenizer, labels, torch.float32).state_dict()
+            return drawn
+        files = _in_files(config.model, self._built, missing)
+        loaded: dict[str, Tensor] = {}
+        if (
+            missing.keys() - files.keys()
+        ):  # joined tensors, or an enlarged vocabulary: transformers knows how to load it
+            loaded = load_model(config, tokenizer, labels, self._built.dtype).state_dict()
+        return _Base(files, loaded)
+
+
+class _Base(Mapping[str, Tensor]):
+    """The weights of the base: in its files, and those that transformers has to make of several tensors."""
+
+    def __init__(self, files: Mapping[str, Tensor], loaded: Mapping[str, Tensor]):
+        self._files, self._loaded = files, loaded
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[name] if name in self._files else self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(self._files), **dict.fromkeys(self._loaded)})
+
+    def __len__(self) -> int:
+        return len(self._files.keys() | self._loaded.keys())
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """Of the tensor in the files; None where it is not there as it is."""
+        return self._files.dtype(name) if isinstance(self._files, BaseWeights) and name in self._files else None
+
+
+def _in_files(config: ModelConfig, built: _Built, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
+    """What of `expected` the base's files hold as it is."""
+    try:
+        keys = Loading.of(built.model, built.state, BaseFiles(config)).keys
+        return BaseWeights(config, built.model.base_model_prefix, expected, keys, partial=True)
+    except LookupError:  # no file of a usual name
+        return {}
+
+
+def dropped_sources(config: ModelConfig, model: Any, state: Mapping[str, Tensor]) -> dict[str, Source]:
+    """The tensors of the base's files that transformers does not load into `model`, by their keys in the files.
+
+    state: its `state_dict` without adapters.
+
+    Only of a base of the model's own class: what a classifier leaves of a language model is another model's head.
+    """
+    if config.weights is InitialWeights.random:
+        return {}
+    if type(model).__name__ not in (load_config(config).architectures or ()):
+        return {}
+    try:
+        files = BaseFiles(config)
+    except LookupError:
+        return {}
+    dropped = Loading.of(model, state, files).dropped
+    return {key: Source(files.shape(key), files.dtype(key), partial(files.__getitem__, key)) for key in dropped}
+
+
+PROCESSOR_TEMPLATE = "chat_template.json"
+"""Of a processor in older folders. It would hide the template that the run trained with."""
+
+
+def copy_processor_files(config: ModelConfig, folder: Path, *, has_template: bool) -> None:
+    """Copy what the base's processor is made of to `folder`. has_template: the tokenizer has a chat template."""
+    base = model_folder(config)
+    for name in (*PROCESSOR_FILES, *(() if has_template else (PROCESSOR_TEMPLATE,))):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
 
 
 def _untie(model: Any, names: Mapping[str, str], method: str) -> None:
@@ -305,7 +412,9 @@ def _untie(model: Any, names: Mapping[str, str], method: str) -> None:
         raise UserError(Problem("--merge", reason, "export the adapter, without --merge", method))
 
 
-def _save_adapter(config: RunConfig, built: _Built, trained: Weights, folder: Path) -> None:
+def _save_adapter(
+    config: RunConfig, built: _Built, trained: Weights, folder: Path, surroundings: Surroundings | None
+) -> None:
     """In fp32: adapters are small, and peft computes them in fp32."""
     method = method_of(config.method)
     plain = method.plain_adapter(built.module, trained)
@@ -316,26 +425,31 @@ def _save_adapter(config: RunConfig, built: _Built, trained: Weights, folder: Pa
     settings = built.module.peft_config["default"]
     settings.base_model_name_or_path = base_name(config.model)
     settings.revision = config.model.revision
+    if surroundings is not None:
+        surroundings.rename_settings(settings, built.module)
     # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
     built.module.save_pretrained(folder, state_dict=dict(trained), save_embedding_layers=False)
     if plain:  # peft saves the modules that were trained, and finished adapters may be on others too
         replace_tensors(folder / "adapter_model.safetensors", plain)
+    if surroundings is not None:
+        surroundings.rename_adapter(folder / "adapter_model.safetensors")
     if built.model.can_generate():
         built.model.generation_config.save_pretrained(folder)
 
 
-def _save_whole(built: _Built, sources: Mapping[str, Source], folder: Path, max_shard_size: int | str) -> None:
-    from transformers.core_model_loading import revert_weight_conversion
+def _save_whole(
+    model: Any,
+    dtype: torch.dtype,
+    sources: Mapping[str, Source],
+    dropped: Mapping[str, Source],
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    """sources: of the model's tensors, by their names in it. dropped: of others, by their names in the files."""
     from transformers.dynamic_module_utils import custom_object_save
 
-    model = built.model
     model.config.architectures = [type(model).__name__]
-    model.config.dtype = built.dtype
-    if revert_weight_conversion(model, dict(built.names)).keys() != built.names.keys():
-        # Some architectures (mixtures of experts) are stored otherwise than they are computed; that takes all at once.
-        state = {name: source.read().to(source.dtype) for name, source in sources.items()}
-        model.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)
-        return
+    model.config.dtype = dtype
     if isinstance(model, PooledForSequenceClassification):
         # For plain transformers; dstune knows the class by `dstune_head`.
         model.config.auto_map = {"AutoModelForSequenceClassification": f"{CLASSIFIER_CODE}.{type(model).__name__}"}
@@ -345,7 +459,21 @@ def _save_whole(built: _Built, sources: Mapping[str, Source], folder: Path, max_
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    write_safetensors(folder, sources, max_shard_size)
+    write_safetensors(folder, {**_as_stored(model, sources), **dropped}, max_shard_size)
+
+
+def _as_stored(model: Any, sources: Mapping[str, Source]) -> Mapping[str, Source]:
+    """`sources` under the names, and in the form, in which transformers saves the architecture."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    marks = {name: torch.empty(source.shape, device="meta") for name, source in sources.items()}
+    name_of = {id(mark): name for name, mark in marks.items()}
+    reverted = revert_weight_conversion(model, dict(marks))
+    if all(id(mark) in name_of for mark in reverted.values()):
+        return {key: sources[name_of[id(mark)]] for key, mark in reverted.items()}
+    # Some architectures (mixtures of experts) are stored otherwise than they are computed; that takes all at once.
+    state = revert_weight_conversion(model, {name: source.read().to(source.dtype) for name, source in sources.items()})
+    return {key: Source(tensor.shape, tensor.dtype, partial(state.__getitem__, key)) for key, tensor in state.items()}
 
 
 def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token_id: int | None) -> None:

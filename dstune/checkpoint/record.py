@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune import __version__
+from dstune.checkpoint.contents import KEY, describe_contents
 from dstune.config.convert import EnvironmentText, build, may_refer, to_dict
 from dstune.config.data_schema import AUTOMATIC
 from dstune.config.overrides import key_of, quoted
@@ -59,6 +60,7 @@ def write_record(
         **({} if architecture is None or not task_of(config.task).has_head else _head(architecture)),
         "step": state["step"],
         "checkpoint": checkpoint,
+        **({KEY: describe_contents(folder)} if (folder / "config.json").is_file() else {}),
     }
     if isinstance(config.model.path, EnvironmentText):
         record[SIGNATURE] = read_run_content(run_dir / "run.yaml").get(SIGNATURE)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dstune.checkpoint import store
 from dstune.config.schema import RunConfig, SaveMode
 from dstune.core.distributed import World
+from dstune.core.errors import TrainingFailed
 from dstune.core.files import INCOMPLETE
+from dstune.core.lease import is_superseded, refuse_if_superseded
 from dstune.trainer.state import FORMAT, TrainState
 from dstune.zero.engine import Engine
 
@@ -117,6 +119,7 @@ class Saves(OfRun):
         folder = store.folder(self._run_dir) / (store.tag(step) + INCOMPLETE)
         refusal = ""
         if self._world.is_main:
+            refuse_if_superseded()
             try:
                 # What a torn save of other ranks or another stage left would be taken for a part of this one.
                 shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +139,8 @@ class Saves(OfRun):
             self._report_unsaved(step, folder)
 
     def _report_unsaved(self, step: int, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not is_superseded():  # else the other group may be writing a folder of this name now
+            shutil.rmtree(folder, ignore_errors=True)
         whole = store.newest(self._run_dir)
         left = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
         self._message(f"step {step} is not saved: {self.refusal}; {left}")
@@ -155,8 +159,9 @@ class Saves(OfRun):
     def _commit(self, folder: Path, described: dict[str, Any], entries: dict[str, Any]) -> str:
         """By rank 0. Returns why it could not be done."""
         try:
+            refuse_if_superseded()
             store.commit(folder, described, entries)
-        except OSError as error:
+        except (OSError, TrainingFailed) as error:
             return str(error)
         try:
             store.prune(self._run_dir, self._config.checkpoint.keep)

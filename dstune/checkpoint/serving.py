@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.parsing import object_in
+from dstune.core.weight_index import INDEX, check_indexes
 
 MAX_RANK = 512
 """The largest value that `--max-lora-rank` takes (its default is 16)."""
@@ -29,7 +30,8 @@ def _model_problems(folder: Path) -> list[str]:
     config, problems = object_in(folder / "config.json"), []
     if not config.get("architectures") or not config.get("model_type"):
         problems.append("config.json names no architecture")
-    index = object_in(folder / "model.safetensors.index.json")
+    check_indexes(folder, "MODEL", str(folder))
+    index = object_in(folder / INDEX)
     files = set(index.get("weight_map", {}).values()) if index else {"model.safetensors"}
     problems += [f"{name} is missing" for name in sorted(files) if not (folder / name).is_file()]
     if "ForCausalLM" in str(config.get("architectures")):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dstune.models.base_weights import INDEX
+from dstune.core.weight_index import INDEX
 
 
 @dataclass(frozen=True)

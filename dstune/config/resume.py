@@ -138,8 +138,8 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
         free = key.startswith(MAY_CHANGE)
         if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
             continue
-        if key in LENGTHS:
-            continue
+        if key in LENGTHS or (key == "model.path" and now == f"./{then}" and old.model.revision is None):
+            continue  # a folder, named so that it cannot be a hub id
         reason = f"the run began with {format_value(then)}, and another value would change its course"
         problems.append(Problem(key, reason, f"{key}={format_value(then)}, or {ANEW}", format_value(now)))
     problems += _length_problems(old.trainer, new.trainer)

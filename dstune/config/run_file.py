@@ -32,8 +32,9 @@ class Composed:
     """Where values come from that nobody gave and no default has, by key."""
 
 
-RUN_FORMAT = 3
-"""Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now."""
+RUN_FORMAT = 4
+"""Of `run.yaml`. A file of format 1 does not say so; up to 2, `method.init=olora` meant what is `qr` now; up to 3, parts of a model
+that text never reaches were trained."""
 
 
 def write_run(path: Path, composed: Composed, *, signature_of: Path | None = None) -> None:
@@ -164,4 +165,7 @@ def read_run_content(path: Path, sha256: str | None = None) -> dict[str, Any]:
     method = content["config"].get("method")
     if version < 3 and isinstance(method, dict) and method.get("init") == "olora":
         method["init"] = "qr"
+    model = content["config"].get("model")
+    if version < 4 and isinstance(model, dict):
+        model["unreached_parts"] = "trained"
     return content

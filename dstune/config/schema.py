@@ -43,6 +43,11 @@ class InitialWeights(Enum):
     random = "random"
 
 
+class UnreachedParts(Enum):
+    frozen = "frozen"
+    trained = "trained"
+
+
 class Precision(Enum):
     auto = "auto"
     fp32 = "fp32"
@@ -120,6 +125,9 @@ class ModelConfig:
     """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
+    unreached_parts: UnreachedParts = UnreachedParts.frozen
+    """Parts that rows of text never reach (towers of images and sound, projectors): `frozen` leaves them out of the optimizer and
+    of adapters. `trained` is what runs of earlier versions go on with; such parts only decay."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ LEAST_MEMORY = 3
 
 
 def stage_of(zero: ZeroConfig) -> int:
-    """The stage; `LEAST_MEMORY` as long as none is chosen (`launch.stages`)."""
+    """The stage; `LEAST_MEMORY` as long as none is chosen (`planning.stage`)."""
     return LEAST_MEMORY if isinstance(zero.stage, Automatic) else zero.stage
 
 
@@ -223,9 +231,9 @@ class TrainerConfig:
     """Without packing, put rows of similar length into one micro-batch."""
     max_nonfinite_steps: int = setting(10, at_least=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
-    stall_seconds: float = setting(1800.0, at_least=0.0)
+    stall_seconds: float | Automatic = setting(Automatic.auto, at_least=0.0)
     """A rank that makes no progress for so long (saving: ten times as long) ends, with its Python stacks in its log; 0 waits for
-    ever."""
+    ever. `auto`: in a step 20 times the slowest of the last 100 steps, and at least 120 s; 1800 s elsewhere."""
     profile_steps: int = setting(0, at_least=0, at_most=100)
     """Record so many steps of each launch, after its first two, with torch's profiler into `RUN/profile/`; 0 is off."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

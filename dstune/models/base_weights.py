@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dstune import samples
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
-
-INDEX = "model.safetensors.index.json"
+from dstune.core.weight_index import INDEX, check_indexes
 
 
 def original_weights(config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
@@ -27,41 +30,109 @@ def original_weights(config: ModelConfig, prefix: str, expected: Mapping[str, to
         raise UserError(Problem("method.init", reason, "method.init=default", "loftq")) from error
 
 
+class BaseFiles(Mapping[str, Tensor]):
+    """The tensors of a model's safetensors files, each read when asked for. Raises LookupError where there are no such files."""
+
+    def __init__(self, config: ModelConfig):
+        self._folder = metadata_folder(config)
+        self._places = tensor_files(self._folder)
+        self._opened: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor: Tensor = self._file(key).get_tensor(key)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def shape(self, key: str) -> torch.Size:
+        return torch.Size(self._file(key).get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> torch.dtype:
+        # An empty slice has the type and no content.
+        part = self._file(key).get_slice(key)
+        dtype: torch.dtype = (part[:0] if part.get_shape() else part[...]).dtype
+        return dtype
+
+    def _file(self, key: str) -> Any:
+        name = self._places[key]
+        if name not in self._opened:
+            self._opened[name] = safe_open(self._folder / name, framework="pt")
+        return self._opened[name]
+
+
 class BaseWeights(Mapping[str, Tensor]):
     """The pretrained weights of a model by the names of its parameters, straight from the safetensors files.
 
-    Raises LookupError where a name or shape of `wanted` is not in the files as it is: transformers loads some
-    architectures under other names, or joins tensors.
+    Raises LookupError where a name or shape of `expected` is not in the files as it is, since transformers joins some tensors.
     """
 
-    def __init__(self, config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]):
-        """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack."""
-        self._files: dict[str, Any] = {}
-        folder = metadata_folder(config)
-        places = tensor_files(folder)
-        self._found: dict[str, tuple[Path, str]] = {}
+    def __init__(
+        self,
+        config: ModelConfig,
+        prefix: str,
+        expected: Mapping[str, torch.Size],
+        keys: Mapping[str, str] | None = None,
+        *,
+        partial: bool = False,
+    ):
+        """prefix: of the body's parameters (`model`, `bert`), which a file may have or lack. keys: of tensors that have another
+        name in the files (`Loading.keys`). partial: leave out what is not in the files."""
+        self._files = BaseFiles(config)
+        self._keys: dict[str, str] = {}
         for name, shape in expected.items():
-            key = next(
-                (key for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if key in places), ""
-            )
-            if not key or torch.Size(self._open(folder / places[key]).get_slice(key).get_shape()) != shape:
+            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", (keys or {}).get(name))
+            key = next((key for key in candidates if key in self._files), None)
+            if key is not None and self._files.shape(key) == shape:
+                self._keys[name] = key
+            elif not partial:
                 raise LookupError(name)
-            self._found[name] = folder / places[key], key
 
     def __getitem__(self, name: str) -> Tensor:
-        file, key = self._found[name]
-        return self._open(file).get_tensor(key)
+        return self._files[self._keys[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._keys)
 
-    def _open(self, file: Path) -> Any:
-        if file.name not in self._files:
-            self._files[file.name] = safe_open(file, framework="pt")
-        return self._files[file.name]
+    def dtype(self, name: str) -> torch.dtype:
+        return self._files.dtype(self._keys[name])
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What transformers does with the tensors of a model's files."""
+
+    keys: Mapping[str, str]
+    """By the name of a tensor of the model, the key of the one in the files that it is loaded from as it is."""
+    dropped: tuple[str, ...]
+    """Keys of what the model has no tensor for: heads for several tokens (`mtp.*`), towers beside the class of a language model."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, state: Mapping[str, Tensor], keys: Iterable[str]) -> Loading:
+        """As `from_pretrained` loads files with `keys` into `model`, which may be on the meta device.
+
+        state: its `state_dict` without adapters.
+        """
+        changes = get_model_conversion_mapping(model)
+        renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+        converters = [change for change in changes if isinstance(change, WeightConverter)]
+        found, dropped = {}, []
+        for key in keys:
+            name, joined = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
+            if name not in state:
+                dropped.append(key)
+            elif joined is None:
+                found[name] = key
+        return cls(found, tuple(sorted(dropped)))
 
 
 def metadata_folder(config: ModelConfig) -> Path:
@@ -74,11 +145,16 @@ def metadata_folder(config: ModelConfig) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor; of several files the one that transformers would take. Raises LookupError where there is none."""
+    """The file of each tensor; of several files the one that transformers would take.
+
+    Raises:
+        LookupError: there is none. UserError: the index names files outside of the folder.
+    """
     file = folder / "model.safetensors"
     if file.is_file():
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file.name)
+    check_indexes(folder, "model.path", str(folder))
     places = object_in(folder / INDEX).get("weight_map")
     if isinstance(places, dict):
         return places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dstune.models.attention import SamplesApart
 from dstune.models.compiled import compiled_functions, use_compiled
 from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, wide_products
 from dstune.models.heads.language import CausalLmHead
-from dstune.models.norms import Kind, is_as_exact, norms_computed_here, use_lean_norms
+from dstune.models.norms import NO_KERNEL, Kind, is_as_exact, norms_computed_here, use_lean_norms
 from dstune.models.packed_attention import Heads, choose
 from dstune.zero import accelerator
 from dstune.zero.precision import fast_bf16
@@ -36,11 +36,9 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
     rows = getattr(head, "rows", None)
     loaded = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
     found = {"attention": str(loaded) if rows is None else rows.title}
-    by_kernel, by_blocks = norms_computed_here(module)
-    if by_kernel:
-        found["norms"] = _norms(fused=True)
-    elif by_blocks:
-        found["norms"] = _norms(fused=False)
+    by_kernel, by_blocks, kinds = norms_computed_here(module)
+    if by_kernel or by_blocks:
+        found["norms"] = _norms(fused=by_kernel > 0, kinds=kinds)
     found |= {name: _written(compiled=here) for name, here in compiled_functions(module).items()}
     if isinstance(head, CausalLmHead):
         found["cross_entropy"] = "whole logits"
@@ -77,8 +75,10 @@ def _attention(dtype: torch.dtype) -> str:
     return ", ".join([*chosen, *(f"not {problem}" for problem in given_up)])
 
 
-def _norms(*, fused: bool) -> str:
-    return "torch's kernel" if fused else "blocks of rows"
+def _norms(*, fused: bool, kinds: Collection[Kind] = ()) -> str:
+    """kinds: of the norms that no kernel computes."""
+    reasons = [NO_KERNEL[kind] for kind in kinds if kind in NO_KERNEL and accelerator.present()]
+    return ("torch's kernel" if fused else "blocks of rows") + "".join(f" ({reason})" for reason in reasons)
 
 
 def _written(*, compiled: bool) -> str:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from dstune.models.unreached import unreached_parameters, unreached_parts
 from dstune.zero.parts import full_count
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of a model's parameters by depth. Every parameter is in one of the parts, a tied one by its first name."""
+    """Names of a model's parameters by depth. Every parameter is in one of the parts, a tied one by its first name; those that no
+    row reaches (`models.unreached`) are in none."""
 
     embeddings: tuple[str, ...]
     """What is in front of the first block: tokens, positions. A tied vocabulary projection is the same weight."""
@@ -38,7 +40,10 @@ def layers_of(model: PreTrainedModel) -> Layers:
     embeddings: list[str] = []
     inside: list[list[str]] = [[] for _ in blocks]
     top: list[str] = []
+    unreached = {id(parameter) for _, parameter in unreached_parameters(model)}
     for name, parameter in model.named_parameters():
+        if id(parameter) in unreached:
+            continue
         if id(parameter) in block_of:
             inside[block_of[id(parameter)]].append(name)
         elif id(parameter) in inputs or (id(parameter) in body and not any(inside)):
@@ -49,19 +54,26 @@ def layers_of(model: PreTrainedModel) -> Layers:
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
-    lists = list(_outermost_lists(model.base_model))
+    lists = list(_outermost_lists(model.base_model, _unreached_modules(model)))
     sizes = [sum(full_count(parameter) for parameter in found.parameters()) for found in lists]
     for found, size in zip(lists, sizes, strict=True):
         if 2 * size >= max(sizes):
             yield from found
 
 
-def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+def _unreached_modules(model: nn.Module) -> set[nn.Module]:
+    parts = unreached_parts(model)
+    return {module for name, module in model.named_modules() if name in parts}
+
+
+def _outermost_lists(module: nn.Module, left_out: set[nn.Module]) -> Iterator[nn.ModuleList]:
     for child in module.children():
+        if child in left_out:
+            continue
         if isinstance(child, nn.ModuleList):
             yield child
         else:
-            yield from _outermost_lists(child)
+            yield from _outermost_lists(child, left_out)
 
 
 def decayed_rates(layers: Layers, decay: float) -> dict[str, float]:

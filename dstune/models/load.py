@@ -24,7 +24,7 @@ from dstune.config.architectures import (
     packed_encoder_decoder_problem,
     size_problems,
 )
-from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig
+from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
@@ -32,6 +32,7 @@ from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
+from dstune.models.unreached import freeze_unreached, whole_class
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
@@ -196,6 +197,8 @@ def load_model(
     """
     architecture, task = trained_config(config, tokenizer, labels), task_of(config.task)
     model_class = task.model_class(architecture)
+    if config.model.unreached_parts is UnreachedParts.frozen:
+        model_class = whole_class(model_class, architecture)
     options = {"attn_implementation": _attention(config), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
@@ -206,6 +209,7 @@ def load_model(
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
     new = task.after_load(model, new)
+    freeze_unreached(model, config.model)
     method_of(config.method).after_load(model)
     if architecture.is_encoder_decoder:
         complete_generation(model.generation_config, architecture)

@@ -4,7 +4,7 @@ backward, as attention by its definition does."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -146,10 +146,10 @@ class PackedAttention(SpanAttention):
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
         if dropout or method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model):
             return None
-        flash = [varlen.flash_attn()] if requested is Attention.flash_attention_2 else []
-        kernel, given_up = choose(
-            chain(filter(None, flash), varlen.kernels()), Heads.of(model, model.config.get_text_config()), model.dtype
-        )
+        kernels = list(varlen.kernels())
+        if requested is Attention.flash_attention_2:
+            kernels.sort(key=lambda kernel: kernel.name not in varlen.FLASH_MODULES)
+        kernel, given_up = choose(kernels, Heads.of(model, model.config.get_text_config()), model.dtype)
         for problem in given_up:
             message(f"model.attention={requested.value}: not by {problem}")
         names = world.gather("" if kernel is None else kernel.name)

@@ -2,8 +2,8 @@
 all positions with all others.
 
 A kernel gets the rows end to end as one sequence and where each sample begins in it. What a kernel takes is read from its
-signature, not from versions: torch's own (2.10 and newer), flash-attn 2 to 4 where installed, else flex attention. Which one a run
-takes is decided by `packed_attention.py`.
+signature, not from versions: flash-attn 4 and 3 where installed, torch's own (2.10 and newer), flash-attn 2, else flex attention.
+Which one a run takes is decided by `packed_attention.py`.
 """
 
 from __future__ import annotations
@@ -95,26 +95,31 @@ def torch_varlen() -> Kernel | None:
     return Kernel(f"torch {torch.__version__.partition('+')[0]} varlen", _refuses_windows(compute, needs_window))
 
 
-FLASH = (("flash-attn 4", "flash_attn.cute"), ("flash-attn 3", "flash_attn_interface"), ("flash-attn 2", "flash_attn"))
+FLASH_MODULES = {
+    "flash-attn 4": "flash_attn.cute",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 2": "flash_attn",
+}
+BUILT_FOR: dict[str, Callable[[int], bool]] = {
+    "flash-attn 4": lambda major: major >= 9,
+    "flash-attn 3": lambda major: major == 9,
+}
+"""By major number of CUDA's compute capability. A kernel for another chip may end the process instead of raising."""
 
 
-def flash_attn() -> Kernel | None:
-    """The newest flash-attn that is installed, fits this device, and is deterministic where the run is to be."""
-    major = (accelerator.capability() or (0, 0))[0]
-    for name, module in FLASH:
-        if (module == "flash_attn_interface" and major != 9) or (module == "flash_attn.cute" and major < 9):
-            continue
-        try:
-            function = importlib.import_module(module).flash_attn_varlen_func
-        except Exception:  # one that is built for another torch raises whatever it likes
-            continue
-        if (
-            torch.are_deterministic_algorithms_enabled()
-            and "deterministic" not in inspect.signature(function).parameters
-        ):
-            continue
-        return Kernel(name, _flash(function))
-    return None
+def flash_attn(name: str) -> Kernel | None:
+    """Return the kernel of an installed flash-attn; None if it is missing, built for another GPU, or not deterministic where the
+    run has to be."""
+    capability = accelerator.capability()
+    if name in BUILT_FOR and not (capability and BUILT_FOR[name](capability[0])):
+        return None
+    try:
+        function = importlib.import_module(FLASH_MODULES[name]).flash_attn_varlen_func
+    except Exception:  # one that is built for another torch raises whatever it likes
+        return None
+    if torch.are_deterministic_algorithms_enabled() and "deterministic" not in inspect.signature(function).parameters:
+        return None
+    return Kernel(name, _flash(function))
 
 
 def _flash(function: Callable[..., Any]) -> Compute:
@@ -199,9 +204,17 @@ def _refuses_windows(compute: Compute, refuses: bool) -> Compute:
 
 
 def kernels() -> Iterator[Kernel]:
-    """Those that this machine can run, best first. Flash kernels want the tensor cores of Ampere and newer."""
-    capability = accelerator.capability()
-    if capability is not None and capability >= (8, 0):
-        yield from filter(None, (torch_varlen(), flash_attn()))
+    """Yield the kernels to try on this machine, best first.
+
+    flash-attn 3 and 4 use what Hopper and Blackwell added, torch's own kernel is flash-attn 2. Whether a kernel runs on this GPU at
+    all is not decided here: `packed_attention.choose` computes with each before a run takes it, on ROCm as well as on CUDA.
+    """
     if accelerator.present():
-        yield from filter(None, (flex(),))
+        candidates = (
+            flash_attn("flash-attn 4"),
+            flash_attn("flash-attn 3"),
+            torch_varlen(),
+            flash_attn("flash-attn 2"),
+            flex(),
+        )
+        yield from filter(None, candidates)

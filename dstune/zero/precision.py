@@ -9,6 +9,7 @@ import torch
 from dstune.config.precision import automatic
 from dstune.config.schema import Precision, RunConfig, TrainerConfig
 from dstune.core.errors import Problem, UserError
+from dstune.planning import host
 from dstune.zero import accelerator
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -21,8 +22,7 @@ def fast_bf16() -> bool:
     """
     if accelerator.present():
         return accelerator.has_bf16()
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return host.fast_bf16()
 
 
 def resolve(config: RunConfig) -> Precision:

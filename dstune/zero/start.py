@@ -26,30 +26,17 @@ def start_process_group(env: RankEnv) -> World:
         LOCAL_RANK=str(env.local_rank),
         LOCAL_WORLD_SIZE=str(env.local_size),
     )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # peft imports it wherever it is; it misses what nobody needs
-    if not accelerator.present():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
-    with _without("mlflow"):
-        import deepspeed
-        import deepspeed.ops
-
-        _import_muon()
+    import_deepspeed()
+    from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
 
-    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
-    # without; it brought nothing measurable over gloo. In place of all of it: else every operator is probed, in each rank,
-    # with a line on the console for each of CUDA's where nvcc is not installed.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     if accelerator.present():
         use_expandable_segments(os.environ)
         accelerator.choose(_device_of(env))
     backend = get_accelerator().communication_backend_name()
     store = os.environ.get(STORE)
     with _named_duplicates(env):
-        deepspeed.init_distributed(
+        init_distributed(
             backend,
             auto_mpi_discovery=False,
             timeout=timedelta(minutes=30),
@@ -62,6 +49,25 @@ def start_process_group(env: RankEnv) -> World:
     if accelerator.present():
         refuse_shared_devices(world, accelerator.identity())
     return world
+
+
+def import_deepspeed() -> None:
+    """Import DeepSpeed without what no run needs of it."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it wherever it is; it misses what nobody needs
+    if not accelerator.present():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others and warns that it found none
+    with _without("mlflow"):
+        import deepspeed
+        import deepspeed.ops
+
+        _import_muon()
+    # DeepSpeed's shared-memory collective for CPUs is compiled at first use, 30-60 s with a compiler and an error
+    # without; it brought nothing measurable over gloo. In place of all of it: else every operator is probed, in each rank,
+    # with a line on the console for each of CUDA's where nvcc is not installed.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ from dstune.config.schema import OptimizerOffload, ZeroConfig
 from dstune.config.zero_rules import swap_buffers
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
-from dstune.core.files import try_lock
+from dstune.core.files import append, open_plain, try_lock
 
 activity = logging.getLogger("dstune.worker")
 
@@ -97,14 +98,24 @@ def _prefix() -> str:
 
 
 def _lock(folder: Path) -> int | None:
-    """Hold `folder` until the returned descriptor is closed, or this process ends; None where somebody else does."""
-    return try_lock(os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600))
+    """Hold `folder` until the returned descriptor is closed or this process ends; None if another process holds it.
+
+    Raises UserError where the lock is a link or no file, OSError as `os.open`.
+    """
+    return try_lock(open_plain(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600))
 
 
 def _remove_abandoned(place: Path) -> None:
-    """What runs of this user have left here that were killed: nobody holds it any more."""
+    """Remove what killed runs of this user left here. Others may write to `place`: a folder that is a link or another user's,
+    or has a lock that is none, stays."""
     for folder in place.glob(f"{_prefix()}*"):
-        descriptor = _lock(folder)
+        try:
+            status = folder.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            descriptor = _lock(folder)
+        except (UserError, FileNotFoundError):  # or removed by another run by now
+            continue
         if descriptor is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(descriptor)
@@ -152,7 +163,7 @@ def _compile(tell: bool) -> None:
         raise RuntimeError("libaio or its headers are missing")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     root.mkdir(parents=True, exist_ok=True)
-    with (root / "dstune.lock").open("a") as lock:
+    with append(root / "dstune.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name in OPS:
             for left in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from dstune.models import norms
+from dstune.models import kernels, norms
 from dstune.models.norms import Kind, use_lean_norms
 from dstune.zero import accelerator
 
@@ -164,5 +165,17 @@ def test_torchs_kernel_is_taken_where_it_is_no_further_from_fp64(worse: bool, mo
     monkeypatch.setattr(functional, "rms_norm", coarse if worse else kernel)
     norm = nn.Sequential(LlamaRMSNorm(64)).to(torch.bfloat16)
     assert norms.use_lean_norms(norm, fused=True) == 1
-    assert norms.norms_computed_here(norm) == ((0, 1) if worse else (1, 0))
+    assert norms.norms_computed_here(norm) == ((0, 1, {Kind.rounded}) if worse else (1, 0, set()))
     norms.is_as_exact.cache_clear()
+
+
+def test_a_norm_that_no_kernel_computes_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator, "present", lambda: True)
+    norm = nn.Sequential(Gemma3RMSNorm(64)).to(torch.bfloat16)
+    assert norms.use_lean_norms(norm, fused=True) == 1
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+    optimizer = torch.optim.AdamW(norm.parameters())
+    assert norms.NO_KERNEL[Kind.shifted] in kernels.of_run(norm, model, None, optimizer)["norms"]
+    llama = nn.Sequential(LlamaRMSNorm(64))
+    assert norms.use_lean_norms(llama) == 1
+    assert kernels.of_run(llama, model, None, optimizer)["norms"] == "blocks of rows"

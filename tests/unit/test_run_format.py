@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from dstune.checkpoint import store
 from dstune.cli import main
 from dstune.config.run_file import RUN_FORMAT, Composed, read_run, write_run
+from dstune.config.schema import UnreachedParts
 from dstune.core.errors import UserError
 from dstune.launch.records import acquire_lock
 from dstune.trainer.state import FORMAT
@@ -27,7 +29,26 @@ def test_a_run_says_its_format_and_one_without_is_the_first(tmp_path: Path) -> N
     assert read_run(file) == written
     del content["format"]
     file.write_text(yaml.safe_dump(content))
-    assert read_run(file) == written
+    assert read_run(file) == trains_unreached_parts(written)
+
+
+def trains_unreached_parts(composed: Composed) -> Composed:
+    """As runs did before format 4."""
+    model = replace(composed.config.model, unreached_parts=UnreachedParts.trained)
+    return replace(composed, config=replace(composed.config, model=model))
+
+
+@pytest.mark.parametrize("earlier", [None, 2, 3])
+def test_a_run_of_an_earlier_format_keeps_training_what_it_trained(tmp_path: Path, earlier: int | None) -> None:
+    file = tmp_path / "run.yaml"
+    write_run(file, Composed(run_config(), []))
+    content = yaml.safe_load(file.read_text())
+    del content["format"], content["config"]["model"]["unreached_parts"]
+    content |= {} if earlier is None else {"format": earlier}
+    file.write_text(yaml.safe_dump(content))
+    assert read_run(file).config.model.unreached_parts is UnreachedParts.trained
+    write_run(file, read_run(file))  # as `dstune upgrade` and a continued run do
+    assert read_run(file).config.model.unreached_parts is UnreachedParts.trained
 
 
 @pytest.mark.parametrize("later", [RUN_FORMAT + 1, 0, "two", True])

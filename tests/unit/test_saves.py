@@ -17,8 +17,9 @@ from dstune.checkpoint import store
 from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.shards import Shards
 from dstune.config.schema import CheckpointConfig, SaveMode
-from dstune.core.errors import UserError
+from dstune.core.errors import TrainingFailed, UserError
 from dstune.core.files import hash_file
+from dstune.core.lease import LEASE, Lease, LeaseRecord
 from dstune.trainer.state import TrainState
 from dstune.zero import shard_files
 from dstune.zero.safe_load import load
@@ -140,6 +141,38 @@ def test_a_refused_save_costs_nothing_but_itself(tmp_path, mode):
     assert writer.save(TrainState(step=3), now=True)
     assert store.newest(tmp_path).name == "step-00000003"
     assert store.damaged_files(store.newest(tmp_path)) == []
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("taken", ["before", "meanwhile"])
+def test_a_group_whose_run_was_taken_over_saves_nothing_and_removes_nothing(tmp_path, monkeypatch, mode, taken):
+    lease = Lease(tmp_path)
+    record = LeaseRecord("holder", "node1", "10.0.0.1", 4000, "mark", "job")
+    assert lease.take(0, record) == 1
+    monkeypatch.setenv(LEASE, str(lease.file(1)))
+    writer, engine, _ = saves(tmp_path, mode)
+    assert writer.save(TrainState(step=1), now=True)
+    theirs = store.folder(tmp_path) / "step-00000002.incomplete" / "theirs"
+    save = engine.save
+
+    def save_meanwhile(*arguments, **keys):
+        assert lease.take(1, record) == 2
+        theirs.touch()
+        return save(*arguments, **keys)
+
+    if taken == "before":
+        theirs.parent.mkdir()
+        theirs.touch()
+        assert lease.take(1, record) == 2
+        with pytest.raises(TrainingFailed):
+            writer.save(TrainState(step=2))
+    else:
+        engine.save = save_meanwhile
+        writer.save(TrainState(step=2))
+        writer.wait_for_pending_save()
+        assert writer.refusal
+    assert theirs.exists()
+    assert [info.step for info in store.listing(tmp_path)] == [1]
 
 
 def test_saves_in_the_background_come_one_after_the_other(tmp_path, monkeypatch):

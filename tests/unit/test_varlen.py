@@ -123,17 +123,21 @@ def test_torchs_kernel_is_called_by_its_signature(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "chosen"),
+    ("capability", "installed", "names"),
     [
-        ((9, 0), ["flash_attn", "flash_attn_interface"], "flash-attn 3"),
-        ((8, 0), ["flash_attn", "flash_attn_interface"], "flash-attn 2"),
-        ((10, 0), ["flash_attn", "flash_attn.cute"], "flash-attn 4"),
-        ((9, 0), [], None),
+        ((9, 0), ["flash_attn", "flash_attn_interface"], ["flash-attn 3", "torch", "flash-attn 2", "flex"]),
+        ((9, 0), ["flash_attn.cute", "flash_attn_interface"], ["flash-attn 4", "flash-attn 3", "torch", "flex"]),
+        ((8, 0), ["flash_attn", "flash_attn_interface", "flash_attn.cute"], ["torch", "flash-attn 2", "flex"]),
+        ((10, 0), ["flash_attn", "flash_attn.cute"], ["flash-attn 4", "torch", "flash-attn 2", "flex"]),
+        (None, ["flash_attn"], ["torch", "flash-attn 2", "flex"]),  # ROCm
+        ((7, 5), [], ["torch", "flex"]),
     ],
 )
-def test_flash_attn_by_what_is_installed_and_the_device(monkeypatch, capability, installed, chosen):
+def test_kernels_are_tried_newest_first(monkeypatch, capability, installed, names):
+    monkeypatch.setattr(accelerator, "present", lambda: True)
     monkeypatch.setattr(accelerator, "capability", lambda: capability)
-    for _, name in varlen.FLASH:
+    monkeypatch.setattr(torch, "compile", lambda function, **unused: function)
+    for name in varlen.FLASH_MODULES.values():
         module = ModuleType(name)
         if name in installed:
             known = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "softmax_scale", "causal", "window_size"]
@@ -141,10 +145,12 @@ def test_flash_attn_by_what_is_installed_and_the_device(monkeypatch, capability,
                 [*known, "deterministic"] if name == "flash_attn" else known
             )
         monkeypatch.setitem(sys.modules, name, module if name in installed else None)
-    found = varlen.flash_attn()
-    assert (found and found.name) == chosen
-    if found:
-        found.compute(*STATES, BOUNDARIES, 0.7, None)
+    kernels = list(varlen.kernels())
+    short = [name if name.startswith("flash-attn") else name.split()[0] for name in (one.name for one in kernels)]
+    assert short == names
+    for kernel in kernels:
+        if kernel.name.startswith("flash-attn"):
+            kernel.compute(*STATES, BOUNDARIES, 0.7, None)
 
 
 def test_flex_computes_the_same():
@@ -159,8 +165,8 @@ def test_flex_computes_the_same():
     [
         ([], torch.bfloat16, (9, 0), "torch"),
         (["data.packing=false"], torch.bfloat16, (9, 0), "torch"),
-        (["model.attention=flash_attention_2"], torch.bfloat16, (8, 0), "torch"),
-        ([], torch.float16, (7, 5), "flex"),
+        (["model.attention=flash_attention_2"], torch.bfloat16, (8, 0), "flash-attn"),
+        ([], torch.bfloat16, None, "torch"),  # ROCm
         ([], torch.float32, (9, 0), None),
         (["model.attention=sdpa"], torch.bfloat16, (9, 0), None),
         (["method=prefix"], torch.bfloat16, (9, 0), None),
@@ -171,7 +177,9 @@ def test_runs_whose_rows_go_through_one_kernel(tmp_path, monkeypatch, overrides,
     monkeypatch.setattr(accelerator, "present", lambda: True)
     monkeypatch.setattr(accelerator, "capability", lambda: capability)
     monkeypatch.setattr(torch, "compile", lambda function, **unused: function)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func, _ = recording_kernel(["cu_seqlens_q", "softmax_scale", "causal"])
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(packed_attention, "problem_of", lambda *unused: "")
     config = compose(["model=smollm2", "data=chitchat", *overrides]).config
     model = load(save_decoder(tmp_path)).to(dtype)
@@ -272,16 +280,18 @@ def test_auto_loads_a_model_that_has_no_flash_attention_where_flash_attn_is_inst
     assert load_model(config, load_tokenizer(config.model), (), torch.bfloat16).config._attn_implementation == "sdpa"
 
 
-def test_flash_attn_without_a_deterministic_backward_pass_is_not_taken_where_a_run_is_to_be(monkeypatch):
+def test_flash_attn_without_a_deterministic_backward_pass_is_not_taken_by_a_deterministic_run(monkeypatch):
+    monkeypatch.setattr(accelerator, "present", lambda: True)
     monkeypatch.setattr(accelerator, "capability", lambda: (9, 0))
-    for _, name in varlen.FLASH:
+    monkeypatch.setattr(torch, "compile", lambda function, **unused: function)
+    for name in varlen.FLASH_MODULES.values():
         module = ModuleType(name)
         known = ["deterministic"] if name == "flash_attn" else []
         module.flash_attn_varlen_func, _ = recording_kernel([*known, "softmax_scale", "causal"])
         monkeypatch.setitem(sys.modules, name, module)
-    assert varlen.flash_attn().name == "flash-attn 4"
+    assert [kernel.name for kernel in varlen.kernels()][:2] == ["flash-attn 4", "flash-attn 3"]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert varlen.flash_attn().name == "flash-attn 2"
+    assert [kernel.name for kernel in varlen.kernels() if "flash-attn" in kernel.name] == ["flash-attn 2"]
 
 
 def test_heads_of_any_size_and_values_of_another(tmp_path):

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import HEADS, tensors_of
 from dstune.models.load import NewWeights, new_weights
+from dstune.models.unreached import is_within, unreached_parts
 from dstune.protocols import task_of
 from dstune.zero.parts import gathered
 
@@ -64,7 +66,43 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
     if targets == "all-linear" and kind in (peft.TaskType.TOKEN_CLS, peft.TaskType.QUESTION_ANS):
         # peft leaves the head out of all-linear for sequence classifiers alone. It would adapt this one, then fail to copy it.
         whole += [name for name, _ in model.named_children() if name in HEADS and name not in whole]
+    if parts := unreached_parts(model):
+        _refuse_unreached(whole, model)
+        targets = _reached_targets(method, targets, whole, model, parts)
     return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
+
+
+def _reached_targets(
+    method: ModuleAdapterConfig, targets: Any, whole: list[str], model: PreTrainedModel, parts: tuple[str, ...]
+) -> Any:
+    """The full names of the modules that get an adapter, without those in `parts`: endings such as `q_proj` are those of a tower's
+    modules too. None where peft chooses.
+
+    Raises UserError where none is left.
+    """
+    if targets is None:
+        return None
+    head = model.get_output_embeddings()
+    reached = {name: module for name, module in model.named_modules() if not is_within(name, parts)}
+    if targets == "all-linear":
+        kept_whole = {*HEADS, *whole}
+        names = {name for name, module in reached.items() if isinstance(module, (nn.Linear, Conv1D))}
+        names = {name for name in names if reached[name] is not head and not kept_whole & set(name.split("."))}
+    else:
+        names = {name for name in reached if any(f".{name}".endswith(f".{ending}") for ending in targets)}
+    if not names:
+        reason = f"rows of text reach no such module: {', '.join(parts)} stay as they are"
+        raise UserError(Problem("method.target_modules", reason, "[all-linear]", str(method.target_modules)))
+    return names
+
+
+def _refuse_unreached(whole: list[str], model: PreTrainedModel) -> None:
+    """Raises UserError where a module is to be trained whole that no row reaches."""
+    parts = unreached_parts(model)
+    for name, _ in model.named_modules():
+        if is_within(name, parts) and (ending := next((one for one in whole if f".{name}".endswith(f".{one}")), "")):
+            reason = f"{name} would not learn: rows of text never reach it"
+            raise UserError(Problem("method.modules_to_save", reason, "leave it out", ending))
 
 
 def adapt(

@@ -10,6 +10,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.methods.freeze.config import FreezeConfig
 from dstune.models.layers import layers_of
 from dstune.models.load import new_weights
+from dstune.models.unreached import unreached_parameters
 
 
 def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
@@ -18,7 +19,8 @@ def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
     Raises UserError where it names something that the model does not have, or nothing is left to train.
     """
     layers = layers_of(model)
-    names = [name for name, _ in model.named_parameters()]
+    unreached = {name for name, _ in unreached_parameters(model)}
+    names = [name for name, _ in model.named_parameters() if name not in unreached]
     problems = []
     for key in ("first_layers", "last_layers"):
         if (count := getattr(method, key)) > len(layers.blocks):
@@ -51,4 +53,4 @@ def freeze_parts(model: PreTrainedModel, method: FreezeConfig) -> None:
         reason = f"{len(new.rows)} added tokens have to be trained, and their rows would be frozen"
         raise UserError(Problem("method", reason, "leave the embeddings out, or method=lora", "freeze"))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(name not in frozen and name not in unreached)

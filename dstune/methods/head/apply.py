@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from dstune.core.errors import Problem, UserError
 from dstune.models.load import new_weights
+from dstune.models.unreached import keep_frozen
 
 
 def freeze_body(model: PreTrainedModel) -> None:
@@ -24,3 +25,4 @@ def freeze_body(model: PreTrainedModel) -> None:
     body = {id(parameter) for parameter in model.base_model.parameters()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) not in body or name in new.parameters)
+    keep_frozen(model)

@@ -172,7 +172,9 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
     scores = _Scores(method, engine, probe.new, config.trainer.seed)
     probe.train(method.score_steps, scores.add, config.optimizer.lr)
     parameters = {
-        name: parameter for name, parameter in engine.module.named_parameters() if name not in probe.new.parameters
+        name: parameter
+        for name, parameter in engine.module.named_parameters()
+        if name not in probe.new.parameters and parameter.requires_grad
     }
     sizes = {name: full_count(parameter) for name, parameter in parameters.items()}
     kinds = dict.fromkeys([*GRADIENT_SCORES, *({method.selection} & CONSTANT_SCORES)])

@@ -1,0 +1,119 @@
+"""What the folder of a model has to hold beside what answers: every tensor of its base, and the files of its processor.
+
+A server that has the language model alone answers rows of text like the model that was trained, and yet does not start elsewhere
+(vLLM asks for a processor), or sees nothing. Files alone tell: nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import object_in, parse_json
+
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+)
+"""What `AutoProcessor` reads beside the tokenizer: how images and sound become inputs of the model. Servers ask for them even for
+rows of text."""
+MOST_HEADER_BYTES = 100 << 20
+KEY = "contents"
+"""In `dstune.json`."""
+
+
+def describe_contents(folder: Path) -> dict[str, Any]:
+    """What an export that has just been written holds, for `missing_contents`."""
+    names = _tensor_names(folder)
+    return {"tensors": len(names), "names": _digest(names), "processor": _processor_files(folder)}
+
+
+def missing_contents(folder: Path, record: Mapping[str, Any], base: Path | None) -> str:
+    """What the folder of a whole model lacks; empty where it is known to lack nothing.
+
+    record: its `dstune.json`. base: folder of the model that it was trained from, where that is on this machine.
+    """
+    if not (folder / "config.json").is_file():  # GGUF, which has a form of its own
+        return ""
+    names = _tensor_names(folder)
+    recorded = record.get(KEY)
+    if isinstance(recorded, dict):
+        if recorded.get("names") != _digest(names):
+            return f"it has {len(names)} tensors, and not those that were exported ({recorded.get('tensors')})"
+        expected = recorded.get("processor")
+        absent = set(expected if isinstance(expected, list) else []) - set(_processor_files(folder))
+        return f"it lacks {', '.join(sorted(map(str, absent)))} of its export" if absent else ""
+    config = object_in(folder / "config.json")
+    if is_composite(config):
+        if not _processor_files(folder):
+            return f"it sees images or sound, and has neither {PROCESSOR_FILES[0]} nor {PROCESSOR_FILES[1]}"
+        if names and all("language_model." in name or name.startswith("lm_head.") for name in names):
+            return "it has the tensors of its language model alone"
+    return "" if base is None else _missing_of_base(config, names, base)
+
+
+def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> str:
+    theirs = object_in(base / "config.json")
+    if is_composite(theirs) and not is_composite(config):
+        text = theirs["text_config"]
+        if config.get("model_type") in (text.get("model_type"), theirs.get("model_type")):
+            return "it has the language model of its base alone"
+    if theirs.get("architectures") != config.get("architectures"):
+        return ""  # another head
+    absent = [name for name in sorted(_tensor_names(base)) if not _is_among(name, names)]
+    absent = [name for name in absent if name != "lm_head.weight"]  # tied in the export
+    return f"it lacks {len(absent)} tensors of its base, first {absent[0]}" if absent else ""
+
+
+def _is_among(name: str, names: set[str]) -> bool:
+    """Whether a tensor is there, under a name with or without the outermost module's."""
+    starts = {one.partition(".")[0] for one in names}
+    other = {*layouts_of(name), name.partition(".")[2], *(f"{start}.{name}" for start in starts)}
+    return bool(other & names)
+
+
+def layouts_of(name: str) -> tuple[str, ...]:
+    """The names that a tensor or module of a language model inside a larger model has in published files: with `model` outside of
+    `language_model`, as modules of transformers are called, or inside."""
+    for own, other in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
+        for here, there in ((own, other), (other, own)):
+            if name.startswith(here):
+                return name, there + name.removeprefix(here)
+    return name, name.removeprefix("model."), f"model.{name}"
+
+
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a model with a language model and other parts."""
+    parts = {name for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
+    return "text_config" in parts and bool(parts & {"vision_config", "audio_config", "image_config", "speech_config"})
+
+
+def _processor_files(folder: Path) -> list[str]:
+    return [name for name in PROCESSOR_FILES if (folder / name).is_file()]
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    return {name for file in sorted(folder.glob("*.safetensors")) for name in tensor_shapes(file)}
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """By the header of a safetensors file. Raises UserError where it is none."""
+    try:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > MOST_HEADER_BYTES:
+                raise ValueError
+            header = parse_json(stream.read(size))
+        return {name: list(map(int, value["shape"])) for name, value in header.items() if name != "__metadata__"}
+    except (OSError, struct.error, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+        raise UserError(Problem(str(file), "is no safetensors file", "dstune export RUN")) from None

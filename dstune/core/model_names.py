@@ -1,0 +1,22 @@
+"""What a model is called: an id of the hub, or a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dstune.core.errors import Problem, UserError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""`NAME` or `OWNER/NAME`."""
+
+
+def refuse_ambiguous_folder(path: str, where: str, *, trusts_code: bool) -> None:
+    """Raise UserError where `path` has the form of a hub id, a folder of that name is here, and its code would run.
+
+    Consent to the code of `OWNER/NAME` is about the hub's model; whoever can make a folder here would have it otherwise.
+    """
+    if trusts_code and HUB_ID.fullmatch(path) and Path(path).is_dir():
+        reason = "names a model of the hub and a folder here, and its Python code is to run: it must be clear whose"
+        fix = f"./{path} for the folder, or start where there is no such folder"
+        raise UserError(Problem(where, reason, fix, path))

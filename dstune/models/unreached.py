@@ -1,0 +1,186 @@
+"""Parts of a model that rows of text never reach: the towers of images and sound beside its language model, and projectors.
+
+Such a part gets no gradient. In the optimizer it would only decay, and an adapter on it would never learn. So it stays as it is,
+outside adapters and optimizer groups (`model.unreached_parts`).
+
+What is unreached follows from the configuration and the module tree: within the body, all that is neither in a module built from
+`text_config` nor around one. `verify_unreached` holds that against a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dstune.config.schema import ModelConfig, UnreachedParts
+from dstune.core.errors import Problem, UserError
+from dstune.zero.parts import full_count
+
+KEY = "model.unreached_parts"
+
+
+def text_config_of(architecture: PretrainedConfig) -> PretrainedConfig | None:
+    """The configuration of the language model inside a model that has other parts too; None for any other model."""
+    text = getattr(architecture, "text_config", None)
+    others = (getattr(architecture, key, None) for key in architecture.sub_configs if key != "text_config")
+    if isinstance(text, PretrainedConfig) and any(isinstance(other, PretrainedConfig) for other in others):
+        return text
+    return None
+
+
+def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:
+    """The class to load a model with, where a task has `chosen` one for all architectures.
+
+    `AutoModelForCausalLM` loads only the language model of some vision-language checkpoints (Qwen 3.5) and refuses others
+    (Mistral 3). Servers load the class that the checkpoint names, and adapters carry the names of its modules.
+    """
+    if chosen is not AutoModelForCausalLM or text_config_of(architecture) is None:
+        return chosen
+    from transformers import AutoModelForMultimodalLM
+
+    return AutoModelForMultimodalLM if type(architecture) in AutoModelForMultimodalLM._model_mapping else chosen
+
+
+def class_of_adapters(chosen: Any, architecture: PretrainedConfig, names: Iterable[str]) -> Any:
+    """As `whole_class`, for a model that adapters are put on. names: of the modules that they change.
+
+    Adapters of earlier versions have the names of the language model's own class.
+    """
+    whole = whole_class(chosen, architecture)
+    if whole is chosen:
+        return chosen
+    with torch.device("meta"):
+        modules = {name for name, _ in whole.from_config(architecture).named_modules()}
+    return whole if all(name in modules for name in names) else chosen
+
+
+def find_unreached(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the outermost modules, and of parameters beside them, that no row of text reaches."""
+    text = text_config_of(model.config)
+    if text is None:
+        return ()
+    language = [name for name, module in model.named_modules() if _is_built_from(module, text)]
+    body = next(name for name, module in model.named_modules() if module is model.base_model)
+    if not language or body in language:
+        return ()
+    return tuple(_beside(model.base_model, body, language, model.get_output_embeddings()))
+
+
+def _is_built_from(module: nn.Module, config: PretrainedConfig) -> bool:
+    # transformers copies the configuration of a part, so only its class tells.
+    return isinstance(module, PreTrainedModel) and type(module.config) is type(config)
+
+
+def _beside(module: nn.Module, name: str, language: list[str], head: nn.Module | None) -> Iterator[str]:
+    """What of `module`, which is around a language model, is not on the way to it."""
+    prefix = f"{name}." if name else ""
+    yield from (prefix + leaf for leaf, _ in module.named_parameters(recurse=False))
+    for leaf, child in module.named_children():
+        at = prefix + leaf
+        if at in language or child is head:
+            continue
+        if any(inside.startswith(f"{at}.") for inside in language):
+            yield from _beside(child, at, language, head)
+        elif next(child.parameters(), None) is not None:
+            yield at
+
+
+def freeze_unreached(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Freeze what no row of text reaches, and remember it for `unreached_parts`."""
+    if config.unreached_parts is UnreachedParts.frozen:
+        model.dstune_unreached = find_unreached(model)
+        keep_frozen(model)
+
+
+def unreached_parts(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules and parameters that `freeze_unreached` froze."""
+    names: tuple[str, ...] = getattr(model, "dstune_unreached", ())
+    return names
+
+
+def keep_frozen(model: PreTrainedModel) -> None:
+    """Freeze the parts again, whatever a method has done to them since."""
+    for _, parameter in unreached_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def unreached_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of the frozen parts, but for those that a reached part shares."""
+    names = unreached_parts(model)
+    if not names:
+        return []
+    inside, outside = [], set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if is_within(name, names):
+            inside.append((name, parameter))
+        else:
+            outside.add(id(parameter))
+    return [(name, parameter) for name, parameter in inside if id(parameter) not in outside]
+
+
+def is_within(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether `name` is that of one of `parts`, or of something inside one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def count_by_part(model: PreTrainedModel, count: Callable[[nn.Parameter], int] = full_count) -> dict[str, int]:
+    """Parameters of each frozen part."""
+    found = dict.fromkeys(unreached_parts(model), 0)
+    for name, parameter in unreached_parameters(model):
+        found[next(part for part in found if is_within(name, (part,)))] += count(parameter)
+    return found
+
+
+def verify_unreached(model: PreTrainedModel, forward: Callable[..., Any], device: torch.device) -> None:
+    """Prove that the frozen parts do not matter to text: whatever they compute is replaced by NaN, and the output has none.
+
+    Some models run a projector on every row and choose afterwards (Gemma 3n), so that it ran proves nothing. Every rank must
+    call this. Raises UserError where a frozen part changes the output.
+    """
+    modules = [(part, module) for part in unreached_parts(model) if (module := _module(model, part)) is not None]
+    if not modules:
+        return
+    called: list[str] = []
+
+    def poison(part: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            called.append(part)
+            return _with_nan(output)
+
+        return hook
+
+    # Inner modules too: a wrapper may call them without calling the outermost one.
+    handles = [inner.register_forward_hook(poison(part)) for part, module in modules for inner in module.modules()]
+    try:
+        with torch.no_grad():
+            output = forward(input_ids=torch.arange(8, device=device)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    values = [value for value in output.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if called and not all(bool(value.isfinite().all()) for value in values):
+        reason = f"text reaches {called[0]} of {type(model).__name__}, which would stay frozen"
+        raise UserError(Problem(KEY, reason, f"{KEY}=trained", UnreachedParts.frozen.value))
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:  # a parameter
+        return None
+
+
+def _with_nan(output: Any) -> Any:
+    """`output` with NaN in place of its numbers."""
+    if isinstance(output, torch.Tensor):
+        return torch.full_like(output, float("nan")) if output.is_floating_point() else output
+    if isinstance(output, tuple | list):
+        return type(output)(map(_with_nan, output)) if type(output) in (tuple, list) else output
+    if isinstance(output, dict):
+        for key, value in output.items():
+            output[key] = _with_nan(value)
+    return output

@@ -1,0 +1,49 @@
+"""Weights of the parts of a model that rows of text never reach, from its `config.json`: towers of images and sound, projectors.
+
+A transformer in front of the language model, by its sizes: four matrices of attention and two or three of the feed-forward layers
+in each block, patches, positions, and what projects onto the language model. Biases and norms are left out; held against
+transformers within a tenth (`tests/unit/test_plan_towers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+GATED = {"pixtral", "gemma4_vision", "qwen2_5_vl"}
+"""Kinds of towers whose feed-forward layers have a third matrix, which their configuration does not tell."""
+
+
+def tower_weights(config: Mapping[str, Any]) -> int:
+    """Weights of all towers and projectors of the model that a whole `config.json` describes; 0 where it has none."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return 0
+    width = _size(text, "hidden_size")
+    parts = (part for name, part in config.items() if name.endswith("_config") and name != "text_config")
+    return sum(_weights(part, width) for part in parts if isinstance(part, Mapping))
+
+
+def _weights(tower: Mapping[str, Any], language: int) -> int:
+    """Of one tower and its projector. language: hidden size of the language model."""
+    width, blocks = _size(tower, "hidden_size", "embed_dim"), _size(tower, "num_hidden_layers", "depth")
+    if not width or not blocks:
+        return 0
+    inner = _size(tower, "intermediate_size") or 4 * width
+    matrices = 3 if tower.get("model_type") in GATED else 2
+    block = 4 * width * width + matrices * width * inner
+    patch = _size(tower, "patch_size")
+    channels = _size(tower, "num_channels", "in_channels") or 3
+    embedding = channels * patch * patch * (_size(tower, "temporal_patch_size") or 1) * width
+    positions = _size(tower, "num_position_embeddings") or (_size(tower, "image_size") // patch) ** 2 if patch else 0
+    merged = width * (_size(tower, "spatial_merge_size") or 1) ** 2
+    target = _size(tower, "out_hidden_size")
+    projector = merged * merged + merged * target if target else width * language
+    levels = tower.get("deepstack_visual_indexes")
+    projectors = 1 + (len(levels) if isinstance(levels, list) else 0)
+    return blocks * block + embedding + positions * width + projectors * projector
+
+
+def _size(values: Mapping[str, Any], *names: str) -> int:
+    """The first of `names` that is a whole number; 0 where none is."""
+    return next((value for name in names if type(value := values.get(name)) is int), 0)

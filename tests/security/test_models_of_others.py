@@ -1,0 +1,93 @@
+"""Model folders of a stranger: what their files name, and what they are called."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.tiny import save_decoder
+
+from dstune.checkpoint.serving import vllm_problems
+from dstune.cli import main
+from dstune.config.schema import ModelConfig
+from dstune.core.errors import UserError
+from dstune.launch.preflight import resolve_model
+from dstune.models.base_weights import tensor_files
+from dstune.serve import source
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model in `Org/Model` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return save_decoder(tmp_path / "Org" / "Model")
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "a second index"])
+def test_weights_come_from_the_folder_of_their_index(kind: str, model: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "elsewhere.safetensors"
+    shutil.move(model / "model.safetensors", weights)
+    name = str(weights) if kind == "absolute" else "../../elsewhere.safetensors"
+    index = "model.safetensors.index.json" if kind != "a second index" else "other.safetensors.index.json"
+    (model / index).write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))
+    if kind == "a second index":  # transformers is led there by the configuration
+        shutil.copy(weights, model / "model.safetensors")
+        description = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(description | {"transformers_weights": index}))
+    with pytest.raises(UserError, match="outside of its folder"):
+        resolve_model(ModelConfig(path=str(model)), lambda text: None)
+    if kind != "a second index":
+        with pytest.raises(UserError, match="outside of its folder"):
+            tensor_files(model)
+    with pytest.raises(UserError, match="outside of its folder"):
+        vllm_problems(model)
+
+    pytest.importorskip("mlflow")
+    from dstune.inference import registered_model
+
+    with pytest.raises(ValueError, match="outside of its folder"):
+        registered_model.load_export(str(model))
+
+
+def test_weights_in_a_folder_below_are_read(model: Path) -> None:
+    (model / "parts").mkdir()
+    shutil.move(model / "model.safetensors", model / "parts" / "..a.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "parts/..a.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    resolve_model(ModelConfig(path=str(model)), lambda text: None)
+
+
+@pytest.mark.parametrize("way", ["train", "generate", "predict", "evaluate", "serve"])
+def test_consent_to_the_code_of_a_hub_id_is_none_to_that_of_a_folder(
+    way: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = model.parent.parent / "ran"
+    (model / "evil.py").write_text(f"open({str(evil)!r}, 'w')\n")
+    description = json.loads((model / "config.json").read_text())
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (model / "config.json").write_text(json.dumps(description | {"auto_map": classes, "model_type": "evil"}))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    trust = "model.trust_remote_code=true"
+    words = {
+        "train": ["train", "model.path=Org/Model", trust, "data.train=rows.jsonl", "run.dir=out"],
+        "generate": ["generate", "Org/Model", "--trust-remote-code", "--prompt", "a"],
+        "predict": ["predict", "Org/Model", "--trust-remote-code", "--text", "a"],
+        "evaluate": ["evaluate", "Org/Model", trust, "data.train=rows.jsonl"],
+        "serve": ["serve", "Org/Model", "--trust-remote-code"],
+    }
+    assert main(words[way]) == 2
+    assert "./Org/Model" in capsys.readouterr().err
+    assert not evil.exists()
+
+
+def test_a_folder_that_is_written_as_one_is_taken(model: Path) -> None:
+    told: list[str] = []
+    for path in ("./Org/Model", str(model)):
+        assert resolve_model(ModelConfig(path=path, trust_remote_code=True), told.append).path == path
+    assert told == []
+    resolve_model(ModelConfig(path="Org/Model"), told.append)
+    assert "./Org/Model" in told[0]
+    with pytest.raises(UserError, match=r"\./Org/Model"):
+        source.resolve("", "Org/Model", trust_remote_code=True)
