@@ -6,11 +6,15 @@ The parts of a start add up: a start as a whole differs from one to the next by 
 `--beside TREE [--rounds 6]` starts whole runs of this tree and of another one (an earlier commit, checked out) at the same
 moment, each on half of the processors, which they swap every round: seconds from the command to the end of the first step, and
 seconds of a step. What the two differ in is all that changed between them.
+
+`--warm [--rounds 5]` compares cold starts with forks of a process that has done the imports (`launch.warm`), by turns: a first
+start, a later one (a sweep's second trial, a job of the fine-tuning API), and the restart of a run whose rank was killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -19,10 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
+TREE = Path(__file__).resolve().parents[1]
 ROUNDS = 7
 STEPS = 200
 
@@ -138,15 +146,20 @@ RUN = (
 )
 
 
+def write_rows(scratch: Path) -> None:
+    """The data of RUN."""
+    texts = [f"{number} and {number + 1} and some more words" for number in range(400)]
+    turns = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in texts]
+    (scratch / "rows.jsonl").write_text("".join(f"{json.dumps({'messages': both})}\n" for both in turns))
+
+
 def whole_run(tree: Path, scratch: Path, processors: set[int]) -> tuple[float, float]:
     """Seconds from the command to the end of the first step, and of a step behind the tenth."""
     folder = scratch / "run"
     scratch.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(tree), "DSTUNE_TRUST_KEY": "0" * 64}
-    texts = [f"{number} and {number + 1} and some more words" for number in range(400)]
-    turns = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in texts]
-    (scratch / "rows.jsonl").write_text("".join(f"{json.dumps({'messages': both})}\n" for both in turns))
+    write_rows(scratch)
     command = [sys.executable, "-m", "dstune", "train", *RUN, f"run.dir={folder}"]
     rows, first = folder / "metrics.jsonl", None
     with (scratch / "log").open("w") as log:
@@ -165,7 +178,7 @@ def whole_run(tree: Path, scratch: Path, processors: set[int]) -> tuple[float, f
 
 def beside(other: Path, rounds: int) -> None:
     """Both trees run at the same moment: by turns, one machine's runs differ by more than the trees do (0.925 to 1.01)."""
-    trees = [Path(__file__).resolve().parents[1], other.resolve()]
+    trees = [TREE, other.resolve()]
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
         raise SystemExit("--beside needs two processors, one for each tree")
@@ -194,14 +207,118 @@ def beside(other: Path, rounds: int) -> None:
         print(f"| {name} | {cells} |")
 
 
+SAVE_EVERY = 40
+WARM_RUN = (f"checkpoint.every={SAVE_EVERY}", "evaluate.every=0", "trainer.max_steps=100000")
+
+
+class TimedRun:
+    """`dstune train` in the background; it is stopped without a save when the context ends."""
+
+    def __init__(self, scratch: Path, variables: Mapping[str, str], *words: str):
+        self.folder = scratch / "run"
+        shutil.rmtree(self.folder, ignore_errors=True)
+        last = {word.split("=")[0]: word for word in (*RUN, *WARM_RUN, *words, f"run.dir={self.folder}")}
+        command = [sys.executable, "-m", "dstune", "train", *last.values()]
+        environment = os.environ | {"PYTHONPATH": str(TREE), "DSTUNE_TRUST_KEY": "0" * 64} | variables
+        self.began = time.perf_counter()
+        self.log = scratch / "log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, env=environment, cwd=scratch, stdout=log, stderr=log)
+
+    def __enter__(self) -> TimedRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        while self.ranks():  # the next start has the processors to itself
+            time.sleep(0.05)
+
+    def ranks(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter(["cmdline", "status"]):
+            words = process.info["cmdline"] or []
+            if "dstune.worker" in words and str(self.folder) in words and process.info["status"] != "zombie":
+                found.append(process)
+        return found
+
+    def wait_for(self, wanted: Callable[[int], bool]) -> float:
+        """Seconds since the command until the newest row is of a wanted step."""
+        rows = self.folder / "metrics.jsonl"
+        while True:
+            lines = rows.read_text().splitlines() if rows.is_file() else []
+            steps = [json.loads(line)["step"] for line in lines[-1:] if line.endswith("}")]
+            if steps and wanted(steps[0]):
+                return time.perf_counter() - self.began
+            if self.process.poll() is not None:
+                raise SystemExit(self.log.read_text()[-3000:])
+            time.sleep(0.01)
+
+    def seconds_to_train_again(self) -> float:
+        """From the kill of a rank, well after a save, to the first step after that save."""
+        self.wait_for(lambda step: step > SAVE_EVERY)
+        killed = self.ranks()[-1]
+        self.wait_for(lambda step: 0.3 * SAVE_EVERY < step % SAVE_EVERY < 0.6 * SAVE_EVERY)
+        began = time.perf_counter()
+        killed.kill()
+        self.wait_for(lambda step: 0 < step % SAVE_EVERY < 0.2 * SAVE_EVERY)
+        return time.perf_counter() - began
+
+
+def warm_and_cold(rounds: int) -> None:
+    from dstune.launch.local import warm
+
+    measured: dict[tuple[str, bool], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as servers:
+        scratch = Path(name)
+        write_rows(scratch)
+        # One for each number of ranks, since the number of threads is another one. The first run of each is not measured.
+        offered = {ranks: servers.enter_context(warm.offer()) for ranks in (1, 2)}
+        for number in range(rounds + 1):
+            for ranks in (1, 2):
+                of_ranks = f"launch.processes={ranks}"
+                for is_warm in (False, True) if number % 2 else (True, False):
+                    word = f"launch.warm={str(is_warm).lower()}"
+                    with TimedRun(scratch, offered[ranks] if is_warm else {}, of_ranks, word) as run:
+                        later = run.wait_for(bool)
+                    with TimedRun(scratch, {}, of_ranks, word, "launch.restarts=1") as run:
+                        first = run.wait_for(bool)
+                        again = run.seconds_to_train_again()
+                    s = "s" * (ranks > 1)
+                    print(
+                        f"{ranks} rank{s}, {word}: first {first:.1f}, later {later:.1f}, again {again:.1f} s",
+                        flush=True,
+                    )
+                    for what, value in (
+                        ("a first start", first),
+                        ("a later start", later),
+                        ("training again after a kill", again),
+                    ):
+                        if number:
+                            measured[f"{what}, {ranks} rank{s}", is_warm].append(value)
+    print(
+        f"\nload {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n| seconds to the first step | cold | warm | warm / cold |"
+    )
+    print("| --- | ---: | ---: | ---: |")
+    for what in dict.fromkeys(what for what, _ in measured):
+        cold, forked = measured[what, False], measured[what, True]
+        ratios = sorted(one / other for one, other in zip(forked, cold, strict=True))
+        middle = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        print(f"| {what} | {statistics.median(cold):.1f} | {statistics.median(forked):.1f} | {middle} |")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--rank"]:
         rank(int(sys.argv[2]), sys.argv[3], sys.argv[4])
         return
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--beside", type=Path, metavar="TREE")
+    arguments.add_argument("--warm", action="store_true")
     arguments.add_argument("--rounds", type=int, default=6)
     given = arguments.parse_args()
+    if given.warm:
+        warm_and_cold(given.rounds)
+        return
     if given.beside is not None:
         beside(given.beside, given.rounds)
         return

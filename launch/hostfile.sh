@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on the hosts of a file, started from here over ssh (DeepSpeed's launcher with pdsh).
+# One run on the hosts of a file, started from here over ssh.
 # Copy this file, edit the variables, and start the copy. Further key=value arguments are passed on:
 #   ./hostfile.sh trainer.epochs=2 run.dir=/shared/runs/mine
 # The same command again continues a run that was stopped (exit code 75) or killed, if run.dir is given.

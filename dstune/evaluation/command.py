@@ -28,6 +28,7 @@ from dstune.config.validate import validate
 from dstune.core import baseline_file, files, plugins
 from dstune.core.arguments import VerbParser, is_path, refuse_place
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.data.inputs import PARTS
 from dstune.evaluation import harness
 from dstune.launch import preflight, records, rundir
@@ -95,6 +96,8 @@ def _harness(arguments: argparse.Namespace, stage: Callable[[str], None]) -> int
         else:
             config = compose([f"model.path={quoted(arguments.target)}", *arguments.overrides]).config
             folder = arguments.target
+            trusts_code = config.model.trust_remote_code
+            refuse_ambiguous_folder(folder, "MODEL", trusts_code=trusts_code)
             if not (path / "adapter_config.json").is_file():
                 config = replace(config, model=preflight.resolve_model(config.model, stage))
                 folder = str(samples.resolve(folder)) if samples.is_sample(folder) else folder

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, DstuneError, UserError, from_json
 from dstune.launch import records
@@ -64,14 +65,18 @@ def of_files(run_dir: Path, size: int, otherwise: str) -> Verdict:
         return Verdict(EXIT_DONE, "")
     if status == "preempted":
         return Verdict(EXIT_PREEMPTED, f"{reason}: saved at step {result.get('steps')}")
-    return Verdict(EXIT_FAILED, reason)
+    failure = result.get("failure")
+    failed_rank = failure.get("rank") if isinstance(failure, dict) else None
+    if type(failed_rank) is not int or not 0 <= failed_rank < size:
+        return Verdict(EXIT_FAILED, reason)
+    return Verdict(EXIT_FAILED, reason, Ended(failed_rank, EXIT_FAILED, 0), errors.get(failed_rank))
 
 
-def record(run_dir: Path, verdict: Verdict, size: int) -> None:
-    """Write `result.json` where the ranks did not get to it."""
+def record(run_dir: Path, verdict: Verdict, size: int, failure: dict[str, Any] | None = None) -> None:
+    """Write `result.json` where the ranks did not get to it. failure: see `records.write_result`."""
     if not records.result_path(run_dir).exists():
         status = "preempted" if verdict.exit_code == EXIT_PREEMPTED else "failed"
-        records.write_result(run_dir, status, verdict.reason, size)
+        records.write_result(run_dir, status, verdict.reason, size, failure)
 
 
 def explain(run_dir: Path, verdict: Verdict, console: Console, starts: Mapping[int, int]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from dstune.core.child_python import child_environment
 from dstune.core.errors import UserError
 from dstune.core.paths import cache_root
 from dstune.launch.commands import count_cores, free_port
@@ -78,7 +79,7 @@ def software() -> Iterator[Check]:
     fix = "" if enough else "install Python 3.11 or newer"
     yield Check("Python", PASS if enough else FAIL, f"{platform.python_version()} at {sys.executable}", fix)
     yield from _packages()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONWARNINGS")}
+    env = {name: value for name, value in child_environment().items() if not name.startswith("PYTHONWARNINGS")}
     try:
         done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True, timeout=SECONDS, env=env)
     except subprocess.TimeoutExpired:

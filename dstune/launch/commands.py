@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import dstune
 from dstune.config.convert import to_yaml
 from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import SAFE_PATH, python_path
 from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import LAUNCHER_PID
 from dstune.core.secrets import is_secret
@@ -50,7 +50,7 @@ ALWAYS = {
     **OFFLINE,
     # `-m` would put the working directory in front of the import path, where a user's `datasets.py` or `wandb/` hides
     # the real package (Python 3.11 and later).
-    "PYTHONSAFEPATH": "1",
+    **SAFE_PATH,
 }
 # Good defaults that the user's own setting replaces.
 UNLESS_SET = {
@@ -305,11 +305,3 @@ def count_cores(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 def _loopback_exists() -> bool:
     return Path("/sys/class/net/lo").exists()
-
-
-def python_path(inherited: str) -> str:
-    """`inherited` with the folder of this package in front where Python would not find it by itself (a checkout)."""
-    home = Path(dstune.__file__).absolute().parent.parent
-    if home.name in ("site-packages", "dist-packages"):
-        return inherited
-    return os.pathsep.join([str(home), *filter(None, [inherited])])

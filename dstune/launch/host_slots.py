@@ -1,7 +1,7 @@
 """A hostfile: one `HOST slots=N` a line, and which of its slots a run takes. Pure functions.
 
-The forms of lines and of include and exclude are DeepSpeed's (`HOST`, `HOST:0,2`, joined by `@`), whose launcher reads
-the same file; here everything that is wrong is found at once and before anything starts.
+The forms of lines and of include and exclude are those of DeepSpeed's launcher (`HOST`, `HOST:0,2`, joined by `@`). Everything
+that is wrong is found at once and before anything starts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dstune.core.errors import Problem, UserError
 
 LINE = re.compile(r"(\S+)\s+slots=(\d{1,6})\s*(#.*)?")
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
-"""What may stand on a command line of ssh, pdsh and mpirun: `-oProxyCommand=...` would be an option, `a[1-9]` nine hosts."""
+"""What may stand on a command line of ssh and mpirun: `-oProxyCommand=...` would be an option, `a[1-9]` nine hosts."""
 
 
 def read(path: str) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dstune
+from dstune.core.child_python import SAFE_PATH
 from dstune.core.errors import Problem
 from dstune.core.parsing import parse_json
 
@@ -70,9 +71,8 @@ def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str]) -> list[Answer]:
 
 def here(paths: Sequence[str]) -> dict[str, Any]:
     """The same facts of this machine."""
-    done = subprocess.run(
-        [sys.executable, "-"], input=_probe(), capture_output=True, text=True, env={"DSTUNE_PROBE": _question(paths)}
-    )
+    variables = {"DSTUNE_PROBE": _question(paths), **SAFE_PATH}
+    done = subprocess.run([sys.executable, "-"], input=_probe(), capture_output=True, text=True, env=variables)
     return _facts(done.stdout) or {}
 
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.launch.commands import number_of_ranks, this_machine
@@ -99,12 +98,3 @@ def _capability(text: str = "") -> tuple[int, int] | None:
     """`7.5`, as the driver's tool has it."""
     found = re.fullmatch(r"(\d+)\.(\d+)", text)
     return None if found is None else (int(found[1]), int(found[2]))
-
-
-def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bf16 matrices at least as fast as fp32 ones (`dstune.zero.precision.fast_bf16`)."""
-    try:
-        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags

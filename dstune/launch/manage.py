@@ -8,17 +8,19 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from dstune.checkpoint import store
+from dstune.core import files
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
 from dstune.core.paths import STOP_FILE
 from dstune.launch import records
+from dstune.launch.agents.status import GroupStatus, read_group
 from dstune.launch.queues import queue_of
 from dstune.launch.rundir import run_directory
 from dstune.protocols.launcher import Job, Unreachable
@@ -45,6 +47,8 @@ class Status:
     """Since the last row of metrics.jsonl."""
     launcher: records.LaunchRecord | None
     checkpoint: Path | None
+    group: GroupStatus | None = None
+    """The nodes of a run that has agents."""
 
     def to_json(self, run_dir: Path) -> dict[str, Any]:
         launcher = self.launcher
@@ -60,6 +64,7 @@ class Status:
             "processes": launcher and launcher.processes,
             "jobs": launcher.jobs if launcher else [],
             "checkpoint": self.checkpoint and str(self.checkpoint),
+            **({"nodes": asdict(self.group)} if self.group else {}),
         }
 
 
@@ -85,7 +90,8 @@ def status_of(run_dir: Path) -> Status:
     age = None
     if last:
         age = round(time.time() - (run_dir / "metrics.jsonl").stat().st_mtime, 1)
-    return Status(state, reason, int(last.get("step", 0)), last.get("loss"), age, launcher, store.newest(run_dir))
+    step, loss, checkpoint = int(last.get("step", 0)), last.get("loss"), store.newest(run_dir)
+    return Status(state, reason, step, loss, age, launcher, checkpoint, read_group(run_dir))
 
 
 def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
@@ -113,6 +119,8 @@ def status(argv: list[str]) -> int:
     facts = [f"{run_dir}: {found.state}" + (f" ({found.reason})" if found.reason else "")]
     if found.state == "running" and found.launcher is not None and not found.launcher.jobs:
         facts.append(f"process {found.launcher.pid} on {found.launcher.host}, {found.launcher.processes} rank(s)")
+    if found.group is not None and not found.group.is_over and found.state in ("running", "elsewhere"):
+        facts.append(str(found.group))
     loss = "" if found.loss is None else f", loss {found.loss:.4f}"
     facts.append(f"step {found.step}{loss}" + ("" if found.age_seconds is None else f", {found.age_seconds:.0f} s ago"))
     facts.append(f"newest checkpoint {found.checkpoint.name}" if found.checkpoint else "no checkpoint yet")
@@ -132,6 +140,9 @@ def cancel(argv: list[str]) -> int:
     if launcher is not None and launcher.jobs:
         return _cancel_jobs(launcher, run_dir, now=arguments.now, as_json=arguments.json)
     if launcher is not None and not launcher.is_here and records.read_result(run_dir) is None:
+        group = read_group(run_dir)
+        if group is not None and not group.is_over and not arguments.now:
+            return _cancel_group(run_dir, as_json=arguments.json)
         reason = f"the run was launched on {launcher.host}, and can be stopped from there alone"
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(run_dir)))
     process = launcher.process(run_dir) if launcher is not None else None
@@ -146,6 +157,16 @@ def cancel(argv: list[str]) -> int:
         print(f"{run_dir} is not running ({after.state})")
     else:
         print(f"{run_dir}: {after.state}" + (f" ({after.reason})" if after.reason else ""))
+    return EXIT_DONE
+
+
+def _cancel_group(run_dir: Path, *, as_json: bool) -> int:
+    """Stop a run that a command on another machine started on several nodes: they see the run directory too."""
+    files.write(run_dir / STOP_FILE, "")
+    while (group := read_group(run_dir)) is not None and not group.is_over:
+        time.sleep(JOB_SECONDS)
+    after = status_of(run_dir)
+    print(json.dumps(after.to_json(run_dir)) if as_json else f"{run_dir}: {after.state}")
     return EXIT_DONE
 
 

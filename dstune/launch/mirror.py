@@ -74,7 +74,7 @@ class Mirror:
         if here := refused_operations(root):
             reason = f"a run works here, since its own place cannot {', '.join(self.refused)}; this one cannot {', '.join(here)}"
             raise UserError(Problem("DSTUNE_CACHE", reason, "export DSTUNE_CACHE=FOLDER on a local disk", str(root)))
-        lock = os.open(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = files.open_plain(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -52,15 +52,15 @@ class OnHosts(Launcher):
         command: Sequence[str] | None = None,
         saves: bool = True,
     ) -> int:
-        import uuid
-
         from dstune.launch import remote
 
-        launch_id = uuid.uuid4().hex
-        plan = self.plan(run, run_dir, launch_id, console)
-        if command is not None:
-            plan = replace(plan, argv=(*plan.argv[: plan.argv.index("dstune.worker")], *command))
-        return remote.run(run, run_dir, self.config, plan, launch_id, console)
+        def plan_attempt(launch_id: str) -> RemotePlan:
+            plan = self.plan(run, run_dir, launch_id, console)
+            if command is None:
+                return plan
+            return replace(plan, argv=(*plan.argv[: plan.argv.index("dstune.worker")], *command))
+
+        return remote.run(run, run_dir, self.config, plan_attempt, console, self.restarts)
 
     def checks(self) -> Iterator[Check]:
         """Each host: reached, the same versions and files, the clock."""

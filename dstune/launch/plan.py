@@ -24,13 +24,13 @@ from dstune.launch import machine, rundir
 from dstune.launch.calibrate import calibrate
 from dstune.launch.commands import NO_TELEMETRY, OFFLINE
 from dstune.launch.console import Console
-from dstune.launch.stages import all_speeds, choose_on, is_open, setup_on
 from dstune.planning import hardware
 from dstune.planning.calibration import speeds
 from dstune.planning.fillers import fillers
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
+from dstune.planning.stage import all_speeds, choose_on, is_open, setup_on
 from dstune.planning.time import Speed
 from dstune.protocols import launcher_of, method_of, task_of
 
@@ -253,7 +253,12 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
         "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
         "warnings": list(fillers(config, found.cluster.ranks)),
         "calibrated": found.calibrated,
-        "model": {"parameters": found.parameters, "trained": found.trained, "precision": found.precision.value},
+        "model": {
+            "parameters": found.parameters,
+            "trained": found.trained,
+            **({"unreached": found.setup.unreached} if found.setup.unreached else {}),
+            "precision": found.precision.value,
+        },
     }
 
 
@@ -297,6 +302,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         (
             f"{config.model.path}: {found.parameters / 1e9:.3f}B parameters, {found.trained / 1e6:.1f}M trained "
             f"({config.method.name}), {found.precision.value}, rows of {s.length} tokens"
+            + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",

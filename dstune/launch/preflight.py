@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,16 @@ from typing import Any
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
 from dstune.config.architectures import encoder_decoder_problem, packed_encoder_decoder_problem, size_problems
+from dstune.config.convert import format_value
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
 from dstune.config.validate import at_stage
 from dstune.core.errors import Problem, UserError, collected
+from dstune.core.model_names import HUB_ID, refuse_ambiguous_folder
 from dstune.core.parsing import read_object
+from dstune.core.weight_index import INDEX, check_indexes
 from dstune.data import inputs, sources
 from dstune.data.clean import extras as cleaning
 from dstune.data.hub import hub_name
@@ -33,8 +35,9 @@ from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
-from dstune.launch.stages import choose, is_open
+from dstune.launch.stages import choose
 from dstune.planning.source import config_json
+from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
 
@@ -92,10 +95,11 @@ def resolve_run(
     config = within_positions(config, stage)
     if is_open(config) and trains:
         config, why = choose(config)
-        stage(f"zero.stage={config.zero.stage}: {why}")
-        if origins is not None:
+        stage(f"zero.stage={format_value(config.zero.stage)}: {why}")
+        if origins is not None and not is_open(config):
             origins["zero.stage"] = why
-    config = at_stage(config, stage_of(config.zero))
+    elif not trains:
+        config = at_stage(config, stage_of(config.zero))
     if trains:
         _refuse(memory_problems(config))
     return config
@@ -170,7 +174,10 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
             raise UserError(Problem("model.revision", "a packaged sample has no revisions", fix, config.revision))
         return config
     folder = Path(config.path)
+    refuse_ambiguous_folder(config.path, "model.path", trusts_code=config.trust_remote_code)
     if folder.is_dir():
+        if HUB_ID.fullmatch(config.path):
+            stage(f"model {config.path}: the folder ./{config.path}, not the hub's model of that name")
         if config.revision is not None:
             reason = "model.path is a local folder, which has no revisions"
             raise UserError(Problem("model.revision", reason, "leave model.revision out", config.revision))
@@ -229,7 +236,7 @@ def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
 
 def looks_local(path: str) -> bool:
     """Whether `path` cannot be a hub id (`NAME` or `OWNER/NAME`)."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) or Path(path).exists():
+    if not HUB_ID.fullmatch(path) or Path(path).exists():
         return True
     folder = Path(path).parent  # `runs/mistyped` has the form of a hub id, and runs beside it tell
     return folder != Path() and next(folder.glob("*/run.yaml"), next(folder.glob("*/*/run.yaml"), None)) is not None
@@ -314,7 +321,11 @@ def needs_remote_code(architecture: dict[str, Any]) -> bool:
 
 
 def _weight_problems(folder: Path, config: ModelConfig) -> list[Problem]:
-    index = read_object(folder / "model.safetensors.index.json")
+    try:
+        check_indexes(folder, "model.path", config.path)
+    except UserError as error:
+        return error.problems
+    index = read_object(folder / INDEX)
     if index is not None and isinstance(index.get("weight_map"), dict):
         missing = sorted({name for name in index["weight_map"].values() if not (folder / name).is_file()})
         if missing:

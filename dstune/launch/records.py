@@ -83,10 +83,15 @@ def working_folder(place: Path) -> Path:
 def begin(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
     """Note that this process launches the run now, and remove what could pass for its own: an earlier launch's errors
     and result. jobs, launcher: as for `note`."""
+    forget_ends(run_dir)
+    note(run_dir, launch_id, processes, jobs, launcher)
+
+
+def forget_ends(run_dir: Path) -> None:
+    """Remove how an earlier attempt ended: the errors of its ranks and its result."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     for stale in (*(run_dir / "logs").glob("rank-*.error"), result_path(run_dir)):
         stale.unlink(missing_ok=True)
-    note(run_dir, launch_id, processes, jobs, launcher)
 
 
 def note(run_dir: Path, launch_id: str, processes: int, jobs: Sequence[str] = (), launcher: str = "") -> None:
@@ -140,9 +145,11 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return None if result is None else shaped_result(result)
 
 
-def write_result(run_dir: Path, status: str, reason: str, world_size: int) -> None:
+def write_result(
+    run_dir: Path, status: str, reason: str, world_size: int, failure: dict[str, Any] | None = None
+) -> None:
     """The result of a run whose ranks could not write it: from the rows that they logged, and from the newest
-    checkpoint what those do not tell."""
+    checkpoint what those do not tell. failure: the `rank`, `node` and `cause` of one on several nodes."""
     logged = read_metrics(run_dir)
     checkpoint = store.newest(run_dir)
     state = _train_state(checkpoint)
@@ -163,6 +170,7 @@ def write_result(run_dir: Path, status: str, reason: str, world_size: int) -> No
         "export": None,
         "nonfinite_steps": logged.skipped["nonfinite"],
         "overflow_steps": logged.skipped["overflow"],
+        **({"failure": failure} if failure else {}),
     }
     write_json(result_path(run_dir), result)
 

@@ -1,8 +1,7 @@
-"""A launch on hosts: checks the nodes, starts the launcher, and watches nodes and ranks.
+"""A launch on hosts through another launcher: checks the nodes, starts the launcher, and watches nodes and ranks.
 
 An ssh to every node stays open (`node.py`). When it breaks, the node is lost; when this process ends, however it ends,
-the nodes end their ranks. The launcher is never signalled to stop a run: DeepSpeed's answers with a `pkill -f` on every
-node that hits each launch of the same interpreter there. A run is asked to save through its directory.
+the nodes end their ranks. A run is asked to save through its directory.
 """
 
 from __future__ import annotations
@@ -10,24 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
-from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
+from dstune.core.child_python import python_path
+from dstune.core.errors import EXIT_FAILED, Problem, UserError
 from dstune.core.limits import readable
 from dstune.core.rank_env import LAUNCH_ID
 from dstune.launch import attempt, hosts, records
 from dstune.launch.attempt import Follower, log_path
-from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.launch.hosts import Answer, Ssh
+from dstune.launch.local.restarts import Restarts
 from dstune.launch.on_hosts_config import OnHostsConfig
 from dstune.launch.processes import end_all
 from dstune.launch.remote_commands import RemotePlan, ssh_of
@@ -38,19 +38,31 @@ POLL_SECONDS = 0.1
 READY_SECONDS = 60.0
 LEAVING_SECONDS = 30.0
 """How long a launcher may take to end after the run's result is there."""
-NODE_ENDED = re.compile(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)", re.MULTILINE)
 LAUNCHER_LOG = "launcher.log"
 LOCALHOST = "localhost"
 
 
 def run(
-    config: RunConfig, run_dir: Path, launch: OnHostsConfig, plan: RemotePlan, launch_id: str, console: Console
+    config: RunConfig,
+    run_dir: Path,
+    launch: OnHostsConfig,
+    plan: Callable[[str], RemotePlan],
+    console: Console,
+    restarts: int = 0,
 ) -> int:
-    """Start `plan` and wait for its ranks; the exit code of the public contract. Raises UserError."""
-    remote = RemoteLaunch(plan, ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
+    """Start what `plan` returns for the mark of an attempt, and wait for its ranks; the exit code of the public contract.
+
+    Raises UserError.
+    """
     with caught_signals(config.run.signals) as received:
-        verdict = remote.run(received)
-    attempt.record(run_dir, verdict, plan.size)
+        decide = Restarts(restarts, run_dir, console, received)
+        while True:
+            launch_id = uuid.uuid4().hex
+            remote = RemoteLaunch(plan(launch_id), ssh_of(launch), run_dir, launch_id, launch.grace_seconds, console)
+            verdict, again = decide.consider(remote.run(received), remote)
+            if not again:
+                break
+    attempt.record(run_dir, verdict, remote.plan.size)
     attempt.explain(run_dir, verdict, console, remote.starts)
     if verdict.exit_code == EXIT_FAILED and verdict.error is None:
         remote.show_launcher()
@@ -102,8 +114,6 @@ class RemoteLaunch:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stop.remove()
         records.begin(self.run_dir, self.id, self.plan.size)
-        for name, text in self.plan.files.items():
-            files.write(self.folder / name, text, mode=0o600)  # variables of the user's
         follower = Follower(log_path(self.run_dir, 0), self.console)
         count = len(self.plan.slots)
         self.console.stage(f"starting {self.plan.size} rank(s) on {count} host{'s' * (count > 1)}")
@@ -114,7 +124,6 @@ class RemoteLaunch:
                 launcher = subprocess.Popen(
                     self.plan.argv,
                     env={**self.plan.env, LAUNCH_ID: self.id},
-                    cwd=self.folder if self.plan.files else None,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -174,23 +183,7 @@ class RemoteLaunch:
 
     def _is_over(self) -> bool:
         """Whether the ranks are through, or one of them died, so that the others wait for it in vain."""
-        if records.read_result(self.run_dir) is not None or attempt.read_errors(self.run_dir, self.plan.size):
-            return True
-        return bool(self._failed_node())
-
-    def _failed_node(self) -> tuple[str, int] | None:
-        """A host whose ranks ended badly by what pdsh says, and the code as `verdict.how` takes it: one where a signal
-        killed a rank before one whose ranks failed without it."""
-        found = []
-        with contextlib.suppress(OSError), self.log.open("rb") as log:
-            log.seek(self._log_start)
-            for host, text in NODE_ENDED.findall(log.read().decode(errors="replace")):
-                code = int(text)
-                # DeepSpeed's launcher ends with minus the signal's number, a shell with 128 more than it.
-                code = code - 256 if code > 192 else 128 - code if code > 128 else code
-                if code not in (EXIT_DONE, EXIT_PREEMPTED):
-                    found.append((host, code))
-        return min(found, key=lambda end: end[1] > 0, default=None)
+        return records.read_result(self.run_dir) is not None or bool(attempt.read_errors(self.run_dir, self.plan.size))
 
     def _close_nodes(self) -> None:
         """Let every node end what is left of the launch there."""
@@ -214,9 +207,11 @@ class RemoteLaunch:
             return Verdict(
                 EXIT_FAILED, f"{names} was lost: the connection to it broke, and the ranks elsewhere were ended"
             )
-        failed = self._failed_node()
-        otherwise = f"a rank on {failed[0]} {how(failed[1])}" if failed else f"the launcher {how(code)}"
-        return attempt.of_files(self.run_dir, self.plan.size, otherwise)
+        return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {how(code)}")
+
+    def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
+        """The end of what `rank` wrote during this launch."""
+        return attempt.last_lines(log_path(self.run_dir, rank), self.starts.get(rank, 0), count)
 
     def show_launcher(self) -> None:
         """The last lines of what the launcher itself said."""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import python_path
 from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
 from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID
 from dstune.core.secrets import is_secret
@@ -23,7 +24,6 @@ from dstune.launch.commands import (
     inherited,
     interface_variables,
     is_tracker_key,
-    python_path,
     referenced,
 )
 from dstune.launch.hosts import Ssh
@@ -42,7 +42,7 @@ OF_THIS_MACHINE = {
 }
 """What another machine has its own of."""
 PLAIN = re.compile(r"[^\"$`\\\n\r]*")
-"""Values that survive the quotes which DeepSpeed's launcher puts around them on its way through two shells."""
+"""Values that no shell between a launcher and its ranks can change."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,6 @@ class RemotePlan:
     argv: tuple[str, ...]
     env: dict[str, str]
     """Of the launcher itself."""
-    files: dict[str, str]
-    """Files that it reads, by name; they go into `RUN/launch`, where it is started."""
     handoff: dict[str, dict[str, str]]
     """Variables that no command line may show: `all`, and `first` for rank 0; `file` has the name of what keeps them."""
     slots: dict[str, list[int]]

@@ -17,13 +17,16 @@ from dstune.config.overrides import key_of, quoted
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_rules import holds_out, objectives
 from dstune.config.sweep_space import Split, first, split, with_space
+from dstune.config.trust import FLAG, is_believed_by_command
 from dstune.config.validate import validate
+from dstune.core import plugins
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.rank_env import from_environment
 from dstune.core.secrets import publish
 from dstune.launch import preflight, records
 from dstune.launch.console import Console
+from dstune.launch.local import warm
 from dstune.launch.runs import cell, table
 from dstune.launch.signals import caught_signals
 from dstune.protocols import launcher_of
@@ -150,6 +153,7 @@ def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
     flags = [word for folder in sweep.config_dirs for word in ("--config-dir", folder)]
     kept = [text for text in fixed if not _is_sweep_key(text)]
     group = [] if sweep.base.tracking.group else [f"tracking.group={quoted(group_name(sweep))}"]
+    flags += [FLAG, plugins.KEY] if is_believed_by_command(plugins.KEY) else []
     return [*flags, *kept, *directory.frozen(sweep.base, sweep.axes), *group]
 
 
@@ -195,8 +199,8 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
             return EXIT_DONE
         ranks = [launcher_of(sweep.base.launch).ranks]
         slots = devices.slots(sweep.base, devices.here(), ranks)
-        with caught_signals(sweep.base.run.signals) as received:
-            Schedule(path, source, slots, common, console, received).run()
+        with caught_signals(sweep.base.run.signals) as received, warm.offer() as variables:
+            Schedule(path, source, slots, common, console, received, variables).run()
     finally:
         os.close(lock)
     leave_behind(path, console.message)

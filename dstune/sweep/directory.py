@@ -13,8 +13,9 @@ from typing import Any
 from dstune import __version__
 from dstune.config.compose import frozen_at_start
 from dstune.config.convert import dump, format_value, from_dict, load, may_refer, refers, to_dict
+from dstune.config.overrides import key_of
 from dstune.config.resume import check_resume
-from dstune.config.run_file import plugins_of, read_run_beside
+from dstune.config.run_file import RUN_FORMAT, plugins_of, read_run_beside
 from dstune.config.schema import RunConfig
 from dstune.config.sweep_space import Assignment, Axis, Value, short_names
 from dstune.config.trust import OVERRIDES, SIGNATURE, check_overrides, statement
@@ -28,6 +29,9 @@ from dstune.tracking.trials import SWEEP_FILE, Record, is_sweep, record_path
 LONGEST_NAME = 100
 NOT_IDENTITY = ("launch", "tracking", "run", "sweep")
 """Sections that do not make another sweep of it."""
+
+
+UNREACHED = "model.unreached_parts"
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def _rounded(value: Value) -> str:
 
 def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
     content = {
+        "format": RUN_FORMAT,
         "dstune_version": __version__,
         "overrides": sweep.overrides,
         "config_dirs": sweep.config_dirs,
@@ -165,6 +170,8 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
         section, name = key.split(".")
         if section not in varied and key not in varied and name in tree[section] and name in stored[section]:
             tree[section][name] = stored[section][name]
+    if UNREACHED not in {key_of(text) for text in sweep.overrides}:  # a sweep of an earlier version has another default
+        _copy(stored, tree, UNREACHED)
     base = from_dict(tree, "the composed configuration")
     for key in varied:
         _copy(tree, stored, key)

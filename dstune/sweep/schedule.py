@@ -16,14 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from dstune.config.overrides import quoted
 from dstune.core import files
+from dstune.core.child_python import child_environment
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from dstune.core.paths import PRUNE_FILE
 from dstune.launch import attempt, records
-from dstune.launch.commands import python_path
 from dstune.launch.console import Console
 from dstune.sweep.devices import Slot
 from dstune.sweep.directory import status_in, write_record
@@ -94,7 +95,10 @@ class Schedule:
         common: Sequence[str],
         console: Console,
         received: list[str],
+        variables: Mapping[str, str] = MappingProxyType({}),
     ):
+        """variables: of all trials, beside those of this process."""
+        self._variables = variables
         self._sweep, self._source, self._common = sweep, source, list(common)
         self._free = list(slots)
         self._console, self._received = console, received
@@ -137,9 +141,7 @@ class Schedule:
         own = [*trial.overrides, f"run.dir={quoted(str(run_dir))}", f"run.name={quoted(trial.name)}"]
         cores = ",".join(map(str, slot.cores)) or "all"
         command = [*ENTRY, str(os.getpid()), cores, *self._common, *own]
-        env = {**os.environ, **slot.env, "PYTHONSAFEPATH": "1"}
-        if path := python_path(env.get("PYTHONPATH", "")):
-            env["PYTHONPATH"] = path
+        env = child_environment({**os.environ, **self._variables, **slot.env})
         with files.append(log) as output:
             start = output.seek(0, os.SEEK_END)
             process = subprocess.Popen(

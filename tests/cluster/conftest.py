@@ -29,7 +29,7 @@ def cluster_root() -> Iterator[Path]:
 def machines(cluster_root) -> Iterator[Machines]:
     if reason := machines_module.missing():
         pytest.skip(reason)
-    with Machines(cluster_root / "machines") as started:
+    with Machines(cluster_root / "machines", count=3) as started:
         yield started
 
 

@@ -1,4 +1,4 @@
-"""Runs on two hosts over ssh: DeepSpeed's launcher with pdsh, and Open MPI's mpirun."""
+"""Runs on several hosts over ssh: by agents, and by Open MPI's mpirun."""
 
 from __future__ import annotations
 
@@ -48,14 +48,13 @@ def signal_command(run_dir: Path, number: int) -> None:
             process.send_signal(number)
 
 
-@needs("pdsh", "pdsh")
 def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
-    """Over pdsh: stopped by a signal through the run directory, continued, the same curve as on one machine."""
-    run_dir = login.folder / "pdsh"
+    """Over ssh: stopped by a signal through the run directory, continued, the same curve as on one machine."""
+    run_dir = login.folder / "ssh"
     launch = ["launch=hostfile", hosts, "launch.interface=eth0"]
     secret = {"WANDB_API_KEY": "never-on-a-command-line", "MINE_TOKEN": "nor-this-one"}
     login.env |= secret
-    command = login.start("train", *overrides("pdsh", *launch, "launch.export_env=[MINE_TOKEN]"))
+    command = login.start("train", *overrides("ssh", *launch, "launch.export_env=[MINE_TOKEN]"))
     wait_until(lambda: at_step(run_dir, 6))
     formatted = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
     assert not [word for word in formatted if any(value in word for value in secret.values())]
@@ -64,13 +63,13 @@ def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
     signal_command(run_dir, signal.SIGTERM)
     assert command.wait(timeout=90) == 75, login.log
     assert not processes_of(run_dir)
-    assert "nor-this-one" not in (run_dir / "launch" / ".deepspeed_env").read_text()
-    again = login.run("train", *overrides("pdsh", *launch))
+    assert not [path for path in run_dir.rglob("*") if path.is_file() and b"nor-this-one" in path.read_bytes()]
+    again = login.run("train", *overrides("ssh", *launch))
     assert again.returncode == 0, again.stdout + again.stderr
     assert first_difference(exact(run_dir), undisturbed) == ""
     assert "steps 1 to 40" in login.log
     for rank in (0, 1):
-        assert f"=== rank {rank} on node{rank + 1}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert f"=== rank {rank} of 2 on node{rank + 1}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
     for name in secret:
         del login.env[name]
 
@@ -159,7 +158,8 @@ def test_a_killed_rank_or_command_leaves_nothing_on_any_host(login, hosts, undis
         ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
         next(process for process in ranks if process.environ().get("RANK") == "1").kill()
         assert command.wait(timeout=60) == 1
-        assert "a rank on node2 was killed by SIGKILL" in login.log
+        assert "rank 1 on node2 was killed by SIGKILL" in login.log
+        assert result(run_dir)["failure"]["node"] == "node2"
     else:
         signal_command(run_dir, signal.SIGKILL)
         command.wait(timeout=20)
@@ -167,6 +167,47 @@ def test_a_killed_rank_or_command_leaves_nothing_on_any_host(login, hosts, undis
     again = login.run("train", *overrides(run_dir.name, "launch=hostfile", hosts))
     assert again.returncode == 0, again.stdout + again.stderr
     assert first_difference(exact(run_dir), undisturbed) == ""
+
+
+THREE = "node1 slots=1\nnode2 slots=1\nnode3 slots=1\n"
+
+
+def test_a_killed_rank_starts_again_without_the_user(login, hosts, undisturbed):
+    run_dir = login.folder / "again"
+    command = login.start("train", *overrides("again", "launch=hostfile", hosts, "launch.restarts=3"))
+    wait_until(lambda: at_step(run_dir, 6))
+    ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
+    next(process for process in ranks if process.environ().get("RANK") == "1").kill()
+    assert command.wait(timeout=180) == 0, login.log
+    assert "rank 1 on node2 was killed by SIGKILL" in login.log
+    assert not processes_of(run_dir)
+    assert first_difference(exact(run_dir), undisturbed) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goes_on", ["spare", "fewer"])
+def test_a_lost_host_is_replaced_or_done_without(login, machines, undisturbed, goes_on):
+    """To the bit on a spare; with the same losses on one host."""
+    run_dir = login.folder / f"lost-{goes_on}"
+    (login.folder / f"hosts-{goes_on}").write_text(
+        THREE if goes_on == "spare" else THREE.replace("node3 slots=1\n", "")
+    )
+    key = "launch.spares=1" if goes_on == "spare" else "launch.min_nodes=1"
+    launch = ["launch=hostfile", f"launch.hostfile=hosts-{goes_on}", "launch.restarts=3", key]
+    command = login.start("train", *overrides(run_dir.name, *launch))
+    wait_until(lambda: at_step(run_dir, 8))
+    machines.kill("node2")
+    try:
+        assert command.wait(timeout=240) == 0, login.log
+    finally:
+        machines.start("node2")
+    rows = exact(run_dir)
+    assert result(run_dir)["world_size"] == (2 if goes_on == "spare" else 1)
+    if goes_on == "spare":
+        assert first_difference(rows, undisturbed) == ""
+    losses = [[(row["step"], row["loss"]) for row in some if "loss" in row] for some in (rows, undisturbed)]
+    assert [step for step, _ in losses[0]] == [step for step, _ in losses[1]]
+    assert max(abs(one - other) for (_, one), (_, other) in zip(*losses, strict=True)) < 1e-6
 
 
 @needs("mpirun", "openmpi-bin")

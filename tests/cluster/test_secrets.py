@@ -36,7 +36,7 @@ LAUNCHERS = {
     "openmpi": ["launch=openmpi", "launch.hostfile=hosts", "launch.interface=eth0"],
     "slurm": ["launch=slurm", "launch.nodes=2"],
 }
-PROGRAM = {"hostfile": "pdsh", "openmpi": "mpirun", "slurm": "srun"}
+PROGRAM = {"openmpi": "mpirun", "slurm": "srun"}
 
 
 class Watch(threading.Thread):

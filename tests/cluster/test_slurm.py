@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster.conftest import first_difference, overrides
-from support.command import at_step, exact, result, wait_until
+from support.command import at_step, exact, ranks_of, result, wait_until
 
 pytestmark = pytest.mark.cluster
 TWO_NODES = ["launch=slurm", "launch.nodes=2"]
@@ -41,6 +43,18 @@ def test_a_job_is_reported_to_save_requeued_and_continues_exactly(on_slurm, slur
     status = on_slurm.run("status", "requeued", "--json")
     assert json.loads(status.stdout)["state"] == "completed"
     assert (run_dir / "report.html").exists()
+
+
+def test_a_killed_rank_starts_again_inside_its_job(on_slurm, slurm, undisturbed):
+    run_dir = on_slurm.folder / "inside"
+    command = on_slurm.start("train", *overrides("inside", *TWO_NODES, "launch.restarts=3"))
+    wait_until(lambda: at_step(run_dir, 7))
+    victim = next(process for process in ranks_of(run_dir) if process.environ().get("RANK") == "1")
+    victim.kill()
+    assert command.wait(timeout=180) == 0, on_slurm.log
+    assert "rank 1 on node2 was killed by SIGKILL" in on_slurm.log
+    assert "Restarts=0" in slurm.call("scontrol", "show", "job", job_of(run_dir))
+    assert first_difference(exact(run_dir), undisturbed) == ""
 
 
 def test_a_mistake_and_a_refusal_of_sbatch_leave_nothing(on_slurm):
@@ -216,3 +230,21 @@ def test_a_sweep_as_an_array(on_slurm, slurm):
     assert first_difference(exact(sweep / "lr=0.002"), exact(on_slurm.folder / "alone")) == ""
     assert on_slurm.run("report", "array").returncode == 0
     assert "3 completed" in (sweep / "report.html").read_text()
+
+
+@pytest.mark.ci
+def test_the_first_node_chooses_the_zero_stage(on_slurm):
+    """The machine that submits knows no hardware: the job chooses as the plan does on a node, and trains as with that stage."""
+    short = ["trainer.max_steps=6", "evaluate.every=0", "checkpoint.every=0"]
+    done = on_slurm.run("train", *overrides("open", *TWO_NODES, *short, "zero.stage=auto"))
+    assert done.returncode == 0, done.stderr
+    stored = yaml.safe_load((on_slurm.folder / "open" / "run.yaml").read_text())
+    assert stored["config"]["zero"]["stage"] == "auto"
+    [chosen] = re.findall(r"zero\.stage=(\d): .* GiB a rank", done.stdout + done.stderr)
+    given = on_slurm.run("train", *overrides("given", *TWO_NODES, *short, f"zero.stage={chosen}"))
+    assert given.returncode == 0, given.stderr
+    assert first_difference(exact(on_slurm.folder / "open"), exact(on_slurm.folder / "given")) == ""
+    named = on_slurm.run("train", *overrides("named", *TWO_NODES, *short, "zero.stage=auto", "launch.hardware=8xH100"))
+    assert named.returncode == 0, named.stderr
+    stored = yaml.safe_load((on_slurm.folder / "named" / "run.yaml").read_text())
+    assert isinstance(stored["config"]["zero"]["stage"], int)

@@ -64,8 +64,10 @@ def test_an_old_run_goes_on(shelf: Shelf, name: str) -> None:
         assert row == (before if shelf.same_machine else pytest.approx(before, rel=1e-4)), row["step"]
     tensors = {key: digest for key, digest in done.export.items() if ".safetensors:" in key}
     before = {key: digest for key, digest in expected["export"].items() if ".safetensors:" in key}
-    assert tensors.keys() == before.keys() != set()
-    assert tensors == before or not shelf.same_machine
+    # Exports hold every tensor of the base by now: the pooler of an encoder whose vectors are means was left out once.
+    added = tensors.keys() - before.keys()
+    assert before and before.keys() <= tensors.keys() and all(":pooler." in key for key in added)
+    assert {key: tensors[key] for key in before} == before or not shelf.same_machine
     assert (shelf.folder / run / "report.html").is_file()
     exported = shelf.call(name, "export", run, "--out", f"again-{name}")
     assert exported.exit_code == 0, exported.log

@@ -17,6 +17,8 @@ class Meddler(Callback):
         self.number = 0
         self.run_rank = 0
         self.slowest = 0.0
+        self.loss = 0.0
+        self.losses: list[float] = []
 
     def on_step_begin(self, run, step):
         self.number, self.run_rank = step.number, run.world.rank
@@ -33,12 +35,14 @@ class Meddler(Callback):
 
     def numbers(self):
         batches, self.batches = self.batches, 0
-        return {"batches": batches}
+        return {"batches": batches, "loss": self.loss}
 
     def agreed(self, run, numbers):
         self.slowest = max(numbers["batches"])
+        self.losses = list(numbers["loss"])
 
     def on_step_end(self, run, step):
+        self.loss = step.loss
         asks = step.number == 2 and run.world.rank == self.rank
         return Request(Action.SAVE) if asks else CONTINUE
 
@@ -47,7 +51,8 @@ class Meddler(Callback):
         return CONTINUE
 
     def metrics(self, run, step):
-        return {"meddler/total": self.total, "meddler/batches": self.slowest}
+        seen = {f"meddler/loss_of_rank_{rank}": loss for rank, loss in enumerate(self.losses)}
+        return {"meddler/total": self.total, "meddler/batches": self.slowest, **seen}
 
     def results(self):
         return {"meddler": self.total}

@@ -21,14 +21,12 @@ import gc
 import importlib
 import json
 import os
-import random
 import resource
 import runpy
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -36,12 +34,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dstune.launch.local import forking
+
 ROOT = Path(__file__).parents[2]
 SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 HIGH = 500
 """Descriptors from here on are in use while a process is made; none that is given to it has such a number."""
-PADDING = "DSTUNE_TEST_PADDING"
-"""Room for the environment of what is forked, as /proc shows it."""
 IMPORTS = ("deepspeed.runtime.engine", "numpy", "transformers.models.llama.modeling_llama", "dstune.rank.worker",
            *(f"dstune.cli.{verb}" for verb in ("train", "evaluate", "predict", "export", "plan", "generate", "report")),
            "dstune.config.compose", "dstune.report.command")  # fmt: skip
@@ -54,8 +52,6 @@ so have another tree in PYTHONPATH, and `DSTUNE_FAULT`, which a `sitecustomize` 
 IMPORTED = ("CUDA_", "DS_", "HF_", "LD_", "MKL_", "OMP_", "PYTORCH_", "TORCH", "TRANSFORMERS_")
 USUAL = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Of the commands and ranks of tests."""
-LIMITS = [value for name, value in sorted(vars(resource).items()) if name.startswith("RLIMIT_")]
-IGNORABLE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozenset[str]) -> bool:
@@ -141,10 +137,9 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
             fds = [number if own == -1 else own for number, own in enumerate(inherited)]
             how = {
                 "env": given,
-                "cwd": folder,
                 "session": start_new_session,
                 "unbuffered": _unbuffered(args),
-                **_inherited(),
+                **forking.describe(folder),
             }
             try:
                 self.pid = found.start(words, [*fds, *pass_fds], numbers=[0, 1, 2, *pass_fds], **how)
@@ -172,17 +167,6 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[A
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def _inherited() -> dict[str, Any]:
-    """What a process has from the one that starts it, beside descriptors and environment."""
-    status = Path("/proc/self/status").read_text()
-    return {
-        "umask": int(status.split("Umask:", 1)[1].split()[0], 8),
-        "affinity": sorted(os.sched_getaffinity(0)),
-        "limits": [resource.getrlimit(limit) for limit in LIMITS],
-        "ignored": [number for number in IGNORABLE if signal.getsignal(number) is signal.SIG_IGN],
-    }
-
-
 def _source(env: Mapping[str, str]) -> Source | None:
     global source
     if source is None and sys.platform == "linux" and resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 2 * HIGH:
@@ -194,7 +178,7 @@ def _source(env: Mapping[str, str]) -> Source | None:
         also = frozenset({*ALWAYS, *UNLESS_SET} - {*own, *USUAL})
         end, other = socket.socketpair()
         command = [sys.executable, "-u", __file__, str(other.fileno()), "x" * 8000]
-        environment = {**base, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", PADDING: "x" * 32_000}
+        environment = {**forking.padding(), **base, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         _OwnPopen(command, env=environment, pass_fds=[other.fileno()], **quiet)  # type: ignore[call-overload]
         other.close()
@@ -206,8 +190,8 @@ def _source(env: Mapping[str, str]) -> Source | None:
 
 # -- in the warm process -----------------------------------------------------------------------------------------------
 
-places: list[int] = []
-"""Where its command line and its environment begin and end (`man 5 proc_pid_stat`, fields 48 to 51)."""
+places: forking.Places | None = None
+"""Where its command line and its environment are."""
 
 
 def serve(end: socket.socket, base: Mapping[str, str], also: frozenset[str]) -> list[str]:
@@ -257,10 +241,6 @@ def _exactly(end: socket.socket, size: int) -> bytes:
 def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, str], also: frozenset[str]) -> None:
     """Give this fork everything that it would have been started with."""
     global source
-    for number in IGNORABLE:
-        signal.signal(number, signal.SIG_IGN if number in request["ignored"] else signal.SIG_DFL)
-    if signal.SIGINT not in request["ignored"]:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["session"]:
         os.setsid()
     high = [_dup_high(fd) for fd in fds]
@@ -268,25 +248,17 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
     for fd, number in zip(high, request["numbers"], strict=True):
         os.dup2(fd, number)
     os.closerange(HIGH, 2 * HIGH)
-    os.umask(request["umask"])
-    os.sched_setaffinity(0, request["affinity"])
-    for limit, values in zip(LIMITS, request["limits"], strict=True):
-        resource.setrlimit(limit, values)
-    os.chdir(request["cwd"])
-    os.environ.clear()
-    os.environ.update(request["env"])
+    forking.take_over(request)
     words: list[str] = request["words"]
     if not (request["unbuffered"] or "PYTHONUNBUFFERED" in request["env"]):
         sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
-    _show([sys.executable, *["-u"] * request["unbuffered"], *words], request["env"])
+    assert places is not None
+    places.show([sys.executable, *["-u"] * request["unbuffered"], *words], request["env"])
     own = {str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")}
     sys.path[:] = [path for path in sys.path if path not in own]
     sys.path[:0] = [path for path in request["env"].get("PYTHONPATH", "").split(os.pathsep) if path]
     if "PYTHONSAFEPATH" not in request["env"]:
         sys.path.insert(0, os.getcwd() if words[0] == "-m" else str(Path(words[0]).parent))
-    tempfile.tempdir = None
-    random.seed()
-    sys.modules["numpy"].random.seed()
     deadline = time.monotonic() + 10
     while os.getppid() != request["parent"]:  # for a moment it is the one that ends
         if time.monotonic() > deadline:
@@ -301,7 +273,7 @@ def become(request: Mapping[str, Any], fds: Sequence[int], base: Mapping[str, st
             os.closerange(0, HIGH)
             for _ in range(3):
                 os.open(os.devnull, os.O_RDWR)
-            _show([sys.executable, __file__], {})
+            places.show([sys.executable, __file__], {})
             words[:] = serve(socket.socket(fileno=mine), base, also)
             return
         source = Source(socket.socket(fileno=_dup_high(ends[0])), base, also)
@@ -314,20 +286,10 @@ def _dup_high(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
 
 
-def _show(words: Sequence[str], env: Mapping[str, str]) -> None:
-    """Write command line and environment where /proc reads those of this process; empty words follow."""
-    entries = [
-        f"{name}={value}" for name, value in sorted(env.items(), key=lambda one: not one[0].startswith("DSTUNE_"))
-    ]
-    for start, end, texts in ((*places[:2], words), (*places[2:], entries)):
-        content = b"".join(os.fsencode(text) + b"\0" for text in texts)[: end - start - 1]
-        ctypes.memmove(start, content.ljust(end - start, b"\0"), end - start)
-
-
 def main() -> None:
+    global places
     end = socket.socket(fileno=int(sys.argv[1]))
-    fields = Path("/proc/self/stat").read_text().rsplit(") ", 1)[1].split()
-    places[:] = [int(fields[number - 3]) for number in (48, 49, 50, 51)]
+    places = forking.Places()
     base, also = json.loads(_exactly(end, int.from_bytes(_exactly(end, 4))))
     for name in IMPORTS:
         importlib.import_module(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from dstune.config.schema import ModelConfig, tracking_class
 from dstune.core import handoff
 from dstune.core.errors import UserError
 from dstune.launch import hosts
-from dstune.launch.hostfile.commands import pdsh_plan
+from dstune.launch.agents.ranks import node_plan
+from dstune.launch.agents.task import task_of
+from dstune.launch.hostfile.commands import host_tasks
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.hosts import Answer, Ssh
 from dstune.launch.openmpi import OpenMpi
@@ -37,10 +40,9 @@ PARENT = {
 ONLINE = tracking_class()(wandb=WandbConfig(mode=WandbMode.online))
 
 
-def pdsh(parent=PARENT, tracking=ONLINE, **keys):
+def tasks(parent=PARENT, tracking=ONLINE, on_cpu=False, **keys):
     config = run_config(launch=HostfileConfig(hostfile="hosts", **keys), tracking=tracking)
-    given = {"launch_id": "id", "parent": parent, "address": "10.0.0.1", "port": 4242, "on_cpu": False}
-    return pdsh_plan(config, Path("run"), SLOTS, **given)
+    return host_tasks(config, Path("run"), SLOTS, launch_id="id", parent=parent, on_cpu=on_cpu)
 
 
 def mpirun(parent=PARENT, **keys):
@@ -49,24 +51,26 @@ def mpirun(parent=PARENT, **keys):
     return mpirun_plan(config, Path("run"), SLOTS, **given)
 
 
-def test_deepspeeds_launcher_gets_hosts_and_command():
-    plan = pdsh(include="node1@node2:0", user="me", port=2222)
-    assert plan.size == 3
-    assert plan.argv == (
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
-        f"--hostfile={Path('hosts').absolute()}",
-        "--include=node1@node2:0",
-        *("--launcher=pdsh", "--force_multi", "--no_ssh_check", "--master_addr=10.0.0.1", "--master_port=4242"),
-        *("--ssh_port=2222", "--launcher_args=-l me", "--no_local_rank"),
-        *("--module", "dstune.worker", str(Path("run").absolute())),
-    )
+def test_each_host_gets_its_ranks_and_devices():
+    first, second = tasks(spares=1, restarts=3)
+    assert (first.node, first.order, first.ranks) == ("node1", 0, 2)
+    assert (second.node, second.order, second.ranks) == ("node2", 1, 1)
+    assert first.variables["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "CUDA_VISIBLE_DEVICES" not in tasks(on_cpu=True)[0].variables
+    assert first.command == ["dstune.worker", str(Path("run").absolute())]
+    assert (first.settings.nodes, first.settings.expected, first.settings.min_nodes) == (1, 2, 1)
+    assert first.settings.restarts == 3
+    assert first.secret == second.secret
 
 
-@pytest.mark.parametrize(
-    "plan", [pdsh(export_env=["MY_TOKEN"]), mpirun(export_env=["MY_TOKEN"])], ids=["pdsh", "mpirun"]
-)
-def test_no_command_line_and_no_file_shows_a_secret(plan):
-    formatted = "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
+def test_a_task_survives_its_way_over_ssh():
+    for task in tasks(min_nodes=1, restarts=1):
+        assert task_of(json.loads(json.dumps(asdict(task)))) == task
+
+
+def test_no_command_line_shows_a_secret():
+    plan = mpirun(export_env=["MY_TOKEN"])
+    formatted = "\n".join([*plan.argv, *plan.env.values()])
     assert not [secret for secret in ("hf-secret", "wandb-secret", "my-secret") if secret in formatted]
     assert plan.handoff["all"]["MY_TOKEN"] == "my-secret"
     assert plan.handoff["first"]["WANDB_API_KEY"] == "wandb-secret"
@@ -75,30 +79,39 @@ def test_no_command_line_and_no_file_shows_a_secret(plan):
     assert plan.handoff["all"]["LC_MESSAGES"] == 'a "quoted" $value'
 
 
-def test_variables_that_run_yaml_only_names_are_not_printed_either():
+def test_rank_0_alone_gets_the_keys_of_trackers():
+    task = tasks(export_env=["MY_TOKEN"])[0]
+    assert task.variables["MY_TOKEN"] == "my-secret"
+    assert task.first_variables["WANDB_API_KEY"] == "wandb-secret"
+    assert "HF_TOKEN" not in json.dumps(asdict(task))
+    assert "WANDB_API_KEY" not in task.variables
+    [first, second] = node_plan(replace(task, ranks=2), {"MASTER_ADDR": "elsewhere"}, 0, 3).env
+    assert first["WANDB_API_KEY"] == "wandb-secret"
+    assert "WANDB_API_KEY" not in second
+    assert "MASTER_ADDR" not in first
+
+
+def test_variables_that_run_yaml_only_names_reach_the_ranks():
     """Their values may be anybody's; the ranks resolve `${oc.env:NAME}` again."""
     config = run_config(launch=HostfileConfig(hostfile="hosts"), model=ModelConfig(path="${oc.env:STORE}/base"))
-    given = {"launch_id": "id", "parent": {"STORE": "/private"}, "address": "10.0.0.1", "port": 1, "on_cpu": False}
-    plan = pdsh_plan(config, Path("run"), SLOTS, **given)
-    assert "/private" not in "\n".join([*plan.argv, *plan.files.values(), *plan.env.values()])
-    assert plan.handoff["all"]["STORE"] == "/private"
+    task = host_tasks(config, Path("run"), SLOTS, launch_id="id", parent={"STORE": "/private"}, on_cpu=False)[0]
+    assert task.variables["STORE"] == "/private"
 
 
 def test_what_belongs_to_this_machine_stays_here():
-    lines = dict(line.split("=", 1) for line in pdsh(interface="ib0").files[".deepspeed_env"].splitlines())
-    assert not {"HOME", "CUDA_VISIBLE_DEVICES", "RANK"} & set(lines)
-    assert lines["NCCL_DEBUG"] == "INFO"
-    assert lines["NCCL_SOCKET_IFNAME"] == lines["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert lines["DSTUNE_FOLDER"] == str(Path.cwd())
-    assert "" not in lines.values()  # DeepSpeed reads no empty lines, and exports no empty values
+    task = tasks(interface="ib0", on_cpu=True)[0]
+    assert not {"HOME", "CUDA_VISIBLE_DEVICES", "RANK"} & set(task.variables)
+    assert task.variables["NCCL_DEBUG"] == "INFO"
+    assert task.variables["NCCL_SOCKET_IFNAME"] == task.variables["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert task.folder == str(Path.cwd())
 
 
-def test_deepspeed_reads_the_file_of_variables_as_it_is_meant():
-    """Its own code: `key, value = line.split("=", maxsplit=1)` for each line."""
-    for line in pdsh().files[".deepspeed_env"].splitlines(keepends=True):
-        name, value = line.split("=", maxsplit=1)
-        assert name.isidentifier()
-        assert value.endswith("\n")
+def test_ranks_of_a_node_know_their_places():
+    task = tasks(on_cpu=True)[0]
+    plan = node_plan(task, {"PATH": "/bin", "KEPT": "1"}, 4, 6)
+    places = [(env["RANK"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], env["WORLD_SIZE"]) for env in plan.env]
+    assert places == [("4", "0", "2", "6"), ("5", "1", "2", "6")]
+    assert plan.env[0]["KEPT"] == "1"
 
 
 def test_mpirun_gets_names_of_variables_and_hosts_with_slots():

@@ -52,14 +52,14 @@ def test_without_restarts_a_failure_is_the_end(tmp_path, waited):
 
 
 def test_each_wait_is_longer_and_the_number_is_limited(tmp_path, waited):
-    decide = Restarts(2, tmp_path, Console(io.StringIO()), [])
+    decide = Restarts(3, tmp_path, Console(io.StringIO()), [])
     waits = []
-    for step in (4, 8):
+    for step in (4, 8, 10):
         at_step(tmp_path, step)
         before = sum(waited)
         assert decide.consider(failed(), Log("OSError: no route"))[1]
         waits.append(round(sum(waited) - before))
-    assert waits == [5, 10]
+    assert waits == [0, 5, 10]
     at_step(tmp_path, 12)
     verdict, again = decide.consider(failed(), Log("OSError: no route"))
     assert not again
@@ -88,11 +88,16 @@ def test_progress_of_a_first_stage_counts(tmp_path, waited):
 def test_a_request_to_stop_ends_the_wait(tmp_path, monkeypatch):
     received: list[str] = []
     monkeypatch.setattr(restarts.time, "sleep", lambda seconds: received.append("SIGTERM"))
-    decide = Restarts(3, tmp_path, Console(io.StringIO()), received)
-    verdict, again = decide.consider(failed(), Log("OSError: x"))
+
+    def second_failure() -> tuple[Verdict, bool]:
+        decide = Restarts(3, tmp_path, Console(io.StringIO()), received)
+        assert decide.consider(failed(), Log("OSError: x"))[1]  # at once
+        return decide.consider(failed(), Log("OSError: y"))
+
+    verdict, again = second_failure()
     assert (verdict.exit_code, again) == (EXIT_FAILED, False)  # nothing was saved
 
     received.clear()
     monkeypatch.setattr(restarts.store, "resumable", lambda run_dir: run_dir / "checkpoints" / "step-00000005")
-    verdict, again = Restarts(3, tmp_path, Console(io.StringIO()), received).consider(failed(), Log("OSError: x"))
+    verdict, again = second_failure()
     assert (verdict.exit_code, again) == (EXIT_PREEMPTED, False)

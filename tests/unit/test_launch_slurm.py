@@ -1,9 +1,10 @@
 """The script of a SLURM job: what it asks for, what is in it and what is not."""
 
+import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dstune.core.errors import UserError
 from dstune.core.paths import STOP_REASON
 from dstune.launch import records
 from dstune.launch import slurm_job as queued
+from dstune.launch.agents.status import GroupStatus
 from dstune.launch.slurm import job as slurm_job
 from dstune.launch.slurm import jobs as slurm_jobs
 from dstune.launch.slurm import submit as slurm
@@ -110,11 +112,60 @@ def test_variables_are_named_and_their_values_are_not_there():
 def test_ranks_on_each_node():
     assert "--ntasks-per-node=1" in directives(script())
     assert "--ntasks-per-node=3" in directives(script(processes=3, gpus=4))
-    assert " --ntasks-per-node=3 " in script(processes=3)
+    step = next(line for line in script(processes=3, cpus=4, nodes=2).splitlines() if " srun " in line)
+    assert (
+        "--nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=12" in step
+    )  # an agent, with the cores of its ranks
+    assert " 3 dstune.worker" in script(processes=3)
+
+
+def test_spares_are_nodes_of_the_job_and_lost_nodes_do_not_end_it():
+    text = script(nodes=2, spares=1, restarts=3)
+    assert {"--nodes=3", "--no-kill"} <= set(directives(text))
+    assert '"nodes": 2, "expected": 3, "min_nodes": 2, "restarts": 3' in text
+    assert "--no-kill" not in directives(script(nodes=2))
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_each_node_has_a_step_of_its_own_which_ends_with_the_run(tmp_path, monkeypatch, is_over):
+    """A step on a node that has died does not end: then the end of the run is enough."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    group = tmp_path / slurm_job.GROUP_FILE
+    status = json.dumps(asdict(GroupStatus(2, "node1", [], ["node1"], ["node2"], 0, True)))
+    lasts = f"[ $DSTUNE_AGENT_ORDER = 1 ] && exec sleep 60; sleep 0.3; echo '{status}' >{group}" if is_over else ""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/words-$DSTUNE_AGENT_ORDER\n{lasts}\n')
+    for program in ("scontrol", "srun"):
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setattr(slurm_job, "AFTER_SECONDS", 0.3)
+    assert slurm_job.run_agents(tmp_path, ["srun", "--nodes=1", "agent"]) == 0
+    for order in (0, 1):
+        words = (tmp_path / f"words-{order}").read_text()
+        log = tmp_path / "logs" / f"agent-{order}.log"
+        assert words.startswith(f"--nodelist=node{order + 1} --output={log} ")
+        assert words.endswith("--nodes=1 agent\n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        ({"min_nodes": 1, "nodes": 2}, "launch.min_nodes"),
+        ({"spares": 1}, "launch.spares"),
+        ({"min_nodes": 3, "nodes": 2, "restarts": 1}, "launch.min_nodes"),
+        ({"directives": ["--no-kill"]}, "launch.directives"),
+        ({"srun_options": ["--gpus-per-task=1"]}, "launch.srun_options"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(keys, where):
+    assert [problem.where for problem in check_launch(run_config(launch=SlurmConfig(**keys)))] == [where]
+    assert not list(check_launch(run_config(launch=SlurmConfig(nodes=2, min_nodes=1, spares=1, restarts=1))))
 
 
 def test_scripts_call_the_module_and_queued_ones_its_earlier_name():
-    assert script().count('"$python" -m dstune.launch.slurm.job ') == 2
+    assert script().count('"$python" -m dstune.launch.slurm.job ') == 3
     assert queued.main is slurm_job.main
 
 
@@ -122,7 +173,7 @@ def test_containers():
     pyxis = script(container="img.sqsh", container_mounts=["/data", "/a:/b"])
     assert f"--container-mounts=/shared/runs/one:/shared/runs/one,{Path.cwd()}:{Path.cwd()},/data:/data,/a:/b" in pyxis
     assert "--container-image=img.sqsh" in pyxis
-    assert 'python3 -u -m dstune.worker "$run"' in pyxis
+    assert 'python3 -u -m dstune.launch.agents "$run"' in pyxis
     apptainer = script(
         container="i.sif", container_runtime=ContainerRuntime.apptainer, gpus=2, container_mounts=["/data"]
     )

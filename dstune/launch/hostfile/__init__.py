@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.config.convert import format_value
-from dstune.core.errors import Problem
+from dstune.core.errors import Problem, UserError
+from dstune.launch.agents.rules import check_agents, check_nodes
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.on_hosts import OnHosts
 from dstune.protocols import launcher
@@ -16,7 +17,6 @@ from dstune.protocols.launcher import Check
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
     from dstune.launch.console import Console
-    from dstune.launch.remote_commands import RemotePlan
 
 
 @launcher
@@ -29,14 +29,48 @@ class Hostfile(OnHosts):
             fix = "launch.hostfile=hosts, with one `HOST slots=N` a line (launch/hostfile.example)"
             yield Problem("launch.hostfile", "there is no list of hosts", fix, format_value(self.config.hostfile))
         yield from super().check()
+        yield from check_agents(self.config)
 
-    def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
-        from dstune.launch.hostfile.nodes import plan
+    def nodes(self) -> int:
+        return max(1, super().nodes() - self.config.spares)
 
-        return plan(self, run, run_dir, launch_id, console)
+    @property
+    def restarts(self) -> int:
+        return self.config.restarts
+
+    def slots(self) -> dict[str, list[int]]:
+        """The slots of all hosts, spares included. Raises UserError where too few hosts would train."""
+        slots, launch = super().slots(), self.config
+        problems = []
+        if launch.spares >= len(slots):
+            reason = f"{len(slots)} host{'s' * (len(slots) > 1)} are there, and one has to train"
+            problems.append(
+                Problem("launch.spares", reason, "fewer, or more hosts in the hostfile", str(launch.spares))
+            )
+        else:
+            problems += check_nodes(launch, len(slots) - launch.spares, "launch.hostfile without launch.spares")
+        if problems:
+            raise UserError(problems)
+        return slots
+
+    def start(
+        self,
+        run: RunConfig,
+        run_dir: Path,
+        *,
+        console: Console,
+        lock: int | None = None,
+        command: Sequence[str] | None = None,
+        saves: bool = True,
+    ) -> int:
+        import uuid
+
+        from dstune.launch.hostfile.run import run as run_on_hosts
+
+        return run_on_hosts(self, run, run_dir, uuid.uuid4().hex, console, command or ["dstune.worker"], saves=saves)
 
     @classmethod
     def probe(cls, *, needed: bool) -> Iterator[Check]:
         from dstune.launch.checks import programs
 
-        yield programs("hostfile", ("ssh", "pdsh"), "openssh-client pdsh", needed=needed)
+        yield programs("hostfile", ("ssh",), "openssh-client", needed=needed)

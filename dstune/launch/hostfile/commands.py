@@ -1,50 +1,70 @@
-"""DeepSpeed's launcher over pdsh: its command line and environment, a pure function."""
+"""What the agent of each host is told: a pure function."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
+from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID
+from dstune.launch.agents.task import Settings, Task
 from dstune.launch.hostfile.config import HostfileConfig
-from dstune.launch.remote_commands import RemotePlan, path_of, variables_of
+from dstune.launch.remote_commands import path_of, variables_of
+
+OF_OTHER_LAUNCHERS = (LAUNCH_ID, RANK_LOGS, FOLDER, HANDOFF_FILE, GROUP_SECRET)
+"""What ranks get by other ways here: from the agent that starts them."""
 
 
-def pdsh_plan(
+def host_tasks(
     config: RunConfig,
     run_dir: Path,
-    slots: dict[str, list[int]],
+    slots: Mapping[str, Sequence[int]],
     *,
     launch_id: str,
     parent: Mapping[str, str],
-    address: str,
-    port: int,
     on_cpu: bool,
-) -> RemotePlan:
-    """DeepSpeed's launcher over pdsh. address, port: where the ranks meet. on_cpu: the nodes have no GPU."""
+    command: Sequence[str] = ("dstune.worker",),
+    saves: bool = True,
+) -> list[Task]:
+    """The tasks of the hosts in `slots`, the last `launch.spares` of which wait.
+
+    on_cpu: the hosts have no GPU. command: the module that each rank runs, and its arguments before the run directory's.
+
+    Raises:
+        UserError: an unset variable in `launch.export_env`.
+    """
     launch = config.launch
-    assert isinstance(launch, HostfileConfig) and launch.hostfile is not None
-    formatted, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
-    formatted["PATH"] = path_of(parent)
-    argv = [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.runner"),
-        f"--hostfile={Path(launch.hostfile).absolute()}",
-        *([f"--include={launch.include}"] if launch.include else []),
-        *([f"--exclude={launch.exclude}"] if launch.exclude else []),
-        *("--launcher=pdsh", "--force_multi", "--no_ssh_check"),
-        f"--master_addr={address}",
-        f"--master_port={port}",
-        *([f"--ssh_port={launch.port}"] if launch.port else []),
-        *([f"--launcher_args=-l {launch.user}"] if launch.user else []),
-        *("--no_local_rank", "--module", "dstune.worker", str(run_dir.absolute())),
-    ]
-    # The runner puts variables of its own that begin with NCCL, PYTHON and the like on pdsh's command line.
-    own = {name: value for name, value in formatted.items() if not name.startswith("DSTUNE_")}
-    own |= {name: parent[name] for name in ("HOME", "USER", "SSH_AUTH_SOCK") if name in parent}
-    own["PDSH_SSH_ARGS_APPEND"] = (
-        "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+    assert isinstance(launch, HostfileConfig)
+    variables, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
+    secret = handoff["all"][GROUP_SECRET]
+    variables = {**variables, **handoff["all"], "PATH": path_of(parent)}
+    variables = {name: value for name, value in variables.items() if name not in OF_OTHER_LAUNCHERS}
+    nodes = len(slots) - launch.spares
+    settings = Settings(
+        nodes=nodes,
+        expected=len(slots),
+        min_nodes=launch.min_nodes or nodes,
+        restarts=launch.restarts,
+        silence_seconds=launch.silence_seconds,
+        grace_seconds=launch.grace_seconds,
+        interface=launch.interface,
+        signals=list(config.run.signals),
+        saves=saves,
     )
-    # No blank lines and no comments: either is an error to DeepSpeed.
-    listing = "".join(f"{name}={value}\n" for name, value in sorted(formatted.items()) if value)
-    return RemotePlan(tuple(argv), own, {".deepspeed_env": listing}, handoff, slots)
+    return [
+        Task(
+            run_dir=str(run_dir.absolute()),
+            command=list(command) if len(command) > 1 else [*command, str(run_dir.absolute())],
+            settings=settings,
+            node=host,
+            order=order,
+            ranks=len(numbers),
+            launch=launch_id,
+            secret=secret,
+            variables=variables | ({} if on_cpu else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}),
+            first_variables=handoff.get("first", {}),
+            folder=str(Path.cwd()),
+        )
+        for order, (host, numbers) in enumerate(slots.items())
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,15 +14,28 @@ from dstune.launch import records
 from dstune.launch.console import Console
 from dstune.launch.verdict import Verdict
 
-FIRST_WAIT_SECONDS = 5.0
+SECOND_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 300.0
-"""Each wait is twice the one before: what broke a node or a file system takes a while to pass."""
+"""The first restart waits for nothing: most often a process has died. Then each wait is twice the one before: what broke a node
+or a file system takes a while to pass."""
 
 
 class HasLog(Protocol):
     """What is needed of a launch that ended."""
 
     def last_lines(self, rank: int, count: int = ...) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows an attempt."""
+
+    verdict: Verdict
+    """Why it ended, with the diagnosis where failures repeat."""
+    wait: float | None = None
+    """Seconds until the next attempt starts; None if there is none."""
+    checkpoint: Path | None = None
+    """What the next attempt continues from."""
 
 
 class Restarts:
@@ -34,36 +47,47 @@ class Restarts:
 
     def consider(self, verdict: Verdict, launch: HasLog) -> tuple[Verdict, bool]:
         """The verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
+        decision = self.decide(verdict, launch)
+        if decision.wait is None:
+            return decision.verdict, False
+        deadline = time.monotonic() + decision.wait
+        while time.monotonic() < deadline:
+            if self._received:
+                if decision.checkpoint is None:
+                    return verdict, False
+                return Verdict(EXIT_PREEMPTED, f"received {self._received[0]} while waiting to start again"), False
+            time.sleep(0.1)
+        return verdict, True
+
+    def decide(self, verdict: Verdict, launch: HasLog, *, is_external: bool = False) -> Decision:
+        """Decide whether an attempt that ended is followed by another one, say so, and return at once.
+
+        is_external: the run itself did not cause the failure (a node was lost), so it may come twice at the same step.
+        """
         if verdict.exit_code != EXIT_FAILED or self._received or not self._allowed:
-            return verdict, False
+            return Decision(verdict)
         # A run with a stage before its own has its progress in a folder of that stage until it is done.
         before = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
         stages = [records.read_metrics(folder).last for folder in (*before, self._run_dir)]
         step = int(next((row["step"] for row in reversed(stages) if "step" in row), 0))
         failure = (cause(verdict, launch), step)
-        if failure in self._failures:
+        if failure in self._failures and not is_external:
             reason = f"{verdict.reason}; the same failure came twice after step {step}, so another start would not help"
-            return replace(verdict, reason=f"{reason}: {failure[0]}"), False
+            return Decision(replace(verdict, reason=f"{reason}: {failure[0]}"))
         self._failures.append(failure)
         number = len(self._failures)
         if number > self._allowed:
             tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
-            return replace(verdict, reason=f"{verdict.reason}; {tried}"), False
-        wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (number - 1))
+            return Decision(replace(verdict, reason=f"{verdict.reason}; {tried}"))
+        wait = 0.0 if number == 1 else min(LONGEST_WAIT_SECONDS, SECOND_WAIT_SECONDS * 2 ** (number - 2))
         checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(before)))), None)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
+        when = f" in {wait:.0f} s" if wait else ""
         self._console.message(
-            f"dstune: {verdict.reason} after step {step} ({failure[0]}); starting again {start} in {wait:.0f} s "
+            f"dstune: {verdict.reason} after step {step} ({failure[0]}); starting again {start}{when} "
             f"({number} of {self._allowed} restarts)"
         )
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline:
-            if self._received:
-                if checkpoint is None:
-                    return verdict, False
-                return Verdict(EXIT_PREEMPTED, f"received {self._received[0]} while waiting to start again"), False
-            time.sleep(0.1)
-        return verdict, True
+        return Decision(verdict, wait, checkpoint)
 
 
 def cause(verdict: Verdict, launch: HasLog) -> str:

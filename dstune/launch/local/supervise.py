@@ -15,9 +15,12 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from dstune.config.schema import RunConfig
 from dstune.core import files
@@ -27,11 +30,13 @@ from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, STORE
 from dstune.launch import attempt, records
 from dstune.launch.commands import LaunchPlan
 from dstune.launch.console import Console, copy
+from dstune.launch.local import warm
 from dstune.launch.local.config import LocalConfig
 from dstune.launch.local.restarts import Restarts
 from dstune.launch.processes import Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
+from dstune.protocols import method_of
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
@@ -60,10 +65,14 @@ def run(
         UserError: the ranks found the user's mistake.
     """
     grace = launch.grace_seconds
-    with caught_signals(config.run.signals) as received:
+    imports = ("peft",) if method_of(config.method).adapter else ()
+    with (
+        caught_signals(config.run.signals) as received,
+        warm.fork_server(launch, imports, console.message) as server,
+    ):
         restarts = Restarts(launch.restarts, run_dir, console, received)
         while True:
-            attempted = Launch(plan, run_dir, grace, console, received, lock, saves)
+            attempted = Launch(plan, run_dir, grace, console, received, lock, saves, server)
             verdict = attempted.run()
             if verdict.exit_code == EXIT_DONE and records.read_result(run_dir) is None:
                 verdict = Verdict(EXIT_FAILED, "the ranks ended without a result", attempted.ended[0])
@@ -76,12 +85,20 @@ def run(
             console.message(f"dstune: the result cannot be written: {error}")
             if verdict.exit_code == EXIT_DONE:
                 verdict = Verdict(EXIT_FAILED, "the run directory cannot be written to")
-    attempt.explain(run_dir, verdict, console, dict(enumerate(attempted.log_starts)))
+    attempt.explain(run_dir, verdict, console, attempted.log_starts)
     return verdict.exit_code
 
 
 class Launch:
-    """One start of all ranks, from the first process to the last one's end."""
+    """One start of the ranks of this machine, from the first process to the last one's end.
+
+    Here they are all ranks of the run; `dstune.launch.agents.ranks` starts those of one node among several.
+    """
+
+    first_rank = 0
+    """Number of the first rank on this machine."""
+    ends_others = False
+    """Set from another thread when a rank or node elsewhere is gone: the ranks here wait for it in vain."""
 
     def __init__(
         self,
@@ -92,7 +109,9 @@ class Launch:
         received: list[str],
         lock: int | None,
         saves: bool = True,
+        server: warm.ForkServer | None = None,
     ):
+        """server: what forks the ranks; None for processes that import everything themselves."""
         self.id = uuid.uuid4().hex
         self.plan = plan
         self.run_dir = run_dir
@@ -102,16 +121,26 @@ class Launch:
         self.received = received
         self.lock = lock
         self.saves = saves
-        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.server = server
+        self.ranks: list[subprocess.Popen[bytes] | warm.ForkedProcess] = []
         self.ended: list[Ended] = []
         self.errors: dict[int, DstuneError] = {}
-        self.log_starts: list[int] = []
+        self.log_starts: dict[int, int] = {}
         self.stop_signal: str | None = None
         self.forced = False
         self.stopped: set[int] = set()
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run on all machines."""
+        return self.plan.size
+
     def run(self) -> Verdict:
         records.begin(self.run_dir, self.id, self.plan.size)
+        return self.run_ranks()
+
+    def run_ranks(self) -> Verdict:
+        """Start the ranks of this machine, wait until all of them have ended, and judge how they did."""
         self._forget_signal()
         with ExitStack() as stack:
             stack.callback(self._forget_signal)
@@ -123,36 +152,39 @@ class Launch:
                 self._kill()
                 raise
             self._end_leftovers()  # whoever else holds rank 0's output open has ended now
-            output.join(timeout=5.0)
+            if output is not None:
+                output.join(timeout=5.0)
         self.console.close()
-        self.errors = attempt.read_errors(self.run_dir, self.plan.size)
+        self.errors = attempt.read_errors(self.run_dir, self.world_size)
         return judge(self.ended, self.errors, self.stop_signal, self.forced, self.stopped)
 
     def _forget_signal(self) -> None:
         with contextlib.suppress(OSError):  # the directory may have become read-only, which is not what is to be told
             (self.logs / SIGNAL_FILE).unlink()
 
-    def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread:
+    def variables(self, stack: ExitStack) -> dict[str, str]:
+        """Return what all ranks of this start share: its mark, where they meet, and what proves that they belong to it."""
+        # mkdtemp's mode is 0700: nobody else can take a rank's place, or read who is there.
+        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
+        return {LAUNCH_ID: self.id, STORE: str(Path(meeting) / "store"), GROUP_SECRET: secrets.token_hex(32)}
+
+    def shows_output(self, rank: int) -> bool:
+        """Whether the output of `rank` goes to the console too."""
+        return rank == 0
+
+    def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread | None:
         """Start every rank; returns the thread that passes rank 0's output on."""
         self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
         output: threading.Thread | None = None
-        # mkdtemp's mode is 0700: nobody else can take a rank's place, or read who is there.
-        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
-        own = {LAUNCH_ID: self.id, STORE: str(Path(meeting) / "store"), GROUP_SECRET: secrets.token_hex(32)}
-        for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True)):
+        own = self.variables(stack)
+        for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True), self.first_rank):
             log = stack.enter_context(files.append(self._log_path(rank)))
             started = datetime.now().astimezone().isoformat(timespec="seconds")
-            log.write(f"=== rank {rank} of {self.plan.size} on {socket.gethostname()}, {started} ===\n".encode())
+            log.write(f"=== rank {rank} of {self.world_size} on {socket.gethostname()}, {started} ===\n".encode())
             log.flush()
-            self.log_starts.append(log.tell())
-            process = subprocess.Popen(
-                argv,
-                env={**env, **own},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if rank == 0 else log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self.log_starts[rank] = log.tell()
+            stdout = None if self.shows_output(rank) else log
+            process = self._start_rank(argv, {**env, **own}, stdout, log)
             self.ranks.append(process)
             guard.watch(process.pid)
             if process.stdout is not None:
@@ -160,13 +192,29 @@ class Launch:
                 arguments = (process.stdout.fileno(), self.console, log)
                 output = threading.Thread(target=copy, args=arguments, name="output of rank 0", daemon=True)
                 output.start()
-        assert output is not None
         return output
+
+    def _start_rank(
+        self, argv: Sequence[str], env: Mapping[str, str], stdout: IO[bytes] | None, stderr: IO[bytes]
+    ) -> subprocess.Popen[bytes] | warm.ForkedProcess:
+        """stdout: None for a pipe."""
+        if self.server is not None:
+            asked = partial(bool, self.received)
+            if forked := self.server.start(argv, env, stdout=stdout, stderr=stderr, interrupted=asked):
+                return forked
+        return subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if stdout is None else stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
 
     def _watch(self) -> None:
         while len(self.ended) < len(self.ranks):
             self._obey_signals()
-            if self._note_ends():
+            if self._note_ends() or self.ends_others:
                 self._end_others()
                 return
             time.sleep(POLL_SECONDS)
@@ -191,9 +239,9 @@ class Launch:
         """Record ranks that ended since the last look; whether one of them ended badly."""
         known = {end.rank for end in self.ended}
         new = [
-            Ended(rank, process.returncode, len(self.ended), signalled_to_end)
-            for rank, process in enumerate(self.ranks)
-            if rank not in known and process.poll() is not None
+            Ended(rank, code, len(self.ended), signalled_to_end)
+            for rank, process in enumerate(self.ranks, self.first_rank)
+            if rank not in known and (code := process.poll()) is not None
         ]
         self.ended += new
         return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new)
@@ -201,7 +249,7 @@ class Launch:
     def _end_others(self) -> None:
         """A rank died: the others wait for it in a collective. They get a moment for their last words, then SIGKILL."""
         self._note_ends()
-        if any(isinstance(error, Stalled) for error in attempt.read_errors(self.run_dir, self.plan.size).values()):
+        if any(isinstance(error, Stalled) for error in attempt.read_errors(self.run_dir, self.world_size).values()):
             self._ask_for_stacks()
             self._kill()  # they wait for each other: none of them ends by itself
             return
@@ -218,7 +266,7 @@ class Launch:
 
     def _ask_for_stacks(self) -> None:
         """A rank stalled: the others print where they are (`trainer/callbacks/watchdog.py`), one that was stopped too."""
-        for rank, process in enumerate(self.ranks):
+        for rank, process in enumerate(self.ranks, self.first_rank):
             if process.poll() is None:
                 process.send_signal(signal.SIGQUIT)
                 if is_stopped(process.pid):
@@ -233,7 +281,8 @@ class Launch:
         while any(process.poll() is None for process in self.ranks) and time.monotonic() < deadline:
             time.sleep(0.01)
         self._note_ends(signalled_to_end=True)
-        for rank in {*range(len(self.ranks))} - {end.rank for end in self.ended}:  # stuck in the kernel
+        started = range(self.first_rank, self.first_rank + len(self.ranks))
+        for rank in {*started} - {end.rank for end in self.ended}:  # stuck in the kernel
             self.ended.append(Ended(rank, -signal.SIGKILL, len(self.ended), signalled_to_end=True))
 
     def _end_leftovers(self) -> None:

@@ -40,6 +40,10 @@ class OpenMpi(OnHosts):
                 "launch.processes", reason, "leave it out, or change the slots", format_value(launch.processes)
             )
 
+    @property
+    def restarts(self) -> int:
+        return self.config.restarts
+
     def slots(self) -> dict[str, list[int]]:
         found = super().slots()
         for host, own in found.items():

@@ -47,4 +47,4 @@ def mpirun_plan(
     env["PATH"] = path_of(parent)
     if as_root:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return RemotePlan(tuple(argv), env, {}, handoff, slots)
+    return RemotePlan(tuple(argv), env, handoff, slots)

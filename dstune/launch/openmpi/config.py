@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from dstune.config.fields import setting
 from dstune.launch.on_hosts_config import OnHostsConfig
@@ -12,7 +13,13 @@ from dstune.launch.on_hosts_config import OnHostsConfig
 class OpenMpiConfig(OnHostsConfig):
     """Ranks started by Open MPI's mpirun, on this machine or on the hosts of a file."""
 
+    absent_keys = MappingProxyType(
+        dict.fromkeys(("min_nodes", "spares"), "mpirun ends with the first host that it loses")
+    )
     name: str = "openmpi"
+    restarts: int = setting(0, at_least=0)
+    """How often mpirun is started again after a failure, on the same hosts; the same failure at the same step twice ends
+    the run."""
     processes: int | None = setting(None, at_least=1)
     """Ranks on this machine; every GPU when not given, else two. With a hostfile its slots are the ranks."""
     hostfile: str | None = setting(None, signed=True)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 from dstune.launch.commands import count_cores, count_gpus
 from dstune.launch.console import Console
@@ -70,7 +71,7 @@ def mpirun_path(mpirun: str) -> str:
         fix = "launch.mpirun=/path/to/mpirun of Open MPI; other MPIs: mpiexec -n N dstune train ..."
         raise UserError(Problem("launch.mpirun", f"this is not Open MPI's ({first})", fix, program))
     code = "from mpi4py import rc; rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
-    library = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    library = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
     if library.returncode != 0:
         last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
         fix = "pip install 'dstune[mpi]', with the MPI that mpirun is of"

@@ -36,6 +36,10 @@ class Slurm(Launcher):
     def waits(self) -> bool:
         return self.config.wait
 
+    @property
+    def restarts(self) -> int:
+        return self.config.restarts
+
     def nodes(self) -> int:
         return self.config.nodes
 

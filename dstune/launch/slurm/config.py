@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dstune.config.fields import setting
-from dstune.protocols.launcher import LaunchConfig
+from dstune.launch.agents.config import AgentsConfig
 
 
 class ContainerRuntime(Enum):
@@ -15,12 +15,12 @@ class ContainerRuntime(Enum):
 
 
 @dataclass(frozen=True)
-class SlurmConfig(LaunchConfig):
+class SlurmConfig(AgentsConfig):
     """A SLURM job, whose script is kept in the run directory."""
 
     name: str = "slurm"
     nodes: int = setting(1, at_least=1)
-    """Nodes of the job."""
+    """Nodes that train; `launch.spares` further ones wait."""
     processes: int | None = setting(None, at_least=1)
     """Ranks on each node; `launch.gpus` when not given, else 1."""
     gpus: int = setting(0, at_least=0)
@@ -61,6 +61,8 @@ class SlurmConfig(LaunchConfig):
     """Further options of srun, such as [--cpu-bind=cores]."""
     interface: str | None = None
     """Network interface that the ranks talk over, such as ib0; the one of the node's name when not given."""
+    grace_seconds: float = setting(10.0, above=0.0)
+    """How long the other ranks may take to end after one of them died; then they are killed."""
     wait: bool = True
     """Show rank 0's output and wait for the end; else return once the job is submitted (`dstune status`, `dstune cancel`)."""
 

@@ -1,12 +1,14 @@
 """What the script of a SLURM job does before and after its ranks, on the job's first node:
-`python -m dstune.launch.slurm.job begin|end RUN_DIR [CODE]`.
+`python -m dstune.launch.slurm.job begin|end RUN_DIR [CODE]`; `... run RUN_DIR COMMAND ...` waits for its agents.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,15 +17,59 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.core.paths import STOP_REASON
 from dstune.core.rendezvous import leave_secret
 from dstune.launch import attempt, records
+from dstune.launch.agents import ORDER
+from dstune.launch.agents.status import GROUP_FILE, read_group
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
+
+AFTER_SECONDS = 15.0
+"""How long srun may take to end after the run is over."""
 
 
 def main(argv: Sequence[str]) -> int:
     action, folder, *rest = argv
     if action == "begin":
         return begin(Path(folder), os.environ["SLURM_JOB_ID"])
+    if action == "run":
+        return run_agents(Path(folder), rest)
     return end(Path(folder), int(rest[0]))
+
+
+def run_agents(run_dir: Path, command: Sequence[str]) -> int:
+    """Run an agent on each node of the job until all have ended, or until some time after the run is over: srun waits for a
+    node that has died until SLURM notices, which takes minutes.
+
+    command: srun, its options for one node, and the agent's command. Each node has a step of its own, since srun ends a step on
+    all nodes when one of them comes back without it, whatever `--no-kill` says. Returns the worst exit code.
+    """
+    (run_dir / GROUP_FILE).unlink(missing_ok=True)
+    srun, *words = command
+    hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    nodes = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()
+    steps = []
+    for order, node in enumerate(nodes):
+        log = run_dir.absolute() / "logs" / f"agent-{order}.log"
+        options = [f"--nodelist={node}", f"--output={log}", "--open-mode=append"]
+        environment = {**os.environ, ORDER: str(order)}
+        steps.append(subprocess.Popen([srun, *options, *words], stdin=subprocess.DEVNULL, env=environment))
+    deadline: float | None = None
+    while any(step.poll() is None for step in steps):
+        if deadline is None and (group := read_group(run_dir)) is not None and group.is_over:
+            deadline = time.monotonic() + AFTER_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            _end(steps)
+        time.sleep(0.2)
+    worst = max((step.returncode if step.returncode >= 0 else 128 - step.returncode for step in steps), default=0)
+    return 0 if deadline is not None else worst
+
+
+def _end(steps: Sequence[subprocess.Popen[bytes]]) -> None:
+    for ask in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for step in steps:
+            ask(step)
+        until = time.monotonic() + AFTER_SECONDS
+        while any(step.poll() is None for step in steps) and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def begin(run_dir: Path, job: str) -> int:

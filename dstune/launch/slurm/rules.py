@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dstune.config.convert import format_value
 from dstune.config.launch_rules import quote_problems
 from dstune.core.errors import Problem
+from dstune.launch.agents.rules import check_agents, check_nodes
 from dstune.launch.slurm.config import SlurmConfig
 
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)")
@@ -15,6 +16,7 @@ TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}|UNLIMITED|INFINITE)")
 OWNED = {
     "nodes": "launch.nodes",
     "ntasks-per-node": "launch.processes",
+    "no-kill": "launch.min_nodes",
     "ntasks": "launch.processes",
     "gres": "launch.gpus",
     "cpus-per-task": "launch.cpus",
@@ -34,6 +36,11 @@ OWNED = {
     "array": "sweeps",
 }
 """Options of sbatch that the script sets itself, and what decides them."""
+OF_TASKS = {
+    *("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "cpus-per-task", "gpus-per-task", "gpu-bind"),
+    *("kill-on-bad-exit", "wait", "output", "error"),
+}
+"""Options of srun that the script sets itself, or that would give an agent a part of its node."""
 
 
 def check(launch: SlurmConfig) -> Iterator[Problem]:
@@ -42,6 +49,8 @@ def check(launch: SlurmConfig) -> Iterator[Problem]:
     if launch.gpus and launch.processes and launch.processes > launch.gpus:
         reason = f"every rank needs a GPU of its own, and launch.gpus={launch.gpus}"
         yield Problem("launch.processes", reason, f"launch.processes={launch.gpus}", str(launch.processes))
+    yield from check_agents(launch)
+    yield from check_nodes(launch, launch.nodes, "launch.nodes")
     if launch.chain > 1 and launch.requeue:
         reason = "a chain is for clusters that forbid requeueing: a job that is requeued continues by itself"
         yield Problem("launch.chain", reason, "launch.requeue=false with it, or launch.chain=1", str(launch.chain))
@@ -55,6 +64,12 @@ def check(launch: SlurmConfig) -> Iterator[Problem]:
             yield Problem("launch.directives", reason, "for example [--exclusive]", format_value(text))
         elif name in OWNED:
             yield Problem("launch.directives", f"{OWNED[name]} decides this", "leave it out here", format_value(text))
+    for text in launch.srun_options:
+        name = text.removeprefix("--").partition("=")[0].split(" ")[0]
+        if name in OF_TASKS:
+            reason = "srun starts one agent on each node, which starts the ranks: it has no task for each rank"
+            fix = "leave it out; launch.processes, launch.gpus and launch.cpus are about ranks"
+            yield Problem("launch.srun_options", reason, fix, format_value(text))
     for key in ("partition", "account", "qos", "constraint", "memory", "container", "interface"):
         value = getattr(launch, key)
         if value is not None and (not value.strip() or "\n" in value):

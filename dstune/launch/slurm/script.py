@@ -5,6 +5,7 @@ The script stays in the run directory. It can be read, and submitted by hand: a 
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -12,8 +13,10 @@ from pathlib import Path
 
 from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
+from dstune.core.child_python import python_path
 from dstune.core.errors import Problem, UserError
-from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables, python_path
+from dstune.launch.agents.task import Settings
+from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
@@ -54,10 +57,9 @@ def job_script(
         f"[[ $code -eq {NOTHING_LEFT} ]] && exit 0  # an earlier job of the chain has ended the run",
         "[[ $code -eq 0 ]] || exit $code",
         "",
-        "# One log for each rank. When one rank dies, the others are ended.",
-        f"srun {' '.join(_srun(launch))} \\",
-        '  --output="$run/logs/rank-%t.log" --open-mode=append \\',
-        f"  {' '.join(_rank(launch, run, module))}",
+        "# An agent on each node starts the ranks of the node, and restarts them together with those of the others.",
+        f'"$python" -m dstune.launch.slurm.job run "$run" srun {" ".join(_srun(launch))} \\',
+        f"  {' '.join(_agent(config, launch, run, module))}",
         "code=$?",
         "",
         '"$python" -m dstune.launch.slurm.job end "$run" $code; code=$?',
@@ -75,7 +77,7 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
     log = str(run / "logs" / "slurm-%j.log")
     found = [
         f"--job-name={_quoted(config.run.name)}",
-        f"--nodes={launch.nodes}",
+        f"--nodes={launch.nodes + launch.spares}",
         f"--ntasks-per-node={launch.ranks_per_node}",
     ]
     valued = {
@@ -95,6 +97,9 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
         # To the ranks, which save and leave.
         f"--signal=USR1@{launch.signal_seconds}",
         "--requeue" if launch.requeue else "--no-requeue",
+        *(
+            ["--no-kill"] if launch.restarts and launch.nodes + launch.spares > 1 else []
+        ),  # the agents see to lost nodes
         f"--export={','.join(names) or 'NIL'}",
     ]
     return found + launch.directives
@@ -114,18 +119,32 @@ def _variables(launch: SlurmConfig, run: Path, names: list[str], parent_env: Map
 
 def _srun(launch: SlurmConfig) -> list[str]:
     words = [
-        f"--nodes={launch.nodes}",
-        f"--ntasks-per-node={launch.ranks_per_node}",
+        "--nodes=1",
+        "--ntasks=1",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={(launch.cpus or 1) * launch.ranks_per_node}",
         "--export=ALL",  # what this script sets too, not the names above alone
-        "--kill-on-bad-exit=1",
     ]
-    if launch.cpus:
-        words.append(f"--cpus-per-task={launch.cpus}")  # sbatch's is not passed on since SLURM 22.05
     return words + [shlex.quote(option) for option in launch.srun_options]
 
 
-def _rank(launch: SlurmConfig, run: Path, module: str) -> list[str]:
-    worker = ["-u", "-m", module, '"$run"']
+def settings_of(config: RunConfig, launch: SlurmConfig) -> Settings:
+    return Settings(
+        nodes=launch.nodes,
+        expected=launch.nodes + launch.spares,
+        min_nodes=launch.min_nodes or launch.nodes,
+        restarts=launch.restarts,
+        silence_seconds=launch.silence_seconds,
+        grace_seconds=launch.grace_seconds,
+        requeues=launch.requeue,
+        interface=launch.interface,
+        signals=sorted({*config.run.signals, "SIGUSR1"}),
+    )
+
+
+def _agent(config: RunConfig, launch: SlurmConfig, run: Path, module: str) -> list[str]:
+    settings = shlex.quote(json.dumps(settings_of(config, launch).to_json()))
+    worker = ["-u", "-m", "dstune.launch.agents", '"$run"', settings, str(launch.ranks_per_node), module]
     if launch.container is None:
         return ['"$python"', *worker]
     mounts = [str(run), str(Path.cwd()), *launch.container_mounts]

@@ -14,6 +14,7 @@ from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.paths import STOP_FILE
 from dstune.launch import attempt, records
+from dstune.launch.agents.leader import MESSAGES
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.commands import inherited
 from dstune.launch.console import Console
@@ -45,13 +46,14 @@ def run(
     size = launch.size
     starts = {rank: attempt.size(log_path(run_dir, rank)) for rank in range(size)}
     follower = Follower(log_path(run_dir, 0), console)
+    events = Follower(run_dir / "logs" / MESSAGES, console)
     jobs = submit(config, launch, run_dir, module)
     many = f"jobs {', '.join(jobs)}" if len(jobs) > 1 else f"job {jobs[0]}"
     console.stage(f"submitted {many}: {launch.nodes} node(s) x {launch.ranks_per_node} rank(s), {run_dir / SCRIPT}")
     if not launch.wait:
         console.message(f"dstune: look with `dstune status {run_dir}`, stop with `dstune cancel {run_dir}`")
         return EXIT_DONE
-    verdict = wait(jobs, run_dir, size, follower, console)
+    verdict = wait(jobs, run_dir, size, [events, follower], console)
     if verdict is None:
         return EXIT_DONE
     attempt.record(run_dir, verdict, size)
@@ -88,13 +90,16 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
     return jobs
 
 
-def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, console: Console) -> Verdict | None:
+def wait(
+    jobs: Sequence[str], run_dir: Path, size: int, followers: Sequence[Follower], console: Console
+) -> Verdict | None:
     """Until the last job is over. None where the terminal went away: the jobs do not need this process."""
     report, changed, requested, over = "", time.monotonic(), 0.0, ""
     with caught_signals() as received:
         answered = 0
         while not over:
-            follower.look()
+            for follower in followers:
+                follower.look()
             if "SIGHUP" in received:
                 return None
             if len(received) > answered:
@@ -119,7 +124,8 @@ def wait(jobs: Sequence[str], run_dir: Path, size: int, follower: Follower, cons
     deadline = time.monotonic() + SHARED_SECONDS
     while not records.result_path(run_dir).exists() and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
-    follower.end()
+    for follower in followers:
+        follower.end()
     return _judge(run_dir, size, over, jobs, received)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from dstune.config.fields import setting
 from dstune.protocols.launcher import LaunchConfig
@@ -12,6 +13,12 @@ from dstune.protocols.launcher import LaunchConfig
 class SparkConfig(LaunchConfig):
     """Ranks in the tasks of a barrier stage of Apache Spark."""
 
+    absent_keys = MappingProxyType(
+        dict.fromkeys(
+            ("restarts", "min_nodes", "spares"),
+            "Spark itself starts the ranks again where it loses a task (spark.stage.maxConsecutiveAttempts), on as many as before",
+        )
+    )
     name: str = "spark"
     processes: int | None = setting(None, at_least=1)
     """Ranks, each a task; as many as Spark runs at once when not given."""

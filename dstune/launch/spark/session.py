@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dstune.core.child_python import SAFE_PATH
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.launch.console import Console
 from dstune.launch.spark.config import SparkConfig
@@ -75,6 +76,7 @@ def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
     if (master := master_of(launch)) is not None:
         builder = builder.master(master)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.update(SAFE_PATH)  # of the Python that Spark starts for its tasks
     try:
         session = builder.getOrCreate()
     except Exception as error:  # of Java, py4j or pyspark

@@ -1,0 +1,128 @@
+"""The process of a node: `python -m dstune.launch.agents`, started by SLURM's srun or over ssh.
+
+    ... -m dstune.launch.agents RUN_DIR SETTINGS RANKS MODULE [ARGUMENT ...]   in a step of a SLURM job
+    ... -m dstune.launch.agents                                               a task on standard input, which stays open
+
+It starts the agent, and starts it again when it is killed. Without standard input's other end, the agent ends its ranks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from dstune.config.schema import PREEMPTION_SIGNALS
+from dstune.core import files
+from dstune.core.lease import Lease, new_holder
+from dstune.core.rendezvous import SECRET_FILE
+from dstune.launch.agents import AGENT, ORDER
+from dstune.launch.agents.agent import Agent
+from dstune.launch.agents.task import Settings, Task, task_of
+from dstune.launch.verdict import how
+
+POLL_SECONDS = 0.2
+STARTS, PER_SECONDS = 5, 30.0
+"""An agent that is killed so often in so long a time is not started again."""
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv:
+        return keep(task_in_step(argv))
+    line = sys.stdin.buffer.readline()
+    task = task_of(json.loads(line))
+    dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
+    print("ready", flush=True)
+    return keep(task, standard_input=sys.stdin.fileno(), dead_holder=dead_holder)
+
+
+def task_in_step(argv: Sequence[str]) -> Task:
+    """The task of an agent that srun started; each node of the step has one."""
+    run_dir, settings, ranks, *command = argv
+    secret = files.read_own(Path(run_dir) / SECRET_FILE).decode()
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    order = int(os.environ.get(ORDER, "0"))
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    launch = ".".join(os.environ.get(name, "0") for name in names)
+    return Task(run_dir, [*command, run_dir], Settings(**json.loads(settings)), node, order, int(ranks), launch, secret)
+
+
+def end_earlier(task: Task, mark: str) -> str:
+    """End the agent of this node that an earlier connection started, and its ranks: it has not noticed that the network broke.
+
+    Returns its identity as the holder of the lease, if it is that.
+    """
+    for process in psutil.process_iter() if mark else ():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(AGENT) == mark:
+                process.kill()
+    lease = Lease(Path(task.run_dir))
+    record = lease.read(lease.newest())
+    return record.holder if mark and record and (record.launch, record.node) == (task.launch, task.node) else ""
+
+
+def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -> int:
+    """Run an agent until it ends by itself. standard_input: when it is closed, the agent leaves."""
+    if task.folder is not None:
+        os.chdir(task.folder)
+    holder, starts, is_leaving = new_holder(), [time.monotonic()], False
+    for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
+        signal.signal(signal.Signals[name], signal.SIG_IGN)  # they are the agent's, which a queue signals too
+    child = _fork(task, holder, dead_holder)
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0 or is_leaving:
+                return code
+            starts = [start for start in starts if time.monotonic() - start < PER_SECONDS]
+            print(f"dstune: the agent of {task.node} {how(code)}", flush=True)
+            if len(starts) >= STARTS:
+                return 1
+            starts.append(time.monotonic())
+            child = _fork(task, holder, dead_holder)
+        if standard_input is not None and not is_leaving:
+            poll = select.poll()
+            poll.register(standard_input, select.POLLIN)
+            if poll.poll(1000 * POLL_SECONDS) and not os.read(standard_input, 4096):
+                is_leaving = True
+                os.kill(child, signal.SIGHUP)
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _fork(task: Task, holder: str, dead_holder: str) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
+            signal.signal(signal.Signals[name], signal.SIG_DFL)  # one that is ignored would not be caught
+        Agent(task, holder, dead_holder).run()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,272 @@
+"""The agent of one node: starts the node's ranks when the leader says so, ends them when the leader is gone, and becomes the
+leader where nobody else holds the lease."""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.core.errors import DstuneError
+from dstune.core.lease import Lease, LeaseRecord
+from dstune.core.rendezvous import own_address
+from dstune.launch.agents.leader import BEAT_SECONDS, MESSAGES, PAUSE_SECONDS, Leader, LeaseKeeper
+from dstune.launch.agents.ranks import NodeLaunch
+from dstune.launch.agents.task import Task
+from dstune.launch.agents.wire import Link, Message, connect
+from dstune.launch.console import Console
+from dstune.launch.processes import end_all
+from dstune.launch.signals import caught_signals
+
+POLL_SECONDS = 0.05
+CONNECT_SECONDS = 3.0
+RETRY_SECONDS = 0.5
+"""Between two attempts to reach the leader."""
+LEAVING_SECONDS = 5.0
+"""How long the leader waits for the other agents to hear that the run is over."""
+DOUBT_SECONDS = 3 * BEAT_SECONDS
+"""After so long a silence of the leader, an agent looks at the lease too, so as to know how long that has not changed."""
+TURN_SECONDS = 2.0
+"""By so much later than the node before it, a node takes a lease that nobody holds."""
+
+
+class Agent:
+    """One node of a run.
+
+    holder: identity of the process that starts this agent again when it is killed. dead_holder: identity of one that is known
+    to have ended, whose lease this agent may take at once.
+    """
+
+    def __init__(self, task: Task, holder: str, dead_holder: str = ""):
+        self.task, self.holder, self._dead_holder = task, holder, dead_holder
+        self.run_dir = Path(task.run_dir)
+        self.lease = Lease(self.run_dir)
+        self.leader: Leader | None = None
+        self.is_over = False
+        self.silence_seconds = task.settings.silence_seconds
+        self._link: Link | None = None
+        self._heard = self._beaten = 0.0
+        self._ticked = time.monotonic()
+        self._tried = 0.0
+        self._launch: NodeLaunch | None = None
+        self._thread: threading.Thread | None = None
+        self._generation = 0
+        self._has_told_failure = False
+        self._stops: list[str] = []
+        """Requests to stop for the ranks that run now."""
+        self._seen: tuple[int, LeaseRecord | None] = (-1, None)
+        self._seen_since = self._ticked
+        self._signals_told = 0
+
+    # -- the life of an agent -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Take part until the run is over, or this node is told to leave (SIGHUP)."""
+        self._end_predecessors()
+        with caught_signals(self.task.settings.signals) as received:
+            while not self.is_over and "SIGHUP" not in received:
+                self.tick(time.monotonic(), received)
+                self._wait()
+        self._end_ranks(now=True)
+        if self.leader is not None:
+            if self.leader.outcome is not None:
+                self._say_goodbye(self.leader)
+            else:
+                self.leader.keeper.release()
+            self.leader.close()
+        elif self._link is not None:
+            self._link.close("it has left")
+
+    def tick(self, now: float, received: Sequence[str] = ()) -> None:
+        """Do what is due. received: names of signals, filled by a handler."""
+        if (
+            now - self._ticked > PAUSE_SECONDS
+        ):  # this process was stopped: what others said meanwhile is still to be read
+            self._heard += now - self._ticked
+        self._ticked = now
+        if self.leader is not None:
+            self.leader.tick(now)
+            if self.leader.is_deposed:
+                self.leader = None
+        link = self._link
+        is_doubtful = link is None or not link.is_proven or now - self._heard > DOUBT_SECONDS
+        if is_doubtful and self.leader is None and now - self._tried >= RETRY_SECONDS:
+            self._tried = now
+            self._look_for_leader(now)
+        if self._link is not None:
+            self._hear(self._link, now, received)
+        self._report()
+
+    def _wait(self) -> None:
+        sockets: list[Any] = [] if self._link is None or self._link.closed else [self._link]
+        sockets += [] if self.leader is None else self.leader.sockets()
+        poll = select.poll()
+        for sock in sockets:
+            with suppress(OSError, ValueError):
+                poll.register(sock.fileno(), select.POLLIN)
+        poll.poll(1000 * POLL_SECONDS)
+
+    # -- the leader ---------------------------------------------------------------------------------------------------
+
+    def _hear(self, link: Link, now: float, received: Sequence[str]) -> None:
+        for message in link.receive():
+            self._heard = now
+            self._obey(message)
+        if now - self._heard > self.silence_seconds:
+            link.close(f"the leader was silent for {now - self._heard:.0f} s")
+        for name in received[self._signals_told :]:
+            if name != "SIGHUP":
+                link.send({"signal": name})
+        self._signals_told = len(received)
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            link.send({"alive": True})
+        if link.closed and not self.is_over:
+            self._message(f"dstune: {self.task.node} has lost the leader ({link.closed}), and ends its ranks")
+            self._link = None
+            self._end_ranks(now=True)
+
+    def _obey(self, message: Message) -> None:
+        if "start" in message:
+            self._start(message)
+        elif "end" in message:
+            if self._launch is not None and message["end"] == self._generation:
+                self._launch.end_soon()
+        elif "stop" in message:
+            self._stops.append(message["stop"])
+        elif "over" in message:
+            self.is_over = True
+
+    def _look_for_leader(self, now: float) -> None:
+        """Connect to the holder of the lease, or take the lease if its holder is gone.
+
+        A process that was stopped still has its sockets, so a connection proves nothing: only its messages and its lease do.
+        """
+        try:
+            generation = self.lease.newest()
+            record = self.lease.read(generation) if generation else None
+        except OSError as error:
+            self._message(f"dstune: the lease of the run cannot be read: {error}")
+            return
+        if (generation, record) != self._seen:
+            self._seen, self._seen_since = (generation, record), now
+        if record is not None and record.is_over and record.launch == self.task.launch:
+            self.is_over = True
+        elif self._link is not None and self._link.is_proven:
+            return
+        elif self._may_lead(generation, record, now):
+            if self._link is not None:
+                self._link.close("it says nothing")
+            self._lead(generation, record, now)
+        elif self._link is None and record is not None and not record.is_released:
+            try:
+                link = connect(record.address, record.port, self.task.secret, CONNECT_SECONDS)
+            except OSError:
+                return
+            self._introduce(link)
+
+    def _may_lead(self, generation: int, record: LeaseRecord | None, now: float) -> bool:
+        unchanged = now - self._seen_since
+        turn = TURN_SECONDS * self.task.order
+        if generation == 0 or (record is not None and record.is_released):
+            return unchanged >= turn
+        if record is not None and record.holder in (self.holder, self._dead_holder):
+            return True  # the agent before this one, which has been seen to end
+        return unchanged >= self.silence_seconds + turn
+
+    def _lead(self, generation: int, former: LeaseRecord | None, now: float) -> None:
+        interface = self.task.settings.interface
+        address = own_address(interface)
+        server = socket.create_server((address if interface else "", 0))
+        same = former if former is not None and former.launch == self.task.launch and former.attempts else None
+        attempts = same.attempts if same is not None else 0
+        port = server.getsockname()[1]
+        record = LeaseRecord(self.holder, self.task.node, address, port, "-", self.task.launch, attempts)
+        try:
+            taken = self.lease.take(generation, record)
+        except OSError as error:
+            self._message(f"dstune: the lease of the run cannot be taken: {error}")
+            taken = None
+        if taken is None:
+            server.close()
+            return
+        keeper = LeaseKeeper(self.lease, taken, record)
+        keeper.start()
+        settings, secret = self.task.settings, self.task.secret
+        lost_leader = same.node if same is not None else ""
+        self.leader = Leader(
+            self.run_dir, settings, secret, keeper, server, now, self.task.node, self._message, lost_leader
+        )
+        self._introduce(connect(address if interface else "127.0.0.1", record.port, secret, CONNECT_SECONDS))
+
+    def _introduce(self, link: Link) -> None:
+        link.send({"hello": self.task.node, "order": self.task.order, "ranks": self.task.ranks})
+        self._link, self._heard = link, time.monotonic()
+
+    def _say_goodbye(self, leader: Leader) -> None:
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while time.monotonic() < deadline and any(not peer.link.closed for peer in leader.peers):
+            for peer in leader.peers:
+                peer.link.receive()
+            if self._link is not None:
+                self._link.close("it has left")
+            time.sleep(POLL_SECONDS)
+
+    # -- the ranks ----------------------------------------------------------------------------------------------------
+
+    def _start(self, order: Message) -> None:
+        self._end_ranks(now=True)
+        self._generation, self._has_told_failure, self._stops = order["start"], False, []
+        file = self.lease.file(self._generation)
+        console = Console()
+        launch = NodeLaunch(self.task, order["mark"], file, order["first"], order["size"], self._stops, console)
+        self._launch = launch
+        self._thread = threading.Thread(target=self._run_ranks, args=[launch], name="ranks", daemon=True)
+        self._thread.start()
+
+    def _run_ranks(self, launch: NodeLaunch) -> None:
+        try:
+            launch.run_ranks()
+        except (OSError, DstuneError) as error:
+            self._message(f"dstune: the ranks of {self.task.node} cannot be started: {error}")
+
+    def _report(self) -> None:
+        """Tell the leader how the ranks ended."""
+        launch, thread, link = self._launch, self._thread, self._link
+        if launch is None or thread is None:
+            return
+        if launch.has_failed and not self._has_told_failure and link is not None:
+            self._has_told_failure = True
+            link.send({"failed": True, "generation": self._generation})
+        if not thread.is_alive():
+            self._launch = self._thread = None
+            ends = [[end.rank, end.code, end.signalled_to_end] for end in launch.all_ends()]
+            if link is not None:
+                link.send({"ended": ends, "stopped": sorted(launch.stopped), "generation": self._generation})
+
+    def _end_ranks(self, *, now: bool) -> None:
+        """End the ranks that run, and wait until they have ended."""
+        if self._launch is None or self._thread is None:
+            return
+        self._stops.extend(["the end of the run"] * 2)  # a second request ends them at once
+        self._thread.join()
+        self._launch = self._thread = None
+
+    def _end_predecessors(self) -> None:
+        """End what an agent that was killed has left of its ranks on this node."""
+        with suppress(OSError):
+            record = self.lease.read(self.lease.newest())
+            if record is not None and len(record.mark) > 8:
+                end_all(record.mark)
+
+    def _message(self, text: str) -> None:
+        """Say `text` in the log of this agent, and in the one that the command shows."""
+        print(text, flush=True)
+        with suppress(OSError, DstuneError), files.append(self.run_dir / "logs" / MESSAGES) as log:
+            log.write(f"{text}\n".encode())

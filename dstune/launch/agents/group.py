@@ -1,0 +1,219 @@
+"""What the leader decides: which nodes train together, when an attempt has failed, and what follows. No socket, file or clock
+is touched here: events and the time come in, orders for agents go out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED
+from dstune.launch.verdict import Ended
+
+REJOIN_SECONDS = 3.0
+"""How long an attempt waits for an agent that has just gone: one that was killed is started again by its keeper at once."""
+JOIN_SECONDS = 300.0
+"""How long an attempt waits for the nodes that it cannot start without."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ranks of one node in an attempt."""
+
+    node: str
+    first_rank: int
+    ranks: int
+
+
+@dataclass
+class Member:
+    """A node whose agent is connected."""
+
+    node: str
+    order: int
+    """Place among all nodes of the run: the first ones train, later ones are spares."""
+    ranks: int
+    """Ranks that the node has room for."""
+
+
+@dataclass
+class Attempt:
+    """One start of all ranks."""
+
+    shares: list[Share]
+    ended: list[Ended] = field(default_factory=list)
+    """In the order in which the ends were reported."""
+    running: set[str] = field(default_factory=set)
+    """Nodes whose ranks may still run."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """Nodes that went away during the attempt, with the cause."""
+    stopped: set[int] = field(default_factory=set)
+    """Ranks that the kernel did not let run (SIGSTOP)."""
+    is_ending: bool = False
+    """Whether the nodes have been told that the others are gone."""
+
+    @property
+    def size(self) -> int:
+        return sum(share.ranks for share in self.shares)
+
+    def node_of(self, rank: int) -> str:
+        return next(share.node for share in self.shares if share.first_rank <= rank < share.first_rank + share.ranks)
+
+
+class Orders:
+    """What the group asks for: the leader sends it to the agents."""
+
+    def start(self, attempt: Attempt) -> None:
+        """Start the ranks of `attempt` on its nodes."""
+        raise NotImplementedError
+
+    def end(self, node: str) -> None:
+        """End the ranks of `node`: others are gone."""
+        raise NotImplementedError
+
+    def stop(self, node: str, signal_name: str) -> None:
+        """Ask the ranks of `node` to save and leave; the second time, end them at once."""
+        raise NotImplementedError
+
+    def after(self, attempt: Attempt, stop_signal: str | None, *, forced: bool) -> float | None:
+        """Judge an attempt that is over: seconds until the next one starts, or None if the run is over."""
+        raise NotImplementedError
+
+    def give_up(self, reason: str, *, stopped: bool) -> None:
+        """End the run while no rank runs: somebody asked for it (`stopped`), or too few nodes are there."""
+        raise NotImplementedError
+
+
+class Group:
+    """The nodes of one run, as their leader sees them.
+
+    expected: nodes that have agents, spares included. wanted: nodes that train together if all are there. min_nodes: the
+    fewest that go on. rejoin_seconds: how long too few nodes wait for lost ones.
+    """
+
+    def __init__(
+        self,
+        wanted: int,
+        min_nodes: int,
+        orders: Orders,
+        now: float,
+        *,
+        message: Callable[[str], None],
+        rejoin_seconds: float = JOIN_SECONDS,
+        expected: int = 0,
+    ):
+        self.wanted, self.min_nodes = wanted, min_nodes
+        self.members: dict[str, Member] = {}
+        self.attempt: Attempt | None = None
+        self.is_over = False
+        self.stop_signal: str | None = None
+        self.forced = False
+        self._orders, self._message = orders, message
+        self._waiting_since = now
+        self._not_before = now
+        self._settle_seconds = self._give_up_seconds = JOIN_SECONDS
+        """After so long an attempt starts with fewer nodes than `wanted`; with fewer than `min_nodes` the run ends."""
+        self._rejoin_seconds = rejoin_seconds
+        self._expected = expected
+        """Nodes that the next attempt waits for a moment, so that spares do not begin in the place of others."""
+        self._announced = ""
+
+    def expect_soon(self) -> None:
+        """The nodes have been there before: those that do not come back in a moment are lost."""
+        self._settle_seconds, self._give_up_seconds, self._expected = REJOIN_SECONDS, self._rejoin_seconds, 0
+
+    def join(self, member: Member) -> None:
+        """An agent has connected; its node runs no rank."""
+        if self.attempt is not None and member.node in self.attempt.running:
+            self.lose(member.node, "its agent was started again")
+        self.members[member.node] = member
+
+    def lose(self, node: str, cause: str) -> None:
+        """The agent of `node` has gone: its connection was closed, or it is silent."""
+        self.members.pop(node, None)
+        if self.attempt is not None and node in self.attempt.running:
+            self.attempt.running.discard(node)
+            self.attempt.lost[node] = cause
+            self._message(f"dstune: {node} was lost ({cause})")
+
+    def report(self, node: str, ended: Sequence[Ended], stopped: Sequence[int]) -> None:
+        """All ranks of `node` have ended."""
+        if self.attempt is None or node not in self.attempt.running:
+            return
+        for end in ended:
+            self.attempt.ended.append(Ended(end.rank, end.code, len(self.attempt.ended), end.signalled_to_end))
+        self.attempt.stopped.update(stopped)
+        self.attempt.running.discard(node)
+
+    def fail(self, node: str) -> None:
+        """A rank of `node` ended badly; its others are being ended."""
+        if self.attempt is not None and node in self.attempt.running:
+            self._end_nodes()
+
+    def stop(self, signal_name: str) -> None:
+        """Somebody asks the run to stop: the first time to save and leave, the second time at once."""
+        self.forced = self.stop_signal is not None
+        self.stop_signal = self.stop_signal or signal_name
+        for node in sorted(self.attempt.running) if self.attempt is not None else ():
+            self._orders.stop(node, signal_name)
+
+    def tick(self, now: float) -> None:
+        """Go on from what has happened until `now`."""
+        if self.is_over:
+            return
+        if self.attempt is None:
+            self._start_if_ready(now)
+            return
+        attempt = self.attempt
+        if attempt.running:
+            if attempt.lost or any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in attempt.ended):
+                self._end_nodes()
+            return
+        wait = self._orders.after(attempt, self.stop_signal, forced=self.forced)
+        self.attempt = None
+        if wait is None:
+            self.is_over = True
+            return
+        self._waiting_since, self._not_before = now, now + wait
+        self.expect_soon()
+
+    def _end_nodes(self) -> None:
+        assert self.attempt is not None
+        if not self.attempt.is_ending:
+            self.attempt.is_ending = True
+            for node in sorted(self.attempt.running):
+                self._orders.end(node)
+
+    def _start_if_ready(self, now: float) -> None:
+        ready = sorted(self.members.values(), key=lambda member: member.order)
+        waited = now - self._waiting_since
+        if self.stop_signal is not None:
+            self._give_up(f"received {self.stop_signal} while no rank was running", stopped=True)
+        elif len(ready) < self.min_nodes and waited >= self._give_up_seconds:
+            waited_for = f"{self._give_up_seconds:.0f} s"
+            count = f"{len(ready)} of {self.wanted} nodes are there after {waited_for}"
+            self._give_up(f"{count}, and {self.min_nodes} are needed", stopped=False)
+        elif now >= self._not_before and (
+            len(ready) >= max(self.wanted, self._expected)
+            or (len(ready) >= self.wanted and waited >= REJOIN_SECONDS)
+            or (len(ready) >= self.min_nodes and waited >= self._settle_seconds)
+        ):
+            self._start(ready[: self.wanted])
+        elif waited >= REJOIN_SECONDS and len(ready) < self.min_nodes:
+            self._announce(f"dstune: waiting for nodes: {len(ready)} of {self.wanted} are there")
+
+    def _start(self, members: Sequence[Member]) -> None:
+        shares: list[Share] = []
+        for member in members:
+            shares.append(Share(member.node, sum(share.ranks for share in shares), member.ranks))
+        self.attempt = Attempt(shares, running={share.node for share in shares})
+        self._announced = ""
+        self._orders.start(self.attempt)
+
+    def _give_up(self, reason: str, *, stopped: bool) -> None:
+        self.is_over = True
+        self._orders.give_up(reason, stopped=stopped)
+
+    def _announce(self, text: str) -> None:
+        if text != self._announced:
+            self._announced = text
+            self._message(text)

@@ -1,0 +1,98 @@
+"""The ranks of one node: started, watched and ended as those of `launch=local` are."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED
+from dstune.core.lease import LEASE
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, STORE
+from dstune.launch.agents.task import Task
+from dstune.launch.commands import LaunchPlan
+from dstune.launch.console import Console
+from dstune.launch.local.supervise import Launch
+from dstune.launch.verdict import Ended
+
+ENDING_SECONDS = 2.0
+"""Time for the last words of ranks that wait for one that is gone."""
+OF_ONE_START = ("MASTER_ADDR", "MASTER_PORT", STORE, GROUP_SECRET, LAUNCH_ID, LEASE)
+"""Variables that belong to one start of the ranks: rank 0 says each time where the ranks meet."""
+
+
+class NodeLaunch(Launch):
+    """One start of the ranks of this node. mark: `DSTUNE_LAUNCH_ID` of all ranks of the attempt."""
+
+    def __init__(
+        self,
+        task: Task,
+        mark: str,
+        lease: Path,
+        first_rank: int,
+        world_size: int,
+        received: list[str],
+        console: Console,
+    ):
+        plan = node_plan(task, os.environ, first_rank, world_size)
+        super().__init__(
+            plan, Path(task.run_dir), task.settings.grace_seconds, console, received, None, task.settings.saves
+        )
+        self.id, self.first_rank = mark, first_rank
+        self._world_size, self._lease, self._secret = world_size, lease, task.secret
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    def variables(self, stack: ExitStack) -> dict[str, str]:
+        secret = hmac.new(self._secret.encode(), f"ranks {self.id}".encode(), hashlib.sha256).hexdigest()
+        return {LAUNCH_ID: self.id, GROUP_SECRET: secret, LEASE: str(self._lease)}
+
+    def shows_output(self, rank: int) -> bool:
+        return False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has ended badly, so that those of other nodes wait in vain."""
+        return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in self.ended)
+
+    def end_soon(self) -> None:
+        """From another thread: ranks elsewhere are gone."""
+        self.grace_seconds = min(self.grace_seconds, ENDING_SECONDS)
+        self.ends_others = True
+
+    def all_ends(self) -> list[Ended]:
+        """The ends of all ranks of this node, also where starting them failed."""
+        ended = {end.rank for end in self.ended}
+        ranks = range(self.first_rank, self.first_rank + self.plan.size)
+        return [*self.ended, *(Ended(rank, -signal.SIGKILL, 0) for rank in ranks if rank not in ended)]
+
+
+def node_plan(task: Task, parent: Mapping[str, str], first_rank: int, world_size: int) -> LaunchPlan:
+    """The command lines and environments of this node's ranks."""
+    dropped = {*OF_ONE_START, *task.unset}
+    shared = {name: value for name, value in parent.items() if name not in dropped} | task.variables
+    shared |= {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(task.ranks),
+        "DSTUNE_CONSOLE": "plain",
+        LAUNCHER_PID: str(os.getpid()),
+    }
+    ranks = range(first_rank, first_rank + task.ranks)
+    envs = tuple(
+        {
+            **shared,
+            **(task.first_variables if rank == 0 else {}),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank - first_rank),
+        }
+        for rank in ranks
+    )
+    command = (sys.executable, "-u", "-m", *task.command)
+    return LaunchPlan(argv=(command,) * task.ranks, env=envs)

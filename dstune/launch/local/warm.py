@@ -1,0 +1,308 @@
+"""Ranks that start without imports: forks of a process that has done them (`launch.warm`).
+
+A command that may start ranks more than once (`launch.restarts`, a sweep, the fine-tuning API) offers a fork server to itself
+and to what it starts, by the folder in `FORK_SERVER`: the first launch there starts the server, and its ranks are the first
+forks. So the imports happen once for all ranks and all starts. Whatever is wrong with a server costs a line and a cold start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, RUN_SHA256, STORE
+from dstune.core.secrets import is_secret
+from dstune.launch.local import forking
+from dstune.launch.local.fork_server import SOCKET, VARIABLES
+from dstune.protocols import TRACKERS
+
+if TYPE_CHECKING:
+    from dstune.launch.local.config import LocalConfig
+
+FORK_SERVER = "DSTUNE_FORK_SERVER"
+"""The folder of the fork server that is offered to this process."""
+SERVER = "dstune.launch.local.fork_server"
+LOCK, OWNER, OUTPUT = "lock", "owner", "output"
+IMPORT_SECONDS = 180.0
+"""How long a rank waits for the imports: a busy machine takes a minute."""
+POLL_SECONDS = 0.05
+OF_ONE_RANK = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSTUNE_CONSOLE"),
+    *(GROUP_SECRET, LAUNCHER_PID, LAUNCH_ID, RUN_SHA256, STORE, FORK_SERVER, "DSTUNE_PLUGINS", "DSTUNE_CACHE"),
+}
+"""Variables that a rank reads when it needs them, after its imports."""
+COLD = "dstune: the rank starts cold (launch.warm)"
+SUPPORTED = sys.platform.startswith("linux") and hasattr(os, "pidfd_open")
+DEVICES = "CUDA_VISIBLE_DEVICES"
+
+
+class ForkedProcess:
+    """A rank, as `subprocess.Popen` has it; its parent is a keeper, which tells how it ended."""
+
+    def __init__(self, pid: int, process: int, connection: socket.socket, stdout: IO[bytes] | None):
+        self.pid, self.stdout = pid, stdout
+        self.returncode: int | None = None
+        self._process, self._connection = process, connection
+
+    def poll(self) -> int | None:
+        if self.returncode is None and _is_readable(self._connection.fileno()):
+            message = _receive(self._connection)
+            if message is None:  # the keeper was killed, which kills the rank
+                self._signal(signal.SIGKILL)
+                if not _is_readable(self._process):
+                    return None
+            self.returncode = -signal.SIGKILL if message is None else int(message["status"])
+            self._connection.close()
+            os.close(self._process)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            signal.pidfd_send_signal(self._process, number)
+
+
+class ForkServer:
+    """The server in `folder`, which another process may have started. Every failure to use it goes to `message`, in a line."""
+
+    def __init__(self, folder: Path, imports: Sequence[str], message: Callable[[str], None]):
+        self._folder, self._imports, self._message = folder, imports, message
+        self._server: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        stdout: IO[bytes] | None,
+        stderr: IO[bytes],
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> ForkedProcess | None:
+        """Fork a process that runs `argv` with `env`; None where it has to start cold.
+
+        stdout: None for a pipe. interrupted: whether nobody wants to wait for the imports any more.
+        """
+        if not _is_module(argv):
+            return None
+        try:
+            return self._start(argv, env, stdout, stderr, interrupted)
+        except _Unusable as error:
+            if not interrupted():
+                self._message(f"{COLD}: {error}")
+        except OSError as error:
+            self._message(f"{COLD}: {error.strerror or error}")
+        return None
+
+    def _start(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        stdout: IO[bytes] | None,
+        stderr: IO[bytes],
+        interrupted: Callable[[], bool],
+    ) -> ForkedProcess:
+        imports = import_environment(env)
+        request = {"argv": list(argv), "env": dict(env), "imports": imports, "context": forking.context()}
+        with contextlib.ExitStack() as stack:
+            connection = self._connect(imports)
+            stack.callback(connection.close)
+            reading, writing = os.pipe() if stdout is None else (None, stdout.fileno())
+            output = None if reading is None else stack.enter_context(os.fdopen(reading, "rb", buffering=0))
+            unused = stack.enter_context(open(os.devnull, "rb"))
+            try:
+                data = json.dumps(request | forking.describe()).encode()
+                socket.send_fds(connection, [data], [unused.fileno(), writing, stderr.fileno()])
+            finally:
+                if reading is not None:
+                    os.close(writing)
+            pid, process = self._wait(connection, interrupted)
+            unused.close()
+            stack.pop_all()
+        return ForkedProcess(pid, process, connection, output)
+
+    def _wait(self, connection: socket.socket, interrupted: Callable[[], bool]) -> tuple[int, int]:
+        deadline = time.monotonic() + IMPORT_SECONDS
+        while not _is_readable(connection.fileno(), POLL_SECONDS):
+            if interrupted():
+                raise _Unusable("the command is to stop")
+            if time.monotonic() > deadline:
+                raise _Unusable(f"the imports were not done after {IMPORT_SECONDS:.0f} s")
+        descriptors: list[int] = []
+        message = _receive(connection, descriptors)
+        if message is None:
+            raise _Unusable(f"the process with the imports has ended{self._last_words()}")
+        if "cold" in message:
+            raise _Unusable(str(message["cold"]))
+        return int(message["pid"]), descriptors[0]
+
+    @contextmanager
+    def _open(self) -> Iterator[str]:
+        """The address of the server's socket. Raises _Unusable, OSError."""
+        folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            state = os.fstat(folder)
+            if state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o077:
+                raise _Unusable(f"{self._folder} is open to other users")
+            # An address has 107 characters at most, and a folder of temporary files may have a longer name.
+            yield f"/proc/self/fd/{folder}/{SOCKET}"
+        finally:
+            os.close(folder)
+
+    def _connect(self, imports: Mapping[str, str]) -> socket.socket:
+        """Raises _Unusable, OSError. Starts the server where there has been none."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with self._open() as address, (self._folder / LOCK).open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    connection.connect(address)
+                except FileNotFoundError:
+                    self._launch(address, imports)
+                    connection.connect(address)
+                except ConnectionRefusedError:
+                    os.unlink(address)  # the next launch starts another
+                    raise _Unusable("the process with the imports has ended") from None
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _launch(self, address: str, imports: Mapping[str, str]) -> None:
+        owner = (self._folder / OWNER).read_text()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind(address)
+            listening.listen(64)
+            with (self._folder / OUTPUT).open("wb") as output:
+                arguments = [str(self._folder), str(listening.fileno()), owner, ",".join(self._imports)]
+                self._server = subprocess.Popen(
+                    [sys.executable, "-u", "-m", SERVER, *arguments, "x" * forking.ARGUMENT_ROOM],
+                    env={**forking.padding(), **imports, **VARIABLES},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=(listening.fileno(),),
+                    start_new_session=True,
+                )
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = (self._folder / OUTPUT).read_text(errors="replace").strip().splitlines()
+            return f": {lines[-1][:200]}" if lines else ""
+        return ""
+
+    def stop(self) -> None:
+        """End the server, whichever process has started it; one that still imports ends after that."""
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(OSError, _Unusable))
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.connect(stack.enter_context(self._open()))
+            connection.send(json.dumps({"end": True}).encode())
+
+
+class _Unusable(Exception):
+    """Why a rank starts cold."""
+
+
+@contextmanager
+def offer(idle_seconds: int = 0) -> Iterator[dict[str, str]]:
+    """Offer a fork server that lives as long as this context, and no longer than this process, to what is started with the
+    variables that this yields: none where it is not possible. One that is offered to this process already is passed on.
+
+    idle_seconds: without a request after which it ends and makes room; 0 for never. The next request starts another one.
+    """
+    if FORK_SERVER in os.environ or not SUPPORTED:
+        yield {}
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            # Its mode is 0700.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dstune-", ignore_cleanup_errors=True))
+            Path(folder, OWNER).write_text(f"{os.getpid()} {idle_seconds}")
+        except OSError:
+            yield {}
+            return
+        stack.callback(ForkServer(Path(folder), (), lambda text: None).stop)
+        yield {FORK_SERVER: folder}
+
+
+@contextmanager
+def fork_server(
+    launch: LocalConfig, imports: Sequence[str], message: Callable[[str], None]
+) -> Iterator[ForkServer | None]:
+    """What forks the ranks of a run: the server that is offered to this process, or its own where the run may start again;
+    None for cold starts. imports: modules beside those of every rank. message: gets a line why a rank starts cold."""
+    folder = os.environ.get(FORK_SERVER)
+    if not (launch.warm and SUPPORTED and (folder or launch.restarts)):
+        yield None
+        return
+    with offer() as variables:
+        folder = folder or variables.get(FORK_SERVER)
+        if folder is None:
+            message(f"{COLD}: no private folder can be made in {tempfile.gettempdir()}")
+            yield None
+            return
+        server = ForkServer(Path(folder), imports, message)
+        try:
+            yield server
+        finally:
+            if variables:
+                server.stop()
+
+
+def import_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """The part of a rank's environment that imports may read: not what is its own, its trackers' or a secret.
+
+    Which GPUs it sees is read when the first one is used; whether it sees any, by imports too.
+    """
+    prefixes = tuple(prefix for room in TRACKERS.classes().values() for prefix in room.variables)
+    found = {
+        name: value
+        for name, value in env.items()
+        if name not in OF_ONE_RANK and not (prefixes and name.startswith(prefixes)) and not is_secret(name, value)
+    }
+    if found.get(DEVICES):
+        found[DEVICES] = "0"
+    return found
+
+
+def _is_module(argv: Sequence[str]) -> bool:
+    """Whether the command is `python -u -m MODULE ...`, as for all ranks that dstune starts."""
+    return list(argv[:3]) == [sys.executable, "-u", "-m"]
+
+
+def _is_readable(descriptor: int, seconds: float = 0.0) -> bool:
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    return bool(waiting.poll(seconds * 1000))
+
+
+def _receive(connection: socket.socket, descriptors: list[int] | None = None) -> dict[str, Any] | None:
+    """The next message; None where the other end is gone. Its descriptors are added to `descriptors`."""
+    try:
+        data, received, _, _ = socket.recv_fds(connection, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+    except OSError:
+        return None
+    if descriptors is not None:
+        descriptors += received
+    return json.loads(data) if data else None

@@ -1,0 +1,3 @@
+"""An import that is not possible."""
+
+raise ImportError("a library is missing")
