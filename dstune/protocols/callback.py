@@ -7,10 +7,12 @@ before it acts. Modules of callbacks import torch inside functions only, since t
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import IntFlag
+from types import FunctionType
 from typing import Any, ClassVar, Protocol
 
 
@@ -114,11 +116,11 @@ class Step(Protocol):
 
     @property
     def loss_sum(self) -> float:
-        """Over the global batch; from `on_step_agreed` on."""
+        """Over the global batch; from `on_step_end` on (`Callback.needs_loss_at_step_end`)."""
 
     @property
     def loss(self) -> float:
-        """`loss_sum / weight`."""
+        """`loss_sum / weight`: what metrics.jsonl has, on every rank."""
 
     @property
     def update(self) -> Any:
@@ -132,6 +134,12 @@ class Evaluation(Protocol):
     seconds: float
     row: dict[str, float]
     """Of metrics.jsonl; a callback may add `eval/NAME`."""
+
+
+HOOK_PREFIXES = ("on_", "before_", "after_", "between_", "while_")
+HOOK_KINDS = (FunctionType, staticmethod, classmethod)
+CLOSE = 0.83
+"""Similarity from which a name counts as a hook's misspelled: `step_end` (0.84 from `on_step_end`), not `evaluated` (0.80)."""
 
 
 class Callback:
@@ -157,6 +165,24 @@ class Callback:
         """Whether runs have it without naming it."""
         return next(base for base in cls.__mro__ if "for_run" in vars(base)) is not Callback
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Raise ValueError for a public method whose name begins like a hook's, or is nearly one: it would never be called."""
+        super().__init_subclass__(**keywords)
+        names = [name for name in dir(Callback) if not name.startswith("_")]
+        for name, member in vars(cls).items():
+            if (
+                name.startswith("_")
+                or not isinstance(member, HOOK_KINDS)
+                or any(hasattr(base, name) for base in cls.__mro__[1:])
+            ):
+                continue
+            similar = difflib.get_close_matches(name, names, n=1, cutoff=CLOSE)
+            if similar or name.startswith(HOOK_PREFIXES):
+                near = similar or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+                meant = f"did you mean {near[0]}?"
+                reason = f"{cls.__qualname__}.{name} is no hook of callbacks, so nothing would call it"
+                raise ValueError(f"{reason}: {meant} A helper method begins with _: _{name}")
+
     # -- when something happens ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, run: Run) -> None:
@@ -174,6 +200,14 @@ class Callback:
     def on_step_end(self, run: Run, step: Step) -> Request:
         """The update is done. What this rank asks for."""
         return CONTINUE
+
+    @property
+    def needs_loss_at_step_end(self) -> bool:
+        """Whether `on_step_end` reads `step.loss`, for which the ranks exchange numbers once more a step.
+
+        An `on_step_end` that does not read it may say False; `on_step_agreed` has the loss in any case.
+        """
+        return type(self).on_step_end is not Callback.on_step_end
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
         """The ranks have exchanged numbers and requests. Must return the same on every rank."""

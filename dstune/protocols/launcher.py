@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dstune.core.errors import DstuneError, Problem
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
 class LaunchConfig:
     """Base of every launcher's configuration: fields of a subclass become keys `launch.FIELD`."""
 
+    absent_keys: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Keys that other launchers have and this one does not, by name, with the reason."""
     name: str = ""
     export_env: list[str] = field(default_factory=list)
     """Further environment variables that the ranks inherit, beside the built-in list."""
+    hardware: str | None = None
+    """GPUs of a node, such as 8xH100, for which `zero.stage=auto` chooses when the run is launched. If unset: those of this
+    machine with launch=local, else the first node chooses when the ranks start."""
 
 
 PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"

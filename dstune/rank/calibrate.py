@@ -113,7 +113,8 @@ def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
             "data.packing=true",
             f"trainer.micro_batch_size={rows}",
             f"trainer.global_batch_size={rows}",
-        ]
+        ],
+        keep_plugins=True,
     ).config
     precision = Precision.bf16 if size == 2 else Precision.fp32
     return setup(config, architecture(SMALL), ranks=1, ranks_per_node=1, on_gpu=on_gpu, precision=precision, values={})

@@ -22,6 +22,7 @@ from dstune.data.prepared import PreparedData
 from dstune.data.sources import data_source_of
 from dstune.data.statistics import with_packing
 from dstune.models import kernels
+from dstune.models.unreached import count_by_part
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
@@ -51,6 +52,7 @@ def describe(
     for message in prepared.messages():
         run.log.message(message)
     trained = run.engine.whole_trained_count
+    unreached = count_by_part(base, run.engine.whole_count)
     if prepared.masks:
         in_masks = sum(full_count(parameter) for name, parameter in module.named_parameters() if name in prepared.masks)
         trained += sum(int(mask.sum()) for mask in prepared.masks.values()) - in_masks
@@ -59,6 +61,7 @@ def describe(
         "revision": config.model.revision,
         "parameters": total,
         "trained": trained,
+        **({"unreached": unreached} if unreached else {}),
     }
     facts = environment.describe(hosts, accelerator.names(), run.data.fingerprint, model)
     facts["kernels"] = kernels.of_run(module, base, run.head, run.engine.inner_optimizer)
@@ -70,6 +73,9 @@ def describe(
         f"ZeRO-{run.engine.stage} on {run.world.size} rank{'s' * (run.world.size > 1)}, {run.engine.device.type} "
         f"{str(next(iter(module.parameters())).dtype).removeprefix('torch.')}"
     )
+    if unreached:
+        parts = ", ".join(f"{name} ({count / 1e6:.2f}M)" for name, count in unreached.items())
+        run.log.message(f"frozen, since rows of text never reach them: {parts}")
     rows = {split.name: len(split.lengths) for split in run.data.splits}
     counted = [
         f"{count:,} {name} rows{conversations_of(run.data.report.get(name, {}))}" for name, count in rows.items()

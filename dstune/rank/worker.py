@@ -38,11 +38,13 @@ from dstune.models.lora_sum import use_joint_sums
 from dstune.models.packed_attention import attention_of_samples
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
+from dstune.models.unreached import keep_frozen
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.rank.finalize import finish
 from dstune.rank.process import guarded, leave
 from dstune.rank.startup import ask_untuned, describe, show_samples
+from dstune.rank.zero_stage import choose_zero_stage
 from dstune.tracking.console import Console, show_activities
 from dstune.tracking.log import RunLog
 from dstune.trainer import micro_batch
@@ -57,7 +59,14 @@ from dstune.trainer.loop import Training, fit
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.trainer.out_of_memory import advice, explained
-from dstune.trainer.sanity_checks import content_digest, examine, refuse_different_rows, samples_digest, verify_rows
+from dstune.trainer.sanity_checks import (
+    check_unreached,
+    content_digest,
+    examine,
+    refuse_different_rows,
+    samples_digest,
+    verify_rows,
+)
 from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator, swap
 from dstune.zero.ds_config import SHARD_SETTINGS, deepspeed_config
@@ -76,6 +85,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     startup = StartupTimer(os.environ)
     # First, so that a signal during start-up is not lost; of all stages, which share the time and the files that ask.
     preemption = Preemption(config, time.monotonic(), run_dir, is_main=world.is_main)
+    config = choose_zero_stage(config, run_dir, world)
     with swap.own_folder(config.zero, run_dir, world) as zero:
         config = replace(config, zero=zero)
         *before, config = method_of(config.method).stages(config, run_dir)
@@ -208,6 +218,7 @@ class Setup:
         """Parameter groups, the optimizer and the DeepSpeed engine."""
         config, module, prepared = self.config, self.module, self.prepared
         prepared.restrict(module, new_weights(self.model))
+        keep_frozen(self.model)
         optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
         once = goes_once_through(config)
         self.engine = Engine(
@@ -219,6 +230,7 @@ class Setup:
         """Sanity checks of the head and of packed rows; masks and penalties, while the weights are those of the start."""
         config, engine, world = self.config, self.engine, self.world
         examine(self.head, engine)
+        check_unreached(self.model, engine)
         if self.prepared.masks:
             engine.mask(self.prepared.masks)
         self.penalties: Penalties | None = None
@@ -354,7 +366,7 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The rank's process as dstune's own launch starts it, here or through SLURM, pdsh or mpirun."""
+    """The rank's process as dstune's own launch starts it, here, by the agent of a node or by mpirun."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
     answer_with_stacks()

@@ -60,6 +60,10 @@ class CallbackList:
         for one in self._callbacks:
             one.on_micro_batch_end(run, step, position)
 
+    @property
+    def needs_loss_at_step_end(self) -> bool:
+        return any(one.needs_loss_at_step_end for one in self._callbacks)
+
     def on_step_end(self, run: Training, step: Step) -> Request:
         return merge([_checked(one, one.on_step_end(run, step)) for one in self._callbacks])
 

@@ -109,7 +109,7 @@ class Step:
     timed: bool
     update: Update = field(init=False)
     sums: dict[str, float] = field(default_factory=dict)
-    """Of the head: this rank's, then those of all ranks."""
+    """Of the head: this rank's, then those of all ranks, in `on_step_end` where a callback reads them there."""
     seconds: float = 0.0
     request: Request = CONTINUE
 
@@ -123,6 +123,8 @@ class Step:
 
     @property
     def loss_sum(self) -> float:
+        if "loss_sum" not in self.sums:
+            raise RuntimeError("the loss of a step is there from on_step_end on")
         return self.sums["loss_sum"]
 
     @property
@@ -266,7 +268,11 @@ def synchronize_step(run: Training, step: Step) -> None:
     state.tokens += step.batch.tokens
     state.targets += step.weight
     state.cursor = run.data_loader.cursor(state.next_batch)
-    step.request, step.sums = synchronize(run, run.callbacks.on_step_end(run, step), step.sums)
+    if run.callbacks.needs_loss_at_step_end:  # the same on all ranks, which have the same callbacks
+        step.sums = dict(zip(step.sums, run.world.sum(list(step.sums.values())), strict=True))
+        step.request, _ = synchronize(run, run.callbacks.on_step_end(run, step))
+    else:
+        step.request, step.sums = synchronize(run, run.callbacks.on_step_end(run, step), step.sums)
     step.seconds = run.step_timer.seconds()
     run.state.seconds = run.seconds_before + time.monotonic() - run.started
 

@@ -16,6 +16,7 @@ from dstune.data.prepared import PreparedData
 from dstune.models.heads import Head, on_device
 from dstune.models.kernels import use_kernels
 from dstune.models.load import NewWeights, load_model, new_weights
+from dstune.models.unreached import keep_frozen
 from dstune.optim.groups import method_groups
 from dstune.optim.sgd import SgdConfig
 from dstune.protocols import method_of, optimizer_of, task_of
@@ -87,6 +88,7 @@ def probing(
     head = task_of(config.task).head(model)
     if restrict is not None:
         restrict(module, new)
+    keep_frozen(model)
     optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
     engine = Engine(module, optimizer, settings, world, groups=groups)
     try:

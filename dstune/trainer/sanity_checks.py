@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 import xxhash
+from transformers import PreTrainedModel
 
 from dstune.config.schema import RunConfig
 from dstune.core import environment
@@ -20,6 +21,7 @@ from dstune.models.heads import Head
 from dstune.models.heads.base import Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
+from dstune.models.unreached import verify_unreached
 from dstune.zero.engine import Engine
 
 LONGEST_PROOF = 600
@@ -32,6 +34,13 @@ def examine(head: Head, engine: Engine) -> None:
         engine.train(False)
         head.examine(engine.forward, engine.device)
         engine.train(True)
+
+
+def check_unreached(model: PreTrainedModel, engine: Engine) -> None:
+    """Raises UserError where text reaches a part that stays frozen because it should not."""
+    engine.train(False)
+    verify_unreached(model, engine.forward, engine.device)
+    engine.train(True)
 
 
 def check_packing(config: RunConfig, engine: Engine, vocabulary: int, world: World) -> None:

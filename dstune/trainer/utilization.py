@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from dstune.config.precision import FIRST_BF16
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.distributed import World
 from dstune.core.errors import UserError
@@ -187,4 +188,5 @@ def peak_flops(precision: Precision, ranks: int, *, on_gpu: bool) -> float | Non
     # Published are peaks of 16 bits, of whole GPUs, and of the fastest kind of a name (an H100 is slower as a PCIe card).
     other = any(word in f"{name} ".upper() for word in (" MIG ", "PCIE", "NVL"))
     device = known_device(name) if on_gpu and size == 2 and not other else None
-    return None if device is None else device.tflops * 1e12
+    emulated = device is not None and precision is Precision.bf16 and (device.capability or FIRST_BF16) < FIRST_BF16
+    return None if device is None or emulated else device.tflops * 1e12

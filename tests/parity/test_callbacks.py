@@ -36,6 +36,7 @@ def test_it_vetoes_changes_gradients_and_asks_from_one_rank(runs: Workshop, stag
     rows = runs.rows(f"whole-{stage}")
     assert [row.get("skipped") for row in rows] == [None, None, "spike", None, None]
     assert rows[-1]["meddler/total"] == pytest.approx(sum(row["loss"] for row in rows))
+    assert all(row[f"meddler/loss_of_rank_{rank}"] == row["loss"] for row in rows for rank in (0, 1))
     # Five micro-batches on two ranks; four in the last step of the epoch.
     assert [row["meddler/batches"] for row in rows] == [3, 3, 3, 3, 2]
     assert runs.result(f"whole-{stage}")["meddler"] == rows[-1]["meddler/total"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.configs import run_config
 
+from dstune.cli import main
 from dstune.config.callbacks import check_callbacks, chosen_callbacks
 from dstune.config.compose import compose
 from dstune.config.schema import TrainerConfig
@@ -119,3 +120,40 @@ def test_the_names_of_callbacks_load_no_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     count, loaded = done.stdout.split()
     assert int(count) >= 14 and loaded == "False"
+
+
+@pytest.mark.parametrize(
+    ("method", "similar"),
+    [
+        ("on_steps_end", "on_step_end"),
+        ("on_train_batch_end", "on_"),
+        ("on_epoch_end", "on_"),
+        ("step_end", "on_step_end"),
+        ("before_updates", "before_update"),
+        ("metric", "metrics"),
+        ("load_statedict", "load_state_dict"),
+    ],
+)
+def test_a_method_that_is_nearly_a_hook_is_refused_before_the_run(
+    method: str, similar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    source = "import dstune\n@dstune.callback\nclass Slip(dstune.Callback):\n    name = 'slip'\n    def {}(self, run, step): ...\n"
+    (tmp_path / "slip.py").write_text(source.format(method))
+    assert main(["train", "data=chitchat", "plugins=[slip.py]", "trainer.callbacks=[slip]", "--cfg", "job"]) == 2
+    said = capsys.readouterr().err
+    assert "slip.py" in said and "Slip" in said and method in said and f"did you mean {similar}" in said
+
+
+def test_helpers_and_overridden_hooks_are_no_mistake():
+    class Base(Callback):
+        def report(self): ...
+        def on_step_end(self, run, step): ...
+        def _on_epoch_end(self): ...
+        @property
+        def on_time(self): ...
+
+    class Derived(Base):
+        def report(self): ...
+
+    assert (Base.name, Derived.name) == ("", "")

@@ -30,10 +30,10 @@ def test_steps_are_recorded_and_what_lies_between_them_is_not(tmp_path: Path) ->
     weight = torch.ones(8, 8)
     disturbed = []
     for step in range(3, 9):
-        profiler.before_step(step)
+        profiler._before_step(step)
         weight @ weight
         disturbed.append(profiler.disturbs)
-        profiler.after_step(pause=step == 4)
+        profiler._after_step(pause=step == 4)
         if step == 4:
             weight.tanh()  # an evaluation
         profiler.write()
@@ -49,8 +49,8 @@ def test_steps_are_recorded_and_what_lies_between_them_is_not(tmp_path: Path) ->
 
 def test_what_the_end_of_a_run_cuts_short_is_written(tmp_path: Path) -> None:
     profiler = StepProfiler(100, tmp_path, 1, pytest.fail)
-    profiler.before_step(3)
-    profiler.after_step(pause=False)
+    profiler._before_step(3)
+    profiler._after_step(pause=False)
     profiler.close()
     assert recorded(tmp_path / "profile" / "steps-3-3.rank-1.json.gz") == {"optimizer step 3"}
     profiler.close()
@@ -58,9 +58,9 @@ def test_what_the_end_of_a_run_cuts_short_is_written(tmp_path: Path) -> None:
 
 def test_off_records_nothing(tmp_path: Path) -> None:
     profiler = StepProfiler(0, tmp_path, 0, pytest.fail)
-    profiler.before_step(3)
+    profiler._before_step(3)
     assert not profiler.disturbs
-    profiler.after_step(pause=True)
+    profiler._after_step(pause=True)
     profiler.write()
     assert not list(tmp_path.iterdir())
 
@@ -69,11 +69,11 @@ def test_a_disk_that_fails_costs_the_profile_alone(tmp_path: Path) -> None:
     (tmp_path / "profile").write_text("no folder")
     message: list[str] = []
     profiler = StepProfiler(5, tmp_path, 0, message.append)
-    profiler.before_step(3)
-    profiler.after_step(pause=True)
+    profiler._before_step(3)
+    profiler._after_step(pause=True)
     profiler.write()
     assert message[0].startswith("warning: no profile: ")
-    profiler.before_step(4)
+    profiler._before_step(4)
     assert not profiler._left
 
 

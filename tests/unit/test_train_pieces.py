@@ -18,6 +18,7 @@ from support.configs import run_config
 from torch.utils.checkpoint import checkpoint
 
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
+from dstune.config.validate import at_stage
 from dstune.core.errors import DstuneError, Problem, TrainingFailed, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics.direction import improves
@@ -419,6 +420,25 @@ def test_a_signal_that_comes_two_ways_is_one_request(tmp_path, monkeypatch):
     assert ended == [signal.SIGTERM]
 
 
+def test_a_signal_that_a_queue_sends_and_an_agent_hands_on_later_is_one_request(tmp_path, monkeypatch):
+    ended, clock = [], [10.0]
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.signal.signal", lambda number, action: None)
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.signal.raise_signal", ended.append)
+    monkeypatch.setattr("dstune.trainer.callbacks.preemption.time.monotonic", lambda: clock[0])
+    (tmp_path / "logs").mkdir()
+    for forwarded, ends in (("SIGUSR1", []), ("SIGTERM", [signal.SIGTERM])):
+        ended.clear()
+        (tmp_path / "logs" / "signal").write_text(forwarded)
+        preemption = Preemption(run_config(), 0.0, tmp_path, is_main=True)
+        preemption._receive(signal.SIGUSR1, None)
+        clock[0] += 30.0
+        preemption._receive(signal.SIGTERM, None)
+        assert ended == ends
+        clock[0] += 30.0
+        preemption._receive(signal.SIGTERM, None)  # a further one is meant
+        assert ended[-1] == signal.SIGTERM
+
+
 def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda number, action: None)
     preemption = Preemption(run_config(), time.monotonic(), tmp_path, is_main=True)
@@ -436,7 +456,7 @@ def test_both_stages_of_a_run_have_one_time_limit_and_one_place_for_stop(tmp_pat
     monkeypatch.setattr(worker, "train_stage", lambda config, folder, world, asks, *began: seen.append((folder, asks)))
     world = SimpleNamespace(is_main=True, broadcast=lambda value: value, barrier=lambda: None)
     method = UlmfitConfig(language_model_epochs=1)
-    worker.train(run_config(task=ClassificationConfig(), method=method), tmp_path, world)
+    worker.train(at_stage(run_config(task=ClassificationConfig(), method=method), 2), tmp_path, world)
     (first, asks), (second, same) = seen
     assert (first, second) == (tmp_path / "language_model", tmp_path)
     assert asks is same
@@ -455,7 +475,7 @@ def test_a_run_that_goes_on_from_another_takes_over_its_language_model(tmp_path,
     other, own = tmp_path / "other", tmp_path / "own"
     (other / "language_model" / "export").mkdir(parents=True)
     (other / "language_model" / "export" / "config.json").write_text("{}")
-    config = run_config(task=ClassificationConfig(), method=UlmfitConfig(language_model_epochs=1))
+    config = at_stage(run_config(task=ClassificationConfig(), method=UlmfitConfig(language_model_epochs=1)), 2)
     worker.train(replace(config, run=replace(config.run, resume=str(other))), own, world)
     ((folder, stage),) = seen
     export = own / "language_model" / "export"

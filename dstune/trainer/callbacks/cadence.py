@@ -16,6 +16,7 @@ class Cadence(Callback):
     """`evaluate.every` and `checkpoint.every`. The last step is evaluated before it is saved."""
 
     name = "cadence"
+    needs_loss_at_step_end = False
     order = 20
 
     def __init__(self, config: RunConfig, total_steps: int, *, can_evaluate: bool, begins: bool = True):

@@ -18,6 +18,7 @@ class NonFinite(Callback):
     """
 
     name = "nonfinite"
+    needs_loss_at_step_end = False
     order = 30
 
     def __init__(self, config: RunConfig):

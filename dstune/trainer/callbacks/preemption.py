@@ -7,11 +7,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dstune.config.schema import RunConfig
+from dstune.core.lease import refuse_if_superseded
 from dstune.core.paths import PRUNE_FILE, SAVE_FILE, SIGNAL_FILE, STOP_FILE, STOP_REASON
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, Step
@@ -33,6 +35,7 @@ class Preemption(Callback):
     """
 
     name = "preemption"
+    needs_loss_at_step_end = False
     order = 50
 
     def __init__(self, config: RunConfig, started: float, run_dir: Path, *, is_main: bool):
@@ -50,6 +53,7 @@ class Preemption(Callback):
         self._last_checked, self._step_seconds = time.monotonic(), 0.0
         self._received: str | None = None
         self._received_at = 0.0
+        self._was_forwarded = False
         if threading.current_thread() is threading.main_thread():
             # SIGTERM in any case: that is how the launcher forwards a signal.
             for name in {*config.run.signals, "SIGTERM"}:
@@ -63,12 +67,21 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._received is not None:
-            if now - self._received_at < SAME_REQUEST_SECONDS:
+            if now - self._received_at < SAME_REQUEST_SECONDS or self._is_forwarded(signal.Signals(number).name):
                 return
             # The default action, delivered to ourselves: ends at once even inside a collective that will never return.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self._received, self._received_at = signal.Signals(number).name, now
+
+    def _is_forwarded(self, name: str) -> bool:
+        """Whether the launcher sends, as SIGTERM, the signal that this rank has already received by itself: SLURM signals the
+        ranks of a job as well as the agents that started them."""
+        if name != "SIGTERM" or self._was_forwarded:
+            return False
+        with suppress(OSError):
+            self._was_forwarded = self._forwarded.read_text() == self._received
+        return self._was_forwarded
 
     def on_step_end(self, run: Run, step: Step) -> Request:
         self._step_seconds = time.monotonic() - self._last_checked
@@ -76,6 +89,8 @@ class Preemption(Callback):
 
     def while_waiting(self, run: Run) -> Request:
         self._last_checked = time.monotonic()
+        if self._files:  # the rank that writes what the run leaves behind
+            refuse_if_superseded()
         if self._received is not None:
             return Request(Action.PREEMPT, f"received {self._first_received(self._received)}")
         for clock, deadline, reason in self._limits:

@@ -54,13 +54,13 @@ class StepProfiler(Callback):
 
     def on_step_begin(self, run: Run, step: Step) -> None:
         if step.number_in_launch >= UNTIMED_STEPS:
-            self.before_step(step.number)
+            self._before_step(step.number)
         if self.disturbs:
             step.timed = False
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
         # What follows a step after which something was asked for is no step.
-        self.after_step(pause=bool(step.request.action) or step.number >= run.total_steps)
+        self._after_step(pause=bool(step.request.action) or step.number >= run.total_steps)
         return CONTINUE
 
     def between_steps(self, run: Run) -> None:
@@ -73,7 +73,7 @@ class StepProfiler(Callback):
         """Whether the present step is slower for being recorded, or for waiting for a rank that still writes."""
         return self._recording is not None or self._waits
 
-    def before_step(self, step: int) -> None:
+    def _before_step(self, step: int) -> None:
         """step: from 1, as it is shown."""
         self._waits, self._written = self._written, False
         if not self._left:
@@ -90,7 +90,7 @@ class StepProfiler(Callback):
         self._mark = record_function(f"optimizer step {step}")
         self._mark.__enter__()
 
-    def after_step(self, *, pause: bool) -> None:
+    def _after_step(self, *, pause: bool) -> None:
         """The step is over. pause: what comes next is none."""
         if self._recording is None or self._mark is None:
             return

@@ -20,6 +20,7 @@ class Throughput(Callback):
     """Of each step, and of all timed ones: without evaluation, saving, profiled steps and each launch's first two."""
 
     name = "throughput"
+    needs_loss_at_step_end = False
     order = 72
 
     def __init__(self, utilization: Utilization):

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -46,6 +47,12 @@ def position() -> str:
 
 PATIENCE = 10
 """How many times longer a phase without steps may take: saving, going back to a checkpoint, measuring a split."""
+AUTO_SECONDS = 1800.0
+"""With `trainer.stall_seconds=auto`, the limit of what is not measured: evaluations, generation, the first steps."""
+AUTO_STEPS, AUTO_LEAST_SECONDS, AUTO_FACTOR = 100, 120.0, 20.0
+"""A step that is measured may take AUTO_FACTOR times the slowest of the last AUTO_STEPS steps."""
+AUTO_AFTER_STEPS = 3
+"""Steps of a launch that are slow for their own reasons: the first collectives, compiled kernels, allocators."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class _Watched:
     since: float
     limit: float
     doing: str
+    setting: str
+    """Where the limit comes from."""
 
 
 @callback
@@ -67,34 +76,60 @@ class Watchdog(Callback):
     name = "watchdog"
     order = 10
 
-    def __init__(self, seconds: float, rank: int, report: Callable[[DstuneError], None] = lambda error: None):
-        """report: hands the reason to whoever started the rank."""
-        self._seconds, self._rank, self._report = seconds, rank, report
+    def __init__(
+        self,
+        seconds: float | None,
+        rank: int,
+        report: Callable[[DstuneError], None] = lambda error: None,
+        *,
+        measures: bool = True,
+    ):
+        """seconds: None follows the time of steps, unless a debugger may hold them (not `measures`). report: hands the reason
+        to whoever started the rank."""
+        self._seconds, self._rank, self._report = AUTO_SECONDS if seconds is None else seconds, rank, report
+        self._setting = "trainer.stall_seconds" + "=auto" * (seconds is None)
+        self._steps: deque[float] | None = deque(maxlen=AUTO_STEPS) if seconds is None and measures else None
         self._now: _Watched | None = None
         self._closed = threading.Event()
-        if seconds > 0:
+        if self._seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @classmethod
     def for_run(cls, run: Any) -> Watchdog:
-        rank = run.world.rank
-        return cls(run.config.trainer.stall_seconds, rank, partial(leave_error, run.run_dir, rank))
+        rank, seconds = run.world.rank, run.config.trainer.stall_seconds
+        report = partial(leave_error, run.run_dir, rank)
+        in_debugger = run.world.env.source == "in-process"
+        return cls(seconds if isinstance(seconds, float) else None, rank, report, measures=not in_debugger)
 
     def on_progress(self, doing: str) -> None:
-        self._now = _Watched(time.monotonic(), self._seconds, doing)
+        self._now = _Watched(time.monotonic(), self._seconds, doing, self._setting)
 
     def on_train_begin(self, run: Run) -> None:
-        self.on_progress(f"step {run.state.step + 1}")
+        self._in_step(f"step {run.state.step + 1}")
 
     def on_micro_batch_begin(self, run: Run, step: Step, position: int, batch: Mapping[str, Any]) -> None:
-        self.on_progress(f"micro-batch {position + 1} of step {step.number}")
+        self._in_step(f"micro-batch {position + 1} of step {step.number}")
+
+    def on_step_agreed(self, run: Run, step: Step) -> Request:
+        if self._steps is not None and step.number_in_launch >= AUTO_AFTER_STEPS:
+            self._steps.append(step.seconds)
+        return CONTINUE
 
     def between_steps(self, run: Run) -> None:
-        self.on_progress(f"step {run.state.step + 1}")
+        self._in_step(f"step {run.state.step + 1}")
 
     def while_waiting(self, run: Run) -> Request:
         self.on_progress(f"the wait for the rows of step {run.state.step + 1}")
         return CONTINUE
+
+    def _in_step(self, doing: str) -> None:
+        if not self._steps:
+            self.on_progress(doing)
+            return
+        slowest = max(self._steps)
+        limit = max(AUTO_LEAST_SECONDS, AUTO_FACTOR * slowest)
+        setting = f"{self._setting}; the slowest of the last {len(self._steps)} steps took {slowest:.3g} s"
+        self._now = _Watched(time.monotonic(), limit, doing, setting)
 
     def on_train_end(self, run: Run, request: Request) -> None:
         self._now = None
@@ -106,7 +141,8 @@ class Watchdog(Callback):
     def around(self, phase: str) -> Iterator[None]:
         """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
         before = self._now
-        self._now = _Watched(time.monotonic(), self._seconds * PATIENCE, phase)
+        limit, setting = self._seconds * PATIENCE, f"{PATIENCE} times {self._setting}"
+        self._now = _Watched(time.monotonic(), limit, phase, setting)
         try:
             yield
         finally:
@@ -120,8 +156,7 @@ class Watchdog(Callback):
 
     def _end(self, now: _Watched) -> None:
         waits, place = in_collective(), position()
-        setting = "trainer.stall_seconds" if now.limit == self._seconds else f"{PATIENCE} times trainer.stall_seconds"
-        text = f"rank {self._rank} made no progress for {now.limit:g} s ({setting}) in {now.doing}"
+        text = f"rank {self._rank} made no progress for {now.limit:.4g} s ({now.setting}) in {now.doing}"
         error = (WaitedInVain if waits else Stalled)(f"{text}: {place}")
         try:
             self._report(error)
