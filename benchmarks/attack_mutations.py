@@ -7,6 +7,7 @@ from benchmarks.mutations import Mutation, undo
 _OWN = "if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:"
 _PLAIN = "flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)"
 _VISIBLE = "return _OBEYED.sub(written, text)"
+_CHECKED = "return requested, _checked(requested, named)"
 _PRINTED = "stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)"
 _OF_BASE = "return places <= {base.path} and all(code in known or code == own for code in carried)"
 
@@ -18,6 +19,12 @@ _BY_ATTACK: dict[str, Mutation] = {
     "groups.test_a_local_launch_meets_in_a_folder_of_its_own": undo(
         "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
     ),
+    "forked_ranks.test_another_user_gets_no_fork": undo(
+        "launch/local/fork_server.py", "if peer(connection) != os.getuid():", "if False:"
+    ),
+    "forked_ranks.test_the_server_has_no_secret_and_other_processes_see_a_fork_as_the_rank": undo(
+        "launch/local/warm.py", " and not is_secret(name, value)", ""
+    ),
     "groups.test_the_secret_of_a_slurm_job_is_for_this_user_alone": undo(
         "core/rendezvous.py", "SECRET_FILE, secrets.token_hex(32), mode=0o600)", "SECRET_FILE, secrets.token_hex(32))"
     ),
@@ -27,8 +34,8 @@ _BY_ATTACK: dict[str, Mutation] = {
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW",
         "os.O_WRONLY | os.O_CREAT | os.O_TRUNC",
     ),
-    "files.test_what_a_launcher_reads_is_for_this_user_alone": undo(
-        "launch/remote.py", "files.write(self.folder / name, text, mode=0o600)", "files.write(self.folder / name, text)"
+    "agents.test_a_stranger_is_hung_up_on_before_a_message_counts": undo(
+        "launch/agents/wire.py", "if not hmac.compare_digest(code, self._code(self._peer_role, text)):", "if False:"
     ),
     "spark.test_what_a_stranger_sends_does_not_end_the_driver": undo(
         "launch/spark/task.py", "except (OSError, ValueError, RecursionError):", "except OSError:"
@@ -73,6 +80,54 @@ _BY_ATTACK: dict[str, Mutation] = {
     # Code.
     "plugins.test_no_choice_leaves_the_folder_of_its_group": undo(
         "config/overrides.py", " or _leaves_group(override)", ""
+    ),
+    "working_directory.test_a_state_folder_of_somebody_else_is_not_served": undo(
+        "serve/state.py", "if named is None and any(path.iterdir()):", "if False:"
+    ),
+    "project_plugins.test_no_verb_runs_what_the_folder_names": undo(
+        "config/project.py", _CHECKED, "return requested, {}"
+    ),
+    "project_plugins.test_python_runs_none_either": undo("config/project.py", _CHECKED, "return requested, {}"),
+    "project_plugins.test_verbs_that_need_no_plugins_go_on_without": undo(
+        "config/project.py", _CHECKED, "return requested, {}"
+    ),
+    "project_plugins.test_a_changed_or_added_plugin_is_not_trusted": undo(
+        "config/project.py", "!= record[place]:", "!= record[place] and False:"
+    ),
+    "project_plugins.test_the_bytes_that_were_checked_are_executed": undo(
+        "core/plugins.py", "(read or {}).get(place) or ", ""
+    ),
+    "project_plugins.test_a_record_that_others_can_reach_does_not_count": undo(
+        "config/project.py", "files.read_own(file)", "file.read_bytes()"
+    ),
+    "project_plugins.test_the_configuration_of_the_user_is_not_in_the_folder": undo(
+        "core/signing.py",
+        'return folder / "dstune"',
+        'return folder.absolute() / "dstune"',
+        ("core/signing.py", "if folder.is_absolute():", "if folder.parts:"),
+    ),
+    "project_plugins.test_no_package_above_a_module_is_imported_before_it_is_trusted": undo(
+        "config/project.py", "if record is None:", "if plugin_files.find(place) and record is None:"
+    ),
+    "project_plugins.test_yaml_of_a_stranger_is_read_within_limits": undo(
+        "config/project.py", "parsing.parse_yaml(", "yaml.safe_load(", case="aliases"
+    ),
+    "project_plugins.test_a_pipe_or_a_device_is_not_read": undo(
+        "core/parsing.py", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:", case="pipe"
+    ),
+    "project_plugins.test_an_experiment_outside_of_its_folder_names_no_plugins": undo(
+        "config/plugins.py", 'if name.is_absolute() or ".." in name.parts:', "if False:"
+    ),
+    "working_directory.test_a_child_of_python": undo(
+        "core/child_python.py", "if given is None else given) | SAFE_PATH", "if given is None else given)"
+    ),
+    "working_directory.test_every_python_process_gets_an_environment": undo(
+        "serve/prepare.py", "env=child_environment(), ", ""
+    ),
+    "working_directory.test_wandb_sends_nothing_where_the_folder_says": undo(
+        "tracking/trackers/wandb.py",
+        'with mock.patch.object(wandb.Settings, "settings_workspace", nowhere):',
+        "if True:",
     ),
     "plugins.test_a_callback_of_the_working_directory_is_not_imported": undo(
         "config/callbacks.py", " or not plugin_files.is_installed(module):", ":"
@@ -157,6 +212,62 @@ _BY_ATTACK: dict[str, Mutation] = {
     "exports_of_others.test_an_adapter_of_others_is_not_served_from_a_base_that_a_variable_names": undo(
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),
+    "guard.test_no_spelling_of_events_gets_a_text_past_the_guard": undo(
+        "serve/guard/front.py",
+        "not is_name(place[-1], text):",
+        "False:",
+        ("serve/guard/streams.py", "await self._check_but(choices, value)", "pass"),
+    ),
+    "guard.test_what_cannot_be_read_does_not_pass_the_guard": undo(
+        "serve/guard/front.py",
+        "return [object_of(data) for data in found if data.strip() != DONE]",
+        'return [{"id": data.decode()} for data in found]',
+    ),
+    "serve.test_containers_are_counted_before_they_are_made": undo(
+        "serve/gateway/request.py", "if excess := excess_of(body, self.settings.max_depth):", 'if excess := "":'
+    ),
+    "serve.test_large_bodies_do_not_stop_others": undo(
+        "serve/gateway/request.py",
+        "if self.body_bytes <= LARGE_BYTES or self._threads is None:",
+        "if True:",
+        ("serve/gateway/request.py", "if excess := excess_of(body, self.settings.max_depth):", 'if excess := "":'),
+    ),
+    "serve.test_a_key_fills_no_more_than_its_share_of_the_memory": undo(
+        "serve/gateway/admission.py",
+        "if self._body_bytes[caller.id] + size > self._settings.key_body_bytes:",
+        "if False:",
+    ),
+    "serve.test_a_prompt_beyond_the_context_is_refused_unread_and_charged": undo(
+        "serve/gateway/inference.py", "if error.code == TOO_LONG:", "if False:"
+    ),
+    "serve.test_megabytes_for_the_local_engine_do_not_stop_others": undo(
+        "data/control.py", "if len(text) <= 4 * most:", "if True:"
+    ),
+    "serve.test_idle_connections_keep_nobody_out": undo(
+        "serve/server.py", "next(iter(self._idle)).transport.abort()", "transport.abort()"
+    ),
+    "serve.test_a_key_that_fills_the_queue_keeps_no_other_out": undo(
+        "serve/gateway/admission.py",
+        "if len(self._line.get(most, ())) <= len(self._line.get(key, ())) + 1:",
+        "if True:",
+    ),
+    "serve.test_trailers_and_framing_without_end": undo(
+        "serve/server.py",
+        'raise ValueError("a header after the head")  # the connection is closed',
+        "return",
+        ("serve/server.py", "if self._framing_bytes > MOST_HEAD_BYTES:", "if False:"),
+    ),
+    "serve.test_a_body_that_goes_on_after_the_answer": undo(
+        "serve/server.py", "if self._in_body and self.cycle.response_complete:", "if False:"
+    ),
+    "serve.test_thousands_of_requests_sent_ahead_are_not_kept": undo(
+        "serve/server.py", "elif len(self.pipeline) > MOST_AHEAD:", "elif False:"
+    ),
+    "serve.test_a_host_that_browsers_read_otherwise": undo(
+        "serve/gateway/app.py",
+        "if match is None:\n        raise ApiError(400",
+        "if match is None:\n        return 'localhost'\n        raise ApiError(400",
+    ),
     "serve.test_answers_without_a_length_stay_below_the_bound": undo(
         "serve/gateway/output_bound.py", "body = body | {names[0]: requested}", "return body"
     ),
@@ -173,6 +284,45 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "finetuning_api.test_a_name_that_stands_for_a_private_address_is_refused_at_the_connection": undo(
         "serve/finetuning/addresses.py", "if not is_public(str(place[0])):", "if False:"
+    ),
+    "feedback.test_feedback_of_an_answer_is_one_row": undo(
+        "serve/gateway/routes.py",
+        "select(Feedback).where(Feedback.answer == answer.id)",
+        "select(Feedback).where(False)",
+    ),
+    "feedback.test_feedback_of_a_project_is_bounded": undo(
+        "serve/gateway/routes.py", "if row.bytes > before and stored - before + row.bytes > most:", "if False:"
+    ),
+    "finetuning_api.test_addresses_of_clouds_and_special_networks_are_not_public": undo(
+        "serve/finetuning/addresses.py", "if any(found in network for network in _SPECIAL):", "if False:"
+    ),
+    "finetuning_api.test_graders_of_one_project_keep_no_other_one_waiting": undo(
+        "serve/finetuning/turns.py",
+        "self._places.setdefault(project, asyncio.Semaphore(self._of_project))",
+        "asyncio.Semaphore()",
+    ),
+    "finetuning_api.test_a_sample_is_read_once_for_all_graders": undo(
+        "serve/finetuning/graders/grader.py", "    @cached_property\n    def values", "    @property\n    def values"
+    ),
+    "finetuning_api.test_batches_and_tried_webhooks_of_a_project_are_bounded": undo(
+        "serve/finetuning/webhooks.py", "if self._testing[row.project] >= MOST_TESTS:", "if False:"
+    ),
+    "finetuning_api.test_files_of_one_organization_keep_no_other_one_from_validation": undo(
+        "serve/finetuning/jobs/reconciler.py", "(self._turns.get(job.organization, 0), job.number)", "job.number"
+    ),
+    "finetuning_api.test_slow_uploads_of_one_key_keep_no_other_key_out": undo(
+        "serve/finetuning/receiving.py",
+        "if total >= (MOST_AT_ONCE if of_key else MOST_FIRST):",
+        "if total >= 48:",
+    ),
+    "finetuning_api.test_an_upload_that_trickles_is_cut_off": undo(
+        "serve/finetuning/forms.py", "if size < seconds * LEAST_BYTES_A_SECOND:", "if False:"
+    ),
+    "finetuning_api.test_folders_of_jobs_count_towards_the_space_of_their_project": undo(
+        "serve/finetuning/jobs/build.py", "    files.counted.append(store.bytes_of)\n", ""
+    ),
+    "finetuning_api.test_a_running_job_ends_well_in_a_project_without_space": undo(
+        "serve/finetuning/jobs/reconciler.py", "if job.attempt or has_space(job.project):", "if True:"
     ),
     "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone": undo(
         "config/resume.py",
@@ -221,6 +371,26 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "files.test_the_lock_is_no_link": undo(
         "launch/records.py", "files.open_plain(run_dir / LOCK", "os.open(run_dir / LOCK"
+    ),
+    "models_of_others.test_weights_come_from_the_folder_of_their_index": undo(
+        "core/weight_index.py", "    if problems:\n", "    if False:\n"
+    ),
+    "models_of_others.test_consent_to_the_code_of_a_hub_id_is_none_to_that_of_a_folder": undo(
+        "core/model_names.py", "if trusts_code and HUB_ID.fullmatch(path) and Path(path).is_dir():", "if False:"
+    ),
+    "images.test_a_node_runs_nothing_of_its_environment": undo(
+        "../docker/node.sh", "printf 'export %s=%q\\n'", "printf 'export %s=%s\\n'", case="touch"
+    ),
+    "files.test_the_lock_of_swapped_states_is_no_link": undo(
+        "zero/swap.py",
+        'open_plain(folder / "lock", ',
+        'os.open(folder / "lock", ',
+        ("zero/swap.py", "if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():", "if False:"),
+    ),
+    "files.test_the_lock_of_a_copied_run_is_no_link": undo(
+        "launch/mirror.py",
+        'files.open_plain(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)',
+        'os.open(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)',
     ),
     "files.test_pruning_leaves_the_checkpoint_behind_a_link": undo(
         "checkpoint/store.py", "doomed = [path for path in doomed if not path.is_symlink()]", "doomed = list(doomed)"

@@ -99,9 +99,11 @@ def reference(content: bytes, folder: Path) -> None:
         return {"ids": [[1, 2] for _ in rows], "answers": [{"vector": [0.5]} for _ in rows]}
 
     (folder / "reference.json").write_bytes(content)
-    engine: Any = SimpleNamespace(dtype="float32", prompt_ids=prompt_ids, logprobs=logprobs, answers=answers)
+    engine: Any = SimpleNamespace(
+        dtype="float32", unseen_settings="", prompt_ids=prompt_ids, logprobs=logprobs, answers=answers
+    )
     for generates in (True, False):
-        source: Any = SimpleNamespace(folder=folder, generates=generates)
+        source: Any = SimpleNamespace(folder=folder, generates=generates, adapter=False)
         try:
             asyncio.run(parity.prove(engine, "m", source, None))
         except parity.Refused:

@@ -33,6 +33,7 @@ ORDER = (
     "cancel",
     "checkpoints",
     "upgrade",
+    "trust",
     "doctor",
     "models",
     "samples",
@@ -51,7 +52,7 @@ examples:
   dstune train runs/NAME/DATE_TIME trainer.max_steps=80  continue a run, longer
   dstune generate runs/NAME/DATE_TIME --prompt "Hello"
 
---trust KEY believes a key of a run that you have not signed (docs/security.md).
+--trust KEY believes a key of a run that you have not signed, --trust plugins also those of dstune.yaml (docs/security.md).
 `dstune VERB --help` explains a verb; `dstune train --help` lists groups and keys.
 exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune train RUN` continues), 1 anything else
 """

@@ -10,3 +10,4 @@ class Import(Verb):
     name = "import"
     summary = "an experiment from a configuration of axolotl, LLaMA-Factory or TRL"
     action = "dstune.importing.command:main"
+    needs_plugins = False

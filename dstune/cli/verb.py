@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -36,6 +37,8 @@ class Verb:
     """Whether it composes a configuration, so that `key=value` may stand behind it."""
     takes_files: ClassVar[bool] = True
     """Whether its plain words may be paths."""
+    needs_plugins: ClassVar[bool] = True
+    """Whether it refuses plugins of the working directory that the user has not trusted, and does not go on without them."""
     on_hardware: ClassVar[bool] = False
     """Whether `hardware=NAME` may be its first word."""
     further_words: ClassVar[tuple[str, ...]] = ()
@@ -43,6 +46,11 @@ class Verb:
 
     def run(self, arguments: list[str]) -> int:
         """Raises DstuneError; returns the exit code."""
+        if not self.needs_plugins and os.path.lexists("dstune.yaml"):
+            from dstune.config.project import optional_plugins
+
+            with optional_plugins():
+                return self.function()(arguments)
         return self.function()(arguments)
 
     def function(self) -> Callable[[list[str]], int]:

@@ -46,17 +46,22 @@ REPLACES_QUICKSTART = ("experiment", "model", "model.path", "data", "data.train"
 Result = TypeVar("Result")
 
 
-def compose(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) -> Composed:
+def compose(
+    overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), *, keep_plugins: bool = False
+) -> Composed:
     """The configuration for these overrides; not validated yet (`validate.validate`).
 
     Without an experiment, model or training rows among the overrides this is `experiment=quickstart`. A chat template's date is
     frozen to today, `run.dir` may stay None.
 
+    keep_plugins: the active plugins stay the active ones, whatever the working directory and the overrides name.
+
     Raises:
         UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
     """
     given = with_default_experiment(overrides)
-    activate_requested(given, config_dirs)
+    if not keep_plugins:
+        activate_requested(given, config_dirs)
     with session(config_dirs) as hydra:
         composed, origins = run_hydra(hydra, given, lambda texts: _compose(hydra, texts))
         config = typed_config(_plain(composed), "the composed configuration")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -169,9 +170,11 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
     from dstune.config.compose import run_hydra, with_default_experiment
     from dstune.config.hydra_session import ROOT_CONFIG, group_options, program_name, session
     from dstune.config.plugins import activate_requested
+    from dstune.config.project import optional_plugins
 
     overrides = with_default_experiment(flags.overrides)
-    activate_requested(overrides, flags.config_dirs)
+    with optional_plugins() if flags.help or flags.hydra_help else nullcontext():
+        activate_requested(overrides, flags.config_dirs)
     with session(flags.config_dirs) as hydra:
         if flags.help:
             from dstune.config.documentation import help_text

@@ -78,8 +78,9 @@ def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 @cache
 def type_hints(cls: type) -> dict[str, Any]:
-    """`typing.get_type_hints`, remembered: evaluating the annotations costs more than reading them."""
-    return typing.get_type_hints(cls)
+    """Return `typing.get_type_hints` of the fields, remembered: evaluating the annotations costs more than reading them."""
+    hints = typing.get_type_hints(cls)
+    return {name: hint for name, hint in hints.items() if typing.get_origin(hint) is not typing.ClassVar}
 
 
 def registered_values() -> dict[str, tuple[str, ...]]:

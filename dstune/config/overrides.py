@@ -21,12 +21,14 @@ from dstune.config.names import (
     classes_of,
     entry_class,
     entry_leaves,
+    is_section,
     keys_below,
     keys_of,
     names_choice,
     nearest,
     sections,
     suggest_key,
+    type_hints,
 )
 from dstune.config.not_offered import not_offered
 from dstune.config.schema import CHOICES
@@ -309,6 +311,8 @@ def _value_problems(
         if inside and (entry := entry_class(keys[inside])) and key.count(".") > inside.count(".") + 1:
             return _entry_problems(key, value, inside, entry)
         if inside:
+            if problem := _nested_problem(key, value, inside, keys[inside]):
+                return [problem]
             convert(value, typing.get_args(keys[inside])[1], key)
         elif key in keys:
             convert(value, keys[key], key)
@@ -321,6 +325,15 @@ def _value_problems(
     if override.is_add() and not override.is_force_add() and not inside:
         return [Problem(key, "the key exists already", f"write {key}={format_value(value)}", format_value(value))]
     return []
+
+
+def _nested_problem(key: str, value: Any, mapping: str, hint: Any) -> Problem | None:
+    """What is wrong with a key that leads into a value of `mapping` (`data.columns.text.a`): Hydra splits names at dots."""
+    name = key.removeprefix(f"{mapping}.")
+    if "." not in name or typing.get_args(hint)[1] is Any:
+        return None
+    fix = f"'{mapping}={{{name}: {format_value(value)}}}', if the name has a dot"
+    return Problem(key, f"a value of {mapping} has no keys of its own", fix, format_value(value))
 
 
 def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Problem]:
@@ -348,13 +361,11 @@ def _is_entry(key: str, mapping: str, hint: Any) -> bool:
 
 def _section_class(key: str, classes: Mapping[str, type]) -> type | None:
     """The class of a section or a section inside one (`trainer.early_stopping`), None if `key` is no section."""
-    from dstune.config.names import type_hints
-
     first, *rest = key.split(".")
     found = classes.get(first)
     for name in rest:
-        found = type_hints(found).get(name) if found is not None else None
-    return found if isinstance(found, type) and hasattr(found, "__dataclass_fields__") else None
+        found = type_hints(found).get(name) if is_section(found) else None
+    return found if is_section(found) else None
 
 
 def _unknown_key(
@@ -365,7 +376,13 @@ def _unknown_key(
     if other := choices_with(key):
         chosen = next(name for name, cls in classes_of(section).items() if cls is classes[section])
         fix = f"it is a key of {' and '.join(other)}: choose that or leave it out"
-        return Problem(key, f"{section}={chosen} has no such key", fix, text)
+        why = getattr(classes[section], "absent_keys", {}).get(key.removeprefix(f"{section}."))
+        return Problem(key, f"{section}={chosen} has no such key" + (f": {why}" if why else ""), fix, text)
+    parents = (key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1))
+    if leaf := next((parent for parent in parents if parent in keys), None):
+        is_list = typing.get_origin(keys[leaf]) in (list, tuple)
+        reason = f"{leaf} is a {'list' if is_list else 'value'}, so it has no keys of its own"
+        return Problem(key, reason, f"write {leaf}={f'[{text}]' if is_list else text}", text)
     if "." not in key and (group := nearest(key, groups, cutoff=0.7)):
         return Problem(key, "there is no such group or key", f"did you mean {group}={text}?", text)
     similar = suggest_key(key, keys) or suggest_key(key, all_keys())

@@ -95,6 +95,11 @@ def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
         _named[""] = before
 
 
+def is_believed_by_command(key: str) -> bool:
+    """Whether `--trust` of this command names the key."""
+    return key in _named.get("", set())
+
+
 def flags_for(run: Path) -> list[str]:
     """The words with which a further process believes the same of `run`."""
     keys = believed(run)

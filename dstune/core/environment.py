@@ -68,7 +68,8 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or "CPU")
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and newer
+    return str(capabilities.get("cpu_name") or platform.processor() or "CPU")
 
 
 def _git_commit() -> str | None:

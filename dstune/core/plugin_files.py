@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstune.core import parsing
 from dstune.core.errors import Problem, UserError
 
 KEY = "plugins"
@@ -79,7 +80,7 @@ def find(spec: str) -> Source:
 def _file(spec: str) -> Source:
     path = Path(spec).expanduser()
     try:
-        return Source(name_of(spec), spec, path.read_bytes(), is_file=True)
+        return Source(name_of(spec), spec, parsing.read_file(path), is_file=True)
     except OSError as error:
         import difflib
 

@@ -113,8 +113,10 @@ def _classes(node: Any) -> Iterator[type]:
             yield from _classes(value)
 
 
-def activate(requested: Sequence[str]) -> None:
+def activate(requested: Sequence[str], read: Mapping[str, Source] | None = None) -> None:
     """Make the plugins `requested` (`./file.py`, `package.module`, `package.module:Class`) the active ones.
+
+    read: by file or module, those that have been read: these bytes are executed, whatever the file holds by now.
 
     Raises:
         UserError: each that is not there, cannot be imported, or clashes with another one.
@@ -126,7 +128,7 @@ def activate(requested: Sequence[str]) -> None:
         if name in _installed and not plugin_files.is_path(place):
             continue
         with collected(problems):
-            sources.append(plugin_files.find(place))
+            sources.append((read or {}).get(place) or plugin_files.find(place))
     if problems:
         raise UserError(problems)
     _activate(sources, run_dir=None)

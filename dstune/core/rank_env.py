@@ -159,6 +159,10 @@ def _check(found: RankEnv) -> None:
         raise UserError(Problem("environment", reason, fix, formatted))
 
 
+forked_by: int | None = None
+"""In a forked rank, its keeper (`dstune/launch/local/fork_server.py`), which ends it when the launcher ends."""
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when the process that started it dies, however it dies (Linux only).
 
@@ -171,5 +175,5 @@ def die_with_parent() -> None:
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     # The launcher may have died before the call above; the orphan then has another parent already and gets no signal.
-    if os.getppid() != int(launcher):
+    if os.getppid() != (forked_by or int(launcher)):
         os._exit(1)

@@ -31,8 +31,9 @@ OWN, TEAM = "own", "team"
 
 def key_file() -> Path:
     """Where this user's key is (not made here). Raises RuntimeError where there is no home folder."""
-    if folder := os.environ.get("XDG_CONFIG_HOME"):
-        return Path(folder).expanduser().absolute() / "dstune" / "trust.key"
+    folder = Path(os.environ.get("XDG_CONFIG_HOME", "")).expanduser()
+    if folder.is_absolute():  # a relative one would lead into whatever folder the command is given in
+        return folder / "dstune" / "trust.key"
     return Path.home() / ".config" / "dstune" / "trust.key"
 
 

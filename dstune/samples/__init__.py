@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dstune.core.arguments import VerbParser
+from dstune.core.child_python import child_environment
 from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.core.paths import cache_root
 from dstune.samples import attacks
@@ -348,6 +349,7 @@ def _convert_in_child(sample: Sample, wheels: list[Path], target: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", code, sample.name, str(target), *map(str, wheels)],
         cwd=target,
+        env=child_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

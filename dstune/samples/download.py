@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 
 ATTEMPTS = 5
@@ -177,7 +178,9 @@ def fetch_with(
 
 def _pip(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, text=True, errors="replace", check=False, **options)
+    return subprocess.run(
+        command, env=child_environment(), stdin=subprocess.DEVNULL, text=True, errors="replace", check=False, **options
+    )
 
 
 # Only a wheel is asked for (the build script of a source archive would be run by pip), and the running Python may be

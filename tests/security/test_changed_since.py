@@ -22,7 +22,7 @@ from dstune.core.rank_env import RUN_SHA256
 from dstune.launch import records
 from dstune.launch.commands import Machine, local_plan
 from dstune.launch.console import Console
-from dstune.launch.hostfile.commands import pdsh_plan
+from dstune.launch.hostfile.commands import host_tasks
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.local import supervise
 from dstune.launch.local.config import LocalConfig
@@ -80,8 +80,8 @@ def _local(config: RunConfig, run_dir: Path) -> object:
 
 def _hostfile(config: RunConfig, run_dir: Path) -> object:
     config = replace(config, launch=HostfileConfig(hostfile="hosts"))
-    fixed = {"parent": os.environ, "address": "a", "port": 1, "on_cpu": True}
-    return pdsh_plan(config, run_dir, HOSTS, launch_id="id", **fixed).files
+    tasks = host_tasks(config, run_dir, HOSTS, launch_id="id", parent=os.environ, on_cpu=True)
+    return [task.variables for task in tasks]
 
 
 def _openmpi(config: RunConfig, run_dir: Path) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +14,9 @@ from dstune.checkpoint import store
 from dstune.core import files, handoff
 from dstune.core.errors import UserError
 from dstune.launch import mirror, records
-from dstune.launch.console import Console
-from dstune.launch.hosts import Ssh
-from dstune.launch.remote import RemoteLaunch
-from dstune.launch.remote_commands import RemotePlan
 from dstune.rank.finalize import write_result
 from dstune.tracking.jsonl import JsonLines
+from dstune.zero import swap
 
 VICTIM = "precious\n"
 
@@ -101,6 +97,40 @@ def test_the_lock_is_no_link(run_dir: Path, victim: Path) -> None:
     assert not victim.with_name("made").exists()
 
 
+@pytest.mark.parametrize("linked", ["the lock", "the folder"])
+def test_the_lock_of_swapped_states_is_no_link(linked: str, victim: Path, tmp_path: Path) -> None:
+    """What an earlier run left on the disk of a node is locked before it is removed; others may write there too."""
+    place = tmp_path / "nvme"
+    place.mkdir()
+    abandoned, planted = place / f"{swap._prefix()}0", place / f"{swap._prefix()}1"
+    abandoned.mkdir()
+    if linked == "the lock":
+        planted.mkdir()
+        (planted / "lock").symlink_to(victim.with_name("made"))
+    else:
+        planted.symlink_to(victim.parent)
+    swap._remove_abandoned(place)
+    assert [path.name for path in victim.parent.iterdir()] == [victim.name]
+    assert not abandoned.exists()
+    assert planted.exists()
+
+
+def test_the_lock_of_a_copied_run_is_no_link(
+    run_dir: Path, victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mirror, "refused_operations", lambda path: {"lock": "no"} if path == run_dir else {})
+    opened = mirror.open_mirror(run_dir, lambda text: None)
+    assert opened is not None
+    lock = opened.work.with_name(f"{opened.work.name}.lock")
+    opened.close()
+    lock.unlink()
+    lock.symlink_to(victim.with_name("made"))
+    with pytest.raises(UserError, match="link"):
+        mirror.open_mirror(run_dir, lambda text: None)
+    assert not victim.with_name("made").exists()
+
+
 @pytest.mark.parametrize("fault", ["mode", "link", "owner"])
 def test_handoff_files_are_this_users_own(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "handoff.json"
@@ -163,18 +193,3 @@ def test_names_in_a_marker_stay_in_their_checkpoint(tmp_path: Path) -> None:
     marker["files"]["../../secret"] = {"bytes": 5, "xxh3_64": "0"}
     (whole / store.COMMITTED).write_text(json.dumps(marker))
     assert not store.is_committed(whole)
-
-
-def test_what_a_launcher_reads_is_for_this_user_alone(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed's launcher takes variables from a file, with values of the user's environment in it."""
-
-    def nodes(self: RemoteLaunch) -> None:
-        raise InterruptedError
-
-    monkeypatch.setattr(RemoteLaunch, "_open_nodes", nodes)
-    plan = RemotePlan(("true",), {}, {".deepspeed_env": "A=1\n"}, {}, {"node1": [0]})
-    with pytest.raises(InterruptedError):
-        RemoteLaunch(plan, Ssh(), run_dir, "no-such-launch", 1.0, Console()).run([])
-    written = run_dir / "launch" / ".deepspeed_env"
-    assert written.read_text() == "A=1\n"
-    assert stat.S_IMODE(written.stat().st_mode) == 0o600

@@ -122,6 +122,13 @@ KEPT: list[tuple[str, Any]] = [
     ("adapter_config.json", as_json(ADAPTER | {"lora_alpha": 10**400}).encode()),
     ("reference.json", as_json(REFERENCE | {"rows": [{"messages": []}]}).encode()),
     ("reference.json", b'{"format": 1, "rows": [[null]]}'),
+    ("reference.json", as_json(REFERENCE | {"format": 2}).encode()),
+    ("reference.json", as_json(REFERENCE | {"format": 2, "files": {"config.json": 1}}).encode()),
+    ("reference.json", as_json(REFERENCE | {"format": 2, "files": {}, "edited": [[{}]]}).encode()),
+    (
+        "reference.json",
+        as_json(REFERENCE | {"format": 2, "files": {"\x1b.json": {"sha256": "", "values": {"a": [1]}}}}).encode(),
+    ),
     (
         "served adapter",
         {"adapter_model.safetensors": header_of({"shape": [2]}), "adapter_config.json": as_json(ADAPTER).encode()},

@@ -306,7 +306,7 @@ def test_completion_scripts_and_queries(tmp_path):
     script = dstune_process("completion", "bash", cwd=tmp_path)
     assert script.returncode == 0
     assert "complete" in script.stdout
-    query = dstune_process("-sc", "query=bash", env={"COMP_LINE": "dstune tr", "COMP_POINT": "9"}, cwd=tmp_path)
+    query = dstune_process("-sc", "query=bash", env={"COMP_LINE": "dstune trai", "COMP_POINT": "11"}, cwd=tmp_path)
     assert query.stdout.split() == ["train"]
 
 

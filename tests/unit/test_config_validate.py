@@ -318,6 +318,14 @@ def test_resume_may_not_change(old: RunConfig, override: str, fix: str):
     assert fix in problem.fix
 
 
+def test_a_model_folder_may_be_written_so_that_it_cannot_be_a_hub_id(old: RunConfig):
+    old = apply_overrides(old, ["model.path=runs/a"])
+    check_resume(old, apply_overrides(old, ["model.path=./runs/a"]))
+    for begun, path in ((old, "./runs/b"), (apply_overrides(old, ["model.revision=abc"]), "./runs/a")):
+        with pytest.raises(UserError):
+            check_resume(begun, apply_overrides(begun, [f"model.path={path}"]))
+
+
 def test_resume_lists_every_changed_key(old: RunConfig):
     changed = ["method=full", "optimizer.lr=2e-4", "schedule=linear", "trainer.seed=3", "trainer.max_steps=10"]
     new = compose(["data=chitchat", *changed]).config

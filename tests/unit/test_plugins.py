@@ -13,6 +13,7 @@ import pytest
 from dstune.config.completion import complete
 from dstune.config.compose import compose
 from dstune.config.documentation import documentation, help_text
+from dstune.config.project import candidates, write_record
 from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
 from dstune.data.rows import RowError
@@ -33,6 +34,7 @@ def test_three_places_add_up(folder):
     Path("one.py").write_text("")
     Path("two.py").write_text("")
     Path("dstune.yaml").write_text("plugins: [./one.py]\n")
+    write_record(Path(), candidates(Path()))
     Path("mine/experiment").mkdir(parents=True)
     text = "# @package _global_\nplugins: [./two.py]\ndefaults:\n  - override /optimizer: lion\n  - override /data: chitchat\n"
     Path("mine/experiment/own.yaml").write_text(text)
@@ -177,6 +179,8 @@ def test_help_needs_the_file_no_more():
 def test_completion_loads_no_file():
     copy()
     Path("lion.py").write_text("raise SystemExit('completion has run a file')")
+    Path("dstune.yaml").write_text("plugins: [./lion.py]\n")
+    write_record(Path(), candidates(Path()))
     found = complete("dstune train plugins=[./lion.py] optimizer=", {"train": lambda given: Behind})
     assert found == ["optimizer=adamw", "optimizer=sgd"]
 

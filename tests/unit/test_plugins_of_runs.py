@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from dstune.config import plugins as requests
 from dstune.config.compose import compose
 from dstune.config.run_file import read_run, write_run
 from dstune.config.run_overrides import apply_overrides
@@ -182,4 +181,3 @@ def test_a_run_without_plugins_says_nothing_of_them(folder):
     (folder / "run").mkdir()
     write_run(folder / "run" / "run.yaml", compose(["data=chitchat"]))
     assert "plugins" not in (folder / "run" / "run.yaml").read_text()
-    assert requests.requested([]) == []

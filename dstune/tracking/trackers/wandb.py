@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from dstune.config.convert import to_dict
 from dstune.config.fields import setting
@@ -126,6 +127,7 @@ class Wandb(Tracker):
         os.environ.setdefault("WANDB_CACHE_DIR", str(self._folder / "cache"))
         import wandb
 
+        ignore_working_directory(wandb)
         if self._config.tracking.wandb.mode is WandbMode.online:
             self._run = self._start_online(wandb)
         if self._run is None:
@@ -219,6 +221,18 @@ class Wandb(Tracker):
         for folder in self._older:
             if folder != Path(self._run.settings.sync_dir):  # of a launch within the same second
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def ignore_working_directory(wandb: Any) -> None:
+    """Let W&B read its settings without `wandb/settings` of the working directory.
+
+    Whoever has written that file chooses the server that gets the user's key, and the proxy. `WANDB_BASE_URL` and the user's own
+    settings file (`wandb login --host`) count as before. W&B reads its settings once, and has no switch for this. This runs beside
+    the training, in the thread of the tracker, so the process cannot leave its working directory meanwhile.
+    """
+    nowhere = property(lambda settings: f"/nonexistent-{secrets.token_hex(8)}/settings")
+    with mock.patch.object(wandb.Settings, "settings_workspace", nowhere):
+        wandb.setup()
 
 
 def _has_credentials(wandb: Any) -> bool:

@@ -1,0 +1,38 @@
+"""The environment of Python processes that dstune starts: they import nothing from the working directory.
+
+`python -m` and `python -c` put the working directory in front of the import path, where a stranger's `json.py` or `torch.py` would
+run in place of the real module.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import dstune
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""Since Python 3.11: leaves the working directory, or the folder of a script, out of the import path."""
+
+
+def child_environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return `given` (default: this process's environment) for a child that imports dstune."""
+    environment = dict(os.environ if given is None else given) | SAFE_PATH
+    if path := python_path(environment.get("PYTHONPATH", "")):
+        environment["PYTHONPATH"] = path
+    else:
+        environment.pop("PYTHONPATH", None)
+    return environment
+
+
+def python_path(inherited: str) -> str:
+    """Return `inherited` with the folder of this package in front where Python would not find it by itself (a checkout).
+
+    Empty entries are left out: they mean the working directory, and `PYTHONPATH=$PYTHONPATH:/x` makes one by mistake.
+    """
+    home = Path(dstune.__file__).absolute().parent.parent
+    places = [place for place in inherited.split(os.pathsep) if place]
+    if home.name not in ("site-packages", "dist-packages"):
+        places.insert(0, str(home))
+    return os.pathsep.join(places)
