@@ -150,7 +150,7 @@ class Bench:
         if "data.train" not in own:
             common.append(f"data.train={self.dialogues(self.size(400, 60))}")
         given = [word for word in common if word.partition("=")[0] not in own] + list(words)
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         if on_cpu:
             env |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, str(RUN), str(self.folder / name), *flags, *given]

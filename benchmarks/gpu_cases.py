@@ -6,6 +6,7 @@ operations are in `gpu_kernels.py`, models of real size and TRL in `gpu_rivals.p
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -15,12 +16,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_kernels, gpu_rivals, gpu_several  # noqa: E402  # each adds its cases
+from benchmarks import gpu_kernels, gpu_kit, gpu_rivals, gpu_several, gpu_trace  # noqa: E402  # each adds its cases
 from benchmarks.gpu_bench import CASES, ONE_AND_A_HALF, Bench, case  # noqa: E402
 
 __all__ = ["CASES", "gpu_kernels", "gpu_rivals", "gpu_several"]
+SWITCHES = ("fused_norms", "fused_activations", "fused_rotary")
 
 EIGHT_LAYERS = ONE_AND_A_HALF | {"num_hidden_layers": 8}
+
+
+@case
+def imports(bench: Bench) -> None:
+    """Seconds that each library takes to import, its version, and what dstune requires and the machine has not."""
+    import subprocess
+
+    for name in (
+        "torch",
+        "deepspeed",
+        "transformers",
+        "peft",
+        "datasets",
+        "trl",
+        "liger_kernel",
+        "flash_attn",
+        "bitsandbytes",
+    ):
+        code = f"import time; began = time.time(); import {name} as it; print(time.time() - began, getattr(it, '__version__', ''))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if done.returncode:
+            bench.row(imported=name, absent=(done.stderr.strip().splitlines() or ["no error message"])[-1][:300])
+        else:
+            seconds, _, version = done.stdout.splitlines()[-1].partition(" ")
+            bench.row(imported=name, seconds=float(seconds), version=version)
+    for problem in gpu_kit.missing_here():
+        bench.row(required=problem)
 
 
 @case
@@ -50,6 +79,40 @@ def packed_step(bench: Bench) -> None:
     if waits.exists():
         for place, times in json.loads(waits.read_text()).items():
             bench.row(waits_at=place, times_a_step=times)
+
+
+@case
+def trace(bench: Bench) -> None:
+    """Where two steps of full 1.5B spend their time, by kind of kernel, and how much of what is copied and reduced at ZeRO-2 runs
+    beside the computation."""
+    words = bench.packed(ONE_AND_A_HALF, "one-and-a-half", steps=5, rows=4)
+    if not bench.reported("traced", *words, "zero=stage2", "trainer.profile_steps=2"):
+        return
+    for file in sorted((bench.folder / "traced" / "profile").glob("*.json.gz")):
+        for figures in gpu_trace.summarize(json.loads(gzip.decompress(file.read_bytes()))):
+            bench.row(**figures)
+
+
+@case
+def whole_steps(bench: Bench) -> None:
+    """The fused kernels, each switched alone, in whole steps of packed rows: tokens a second and peak beside the default."""
+    words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
+    plain = bench.reported("none fused", *words, "zero=stage2", *(f"model.{name}=false" for name in SWITCHES))
+    for switch in SWITCHES:
+        found = bench.reported(
+            switch, *words, "zero=stage2", *(f"model.{name}={name == switch}".lower() for name in SWITCHES)
+        )
+        if plain and found:
+            bench.row(run=f"{switch} beside none", speed=found["tokens_per_second"] / plain["tokens_per_second"])
+
+
+@case
+def recompute(bench: Bench) -> None:
+    """ZeRO-3, and which activations are computed again."""
+    words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=5, rows=4, micro=1)
+    words = [word for word in words if not word.startswith("trainer.activation_checkpointing")]
+    for setting in ("true", "selective", "false"):
+        bench.reported(f"stage3 {setting}", *words, "zero=stage3", f"trainer.activation_checkpointing={setting}")
 
 
 @case

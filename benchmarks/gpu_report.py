@@ -1,11 +1,15 @@
-"""What dstune does on one GPU, in four parts of at most nine minutes, as a report to paste. No internet; partial results are kept.
+"""What dstune does on one GPU, in parts of at most eight minutes, as a report to send. No internet; partial results are kept.
 
     make gpu-report PART=1             python benchmarks/gpu_report.py 1 --out gpu-report
     make gpu-report PART=5 GPUS=8      several GPUs: NCCL, stages 1 to 3, Ulysses, tensor parallelism
 
+Parts 1 to 3 answer the questions in the order of their value: does it compute rightly, and how fast is LoRA of 8B beside TRL; full
+training of 1.5B, its trace, and the plan beside the peak; kernels, recomputation, resume, offloading. Part 4 is the rest.
+
 A case is a process of its own with a limit; what it measured is a line of OUT/part-N.jsonl, and a case that is there already, of
-the same versions on the same machine, is not run again. `--simulate` computes small shapes on the simulated device of the tests: a
-rehearsal, whose times mean nothing.
+the same versions on the same machine, is not run again. `--output FILE.tar.gz` is written anew after each case. `--simulate`
+computes small shapes on the simulated device of the tests: a rehearsal, whose times mean nothing. `benchmarks/gpu_kit.py` brings
+what a machine without a network lacks.
 """
 
 from __future__ import annotations
@@ -17,30 +21,40 @@ import os
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = Path(__file__).with_name("gpu_cases.py")
-SECONDS = 530
-"""Of a part: nine minutes, less what starting it takes."""
+SECONDS = 440
+"""Of a part: eight minutes, less what installing and starting it take."""
 PATIENCE = 10
 """A rehearsal, on a CPU and whatever else runs there, may take so many times as long."""
 
 PARTS: dict[int, dict[str, int]] = {
-    1: {"losses": 120, "attention": 120, "packed_step": 150, "qlora": 100},
-    2: {"cross_entropy": 90, "norms": 60, "elementwise": 90, "plan": 120, "out_of_memory": 120},
+    1: {"imports": 40, "attention": 70, "losses": 90, "lora_8b": 120, "trl_lora_8b": 120},
+    2: {"full_1_5b": 75, "handwritten_1_5b": 75, "trl_full_1_5b": 80, "trace": 80, "plan": 110},
     3: {
-        "importance": 60,
-        "preference": 60,
-        "classification": 60,
-        "half": 60,
-        "deterministic": 90,
-        "resume": 90,
-        "offload": 90,
+        "whole_steps": 110,
+        "recompute": 70,
+        "resume": 70,
+        "out_of_memory": 60,
+        "half": 40,
+        "qlora": 50,
+        "offload": 40,
     },
-    4: {"full_1_5b": 110, "lora_8b": 180, "trl_full_1_5b": 110, "trl_lora_8b": 130},
+    4: {
+        "packed_step": 90,
+        "cross_entropy": 60,
+        "norms": 40,
+        "elementwise": 60,
+        "importance": 40,
+        "preference": 40,
+        "classification": 40,
+        "deterministic": 60,
+    },
     5: {"nccl": 60, "ranks": 150, "ulysses": 90, "tensor": 90},
 }
 """Seconds that each case may take, in the order of their value."""
@@ -70,7 +84,7 @@ def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) 
     command = [sys.executable, str(CASES), name, str(folder)]
     command += ["--simulate"] if options.simulate else []
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "GPUS": str(options.gpus),
@@ -115,9 +129,23 @@ def run_part(part: int, options: argparse.Namespace) -> list[dict[str, Any]]:
             result = run_case(name, min(patience * seconds, left), out.resolve(), options)
             with kept.open("a") as stream:
                 stream.write(json.dumps(result) + "\n")
+            write_archive(options)
         results.append(result)
         print(f"{name}: {result['outcome']}, {result['seconds']} s", flush=True)
     return results
+
+
+def write_archive(options: argparse.Namespace) -> None:
+    """Put the figures and logs so far into `--output`, complete at any moment: the machine may be taken away."""
+    if options.output is None:
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_name(options.output.name + ".partial")
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(options.out.rglob("*")):
+            if path.is_file() and path.suffix in (".jsonl", ".json", ".md", ".log") and path.stat().st_size < 2**20:
+                archive.add(path, path.relative_to(options.out))
+    partial.replace(options.output)
 
 
 def report(part: int, results: list[dict[str, Any]], *, simulate: bool) -> str:
@@ -148,6 +176,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", type=int, choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("gpu-report"))
+    parser.add_argument("--output", type=Path, help="an archive of what was measured, written after each case")
     parser.add_argument("--only", nargs="*", default=[], help="cases of the part")
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--gpus", type=int, default=int(os.environ.get("GPUS", "1")))
@@ -155,6 +184,7 @@ def main() -> int:
     results = run_part(options.part, options)
     text = report(options.part, results, simulate=options.simulate)
     (options.out / f"part-{options.part}.md").write_text(text)
+    write_archive(options)
     print(f"\n{text}")
     return 0 if all(result["outcome"] == "ok" for result in results) else 1
 

@@ -1,8 +1,13 @@
-"""Cases of `gpu_report.py`: packed SFT of a 1.5B-shaped and an 8B-shaped model, by dstune and by TRL."""
+"""Cases of `gpu_report.py`: packed SFT of a 1.5B-shaped and an 8B-shaped model, by dstune, TRL and a DeepSpeed loop."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,48 @@ def full_1_5b(bench: Bench) -> None:
 @case
 def lora_8b(bench: Bench) -> None:
     bench.reported("LoRA 8B", *words_of(bench, EIGHT, "eight"), "method=lora")
+
+
+@case
+def handwritten_1_5b(bench: Bench) -> None:
+    """A DeepSpeed loop on random tokens that are ready in memory, at the same shape, lengths, accumulation and stage. Its rows are
+    one sample each, so it needs no boundaries between samples."""
+    import torch
+
+    folder, length = bench.weights(bench.shape("one-and-a-half", **ONE_AND_A_HALF)), bench.size(4096, 64)
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    shape = (STEPS * GLOBAL // MICRO, 1, MICRO, length)
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    torch.save({"input_ids": ids, "labels": ids}, bench.folder / "tensors.pt")
+    flash = importlib.util.find_spec("flash_attn") is not None
+    settings = {
+        "tensors": str(bench.folder / "tensors.pt"), "model": str(folder), "method": "full", "lr": 1e-5, "stage": 2,
+        "precision": "bf16", "steps": STEPS, "accumulate": GLOBAL // MICRO, "gradient_checkpointing": True,
+        "attention": "flash_attention_2" if flash else "sdpa",
+    }  # fmt: skip
+    (bench.folder / "settings.json").write_text(json.dumps(settings))
+    with tempfile.TemporaryDirectory() as store:
+        env = os.environ | {
+            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TMPDIR": store,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        }  # fmt: skip
+        if bench.simulate:
+            env["DS_ACCELERATOR"] = "cpu"
+        command = [sys.executable, str(Path(__file__).with_name("handwritten.py")), str(bench.folder / "settings.json")]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        bench.row(run="DeepSpeed loop 1.5B", failed=(done.stdout + done.stderr)[-1500:])
+        return
+    measured = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    timed = measured["seconds"][UNTIMED:]
+    rate = len(timed) * GLOBAL * length / sum(timed)
+    bench.row(run="DeepSpeed loop 1.5B", tokens_per_second=rate, peak_gib=measured["peak_memory_gib"])
+
+
+def free_port() -> int:
+    from dstune.launch.commands import free_port
+
+    return free_port()
 
 
 @case

@@ -41,7 +41,9 @@ class Device:
 
 
 # Memory in GiB as the driver shows it, a little below the name's figure. Networks: one 400 Gb/s port a GPU for H100 and
-# later, 200 Gb/s for A100, 100 Gb/s a node of 8 for cards without a fabric.
+# later, 200 Gb/s for A100, 100 Gb/s a node of 8 for cards without a fabric. Cards before Ampere have no bf16: theirs is fp16's.
+PCIE_3, PCIE_4, PCIE_5 = 16, 32, 64
+"""GB/s of sixteen lanes in one direction."""
 DEVICES = {
     device.name: device
     for device in (
@@ -50,35 +52,51 @@ DEVICES = {
         Device("H100-80G", 79.2, 989, 3350, 450, 50),
         Device("H200", 139.8, 989, 4800, 450, 50),
         Device("B200", 178.0, 2250, 8000, 900, 50),
-        Device("L40S", 44.4, 362, 864, 32, 12.5),
-        Device("RTX4090", 23.5, 165, 1008, 32, 1.5),
+        Device("GB200", 184.0, 2500, 8000, 900, 50),
         Device("MI300X", 191.5, 1307, 5300, 448, 50),
+        Device("MI325X", 255.5, 1307, 6000, 448, 50),
+        Device("L40S", 44.4, 362, 864, PCIE_4, 12.5),
+        Device("L40", 44.4, 181, 864, PCIE_4, 12.5),
+        Device("L4", 22.0, 121, 300, PCIE_4, 1.5),
+        Device("A40", 44.4, 149.7, 696, PCIE_4, 1.5),
+        Device("A10", 22.0, 125, 600, PCIE_4, 1.5),
+        Device("T4", 14.6, 65, 320, PCIE_3, 1.5, capability=(7, 5)),
+        Device("V100-16G", 15.7, 125, 900, 150, 12.5, capability=(7, 0)),
+        Device("V100-32G", 31.7, 125, 900, 150, 12.5, capability=(7, 0)),
+        Device("A6000", 47.4, 154.8, 768, PCIE_4, 1.5),
+        Device("RTX6000-ADA", 47.4, 364, 960, PCIE_4, 1.5),
+        Device("RTX3060", 11.7, 25.6, 360, PCIE_4, 1.5),
+        Device("RTX3070", 7.7, 40.6, 448, PCIE_4, 1.5),
+        Device("RTX3080", 9.7, 59.5, 760, PCIE_4, 1.5),
+        Device("RTX3090", 23.5, 71, 936, PCIE_4, 1.5),
+        Device("RTX4060", 7.7, 30.2, 272, PCIE_4, 1.5),
+        Device("RTX4070", 11.7, 58.3, 504, PCIE_4, 1.5),
+        Device("RTX4080", 15.6, 97.5, 717, PCIE_4, 1.5),
+        Device("RTX4090", 23.5, 165, 1008, PCIE_4, 1.5),
+        Device("RTX5070", 11.5, 61.7, 672, PCIE_5, 1.5),
+        Device("RTX5080", 15.5, 112.6, 960, PCIE_5, 1.5),
+        Device("RTX5090", 31.4, 209.5, 1792, PCIE_5, 1.5),
         # One rank of a CPU with AVX512 or AMX; every real one differs, so calibrate.
         Device("CPU", 8.0, 0.1, 10, 2.0, 1.2, gpu=False, share_of_peak=0.9),
     )
 }
-ALIASES = {
-    "A100": "A100-80G",
-    "H100": "H100-80G",
-    "H200-141G": "H200",
-    "B200-192G": "B200",
-    "B200-180G": "B200",
-    "L40S-48G": "L40S",
-    "4090": "RTX4090",
-    "RTX-4090": "RTX4090",
-    "4090-24G": "RTX4090",
-    "MI300X-192G": "MI300X",
-}
-DRIVER_NAMES = {
-    "A100": "A100-80G",
-    "H100": "H100-80G",
-    "H200": "H200",
-    "B200": "B200",
-    "L40S": "L40S",
-    "4090": "RTX4090",
-    "MI300X": "MI300X",
-}
-"""What a driver's name contains, and the device of the table whose speed it has."""
+DEFAULT_MEMORY = {"A100": "A100-80G", "H100": "H100-80G", "V100": "V100-16G"}
+"""A name without its memory."""
+
+
+def normalize(name: str) -> str:
+    """Return a device's name without what spellings differ in: vendor, brand, form factor, spaces, `GB` for `G`.
+
+    `NVIDIA H100 80GB HBM3`, `h100-80gb` and `H100-SXM5-80G` are `H10080G`, `GeForce RTX 4090` and `4090-24G` are `4090`.
+    """
+    upper = re.sub(
+        r"NVIDIA|GEFORCE|AMD|INSTINCT|TESLA|QUADRO|GENERATION|HBM\w*|SXM\d*|PCIE|\bOAM\b|\bNVL\b", " ", name.upper()
+    )
+    word = re.sub(r"[\s_-]+", "", re.sub(r"(\d)\s*(?:GIB|GB)\b", r"\1G", upper))
+    return re.sub(r"^RTX(?=\d{4}|A\d{4})|\bRTX(?=A\d{4})", "", word)
+
+
+_BY_NORMALIZED = {normalize(name): name for name, device in DEVICES.items() if device.gpu} | DEFAULT_MEMORY
 NUMBERS = {
     "memory_gib": "memory of a device in GiB",
     "tflops": "peak of bf16 matrix products in TFLOP/s",
@@ -113,41 +131,55 @@ class Cluster:
 
 
 def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "hardware") -> Cluster:
-    """`8xH100-80G`, `H100`, `2x24G`: as many devices in each of `nodes` nodes.
+    """Read `8xH100-80G`, `H100x8`, `2x RTX 4090`, `2x24G`: as many devices in each of `nodes` nodes.
 
     text: None describes one device by `numbers` alone. numbers: by the keys of `NUMBERS`.
 
     Raises:
         UserError: no such device, or its memory is not given.
     """
-    match = re.fullmatch(r"(?:(\d+)\s*[xX])?\s*([\w.-]+)", text or "own")
-    if match is None or (match[1] and int(match[1]) < 1):
+    count, name = _split_count(text or "own")
+    if count < 1 or not re.fullmatch(r"[\w .-]+", name):
         raise UserError(Problem(key, "this names no hardware", "hardware=8xH100-80G", text or ""))
-    count, name = int(match[1] or 1), match[2]
-    device = _find(name)
-    if device is None and (size := re.fullmatch(r"(\d+(?:\.\d+)?)(?:G|GB|GiB)", name)):
+    device = DEVICES["CPU"] if name.upper() == "CPU" else known_device(name)
+    known = device is not None or {"tflops", "bandwidth"} <= set(numbers)
+    if device is None and (size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)", name, re.IGNORECASE)):
         # By memory alone: the compute of the slowest card of its time.
         numbers = {"memory_gib": float(size[1]) * 0.98} | numbers
     if device is None:
         if "memory_gib" not in numbers:
-            near = difflib.get_close_matches(name.upper(), [*DEVICES, *ALIASES], n=1)
-            fix = f"did you mean {near[0]}?" if near else f"known are {', '.join(DEVICES)}"
+            near = difflib.get_close_matches(normalize(name), list(_BY_NORMALIZED), n=1)
+            fix = f"did you mean {_BY_NORMALIZED[near[0]]}?" if near else f"known are {', '.join(DEVICES)}"
             more = "; or describe it: hardware.memory_gib=48 hardware.tflops=180 hardware.bandwidth=900"
             raise UserError(Problem(key, "this hardware is not in the table", fix + more, text or ""))
-        device = Device(name, numbers["memory_gib"], 100, 1000, 32, 12.5)
-    known = name.upper() in (*DEVICES, *ALIASES) or {"tflops", "bandwidth"} <= set(numbers)
-    own: dict[str, Any] = {number: value for number, value in numbers.items() if number != "host_gib"}
-    return Cluster(replace(device, **own), count, nodes, known, numbers.get("host_gib"))
+        device = Device(name, numbers["memory_gib"], 100, 1000, PCIE_4, 12.5)
+    replaced: dict[str, Any] = {number: value for number, value in numbers.items() if number != "host_gib"}
+    return Cluster(replace(device, **replaced), count, nodes, known, numbers.get("host_gib"))
+
+
+def _split_count(text: str) -> tuple[int, str]:
+    """Return (8, `H100`) of `8xH100` and of `H100x8`; `MI300X` and `RTX3090` name one device."""
+    if known_device(text) is None:
+        if match := re.fullmatch(r"(\d+)\s*[xX*]\s*(\S.*)", text):
+            return int(match[1]), match[2].strip()
+        if match := re.fullmatch(r"(.*\S)\s*[xX*]\s*(\d{1,3})", text):
+            return int(match[2]), match[1].strip()
+    return 1, text.strip()
 
 
 def known_device(name: str) -> Device | None:
-    """The device of the table by the name that its driver gives it."""
-    return next((DEVICES[key] for part, key in DRIVER_NAMES.items() if part in name.upper()), None)
+    """Return the GPU of the table by any usual spelling of its name, or by the name that its driver gives it.
 
-
-def _find(name: str) -> Device | None:
-    upper = name.upper()
-    return DEVICES.get(ALIASES.get(upper, upper))
-
-
-assert {*ALIASES.values(), *DRIVER_NAMES.values()} <= set(DEVICES)
+    Of a name with its memory (`H100-80GB`, `RTX3090-24G`) the table may know the device without it: then its memory is the
+    table's, where it agrees to a tenth.
+    """
+    word = normalize(name)
+    if key := _BY_NORMALIZED.get(word):
+        return DEVICES[key]
+    for digits in (1, 2, 3):  # `L424G` is an L4 with 24 GB
+        sized = re.fullmatch(rf"(.+?)(\d{{{digits}}})G", word)
+        if sized and (key := _BY_NORMALIZED.get(sized[1])):
+            device = DEVICES[key]
+            if abs(device.memory_gib / float(sized[2]) - 1) < 0.1:
+                return device
+    return None

@@ -25,3 +25,12 @@ def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
         return max(0.0, int(limit) - int((root / "memory.current").read_text()) + cached)
     except (OSError, ValueError):
         return float("inf")
+
+
+def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bf16 matrices at least as fast as fp32 ones (`dstune.zero.precision.fast_bf16`)."""
+    try:
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags

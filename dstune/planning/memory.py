@@ -128,7 +128,7 @@ def _all(s: Setup) -> tuple:
 
 
 def _weights(s: Setup) -> int:
-    frozen, trained = s.frozen * s.frozen_bits // 8, s.trained_count * s.weight_bytes
+    frozen, trained = (s.frozen + s.unreached) * s.frozen_bits // 8, s.trained_count * s.weight_bytes
     if s.stage < 3:
         return frozen + trained
     if s.offload_param and s.on_gpu:
@@ -175,7 +175,7 @@ def _resident(s: Setup) -> tuple[Parts, int]:
         parts["optimizer"] = master + states
         parts["gradient sums"] = _gradient_store(s)
     if s.offload_param:
-        host += s.total * s.weight_bytes // s.ranks
+        host += (s.total + s.unreached) * s.weight_bytes // s.ranks
     if s.on_gpu and s.stage >= 2:
         # DeepSpeed's contiguous buffer; two of them at stage 2 where the reduction overlaps with the backward pass.
         parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 and s.overlaps else 1)

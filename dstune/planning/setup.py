@@ -84,6 +84,8 @@ class Setup:
     """Ranks that share the positions of a row."""
     slices: int = 1
     """Ranks that share the weights of each layer; `model` and `trained` are one's own."""
+    unreached: int = 0
+    """Weights of parts that rows of text never reach, which no rank trains or gathers; `model` is the language model."""
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
 

@@ -7,18 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
-from dstune.config.schema import ModelConfig
+from dstune.config.schema import ModelConfig, UnreachedParts
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
 from dstune.planning.published import CONFIGS
+from dstune.planning.towers import tower_weights
 
 
 def config_json(model: ModelConfig) -> dict[str, Any]:
-    """The model's `config.json` with `model.config_overrides` in it; never downloads.
+    """The model's `config.json` with `model.config_overrides` in it, of a model that sees images the language model's part; never
+    downloads.
 
     Raises:
         UserError: it is nowhere on this machine and not among the published ones; it cannot be read.
     """
+    values = whole_config_json(model)
+    # Models that see images hold the language model's numbers in a part of their own.
+    text = values.get("text_config")
+    if isinstance(text, dict) and "hidden_size" in text:
+        values = text
+    return values | model.config_overrides
+
+
+def unreached_weights(model: ModelConfig) -> int:
+    """Weights of the parts that stay frozen because rows of text never reach them. Raises UserError as `config_json`."""
+    return tower_weights(whole_config_json(model)) if model.unreached_parts is UnreachedParts.frozen else 0
+
+
+def whole_config_json(model: ModelConfig) -> dict[str, Any]:
+    """The model's `config.json` as it is. Raises UserError as `config_json`."""
     for file in _places(model):
         if file.is_file():
             values = _read(file, model)
@@ -29,11 +46,7 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
             fix = f"give a folder with its config.json, or one of {', '.join(sorted(CONFIGS)[:3])}, ..."
             raise UserError(Problem("model.path", reason, fix, model.path))
         values = dict(CONFIGS[model.path])
-    # Models that see images hold the language model's numbers in a part of their own.
-    text = values.get("text_config")
-    if isinstance(text, dict) and "hidden_size" in text:
-        values = text
-    return values | model.config_overrides
+    return values
 
 
 def _places(model: ModelConfig) -> list[Path]:

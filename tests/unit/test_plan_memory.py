@@ -13,7 +13,7 @@ import pytest
 from dstune.config.compose import compose
 from dstune.config.schema import Precision
 from dstune.core.errors import UserError
-from dstune.launch import machine, preflight, room, stages
+from dstune.launch import machine, preflight, room
 from dstune.launch import plan as plan_verb
 from dstune.launch.commands import Machine
 from dstune.planning import activations, host
@@ -23,6 +23,7 @@ from dstune.planning.hardware import DEVICES, GIB, Cluster
 from dstune.planning.memory import memory
 from dstune.planning.published import CONFIGS
 from dstune.planning.setup import Setup, setup
+from dstune.planning.stage import resolved_precision
 from dstune.planning.time import communication, speed_of, step_time
 
 P = 8_030_261_248  # weights of Llama 3.1 8B
@@ -290,7 +291,7 @@ def test_the_plan_computes_in_what_the_ranks_will(
     found = listing(monkeypatch, FREE if capability is None else f"{FREE}, {capability}")
     assert found.free_gib == 80000 / 1024
     config = compose(["experiment=quickstart", f"zero=stage{stage}"]).config
-    assert stages.resolved_precision(config, found.cluster.device) is expected
+    assert resolved_precision(config, found.cluster.device) is expected
 
 
 def test_without_the_drivers_tool_nothing_is_known_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,103 @@
+"""`zero.stage=auto`: the stage of a run, chosen by the plan for the machines of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from dstune.config.parallel_rules import ranks_problem
+from dstune.config.precision import FIRST_BF16, automatic
+from dstune.config.schema import Automatic, Precision, RunConfig
+from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
+from dstune.core.errors import UserError
+from dstune.planning import architecture, host, source
+from dstune.planning.hardware import Cluster, Device
+from dstune.planning.plan import Choice, cheapest_stage
+from dstune.planning.setup import Setup, head_of, labels_of, setup
+from dstune.planning.time import Speed, speed_of
+from dstune.protocols import parallelism_of
+
+
+def is_open(config: RunConfig) -> bool:
+    """Whether no stage is chosen yet."""
+    return config.zero.stage is Automatic.auto
+
+
+def choose_for(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> tuple[RunConfig, str]:
+    """Return `config` with the stage that the plan takes on `cluster`, and the reason. A model that the planner does not know gets
+    the allowed stage that takes the least memory."""
+    try:
+        return choose_on(config, cluster, measured)
+    except UserError:
+        return at_stage(config, max(allowed_stages(config))), (
+            "the plan does not know this model, and of the stages that are allowed this takes the least memory"
+        )
+
+
+def choose_on(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> tuple[RunConfig, str]:
+    """The same on `cluster`. measured: as for `plan.planned`. Raises UserError where the plan does not know the model."""
+    stages = allowed_stages(config)
+    if len(stages) == 1:
+        return at_stage(config, stages[0]), "other settings allow no other stage"
+    configured, _, _ = setup_on(at_stage(config, stages[-1]), cluster)
+    best, compared = cheapest_stage(configured, cluster, all_speeds(cluster, measured), stages)
+    return at_stage(config, best.setup.stage), _reason(best, compared, cluster)
+
+
+def _reason(best: Choice, compared: Sequence[Choice], cluster: Cluster) -> str:
+    takes = f"{best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank"
+    if not best.fits:
+        return f"none fits by the plan, and this takes the least memory ({takes})"
+    fitting = [str(choice.setup.stage) for choice in compared if choice.fits]
+    if len(fitting) == 1:
+        return f"the only stage that fits by the plan ({takes})"
+    fit = f"of the stages that fit by the plan, which are {', '.join(fitting)}"
+    if best.time.seconds > min(choice.time.seconds for choice in compared if choice.fits):
+        return f"about as fast as any {fit}, and with more room ({takes})"
+    return f"the fastest {fit} ({takes})"
+
+
+def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, architecture.Architecture]:
+    """What memory and time of a run depend on, its precision, and the whole model.
+
+    Raises UserError where the model's architecture is not known, or cannot be trained so.
+    """
+    values: dict[str, Any] = source.config_json(config.model)
+    model = architecture.architecture(values, head_of(config), labels_of(config))
+    parallel = parallelism_of(config.parallel)
+    problems = parallel.architecture_problems(model, architecture.DEFAULTS.get(model.kind, {}) | values)
+    if problem := ranks_problem(cluster.ranks, parallel.size):
+        problems.append(problem)
+    if problems:
+        raise UserError(problems)
+    if config.trainer.mlp_tiles > 1 and not any(TILED[0] in tensor.name for tensor in model.tensors):
+        raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
+    on_gpu = cluster.device.gpu
+    precision = resolved_precision(config, cluster.device)
+    found = setup(
+        config,
+        model,
+        ranks=cluster.ranks,
+        ranks_per_node=cluster.per_node,
+        on_gpu=on_gpu,
+        precision=precision,
+        values=values,
+    )
+    return replace(found, unreached=source.unreached_weights(config.model)), precision, model
+
+
+def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:
+    """By the bytes of a weight: what was measured, else the hardware table's."""
+    return {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
+
+
+def resolved_precision(config: RunConfig, device: Device) -> Precision:
+    """What the ranks will compute in on `device`."""
+    requested = config.trainer.precision
+    if requested is not Precision.auto:
+        return requested
+    capability = device.capability
+    # A GPU of which nothing is known has bf16, as all of the table do.
+    fast = capability is None or capability >= FIRST_BF16 if device.gpu else host.fast_bf16()
+    return automatic(config, fast_bf16=fast, capability=capability)
