@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PAR
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report lint format clean debian java
+.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report gpu-kit lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -27,7 +27,8 @@ help:
 	@echo "make test-slow   what it leaves out: real models, soak, faults, Spark, Delta, MLflow's registry, installation into an empty environment (about an hour)"
 	@echo "make test-all    make test-ci, then make test-slow"
 	@echo "make test-gpu    the GPU tests, with a report to paste (up to 50 minutes: every case of all parts of gpu-report too)"
-	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most nine minutes, as a report to paste (PART=5 GPUS=8: several)"
+	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most eight minutes, as a report to send (PART=5 GPUS=8: several)"
+	@echo "make gpu-kit     wheels for gpu-report on a machine without a network, and the commands to type there (PRESENT=freeze.txt PYTHON_TARGET=3.12)"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
@@ -42,7 +43,7 @@ install: $(VENV)/.installed
 # Named, since collecting the others loads torch and more for half a minute.
 FAST := config_compose config_ignored config_validate ds_config launch_hostfile launch_rank_env launch_records launch_rundir \
 	launch_summary launch_verdict layers method_rules plan_architecture plan_memory redact run_format schedule store sweep_space
-FAST := $(patsubst %,tests/unit/test_%.py,$(FAST)) $(patsubst %,tests/packaging/test_%.py,documents imports ratchet)
+FAST := $(patsubst %,tests/unit/test_%.py,$(FAST)) $(patsubst %,tests/packaging/test_%.py,documents imports structure)
 
 test-fast: $(VENV)/.installed-test
 	$(TEST_ENV) $(PYTEST) $(PARALLEL) -m "not slow and not ci" $(FAST)
@@ -83,6 +84,11 @@ PART ?= 1
 GPUS ?= 1
 gpu-report: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python benchmarks/gpu_report.py $(PART) --gpus $(GPUS) $(SIMULATE)
+
+PYTHON_TARGET ?= 3.12
+PRESENT ?= benchmarks/gpu_image.txt
+gpu-kit: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/gpu_kit.py --python $(PYTHON_TARGET) --present $(PRESENT)
 
 lint: $(VENV)/.installed-dev debian
 	$(BIN)/ruff check .

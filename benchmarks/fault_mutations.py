@@ -246,7 +246,7 @@ _OTHER: dict[str, Mutation] = {
         "config/run_file.py", '**({"origins": dict(composed.origins)} if composed.origins else {}),', ""
     ),
     "unit/test_defaults.py::test_the_stage_is_the_fastest_that_fits": undo(
-        "launch/stages.py",
+        "planning/stage.py",
         "return at_stage(config, best.setup.stage), _reason",
         "return at_stage(config, stages[0]), _reason",
     ),
@@ -300,8 +300,8 @@ _GIVEN: dict[str, Mutation] = {
     ),
     "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
         "data/render.py",
-        '"content": inline[1] if inline else content}',
-        '"content": content.rsplit("</think>", 1)[-1]}',
+        '"content": inline[1] if inline else start}',
+        '"content": start.rsplit("</think>", 1)[-1]}',
     ),
     "the_white_space_of_a_column_is_kept": undo(
         "data/messages.py", 'return value if value and value.strip() else ""', 'return (value or "").strip()'

@@ -26,8 +26,9 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     quiet()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    # [steps, ranks, batch, sequence]
+    # [micro-batches of all steps, ranks, batch, sequence]
     tensors = torch.load(settings["tensors"])
+    accumulated = settings.get("accumulate", 1)
     memory = PeakMemory()
     model = load(settings)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -39,19 +40,23 @@ def main() -> None:
     seconds, losses, first_step_ended = [], [], 0.0
     for step in range(settings["steps"]):
         began = time.perf_counter()
-        batch = {name: values[step, rank].to(engine.device) for name, values in tensors.items()}
-        labels = batch.pop("labels")
-        logits = engine(**batch, use_cache=False).logits
-        targets = labels[:, 1:].flatten()
+        numbers = range(step * accumulated, (step + 1) * accumulated)
+        micro_batches = [
+            {name: values[number, rank].to(engine.device) for name, values in tensors.items()} for number in numbers
+        ]
         # The mean over the targets of all ranks: a rank's share of them differs where the assistant's alone count.
-        count = (targets != -100).sum()
+        count = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in micro_batches]).sum()
         torch.distributed.all_reduce(count)
-        loss_sum = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum"
-        )
-        engine.backward(loss_sum * size / count)
-        engine.step()
-        total = loss_sum.detach()
+        total = torch.zeros((), device=engine.device)
+        for batch in micro_batches:
+            targets = batch.pop("labels")[:, 1:].flatten()
+            logits = engine(**batch, use_cache=False).logits
+            loss_sum = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum"
+            )
+            engine.backward(loss_sum * size * accumulated / count)  # DeepSpeed divides by the accumulation
+            engine.step()
+            total += loss_sum.detach()
         torch.distributed.all_reduce(total)
         losses.append(float(total / count))
         seconds.append(time.perf_counter() - began)
@@ -68,7 +73,11 @@ def quiet() -> None:
 def load(settings: dict[str, Any]) -> PreTrainedModel:
     """The model, with adapters where the method asks for them."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=dtype, attn_implementation=settings.get("attention", "sdpa")
+    )
+    if settings.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings["method"] == "lora":
         import peft
 
@@ -82,8 +91,8 @@ def load(settings: dict[str, Any]) -> PreTrainedModel:
 def deepspeed_config(settings: dict[str, Any], batch_size: int, ranks: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": batch_size * ranks,
+        "gradient_accumulation_steps": settings.get("accumulate", 1),
+        "train_batch_size": batch_size * ranks * settings.get("accumulate", 1),
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": settings["stage"], "overlap_comm": torch.cuda.is_available()},

@@ -87,6 +87,27 @@ def test_the_images_are_installed_from_locked_versions_in_the_ranges_of_the_pack
         assert any("--no-deps ." in words for words in installed)
 
 
+def test_the_images_run_as_a_user_that_can_write_to_their_volumes() -> None:
+    """The user has a number, which Kubernetes asks for; whoever starts a container as another user is in the group of root."""
+    for file in DOCKER.glob("Dockerfile.*"):
+        text = file.read_text()
+        assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["1000"], file.name
+        assert text.index("\nUSER ") > text.rindex("\nRUN "), file.name
+        (made,) = re.findall(r"useradd .*?(?=^\S)", text, re.MULTILINE | re.DOTALL)
+        home = re.search(r"\bHOME=(\S+)", text)
+        assert "--uid 1000 --gid 0" in made and home and home[1] in made
+        owned = re.search(r"chown -R dstune:0 (.*?) \\", made)
+        assert owned and {"/cache", "/state", "/work"} <= {*owned[1].split()}
+        assert "/cache/huggingface" in made  # a volume there begins with its owner
+    nodes = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert {(service["user"], service["environment"]["HOME"]) for service in nodes.values()} == {("root", "/root")}
+    pods = next(yaml.safe_load_all((DOCKER / "serve" / "kubernetes.yaml").read_text()))["spec"]["template"]["spec"]
+    assert pods["securityContext"]["fsGroup"] == 1000
+    for name in ("compose.yaml", "finetuning.yaml"):
+        for service in yaml.safe_load((DOCKER / "serve" / name).read_text())["services"].values():
+            assert "user" not in service
+
+
 def test_the_nodes_of_the_compose_file_are_those_of_its_hostfile() -> None:
     content = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     hosts = content["configs"]["hosts"]["content"].split("\n")
@@ -173,10 +194,13 @@ def test_the_cpu_image_trains_on_two_ranks(tmp_path: Path) -> None:
     images = image.Images(Path(os.environ.get("DSTUNE_TEST_IMAGES", tmp_path / "images")))
     images.base("debian:12-slim", "bookworm")
     images.build(DOCKER / "Dockerfile.cpu", ROOT, "localhost/dstune-cpu")
-    assert images.configuration("localhost/dstune-cpu")["Entrypoint"] == ["dstune"]
+    configuration = images.configuration("localhost/dstune-cpu")
+    assert (configuration["Entrypoint"], configuration["User"]) == (["dstune"], "1000")
     work = tmp_path / "work"
     save_decoder(work / "model")
     write_dialogues(work / "dialogues.jsonl", 60)
+    for path in (work, *work.rglob("*")):
+        os.chown(path, 1000, 0)
     container = images.start("localhost/dstune-cpu")
     words = "model.path=model data.train=dialogues.jsonl data.max_length=64 zero=stage2 trainer.max_steps=3"
     few = [*words.split(), "trainer.micro_batch_size=2", "trainer.global_batch_size=8", "run.export=none"]
@@ -185,5 +209,6 @@ def test_the_cpu_image_trains_on_two_ranks(tmp_path: Path) -> None:
     images.run(container, ["dstune", "doctor", "--no-allreduce"], mounts)
     result = json.loads((work / "local" / "result.json").read_text())
     assert (result["status"], result["world_size"], result["steps"]) == ("completed", 2, 3)
+    assert images.run(container, ["bash", "-c", "id -u; touch /cache/a /cache/huggingface/a /state/a ~/a"]) == "1000"
     for program in ("pdsh", "mpirun", "ssh", "/usr/sbin/sshd", "dstune-node"):
         assert images.run(container, ["bash", "-c", f"command -v {program}"]) != ""

@@ -119,7 +119,22 @@ ROWS: list[Case] = [
         CHAT,
         chat(USER, ANSWER, chat_template_kwargs="{x"),
     ),
-    ("message … has the role … after …, where … is expected", CHAT, chat(USER, USER)),
+    ("message … has the role … after …, where … is expected", CHAT, chat(USER, output("tool"))),
+    (
+        "a block of type 'tool_result' follows one of another type, where results come first",
+        CHAT,
+        chat(output("user", [{"type": "text", "text": "Hi"}, {"type": "tool_result", "content": "a"}]), ANSWER),
+    ),
+    (
+        "the content of a block of type 'tool_result' must be text, it is …",
+        CHAT,
+        chat(output("user", [{"type": "tool_result", "content": 7}]), ANSWER),
+    ),
+    (
+        "message … has the role … after …, and the chat template does not print all messages of such a conversation; …",
+        CHAT,
+        chat(USER, USER, ANSWER),
+    ),
     ("message … has the role … at the start, where … is expected", CHAT, chat(output("tool"), ANSWER)),
     ("message … (…): content must be text, it is …", CHAT, chat(output("user", 3), ANSWER)),
     (
@@ -141,6 +156,11 @@ ROWS: list[Case] = [
         "message … (…): templates write reasoning, then text, then calls, and its parts come in another order",
         CHAT,
         chat(USER, output("assistant", [{"type": "text", "value": "Yes"}, {"type": "reasoning", "value": "Hm."}])),
+    ),
+    (
+        "the parts of a content put together write the control token …",
+        CHAT,
+        chat(output("user", [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]), ANSWER),
     ),
     (
         "message … (…) has reasoning in its content and as …",
@@ -390,7 +410,10 @@ ROWS: list[Case] = [
         chat(USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}),
     ),
     (
-        "the chat template does not print reasoning (…), which this row has; task.reasoning=drop trains without it, or …",
+        (
+            "the chat template does not print reasoning (…), which this row has; task.reasoning=inline writes it into the content "
+            "(…), task.reasoning=drop trains without it, or …"
+        ),
         CHAT,
         chat(USER, {**ANSWER, "reasoning_content": "Hm."}),
     ),

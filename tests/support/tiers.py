@@ -42,6 +42,7 @@ WHOLE_FILES = {
     "distributed/test_sweep.py": 200,
     "distributed/test_tracking.py": 70,
     "distributed/test_utilization.py": 30,
+    "distributed/test_vision_language.py": 250,
     "distributed/test_watch.py": 60,
     "distributed/test_zero_file.py": 40,
     "packaging/test_distribution.py": 200,

@@ -133,3 +133,10 @@ NO_END = (
     "{% if add_generation_prompt %}{{ '[/INST]' }}{% endif %}"
 )
 """GLM 4.5: nothing ends a turn but what opens the next one."""
+
+FIRST_OF_TWO = CHATML.replace(
+    "{{ '<|im_start|>' + message",
+    "{% if loop.previtem and loop.previtem.role == message.role == 'user' %}{% continue %}{% endif %}{{ '<|im_start|>' + message",
+    1,
+)
+"""Of two messages of the user it prints the first alone."""

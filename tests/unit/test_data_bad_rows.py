@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer, data_run, prepared, write_jsonl
-from unit.templates import THINKING_PROMPT
+from unit.templates import FIRST_OF_TWO, THINKING_PROMPT
 
 from dstune.config.compose import compose
 from dstune.config.data_schema import OnBadRow, SplitConfig
@@ -84,6 +84,13 @@ def write(folder: Path, task: TaskConfig, given: Any) -> tuple[Path, Path | None
     return path, None
 
 
+PARTS = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def tokenizer_of(message: str) -> Any:
     if "refuses" in message:
         return byte_tokenizer(REFUSING + byte_tokenizer().chat_template)
@@ -91,10 +98,14 @@ def tokenizer_of(message: str) -> Any:
         return byte_tokenizer(REWRITING)
     if "rewrites earlier" in message:
         return byte_tokenizer(LAST_IS_LOUD)
+    if "does not print all messages" in message:
+        return byte_tokenizer(FIRST_OF_TWO)
     if "than a server would prompt with" in message:
         return byte_tokenizer(THINKING_PROMPT)
     if "does not print its" in message:
         return byte_tokenizer(CHATML.replace("message['content']", "(message['content'] | replace('again', ''))"))
+    if "put together" in message:
+        return byte_tokenizer(PARTS)
     if message == "no trainable token":
         return byte_tokenizer(NOTHING_MARKED)
     return byte_tokenizer()

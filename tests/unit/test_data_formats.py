@@ -44,9 +44,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"messages": [{**U, "weight": 0}, A]}, "messages", [U, A]),
         ({"messages": [U, {**A, "weight": 0}, U, A]}, "messages", [U, {**A, "weight": 0}, U, A]),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, A]},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"text": "i"}]}, A]},
             "messages",
-            [{"role": "user", "content": "H\ni"}, A],
+            [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, A],
         ),
         ({"messages": [U, {"role": "assistant", "content": None, "refusal": "Yes"}]}, "messages", [U, A]),
         (
@@ -98,6 +98,15 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
             {"instruction": "Hi", "output": "Yes", "system": "s", "history": [["a", "b"]]},
             "alpaca",
             [S, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, U, A],
+        ),
+        ({"instruction": " ", "input": "Hi", "output": "Yes"}, "alpaca", [U, A]),
+        ({"instruction": None, "input": "Hi", "output": "Yes"}, "alpaca", [U, A]),
+        # Dolly
+        ({"instruction": "Hi", "context": "", "response": "Yes", "category": "open_qa"}, "dolly", [U, A]),
+        (
+            {"instruction": "Hi", "context": "you", "response": "Yes", "category": "closed_qa"},
+            "dolly",
+            [{"role": "user", "content": "Hi\nyou"}, A],
         ),
         # Prompt and completion as messages: what the prompt's assistant said is not trained
         ({"prompt": [U], "completion": [A]}, "prompt_completion", [U, A]),

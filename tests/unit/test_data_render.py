@@ -169,9 +169,9 @@ def test_mistral_without_markers_of_roles():
     tokenizer = byte_tokenizer(MISTRAL, eos="</s>", bos="<s>")
     assert trained(tokenizer, TWO_TURNS) == [" Hello</s>", " I am fine, thanks.</s>"]
     # The system prompt is in the last message if that is a question: a server shows it, the finished turn does not.
-    reason = refusal(tokenizer, [system("Be kind"), *TWO_TURNS])
-    assert "than a server would prompt with" in reason
-    assert "Be kind" in reason
+    samples = encoded(tokenizer, [system("Be kind"), *TWO_TURNS])
+    texts = [tokenizer.decode(sample.input_ids[sample.labels == NO_TARGET]) for sample in samples]
+    assert ["Be kind" in text for text in texts] == [True, True]
 
 
 def test_tokens_that_begin_with_the_space_before_a_word():

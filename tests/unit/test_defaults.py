@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -23,8 +24,11 @@ from dstune.core.errors import UserError
 from dstune.launch import rundir, stages
 from dstune.launch.plan import parse, plan_of
 from dstune.planning.hardware import parse as hardware
+from dstune.planning.stage import choose_on, is_open
 from dstune.protocols import METHODS
+from dstune.rank import zero_stage
 from dstune.rank.startup import few_steps
+from dstune.rank.zero_stage import choose_zero_stage
 from dstune.trainer.callbacks.cadence import Cadence
 
 # ---- the rate ----
@@ -113,7 +117,7 @@ def test_auto_is_the_default_and_rules_see_a_stage_that_they_allow() -> None:
 def test_the_stage_is_the_fastest_that_fits(words: list[str], devices: str, stage: int) -> None:
     config = compose([*words, "data=chitchat"]).config
     cluster = hardware(devices, {}, 1)
-    chosen, why = stages.choose_on(config, cluster)
+    chosen, why = choose_on(config, cluster)
     assert chosen.zero.stage == stage, why
     assert "fit" in why and "GiB a rank" in why
     found = plan_of(config, parse([f"hardware={devices}"]))
@@ -125,11 +129,42 @@ def test_the_stage_is_the_fastest_that_fits(words: list[str], devices: str, stag
     assert at_others[stage] <= 1.05 * min(at_others.values())
 
 
-def test_ranks_on_machines_that_are_not_known_get_the_stage_that_takes_the_least(monkeypatch) -> None:
+def test_ranks_on_machines_that_are_not_known_choose_when_they_start() -> None:
     config = compose(["data=chitchat", "launch=slurm", "launch.nodes=2"]).config
     chosen, why = stages.choose(config, {})
-    assert chosen.zero.stage == 3
-    assert "not known here" in why
+    assert is_open(chosen) and why == stages.LATER
+    only = compose(["data=chitchat", "launch=slurm", "launch.nodes=2", "zero.offload_param=cpu"]).config
+    assert stages.choose(only, {})[0].zero.stage == 3
+
+
+def test_named_hardware_decides_before_the_run_starts() -> None:
+    words = ["model=llama3_8b", "data=chitchat", "launch=slurm", "launch.nodes=2", "launch.gpus=8"]
+    config = compose([*words, "launch.hardware=8xH100"]).config
+    chosen, why = stages.choose(config, {})
+    planned = plan_of(compose(words).config, parse(["hardware=8xH100-80G", "nodes=2"]))
+    assert (chosen.zero.stage, why) == (planned.setup.stage, planned.stage_origin)
+    with pytest.raises(UserError) as error:
+        stages.choose(compose([*words, "launch.hardware=8xnothing"]).config, {})
+    assert [problem.where for problem in error.value.problems] == ["launch.hardware"]
+
+
+@pytest.mark.parametrize("saved_ranks", [None, 16, 8])
+def test_ranks_choose_the_stage_that_the_plan_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_ranks: int | None
+) -> None:
+    """Two nodes of eight H100, by what rank 0 sees; a checkpoint of as many ranks keeps its stage."""
+    monkeypatch.setattr(zero_stage, "accelerator", SimpleNamespace(
+        present=lambda: True, name=lambda: "NVIDIA H100 80GB HBM3", current=lambda: None,
+        memory=lambda device: (79 * 2**30, 79.2 * 2**30), capability=lambda: (9, 0),
+    ))  # fmt: skip
+    if saved_ranks:
+        monkeypatch.setattr(zero_stage.store, "resumable", lambda run_dir: tmp_path / "step-00000004")
+        monkeypatch.setattr(zero_stage.store, "read_state", lambda path: {"world_size": saved_ranks, "zero_stage": 1})
+    world: Any = SimpleNamespace(size=16, local_size=8, is_main=True, broadcast=lambda value: value)
+    config = compose(["model=llama3_8b", "data=chitchat", "launch=slurm", "launch.nodes=2"]).config
+    chosen = choose_zero_stage(config, tmp_path, world).zero.stage
+    planned = plan_of(config, parse(["hardware=8xH100-80G", "nodes=2"]))
+    assert chosen == (1 if saved_ranks == 16 else planned.setup.stage)
 
 
 # ---- how often ----
