@@ -213,13 +213,13 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/trust.py", "if was_resolved(text) or MODEL in believed(folder) or", "if True or"
     ),
     "guard.test_no_spelling_of_events_gets_a_text_past_the_guard": undo(
-        "serve/guard/front.py",
+        "guard/front.py",
         "not is_name(place[-1], text):",
         "False:",
-        ("serve/guard/streams.py", "await self._check_but(choices, value)", "pass"),
+        ("guard/streams.py", "await self._check_but(choices, value)", "pass"),
     ),
     "guard.test_what_cannot_be_read_does_not_pass_the_guard": undo(
-        "serve/guard/front.py",
+        "guard/front.py",
         "return [object_of(data) for data in found if data.strip() != DONE]",
         'return [{"id": data.decode()} for data in found]',
     ),
@@ -275,7 +275,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/gateway/inference.py", "within_event(seen[start:])", "seen[start:]"
     ),
     "finetuning_api.test_group_7_one_tenant_sees_nothing_of_another": undo(
-        "serve/finetuning/files.py",
+        "finetuning/files.py",
         "where(File.project == project, File.id == file, *_alive())",
         "where(File.id == file)",
     ),
@@ -283,7 +283,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/gateway/request.py", "if await self._leave_body():", "if False:"
     ),
     "finetuning_api.test_a_name_that_stands_for_a_private_address_is_refused_at_the_connection": undo(
-        "serve/finetuning/addresses.py", "if not is_public(str(place[0])):", "if False:"
+        "finetuning/addresses.py", "if not is_public(str(place[0])):", "if False:"
     ),
     "feedback.test_feedback_of_an_answer_is_one_row": undo(
         "serve/gateway/routes.py",
@@ -294,35 +294,35 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/gateway/routes.py", "if row.bytes > before and stored - before + row.bytes > most:", "if False:"
     ),
     "finetuning_api.test_addresses_of_clouds_and_special_networks_are_not_public": undo(
-        "serve/finetuning/addresses.py", "if any(found in network for network in _SPECIAL):", "if False:"
+        "finetuning/addresses.py", "if any(found in network for network in _SPECIAL):", "if False:"
     ),
     "finetuning_api.test_graders_of_one_project_keep_no_other_one_waiting": undo(
-        "serve/finetuning/turns.py",
+        "finetuning/turns.py",
         "self._places.setdefault(project, asyncio.Semaphore(self._of_project))",
         "asyncio.Semaphore()",
     ),
     "finetuning_api.test_a_sample_is_read_once_for_all_graders": undo(
-        "serve/finetuning/graders/grader.py", "    @cached_property\n    def values", "    @property\n    def values"
+        "finetuning/graders/grader.py", "    @cached_property\n    def values", "    @property\n    def values"
     ),
     "finetuning_api.test_batches_and_tried_webhooks_of_a_project_are_bounded": undo(
-        "serve/finetuning/webhooks.py", "if self._testing[row.project] >= MOST_TESTS:", "if False:"
+        "finetuning/webhooks.py", "if self._testing[row.project] >= MOST_TESTS:", "if False:"
     ),
     "finetuning_api.test_files_of_one_organization_keep_no_other_one_from_validation": undo(
-        "serve/finetuning/jobs/reconciler.py", "(self._turns.get(job.organization, 0), job.number)", "job.number"
+        "finetuning/jobs/reconciler.py", "(self._turns.get(job.organization, 0), job.number)", "job.number"
     ),
     "finetuning_api.test_slow_uploads_of_one_key_keep_no_other_key_out": undo(
-        "serve/finetuning/receiving.py",
+        "finetuning/receiving.py",
         "if total >= (MOST_AT_ONCE if of_key else MOST_FIRST):",
         "if total >= 48:",
     ),
     "finetuning_api.test_an_upload_that_trickles_is_cut_off": undo(
-        "serve/finetuning/forms.py", "if size < seconds * LEAST_BYTES_A_SECOND:", "if False:"
+        "finetuning/forms.py", "if size < seconds * LEAST_BYTES_A_SECOND:", "if False:"
     ),
     "finetuning_api.test_folders_of_jobs_count_towards_the_space_of_their_project": undo(
-        "serve/finetuning/jobs/build.py", "    files.counted.append(store.bytes_of)\n", ""
+        "finetuning/jobs/build.py", "    files.counted.append(store.bytes_of)\n", ""
     ),
     "finetuning_api.test_a_running_job_ends_well_in_a_project_without_space": undo(
-        "serve/finetuning/jobs/reconciler.py", "if job.attempt or has_space(job.project):", "if True:"
+        "finetuning/jobs/reconciler.py", "if job.attempt or has_space(job.project):", "if True:"
     ),
     "runs_of_others.test_origins_of_a_strangers_run_name_keys_alone": undo(
         "config/resume.py",
@@ -402,10 +402,10 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/sources.py", "if strange := [name for name in names if not", "if strange := [name for name in () if not"
     ),
     "leaks.test_a_table_names_no_file_outside_its_folder_in_any_spelling": undo(
-        "data/lakehouse/_inside.py", "if _ODD.search(name) or (", "if _ODD.search('') or ("
+        "lakehouse/_inside.py", "if _ODD.search(name) or (", "if _ODD.search('') or ("
     ),
     "leaks.test_a_table_in_a_store_names_no_file_of_this_machine": undo(
-        "data/lakehouse/_tables.py", 'if is_elsewhere(action["path"], place):', "if False:"
+        "lakehouse/_tables.py", 'if is_elsewhere(action["path"], place):', "if False:"
     ),
     "leaks.test_a_split_is_a_name": undo(
         "data/sources.py",
@@ -515,7 +515,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/read_tables.py", "return reader.schema, within_memory(", "return reader.schema, iter("
     ),
     "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library": undo(
-        "data/lakehouse/_inside.py", "_refuse_growing(entry.path)", "pass"
+        "lakehouse/_inside.py", "_refuse_growing(entry.path)", "pass"
     ),
     "hangs.test_a_pipe_or_a_device_in_the_place_of_rows": undo(
         "data/sources.py", "    if not file.is_file():\n", "    if file.is_fifo():\n", case="jsonl"

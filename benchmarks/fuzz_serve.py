@@ -115,12 +115,12 @@ def events(random: Random) -> bytes:
 
 def streamed(content: bytes, folder: Path) -> None:
     """A stream of an engine elsewhere, through all that reads it."""
+    from dstune.guard.check import Verdict
+    from dstune.guard.policy import Policy
+    from dstune.guard.streams import HeldBack
     from dstune.serve.gateway.inference import WithoutUsage
     from dstune.serve.gateway.recording import Record
     from dstune.serve.gateway.request_log import answer_value
-    from dstune.serve.guard.check import Verdict
-    from dstune.serve.guard.policy import Policy
-    from dstune.serve.guard.streams import HeldBack
 
     half = len(content) // 2
     shown, record = WithoutUsage(), Record(keeps_text=True)
@@ -143,10 +143,10 @@ def streamed(content: bytes, folder: Path) -> None:
 
 def answered(content: bytes, folder: Path) -> None:
     """An answer of an engine elsewhere as the guard and the log take it, and its list of models."""
+    from dstune.guard.bodies import of_answer
     from dstune.serve.engines.base import context_of
     from dstune.serve.engines.http import object_of, of_its_shape
     from dstune.serve.gateway.request_log import answer_value
-    from dstune.serve.guard.bodies import of_answer
 
     answer_value(content)
     answer = object_of(content)
@@ -156,8 +156,8 @@ def answered(content: bytes, folder: Path) -> None:
 
 
 def uploaded(content: bytes, folder: Path) -> None:
-    from dstune.serve.finetuning.batches.lines import check_lines
-    from dstune.serve.finetuning.rows import check_file
+    from dstune.finetuning.batches.lines import check_lines
+    from dstune.finetuning.rows import check_file
 
     (folder / "rows.jsonl").write_bytes(content)
     for method in ("supervised", "dpo"):
@@ -174,9 +174,9 @@ def uploads(chat: Any, pair: Any) -> Make:
 
 def table_log(content: bytes, folder: Path) -> None:
     """The log of a Delta table, before the library opens it."""
-    from dstune.data.lakehouse._address import parse
-    from dstune.data.lakehouse._inside import refuse_outside
-    from dstune.data.lakehouse._tables import _refusals_named, check_files
+    from dstune.lakehouse._address import parse
+    from dstune.lakehouse._inside import refuse_outside
+    from dstune.lakehouse._tables import _refusals_named, check_files
 
     address = parse("delta:///table", "data.train")
     (folder / "_delta_log").mkdir()

@@ -46,7 +46,7 @@ def stand_in(folder: Path) -> Path:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     from dstune import samples
-    from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
+    from dstune.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
 
     source = samples.resolve("sample://minilm")
     labels = {0: "benign", 1: "attack"}
@@ -74,10 +74,10 @@ def everything() -> dict[str, Any]:
 @asynccontextmanager
 async def behind_guard(model: Path, folder: Path):
     """A gateway over a stub, and a switch that takes the guard away."""
+    from dstune.guard.engine import Guarding
+    from dstune.guard.policy import read
     from dstune.serve.command import guard_gateway
     from dstune.serve.engines.base import Limits
-    from dstune.serve.guard.engine import Guarding
-    from dstune.serve.guard.policy import read
     from tests.support.guards import write_policies
     from tests.support.serving import served
 
@@ -176,9 +176,9 @@ def conversations(rows: int) -> Iterator[list[dict[str, str]]]:
 
 
 def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
-    from dstune.serve.guard.check import Checker, Text
-    from dstune.serve.guard.policy import read
-    from dstune.serve.guard.scanner import Scanner
+    from dstune.guard.check import Checker, Text
+    from dstune.guard.policy import read
+    from dstune.guard.scanner import Scanner
 
     policies = read(policy, str(model) if model else None)
     scanner = Scanner.load(policies.models)
@@ -205,8 +205,8 @@ def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
 def measure_rules() -> None:
     """On the packaged attacks' test and calibration (docs/guard-model.md): the rules were written without them."""
     from dstune import samples
-    from dstune.serve.guard.rules import matching
-    from dstune.serve.guard.variants import variants
+    from dstune.guard.rules import matching
+    from dstune.guard.variants import variants
 
     count, found, names = Counter(), Counter(), Counter()
     for split in ("test", "calibration"):

@@ -9,6 +9,6 @@ from dstune.cli.verb import Verb, verb
 class Guard(Verb):
     name = "guard"
     summary = "thresholds of a guard's model, and what a guard catches and misses"
-    action = "dstune.serve.guard.measure.command:main"
+    action = "dstune.guard.measure.command:main"
     further_words = ("calibrate", "test")
     other_names = ((("redteam", "attack", "shield"), "`dstune guard test TARGET`"),)

@@ -75,7 +75,7 @@ CALLBACKS: Registry[Callback] = Registry("callback", Callback, "dstune.trainer.c
 LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
-DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, "dstune.data.lakehouse", plugins=False)
+DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, "dstune.lakehouse", plugins=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add

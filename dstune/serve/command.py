@@ -23,15 +23,15 @@ from dstune.serve.options import fine_tunes, without_models
 from dstune.serve.state import opened_database, state_folder
 
 if TYPE_CHECKING:
+    from dstune.finetuning.jobs.build import Parts
+    from dstune.finetuning.settings import ApiSettings
+    from dstune.guard.audit import Audit
+    from dstune.guard.engine import Guarding
     from dstune.serve.engines.base import Engine
-    from dstune.serve.finetuning.jobs.build import Parts
-    from dstune.serve.finetuning.settings import ApiSettings
     from dstune.serve.fleet import Fleet
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.recording import Recorder
     from dstune.serve.gateway.settings import Settings
-    from dstune.serve.guard.audit import Audit
-    from dstune.serve.guard.engine import Guarding
     from dstune.serve.source import Source
     from dstune.serve.store.database import Database
     from dstune.serve.store.keys import Keys
@@ -163,9 +163,9 @@ def _guarding(arguments: argparse.Namespace, state: Path, runtime: Path) -> Guar
     """Raises UserError where the policies are wrong."""
     if not arguments.guard:
         return None
+    from dstune.guard.engine import Guarding
+    from dstune.guard.policy import read
     from dstune.serve.engines.base import Limits
-    from dstune.serve.guard.engine import Guarding
-    from dstune.serve.guard.policy import read
 
     policies = read(arguments.guard, arguments.guard_model)
     if arguments.guard_only:
@@ -175,9 +175,9 @@ def _guarding(arguments: argparse.Namespace, state: Path, runtime: Path) -> Guar
 
 def guard_gateway(gateway: Gateway, guarding: Guarding, state: Path, log_days: float) -> Audit:
     """Put the guard in front of a gateway's engines, and its own routes among the gateway's."""
-    from dstune.serve.guard import lakera
-    from dstune.serve.guard.audit import Audit
-    from dstune.serve.guard.front import Guard
+    from dstune.guard import lakera
+    from dstune.guard.audit import Audit
+    from dstune.guard.front import Guard
 
     audit = Audit(state / "guard", log_days)
     guard = Guard(guarding, audit, gateway.admission)
@@ -218,8 +218,8 @@ async def _serve(
     database, recorder, listening = opened.database, opened.recorder, opened.listening
     routes, api = list(COMMON if without_models(arguments) else ROUTES), None
     if fine_tunes(arguments):
-        from dstune.serve.finetuning.routes import routes as routes_of
-        from dstune.serve.finetuning.service import FineTuning
+        from dstune.finetuning.routes import routes as routes_of
+        from dstune.finetuning.service import FineTuning
 
         api = FineTuning(database, state, _api_settings(arguments), _parts(arguments, state))
         routes = [*routes_of(api), *routes]
@@ -262,8 +262,8 @@ async def _serve(
 
 def _parts(arguments: argparse.Namespace, state: Path) -> Parts:
     """Raises UserError where `--presets` names no file."""
-    from dstune.serve.finetuning.jobs.build import Parts
-    from dstune.serve.finetuning.jobs.presets import FILE
+    from dstune.finetuning.jobs.build import Parts
+    from dstune.finetuning.jobs.presets import FILE
 
     if arguments.presets and not arguments.presets.is_file():
         raise UserError(Problem("--presets", "there is no such file", value=str(arguments.presets)))
@@ -272,7 +272,7 @@ def _parts(arguments: argparse.Namespace, state: Path) -> Parts:
 
 def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
     """`--jobs only`: look after jobs until SIGTERM; they go on without this process."""
-    from dstune.serve.finetuning.service import FineTuning
+    from dstune.finetuning.service import FineTuning
 
     database = opened_database(state, arguments.store, create=True)
     api = FineTuning(database, state, _api_settings(arguments), _parts(arguments, state))
@@ -285,7 +285,7 @@ def _run_jobs(arguments: argparse.Namespace, state: Path) -> int:
 
 
 def _api_settings(arguments: argparse.Namespace) -> ApiSettings:
-    from dstune.serve.finetuning.settings import ApiSettings
+    from dstune.finetuning.settings import ApiSettings
 
     return ApiSettings(
         file_bytes=arguments.max_file_bytes,

@@ -79,7 +79,7 @@ def test_a_job_in_a_queue_outlives_the_server_and_its_own_jobs_there(login, slur
         api.trains_on(job, 35)
         api.server.kill()
         for process in job_processes(api.server.job_folder(job)):
-            if "dstune.serve.finetuning.jobs.process" in process.cmdline():
+            if "dstune.finetuning.jobs.process" in process.cmdline():
                 process.kill()
         api.trains_on(job, 1)
         api.server.start()

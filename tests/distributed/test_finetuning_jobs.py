@@ -22,7 +22,7 @@ import openai
 import psutil
 import pytest
 
-from dstune.serve.finetuning.jobs import check
+from dstune.finetuning.jobs import check
 from tests.support.cloud_server import Server, job_processes, wait_for
 from tests.support.command import Commands, exact, metrics, wait_until
 from tests.support.tiny import save_decoder, write_dialogues, write_preferences

@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable
 import openai
 import pytest
 
+from dstune.finetuning import forms, receiving, turns, webhooks
+from dstune.finetuning.addresses import PublicResolver, checked_url, is_public
+from dstune.finetuning.batches import handlers as batch_handlers
+from dstune.finetuning.graders import grader as grader_module
+from dstune.finetuning.graders import handlers
+from dstune.finetuning.jobs import reconciler as reconciler_module
+from dstune.finetuning.jobs.folder import write
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning import forms, receiving, turns, webhooks
-from dstune.serve.finetuning.addresses import PublicResolver, checked_url, is_public
-from dstune.serve.finetuning.batches import handlers as batch_handlers
-from dstune.serve.finetuning.graders import grader as grader_module
-from dstune.serve.finetuning.graders import handlers
-from dstune.serve.finetuning.jobs import reconciler as reconciler_module
-from dstune.serve.finetuning.jobs.folder import write
 from dstune.serve.server import BoundedHttp
 from tests.support.finetuning_calls import run
 from tests.support.jobs import Bench
@@ -399,7 +399,7 @@ def test_batches_and_tried_webhooks_of_a_project_are_bounded(tmp_path, monkeypat
 
     async def test(found):
         client = found.http()
-        monkeypatch.setattr("dstune.serve.finetuning.batches.worker.BatchWorker._claim", lambda self: None)
+        monkeypatch.setattr("dstune.finetuning.batches.worker.BatchWorker._claim", lambda self: None)
         file = (await found.openai().files.create(file=b"{}\n", purpose="batch")).id
         body = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
         answers = [await client.post("/v1/batches", json=body) for _ in range(3)]

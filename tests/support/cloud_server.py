@@ -18,7 +18,7 @@ import psutil
 from support import warm_start
 from tests.support.command import clean_environment
 
-MODULES = ("dstune.serve.finetuning.jobs.process", "dstune.serve.finetuning.jobs.export", "dstune.worker")
+MODULES = ("dstune.finetuning.jobs.process", "dstune.finetuning.jobs.export", "dstune.worker")
 
 
 class Server:

@@ -11,11 +11,11 @@ from typing import Any
 import httpx2
 import openai
 
+from dstune.finetuning.jobs.build import Parts
+from dstune.finetuning.routes import routes
+from dstune.finetuning.service import FineTuning
+from dstune.finetuning.settings import ApiSettings
 from dstune.serve.engines.base import Limits as EngineLimits
-from dstune.serve.finetuning.jobs.build import Parts
-from dstune.serve.finetuning.routes import routes
-from dstune.serve.finetuning.service import FineTuning
-from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway.app import Gateway, Route
 from dstune.serve.gateway.recording import Recorder

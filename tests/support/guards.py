@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
+from dstune.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
+from dstune.guard.check import GuardDown
+from dstune.guard.model import GuardModel
+from dstune.guard.policy import Policies, read
+from dstune.guard.scanner import Item, Result, Scanner
 from dstune.serve.command import guard_gateway
-from dstune.serve.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
-from dstune.serve.guard.check import GuardDown
-from dstune.serve.guard.model import GuardModel
-from dstune.serve.guard.policy import Policies, read
-from dstune.serve.guard.scanner import Item, Result, Scanner
 
 
 def calibrate(

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dstune.serve.finetuning.blobs import Blobs
-from dstune.serve.finetuning.files import Files
-from dstune.serve.finetuning.ids import new_id, unix_time
-from dstune.serve.finetuning.jobs.folder import JobFolder, write
-from dstune.serve.finetuning.jobs.planner import Estimate
-from dstune.serve.finetuning.jobs.presets import Limits, Preset, Presets, QueueSettings
-from dstune.serve.finetuning.jobs.reconciler import Machine, Reconciler
-from dstune.serve.finetuning.jobs.results import Results
-from dstune.serve.finetuning.jobs.states import State
-from dstune.serve.finetuning.jobs.store import JobStore
-from dstune.serve.finetuning.jobs.tables import Job
-from dstune.serve.finetuning.settings import ApiSettings
+from dstune.finetuning.blobs import Blobs
+from dstune.finetuning.files import Files
+from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.jobs.folder import JobFolder, write
+from dstune.finetuning.jobs.planner import Estimate
+from dstune.finetuning.jobs.presets import Limits, Preset, Presets, QueueSettings
+from dstune.finetuning.jobs.reconciler import Machine, Reconciler
+from dstune.finetuning.jobs.results import Results
+from dstune.finetuning.jobs.states import State
+from dstune.finetuning.jobs.store import JobStore
+from dstune.finetuning.jobs.tables import Job
+from dstune.finetuning.settings import ApiSettings
 from dstune.serve.store.database import Database
 from dstune.serve.store.tables import DEFAULT_ORGANIZATION, DEFAULT_PROJECT, Organization, Project
 
@@ -164,7 +164,7 @@ class Bench:
         self.launcher.alive.discard(job)
 
     def messages(self, job: str) -> list[str]:
-        from dstune.serve.finetuning.pages import Page
+        from dstune.finetuning.pages import Page
 
         row = self.read(job)
         rows, _ = self.store.events(row.project, job, Page(limit=10_000, ascending=True))

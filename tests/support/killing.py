@@ -27,14 +27,14 @@ from typing import Any
 import openai
 
 from dstune.core.rendezvous import free_port
-from dstune.serve.finetuning.jobs.build import Parts
-from dstune.serve.finetuning.jobs.check import inconsistencies
-from dstune.serve.finetuning.jobs.launcher import ProcessLauncher
-from dstune.serve.finetuning.jobs.reconciler import Machine
-from dstune.serve.finetuning.jobs.states import TERMINAL
-from dstune.serve.finetuning.jobs.tables import Job
-from dstune.serve.finetuning.routes import routes
-from dstune.serve.finetuning.service import FineTuning
+from dstune.finetuning.jobs.build import Parts
+from dstune.finetuning.jobs.check import inconsistencies
+from dstune.finetuning.jobs.launcher import ProcessLauncher
+from dstune.finetuning.jobs.reconciler import Machine
+from dstune.finetuning.jobs.states import TERMINAL
+from dstune.finetuning.jobs.tables import Job
+from dstune.finetuning.routes import routes
+from dstune.finetuning.service import FineTuning
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.recording import Recorder

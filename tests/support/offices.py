@@ -12,10 +12,10 @@ from typing import Any
 
 import openai
 
-from dstune.serve.finetuning.jobs.build import Parts
-from dstune.serve.finetuning.jobs.check import inconsistencies
-from dstune.serve.finetuning.jobs.folder import JobFolder, write
-from dstune.serve.finetuning.jobs.reconciler import Machine
+from dstune.finetuning.jobs.build import Parts
+from dstune.finetuning.jobs.check import inconsistencies
+from dstune.finetuning.jobs.folder import JobFolder, write
+from dstune.finetuning.jobs.reconciler import Machine
 from tests.support.finetuning import Cloud, cloud
 from tests.support.jobs import StubLauncher, StubPlans
 

@@ -14,9 +14,9 @@ import yaml
 
 from dstune.config.compose import compose
 from dstune.config.validate import validate
-from dstune.data.lakehouse._address import parse
 from dstune.inference import export_command
 from dstune.inference.register import parse as parse_registry
+from dstune.lakehouse._address import parse
 
 FOLDER = Path(__file__).parents[2] / "examples" / "databricks"
 

@@ -9,8 +9,8 @@ import time
 import openai
 import pytest
 
-from dstune.serve.finetuning.batches.lines import Answers
-from dstune.serve.finetuning.tables import Batch
+from dstune.finetuning.batches.lines import Answers
+from dstune.finetuning.tables import Batch
 from dstune.serve.store.keys import Keys, Limit
 from tests.support.finetuning_calls import run, until
 
@@ -122,7 +122,7 @@ def test_a_batch_whose_day_is_over_and_one_whose_key_is_revoked(tmp_path, monkey
         given = {"endpoint": "/v1/chat/completions", "completion_window": "24h", "input_file_id": file.id}
         made = await client.batches.create(**given)
         await until(lambda: found.stub.finished >= 2)
-        monkeypatch.setattr("dstune.serve.finetuning.batches.worker.unix_time", lambda: made.expires_at + 1)
+        monkeypatch.setattr("dstune.finetuning.batches.worker.unix_time", lambda: made.expires_at + 1)
         done = await ended(client, made.id)
         assert (done.status, done.expired_at) == ("expired", made.expires_at + 1)
         lines = (await client.files.content(done.output_file_id)).text.splitlines()

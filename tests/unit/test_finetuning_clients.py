@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dstune.serve.finetuning.jobs.tables import Job
-from dstune.serve.finetuning.tables import File
+from dstune.finetuning.jobs.tables import Job
+from dstune.finetuning.tables import File
 from dstune.serve.store.database import Database
 from tests.support.dropping import dropping
 from tests.support.killing import ROW, stub_server

@@ -16,8 +16,8 @@ import openai
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.serve.finetuning import blobs as blobs_module
-from dstune.serve.finetuning.tables import AuditEntry, Blob, File, Part
+from dstune.finetuning import blobs as blobs_module
+from dstune.finetuning.tables import AuditEntry, Blob, File, Part
 from tests.support.finetuning_calls import run
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -106,7 +106,7 @@ def test_equal_contents_at_once(tmp_path):
 
 
 def test_group_2_pages_while_files_come_and_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.serve.finetuning.files.unix_time", lambda: 1_800_000_000)  # equal seconds
+    monkeypatch.setattr("dstune.finetuning.files.unix_time", lambda: 1_800_000_000)  # equal seconds
 
     async def test(found):
         client = found.openai()
@@ -366,7 +366,7 @@ def test_group_9_parts(tmp_path, monkeypatch):
         part = await client.uploads.parts.create(late.id, data=b"abc")
         later = time.time() + 3601
         for place in ("uploads", "files"):
-            monkeypatch.setattr(f"dstune.serve.finetuning.{place}.unix_time", lambda: int(later))
+            monkeypatch.setattr(f"dstune.finetuning.{place}.unix_time", lambda: int(later))
         with pytest.raises(openai.BadRequestError) as caught:
             await client.uploads.complete(late.id, part_ids=[part.id])
         assert caught.value.code == "upload_expired"
@@ -428,7 +428,7 @@ def test_files_expire(tmp_path, monkeypatch):
             file=ROW, purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
         )
         kept = await client.files.create(file=ROW * 2, purpose="fine-tune")
-        monkeypatch.setattr("dstune.serve.finetuning.files.unix_time", lambda: made.created_at + 3600)
+        monkeypatch.setattr("dstune.finetuning.files.unix_time", lambda: made.created_at + 3600)
         with pytest.raises(openai.NotFoundError):
             await client.files.retrieve(made.id)
         assert [one.id async for one in client.files.list()] == [kept.id]
@@ -535,7 +535,7 @@ def test_a_body_that_trickles_and_too_many_at_once(tmp_path, monkeypatch):
         answer = await trickle(found)
         assert b"408" in answer.split(b"\r\n")[0] and b"x-should-retry: false" in answer
         assert not list((found.folder / "finetuning" / "tmp").iterdir())
-        monkeypatch.setattr("dstune.serve.finetuning.receiving.MOST_FIRST", 0)
+        monkeypatch.setattr("dstune.finetuning.receiving.MOST_FIRST", 0)
         with pytest.raises(openai.RateLimitError):
             await found.openai().files.create(file=ROW, purpose="batch")
         monkeypatch.undo()

@@ -10,10 +10,10 @@ import time
 import openai
 import pytest
 
+from dstune.finetuning.graders.formula import Formula, FormulaError
+from dstune.finetuning.graders.grader import Sample, check_grader, run_grader
+from dstune.finetuning.graders.similarity import METRICS
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.graders.formula import Formula, FormulaError
-from dstune.serve.finetuning.graders.grader import Sample, check_grader, run_grader
-from dstune.serve.finetuning.graders.similarity import METRICS
 from tests.support.finetuning import cloud
 
 SAMPLE = Sample("The Cat sat.", {"answer": "cat", "list": [{"x": 3}], "none": None, "${oc.env:HOME}": "x"})

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, process, request
+from dstune.finetuning.jobs.folder import NOW, JobFolder
+from dstune.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
+from dstune.finetuning.jobs.presets import Limits, Preset, QueueSettings
+from dstune.finetuning.jobs.scheduler import Busy, Waiting, choose
+from dstune.finetuning.models.names import new_name
+from dstune.finetuning.pages import Page
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, process, request
-from dstune.serve.finetuning.jobs.folder import NOW, JobFolder
-from dstune.serve.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
-from dstune.serve.finetuning.jobs.presets import Limits, Preset, QueueSettings
-from dstune.serve.finetuning.jobs.scheduler import Busy, Waiting, choose
-from dstune.serve.finetuning.models.names import new_name
-from dstune.serve.finetuning.pages import Page
 from tests.support.jobs import Bench
 
 ASK = {"model": "tiny", "training_file": "file-x"}
@@ -427,7 +427,7 @@ def test_a_thousand_jobs_of_five_organizations(tmp_path, monkeypatch):
     started: Counter[str] = Counter()
     of = {}
     with bench.database.session() as session:
-        from dstune.serve.finetuning.jobs.tables import Job
+        from dstune.finetuning.jobs.tables import Job
 
         of = dict(session.query(Job.id, Job.organization).all())
     for turn in range(10):

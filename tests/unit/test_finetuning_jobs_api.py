@@ -16,7 +16,7 @@ import openai
 import pytest
 from openai.types.fine_tuning.job_create_params import IntegrationWandb, JobCreateParams
 
-from dstune.serve.finetuning.jobs.planner import Estimate
+from dstune.finetuning.jobs.planner import Estimate
 from dstune.serve.store.tables import Project
 from tests.support.dropping import Dropping
 from tests.support.offices import PRESETS, ROW, ROWS, Office, in_office

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dstune.serve.finetuning.jobs.check import inconsistencies, main
-from dstune.serve.finetuning.jobs.states import State
-from dstune.serve.finetuning.jobs.tables import Job, TunedModel
-from dstune.serve.finetuning.tables import Creation
+from dstune.finetuning.jobs.check import inconsistencies, main
+from dstune.finetuning.jobs.states import State
+from dstune.finetuning.jobs.tables import Job, TunedModel
+from dstune.finetuning.tables import Creation
 from tests.support import killing
 from tests.support.jobs import Bench
 

@@ -16,19 +16,19 @@ from typing import Any
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.finetuning import service
+from dstune.finetuning.blobs import RemoteBlobs
+from dstune.finetuning.jobs import build, check, configuration, hyperparameters, planner
+from dstune.finetuning.jobs.folder import NOW, SAVE, JobFolder
+from dstune.finetuning.jobs.launcher import ProcessLauncher, ask_orphan
+from dstune.finetuning.jobs.planner import Estimate, Planner
+from dstune.finetuning.jobs.preset_file import PresetFile
+from dstune.finetuning.jobs.presets import Preset, Presets, QueueSettings, read
+from dstune.finetuning.jobs.reconciler import Machine
+from dstune.finetuning.jobs.states import Change, State
+from dstune.finetuning.jobs.tables import TunedModel
+from dstune.finetuning.models.service import Models
 from dstune.serve import command, keys_command, options
-from dstune.serve.finetuning import service
-from dstune.serve.finetuning.blobs import RemoteBlobs
-from dstune.serve.finetuning.jobs import build, check, configuration, hyperparameters, planner
-from dstune.serve.finetuning.jobs.folder import NOW, SAVE, JobFolder
-from dstune.serve.finetuning.jobs.launcher import ProcessLauncher, ask_orphan
-from dstune.serve.finetuning.jobs.planner import Estimate, Planner
-from dstune.serve.finetuning.jobs.preset_file import PresetFile
-from dstune.serve.finetuning.jobs.presets import Preset, Presets, QueueSettings, read
-from dstune.serve.finetuning.jobs.reconciler import Machine
-from dstune.serve.finetuning.jobs.states import Change, State
-from dstune.serve.finetuning.jobs.tables import TunedModel
-from dstune.serve.finetuning.models.service import Models
 from dstune.serve.store.tables import DEFAULT_PROJECT
 from dstune.sweep import devices
 from tests.support.command import wait_until

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from benchmarks.fuzz_api import Fuzzer
-from dstune.serve.finetuning.tables import Blob, Delivery, Usage
+from dstune.finetuning.tables import Blob, Delivery, Usage
 from dstune.serve.store.database import Database
 from tests.support.finetuning import cloud
 from tests.support.jobs import Bench

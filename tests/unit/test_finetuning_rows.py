@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dstune.serve.finetuning.rows import check_file, write_rows
+from dstune.finetuning.rows import check_file, write_rows
 
 ASKED = {"role": "user", "content": "a"}
 ANSWER = {"role": "assistant", "content": "b"}
@@ -161,7 +161,7 @@ def test_group_10_marks_line_ends_and_what_is_no_text(tmp_path):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("dstune.serve.finetuning.rows.LINE_BYTES", 1000)
+    monkeypatch.setattr("dstune.finetuning.rows.LINE_BYTES", 1000)
     path = tmp_path / "rows.jsonl"
     line = json.dumps(GOOD).encode()
     path.write_bytes(b"\n".join([line] * 5 + [b"x" * 5000] + [line] * 5))

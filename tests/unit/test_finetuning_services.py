@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 from dstune.core.errors import DstuneError, UserError
+from dstune.finetuning.jobs.tables import TunedModel
+from dstune.finetuning.models import serving as serving_module
+from dstune.finetuning.models.serving import Serving
+from dstune.finetuning.tables import Secret, Usage
+from dstune.finetuning.vault import Vault
 from dstune.serve import extra, keys_command, options
-from dstune.serve.finetuning.jobs.tables import TunedModel
-from dstune.serve.finetuning.models import serving as serving_module
-from dstune.serve.finetuning.models.serving import Serving
-from dstune.serve.finetuning.tables import Secret, Usage
-from dstune.serve.finetuning.vault import Vault
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
 from tests.support.finetuning_calls import run
@@ -101,7 +101,7 @@ class Engines:
     """Of a fleet, what loads models."""
 
     def __init__(self, monkeypatch):
-        where = "dstune.serve.finetuning.models.serving.source.resolve"
+        where = "dstune.finetuning.models.serving.source.resolve"
         monkeypatch.setattr(where, lambda name, path: SimpleNamespace(name=name))
         self.models, self.loading = {"base": None}, asyncio.Event()
 

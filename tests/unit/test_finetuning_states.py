@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dstune.finetuning.jobs.states import TERMINAL, TRANSITIONS, Change, State, after
+from dstune.finetuning.pages import Page
+from dstune.finetuning.settings import ApiSettings
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.jobs.states import TERMINAL, TRANSITIONS, Change, State, after
-from dstune.serve.finetuning.pages import Page
-from dstune.serve.finetuning.settings import ApiSettings
 from dstune.serve.store.database import Database
 from tests.support.jobs import Bench
 

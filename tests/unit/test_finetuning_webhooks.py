@@ -8,13 +8,13 @@ import json
 import openai
 import pytest
 
+from dstune.finetuning import deliveries as deliveries_module
+from dstune.finetuning.addresses import checked_url, is_public
+from dstune.finetuning.jobs.build import Parts
+from dstune.finetuning.jobs.folder import JobFolder, write
+from dstune.finetuning.jobs.reconciler import Machine
+from dstune.finetuning.tables import Delivery
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning import deliveries as deliveries_module
-from dstune.serve.finetuning.addresses import checked_url, is_public
-from dstune.serve.finetuning.jobs.build import Parts
-from dstune.serve.finetuning.jobs.folder import JobFolder, write
-from dstune.serve.finetuning.jobs.reconciler import Machine
-from dstune.serve.finetuning.tables import Delivery
 from tests.support.finetuning import cloud
 from tests.support.finetuning_calls import run, until
 from tests.support.jobs import StubLauncher, StubPlans

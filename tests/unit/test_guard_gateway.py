@@ -16,15 +16,15 @@ import httpx2
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.guard import engine
+from dstune.guard.bodies import Placed
+from dstune.guard.check import GuardDown, Span, Text, Verdict
+from dstune.guard.engine import Guarding
+from dstune.guard.front import _masked
+from dstune.guard.policy import Policy, read
+from dstune.guard.scanner import Item, Scanner
 from dstune.serve.command import guard_gateway
 from dstune.serve.engines.base import Limits as EngineLimits
-from dstune.serve.guard import engine
-from dstune.serve.guard.bodies import Placed
-from dstune.serve.guard.check import GuardDown, Span, Text, Verdict
-from dstune.serve.guard.engine import Guarding
-from dstune.serve.guard.front import _masked
-from dstune.serve.guard.policy import Policy, read
-from dstune.serve.guard.scanner import Item, Scanner
 from dstune.serve.store.keys import Limit
 from tests.support.guards import InProcess, calibrated_between, guarded, write_policies
 from tests.support.serving import chat, served

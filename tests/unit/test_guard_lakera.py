@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from dstune.serve.guard.bodies import Placed, media_in, texts_in
-from dstune.serve.guard.check import Span, Text, Verdict
-from dstune.serve.guard.lakera import _payload
-from dstune.serve.guard.policy import Policy
+from dstune.guard.bodies import Placed, media_in, texts_in
+from dstune.guard.check import Span, Text, Verdict
+from dstune.guard.lakera import _payload
+from dstune.guard.policy import Policy
 from tests.support.guards import guarded
 from tests.support.serving import served
 

@@ -15,17 +15,17 @@ import pytest
 
 from dstune.cli import main as command_line
 from dstune.core.errors import DstuneError, UserError
-from dstune.serve.guard.calibration import DIRECTIONS, LEVELS
-from dstune.serve.guard.measure import calibrate, command
-from dstune.serve.guard.measure.calibrate import Scored, threshold_at, thresholds
-from dstune.serve.guard.measure.judges import LocalJudge, ServerJudge, target_of
-from dstune.serve.guard.measure.replay import replay
-from dstune.serve.guard.measure.report import Judged, breakdown, cell, wilson
-from dstune.serve.guard.measure.rewrites import ENCODINGS, EVASIONS, rewrite
-from dstune.serve.guard.model import GuardModel, WindowScore
-from dstune.serve.guard.policy import BLOCK, PROMPT_ATTACK, Policy, Watch
-from dstune.serve.guard.scanner import Scanner
-from dstune.serve.guard.variants import variants
+from dstune.guard.calibration import DIRECTIONS, LEVELS
+from dstune.guard.measure import calibrate, command
+from dstune.guard.measure.calibrate import Scored, threshold_at, thresholds
+from dstune.guard.measure.judges import LocalJudge, ServerJudge, target_of
+from dstune.guard.measure.replay import replay
+from dstune.guard.measure.report import Judged, breakdown, cell, wilson
+from dstune.guard.measure.rewrites import ENCODINGS, EVASIONS, rewrite
+from dstune.guard.model import GuardModel, WindowScore
+from dstune.guard.policy import BLOCK, PROMPT_ATTACK, Policy, Watch
+from dstune.guard.scanner import Scanner
+from dstune.guard.variants import variants
 
 # -- shares ------------------------------------------------------------------------------------------------------------
 

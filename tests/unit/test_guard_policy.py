@@ -13,15 +13,15 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from dstune.core.errors import UserError
+from dstune.guard.calibration import LEVELS, Bucket, Calibration, digest_of
+from dstune.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
+from dstune.guard.engine import Guarding
+from dstune.guard.model import GuardModel, Window, skip_unread_positions
+from dstune.guard.policy import PII, Policy, Watch, read
+from dstune.guard.process import GuardApp
+from dstune.guard.scanner import Item, Result, Scanner, Scored
+from dstune.guard.wire import result_from_json, result_to_json
 from dstune.serve.command import main as serve
-from dstune.serve.guard.calibration import LEVELS, Bucket, Calibration, digest_of
-from dstune.serve.guard.check import Checker, Span, Text, Verdict, _pieces, entry_of, item_of, tags
-from dstune.serve.guard.engine import Guarding
-from dstune.serve.guard.model import GuardModel, Window, skip_unread_positions
-from dstune.serve.guard.policy import PII, Policy, Watch, read
-from dstune.serve.guard.process import GuardApp
-from dstune.serve.guard.scanner import Item, Result, Scanner, Scored
-from dstune.serve.guard.wire import result_from_json, result_to_json
 from tests.support.guards import calibrate
 from tests.support.tiny import save_classifier
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dstune.serve.guard.check import Text, _pieces
-from dstune.serve.guard.model import BATCH
-from dstune.serve.guard.process import Compute, GuardApp
-from dstune.serve.guard.scanner import Item, Scanner
-from dstune.serve.guard.wire import items_from_json, items_to_json
+from dstune.guard.check import Text, _pieces
+from dstune.guard.model import BATCH
+from dstune.guard.process import Compute, GuardApp
+from dstune.guard.scanner import Item, Scanner
+from dstune.guard.wire import items_from_json, items_to_json
 
 
 class Recording:

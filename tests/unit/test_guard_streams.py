@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
+from dstune.guard.bodies import of_answer
+from dstune.guard.check import Checker, GuardDown, Span, Verdict, item_of
+from dstune.guard.policy import Policy, Watch
+from dstune.guard.scanner import Scanner
+from dstune.guard.streams import CONTEXT, HEAD, HELD, KEPT, LONGEST_FIND, LONGEST_WORD, Channel, HeldBack, Stopped
 from dstune.serve.asgi import event
-from dstune.serve.guard.bodies import of_answer
-from dstune.serve.guard.check import Checker, GuardDown, Span, Verdict, item_of
-from dstune.serve.guard.policy import Policy, Watch
-from dstune.serve.guard.scanner import Scanner
-from dstune.serve.guard.streams import CONTEXT, HEAD, HELD, KEPT, LONGEST_FIND, LONGEST_WORD, Channel, HeldBack, Stopped
 
 CARD, KEY, EMAIL = "4111 1111 1111 1111", "sk-ant-api03-" + "Ab1_" * 20, "maria.gonzalez@mail.example.org"
 TEXT = (

@@ -12,9 +12,9 @@ import pytest
 
 from dstune.core.errors import UserError
 from dstune.data import sources
-from dstune.data.lakehouse import _ordered
-from dstune.data.lakehouse._address import Address, parse
-from dstune.data.lakehouse._ordered import write_ordered
+from dstune.lakehouse import _ordered
+from dstune.lakehouse._address import Address, parse
+from dstune.lakehouse._ordered import write_ordered
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import pytest
 from dstune import cli
 from dstune.checkpoint import store
 from dstune.core.errors import UserError
+from dstune.finetuning.jobs import configuration, process
+from dstune.finetuning.jobs.folder import JobFolder
+from dstune.finetuning.jobs.presets import Preset
 from dstune.launch import manage, records, runs
 from dstune.protocols import LAUNCHERS, Launcher
 from dstune.protocols.launcher import LaunchConfig, Queue
-from dstune.serve.finetuning.jobs import configuration, process
-from dstune.serve.finetuning.jobs.folder import JobFolder
-from dstune.serve.finetuning.jobs.presets import Preset
 from tests.support.runs import write_sweep_directory
 
 # Ends with the number of signals it got within a second: a first one asks, a second one ends at once.

@@ -31,7 +31,7 @@ EXAMPLES = {
 
 def test_the_guard_reads_every_route():
     """And finds the texts of each, so that none goes past it."""
-    from dstune.serve.guard import bodies, policy
+    from dstune.guard import bodies, policy
 
     assert EXAMPLES.keys() == INFERENCE.keys() <= set(policy.ROUTES)
     for route, body in EXAMPLES.items():
@@ -49,7 +49,7 @@ def test_the_guard_reads_every_route():
 
 
 def test_items_of_responses_are_of_who_wrote_them():
-    from dstune.serve.guard import bodies
+    from dstune.guard import bodies
 
     items = [
         {"role": "user", "content": "a"},

@@ -19,13 +19,13 @@ import psutil
 import pytest
 
 from dstune.core.errors import Problem, UserError
+from dstune.finetuning.routes import routes as routes_of
 from dstune.serve import command, options
 from dstune.serve.engines import control_strings, special
 from dstune.serve.engines.base import Command, EngineDown, EngineFault, Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.vllm import VllmEngine
 from dstune.serve.errors import ApiError
-from dstune.serve.finetuning.routes import routes as routes_of
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway import admission, recording, request_log
 from dstune.serve.gateway.inference import WithoutUsage

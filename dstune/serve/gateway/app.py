@@ -28,7 +28,7 @@ from dstune.serve.store.keys import ROLES, Caller, Keys
 from dstune.serve.turns import TurnThreads
 
 if TYPE_CHECKING:
-    from dstune.serve.guard.front import Guard
+    from dstune.guard.front import Guard
 
 log = logging.getLogger("dstune.serve")
 

@@ -27,7 +27,7 @@ from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.store.keys import Caller
 
 if TYPE_CHECKING:
-    from dstune.serve.guard.front import Guard, Guarded
+    from dstune.guard.front import Guard, Guarded
 
 log = logging.getLogger("dstune.serve")
 

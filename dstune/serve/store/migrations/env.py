@@ -2,7 +2,7 @@
 
 from alembic import context
 
-import dstune.serve.finetuning.jobs.tables  # noqa: F401  its tables are of the same database
+import dstune.finetuning.jobs.tables  # noqa: F401  its tables are of the same database
 from dstune.serve.store.tables import Table
 
 context.configure(

@@ -1,0 +1,143 @@
+"""The routes of batches."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dstune.finetuning import audit, pages
+from dstune.finetuning.creations import Attempt
+from dstune.finetuning.fields import checked_metadata, is_text, refuse_body, refuse_unknown
+from dstune.finetuning.files import Files, lifetime
+from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.tables import Batch
+from dstune.serve.errors import ApiError
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.request import Request
+from dstune.serve.gateway.routes import INFERENCE
+from dstune.serve.store.database import Database
+
+ENDPOINTS = tuple(path for path in INFERENCE if path.startswith("/v1/"))
+WINDOW_SECONDS = 86_400
+MOST_OPEN = 500
+"""Batches of a project that are not over."""
+ENDED = ("completed", "failed", "expired", "cancelled")
+TIMES = (
+    "in_progress_at", "expires_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at",
+    "cancelled_at",
+)  # fmt: skip
+
+
+class Batches:
+    def __init__(self, database: Database, files: Files):
+        self._database, self._files = database, files
+
+    async def create(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        body = await request.json()
+        refuse_unknown(body, ("completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"))
+        endpoint = body.get("endpoint")
+        if endpoint not in ENDPOINTS:
+            raise ApiError(400, f"Invalid endpoint: must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
+        if not gateway.fleet.models:
+            raise ApiError(400, "This server serves no model.", param="endpoint", code="no_models")
+        if body.get("completion_window") != "24h":
+            raise ApiError(400, "Invalid completion_window: must be '24h'.", param="completion_window")
+        if not is_text(body.get("input_file_id"), 128):
+            raise ApiError(400, "Missing required field: 'input_file_id'.", param="input_file_id")
+        checked_metadata(body.get("metadata"))
+        seconds = lifetime(body.get("output_expires_after"), "batch", "output_expires_after")
+        attempt = Attempt.of(request, "batches", request.digest)
+        row = await asyncio.to_thread(self._create, request, attempt, body, seconds)
+        await request.answer(described_batch(row))
+
+    async def listed(self, gateway: Gateway, request: Request) -> None:
+        page = pages.page_of(request.query(("after", "limit")), limit=20, most=100)
+        await request.answer(await asyncio.to_thread(self._list, request, page))
+
+    async def retrieve(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        await request.answer(described_batch(await asyncio.to_thread(self._read, request)))
+
+    async def cancel(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        await refuse_body(request)
+        await request.answer(described_batch(await asyncio.to_thread(self._cancel, request)))
+
+    def _create(self, request: Request, attempt: Attempt, body: dict[str, Any], seconds: int | None) -> Batch:
+        caller = request.key
+        with self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {caller.project}")
+            if before := attempt.found(session):
+                return self._of(session, caller.project, before)
+            file = self._files.of(session, caller.project, body["input_file_id"], "input_file_id")
+            if file.purpose != "batch":
+                message = f"The file has the purpose {file.purpose!r}; a batch needs 'batch'."
+                raise ApiError(400, message, param="input_file_id", code="invalid_purpose")
+            self._files.check_space(session, caller.project)  # its results are stored in any case
+            open_ones = (Batch.project == caller.project, Batch.status.not_in(ENDED))
+            if (session.scalar(select(func.count()).select_from(Batch).where(*open_ones)) or 0) >= MOST_OPEN:
+                message = f"{MOST_OPEN} batches of this project are not over; create more when some have ended."
+                headers = {"retry-after": "60", "x-should-retry": "false"}
+                raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
+            now = unix_time()
+            details = {"metadata": body.get("metadata"), "expires_at": now + WINDOW_SECONDS}
+            row = Batch(
+                id=new_id("batch_"), created_at=now, project=caller.project, key=caller.id, endpoint=body["endpoint"],
+                input_file=file.id, status="validating", details=details, output_seconds=seconds,
+            )  # fmt: skip
+            session.add(row)
+            attempt.record(session, row.id)
+            audit.note(session, request, "batch.created", row.id, file=file.id)
+        return row
+
+    @staticmethod
+    def _of(session: Session, project: str, batch: str, *, lock: bool = False) -> Batch:
+        query = select(Batch).where(Batch.project == project, Batch.id == batch)
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
+            raise ApiError(404, f"No such batch: {batch[:128]}", param="batch_id", code="batch_not_found")
+        return row
+
+    def _read(self, request: Request) -> Batch:
+        with self._database.session() as session:
+            return self._of(session, request.key.project, request.parameters["batch"])
+
+    def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
+        with self._database.session() as session:
+            rows, more = pages.rows_of(session, Batch, page, [Batch.project == request.key.project])
+        return pages.listing([described_batch(row) for row in rows], more, nobody="")
+
+    def _cancel(self, request: Request) -> Batch:
+        with self._database.writing.begin() as session:
+            row = self._of(session, request.key.project, request.parameters["batch"], lock=True)
+            if row.status in ("cancelling", "cancelled"):
+                return row
+            if row.status in ENDED:
+                raise ApiError(400, f"The batch is {row.status}.", code=f"batch_{row.status}")
+            row.status, row.details = "cancelling", {**row.details, "cancelling_at": unix_time()}
+            audit.note(session, request, "batch.cancelled", row.id)
+        return row
+
+
+def described_batch(row: Batch) -> dict[str, Any]:
+    details = row.details
+    counts = {"total": 0, "completed": 0, "failed": 0} | details.get("request_counts", {})
+    return {
+        "id": row.id,
+        "object": "batch",
+        "endpoint": row.endpoint,
+        "input_file_id": row.input_file,
+        "completion_window": "24h",
+        "status": row.status,
+        "created_at": row.created_at,
+        **{name: details.get(name) for name in TIMES},
+        "errors": {"object": "list", "data": details["errors"]} if details.get("errors") else None,
+        "output_file_id": details.get("output_file_id"),
+        "error_file_id": details.get("error_file_id"),
+        "request_counts": counts,
+        "metadata": details.get("metadata"),
+    }

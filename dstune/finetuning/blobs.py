@@ -1,0 +1,200 @@
+"""The bytes of files: written to the disk first, hashed on the way, and moved to their place when they are complete.
+
+Their place is a folder of the server, or a store that fsspec knows (`s3://BUCKET/FOLDER`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.files import sync_path
+from dstune.finetuning.ids import new_id
+from dstune.finetuning.jobs.folder import link
+from dstune.finetuning.receiving import Receiving
+from dstune.serve.errors import ApiError
+
+CHUNK = 1 << 20
+STALE_SECONDS = 86_400
+"""After which what nobody finished is removed."""
+
+
+class Staged:
+    """Bytes that are being written, under the id that they will have. Raises ApiError where there is no space."""
+
+    def __init__(self, path: Path, complete: Callable[[Staged], None], discarded: Callable[[Staged], None]):
+        self.path, self.id = path, path.name
+        self.size = 0
+        self.kept = False
+        self._complete, self._discarded = complete, discarded
+        self._hash, self._md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+        self._file: BinaryIO = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+
+    def write(self, chunk: bytes) -> None:
+        self._hash.update(chunk)
+        self._md5.update(chunk)
+        self.size += len(chunk)
+        try:
+            self._write(chunk)
+        except OSError as error:
+            raise _not_stored() from error
+
+    def _write(self, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        """All of it is on the disk, or in the store, after this."""
+        try:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._complete(self)
+        except Exception as error:  # a store has errors of its own
+            raise _not_stored() from error
+        finally:
+            self._file.close()
+
+    def discard(self) -> None:
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+        self._discarded(self)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def md5(self) -> str:
+        return self._md5.hexdigest()
+
+
+class Blobs:
+    """Those in a folder. An id is in no path that a client could name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._scratch = folder / "blobs", folder / "tmp"
+        self.receiving = Receiving()
+        for path in (self.folder, self._scratch):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def stage(self, prefix: str = "blob-") -> Staged:
+        return Staged(self._scratch / new_id(prefix), self._complete, self._discarded)
+
+    def keep(self, staged: Staged) -> None:
+        """Move what is complete to its place: quick, since a transaction waits for it."""
+        path = self._path(staged.id)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        os.rename(staged.path, path)
+        for folder in (path.parent, self.folder):
+            sync_path(folder)
+        staged.kept = True
+
+    def remove(self, blob: str) -> None:
+        self._path(blob).unlink(missing_ok=True)
+
+    def read(self, blob: str) -> Iterator[bytes]:
+        """Raises FileNotFoundError where it was removed a moment ago."""
+        with self._path(blob).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def size(self, blob: str) -> int | None:
+        """None where it is not there."""
+        path = self._path(blob)
+        return path.stat().st_size if path.is_file() else None
+
+    def snapshot(self, blob: str, target: Path) -> None:
+        """The bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
+        link(self._path(blob), target)
+
+    def sweep(self, known: Iterable[str]) -> int:
+        """Remove what no row of the database names, as a crash leaves it, when it is old enough that nobody is about to name
+        it; the number of files."""
+        removed = _remove_old(self._scratch.iterdir())
+        kept = set(known)
+        return removed + _remove_old(path for path in self.folder.glob("*/*") if path.name not in kept)
+
+    def _path(self, blob: str) -> Path:
+        return self.folder / blob[-2:].lower() / blob
+
+    def _complete(self, staged: Staged) -> None:
+        return
+
+    def _discarded(self, staged: Staged) -> None:
+        return
+
+
+class RemoteBlobs(Blobs):
+    """Those in a store, by its URL; its credentials are the operator's, from the environment. Raises UserError."""
+
+    def __init__(self, folder: Path, url: str):
+        super().__init__(folder)
+        from fsspec.core import url_to_fs
+
+        try:
+            self._store, self._root = url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            fix = "s3://BUCKET/FOLDER with `pip install s3fs`"
+            raise UserError(Problem("--files", f"cannot be used: {error}", fix)) from error
+
+    def keep(self, staged: Staged) -> None:
+        staged.kept = True  # it is there since it was complete
+
+    def remove(self, blob: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._store.rm_file(self._place(blob))
+
+    def read(self, blob: str) -> Iterator[bytes]:
+        with self._store.open(self._place(blob), "rb") as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def size(self, blob: str) -> int | None:
+        try:
+            return int(self._store.size(self._place(blob)))
+        except FileNotFoundError:
+            return None
+
+    def snapshot(self, blob: str, target: Path) -> None:
+        self._store.get_file(self._place(blob), str(target))
+
+    def sweep(self, known: Iterable[str]) -> int:
+        removed, kept = _remove_old(self._scratch.iterdir()), set(known)
+        for place in self._store.find(self._root):
+            blob = str(place).rsplit("/", 1)[-1]
+            if blob not in kept and time.time() - self._store.modified(place).timestamp() > STALE_SECONDS:
+                self.remove(blob)
+                removed += 1
+        return removed
+
+    def _place(self, blob: str) -> str:
+        return f"{self._root}/{blob}"
+
+    def _complete(self, staged: Staged) -> None:
+        self._store.makedirs(self._root, exist_ok=True)
+        self._store.put_file(str(staged.path), self._place(staged.id))
+
+    def _discarded(self, staged: Staged) -> None:
+        if not staged.kept:
+            self.remove(staged.id)
+
+
+def _remove_old(paths: Iterable[Any]) -> int:
+    removed = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+                removed += 1
+    return removed
+
+
+def _not_stored() -> ApiError:
+    return ApiError(507, "The server could not store the file.", code="storage_failed")

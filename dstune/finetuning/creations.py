@@ -1,0 +1,107 @@
+"""A request that the client repeats by itself makes one object, not two.
+
+The official client repeats a POST whose answer did not come, and names no key for it. So: the same `Idempotency-Key`; or the
+same key and content while `x-stainless-retry-count` says that it is a repetition, within three times the client's time-out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import delete, or_, select
+from sqlalchemy.orm import Session
+
+from dstune.finetuning.tables import Creation
+from dstune.serve.errors import ApiError
+from dstune.serve.gateway.request import Request
+
+KEPT_SECONDS = 86_400
+READ_TIMEOUT = 600.0
+"""The client's own, where it does not tell it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One request that wants to make something."""
+
+    project: str
+    key: str
+    route: str
+    digest: str
+    idempotency_key: str | None
+    repeated: bool
+    window: float
+    """Seconds in which a first attempt is the same request."""
+    began: float
+
+    @classmethod
+    def of(cls, request: Request, route: str, digest: str) -> Attempt:
+        """digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
+        given = request.header("idempotency-key")
+        if given and not (len(given) <= 255 and given.isprintable() and given.isascii()):
+            raise ApiError(400, "Idempotency-Key must be 1 to 255 printable characters.", param="Idempotency-Key")
+        count = request.header("x-stainless-retry-count")
+        return cls(
+            request.key.project,
+            request.key.id,
+            route,
+            digest,
+            given or None,
+            repeated=is_repetition(count),
+            window=3 * _timeout(request.header("x-stainless-read-timeout")),
+            began=time.time() - (time.monotonic() - request.began),
+        )
+
+    def found(self, session: Session) -> str | None:
+        """The id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
+        where the same Idempotency-Key stood before another content."""
+        if self.idempotency_key is not None:
+            named = Creation.idempotency_key == self.idempotency_key
+            row = session.scalar(
+                select(Creation).where(Creation.project == self.project, Creation.route == self.route, named)
+            )
+            if row is None:
+                return None
+            if row.digest != self.digest:
+                message = "This Idempotency-Key was used for a request with another content."
+                raise ApiError(400, message, param="Idempotency-Key", code="idempotency_key_reused")
+            return row.object
+        # A repetition finds the first attempt, and a first attempt that took longer finds its repetition.
+        late = Creation.retried.is_(True) & (Creation.created >= self.began)
+        recent = Creation.created >= time.time() - self.window
+        query = (
+            select(Creation.object)
+            .where(
+                Creation.project == self.project,
+                Creation.key == self.key,
+                Creation.route == self.route,
+                Creation.digest == self.digest,
+                or_(recent, late) if self.repeated else late,
+            )
+            .order_by(Creation.number.desc())
+        )
+        return session.scalars(query).first()
+
+    def record(self, session: Session, made: str) -> None:
+        session.add(
+            Creation(
+                project=self.project, key=self.key, route=self.route, idempotency_key=self.idempotency_key,
+                digest=self.digest, object=made, retried=self.repeated, created=time.time(),
+            )
+        )  # fmt: skip
+
+
+def is_repetition(count: str) -> bool:
+    return count.isascii() and count.isdigit() and count.strip("0") != ""
+
+
+def forget(session: Session) -> None:
+    session.execute(delete(Creation).where(Creation.created < time.time() - KEPT_SECONDS))
+
+
+def _timeout(text: str) -> float:
+    try:
+        return min(max(float(text), 1.0), 3600.0)
+    except ValueError:
+        return READ_TIMEOUT

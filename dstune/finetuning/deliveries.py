@@ -1,0 +1,81 @@
+"""Events on their way to webhooks: sent again until a receiver takes them, less and less often, for three days."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from sqlalchemy import delete, func, select
+
+from dstune.finetuning.tables import Delivery, WebhookEndpoint
+from dstune.finetuning.webhooks import Webhooks
+from dstune.serve.store.database import Database
+
+log = logging.getLogger("dstune.serve")
+
+PAUSES = (5, 30, 120, 600, 1800, 3600)
+"""Seconds to the next attempt; the last one again and again."""
+GIVEN_UP_SECONDS = 3 * 86_400
+AT_ONCE = 8
+LEASE_SECONDS = 60.0
+"""In which a delivery is not taken up by another server."""
+KEPT_SECONDS = 7 * 86_400
+
+
+class Deliveries:
+    def __init__(self, database: Database, webhooks: Webhooks, seconds: float):
+        """seconds: between two looks for what is to be sent."""
+        self._database, self._webhooks, self._seconds = database, webhooks, seconds
+
+    async def run(self) -> None:
+        while True:
+            try:
+                sent = await self.send_due()
+            except Exception:
+                log.exception("webhooks could not be sent; it is tried again")
+                sent = 0
+            if sent < AT_ONCE:
+                await asyncio.sleep(self._seconds)
+
+    async def send_due(self) -> int:
+        """Send what is due; the number of attempts."""
+        claimed = await asyncio.to_thread(self._claim)
+        await asyncio.gather(*(self._send(delivery, endpoint) for delivery, endpoint in claimed))
+        return len(claimed)
+
+    def _claim(self) -> list[tuple[Delivery, WebhookEndpoint]]:
+        """Of as many endpoints as there are places, whichever: one that does not answer must not keep others waiting."""
+        now, found = time.time(), []
+        with self._database.writing.begin() as session:
+            self._database.exclusive(session, "deliveries")
+            due = (Delivery.state == "waiting", Delivery.next_at <= now)
+            names = select(Delivery.endpoint).where(*due).group_by(Delivery.endpoint).order_by(func.random())
+            chosen = list(session.scalars(names.limit(AT_ONCE)))
+            for name in chosen:
+                endpoint = session.scalar(select(WebhookEndpoint).where(WebhookEndpoint.id == name))
+                oldest = select(Delivery).where(*due, Delivery.endpoint == name).order_by(Delivery.next_at)
+                for delivery in session.scalars(oldest.limit(AT_ONCE // len(chosen))):
+                    if endpoint is None or endpoint.deleted_at is not None:
+                        delivery.state = "dropped"
+                        continue
+                    delivery.next_at, delivery.attempts = now + LEASE_SECONDS, delivery.attempts + 1
+                    found.append((delivery, endpoint))
+            session.execute(delete(Delivery).where(Delivery.state != "waiting", Delivery.next_at < now - KEPT_SECONDS))
+        return found
+
+    async def _send(self, delivery: Delivery, endpoint: WebhookEndpoint) -> None:
+        status = await self._webhooks.send(endpoint, delivery.id, delivery.body)
+        await asyncio.to_thread(self._finish, delivery, status)
+
+    def _finish(self, delivery: Delivery, status: int | None) -> None:
+        now = time.time()
+        with self._database.writing.begin() as session:
+            row = session.get_one(Delivery, delivery.number)
+            row.status = status
+            if status is not None and 200 <= status < 300:
+                row.state = "delivered"
+            elif now - row.created > GIVEN_UP_SECONDS:
+                row.state = "failed"
+            else:
+                row.next_at = now + PAUSES[min(row.attempts, len(PAUSES)) - 1]

@@ -1,0 +1,125 @@
+"""Hyperparameters as a client gives them, and what stands for "auto"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.finetuning.fields import refuse_unknown
+from dstune.serve.errors import ApiError
+
+AUTO = "auto"
+Value = int | float | str
+MOST_NUMBER = 1e9
+"""Beyond every range; a larger integer may have no float."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """least, most: both included; above: excluded."""
+
+    whole: bool
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        bounds = [f"at least {self.least:g}"] if self.least is not None else []
+        bounds += [f"above {self.above:g}"] if self.above is not None else []
+        bounds += [f"at most {self.most:g}"] if self.most is not None else []
+        return f"'auto' or {kind} of {' and '.join(bounds)}" if bounds else f"'auto' or {kind}"
+
+    def read(self, value: Any) -> Value | None:
+        """The value, whole floats as integers; None where it is outside."""
+        if value == AUTO and isinstance(value, str):
+            return AUTO
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST_NUMBER < value < MOST_NUMBER:
+            return None
+        if self.whole and value != int(value):
+            return None
+        inside = (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+        )
+        return (int(value) if self.whole else float(value)) if inside else None
+
+
+SUPERVISED: Mapping[str, Range] = {
+    "n_epochs": Range(whole=True, least=1, most=50),
+    "batch_size": Range(whole=True, least=1, most=256),
+    "learning_rate_multiplier": Range(whole=False, above=0, most=1000),
+}
+DPO: Mapping[str, Range] = {**SUPERVISED, "beta": Range(whole=False, above=0, most=2)}
+METHODS: Mapping[str, Mapping[str, Range]] = {"supervised": SUPERVISED, "dpo": DPO}
+PLACES = {name: f"method.{kind}.hyperparameters.{name}" for kind in ("dpo", "supervised") for name in METHODS[kind]}
+"""Where each hyperparameter stands in a request; the one that both methods have, with the default method."""
+
+DEFAULT_BETA = 0.1
+EPOCHS = 3
+FEWEST_ROWS, MOST_ROWS = 100, 25_000
+"""Rows times epochs are brought between the two."""
+MOST_AUTOMATIC_EPOCHS = 25
+BATCH_SHARE = 0.002
+MOST_BATCH = 256
+
+
+def read(method: str, given: Any, param: str) -> dict[str, Value]:
+    """All hyperparameters of a method, "auto" where they are absent or null.
+
+    param: where `given` stands in the request. Raises ApiError."""
+    known = METHODS[method]
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise ApiError(400, f"Invalid {param}: must be an object.", param=param)
+    refuse_unknown(given, known, param, PLACES)
+    found: dict[str, Value] = {}
+    for name, bounds in known.items():
+        value = given.get(name)
+        read_value = AUTO if value is None else bounds.read(value)
+        if read_value is None:
+            place = f"{param}.{name}"
+            raise ApiError(400, f"Invalid {place}: must be {bounds}.", param=place, code="invalid_value")
+        found[name] = read_value
+    return found
+
+
+def resolve(given: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:
+    """Numbers in the place of "auto", for a training file of so many rows.
+
+    ranks: processes that share a batch, of which an automatic batch size is a multiple.
+    """
+    automatic: dict[str, Value] = {
+        "n_epochs": epochs(rows),
+        "batch_size": batch_size(rows, ranks),
+        "learning_rate_multiplier": 1.0,
+        "beta": DEFAULT_BETA,
+    }
+    return {name: automatic[name] if value == AUTO else value for name, value in given.items()}
+
+
+def epochs(rows: int) -> int:
+    """3, more for fewer than 34 rows, fewer for more than 8,333: the rule of the vendor's public notebook on data preparation."""
+    if rows * EPOCHS < FEWEST_ROWS:
+        return min(MOST_AUTOMATIC_EPOCHS, FEWEST_ROWS // max(1, rows))
+    if rows * EPOCHS > MOST_ROWS:
+        return max(1, MOST_ROWS // rows)
+    return EPOCHS
+
+
+def batch_size(rows: int, ranks: int = 1) -> int:
+    """0.2% of the rows, from 1 to 256, as a multiple of the ranks where the rows allow it."""
+    size = min(MOST_BATCH, max(1, round(rows * BATCH_SHARE)))
+    if ranks > 1 and rows >= ranks:
+        size = min(max(ranks, round(size / ranks) * ranks), MOST_BATCH // ranks * ranks or size)
+    return size
+
+
+def steps(rows: int, resolved: Mapping[str, Value]) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the job: a step never spans epochs."""
+    per_epoch = math.ceil(rows / int(resolved["batch_size"]))
+    return per_epoch, per_epoch * int(resolved["n_epochs"])

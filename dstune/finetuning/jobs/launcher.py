@@ -1,0 +1,116 @@
+"""Starts the processes of jobs: each in a session of its own, with a listed part of the environment, holding its folder's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from dstune.core import files
+from dstune.core.child_python import child_environment
+from dstune.core.paths import STOP_FILE
+from dstune.core.secrets import is_secret
+from dstune.finetuning.jobs.folder import NOW, JobFolder, write
+from dstune.launch.commands import EXPORTED_NAMES, EXPORTED_PREFIXES
+from dstune.protocols import LAUNCHERS
+
+PROGRAM = (sys.executable, "-m", "dstune.finetuning.jobs.process")
+NEVER_PREFIXES = ("WANDB_", "OPENAI_", "PG")
+"""Of the server's own accounts; a job gets the key of its project alone."""
+
+
+class Launcher(Protocol):
+    def start(self, folder: JobFolder, task: Mapping[str, Any], env: Mapping[str, str]) -> bool:
+        """Start the process of a job. env: beside what every job gets. False while another one of the job lives."""
+        ...
+
+    def is_alive(self, folder: JobFolder) -> bool: ...
+
+    def reap(self) -> None:
+        """Take note of processes that have ended."""
+        ...
+
+
+class ProcessLauncher:
+    """prefix: what starts them in a control group of their own, asked at each start. program: what is started, before FOLDER
+    and LOCK."""
+
+    def __init__(self, prefix: Callable[[], Sequence[str]] = tuple, program: Sequence[str] = PROGRAM):
+        self._prefix, self._program = prefix, program
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, folder: JobFolder, task: Mapping[str, Any], env: Mapping[str, str]) -> bool:
+        lock = folder.acquire()
+        if lock is None:
+            return False
+        try:
+            folder.stop.unlink(missing_ok=True)
+            folder.ended.unlink(missing_ok=True)
+            (folder.run / STOP_FILE).unlink(missing_ok=True)
+            write(folder.task, dict(task))
+            command = [*self._prefix(), *self._program, str(folder.path), str(lock)]
+            with files.append(folder.log, mode=0o600) as log:
+                child = subprocess.Popen(
+                    command,
+                    env=environment(os.environ) | dict(env),
+                    cwd=folder.path,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(lock,),
+                    start_new_session=True,
+                )
+        finally:
+            os.close(lock)  # the child holds it now
+        self._children.append(child)
+        return True
+
+    def is_alive(self, folder: JobFolder) -> bool:
+        return folder.is_alive()
+
+    def reap(self) -> None:
+        self._children = [child for child in self._children if child.poll() is None]
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What a job's process gets of the server's environment: no key, and no address with one in it."""
+    queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
+    expected = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
+    kept = {
+        name: value
+        for name, value in given.items()
+        if (name in expected or name.startswith(EXPORTED_PREFIXES))
+        and not name.startswith(NEVER_PREFIXES)
+        and not is_secret(name, value)
+    }
+    return child_environment(kept)
+
+
+def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str, str]:
+    """names: of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    if not names:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices if device < len(names))}
+
+
+def ask_orphan(folder: JobFolder, how: str) -> None:
+    """Ask a training whose job process is gone to end; again and again, so by no signal where it is to save first: the second
+    one would end it without."""
+    import signal
+
+    import psutil
+
+    from dstune.launch import records
+
+    launched = records.read_launch(folder.run)
+    process = launched.process(folder.run) if launched is not None else None
+    with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+        if process is None or str(folder.path) in (parent.cmdline() if (parent := process.parent()) else ()):
+            return  # its job process lives, and passes the wish on
+        if how == NOW:
+            process.send_signal(signal.SIGTERM)
+        else:
+            files.write(folder.run / STOP_FILE, "")

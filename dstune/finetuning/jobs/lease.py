@@ -1,0 +1,53 @@
+"""Which process looks after jobs: a row of the database with an end. It saves work; what the processes do is safe without it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+
+import psutil
+
+from dstune.finetuning.jobs.tables import Lease
+from dstune.serve.store.database import Database
+
+
+def owner() -> str:
+    """Of this process, so that another one on this machine sees when it is gone."""
+    started = psutil.Process().create_time()
+    return f"{socket.gethostname()[:24]}/{os.getpid()}/{started:.0f}/{secrets.token_hex(4)}"
+
+
+def take(database: Database, name: str, mine: str, seconds: float) -> bool:
+    """Whether this process has the lease, for so many seconds from now."""
+    now = time.time()
+    with database.writing.begin() as session:
+        row = session.get(Lease, name, with_for_update=True)
+        if row is None:
+            session.add(Lease(name=name, owner=mine, until=now + seconds))
+            return True
+        if row.owner != mine and now < row.until and not _is_gone(row.owner):
+            return False
+        row.owner, row.until = mine, now + seconds
+    return True
+
+
+def release(database: Database, name: str, mine: str) -> None:
+    with database.writing.begin() as session:
+        row = session.get(Lease, name, with_for_update=True)
+        if row is not None and row.owner == mine:
+            row.until = 0.0
+
+
+def _is_gone(other: str) -> bool:
+    """Whether it was a process of this machine that has ended; of others nothing is known."""
+    try:
+        host, pid, started, _ = other.split("/")
+        if host != socket.gethostname()[:24]:
+            return False
+        return abs(psutil.Process(int(pid)).create_time() - float(started)) > 2.0
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, psutil.Error):
+        return False

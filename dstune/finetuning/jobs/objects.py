@@ -1,0 +1,64 @@
+"""Jobs, events and checkpoints as the API tells them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dstune.finetuning.jobs.states import State
+from dstune.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent
+
+
+def job(row: Job) -> dict[str, Any]:
+    given = dict(row.hyperparameters)
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job",
+        "created_at": row.created_at,
+        "error": row.error if row.state == State.FAILED else None,
+        "estimated_finish": row.estimated_finish if row.state == State.RUNNING else None,
+        "fine_tuned_model": row.fine_tuned_model,
+        "finished_at": row.finished_at,
+        "hyperparameters": given if row.method == "supervised" else {},
+        "integrations": [_integration(one, row.id) for one in row.integrations],
+        "metadata": row.meta,
+        "method": {"type": row.method, row.method: {"hyperparameters": given}},
+        "model": row.model,
+        "organization_id": row.organization,
+        "result_files": [row.result_file] if row.result_file else [],
+        "seed": row.seed,
+        "status": row.state,
+        "trained_tokens": row.trained_tokens,
+        "training_file": row.training_file,
+        "user_provided_suffix": row.suffix,
+        "validation_file": row.validation_file,
+    }
+
+
+def _integration(one: dict[str, Any], job_id: str) -> dict[str, Any]:
+    own = one["wandb"]
+    described = {"project": own["project"], "entity": own.get("entity"), "run_id": job_id}
+    return {"type": "wandb", "wandb": {**described, "name": own.get("name"), "tags": own.get("tags") or []}}
+
+
+def event(row: JobEvent) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.event",
+        "created_at": row.created_at,
+        "level": row.level,
+        "message": row.message,
+        "type": row.type,
+        "data": row.data,
+    }
+
+
+def checkpoint(row: JobCheckpoint) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": row.created_at,
+        "fine_tuned_model_checkpoint": row.model,
+        "fine_tuning_job_id": row.job,
+        "metrics": {"step": row.step, **row.metrics},
+        "step_number": row.step,
+    }

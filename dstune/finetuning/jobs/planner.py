@@ -1,0 +1,120 @@
+"""Whether jobs of a preset fit their hardware, and how long a step takes: `dstune plan`, asked once for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dstune.core.errors import EXIT_DONE
+from dstune.core.parsing import parse_json
+from dstune.finetuning.jobs import configuration
+from dstune.finetuning.jobs.folder import JobFolder
+from dstune.finetuning.jobs.launcher import environment
+from dstune.finetuning.jobs.presets import LOCAL, Preset
+
+SECONDS = 300
+AGAIN_SECONDS = 60.0
+"""After which a plan that could not be made is tried again."""
+BATCH = 8
+"""Rows of the step that is planned; the time of others is taken to be proportional."""
+ANY_JOB = "ftjob-" + "0" * 24
+
+
+@dataclass(frozen=True)
+class Estimate:
+    fits: bool
+    reason: str = ""
+    """Why it does not fit, in words of the planner."""
+    memory_gib: float | None = None
+    row_seconds: float | None = None
+    """Time of a step by the rows in it."""
+    planned: bool = True
+    """Whether the planner made a plan; what kept it from one may pass."""
+
+
+class Planner:
+    """folder: where configurations that are planned lie for a moment. here: whether local jobs run on this machine."""
+
+    def __init__(self, folder: Path, *, here: bool = True):
+        self._folder, self._here = folder, here
+        self._known: dict[tuple[str, str], tuple[float, Estimate]] = {}
+        self._busy = threading.Lock()
+
+    def of(self, preset: Preset, method: str) -> Estimate:
+        """Asks the planner where nobody has asked it of this preset as it is now; seconds then."""
+        key = (repr(preset), method)
+        if (found := self._kept(key)) is None:
+            with self._busy:
+                if (found := self._kept(key)) is None:
+                    found = self._estimate(preset, method)
+                    self._known[key] = (time.monotonic(), found)
+        return found
+
+    def _kept(self, key: tuple[str, str]) -> Estimate | None:
+        at, found = self._known.get(key, (0.0, None))
+        return found if found is None or found.planned or time.monotonic() - at < AGAIN_SECONDS else None
+
+    def _estimate(self, preset: Preset, method: str) -> Estimate:
+        if preset.hardware is None and not (self._here and preset.pool == LOCAL):
+            return Estimate(fits=True)  # a plan of this machine would be of another one
+        given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
+            folder = JobFolder(Path(name))
+            folder.train.touch()
+            fewest = replace(preset, devices=preset.fewest)  # a job may have to do with them
+            configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), fewest, folder)
+            command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
+            if preset.hardware is not None:
+                command.append(f"hardware={preset.hardware}")
+            env = environment(os.environ)
+            try:
+                done = subprocess.run(command, env=env, cwd=name, capture_output=True, text=True, timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                return Estimate(fits=True, planned=False)  # nothing is known; the run itself refuses what cannot be
+        return read(done.returncode, done.stdout)
+
+
+def read(code: int, text: str) -> Estimate:
+    """What `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = _last_object(text)
+    if code != EXIT_DONE or not isinstance(found, dict) or "choices" not in found:
+        problems = ((found or {}).get("error") or {}).get("problems") or [] if isinstance(found, dict) else []
+        reasons = "; ".join(f"{one.get('where')}: {one.get('reason')}" for one in problems)
+        return Estimate(fits=not reasons, reason=reasons, planned=False)
+    chosen = next((one for one in found["choices"] if one.get("fits")), None)
+    configured = found.get("configured") or {}
+    choice = configured if configured.get("fits") else chosen or configured
+    estimate = Estimate(
+        fits=bool(found.get("fits")) or bool(configured.get("fits")),
+        memory_gib=choice.get("memory_gib_per_rank"),
+        row_seconds=(choice["step_seconds"] / BATCH) if choice.get("step_seconds") else None,
+    )
+    if estimate.fits:
+        return estimate
+    hardware = found.get("hardware") or {}
+    reason = (
+        f"a rank needs {float(estimate.memory_gib or 0):.1f} GiB at least, and {hardware.get('device', 'the device')} has "
+        f"{float(hardware.get('memory_gib') or 0):.1f} GiB"
+    )
+    return replace(estimate, reason=reason)
+
+
+def _last_object(text: str) -> dict[str, object] | None:
+    for line in reversed(text.splitlines()):
+        try:
+            found = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return None

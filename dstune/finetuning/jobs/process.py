@@ -1,0 +1,255 @@
+"""The process of a job: `python -m dstune.finetuning.jobs.process FOLDER LOCK` validates its files, or trains and exports.
+
+It lives in a session of its own and outlives the server. It reads `task.json` and leaves files: the server sees no more of it.
+LOCK is the descriptor of the folder's lock, which the server took before it started this; a training that outlives this
+process keeps it held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dstune.core.child_python import child_environment
+from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
+from dstune.core.parsing import parse_json
+from dstune.finetuning.jobs import configuration
+from dstune.finetuning.jobs.folder import NOW, JobFolder, read, write
+from dstune.launch import records
+from dstune.protocols import LAUNCHERS
+from dstune.protocols.launcher import Unreachable
+
+POLL_SECONDS = 0.1
+QUEUE_SECONDS = 5.0
+"""Between two questions to the queue of a cluster."""
+TWICE_SECONDS = 0.5
+"""Between two signals that shall count as two."""
+EXIT_LOST = -1
+"""Of a job in a queue that ended without a result: it starts again from its newest checkpoint."""
+VALIDATE, TRAIN = "validate", "train"
+QUEUED_STATES = ("running", "pending", "elsewhere")
+ENDED = {"completed": EXIT_DONE, "stopped": EXIT_DONE, "preempted": EXIT_PREEMPTED, "failed": EXIT_FAILED}
+LOOKS = 3
+"""At a job that is gone without a result, before it counts as lost."""
+
+
+def main(argv: list[str]) -> int:
+    folder, lock = JobFolder(Path(argv[0])), int(argv[1])
+    task = read(folder.task) or {}
+    if task.get("phase") == VALIDATE:
+        threading.Thread(target=_end_on_stop, args=(folder,), daemon=True).start()
+        write(folder.validated, validate(folder, task))
+        return EXIT_DONE
+    ended = Training(folder, lock, str(task["pool"]), task.get("devices")).run()
+    write(folder.ended, {"attempt": task.get("attempt"), **ended})
+    return EXIT_DONE
+
+
+# -- files
+
+
+def _end_on_stop(folder: JobFolder) -> None:
+    """Nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
+    while folder.stop_requested() != NOW:
+        time.sleep(POLL_SECONDS)
+    os._exit(EXIT_PREEMPTED)
+
+
+def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
+    """The rows of the files, or the error of a failed job."""
+    from dstune.finetuning import rows
+
+    method, most = str(task["method"]), int(task["most_rows"])
+    found: dict[str, Any] = {"warnings": []}
+    held_out: set[bytes] = set()
+    for param, title, least in (("validation_file", "Validation", 1), ("training_file", "Training", rows.LEAST_ROWS)):
+        if task.get(param) is None:
+            continue
+        source, target = folder.snapshot(param), folder.of_param(param)
+        checked = rows.check_file(source, method, least=least, title=title)
+        error = checked.error(str(task[param]), param)
+        if error is None and checked.rows > most:
+            message = f"{title} file has {checked.rows} example(s), this model takes {most} at most"
+            error = {"code": "exceeded_quota", "message": message, "param": param}
+        if error is not None:
+            return {"error": error}
+        rows.write_rows(source, target, method)
+        found[param] = {"rows": checked.rows}
+        if param == "validation_file":
+            held_out = set(_digests(target))
+        elif shared := sum(digest in held_out for digest in _digests(target)) if held_out else 0:
+            text = (
+                f"{shared} example(s) of the training file are in the validation file too, whose loss will be too low"
+            )
+            found["warnings"].append(text)
+    return found
+
+
+def _digests(file: Path) -> Iterator[bytes]:
+    """Of its lines."""
+    with file.open("rb") as stream:
+        for line in stream:
+            yield hashlib.sha256(line).digest()[:16]
+
+
+# -- training
+
+
+class Training:
+    """One attempt: `dstune train`, then the exports of what it has saved."""
+
+    def __init__(self, folder: JobFolder, lock: int, pool: str, devices: int | None = None):
+        """devices: how many ranks a training on this machine has; None for what its configuration says."""
+        self._folder, self._lock, self._pool = folder, lock, pool
+        self._overrides = [] if devices is None else [f"launch.processes={int(devices)}"]
+        self._queued = LAUNCHERS[pool].queue is not None
+        self._running = 0.0
+        """Seconds in which a job of a cluster ran."""
+        self._signals = 0
+        """Signals that were passed on."""
+        self._signalled_at = 0.0
+        self._signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._signalled = True
+
+    def run(self) -> dict[str, Any]:
+        code, report = self._train()
+        result = records.read_result(self._folder.run) or {}
+        if code in (EXIT_DONE, EXIT_PREEMPTED) and self._folder.stop_requested() != NOW:
+            exported = self._export()
+            if exported != EXIT_DONE and code == EXIT_DONE:
+                code = exported
+        problems = (report.get("error") or {}).get("problems") or []
+        return {
+            "code": code,
+            "status": result.get("status"),
+            "reason": str(result.get("reason") or (report.get("error") or {}).get("message") or ""),
+            "problems": problems,
+            "tokens": result.get("tokens"),
+            "steps": result.get("steps"),
+            "seconds": self._running if self._queued else None,
+        }
+
+    def _train(self) -> tuple[int, dict[str, Any]]:
+        if self._in_queue():
+            return self._wait_in_queue(), {}
+        command = [
+            sys.executable,
+            "-m",
+            "dstune",
+            "train",
+            *configuration.arguments(self._folder),
+            *self._overrides,
+            "--json",
+        ]
+        with self._folder.report.open("wb") as report, self._folder.log.open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                env=child_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                stderr=log,
+                pass_fds=(self._lock,),
+            )
+            while process.poll() is None:
+                self._pass_on(process)
+                time.sleep(POLL_SECONDS)
+        code = process.returncode
+        if code == EXIT_DONE and self._in_queue():  # it was submitted, which takes no process here
+            code = self._wait_in_queue()
+        return code, self._report()
+
+    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+        """The wish to stop, as signals of the launching process: one lets it save, a second one does not."""
+        how = self._folder.stop_requested()
+        requested = 2 if how == NOW else 1 if how or self._signalled else 0
+        if requested > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
+            with contextlib.suppress(OSError):
+                process.send_signal((signal.SIGTERM, signal.SIGINT)[self._signals])
+            self._signals, self._signalled_at = self._signals + 1, time.monotonic()
+
+    def _report(self) -> dict[str, Any]:
+        """The last object that was printed; {} where there is none."""
+        for line in reversed(self._folder.report.read_bytes().splitlines()):
+            with contextlib.suppress(ValueError):
+                found = parse_json(line)
+                if isinstance(found, dict):
+                    return found
+        return {}
+
+    # -- in the queue of a cluster, whose jobs need no process here
+
+    def _in_queue(self) -> bool:
+        """Whether a job of this run waits or runs, also one whose submission was killed before it was noted. Waits until the
+        queue answers: to submit without knowing would make two."""
+        queue, run = LAUNCHERS[self._pool].queue, self._folder.run
+        if queue is None:
+            return False
+        launched = records.read_launch(run)
+        if launched is not None and launched.jobs and records.read_result(run) is None:
+            return True
+        while True:
+            try:
+                lost = queue.named(self._folder.path.name)
+                break
+            except Unreachable as error:
+                print(f"{queue.name} does not answer: {error}", file=sys.stderr, flush=True)
+                time.sleep(QUEUE_SECONDS)
+        if lost:
+            run.mkdir(exist_ok=True)
+            records.note(run, uuid.uuid4().hex, launched.processes if launched else 1, lost, self._pool)
+        return bool(lost)
+
+    def _wait_in_queue(self) -> int:
+        from dstune.launch.manage import cancel, status_of
+
+        run, requested, unsure, looked = self._folder.run, "", 0, time.monotonic()
+        # A result may be seen later than the end of the job, on a file system of several machines.
+        while (status := status_of(run)).state in QUEUED_STATES or unsure < LOOKS:
+            if status.state in ENDED:
+                break
+            unsure = 0 if status.state in QUEUED_STATES else unsure + 1
+            now = time.monotonic()
+            self._running += now - looked if status.state == "running" else 0.0
+            looked = now
+            how = self._folder.stop_requested()
+            if how and how != requested:
+                cancel([str(run), "--json", *(["--now"] if how == NOW else [])])
+                requested = how
+            time.sleep(QUEUE_SECONDS)
+        code = ENDED.get(status.state, EXIT_LOST)
+        launched = records.read_launch(run)
+        if code == EXIT_LOST and launched is not None:
+            # The next attempt does not wait for it, but submits the run again.
+            records.note(run, launched.id, launched.processes)
+        return code
+
+    def _export(self) -> int:
+        command = [sys.executable, "-m", "dstune.finetuning.jobs.export", str(self._folder.path)]
+        with self._folder.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, env=child_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+            while process.poll() is None:
+                if self._folder.stop_requested() == NOW:
+                    process.kill()
+                time.sleep(POLL_SECONDS)
+        return process.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,545 @@
+"""Brings what is wished, what the database says and what the folders of jobs show together: one step for each job, again and
+again, the same after a start as later. Whoever is killed between two steps leaves nothing that the next step does not find."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, EXIT_USER
+from dstune.finetuning.jobs import configuration, hyperparameters, lease, metrics
+from dstune.finetuning.jobs.configuration import Plan
+from dstune.finetuning.jobs.folder import JOB_ID, NOW, SAVE, JobFolder, read
+from dstune.finetuning.jobs.launcher import Launcher, ask_orphan, device_environment
+from dstune.finetuning.jobs.metrics import Reader
+from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
+from dstune.finetuning.jobs.process import TRAIN, VALIDATE
+from dstune.finetuning.jobs.results import Results
+from dstune.finetuning.jobs.scheduler import DEFAULT_SECONDS, Busy, Waiting, choose
+from dstune.finetuning.jobs.states import TERMINAL, Change, State
+from dstune.finetuning.jobs.store import JobStore, Message, metric, note
+from dstune.finetuning.jobs.tables import Job
+
+log = logging.getLogger("dstune.serve")
+
+LEASE = "reconciler"
+LEASE_SECONDS = 15.0
+VALIDATORS = 2
+"""Validations at a time; each takes one core."""
+MOST_IDLE = 8
+"""Starts in a row without a step beyond those before, after which a job has failed."""
+PAUSE_SECONDS = 2.0
+"""Before the second of such starts; each pause is twice the one before."""
+LONGEST_PAUSE = 300.0
+MOST_VALIDATIONS = 5
+MEASURE_SECONDS = 15.0
+"""Between two measurements of the folder of a running job."""
+SWEEP_SECONDS = 300.0
+ORPHAN_SECONDS = 3600.0
+"""After which a folder without a row is what a request left that was cut short."""
+TOO_MANY_DEVICES = "The job needs {} devices, and this server has {}."
+INTERNAL = "The job failed for an internal reason; the operator of the server finds it in the log of the job."
+DATA_KEYS = {"training_file": "data.train", "validation_file": "data.validation"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that jobs share."""
+
+    devices: int
+    gpus: Sequence[str] = ()
+
+    def capacity(self, requested: int | None) -> int:
+        """Devices that jobs may take. requested: by `queue.devices`; a GPU is not given to two jobs."""
+        if requested is None:
+            return self.devices
+        return min(requested, len(self.gpus)) if self.gpus else requested
+
+
+class Reconciler:
+    """keys: the variables of a project's accounts, by the job (W&B). has_space: whether a project may store more."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        folder: Path,
+        presets: Callable[[], Presets],
+        launcher: Launcher,
+        results: Results,
+        machine: Machine,
+        keys: Callable[[Job], Mapping[str, str]] = lambda job: {},
+        pause_seconds: float = PAUSE_SECONDS,
+        has_space: Callable[[str], bool] = lambda project: True,
+    ):
+        self._store, self._folder, self._presets = store, folder, presets
+        self._launcher, self._results, self._machine, self._keys = launcher, results, machine, keys
+        self._pause, self._has_space = pause_seconds, has_space
+        self._owner = lease.owner()
+        self._readers: dict[str, Reader] = {}
+        self._validations: Counter[str] = Counter()
+        self._turns: dict[str, int] = {}
+        """When an organization's files were read last, as a count."""
+        self._warned: set[str] = set()
+        """Jobs for which there are too few devices."""
+        self._held: set[str] = set()
+        """Jobs that wait for space."""
+        self._measured: dict[str, float] = {}
+        """When the folders of running jobs were measured."""
+        self.cancelled: deque[str] = deque(maxlen=10_000)
+        """Jobs that clients of this process have just cancelled; those that had no process are swept at once."""
+        self._swept = -SWEEP_SECONDS
+        self.leads = False
+        self.variables: Mapping[str, str] = {}
+        """Of every training on this machine that has no control group of its own."""
+
+    def step(self) -> None:
+        """One look at everything that is not over."""
+        self._launcher.reap()
+        self.leads = lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
+        if not self.leads:
+            return
+        validating, unread = 0, list[Job]()
+        for job in self._store.unfinished():
+            try:
+                if job.state == State.VALIDATING:
+                    if self._validate(job):
+                        validating += 1
+                    elif not self._of(job).validated.exists():
+                        unread.append(job)
+                elif job.state in (State.RUNNING, State.PAUSING):
+                    self._watch(job)
+                else:
+                    self._wind_down(job)
+            except Exception:
+                log.exception("job %s could not be looked after; it is tried again", job.id)
+        while unread and validating < VALIDATORS:
+            # The organization whose turn is the longest ago: many jobs of one hold up no other.
+            job = min(unread, key=lambda job: (self._turns.get(job.organization, 0), job.number))
+            unread.remove(job)
+            self._turns[job.organization] = max(self._turns.values(), default=0) + 1
+            try:
+                validating += self._begin_validation(job)
+            except Exception:
+                log.exception("files of job %s could not be read; it is tried again", job.id)
+        while self.cancelled:
+            job = self._store.read(self.cancelled.popleft())
+            if not job.active:
+                self._over(job)
+        self._schedule()
+        if time.monotonic() - self._swept > SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what nobody needs any more: folders of requests that were cut, files of jobs that ended while nobody looked."""
+        paths = [path for path in self._folder.glob("ftjob-*") if JOB_ID.fullmatch(path.name)]
+        states = self._store.states()  # read after the folders, which are made before their rows
+        for path in paths:
+            folder, (state, size) = JobFolder(path), states.get(path.name, (None, 0))
+            if state is None and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                folder.remove()
+            elif (
+                state in TERMINAL and folder.snapshot("training_file").exists() and not self._launcher.is_alive(folder)
+            ):
+                self._results.tidy(folder)
+                self._store.measure(path.name, folder)
+            elif state is not None and size == 0:  # of a server that did not measure yet
+                self._store.measure(path.name, folder)
+
+    def save_all(self) -> None:
+        """Have local jobs save and end: their processes would not outlive this one. The next reconciler starts them again."""
+        if not self.leads:
+            return
+        active = [job for job in self._store.unfinished() if job.active and job.pool == LOCAL]
+        while active := [job for job in active if self._launcher.is_alive(self._of(job))]:
+            for job in active:
+                self._ask(self._of(job), SAVE)
+            lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
+            time.sleep(0.2)
+            self._launcher.reap()
+
+    def leave(self) -> None:
+        """Let another process lead at once."""
+        if self.leads:
+            lease.release(self._store.database, LEASE, self._owner)
+
+    # -- files
+
+    def _validate(self, job: Job) -> bool:
+        """Whether its files are being read now; what was found in them is noted."""
+        folder = self._of(job)
+        found = read(folder.validated)
+        if found is not None:
+            self._validated(job, folder, found)
+            return False
+        return self._launcher.is_alive(folder)
+
+    def _begin_validation(self, job: Job) -> bool:
+        """Whether it has begun."""
+        self._validations[job.id] += 1
+        if self._validations[job.id] > MOST_VALIDATIONS:
+            self._fail(job, "server_error", INTERNAL, None)
+            return False
+        preset = self._preset(job)
+        if preset is None:
+            return False
+        task = {
+            "phase": VALIDATE,
+            "job": job.id,
+            "method": job.method,
+            "training_file": job.training_file,
+            "validation_file": job.validation_file,
+            "most_rows": preset.most_rows,
+        }
+        return self._launcher.start(self._of(job), task, {"CUDA_VISIBLE_DEVICES": ""})
+
+    def _validated(self, job: Job, folder: JobFolder, found: Mapping[str, Any]) -> None:
+        self._validations.pop(job.id, None)
+        error = found.get("error")
+        if isinstance(error, Mapping):
+            self._fail(job, str(error["code"]), str(error["message"]), error.get("param"))
+            return
+        preset = self._preset(job)
+        if preset is None:
+            return
+        try:
+            if job.start:
+                folder.keep_start(self._results.folder_of(job.start))
+        except (LookupError, FileNotFoundError):
+            self._fail(job, "model_not_available", f"The model {job.start} was deleted.", "model")
+            return
+        rows = int(found["training_file"]["rows"])
+        resolved = hyperparameters.resolve(job.hyperparameters, rows, preset.devices)
+        if int(resolved["n_epochs"]) > preset.most_epochs:
+            resolved["n_epochs"] = preset.most_epochs  # of "auto" alone: a number was refused at creation
+        plan = Plan(
+            job.id,
+            job.method,
+            resolved,
+            job.seed,
+            validation=job.validation_file is not None,
+            start=str(folder.start) if job.start else None,
+            wandb=next((one["wandb"] for one in job.integrations), None),
+        )
+        configuration.write(plan, preset, folder)
+        messages = [Message(text, "warn") for text in found.get("warnings", [])]
+        messages.append(Message("Files validated, moving job to queued state"))
+        total = hyperparameters.steps(rows, resolved)[1]
+        values = {
+            "hyperparameters": resolved,
+            "rows": rows,
+            "total_steps": total,
+            "base_lr": preset.base_rate(job.method),
+            "pool": preset.pool,
+            "devices": preset.devices,
+        }
+        if job.step_seconds is not None:  # of a row, as the plan has it
+            values["step_seconds"] = job.step_seconds * int(resolved["batch_size"])
+        self._change(job, Change.VALIDATED, messages, **values)
+        self._store.measure(job.id, folder)
+
+    # -- training
+
+    def _watch(self, job: Job) -> None:
+        folder = self._of(job)
+        alive = self._launcher.is_alive(folder)
+        steps = self._reader(job).read()
+        self._tell(job, steps, ended=not alive)
+        if alive:
+            if job.state == State.PAUSING:
+                self._ask(folder, SAVE)
+            if time.monotonic() - self._measured.get(job.id, -MEASURE_SECONDS) >= MEASURE_SECONDS:
+                self._measured[job.id] = time.monotonic()
+                self._store.measure(job.id, folder)
+            return
+        ended = read(folder.ended)
+        if ended is None or ended.get("attempt") != job.attempt:
+            self._lost(job, steps)
+        elif ended["code"] == EXIT_DONE:
+            self._complete(job, folder, steps, ended)
+        elif ended["code"] == EXIT_PREEMPTED or int(ended["code"]) < 0:
+            self._lost(job, steps)
+        elif ended["code"] == EXIT_USER:
+            self._refused(job, ended, steps)
+        else:
+            log.error("job %s failed: %s", job.id, str(ended.get("reason"))[:2000])
+            self._fail(job, "server_error", INTERNAL, None)
+
+    def _ask(self, folder: JobFolder, how: str) -> None:
+        """Ask a job's process to end."""
+        if folder.stop_requested() not in (how, NOW):
+            folder.request_stop(how)
+        elif folder.lock.is_file() and time.time() - folder.stop.stat().st_mtime > 5.0:
+            ask_orphan(folder, how)
+
+    def _tell(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
+        """New steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
+        complete = steps if ended or job.validation_file is None else steps[:-1]
+        new = [step for step in complete if step.number > job.last_step and "train_loss" in step.values]
+        if not new:
+            return
+        per_epoch = metrics.steps_per_epoch(steps)
+        total = job.total_steps or 0
+        if per_epoch is not None:
+            total = per_epoch * int(job.hyperparameters["n_epochs"])
+        rates = sorted(step.seconds for step in steps[-20:] if step.seconds)
+        seconds = rates[len(rates) // 2] if rates else job.step_seconds
+        with self._store.database.writing.begin() as session:
+            row = self._store.locked(session, job.id)
+            for step in new:
+                if step.number <= row.last_step:
+                    continue
+                row.last_step = step.number
+                if metrics.becomes_event(step.number, total, ends_epoch=step.ends_epoch):
+                    metric(session, row, step.number, metrics.message_of(step, total), metrics.data_of(step, total))
+            row.total_steps, row.step_seconds = total, seconds
+            if row.state == State.RUNNING and seconds is not None:
+                row.estimated_finish = round(time.time() + seconds * max(0, total - row.last_step))
+        job.last_step, job.total_steps, job.step_seconds = row.last_step, total, seconds
+
+    def _lost(self, job: Job, steps: Sequence[metrics.Step]) -> None:
+        """Its process has ended, and the job is not over."""
+        pausing = job.state == State.PAUSING
+        if pausing:
+            self._end_attempt(job, Change.HALT, [Message("The job is paused")], exports=True)
+            return
+        reached = steps[-1].number if steps else 0
+        idle = 0 if reached > job.attempt_step else job.idle_attempts + 1
+        if idle >= MOST_IDLE:
+            log.error("job %s was started %d times and does not come beyond step %d", job.id, job.attempt, reached)
+            self._fail(job, "server_error", INTERNAL, None)
+            return
+        message = Message(f"The job was interrupted at step {reached}, and goes on from its newest checkpoint", "warn")
+        self._end_attempt(job, Change.LOSE, [message], idle_attempts=idle)
+
+    def _complete(self, job: Job, folder: JobFolder, steps: Sequence[metrics.Step], ended: Mapping[str, Any]) -> None:
+        if not steps or steps[-1].number not in folder.exports():
+            log.error("job %s completed without an export of its last step", job.id)
+            self._fail(job, "server_error", INTERNAL, None)
+            return
+        with self._results.staged(steps) as staged, self._store.database.writing.begin() as session:
+            row = self._store.locked(session, job.id)
+            if row.state not in (State.RUNNING, State.PAUSING) or row.attempt != job.attempt:
+                return  # cancelled a moment ago
+            self._account(row)
+            result, model, messages = self._results.complete(session, row, staged, folder, steps)
+            self._store.change(
+                session, row, Change.COMPLETE, [Message(text) for text in messages],
+                trained_tokens=int(ended.get("tokens") or steps[-1].tokens or 0), result_file=result, fine_tuned_model=model,
+            )  # fmt: skip
+        self._over(job)
+        self._results.published()
+
+    def _refused(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
+        """Exit 2: the client's rows, a second launch of the same directory, or the operator's preset."""
+        problems = ended.get("problems") or []
+        where = str(problems[0].get("where", "")) if problems else ""
+        if where == "run.dir":
+            self._lost(job, steps)
+            return
+        folder = self._of(job)
+        for param in ("training_file", "validation_file"):
+            file = str(folder.of_param(param))
+            if where.startswith(file) or where == DATA_KEYS[param]:
+                line = where.removeprefix(file).lstrip(":")
+                place = f" line {line}" if line.isdigit() else ""
+                reason = str(problems[0].get("reason", "")).replace(str(folder.path), "")
+                self._fail(job, f"invalid_{param}", f"{getattr(job, param)}{place}: {reason}", param)
+                return
+        log.error("job %s was refused: %s", job.id, str(ended.get("reason"))[:2000])
+        self._fail(job, "server_error", INTERNAL, None)
+
+    def _wind_down(self, job: Job) -> None:
+        """A job whose state says that it has no process any more."""
+        folder = self._of(job)
+        if self._launcher.is_alive(folder):
+            self._ask(folder, NOW if job.state == State.CANCELLED else SAVE)
+            return
+        self._tell(job, self._reader(job).read(), ended=True)
+        with self._store.database.writing.begin() as session:
+            row = self._store.locked(session, job.id)
+            if row.active:
+                self._account(row)
+                if row.state in TERMINAL:
+                    self._results.count(session, row)
+        if job.state in TERMINAL:
+            self._over(job)
+
+    # -- devices
+
+    def _schedule(self) -> None:
+        settings, now, has_space = self._presets().queue, time.time(), functools.cache(self._has_space)
+        waiting = [
+            Waiting(
+                job.id, job.number, job.organization, job.key, job.priority, job.pool,
+                seconds=_seconds_left(job) or DEFAULT_SECONDS, **self._devices(job),
+            )
+            for job in self._store.queued()
+            if now - (job.started_at or 0.0) >= self._pause_of(job) and self._fits(job) and self._may_store(job, has_space)
+        ]  # fmt: skip
+        if not waiting:
+            return
+        active = [job for job in self._store.unfinished() if job.active]
+        busy = [
+            Busy(
+                job.organization, job.key, job.pool, job.taken,
+                job.devices * max(now - (job.started_at or now), _seconds_left(job) or DEFAULT_SECONDS),
+            )
+            for job in active
+        ]  # fmt: skip
+        used = self._store.used(now - 3600 * settings.share_hours)
+        for one, taken in choose(waiting, busy, used, settings, self.capacity()):
+            try:
+                self._start(one.id, taken)
+            except Exception:
+                log.exception("job %s could not be started; it is tried again", one.id)
+
+    def capacity(self) -> int:
+        """Local devices that jobs may take."""
+        return self._machine.capacity(self._presets().queue.devices)
+
+    def _devices(self, job: Job) -> dict[str, int]:
+        """How many it takes, and how few are enough, as its preset says now: a job goes on with another number of them."""
+        preset = self._offered(job)
+        if preset is None:
+            return {"devices": job.devices, "fewest": job.devices}
+        return {"devices": preset.devices, "fewest": preset.fewest}
+
+    def _offered(self, job: Job) -> Preset | None:
+        """Its preset; None where the operator has taken it away, or moved it to another pool."""
+        found = self._presets().models.get(job.preset)
+        return found if found is not None and found.pool == job.pool else None
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
+        most, needed = self.capacity(), self._devices(job)["fewest"]
+        if job.pool != LOCAL or needed <= most:
+            return True
+        if job.id not in self._warned:
+            self._warned.add(job.id)
+            with self._store.database.writing.begin() as session:
+                text = f"{TOO_MANY_DEVICES.format(needed, most)} It waits until there are more."
+                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+        return False
+
+    def _may_store(self, job: Job, has_space: Callable[[str], bool]) -> bool:
+        """Whether its project has space for what it will leave. A job that has started before goes on in any case: it has its
+        space already."""
+        if job.attempt or has_space(job.project):
+            self._held.discard(job.id)
+            return True
+        if job.id not in self._held:
+            self._held.add(job.id)
+            with self._store.database.writing.begin() as session:
+                text = "The project has no space left: the job starts when files or models are deleted."
+                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+        return False
+
+    def _start(self, job_id: str, taken: list[int]) -> None:
+        """The row first, then the process: a server that is killed between the two finds a running job without a process."""
+        with self._store.database.writing.begin() as session:
+            job = self._store.locked(session, job_id)
+            if job.state != State.QUEUED or job.active:
+                return  # cancelled or paused a moment ago
+            first, reached, before = job.attempt == 0, job.last_step, job.devices
+            devices = len(taken) or self._devices(job)["devices"]
+            text = "Fine-tuning job started" if first else f"Fine-tuning job continues after step {reached}"
+            if devices != before:
+                text += f" on {devices} device(s), not on {before}"
+            self._store.change(
+                session, job, Change.START, [Message(text)],
+                active=True, taken=taken, devices=devices, attempt=job.attempt + 1, attempt_step=reached, started_at=time.time(),
+                estimated_finish=round(time.time() + seconds) if (seconds := _seconds_left(job)) else None,
+            )  # fmt: skip
+        task = {"phase": TRAIN, "job": job.id, "attempt": job.attempt, "pool": job.pool}
+        if job.pool == LOCAL:
+            task["devices"] = devices
+        elif preset := self._offered(job):
+            configuration.launch_anew(self._of(job), preset)
+        env = dict(self._keys(job))
+        if job.pool == LOCAL:
+            env |= device_environment(taken, self._machine.gpus)
+            # A control group of a job's own would take a process with it that later jobs need.
+            env |= {} if self._presets().prefix else self.variables
+        self._launcher.start(self._of(job), task, env)
+
+    # -- changes
+
+    def _change(self, job: Job, change: Change, messages: Sequence[Message] = (), **values: Any) -> None:
+        with self._store.database.writing.begin() as session:
+            row = self._store.locked(session, job.id)
+            if (
+                row.state == job.state and row.version == job.version
+            ):  # a client may have wished something else meanwhile
+                self._store.change(session, row, change, messages, **values)
+
+    def _end_attempt(
+        self, job: Job, change: Change, messages: Sequence[Message], *, exports: bool = False, **values: Any
+    ) -> bool:
+        """Whether the attempt was still this one."""
+        with self._store.database.writing.begin() as session:
+            row = self._store.locked(session, job.id)
+            if row.state != job.state or row.attempt != job.attempt:
+                return False
+            self._account(row)
+            texts = self._results.pause(session, row, self._of(row), self._reader(job).read()) if exports else []
+            self._store.change(session, row, change, [*map(Message, texts), *messages], **values)
+        if exports:
+            self._results.published()
+        self._store.measure(job.id, self._of(job))
+        return True
+
+    def _fail(self, job: Job, code: str, message: str, param: Any) -> None:
+        error = {"code": code, "message": message, "param": param}
+        if self._end_attempt(job, Change.FAIL, [Message(message, "error")], error=error):
+            self._over(job)
+
+    def _account(self, row: Job) -> None:
+        """The end of an attempt: its devices are free, and its time is counted; not the time in the queue of a cluster."""
+        if row.active:
+            ended, seconds = read(self._of(row).ended) or {}, time.time() - (row.started_at or time.time())
+            if ended.get("attempt") == row.attempt and ended.get("seconds") is not None:
+                seconds = float(ended["seconds"])
+            row.device_seconds += row.devices * max(0.0, seconds)
+            row.active, row.taken = False, []
+
+    def _over(self, job: Job) -> None:
+        """A job that ended needs neither its files nor its optimizer states any more."""
+        self._readers.pop(job.id, None)
+        self._validations.pop(job.id, None)
+        self._measured.pop(job.id, None)
+        folder = self._of(job)
+        if not self._launcher.is_alive(folder):
+            self._results.tidy(folder)
+            self._store.measure(job.id, folder)
+
+    def _pause_of(self, job: Job) -> float:
+        """What broke its process may take a while to pass."""
+        return min(LONGEST_PAUSE, self._pause * 2 ** (job.idle_attempts - 1)) if job.idle_attempts else 0.0
+
+    # -- helpers
+
+    def _of(self, job: Job) -> JobFolder:
+        return JobFolder.of(self._folder, job.id)
+
+    def _reader(self, job: Job) -> Reader:
+        return self._readers.setdefault(job.id, Reader(self._of(job).run / "metrics.jsonl"))
+
+    def _preset(self, job: Job) -> Preset | None:
+        """None where the operator has taken it away; the job has failed then."""
+        found = self._presets().models.get(job.preset)
+        if found is None:
+            self._fail(job, "model_not_available", f"The model {job.preset} is not offered any more.", "model")
+        return found
+
+
+def _seconds_left(job: Job) -> float | None:
+    if job.step_seconds is None or job.total_steps is None:
+        return None
+    return job.step_seconds * max(1, job.total_steps - job.last_step)

@@ -1,0 +1,147 @@
+"""What a job leaves: the file of its results, models by name, checkpoints. Rows of the database and files on the disk appear
+together: files first, and a row names only what is there."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from dstune.finetuning.blobs import Staged
+from dstune.finetuning.files import Files
+from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.jobs import metrics
+from dstune.finetuning.jobs.folder import JobFolder
+from dstune.finetuning.jobs.metrics import Step
+from dstune.finetuning.jobs.presets import Presets
+from dstune.finetuning.jobs.tables import Job, JobCheckpoint, TunedModel
+from dstune.finetuning.models.names import new_name
+from dstune.finetuning.tables import Usage
+from dstune.serve.store.database import Database
+from dstune.serve.store.tables import Organization
+
+PURPOSE = "fine-tune-results"
+
+
+class Results:
+    def __init__(self, database: Database, files: Files, jobs: Path, presets: Callable[[], Presets]):
+        """jobs: the folder of the folders of jobs."""
+        self._database, self._files, self._jobs, self._presets = database, files, jobs, presets
+        self.published: Callable[[], None] = lambda: None
+        """Called after models have appeared."""
+
+    @contextmanager
+    def staged(self, steps: Sequence[Step]) -> Iterator[Staged]:
+        """The file of the results, on the disk."""
+        content = metrics.results_csv(steps)
+        if self._presets().results == "base64":
+            content = base64.b64encode(content)
+        staged = self._files.stage()
+        try:
+            staged.write(content)
+            staged.close()
+            yield staged
+        finally:
+            staged.discard()
+
+    def complete(
+        self, session: Session, job: Job, staged: Staged, folder: JobFolder, steps: Sequence[Step]
+    ) -> tuple[str, str, list[str]]:
+        """Note all of a job that has succeeded: the id of its results, the name of its model, what its events say."""
+        file = self._files.add(
+            session, staged, project=job.project, key=job.key, filename="step_metrics.csv", purpose=PURPOSE, own=True
+        )
+        last = steps[-1].number
+        messages = self._checkpoints(session, job, folder, steps, without=last)
+        model = self._model(session, job, folder.exports()[last], None)
+        self._checkpoint(session, job, steps[-1], model)
+        return (
+            file.id,
+            model,
+            [*messages, f"New fine-tuned model created: {model}", "The job has successfully completed"],
+        )
+
+    def pause(self, session: Session, job: Job, folder: JobFolder, steps: Sequence[Step]) -> list[str]:
+        """Note the checkpoints of a job that has paused; what its events say."""
+        return self._checkpoints(session, job, folder, steps, without=None)
+
+    def _checkpoints(
+        self, session: Session, job: Job, folder: JobFolder, steps: Sequence[Step], *, without: int | None
+    ) -> list[str]:
+        known = set(session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job == job.id)))
+        by_number = {step.number: step for step in steps}
+        messages = []
+        for number, path in folder.exports().items():
+            if number in known or number == without:
+                continue
+            name = self._model(session, job, path, number)
+            self._checkpoint(session, job, by_number.get(number, Step(number)), name)
+            messages.append(f"Checkpoint created at step {number} with Snapshot ID: {name}")
+        return messages
+
+    def _model(self, session: Session, job: Job, path: Path, step: int | None) -> str:
+        organization = session.get(Organization, job.organization)
+        name = new_name(job.preset, organization.name if organization else job.organization, job.suffix, step)
+        session.add(
+            TunedModel(
+                id=new_id("model-"), created_at=unix_time(), name=name, organization=job.organization, project=job.project,
+                job=job.id, preset=job.preset, step=step, folder=str(path.relative_to(self._jobs)),
+            )
+        )  # fmt: skip
+        return name
+
+    @staticmethod
+    def _checkpoint(session: Session, job: Job, step: Step, model: str) -> None:
+        before = session.scalar(
+            select(JobCheckpoint).where(JobCheckpoint.job == job.id, JobCheckpoint.step == step.number)
+        )
+        if before is None:
+            session.add(
+                JobCheckpoint(
+                    id=new_id("ftckpt_"), created_at=unix_time(), job=job.id, step=step.number, model=model,
+                    metrics=dict(step.values),
+                )
+            )  # fmt: skip
+            session.flush()  # of one second, in the order of their steps
+
+    def count(self, session: Session, job: Job) -> None:
+        """Note what a job that is over has used, however it ended."""
+        if not job.device_seconds:
+            return
+        preset = self._presets().models.get(job.preset)
+        price = preset.price if preset else 0.0
+        session.add(
+            Usage(
+                project=job.project, key=job.key, kind="training", object=job.id, model=job.model,
+                tokens=job.trained_tokens or 0, device_seconds=job.device_seconds,
+                cost=job.device_seconds / 3600 * price, created_at=unix_time(),
+            )
+        )  # fmt: skip
+
+    def folder_of(self, model: str) -> Path:
+        """Of the export of a tuned model that is there. Raises LookupError."""
+        with self._database.session() as session:
+            row = session.scalar(select(TunedModel).where(TunedModel.name == model, TunedModel.deleted_at.is_(None)))
+        if row is None or not (self._jobs / row.folder).is_dir():
+            raise LookupError(f"the model {model} was deleted")
+        return self._jobs / row.folder
+
+    def tidy(self, folder: JobFolder) -> None:
+        """Remove what a job that is over does not need: its rows, states of its optimizer, and exports that no model names."""
+        for path in (folder.train, folder.validation):
+            path.unlink(missing_ok=True)
+        for path in (folder.run / "checkpoints", folder.start):
+            shutil.rmtree(path, ignore_errors=True)
+        with self._database.session() as session:
+            listed = (TunedModel.job == folder.path.name, TunedModel.deleted_at.is_(None))
+            named = set(session.scalars(select(TunedModel.folder).where(*listed)))
+        for path in folder.exports().values():
+            if str(path.relative_to(self._jobs)) not in named:
+                shutil.rmtree(path, ignore_errors=True)
+        for param in ("validation_file", "training_file"):  # last: `Reconciler._sweep` tidies where they are there
+            folder.snapshot(param).unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""Which waiting jobs start now: the higher priority first, then the organization that has used least for its weight, then the
+oldest. A pure function of what waits, what runs and what was used."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from dstune.finetuning.jobs.presets import LOCAL, Limits, QueueSettings
+
+DEFAULT_SECONDS = 600.0
+"""Of a job of which no plan says how long it takes."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    id: str
+    number: int
+    organization: str
+    key: str
+    priority: int = 0
+    pool: str = LOCAL
+    devices: int = 1
+    """That it takes where so many are free."""
+    fewest: int | None = None
+    """That are enough; None for all of them."""
+    seconds: float = DEFAULT_SECONDS
+    """That it is expected to take."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """A job that has devices."""
+
+    organization: str
+    key: str
+    pool: str
+    taken: Sequence[int]
+    charged: float
+    """Device-seconds that it has used, or is expected to use."""
+
+
+@dataclass
+class Shares:
+    """Device-seconds by organization, of jobs that are over and of those that run."""
+
+    used: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def of(self, organization: str, limits: Limits) -> float:
+        return self.used[organization] / limits.weight
+
+
+@dataclass
+class _Room:
+    """Local devices that are free, and places in the queues of other pools."""
+
+    free: list[int]
+    places: int
+    """Jobs that each other pool may have at once."""
+    submitted: Counter[str] = field(default_factory=Counter)
+    blocked: set[str] = field(default_factory=set)
+    """Pools that have no room for the job whose turn it was: those behind it wait too."""
+
+    def occupied_by(self, job: Busy) -> None:
+        if job.pool == LOCAL:
+            self.free = [device for device in self.free if device not in job.taken]
+        else:
+            self.submitted[job.pool] += 1
+
+    def take(self, job: Waiting) -> list[int] | None:
+        """The devices for a job, none in another pool; None where it has to wait."""
+        if job.pool in self.blocked:
+            return None
+        if job.pool != LOCAL:
+            if self.submitted[job.pool] >= self.places:
+                self.blocked.add(job.pool)
+                return None
+            self.submitted[job.pool] += 1
+            return []
+        if (job.devices if job.fewest is None else job.fewest) > len(self.free):
+            self.blocked.add(LOCAL)
+            return None
+        taken, self.free = self.free[: job.devices], self.free[job.devices :]
+        if not self.free:
+            self.blocked.add(LOCAL)
+        return taken
+
+
+def choose(
+    waiting: Iterable[Waiting], busy: Iterable[Busy], used: Mapping[str, float], settings: QueueSettings, devices: int
+) -> list[tuple[Waiting, list[int]]]:
+    """The jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices: how
+    many local ones there are.
+
+    A job takes all devices that it can use, down to its fewest. One whose turn it is and that needs more than are free keeps
+    those that come free from jobs behind it: a large job is not passed for ever.
+    """
+    shares = Shares(defaultdict(float, used))
+    room = _Room(list(range(devices)), settings.submitted)
+    running: Counter[tuple[str, str]] = Counter()
+    for job in busy:
+        shares.used[job.organization] += job.charged
+        running["organization", job.organization] += 1
+        running["key", job.key] += 1
+        room.occupied_by(job)
+    queues: dict[tuple[int, str], list[Waiting]] = defaultdict(list)
+    for one in sorted(waiting, key=lambda one: one.number, reverse=True):
+        queues[one.priority, one.organization].append(one)  # the oldest last, where it is popped
+    chosen: list[tuple[Waiting, list[int]]] = []
+    while queues:
+        priority, organization = min(
+            queues, key=lambda key: (-key[0], shares.of(key[1], settings.of(key[1])), queues[key][-1].number)
+        )
+        queue = queues[priority, organization]
+        one = queue.pop()
+        if not queue:
+            del queues[priority, organization]
+        limits, key_limit = settings.of(organization), settings.key.running
+        if limits.running is not None and running["organization", organization] >= limits.running:
+            queues.pop((priority, organization), None)
+            continue
+        if key_limit is not None and running["key", one.key] >= key_limit:
+            continue
+        taken = room.take(one)
+        if taken is None:
+            continue
+        shares.used[organization] += (len(taken) or one.devices) * one.seconds
+        running["organization", organization] += 1
+        running["key", one.key] += 1
+        chosen.append((one, taken))
+        if all(job.pool in room.blocked for own in queues.values() for job in own):
+            break
+    return chosen

@@ -1,0 +1,306 @@
+"""`/v1/fine_tuning/jobs`: what clients ask of jobs, and the loop that looks after them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from sqlalchemy.orm import Session
+
+from dstune.finetuning import audit, pages
+from dstune.finetuning.creations import Attempt, is_repetition
+from dstune.finetuning.fields import refuse_body
+from dstune.finetuning.files import Files
+from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.jobs import objects
+from dstune.finetuning.jobs import request as requests
+from dstune.finetuning.jobs.folder import NOW, JobFolder
+from dstune.finetuning.jobs.hyperparameters import AUTO
+from dstune.finetuning.jobs.planner import Estimate
+from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
+from dstune.finetuning.jobs.reconciler import TOO_MANY_DEVICES, Reconciler
+from dstune.finetuning.jobs.request import JobRequest
+from dstune.finetuning.jobs.states import Change, State
+from dstune.finetuning.jobs.store import JobStore
+from dstune.finetuning.jobs.tables import Job
+from dstune.finetuning.models.store import ModelStore
+from dstune.finetuning.turns import Turns
+from dstune.launch.local import warm
+from dstune.serve.errors import ApiError
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.request import Request
+from dstune.serve.store.database import Database
+from dstune.serve.store.keys import Caller
+
+log = logging.getLogger("dstune.serve")
+
+ROUTE = "fine_tuning.jobs"
+STEP_SECONDS = 1.0
+IDLE_SECONDS = 900
+"""After the last start of a training, how long a process with its imports waits for the next."""
+PURPOSE = "fine-tune"
+DONE = {Change.CANCEL: "cancelled", Change.PAUSE: "paused", Change.RESUME: "resumed"}
+"""Words of the audit log."""
+MOST_PAGE = 100
+UNAVAILABLE = "The model {!r} is not available for fine-tuning, or does not exist; this server has {}."
+
+
+class Plans(Protocol):
+    def of(self, preset: Preset, method: str) -> Estimate: ...
+
+
+class Jobs:
+    def __init__(
+        self,
+        store: JobStore,
+        files: Files,
+        models: ModelStore,
+        folder: Path,
+        presets: Callable[[], Presets],
+        planner: Plans,
+        reconciler: Reconciler,
+        has_wandb: Callable[[str], bool] = lambda project: False,
+        runs: bool = True,
+    ):
+        """folder: of the folders of jobs. has_wandb: whether a project has a key of W&B. runs: whether jobs run on this machine."""
+        self._store, self._files, self._models, self._folder = store, files, models, folder
+        self._presets, self._planner, self._reconciler, self._has_wandb = presets, planner, reconciler, has_wandb
+        self._runs = runs
+        # A plan takes seconds: creates that wait for one take no thread from other requests.
+        self._creating = Turns(8, "create-job", of_project=2)
+        self._stop, self._wake = threading.Event(), threading.Event()
+        store.wake = self._wake.set
+        self.ends_all = os.getpid() == 1
+        """Whether all processes end with this one, as in a container: local jobs save first."""
+
+    @property
+    def _database(self) -> Database:
+        return self._store.database
+
+    # -- routes
+
+    async def create(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        given = requests.read(await request.json())
+        attempt = Attempt.of(request, ROUTE, request.digest)
+        made = await self._creating.run(request.key.project, self._create, request, attempt, given)
+        self._wake.set()
+        await request.answer(objects.job(made))
+
+    async def listed(self, gateway: Gateway, request: Request) -> None:
+        query = request.query(("after", "limit", "metadata"), families=("metadata",))
+        page = pages.page_of(query, limit=20, most=MOST_PAGE)
+        metadata = {
+            name.removeprefix("metadata[").removesuffix("]"): value
+            for name, value in query.items()
+            if name.startswith("metadata[")
+        }
+        bare = query.get("metadata") == "null"
+        if "metadata" in query and not bare:
+            raise ApiError(400, "Invalid metadata: give metadata[KEY]=VALUE, or metadata=null.", param="metadata")
+        rows, more = await asyncio.to_thread(self._store.page, request.key.project, page, metadata, bare=bare)
+        await request.answer(pages.listing([objects.job(row) for row in rows], more, ids=False))
+
+    async def retrieve(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        await request.answer(objects.job(await asyncio.to_thread(self._read, request)))
+
+    async def cancel(self, gateway: Gateway, request: Request) -> None:
+        await self._wish(request, Change.CANCEL, "The job was cancelled")
+
+    async def pause(self, gateway: Gateway, request: Request) -> None:
+        await self._wish(request, Change.PAUSE, "A pause was asked for")
+
+    async def resume(self, gateway: Gateway, request: Request) -> None:
+        await self._wish(request, Change.RESUME, "The job is resumed")
+
+    async def events(self, gateway: Gateway, request: Request) -> None:
+        page = pages.page_of(request.query(("after", "limit")), limit=20, most=MOST_PAGE)
+        project, job = request.key.project, request.parameters["job"]
+        rows, more = await asyncio.to_thread(self._store.events, project, job, page)
+        await request.answer(pages.listing([objects.event(row) for row in rows], more, ids=False))
+
+    async def checkpoints(self, gateway: Gateway, request: Request) -> None:
+        page = pages.page_of(request.query(("after", "limit")), limit=10, most=MOST_PAGE)
+        project, job = request.key.project, request.parameters["job"]
+        rows, more = await asyncio.to_thread(self._store.checkpoints, project, job, page)
+        await request.answer(pages.listing([objects.checkpoint(row) for row in rows], more))
+
+    # -- the loop
+
+    async def loop(self) -> None:
+        """Look after jobs until the server ends. In a thread: every step asks the database and the disk."""
+        self._stop.clear()
+        running = asyncio.ensure_future(asyncio.to_thread(self.run))
+        try:
+            await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self.end()
+            await running  # its step is over before the database is closed
+            raise
+
+    def end(self) -> None:
+        self._stop.set()
+        self._wake.set()
+
+    def run(self) -> None:
+        with warm.offer(IDLE_SECONDS) as variables:
+            self._reconciler.variables = variables
+            self._run()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()
+            try:
+                self._reconciler.step()
+            except Exception:
+                log.exception("jobs could not be looked after; it is tried again")
+            self._wake.wait(STEP_SECONDS)
+        if self.ends_all:
+            self._reconciler.save_all()
+        with contextlib.suppress(Exception):
+            self._reconciler.leave()
+
+    # -- inside
+
+    async def _wish(self, request: Request, change: Change, message: str) -> None:
+        request.query(())
+        await refuse_body(request)
+        repeated = is_repetition(request.header("x-stainless-retry-count"))
+        project, job = request.key.project, request.parameters["job"]
+
+        def also(session: Session) -> None:
+            if change is Change.RESUME:  # each pause leaves a checkpoint
+                self._files.check_space(session, project)
+            audit.note(session, request, f"fine_tuning.job.{DONE[change]}", job)
+
+        row = await asyncio.to_thread(
+            self._store.wish, project, job, change, repeated=repeated, message=message, also=also
+        )
+        if change is Change.CANCEL:  # the loop asks trainings too, but looks at no validation any more
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(JobFolder.of(self._folder, row.id).request_stop, NOW)
+            self._reconciler.cancelled.append(row.id)
+            self._wake.set()
+        await request.answer(objects.job(row))
+
+    def _read(self, request: Request) -> Job:
+        with self._database.session() as session:
+            return self._store.of(session, request.key.project, request.parameters["job"])
+
+    def _create(self, request: Request, attempt: Attempt, given: JobRequest) -> Job:
+        caller = request.key
+        with self._database.session() as session:  # a repetition is answered before anything is looked at again
+            before = attempt.found(session)
+            if before is not None:
+                return self._store.of(session, caller.project, before)
+        preset, start = self._chosen(caller, given)
+        estimate = self._planner.of(preset, given.method)
+        if not estimate.fits:
+            message = f"The job does not fit the hardware of the model {preset.name!r}: {estimate.reason}."
+            raise ApiError(400, message, param="model", code="job_does_not_fit")
+        job = self._row(caller, given, preset, start, estimate)
+        with self._snapshots(caller, job) as folder, self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {caller.project}")
+            before = attempt.found(session)
+            if before is not None:
+                folder.remove()
+                return self._store.of(session, caller.project, before)
+            self._check_limits(session, caller)
+            self._files.check_space(session, caller.project, job.bytes)
+            validation = "" if job.validation_file is None else f" and validation file: {job.validation_file}"
+            reading = f"Validating training file: {job.training_file}{validation}"
+            self._store.add(session, job, [f"Created fine-tuning job: {job.id}", reading])
+            attempt.record(session, job.id)
+            audit.note(session, request, "fine_tuning.job.created", job.id, model=job.model)
+        return job
+
+    def _chosen(self, caller: Caller, given: JobRequest) -> tuple[Preset, str | None]:
+        """The preset, and the tuned model that training starts from. Raises ApiError."""
+        presets, start = self._presets().models, None
+        name = given.model
+        if name.startswith("ft:"):
+            tuned = self._models.find(caller, name)
+            if tuned is not None and not caller.may_use(name):
+                tuned = None
+            if tuned is not None:
+                name, start = tuned.preset, tuned.name
+        preset = presets.get(name) if start or caller.may_use(name) else None
+        if preset is None:
+            available = ", ".join(filter(caller.may_use, presets)) or "no models"
+            message = UNAVAILABLE.format(given.model[:128], available)
+            raise ApiError(400, message, param="model", code="model_not_available")
+        if given.method not in preset.methods:
+            message = f"The model {preset.name!r} is not available for fine-tuning with the method '{given.method}'."
+            raise ApiError(400, message, param="method.type", code="unsupported")
+        if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
+            message = TOO_MANY_DEVICES.format(preset.fewest, most)
+            raise ApiError(400, message, param="model", code="job_does_not_fit")
+        epochs = given.hyperparameters["n_epochs"]
+        if epochs != AUTO and int(epochs) > preset.most_epochs:
+            message = f"Invalid n_epochs: the model {preset.name!r} takes {preset.most_epochs} at most."
+            raise ApiError(400, message, param=f"method.{given.method}.hyperparameters.n_epochs", code="invalid_value")
+        if given.integrations and not self._has_wandb(caller.project):
+            message = "This project has no key of Weights & Biases; an owner stores it first."
+            raise ApiError(400, message, param="integrations", code="wandb_not_set_up")
+        return preset, start
+
+    @staticmethod
+    def _row(caller: Caller, given: JobRequest, preset: Preset, start: str | None, estimate: Estimate) -> Job:
+        return Job(
+            id=new_id("ftjob-"), created_at=unix_time(), organization=caller.organization, project=caller.project,
+            key=caller.id, model=given.model, preset=preset.name, start=start, method=given.method,
+            hyperparameters=dict(given.hyperparameters), training_file=given.training_file,
+            validation_file=given.validation_file, suffix=given.suffix, seed=given.seed, integrations=given.integrations,
+            meta=given.metadata, priority=preset.priority, state=State.VALIDATING, pool=preset.pool, devices=preset.devices,
+            step_seconds=estimate.row_seconds, memory_gib=estimate.memory_gib,
+        )  # fmt: skip
+
+    @contextmanager
+    def _snapshots(self, caller: Caller, job: Job) -> Iterator[JobFolder]:
+        """The folder of a new job with the bytes of its files, which may be deleted afterwards. Gone where the job is not made."""
+        folder = JobFolder.of(self._folder, job.id)
+        folder.create()
+        try:
+            with self._database.session() as session:
+                job.bytes = 0
+                for param in ("training_file", "validation_file"):
+                    name = getattr(job, param)
+                    if name is None:
+                        continue
+                    file = self._files.of(session, caller.project, name, param)
+                    if file.purpose != PURPOSE:
+                        message = f"Invalid {param}: {name} has the purpose {file.purpose!r}, not {PURPOSE!r}."
+                        raise ApiError(400, message, param=param, code="invalid_file_purpose")
+                    job.bytes += file.bytes
+                    try:
+                        self._files.snapshot(file, folder.snapshot(param))
+                    except FileNotFoundError:  # deleted a moment ago
+                        raise ApiError(
+                            400, f"No such File object: {name}", param=param, code="file_not_found"
+                        ) from None
+            yield folder
+        except BaseException:
+            folder.remove()
+            raise
+
+    def _check_limits(self, session: Session, caller: Caller) -> None:
+        """Raises ApiError where too many jobs wait already."""
+        self._database.exclusive(session, f"jobs {caller.organization}")
+        queue = self._presets().queue
+        for whose, limits in (("organization", queue.of(caller.organization)), ("key", queue.key)):
+            who = caller.organization if whose == "organization" else caller.id
+            if limits.waiting is None or self._store.waiting(session, **{whose: who}) < limits.waiting:
+                continue
+            message = (
+                f"{limits.waiting} jobs of this {whose} wait or are paused already; create more when some have ended."
+            )
+            headers = {"retry-after": "60", "x-should-retry": "false"}
+            raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)

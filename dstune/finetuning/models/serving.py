@@ -1,0 +1,130 @@
+"""Tuned models on the engines: loaded when a job has made them, or when somebody first asks; asked by those who may."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import defaultdict
+
+from dstune.core.errors import DstuneError, UserError
+from dstune.finetuning.jobs.tables import TunedModel
+from dstune.finetuning.models.names import PREFIX
+from dstune.finetuning.models.store import ModelStore, missing
+from dstune.serve import source
+from dstune.serve.engines.base import EngineDown
+from dstune.serve.errors import ApiError
+from dstune.serve.fleet import Fleet
+from dstune.serve.parity import Refused
+from dstune.serve.store.keys import Caller
+
+log = logging.getLogger("dstune.serve")
+
+ALLOWED_SECONDS = 2.0
+"""How long an answer of the database to who may use a model counts, as that to a key does."""
+LATER = {"retry-after": "5"}
+LOADED_AT_START = 64
+"""The newest models that are loaded before anybody asks."""
+MOST_LOADED = 64
+IDLE_SECONDS = 3600.0
+"""Where there are more, those that nobody has asked for so long leave their engines, whose memory would be full one day."""
+
+
+class Serving:
+    """The tuned models of a fleet."""
+
+    def __init__(self, fleet: Fleet, store: ModelStore):
+        self._fleet, self._store = fleet, store
+        self._allowed: dict[tuple[str, str], tuple[float, TunedModel]] = {}
+        self._loading: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._refused: set[str] = set()
+        """Not tried again until somebody asks for them."""
+        self._last_used: dict[str, float] = {}
+        """When models that were loaded here were asked for."""
+
+    async def ensure(self, caller: Caller, name: str) -> None:
+        """Let a request for a model pass: nothing for one that is no tuned model. Raises ApiError where the caller may not
+        use it, or no engine can serve it."""
+        if not name.startswith(PREFIX):
+            return
+        model = await self._of(caller, name)
+        if name not in self._fleet.models:
+            await self._load(model)
+        if name in self._last_used:
+            self._last_used[name] = time.monotonic()
+
+    async def _of(self, caller: Caller, name: str) -> TunedModel:
+        known = self._allowed.get((caller.project, name))
+        if known is not None and time.monotonic() - known[0] < ALLOWED_SECONDS:
+            return known[1]
+        model = await asyncio.to_thread(self._store.find, caller, name)
+        if model is None:
+            self._allowed.pop((caller.project, name), None)
+            raise missing(name)
+        if len(self._allowed) > 4096:
+            self._allowed.clear()
+        self._allowed[caller.project, name] = (time.monotonic(), model)
+        return model
+
+    async def _load(self, model: TunedModel) -> None:
+        async with self._loading[model.name]:
+            if model.name in self._fleet.models:
+                return
+            try:
+                found = await asyncio.to_thread(source.resolve, model.name, str(self._store.folder(model)))
+                await self._fleet.add(found)
+            except UserError as error:
+                reasons = "; ".join(problem.reason for problem in error.problems)
+                log.info("%s is not served: %s", model.name, error)
+                message = f"The model {model.name!r} is not served here: {reasons}."
+                raise ApiError(400, message[:500], param="model", code="model_not_served") from None
+            except Refused as error:
+                log.error("%s is not served: %s", model.name, error)
+                message = f"The model {model.name!r} cannot be served: it does not answer as it was trained."
+                raise ApiError(400, message, param="model", code="model_not_served") from None
+            except (DstuneError, EngineDown) as error:
+                log.error("%s is not served: %s", model.name, error)
+                raise ApiError(
+                    503, "The engine of the model does not answer.", code="starting", headers=LATER
+                ) from None
+        self._loading.pop(model.name, None)
+        self._last_used[model.name] = time.monotonic()
+        await self._make_room()
+
+    async def _make_room(self) -> None:
+        self._last_used = {name: at for name, at in self._last_used.items() if name in self._fleet.models}
+        old = time.monotonic() - IDLE_SECONDS
+        for name in sorted(self._last_used, key=self._last_used.__getitem__)[
+            : max(0, len(self._last_used) - MOST_LOADED)
+        ]:
+            if self._last_used.get(name, math.inf) < old and name in self._fleet.models:
+                self._refused.add(name)
+                try:
+                    await self._fleet.remove(name)
+                except (DstuneError, EngineDown) as error:
+                    log.warning("%s could not be taken off its engine: %s", name, error)
+
+    async def forget(self, name: str) -> None:
+        """Take a model that was deleted off its engine."""
+        for key in [key for key in self._allowed if key[1] == name]:
+            del self._allowed[key]
+        async with self._loading[name]:  # one that is being loaded is there in a moment
+            if name in self._fleet.models:
+                await self._fleet.remove(name)
+        self._loading.pop(name, None)
+
+    def forget_permissions(self) -> None:
+        self._allowed.clear()
+
+    async def load_new(self) -> None:
+        """Load the newest models that are not loaded yet."""
+        if not self._fleet.models:
+            return
+        for model in await asyncio.to_thread(self._store.final, LOADED_AT_START):
+            if model.name not in self._fleet.models and model.name not in self._refused:
+                try:
+                    await self._load(model)
+                except ApiError as error:
+                    self._refused.add(model.name)
+                    log.info("%s", error)

@@ -1,0 +1,298 @@
+"""`/v1/webhook_endpoints`: who is told of the end of jobs and batches, signed as the official client verifies it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dstune.core.errors import DstuneError
+from dstune.finetuning import audit, pages
+from dstune.finetuning.addresses import checked_url, is_allowed, outward_session
+from dstune.finetuning.creations import Attempt, is_repetition
+from dstune.finetuning.fields import is_text, refuse_unknown
+from dstune.finetuning.ids import new_id, unix_time
+from dstune.finetuning.settings import ApiSettings
+from dstune.finetuning.tables import Delivery, WebhookEndpoint
+from dstune.finetuning.vault import Vault
+from dstune.serve.errors import ApiError
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.request import Request
+from dstune.serve.store.database import Database
+
+log = logging.getLogger("dstune.serve")
+
+EVENT_TYPES = (
+    "batch.completed", "batch.failed", "batch.expired", "batch.cancelled",
+    "fine_tuning.job.succeeded", "fine_tuning.job.failed", "fine_tuning.job.cancelled",
+)  # fmt: skip
+MOST_ENDPOINTS = 20
+"""Of a project."""
+MOST_TESTS = 4
+"""Of a project at a time."""
+SECONDS = 10.0
+"""That a receiver has to answer."""
+OLD_SECRET_SECONDS = 86_400
+
+
+class Webhooks:
+    def __init__(self, database: Database, vault: Vault, settings: ApiSettings):
+        self._database, self._vault = database, vault
+        self.allowed: Collection[str] = settings.webhook_hosts
+        self._testing: Counter[str] = Counter()
+        """Events that projects have sent for a test, and that are not answered yet."""
+
+    # -- routes
+
+    async def create(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        body = await request.json()
+        refuse_unknown(body, ("event_types", "name", "url"))
+        values = self._checked(body, complete=True)
+        attempt = Attempt.of(request, "webhook_endpoints", request.digest)
+        row, secret = await asyncio.to_thread(self._create, request, attempt, values)
+        await request.answer(described_endpoint(row) | {"signing_secret": secret})
+
+    async def listed(self, gateway: Gateway, request: Request) -> None:
+        page = pages.page_of(request.query(("after", "limit")), limit=20, most=100)
+        await request.answer(await asyncio.to_thread(self._list, request, page))
+
+    async def retrieve(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        await request.answer(described_endpoint(await asyncio.to_thread(self._read, request)))
+
+    async def update(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        body = await request.json()
+        refuse_unknown(body, ("event_types", "name", "url"))
+        values = self._checked(body, complete=False)
+        await request.answer(described_endpoint(await asyncio.to_thread(self._update, request, values)))
+
+    async def delete(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        name = request.parameters["endpoint"]
+        await asyncio.to_thread(self._delete, request)
+        await request.answer({"id": name, "object": "webhook_endpoint.deleted", "deleted": True})
+
+    async def rotate(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        has_body = request.header("content-length") not in ("", "0") or request.header("transfer-encoding")
+        body = await request.json() if has_body else {}
+        refuse_unknown(body, ("keep_old_secret_active_for_24_hours",))
+        keep = body.get("keep_old_secret_active_for_24_hours", False)
+        if not isinstance(keep, bool):
+            name = "keep_old_secret_active_for_24_hours"
+            raise ApiError(400, f"Invalid {name}: must be true or false.", param=name)
+        attempt = Attempt.of(request, "webhook_rotations", f"{request.parameters['endpoint']} {keep}")
+        row, secret = await asyncio.to_thread(self._rotate, request, attempt, keep)
+        await request.answer(described_endpoint(row) | {"signing_secret": secret})
+
+    async def test(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        body = await request.json()
+        refuse_unknown(body, ("event_type",))
+        kind = body.get("event_type")
+        if kind not in EVENT_TYPES:
+            raise _wrong("event_type", f"must be one of {', '.join(EVENT_TYPES)}")
+        row = await asyncio.to_thread(self._read, request)
+        event = event_body(kind, "test_" + new_id("", 16))
+        if self._testing[row.project] >= MOST_TESTS:
+            message = f"{MOST_TESTS} events of this project are being tried already."
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "10"})
+        self._testing[row.project] += 1
+        try:
+            status = await self.send(row, json.loads(event)["id"], event)
+        finally:
+            self._testing[row.project] -= 1
+        if status is None:
+            raise ApiError(400, "The endpoint could not be reached.", code="webhook_unreachable")
+        await request.answer(
+            {
+                "object": "webhook_endpoint.test", "webhook_endpoint_id": row.id, "event_type": kind, "status_code": status,
+                "success": True,
+            }
+        )  # fmt: skip
+
+    async def event_types(self, gateway: Gateway, request: Request) -> None:
+        request.query(())
+        await request.answer({"object": "list", "data": list(EVENT_TYPES)})
+
+    # -- for jobs and batches
+
+    def enqueue(self, session: Session, project: str, kind: str, subject: str) -> None:
+        """Tell of an event, from inside the transaction that makes it true. subject: the id of a job or batch."""
+        assert kind in EVENT_TYPES
+        endpoints = select(WebhookEndpoint).where(
+            WebhookEndpoint.project == project, WebhookEndpoint.deleted_at.is_(None)
+        )
+        for endpoint in session.scalars(endpoints):
+            if kind in endpoint.event_types:
+                body = event_body(kind, subject)
+                session.add(
+                    Delivery(id=json.loads(body)["id"], endpoint=endpoint.id, body=body, next_at=time.time(), state="waiting")
+                )  # fmt: skip
+
+    async def send(self, row: WebhookEndpoint, event: str, body: str) -> int | None:
+        """The status that a receiver answers with; None where it cannot be reached, or must not."""
+        timestamp = str(unix_time())
+        sealed = [row.secret]
+        if row.old_secret is not None and (row.old_until or 0) > unix_time():
+            sealed.append(row.old_secret)
+        try:
+            signatures = [sign(self._vault.open(secret), event, timestamp, body) for secret in sealed]
+        except DstuneError as error:
+            log.error("an event of %s cannot be signed: %s", row.id, error)
+            return None
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "dstune-webhooks",
+            "webhook-id": event,
+            "webhook-timestamp": timestamp,
+            "webhook-signature": " ".join(signatures),
+        }
+        try:
+            url = checked_url(row.url, self.allowed)
+            own = is_allowed(urlsplit(url), self.allowed)
+            async with (
+                outward_session(allowed=own, seconds=SECONDS) as client,
+                client.post(url, data=body.encode(), headers=headers, allow_redirects=False) as answer,
+            ):
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError, ApiError, ValueError):
+            return None
+
+    # -- inside
+
+    def _checked(self, body: Mapping[str, Any], *, complete: bool) -> dict[str, Any]:
+        names = ("name", "url", "event_types")
+        if complete and (absent := [name for name in names if body.get(name) is None]):
+            raise _wrong(absent[0], "is missing")
+        values = {name: body[name] for name in names if body.get(name) is not None}
+        if "name" in values and not is_text(values["name"], 256):
+            raise _wrong("name", "must be a text of 1 to 256 characters")
+        if "url" in values:
+            checked_url(values["url"], self.allowed)
+        if "event_types" in values:
+            kinds = values["event_types"]
+            if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+                raise _wrong("event_types", "must be a list of event types")
+            if unknown := [kind for kind in kinds if kind not in EVENT_TYPES]:
+                raise _wrong("event_types", f"{unknown[0][:60]!r} is not sent; there are {', '.join(EVENT_TYPES)}")
+            values["event_types"] = sorted(set(kinds))
+        return values
+
+    def _create(self, request: Request, attempt: Attempt, values: dict[str, Any]) -> tuple[WebhookEndpoint, str]:
+        secret, now = new_secret(), unix_time()
+        with self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {request.key.project}")
+            if before := attempt.found(session):
+                row = self._of(session, request.key.project, before)
+                return row, self._vault.open(row.secret)
+            mine = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
+            if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MOST_ENDPOINTS:
+                raise ApiError(400, f"A project has at most {MOST_ENDPOINTS} webhook endpoints.", code="too_many")
+            row = WebhookEndpoint(
+                id=new_id("we_"), created_at=now, updated_at=now, project=request.key.project,
+                secret=self._vault.seal(secret), hint=f"whsec_…{secret[-4:]}", **values,
+            )  # fmt: skip
+            session.add(row)
+            attempt.record(session, row.id)
+            audit.note(session, request, "webhook.created", row.id, url=values["url"])
+        return row, secret
+
+    def _named(self, session: Session, request: Request, *, deleted: bool = False) -> WebhookEndpoint:
+        return self._of(session, request.key.project, request.parameters["endpoint"], deleted=deleted)
+
+    @staticmethod
+    def _of(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
+        """deleted: whether it may be a deleted one. Raises ApiError where there is none."""
+        query = select(WebhookEndpoint).where(WebhookEndpoint.project == project, WebhookEndpoint.id == name)
+        row = session.scalar(query)
+        if row is None or (row.deleted_at is not None and not deleted):
+            raise ApiError(404, f"No such webhook endpoint: {name[:128]}", param="id", code="webhook_not_found")
+        return row
+
+    def _read(self, request: Request) -> WebhookEndpoint:
+        with self._database.session() as session:
+            return self._named(session, request)
+
+    def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
+        with self._database.session() as session:
+            mine = [WebhookEndpoint.project == request.key.project]
+            rows, more = pages.rows_of(session, WebhookEndpoint, page, mine, WebhookEndpoint.deleted_at.is_(None))
+        return pages.listing([described_endpoint(row) for row in rows], more)
+
+    def _update(self, request: Request, values: dict[str, Any]) -> WebhookEndpoint:
+        with self._database.writing.begin() as session:
+            row = self._named(session, request)
+            if changed := {name: value for name, value in values.items() if getattr(row, name) != value}:
+                for name, value in changed.items():
+                    setattr(row, name, value)
+                row.updated_at = unix_time()
+                audit.note(session, request, "webhook.updated", row.id, **changed)
+        return row
+
+    def _rotate(self, request: Request, attempt: Attempt, keep: bool) -> tuple[WebhookEndpoint, str]:
+        secret = new_secret()
+        with self._database.writing.begin() as session:
+            self._database.exclusive(session, f"creations {attempt.project}")
+            row = self._named(session, request)
+            if attempt.found(session):  # rotated once more, the secret that receivers know would be gone
+                return row, self._vault.open(row.secret)
+            attempt.record(session, row.id)
+            row.old_secret, row.old_until = (row.secret, unix_time() + OLD_SECRET_SECONDS) if keep else (None, None)
+            row.secret, row.hint, row.updated_at = self._vault.seal(secret), f"whsec_…{secret[-4:]}", unix_time()
+            audit.note(session, request, "webhook.rotated", row.id)
+        return row, secret
+
+    def _delete(self, request: Request) -> None:
+        with self._database.writing.begin() as session:
+            row = self._named(session, request, deleted=is_repetition(request.header("x-stainless-retry-count")))
+            if row.deleted_at is None:
+                row.deleted_at, row.url, row.old_secret = unix_time(), "", None
+                audit.note(session, request, "webhook.deleted", row.id)
+
+
+def new_secret() -> str:
+    return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def sign(secret: str, event: str, timestamp: str, body: str) -> str:
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    digest = hmac.new(key, f"{event}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def event_body(kind: str, subject: str) -> str:
+    event = {"id": new_id("evt_"), "object": "event", "created_at": unix_time(), "type": kind, "data": {"id": subject}}
+    return json.dumps(event)
+
+
+def described_endpoint(row: WebhookEndpoint) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "webhook_endpoint",
+        "created_at": row.created_at,
+        "updated_at": row.updated_at,
+        "name": row.name,
+        "url": row.url,
+        "event_types": row.event_types,
+        "signing_secret_hint": row.hint,
+    }
+
+
+def _wrong(param: str, reason: str) -> ApiError:
+    return ApiError(400, f"Invalid {param}: {reason}.", param=param)

@@ -1,0 +1,179 @@
+"""The guard's process, seen from the gateway: started, watched, started again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dstune.core.child_python import child_environment
+from dstune.core.errors import DstuneError, UserError
+from dstune.guard.check import GuardDown
+from dstune.guard.policy import LINKS, PII, SECRETS, Policies
+from dstune.guard.scanner import Item, Result
+from dstune.guard.wire import items_to_json, result_from_json
+from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
+from dstune.serve.source import Source
+
+log = logging.getLogger("dstune.serve")
+
+LONGEST_PAUSE = 30.0
+PROBE_SECONDS = 5.0
+"""How often the process is asked how long a step of its work has taken."""
+SILENT_SECONDS = 120.0
+"""A step (one text's search, or sixteen windows) that takes longer has no end. On a slow core sixteen windows and their
+parts are scored in three seconds, and 200,000 characters searched in some; four searches share a core, and other work may leave a
+tenth of it."""
+SILENT_CHECKS = 4
+"""Nor does it end before that where it takes fewer times `limits.seconds`, for which a whole request may take."""
+
+
+def _source() -> Source:
+    return Source("guard", None, "guard", "classification", False, (), adapter=False, base="guard")
+
+
+@dataclass
+class GuardEngine(Engine):
+    """Answers `scan`, and no request of a client."""
+
+    name: ClassVar[str] = "guard"
+    models: Mapping[str, Path] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    window_tokens: Mapping[str, int] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def routes(self) -> Mapping[str, frozenset[str]]:
+        return {}
+
+    def command(self, folder: Path) -> Command:
+        settings: dict[str, Any] = {
+            "socket": str(folder / "http"),
+            "status": str(self.status),
+            "models": {detector: str(Path(path).resolve()) for detector, path in self.models.items()},
+            "needs": list(self.needs),
+            "drain_seconds": self.limits.drain_seconds,
+            "threads": self.limits.threads,
+        }
+        argv = [sys.executable, "-m", "dstune.guard.process"]
+        return Command(
+            argv, child_environment(), "http://guard", str(folder / "http"), json.dumps(settings).encode() + b"\n"
+        )
+
+
+class Guarding:
+    """Keeps the process running. While it does not, every scan raises GuardDown."""
+
+    def __init__(self, policies: Policies, state: Path, runtime: Path, limits: Limits | None = None):
+        self.policies = policies
+        detectors = {watch.detector for policy in policies.policies.values() for watch in policy.all_watches}
+        needs = []
+        if detectors & {SECRETS, *PII.values()}:
+            needs.append("sensitive")
+        if LINKS in detectors:
+            needs.append("links")
+        models = {detector: path for detector, path in policies.models.items() if detector in detectors}
+        self.engine = GuardEngine(
+            _source(), "guard", state, runtime, limits or Limits(), models=models, needs=tuple(needs)
+        )
+        longest = max(policy.limits.seconds for policy in policies.policies.values())
+        self.patience = max(SILENT_SECONDS, SILENT_CHECKS * longest)
+        """Seconds without a step that ended, after which the process is taken for stuck."""
+        self._watcher: asyncio.Task[None] | None = None
+        self.up = False
+
+    async def start(self) -> None:
+        """Raises UserError where a policy blocks by a model without calibration, EngineDown."""
+        await self._begin()
+        self._watcher = asyncio.create_task(self._watch())
+
+    def lines(self) -> Iterator[str]:
+        """Once it has started: what is guarded by which policy, and the label by which each model scores."""
+        given = self.policies
+        for name in given.policies:
+            routes = [route for route, own in given.routes.items() if own == name]
+            projects = [f"project {project}" for project, own in given.projects.items() if own == name]
+            yield f"policy {name} for {', '.join([*routes, *projects]) or 'nothing'}"
+        for detector, label in self.engine.labels.items():
+            yield f"{detector} is the label {label} of {self.engine.models[detector]}"
+
+    async def _begin(self) -> None:
+        await self.engine.start()
+        health = await self.engine.ask("GET", "/health", None)
+        try:
+            self.policies.check_models(health["calibrated"])
+        except UserError:
+            await self.engine.stop(0)
+            raise
+        self.engine.window_tokens, self.engine.labels = health["window_tokens"], health["labels"]
+        self.up = True
+
+    async def stop(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        self.up = False
+        await self.engine.stop(self.engine.limits.drain_seconds)
+
+    async def _watch(self) -> None:
+        pause = 1.0
+        while True:
+            why = await self._gone()
+            self.up = False
+            log.error("the guard %s; it is started again in %g s", why, pause)
+            await self.engine.stop(0)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE)
+            try:
+                await self._begin()
+            except Exception as error:  # the next turn tries again
+                if isinstance(error, DstuneError | EngineDown):
+                    log.error("%s", error)
+                else:
+                    log.exception("the guard could not be started again")
+                await self.engine.stop(0)
+                continue
+            pause = 1.0
+            log.info("the guard is back")
+
+    async def _gone(self) -> str:
+        """Returns when the process has ended, or is stuck: which of the two."""
+        waits = {
+            asyncio.create_task(self.engine.ended()): "has ended",
+            asyncio.create_task(self._stuck()): f"has done nothing for {self.patience:g} s",
+        }
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for one in waits:
+                one.cancel()
+        for one in done:
+            one.result()
+        return waits[done.pop()]
+
+    async def _stuck(self) -> None:
+        """Returns when the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
+        requests: these may all take too long where there are many, and a guard that works through them is not stuck."""
+        heard = time.monotonic()
+        while (left := heard + self.patience - time.monotonic()) > 0:
+            await asyncio.sleep(min(PROBE_SECONDS, left))
+            with contextlib.suppress(Exception):  # whatever comes in its place, it is no answer
+                async with asyncio.timeout(max(left, PROBE_SECONDS)):
+                    health = await self.engine.ask("GET", "/health", None)
+                heard = time.monotonic() - health["silent"]
+
+    async def scan(self, items: Sequence[Item]) -> list[Result]:
+        """Raises GuardDown."""
+        try:
+            found = await self.engine.ask("POST", "/scan", items_to_json(items))
+            return [result_from_json(one) for one in found["results"]]
+        except (EngineDown, DstuneError, KeyError, TypeError, RuntimeError) as error:
+            raise GuardDown(f"{type(error).__name__}: {error}"[:300]) from error

@@ -1,0 +1,302 @@
+"""The guard in front of engines: requests before an engine sees them, answers before a client does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import ClientPayloadError
+
+from dstune.guard.audit import Audit
+from dstune.guard.bodies import (
+    ANSWERED_IN_TEXT,
+    TELLING,
+    Placed,
+    is_name,
+    of_answer,
+    of_request,
+    put,
+    texts_in,
+    withheld,
+    without_telling,
+)
+from dstune.guard.check import Checker, GuardDown, Late, Text, Verdict, estimated_windows, item_of, masked
+from dstune.guard.engine import Guarding
+from dstune.guard.policy import CLOSED, Policy
+from dstune.guard.streams import HeldBack, Stopped
+from dstune.serve.asgi import dumps, event
+from dstune.serve.engines.http import MOST_READ_BYTES, object_of, of_its_shape
+from dstune.serve.errors import ApiError, error_body
+from dstune.serve.events import DONE, EventReader
+
+if TYPE_CHECKING:
+    from dstune.serve.gateway.admission import Admission
+    from dstune.serve.gateway.request import Request
+
+log = logging.getLogger("dstune.serve")
+
+FLAGGED, UNCHECKED = b"x-guard-flagged", b"x-guard-unchecked"
+FILTERED = "content_filter"
+
+
+def unavailable() -> ApiError:
+    message = "The guard could not check this, and its policy lets nothing pass unchecked."
+    return ApiError(503, message, code="guard_unavailable", headers={"retry-after": "5"})
+
+
+class Guard:
+    """Policies, the process that looks, and what is written down."""
+
+    def __init__(self, guarding: Guarding, audit: Audit, admission: Admission):
+        self.guarding, self.policies, self.audit = guarding, guarding.policies, audit
+        self.check = Checker(guarding.scan)
+        self._admission = admission
+        self.counted: Callable[[str, str], None] = lambda what, decision: None
+
+    def charge(self, request: Request, tokens: int) -> None:
+        if request.caller is not None and tokens:
+            self._admission.charge(request.caller, tokens)
+
+    async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
+        """The verdict, whose windows are charged to the key as tokens. Where it comes too late or nobody waits for it any more,
+        those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
+        Raises GuardDown."""
+        try:
+            found = await verdict
+        except (Late, asyncio.CancelledError):
+            self.charge(request, windows * max(self.guarding.engine.window_tokens.values(), default=0))
+            raise
+        self.charge(request, found.tokens)
+        return found
+
+    def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:
+        """Write a decision down, and return it."""
+        decision = _decision(policy, verdict)
+        caller = request.caller.id if request.caller is not None else None
+        facts = {"request": request.id, "key": caller, "route": request.path, "model": request.model, "what": what}
+        if reason:
+            facts |= {"reason": reason, "policy": policy.name}
+        self.audit.add(decision, verdict, **facts)
+        self.counted(what, decision)
+        return decision
+
+    async def request(self, request: Request, route: str, body: dict[str, Any]) -> Guarded | None:
+        """The request as an engine may see it; None where no policy is for this route. Raises ApiError."""
+        policy = self.policies.of_route(route)
+        if policy is None:
+            return None
+        placed = of_request(route, body)
+        texts = [one.text for one in placed]
+        changed = await self._inspected(request, policy, placed, body)
+        prompts = tuple(one.text for one in texts if not one.direction)
+        public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
+        return Guarded(self, policy, request, route, changed, prompts, public)
+
+    async def _inspected(
+        self, request: Request, policy: Policy, placed: Sequence[Placed], body: dict[str, Any]
+    ) -> dict[str, Any]:
+        """`body` with its masks. Raises ApiError where it is stopped."""
+        try:
+            texts = [one.text for one in placed]
+            verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
+        except GuardDown as error:
+            log.error("%s: the guard could not check: %s", request.id, error)
+            self.record(request, policy, "request", None, str(error))
+            if policy.on_failure == CLOSED:
+                raise unavailable() from None
+            note_unchecked(request)
+            return body
+        self.record(request, policy, "request", verdict)
+        note(request, verdict)
+        if verdict.blocked:
+            raise ApiError(400, f"The request was stopped by: {', '.join(verdict.blocked)}.", code=FILTERED)
+        if verdict.refused:
+            reasons = {verdict.not_run.get(one, "did not run") for one in verdict.unchecked}
+            if any(reason.startswith("more than") for reason in reasons):
+                message = f"The request is too long to be checked: {'; '.join(sorted(reasons))}."
+                raise ApiError(413, message, code="too_long_to_check")
+            raise unavailable()
+        return put(body, _masked(placed, verdict))
+
+
+def _masked(placed: Sequence[Placed], verdict: Verdict) -> dict[tuple[str | int, ...], str]:
+    return {
+        placed[number].place: masked(placed[number].text.text, masks)
+        for number, masks in verdict.masks().items()
+        if number < len(placed)
+    }
+
+
+def _decision(policy: Policy, verdict: Verdict | None) -> str:
+    if verdict is None:
+        return "refused" if policy.on_failure == CLOSED else "unchecked"
+    if verdict.blocked:
+        return "blocked"
+    if verdict.unchecked:
+        return "refused" if verdict.refused else "unchecked"
+    if verdict.flagged:
+        return "masked"
+    return "flagged" if verdict.detected else "passed"
+
+
+def note_unchecked(request: Request) -> None:
+    request.note(UNCHECKED, ["all"])
+
+
+def note(request: Request, verdict: Verdict) -> None:
+    """Tell the client in headers what was found or not looked for, as long as there can be headers."""
+    request.note(FLAGGED, sorted({entry.detector for entry in verdict.detected}))
+    request.note(UNCHECKED, sorted(verdict.not_run))
+
+
+@dataclass
+class Guarded:
+    """A request that may go on, and its answer."""
+
+    guard: Guard
+    policy: Policy
+    request: Request
+    route: str
+    body: dict[str, Any]
+    prompts: tuple[str, ...]
+    """Of the system."""
+    public: tuple[str, ...]
+
+    @property
+    def looks_at_answers(self) -> bool:
+        return bool(self.policy.watches("output")) and self.route in ANSWERED_IN_TEXT
+
+    async def answer(self, content: bytes) -> bytes:
+        """An answer that is not a stream. Raises ApiError where it could not be checked."""
+        changed = answer = object_of(content)
+        with of_its_shape():
+            choices = sorted(of_answer(answer).items())
+        for number, placed in choices:
+            try:
+                verdict = await self._verdict(placed)
+            except GuardDown as error:
+                self._down(error)
+                continue
+            self.guard.record(self.request, self.policy, "answer", verdict)
+            note(self.request, verdict)
+            if verdict.blocked:
+                changed = withheld(changed, number)
+                if not changed.get("choices"):
+                    break
+            elif verdict.refused:
+                raise unavailable()
+            elif masks := _masked(placed, verdict):
+                changed = put(without_telling(changed, number), masks)
+        return content if changed is answer else dumps(changed)
+
+    async def _verdict(self, placed: Sequence[Placed]) -> Verdict:
+        """Of the texts of one choice."""
+        policy = replace(self.policy, directions={"output": self.policy.watches("output")})
+        beside = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
+        texts = [*(one.text for one in placed), *beside]
+        return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
+
+    def _down(self, error: GuardDown) -> None:
+        """Raises ApiError where nothing may pass unchecked."""
+        log.error("%s: the guard could not check an answer: %s", self.request.id, error)
+        self.guard.record(self.request, self.policy, "answer", None, str(error))
+        if self.policy.on_failure == CLOSED:
+            raise unavailable() from None
+        note_unchecked(self.request)
+
+    async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
+        error where it could not be checked."""
+        total, decided, reason = Verdict(self.policy), True, ""
+        try:
+            events = self._whole(chunks, total) if self.route == "/v1/responses" else self._held(chunks, total)
+            async for out in events:
+                yield out
+        except Stopped:
+            pass
+        except GuardDown as error:
+            log.error("%s: the guard could not check an answer: %s", self.request.id, error)
+            decided, reason = False, str(error)
+            yield b"data: " + error_body(503, str(unavailable()), code="guard_unavailable") + b"\n\n"
+        finally:  # also where the client left, or the engine ended
+            self.guard.record(self.request, self.policy, "answer", total if decided else None, reason)
+
+    def _held(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        async def check(context: str, text: str, windows: int) -> Verdict:
+            return await self._piece(context, text, windows, total)
+
+        prompts = self.body.get("prompt")
+        several = len(prompts) if isinstance(prompts, list) and not all(type(one) is int for one in prompts) else 1
+        return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
+
+    async def _piece(self, context: str, text: str, before: int, total: Verdict) -> Verdict:
+        """Raises GuardDown where nothing may pass unchecked."""
+        item = item_of(self.policy, text, "output", self.prompts, self.public)
+        item = replace(item, context=context, windows_before=before)
+        windows = estimated_windows(self.policy, [Text(text, "assistant")])
+        checked = self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
+        return await self._counted(checked, total)
+
+    async def _counted(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
+        """The verdict, which is added to `total`. Raises GuardDown where nothing may pass unchecked."""
+        try:
+            verdict = await checked
+        except GuardDown as error:
+            if self.policy.on_failure == CLOSED:
+                raise
+            total.not_run |= {watch.detector: str(error) for watch in self.policy.watches("output")}
+            return Verdict(self.policy)
+        total.entries += [entry for entry in verdict.entries if entry.detected is not False]
+        total.not_run |= verdict.not_run
+        total.windows += verdict.windows
+        total.variants += verdict.variants
+        if verdict.refused and not verdict.blocked:
+            raise GuardDown("; ".join(verdict.not_run.values()))
+        return verdict
+
+    async def _whole(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
+        """A stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
+        events = await _events(chunks)
+        echoed = {text for _, text in texts_in(self.body)}
+        texts = [text for text in dict.fromkeys(texts_of_events(events)) if text not in echoed]
+        placed = [Placed((number,), Text(text, "assistant")) for number, text in enumerate(texts)]
+        verdict = await self._counted(self._verdict(placed), total)
+        masked_by = {span.detector for spans in verdict.masks().values() for span in spans}
+        if detectors := verdict.blocked or sorted(masked_by):
+            error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(detectors)}.", "param": None}
+            yield b"event: error\n" + event({"type": "error", **error})
+            raise Stopped(detectors)
+        for one in events:
+            kind = str(one.get("type", ""))
+            yield (b"event: %s\n" % kind.encode() if _EVENT_NAME.fullmatch(kind) else b"") + event(one)
+
+
+_EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
+
+
+async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
+    """Of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
+    reader, found, size = EventReader(), [], 0
+    async for chunk in chunks:
+        if (size := size + len(chunk)) > MOST_READ_BYTES:
+            raise ClientPayloadError("the engine's answer is too large")
+        found += list(reader.feed(chunk))
+    found += list(reader.end())
+    return [object_of(data) for data in found if data.strip() != DONE]
+
+
+def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
+    written: dict[tuple[Any, ...], list[str]] = {}
+    for one in events:
+        if isinstance(one.get("delta"), str):
+            name = tuple(str(one.get(key)) for key in ("type", "item_id", "output_index", "content_index"))
+            written.setdefault(name, []).append(one["delta"])
+        for place, text in texts_in(one, but=TELLING):
+            if text.strip() and place != ("delta",) and not is_name(place[-1], text):
+                yield text
+    yield from map("".join, written.values())

@@ -1,0 +1,58 @@
+"""Whether an answer gives away the system prompt: its wording, or a word that stands there alone.
+
+A paraphrase or a translation without such a word passes: that is not found here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from dstune.guard.variants import Variant
+
+RUN = 5
+"""Words of a run."""
+LEAST_RUNS = 3
+"""Runs of the system prompt in an answer that make a leak: seven words in a row."""
+_WORD = re.compile(r"\w+")
+_CODE = re.compile(r"(?=[\w-]*\d)(?=[\w-]*[A-Za-z])[\w-]{8,64}")
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    return {tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)}
+
+
+@lru_cache(8)  # of a conversation, for each of its answers and each piece of one that is being written
+def _hidden(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tuple[str, ...]]:
+    return frozenset().union(*map(_runs, prompts)) - frozenset().union(*map(_runs, public))
+
+
+def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Sequence[str]) -> int:
+    """Runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public` (what
+    users wrote) do not count."""
+    hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
+    return max((len(hidden & _runs(one.text)) for one in readings), default=0) if hidden else 0
+
+
+def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:
+    """The canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
+    shared = "\n".join(public).lower() if canaries else ""
+    found = []
+    for canary in canaries:
+        plain = canary.lower()
+        squeezed = re.sub(r"[\W_]", "", plain)
+        if plain in shared:
+            continue
+        if any(
+            plain in one.text.lower() or (squeezed and squeezed in re.sub(r"[\W_]", "", one.text.lower()))
+            for one in readings
+        ):
+            found.append(canary)
+    return found
+
+
+def codes_of(prompts: Sequence[str]) -> list[str]:
+    """Words of letters and digits, such as passwords and internal codes."""
+    return sorted({found.group() for prompt in prompts for found in _CODE.finditer(prompt)})

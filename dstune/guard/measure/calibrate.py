@@ -1,0 +1,166 @@
+"""Thresholds from held-out benign texts, by direction and number of windows.
+
+The highest of thirty scores is higher than one, so each bucket of lengths has thresholds of its own: from texts of its length,
+and from runs of as many neighbouring windows within longer texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.guard.calibration import ATTACK, DIRECTIONS, LEVELS, Bucket, Calibration
+from dstune.guard.model import LONG, GuardModel
+from dstune.guard.variants import variants
+
+BUCKETS = (1, 2, 4, 8, 16, 32, None)
+"""Most windows of each bucket."""
+FEWEST = 20
+"""Texts that a direction needs at least."""
+CHUNK = 64
+MOST_WINDOWS = 512
+"""Of a text that is checked: what the last bucket is taken for where no example is as long."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of a benign text: of its windows in order, then of those of its variants."""
+
+    direction: str
+    plain: tuple[float, ...]
+    variants: tuple[float, ...]
+    alone: tuple[float, ...]
+    """Of the plain windows as they would be in a text that is not long."""
+
+    @property
+    def all(self) -> tuple[float, ...]:
+        return self.plain + self.variants
+
+
+def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
+    """rows: benign texts that the model was not trained on, with `text` and `direction`. source: what they are called.
+
+    Raises UserError where a direction has too few with a token, or a row is an attack.
+    """
+    check(rows, model.label, source)
+    scored = list(_scores(model, rows))
+    for direction in DIRECTIONS:
+        count = sum(one.direction == direction and bool(one.all) for one in scored)
+        if count < FEWEST:
+            reason = f"only {count} texts with direction {direction} contain a token, and {FEWEST} are needed"
+            raise UserError(Problem(source, reason, "give it texts as users and tools write them"))
+    return thresholds(scored, model, rows, source)
+
+
+def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
+    directions, counts = {}, {}
+    for direction in DIRECTIONS:
+        own = [one for one in scored if _counts(one, direction)]
+        directions[direction], used = _buckets(own)
+        texts = [row["text"] for row in rows if row["direction"] == direction]
+        counts[direction] = {
+            "texts": len(texts),
+            "digest": hashlib.sha256("\0".join(sorted(texts)).encode()).hexdigest(),
+            "by_windows": used,
+        }
+    calibrated_on: dict[str, Any] = {"rows": source, "directions": counts}
+    cut_and_label = (model.window_tokens, model.stride, model.label, model.part_tokens)
+    return Calibration(model.digest, directions, calibrated_on, *cut_and_label)
+
+
+def _counts(one: Scored, direction: str) -> bool:
+    """A long answer or result counts in every direction. What users write counts in theirs alone: long requests are full of
+    orders, which documents are not."""
+    return one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
+
+
+def check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
+    """Raises UserError where a direction has too few rows, or one is an attack. label: the model's name of attacks."""
+    problems = []
+    attacks = sum(row.get("label") in (ATTACK, label) for row in rows)
+    if attacks:
+        reason = f"{attacks} of its rows are attacks; thresholds are set from benign texts"
+        problems.append(Problem(source, reason, "take these rows out"))
+    for direction in DIRECTIONS:
+        count = sum(row.get("direction") == direction for row in rows)
+        if count < FEWEST:
+            reason = f"{count} texts have direction {direction}, and {FEWEST} are needed"
+            problems.append(Problem(source, reason, f'rows as {{"text": ..., "direction": "{direction}"}}'))
+    if problems:
+        raise UserError(problems)
+
+
+def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Scored]:
+    started = reported = time.monotonic()
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        readings = [variants(row["text"]) for row in chunk]
+        scores = iter(model.scores([one.text for of_row in readings for one in of_row]))
+        for row, of_row in zip(chunk, readings, strict=True):
+            plain, *others = [next(scores) for _ in of_row]
+            yield Scored(
+                row["direction"],
+                tuple(one.value for one in plain),
+                tuple(one.value for own in others for one in own),
+                tuple(one.alone for one in plain),
+            )
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            print(f"{start + len(chunk)} of {len(rows)} texts, {reported - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
+    """The buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
+    where chance would have it otherwise.
+
+    Texts shorter than any example have the thresholds of the shortest, and longer ones those of the longest at a lower rate:
+    n times as many windows are n chances, were they independent.
+    """
+    maxima = [sorted(_maxima(scored, above or 0, up_to)) for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False)]
+    filled = [number for number, highest in enumerate(maxima) if highest]
+    found: list[Bucket] = []
+    floor = dict.fromkeys(LEVELS.values(), 0.0)
+    for number, up_to in enumerate(BUCKETS):
+        measured = max((one for one in filled if one <= number), default=filled[0])
+        share = (BUCKETS[measured] or MOST_WINDOWS) / (up_to or MOST_WINDOWS)
+        for rate in floor:
+            own = rate if number <= measured else 1 - (1 - rate) ** share
+            floor[rate] = max(floor[rate], threshold_at(maxima[measured], own))
+        found.append(Bucket(up_to, dict(floor)))
+    names = (f"up_to_{up_to}" if up_to else "any" for up_to in BUCKETS)
+    return tuple(found), dict(zip(names, map(len, maxima), strict=True))
+
+
+def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
+    """The highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of windows
+    within longer ones."""
+    length = up_to or 2 * above
+    for one in scored:
+        if above < len(one.all) <= (up_to or math.inf):
+            yield max(one.all)
+        elif len(one.plain) > length and above:  # of short texts there are enough, and a cut text is none
+            windows = one.plain if length >= LONG else one.alone
+            for start in range(0, len(windows) - length + 1, length):
+                yield max(windows[start : start + length])
+
+
+def needed(rate: float) -> int:
+    """Texts from which on `threshold_at` keeps a rate by more than the highest score of all."""
+    return math.ceil(1 / rate) - 1
+
+
+def threshold_at(highest: Sequence[float], rate: float) -> float:
+    """The lowest threshold at which at most `rate` of texts like these are alarms: the score after the k-th lowest of m with
+    k = ceil((m + 1) (1 - rate)), as in conformal prediction (arXiv:2107.07511). Where m is too small for that, the score
+    after the highest.
+
+    highest: in rising order, at least one.
+    """
+    place = min(math.ceil((len(highest) + 1) * (1 - rate)), len(highest))
+    return math.nextafter(highest[place - 1], math.inf)

@@ -1,0 +1,267 @@
+"""All detectors over one text: exact ones first, then the models on the windows of its readings."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dstune.guard.calibration import UNLIKELY
+from dstune.guard.leaks import LEAST_RUNS, canaries_in, codes_of, leaked_runs
+from dstune.guard.links import unknown_links
+from dstune.guard.model import LONG, GuardModel, Score, Window, WindowScore, highest
+from dstune.guard.normal import Normal, normalised
+from dstune.guard.policy import LEAK, LINKS, PII, RULES, SECRETS, needs_model
+from dstune.guard.rules import matching
+from dstune.guard.variants import DECODED, Variant, variants_of
+
+CONTEXT_TOKENS = 128
+"""Before a piece of a stream, scored with it."""
+REMEMBERED = 8192
+"""Scores of texts that were seen a moment ago: a conversation comes back with each of its turns."""
+
+
+Search = Callable[[str], Iterator[tuple[str, int, int]]]
+"""Detector and place of each find in a text."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text to be looked at."""
+
+    text: str
+    direction: str
+    detectors: frozenset[str]
+    context: str = ""
+    """What stands before it, of a stream: searched and scored with it."""
+    windows_before: int = 0
+    """Of the same answer: its thresholds are those of all of them together."""
+    links: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    """Of the system, which the text must not give away."""
+    public: tuple[str, ...] = ()
+    """What the user wrote: no secret."""
+    canaries: tuple[str, ...] = ()
+    codes: bool = False
+    decisive: frozenset[str] = frozenset()
+    """Exact detectors after which no model is asked."""
+    most_windows: int = 512
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an exact detector found."""
+
+    detector: str
+    start: int = 0
+    end: int = 0
+    """In the item's text. A find that begins in the context begins before 0."""
+    label: str = ""
+    """Which rule, or which reading it was found in; never what was found."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    level: str | None
+    """None where the model has no calibration."""
+    score: float
+    windows: int
+    variant: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one item."""
+
+    found: tuple[Found, ...] = ()
+    scores: Mapping[str, Scored] = field(default_factory=dict)
+    not_run: Mapping[str, str] = field(default_factory=dict)
+    """By detector, the reason."""
+    computed: int = 0
+    """Windows that were computed for it."""
+    tokens: int = 0
+    """What is charged: these windows at their model's full length, and their parts."""
+    variants: int = 0
+
+
+@dataclass
+class Prepared:
+    """An item whose exact detectors have run, and what is left for the models."""
+
+    item: Item
+    found: tuple[Found, ...]
+    not_run: dict[str, str]
+    readings: list[Variant]
+    windows: dict[str, list[list[Window]]]
+    """By detector and reading."""
+    remembered: dict[str, Score]
+    key: bytes
+
+
+class Scanner:
+    """Detectors and models of one process. `prepare` and `finish` may run in different threads, one at a time each."""
+
+    def __init__(self, models: Mapping[str, GuardModel]):
+        """models: by detector (`prompt_attack`, `moderated_content/KIND`)."""
+        self.models = dict(models)
+        self._scores: OrderedDict[tuple[str, bytes], Score] = OrderedDict()
+
+    @staticmethod
+    def load(models: Mapping[str, Path]) -> Scanner:
+        """Raises UserError."""
+        return Scanner({detector: GuardModel.load(path) for detector, path in models.items()})
+
+    @property
+    def calibrated(self) -> list[str]:
+        return [detector for detector, model in self.models.items() if model.calibration is not None]
+
+    def scan(self, item: Item) -> Result:
+        prepared = self.prepare(item)
+        scores = {
+            detector: self.models[detector].score_windows([one for reading in windows for one in reading])
+            for detector, windows in prepared.windows.items()
+        }
+        return self.finish(prepared, scores)
+
+    def prepare(self, item: Item) -> Prepared:
+        """Run the exact detectors, and cut the text into windows."""
+        whole = item.context + item.text
+        normal = normalised(whole)
+        readings = variants_of(whole, normal)
+        found = tuple(self._exact(item, whole, normal, readings))
+        not_run: dict[str, str] = {}
+        windows: dict[str, list[list[Window]]] = {}
+        remembered: dict[str, Score] = {}
+        by_model = [one for one in item.detectors if needs_model(one)]
+        key = b""
+        if by_model and not item.decisive.intersection(one.detector for one in found):
+            # A piece of a stream is scored with the last words before it, not with all that is searched.
+            scored = readings
+            if item.context:
+                tail = self._tail(item.context)
+                scored = variants_of(tail + item.text, normalised(tail + item.text))
+            text = "\0".join([str(min(item.windows_before, LONG)), *(one.text for one in scored)])
+            key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+            for detector in by_model:
+                model = self.models.get(detector)
+                if model is None:
+                    not_run[detector] = "no model"
+                elif (known := self._scores.get((detector, key))) is not None:
+                    remembered[detector] = known
+                else:
+                    pieces = [model.windows(one.text, item.windows_before) for one in scored]
+                    if sum(map(len, pieces)) > item.most_windows:
+                        not_run[detector] = f"more than {item.most_windows} windows"
+                    else:
+                        windows[detector] = pieces
+            readings = scored
+        return Prepared(item, found, not_run, readings, windows, remembered, key)
+
+    def _tail(self, context: str) -> str:
+        for model in self.models.values():
+            return model.tail(context, CONTEXT_TOKENS)
+        return context
+
+    def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[WindowScore]]) -> Result:
+        """scores: by detector those of all windows, in the order of `prepared.windows`."""
+        item, computed, tokens = prepared.item, 0, 0.0
+        scored: dict[str, Scored] = {}
+        known = dict(prepared.remembered)
+        for detector, pieces in prepared.windows.items():
+            flat = iter(scores[detector])
+            known[detector] = highest(prepared.readings, [[next(flat) for _ in of_reading] for of_reading in pieces])
+            computed += known[detector].windows
+            work = known[detector].windows + sum(one.parts for one in scores[detector])
+            tokens += work * self.models[detector].window_tokens
+            self._remember(detector, prepared.key, known[detector])
+        for detector, score in known.items():
+            calibration = self.models[detector].calibration
+            windows = max(score.windows + item.windows_before, 1)
+            level = None
+            if calibration is not None:
+                level = calibration.level(item.direction, windows, score.value) if score.windows else UNLIKELY
+            scored[detector] = Scored(level, score.value, score.windows, score.variant)
+        return Result(prepared.found, scored, prepared.not_run, computed, math.ceil(tokens), len(prepared.readings))
+
+    def _remember(self, detector: str, key: bytes, score: Score) -> None:
+        self._scores[detector, key] = score
+        while len(self._scores) > REMEMBERED:
+            self._scores.popitem(last=False)
+
+    # -- exact detectors
+
+    def _exact(self, item: Item, whole: str, normal: Normal, readings: Sequence[Variant]) -> Iterator[Found]:
+        before = len(item.context)
+
+        def at(detector: str, start: int, end: int, label: str = "") -> Iterator[Found]:
+            if end > before:  # what ends in the context was found with it
+                yield Found(detector, start - before, end - before, label)
+
+        for detector, start, end, label in self._spans(item, normal, readings):
+            yield from at(detector, start, end, label)
+        if RULES in item.detectors:
+            for reading in readings:
+                for rule in matching(reading.text, tool_result=item.direction == "tool_result"):
+                    yield from at(RULES, reading.start, reading.end, rule.name)
+        if LEAK in item.detectors:
+            canaries = [*item.canaries, *(codes_of(item.prompts) if item.codes else ())]
+            if canaries_in(readings, canaries, item.public):
+                yield from at(LEAK, 0, len(whole), "canary")
+            if leaked_runs(readings, item.prompts, item.public) >= LEAST_RUNS:
+                yield from at(LEAK, 0, len(whole), "wording")
+
+    @staticmethod
+    def _spans(item: Item, normal: Normal, readings: Sequence[Variant]) -> Iterator[tuple[str, int, int, str]]:
+        searches: list[tuple[Collection[str], Search]] = [
+            (frozenset(PII.values()), _personal_data),
+            ((SECRETS,), _secrets),
+            ((LINKS,), lambda text: ((LINKS, start, end) for start, end in unknown_links(text, item.links))),
+        ]
+        for detectors, search in searches:
+            if item.detectors.isdisjoint(detectors):
+                continue
+            seen = []
+            for detector, start, end in search(normal.text):
+                if detector in item.detectors:
+                    span = normal.span(start, end)
+                    seen.append((detector, span[0]))
+                    yield detector, *span, ""
+            for reading in readings:
+                if reading.name in DECODED:
+                    yield from _encoded(reading, search, item.detectors, seen)
+
+
+def _encoded(
+    reading: Variant, search: Search, chosen: Collection[str], seen: Sequence[tuple[str, int]]
+) -> Iterator[tuple[str, int, int, str]]:
+    """Finds in what was decoded: the whole run goes in which one stands, or all runs where it was cut into several.
+
+    seen: finds that are plain, which need no second one in the same place.
+    """
+    found = set()
+    for part in reading.parts or (reading,):
+        for detector in {kind for kind, _, _ in search(part.text)}.intersection(chosen):
+            found.add(detector)
+            if not any(kind == detector and part.start <= start < part.end for kind, start in seen):
+                yield detector, part.start, part.end, reading.name
+    if len(reading.parts) > 1:
+        for glue in ("", " "):
+            joined = glue.join(part.text for part in reading.parts)
+            for detector in {kind for kind, _, _ in search(joined)}.intersection(chosen) - found:
+                found.add(detector)
+                yield detector, reading.start, reading.end, reading.name
+
+
+def _personal_data(text: str) -> Iterator[tuple[str, int, int]]:
+    from dstune.data.clean.sensitive import find_personal_data
+
+    return ((PII[found.kind], found.start, found.end) for found in find_personal_data(text))
+
+
+def _secrets(text: str) -> Iterator[tuple[str, int, int]]:
+    from dstune.data.clean.sensitive import find_secrets
+
+    return ((SECRETS, found.start, found.end) for found in find_secrets(text))

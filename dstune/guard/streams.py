@@ -1,0 +1,321 @@
+"""An answer that is being written: held back until it was checked, then passed on as the engine wrote it.
+
+Text waits for the end of a sentence or HELD characters (about 48 tokens), and its last KEPT characters wait for what follows,
+since a card number or a key may go on there. It is checked with what stands before it.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
+from operator import setitem
+from typing import Any
+
+from dstune.guard.bodies import TELLING, Place, is_name, texts_in
+from dstune.guard.check import Span, Verdict, tags
+from dstune.serve.asgi import event
+from dstune.serve.engines.http import object_of, of_its_shape
+from dstune.serve.events import DONE, EventReader
+
+HELD = 192
+KEPT = 64
+"""The longest card, IBAN or start of a key by which it is known."""
+LONGEST_WORD = 192
+"""An e-mail address is one word: it waits for its end, up to so many characters."""
+LONGEST_FIND = 8192
+"""What is found at the end of the text may go on; it waits no longer than this. Then it goes out as its mask, and so does what
+comes until it ends: a private key without an end would be searched from its beginning with each piece."""
+CONTEXT = 2000
+"""Characters before a piece that are searched with it."""
+HEAD = 256
+"""Of a find that went out before its end: searched before the context, since by these characters it is known."""
+_SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]\u201d\u2019]*\s+|\n\s*")
+_WORD = re.compile(r"\S*")
+
+Check = Callable[[str, str, int], Awaitable[Verdict]]
+"""Of context, text and the windows before: what is found. Raises GuardDown."""
+
+
+class Stopped(Exception):
+    """The answer ends here: its detectors."""
+
+    def __init__(self, detectors: list[str]):
+        super().__init__(", ".join(detectors))
+        self.detectors = detectors
+
+
+@dataclass
+class Channel:
+    """One text that is being written: a choice's content, its reasoning, a tool call's arguments."""
+
+    text: str = ""
+    released: int = 0
+    checked: int = 0
+    windows: int = 0
+    elsewhere: int = 0
+    """Characters that other channels were written since it was."""
+    masks: list[Span] = field(default_factory=list)
+    """In order and disjoint."""
+    head: str = ""
+    """Of the find that has gone out up to here and may go on."""
+
+    def due(self) -> bool:
+        waiting = self.text[self.checked :]
+        return len(waiting) >= HELD or (len(waiting) >= 16 and _SENTENCE.search(waiting) is not None)
+
+    async def advance(self, check: Check, *, final: bool) -> None:
+        """Check what was written, and release what may go. Raises Stopped, GuardDown."""
+        if self.checked == len(self.text) and not (final and self.released < len(self.text)):
+            return
+        length = len(self.text)
+        if self.checked < length:
+            start = self.released
+            context = self.head + self.text[max(0, start - CONTEXT) : start]
+            verdict = await check(context, self.text[start:], self.windows)
+            self.windows += verdict.windows
+            if verdict.blocked:
+                raise Stopped(verdict.blocked)
+            self._mask(verdict)
+            self.checked = length
+        before = self.released
+        self.released = length if final else max(before, self._free(length))
+        self._keep_head(before)
+
+    def _mask(self, verdict: Verdict) -> None:
+        """Put what was found from `released` on in the place of what was found there before."""
+        start = self.released
+        while self.masks and self.masks[-1].start >= start:
+            self.masks.pop()
+        if self.masks and self.masks[-1].end > start:
+            self.masks[-1] = replace(self.masks[-1], end=start)
+        word = _WORD.match(self.text, start) if self.head else None
+        if word is not None:  # without its middle a find may not be known again: what goes on as one word is of it
+            self.masks[-1] = replace(self.masks[-1], end=word.end())
+        for found in verdict.masks().get(0, []):
+            begin, end = start + max(found.start, 0), start + found.end
+            if self.masks and (begin < self.masks[-1].end or (found.start < 0 and self.masks[-1].end == start)):
+                self.masks[-1] = replace(self.masks[-1], end=max(end, self.masks[-1].end))
+            else:
+                self.masks.append(replace(found, start=begin, end=end))
+
+    def _keep_head(self, before: int) -> None:
+        """Of the find that `released` stands within. before: where that stood, from where on the find was searched."""
+        within = next((mask for mask in reversed(self.masks) if mask.start < self.released), None)
+        if within is None or not (within.end > self.released or within.end == self.checked):
+            self.head = ""
+        elif within.start >= before or not self.head:
+            self.head = self.text[within.start : within.start + HEAD]
+
+    def _free(self, length: int) -> int:
+        """Up to where nothing can change any more."""
+        place = max(length - KEPT, 0)
+        word = place
+        while word > max(place - LONGEST_WORD, 0) and not self.text[word - 1].isspace():
+            word -= 1
+        free = word
+        for found in _SENTENCE.finditer(self.text, self.released):
+            if not any(one.isdigit() for one in self.text[max(found.start() - 24, 0) : found.end() + 2]):
+                free = max(free, found.end())
+        for mask in reversed(self.masks):
+            if mask.end <= self.released:
+                break
+            unfinished = free < mask.end or mask.end == length
+            if mask.start < free and unfinished and length - mask.start < LONGEST_FIND:
+                free = mask.start
+        return free
+
+    def visible(self, start: int, end: int) -> str:
+        """What a reader gets of `text[start:end]`."""
+        parts, place = [], start
+        first = bisect_right(self.masks, start, key=lambda mask: mask.end)
+        masks = list(takewhile(lambda mask: mask.start < end, self.masks[first:]))
+        for mask, replacement in zip(masks, tags(self.text, masks), strict=True):
+            parts.append(self.text[place : max(mask.start, place)])
+            if mask.start >= start:
+                parts.append(replacement)
+            place = max(place, min(mask.end, end))
+        return "".join([*parts, self.text[place:end]])
+
+
+Part = tuple[str, int, int]
+"""The name of a channel, and the characters of it."""
+
+
+@dataclass
+class _Event:
+    value: dict[str, Any]
+    parts: list[tuple[Callable[[str], None], Part]]
+    """How to put another text in its place."""
+
+
+@dataclass
+class _Choice:
+    channels: dict[str, Channel] = field(default_factory=dict)
+    events: deque[_Event] = field(default_factory=deque)
+    masked: bool = False
+    finished: bool = False
+    """Whether the engine has written its end; it may still wait."""
+    ended: bool = False
+    """Whether its end has gone out."""
+    stopped: bool = False
+    """Whether that end is ours: nothing of it goes out any more."""
+
+
+class HeldBack:
+    """The events of a chat or text completion of so many choices."""
+
+    def __init__(self, check: Check, choices: int = 1):
+        self._check = check
+        self._expected = choices
+        self._choices: dict[int, _Choice] = {}
+        self._last: dict[str, Any] = {}
+        self._closing: list[bytes] = []
+
+    async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
+        all have ended, the stream does. Raises Stopped then, and GuardDown."""
+        reader = EventReader()
+        try:
+            async for chunk in chunks:
+                for data in reader.feed(chunk):
+                    async for out in self._event(data):
+                        yield out
+            for data in reader.end():
+                async for out in self._event(data):
+                    yield out
+            async for out in self._finish():
+                yield out
+        except Stopped:
+            yield b"data: [DONE]\n\n"
+            raise
+
+    async def _advance(self, number: int, own: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
+        """What may go out of a choice now. Raises Stopped where it was the last one."""
+        stopped = None
+        try:
+            for channel in own.channels.values():
+                if (last := final(channel)) or channel.due():
+                    await channel.advance(self._check, final=last)
+        except Stopped as stop:
+            stopped = stop
+            own.ended = own.stopped = True
+        for out in [event(self._stop(number))] if stopped else self._free(own):
+            yield out
+        if stopped and sum(one.ended for one in self._choices.values()) >= max(self._expected, len(self._choices)):
+            raise stopped
+
+    def _stop(self, number: int) -> dict[str, Any]:
+        envelope = {key: value for key, value in self._last.items() if key not in ("choices", "usage")}
+        kind: dict[str, Any] = {"text": ""} if self._last.get("object") == "text_completion" else {"delta": {}}
+        return envelope | {"choices": [{"index": number, **kind, "finish_reason": "content_filter"}]}
+
+    async def _event(self, data: bytes) -> AsyncIterator[bytes]:
+        if data.strip() == DONE:
+            self._closing.append(b"data: [DONE]\n\n")
+            return
+        value = object_of(data)
+        choices = value.get("choices")
+        if not isinstance(choices, list):
+            choices = []
+        await self._check_but(choices, value)
+        if not choices:
+            self._closing.append(event(value))  # usage, or an error
+            return
+        self._last = value
+        for choice in choices:
+            async for out in self._of_choice(value | {"choices": [choice]}, choice):
+                yield out
+
+    async def _check_but(self, choices: list[Any], value: dict[str, Any]) -> None:
+        """Mask what an event says outside of its choices, such as an error. Raises Stopped, GuardDown."""
+        for place, text in texts_in({name: item for name, item in value.items() if item is not choices}):
+            if len(place) == 1 and is_name(place[0], text):
+                continue
+            channel = Channel(text)
+            await channel.advance(self._check, final=True)
+            if (visible := channel.visible(0, len(text))) != text:
+                setitem(_holder(value, place), place[-1], visible)
+
+    async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
+        with of_its_shape():
+            number = int(choice.get("index", 0))
+            own, texts = self._choices.setdefault(number, _Choice()), _texts(choice)
+        if own.stopped:
+            return
+        ends = choice.get("finish_reason") is not None
+        if not texts and not ends:  # what it tells is of text that the engine keeps back, which nobody has looked at
+            _without_telling(choice)
+        parts = []
+        for channel in own.channels.values():
+            channel.elsewhere += sum(len(text) for _, text, _ in texts)
+        for name, text, change in texts:
+            channel = own.channels.setdefault(name, Channel())
+            parts.append((change, (name, len(channel.text), len(channel.text) + len(text))))
+            channel.text += text
+            channel.elsewhere = 0
+        own.events.append(_Event(value, parts))
+        own.finished = own.finished or ends
+        # Where another channel is written now, what waits in one may go, or all that follows would wait too.
+        async for out in self._advance(number, own, lambda channel: own.finished or channel.elsewhere >= KEPT):
+            yield out
+
+    def _free(self, own: _Choice) -> list[bytes]:
+        found = []
+        while own.events and all(end <= own.channels[name].released for _, (name, _, end) in own.events[0].parts):
+            found.append(self._written(own, own.events.popleft()))
+        return found
+
+    def _written(self, own: _Choice, one: _Event) -> bytes:
+        for change, (name, start, end) in one.parts:
+            channel = own.channels[name]
+            visible = channel.visible(start, end)
+            if visible != channel.text[start:end]:
+                own.masked = True
+                change(visible)
+                _without_telling(one.value["choices"][0])
+        choice = one.value["choices"][0]
+        if own.masked and not one.parts:  # the tokens of the whole answer may come with its end
+            _without_telling(choice)
+        own.ended = own.ended or choice.get("finish_reason") is not None
+        return event(one.value)
+
+    async def _finish(self) -> AsyncIterator[bytes]:
+        for number, own in sorted(self._choices.items()):
+            if not own.stopped:
+                async for out in self._advance(number, own, lambda channel: True):
+                    yield out
+        for out in self._closing:
+            yield out
+
+
+def _holder(value: Any, place: Place) -> Any:
+    for key in place[:-1]:
+        value = value[key]
+    return value
+
+
+def _without_telling(choice: dict[str, Any]) -> None:
+    for name in TELLING:
+        choice.pop(name, None)
+
+
+def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
+    """The texts of a piece of a choice: the name of its channel, the text, and how to change it."""
+    found: list[tuple[str, str, Callable[[str], None]]] = []
+    for place, text in texts_in(choice, but=TELLING):
+        if not text:
+            continue
+        holder: Any = choice
+        name: list[str] = []
+        for key in place[:-1]:
+            holder = holder[key]
+            # Calls come in any order, each with its number.
+            name.append(str(holder.get("index", key) if isinstance(holder, dict) and isinstance(key, int) else key))
+        change = partial(setitem, holder, place[-1])
+        found.append((".".join([*name, str(place[-1])]), text, change))
+    return found

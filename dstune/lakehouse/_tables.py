@@ -1,0 +1,244 @@
+"""A Delta table at one version, opened and read; whatever keeps it from being read is named before training."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError, first_line
+from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
+from dstune.lakehouse._address import Address
+from dstune.lakehouse._inside import is_elsewhere, outside, path_inside, refuse_outside
+
+LIBRARY = "pip install 'dstune[delta]'"
+_S3 = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE")
+_AZURE = (
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_KEY",
+    "AZURE_CLIENT_ID + AZURE_CLIENT_SECRET + AZURE_TENANT_ID",
+    "AZURE_STORAGE_CLIENT_ID + AZURE_STORAGE_CLIENT_SECRET + AZURE_STORAGE_TENANT_ID",
+    "AZURE_CLIENT_ID + AZURE_TENANT_ID + AZURE_FEDERATED_TOKEN_FILE",
+)
+_GOOGLE = ("GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+CREDENTIALS = {"s3": _S3, "s3a": _S3, "abfss": _AZURE, "az": _AZURE, "gs": _GOOGLE}
+"""Variables of which one (joined by +: all) has to be set: without, the libraries ask the machine's metadata service, and may
+hang."""
+
+
+def require_library(key: str, spec: str) -> None:
+    """Raises UserError where Delta tables cannot be read here."""
+    if importlib.util.find_spec("deltalake") is None:
+        raise UserError(Problem(key, "reading Delta tables needs the package deltalake", LIBRARY, spec))
+
+
+def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
+    """Where the table of a `delta://` address is, as the library takes it. Raises UserError."""
+    location = address.location.removeprefix("file://")
+    scheme, colon, _ = location.partition(":")
+    if not colon or "/" in scheme:
+        path = Path(location).expanduser().absolute()
+        if not to_write and not (path / "_delta_log").is_dir():
+            reason = "there is no Delta table (no _delta_log)" if path.exists() else "there is no such folder"
+            raise UserError(Problem(key, reason, "give the folder of a Delta table", str(address)))
+        return str(path)
+    if scheme not in CREDENTIALS:
+        known = ", ".join(f"{name}://" for name in CREDENTIALS)
+        fix = f"a path (on Databricks /Volumes/...), uc://CATALOG.SCHEMA.TABLE, or an address after {known}"
+        raise UserError(Problem(key, f"tables at {scheme}: are not read", fix, str(address)))
+    ways = (*CREDENTIALS[scheme], METADATA_VARIABLE)
+    if not any(all(os.environ.get(name) for name in way.split(" + ")) for way in ways):
+        reason = f"there are no credentials for {scheme}://: none of {', '.join(CREDENTIALS[scheme])} is set"
+        fix = f"export them; {METADATA_VARIABLE}=1 asks the metadata service of a cloud machine"
+        raise UserError(Problem(key, reason, fix, str(address)))
+    ask_no_metadata_service()
+    return location
+
+
+def refuse_parts(address: Address) -> None:
+    """Raises UserError where an address that is written to names more than a table."""
+    if address.version is not None or address.time or address.table_id or address.columns or address.where:
+        fix = "leave version, columns and predicate out"
+        raise UserError(Problem("--output", "is written to as a whole", fix, str(address)))
+
+
+def open_table(place: str, address: Address, key: str, options: Mapping[str, str] | None = None) -> tuple[Any, Address]:
+    """The table at the version that `address` names (the newest where it names none), and the resolved address.
+
+    Raises:
+        UserError: no table, no such version (any more), or another table than the one that is named.
+    """
+    from deltalake import DeltaTable
+
+    spec = str(address)
+    with _refusals_named(key, spec, "the table cannot be opened"):
+        if "://" not in place:
+            refuse_outside(Path(place), address, key)
+        table = DeltaTable(place, storage_options=dict(options) if options else None)
+        newest, table_id = table.version(), str(table.metadata().id)
+    if address.table_id and address.table_id != table_id:
+        reason = f"the table was made again since: it has the id {table_id} now, and its versions are others"
+        fix = "restore the table, or start another run with it as it is (another run.dir)"
+        raise UserError(Problem(key, reason, fix, spec))
+    version = address.version
+    if address.time:
+        version = _version_at(table, place, address, key, options)
+    if version is None:
+        version = newest
+    if version > newest:
+        raise UserError(Problem(key, f"the newest version is {newest}", f"@{newest}, or no version", spec))
+    if version != newest:
+        try:
+            table.load_as_version(version)
+        except Exception as error:
+            reason = (
+                f"version {version} cannot be opened any more: the log does not reach back to it ({first_line(error)})"
+            )
+            raise UserError(Problem(key, reason, f"a version that it still has, such as @{newest}", spec)) from None
+    return table, replace(address, version=version, time="", table_id=table_id)
+
+
+def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> dict[int, float]:
+    """The time of each version, in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
+    Timestamps): the one in the commit since the table has such, before that the time of the commit's file, at least a
+    millisecond after that of the version before."""
+    from deltalake.fs import DeltaStorageHandler
+    from pyarrow.fs import FileSelector, PyFileSystem
+
+    files = PyFileSystem(DeltaStorageHandler(place, dict(options) if options else None))
+    commits = {}
+    for file in files.get_file_info(FileSelector("_delta_log")):
+        if found := re.fullmatch(r"(\d{20})\.json", file.base_name):
+            commits[int(found[1])] = round(file.mtime.timestamp() * 1000)
+    settings = table.metadata().configuration
+    in_commits = settings.get("delta.enableInCommitTimestamps", "").lower() == "true"
+    since = int(settings.get("delta.inCommitTimestampEnablementVersion", 0))
+    times: dict[int, float] = {}
+    last = 0
+    for version, modified in sorted(commits.items()):
+        if not (in_commits and version >= since):
+            last = max(modified, last + 1)
+            times[version] = last / 1000
+    if in_commits:
+        written = {int(entry["version"]): entry for entry in table.history() if "version" in entry}
+        times |= {version: written[version]["inCommitTimestamp"] / 1000 for version in commits if version >= since}
+    return times
+
+
+def _version_at(table: Any, place: str, address: Address, key: str, options: Mapping[str, str] | None) -> int:
+    """The newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
+    moment = address.moment
+    with _refusals_named(key, str(address), "the times of its versions cannot be read"):
+        history = _commit_times(table, place, options)
+    if moment > datetime.now(UTC):
+        raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
+    before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
+    if not before:
+        oldest = datetime.fromtimestamp(min(history.values()), UTC) if history else None
+        reason = f"the log of the table begins at {oldest:%Y-%m-%dT%H:%M:%SZ}" if oldest else "the log holds no times"
+        raise UserError(Problem(key, reason, "a later time, or a version", str(address)))
+    return max(before)
+
+
+def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
+    """`path` and `size_bytes` of every data file of the version, as its log has them. Raises UserError."""
+    import pyarrow as pa
+
+    with _refusals_named(key, str(address), "its log cannot be read"):
+        found = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+    return sorted(found, key=lambda file: str(file["path"]))
+
+
+def check_files(actions: list[dict[str, Any]], place: str, address: Address, key: str) -> int:
+    """Look at every data file (`files_of`) where it can be looked at without reading it; the bytes of all.
+
+    Raises:
+        UserError: files that are gone, cut short, or outside the table's folder (its log may name any file of this machine).
+    """
+    if "://" in place:
+        for action in actions:
+            if is_elsewhere(action["path"], place):
+                raise UserError(outside(action["path"], address, key))
+    else:
+        bad = []
+        inside = Path(place).resolve()
+        for action in actions:
+            name = action["path"]
+            if (path := path_inside(name, inside)) is None:
+                raise UserError(outside(name, address, key))
+            size = path.stat().st_size if path.is_file() else None
+            if size != action["size_bytes"]:
+                bad.append(f"{name} is gone" if size is None else f"{name} has {size} of {action['size_bytes']} bytes")
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            which = f"{len(bad)} of {len(actions)} data files of version {address.version}"
+            reason = f"{which} are not whole: {'; '.join(bad[:3])}{more}"
+            raise UserError(
+                Problem(key, reason, "VACUUM removes them after a time: give a newer version", str(address))
+            )
+    return sum(action["size_bytes"] or 0 for action in actions)
+
+
+_SENTINEL = "no such column of any table"
+
+
+def check_predicate(table: Any, address: Address, key: str) -> None:
+    """Raise UserError where the predicate does not end with its text: the library reads the first one and drops what follows."""
+    if not address.where or _is_whole(table, address.where):
+        return
+    with _refusals_named(key, str(address), "the predicate cannot be read"):
+        table.scan(predicate=address.where)  # what the library itself refuses, in its words
+    ends = [found.start() for found in re.finditer(r"\b|\W", address.where)]
+    end = next((end for end in reversed(ends) if _is_whole(table, address.where[:end])), 0)
+    leftover = address.where[end:].strip()
+    reason = f"the predicate ends before position {len(address.where) - len(leftover) + 1}, and this is left over: {leftover}"
+    raise UserError(Problem(key, reason, "join conditions with AND or OR", str(address)))
+
+
+def _is_whole(table: Any, predicate: str) -> bool:
+    """Whether the library reads `predicate` to its end: only then does it meet the unknown name after it.
+
+    In parentheses, since `n BETWEEN 1` would take that name as its bound; and without, since `n = 1) OR (n = 2` closes them.
+    """
+    for text in (f"{predicate}\n", _enclosed(predicate)):
+        try:
+            table.scan(predicate=f'{text} AND "{_SENTINEL}"')
+        except Exception as error:  # of classes of its own
+            if _SENTINEL in str(error):
+                continue
+        return False
+    return True
+
+
+def _enclosed(predicate: str) -> str:
+    return f"({predicate}\n)"  # a comment ends with its line
+
+
+def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
+    """Batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
+    import pyarrow as pa
+
+    with _refusals_named(key, str(address), f"version {address.version} cannot be read"):
+        reader = table.scan(
+            columns=list(address.columns) or None, predicate=_enclosed(address.where) if address.where else None
+        )
+        yield from pa.RecordBatchReader.from_stream(reader)
+
+
+@contextmanager
+def _refusals_named(key: str, spec: str, what: str) -> Iterator[None]:
+    """The library raises Exception, OSError, ArrowInvalid and classes of its own for the same causes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{what}: {first_line(error)}"
+        fix = "look at the table, the columns and the predicate; files that VACUUM has removed need a newer version"
+        raise UserError(Problem(key, reason, fix, spec)) from None
