@@ -38,7 +38,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "launch/agents/wire.py", "if not hmac.compare_digest(code, self._code(self._peer_role, text)):", "if False:"
     ),
     "spark.test_what_a_stranger_sends_does_not_end_the_driver": undo(
-        "launch/spark/task.py", "except (OSError, ValueError, RecursionError):", "except OSError:"
+        "lakehouse/spark/task.py", "except (OSError, ValueError, RecursionError):", "except OSError:"
     ),
     "manage.test_cancel_leaves_processes_alone_that_are_no_launch": undo(
         "launch/records.py",
@@ -364,7 +364,9 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "files.test_logs_are_plain_files": undo("core/files.py", _PLAIN, "flags | os.O_NONBLOCK, mode)"),
     "spark.test_a_task_writes_its_log_through_no_link": undo(
-        "launch/spark/task.py", "with files.append(log_path) as log,", 'with open(log_path, "ab", buffering=0) as log,'
+        "lakehouse/spark/task.py",
+        "with files.append(log_path) as log,",
+        'with open(log_path, "ab", buffering=0) as log,',
     ),
     "files.test_a_copied_run_is_written_through_no_link": undo(
         "checkpoint/copied.py", "    if target.is_symlink():\n", "    if False:\n"
@@ -402,10 +404,10 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/sources.py", "if strange := [name for name in names if not", "if strange := [name for name in () if not"
     ),
     "leaks.test_a_table_names_no_file_outside_its_folder_in_any_spelling": undo(
-        "lakehouse/_inside.py", "if _ODD.search(name) or (", "if _ODD.search('') or ("
+        "lakehouse/inside.py", "if _ODD.search(name) or (", "if _ODD.search('') or ("
     ),
     "leaks.test_a_table_in_a_store_names_no_file_of_this_machine": undo(
-        "lakehouse/_tables.py", 'if is_elsewhere(action["path"], place):', "if False:"
+        "lakehouse/tables.py", 'if is_elsewhere(action["path"], place):', "if False:"
     ),
     "leaks.test_a_split_is_a_name": undo(
         "data/sources.py",
@@ -453,7 +455,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "core/limits.py", "        in_child(match, PATTERN_SECONDS)\n", "        pass\n"
     ),
     "spark.test_many_strangers_keep_no_task_out": undo(
-        "launch/spark/stage.py", "while len(self._strangers) < MAX_STRANGERS:", "while True:"
+        "lakehouse/spark/stage.py", "while len(self._strangers) < MAX_STRANGERS:", "while True:"
     ),
     "tokenizers.test_patterns_of_a_tokenizer_that_backtrack": undo(
         "core/tokenizers.py", "if reason := trial(what, patterns, encode, TRIAL_SECONDS):", "if reason := '':"
@@ -515,7 +517,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "data/read_tables.py", "return reader.schema, within_memory(", "return reader.schema, iter("
     ),
     "unfolding.test_a_checkpoint_that_grows_is_not_given_to_the_library": undo(
-        "lakehouse/_inside.py", "_refuse_growing(entry.path)", "pass"
+        "lakehouse/inside.py", "_refuse_growing(entry.path)", "pass"
     ),
     "hangs.test_a_pipe_or_a_device_in_the_place_of_rows": undo(
         "data/sources.py", "    if not file.is_file():\n", "    if file.is_fifo():\n", case="jsonl"

@@ -174,9 +174,9 @@ def uploads(chat: Any, pair: Any) -> Make:
 
 def table_log(content: bytes, folder: Path) -> None:
     """The log of a Delta table, before the library opens it."""
-    from dstune.lakehouse._address import parse
-    from dstune.lakehouse._inside import refuse_outside
-    from dstune.lakehouse._tables import _refusals_named, check_files
+    from dstune.lakehouse.address import parse
+    from dstune.lakehouse.inside import refuse_outside
+    from dstune.lakehouse.tables import _refusals_named, check_files
 
     address = parse("delta:///table", "data.train")
     (folder / "_delta_log").mkdir()

@@ -156,7 +156,7 @@ def _write_spark(rows: Any, file: Path, key: str) -> int:
     """
     import pyarrow
 
-    from dstune.lakehouse._ordered import write_ordered
+    from dstune.lakehouse.ordered import write_ordered
 
     _refuse_doubles(rows.columns, key)
 

@@ -68,7 +68,7 @@ def write_record(
 
 
 def _head(architecture: PretrainedConfig) -> dict[str, Any]:
-    """What builds the head of an adapter's base again without the code of the task (`inference.registered_model`)."""
+    """What builds the head of an adapter's base again without the code of the task (`lakehouse.registered_model`)."""
     return {"outputs": architecture.num_labels, "problem_type": architecture.problem_type}
 
 

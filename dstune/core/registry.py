@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 Member = TypeVar("Member", bound=Any)
@@ -41,6 +42,21 @@ def _load_installed() -> None:
     importlib.import_module("dstune.core.plugins").load_installed()
 
 
+def wing_modules(name: str | None) -> list[str]:
+    """The modules and packages `dstune.WING.name` that are there: a wing that is left out leaves its members out."""
+    if name is None:
+        return []
+    root = Path(__file__).parent.parent
+    found = {*root.glob(f"*/{name}.py"), *(file.parent for file in root.glob(f"*/{name}/__init__.py"))}
+    return sorted(f"{root.name}.{place.parent.name}.{name}" for place in found)
+
+
+def _position(member: type[Any], rooms: Sequence[str]) -> int:
+    """The place of the most specific room that holds the module of `member`; plugins come last."""
+    module = f"{member.__module__}."
+    return max((index for index, room in enumerate(rooms) if module.startswith(f"{room}.")), default=len(rooms))
+
+
 class Registry(Generic[Member]):
     """The members of one kind, in the order in which they registered.
 
@@ -48,6 +64,7 @@ class Registry(Generic[Member]):
     base: the class that all members derive from.
     package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
+    in_wings: the module, or package of rooms, in which wings register members of this kind (`dstune/WING/launchers.py`).
     plugins: whether plugins may add members.
     """
 
@@ -58,6 +75,7 @@ class Registry(Generic[Member]):
         package: str | None = None,
         *,
         folders_only: bool = False,
+        in_wings: str | None = None,
         plugins: bool = True,
     ) -> None:
         self.kind = kind
@@ -66,7 +84,8 @@ class Registry(Generic[Member]):
         if plugins:
             _kinds.append(self)
         self._package = package
-        self._loaded = package is None
+        self._in_wings = in_wings
+        self._loaded = package is None and in_wings is None
         self._folders_only = folders_only
         self._members: dict[str, type[Member]] = {}
         self._by_config: dict[type, type[Member]] = {}
@@ -115,41 +134,48 @@ class Registry(Generic[Member]):
         if self._loaded:
             return
         self._loaded = True  # first: a room may ask for another one
-        assert self._package is not None
         _loading += 1
         try:
-            package = importlib.import_module(self._package)
-            rooms = [
-                module.name
-                for module in pkgutil.iter_modules(package.__path__)
-                if not module.name.startswith("_") and (module.ispkg or not self._folders_only)
-            ]
+            rooms = [room for package in self._packages() for room in self._rooms(package)]
             for room in rooms:
-                importlib.import_module(f"{self._package}.{room}")
+                importlib.import_module(room)
         except BaseException:
             self._loaded = False  # the next call tells the same, not that a member is missing
             raise
         finally:
             _loading -= 1
-        first = {name: self._members[name] for name in getattr(package, "ORDER", ()) if name in self._members}
+        first = {name: self._members[name] for name in self._order() if name in self._members}
         # Not in the order of import: `find` may have imported one before the others.
-        rest = sorted(self._members.items(), key=lambda item: self._position(item[1], rooms))
+        rest = sorted(self._members.items(), key=lambda item: _position(item[1], rooms))
         self._members = first | dict(rest)
         if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
             _load_installed()
 
-    def _position(self, member: type[Member], rooms: Sequence[str]) -> int:
-        room = member.__module__.removeprefix(f"{self._package}.").partition(".")[0]
-        return rooms.index(room) if room in rooms else len(rooms)
+    def _packages(self) -> list[str]:
+        return ([] if self._package is None else [self._package]) + wing_modules(self._in_wings)
+
+    def _rooms(self, package: str) -> list[str]:
+        """What there is to import of a package; of a plain module that is the module."""
+        folders = getattr(importlib.import_module(package), "__path__", ())
+        folders_only = self._folders_only and package == self._package
+        return [package] + [
+            f"{package}.{module.name}"
+            for module in pkgutil.iter_modules(folders)
+            if not module.name.startswith("_") and (module.ispkg or not folders_only)
+        ]
+
+    def _order(self) -> Sequence[str]:
+        return () if self._package is None else getattr(importlib.import_module(self._package), "ORDER", ())
 
     def find(self, name: str) -> type[Member] | None:
         """The member `name`, or None. A room that is called like it is imported alone: all of them take 0.1 s."""
         if self._plugins and not _loading:
             _load_installed()
         if not self._loaded and name not in self._members and name.isidentifier() and not name.startswith("_"):
-            package = importlib.import_module(str(self._package))
-            if any(module.name == name for module in pkgutil.iter_modules(package.__path__)):
-                importlib.import_module(f"{self._package}.{name}")
+            for package in self._packages():
+                if (room := f"{package}.{name}") in self._rooms(package):
+                    importlib.import_module(room)
+                    break
         if name not in self._members:
             self.load()
         return self._members.get(name)

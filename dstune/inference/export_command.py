@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if arguments.reference:
         return _renew_reference(arguments, run_dir)
     if arguments.register is not None:
-        from dstune.inference.register import parse
+        from dstune.lakehouse.register import parse
 
         parse(arguments.register)  # before any work
         if arguments.gguf:
@@ -125,7 +125,7 @@ def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
 
 
 def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
-    from dstune.inference.register import register
+    from dstune.lakehouse.register import register
 
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     done = register(arguments.register, out, run_dir, config, lambda text: print(f"dstune: {text}", file=sys.stderr))
@@ -154,7 +154,7 @@ def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str
 
 
 def _roll_back(arguments: Namespace) -> int:
-    from dstune.inference.register import roll_back
+    from dstune.lakehouse.register import roll_back
 
     done = roll_back(str(arguments.run))
     if arguments.json:

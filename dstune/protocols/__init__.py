@@ -72,10 +72,10 @@ OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer, "dstune.optim
 SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, "dstune.optim")
 ROW_FORMATS: Registry[RowFormat] = Registry("row format", RowFormat, "dstune.tasks")
 CALLBACKS: Registry[Callback] = Registry("callback", Callback, "dstune.trainer.callbacks")
-LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True)
+LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True, in_wings="launchers")
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
-DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, "dstune.lakehouse", plugins=False)
+DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources", plugins=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add

@@ -61,9 +61,9 @@ def session(tmp_path_factory) -> Iterator[object]:
 
 
 def launch(session, run_dir: Path, how: str) -> int:
+    from dstune.lakehouse.spark import stage
+    from dstune.lakehouse.spark.config import SparkConfig
     from dstune.launch.console import Console
-    from dstune.launch.spark import stage
-    from dstune.launch.spark.config import SparkConfig
 
     run_dir.mkdir()
     (run_dir / "run.yaml").write_text("")
@@ -98,9 +98,9 @@ def test_how_a_run_ended(session, tmp_path, capfd):
 
 
 def test_more_ranks_than_slots_and_an_unshared_folder_are_refused(session, tmp_path):
+    from dstune.lakehouse.spark import refusals, stage
+    from dstune.lakehouse.spark.config import SparkConfig
     from dstune.launch.console import Console
-    from dstune.launch.spark import refusals, stage
-    from dstune.launch.spark.config import SparkConfig
 
     (tmp_path / "run.yaml").write_text("")
     spark = SparkConfig(processes=3)
@@ -138,9 +138,9 @@ def test_rows_of_a_data_frame_of_spark_from_a_notebook(session, tmp_path, workpl
 
 
 def test_a_session_that_another_thread_made_stays(session):
+    from dstune.lakehouse.spark.config import SparkConfig
+    from dstune.lakehouse.spark.session import session_of
     from dstune.launch.console import Console
-    from dstune.launch.spark.config import SparkConfig
-    from dstune.launch.spark.session import session_of
 
     def use() -> None:
         with session_of(SparkConfig(), Console()) as found:

@@ -19,6 +19,7 @@ from dstune.config.schema import RunConfig
 from dstune.core import plugins
 from dstune.core.errors import UserError
 from dstune.core.rank_env import RUN_SHA256
+from dstune.lakehouse.spark.config import SparkConfig
 from dstune.launch import records
 from dstune.launch.commands import Machine, local_plan
 from dstune.launch.console import Console
@@ -32,7 +33,6 @@ from dstune.launch.remote_commands import variables_of
 from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.script import SCRIPT, job_script
 from dstune.launch.slurm.submit import submit
-from dstune.launch.spark.config import SparkConfig
 
 HOSTS = {"a": [0], "b": [0]}
 

@@ -12,9 +12,9 @@ from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.core.errors import UserError
 from dstune.data import sources
-from dstune.lakehouse._address import parse
-from dstune.lakehouse._inside import refuse_outside
-from dstune.lakehouse._tables import check_files
+from dstune.lakehouse.address import parse
+from dstune.lakehouse.inside import refuse_outside
+from dstune.lakehouse.tables import check_files
 from dstune.launch import host_slots, rundir
 from dstune.launch.hosts import Ssh
 

@@ -45,7 +45,7 @@ def test_weights_come_from_the_folder_of_their_index(kind: str, model: Path, tmp
         vllm_problems(model)
 
     pytest.importorskip("mlflow")
-    from dstune.inference import registered_model
+    from dstune.lakehouse import registered_model
 
     with pytest.raises(ValueError, match="outside of its folder"):
         registered_model.load_export(str(model))

@@ -13,10 +13,10 @@ from support.command import wait_until
 from support.configs import run_config
 
 from dstune.core.errors import UserError
+from dstune.lakehouse.spark import stage
+from dstune.lakehouse.spark.config import SparkConfig
+from dstune.lakehouse.spark.task import _supervise
 from dstune.launch.console import Console
-from dstune.launch.spark import stage
-from dstune.launch.spark.config import SparkConfig
-from dstune.launch.spark.task import _supervise
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 from dstune.core.limits import TooMuch
 from dstune.data import sources
 from dstune.data.files import DataFile
-from dstune.lakehouse._address import parse
-from dstune.lakehouse._inside import refuse_outside
+from dstune.lakehouse.address import parse
+from dstune.lakehouse.inside import refuse_outside
 
 ROWS, CHARACTERS = 512, 2**22
 """2 GiB together."""
@@ -120,12 +120,12 @@ def test_a_checkpoint_that_grows_is_not_given_to_the_library(tmp_path: Path, mon
     address = parse(f"delta://{table}", "data.train")
     pq.write_table(pa.table({"add": pa.nulls(2000, pa.struct([("path", pa.string())]))}), file)
     refuse_outside(table, address, "data.train")
-    monkeypatch.setattr("dstune.lakehouse._inside.MAX_ACTIONS", 1000)
+    monkeypatch.setattr("dstune.lakehouse.inside.MAX_ACTIONS", 1000)
     with pytest.raises(ValueError, match="2,000 actions"):
         refuse_outside(table, address, "data.train")
     paths = pa.StructArray.from_arrays([dictionary().slice(0, 64).dictionary_decode()], ["path"])
     pq.write_table(pa.table({"add": paths}), file, compression="zstd")
     assert file.stat().st_size < 50_000
-    monkeypatch.setattr("dstune.lakehouse._inside.available_bytes", lambda: 2.0**28)
+    monkeypatch.setattr("dstune.lakehouse.inside.available_bytes", lambda: 2.0**28)
     with pytest.raises((ValueError, TooMuch), match=r"takes more than 0\.1 GiB of memory"):
         refuse_outside(table, address, "data.train")

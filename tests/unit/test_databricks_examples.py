@@ -15,8 +15,8 @@ import yaml
 from dstune.config.compose import compose
 from dstune.config.validate import validate
 from dstune.inference import export_command
-from dstune.inference.register import parse as parse_registry
-from dstune.lakehouse._address import parse
+from dstune.lakehouse.address import parse
+from dstune.lakehouse.register import parse as parse_registry
 
 FOLDER = Path(__file__).parents[2] / "examples" / "databricks"
 

@@ -160,7 +160,7 @@ def test_a_field_that_a_struct_gets_moves_no_row(tmp_path):
 
 
 def test_rows_that_differ_in_what_is_absent_have_different_keys():
-    from dstune.lakehouse._ordered import row_key
+    from dstune.lakehouse.ordered import row_key
 
     different = [
         {"a": None},
@@ -583,8 +583,8 @@ def test_a_service_principal_and_refusals(catalog, monkeypatch):
 
 
 def test_credentials_of_the_catalog_in_the_readers_terms(catalog):
-    from dstune.lakehouse import uc
-    from dstune.lakehouse._address import parse
+    from dstune.lakehouse.address import parse
+    from dstune.lakehouse.data_sources import uc
 
     answers, asked = catalog
     table = {"data_source_format": "DELTA", "storage_location": "s3://bucket/films", "table_id": "9d4c"}

@@ -119,7 +119,7 @@ def test_a_launcher_that_is_requested_and_missing_fails(monkeypatch):
 
 def test_what_never_ran_on_databricks_says_so(monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda package: "4.2")
-    for room in ("launch.spark", "tracking.trackers.mlflow"):
+    for room in ("lakehouse.spark", "tracking.trackers.mlflow"):
         monkeypatch.setattr(f"dstune.{room}.find_spec", lambda name: name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setenv("JAVA_HOME", "/java")
@@ -128,7 +128,7 @@ def test_what_never_ran_on_databricks_says_so(monkeypatch):
         assert (
             found[name].status == PASS and "never" in found[name].detail and "Databricks itself" in found[name].detail
         )
-    for room in ("launch.spark", "tracking.trackers.mlflow"):
+    for room in ("lakehouse.spark", "tracking.trackers.mlflow"):
         monkeypatch.setattr(f"dstune.{room}.find_spec", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for check in (*checks.trackers(), *checks.data_sources()):

@@ -12,9 +12,9 @@ import pytest
 
 from dstune.core.errors import UserError
 from dstune.data import sources
-from dstune.lakehouse import _ordered
-from dstune.lakehouse._address import Address, parse
-from dstune.lakehouse._ordered import write_ordered
+from dstune.lakehouse import ordered
+from dstune.lakehouse.address import Address, parse
+from dstune.lakehouse.ordered import write_ordered
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def batches_of(rows: list[dict], size: int) -> list[pa.RecordBatch]:
 
 
 def test_the_order_and_the_digest_are_those_of_the_rows_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(_ordered, "PIECE_BYTES", 20_000)  # several pieces
+    monkeypatch.setattr(ordered, "PIECE_BYTES", 20_000)  # several pieces
     rows = rows_of(3000)
     found = []
     for name, shuffled, size, bytes_ in (("a", False, 100, 1), ("b", True, 77, 2**28), ("c", True, 3000, 2**30)):
@@ -68,8 +68,8 @@ def test_the_order_and_the_digest_are_those_of_the_rows_alone(tmp_path, monkeypa
 
 
 def test_many_equal_rows_are_written_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(_ordered, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(_ordered, "MAX_RANGE_BYTES", 10_000)
+    monkeypatch.setattr(ordered, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(ordered, "MAX_RANGE_BYTES", 10_000)
     rows = [*rows_of(500), *[{"text": "the same " * 10, "n": 1}] * 2000]
     random.shuffle(rows)
     written = []
@@ -83,7 +83,7 @@ def test_many_equal_rows_are_written_in_parts(tmp_path, monkeypatch):
     result = write_ordered(batches_of(rows, 100), tmp_path / "parts.parquet", tmp_path / "pieces", 2**28)
     assert max(written) < 20_000 < sum(written)
     assert result.rows == 2500
-    monkeypatch.setattr(_ordered, "MAX_RANGE_BYTES", 2**30)
+    monkeypatch.setattr(ordered, "MAX_RANGE_BYTES", 2**30)
     (tmp_path / "whole").mkdir()
     whole = write_ordered(batches_of(rows, 100), tmp_path / "whole.parquet", tmp_path / "whole", 2**28)
     assert whole == result
@@ -102,10 +102,10 @@ def test_a_row_more_or_less_is_another_digest(tmp_path):
 
 
 def test_a_column_that_is_added_moves_no_row():
-    assert _ordered.row_key({"a": 1}) == _ordered.row_key({"b": None, "a": 1})
-    assert _ordered.row_key({"a": 1}) != _ordered.row_key({"a": "1"}) != _ordered.row_key({"a": 1.0})
+    assert ordered.row_key({"a": 1}) == ordered.row_key({"b": None, "a": 1})
+    assert ordered.row_key({"a": 1}) != ordered.row_key({"a": "1"}) != ordered.row_key({"a": 1.0})
     odd = {"d": date(2026, 1, 2), "e": Decimal("1.50"), "f": b"\xff", "g": [{"h": None}], "i": float("nan")}
-    assert len(_ordered.row_key(odd)) == 16
+    assert len(ordered.row_key(odd)) == 16
 
 
 def test_views_and_dictionaries_become_plain_columns(tmp_path):

@@ -12,7 +12,7 @@ from support.generation import saved_run
 from support.tiny import save_decoder
 
 from dstune.core.errors import DstuneError, UserError
-from dstune.inference import register as registry
+from dstune.lakehouse import register as registry
 
 PROVE = registry._prove
 
@@ -212,7 +212,7 @@ class TinyForTokenClassification(Classifier):
 
 def predicted(model):
     pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
-    from dstune.inference.registered_model import ExportedModel
+    from dstune.lakehouse.registered_model import ExportedModel
 
     served = ExportedModel()
     served.model, served.tokenizer = model, lambda text, **more: {}
@@ -236,7 +236,7 @@ def test_a_head_is_built_from_the_record_whatever_the_task_is_called(tmp_path):
 
     from dstune.checkpoint import store
     from dstune.checkpoint.export import export_checkpoint
-    from dstune.inference.registered_model import load_export
+    from dstune.lakehouse.registered_model import load_export
 
     base = save_decoder(tmp_path / "base", tied=True)
     run_dir = saved_run(tmp_path, base, "task=reward", "method=full", "data.packing=false")

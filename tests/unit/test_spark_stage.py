@@ -22,18 +22,18 @@ from support.configs import run_config
 
 from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
+from dstune.lakehouse.spark import refusals, stage
+from dstune.lakehouse.spark import session as sessions
+from dstune.lakehouse.spark.config import SparkConfig
+from dstune.lakehouse.spark.task import Line
 from dstune.launch import records
 from dstune.launch.console import Console
-from dstune.launch.spark import refusals, stage
-from dstune.launch.spark import session as sessions
-from dstune.launch.spark.config import SparkConfig
-from dstune.launch.spark.task import Line
 
 SECRET = "planted-secret-7b1e"
 TASK = """
 import json, sys
 from pathlib import Path
-from dstune.launch.spark.task import serve
+from dstune.lakehouse.spark.task import serve
 given = json.loads(sys.stdin.readline())
 print(serve(given["rank"], [], (given["driver"], given["port"]), given["token"], Path(given["run_dir"])))
 """

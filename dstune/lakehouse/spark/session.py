@@ -13,8 +13,8 @@ from typing import Any
 
 from dstune.core.child_python import SAFE_PATH
 from dstune.core.errors import Problem, UserError, first_line
+from dstune.lakehouse.spark.config import SparkConfig
 from dstune.launch.console import Console
-from dstune.launch.spark.config import SparkConfig
 
 POLL_SECONDS = 0.2
 QUIET_SECONDS = 5.0

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dstune.data.files import DataFile
-from dstune.lakehouse import _copies
-from dstune.lakehouse._address import Address, parse
-from dstune.lakehouse._tables import refuse_parts, require_library
+from dstune.lakehouse import copies
+from dstune.lakehouse.address import Address, parse
+from dstune.lakehouse.tables import refuse_parts, require_library
 from dstune.protocols.data_source import DataSource
 
 
@@ -20,17 +20,17 @@ class Table(DataSource):
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:
         address = parse(spec, key)
-        if _copies.is_here(address):  # the very version, of the very table: it may be gone by now
+        if copies.is_here(address):  # the very version, of the very table: it may be gone by now
             return spec
         require_library(key, spec)
         address, place, options = self.locate(address, key)
-        return str(_copies.resolve(place, address, key, stage, options))
+        return str(copies.resolve(place, address, key, stage, options))
 
     def files(self, spec: str, key: str) -> list[DataFile]:
-        return _copies.files(parse(spec, key), key)
+        return copies.files(parse(spec, key), key)
 
     def describe(self, spec: str) -> dict[str, Any]:
-        return _copies.describe(parse(spec, "data"))
+        return copies.describe(parse(spec, "data"))
 
     def check_output(self, spec: str) -> None:
         require_library("--output", spec)
@@ -39,7 +39,7 @@ class Table(DataSource):
         self.locate(address, "--output", to_write=True)
 
     def write(self, spec: str, rows: Path, identity: str, *, replace: bool) -> str:
-        from dstune.lakehouse._writing import write_rows
+        from dstune.lakehouse.writing import write_rows
 
         address, place, options = self.locate(parse(spec, "--output"), "--output", to_write=True)
         return write_rows(place, address, rows, identity, replace=replace, options=options)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dstune.core.errors import Problem, UserError
-from dstune.launch.spark.config import SparkConfig
+from dstune.lakehouse.spark.config import SparkConfig
 from dstune.protocols import Launcher, launcher
 from dstune.protocols.launcher import FAIL, PASS, SKIP, Check
 
@@ -34,7 +34,7 @@ class Spark(Launcher):
 
     @property
     def on_this_machine(self) -> bool:
-        from dstune.launch.spark.session import master_of
+        from dstune.lakehouse.spark.session import master_of
 
         return (master_of(self.config) or "").startswith("local")
 
@@ -54,7 +54,7 @@ class Spark(Launcher):
     ) -> int:
         if find_spec("pyspark") is None:
             raise UserError(Problem("launch", "the package pyspark is not installed", EXTRA, "spark"))
-        from dstune.launch.spark import stage
+        from dstune.lakehouse.spark import stage
 
         return stage.run(run, run_dir, self.config, console, command)
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.network import LOOPBACK, ask_no_metadata_service
-from dstune.lakehouse._address import Address
-from dstune.lakehouse._source import Table
-from dstune.lakehouse._tables import LIBRARY
+from dstune.lakehouse.address import Address
+from dstune.lakehouse.source import Table
+from dstune.lakehouse.tables import LIBRARY
 from dstune.protocols import data_source
 from dstune.protocols.launcher import PASS, SKIP, Check
 

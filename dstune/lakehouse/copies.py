@@ -15,8 +15,8 @@ from dstune.core.parsing import object_in
 from dstune.core.paths import cache_root
 from dstune.data import cache
 from dstune.data.files import DataFile
-from dstune.lakehouse._address import Address
-from dstune.lakehouse._tables import check_files, check_predicate, files_of, open_table, scan
+from dstune.lakehouse.address import Address
+from dstune.lakehouse.tables import check_files, check_predicate, files_of, open_table, scan
 
 ROWS, META = "rows.parquet", "table.json"
 FORMAT = 1
@@ -41,7 +41,7 @@ def resolve(
     stage(f"reading version {address.version} of {address.location} ({size / 1e6:.0f} MB)")
 
     def make(folder: Path) -> None:
-        from dstune.lakehouse._ordered import ORDER, write_ordered
+        from dstune.lakehouse.ordered import ORDER, write_ordered
 
         scratch = folder / "pieces"
         scratch.mkdir()

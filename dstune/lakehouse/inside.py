@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json
 from dstune.data.read_tables import within_memory
-from dstune.lakehouse._address import Address
+from dstune.lakehouse.address import Address
 from dstune.planning.host import available_bytes
 
 LOG = "_delta_log"

@@ -25,15 +25,15 @@ from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
+from dstune.lakehouse.spark import refusals
+from dstune.lakehouse.spark.config import SparkConfig
+from dstune.lakehouse.spark.session import session_of, wait_for_slots
+from dstune.lakehouse.spark.task import LIMIT, SILENT_SECONDS, Line, run_task
 from dstune.launch import attempt, records
 from dstune.launch.attempt import Follower, log_path
 from dstune.launch.console import Console
 from dstune.launch.remote_commands import variables_of
 from dstune.launch.signals import StopFile, caught_signals
-from dstune.launch.spark import refusals
-from dstune.launch.spark.config import SparkConfig
-from dstune.launch.spark.session import session_of, wait_for_slots
-from dstune.launch.spark.task import LIMIT, SILENT_SECONDS, Line, run_task
 from dstune.launch.verdict import Ended, Verdict, judge
 
 POLL_SECONDS = 0.1

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dstune.lakehouse._address import Address
-from dstune.lakehouse._source import Table
-from dstune.lakehouse._tables import place_of
+from dstune.lakehouse.address import Address
+from dstune.lakehouse.source import Table
+from dstune.lakehouse.tables import place_of
 from dstune.protocols import data_source
 
 

@@ -1,4 +1,4 @@
-"""A model as anybody loads it, in a process of its own: `python -m dstune.inference.load_registered URI|FOLDER OUT.npy`."""
+"""A model as anybody loads it, in a process of its own: `python -m dstune.lakehouse.load_registered URI|FOLDER OUT.npy`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def main(place: str, out: str) -> None:
     import numpy as np
 
     if Path(place).is_dir():
-        from dstune.inference import registered_model
+        from dstune.lakehouse import registered_model
 
         np.save(out, registered_model.probe(registered_model.load_export(place)[1]))
         return

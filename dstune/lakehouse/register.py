@@ -265,7 +265,7 @@ def _prove(name: str, number: str, export: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         loaded, direct = Path(scratch, "loaded.npy"), Path(scratch, "direct.npy")
         for place, out in ((f"models:/{name}/{number}", loaded), (str(export), direct)):
-            words = [sys.executable, "-m", "dstune.inference.load_registered", place, str(out)]
+            words = [sys.executable, "-m", "dstune.lakehouse.load_registered", place, str(out)]
             try:
                 done = subprocess.run(
                     words, env=child_environment(), capture_output=True, text=True, timeout=PROOF_SECONDS

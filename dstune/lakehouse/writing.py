@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune.core.errors import Problem, UserError, first_line
-from dstune.lakehouse._address import Address
+from dstune.lakehouse.address import Address
 
 ROWS_PER_BATCH = 1024
 

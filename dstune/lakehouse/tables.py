@@ -14,8 +14,8 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
-from dstune.lakehouse._address import Address
-from dstune.lakehouse._inside import is_elsewhere, outside, path_inside, refuse_outside
+from dstune.lakehouse.address import Address
+from dstune.lakehouse.inside import is_elsewhere, outside, path_inside, refuse_outside
 
 LIBRARY = "pip install 'dstune[delta]'"
 _S3 = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE")

@@ -9,7 +9,7 @@ from typing import Any
 
 from dstune import __version__
 from dstune.core.errors import Problem, UserError
-from dstune.launch.spark.task import digest_of
+from dstune.lakehouse.spark.task import digest_of
 
 
 def hides_gpus() -> bool:

@@ -1,0 +1,1 @@
+"""Places of rows in a lakehouse; a module a scheme."""
