@@ -25,8 +25,30 @@ CONFIGURATION_HEAD = """\
 # Configuration
 
 Made from the schema by `python tools/guides.py`. A name in parentheses behind a key is the choice that has it.
-Values of the command line win over those of an experiment, which win over those of the other groups. A list is `key=[a,b]`,
-nothing is `key=null`.
+Values of the command line win over those of a configuration file, which win over those of an experiment, which win over those of
+the other groups. A list is `key=[a,b]`, nothing is `key=null`.
+
+## A file of your own
+
+`dstune train my.yaml` reads what you would otherwise type:
+
+```yaml
+model: qwen3_4b                # a group with its choice: model=qwen3_4b
+method: {name: lora, rank: 8}  # a group with its choice, and keys of the section
+optimizer: {lr: 1e-4}          # keys of a section: optimizer.lr=1e-4
+trainer.epochs: 2              # a dotted key
+data:
+  train: rows.jsonl            # relative to the working directory
+```
+
+Each top-level name is a group with its choice, a section, or a dotted key. Values behind the file win:
+`dstune train my.yaml optimizer.lr=5e-5`. Every verb that takes `key=value` takes a file too: `dstune plan my.yaml`,
+`dstune data show my.yaml`, `dstune train -m my.yaml optimizer.lr=1e-4,2e-4`. A name that does not exist is refused with its line
+and the nearest name. `run.yaml` records the content of the file as overrides; a run never reads the file again. `dstune init DATA`
+writes such a file for your rows and your machine.
+
+An experiment (a file with `defaults:`) can be given in the same place, if its list chooses groups only. `plugins:` in a file counts
+as if you had typed it, so read the files of others first. A file has at most 256 KiB and 2,000 values.
 """
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from dstune import __version__
 from dstune.cli.verb import VERBS, other_names
+from dstune.core import places
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
 from dstune.core.text import Filtered, visible_but_colours
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        code = run(arguments)
+        with places.named():
+            code = run(arguments)
     except DstuneError as error:
         print_error(error, as_json="--json" in arguments)
         code = error.exit_code

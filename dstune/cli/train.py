@@ -22,7 +22,6 @@ class Train(Verb):
         (("config",), "`dstune train --cfg job` shows the configuration"),
     )
     overrides = True
-    takes_files = False
     further_words = ("--json", "--multirun")
 
     def run(self, arguments: list[str]) -> int:

@@ -161,7 +161,7 @@ def help_text(groups: Mapping[str, Sequence[str]]) -> str:
             names = f" (there are: {', '.join(registered)})"
         keys[f"{setting.key}={setting.default}{only}"] = setting.doc + names
     parts = [
-        "usage: dstune train [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
+        "usage: dstune train [FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
         "",
         "Fine-tune a model with DeepSpeed ZeRO. Values of the command line win over those of an experiment, which win",
         "over those of the other groups. A list is KEY=[a,b], nothing is KEY=null.",

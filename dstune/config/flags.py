@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dstune.config.names import all_keys, nearest, suggest_key
+from dstune.config.plain_file import expand
 from dstune.config.words import meaning
 from dstune.core.errors import Problem, UserError
 
@@ -117,7 +118,7 @@ def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
     if problems:
         raise UserError(problems)
     return Flags(
-        overrides=parsed.overrides,
+        overrides=expand(parsed.overrides),
         config_dirs=parsed.config_dirs,
         cfg=parsed.cfg,
         package=parsed.package,

@@ -49,7 +49,8 @@ def key_of(text: str) -> str:
 
 def quoted(text: str) -> str:
     """`text` as a value of Hydra's grammar, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    # Hydra keeps backslashes, except in front of a quote and at the end.
+    escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
     return f"'{escaped}'"
 
 

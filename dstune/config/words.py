@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
         return f"write {word}.KEY=VALUE"
     path = Path(word)
     if path.suffix in (".yaml", ".yml"):
-        return f"--config-dir FOLDER experiment={path.stem}, with the file as FOLDER/experiment/{path.stem}.yaml"
+        return f"`{shlex.join(['dstune', 'train', word])}` reads a configuration file"
     if path.name.lower().endswith(DATA_ENDINGS):
         return f"did you mean {typed('data.train', word)}?"
     if (path / "config.json").is_file():

@@ -21,7 +21,14 @@ def is_path(word: str) -> bool:
     """Whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's trial
     has `=` in its name."""
     # Not by `Path.is_file`, which raises for a word that is too long for a name.
+    if is_configuration_file(word):
+        return False
     return os.path.isfile(os.path.join(word, "run.yaml")) or ("=" not in word and not word.startswith(("-", "~", "+")))
+
+
+def is_configuration_file(word: str) -> bool:
+    """Whether a word of the command line is the name of a configuration file (`config/plain_file.py`)."""
+    return "=" not in word and not word.startswith("-") and word.endswith((".yaml", ".yml"))
 
 
 def refuse_place(path: Path, force: bool) -> None:

@@ -103,8 +103,9 @@ def end_of_json(text: str, start: int) -> int | None:
 class _LimitedLoader(yaml.SafeLoader):
     """A SafeLoader that counts: levels, and values with those behind aliases."""
 
-    def __init__(self, stream: str):
+    def __init__(self, stream: str, max_nodes: int = MAX_NODES):
         super().__init__(stream)
+        self._max_nodes = max_nodes
         self._depth = 0
         self._sizes: dict[int, int] = {}
         """Values in a node, by its `id`; absent while it is being read."""
@@ -146,8 +147,9 @@ class _LimitedLoader(yaml.SafeLoader):
         elif isinstance(node, yaml.MappingNode):
             children = (one for pair in node.value for one in pair)
         size = 1 + sum(self._sizes[id(child)] for child in children)
-        if size > MAX_NODES:
-            raise yaml.MarkedYAMLError(problem=f"aliases make more than {MAX_NODES:,} values of it", problem_mark=mark)
+        if size > self._max_nodes:
+            problem = f"it has more than {self._max_nodes:,} values, aliases counted wherever they stand"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
         return size
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -174,6 +176,36 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _LimitedLoader)
     except RecursionError:
         raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+
+
+def parse_yaml_lines(text: str, max_nodes: int) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """The value of a YAML text, and the line of each key by its path.
+
+    Raises:
+        yaml.YAMLError: as `parse_yaml`, more than `max_nodes` values, or a key that stands twice in a mapping.
+    """
+    loader = _LimitedLoader(text, max_nodes)
+    try:
+        node = loader.get_single_node()
+        lines: dict[tuple[str, ...], int] = {}
+        _collect_lines(node, (), lines)
+        return (None if node is None else loader.construct_document(node)), lines
+    except RecursionError:
+        raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep") from None
+    finally:
+        loader.dispose()
+
+
+def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        inside = (*path, str(key.value))
+        if inside in lines:
+            problem = f"the key {key.value!r:.60} stands twice, first in line {lines[inside]}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        lines[inside] = key.start_mark.line + 1
+        _collect_lines(value, inside, lines)
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:

@@ -25,6 +25,7 @@ from dstune.config.schema import RunConfig
 from dstune.config.trust import Use
 from dstune.config.validate import validate
 from dstune.config.words import meaning
+from dstune.core import places
 from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER, Problem, UserError
 from dstune.core.plugins import accepts_changes, refuse_changes
@@ -240,8 +241,9 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
     started: list[tuple[Command, Prepared]] = []
 
     def prepare_run() -> tuple[RunConfig | None, Path, Path]:
-        command, write_rows = requested()
-        prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_size))
+        with places.named():  # the ranks report the problems
+            command, write_rows = requested()
+            prepared = prepare(command, Console(), write_rows, math.ceil(env.world_size / env.local_size))
         if prepared.nothing_to_do:
             if prints:
                 print(f"dstune: {nothing_to_do(prepared.place)}", file=sys.stderr, flush=True)

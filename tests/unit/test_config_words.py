@@ -28,7 +28,7 @@ from dstune.core.errors import Problem, UserError
         (["experiment", "quickstart"], "write experiment=quickstart"),
         (["rows.jsonl"], "did you mean data.train=rows.jsonl?"),
         (["my rows.csv"], "did you mean 'data.train=my rows.csv'?"),
-        (["mine.yaml"], "--config-dir FOLDER experiment=mine, with the file as FOLDER/experiment/mine.yaml"),
+        (["mine.yaml"], "`dstune train mine.yaml` reads a configuration file"),
         (["run"], "write run.KEY=VALUE"),
         (["max_steps"], "did you mean trainer.max_steps=VALUE?"),
         (["runs/quickstart/2026"], None),
@@ -98,7 +98,7 @@ def test_grammar(words: list[str], fix: str):
         (["--max_steps=5"], "write trainer.max_steps=5"),
         (["--resume", "runs/x"], "`dstune train runs/x` continues a run; run.resume=runs/x starts another one"),
         (["--checkpoint", "x"], "it belongs to `dstune export` and `dstune generate`"),
-        (["--config", "c.yaml"], "--config-dir FOLDER experiment=c"),
+        (["--config", "c.yaml"], "`dstune train c.yaml`"),
         (["--cfg"], "--cfg job"),
     ],
 )

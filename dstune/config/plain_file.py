@@ -1,0 +1,206 @@
+"""A configuration file on the command line: `dstune train my.yaml`.
+
+Each top-level name is a group with its choice (`method: lora`), a section (`optimizer: {lr: 1e-4}`) or both
+(`method: {name: lora, rank: 8}`), or a dotted key (`optimizer.lr: 1e-4`). The file becomes overrides that stand in front of those
+of the command, so composing, `run.yaml` and sweeps know nothing of it. An experiment (`defaults:`, `# @package _global_`) is read
+likewise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dstune.config.convert import yaml_problem
+from dstune.config.names import classes_of, is_section, nearest, sections, type_hints
+from dstune.config.overrides import key_of, quoted
+from dstune.config.schema import CHOICES
+from dstune.config.words import packaged_choices
+from dstune.core import parsing, places
+from dstune.core.arguments import is_configuration_file
+from dstune.core.errors import Problem, UserError
+
+MAX_BYTES = 2**18
+MAX_VALUES = 2_000
+"""In one file, those behind aliases counted wherever an alias stands: Hydra reads a list in quadratic time."""
+NAME = "name"
+"""In a section with choices: which one."""
+_IN_A_NAME = re.compile(r"[\w/\\+.$%*@?| ()\[\]{}:=,-]+", re.ASCII)
+"""What Hydra's grammar takes as a name in a mapping, with a backslash where needed."""
+
+
+def expand(words: Sequence[str]) -> list[str]:
+    """The words of a command with the configuration file among them replaced by its overrides.
+
+    A word of the command with the key of one in the file replaces it. Problems with the others name the line (`core/places.py`).
+
+    Raises:
+        UserError: there are two such files, or the file cannot be read or is no configuration; all problems in it.
+    """
+    files = [word for word in words if is_configuration_file(word)]
+    if not files:
+        return list(words)
+    if len(files) > 1:
+        fix = f"dstune train {files[0]} key=value ..."
+        raise UserError(Problem("command line", "only one configuration file can be given", fix, " ".join(files)))
+    of_command = [word for word in words if word not in files]
+    repeated = {key_of(word) for word in of_command}
+    kept = [(text, place) for text, place in read_overrides(Path(files[0])) if key_of(text) not in repeated]
+    places.remember({key_of(text): place for text, place in kept})
+    return [*(text for text, _ in kept), *of_command]
+
+
+def read_overrides(file: Path) -> list[tuple[str, str]]:
+    """The overrides that a configuration file stands for, choices of groups first, each with its `FILE:LINE`.
+
+    Raises:
+        UserError: the file cannot be read, is no mapping, is too large, or has what no override can say.
+    """
+    content, lines = _read(file)
+    reader = _Reader(file, lines)
+    found = list(reader.overrides(content))
+    if reader.problems:
+        raise UserError(reader.problems)
+    return sorted(found, key=lambda entry: "." in key_of(entry[0]))
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    where = str(file)
+    try:
+        text = parsing.read_file(file, MAX_BYTES).decode("utf-8")
+    except FileNotFoundError:
+        similar = nearest(file.name, (path.name for path in Path(file.parent).glob("*.y*ml")))
+        fix = f"did you mean {file.with_name(similar)}?" if similar else "`dstune init DATA` writes one for your rows"
+        raise UserError(Problem("command line", "there is no such configuration file", fix, where)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise UserError(Problem(where, f"cannot be read: {reason}", "give a YAML file of keys and values")) from None
+    try:
+        content, lines = parsing.parse_yaml_lines(text, MAX_VALUES)
+    except yaml.YAMLError as error:
+        raise UserError(yaml_problem(error, where)) from None
+    if (package := re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)) and package[1] != "_global_":
+        fix = "--config-dir FOLDER, with the file in FOLDER/GROUP/, which GROUP=NAME chooses"
+        raise UserError(Problem(where, f"this file is a choice of a group (@package {package[1]})", fix))
+    if not isinstance(content, dict) or not content:
+        fix = "write `model: qwen3_4b`, `method: lora`, `data: {train: rows.jsonl}`, ..., a line each"
+        raise UserError(Problem(where, "this is no configuration: expected names with values", fix))
+    return content, lines
+
+
+class _Reader:
+    """Turns the content of one file into overrides."""
+
+    def __init__(self, file: Path, lines: Mapping[tuple[str, ...], int]):
+        self._file = file
+        self._lines = lines
+        self._groups = packaged_choices().keys() | set(CHOICES)
+        self.problems: list[Problem] = []
+
+    def overrides(self, content: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+        for name, value in content.items():
+            path = (str(name),)
+            if name == "defaults":
+                yield from self._choices(value)
+            elif name in sections() and isinstance(value, Mapping):
+                yield from self._section(str(name), value, path)
+            else:
+                yield from self._override(str(name), value, path)
+
+    def _choices(self, defaults: Any) -> Iterator[tuple[str, str]]:
+        """The choices of an experiment's list of defaults."""
+        for entry in defaults if isinstance(defaults, list) else [defaults]:
+            if entry == "_self_":
+                continue
+            if isinstance(entry, str) and "/" not in entry.removeprefix("/experiment/"):
+                group, choice = "experiment", entry.removeprefix("/experiment/")
+            elif isinstance(entry, Mapping) and len(entry) == 1:
+                ((group, choice),) = entry.items()
+                group = str(group).removeprefix("override ").strip().removeprefix("/")
+            else:
+                group, choice = "", entry
+            if group not in self._groups:
+                fix = (
+                    "--config-dir FOLDER experiment=NAME, with the file as FOLDER/experiment/NAME.yaml, takes any list"
+                )
+                self._refuse(("defaults",), "only choices of groups can be read here", fix, str(entry))
+                continue
+            yield from self._override(group, choice, ("defaults",))
+
+    def _section(self, key: str, value: Mapping[Any, Any], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        for name, part in value.items():
+            inside = (*path, str(name))
+            if name == NAME and len(path) == 1 and key in self._groups:
+                yield from self._override(key, part, inside)
+            elif isinstance(part, Mapping) and self._is_section(inside):
+                yield from self._section(f"{key}.{name}", part, inside)
+            else:
+                yield from self._override(f"{key}.{name}", part, inside)
+
+    @staticmethod
+    def _is_section(path: Sequence[str]) -> bool:
+        """Whether some choice of the section has keys of its own there (`trainer.early_stopping`)."""
+        for cls in classes_of(path[0]).values():
+            hint: Any = cls
+            for name in path[1:]:
+                hint = type_hints(hint).get(name) if is_section(hint) else None
+            if is_section(hint):
+                return True
+        return False
+
+    def _override(self, key: str, value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+        if not re.fullmatch(r"[\w.@/-]+", key, re.ASCII):
+            self._refuse(path, "this is no name of a key", "for example trainer.max_steps: 100", "")
+            return
+        try:
+            text = literal(value)
+        except ValueError as error:
+            self._refuse(path, str(error), "write a text, a number, a list or a mapping", "")
+            return
+        if "." not in key and isinstance(value, str):
+            text = value if re.fullmatch(r"[\w./:-]+", value, re.ASCII) else text  # reads as the choice that it is
+        yield f"{key}={text}", self._place(path)
+
+    def _place(self, path: tuple[str, ...]) -> str:
+        line = self._lines.get(path)
+        return f"{self._file}:{line}" if line else str(self._file)
+
+    def _refuse(self, path: tuple[str, ...], reason: str, fix: str, value: str) -> None:
+        self.problems.append(Problem(f"{self._place(path)}: {'.'.join(path)}", reason, fix, value))
+
+
+def literal(value: Any) -> str:
+    """A value of YAML or Python in Hydra's grammar.
+
+    Raises:
+        ValueError: the grammar has no word for it.
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, (str, date)):
+        text = str(value)
+        # As Hydra's own files have it: without quotes where nothing in it has a meaning.
+        return text if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and not _is_word(text) else quoted(text)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(literal(part) for part in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_name(name)}:{literal(part)}" for name, part in value.items()) + "}"
+    raise ValueError(f"a value of the kind {type(value).__name__} has no place in a configuration")
+
+
+def _is_word(text: str) -> bool:
+    return text.lower() in ("null", "true", "false", "inf", "nan", "yes", "no", "on", "off")
+
+
+def _name(name: Any) -> str:
+    text = str(name)
+    if isinstance(name, bool) or not _IN_A_NAME.fullmatch(text) or text != text.strip():
+        raise ValueError(f"the name {text!r:.40} has characters that no key can have")
+    return re.sub(r"([\\()\[\]{}:=, ])", r"\\\1", text)
