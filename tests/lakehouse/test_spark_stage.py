@@ -247,7 +247,7 @@ def test_a_driver_that_is_gone_takes_its_ranks_along(tmp_path, monkeypatch):
     """The driver's end closes its connections, and the tasks end their ranks."""
     program = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "from pathlib import Path\nfrom unit.test_spark_stage import launch\n"
+        "from pathlib import Path\nfrom lakehouse.test_spark_stage import launch\n"
         "launch(Path(sys.argv[1]), 'hangs')\n"
     )
     words = [sys.executable, "-c", program, str(tmp_path / "run"), str(ROOT), str(ROOT / "tests")]

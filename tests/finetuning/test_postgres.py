@@ -12,10 +12,10 @@ from sqlalchemy import create_engine, text
 from benchmarks.fuzz_api import Fuzzer
 from dstune.finetuning.tables import Blob, Delivery, Usage
 from dstune.serve.store.database import Database
+from tests.finetuning import test_states as states
 from tests.support.finetuning import cloud
 from tests.support.jobs import Bench
 from tests.support.postgres import postgres
-from tests.unit import test_finetuning_states as states
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 

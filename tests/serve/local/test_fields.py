@@ -143,7 +143,7 @@ def test_what_a_user_writes_stays_text(engine):
 
 OF_THE_TRANSPORT = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
 RECORDED = {"user", "safety_identifier"}
-"""By the gateway (test_serve_store.py)."""
+"""By the gateway (tests/serve/test_store.py)."""
 
 
 def ids_of(engine, text="w1 w2", **fields) -> list[int]:
