@@ -66,6 +66,18 @@ def test_each_wait_is_longer_and_the_number_is_limited(tmp_path, waited):
     assert "launch.restarts" in verdict.reason
 
 
+def test_a_new_checkpoint_ends_the_row_of_waits(tmp_path, waited, monkeypatch):
+    decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
+    waits = []
+    for step, checkpoint in ((4, 3), (5, 3), (6, 3), (9, 8), (10, 8), (11, 3), (12, 11)):
+        monkeypatch.setattr(restarts.store, "resumable", lambda run_dir, saved=checkpoint: run_dir / f"step-{saved:08d}")
+        at_step(tmp_path, step)
+        before = sum(waited)
+        assert decide.consider(failed(), Log("OSError: no route"))[1]
+        waits.append(round(sum(waited) - before))
+    assert waits == [0, 5, 10, 0, 5, 10, 0]  # where step 8 was found damaged, step 3 is no progress
+
+
 def test_the_same_exception_at_the_same_step_ends_with_the_diagnosis(tmp_path, waited):
     decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
     at_step(tmp_path, 7)

@@ -16,8 +16,8 @@ from dstune.launch.verdict import Verdict
 
 SECOND_WAIT_SECONDS = 5.0
 LONGEST_WAIT_SECONDS = 300.0
-"""The first restart waits for nothing: most often a process has died. Then each wait is twice the one before: what broke a node
-or a file system takes a while to pass."""
+"""The first restart after training made progress waits for nothing: most often a process has died. Then each wait is twice the
+one before: what broke a node or a file system takes a while to pass."""
 
 
 class HasLog(Protocol):
@@ -44,6 +44,10 @@ class Restarts:
     def __init__(self, allowed: int, run_dir: Path, console: Console, received: Sequence[str]):
         self._allowed, self._run_dir, self._console, self._received = allowed, run_dir, console, received
         self._failures: list[tuple[str, int]] = []
+        self._failures_in_a_row = 0
+        """Failures since the newest complete checkpoint was saved."""
+        self._checkpoint: Path | None = None
+        """The newest complete checkpoint at the last failure."""
 
     def consider(self, verdict: Verdict, launch: HasLog) -> tuple[Verdict, bool]:
         """The verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
@@ -79,8 +83,8 @@ class Restarts:
         if number > self._allowed:
             tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
             return Decision(replace(verdict, reason=f"{verdict.reason}; {tried}"))
-        wait = 0.0 if number == 1 else min(LONGEST_WAIT_SECONDS, SECOND_WAIT_SECONDS * 2 ** (number - 2))
         checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(before)))), None)
+        wait = self._next_wait(checkpoint)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         when = f" in {wait:.0f} s" if wait else ""
         self._console.message(
@@ -88,6 +92,17 @@ class Restarts:
             f"({number} of {self._allowed} restarts)"
         )
         return Decision(verdict, wait, checkpoint)
+
+    def _next_wait(self, checkpoint: Path | None) -> float:
+        """Seconds until the next start. checkpoint: the newest complete one; a new one ends the row of failures."""
+        former, self._checkpoint = self._checkpoint, checkpoint
+        # An older one is the newest where others were found damaged.
+        if checkpoint and (former is None or checkpoint.parent != former.parent or checkpoint > former):
+            self._failures_in_a_row = 0
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row == 1:
+            return 0.0
+        return min(LONGEST_WAIT_SECONDS, SECOND_WAIT_SECONDS * 2 ** (self._failures_in_a_row - 2))
 
 
 def cause(verdict: Verdict, launch: HasLog) -> str:
