@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,20 @@ from support.command import exact, metrics, overrides_of_run, result, wait_until
 from support.tiny import save_decoder, write_dialogues  # noqa: E402
 
 STEPS = 90
-KINDS = ["rank", "agent", "save", "twice", "node", "leader", "leader node"]
+KINDS = [
+    "rank",
+    "agent",
+    "save",
+    "twice",
+    "node",
+    "leader",
+    "leader node",
+    "batch node",
+    "partition",
+    "leader partition",
+]
+"""What is struck. `batch node`: the one that runs the script of a SLURM job. `partition`: a cable is pulled, and put back after
+the others have gone on."""
 MODES = {
     "spare": (["launch.spares=1"], ["node1", "node2", "node3"]),
     "fewer": (["launch.min_nodes=1"], ["node1", "node2"]),
@@ -136,7 +150,7 @@ class Campaign:
         command = self.nodes.login.start(*self.words())
         try:
             for kind in kinds:
-                self._until(lambda: self.past(), command)
+                self.until(lambda: self.past(), command)
                 self.strike(kind, command)
             code = command.wait(timeout=600)
         except BaseException:
@@ -174,19 +188,24 @@ class Campaign:
         status, starts = self.status(), self.starts()
         leader, training = status["leader"], status["training"]
         others = [node for node in training if node != leader] or training
+        alone = {"partition": others[0], "leader partition": leader}.get(kind)
         if kind == "save":
-            self._until(lambda: list((self.run_dir / "checkpoints").glob("*.incomplete")), command)
+            self.until(lambda: list((self.run_dir / "checkpoints").glob("*.incomplete")), command)
         struck, step = time.monotonic(), last_step(self.run_dir)
         dead = {"node": others[0], "leader node": leader}.get(kind)
+        if kind == "batch node":
+            dead = self.batch_node()
         if dead:
             self.nodes.machines.kill(dead)
+        elif alone:
+            self.nodes.machines.disconnect(alone)
         elif kind in ("agent", "leader"):
             agent = self.nodes.agent(leader if kind == "leader" else others[0])
             assert agent is not None
             agent.kill()
         else:
             self.nodes.ranks(training[0] if kind == "save" else others[0])[0].kill()
-        self._until(lambda: self.starts() > starts and self.status()["training"], command, seconds=240, during=dead)
+        self.until(lambda: self.starts() > starts and self.status()["training"], command, seconds=240, during=dead)
         started = time.monotonic() - struck
         if kind == "twice":
             time.sleep(2.0)
@@ -194,14 +213,27 @@ class Campaign:
             agent = self.nodes.agent(self.status()["training"][0])
             assert agent is not None
             agent.kill()
-            self._until(lambda: self.starts() > starts, command)
+            self.until(lambda: self.starts() > starts, command)
         nodes = self.status()["training"]
+        if alone:
+            self.until(lambda: last_step(self.run_dir) > step, command)
+            self.nodes.machines.reconnect(alone)
+            self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
         if dead and dead not in self.nodes.machines._first:
             self.nodes.revive(dead, self.launcher)
-        self._until(lambda: last_step(self.run_dir) > step, command)
+        self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}
         self.figures.append(figure)
         print(f"{self.launcher} {self.mode}: {figure}", flush=True)
+
+    def batch_node(self) -> str:
+        """The node that runs the script of the job."""
+        shown = self.nodes.slurm.call("scontrol", "show", "job", self.job())
+        return re.findall(r"BatchHost=(\S+)", shown)[0]
+
+    def job(self) -> str:
+        """The number of the run's job in SLURM's queue."""
+        return self.nodes.slurm.call("squeue", "-h", "-o", "%A").split()[0]
 
     def status(self) -> dict[str, Any]:
         return json.loads((self.run_dir / "launch" / "agents.json").read_text())
@@ -213,7 +245,7 @@ class Campaign:
         """How often all ranks were started."""
         return self.messages().count("dstune: starting ")
 
-    def _until(
+    def until(
         self, condition: Callable[[], Any], command: subprocess.Popen, seconds: float = 240, during: str | None = None
     ) -> None:
         began = time.monotonic()
@@ -240,7 +272,7 @@ def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
     figures = []
     for what, seconds in (("a node stopped", 10.0), ("the leader's node stopped", 10.0), ("a step", 60.0)):
         step = last_step(campaign.run_dir)
-        campaign._until(lambda step=step: last_step(campaign.run_dir) >= step + 2, command)  # type: ignore[misc]
+        campaign.until(lambda step=step: last_step(campaign.run_dir) >= step + 2, command)  # type: ignore[misc]
         status, starts = campaign.status(), campaign.starts()
         other = next(node for node in status["training"] if node != status["leader"])
         node = status["leader"] if "leader" in what else other
@@ -251,7 +283,7 @@ def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
         for process in processes:
             process.send_signal(signal.SIGCONT)
         step = last_step(campaign.run_dir)
-        campaign._until(lambda step=step: last_step(campaign.run_dir) > step + 1, command)  # type: ignore[misc]
+        campaign.until(lambda step=step: last_step(campaign.run_dir) > step + 1, command)  # type: ignore[misc]
         figures.append({"launcher": launcher, "what": what, "seconds": seconds, "restarts": campaign.starts() - starts})
         print(figures[-1], flush=True)
     assert command.wait(timeout=300) == 0, nodes.login.log
@@ -291,7 +323,8 @@ def main() -> None:
                 assert done.returncode == 0, done.stdout + done.stderr
                 for launcher in arguments.launchers:
                     for mode in arguments.modes:
-                        print(json.dumps(Campaign(nodes, launcher, mode).play(arguments.kinds)), flush=True)
+                        kinds = [kind for kind in arguments.kinds if launcher == "slurm" or kind != "batch node"]
+                        print(json.dumps(Campaign(nodes, launcher, mode).play(kinds)), flush=True)
             if arguments.only != "kills":
                 for launcher in arguments.launchers:
                     pauses(nodes, launcher)

@@ -19,6 +19,8 @@ LAUNCH_ID = "DSTUNE_LAUNCH_ID"
 
 STORE = "DSTUNE_STORE"
 """Where ranks of one machine meet: a file in a folder of their launch alone, in place of a port that others could take."""
+FORK_SERVER = "DSTUNE_FORK_SERVER"
+"""For commands that start ranks, never for ranks: the folder of the fork server that is offered to them."""
 GROUP_SECRET = "DSTUNE_GROUP_SECRET"
 """What every rank of a launch knows and nobody else: who does not prove it is no rank (`dist.prove`)."""
 RUN_SHA256 = "DSTUNE_RUN_SHA256"

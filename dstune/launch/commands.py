@@ -21,7 +21,7 @@ from dstune.config.run_file import variables_for_ranks
 from dstune.config.schema import RunConfig
 from dstune.core.child_python import SAFE_PATH, python_path
 from dstune.core.errors import Problem, UserError
-from dstune.core.rank_env import LAUNCHER_PID
+from dstune.core.rank_env import FORK_SERVER, LAUNCHER_PID
 from dstune.core.secrets import is_secret
 from dstune.protocols import LAUNCHERS, TRACKERS, launcher_of
 from dstune.protocols.launcher import LaunchConfig
@@ -177,7 +177,7 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
         name: value
         for name, value in env.items()
         # Ranks work offline: the launching process alone needs HF_TOKEN.
-        if name in expected or (name.startswith(EXPORTED_PREFIXES) and not is_secret(name))
+        if name in expected or (name.startswith(EXPORTED_PREFIXES) and name != FORK_SERVER and not is_secret(name))
     }
 
 

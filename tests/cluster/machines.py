@@ -136,6 +136,13 @@ class Machines:
         os.kill(self._first.pop(name), signal.SIGKILL)
         self._starters.pop(name).wait()
 
+    def disconnect(self, name: str) -> None:
+        """Pull a machine's cable: what runs there goes on, and every connection to it falls silent."""
+        _do("ip", "-n", f"{self._prefix}-hub", "link", "set", f"v-{name}", "down")
+
+    def reconnect(self, name: str) -> None:
+        _do("ip", "-n", f"{self._prefix}-hub", "link", "set", f"v-{name}", "up")
+
     def command(self, name: str, words: Sequence[str], folder: Path | None = None) -> list[str]:
         """The command line that runs `words` on a machine, in `folder`."""
         entering = ["nsenter", "-t", str(self._first[name]), "--net", "--uts", "--mount", "--ipc", "--pid"]

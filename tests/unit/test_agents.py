@@ -119,6 +119,16 @@ def _words(process: psutil.Process) -> list[str]:
         return []
 
 
+def fork_server_of(keeper: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """The process with the imports that the process of a node offers to its agents."""
+    title = f"dstune: fork server of process {keeper.pid}"
+    return next((process for process in psutil.process_iter() if " ".join(_words(process)).startswith(title)), None)
+
+
+def is_forked(rank: int) -> bool:
+    return "dstune: keeper of rank process" in " ".join(psutil.Process(rank).parent().cmdline())
+
+
 def finish(nodes: Nodes) -> dict[str, Any]:
     (nodes.run_dir / "finish").touch()
     nodes.wait(lambda: all(agent.is_over for agent in nodes.agents.values()))
@@ -236,15 +246,21 @@ def test_the_process_of_a_node_outlives_kills_and_leaves_with_its_connection(run
     process = start()
     first = nodes.wait(nodes.places(0, size=1))
     [child] = [one for one in psutil.Process(process.pid).children() if "dstune.launch.agents" in one.cmdline()]
+    server = fork_server_of(process)
+    assert is_forked(nodes.place(0)[2])
     child.kill()
     second = nodes.wait(nodes.places(0, size=1, after=first))
+    assert is_forked(nodes.place(0)[2])
+    assert fork_server_of(process) == server  # the next agent did not import anything
     # Another connection to the node, while the network has not told this one that it is broken.
     other = start()
     third = nodes.wait(nodes.places(0, size=1, after=second))
     assert process.wait(10) == -signal.SIGKILL
+    nodes.wait(lambda: not server.is_running())
     rank = nodes.place(0)[2]
     other.stdin.close()
     assert other.wait(30) == 0
+    nodes.wait(lambda: fork_server_of(other) is None)
     assert not psutil.pid_exists(rank)
     assert Lease(run_dir).read(third).is_released
     process.stdin.close()

@@ -18,8 +18,9 @@ import pytest
 from support.command import ROOT, wait_until
 from support.forks import Asking, asking_fixture, is_gone  # noqa: F401 (a fixture)
 
+from dstune.core.rank_env import FORK_SERVER
 from dstune.launch.local import fork_server, forking, warm
-from dstune.launch.local.warm import FORK_SERVER, import_environment
+from dstune.launch.local.warm import import_environment
 
 
 def test_a_fork_has_what_a_started_rank_has_and_nothing_of_an_earlier_one(asking, tmp_path) -> None:
@@ -239,11 +240,9 @@ def test_signals_while_a_rank_is_forked(asking) -> None:
 
 
 def test_without_a_place_for_the_socket_a_run_starts_cold(monkeypatch, tmp_path) -> None:
-    from dstune.launch.local.config import LocalConfig
-
     monkeypatch.setattr(warm.tempfile, "TemporaryDirectory", _full_disk)
     messages: list[str] = []
-    with warm.fork_server(LocalConfig(restarts=1), (), messages.append) as server:
+    with warm.fork_server((), messages.append, warm=True, restarts=1) as server:
         assert server is None
     assert len(messages) == 1
 
@@ -270,18 +269,16 @@ def test_a_client_that_makes_no_sense_keeps_nobody_waiting(asking, monkeypatch) 
 
 
 def test_when_a_server_is_used(monkeypatch) -> None:
-    from dstune.launch.local.config import LocalConfig
-
     monkeypatch.delenv(FORK_SERVER, raising=False)
 
-    def used(launch: LocalConfig) -> bool:
-        with warm.fork_server(launch, (), lambda text: None) as server:
+    def used(*, warm_key: bool = True, restarts: int = 0) -> bool:
+        with warm.fork_server((), lambda text: None, warm=warm_key, restarts=restarts) as server:
             return server is not None
 
-    assert used(LocalConfig(restarts=1)) and not used(LocalConfig()) and not used(LocalConfig(restarts=1, warm=False))
+    assert used(restarts=1) and not used() and not used(restarts=1, warm_key=False)
     with warm.offer() as variables:
         monkeypatch.setenv(FORK_SERVER, variables[FORK_SERVER])
-        assert used(LocalConfig()) and not used(LocalConfig(warm=False))
+        assert used() and not used(warm_key=False)
 
 
 def test_what_imports_may_read() -> None:

@@ -70,7 +70,9 @@ def test_a_new_checkpoint_ends_the_row_of_waits(tmp_path, waited, monkeypatch):
     decide = Restarts(9, tmp_path, Console(io.StringIO()), [])
     waits = []
     for step, checkpoint in ((4, 3), (5, 3), (6, 3), (9, 8), (10, 8), (11, 3), (12, 11)):
-        monkeypatch.setattr(restarts.store, "resumable", lambda run_dir, saved=checkpoint: run_dir / f"step-{saved:08d}")
+        monkeypatch.setattr(
+            restarts.store, "resumable", lambda run_dir, saved=checkpoint: run_dir / f"step-{saved:08d}"
+        )
         at_step(tmp_path, step)
         before = sum(waited)
         assert decide.consider(failed(), Log("OSError: no route"))[1]

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -25,10 +25,12 @@ import psutil
 from dstune.config.schema import PREEMPTION_SIGNALS
 from dstune.core import files
 from dstune.core.lease import Lease, new_holder
+from dstune.core.rank_env import FORK_SERVER
 from dstune.core.rendezvous import SECRET_FILE
 from dstune.launch.agents import AGENT, ORDER
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.task import Settings, Task, task_of
+from dstune.launch.local import warm
 from dstune.launch.verdict import how
 
 POLL_SECONDS = 0.2
@@ -76,6 +78,16 @@ def keep(task: Task, standard_input: int | None = None, dead_holder: str = "") -
     """Run an agent until it ends by itself. standard_input: when it is closed, the agent leaves."""
     if task.folder is not None:
         os.chdir(task.folder)
+    os.environ.pop(FORK_SERVER, None)  # that of a command on another machine
+    with ExitStack() as stack:
+        if task.settings.warm and task.settings.restarts:
+            os.environ.update(
+                stack.enter_context(warm.offer())
+            )  # here, so that the server outlives an agent that is killed
+        return _keep(task, standard_input, dead_holder)
+
+
+def _keep(task: Task, standard_input: int | None, dead_holder: str) -> int:
     holder, starts, is_leaving = new_holder(), [time.monotonic()], False
     for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
         signal.signal(signal.Signals[name], signal.SIG_IGN)  # they are the agent's, which a queue signals too

@@ -21,6 +21,7 @@ from dstune.launch.agents.ranks import NodeLaunch
 from dstune.launch.agents.task import Task
 from dstune.launch.agents.wire import Link, Message, connect
 from dstune.launch.console import Console
+from dstune.launch.local.warm import ForkServer, fork_server
 from dstune.launch.processes import end_all
 from dstune.launch.signals import caught_signals
 
@@ -54,6 +55,7 @@ class Agent:
         self._heard = self._beaten = 0.0
         self._ticked = time.monotonic()
         self._tried = 0.0
+        self._server: ForkServer | None = None
         self._launch: NodeLaunch | None = None
         self._thread: threading.Thread | None = None
         self._generation = 0
@@ -69,11 +71,16 @@ class Agent:
     def run(self) -> None:
         """Take part until the run is over, or this node is told to leave (SIGHUP)."""
         self._end_predecessors()
-        with caught_signals(self.task.settings.signals) as received:
+        settings = self.task.settings
+        with (
+            caught_signals(settings.signals) as received,
+            fork_server(settings.imports, self._message, warm=settings.warm, restarts=settings.restarts) as server,
+        ):
+            self._server = server
             while not self.is_over and "SIGHUP" not in received:
                 self.tick(time.monotonic(), received)
                 self._wait()
-        self._end_ranks(now=True)
+            self._end_ranks(now=True)
         if self.leader is not None:
             if self.leader.outcome is not None:
                 self._say_goodbye(self.leader)
@@ -225,7 +232,8 @@ class Agent:
         self._generation, self._has_told_failure, self._stops = order["start"], False, []
         file = self.lease.file(self._generation)
         console = Console()
-        launch = NodeLaunch(self.task, order["mark"], file, order["first"], order["size"], self._stops, console)
+        first, size = order["first"], order["size"]
+        launch = NodeLaunch(self.task, order["mark"], file, first, size, self._stops, console, self._server)
         self._launch = launch
         self._thread = threading.Thread(target=self._run_ranks, args=[launch], name="ranks", daemon=True)
         self._thread.start()

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED
 from dstune.core.lease import LEASE
-from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, STORE
+from dstune.core.rank_env import FORK_SERVER, GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, STORE
 from dstune.launch.agents.task import Task
 from dstune.launch.commands import LaunchPlan
 from dstune.launch.console import Console
 from dstune.launch.local.supervise import Launch
+from dstune.launch.local.warm import ForkServer
 from dstune.launch.verdict import Ended
 
 ENDING_SECONDS = 2.0
@@ -27,7 +28,11 @@ OF_ONE_START = ("MASTER_ADDR", "MASTER_PORT", STORE, GROUP_SECRET, LAUNCH_ID, LE
 
 
 class NodeLaunch(Launch):
-    """One start of the ranks of this node. mark: `DSTUNE_LAUNCH_ID` of all ranks of the attempt."""
+    """One start of the ranks of this node.
+
+    mark: `DSTUNE_LAUNCH_ID` of all ranks of the attempt. lease: the file of its generation. server: what forks the ranks;
+    None for processes that import everything themselves.
+    """
 
     def __init__(
         self,
@@ -38,11 +43,11 @@ class NodeLaunch(Launch):
         world_size: int,
         received: list[str],
         console: Console,
+        server: ForkServer | None = None,
     ):
         plan = node_plan(task, os.environ, first_rank, world_size)
-        super().__init__(
-            plan, Path(task.run_dir), task.settings.grace_seconds, console, received, None, task.settings.saves
-        )
+        run_dir, settings = Path(task.run_dir), task.settings
+        super().__init__(plan, run_dir, settings.grace_seconds, console, received, None, settings.saves, server)
         self.id, self.first_rank = mark, first_rank
         self._world_size, self._lease, self._secret = world_size, lease, task.secret
 
@@ -76,7 +81,7 @@ class NodeLaunch(Launch):
 
 def node_plan(task: Task, parent: Mapping[str, str], first_rank: int, world_size: int) -> LaunchPlan:
     """The command lines and environments of this node's ranks."""
-    dropped = {*OF_ONE_START, *task.unset}
+    dropped = {*OF_ONE_START, FORK_SERVER, *task.unset}
     shared = {name: value for name, value in parent.items() if name not in dropped} | task.variables
     shared |= {
         "WORLD_SIZE": str(world_size),

@@ -28,6 +28,10 @@ class Settings:
     """Those that ask the run to save and leave (`run.signals`)."""
     saves: bool = True
     """Whether ranks that are asked to stop have something to save."""
+    warm: bool = True
+    """Whether ranks are forked from a process that has done their imports (`launch.warm`)."""
+    imports: list[str] = field(default_factory=list)
+    """Modules that such a process imports beside those of every rank."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,6 +10,7 @@ from dstune.core.handoff import FOLDER, HANDOFF_FILE, RANK_LOGS
 from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID
 from dstune.launch.agents.task import Settings, Task
 from dstune.launch.hostfile.config import HostfileConfig
+from dstune.launch.local.warm import rank_imports
 from dstune.launch.remote_commands import path_of, variables_of
 
 OF_OTHER_LAUNCHERS = (LAUNCH_ID, RANK_LOGS, FOLDER, HANDOFF_FILE, GROUP_SECRET)
@@ -51,6 +52,8 @@ def host_tasks(
         interface=launch.interface,
         signals=list(config.run.signals),
         saves=saves,
+        warm=launch.warm,
+        imports=list(rank_imports(config)),
     )
     return [
         Task(

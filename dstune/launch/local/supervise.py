@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +35,6 @@ from dstune.launch.local.restarts import Restarts
 from dstune.launch.processes import Guard, end_all, is_stopped
 from dstune.launch.signals import caught_signals
 from dstune.launch.verdict import Ended, Verdict, judge
-from dstune.protocols import method_of
 
 POLL_SECONDS = 0.05
 LEFTOVER_SECONDS = 2.0
@@ -65,10 +63,11 @@ def run(
         UserError: the ranks found the user's mistake.
     """
     grace = launch.grace_seconds
-    imports = ("peft",) if method_of(config.method).adapter else ()
     with (
         caught_signals(config.run.signals) as received,
-        warm.fork_server(launch, imports, console.message) as server,
+        warm.fork_server(
+            warm.rank_imports(config), console.message, warm=launch.warm, restarts=launch.restarts
+        ) as server,
     ):
         restarts = Restarts(launch.restarts, run_dir, console, received)
         while True:
@@ -199,8 +198,8 @@ class Launch:
     ) -> subprocess.Popen[bytes] | warm.ForkedProcess:
         """stdout: None for a pipe."""
         if self.server is not None:
-            asked = partial(bool, self.received)
-            if forked := self.server.start(argv, env, stdout=stdout, stderr=stderr, interrupted=asked):
+            forked = self.server.start(argv, env, stdout=stdout, stderr=stderr, interrupted=self._is_ending)
+            if forked is not None:
                 return forked
         return subprocess.Popen(
             argv,
@@ -210,6 +209,9 @@ class Launch:
             stderr=stderr,
             start_new_session=True,
         )
+
+    def _is_ending(self) -> bool:
+        return bool(self.received) or self.ends_others
 
     def _watch(self) -> None:
         while len(self.ended) < len(self.ranks):

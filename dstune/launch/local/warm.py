@@ -24,17 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dstune.core.rank_env import GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, RUN_SHA256, STORE
+from dstune.core.lease import LEASE
+from dstune.core.rank_env import FORK_SERVER, GROUP_SECRET, LAUNCH_ID, LAUNCHER_PID, RUN_SHA256, STORE
 from dstune.core.secrets import is_secret
 from dstune.launch.local import forking
 from dstune.launch.local.fork_server import SOCKET, VARIABLES
-from dstune.protocols import TRACKERS
+from dstune.protocols import TRACKERS, method_of
 
 if TYPE_CHECKING:
-    from dstune.launch.local.config import LocalConfig
+    from dstune.config.schema import RunConfig
 
-FORK_SERVER = "DSTUNE_FORK_SERVER"
-"""The folder of the fork server that is offered to this process."""
 SERVER = "dstune.launch.local.fork_server"
 LOCK, OWNER, OUTPUT = "lock", "owner", "output"
 IMPORT_SECONDS = 180.0
@@ -42,7 +41,7 @@ IMPORT_SECONDS = 180.0
 POLL_SECONDS = 0.05
 OF_ONE_RANK = {
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DSTUNE_CONSOLE"),
-    *(GROUP_SECRET, LAUNCHER_PID, LAUNCH_ID, RUN_SHA256, STORE, FORK_SERVER, "DSTUNE_PLUGINS", "DSTUNE_CACHE"),
+    *(GROUP_SECRET, LAUNCHER_PID, LAUNCH_ID, LEASE, RUN_SHA256, STORE, "DSTUNE_PLUGINS", "DSTUNE_CACHE"),
 }
 """Variables that a rank reads when it needs them, after its imports."""
 COLD = "dstune: the rank starts cold (launch.warm)"
@@ -246,14 +245,23 @@ def offer(idle_seconds: int = 0) -> Iterator[dict[str, str]]:
         yield {FORK_SERVER: folder}
 
 
+def rank_imports(config: RunConfig) -> tuple[str, ...]:
+    """Return the modules that ranks of this run import beside those of every rank."""
+    return ("peft",) if method_of(config.method).adapter else ()
+
+
 @contextmanager
 def fork_server(
-    launch: LocalConfig, imports: Sequence[str], message: Callable[[str], None]
+    imports: Sequence[str], message: Callable[[str], None], *, warm: bool, restarts: int
 ) -> Iterator[ForkServer | None]:
     """What forks the ranks of a run: the server that is offered to this process, or its own where the run may start again;
-    None for cold starts. imports: modules beside those of every rank. message: gets a line why a rank starts cold."""
+    None for cold starts.
+
+    imports: modules beside those of every rank. message: gets a line why a rank starts cold. warm, restarts: the keys of
+    the launcher.
+    """
     folder = os.environ.get(FORK_SERVER)
-    if not (launch.warm and SUPPORTED and (folder or launch.restarts)):
+    if not (warm and SUPPORTED and (folder or restarts)):
         yield None
         return
     with offer() as variables:

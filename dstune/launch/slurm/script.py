@@ -17,6 +17,7 @@ from dstune.core.child_python import python_path
 from dstune.core.errors import Problem, UserError
 from dstune.launch.agents.task import Settings
 from dstune.launch.commands import ALWAYS, UNLESS_SET, inherited, interface_variables
+from dstune.launch.local.warm import rank_imports
 from dstune.launch.slurm.config import ContainerRuntime, SlurmConfig
 
 SCRIPT = Path("launch") / "job.sbatch"
@@ -139,6 +140,8 @@ def settings_of(config: RunConfig, launch: SlurmConfig) -> Settings:
         requeues=launch.requeue,
         interface=launch.interface,
         signals=sorted({*config.run.signals, "SIGUSR1"}),
+        warm=launch.warm,
+        imports=list(rank_imports(config)),
     )
 
 
