@@ -307,6 +307,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--only", choices=["kills", "pauses"])
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and end the machines
     if reason := machines_module.missing() or slurm_module.missing():
         sys.exit(reason)
     with tempfile.TemporaryDirectory(prefix="losses-") as folder:
