@@ -47,12 +47,14 @@ KINDS = [
     "node",
     "leader",
     "leader node",
-    "batch node",
     "partition",
     "leader partition",
+    "batch node",
+    "batch node for good",
 ]
-"""What is struck. `batch node`: the one that runs the script of a SLURM job. `partition`: a cable is pulled, and put back after
-the others have gone on."""
+"""What is struck. `partition`: a cable is pulled, and put back after the others have gone on. `batch node`: the one that runs the
+script of a SLURM job; `for good` where it stays dead until the run is over."""
+LAST = "batch node for good"
 MODES = {
     "spare": (["launch.spares=1"], ["node1", "node2", "node3"]),
     "fewer": (["launch.min_nodes=1"], ["node1", "node2"]),
@@ -83,7 +85,7 @@ class Nodes:
         agents = [process for process in self.processes(node) if _is_agent(process)]
         return next((process for process in agents if process.ppid() in {other.pid for other in agents}), None)
 
-    def revive(self, node: str, launcher: str) -> None:
+    def revive(self, node: str) -> None:
         self.machines.start(node)
         wait_until(lambda: self.machines.on("head", "ssh", node, "true").returncode == 0)
         self.slurm.start_node(node)
@@ -160,6 +162,9 @@ class Campaign:
             command.kill()
             raise
         time.sleep(3.0)
+        queue = self.nodes.slurm.call("squeue", "-h").splitlines()
+        for node in {*self.nodes.machines.names} - {*self.nodes.machines._first}:
+            self.nodes.revive(node)
         whole = self.nodes.login.folder / "undisturbed"
         rows, expected = exact(self.run_dir), exact(whole)
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -175,7 +180,7 @@ class Campaign:
             "same steps": same_steps,
             "largest difference of a loss": apart,
             "equal to the bit": first_difference(rows, expected) == "",
-            "left over": self.nodes.left_over(),
+            "left over": self.nodes.left_over() + queue,
             "seconds": round(time.monotonic() - began),
         }
 
@@ -193,7 +198,7 @@ class Campaign:
             self.until(lambda: list((self.run_dir / "checkpoints").glob("*.incomplete")), command)
         struck, step = time.monotonic(), last_step(self.run_dir)
         dead = {"node": others[0], "leader node": leader}.get(kind)
-        if kind == "batch node":
+        if kind.startswith("batch node"):
             dead = self.batch_node()
         if dead:
             self.nodes.machines.kill(dead)
@@ -205,7 +210,12 @@ class Campaign:
             agent.kill()
         else:
             self.nodes.ranks(training[0] if kind == "save" else others[0])[0].kill()
-        self.until(lambda: self.starts() > starts and self.status()["training"], command, seconds=240, during=dead)
+        self.until(
+            lambda: self.starts() > starts and self.status()["training"],
+            command,
+            seconds=240,
+            during=dead if kind != LAST else None,
+        )
         started = time.monotonic() - struck
         if kind == "twice":
             time.sleep(2.0)
@@ -219,8 +229,8 @@ class Campaign:
             self.until(lambda: last_step(self.run_dir) > step, command)
             self.nodes.machines.reconnect(alone)
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
-        if dead and dead not in self.nodes.machines._first:
-            self.nodes.revive(dead, self.launcher)
+        if dead and dead not in self.nodes.machines._first and kind != LAST:
+            self.nodes.revive(dead)
         self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}
         self.figures.append(figure)
@@ -257,7 +267,7 @@ class Campaign:
                 found = False
             # A job needs all its nodes: one whose batch node died is requeued, and waits for this one to come back.
             if during and time.monotonic() - began > 25 and during not in self.nodes.machines._first:
-                self.nodes.revive(during, self.launcher)
+                self.nodes.revive(during)
             return found or command.poll() is not None
 
         wait_until(reached, timeout=seconds)
@@ -324,7 +334,9 @@ def main() -> None:
                 assert done.returncode == 0, done.stdout + done.stderr
                 for launcher in arguments.launchers:
                     for mode in arguments.modes:
-                        kinds = [kind for kind in arguments.kinds if launcher == "slurm" or kind != "batch node"]
+                        kinds = [
+                            kind for kind in arguments.kinds if launcher == "slurm" or not kind.startswith("batch node")
+                        ]
                         print(json.dumps(Campaign(nodes, launcher, mode).play(kinds)), flush=True)
             if arguments.only != "kills":
                 for launcher in arguments.launchers:

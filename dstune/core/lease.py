@@ -7,6 +7,7 @@ they may not save any more, so a group that a partition cut off can never overwr
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -84,7 +85,8 @@ class Lease:
 
         Returns its number; None where another process was first. Raises OSError.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        # Not its parents: without the run directory's file system there may be an empty folder in its place.
+        self.folder.mkdir(exist_ok=True)
         generation = after + 1
         try:
             os.close(os.open(self.file(generation), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -101,6 +103,26 @@ class Lease:
     def write(self, generation: int, record: LeaseRecord) -> None:
         """Replace the record of a generation that this process holds. Raises OSError."""
         files.write(self.file(generation), json.dumps(asdict(record)), mode=0o600)
+
+    def renew(self, generation: int, record: LeaseRecord) -> None:
+        """Show that the holder is alive: `record` has another `beat`. Raises OSError."""
+        try:
+            self.write(generation, record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.utime(self.file(generation))  # training goes on without room for a checkpoint, so it needs none for this
+
+    def renewed(self, generation: int) -> int:
+        """Return a number that differs after each `renew` of `generation`, whatever its record says; 0 where it is gone."""
+        try:
+            descriptor = os.open(self.file(generation), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            return os.fstat(descriptor).st_mtime_ns  # of an open file, which no client of NFS takes from its cache
+        finally:
+            os.close(descriptor)
 
 
 def new_holder() -> str:

@@ -19,7 +19,7 @@ import pytest
 from dstune.core.errors import TrainingFailed
 from dstune.core.lease import LEASE, Lease, refuse_if_superseded
 from dstune.launch import records
-from dstune.launch.agents import AGENT
+from dstune.launch.agents import AGENT, wire
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.task import Settings, Task
 
@@ -105,6 +105,7 @@ class Nodes:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "logs").mkdir()
+    (tmp_path / "launch").mkdir()
     yield tmp_path
     left = [process for process in psutil.process_iter() if str(tmp_path) in _words(process)]
     for process in left:
@@ -210,6 +211,63 @@ def test_two_groups_never_train(run_dir):
     nodes.wait(lambda: nodes.agents["node1"].leader is None and nodes.agents["node1"]._launch is None)
     assert Lease(run_dir).newest() == second
     assert finish(nodes)["status"] == "completed"
+
+
+@pytest.mark.ci
+def test_a_leader_that_only_its_file_system_reaches_lets_another_node_lead(run_dir, monkeypatch):
+    """A partition leaves the leader alone, with a lease that it can renew: the nodes on the other side go on."""
+    nodes = Nodes(run_dir, 3, expected=3, silence_seconds=3.0)
+    first = nodes.wait(nodes.places(0, 1, size=2))
+    alone = nodes.agents["node1"]
+    for peer in alone.leader.peers:
+        if peer.node != "node1":
+            monkeypatch.setattr(peer.link, "receive", list)
+            monkeypatch.setattr(nodes.agents[peer.node]._link, "receive", list)
+    unreachable = alone.leader.keeper.record.port
+
+    def connect(address: str, port: int, *further: Any) -> Any:
+        if port == unreachable:
+            raise OSError("no route to host")
+        return wire.connect(address, port, *further)
+
+    monkeypatch.setattr("dstune.launch.agents.agent.connect", connect)
+    nodes.wait(lambda: alone.leader is None and alone._launch is None)
+    assert "too few nodes can reach it" in nodes.log()
+    nodes.stopped.add("node1")  # it reaches nobody
+    second = nodes.wait(nodes.places(0, 1, size=2, after=first))
+    assert nodes.leader == "node2"
+    nodes.stopped.clear()
+    nodes.wait(lambda: "node1" in nodes.agents["node2"].leader.group.members)  # as a spare
+    assert nodes.places(0, 1, size=2)() == second
+    assert finish(nodes)["status"] == "completed"
+
+
+@pytest.mark.ci
+def test_a_leader_without_nodes_yields_once_and_then_waits(run_dir):
+    nodes = Nodes(run_dir, 2, silence_seconds=3.0)
+    first = nodes.wait(nodes.places(0, 1, size=2))
+    nodes.kill("node2")
+    nodes.wait(lambda: "too few nodes can reach it" in nodes.log())
+    again = nodes.wait(lambda: nodes.agents["node1"].leader)
+    waited = time.monotonic() - again.waiting_since
+    assert waited > 5.0  # the clock of the give-up goes on
+    until = time.monotonic() + 8.0
+    nodes.wait(lambda: time.monotonic() > until)
+    assert nodes.agents["node1"].leader is again
+    nodes.agents["node2"] = nodes.agent(1)
+    nodes.wait(nodes.places(0, 1, size=2, after=first))
+    assert "node1, which led the run, was lost" not in nodes.log()
+    assert finish(nodes)["status"] == "completed"
+
+
+def test_agents_lead_nothing_where_the_run_directory_is_gone(run_dir):
+    """An empty folder in its place, as of a file system that is no longer mounted, has no lease to take."""
+    (run_dir / "launch").rmdir()
+    nodes = Nodes(run_dir, 1, nodes=1, expected=1, min_nodes=1)
+    until = time.monotonic() + 1.5
+    nodes.wait(lambda: time.monotonic() > until)
+    assert nodes.agents["node1"].leader is None
+    assert nodes.log().count("the lease of the run cannot be taken") == 1
 
 
 @pytest.mark.ci

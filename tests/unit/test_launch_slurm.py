@@ -149,6 +149,56 @@ def test_each_node_has_a_step_of_its_own_which_ends_with_the_run(tmp_path, monke
         assert words.endswith("--nodes=1 agent\n")
 
 
+@pytest.fixture
+def queue_programs(tmp_path, monkeypatch) -> Path:
+    """A run directory, with programs of SLURM beside it that note what they are asked for."""
+    run_dir = tmp_path / "run"
+    for folder in (run_dir / "logs", run_dir / "launch", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    for name in ("scontrol", "scancel"):
+        program = tmp_path / "bin" / name
+        program.write_text(
+            f'#!/bin/sh\necho {name} "$@" >>{run_dir}/asked\n[ "$2" = hostnames ] && printf "node1\\nnode2\\n"\n'
+        )
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return run_dir
+
+
+def test_a_node_that_comes_back_gets_another_step(queue_programs, monkeypatch):
+    """Its step failed when the node was lost, and once more because the node was not there yet."""
+    run_dir = queue_programs
+    status = json.dumps(asdict(GroupStatus(2, "node1", [], ["node1"], ["node2"], 0, True)))
+    (run_dir.parent / "bin" / "srun").write_text(
+        f"""#!/bin/sh
+echo started >>{run_dir}/starts-$DSTUNE_AGENT_ORDER
+tries=$(wc -l <{run_dir}/starts-$DSTUNE_AGENT_ORDER)
+if [ $DSTUNE_AGENT_ORDER = 1 ]; then [ $tries -lt 3 ] && exit 1; echo '{status}' >{run_dir / slurm_job.GROUP_FILE}
+else while [ ! -s {run_dir / slurm_job.GROUP_FILE} ]; do sleep 0.1; done; fi
+"""
+    )
+    (run_dir.parent / "bin" / "srun").chmod(0o755)
+    monkeypatch.setattr(slurm_job, "AGAIN_SECONDS", 0.1)
+    assert slurm_job.run_agents(run_dir, ["srun", "agent"]) == 0
+    assert (run_dir / "starts-0").read_text().count("started") == 1
+    assert (run_dir / "starts-1").read_text().count("started") == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "asked"),
+    [("completed", 0, "scancel 7"), ("failed", 1, "scancel 7"), ("preempted", 75, "scontrol requeue 7")],
+)
+def test_a_job_whose_script_is_lost_is_ended_by_the_leader(queue_programs, monkeypatch, status, code, asked):
+    monkeypatch.setattr(slurm_job, "AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_job, "SHORT_SECONDS", 0.0)
+    monkeypatch.setattr("dstune.report.command.leave_behind", lambda run_dir, say: None)
+    (queue_programs / "result.json").write_text(json.dumps({"status": status, "reason": "a node was lost", "steps": 3}))
+    slurm_job.end_without_script(queue_programs, code)
+    assert (queue_programs / "asked").read_text() == f"{asked}\n"
+
+
 @pytest.mark.parametrize(
     ("keys", "where"),
     [

@@ -27,7 +27,7 @@ from dstune.core import files
 from dstune.core.lease import Lease, new_holder
 from dstune.core.rank_env import FORK_SERVER
 from dstune.core.rendezvous import SECRET_FILE
-from dstune.launch.agents import AGENT, ORDER
+from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
 from dstune.launch.agents.agent import Agent
 from dstune.launch.agents.task import Settings, Task, task_of
 from dstune.launch.local import warm
@@ -36,12 +36,20 @@ from dstune.launch.verdict import how
 POLL_SECONDS = 0.2
 STARTS, PER_SECONDS = 5, 30.0
 """An agent that is killed so often in so long a time is not started again."""
+WITHOUT_SCRIPT = 100
+"""Added to the exit code of the run, which is below it, where the node with the script of the SLURM job is lost."""
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def main(argv: Sequence[str]) -> int:
     if argv:
-        return keep(task_in_step(argv))
+        task = task_in_step(argv)
+        if (code := keep(task)) >= WITHOUT_SCRIPT:
+            from dstune.launch.slurm.job import end_without_script
+
+            end_without_script(Path(task.run_dir), code - WITHOUT_SCRIPT)
+            return 0
+        return code
     line = sys.stdin.buffer.readline()
     task = task_of(json.loads(line))
     dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
@@ -57,7 +65,17 @@ def task_in_step(argv: Sequence[str]) -> Task:
     order = int(os.environ.get(ORDER, "0"))
     names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")
     launch = ".".join(os.environ.get(name, "0") for name in names)
-    return Task(run_dir, [*command, run_dir], Settings(**json.loads(settings)), node, order, int(ranks), launch, secret)
+    return Task(
+        run_dir=run_dir,
+        command=[*command, run_dir],
+        settings=Settings(**json.loads(settings)),
+        node=node,
+        order=order,
+        ranks=int(ranks),
+        launch=launch,
+        secret=secret,
+        batch_node=os.environ.get(BATCH_NODE, ""),
+    )
 
 
 def end_earlier(task: Task, mark: str) -> str:
@@ -96,7 +114,7 @@ def _keep(task: Task, standard_input: int | None, dead_holder: str) -> int:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)
-            if code == 0 or is_leaving:
+            if code == 0 or code >= WITHOUT_SCRIPT or is_leaving:
                 return code
             starts = [start for start in starts if time.monotonic() - start < PER_SECONDS]
             print(f"dstune: the agent of {task.node} {how(code)}", flush=True)
@@ -124,8 +142,9 @@ def _fork(task: Task, holder: str, dead_holder: str) -> int:
             ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         for name in {*PREEMPTION_SIGNALS, *task.settings.signals, "SIGTERM", "SIGINT", "SIGHUP"}:
             signal.signal(signal.Signals[name], signal.SIG_DFL)  # one that is ignored would not be caught
-        Agent(task, holder, dead_holder).run()
-        code = 0
+        agent = Agent(task, holder, dead_holder)
+        agent.run()
+        code = 0 if agent.left_alone is None else WITHOUT_SCRIPT + agent.left_alone
     except BaseException:
         import traceback
 

@@ -50,6 +50,8 @@ class Agent:
         self.lease = Lease(self.run_dir)
         self.leader: Leader | None = None
         self.is_over = False
+        self.left_alone: int | None = None
+        """The exit code of the run, where this node has led it to its end without the node of the job's script."""
         self.silence_seconds = task.settings.silence_seconds
         self._link: Link | None = None
         self._heard = self._beaten = 0.0
@@ -62,9 +64,13 @@ class Agent:
         self._has_told_failure = False
         self._stops: list[str] = []
         """Requests to stop for the ranks that run now."""
-        self._seen: tuple[int, LeaseRecord | None] = (-1, None)
+        self._seen: tuple[int, LeaseRecord | None, int] = (-1, None, 0)
         self._seen_since = self._ticked
         self._signals_told = 0
+        self._complaint = ""
+        self._waiting_since: float | None = None
+        """Since when this node waits for others, after it let them lead; None once ranks have started."""
+        self._lead_not_before = 0.0
 
     # -- the life of an agent -----------------------------------------------------------------------------------------
 
@@ -83,6 +89,8 @@ class Agent:
             self._end_ranks(now=True)
         if self.leader is not None:
             if self.leader.outcome is not None:
+                if self.task.batch_node and self.task.batch_node not in self.leader.group.members:
+                    self.left_alone = self.leader.outcome.exit_code
                 self._say_goodbye(self.leader)
             else:
                 self.leader.keeper.release()
@@ -92,14 +100,16 @@ class Agent:
 
     def tick(self, now: float, received: Sequence[str] = ()) -> None:
         """Do what is due. received: names of signals, filled by a handler."""
-        if (
-            now - self._ticked > PAUSE_SECONDS
-        ):  # this process was stopped: what others said meanwhile is still to be read
-            self._heard += now - self._ticked
-        self._ticked = now
+        gap, self._ticked = now - self._ticked, now
+        if gap > PAUSE_SECONDS:  # this process was stopped: what others said meanwhile is still to be read
+            self._heard += gap
+            self._seen_since += gap
         if self.leader is not None:
             self.leader.tick(now)
             if self.leader.is_deposed:
+                if self.leader.has_yielded:
+                    self._waiting_since = self.leader.waiting_since
+                    self._lead_not_before = now + TURN_SECONDS * (self.task.settings.expected + 1)
                 self.leader = None
         link = self._link
         is_doubtful = link is None or not link.is_proven or now - self._heard > DOUBT_SECONDS
@@ -135,9 +145,9 @@ class Agent:
             self._beaten = now
             link.send({"alive": True})
         if link.closed and not self.is_over:
-            self._message(f"dstune: {self.task.node} has lost the leader ({link.closed}), and ends its ranks")
             self._link = None
             self._end_ranks(now=True)
+            self._message(f"dstune: {self.task.node} has lost the leader ({link.closed}), and has ended its ranks")
 
     def _obey(self, message: Message) -> None:
         if "start" in message:
@@ -158,11 +168,13 @@ class Agent:
         try:
             generation = self.lease.newest()
             record = self.lease.read(generation) if generation else None
+            renewed = self.lease.renewed(generation) if generation else 0
         except OSError as error:
-            self._message(f"dstune: the lease of the run cannot be read: {error}")
+            self._complain(f"dstune: the lease of the run cannot be read: {error}")
             return
-        if (generation, record) != self._seen:
-            self._seen, self._seen_since = (generation, record), now
+        seen = (generation, record, renewed)
+        if seen != self._seen:
+            self._seen, self._seen_since = seen, now
         if record is not None and record.is_over and record.launch == self.task.launch:
             self.is_over = True
         elif self._link is not None and self._link.is_proven:
@@ -179,6 +191,8 @@ class Agent:
             self._introduce(link)
 
     def _may_lead(self, generation: int, record: LeaseRecord | None, now: float) -> bool:
+        if now < self._lead_not_before:
+            return False
         unchanged = now - self._seen_since
         turn = TURN_SECONDS * self.task.order
         if generation == 0 or (record is not None and record.is_released):
@@ -198,17 +212,29 @@ class Agent:
         try:
             taken = self.lease.take(generation, record)
         except OSError as error:
-            self._message(f"dstune: the lease of the run cannot be taken: {error}")
+            self._complain(f"dstune: the lease of the run cannot be taken: {error}")
             taken = None
         if taken is None:
             server.close()
             return
+        self._complaint = ""
         keeper = LeaseKeeper(self.lease, taken, record)
         keeper.start()
         settings, secret = self.task.settings, self.task.secret
-        lost_leader = same.node if same is not None else ""
+        # A leader that has yielded is not lost, and where it leads again it goes on waiting.
+        waiting_since = self._waiting_since
+        lost_leader = same.node if same is not None and waiting_since is None else ""
         self.leader = Leader(
-            self.run_dir, settings, secret, keeper, server, now, self.task.node, self._message, lost_leader
+            self.run_dir,
+            settings,
+            secret,
+            keeper,
+            server,
+            now if waiting_since is None else waiting_since,
+            self.task.node,
+            self._message,
+            lost_leader,
+            may_yield=waiting_since is None,
         )
         self._introduce(connect(address if interface else "127.0.0.1", record.port, secret, CONNECT_SECONDS))
 
@@ -230,6 +256,7 @@ class Agent:
     def _start(self, order: Message) -> None:
         self._end_ranks(now=True)
         self._generation, self._has_told_failure, self._stops = order["start"], False, []
+        self._waiting_since = None
         file = self.lease.file(self._generation)
         console = Console()
         first, size = order["first"], order["size"]
@@ -272,6 +299,12 @@ class Agent:
             record = self.lease.read(self.lease.newest())
             if record is not None and len(record.mark) > 8:
                 end_all(record.mark)
+
+    def _complain(self, text: str) -> None:
+        """Say what is tried twice a second once."""
+        if text != self._complaint:
+            self._complaint = text
+            self._message(text)
 
     def _message(self, text: str) -> None:
         """Say `text` in the log of this agent, and in the one that the command shows."""

@@ -108,7 +108,8 @@ class Group:
         self.stop_signal: str | None = None
         self.forced = False
         self._orders, self._message = orders, message
-        self._waiting_since = now
+        self.waiting_since = now
+        """Since when no rank runs."""
         self._not_before = now
         self._settle_seconds = self._give_up_seconds = JOIN_SECONDS
         """After so long an attempt starts with fewer nodes than `wanted`; with fewer than `min_nodes` the run ends."""
@@ -116,9 +117,11 @@ class Group:
         self._expected = expected
         """Nodes that the next attempt waits for a moment, so that spares do not begin in the place of others."""
         self._announced = ""
+        self._expects_return = False
 
     def expect_soon(self) -> None:
         """The nodes have been there before: those that do not come back in a moment are lost."""
+        self._expects_return = True
         self._settle_seconds, self._give_up_seconds, self._expected = REJOIN_SECONDS, self._rejoin_seconds, 0
 
     def join(self, member: Member) -> None:
@@ -173,8 +176,15 @@ class Group:
         if wait is None:
             self.is_over = True
             return
-        self._waiting_since, self._not_before = now, now + wait
+        self.waiting_since, self._not_before = now, now + wait
         self.expect_soon()
+
+    def lacks_nodes(self, now: float, seconds: float) -> bool:
+        """Whether too few of the nodes that were there before have been there for `seconds`."""
+        is_waiting = self.attempt is None and not self.is_over and self.stop_signal is None
+        waited = now - self.waiting_since
+        lacks = self._expects_return and len(self.members) < self.min_nodes
+        return is_waiting and lacks and seconds <= waited < self._give_up_seconds
 
     def _end_nodes(self) -> None:
         assert self.attempt is not None
@@ -185,7 +195,7 @@ class Group:
 
     def _start_if_ready(self, now: float) -> None:
         ready = sorted(self.members.values(), key=lambda member: member.order)
-        waited = now - self._waiting_since
+        waited = now - self.waiting_since
         if self.stop_signal is not None:
             self._give_up(f"received {self.stop_signal} while no rank was running", stopped=True)
         elif len(ready) < self.min_nodes and waited >= self._give_up_seconds:

@@ -32,6 +32,10 @@ PAUSE_SECONDS = 3.0
 """A longer gap between two ticks means that this process was stopped: the silence of others is not theirs then."""
 PROOF_SECONDS = 10.0
 """How long a stranger may stay connected."""
+MOST_STRANGERS = 256
+"""Connections of peers that have not introduced themselves; a further one takes the place of the oldest."""
+YIELD_SECONDS = 5.0
+"""A leader that has been without enough nodes for so long lets another one lead, once."""
 SAME_REQUEST_SECONDS = 5.0
 """A queue sends the same signal to all nodes of a job."""
 SILENT = "it was silent"
@@ -86,7 +90,7 @@ class LeaseKeeper(threading.Thread):
                 self.ended.set()
                 return
             self.record = replace(self.record, beat=self.record.beat + 1)
-            self.lease.write(self.generation, self.record)
+            self.lease.renew(self.generation, self.record)
             self.renewed = began
 
     def advance(self, mark: str) -> bool:
@@ -112,8 +116,9 @@ class LeaseKeeper(threading.Thread):
 class Leader(Orders):
     """Leads the agents of a run until it is over, or until another agent holds the lease.
 
-    keeper: of the lease that this process has just taken. server: where agents connect. lost_leader: the node that led this
-    launch before and is gone, if there is one.
+    keeper: of the lease that this process has just taken. server: where agents connect. now: since when nodes are waited for.
+    lost_leader: the node that led this launch before and is gone, if there is one. may_yield: whether it gives the lease back
+    when too few nodes reach it.
     """
 
     def __init__(
@@ -127,9 +132,12 @@ class Leader(Orders):
         node: str,
         message: Callable[[str], None],
         lost_leader: str = "",
+        *,
+        may_yield: bool = True,
     ):
         self.run_dir, self.settings, self.node = run_dir, settings, node
-        self.keeper, self.is_deposed = keeper, False
+        self.keeper, self.is_deposed, self.has_yielded = keeper, False, False
+        self._may_yield = may_yield
         self.outcome: Verdict | None = None
         """How the run ended; None while it goes on."""
         self._secret, self._server, self._message = secret, server, message
@@ -151,6 +159,7 @@ class Leader(Orders):
         self._lost_leader = lost_leader
         if lost_leader:
             message(f"dstune: {lost_leader}, which led the run, was lost; {node} leads now")
+        if lost_leader or not may_yield:
             self.group.expect_soon()
         self.peers: list[Peer] = []
         self._log_starts: dict[int, int] = {}
@@ -191,8 +200,16 @@ class Leader(Orders):
         if self._lost_leader and self.keeper.record.attempts > self.settings.restarts:
             self._finish(Verdict(EXIT_FAILED, f"{self._lost_leader}, which led the run, was lost"))
             return
+        if self._may_yield and self.group.lacks_nodes(now, YIELD_SECONDS):
+            self._yield()
+            return
         self.group.tick(now)
         self._write_status()
+
+    @property
+    def waiting_since(self) -> float:
+        """Since when nodes are waited for."""
+        return self.group.waiting_since
 
     def sockets(self) -> list[Any]:
         """What to wait on for events."""
@@ -213,6 +230,10 @@ class Leader(Orders):
                 sock, _ = self._server.accept()
             except OSError:
                 return
+            strangers = [peer for peer in self.peers if not peer.node]
+            if len(strangers) >= MOST_STRANGERS:
+                strangers[0].link.close("too many others have connected since")
+                self.peers.remove(strangers[0])
             self.peers.append(Peer(Link(sock, self._secret, LEADER), now))
 
     def _hear(self, peer: Peer, now: float) -> None:
@@ -264,8 +285,14 @@ class Leader(Orders):
 
     def _depose(self, reason: str) -> None:
         self.is_deposed = True
+        self.close()  # first of all: where the file system does not answer, the next line waits for it
         self._message(f"dstune: {self.node} does not lead any more: {reason}")
-        self.close()
+
+    def _yield(self) -> None:
+        """Let another node lead: a partition may have left this one alone, while its file system is still there."""
+        self.has_yielded = True
+        self.keeper.release()
+        self._depose("too few nodes can reach it")
 
     # -- orders -------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,8 @@ class Task:
     """Of rank 0 alone."""
     folder: str | None = None
     """Where relative paths of the configuration begin; the agent's own folder when not given."""
+    batch_node: str = ""
+    """Of a SLURM job, the node that runs its script."""
     unset: list[str] = field(default_factory=list)
     """Variables of the agent that no rank gets."""
 

@@ -223,7 +223,7 @@ class Launch:
 
     def _obey_signals(self) -> None:
         """Act on the first request to stop (ask the ranks to save) and on the second (end them at once)."""
-        if self.received and self.stop_signal is None:
+        if len(self.received) == 1 and self.stop_signal is None:
             self.stop_signal = self.received[0]
             with contextlib.suppress(OSError):  # a full disk: the ranks say SIGTERM then
                 files.write(self.logs / SIGNAL_FILE, self.stop_signal)
@@ -233,9 +233,9 @@ class Launch:
             then = "saving at the end of this step; again to stop at once without saving" if self.saves else "stopping"
             self.console.message(f"dstune: received {self.stop_signal}: {then}")
         if len(self.received) > 1 and not self.forced:
-            self.forced = True
+            self.stop_signal, self.forced = self.received[0], True
+            self._kill()  # the first of all: where the disk does not answer, nothing else would be reached
             self.console.message("dstune: received a second signal: stopping at once")
-            self._kill()
 
     def _note_ends(self, signalled_to_end: bool = False) -> bool:
         """Record ranks that ended since the last look; whether one of them ended badly."""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstune.config.schema import PREEMPTION_SIGNALS
@@ -17,13 +17,17 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.core.paths import STOP_REASON
 from dstune.core.rendezvous import leave_secret
 from dstune.launch import attempt, records
-from dstune.launch.agents import ORDER
+from dstune.launch.agents import BATCH_NODE, ORDER
 from dstune.launch.agents.status import GROUP_FILE, read_group
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
 
 AFTER_SECONDS = 15.0
 """How long srun may take to end after the run is over."""
+AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 3.0, 60.0
+"""When the step of a node is started again; twice as long after each that ended as soon as it started."""
+SHORT_SECONDS = 10.0
+"""A step that ends sooner could not be started, or its agent could not."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +44,8 @@ def run_agents(run_dir: Path, command: Sequence[str]) -> int:
     node that has died until SLURM notices, which takes minutes.
 
     command: srun, its options for one node, and the agent's command. Each node has a step of its own, since srun ends a step on
-    all nodes when one of them comes back without it, whatever `--no-kill` says. Returns the worst exit code.
+    all nodes when one of them comes back without it, whatever `--no-kill` says. A node that comes back while it is still part
+    of the job gets another step. Returns the worst exit code.
     """
     (run_dir / GROUP_FILE).unlink(missing_ok=True)
     srun, *words = command
@@ -50,17 +55,48 @@ def run_agents(run_dir: Path, command: Sequence[str]) -> int:
     for order, node in enumerate(nodes):
         log = run_dir.absolute() / "logs" / f"agent-{order}.log"
         options = [f"--nodelist={node}", f"--output={log}", "--open-mode=append"]
-        environment = {**os.environ, ORDER: str(order)}
-        steps.append(subprocess.Popen([srun, *options, *words], stdin=subprocess.DEVNULL, env=environment))
+        environment = {**os.environ, ORDER: str(order), BATCH_NODE: os.environ.get("SLURMD_NODENAME", "")}
+        steps.append(NodeStep([srun, *options, *words], environment))
     deadline: float | None = None
-    while any(step.poll() is None for step in steps):
+    while any(step.process.poll() is None for step in steps):
         if deadline is None and (group := read_group(run_dir)) is not None and group.is_over:
             deadline = time.monotonic() + AFTER_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            _end(steps)
+        if deadline is None:
+            for step in steps:
+                step.start_again()
+        elif time.monotonic() > deadline:
+            _end([step.process for step in steps])
         time.sleep(0.2)
-    worst = max((step.returncode if step.returncode >= 0 else 128 - step.returncode for step in steps), default=0)
+    codes = [step.process.returncode for step in steps]
+    worst = max((code if code >= 0 else 128 - code for code in codes), default=0)
     return 0 if deadline is not None else worst
+
+
+class NodeStep:
+    """The step of one node of the job."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+        self._command, self._environment = command, environment
+        self._pause = AGAIN_SECONDS
+        self._start()
+
+    def _start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=self._environment)
+        self._started = time.monotonic()
+        self._again: float | None = None
+        """When it is started again; None while it runs."""
+
+    def start_again(self) -> None:
+        """Start the step again a while after it has failed. Call it often, while others run."""
+        if self.process.poll() in (None, EXIT_DONE):
+            return
+        now = time.monotonic()
+        if self._again is None:
+            is_short = now - self._started < SHORT_SECONDS
+            self._pause = min(LONGEST_AGAIN_SECONDS, 2 * self._pause) if is_short else AGAIN_SECONDS
+            self._again = now + self._pause
+        elif now >= self._again:
+            self._start()
 
 
 def _end(steps: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -103,6 +139,21 @@ def end(run_dir: Path, code: int) -> int:
         print(f"dstune: {verdict.reason}", file=sys.stderr)
     result = records.read_result(run_dir) or {}
     return REQUEUE if verdict.exit_code == EXIT_PREEMPTED and _continues(result) else verdict.exit_code
+
+
+def end_without_script(run_dir: Path, code: int) -> None:
+    """Do what the job's script does at its end, on another node: the one that ran the script is lost, and SLURM ends a job
+    with `--no-kill` for no lost node. A job whose script still runs ends before this begins."""
+    time.sleep(2 * AFTER_SECONDS + SHORT_SECONDS)
+    job = os.environ["SLURM_JOB_ID"]
+    words = ["scontrol", "requeue", job] if end(run_dir, code) == REQUEUE else ["scancel", job]
+    print(f"dstune: the node with the script of job {job} is lost: {' '.join(words)}", flush=True)
+    try:
+        failed: int | None = subprocess.run(words, stdin=subprocess.DEVNULL).returncode
+    except OSError as error:  # a container has none of SLURM's programs
+        failed = error.errno
+    if failed:
+        print(f"dstune: that was not possible, and the job keeps its nodes: scancel {job}", file=sys.stderr, flush=True)
 
 
 def _signalled_before_training(code: int) -> str:
