@@ -38,7 +38,7 @@ from cluster.slurm import Slurm  # noqa: E402
 from support.command import exact, metrics, overrides_of_run, result, wait_until  # noqa: E402
 from support.tiny import save_decoder, write_dialogues  # noqa: E402
 
-STEPS = 90
+STEPS = 240
 KINDS = [
     "rank",
     "agent",
@@ -200,6 +200,7 @@ class Campaign:
         dead = {"node": others[0], "leader node": leader}.get(kind)
         if kind.startswith("batch node"):
             dead = self.batch_node()
+        revived = dead if kind != LAST else None
         if dead:
             self.nodes.machines.kill(dead)
         elif alone:
@@ -229,8 +230,8 @@ class Campaign:
             self.until(lambda: last_step(self.run_dir) > step, command)
             self.nodes.machines.reconnect(alone)
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
-        if dead and dead not in self.nodes.machines._first and kind != LAST:
-            self.nodes.revive(dead)
+        if revived and revived not in self.nodes.machines._first:
+            self.nodes.revive(revived)
         self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}
         self.figures.append(figure)
