@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import Verb, verb
+from collections.abc import Sequence
+
+from dstune.cli.verb import Verb, Words, verb
+
+
+class InitPlugin(Verb):
+    """`dstune init plugin KIND FILE`, which is no verb of its own."""
+
+    name = "init plugin"
+    summary = "a plugin that works, to begin from"
+    action = "dstune.testing.scaffold:main"
 
 
 @verb
 class Init(Verb):
     name = "init"
-    summary = "`init plugin KIND FILE`: a plugin that works, to begin from"
-    action = "dstune.testing.scaffold:main"
-    other_names = ((("new", "create", "scaffold"), "`dstune init plugin task my_task.py`"),)
+    summary = (
+        "`init DATA`: a configuration file for your rows and machine; `init plugin KIND FILE`: a plugin to begin from"
+    )
+    action = "dstune.launch.starter:main"
+    other_names = ((("new", "create", "scaffold", "setup", "wizard"), "`dstune init rows.jsonl` writes my.yaml"),)
+    overrides = True
+
+    def run(self, arguments: list[str]) -> int:
+        return InitPlugin().run(arguments) if arguments[:1] == ["plugin"] else super().run(arguments)
+
+    def words(self, given: Sequence[str]) -> Words:
+        return InitPlugin().words(given) if given[:1] == ["plugin"] else super().words(given)

@@ -1,0 +1,198 @@
+"""`dstune init DATA`: the task of the rows, the model of the machine, and a file that composes to what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstune import cli
+from dstune.config.compose import compose
+from dstune.config.plain_file import expand
+from dstune.config.schema import RunConfig
+from dstune.config.validate import validate
+from dstune.core.errors import UserError
+from dstune.launch import machine
+from dstune.launch.machine import Here
+from dstune.launch.starter import main
+from dstune.planning.hardware import Cluster, known_device
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "messages": ([{"messages": TURNS}], {"task.name": "chat"}),
+    "alpaca": ([{"instruction": "Add", "input": "1 1", "output": "2"}], {"task.name": "chat"}),
+    "preference": ([{"prompt": "Hi", "chosen": "Hello", "rejected": "No"}], {"task.name": "preference", "task.loss.name": "dpo"}),
+    "feedback": (
+        [{"prompt": "Hi", "completion": "Hello", "label": True}],
+        {"task.name": "preference", "task.loss.name": "kto"},
+    ),
+    "text": ([{"text": "Once upon a time"}], {"task.name": "causal_lm"}),
+    "labels": (
+        [{"text": "a film", "label": "good"}, {"text": "b", "label": "bad"}],
+        {"task.name": "classification", "task.multi_label": False},
+    ),
+    "several labels": ([{"text": "a film", "labels": ["good", "long"]}], {"task.multi_label": True}),
+    "numbers": ([{"text": "a film", "label": 0.5}], {"task.regression": True}),
+    "tags": ([{"tokens": ["Ada", "met"], "tags": ["B-PER", "O"]}], {"task.name": "token_classification"}),
+    "questions": (
+        [{"question": "Who?", "context": "Ada met", "answers": {"text": ["Ada"], "answer_start": [0]}}],
+        {"task.name": "question_answering"},
+    ),
+    "translation": ([{"source": "a", "target": "b"}], {"task.name": "seq2seq"}),
+    "vectors": ([{"anchor": "a", "positive": "b"}], {"task.name": "embedding"}),
+    "own names": (
+        [{"id": i, "review text": f"film number {i}", "stars": str(i % 3)} for i in range(30)],
+        {"task.name": "classification", "data.columns": {"text": "review text", "label": "stars"}},
+    ),
+    "two texts": (
+        [{"customer": f"my order {i} is late", "agent": f"we look into order {i} at once"} for i in range(30)],
+        {"task.name": "chat", "data.columns": {"prompt": "customer", "completion": "agent"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_rows(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return name
+
+
+def on(monkeypatch: pytest.MonkeyPatch, device: str, memory_gib: float | None = None) -> None:
+    found = known_device(device)
+    assert found is not None
+    monkeypatch.setattr(machine, "here", lambda config: Here(Cluster(found, 1, host_gib=64.0), found.memory_gib))
+
+
+def composed(file: str = "my.yaml") -> RunConfig:
+    config = compose(expand([file])).config
+    validate(config)
+    return config
+
+
+def value(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_task_of_the_rows(folder: Path, kind: str, capsys):
+    rows, expected = ROWS[kind]
+    assert cli.main(["init", write_rows(rows)]) == 0
+    config = composed()
+    assert {key: value(config, key) for key in expected} == expected
+    assert config.data.train == "rows.jsonl"
+    assert config.run.name == "rows"
+    assert "dstune train my.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("device", "model", "method"),
+    [
+        ("NVIDIA H100 80GB HBM3", "Qwen/Qwen3-8B", "lora"),
+        ("NVIDIA GeForce RTX 4090", "Qwen/Qwen3-8B", "lora"),
+        ("NVIDIA GeForce RTX 3060", "Qwen/Qwen3-4B", "lora"),
+    ],
+)
+def test_the_largest_model_that_fits_a_gpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, device: str, model: str, method: str
+):
+    on(monkeypatch, device)
+    assert main([write_rows([{"messages": TURNS}] * 40)]) == 0
+    config = composed()
+    assert (config.model.path, config.method.name) == (model, method)
+
+
+def test_without_a_gpu_a_packaged_model(folder: Path):
+    main([write_rows([{"messages": TURNS}])])
+    assert composed().model.path == "sample://smollm2"
+    main([write_rows(ROWS["labels"][0]), "--force"])
+    assert composed().model.path == "sample://minilm"
+
+
+def test_lengths_and_numbers_of_rows_decide(folder: Path):
+    main([write_rows([{"text": "word " * 400}] * 30)])
+    few = composed()
+    assert (few.data.max_length, few.data.packing, few.trainer.epochs, few.trainer.global_batch_size) == (
+        1024,
+        False,
+        3,
+        8,
+    )
+    main([write_rows([{"text": f"word {i}"} for i in range(6000)]), "--force"])
+    many = composed()
+    assert (many.data.max_length, many.data.packing, many.trainer.epochs, many.trainer.global_batch_size) == (
+        256,
+        True,
+        2,
+        32,
+    )
+
+
+def test_what_the_user_says_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    on(monkeypatch, "NVIDIA GeForce RTX 4090")
+    words = ["task=classification", "data.columns={text: story, label: kind}", "model=bert_base", "optimizer.lr=3e-5"]
+    main([write_rows([{"story": "a b", "kind": "x"}, {"story": "c", "kind": "y"}]), *words, "--output", "other.yml"])
+    config = composed("other.yml")
+    assert (config.task.name, config.model.path, config.optimizer.lr) == (
+        "classification",
+        "google-bert/bert-base-uncased",
+        3e-5,
+    )
+    assert config.data.columns == {"text": "story", "label": "kind"}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["none.jsonl"], "no such file"),
+        (["empty.jsonl"], "empty"),
+        (["numbers.jsonl"], "no task reads the columns a, b"),
+        (["rows.jsonl", "task=loar"], "there is no such task"),
+        (["rows.jsonl", "task=classification"], "task=classification needs"),
+        (["rows.jsonl", "optimizer.lr=-1"], "must be"),
+        (["rows.jsonl", "--output", "my.txt"], "no name of a YAML file"),
+        (["rows.jsonl", "--output", "there.yaml"], "exists already"),
+        (["rows.jsonl", "--output", "no/my.yaml"], "cannot be written"),
+    ],
+)
+def test_refusals_write_nothing(folder: Path, words: list[str], reason: str):
+    write_rows([{"messages": TURNS}])
+    write_rows([], "empty.jsonl")
+    write_rows([{"a": 1, "b": 2}], "numbers.jsonl")
+    Path("there.yaml").write_text("mine")
+    with pytest.raises(UserError) as caught:
+        main(words)
+    assert reason in str(caught.value)
+    assert not Path("my.yaml").exists() and Path("there.yaml").read_text() == "mine"
+
+
+def test_names_of_strangers_stay_in_their_comment(folder: Path):
+    hostile = "x\nmodel: evil\n# \x1b[31m"
+    name = "a\nmodel: evil.jsonl"
+    main([write_rows([{"text": "a b", "label": "c", hostile: "d"}, {"text": "b", "label": "e", hostile: "f"}], name)])
+    config = composed()
+    assert config.model.path == "sample://minilm"
+    assert config.data.train == name
+    assert "\x1b" not in Path("my.yaml").read_text()
+
+
+def test_init_plugin_is_another_thing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["init", "plugin", "metric", "mine.py"]) == 0
+    assert Path("mine.py").is_file()
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    check: Callable[[list[str]], int] = cli.main
+    with pytest.raises(SystemExit):
+        check(["init", "--help"])
+    assert "init plugin KIND" in capsys.readouterr().out
