@@ -51,8 +51,8 @@ _CHAT: dict[str, Mutation] = {
     ),
     "a_message_before_the_first_question_and_one_of_weight_0_are_context": undo(
         "data/render.py",
-        'trained = [number for number in numbers if messages[number].get("weight", 1)]',
-        "trained = list(numbers)",
+        'numbers = [number for number in numbers if messages[number].get("weight", 1)]',
+        "numbers = list(numbers)",
     ),
     "rows_that_need_continue_final_message_are_refused": undo(
         "data/messages.py",
@@ -63,7 +63,7 @@ _CHAT: dict[str, Mutation] = {
         "show/segments.py", "groups = list(map(int, targets))", "groups = [0] * len(ids)"
     ),
     "reasoning_that_belongs_into_the_content_is_put_there": undo(
-        "data/chat/probe.py", 'reasoning_key = "content"', "pass"
+        "data/chat/probe.py", 'return "content", frozenset(turns)', "pass"
     ),
     "a_template_for_conversations_with_tools_alone_is_served": undo(
         "data/chat/probe.py", '"qzanswer", [_QUESTION], tools=_TOOLS)', '"qzanswer", [_QUESTION])'
@@ -82,10 +82,10 @@ _CHAT: dict[str, Mutation] = {
         "data/render.py",
         "        if fields:\n",
         "        if False:\n",
-        ("data/render.py", "if text.strip() not in turn.body:", "if False:"),
+        ("data/render.py", "if text.strip() not in turn.body), None)", "if False), None)"),
     ),
     "a_call_of_which_the_name_or_an_argument_is_not_written_is_refused": undo(
-        "data/render.py", "if text.strip() not in turn.body:", "if False:"
+        "data/render.py", "if text.strip() not in turn.body), None)", "if False), None)"
     ),
     "arguments_are_given_as_the_template_concatenates_them": undo(
         "data/chat/probe.py", "if calls and self.arguments_as_text:", "if False:"

@@ -155,14 +155,17 @@ TEXT_TAGS = {
 }
 
 
-def tokenizer_for(name: str, template: str) -> Any:
-    """A byte-level tokenizer with the control tokens that `template` prints."""
-    ends = next((ends for family, ends in ENDS.items() if name.startswith(family)), ("<|im_end|>",))
-    found = dict.fromkeys([*ends, *SPECIAL.findall(template), "<s>"])
+def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> Any:
+    """A byte-level tokenizer with the control tokens that `template` prints.
+
+    ends: those of the generation settings, where they are not told by the name; more: control tokens of the vocabulary beside.
+    """
+    ends = ends or next((ends for family, ends in ENDS.items() if name.startswith(family)), ("<|im_end|>",))
+    found = dict.fromkeys([*ends, *more, *SPECIAL.findall(template), "<s>"])
     special = [
         token
         for token in found
-        if (token not in TEXT_TAGS and not re.fullmatch(r"</?[a-z_]{2,}>", token)) or token in ends
+        if (token not in TEXT_TAGS and not re.fullmatch(r"</?[a-z_]{2,}>", token)) or token in (*ends, *more)
     ]
     if "<bos>" in found or name.startswith(("gemma", "diffusion")):
         special.append("<bos>")
@@ -417,7 +420,9 @@ OWN = {
     "llama3_1": "llama3",
     "mistral_v2v3": "mistral",
     "mistralai-Mistral-Nemo-Instruct-2407": "mistral_tekken",
+    "phi3_5": "phi3",
     "phi_4": "phi4",
+    "ibm-granite-granite-3.3-2B-Instruct": "granite",
 }
 """The template of a family, by the name of its file, and dstune's own."""
 

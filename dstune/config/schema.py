@@ -118,7 +118,7 @@ class ModelConfig:
     """Run Python code that comes with the model; off unless you trust its author."""
     chat_template: str | None = None
     """Replaces the tokenizer's chat template: a Jinja file, or `chatml`, `deepseek_r1`, `gemma`, `gemma4`, `gpt_oss`,
-    `llama3`, `mistral`, `mistral_tekken`, `phi4`."""
+    `granite`, `llama3`, `mistral`, `mistral_tekken`, `phi3`, `phi4`."""
     prompt_template: str | None = None
     """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])

@@ -137,13 +137,13 @@ def _refuse_two_reasonings(number: int, message: Message, content: Content | Non
 def content_text(content: Any) -> str:
     """The content of a message as one text, empty if there is none."""
     if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
+        return "\n".join(part["text"] for part in content if "text" in part)
     return content or ""
 
 
 def content_start(content: Any) -> str:
-    """The text with which a content begins: of several parts the first one."""
-    return content[0]["text"] if isinstance(content, list) and content else content_text(content)
+    """The text with which a content begins: of several parts the first one, empty if that is no text."""
+    return content[0].get("text", "") if isinstance(content, list) and content else content_text(content)
 
 
 def with_start(content: Any, text: str) -> Content:

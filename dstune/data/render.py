@@ -19,7 +19,15 @@ from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.content_format import in_format
-from dstune.data.chat.probe import SWITCHES, Facts, facts_of, learn_stops, reasoning_of, takes_parts
+from dstune.data.chat.probe import (
+    SWITCHES,
+    Facts,
+    facts_of,
+    learn_stops,
+    prints_inline,
+    reasoning_of,
+    takes_parts,
+)
 from dstune.data.chat.prompt import prompt_ids
 from dstune.data.chat.rule import (
     Passage,
@@ -39,7 +47,7 @@ from dstune.data.chat.rule import (
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
 from dstune.data.chat.thoughts import inlined, is_open, marks_of
 from dstune.data.control import ControlTokens
-from dstune.data.message import REASONING_KEYS, content_start, inline_reasoning, with_start
+from dstune.data.message import REASONING_KEYS, content_start, content_text, inline_reasoning, with_start
 from dstune.data.messages import NO_ARGUMENTS, first_unusual
 from dstune.data.problems import unprinted
 
@@ -54,6 +62,8 @@ END_MARKER = "qzmessageend"
 """Text that is put behind a message to find where the template has printed it."""
 
 _SEVERAL = "more than one tool call of a message"
+
+_USUAL_MARKS = ("<think>", "</think>")
 
 
 def require_offsets(tokenizer: Any) -> None:
@@ -137,7 +147,8 @@ class ChatRenderer:
         )
         with self._template.opening():
             self.facts: Facts = facts_of(self._template)
-            self._marks = self._inline_marks()
+            self.inline_marks = self._inline_marks()
+            self._inline_in = prints_inline(self._template, self.facts, self.inline_marks or _USUAL_MARKS)
             if not self.choice.whole:
                 _ = self.stops  # so that a template without ends is refused at once
 
@@ -210,10 +221,7 @@ class ChatRenderer:
         Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
         """
         messages = self.expected(messages, tools)
-        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.choice.turns == "last":
-            numbers = numbers[-1:]
-        trained = [number for number in numbers if messages[number].get("weight", 1)]
+        trained = self.trained(messages)
         self._refuse_dropped(messages, tools, trained)
         adapted = [self.facts.adapted(message) for message in messages]
         if (number := first_unusual(messages)) is not None:
@@ -226,7 +234,11 @@ class ChatRenderer:
         of_last = self.arguments_for(messages[trained[-1]], arguments)
         agrees = self._template.agrees(adapted, tools=tools, arguments=of_last)
         render = self._template.direct if agrees else self._template.text
-        turns = [turn for number in trained if (turn := self._turn(adapted, tools, arguments, number, render))]
+        turns = [
+            turn
+            for number in trained
+            if (turn := self._turn(adapted, tools, arguments, number, render, messages[number]))
+        ]
         if not turns:
             return []
         whole = turns[-1].answered
@@ -255,7 +267,12 @@ class ChatRenderer:
         whole = self._template.text(adapted, tools=tools, arguments=self.arguments_for(last, arguments))
         if not any(passage.text.startswith(whole) for passage in found):
             found.append(Passage(whole, ()))
-        silent = [number for number, message in enumerate(messages) if not message.get("weight", 1)]
+        trained = self.trained(messages)
+        silent = [
+            number
+            for number, message in enumerate(messages)
+            if not message.get("weight", 1) or (self._hides(message) and number not in trained)
+        ]
         turns = [
             turn for number in silent if (turn := self._turn(adapted, tools, arguments, number, self._template.text))
         ]
@@ -269,10 +286,39 @@ class ChatRenderer:
             result.append((passage, sorted((place.start, place.end) for place in places if place is not None)))
         return result
 
+    def trained(self, messages: Messages) -> list[int]:
+        """The numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
+
+        Where the template prints the reasoning of some turns and hides that of others, the latter are context: trained without
+        it, they would teach the model not to think. A row whose reasoning it never prints keeps them, and is refused.
+        """
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.choice.turns == "last":
+            numbers = numbers[-1:]
+        numbers = [number for number in numbers if messages[number].get("weight", 1)]
+        shown = [number for number in numbers if not self._hides(messages[number])]
+        return shown if any(number and _thinks(messages[number]) for number in shown) else numbers
+
+    def count_hidden(self, messages: Messages) -> int:
+        """How many turns of a row are context since the template hides their reasoning."""
+        messages = self.expected(messages)
+        trained = self.trained(messages)
+        return sum(self._hides(message) and number not in trained for number, message in enumerate(messages))
+
+    def _hides(self, message: Mapping[str, Any]) -> bool:
+        """Whether the template drops the reasoning of a message, which stands in a field of its own."""
+        return reasoning_of(message) is not None and bool(message.get("tool_calls")) not in self.facts.reasons_in
+
     def _turn(
-        self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, number: int, render: Render
+        self,
+        adapted: Messages,
+        tools: Tools | None,
+        row: Mapping[str, Any] | None,
+        number: int,
+        render: Render,
+        expected: Mapping[str, Any] | None = None,
     ) -> Turn | None:
-        """The turn, or nothing if no context that renders precedes it."""
+        """The turn, or nothing if no context that renders precedes it. expected: what it has to say, as `expected` gives it."""
         message = adapted[number]
         arguments = self.arguments_for(message, row)
         if not number:
@@ -293,10 +339,31 @@ class ChatRenderer:
         try:
             turn = turn_of(number, prompt, answered, self.stops, calls=calls)
         except RuleError as error:
-            mended = self._mended(adapted[: number + 1], tools, arguments, prompt)
+            mended = self._mended(formatted, tools, arguments, prompt)
             raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
-        _refuse_unprinted(turn, message)
+        if expected is not None and (unprinted_field := _unprinted(turn, expected)):
+            fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []
+            mended = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(formatted, tools, arguments)])
+            raise RenderError(
+                f"message {number + 1} (assistant): the chat template does not print its {unprinted_field}, "
+                f"so it would not be trained{mended}"
+            )
         return turn
+
+    def _packaged_fix(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
+        """What to set where the packaged template of the family prints what the last of `messages` says behind its prompt."""
+        if self._packaged is None:
+            return []
+        text = template_path(self._packaged).read_text(encoding="utf-8")
+        packaged = ChatTemplate(self._tokenizer, self.date, self.run_arguments, text)
+        try:
+            begin = packaged.text(messages[:-1], tools=tools, arguments=arguments, prompt=True)
+            whole = packaged.text(messages, tools=tools, arguments=arguments)
+        except RenderError:
+            return []
+        said = content_text(messages[-1].get("content")).strip()
+        prints = whole.startswith(begin) and said in whole[len(begin) :]
+        return [f"model.chat_template={self._packaged} fixes it"] if prints else []
 
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
         """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
@@ -313,10 +380,6 @@ class ChatRenderer:
         if any(map(_thinks, messages)):
             dropped = [_without_reasoning(message) for message in messages]
             tried["task.reasoning=drop fixes it"] = (own, dropped, {})
-        if self._packaged is not None:
-            text = template_path(self._packaged).read_text(encoding="utf-8")
-            packaged = ChatTemplate(self._tokenizer, self.date, own.arguments, text)
-            tried[f"model.chat_template={self._packaged} fixes it"] = (packaged, messages, {})
         for fix, (template, changed, given) in tried.items():
             try:
                 begin, whole = (
@@ -327,6 +390,7 @@ class ChatRenderer:
                 continue
             if whole.startswith(begin):
                 found.append(fix)
+        found += self._packaged_fix(messages, tools, arguments)
         return "".join(f"; {text}" for text in found)
 
     def _scored(
@@ -347,9 +411,25 @@ class ChatRenderer:
         messages = with_call_ids(in_format(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
             return [_without_reasoning(message) for message in messages]
-        if self.choice.inlines_reasoning and self.facts.reasoning_key is None:
-            return [_with_inline_reasoning(message, self._marks) for message in messages]
+        if self.choice.inlines_reasoning:
+            return [self._with_inline_reasoning(message) for message in messages]
         return messages
+
+    def _with_inline_reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
+        """`message` with its reasoning at the beginning of its content, where the template prints it there and has no field for
+        it."""
+        reasoning = reasoning_of(message) if message["role"] == "assistant" else None
+        calls = bool(message.get("tool_calls"))
+        if (
+            reasoning is None
+            or self.inline_marks is None
+            or calls in self.facts.reasons_in
+            or calls not in self._inline_in
+        ):
+            return message
+        rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+        content = message.get("content")
+        return {**rest, "content": with_start(content, inlined(content_start(content), reasoning, self.inline_marks))}
 
     def _inline_marks(self) -> tuple[str, str] | None:
         """The marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are known."""
@@ -361,7 +441,7 @@ class ChatRenderer:
             value = str(list(self.choice.reasoning_marks))
             raise UserError(Problem("task.reasoning_marks", "these have to be two texts", fix, value))
         marks = _known_marks(self._template)
-        if marks is None and self.choice.inlines_reasoning and self.facts.reasoning_key is None:
+        if marks is None and self.choice.inlines_reasoning and self.facts.reasons_in != {True, False}:
             reason = "neither the chat template nor the vocabulary has marks of reasoning"
             raise UserError(Problem("task.reasoning_marks", reason, fix))
         return marks
@@ -406,13 +486,23 @@ class ChatRenderer:
         fix = "set model.chat_template to one that does"
         if self._packaged is not None and not dropped[_SEVERAL]:
             fix += f" (the packaged {self._packaged} does)"
-        if facts.reasoning_key is None and any(reasoning_of(messages[number]) for number in trained):
-            marks = "...".join(self._marks) if self._marks else "with task.reasoning_marks=[OPENING,CLOSING]"
-            inline = f"task.reasoning=inline writes it into the content ({marks})"
-            fix = f"{inline}, task.reasoning=drop trains without it, or {fix}" if not fields else fix
-            fields.append(f"reasoning ({', '.join(REASONING_KEYS)})")
+        hidden = [bool(messages[number].get("tool_calls")) for number in trained if self._hides(messages[number])]
+        if hidden:
+            fixes = ["task.reasoning=drop trains without it", fix]
+            if not self.choice.inlines_reasoning and self._inline_in.intersection(hidden):
+                fixes.insert(0, self._inline_fix())
+            fix = fix if fields else f"{', '.join(fixes[:-1])}, or {fixes[-1]}"
+            which = ""
+            if facts.reasons_in:
+                which = " of turns that call no tool" if True in facts.reasons_in else " of turns that call tools"
+            fields.append(f"reasoning ({', '.join(REASONING_KEYS)}){which}")
         if fields:
             raise RenderError(unprinted(" and ".join(filter(None, [", ".join(fields[:-1]), fields[-1]])), fix))
+
+    def _inline_fix(self) -> str:
+        usual = f"with task.reasoning_marks='[{','.join(_USUAL_MARKS)}]'"
+        marks = "...".join(self.inline_marks) if self.inline_marks else usual
+        return f"task.reasoning=inline writes it into the content ({marks})"
 
 
 def _is_described(tool: Mapping[str, Any]) -> bool:
@@ -438,7 +528,8 @@ def _apart(
     """
     *earlier, last, turn = messages
     content = last.get("content")
-    if not content or END_MARKER in prompt or END_MARKER in answered:
+    ends_with_text = isinstance(content, str) or (content and "text" in content[-1])
+    if not content or not ends_with_text or END_MARKER in prompt or END_MARKER in answered:
         return None
     marked = [*earlier, {**last, "content": _with_end(content, END_MARKER)}]
     try:
@@ -446,13 +537,14 @@ def _apart(
             render(marked, tools=tools, arguments=arguments, prompt=True),
             render([*marked, turn], tools=tools, arguments=arguments),
         ]
+        closed = render(marked, tools=tools, arguments=arguments).rpartition(END_MARKER)[2]
     except RenderError:
         return None
     tails = [text.rpartition(END_MARKER)[2] for text in texts]
     expected = zip((prompt, answered), texts, tails, strict=True)
     if not all(END_MARKER in text and original.endswith(tail) for original, text, tail in expected):
         return None
-    return behind_message(*tails, thinks=_thinks(turn))
+    return behind_message(tails[0], tails[1], closed, thinks=_thinks(turn))
 
 
 def _with_end(content: Any, text: str) -> Any:
@@ -476,16 +568,6 @@ def _known_marks(template: ChatTemplate) -> tuple[str, str] | None:
     return marks_of(template.source(None), tokens)
 
 
-def _with_inline_reasoning(message: dict[str, Any], marks: tuple[str, str] | None) -> dict[str, Any]:
-    """`message` with the reasoning of its own field at the beginning of its content, between `marks`."""
-    reasoning = reasoning_of(message) if message["role"] == "assistant" else None
-    if reasoning is None or marks is None:
-        return message
-    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    content = message.get("content")
-    return {**kept, "content": with_start(content, inlined(content_start(content), reasoning, marks))}
-
-
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
@@ -495,8 +577,8 @@ def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
-    """Raises RenderError where what the assistant says, thinks or calls is not in what the template writes for it."""
+def _unprinted(turn: Turn, message: Mapping[str, Any]) -> str | None:
+    """What the assistant says, thinks or calls and the template does not write for it, if there is anything."""
     content = message.get("content")
     start = content_start(content)
     reasoning = reasoning_of(message)
@@ -509,10 +591,4 @@ def _refuse_unprinted(turn: Turn, message: Mapping[str, Any]) -> None:
         output[f"call of {name}"] = name
         if isinstance(arguments, dict):  # as text they are printed as they are, or not at all
             output |= {f"argument {key} of {name}": key for key in arguments if key.isidentifier()}
-    for what, text in output.items():
-        if text.strip() not in turn.body:
-            fix = "; task.reasoning=drop trains without it" if what == "reasoning" else ""
-            raise RenderError(
-                f"message {turn.number + 1} (assistant): the chat template does not print its {what}, "
-                f"so it would not be trained{fix}"
-            )
+    return next((what for what, text in output.items() if text.strip() not in turn.body), None)

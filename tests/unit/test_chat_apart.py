@@ -164,7 +164,8 @@ def test_inline_reasoning_that_the_template_strips_is_refused():
     task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline)
     encode = RowTokenizer(byte_tokenizer(stripping), task, "messages", max_length=1000)
     (sample,) = encode.samples([{"messages": REASONED}], [0])
-    assert "does not print its reasoning" in sample.problem
+    assert "does not print reasoning" in sample.problem
+    assert "task.reasoning=inline" not in sample.problem
 
 
 TURNS_OF_ONE_ROLE = [user("Hi"), user("You there?"), assistant("Yes"), assistant("What is it?")]
@@ -222,3 +223,109 @@ def test_an_order_of_roles_that_the_template_refuses_or_of_which_it_drops_a_mess
     template, messages, reason
 ):
     assert reason in refusal(byte_tokenizer(template), row_of(messages)["messages"])
+
+
+def printing_reasoning(condition: str) -> str:
+    """ChatML that prints the reasoning of messages for which `condition` holds, and calls."""
+    thought = (
+        f"('<think>' + message.reasoning_content + '</think>' if message.reasoning_content and {condition} else '')"
+    )
+    calls = "(message.tool_calls | map(attribute='function') | list | tojson if message.tool_calls else '')"
+    return CHATML.replace("message['content'] +", f"{thought} + (message.content or '') + {calls} +")
+
+
+REASONS_IN_CALLS = printing_reasoning("message.tool_calls")
+"""Gemma 4 31B, Command R7B: an answer's reasoning is dropped."""
+DROPS_TEXT_OF_CALLS = CHATML.replace(
+    "message['content'] +",
+    "(message.tool_calls | map(attribute='function') | list | tojson if message.tool_calls else message.content) +",
+)
+"""Llama 3.1, Mistral 7B: a message with calls shows nothing else."""
+AGENT = [
+    CALLING[0],
+    {**CALLING[1], "reasoning_content": "Look."},
+    tool("sunny"),
+    {**assistant("It is sunny."), "reasoning_content": "So."},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "task", "trained", "context"),
+    [
+        (REASONS_IN_CALLS, {}, "<think>Look.</think>", "It is sunny."),
+        (
+            DROPS_TEXT_OF_CALLS,
+            {"reasoning": Reasoning.inline, "reasoning_marks": ["<think>", "</think>"]},
+            "<think>\nSo.\n</think>\n\nIt is sunny.",
+            "weather",
+        ),
+    ],
+)
+def test_only_turns_whose_reasoning_is_printed_are_trained_and_the_others_are_counted(
+    tmp_path, template, task, trained, context
+):
+    rows = [{"messages": AGENT}, {"messages": [user("Again?"), *AGENT]}]
+    config, tokenizer, data = data_of(tmp_path, template, rows, ChatConfig(template_date=DATE, **task))
+    assert "2 turns of the assistant are context" in prove(config, tokenizer, data).note
+    for row in data.train.table:
+        target = tokenizer.decode([label for label in row["labels"] if label != NO_TARGET])
+        assert trained in target
+        assert context not in target
+        assert context in tokenizer.decode(row["input_ids"])
+
+
+def test_a_row_whose_reasoning_is_never_printed_is_refused_with_the_remedies():
+    text = refusal(byte_tokenizer(REASONS_IN_CALLS), REASONED)
+    assert "reasoning (reasoning_content, reasoning, thinking) of turns that call no tool" in text
+    assert "task.reasoning=inline" in text
+
+
+def test_inline_reasoning_takes_the_place_of_a_field_that_is_read_in_calls_alone(tmp_path):
+    task = {"reasoning": Reasoning.inline, "reasoning_marks": ["<think>", "</think>"]}
+    ((_, rest),) = proven(tmp_path, REASONS_IN_CALLS, [{"messages": AGENT}], **task)
+    assert rest.startswith("<think>Look.</think>")
+    assert "<think>\nSo.\n</think>\n\nIt is sunny.<|im_end|>" in rest
+
+
+def test_inline_reasoning_behind_an_empty_thought_of_the_template_is_refused():
+    """A client sends both back, and the template would write a third thought in front of them."""
+    template = CHATML.replace(
+        "message['content'] +", "('<think></think>' if message.role == 'assistant' else '') + message['content'] +"
+    )
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline)
+    encode = RowTokenizer(byte_tokenizer(template), task, "messages", max_length=1000)
+    (sample,) = encode.samples([{"messages": REASONED}], [0])
+    assert "does not print reasoning" in sample.problem
+
+
+IN_PARTS = CHATML.replace(
+    "message['content'] +",
+    "'' }}{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ '[THINK]' + part.thinking + '[/THINK]' if part.type == 'thinking' else part.text }}{% endfor %}{% endif %}{{ '' +",
+)
+"""Ministral 3: reasoning is a part of the content."""
+
+
+def test_reasoning_that_a_template_reads_as_a_part_of_the_content_is_given_as_one(tmp_path):
+    ((context, rest),) = proven(tmp_path, IN_PARTS, [{"messages": REASONED}])
+    assert context == prompted(IN_PARTS, REASONED[:1])
+    assert rest.startswith("[THINK]Hm.[/THINK]Yes<|im_end|>")
+    tokenizer = byte_tokenizer(IN_PARTS)
+    prompt = tokenizer.decode(ChatPrompts(tokenizer, DATE).ids(REASONED[:3]))
+    assert prompt == context + rest[: len(prompt) - len(context)]
+
+
+LINE_BREAK_BEHIND_A_RESULT = CHATML.replace("{% for", "{% set last = messages | length %}{% for").replace(
+    "message['content'] +",
+    "(message.content or '') + ('\\n' if message.role == 'tool' and loop.index < last else '') + "
+    "(message.tool_calls | map(attribute='function') | list | tojson if message.tool_calls else '') +",
+)
+"""Hermes 3: a tool's result ends with a line break as soon as a message follows."""
+
+
+def test_an_answer_is_trained_where_a_server_asks_for_it_if_the_history_differs_in_white_space(tmp_path):
+    messages = [*CALLING, tool("sunny"), assistant("Warm.")]
+    ((context, rest),) = proven(tmp_path, LINE_BREAK_BEHIND_A_RESULT, [{"messages": messages}])
+    asked = prompted(LINE_BREAK_BEHIND_A_RESULT, messages[:-1])
+    assert "sunny<|im_end|>" in asked
+    assert context + rest == f"{asked}Warm.<|im_end|>\n"

@@ -55,6 +55,11 @@ RENDERED = {
     "<|start|>assistant<|channel|>final<|message|>No.<|return|>",
     "gemma4": "<s><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\nYes.<turn|>\n"
     "<|turn>user\nAnd?<turn|>\n<|turn>model\nNo.<turn|>\n",
+    "granite": "<|start_of_role|>system<|end_of_role|>Be brief.<|end_of_text|>\n"
+    "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>Yes.<|end_of_text|>\n"
+    "<|start_of_role|>user<|end_of_role|>And?<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>No.<|end_of_text|>\n",
+    "phi3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\nYes.<|end|>\n"
+    "<|user|>\nAnd?<|end|>\n<|assistant|>\nNo.<|end|>\n",
     "alpaca": "<s>Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes.</s>\n\n### Instruction:\nAnd?\n\n### Response:\nNo.</s>",
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes. </s><s>[INST] And? [/INST] No. </s>",
     "vicuna": "<s>Be brief. USER: Hi ASSISTANT: Yes.</s>USER: And? ASSISTANT: No.</s>",
@@ -67,6 +72,8 @@ MARKERS = {
     "mistral_tekken": ("<s>", "</s>", "[INST]", "[/INST]"),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
     "gemma4": ("<|tool_response>", "<|turn>", "<turn|>"),
+    "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>", "<|end_of_text|>"),
+    "phi3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "alpaca": ("<s>", "</s>"),
     "llama2": ("<s>", "</s>"),
     "vicuna": ("<s>", "</s>"),
@@ -187,7 +194,7 @@ def test_a_template_that_is_neither_a_name_nor_a_file_is_refused(tmp_path):
         resolve_run(run_config(model=model, data=DataConfig(train=str(rows))))
 
     resolved("llama3")
-    with pytest.raises(UserError, match="chatml, deepseek_r1, gemma, gemma4, gpt_oss, llama3"):
+    with pytest.raises(UserError, match="chatml, deepseek_r1, gemma, gemma4, gpt_oss, granite, llama3"):
         resolved("lama3")
 
 

@@ -88,13 +88,14 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
     kept: dict[tuple[str, str], Kept] = {}
     longest: Kept | None = None
     rendered: Counter[tuple[int, str, bool, bool, bool]] = Counter()
-    opened = 0
+    opened = hidden = 0
     for batch in rows.iter(batch_size=ROWS_AT_ONCE):
         there, cut = (_among(found, np.asarray(batch["number"])) for found in (known, truncated))
         for text, number, has_samples, is_cut in zip(batch["row"], batch["number"], there, cut, strict=True):
             if not has_samples:
                 continue
             opened += _is_opened(text)
+            hidden += _hidden_turns(text, encode.for_row(number))
             own = _own_arguments(text)
             manner = (encode.source_of(number), own, *_reasoning(text))
             if manner not in rendered and len(rendered) >= MOST_ARGUMENTS:
@@ -117,6 +118,7 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
     found = {
         "rows": entries,
         "opened": opened,
+        "hidden": hidden,
         "of": of,
         "rendered": [[*key, count] for key, count in rendered.items()],
     }
@@ -133,6 +135,14 @@ def _is_plain(row: Kept, encode: Any) -> bool:
     """Whether nobody wrote in it what reads like a control token, of which transformers would make one."""
     renderer = encode.for_row(row.number).renderer
     return renderer is not None and not renderer.holds_control_tokens(json.loads(row.text))
+
+
+def _hidden_turns(text: str, encode: Any) -> int:
+    """How many turns of a row are context since the template does not print their reasoning."""
+    renderer = encode.renderer
+    if renderer is None or renderer.choice.whole or not any(mark in text for mark in REASONING):
+        return 0
+    return sum(renderer.count_hidden(exchange.row["messages"]) for exchange in encode.exchanges(json.loads(text)))
 
 
 def _own_arguments(text: str) -> str:
@@ -204,6 +214,10 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         notes.append(
             f"{kept['opened']:,} of {kept['of']:,} conversations begin with the assistant: what it says there answers nothing "
             "and is context"
+        )
+    if hidden := kept.get("hidden"):  # absent from what earlier versions wrote
+        notes.append(
+            f"{hidden:,} turns of the assistant are context: the chat template drops their reasoning, so they are not trained"
         )
     stops: frozenset[int] = frozenset()
     compared = 0
@@ -302,9 +316,7 @@ def _compared(
         expected = server.whole(row)
         same = any(sample["input_ids"].tolist() == expected[: len(sample["input_ids"])] for sample in samples)
         return None if same else "the conversation as a whole has other tokens", 1
-    numbers = [number for number, message in enumerate(row["messages"]) if message["role"] == "assistant" and number]
-    if renderer.choice.turns == "last":
-        numbers = numbers[-1:]
+    numbers = [number for number in renderer.trained(row["messages"]) if number]
     marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools")) and not own.trains_on_prompt
     turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
     marks = [server.marks(row, sample["input_ids"].tolist(), own.max_length) if marked else None for sample in samples]

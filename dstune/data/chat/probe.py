@@ -15,6 +15,7 @@ from typing import Any
 from dstune.data.chat.call_ids import CallIds, with_call_ids
 from dstune.data.chat.rule import RuleError, Stops, alternatives, in_common
 from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
+from dstune.data.chat.thoughts import inlined
 from dstune.data.message import REASONING_KEYS, content_start, with_start
 
 SWITCHES = ("enable_thinking", "thinking")
@@ -51,7 +52,7 @@ class Facts:
 
     reasoning_key: str | None
     """The name under which it reads reasoning, if it prints any; `content` where it opens `<think>` in the prompt and
-    reads no field, so that reasoning has to begin the content."""
+    reads no field, so that reasoning has to begin the content; `part` where it is a part of the content (Ministral 3)."""
     switch: str | None
     """The argument that tells it whether the model is to think."""
     prints_system: bool
@@ -71,6 +72,8 @@ class Facts:
     """The form of the ids of calls with which it prints them."""
     splits_reasoning: bool = True
     """Whether it finds reasoning in the content by itself (`<think>...</think>`), or prints none at all."""
+    reasons_in: frozenset[bool] = frozenset()
+    """Of which turns it prints reasoning under that name: of those that call tools (True), of others (False)."""
 
     def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         """`message` as the template reads it; equal to it where it does already."""
@@ -82,6 +85,8 @@ class Facts:
         if reasoning is not None and self.reasoning_key == "content":
             changed = {key: value for key, value in changed.items() if key not in REASONING_KEYS}
             changed["content"] = with_start(content, _inline(reasoning, content_start(content)))
+        elif reasoning is not None and self.reasoning_key == "part":
+            changed["content"] = [{"type": "thinking", "thinking": reasoning}, *_text_parts(changed.get("content"))]
         elif reasoning is not None:  # under every name, as newer versions of transformers do by themselves
             absent = {key: reasoning for key in REASONING_KEYS if key not in changed}
             changed = {**changed, "reasoning_content": reasoning, **absent}
@@ -103,6 +108,12 @@ def reasoning_of(message: Mapping[str, Any]) -> str | None:
 
 def _inline(reasoning: str, content: str) -> str:
     return f"<think>\n{reasoning.strip()}\n</think>\n" + (f"\n{content}" if content else "")
+
+
+def _text_parts(content: Any) -> list[dict[str, str]]:
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
@@ -130,19 +141,7 @@ def facts_of(template: ChatTemplate) -> Facts:
         }
     )
     (requested, answered), (both,) = (with_call_ids(of, call_ids) for of in ([requested, _RESULT], [both]))
-    reasoning_key = next(
-        (
-            key
-            for key in REASONING_KEYS
-            for answer in (_ANSWER, requested)
-            if _prints(
-                template, [_QUESTION, {**answer, key: "qzreasoning"}], "qzreasoning", arguments=thinking, refused=False
-            )
-        ),
-        None,
-    )
-    if reasoning_key is None and _opens_thinking(template, thinking):
-        reasoning_key = "content"
+    reasoning_key, reasons_in = _reasoning(template, {False: _ANSWER, True: requested}, thinking)
     return Facts(
         reasoning_key=reasoning_key,
         switch=switch,
@@ -159,8 +158,71 @@ def facts_of(template: ChatTemplate) -> Facts:
         arguments_as_text=as_text,
         empty_content=empty,
         call_ids=call_ids,
-        splits_reasoning=reasoning_key in (None, "content") or _splits(template, thinking),
+        splits_reasoning=reasoning_key in (None, "content", "part") or _splits(template, thinking),
+        reasons_in=reasons_in,
     )
+
+
+def _reasoning(
+    template: ChatTemplate, turns: Mapping[bool, dict[str, Any]], thinking: Mapping[str, Any]
+) -> tuple[str | None, frozenset[bool]]:
+    """The name under which the template reads reasoning, and in which turns it prints it: `turns` by whether they call tools."""
+
+    def shows(turn: dict[str, Any], calls: bool) -> bool:
+        asked: dict[str, Any] = {"tools": _TOOLS} if calls else {}
+        return _prints(template, [_QUESTION, turn], "qzreasoning", arguments=thinking, refused=False, **asked)
+
+    for key in REASONING_KEYS:
+        if any(
+            _prints(
+                template, [_QUESTION, {**turn, key: "qzreasoning"}], "qzreasoning", arguments=thinking, refused=False
+            )
+            for turn in turns.values()
+        ):
+            every = dict.fromkeys(REASONING_KEYS, "qzreasoning")
+            return key, frozenset(calls for calls, turn in turns.items() if shows({**turn, **every}, calls))
+    if _opens_thinking(template, thinking):
+        return "content", frozenset(turns)
+    thought = {"type": "thinking", "thinking": "qzreasoning"}
+    in_parts = {
+        calls: {**turn, "content": [thought, *_text_parts(turn.get("content"))]} for calls, turn in turns.items()
+    }
+    if _reads_thoughts(template, in_parts[False]):
+        return "part", frozenset(calls for calls, turn in in_parts.items() if shows(turn, calls))
+    return None, frozenset()
+
+
+def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
+    """Whether the template prints a part of a content that is a thought, and not the list as Python writes it."""
+    try:
+        text = template.text([_QUESTION, turn])
+    except RenderError:
+        return False
+    return "qzreasoning" in text and "'thinking'" not in text
+
+
+def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) -> frozenset[bool]:
+    """In which turns the template prints reasoning that begins their content, between `marks`: in those that call tools (True),
+    in others (False)."""
+    requested = facts.adapted(
+        {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
+    )
+    turns = {False: _ANSWER, True: with_call_ids([requested], facts.call_ids)[0]}
+    thinking = {} if facts.switch is None else {facts.switch: True}
+    found = set()
+    for calls, turn in turns.items():
+        content = inlined(turn.get("content") or "", "qzreasoning", marks)
+        try:
+            text = template.text(
+                [_QUESTION, {**turn, "content": content}], tools=_TOOLS if calls else None, arguments=thinking
+            )
+        except RenderError:
+            continue
+        before, printed, _ = text.partition("qzreasoning")
+        # Behind a thought of the template's (Kimi K2 Thinking) a client would send both back, and the template write a third one.
+        if printed and not before.rstrip().removesuffix(marks[0].strip()).rstrip().endswith(marks[1]):
+            found.add(calls)
+    return frozenset(found)
 
 
 def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:

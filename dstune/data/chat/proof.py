@@ -166,20 +166,25 @@ class Server:
         self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], requested: str, answered: str
     ) -> str | None:
         """What the last of `messages` adds to a prompt that does not begin the conversation: both go on from the message before
-        it, and the end of the prompt that the conversation leaves out is white space or a thought that is closed. Nothing where
-        it is anything else."""
+        it, and the conversation repeats the generation prompt behind other white space, or leaves out an end of the prompt that
+        is white space or a thought that is closed. Nothing where it is anything else."""
         *earlier, last, turn = messages
         content = last.get("content") or ""
         follows = [*content, {"type": "text", "text": _FOLLOWS}] if isinstance(content, list) else content + _FOLLOWS
         begun = [*earlier, {**last, "content": follows}]
-        behind, conversation = (
+        behind, conversation, ended = (
             text[text.rfind(_FOLLOWS) + len(_FOLLOWS) :]
             for text in (
                 self._rendered(begun, tools, arguments, prompt=True),
                 self._rendered([*begun, turn], tools, arguments, prompt=False),
+                self._rendered(begun, tools, arguments, prompt=False),
             )
         )
         if requested.endswith(behind) and answered.endswith(conversation):
+            heading = behind[len(ended) :] if behind.startswith(ended) else ""
+            at = conversation.find(heading)
+            if heading.strip() and at >= 0 and "".join(conversation[:at].split()) == "".join(ended.split()):
+                return conversation[at + len(heading) :]
             for at in range(len(behind), -1, -1):
                 beyond = behind[at:].strip()
                 if conversation.startswith(behind[:at]) and (not beyond or _EMPTY_THOUGHT.fullmatch(beyond)):

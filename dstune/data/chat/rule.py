@@ -124,13 +124,22 @@ def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: boo
     )
 
 
-def behind_message(prompt: str, answered: str, *, thinks: bool) -> str | None:
-    """What F adds to P, told from what the two print behind the last message in front of the turn; None where it is ambiguous.
+def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> str | None:
+    """What F adds to P, told from what they print behind the last message in front of the turn; None where it is ambiguous.
 
-    prompt, answered: these two texts. What P prints beyond their common beginning has to be white space or, for a turn
-    without reasoning, a thought that it closes again: behind anything else the model would have to write something that the
-    conversation does not show. thinks: whether the turn has reasoning.
+    prompt, answered: what P and F print there. closed: what C prints, which is P without the generation prompt. thinks: whether
+    the turn has reasoning.
+
+    Either F repeats the generation prompt, and has other white space in front of it than P (Hermes ends a tool's result with a
+    line break as soon as a message follows); or what P prints beyond their common beginning is white space or, for a turn
+    without reasoning, a thought that it closes again. Behind anything else the model would have to write something that the
+    conversation does not show.
     """
+    heading = prompt.removeprefix(closed)
+    if heading.strip() and prompt.startswith(closed):
+        before, found, target = answered.partition(heading)
+        if found and _without_space(before) == _without_space(closed):
+            return target
     for at in range(in_common(prompt, answered), -1, -1):
         beyond = prompt[at:]
         target = answered[at:]
@@ -214,6 +223,10 @@ def in_common(first: str, second: str) -> int:
     """How many characters the two have in common at the start."""
     different = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(different, min(len(first), len(second)))
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _not_a_beginning(prompt: str, answered: str) -> str:
