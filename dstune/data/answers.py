@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +17,52 @@ Answer = dict[str, Any]
 
 
 def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
-    """`rows` of a JSON file, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
+    """`rows` of JSON, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
 
     They are all called by the line where the article, or the whole file, begins; what is not of that form stays as it is.
     """
     for row in rows:
-        fields = row.fields or {}
-        articles = fields["data"] if isinstance(fields.get("data"), list) else [fields]
-        found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [None])]
-        # Rows of any task may have such columns: they are SQuAD's with questions below, or with nothing beside a title and texts.
-        if all(_listed(paragraph, "qas") is None for _, paragraph in found) and not (
-            articles and all(map(_is_article, articles))
-        ):
+        articles = _articles(row.fields or {})
+        if articles is None:
             yield row
             continue
-        for article, paragraph in found:
-            if _listed(paragraph, "qas") is None:
-                yield replace(row, fields=None, error="a paragraph without a list of questions (qas)")
-                continue
-            shared = {"title": article.get("title"), "context": paragraph.get("context")}
-            for question in paragraph["qas"]:
-                if isinstance(question, dict):
-                    yield replace(row, fields=shared | question)
-                else:
-                    yield replace(
-                        row, fields=None, error=f"a question must be an object, it is {format_value(question)}"
-                    )
+        for article in articles:
+            for paragraph in _listed(article, "paragraphs", [article]):
+                for question in _listed(paragraph, "qas", [paragraph]):
+                    yield _question(row, article, paragraph, question)
+
+
+def is_nested(fields: Mapping[str, Any]) -> bool:
+    """Whether a row of JSON stands for several questions, as `flat` gives them."""
+    return _articles(fields) is not None
+
+
+def _articles(fields: Mapping[str, Any]) -> list[Any] | None:
+    """The articles, paragraphs or questions of an object of SQuAD's form; None where it is of another form."""
+    data = fields.get("data")
+    articles = data if isinstance(data, list) else [fields]
+    found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [article])]
+    # Rows of any task may have such columns: they are SQuAD's with questions below, or with nothing beside a title and texts.
+    if any(_listed(paragraph, "qas") is not None for _, paragraph in found):
+        return articles
+    if articles and (all(map(_is_article, articles)) or (data is articles and all(map(_is_question, articles)))):
+        return articles
+    return None
+
+
+def _question(row: RawRow, article: Any, paragraph: Any, question: Any) -> RawRow:
+    if question is article and _is_question(question):
+        return replace(row, fields=question)
+    if question is paragraph:
+        return replace(row, fields=None, error="a paragraph without a list of questions (qas)")
+    if not isinstance(question, dict):
+        return replace(row, fields=None, error=f"a question must be an object, it is {format_value(question)}")
+    title = article.get("title", paragraph.get("title"))
+    return replace(row, fields={"title": title, "context": paragraph.get("context")} | question)
+
+
+def _is_question(value: Any) -> bool:
+    return isinstance(value, dict) and {"question", "context"} <= set(value)
 
 
 def _is_article(value: Any) -> bool:

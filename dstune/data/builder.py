@@ -21,12 +21,13 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import mixture
 from dstune.data.augment import augmented
+from dstune.data.bad_rows import BadRows
 from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
 from dstune.data.clean.report import Report
 from dstune.data.clean.tables import Cleaning
 from dstune.data.formats import check_mapped, shape_of_all
-from dstune.data.ingest import BadRows, Table, ingest
+from dstune.data.ingest import Table, ingest
 from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
 from dstune.data.parts import choose, leave_out_leaks, limited, of_task
 from dstune.data.prepared import HELD_OUT, SamplePrompt, load_split

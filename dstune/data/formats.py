@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dstune.config.data_schema import AUTOMATIC
 from dstune.core.errors import Problem, UserError
+from dstune.data.content_names import content_names
+from dstune.data.media import holds_something
 from dstune.data.problems import listing
 from dstune.protocols import ROW_FORMATS, TASKS, RowFormat, formats_for, task_of
 from dstune.protocols.task import TaskConfig
@@ -94,22 +96,49 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
     expected = " or ".join(
         " + ".join(repr(mapping.get(role, role)) for role in ROW_FORMATS[name].required) for name in nearest
     )
+    reason = f"missing column: task={task.name} needs {expected}, the columns here are {listing(columns)}"
+    fix = _other_task(columns) or _suggestion(nearest, mapping, columns)
+    raise UserError(Problem(where=where, reason=reason, fix=fix))
+
+
+def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Collection[str]) -> str:
+    """What `data.columns` may say so that one of the `nearest` formats reads these columns: one that leaves out the least."""
     suggested = {name: ROW_FORMATS[name]().candidates(list(columns), mapping) for name in nearest}
-    known = (name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns)))
-    example = next(known, nearest[0])
-    missing = dict.fromkeys(_missing(example, mapping, columns), "NAME")
-    form = ROW_FORMATS[example]
-    rest = [column for column in columns if column not in columns_read(form, mapping, columns)]
-    candidates = rest if len(rest) == len(missing) == 1 else suggested[example]
-    missing |= dict(zip(missing, candidates, strict=False))
-    raise UserError(
-        Problem(
-            where=where,
-            reason=f"missing column: task={task.name} needs {expected}, the columns here are {listing(columns)}",
-            fix=_other_task(columns)
-            or f"name the file's own columns, for example {_mapping('data.columns', {**mapping, **missing})}",
-        )
-    )
+    known = [name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns))]
+    found = []
+    for name in known or nearest[:1]:
+        form = ROW_FORMATS[name]
+        missing = dict.fromkeys(_missing(name, mapping, columns), "NAME")
+        rest = [column for column in columns if column not in columns_read(form, mapping, columns)]
+        candidates = rest if len(rest) == len(missing) == 1 else suggested[name]
+        whole = {**mapping, **missing, **dict(zip(missing, candidates, strict=False))}
+        unread = content_left_out(form, whole, columns)
+        if len(unread) == 1 and "input" in form.optional and "NAME" not in whole.values():
+            whole, unread = {**whole, "input": unread[0]}, []
+        found.append((whole, unread if "NAME" not in whole.values() else []))
+    whole, unread = min(found, key=lambda suggestion: len(suggestion[1]))
+    return f"name the file's own columns, for example {_mapping('data.columns', whole)}{_left_out(unread)}"
+
+
+def content_left_out(form: type[RowFormat], mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
+    """The columns that look like content, hold something, and are not read by this format."""
+    read = columns_read(form, mapping, columns)
+    names = content_names()
+    return [
+        column
+        for column in columns
+        if column in names
+        and column not in read
+        and (not isinstance(columns, Mapping) or holds_something(columns[column]))
+    ]
+
+
+def _left_out(columns: Sequence[str]) -> str:
+    if not columns:
+        return ""
+    is_one = len(columns) == 1
+    are, their = ("is", "its") if is_one else ("are", "their")
+    return f"; {listing(columns)} {are} not read then: move {their} text into one of the columns that are"
 
 
 def check_task(
@@ -173,5 +202,7 @@ def _other_task(columns: Collection[str]) -> str:
     fitting = [name for name in formats if not _missing(name, {}, columns)]
     if not fitting:
         return ""
-    tasks = formats[max(fitting, key=lambda name: len(ROW_FORMATS[name].required))]
-    return f"{' and '.join(tasks)} read{'s' * (len(tasks) == 1)} these columns"
+    name = max(fitting, key=lambda name: len(ROW_FORMATS[name].required))
+    tasks = formats[name]
+    left_out = _left_out(content_left_out(ROW_FORMATS[name], {}, columns))
+    return f"{' and '.join(tasks)} read{'s' * (len(tasks) == 1)} these columns{left_out}"

@@ -13,18 +13,16 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dstune.config.data_schema import AUTOMATIC, OnBadRow
+from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.problems import unprinted_in
+from dstune.data.bad_rows import FIRST_ROWS, BadRows, of_row
 from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise, stored, with_joined_parts
 from dstune.data.split import content_hash
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
-
-MAX_LISTED_BAD_ROWS = 10
 
 ROWS_PER_BATCH = 1000
 
@@ -41,54 +39,6 @@ ROW_SCHEMA = pa.schema(
         ("slices", pa.string()),
     ]
 )
-
-
-class BadRows:
-    """Rows that cannot be used: collected to be listed together, or only counted (`data.on_bad_row=skip`)."""
-
-    def __init__(self, policy: OnBadRow, template: str = ""):
-        """template: what `model.chat_template` is, for a message."""
-        self._policy, self._template = policy, template
-        self._problems: list[Problem] = []
-        self._unprinted: dict[tuple[str, str], tuple[str, int]] = {}
-        self.count = 0
-
-    def add(self, place: str, reason: str) -> None:
-        self.count += 1
-        if fields := unprinted_in(reason):
-            first, count = self._unprinted.get(fields, (place, 0))
-            self._unprinted[fields] = first, count + 1
-        if len(self._problems) < MAX_LISTED_BAD_ROWS:
-            self._problems.append(Problem(where=place, reason=reason))
-
-    def first(self, since: int = 0) -> list[dict[str, str]]:
-        """The first bad rows, of those behind the first `since` ones, by place and reason, as far as they are kept."""
-        return [{"place": problem.where, "text": problem.reason} for problem in self._problems[since:]]
-
-    def raise_if_any(self) -> None:
-        """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
-        if not self.count or self._policy is OnBadRow.skip:
-            return
-        if self._unprinted:  # one word about the template instead of one about each row
-            raise UserError(
-                [
-                    Problem(
-                        "model.chat_template",
-                        f"this template does not print {fields}, which {count:,} row{'s have' if count > 1 else ' has'} (the "
-                        f"first is {place}): what is not printed is not trained",
-                        f"{fix}; data.on_bad_row=skip leaves these rows out",
-                        self._template,
-                    )
-                    for (fields, fix), (place, count) in self._unprinted.items()
-                ]
-            )
-        *problems, last = self._problems
-        others = self.count - len(self._problems)
-        more = f" (and {others} more bad row{'s' if others > 1 else ''})" if others else ""
-        fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
-        if all(problem.reason.startswith("not UTF-8") for problem in self._problems):
-            fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
-        raise UserError([*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)])
 
 
 @dataclass(frozen=True)
@@ -214,6 +164,8 @@ class _Reader:
         self._slices = config.evaluate.slices
         self._input_apart = config.model.prompt_template == "alpaca"
         self._bad = bad
+        self._unknown: UserError | None = None
+        self._unknown_rows = 0
         self.format: str | None = None
         self.unread: Unread | None = None
         self.any_messages = False
@@ -235,6 +187,8 @@ class _Reader:
             if len(waiting) == ROWS_PER_BATCH:
                 yield _batch(waiting)
                 waiting.clear()
+        if self.format is None and self._unknown is not None:
+            raise self._unknown
         if waiting:
             yield _batch(waiting)
 
@@ -244,7 +198,7 @@ class _Reader:
             raise RowError(raw.error)
         mapping, named = self._data.columns, self._data.format
         if self.format is None or self.unread is None:
-            self.format = recognise(raw.fields, mapping, named, self._task, raw.place)
+            self.format = self._recognise(raw)
             self.unread = Unread(self.format, mapping, self._slices)
         check_task(self.format, raw.fields, mapping, named, self._task, raw.place)
         self.unread.add(raw.fields)
@@ -256,6 +210,19 @@ class _Reader:
             label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
         content = canonical(with_joined_parts(row))
         return stored(row), content_hash(content, self._data.split.seed), label
+
+    def _recognise(self, raw: sources.RawRow) -> str:
+        """The format of a row that can be read. Raises RowError for one of the first rows that has no format of this task, as
+        long as a later one may have; UserError where none of them has."""
+        assert raw.fields is not None
+        try:
+            return recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)
+        except UserError as error:
+            self._unknown = self._unknown or error
+            self._unknown_rows += 1
+            if self._unknown_rows == FIRST_ROWS or (reason := of_row(error, raw.place)) is None:
+                raise self._unknown from None
+            raise RowError(reason) from None
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:
         given = self._bound.given_labels

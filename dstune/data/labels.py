@@ -10,7 +10,8 @@ import numpy as np
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.data.ingest import BadRows, Table
+from dstune.data.bad_rows import BadRows
+from dstune.data.ingest import Table
 from dstune.data.rows import sort_labels
 from dstune.protocols import task_of
 

@@ -77,6 +77,12 @@ def conversation_of(value: Any, column: str) -> list[Message]:
     return messages
 
 
+def is_list_of_messages(value: Any) -> bool:
+    """Whether a value is a list of objects that each say who speaks."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+
+
 def _from_lists(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
     """The messages of an object of lists, which is how `Sequence` of `datasets` stores a list of objects. Raises RowError."""
     if len({len(items) for items in columns.values()}) > 1:

@@ -218,6 +218,8 @@ def _reason(error: ValueError) -> str:
 def _object(file: DataFile, line: int, value: Any) -> RawRow:
     if isinstance(value, dict):
         return RawRow(file, line, value)
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return RawRow(file, line, {"messages": value})  # a conversation without a name
     return RawRow(file, line, None, f"a row is a JSON object, this is {_kind(value)}")
 
 
@@ -227,14 +229,12 @@ def _kind(value: Any) -> str:
 
 
 def read_csv(file: DataFile) -> Iterator[RawRow]:
-    """Rows under a header line; in a .tsv file separated by tabs, else by what separates the header. A quoted field may span
-    lines."""
+    """Rows under a header line, separated by what separates the header. A quoted field may span lines."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
         lines = _CsvLines(stream)
         first = lines.peek()
-        delimiter = "\t" if file.ending == ".tsv" else separator(first)
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=separator(first), strict=True)
         names: list[str] | None = None
         while True:
             line = lines.number + 1

@@ -16,7 +16,7 @@ from dstune.config.data_schema import DataConfig, TextRows
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in, parse_json, read_file
 from dstune.data import hub, slices
-from dstune.data.answers import flat
+from dstune.data.answers import flat, is_nested
 from dstune.data.files import (
     COMPRESSIONS,
     DOCUMENTS,
@@ -34,6 +34,7 @@ from dstune.data.files import (
 from dstune.data.read_tables import count_rows, read_arrow, read_parquet
 from dstune.data.read_tagged import read_tagged
 from dstune.data.read_text import Lines, lines_of, read_csv, read_json, read_jsonl, read_text
+from dstune.data.read_tsv import read_tsv
 from dstune.protocols import DATA_SOURCES
 from dstune.protocols.data_source import DataSource
 
@@ -69,11 +70,13 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
         case ".arrow" | ".feather":
             return read_arrow(file, skip)
         case ".jsonl" | ".ndjson":
-            rows = read_jsonl(file)
+            rows = flat(read_jsonl(file))
         case ".json":
             rows = flat(read_json(file))
-        case ".csv" | ".tsv":
+        case ".csv":
             rows = read_csv(file)
+        case ".tsv":
+            rows = read_tsv(file)
         case ".conll" | ".conllu" | ".bio" | ".iob":
             rows = read_tagged(file)
         case _:
@@ -89,7 +92,7 @@ def count(file: DataFile) -> int:
 @lru_cache(maxsize=1024)
 def _count(file: DataFile, changed: int) -> int:
     """changed: when the file was written last."""
-    if file.ending in (".jsonl", ".ndjson"):
+    if file.ending in (".jsonl", ".ndjson") and not _holds_articles(file, changed):
         with opened(file) as stream:
             return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
     known = count_rows(file)
@@ -98,7 +101,15 @@ def _count(file: DataFile, changed: int) -> int:
 
 def has_lines(file: DataFile) -> bool:
     """Whether the rows of `file` are lines that `Lines` can enter anywhere."""
-    return file.ending in (".jsonl", ".ndjson") and not file.compression and not file.member
+    is_plain = file.ending in (".jsonl", ".ndjson") and not file.compression and not file.member
+    return is_plain and not _holds_articles(file, file.path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _holds_articles(file: DataFile, changed: int) -> bool:
+    """Whether the first line is several rows. changed: when the file was written last."""
+    first = next(iter(Lines(file)), None)
+    return first is not None and is_nested(first.fields or {})
 
 
 def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFile]:

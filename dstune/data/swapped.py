@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from dstune.config.data_schema import OnBadRow
-from dstune.data.ingest import ROW_SCHEMA, BadRows
+from dstune.data.bad_rows import BadRows
+from dstune.data.ingest import ROW_SCHEMA
 from dstune.data.labels import ChosenRows
 from dstune.data.prepared import Swapped, load_split
 from dstune.data.swaps import Swaps

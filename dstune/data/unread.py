@@ -4,41 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from functools import cache
 from typing import Any
 
-from dstune.core.registry import on_change
+from dstune.data.content_names import content_names
 from dstune.data.formats import columns_read
-from dstune.data.media import COLUMNS, holds_something
+from dstune.data.media import holds_something
 from dstune.protocols import ROW_FORMATS
-
-MORE = (
-    "content",
-    "context",
-    "passage",
-    "document",
-    "documents",
-    "knowledge",
-    "hypothesis",
-    "premise",
-    "dialog",
-    "input",
-    "output",
-    "query",
-    "question",
-    "answer",
-    "system_prompt",
-    "instructions",
-    "reasoning",
-    "reasoning_content",
-    "thinking",
-    "rationale",
-    "explanation",
-    "rejected_response",
-    "rejected_messages",
-    "input_ids",
-)
-"""Names of content beside those that some format reads."""
 
 OF_MESSAGES = frozenset(
     (
@@ -58,32 +29,6 @@ OF_MESSAGES = frozenset(
     )
 )
 """Names of content that a message may have and that no template reads."""
-
-NO_CONTENT = (
-    "label",
-    "labels",
-    "kto_tag",
-    "tags",
-    "ner_tags",
-    "id",
-    "margin",
-    "is_impossible",
-    "parallel_tool_calls",
-    "chat_template_kwargs",
-    "attention_mask",
-)
-
-
-@cache
-def content_names() -> frozenset[str]:
-    """Names of columns that look like content: those that some format reads, and usual ones."""
-    names = {*MORE, *COLUMNS}
-    for form in ROW_FORMATS.classes().values():
-        names |= {*form.required, *form.optional, *(name for others in form.other_names.values() for name in others)}
-    return frozenset(names.difference(NO_CONTENT))
-
-
-on_change(content_names.cache_clear)
 
 
 class Unread:
@@ -125,5 +70,6 @@ class Unread:
         expanded = self._form().expand(fields)
         self.columns |= expanded.keys()
         read = columns_read(self._form, self._mapping, expanded) | self._except_for | (fields.keys() - expanded.keys())
+        read |= {column for column in fields if any(fields[column] is expanded[name] for name in read)}
         looks = content_names() | set(self._mapping.values())
         return [column for column in fields if column in looks and column not in read]

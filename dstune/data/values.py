@@ -35,6 +35,16 @@ def text_or_messages(value: Any, column: str) -> Any:
     return text(value, column)
 
 
+def text_or_texts(value: Any, column: str) -> str | list[str]:
+    """A text or a list of texts, which may be empty; in a CSV file a JSON list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = parse_json(value)
+    if not isinstance(value, list):
+        return text(value, column)
+    return [text(item, column) for item in value]
+
+
 def messages_in(value: Any, column: str) -> Any:
     """`value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python wrote them."""
     found = _MESSAGES.match(value) if isinstance(value, str) else None

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 import xxhash
 
 from dstune.data import statistics
+from dstune.data.bad_rows import BadRows
 from dstune.data.chat import evidence
-from dstune.data.ingest import BadRows, Table
+from dstune.data.ingest import Table
 from dstune.data.parallel import map_rows
 from dstune.data.prepared import TOKENS
 from dstune.data.tokenize import COUNTED, RowTokenizer

@@ -6,13 +6,15 @@ A rank finds the same, but only after 10 s of imports, and in a run directory th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, islice
 
 from dstune.config.data_schema import OnBadRow
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import Precision, RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.files import TABLES
+from dstune.data.bad_rows import FIRST_ROWS, BadRows, of_row
+from dstune.data.files import TABLES, DataFile
 from dstune.data.formats import check_mapped
 from dstune.data.rows import RowError, check_columns, check_task, normalise, recognise
 from dstune.protocols import ROW_FORMATS, method_of, task_of
@@ -22,6 +24,9 @@ SAME_COLUMNS = (".csv", ".tsv", *TABLES)
 
 WHOLE_FILE_BYTES = 1 << 26
 """A JSON array is read as a whole, so one larger than this is left to the ranks."""
+
+SCANNED_ROWS = 100_000
+"""That are read here once a first row is bad, to list the others with it."""
 
 
 def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
@@ -53,6 +58,7 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
         return error.problems
     found: list[Problem] = []
     format_of_part: str | None = None
+    any_bad = False
     for file in files:
         if file.ending == ".json" and file.path.stat().st_size > WHOLE_FILE_BYTES:
             continue
@@ -60,25 +66,58 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
             row = next(iter(sources.read(file)), None)
             if row is None or row.fields is None:  # no rows at all, or a broken one: the ranks list all of them
                 continue
-            format_of_part = format_of_part or recognise(
-                row.fields, config.data.columns, config.data.format, config.task, row.place
-            )
+            if format_of_part is None:
+                format_of_part, is_first = _recognise(config, file)
+                any_bad |= not is_first
+                if not is_first:
+                    continue
             check_task(format_of_part, row.fields, config.data.columns, config.data.format, config.task, row.place)
             if trains and key == "data.train" and len(files) == 1 and file.ending in SAME_COLUMNS:
                 columns = ROW_FORMATS[format_of_part]().expand(row.fields)
                 check_mapped(columns, config.data.columns, str(file))
-            _check_row(config, row, format_of_part)
+            normalise(row.fields, format_of_part, config.data.columns, config.task)
+        except RowError:
+            any_bad = True
         except UserError as error:
             found += [problem for problem in error.problems if problem not in found]
+    if any_bad and not found and format_of_part and config.data.on_bad_row is OnBadRow.error:
+        return _bad_rows(config, files, format_of_part)
     return found
 
 
-def _check_row(config: RunConfig, row: sources.RawRow, format_of_part: str) -> None:
-    """Raises UserError where the row cannot be used and bad rows are not to be skipped."""
-    assert row.fields is not None
+def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
+    """The format of the first row that has one of the task, and whether it is the first row of the file.
+
+    Raises UserError as `recognise` does for the first row, where none of the first rows has.
+    """
+    first: UserError | None = None
+    for row in islice(sources.read(file), FIRST_ROWS):
+        if row.fields is None:
+            continue
+        try:
+            found = recognise(row.fields, config.data.columns, config.data.format, config.task, row.place)
+        except UserError as error:
+            first = first or error
+            if of_row(error, row.place) is None:
+                break
+        else:
+            return found, first is None
+    assert first is not None
+    raise first
+
+
+def _bad_rows(config: RunConfig, files: list[DataFile], name: str) -> list[Problem]:
+    """The first bad rows of the files, and how many there are: among their first `SCANNED_ROWS` rows."""
+    bad = BadRows(OnBadRow.error)
+    for row in islice(chain.from_iterable(map(sources.read, files)), SCANNED_ROWS):
+        try:
+            if row.fields is None:
+                raise RowError(row.error)
+            normalise(row.fields, name, config.data.columns, config.task)
+        except RowError as error:
+            bad.add(row.place, str(error))
     try:
-        normalise(row.fields, format_of_part, config.data.columns, config.task)
-    except RowError as error:
-        if config.data.on_bad_row is OnBadRow.error:
-            fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
-            raise UserError(Problem(row.place, str(error), fix)) from None
+        bad.raise_if_any()
+    except UserError as error:
+        return error.problems
+    return []

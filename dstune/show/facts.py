@@ -36,6 +36,14 @@ EXCERPT_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A further text of a sample: of a pair of texts the `positive` one, or a `negative`."""
+
+    name: str
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
 class Row:
     """One sample."""
 
@@ -51,6 +59,8 @@ class Row:
     rejected: list[Segment] = field(default_factory=list)
     """Of a pair, the worse answer from where it differs from the better one."""
     conversation: bool = False
+    beside: list[Beside] = field(default_factory=list)
+    """Further texts that the model reads apart from the first."""
 
     @property
     def rejected_targets(self) -> int:
@@ -212,7 +222,17 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         segments=segments(tokenizer, ids, trained, data.labels if task_of(config.task).per_token else ()),
         rejected=_rejected(sample, tokenizer),
         conversation=task_of(config.task).conversational and trained is not None,
+        beside=_beside(sample, tokenizer),
     )
+
+
+def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
+    """The other texts of a contrastive pair."""
+    if "positive_input_ids" not in sample:
+        return []
+    negatives = np.split(sample["negative_input_ids"], np.cumsum(sample["negative_lengths"])[:-1])
+    texts = [("positive", sample["positive_input_ids"]), *(("negative", ids) for ids in negatives if len(ids))]
+    return [Beside(name, segments(tokenizer, ids, None)) for name, ids in texts]
 
 
 def _targets(sample: dict[str, Any], trained: np.ndarray | None, weight: float) -> int:
@@ -274,8 +294,11 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
     COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
+    more = [name for name in part.table.column_names if name.endswith("_input_ids")]
     for number, (ids, labels) in enumerate(_arrays(part, len(whole), with_answers)):
-        whole[number] = xxhash.xxh3_64_intdigest(ids.tobytes())
+        further = part.sample(number) if more else {}
+        content = b"".join(array.tobytes() for array in (ids, *(np.asarray(further[name]) for name in more)))
+        whole[number] = xxhash.xxh3_64_intdigest(content)
         if labels is not None:
             trained[number] = xxhash.xxh3_64_intdigest(labels[labels != NO_TARGET].tobytes())
     samples = [Repeated(count, _decoded(tokenizer, part, first)) for first, count in _frequent(whole)]

@@ -71,6 +71,8 @@ def text(formatted: Preview, style: Style) -> str:
         lines.append(f"tokens that count in the loss are {key}")
     for row in formatted.rows:
         lines += ["", _heading(row, formatted, style), *_turns(row, style, tags)]
+        for text in row.beside:
+            lines += [style.paint(f"{text.name}:", QUIET), _text(text.segments, style, tags)]
         if row.rejected:
             trained = f", {row.rejected_targets:,} trained" if row.rejected_targets else ""
             lines += [style.paint(f"rejected{trained}:", QUIET), _text(row.rejected, style, tags)]

@@ -47,7 +47,22 @@ def requested(answers: Any) -> dict[str, Any]:
     return {"question": "q", "context": "a b", "answers": answers}
 
 
+def part(role: str, **content: Any) -> dict[str, Any]:
+    return {"role": role, "parts": [content]}
+
+
+def contents(*given: Any) -> dict[str, Any]:
+    return {"contents": list(given)}
+
+
+GEMINI = contents(part("user", text="Hi"), part("model", text="Yes"))
+XLAM = {"query": "Hi", "tools": "[]", "answers": '[{"name": "f", "arguments": {}}]'}
 USER, ANSWER, OTHER = output("user"), output("assistant"), output("user", "No")
+OPENAI = {
+    "input": {"messages": [USER]},
+    "preferred_output": [ANSWER],
+    "non_preferred_output": [output("assistant", "No")],
+}
 CALL = {"function": {"name": "f", "arguments": {}}}
 REFUSING = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('it is bad') }}{% endif %}"
 # Long answers of the history are shortened.
@@ -130,6 +145,36 @@ ROWS: list[Case] = [
         CHAT,
         chat(output("user", [{"type": "tool_result", "content": 7}]), ANSWER),
     ),
+    ("column … must be a list of contents that is not empty", CHAT, [GEMINI, {"contents": []}]),
+    ("content … must be an object with role and parts", CHAT, [GEMINI, {"contents": ["Hi"]}]),
+    ("content … has the unknown role …; roles are …", CHAT, [GEMINI, contents(part("bot", text="Hi"))]),
+    (
+        "content … has a functionResponse behind a part of another kind, where results come first",
+        CHAT,
+        [GEMINI, contents({"role": "user", "parts": [{"text": "Hi"}, {"functionResponse": {"name": "f"}}]})],
+    ),
+    (
+        "content … (…) holds an image, audio or video; no task reads images, audio or video yet",
+        CHAT,
+        [GEMINI, contents(part("user", inlineData={"mimeType": "image/png", "data": ""}))],
+    ),
+    (
+        "content … (…) has a part with …; text, functionCall and functionResponse are read",
+        CHAT,
+        [GEMINI, contents(part("model", executableCode={"code": "1"}))],
+    ),
+    (
+        "column … must be text or a content with parts of text, it is …",
+        CHAT,
+        [GEMINI, {**GEMINI, "systemInstruction": {"parts": [{"inlineData": {}}]}}],
+    ),
+    (
+        "tools hold …, which is no list of functionDeclarations",
+        CHAT,
+        [GEMINI, {**GEMINI, "tools": [{"functionDeclarations": [], "googleSearch": {"a": 1}}]}],
+    ),
+    ("answers are not JSON: … at character …", CHAT, [XLAM, {**XLAM, "answers": "sunny"}]),
+    ("answers must be a list of calls, they are …", CHAT, [XLAM, {**XLAM, "answers": {"name": "f"}}]),
     (
         "message … has the role … after …, and the chat template does not print all messages of such a conversation; …",
         CHAT,
@@ -355,6 +400,13 @@ ROWS: list[Case] = [
         JUDGED,
         {"prompt": "a", "completion": "b", "label": "great"},
     ),
+    ("column 'input' must be an object with messages, it is …", PAIRS, [OPENAI, {**OPENAI, "input": "null"}]),
+    (
+        "column 'input' has the key …, which is not read",
+        PAIRS,
+        [OPENAI, {**OPENAI, "input": {"messages": [USER], "n": 2}}],
+    ),
+    ("there is no positive", EmbeddingConfig(), {"anchor": "a", "positive": []}),
     ("positive and negative are the same", EmbeddingConfig(), {"anchor": "a", "positive": "b", "negative": "b"}),
     ("column … must be a list of token ids, it is …", TEXT, {"input_ids": []}),
     ("column … must hold whole numbers of 64 bits, one is …", TEXT, {"input_ids": [1, "2"]}),

@@ -16,7 +16,8 @@ from dstune.config.data_schema import CleanConfig, OnBadRow, SplitConfig
 from dstune.data.clean.rows import map_texts
 from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
-from dstune.data.sources import DataFile, read
+from dstune.data.sources import DataFile, count, has_lines, read
+from dstune.data.stream import FileShard
 from dstune.protocols import task_of
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 from dstune.tasks.question_answering.encode import AnswerEncoder
@@ -58,6 +59,16 @@ def test_the_files_of_squad(tmp_path):
         assert tokens == ["m", "##a", "##t"]
         assert second["start"] == second["end"] == second["null"] == 0
     assert runs[0].train.table.to_list() == runs[1].train.table.to_list()
+
+
+def test_lines_with_several_questions_are_counted_and_entered_as_rows(tmp_path):
+    paragraphs = [{"context": CONTEXT, "qas": [{"id": f"{line}{place}"} for place in "ab"]} for line in "12"]
+    path = write_jsonl(tmp_path / "rows.jsonl", [paragraphs[0], {"title": "t", "paragraphs": paragraphs[1:]}])
+    file = DataFile(path)
+    assert [(row.line, row.fields["id"]) for row in read(file)] == [(1, "1a"), (1, "1b"), (2, "2a"), (2, "2b")]
+    assert count(file) == 4
+    assert not has_lines(file), "a line is not a row, so a stream cannot enter at one"
+    assert [row.fields["id"] for row in FileShard(file).rows(3, None)] == ["2b"]
 
 
 @pytest.mark.parametrize("column", [{"data": []}, {"data": [1]}, {"paragraphs": []}, {"paragraphs": ["a"]}])

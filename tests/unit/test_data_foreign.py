@@ -14,7 +14,7 @@ from dstune.core.errors import UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import check_task, recognise
 from dstune.data.media import marker_in
-from dstune.data.rows import RowError
+from dstune.data.rows import RowError, normalise
 from dstune.tasks.reward.config import RewardConfig
 
 
@@ -419,6 +419,26 @@ def test_a_default_that_is_null_is_rendered():
         ({"response": "Yes"}, TEXT, r"'data\.columns={text: response}'"),
         ({"response": "Yes"}, CHAT, r"'data\.columns={prompt: NAME}'"),
         ({"question": "Hi", "answer": "Yes"}, CHAT, r"'data\.columns={prompt: question, completion: answer}'"),
+        (
+            {"question": "Hi", "context": "c", "answer": "Yes"},
+            CHAT,
+            r"'data\.columns={instruction: question, output: answer, input: context}'",
+        ),
+        (
+            {"question": "Hi", "context": " ", "answer": "Yes"},
+            CHAT,
+            r"'data\.columns={prompt: question, completion: answer}'$",
+        ),
+        (
+            {"question": "Hi", "context": "c", "answer": "Yes", "rationale": "r"},
+            CHAT,
+            r"completion: answer}'; 'context', 'rationale' are not read then: move their text into one of the columns that are",
+        ),
+        (
+            {"question": "Hi", "context": "c", "answers": [], "rationale": "r"},
+            CHAT,
+            "task=question_answering reads these columns; 'rationale' is not read then: move its text",
+        ),
         ({"input": "Hi", "output": "Yes"}, CHAT, r"'data\.columns={prompt: input, completion: output}'"),
     ],
 )
@@ -434,3 +454,43 @@ def test_what_is_trained_of_rows_of_other_tools(tmp_path):
     data = prepared(data_run(path, split=NOTHING_HELD_OUT), tokenizer, tmp_path / "cache")
     labels = data.train.table[0]["labels"]
     assert tokenizer.decode([label for label in labels if label != NO_TARGET]) == "Yes<|im_end|>"
+
+
+def test_a_list_of_messages_needs_no_name_but_takes_no_other_column_away():
+    assert read({"": [U, A], "id": 3}, CHAT) == ("messages", {"messages": [U, A]})
+    for beside in ({"context": "c"}, {"also": [U, A]}):
+        with pytest.raises(UserError, match="missing column"):
+            read({"turns": [U, A], **beside}, CHAT)
+    mapped = {"messages": "turns"}
+    fmt = recognise({"turns": [U, A], "context": "c"}, mapped, "auto", CHAT, "rows.jsonl:1")
+    assert normalise({"turns": [U, A], "context": "c"}, fmt, mapped, CHAT) == {"messages": [U, A]}
+
+
+def test_parameters_of_gemini_may_be_named_type():
+    properties = {"type": {"type": "STRING", "enum": ["TYPE"]}, "items": {"type": "ARRAY", "items": {"type": "NUMBER"}}}
+    declared = {"name": "f", "parameters": {"type": "OBJECT", "properties": properties, "required": ["type"]}}
+    content = [{"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Yes"}]}]
+    row = read({"contents": content, "tools": [{"function_declarations": [declared]}]}, CHAT)[1]
+    (tool,) = row["tools"]
+    assert tool["function"]["parameters"] == {
+        "type": "object",
+        "properties": {
+            "type": {"type": "string", "enum": ["TYPE"]},
+            "items": {"type": "array", "items": {"type": "number"}},
+        },
+        "required": ["type"],
+    }
+    assert row["messages"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+
+
+def test_ids_of_gemini_stay_with_their_calls():
+    calls = [{"functionCall": {"id": at, "name": "f", "args": {"x": at}}} for at in ("1", "2")]
+    results = [{"functionResponse": {"id": at, "name": "f", "response": {"y": at}}} for at in ("2", "1")]
+    content = [{"parts": [{"text": "Hi"}]}, {"role": "model", "parts": calls}, {"role": "function", "parts": results}]
+    row = read({"contents": [*content, {"role": "model", "parts": [{"text": "Yes"}]}]}, CHAT)[1]
+    _, called, *answered, _ = row["messages"]
+    assert [call["id"] for call in called["tool_calls"]] == ["1", "2"]
+    assert [(message["tool_call_id"], message["content"]) for message in answered] == [
+        ("2", '{"y": "2"}'),
+        ("1", '{"y": "1"}'),
+    ]

@@ -89,6 +89,47 @@ def test_csv_and_tsv(tmp_path):
     assert found(path) == [(2, ROWS[0], "")]
 
 
+def tsv(tmp_path, text):
+    path = tmp_path / "rows.tsv"
+    path.write_text(text, encoding="utf-8")
+    return found(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ('"a"\tb', ("a", "b")),
+        ('"say ""a"""\tb', ('say "a"', "b")),
+        ('"two\ttabs"\tb', ("two\ttabs", "b")),
+        ('"two\nlines"\tb', ("two\nlines", "b")),
+        ('a\t"two\n\nlines"', ("a", "two\n\nlines")),
+        ('"half a quote\tb', ('"half a quote', "b")),
+        ('a "word" here\tb "', ('a "word" here', 'b "')),
+        ('"a" and "b"\t""', ('"a" and "b"', "")),
+        ('a\t"half a quote', ("a", '"half a quote')),
+        ("#a\tb", ("#a", "b")),
+    ],
+)
+def test_quotes_of_a_tsv_file(tmp_path, line, fields):
+    rows = tsv(tmp_path, f"x\ty\n{line}\nnext\trow\n")
+    expected = dict(zip(("x", "y"), fields, strict=True))
+    assert rows == [(2, expected, ""), (3 + line.count("\n"), {"x": "next", "y": "row"}, "")]
+
+
+def test_comments_of_a_tsv_file(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = tsv(tmp_path, "# made by hand\n# x\ty\na\tb\n# and so on\n\nc\td\n")
+    assert rows == [(3, {"x": "a", "y": "b"}, ""), (6, {"x": "c", "y": "d"}, "")]
+    assert "2 comment lines passed over" in caplog.text
+    assert tsv(tmp_path, "text\n#one\n") == [(2, {"text": "#one"}, "")]
+
+
+def test_broken_lines_of_a_tsv_file_spoil_no_other_row(tmp_path):
+    rows = tsv(tmp_path, 'x\ty\n"never closed\nfew\na\tb\tc\nok\tb\n')
+    reasons = ["1 fields where the header has 2"] * 2 + ["3 fields where the header has 2", ""]
+    assert [(line, error) for line, _, error in rows] == list(zip((2, 3, 4, 5), reasons, strict=True))
+
+
 def test_broken_csv(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('text,label\nok,a\ntoo,many,fields\nfew\n"never closed,a\n')

@@ -367,10 +367,11 @@ def test_what_a_stream_cannot_do_is_refused_with_the_reason(data, trainer, task,
     assert isinstance(config.data, DataConfig)
 
 
-def test_a_mixture_needs_paths_names_and_positive_weights():
+def test_a_mixture_needs_paths_names_and_positive_weights(tmp_path):
     mixture = {"a b": SourceConfig(path="a.jsonl"), "empty": SourceConfig(), "none": SourceConfig(path="b", weight=0)}
     with pytest.raises(UserError) as raised:
         validate(data_run("", mixture=mixture))
     wheres = {problem.where for problem in raised.value.problems}
     assert wheres == {"data.mixture", "data.mixture.empty.path", "data.mixture.none.weight"}
-    assert sources.has_lines(DataFile(Path("a.jsonl")))
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert sources.has_lines(DataFile(tmp_path / "a.jsonl"))

@@ -12,8 +12,10 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 from dstune.config.data_schema import SplitConfig
 from dstune.core.errors import UserError
 from dstune.data.rows import RowError, normalise
+from dstune.data.sampler import MicroBatch
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
-from dstune.tasks.embedding.head import EmbeddingHead, contrastive_losses, pooled
+from dstune.tasks.embedding.encode import contrastive_batch
+from dstune.tasks.embedding.head import EmbeddingHead, _rows, contrastive_losses, pooled
 from dstune.tasks.embedding.metrics import embedding_metrics
 
 X, Y, Z = np.eye(3)
@@ -144,3 +146,41 @@ def test_rows_of_texts(tmp_path):
         f"{bad}:3",
         "column 'positive' is empty",
     )
+
+
+def test_several_positives_and_negatives(tmp_path):
+    rows = [
+        {"query": "a cat", "pos": ["an animal", "a pet"], "neg": ["a car", "a bus", "a tram"]},
+        {"query": "a tree", "pos": ["a plant"], "neg": []},
+        {"query": "x", "pos": ["y"], "neg": ["z", "z z"]},
+    ]
+    file = write_jsonl(tmp_path / "texts.jsonl", rows)
+    config = data_run(file, task=EmbeddingConfig(), packing=False, split=SplitConfig(validation=0.0))
+    tokenizer = byte_tokenizer()
+    split = prepared(config, tokenizer, tmp_path / "cache").train
+    batch = contrastive_batch(split, MicroBatch(0, ((0, 1, 2, 3),)), 0)
+    texts = [
+        tokenizer.decode(ids[mask == 1]) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert texts[:4] == ["a cat", "a cat", "a tree", "x"]
+    assert texts[4:8] == ["an animal", "a pet", "a plant", "y"]
+    assert texts[8:] == ["a car", "a tram", "a bus", "z", "z z"]
+    assert batch["negative_owner"].tolist() == [0, 0, 1, 3, 3]
+    vectors = torch.arange(13.0)[:, None]
+    found = _rows(vectors, {name: torch.from_numpy(array) for name, array in batch.items()})
+    assert [of_pair.flatten().tolist() for of_pair in found["negative"]] == [[8.0, 9.0], [10.0], [], [11.0, 12.0]]
+    assert [len(of_pair) for of_pair in found["negative_key"]] == [2, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"query": "a", "pos": []}, "there is no positive"),
+        ({"query": "a", "pos": ["b", "c"], "neg": ["c"]}, "positive and negative are the same"),
+        ({"query": "a", "pos": ["b", " "]}, "column 'pos' is empty"),
+        ({"query": "a", "pos": ["b"], "neg": [3]}, "column 'neg' must be text, it is int"),
+    ],
+)
+def test_texts_that_are_no_pair(row, reason):
+    with pytest.raises(RowError, match=reason):
+        normalise(row, "bge", {})

@@ -390,6 +390,26 @@ def test_a_bad_first_row_counts_unless_bad_rows_are_skipped(tmp_path):
     assert first_rows(run_config(data=DataConfig(train=rows, on_bad_row=OnBadRow.skip))) == []
 
 
+def test_behind_a_bad_first_row_the_others_are_listed_too(tmp_path):
+    good, bad = {"prompt": "w1", "completion": "w2"}, {"prompt": "w1", "completion": ""}
+    rows = written(tmp_path / "a.jsonl", bad, good, {"prompt": "w1"}, good, *[bad] * 10)
+    problems = first_rows(run_config(data=DataConfig(train=rows)))
+    assert [problem.where for problem in problems] == [f"{rows}:{line}" for line in (1, 3, 5, 6, 7, 8, 9, 10, 11, 12)]
+    assert problems[1].reason == "missing column 'completion', the columns here are 'prompt'"
+    assert problems[-1].reason == "column 'completion' is empty (and 2 more bad rows, 12 in all)"
+    assert first_rows(run_config(data=DataConfig(train=rows, on_bad_row=OnBadRow.skip))) == []
+
+
+def test_a_first_row_of_no_format_is_one_bad_row_if_a_later_one_has_a_format(tmp_path):
+    good = {"prompt": "w1", "completion": "w2"}
+    rows = written(tmp_path / "a.jsonl", {"note": "made by hand"}, good, {"note": "the end"})
+    problems = first_rows(run_config(data=DataConfig(train=rows)))
+    assert [problem.where for problem in problems] == [f"{rows}:1", f"{rows}:3"]
+    wrong = written(tmp_path / "b.jsonl", *[{"note": "a"}] * 100, good)
+    [problem] = first_rows(run_config(data=DataConfig(train=wrong)))
+    assert "missing column: task=" in problem.reason
+
+
 def test_an_unknown_role_of_columns_is_reported_once(tmp_path):
     rows = written(tmp_path / "a.jsonl", {"prompt": "w1", "completion": "w2"})
     config = run_config(data=DataConfig(train=rows, validation=rows, columns={"prmpt": "prompt"}))

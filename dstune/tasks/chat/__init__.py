@@ -23,7 +23,7 @@ class Chat(LanguageTask):
     prefix_positions_ok = True
     tensor_parallel = True
     one_pass = True
-    formats = ("messages", "conversations", "prompt_completion", "alpaca", "dolly")
+    formats = ("messages", "conversations", "prompt_completion", "alpaca", "dolly", "gemini", "xlam")
     frozen_keys = ("template_date",)
     has_predictions = False
     metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from dstune.data.content_names import content_names
+from dstune.data.gemini import messages_of_contents, system_text, tools_of_declarations
 from dstune.data.media import holds_something
-from dstune.data.messages import alpaca, conversation_of, conversation_row, plain_exchange, with_system
+from dstune.data.messages import (
+    alpaca,
+    conversation_of,
+    conversation_row,
+    is_list_of_messages,
+    plain_exchange,
+    with_system,
+)
 from dstune.data.preferences import is_verdict
 from dstune.data.values import text, text_or_messages
+from dstune.data.xlam import call_messages, schemas
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
@@ -56,6 +66,13 @@ class Messages(ConversationFormat):
     optional = BESIDE
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
+    def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The only column that looks like content is `messages`, whatever its name, if it is a list of messages."""
+        if not fields.keys().isdisjoint(content_names()):
+            return fields
+        lists = [value for value in fields.values() if is_list_of_messages(value)]
+        return {**fields, "messages": lists[0]} if len(lists) == 1 else fields
+
 
 @row_format
 class Conversations(ConversationFormat):
@@ -75,8 +92,7 @@ class PromptCompletion(ConversationFormat):
     checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages, "completion": text_or_messages}
 
     def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
-        found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
-        return found if all(found) and not mapping else []
+        return _question_and_answer(columns, mapping)
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         return plain_exchange(found, needs_answer=task is None or task.needs_answer)
@@ -88,6 +104,9 @@ class Alpaca(ConversationFormat):
     required = ("instruction", "output")
     optional = ("input", "history", *BESIDE)
     checks: ClassVar[dict[str, Check]] = {"output": text}
+
+    def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
+        return [] if {"instruction", "output"} & {*columns} else _question_and_answer(columns, mapping)
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         return _instructed(found, input_apart=self.input_apart)
@@ -105,6 +124,47 @@ class Dolly(ConversationFormat):
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         renamed = {**found, "input": found["context"], "output": found["response"]}
         return _instructed(renamed, input_apart=self.input_apart)
+
+
+@row_format
+class Gemini(ConversationFormat):
+    """The columns of tuning files for Gemini: `contents` with `parts`."""
+
+    name = "gemini"
+    required = ("contents",)
+    optional = BESIDE
+    other_names: ClassVar = {"system": ("systemInstruction", "system_instruction"), "tools": ("functions",)}
+    checks: ClassVar[dict[str, Check]] = {"contents": messages_of_contents, "system": system_text}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        tools = tools_of_declarations(found["tools"]) if found.get("tools") else None
+        messages = conversation_of(found["contents"], "contents")
+        return super().row({**found, "contents": messages, "tools": tools}, task)
+
+
+@row_format
+class Xlam(ConversationFormat):
+    """The columns of xlam-function-calling-60k: the calls that answer a question."""
+
+    name = "xlam"
+    required = ("query", "tools", "answers")
+    optional = ("system", "parallel_tool_calls", "chat_template_kwargs")
+    other_names: ClassVar = {}
+    checks: ClassVar[dict[str, Check]] = {"query": text}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        messages = conversation_of(call_messages(found["query"], found["answers"]), "answers")
+        tools = schemas(found["tools"]) if found["tools"] else None
+        row = {**found, "tools": tools}
+        return conversation_row(
+            with_system(messages, found.get("system")), row, needs_answer=task is None or task.needs_answer
+        )
+
+
+def _question_and_answer(columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
+    """The columns that look like a question and its answer, where none is named."""
+    found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
+    return found if all(found) and not mapping else []
 
 
 def _instructed(found: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ class Embedding(Task):
     peft_type = "FEATURE_EXTRACTION"
     pipeline = "sentence-similarity"
     serves = ("embed",)
-    formats = ("contrastive",)
+    formats = ("contrastive", "bge")
     metrics = ("loss", "recall_at_1", "recall_at_5", "recall_at_10", "mrr")
     ranked_by = (("mrr", False), ("accuracy", False), ("loss", True))
 

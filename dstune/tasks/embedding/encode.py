@@ -1,4 +1,4 @@
-"""Samples of contrastive pairs: a text, one that belongs to it, and perhaps one that does not."""
+"""Samples of contrastive pairs: a text, one that belongs to it, and any number of texts that do not."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from dstune.data.control import ControlTokens
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
+from dstune.tasks.embedding.rows import texts_of
 
 TOKENS = datasets.List(datasets.Value("int32"))
 COLUMNS = {"anchor": "input_ids", "positive": "positive_input_ids", "negative": "negative_input_ids"}
-"""Where the tokens of each text of a row go; those of a negative that a row does not have are empty."""
+"""Where the tokens of each text go; those of all negatives of a pair are one list."""
+LENGTHS = "negative_lengths"
+"""Column with the number of tokens of each negative."""
 
 
 class ContrastiveEncoder(Encoder):
-    """Texts with the special tokens that the tokenizer puts around them, each cut to `max_length` tokens."""
+    """Texts with the special tokens that the tokenizer puts around them, each cut to `max_length` tokens.
+
+    A row with several positives is a sample for each, among which its negatives are dealt in turn.
+    """
 
     def __init__(self, tokenizer: Any, max_length: int):
         self._tokenizer = tokenizer
@@ -30,18 +36,26 @@ class ContrastiveEncoder(Encoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"positive_input_ids": TOKENS, "negative_input_ids": TOKENS}
+        return {"positive_input_ids": TOKENS, "negative_input_ids": TOKENS, LENGTHS: TOKENS}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        return [sample for number, row in zip(numbers, rows, strict=True) for sample in self._samples(number, row)]
+
+    def _samples(self, number: int, row: dict[str, Any]) -> list[Sample]:
+        positives, negatives = texts_of(row["positive"]), texts_of(row.get("negative"))
+        anchor, length = self._tokens(row["anchor"])
         samples = []
-        for number, row in zip(numbers, rows, strict=True):
-            encoded = {column: self._tokens(row[name]) for name, column in COLUMNS.items() if name in row}
-            ids = {column: tokens for column, (tokens, _) in encoded.items()}
-            columns = {column: ids.get(column, np.empty(0, dtype=np.int32)) for column in self.columns}
-            length = max(length for _, length in encoded.values())
-            problem = "" if all(len(tokens) for tokens in ids.values()) else "a text has no token"
-            truncated = length > self._max_length
-            samples.append(Sample(number, ids["input_ids"], columns, 1, truncated, problem, length))
+        for turn, positive in enumerate(positives):
+            encoded = [self._tokens(text) for text in (positive, *negatives[turn :: len(positives)])]
+            longest = max(length, *(of for _, of in encoded))
+            (tokens, _), *others = encoded
+            columns = {
+                "positive_input_ids": tokens,
+                "negative_input_ids": np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in others)]),
+                LENGTHS: np.array([len(ids) for ids, _ in others], dtype=np.int32),
+            }
+            problem = "" if all(map(len, (anchor, tokens, *(ids for ids, _ in others)))) else "a text has no token"
+            samples.append(Sample(number, anchor, columns, 1, longest > self._max_length, problem, longest))
         return samples
 
     def _tokens(self, text: str) -> tuple[np.ndarray, int]:
@@ -61,9 +75,11 @@ def contrastive_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[s
     whose numbers are `negative_owner`; `anchor_key`, `positive_key`, `negative_key`, equal for equal texts; `counted`
     [pairs]."""
     samples = [split.sample(index) for index in micro_batch.samples]
-    texts = {kind: [sample[name] for sample in samples] for kind, name in COLUMNS.items()}
-    owners = [number for number, tokens in enumerate(texts["negative"]) if len(tokens)]
-    texts["negative"] = [texts["negative"][owner] for owner in owners]
+    texts = {kind: [sample[name] for sample in samples] for kind, name in COLUMNS.items() if kind != "negative"}
+    of_pairs = [np.split(sample[COLUMNS["negative"]], np.cumsum(sample[LENGTHS])[:-1]) for sample in samples]
+    negatives = [[ids for ids in of_pair if len(ids)] for of_pair in of_pairs]
+    owners = [number for number, of_pair in enumerate(negatives) for _ in of_pair]
+    texts["negative"] = [ids for of_pair in negatives for ids in of_pair]
     keys = {f"{kind}_key": np.array([_key(ids) for ids in of], dtype=np.int64) for kind, of in texts.items()}
     arrays = padded([ids for of in texts.values() for ids in of], None, pad)
     return {**arrays, **keys, "negative_owner": np.array(owners, dtype=np.int64), "counted": counted(micro_batch)}

@@ -92,19 +92,17 @@ def _by_kind(vectors: Tensor, batch: Batch) -> tuple[Tensor, ...]:
 
 
 def _rows(vectors: Tensor, batch: Batch) -> dict[str, list[Tensor]]:
-    """By pair: the vectors of its texts and their keys; nothing for a negative that it does not have."""
+    """By pair: the vectors of its texts and their keys, of any number of negatives. They come in the order of the pairs."""
     anchors, positives, negatives = _by_kind(vectors, batch)
     owners = batch["negative_owner"].tolist()
-    none, no_key = vectors[:0], batch["negative_key"][:0]
-    found = {owner: number for number, owner in enumerate(owners)}
-    of_pair = [found.get(pair) for pair in range(len(anchors))]
+    sizes = [owners.count(pair) for pair in range(len(anchors))]
     return {
         "anchor": list(anchors),
         "positive": list(positives),
-        "negative": [none if at is None else negatives[at : at + 1] for at in of_pair],
+        "negative": list(negatives.split(sizes)),
         "anchor_key": list(batch["anchor_key"]),
         "positive_key": list(batch["positive_key"]),
-        "negative_key": [no_key if at is None else batch["negative_key"][at : at + 1] for at in of_pair],
+        "negative_key": list(batch["negative_key"].split(sizes)),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from dstune.data.problems import RowError
-from dstune.data.values import text
+from dstune.data.values import text, text_or_texts
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
@@ -16,9 +16,34 @@ class Contrastive(RowFormat):
     name = "contrastive"
     required = ("anchor", "positive")
     optional = ("negative",)
-    checks: ClassVar[dict[str, Check]] = {"anchor": text, "positive": text, "negative": text}
+    checks: ClassVar[dict[str, Check]] = {"anchor": text, "positive": text_or_texts, "negative": text_or_texts}
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        if found["positive"] == found.get("negative"):
+        positives, negatives = texts_of(found["positive"]), texts_of(found.get("negative"))
+        if not positives:
+            raise RowError("there is no positive")
+        if set(positives).intersection(negatives):
             raise RowError("positive and negative are the same")
-        return found
+        given = {"positive": positives, "negative": negatives}
+        return {
+            "anchor": found["anchor"],
+            **{kind: texts[0] if len(texts) == 1 else texts for kind, texts in given.items() if texts},
+        }
+
+
+@row_format
+class Bge(Contrastive):
+    """The columns of FlagEmbedding's files: a query with lists of texts that belong to it and that do not."""
+
+    name = "bge"
+    required = ("query", "pos")
+    optional = ("neg",)
+    checks: ClassVar[dict[str, Check]] = {"query": text, "pos": text_or_texts, "neg": text_or_texts}
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return super().row({"anchor": found["query"], "positive": found["pos"], "negative": found.get("neg")}, task)
+
+
+def texts_of(value: str | list[str] | None) -> list[str]:
+    """The texts of a column that holds one, several or none."""
+    return [value] if isinstance(value, str) else list(value or ())

@@ -44,14 +44,14 @@ class Preference(WritingTask):
     texts_per_row = 2
     token_targets = True
     countable_flops = False  # passes of the reference model
-    formats = ("feedback", "feedback_messages", "preference")
+    formats = ("feedback", "feedback_messages", "preference", "openai_preference")
     frozen_keys = ("template_date", "reference_revision")
     further_models = (FurtherModel("reference_model", "reference_revision"),)
     metrics = ("loss", "reward_accuracy", "reward_margin")
 
     @property
     def read_formats(self) -> tuple[str, ...]:
-        return self.formats if self.config.single else ("preference",)
+        return self.formats if self.config.single else ("preference", "openai_preference")
 
     @property
     def whole_batch_loss(self) -> bool:

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from dstune.data.media import holds_something
+from dstune.data.message import from_json
 from dstune.data.messages import after_history, conversation_of, plain_exchange, with_input
 from dstune.data.preferences import pair_row, parted, verdict_of
+from dstune.data.problems import RowError, format_value
 from dstune.data.values import text_or_messages
 from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
 BESIDE = ("system", "tools", "chat_template_kwargs")
+REQUEST = ("messages", "tools", "functions", "parallel_tool_calls")
+"""Keys of the column `input` of an OpenAI pair."""
 
 
 @row_format
@@ -45,6 +50,27 @@ class PreferenceFormat(RowFormat):
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
         return pair_row(found)
+
+
+@row_format
+class OpenAIPreference(RowFormat):
+    """Pairs as OpenAI's fine-tuning API takes them: the request, the better answer and the worse one."""
+
+    name = "openai_preference"
+    conversational = True
+    required = ("input", "preferred_output", "non_preferred_output")
+
+    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        request = found["input"]
+        if isinstance(request, str):
+            request = from_json(request, "column 'input' is text but not JSON")
+        if not isinstance(request, Mapping) or not isinstance(request.get("messages"), list):
+            raise RowError(f"column 'input' must be an object with messages, it is {format_value(request)}")
+        if strange := [key for key in request if key not in REQUEST and holds_something(request[key])]:
+            raise RowError(f"column 'input' has the key {strange[0]!r}, which is not read")
+        tools = request.get("tools") or request.get("functions")
+        answers = {"chosen": found["preferred_output"], "rejected": found["non_preferred_output"]}
+        return pair_row({"prompt": request["messages"], "tools": tools, **answers})
 
 
 def _instead(fields: Mapping[str, Any], of: Sequence[str], **columns: Any) -> dict[str, Any]:

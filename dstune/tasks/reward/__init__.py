@@ -42,7 +42,7 @@ class Reward(Task):
     predicts_from_text = False
     texts_per_row = 2
     output = "classifier"
-    formats = ("preference",)
+    formats = ("preference", "openai_preference")
     frozen_keys = ("template_date",)
     metrics = ("loss", "reward_accuracy", "reward_margin")
 

@@ -1,0 +1,66 @@
+"""Rows that cannot be used: listed together by file and line, or counted."""
+
+from __future__ import annotations
+
+from dstune.config.data_schema import OnBadRow
+from dstune.core.errors import Problem, UserError
+from dstune.data.problems import unprinted_in
+
+MAX_LISTED_BAD_ROWS = 10
+
+FIRST_ROWS = 100
+"""Rows among which the first one with a format of the task tells the format of all."""
+
+
+def of_row(error: UserError, place: str) -> str | None:
+    """What an error says of the row at `place`; None where it says something about other things too."""
+    reasons = [problem.reason for problem in error.problems if problem.where == place]
+    return reasons[0] if len(reasons) == len(error.problems) == 1 else None
+
+
+class BadRows:
+    """Rows that cannot be used: collected to be listed together, or only counted (`data.on_bad_row=skip`)."""
+
+    def __init__(self, policy: OnBadRow, template: str = ""):
+        """template: what `model.chat_template` is, for a message."""
+        self._policy, self._template = policy, template
+        self._problems: list[Problem] = []
+        self._unprinted: dict[tuple[str, str], tuple[str, int]] = {}
+        self.count = 0
+
+    def add(self, place: str, reason: str) -> None:
+        self.count += 1
+        if fields := unprinted_in(reason):
+            first, count = self._unprinted.get(fields, (place, 0))
+            self._unprinted[fields] = first, count + 1
+        if len(self._problems) < MAX_LISTED_BAD_ROWS:
+            self._problems.append(Problem(where=place, reason=reason))
+
+    def first(self, since: int = 0) -> list[dict[str, str]]:
+        """The first bad rows, of those behind the first `since` ones, by place and reason, as far as they are kept."""
+        return [{"place": problem.where, "text": problem.reason} for problem in self._problems[since:]]
+
+    def raise_if_any(self) -> None:
+        """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
+        if not self.count or self._policy is OnBadRow.skip:
+            return
+        if self._unprinted:  # one word about the template instead of one about each row
+            raise UserError(
+                [
+                    Problem(
+                        "model.chat_template",
+                        f"this template does not print {fields}, which {count:,} row{'s have' if count > 1 else ' has'} (the "
+                        f"first is {place}): what is not printed is not trained",
+                        f"{fix}; data.on_bad_row=skip leaves these rows out",
+                        self._template,
+                    )
+                    for (fields, fix), (place, count) in self._unprinted.items()
+                ]
+            )
+        *problems, last = self._problems
+        others = self.count - len(self._problems)
+        more = f" (and {others:,} more bad row{'s' if others > 1 else ''}, {self.count:,} in all)" if others else ""
+        fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
+        if all(problem.reason.startswith("not UTF-8") for problem in self._problems):
+            fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
+        raise UserError([*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)])
