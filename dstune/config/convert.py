@@ -251,6 +251,9 @@ def _fix(value: Any, hint: Any, where: str) -> str:
             return f"{where}={similar}"
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"{where}={int(value)}"  # 1e3
+    if isinstance(value, (list, tuple)) and len(value) > 1 and hint in (int, float, str) and where in all_keys():
+        values = ",".join(format_value(item) for item in value)
+        return f"a run for each of them: {shlex.join(['dstune', 'train', '--multirun', f'{where}={values}'])}"
     if typing.get_origin(hint) is list and isinstance(value, (str, int, float)):
         return f"{where}=[{format_value(value)}]"
     if typing.get_origin(hint) is dict and (pair := re.fullmatch(r"(\w+):(\S+)", str(value))):

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dstune.config import habits
 from dstune.config.names import all_keys, nearest, suggest_key
 from dstune.config.plain_file import expand
 from dstune.config.words import meaning
@@ -145,6 +146,8 @@ def _unknown_flag(flag: str, following: str) -> Problem:
         return Problem(name, "this verb has no such flag", f"it belongs to `dstune {verbs}`", value)
     if plain in ("config", "config_file"):
         return Problem(name, "there is no such flag", meaning(value or "NAME.yaml") or "", value)
+    if words := habits.answer(plain, value):
+        return Problem(name, "settings are keys, not flags", habits.as_fix(words), value)
     known = [option for option in _parser()._option_string_actions if option.startswith("--")]
     if similar := nearest(name, known, cutoff=0.75):
         return Problem(name, "there is no such flag", f"did you mean {similar}?", value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from dstune.config.convert import describe, yaml_problem
-from dstune.config.hydra_session import unknown_choice
+from dstune.config.habits import unknown_choice
 from dstune.config.names import all_keys, nearest, sections, suggest_key
 from dstune.core.errors import Problem
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import re
 import sys
 import types
 import typing
@@ -17,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import dstune
 from dstune.config.convert import is_optional
 from dstune.config.fields import BY_METHOD, MemberName
-from dstune.config.names import ROOT_KEYS, classes_of, entry_class, is_section, nearest, sections, type_hints
+from dstune.config.names import ROOT_KEYS, classes_of, entry_class, is_section, sections, type_hints
 from dstune.config.schema import CHOICES
 from dstune.core import plugins
 from dstune.core.errors import Problem, UserError
 from dstune.core.registry import on_change
-from dstune.protocols import METHODS
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
@@ -238,14 +236,3 @@ def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[
         for group in groups
         if (choices := [name for name in options(group, ObjectType.CONFIG) if name != "__init__"])
     }
-
-
-def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
-    """The problem with a choice that a group does not have."""
-    similar = nearest(choice, options) or next((option for option in options if option.endswith(choice)), None)
-    fix = f"did you mean {group}={similar}?" if similar else f"one of {', '.join(options)}"
-    key = {"data": "data.train", "model": "model.path"}.get(group)
-    if key and re.search(r"[/.~]|^sample:", choice) and not (similar and "/" not in choice):
-        fix = f"{group}= takes a name; rows and models of yours go into {key}={choice}"
-    reason = METHODS.refused.get(choice) if group == "method" else None
-    return Problem(group, f"is not offered: {reason}" if reason else f"there is no such {group}", fix, choice)

@@ -21,7 +21,6 @@ OTHER_TOOLS = {
     "auto_find_batch_size": "trainer.micro_batch_size",
     "per_device_eval_batch_size": "evaluate.micro_batch_size",
     "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
-    "gradient_accumulation_steps": "trainer.global_batch_size",
     "num_train_epochs": "trainer.epochs",
     "num_epochs": "trainer.epochs",
     "num_steps": "trainer.max_steps",
@@ -29,8 +28,6 @@ OTHER_TOOLS = {
     "max_grad_norm": "trainer.grad_clip",
     "gradient_clipping": "trainer.grad_clip",
     "gradient_checkpointing": "trainer.activation_checkpointing",
-    "bf16": "trainer.precision",
-    "fp16": "trainer.precision",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "cutoff_len": "data.max_length",
@@ -46,10 +43,61 @@ OTHER_TOOLS = {
     "save_total_limit": "checkpoint.keep",
     "eval_steps": "evaluate.every",
     "resume_from_checkpoint": "run.resume",
-    "num_gpus": "launch.processes",
     "nproc_per_node": "launch.processes",
     "wandb_project": "tracking.project",
     "run_name": "run.name",
+    "wd": "optimizer.weight_decay",
+    "warmup": "schedule.warmup_ratio",
+    "warmup_proportion": "schedule.warmup_ratio",
+    "max_length": "data.max_length",
+    "sequence_len": "data.max_length",
+    "block_size": "data.max_length",
+    "sample_packing": "data.packing",
+    "val_set_size": "data.split.validation",
+    "val_size": "data.split.validation",
+    "validation_split": "data.split.validation",
+    "validation_file": "data.validation",
+    "eval_file": "data.validation",
+    "eval_dataset": "data.validation",
+    "valid_file": "data.validation",
+    "test_file": "data.test",
+    "train_data": "data.train",
+    "train_dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_path": "data.train",
+    "data_path": "data.train",
+    "max_samples": "data.max_rows",
+    "max_train_samples": "data.max_rows",
+    "dataloader_num_workers": "data.workers",
+    "num_workers": "data.workers",
+    "epoch": "trainer.epochs",
+    "n_epochs": "trainer.epochs",
+    "max_epochs": "trainer.epochs",
+    "max_train_steps": "trainer.max_steps",
+    "early_stopping_patience": "trainer.early_stopping.patience",
+    "metric_for_best_model": "trainer.early_stopping.metric",
+    "gradient_clip_val": "trainer.grad_clip",
+    "clip_grad": "trainer.grad_clip",
+    "use_gradient_checkpointing": "trainer.activation_checkpointing",
+    "lora_dropout": "method.dropout",
+    "lora_rank": "method.rank",
+    "lora_target": "method.target_modules",
+    "lora_target_modules": "method.target_modules",
+    "r": "method.rank",
+    "use_dora": "method.dora",
+    "use_rslora": "method.rslora",
+    "hub_model_revision": "model.revision",
+    "model_revision": "model.revision",
+    "out_dir": "run.dir",
+    "save_dir": "run.dir",
+    "save_every": "checkpoint.every",
+    "eval_every": "evaluate.every",
+    "eval_batch_size": "evaluate.micro_batch_size",
+    "label_names": "task.labels",
+    "num_nodes": "launch.nodes",
+    "nnodes": "launch.nodes",
+    "num_machines": "launch.nodes",
+    "wandb_entity": "tracking.wandb.entity",
 }
 """What other fine-tuning tools call a key (no string distance finds these)."""
 
@@ -193,12 +241,14 @@ def suggest_key(key: str, valid: Iterable[str]) -> str | None:
     same_last = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == last]
     if same_last:
         return nearest(key, same_last, cutoff=0.0)
-    # By the last part: a shared `trainer.` would make any two of its keys look alike.
+    # By the last part: a shared `trainer.` would make any two of its keys look alike. A key that looks like one of another section
+    # is not what was meant: launch.nodes is not tracking.notes.
     section = key.rpartition(".")[0]
-    siblings = {name.rsplit(".", 1)[-1]: name for name in valid if section and name.startswith(f"{section}.")}
-    others = {name.rsplit(".", 1)[-1]: name for name in valid}
-    # Inside a section that exists, a key of another one has to be nearly the same: launch.nodes is not tracking.notes.
-    for known_names, cutoff in ((siblings, 0.6), (others, 0.9 if section in sections() else 0.75)):
-        if similar := nearest(last, known_names, cutoff):
-            return known_names[similar]
-    return nearest(plain, valid, cutoff=0.8)
+    if section in sections() or key in sections():
+        candidates = [name for name in valid if section and name.startswith(f"{section}.")]
+    else:
+        candidates = valid
+    by_last = {name.rsplit(".", 1)[-1]: name for name in candidates}
+    if similar := nearest(last, by_last, 0.6 if candidates is not valid else 0.75):
+        return by_last[similar]
+    return nearest(plain, valid, cutoff=0.8) if candidates is valid else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.config import habits
 from dstune.config.convert import build, convert, format_value, is_optional
 from dstune.config.names import (
     all_keys,
@@ -277,8 +278,6 @@ def _hydra_setting(override: Override) -> Problem:
 
 
 def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) -> list[Problem]:
-    from dstune.config.hydra_session import unknown_choice
-
     group, value = override.key_or_group, override.value()
     if override.is_delete():
         return [Problem(group, "a group cannot be removed", f"choose one: {group}={'|'.join(groups[group])}")]
@@ -291,7 +290,9 @@ def _choice_problems(override: Override, groups: Mapping[str, Sequence[str]]) ->
     if value is None:
         return [Problem(group, "one has to be chosen", f"one of {', '.join(groups[group])}", "null")]
     chosen = value if isinstance(value, list) else [value]
-    return [unknown_choice(group, format_value(name), groups[group]) for name in chosen if name not in groups[group]]
+    return [
+        habits.unknown_choice(group, format_value(name), groups[group]) for name in chosen if name not in groups[group]
+    ]
 
 
 def _value_problems(
@@ -318,6 +319,8 @@ def _value_problems(
         elif key in keys:
             convert(value, keys[key], key)
         elif (owner := _section_class(key, classes)) is not None:
+            if not isinstance(value, Mapping) and (words := habits.answer(key, format_value(value))):
+                return [Problem(key, "this is a section, not a value", habits.as_fix(words), format_value(value))]
             build(owner, value, key)
         else:
             return [_unknown_key(key, keys, classes, groups, value)]
@@ -374,6 +377,9 @@ def _unknown_key(
 ) -> Problem:
     section = key.split(".", 1)[0]
     text = format_value(value)
+    if words := habits.answer(key, text):
+        reason = f"{section} has no such key" if "." in key and section in sections() else "there is no such key"
+        return Problem(key, reason, habits.as_fix(words), text)
     if other := choices_with(key):
         chosen = next(name for name, cls in classes_of(section).items() if cls is classes[section])
         fix = f"it is a key of {' and '.join(other)}: choose that or leave it out"
@@ -389,16 +395,8 @@ def _unknown_key(
     similar = suggest_key(key, keys) or suggest_key(key, all_keys())
     reason = f"{section} has no such key" if section in sections() else "there is no such key"
     if similar:
-        return Problem(key, reason, f"did you mean {similar}={_carried(similar, key, text)}?", text)
+        return Problem(key, reason, f"did you mean {similar}={text}?", text)
     if section in sections():
         own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
         return Problem(key, reason, f"it has {own}" if own else f"{section} has no keys of its own", text)
     return Problem(key, reason, "`dstune train --help` lists all keys", text)
-
-
-def _carried(similar: str, key: str, value: str) -> str:
-    """The value for a suggested key; that of another tool's switch (`bf16=true`) is the switch's name."""
-    last = key.rsplit(".", 1)[-1]
-    if similar == "trainer.precision" and last in ("bf16", "fp16"):
-        return last
-    return "ROWS" if last == "gradient_accumulation_steps" else value
