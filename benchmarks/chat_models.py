@@ -53,7 +53,7 @@ PARIS, ROME = "call_9gT2xQwErTyUiOpAsDfGhJk1", "call_Zx8LmNbVcXzAsDfGhJkLqWe2"
 """Ids of calls as OpenAI's API gives them."""
 
 
-def call(number: str = PARIS, city: str = "Paris") -> dict[str, Any]:
+def call(number: str = PARIS, city: str = "Paris, FR") -> dict[str, Any]:
     return {
         "id": number,
         "type": "function",
@@ -78,7 +78,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
             user("Compare Paris and Rome."),
             says(None, tool_calls=[call()]),
             answered(),
-            says(None, tool_calls=[call(ROME, "Rome")]),
+            says(None, tool_calls=[call(ROME, "Rome, IT")]),
             answered("rain", ROME),
             says("Paris is sunnier."),
         ],
@@ -87,7 +87,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
     "parallel calls": {
         "messages": [
             user("Compare Paris and Rome."),
-            says(None, tool_calls=[call(), call(ROME, "Rome")]),
+            says(None, tool_calls=[call(), call(ROME, "Rome, IT")]),
             answered(),
             answered("rain", ROME),
             says("Paris is sunnier."),
@@ -497,31 +497,27 @@ def cell(model: Model, dialogue: dict[str, Any], *, show: bool = False) -> Cell:
 
 
 def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
-    """What servers do with a conversation that is refused: those that render the model's template as transformers does."""
+    """What servers make of a conversation that is refused: those that render the model's template as transformers does."""
     reference = Reference(model.tokenizer(), model.ends)
-    ways = list(reference.ways(dialogue["messages"]))
-    texts = [reference.render(sent, dialogue.get("tools"), given, prompt=False) for sent, given in ways]
-    if not any(texts):
-        return "refused by each server: the template raises an error"
-    said = [
-        ("tools", "get_weather", bool(dialogue.get("tools"))),
-        (
-            "calls",
-            '"Paris"' if dialogue.get("tools") else "",
-            any("tool_calls" in message for message in dialogue["messages"]),
-        ),
-    ]
-    thoughts = [message["reasoning_content"] for message in dialogue["messages"] if "reasoning_content" in message]
-    absent = [what for what, text, asked in said if asked and not any(text in shown for shown in texts if shown)]
-    absent += (
-        ["reasoning"] if thoughts and not any(all(of in shown for of in thoughts) for shown in texts if shown) else []
-    )
+    messages, tools = dialogue["messages"], dialogue.get("tools")
+    ways = [way for way in reference.ways(messages) if not any("<think>" in str(of.get("content")) for of in way[0])]
+    texts = [text for sent, given in ways if (text := reference.render(sent, tools, given, prompt=False))]
+    texts = [text for text in texts if "'thinking'" not in text]
+    if not texts:
+        return "every server refuses it: the template raises an error"
+    said = {
+        "the tools": [of["function"]["description"] for of in tools or []],
+        "calls": [of["function"]["arguments"]["city"] for message in messages for of in message.get("tool_calls", [])],
+        "results": [message["content"] for message in messages if message["role"] == "tool"],
+        "the text beside a call": [
+            message["content"] for message in messages if message.get("tool_calls") and message["content"]
+        ],
+        "reasoning": [message["reasoning_content"] for message in messages if "reasoning_content" in message],
+    }
+    absent = [what for what, expected in said.items() if not any(all(of in text for of in expected) for text in texts)]
     if absent:
-        return f"each server drops {' and '.join(absent)} without a word"
-    return "a server renders it, and asks for it by a prompt that the conversation does not show"
-
-
-SHORT = {"yes": "yes", "-": "-", "WRONG": "WRONG"}
+        return f"every server drops {' and '.join(filter(None, [', '.join(absent[:-1]), absent[-1]]))} without a word"
+    return "every server asks the model to think first"
 
 
 def table(chosen: list[Model], show: str | None = None) -> tuple[list[str], list[str], dict[str, Counter[str]]]:
@@ -542,7 +538,7 @@ def table(chosen: list[Model], show: str | None = None) -> tuple[list[str], list
                 reason = re.sub(
                     r"^message \d+ \(\w+\): |: the prompt goes on .*?(?=; |$)", "", found.detail, flags=re.S
                 )
-                note = f"{reason} ({of_servers(model, dialogue)})"
+                note = f"{reason}. Servers: {of_servers(model, dialogue)}."
                 text = f"r{notes.setdefault(note, len(notes) + 1)}"
             if found.state == "WRONG":
                 wrong.append(f"{model.name} x {name}: {found.detail}")

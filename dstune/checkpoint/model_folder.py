@@ -45,6 +45,7 @@ from dstune.models.load import (
 )
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.protocols import method_of, task_of
+from dstune.protocols.task import RewritesTemplate
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -78,6 +79,9 @@ def write_model(
     tokenizer = load_tokenizer(config.model)
     state = store.read_state(checkpoint)
     labels = tuple(state["labels"])
+    task = task_of(config.task)
+    if isinstance(task, RewritesTemplate) and tokenizer.chat_template:
+        task.rewrite_template(tokenizer)
     _build_in(tokenizer, state.get("chat_template_kwargs") or {})
     trained = Weights(checkpoint)
     built = _build(config, tokenizer, labels, trained)
@@ -115,7 +119,7 @@ def write_model(
     if config.model.weights is not InitialWeights.random:
         copy_processor_files(config.model, folder, has_template=bool(tokenizer.chat_template))
     architecture: PretrainedConfig = built.model.config
-    task_of(config.task).write_export(config, architecture, folder)
+    task.write_export(config, architecture, folder)
     return architecture
 
 

@@ -7,8 +7,9 @@ offsets. What a template does not print is not trained: a row that holds it is r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +45,14 @@ from dstune.data.chat.rule import (
     place_in,
     turn_of,
 )
-from dstune.data.chat.template import ChatTemplate, Messages, RenderError, Tools
+from dstune.data.chat.template import (
+    ChatTemplate,
+    Messages,
+    RenderError,
+    TemplateRefusal,
+    Tools,
+    with_inlined_reasoning,
+)
 from dstune.data.chat.thoughts import inlined, is_open, marks_of
 from dstune.data.control import ControlTokens
 from dstune.data.message import REASONING_KEYS, content_start, content_text, inline_reasoning, with_start
@@ -222,8 +230,34 @@ class ChatRenderer:
         """
         messages = self.expected(messages, tools)
         trained = self.trained(messages)
-        self._refuse_dropped(messages, tools, trained)
+        self._refuse_dropped(messages, tools, trained, arguments)
         adapted = [self.facts.adapted(message) for message in messages]
+        try:
+            return self._passages(messages, adapted, trained, tools, arguments)
+        except TemplateRefusal as error:
+            end = trained[-1] + 1 if trained else len(messages)
+            fixes = self._fixes_of_refusal(adapted[:end], tools, self.arguments_for(messages[end - 1], arguments))
+            raise RenderError("".join([str(error), *(f"; {fix}" for fix in fixes)])) from None
+
+    def _fixes_of_refusal(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
+        """What to do where the template refuses a conversation: put the system text elsewhere, or take another template."""
+        fixes = []
+        first, *rest = messages
+        if first["role"] == "system" and rest and isinstance(rest[0].get("content"), str):
+            joined = {**rest[0], "content": f"{content_text(first['content'])}\n\n{rest[0]['content']}"}
+            with suppress(RenderError):
+                self._template.text([joined, *rest[1:]], tools=tools, arguments=arguments)
+                fixes.append("it takes the conversation with the system text at the beginning of the first question")
+        return [*fixes, *self._packaged_fix(messages, tools, arguments)]
+
+    def _passages(
+        self,
+        messages: Messages,
+        adapted: Messages,
+        trained: list[int],
+        tools: Tools | None,
+        arguments: Mapping[str, Any] | None,
+    ) -> list[Passage]:
         if (number := first_unusual(messages)) is not None:
             given = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
             self._refuse_lost(adapted, tools, given, number)
@@ -248,10 +282,21 @@ class ChatRenderer:
         if self._obeys_marks(tools):
             for at, passage in enumerate(found):
                 last = passage.places[-1].number
-                formatted = adapted if passage.text is whole else adapted[: last + 1]
-                given = self.arguments_for(messages[last], arguments)
-                found[at] = only_marked(passage, self._template.marks(formatted, tools=tools, arguments=given))
+                given = {"tools": tools, "arguments": self.arguments_for(messages[last], arguments)}
+                moved = next((turn for turn in turns if turn.answered is passage.text and turn.moved is not None), None)
+                if moved is not None:
+                    found[at] = only_marked(passage, self._moved_marks(adapted[: moved.number + 1], moved, **given))
+                else:
+                    formatted = adapted if passage.text is whole else adapted[: last + 1]
+                    found[at] = only_marked(passage, self._template.marks(formatted, **given))
         return [passage for passage in found if passage.places]
+
+    def _moved_marks(self, messages: Messages, turn: Turn, **given: Any) -> list[Span]:
+        """The marks of a text that is P with what F adds: those of P, and those of F from there on."""
+        assert turn.moved is not None
+        asked = self._template.marks(messages[:-1], prompt=True, **given)
+        shown = ((start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **given))
+        return [*asked, *((max(start, turn.start), end) for start, end in shown if end > turn.start)]
 
     def whole_and_untrained(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
@@ -332,12 +377,14 @@ class ChatRenderer:
         formatted = adapted[: number + 1]
         answered = render(formatted, tools=tools, arguments=arguments)
         calls = bool(message.get("tool_calls"))
-        # Marks are places in the conversation as the template prints it, which is not the text that is trained then.
-        if not answered.startswith(prompt) and not self._obeys_marks(tools):
+        moved = None
+        if not answered.startswith(prompt):
             target = _apart(formatted, prompt, answered, arguments, tools, render)
-            answered = answered if target is None else prompt + target
+            if target is not None:
+                moved = len(prompt) - (len(answered) - len(target))
+                answered = prompt + target
         try:
-            turn = turn_of(number, prompt, answered, self.stops, calls=calls)
+            turn = replace(turn_of(number, prompt, answered, self.stops, calls=calls), moved=moved)
         except RuleError as error:
             mended = self._mended(formatted, tools, arguments, prompt)
             raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
@@ -351,7 +398,8 @@ class ChatRenderer:
         return turn
 
     def _packaged_fix(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """What to set where the packaged template of the family prints what the last of `messages` says behind its prompt."""
+        """What to set where the packaged template of the family prints all that the assistant says, and the last of `messages`
+        behind its prompt."""
         if self._packaged is None:
             return []
         text = template_path(self._packaged).read_text(encoding="utf-8")
@@ -361,8 +409,8 @@ class ChatRenderer:
             whole = packaged.text(messages, tools=tools, arguments=arguments)
         except RenderError:
             return []
-        said = content_text(messages[-1].get("content")).strip()
-        prints = whole.startswith(begin) and said in whole[len(begin) :]
+        said = (content_text(message.get("content")).strip() for message in messages if message["role"] == "assistant")
+        prints = whole.startswith(begin) and all(text in whole for text in said)
         return [f"model.chat_template={self._packaged} fixes it"] if prints else []
 
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
@@ -431,6 +479,18 @@ class ChatRenderer:
         content = message.get("content")
         return {**rest, "content": with_start(content, inlined(content_start(content), reasoning, self.inline_marks))}
 
+    def rewrite_template(self) -> None:
+        """Let the tokenizer's chat template write reasoning from a field as `task.reasoning=inline` trained it."""
+        if not self.choice.inlines_reasoning or self.inline_marks is None:
+            return
+        turns = self._inline_in - self.facts.reasons_in
+        given = self._tokenizer.chat_template
+        self._tokenizer.chat_template = (
+            with_inlined_reasoning(given, self.inline_marks, turns)
+            if isinstance(given, str)
+            else {name: with_inlined_reasoning(text, self.inline_marks, turns) for name, text in given.items()}
+        )
+
     def _inline_marks(self) -> tuple[str, str] | None:
         """The marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are known."""
         if len(self.choice.reasoning_marks) == 2 and all(self.choice.reasoning_marks):
@@ -468,7 +528,9 @@ class ChatRenderer:
                 "of such a conversation; put their texts into one message, or set model.chat_template to one that does"
             )
 
-    def _refuse_dropped(self, messages: Messages, tools: Tools | None, trained: Iterable[int]) -> None:
+    def _refuse_dropped(
+        self, messages: Messages, tools: Tools | None, trained: Sequence[int], arguments: Mapping[str, Any] | None
+    ) -> None:
         """Raises RenderError where the row has what the template never prints."""
         facts = self.facts
         calls = [message["tool_calls"] for message in messages if message.get("tool_calls")]
@@ -484,7 +546,9 @@ class ChatRenderer:
         }
         fields = [what for what, is_dropped in dropped.items() if is_dropped]
         fix = "set model.chat_template to one that does"
-        if self._packaged is not None and not dropped[_SEVERAL]:
+        end = trained[-1] + 1 if trained else len(messages)
+        asked = self.arguments_for(messages[end - 1], arguments)
+        if (fields or any(map(self._hides, messages))) and self._packaged_fix(messages[:end], tools, asked):
             fix += f" (the packaged {self._packaged} does)"
         hidden = [bool(messages[number].get("tool_calls")) for number in trained if self._hides(messages[number])]
         if hidden:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
     from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.measure import Evaluation, Row, Totals
     from dstune.zero.engine import Engine
+
+
+@runtime_checkable
+class RewritesTemplate(Protocol):
+    """A task whose settings change how a server has to render the history."""
+
+    def rewrite_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change `tokenizer.chat_template` so that it renders as in training."""
 
 
 @dataclass(frozen=True)

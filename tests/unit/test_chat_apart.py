@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from unit.data_helpers import CHATML, byte_tokenizer
-from unit.templates import FIRST_OF_TWO, MISTRAL, THINKING_PROMPT
+from unit.templates import FIRST_OF_TWO, MARKED_WITH_END, MISTRAL, THINKING_PROMPT
 from unit.test_chat_faults import CALLING, DATE, REASONED, data_of
-from unit.test_data_render import assistant, refusal, system, tool, user
+from unit.test_data_render import assistant, line_break_tokenizer, refusal, system, tool, user
 
 from dstune.core.errors import UserError
 from dstune.data.build import prove
@@ -17,6 +17,7 @@ from dstune.data.chat.prompt import ChatPrompts
 from dstune.data.collate import NO_TARGET
 from dstune.data.rows import normalise
 from dstune.data.tokenize import RowTokenizer
+from dstune.tasks.chat import Chat
 from dstune.tasks.chat.config import ChatConfig, Reasoning
 
 EMPTY_THOUGHT = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n\n</think>\n\n' }}{% endif")
@@ -329,3 +330,63 @@ def test_an_answer_is_trained_where_a_server_asks_for_it_if_the_history_differs_
     asked = prompted(LINE_BREAK_BEHIND_A_RESULT, messages[:-1])
     assert "sunny<|im_end|>" in asked
     assert context + rest == f"{asked}Warm.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("marks", [["<think>", "</think>"], ["A:", "B:"]])
+@pytest.mark.parametrize("template", [CHATML, REASONS_IN_CALLS], ids=["no field", "a field in calls"])
+def test_an_export_renders_reasoning_from_a_field_as_it_was_trained_inline(template, marks):
+    """A client may send back what a server told apart; the base model's template would drop it."""
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline, reasoning_marks=marks)
+    messages = AGENT if template is REASONS_IN_CALLS else REASONED[:2]
+    row = {"messages": [*messages, user("So"), {**assistant("No"), "reasoning_content": "Well."}]}
+    (sample,) = RowTokenizer(byte_tokenizer(template), task, "messages", max_length=1000).samples([row], [0])
+    exported = byte_tokenizer(template)
+    Chat(task).rewrite_template(exported)
+    prompt = ChatPrompts(exported, DATE).ids(row["messages"][:-1])
+    assert sample.input_ids[: len(prompt)].tolist() == prompt
+    assert f"{marks[0]}Well.{marks[1]}" in exported.decode(sample.input_ids[len(prompt) :]).replace("\n", "")
+    assert exported.apply_chat_template(row["messages"][:-1], return_dict=False, add_generation_prompt=True) == prompt
+
+
+MARKS_BEHIND_A_THOUGHT = MARKED_WITH_END.replace(
+    "assistant\n' }}{% endif", "assistant\n<think>\n\n</think>\n\n' }}{% endif"
+)
+
+
+def test_marks_are_obeyed_behind_a_prompt_that_does_not_begin_the_conversation(tmp_path):
+    messages = [user("Hi"), assistant("Yes"), user("So"), assistant("No")]
+    samples = proven(tmp_path, MARKS_BEHIND_A_THOUGHT, [{"messages": messages}])
+    assert [target for _, target in samples] == ["Yes<|im_end|>\n", "No<|im_end|>\n"]
+    assert samples[1][0] == prompted(MARKS_BEHIND_A_THOUGHT, messages[:3])
+    encode = RowTokenizer(
+        byte_tokenizer(MARKS_BEHIND_A_THOUGHT), ChatConfig(template_date=DATE), "messages", max_length=1000
+    )
+    trained = [sample.labels[sample.labels != NO_TARGET] for sample in encode.samples([{"messages": messages}], [0])]
+    assert [byte_tokenizer().decode(labels) for labels in trained] == ["Yes<|im_end|>", "No<|im_end|>"]
+
+
+def test_a_run_says_how_many_turns_a_template_marks(tmp_path):
+    template = MARKED_WITH_END.replace("message['role'] == 'assistant'", "message['role'] == 'assistant' and loop.last")
+    rows = [{"messages": [user("Hi"), assistant("Yes"), user("So"), assistant("No")]}]
+    config, tokenizer, data = data_of(tmp_path, template, rows, ChatConfig(template_date=DATE))
+    assert "of 2 turns that were compared 1 have a mark" in prove(config, tokenizer, data).note
+
+
+def test_a_turn_that_ends_with_text_is_split_where_it_is_one_token_with_what_follows(tmp_path):
+    """A server stops behind the first line break; the model never writes the token of two."""
+    tokenizer = line_break_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{{ '\n' if not loop.last else '' }}"
+        "{% endfor %}{{ '\nassistant: ' if add_generation_prompt else '' }}"
+    )
+    messages = [user("Hi"), assistant("Yes"), user("So"), assistant("No")]
+    encode = RowTokenizer(tokenizer, ChatConfig(template_date=DATE), "messages", max_length=1000)
+    samples = encode.samples([{"messages": messages}], [0])
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert "ĊĊ" in tokenizer.tokenize(whole[: whole.rindex("user")])
+    targets = [tokenizer.convert_ids_to_tokens(sample.labels[sample.labels != NO_TARGET]) for sample in samples]
+    assert ["".join(target) for target in targets] == ["NoĊ", "YesĊ"]
+    for sample, end in zip(samples, (4, 2), strict=True):
+        asked = tokenizer.apply_chat_template(messages[: end - 1], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        assert sample.input_ids[: len(ids)].tolist() == ids

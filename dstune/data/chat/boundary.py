@@ -41,6 +41,23 @@ class Boundaries:
                 return True
         return self._encode(text[:start], own)[0] == ids[:count].tolist()
 
+    @staticmethod
+    def cuts(offsets: np.ndarray, at: int) -> bool:
+        """Whether a token stands for characters on both sides of `at`."""
+        first = int(np.searchsorted(offsets[:, 1], at, side="right"))
+        return first < len(offsets) and bool(offsets[first, 0] < at)
+
+    def until(
+        self, text: str, start: int, end: int, own: list[int] | None
+    ) -> tuple[np.ndarray, np.ndarray, int] | None:
+        """Tokens of `text[:end]`, their characters, and how many those of `text[:start]` are; nothing where they do not begin
+        them."""
+        ids, offsets = self._encode(text[:end], own)
+        head, _ = self._encode(text[:start], own)
+        if ids[: len(head)] != head:
+            return None
+        return np.array(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2), len(head)
+
     def apart(
         self, text: str, ids: np.ndarray, start: int, end: int, own: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int]:

@@ -221,6 +221,8 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
         )
     stops: frozenset[int] = frozenset()
     compared = 0
+    marked: Counter[bool] = Counter()
+    counted_rows: set[int] = set()
     for entry in kept["rows"]:
         own = encode.of_source(entry["source"])
         renderer = own.renderer
@@ -244,7 +246,9 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
             samples = [_columns(table[place], exchange.prefix) for place in places]
             row = {**exchange.row, "messages": renderer.expected(exchange.row["messages"], exchange.row.get("tools"))}
             try:
-                reason, count = _compared(server, row, samples, own, stops)
+                # The longest row may be kept as the first of its kind as well.
+                counts = Counter() if entry["number"] in counted_rows else marked
+                reason, count = _compared(server, row, samples, own, stops, counts)
             except REFUSALS as error:  # of the conversation that was rendered to make the samples
                 reason, count = f"the chat template refuses it: {error}", 0
             compared += count
@@ -257,6 +261,12 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                         "please report it with the chat template of the model; DSTUNE_CACHE=FOLDER prepares the rows anew",
                     )
                 )
+        counted_rows.add(entry["number"])
+    if marked[False]:
+        notes.append(
+            f"the chat template marks what is trained ({{% generation %}}): of {marked.total():,} turns that were compared "
+            f"{marked[True]:,} have a mark, the others are context; task.turns=all trains every turn"
+        )
     if not compared and any(encode.of_source(source).renderer is not None for source, *_ in kept["rendered"]):
         notes.append(
             f"none of {kept['of']:,} conversations could be compared with what a server renders: all of them write control "
@@ -309,8 +319,15 @@ def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str,
 
 
 def _compared(
-    server: Server, row: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], own: Any, stops: frozenset[int]
+    server: Server,
+    row: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    own: Any,
+    stops: frozenset[int],
+    marked_turns: Counter[bool],
 ) -> tuple[str | None, int]:
+    """What differs, and how many turns were compared. marked_turns: counts those that a template marks, and those that it leaves
+    out."""
     renderer = own.renderer
     if renderer.choice.whole:
         expected = server.whole(row)
@@ -320,6 +337,8 @@ def _compared(
     marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools")) and not own.trains_on_prompt
     turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
     marks = [server.marks(row, sample["input_ids"].tolist(), own.max_length) if marked else None for sample in samples]
+    if marked:
+        marked_turns.update(any(_trains(sample, turn) for sample in samples) for turn in turns)
     count = 0
     for turn in turns:
         counted = [None if of is None else server.counted(turn, of) for of in marks] if marked else None
@@ -342,6 +361,13 @@ def _compared(
         if trained != count:
             return f"{trained} tokens are trained, a server would have the model write {count}", len(turns)
     return None, len(turns)
+
+
+def _trains(sample: Mapping[str, Any], turn: Served) -> bool:
+    """Whether a token of the turn counts in a sample that holds its prompt."""
+    start, end = len(turn.prompt), turn.length
+    holds = sample["input_ids"][:start].tolist() == turn.prompt
+    return holds and bool(np.any(sample["labels"][start:end] != NO_TARGET))
 
 
 def _unmarked(

@@ -66,6 +66,8 @@ class Turn:
     body: str
     """What the model writes before it stops."""
     stop: str
+    moved: int | None = None
+    """Where P does not begin F, and `answered` is P with what F adds: by how many characters that is further back than in F."""
 
     @property
     def start(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.limits import TooMuch, limited, trial
 from dstune.data.chat.content_format import in_format
 from dstune.data.chat.rule import Span
+from dstune.data.chat.thoughts import inlined
 from dstune.data.template_date import freeze_date
 
 Messages = list[dict[str, Any]]
@@ -48,6 +49,10 @@ _TRIED: list[tuple[Messages, bool]] = [
 
 class RenderError(ValueError):
     """This conversation cannot be rendered, or its targets cannot be found; the text says why."""
+
+
+class TemplateRefusal(RenderError):
+    """The template raised an error of its own for this conversation."""
 
 
 class ChatTemplate:
@@ -152,7 +157,7 @@ class ChatTemplate:
         except UserError:
             raise
         except Exception as error:  # a template is a program of somebody else: it may raise anything
-            raise RenderError(f"the chat template refuses this conversation: {first_line(error)}") from None
+            raise TemplateRefusal(f"the chat template refuses this conversation: {first_line(error)}") from None
         finally:
             if self._left is not None:
                 self._left = max(self._left - (time.process_time() - began), 0.001)
@@ -193,7 +198,12 @@ class ChatTemplate:
             return False
 
     def marks(
-        self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        prompt: bool = False,
     ) -> list[Span]:
         """What the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
         given = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
@@ -204,6 +214,7 @@ class ChatTemplate:
                 tools=tools or None,
                 chat_template=source,
                 return_assistant_tokens_mask=True,
+                add_generation_prompt=prompt,
                 **given,
             )
         return sorted((start, end) for start, end in indices[0])
@@ -228,6 +239,44 @@ def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
     ]
     # trim_blocks removes exactly the line break after each block.
     return "".join([*lines, template])
+
+
+_INLINING = """\
+{%- set inlined = namespace(messages=[]) %}
+{%- for message in messages %}
+{%- set thought = message.reasoning_content or message.reasoning or message.thinking or '' %}
+{%- set calls = message.tool_calls or [] %}
+{%- set text = message.content or '' %}
+{%- if message.role == 'assistant' and thought is string and thought | trim and text is string and CONDITION %}
+{%- set text = BEGINNING + (thought | trim) + END %}
+{%- if calls %}
+{%- set inlined.messages = inlined.messages + [{'role': 'assistant', 'content': text, 'tool_calls': calls}] %}
+{%- else %}
+{%- set inlined.messages = inlined.messages + [{'role': 'assistant', 'content': text}] %}
+{%- endif %}
+{%- else %}
+{%- set inlined.messages = inlined.messages + [message] %}
+{%- endif %}
+{%- endfor %}
+{%- set messages = inlined.messages %}
+"""
+"""Puts reasoning that stands in a field of its own at the beginning of the content, as `thoughts.inlined` does."""
+
+
+def with_inlined_reasoning(template: str, marks: tuple[str, str], turns: Collection[bool]) -> str:
+    """`template` that writes reasoning from a field at the beginning of the content, between `marks`.
+
+    turns: of those that call tools (True), of others (False). A client may send reasoning back in a field of its own, where the
+    model wrote it into the content; the template knows no such field and would drop it.
+    """
+    if not turns:
+        return template
+    beginning, end = inlined("", "\1", marks).split("\1")
+    between = inlined("x", "\1", marks).split("\1")[1].removeprefix(end).removesuffix("x")
+    written = f"{_literal(end)} + ({_literal(between)} + text if text else '')"
+    condition = {frozenset({True}): "calls", frozenset({False}): "not calls"}.get(frozenset(turns), "true")
+    lines = _INLINING.replace("CONDITION", condition).replace("BEGINNING", _literal(beginning)).replace("END", written)
+    return lines + template
 
 
 def _literal(value: Any) -> str:

@@ -183,7 +183,8 @@ class ChatEncoder(Language):
     def _samples(
         self, number: int, text: _Text, ids: list[int], places: list[tuple[int, int]], earlier: list[np.ndarray]
     ) -> list[Sample]:
-        """The sample of a text, and those of its turns whose first token is one with the end of the prompt.
+        """The sample of a text, and those of its turns whose first token is one with the end of the prompt, or whose end (of a
+        template that ends turns with text) is one with what follows: a server tokenizes neither together.
 
         earlier: tokens of the row's samples so far, to which these are added.
         """
@@ -200,13 +201,19 @@ class ChatEncoder(Language):
         apart = [
             place
             for place in text.places
-            if not self.scores and not self._boundaries.clean(text.text, input_ids, offsets, place.start, text.own)
+            if not self.scores
+            and (
+                self._boundaries.cuts(offsets, place.end)
+                or not self._boundaries.clean(text.text, input_ids, offsets, place.start, text.own)
+            )
         ]
         kept = replace(text, places=tuple(place for place in text.places if place not in apart))
         samples = [self._of_tokens(number, kept, input_ids, offsets)] if kept.places or not apart else []
         for place in apart:
+            cuts = self._boundaries.cuts(offsets, place.end)
+            ended = self._boundaries.until(text.text, place.start, place.end, text.own) if cuts else None
             try:
-                joined, own_offsets, count = self._boundaries.apart(
+                joined, own_offsets, count = ended or self._boundaries.apart(
                     text.text, input_ids, place.start, place.end, text.own
                 )
             except BoundaryError as error:

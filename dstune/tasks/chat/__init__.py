@@ -10,6 +10,7 @@ from dstune.tasks.chat import rows as rows
 from dstune.tasks.chat.config import ChatConfig, Reasoning
 
 if TYPE_CHECKING:
+    from dstune.data.render import Choice
     from dstune.data.tokenize.sample import Encoder
 
 
@@ -40,7 +41,6 @@ class Chat(LanguageTask):
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
     ) -> Encoder:
-        from dstune.data.render import Choice
         from dstune.data.tokenize.conversations import ChatEncoder
 
         config = self.config
@@ -51,10 +51,25 @@ class Chat(LanguageTask):
             max_length,
             train_on_prompt=config.train_on_prompt,
             arguments=config.chat_template_kwargs,
-            choice=Choice(
-                config.turns.value,
-                drop_reasoning=config.reasoning is Reasoning.drop,
-                inlines_reasoning=config.reasoning is Reasoning.inline,
-                reasoning_marks=tuple(config.reasoning_marks),
-            ),
+            choice=self._choice(),
+        )
+
+    def rewrite_template(self, tokenizer: Any) -> None:
+        """Let the chat template of an export write reasoning as the rows were trained."""
+        from dstune.data.render import ChatRenderer
+
+        if self.config.reasoning is Reasoning.inline:
+            config = self.config
+            ChatRenderer(
+                tokenizer, config.template_date, config.chat_template_kwargs, self._choice()
+            ).rewrite_template()
+
+    def _choice(self) -> Choice:
+        from dstune.data.render import Choice
+
+        return Choice(
+            self.config.turns.value,
+            drop_reasoning=self.config.reasoning is Reasoning.drop,
+            inlines_reasoning=self.config.reasoning is Reasoning.inline,
+            reasoning_marks=tuple(self.config.reasoning_marks),
         )
