@@ -22,7 +22,7 @@ _MODULES = {
     "dstune.core.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
     "dstune.protocols": (
         *("Action", "Callback", "Launcher", "Method", "Metric", "Optimizer", "Parallelism", "Request"),
-        *("RowFormat", "Schedule", "Task", "Tracker"),
+        *("Reward", "RowFormat", "Schedule", "Task", "Tracker"),
         *(
             "callback",
             "launcher",
@@ -30,6 +30,7 @@ _MODULES = {
             "metric",
             "optimizer",
             "parallelism",
+            "reward",
             "row_format",
             "schedule",
             "task",

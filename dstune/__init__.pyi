@@ -19,6 +19,7 @@ from dstune.protocols import Metric as Metric
 from dstune.protocols import Optimizer as Optimizer
 from dstune.protocols import Parallelism as Parallelism
 from dstune.protocols import Request as Request
+from dstune.protocols import Reward as Reward
 from dstune.protocols import RowFormat as RowFormat
 from dstune.protocols import Schedule as Schedule
 from dstune.protocols import Task as Task
@@ -29,6 +30,7 @@ from dstune.protocols import method as method
 from dstune.protocols import metric as metric
 from dstune.protocols import optimizer as optimizer
 from dstune.protocols import parallelism as parallelism
+from dstune.protocols import reward as reward
 from dstune.protocols import row_format as row_format
 from dstune.protocols import schedule as schedule
 from dstune.protocols import task as task

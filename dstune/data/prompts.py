@@ -59,7 +59,9 @@ def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | 
 
 
 def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
-    """The turns up to the assistant's first one."""
+    """The turns up to the assistant's first one, or to the last one of a prompt without an answer."""
+    if "columns" in row:
+        return _from_prompt(encode, row)
     messages = conversation(row)
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
@@ -76,6 +78,14 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
         return SamplePrompt(ids, formatted, reference)
     except RenderError:
         return None
+
+
+def _from_prompt(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
+    (sample,) = encode.samples([row], [0])
+    if sample.problem:
+        return None
+    text = "\n".join(content_text(message["content"]) for message in row["messages"] if message["role"] != "system")
+    return SamplePrompt(sample.input_ids.tolist(), text, str(row["columns"].get("answer", "")))
 
 
 def _from_document(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:

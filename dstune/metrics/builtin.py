@@ -8,7 +8,7 @@ LOWER = ("loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap")
 HIGHER = (
     *("token_accuracy", "accuracy", "f1_macro", "f1_micro", "mcc", "auroc", "pearson", "spearman"),
     *("entity_f1", "entity_precision", "entity_recall", "exact_match", "f1", "best_f1"),
-    *("reward_accuracy", "reward_margin", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
+    *("reward", "reward_accuracy", "reward_margin", "recall_at_1", "recall_at_5", "recall_at_10", "mrr"),
     *("bleu", "chrf", "rouge1", "rouge2", "rougeL"),
 )
 

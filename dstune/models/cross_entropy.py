@@ -65,6 +65,32 @@ def projected_cross_entropy(
     return CrossEntropy(loss_sum, correct)
 
 
+def projected_log_probabilities(
+    projection: nn.Module, project: Project, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets], to be called inside the
+    forward pass of `projection`.
+
+    The logits of a chunk are computed again in the backward pass. hidden: [targets, hidden size]; targets: [targets].
+    """
+    rows = rows_at_once(projection, hidden) or max(1, len(hidden))
+    parts = []
+    for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+        if torch.is_grad_enabled():
+            part = checkpoint(_of_each, project, some, expected, temperature, use_reentrant=False)
+        else:
+            part = _of_each(project, some, expected, temperature)
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def _of_each(project: Project, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = project(hidden).float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    return -functional.cross_entropy(logits, targets, reduction="none")
+
+
 def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
     """Targets whose logits are made at a time; None for all of them."""
     # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.

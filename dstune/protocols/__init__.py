@@ -13,6 +13,7 @@ from dstune.protocols.method import Method
 from dstune.protocols.metric import Metric
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
+from dstune.protocols.reward import Reward
 from dstune.protocols.row_format import RowFormat
 from dstune.protocols.task import Task, TaskConfig
 from dstune.protocols.tracker import Tracker
@@ -25,6 +26,7 @@ __all__ = [
     "METRICS",
     "OPTIMIZERS",
     "PARALLELISMS",
+    "REWARDS",
     "ROW_FORMATS",
     "SCHEDULES",
     "TASKS",
@@ -39,6 +41,7 @@ __all__ = [
     "Optimizer",
     "Parallelism",
     "Request",
+    "Reward",
     "RowFormat",
     "Schedule",
     "Task",
@@ -57,6 +60,7 @@ __all__ = [
     "parallelism",
     "parallelism_of",
     "registered_metrics",
+    "reward",
     "row_format",
     "schedule",
     "schedule_of",
@@ -74,13 +78,14 @@ ROW_FORMATS: Registry[RowFormat] = Registry("row format", RowFormat, "dstune.tas
 CALLBACKS: Registry[Callback] = Registry("callback", Callback, "dstune.trainer.callbacks")
 LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True, in_wings="launchers")
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
+REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards")
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
 DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources", plugins=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
-tracker, metric = TRACKERS.add, METRICS.add
+tracker, metric, reward = TRACKERS.add, METRICS.add, REWARDS.add
 data_source = DATA_SOURCES.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of

@@ -59,6 +59,7 @@ from dstune.trainer.loop import Training, fit
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.trainer.out_of_memory import advice, explained
+from dstune.trainer.rollouts import Rollouts, TrainsOnRollouts
 from dstune.trainer.sanity_checks import (
     check_unreached,
     content_digest,
@@ -296,11 +297,20 @@ class Setup:
             startup=self.startup,
             unfreezing=unfreezing,
             penalties=self.penalties,
+            rollouts=self.rollouts(),
             started=self.started,
             seconds_before=state.seconds,
         )
         run.callbacks = CallbackList.for_run(run)
         return run
+
+    def rollouts(self) -> Rollouts | None:
+        """What answers the prompts of a task whose rows they are."""
+        if not isinstance(self.task, TrainsOnRollouts):
+            return None
+        return self.task.rollouts(
+            self.config, self.data, self.engine, self.head, self.tokenizer, self.world, self.run_dir
+        )
 
 
 def run_training(setup: Setup, run: Training) -> None:
@@ -315,9 +325,13 @@ def run_training(setup: Setup, run: Training) -> None:
             evaluate_monitored_sets(run, "before")
         run.startup.mark("checks")
         request = fit(run)
+        if run.rollouts is not None:
+            run.rollouts.close()
         run.callbacks.on_train_end(run, request)
         finish(run, setup.checkpoints, run_dir, tokenizer, request, setup.prepared)
     except BaseException:
+        if run.rollouts is not None:
+            run.rollouts.close()
         if isinstance(run.log, RunLog):
             run.log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         with suppress(Exception):  # what it raises is not why the run failed

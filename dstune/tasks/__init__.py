@@ -5,6 +5,7 @@ ORDER = (
     "causal_lm",
     "classification",
     "preference",
+    "reinforcement",
     "reward",
     "embedding",
     "token_classification",

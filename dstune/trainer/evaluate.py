@@ -27,6 +27,7 @@ from dstune.protocols.task import TaskConfig
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
+from dstune.trainer.rollouts import TrainsOnRollouts
 from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
@@ -105,12 +106,14 @@ class Evaluator:
         one_line: bool = False,
         slices: bool = True,
     ) -> tuple[Totals, Evaluation]:
+        task = task_of(self.config.task)
+        if isinstance(task, TrainsOnRollouts):
+            return Totals(0.0, 0.0, 0.0), task.evaluate(self, split, progress)
         formatted: Split = split
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
             formatted = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
         totals, kept = self._run(formatted, progress)
-        task = task_of(self.config.task)
         evaluation = task.measure(self.data.labels, split, totals, kept)
         evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
         evaluation = with_registered(evaluation, task, self.data.labels)

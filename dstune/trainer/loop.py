@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from dstune.trainer.forgetting import Penalties
 from dstune.trainer.measure import Totals
 from dstune.trainer.memory import PeakMemory
 from dstune.trainer.prefetcher import RankBatch, dropout_seed, prefetched_steps
+from dstune.trainer.rollouts import Rollouts
 from dstune.trainer.state import TrainState
 from dstune.trainer.step_timer import METRICS, StepTimer, StepTimes
 from dstune.trainer.utilization import Utilization
@@ -70,6 +71,8 @@ class Training:
     unfreezing: Any = None
     """Of a method that trains more and more layers."""
     penalties: Penalties | None = None
+    rollouts: Rollouts | None = None
+    """Of a task whose rows are prompts."""
     started: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
     """Time that earlier launches of this run took."""
@@ -212,12 +215,28 @@ def steps(run: Training) -> Iterator[Step | None]:
 
 
 def train_step(run: Training, step: Step) -> None:
-    """One optimizer step: accumulate this rank's micro-batches, then update."""
+    """One optimizer step: what the model answers where rows are prompts, then an update (with a rollout perhaps several)."""
     run.engine.set_learning_rate(learning_rate(run, step))
+    run.step_timer.begin()
+    if run.rollouts is None:
+        update_weights(run, step)
+        return
+    step.batch = run.rollouts.begin_step(run, step)
+    run.step_timer.mark("rollout")
+    first: dict[str, float] = {}
+    with run.rollouts.several_updates() as inputs_of_update:
+        for number in range(run.rollouts.updates):
+            update_weights(run, step, inputs_of_update(number))
+            if not number:
+                first = step.sums | run.rollouts.end_step(step, step.sums)
+    step.sums = first | step.sums
+
+
+def update_weights(run: Training, step: Step, further: Sequence[Mapping[str, torch.Tensor]] = ()) -> None:
+    """Accumulate this rank's micro-batches, then update. further: tensors that are added to each of them."""
     seeds = dropout_seeds(run, step)
     batches = [on_device(batch, run.engine.device) for _, batch in step.batch.batches]
-    run.step_timer.begin()
-    whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds)
+    whole_batch_inputs = joined(run.head, run.engine, batches, run.world, seeds) or further
     sums: dict[str, torch.Tensor] = {}
 
     def head(forward: Forward, batch: Batch) -> HeadOutput:
@@ -238,7 +257,7 @@ def train_step(run: Training, step: Step) -> None:
         torch.manual_seed(seeds[position])
         run.engine.accumulate(
             head,
-            batch | (whole_batch_inputs[position] if whole_batch_inputs else {}),
+            {**batch, **(whole_batch_inputs[position] if whole_batch_inputs else {})},
             batch_weight=step.weight,
             last=is_last,
             veto=veto if is_last and run.callbacks.can_veto else None,

@@ -34,7 +34,7 @@ class StepTimes:
             self.marks[-1][1].synchronize()
         for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):
             taken = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
-            found[f"{part}_seconds"] += taken
+            found[f"{part}_seconds"] = found.get(f"{part}_seconds", 0.0) + taken
         return found
 
 
@@ -61,7 +61,7 @@ class StepTimer:
         self._marks = [("", self._moment())]
 
     def mark(self, part: str) -> None:
-        """One of `PARTS` ends here."""
+        """One of `PARTS` ends here, or what a task has beside them (`rollout`)."""
         self._marks.append((part, self._moment()))
 
     def seconds(self) -> float:

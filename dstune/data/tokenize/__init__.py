@@ -97,8 +97,8 @@ class RowTokenizer:
 
     @property
     def has_conversations(self) -> bool:
-        """Whether rows are conversations that a chat template renders, at least of one task."""
-        return any(own.renderer is not None for own in self._of_source or [self])
+        """Whether rows are conversations whose turns a chat template renders, at least of one task."""
+        return any(own.renderer is not None and not own._encoder.only_prompts for own in self._of_source or [self])
 
     @property
     def trains_on_prompt(self) -> bool:

@@ -57,6 +57,8 @@ class Encoder:
     renderer: ChatRenderer | None = None
     """What renders conversations, where there is a template."""
     trains_on_prompt: bool = False
+    only_prompts: bool = False
+    """Whether samples are prompts, to which the model is still to write the answers: no turn of them trains."""
     sources: SourcePrompts | None = None
 
     @property

@@ -87,7 +87,11 @@ class CausalLmHead:
         hidden = hidden.flatten(0, 1).index_select(0, kept)
         if self._targets is None:
             return self._project(hidden)
-        self._found = projected_cross_entropy(self._projection, self._project, hidden, self._targets)
+        return self._projected(hidden, self._targets)
+
+    def _projected(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What the projection answers with in place of logits. hidden: [targets, hidden size]; targets: [targets]."""
+        self._found = projected_cross_entropy(self._projection, self._project, hidden, targets)
         return self._found.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:

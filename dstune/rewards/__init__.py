@@ -1,0 +1,1 @@
+"""Built-in rewards of `task=reinforcement`, by what they look at."""

@@ -1,0 +1,82 @@
+"""Rewards for the form of a completion."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dstune.protocols import Reward, reward
+
+_REASONING = re.compile(r"\s*<think>(?:(?!</?think>).)+</think>\s*\S", re.DOTALL)
+
+
+@reward
+class ReasoningFormat(Reward):
+    """1 where the completion is `<think>...</think>` and then an answer, else 0. A prompt that ends with `<think>` counts as its
+    beginning."""
+
+    name = "reasoning_format"
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
+    ) -> list[float | None]:
+        return [
+            float(bool(_REASONING.match(text) or _REASONING.match(f"<think>{text}"))) for text in map(str, completions)
+        ]
+
+
+@reward
+class Pattern(Reward):
+    """1 where the regular expression in the column `pattern` is found in the completion, else 0."""
+
+    name = "pattern"
+    columns = ("pattern",)
+
+    def __call__(
+        self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
+    ) -> list[float | None]:
+        # A pattern that takes exponential time is ended with the process that runs it.
+        return [
+            None if expected is None else float(re.search(expected, completion) is not None)
+            for completion, expected in zip(completions, columns["pattern"], strict=True)
+        ]
+
+
+@reward
+class JsonObject(Reward):
+    """1 where the whole completion is a JSON object that has the keys in the column `keys` (any keys without it), else 0."""
+
+    name = "json_object"
+
+    def __call__(
+        self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
+    ) -> list[float | None]:
+        required = [wanted or () for wanted in columns.get("keys", [()] * len(completions))]
+        return [float(_is_object(text, set(wanted))) for text, wanted in zip(completions, required, strict=True)]
+
+
+@reward
+class Brevity(Reward):
+    """1 for an empty completion, falling linearly to 0 at the column `max_length` (tokens; 256 without it)."""
+
+    name = "brevity"
+
+    def __call__(
+        self,
+        prompts: Any,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        limits = [limit or 256 for limit in columns.get("max_length", [None] * len(completion_ids))]
+        return [max(0.0, 1 - len(ids) / limit) for ids, limit in zip(completion_ids, limits, strict=True)]
+
+
+def _is_object(text: str, keys: set[str]) -> bool:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and keys <= value.keys()

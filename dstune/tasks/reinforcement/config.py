@@ -1,0 +1,118 @@
+"""The keys of `task=reinforcement`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from dstune.config.fields import setting
+from dstune.protocols.task import TaskConfig
+
+
+class PolicyLoss(Enum):
+    dapo = "dapo"
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    gspo = "gspo"
+    cispo = "cispo"
+    rloo = "rloo"
+
+
+class RewardScale(Enum):
+    auto = "auto"
+    group = "group"
+    batch = "batch"
+    none = "none"
+
+
+class KlEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+@dataclass(frozen=True)
+class KlConfig:
+    coefficient: float = setting(0.0, at_least=0.0)
+    """Weight of the divergence from the model that training starts from, which is the model with its adapter switched off
+    (TRL: `beta`). 0 computes no reference."""
+    estimator: KlEstimator = KlEstimator.k3
+    """Of a token's divergence, with d = log p(policy) - log p(reference): `k1` is d, `k2` is d^2 / 2, `k3` is
+    exp(-d) - 1 + d (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
+
+
+@dataclass(frozen=True)
+class ReinforcementConfig(TaskConfig):
+    """The model answers prompts, rewards score the answers, and what scored above its group becomes more probable."""
+
+    name: str = "reinforcement"
+    rewards: list[str] = setting([])
+    """What scores a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `reasoning_format`,
+    `brevity`, or the name of a plugin's `@dstune.reward`. The scores are added up."""
+    reward_weights: list[float] = setting([])
+    """A factor for each of `rewards`; 1 for all when not given."""
+    reward_seconds: float = setting(60.0, above=0.0)
+    """Time for one reward to score a micro-batch's completions. A reward that takes longer is ended; its completions do not
+    train."""
+    loss: PolicyLoss = PolicyLoss.dapo
+    """`dapo` (mean over all tokens of a step; TRL's default too), `grpo` (mean over completions of the mean over tokens),
+    `dr_grpo` (divided by completions times `max_new_tokens`), `gspo` (ratio of whole completions, by token mean), `cispo`
+    (truncated ratio as a weight), `rloo` (leave-one-out advantages, ratio of whole completions). All means are over the
+    global batch, whatever the number of ranks."""
+    samples: int = setting(8, at_least=2)
+    """Completions of a prompt, which are compared with each other (TRL: `num_generations`). A step has
+    `trainer.global_batch_size` prompts with so many completions each."""
+    max_new_tokens: int = setting(256, at_least=1)
+    """Tokens of a completion at most (TRL: `max_completion_length`)."""
+    temperature: float = setting(1.0, above=0.0)
+    """Of sampling. The log-probabilities that train are those at this temperature."""
+    updates: int = setting(1, at_least=1)
+    """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
+    clip_low: float | None = setting(None, at_least=0.0)
+    """How far below 1 a ratio counts (TRL: `epsilon`); 0.2 when not given, with `gspo` 3e-4. `cispo` has no lower bound."""
+    clip_high: float | None = setting(None, at_least=0.0)
+    """How far above 1 a ratio counts (TRL: `epsilon_high`); `clip_low` when not given, with `dapo` 0.28, with `gspo` 4e-4. With
+    `cispo` the largest ratio itself, 5."""
+    scale_rewards: RewardScale = RewardScale.auto
+    """What advantages are divided by: the standard deviation of their `group` (the completions of a prompt), of the `batch` (all
+    completions of a step), or `none`. `auto` is `group`, and `none` with `dr_grpo` and `rloo`, which are defined so."""
+    kl: KlConfig = field(default_factory=KlConfig)
+    mask_truncated: bool = False
+    """Whether completions that did not end within `max_new_tokens` are left out of the loss (their rewards still count in
+    their group)."""
+    replay: str | None = None
+    """The folder `rollouts` of another run: its completions and rewards are trained on, step by step, instead of new ones."""
+    template_date: str | None = None
+    """The date that a template may print (`YYYY-MM-DD`); frozen to the day of composition when not given."""
+    chat_template_kwargs: dict[str, Any] = setting({})
+    """Arguments of the chat template, for example `{enable_thinking: false}`; a row's own come before them."""
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(how far below, how far above 1 a ratio counts); of `cispo` the second is the largest ratio."""
+        low, high = DEFAULT_CLIP.get(self.loss, (0.2, 0.2))
+        if self.clip_low is not None:
+            low = self.clip_low
+            high = high if self.loss is PolicyLoss.cispo else low
+        return low, high if self.clip_high is None else self.clip_high
+
+    @property
+    def scale(self) -> RewardScale:
+        """`scale_rewards`, or what the loss is defined with."""
+        if self.scale_rewards is not RewardScale.auto:
+            return self.scale_rewards
+        return RewardScale.none if self.loss in (PolicyLoss.dr_grpo, PolicyLoss.rloo) else RewardScale.group
+
+    @property
+    def weights(self) -> list[float]:
+        """A factor for each reward."""
+        return list(self.reward_weights) or [1.0] * len(self.rewards)
+
+
+DEFAULT_CLIP = {
+    PolicyLoss.dapo: (0.2, 0.28),  # Yu et al. 2025, arXiv:2503.14476
+    PolicyLoss.gspo: (3e-4, 4e-4),  # Zheng et al. 2025, arXiv:2507.18071
+    PolicyLoss.cispo: (0.0, 5.0),  # MiniMax-M1, arXiv:2506.13585, as TRL has it
+}
+"""By loss; 0.2 on both sides for the others."""

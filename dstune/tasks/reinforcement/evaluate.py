@@ -1,0 +1,67 @@
+"""What the rewards say of held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dstune.data.batches import batch_of
+from dstune.data.prepared import Split
+from dstune.data.sampler import padded_batches, share
+from dstune.data.stopping import stop_token_ids
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.head import PolicyHead
+from dstune.tasks.reinforcement.metrics import reinforcement_metrics
+from dstune.tasks.reinforcement.rollout import SEED_OF_EVALUATION, Rollouts, Scored, rollout_sums
+from dstune.trainer.evaluate import Evaluator
+from dstune.trainer.measure import Evaluation
+
+
+def evaluate_rewards(
+    evaluator: Evaluator, task: ReinforcementConfig, split: Split, progress: Callable[[int, int], None] | None
+) -> Evaluation:
+    """The rewards of one completion of each prompt of `split`, sampled as in training with noise of its own, the same in every
+    evaluation."""
+    config, world = evaluator.config, evaluator.world
+    assert isinstance(evaluator.head, PolicyHead)
+    stops = stop_token_ids(evaluator.tokenizer, task.chat_template_kwargs)
+    rollouts = Rollouts(config, split, evaluator.engine, evaluator.head, evaluator.tokenizer, world, None, stops)
+    batches = padded_batches(split.lengths, config)
+    mine = share(batches, world.data_parallel_rank, world.data_parallel_size)
+    pad = evaluator.tokenizer.pad_token_id
+    groups: list[list[Scored]] = []
+    try:
+        for number, micro_batch in enumerate(mine):
+            prompts = [(micro_batch, batch_of(config, split, micro_batch, pad))]
+            completed = rollouts.complete(prompts, SEED_OF_EVALUATION, samples=1)
+            rollouts.score(completed)
+            if not micro_batch.filler:
+                groups += [[scored] for scored in completed[0]]
+            if progress:
+                progress(number + 1, len(mine))
+    finally:
+        rollouts.close()
+    everyone = [row for rank in world.gather([_as_row(group[0]) for group in groups]) for row in rank]
+    merged = [[_from_row(row)] for row in sorted(everyone, key=lambda row: int(row["prompt"]))]
+    metrics = reinforcement_metrics(rollout_sums(task, merged))
+    for name in ("reward_std", "frac_reward_zero_std"):
+        del metrics[name]  # of one completion of a prompt
+    return Evaluation(metrics)
+
+
+def _as_row(scored: Scored) -> dict[str, Any]:
+    completion = scored.completion
+    return {
+        "prompt": completion.prompt,
+        "length": len(completion.ids),
+        "ended": completion.ended,
+        "entropy": completion.entropy,
+        "scores": list(scored.scores),
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Scored:
+    from dstune.tasks.reinforcement.sampling import Completion
+
+    completion = Completion(row["prompt"], 0, [0] * row["length"], [], row["entropy"], row["ended"])
+    return Scored(completion, "", row["scores"])

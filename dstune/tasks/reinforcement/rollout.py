@@ -1,0 +1,451 @@
+"""A step's completions: sampled by the weights that train, scored, turned into advantages and micro-batches, and written down."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstune.config.schema import RunConfig
+from dstune.core import files
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.data.batches import padded
+from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import Split
+from dstune.data.sampler import GlobalBatch, MicroBatch
+from dstune.models.generation import end_tokens
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
+from dstune.tasks.reinforcement.losses import advantages_of, denominator
+from dstune.tasks.reinforcement.reward_process import RewardProcess
+from dstune.tasks.reinforcement.sampling import Completion, sample_completions
+from dstune.trainer.generation import speaking
+from dstune.trainer.prefetcher import RankBatch
+from dstune.trainer.rollouts import RolloutRun, RolloutStep
+from dstune.zero.engine import Engine
+
+FOLDER = "rollouts"
+"""Of a run directory: `step-000001.jsonl`, ..., a completion a line."""
+
+SEED_OF_EVALUATION = 2**40
+"""In place of the number of a step: evaluations sample the same completions at every step, and never those of training."""
+
+ALLOWED = {
+    torch.float32: (math.inf, 1e-3, 1e-2),
+    torch.bfloat16: (0.02, 0.1, 3.0),
+    torch.float16: (0.02, 0.1, 3.0),
+}
+"""By the model's format, how far the sampler's log-probabilities may be from those of the training forward pass: absolute mean of
+the differences, mean of their absolute values, and the largest of these. Rounding alone gives 1.6e-5 at most and 2.5e-6 on
+average in fp32, 0.16 and 0.03 in bf16 (SmolLM2-135M, CPU); in bf16 its mean is near 0, while top-p 0.9 moves it by 0.1."""
+
+REMEDY = (
+    "the sampler is not the model that trains: a wrong temperature, positions of padding, weights that changed between, or a model "
+    "whose cached decoding differs (method=lora without dropout, model.attention=sdpa or eager)"
+)
+
+
+@dataclass
+class Scored:
+    """A completion with what its rewards say."""
+
+    completion: Completion
+    text: str
+    scores: list[float | None] = field(default_factory=list)
+    """Of each of `task.rewards`."""
+    advantage: float = 0.0
+
+
+class Rollouts:
+    """Samples and scores the completions of each step, on all ranks together. See `trainer.rollouts`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Split,
+        engine: Engine,
+        head: PolicyHead,
+        tokenizer: Any,
+        world: World,
+        run_dir: Path | None,
+        stops: Sequence[int],
+    ):
+        """run_dir: where completions are written down; None for an evaluation."""
+        assert isinstance(config.task, ReinforcementConfig)
+        self._config, self._task, self._split = config, config.task, split
+        self._engine, self._head, self._tokenizer, self._world = engine, head, tokenizer, world
+        self._run_dir = run_dir
+        self._ends = frozenset(end_tokens(_base_of(engine.module), stops))
+        self._rewards = RewardProcess(self._task.rewards, self._task.reward_seconds)
+        self._sums: dict[str, float] = {}
+
+    @property
+    def updates(self) -> int:
+        return self._task.updates
+
+    def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
+        """The completions of a step's prompts, as the micro-batches that train."""
+        prompts = [(part, batch) for part, batch in step.batch.batches]
+        recorded = self._recorded(step.number)
+        if recorded is None:
+            with run.around("generating"):
+                mine = self.complete(prompts, step.number)
+            with run.around("scoring"):
+                self._score(mine, self._written(step.number))
+        else:
+            mine = self._replayed(prompts, recorded)
+        groups = self._with_advantages(mine, [part for part, _ in prompts])
+        if recorded is None and self._run_dir is not None:
+            self._write(step.number, groups)
+        self._head.largest_difference = 0.0
+        self._sums = self._sums_of(groups) if self._world.is_main else dict.fromkeys(self._sums_of(groups), 0.0)
+        return self._training_batch(mine, step.batch, groups)
+
+    @contextmanager
+    def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
+        """Of every update but the first, each micro-batch gets the log-probabilities that its tokens had at the first."""
+        if self.updates == 1:
+            yield lambda number: ()
+            return
+        with kept_log_probabilities(self._head) as kept:
+            yield lambda number: [{"old": logps} for logps in kept] if number else ()
+
+    def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
+        """Sums of the rollout, to be added to those of this rank's head (`sums`).
+
+        Raises:
+            UserError: the sampler's log-probabilities are not those of the model that trains, on any rank; on all of them alike.
+        """
+        names = ("difference", "absolute_difference", "compared")
+        compared = self._world.gather_numbers([*(sums[name] for name in names), self._head.largest_difference])
+        signed, absolute, count = compared[:, :3].sum(axis=0).tolist()
+        largest = float(compared[:, 3].max())
+        if self._task.replay is None:
+            self._refuse_different(step.number, signed / count, absolute / count, largest)
+        return self._sums | {"largest_difference": largest if self._world.is_main else 0.0}
+
+    def close(self) -> None:
+        self._rewards.close()
+
+    def complete(
+        self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
+    ) -> list[list[Scored]]:
+        """This rank's completions, of each micro-batch of prompts (`encode.prompt_batch`)."""
+        task, world, found = self._task, self._world, []
+        keys = self._config.trainer.seed, step
+        with speaking(self._engine, world) as (module, in_step):
+            for _, batch in prompts:
+                completions = sample_completions(
+                    module,
+                    batch["input_ids"].to(self._engine.device),
+                    batch["attention_mask"].to(self._engine.device),
+                    batch["sample"].tolist(),
+                    samples=samples or task.samples,
+                    max_new_tokens=task.max_new_tokens,
+                    temperature=task.temperature,
+                    ends=self._ends,
+                    padding=self._tokenizer.pad_token_id,
+                    keys=keys,
+                    goes_on=world.any if in_step else bool,
+                )
+                found.append(
+                    [Scored(one, self._tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
+                )
+        return found
+
+    def score(self, completed: Sequence[Sequence[Scored]]) -> None:
+        """Let the rewards score completions."""
+        self._score(completed, {})
+
+    def _score(self, completed: Sequence[Sequence[Scored]], written: Mapping[str, Any]) -> None:
+        """written: the scores of completions that an earlier launch had scored at this step, by `_key`: a reward that asks a
+        judge or a clock is not asked again for what it has answered."""
+        for batch in completed:
+            new = []
+            for scored in batch:
+                scores = written.get(_key(scored.completion))
+                if scores is None:
+                    new.append(scored)
+                else:
+                    scored.scores = scores
+            if not new:
+                continue
+            rows = [json.loads(self._columns_of(scored.completion.prompt)) for scored in new]
+            names = sorted({name for row in rows for name in row} - {"prompts", "completions", "completion_ids"})
+            columns = {name: [row.get(name) for row in rows] for name in names}
+            prompts = [row.get("prompt") for row in rows]
+            for name in self._task.rewards:
+                ids = [scored.completion.ids for scored in new]
+                scores = self._rewards(name, prompts, [scored.text for scored in new], ids, columns)
+                for scored, score in zip(new, scores, strict=True):
+                    scored.scores.append(score)
+
+    def _columns_of(self, prompt: int) -> str:
+        columns: str = self._split.table[self._split.row(prompt)]["columns"]
+        return columns
+
+    def _with_advantages(self, mine: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]) -> list[list[Scored]]:
+        """All completions of the step in the order of its prompts, a list for each prompt, on every rank; those of `mine` get
+        their advantages.
+
+        Raises:
+            UserError: a reward could score none of them. On all ranks alike.
+        """
+        task, world, samples = self._task, self._world, self._task.samples
+        counted = [
+            [_packed(scored) for scored in batch] if not part.filler else []
+            for part, batch in zip(parts, mine, strict=True)
+        ]
+        everyone = world.gather(counted)
+        ordered = [
+            _unpacked(packed)
+            for position in range(len(counted))
+            for of_rank in everyone
+            for packed in of_rank[position]
+        ]
+        for number, name in enumerate(task.rewards):
+            if ordered and all(scored.scores[number] is None for scored in ordered):
+                reasons = [reason for reason in world.gather(self._rewards.last_error) if reason]
+                reason = (
+                    f"the reward {name!r} could score no completion: {reasons[0] if reasons else 'it returned None'}"
+                )
+                columns = self._required(name)
+                raise UserError(Problem("task.rewards", reason, f"check the reward and {columns}", name))
+        weights = task.weights
+        rewards = torch.tensor([_weighted(scored.scores, weights) for scored in ordered], dtype=torch.float64)
+        advantages = advantages_of(task, rewards.view(-1, samples)).flatten().tolist()
+        known = {}
+        for scored, advantage in zip(ordered, advantages, strict=True):
+            scored.advantage = advantage
+            known[_key(scored.completion)] = advantage
+        for batch in mine:
+            for scored in batch:
+                scored.advantage = known.get(_key(scored.completion), 0.0)
+        return [ordered[start : start + samples] for start in range(0, len(ordered), samples)]
+
+    def _required(self, name: str) -> str:
+        from dstune.protocols import REWARDS
+
+        columns = REWARDS[name].columns
+        return f"the columns of the rows, which need {', '.join(columns)}" if columns else "its process"
+
+    def _training_batch(
+        self, mine: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
+    ) -> RankBatch:
+        """Micro-batches of `trainer.micro_batch_size` completions; equally many on every rank."""
+        world, size = self._world, self._config.trainer.rows
+        rows: list[tuple[Scored, bool]] = []
+        for (part, _), completed in zip(batch.batches, mine, strict=True):
+            rows += [(scored, not part.filler) for scored in completed]
+        rows.sort(key=lambda row: not row[1])  # fillers last; stable
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        most = int(world.gather_numbers([len(chunks)]).max())
+        chunks += [[(rows[0][0], False)]] * (most - len(chunks))
+        batches = []
+        for number, chunk in enumerate(chunks):
+            filler = not any(counts for _, counts in chunk)
+            part = MicroBatch(number * world.size + world.rank, tuple((0,) for _ in chunk), filler)
+            batches.append((part, self._tensors(chunk)))
+        trained = [self._trained(scored) for group in groups for scored in group]
+        weight = denominator(self._task, [length for length in trained if length]) or 1.0
+        tokens = sum(self._prompt_length(scored) + len(scored.completion.ids) for group in groups for scored in group)
+        whole = GlobalBatch(tuple(part for part, _ in batches), weight, tokens)
+        return RankBatch(whole, batch.epoch, tuple(batches))
+
+    def _prompt_length(self, scored: Scored) -> int:
+        return int(self._split.lengths[scored.completion.prompt])
+
+    def _trained(self, scored: Scored) -> int:
+        """Tokens of a completion that train."""
+        return 0 if self._task.mask_truncated and not scored.completion.ended else len(scored.completion.ids)
+
+    def _tensors(self, chunk: Sequence[tuple[Scored, bool]]) -> dict[str, torch.Tensor]:
+        """See `PolicyHead`."""
+        ids, labels, sampled = [], [], []
+        for scored, counts in chunk:
+            completion = scored.completion
+            prompt = self._split.sample(completion.prompt)["input_ids"]
+            ids.append(np.concatenate([prompt, completion.ids]).astype(np.int64))
+            answer = completion.ids if counts and self._trained(scored) else [NO_TARGET] * len(completion.ids)
+            labels.append(np.concatenate([np.full(len(prompt), NO_TARGET), answer]).astype(np.int64))
+            sampled.append(np.concatenate([np.zeros(len(prompt)), completion.logps]))
+        arrays = padded(ids, labels, self._tokenizer.pad_token_id)
+        logps = np.zeros(arrays["input_ids"].shape, dtype=np.float32)
+        for row, values in zip(logps, sampled, strict=True):
+            row[: len(values)] = values
+        advantages = np.array([scored.advantage for scored, _ in chunk], dtype=np.float32)
+        arrays |= {"sampled": logps, "advantages": advantages}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _sums_of(self, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
+        """Of all ranks together; see `metrics.reinforcement_metrics`."""
+        return rollout_sums(self._task, groups)
+
+    def _refuse_different(self, step: int, signed: float, absolute: float, largest: float) -> None:
+        dtype = next(_base_of(self._engine.module).parameters()).dtype
+        limits = ALLOWED.get(dtype, ALLOWED[torch.bfloat16])
+        measured = abs(signed), absolute, largest
+        if all(value <= limit for value, limit in zip(measured, limits, strict=True)):
+            return
+        reason = (
+            f"at step {step} the sampler's log-probabilities differ from those of the training forward pass by {absolute:.3g} on "
+            f"average ({signed:+.3g} with their sign) and {largest:.3g} at most; {str(dtype).removeprefix('torch.')} explains "
+            f"{limits[1]:g} and {limits[2]:g}"
+        )
+        raise UserError(Problem("task", reason, REMEDY, "reinforcement"))
+
+    # ---- what is written down ----
+
+    def _path(self, folder: Path, step: int) -> Path:
+        return folder / f"step-{step:06d}.jsonl"
+
+    def _write(self, step: int, groups: Sequence[Sequence[Scored]]) -> None:
+        if not self._world.is_main or self._run_dir is None:
+            return
+        folder = self._run_dir / FOLDER
+        folder.mkdir(exist_ok=True)
+        lines = []
+        for scored in (scored for group in groups for scored in group):
+            scores = dict(zip(self._task.rewards, scored.scores, strict=True))
+            row = {**asdict(scored.completion), "text": scored.text, "rewards": scores, "advantage": scored.advantage}
+            lines.append(json.dumps(row, ensure_ascii=False))
+        files.write(self._path(folder, step), "\n".join(lines) + "\n")
+
+    def _written(self, step: int) -> dict[str, Any]:
+        """Scores that an earlier launch of this run had for completions of this step; the same on every rank."""
+        scores: dict[str, Any] = {}
+        if self._world.is_main and self._run_dir is not None:
+            for row in _read(self._path(self._run_dir / FOLDER, step)):
+                scored = _from_row(row, self._task.rewards)
+                if scored is not None:
+                    scores[_key(scored.completion)] = scored.scores
+        return self._world.broadcast(scores)
+
+    def _recorded(self, step: int) -> dict[str, Scored] | None:
+        """The completions of the run that `task.replay` names, by prompt and sample; None without one.
+
+        Raises:
+            UserError: it has none for this step. On all ranks alike.
+        """
+        if self._task.replay is None:
+            return None
+        rows: list[dict[str, Any]] = []
+        if self._world.is_main:
+            rows = list(_read(self._path(Path(self._task.replay), step)))
+        found = [_from_row(row, self._task.rewards) for row in self._world.broadcast(rows)]
+        recorded = {_place(scored.completion): scored for scored in found if scored is not None}
+        if not recorded:
+            reason = f"it has no completions of step {step} with the rewards of this run"
+            raise UserError(
+                Problem("task.replay", reason, "the folder `rollouts` of a run of as many steps", self._task.replay)
+            )
+        return recorded
+
+    def _replayed(
+        self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], recorded: Mapping[str, Scored]
+    ) -> list[list[Scored]]:
+        found = []
+        missing: list[int] = []
+        for _, batch in prompts:
+            places = [(prompt, sample) for prompt in batch["sample"].tolist() for sample in range(self._task.samples)]
+            missing += [prompt for prompt, sample in places if f"{prompt}/{sample}" not in recorded]
+            found.append(
+                [recorded[f"{prompt}/{sample}"] for prompt, sample in places if f"{prompt}/{sample}" in recorded]
+            )
+        absent = [prompts for prompts in self._world.gather(missing) if prompts]
+        if absent:
+            reason = f"it lacks completions of prompt {absent[0][0]}, which this step trains"
+            fix = "the same data, seed, global_batch_size and samples as in the recorded run"
+            raise UserError(Problem("task.replay", reason, fix, str(self._task.replay)))
+        return found
+
+
+def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
+    """What the metrics of a rollout are made of."""
+    completions = [scored for group in groups for scored in group]
+    lengths = [len(scored.completion.ids) for scored in completions]
+    ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
+    rewards = [[_weighted(scored.scores, task.weights) for scored in group] for group in groups]
+    deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
+    flat = [reward for group in rewards for reward in group if reward == reward]
+    sums = {
+        "groups": float(len(groups)),
+        "completions": float(len(completions)),
+        "reward_sum": sum(flat),
+        "rewarded": float(len(flat)),
+        "reward_deviations": sum(deviations),
+        "equal_groups": float(sum(deviation == 0 for deviation in deviations)),
+        "length_sum": float(sum(lengths)),
+        "shortest": float(min(lengths, default=0)),
+        "longest": float(max(lengths, default=0)),
+        "ended": float(len(ended)),
+        "ended_length_sum": float(sum(ended)),
+        "entropy": sum(scored.completion.entropy for scored in completions),
+    }
+    for number, name in enumerate(task.rewards):
+        scores = [score for scored in completions if (score := scored.scores[number]) is not None]
+        mean = sum(scores) / len(scores) if scores else 0.0
+        sums |= {
+            f"rewards/{name}/sum": sum(scores),
+            f"rewards/{name}/count": float(len(scores)),
+            f"rewards/{name}/squares": sum((score - mean) ** 2 for score in scores),
+        }
+    return sums
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float:
+    """The reward of a completion; not a number where nothing could score it."""
+    known = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
+    return sum(known) if known else math.nan
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; 0 for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _place(completion: Completion) -> str:
+    return f"{completion.prompt}/{completion.sample}"
+
+
+def _key(completion: Completion) -> str:
+    """Prompt, sample and tokens of a completion."""
+    return f"{_place(completion)}/{','.join(map(str, completion.ids))}"
+
+
+def _packed(scored: Scored) -> dict[str, Any]:
+    return {**asdict(scored.completion), "text": scored.text, "scores": list(scored.scores)}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Scored:
+    own = {name: packed[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
+    return Scored(Completion(**own), packed["text"], list(packed["scores"]))
+
+
+def _from_row(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
+    """A line of `rollouts/`, or None where it is another one's."""
+    try:
+        scores = [row["rewards"][name] for name in rewards]
+        return _unpacked({**row, "scores": scores})
+    except (KeyError, TypeError):
+        return None
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,160 @@
+"""Completions sampled by the model that trains: the same bits for the same weights, prompts and seed.
+
+A token is the one with the largest p / e, where e is exponential noise (the race that samples from p exactly). The noise is a pure
+function of (seed, step, prompt, sample, position, token): there is no state of a generator to save, and no two completions
+share noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""Of SplitMix64 (Steele et al. 2014, doi:10.1145/2660193.2660195)."""
+
+
+@dataclass
+class Completion:
+    """What the model wrote to a prompt."""
+
+    prompt: int
+    """Number of the prompt in its split."""
+    sample: int
+    """Which of the prompt's completions, from 0."""
+    ids: list[int] = field(default_factory=list)
+    """Tokens, the one that ended it included."""
+    logps: list[float] = field(default_factory=list)
+    """Log-probability of each token at the temperature of sampling, as the sampler computed it."""
+    entropy: float = 0.0
+    """Sum over the tokens, in nats."""
+    ended: bool = False
+    """Whether it ended by itself, within the tokens that it may have."""
+
+
+def sample_completions(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    prompts: list[int],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    ends: Collection[int],
+    padding: int,
+    keys: tuple[int, int],
+    goes_on: Callable[[bool], bool],
+) -> list[Completion]:
+    """`samples` completions of each prompt, those of one prompt one after the other.
+
+    input_ids, attention_mask: [prompts, sequence], padded on the left; prompts: their numbers. ends: tokens after which a
+    completion is over. keys: of the noise, beside prompt, sample and position (the run's seed, and the step). goes_on: given
+    whether any completion here is unfinished, says whether another token is computed: where ranks compute in step, as long as
+    any of them needs one.
+    """
+    from transformers import DynamicCache
+
+    rows = len(prompts) * samples
+    numbers = torch.tensor(prompts, device=input_ids.device).repeat_interleave(samples)
+    copies = torch.arange(samples, device=input_ids.device).repeat(len(prompts))
+    row_keys = mixed(mixed(mixed(torch.full_like(numbers, keys[0]), keys[1]), numbers), copies)
+    completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
+    ending = torch.tensor(sorted(ends), device=input_ids.device)
+    with torch.no_grad():
+        cache = DynamicCache(config=configuration_of(model))
+        logits = _last_logits(model, input_ids, attention_mask, _positions(attention_mask), cache)
+        # The prompts are read once: their keys and values stand for all samples.
+        cache.batch_repeat_interleave(samples)
+        logits = logits.repeat_interleave(samples, dim=0)
+        mask = attention_mask.repeat_interleave(samples, dim=0)
+        positions = _positions(mask)[:, -1:]
+        active = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        tokens, logps, entropies, were_active = [], [], [], []
+        for position in range(max_new_tokens):
+            token, logp, entropy = draw(logits, temperature, mixed(row_keys, position))
+            token = torch.where(active, token, padding)
+            tokens.append(token)
+            logps.append(logp)
+            entropies.append(entropy)
+            were_active.append(active)
+            active = active & ~torch.isin(token, ending)
+            last = position == max_new_tokens - 1
+            if last or not goes_on(bool(active.any())):
+                break
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            positions = positions + 1
+            logits = _last_logits(model, token[:, None], mask, positions, cache)
+    drawn, drawn_logps = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).double().tolist()
+    lengths = torch.stack(were_active, dim=1).sum(dim=1).tolist()
+    sums = (torch.stack(entropies, dim=1) * torch.stack(were_active, dim=1)).sum(dim=1).tolist()
+    for row, completion in enumerate(completions):
+        completion.ids = drawn[row][: lengths[row]]
+        completion.logps = drawn_logps[row][: lengths[row]]
+        completion.entropy = sums[row]
+        completion.ended = not bool(active[row])
+    return completions
+
+
+def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, its log-probability, entropy of the distribution), each [rows].
+
+    logits: [rows, vocabulary]; keys: int64 [rows], one for each draw.
+    """
+    logps = torch.log_softmax(logits.float() / temperature, dim=-1)
+    noise = exponential(keys, logits.shape[-1])
+    token = (logps - noise.log()).argmax(dim=-1)
+    probabilities = logps.exp()
+    entropy = -(probabilities * logps.clamp(min=-1e9)).sum(dim=-1)
+    return token, logps.gather(1, token[:, None])[:, 0], entropy
+
+
+def exponential(keys: Tensor, count: int) -> Tensor:
+    """Exponential noise of mean 1, fp32 [rows, count]. keys: int64 [rows]."""
+    bits = mixed(keys[:, None], torch.arange(count, device=keys.device)[None])
+    # 53 bits, and a half of the last one, so that it is never 0.
+    uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+    return uniform.log_().neg_().float()
+
+
+def mixed(keys: Tensor, number: Tensor | int) -> Tensor:
+    """Keys of which any two that differ in `keys` or `number` are unrelated: SplitMix64's output function, int64."""
+    golden, first, second = (odd - 2**64 if odd >= 2**63 else odd for odd in _ODD)
+    value = (keys ^ _shifted(keys, 32)) * second + (torch.as_tensor(number, device=keys.device) + 1) * golden
+    value = (value ^ _shifted(value, 30)) * first
+    value = (value ^ _shifted(value, 27)) * second
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right of int64."""
+    return (value >> bits) & (2 ** (64 - bits) - 1)
+
+
+def configuration_of(model: Any) -> Any:
+    """The configuration of the text model below adapters."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """Logits behind the last token of each row, [rows, vocabulary]."""
+    further = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **further
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,71 @@
+"""The seam for tasks whose rows are prompts: what trains of a step is known only when the model has answered them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from dstune.config.schema import RunConfig
+    from dstune.core.distributed import World
+    from dstune.data.prepared import PreparedData, Split
+    from dstune.trainer.evaluate import Evaluator
+    from dstune.trainer.measure import Evaluation
+    from dstune.trainer.prefetcher import RankBatch
+    from dstune.zero.engine import Engine
+
+
+class RolloutRun(Protocol):
+    """What a rollout needs of `loop.Training`."""
+
+    def around(self, phase: str) -> AbstractContextManager[None]: ...
+
+
+class RolloutStep(Protocol):
+    """What a rollout needs of `loop.Step`."""
+
+    number: int
+    batch: RankBatch
+
+
+class Rollouts(Protocol):
+    """Turns the prompts of each step into what trains. Every rank calls its methods alike."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates with what one rollout gave."""
+
+    def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
+        """The micro-batches that train in place of the prompts in `step.batch`."""
+
+    def several_updates(self) -> AbstractContextManager[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
+        """Around the updates of a step: what says, for the number of each, which tensors its micro-batches get beside their own."""
+
+    def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
+        """Sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class TrainsOnRollouts(Protocol):
+    """A task whose rows are prompts, which the model answers before each step."""
+
+    def rollouts(
+        self,
+        run: RunConfig,
+        data: PreparedData,
+        engine: Engine,
+        head: Any,
+        tokenizer: Any,
+        world: World,
+        run_dir: Path,
+    ) -> Rollouts: ...
+
+    def evaluate(self, evaluator: Evaluator, split: Split, progress: Any) -> Evaluation:
+        """The metrics of `split`, whose prompts the model answers."""
