@@ -128,7 +128,7 @@ class Rollouts:
         compared = self._world.gather_numbers([*(sums[name] for name in names), self._head.largest_difference])
         signed, absolute, count = compared[:, :3].sum(axis=0).tolist()
         largest = float(compared[:, 3].max())
-        if self._task.replay is None:
+        if self._task.replay is None and count:
             self._refuse_different(step.number, signed / count, absolute / count, largest)
         return self._sums | {"largest_difference": largest if self._world.is_main else 0.0}
 

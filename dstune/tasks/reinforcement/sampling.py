@@ -8,7 +8,7 @@ share noise.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,14 +147,14 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """Logits behind the last token of each row, [rows, vocabulary]."""
-    further = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **further
-    )
+    parameters = _parameters(model)
+    keys_and_values = "cache" if "cache" in parameters else "past_key_values"  # of transformers before 5.24
+    further = {keys_and_values: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **further)
     logits: Tensor = output.logits[:, -1]
     return logits
 
 
-def _keeps_logits(model: Any) -> bool:
+def _parameters(model: Any) -> Mapping[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return inspect.signature(base.forward).parameters
