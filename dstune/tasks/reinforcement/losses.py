@@ -63,10 +63,10 @@ def policy_loss(
     Ahmadian et al. 2024 (arXiv:2402.14740) with the clipped ratio of whole completions that TRL has.
     """
     low, high = config.clip
-    lengths = torch.zeros(count, device=logps.device).index_add_(0, completion, torch.ones_like(logps))
+    lengths = logps.new_zeros(count).index_add(0, completion, torch.ones_like(logps))
     difference = logps - old
     if config.loss in WHOLE_RATIO:
-        summed = torch.zeros(count, device=logps.device).index_add(0, completion, difference)
+        summed = logps.new_zeros(count).index_add(0, completion, difference)
         if config.loss is PolicyLoss.gspo:
             summed = summed / lengths.clamp(min=1)
         # Of each token the share of its completion: the sum over a completion's tokens is then the completion's loss.
@@ -77,7 +77,7 @@ def policy_loss(
         losses = -ratios.detach().clamp(max=high) * advantages * logps
     else:
         losses = -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
-    diverged = torch.zeros((), device=logps.device)
+    diverged = logps.new_zeros(())
     if reference is not None:
         tokens = divergence(config.kl.estimator, logps, reference)
         losses = losses + config.kl.coefficient * tokens

@@ -1,0 +1,178 @@
+"""Completions are drawn from the model's distribution, by noise that is a pure function of their place; a sampler that is not the
+model that trains is noticed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.tiny import save_decoder
+from transformers import AutoModelForCausalLM
+
+from dstune.core.errors import UserError
+from dstune.models.heads.base import IGNORED
+from dstune.tasks.reinforcement import rollout, sampling
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.head import PolicyHead
+from dstune.tasks.reinforcement.sampling import draw, exponential, mixed, sample_completions
+
+PROMPTS = [[10, 11, 12], [20], [30, 31, 32, 33, 34]]
+NUMBERS = [7, 3, 5]
+PAD = 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = save_decoder(tmp_path_factory.mktemp("policy") / "model")
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def completed(model, *, step: int = 1, temperature: float = 1.0, prompts=PROMPTS, numbers=NUMBERS, **changes):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"samples": 3, "max_new_tokens": 12, "ends": {4}, "padding": PAD, "keys": (0, step), "goes_on": bool}
+    return sample_completions(model, ids, mask, numbers, temperature=temperature, **(settings | changes))
+
+
+def difference(model, completions, *, temperature: float = 1.0) -> tuple[float, float, float]:
+    """(mean, mean of absolute values, largest of these) between the training forward pass and the sampler."""
+    head = PolicyHead(ReinforcementConfig(temperature=temperature), model)
+    try:
+        rows = [([*PROMPTS[NUMBERS.index(c.prompt)], *c.ids], len(c.ids), c.logps) for c in completions]
+        width = max(len(ids) for ids, _, _ in rows)
+        batch = {
+            "input_ids": torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _, _ in rows]),
+            "labels": torch.full((len(rows), width), IGNORED),
+            "sampled": torch.zeros(len(rows), width),
+            "advantages": torch.zeros(len(rows)),
+        }
+        for row, (ids, count, logps) in enumerate(rows):
+            batch["labels"][row, len(ids) - count : len(ids)] = torch.tensor(ids[len(ids) - count :])
+            batch["sampled"][row, len(ids) - count : len(ids)] = torch.tensor(logps)
+        with torch.no_grad():
+            sums = head(model, batch).sums
+        count = float(sums["compared"])
+        return float(sums["difference"]) / count, float(sums["absolute_difference"]) / count, head.largest_difference
+    finally:
+        del model.get_output_embeddings().forward  # the head's own
+
+
+def test_the_same_place_gives_the_same_completion_and_no_other_does(model):
+    first, again, later = completed(model), completed(model), completed(model, step=2)
+    assert [c.ids for c in first] == [c.ids for c in again]
+    assert [c.ids for c in first] != [c.ids for c in later]
+    assert len({tuple(c.ids) for c in first}) == len(first), "no two completions share noise"
+    assert [(c.prompt, c.sample) for c in first] == [(number, sample) for number in NUMBERS for sample in range(3)]
+
+
+def test_a_completion_does_not_depend_on_its_neighbours(model):
+    """Left padding and the prompts beside it change nothing but rounding."""
+    together = completed(model)
+    for prompt, number in zip(PROMPTS, NUMBERS, strict=True):
+        alone = completed(model, prompts=[prompt], numbers=[number])
+        theirs = [c for c in together if c.prompt == number]
+        assert [c.ids for c in alone] == [c.ids for c in theirs]
+        for mine, other in zip(alone, theirs, strict=True):
+            assert mine.logps == pytest.approx(other.logps, abs=1e-4)
+
+
+def test_a_completion_ends_with_its_end_token(model):
+    completions = completed(model, max_new_tokens=200, ends=set(range(60)))
+    assert any(c.ended for c in completions)
+    for completion in completions:
+        assert all(token >= 60 for token in completion.ids[:-1])
+        assert completion.ended == (completion.ids[-1] < 60)
+        assert len(completion.logps) == len(completion.ids)
+
+
+def test_tokens_are_drawn_from_the_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5])
+    rows = 40_000
+    keys = mixed(torch.arange(rows), 9)
+    for temperature in (1.0, 0.5):
+        tokens, logps, entropy = draw(logits.expand(rows, -1), temperature, keys)
+        expected = torch.softmax(logits / temperature, 0)
+        counts = torch.bincount(tokens, minlength=5).double()
+        chi_squared = float(((counts - rows * expected) ** 2 / (rows * expected)).sum())
+        assert chi_squared < 18.5, (temperature, counts)  # p = 0.001 at 4 degrees of freedom
+        torch.testing.assert_close(logps, expected.log()[tokens])
+        assert float(entropy[0]) == pytest.approx(float(-(expected * expected.log()).sum()), rel=1e-5)
+
+
+def test_noise_is_exponential_and_unrelated():
+    noise = exponential(mixed(torch.arange(300), 1), 1000).double()
+    assert float(noise.mean()) == pytest.approx(1.0, abs=0.01)
+    assert float(noise.square().mean()) == pytest.approx(2.0, abs=0.05)
+    centred = noise - 1
+    assert abs(float((centred[:-1] * centred[1:]).mean())) < 0.01, "neighbouring rows"
+    assert abs(float((centred[:, :-1] * centred[:, 1:]).mean())) < 0.01, "neighbouring tokens"
+
+
+def test_the_sampler_is_the_model_that_trains(model):
+    for temperature in (1.0, 0.7):
+        found = difference(model, completed(model, temperature=temperature), temperature=temperature)
+        assert max(map(abs, found)) < 2e-5
+
+
+def refused(dtype: torch.dtype, found: tuple[float, float, float]) -> bool:
+    rollouts = object.__new__(rollout.Rollouts)
+    rollouts._engine = type("Engine", (), {"module": torch.nn.Linear(1, 1).to(dtype)})()
+    try:
+        rollouts._refuse_different(1, *found)
+    except UserError:
+        return True
+    return False
+
+
+def with_padding_read(monkeypatch):
+    plain = sampling._last_logits
+    monkeypatch.setattr(
+        sampling, "_last_logits", lambda model, ids, mask, *given: plain(model, ids, torch.ones_like(mask), *given)
+    )
+
+
+def with_top_p(monkeypatch):
+    plain = sampling.draw
+
+    def truncated(logits, temperature, keys):
+        ordered, places = torch.softmax(logits.float() / temperature, -1).sort(descending=True)
+        dropped = ordered.cumsum(-1) - ordered > 0.9
+        return plain(
+            logits.masked_fill(torch.zeros_like(dropped).scatter(1, places, dropped), -math.inf), temperature, keys
+        )
+
+    monkeypatch.setattr(sampling, "draw", truncated)
+
+
+@pytest.mark.parametrize("fault", ["temperature", "stale weights", "padding read", "top-p", "other prompt"])
+def test_a_sampler_that_is_another_model_is_refused(model, monkeypatch, fault):
+    assert not refused(torch.float32, difference(model, completed(model)))
+    trained_at = 1.0
+    if fault == "temperature":
+        completions = completed(model, temperature=0.7)
+    elif fault == "stale weights":
+        embedding = model.get_input_embeddings().weight
+        before = embedding.detach().clone()
+        with torch.no_grad():
+            embedding += 0.02 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+        completions = completed(model)
+        with torch.no_grad():
+            embedding.copy_(before)
+    elif fault == "padding read":
+        with_padding_read(monkeypatch)
+        completions = completed(model)
+    elif fault == "top-p":
+        with_top_p(monkeypatch)
+        completions = completed(model)
+    else:
+        completions = completed(model, prompts=[[40, *prompt] for prompt in PROMPTS])
+    assert refused(torch.float32, difference(model, completions, temperature=trained_at))
+
+
+def test_bounds_of_half_precision_leave_room_for_rounding_alone():
+    assert not refused(torch.bfloat16, (0.002, 0.03, 0.2))  # as measured
+    assert refused(torch.bfloat16, (-0.1, 0.12, 1.0))  # top-p 0.9
+    assert refused(torch.bfloat16, (math.nan, math.nan, math.nan))
