@@ -61,14 +61,15 @@ def trl(config: ReinforcementConfig, logps, old, reference, mask):
     trainer = Trainer()
     same = SimpleNamespace(gather=lambda value: value, reduce=lambda value, reduction: value)
     accelerator = SimpleNamespace(num_processes=1, gather_for_metrics=same.gather, **vars(same))
-    settings = dict(
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        importance_sampling_level="sequence" if gspo else "token", loss_type="grpo" if gspo else config.loss.name,
-        beta=config.kl.coefficient, epsilon_low=low, epsilon_high=high, _entropy_bonus_enabled=False, model=torch.nn.Module(),
-        current_gradient_accumulation_steps=1, max_completion_length=config.max_new_tokens, accelerator=accelerator,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
-        _metrics={"train": {}, "eval": {}},
-    )  # fmt: skip
+    settings = {
+        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "use_vllm": False,
+        "importance_sampling_level": "sequence" if gspo else "token", "loss_type": "grpo" if gspo else config.loss.name,
+        "beta": config.kl.coefficient, "epsilon_low": low, "epsilon_high": high, "_entropy_bonus_enabled": False, 
+        "model": torch.nn.Module(),
+        "current_gradient_accumulation_steps": 1, "max_completion_length": config.max_new_tokens, "accelerator": accelerator,
+        "args": SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        "_metrics": {"train": {}, "eval": {}},
+    }  # fmt: skip
     vars(trainer).update(settings)
     trainer._metrics = {mode: _Lists() for mode in ("train", "eval")}
     ids = torch.ones(4, LONGEST, dtype=torch.long)
@@ -124,7 +125,7 @@ def test_rloo_by_hand():
 
 
 def test_one_update_clips_nothing_and_has_the_gradient_of_the_policy():
-    logps, _, reference, mask = tensors()
+    logps, _, _reference, mask = tensors()
     for loss in PolicyLoss:
         config = ReinforcementConfig(loss=loss, max_new_tokens=LONGEST)
         kept = mask.bool()

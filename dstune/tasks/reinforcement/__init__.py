@@ -52,6 +52,10 @@ class Reinforcement(WritingTask):
     def needs_answer(self) -> bool:
         return False
 
+    @property
+    def whole_batch_loss(self) -> bool:
+        return True
+
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run, self.config)
 
