@@ -64,7 +64,7 @@ def trl(config: ReinforcementConfig, logps, old, reference, mask):
     settings = {
         "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "use_vllm": False,
         "importance_sampling_level": "sequence" if gspo else "token", "loss_type": "grpo" if gspo else config.loss.name,
-        "beta": config.kl.coefficient, "epsilon_low": low, "epsilon_high": high, "_entropy_bonus_enabled": False, 
+        "beta": config.kl.coefficient, "epsilon_low": low, "epsilon_high": high, "_entropy_bonus_enabled": False,
         "model": torch.nn.Module(),
         "current_gradient_accumulation_steps": 1, "max_completion_length": config.max_new_tokens, "accelerator": accelerator,
         "args": SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
