@@ -16,6 +16,9 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
 
 PATTERN = re.compile(r"(\d+(?:\.\d+)?) *(%|epochs?)")
+AUTO = "auto"
+FEWEST_STEPS_APART = 5
+"""Between two evaluations of `auto`: a short run is not evaluated after each step."""
 ROUNDING = 1e-9
 """Far above the error of `epoch + step / steps`, far below a step's share of an epoch."""
 
@@ -30,6 +33,8 @@ class Unit(Enum):
 class Cadence:
     amount: Fraction
     unit: Unit
+    apart: int = 0
+    """The fewest steps between two times."""
 
     def due(self, step: int, total_steps: int, epoch_before: float | None, epoch: float) -> bool:
         """Whether it happens after optimizer step `step` (the first is 1) of `total_steps`.
@@ -45,7 +50,8 @@ class Cadence:
             if before is None:
                 return abs(now - round(now)) < ROUNDING
             return int(now + ROUNDING) > int(before + ROUNDING)
-        period = self.amount * total_steps if self.unit is Unit.run else self.amount
+        share = self.amount * total_steps if self.unit is Unit.run else self.amount
+        period = max(share, Fraction(self.apart))
         return step // period > (step - 1) // period
 
     def times(self, total_steps: int, epochs: float | None) -> int | None:
@@ -56,17 +62,22 @@ class Cadence:
         if epochs is None and self.unit is Unit.epochs:
             return None
         length = {Unit.steps: total_steps, Unit.epochs: epochs or 0.0, Unit.run: 1}[self.unit]
-        return max(1, min(total_steps, ceil(length / self.amount)))
+        amount = max(self.amount, Fraction(self.apart, total_steps)) if self.apart else self.amount
+        return max(1, min(total_steps, ceil(length / amount)))
 
     def first_step(self, total_steps: int | None) -> int | None:
         """The optimizer step after which it happens first, where that is known: None for passes over the rows."""
         if self.unit is Unit.steps:
             return int(self.amount)
-        return ceil(self.amount * total_steps) if self.unit is Unit.run and total_steps is not None else None
+        if self.unit is Unit.epochs or total_steps is None:
+            return None
+        return min(total_steps, max(ceil(self.amount * total_steps), self.apart))
 
 
 def cadence(every: int | str) -> Cadence:
     """What a value of `evaluate.every` or `checkpoint.every` means. Raises ValueError for words that mean nothing."""
+    if every == AUTO:
+        return Cadence(Fraction(1, 4), Unit.run, FEWEST_STEPS_APART)
     if isinstance(every, int):
         return Cadence(Fraction(every), Unit.steps)
     found = PATTERN.fullmatch(every.strip())

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from dstune.config.augment_schema import AugmentConfig
-from dstune.config.fields import MemberName, setting
+from dstune.config.fields import Automatic, MemberName, setting
 from dstune.protocols import ROW_FORMATS, TASKS
 
 AUTOMATIC = "auto"
@@ -54,12 +54,18 @@ class OnSuspiciousLabels(Enum):
 
 @dataclass(frozen=True)
 class SplitConfig:
-    validation: float = setting(0.05, at_least=0.0, below=1.0)
-    """Share of the training rows held out for validation when `data.validation` is not given."""
+    validation: float | Automatic = setting(Automatic.auto, at_least=0.0, below=1.0)
+    """Share of the training rows held out for validation when `data.validation` is not given. `auto` holds out 5%, at least 20
+    rows, but never more than 20% of them; a run stores the share that was chosen."""
     test: float = setting(0.0, at_least=0.0, below=1.0)
     """Share of the training rows held out for the test when `data.test` is not given."""
     seed: int = 0
     """Another seed holds out other rows; the split depends on row content and this seed only."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are held out for validation."""
+        return self.validation is Automatic.auto or bool(self.validation)
 
 
 class Duplicates(Enum):

@@ -20,6 +20,12 @@ class MemberName(str):
         raise NotImplementedError
 
 
+class Automatic(Enum):
+    """The value of a key that is chosen when the run starts."""
+
+    auto = "auto"
+
+
 DOC = "doc"
 """In the metadata of a field that stands in no source: its line of documentation."""
 BY_METHOD = "by_method"

@@ -65,7 +65,8 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     keys = {key: hint for section in sections() if section in named for key, hint in keys_below(section).items()}
     mappings = [key for key, hint in keys.items() if typing.get_origin(hint) is dict]
     starts = tuple(f"{key}{end}" for key in mappings for end in ".=")
-    return [f"++{text}" if text.startswith(starts) else text for text in overrides if text != "experiment=null"]
+    given = [_with_literal_name(text) for text in overrides if text != "experiment=null"]
+    return [f"++{text}" if text.startswith(starts) else text for text in given]
 
 
 def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
@@ -76,6 +77,7 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     parser = OverridesParser.create()
     parsed: list[Override] = []
     texts, problems = rejoined(texts)
+    texts = [_with_literal_name(text) for text in texts]
     for before, text in zip(["", *texts], texts, strict=False):
         try:
             override = parser.parse_override(text)
@@ -90,6 +92,23 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         else:
             parsed.append(override)
     return parsed, problems
+
+
+_COLUMN = re.compile(r"([+]*data\.(?:mixture\.[^.=]+\.)?columns\.[^.=]+=)(.*)", re.DOTALL)
+"""An override that says which column has a role."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+_QUOTED_NAME = re.compile(r"(['\"]).*\1|.*\$\{.*", re.DOTALL)
+_WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf")
+
+
+def _with_literal_name(text: str) -> str:
+    """`data.columns.text=NAME` with the name as it stands in the file, whatever it means in Hydra's grammar."""
+    found = _COLUMN.fullmatch(text)
+    if found is None or _QUOTED_NAME.fullmatch(found[2]) or not found[2]:
+        return text
+    plain = _PLAIN_NAME.fullmatch(found[2]) and found[2].lower() not in _WORDS_OF_HYDRA
+    return text if plain else found[1] + quoted(found[2])
 
 
 def _one_value(key: str, value: str) -> str:

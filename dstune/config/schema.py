@@ -19,6 +19,7 @@ from typing import Any
 
 from dstune.config.data_schema import DataConfig
 from dstune.config.fields import DOC, setting
+from dstune.config.fields import Automatic as Automatic
 from dstune.config.forgetting_schema import ForgettingConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
@@ -58,10 +59,6 @@ class Precision(Enum):
 class GradientDtype(Enum):
     fp32 = "fp32"
     model = "model"
-
-
-class Automatic(Enum):
-    auto = "auto"
 
 
 class Selective(Enum):
@@ -263,9 +260,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    every: int | str = setting("25%", at_least=0)
-    """How often to evaluate: a number of optimizer steps, passes over the rows (`1 epoch`) or a share of the run (`25%`); 0
-    evaluates at the end only."""
+    every: int | str = setting("auto", at_least=0)
+    """How often to evaluate: a number of optimizer steps, passes over the rows (`1 epoch`) or a share of the run (`25%`); `auto` is
+    25%, but at least 5 steps; 0 evaluates at the end only."""
     at_start: bool = True
     """Evaluate before the first step."""
     max_rows: int | None = setting(None, at_least=1)

@@ -27,7 +27,7 @@ def objectives(config: RunConfig) -> list[str]:
 
 def holds_out(config: RunConfig) -> bool:
     """Whether there are validation rows."""
-    return bool(config.data.validation) or config.data.split.validation > 0
+    return bool(config.data.validation) or config.data.split.holds_out
 
 
 def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem]:

@@ -164,7 +164,7 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
             ("validation", data.split.validation, data.validation),
             ("test", data.split.test, data.test),
         )
-        if not given and share
+        if not given and isinstance(share, float) and share
     ]
     if sum(share for _, share in held_out) >= 1:
         yield Problem(
@@ -309,7 +309,7 @@ HOLD_OUT = "data.validation=rows.jsonl or data.split.validation=0.05"
 
 def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, stopping, task = config.evaluate, config.trainer.early_stopping, task_of(config.task)
-    held_out = bool(config.data.validation) or config.data.split.validation > 0
+    held_out = bool(config.data.validation) or config.data.split.holds_out
     metrics = metrics_of_run(config)
     if stopping.metric not in metrics:
         yield Problem(

@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,9 +31,9 @@ def is_configuration_file(word: str) -> bool:
     return "=" not in word and not word.startswith("-") and word.endswith((".yaml", ".yml"))
 
 
-def refuse_place(path: Path, force: bool) -> None:
-    """Raises UserError where answers cannot be put."""
-    if path.suffix.lower() in TABLES:
+def refuse_place(path: Path, force: bool, tables: Collection[str] = ()) -> None:
+    """Raises UserError where answers cannot be put. tables: endings of tables that can be written."""
+    if path.suffix.lower() in TABLES and path.suffix.lower() not in tables:
         fix = f"--output {path.with_suffix('.jsonl')}; pandas.read_json(FILE, lines=True) makes a table of it"
         raise UserError(
             Problem("--output", "answers are written as JSON lines, which this is no name for", fix, str(path))

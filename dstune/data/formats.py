@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -183,12 +184,10 @@ def _check_mapped(
 
 
 def _mapping(key: str, mapping: Mapping[str, str]) -> str:
-    """The mapping as it is typed in a shell."""
-    return f"'{key}={{{', '.join(f'{role}: {_quoted(column)}' for role, column in mapping.items())}}}'"
-
-
-def _quoted(column: str) -> str:
-    return column if column.replace("_", "").isalnum() else f'"{column}"'
+    """The mapping as it is typed in a shell, without quotes inside of quotes."""
+    if all(column.replace("_", "").isalnum() and column.isascii() for column in mapping.values()):
+        return f"'{key}={{{', '.join(f'{role}: {column}' for role, column in mapping.items())}}}'"
+    return " ".join(shlex.quote(f"{key}.{role}={column}") for role, column in mapping.items())
 
 
 def _other_task(columns: Collection[str]) -> str:

@@ -18,8 +18,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.bad_rows import FIRST_ROWS, BadRows, of_row
-from dstune.data.rows import RowError, canonical, check_task, labels_of, normalise, recognise, stored, with_joined_parts
-from dstune.data.split import content_hash
+from dstune.data.rows import RowError, check_task, hash_of, labels_of, normalise, recognise, stored
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
@@ -208,8 +207,7 @@ class _Reader:
         if self._bound.has_labels:
             self._refuse_other_labels(row)
             label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
-        content = canonical(with_joined_parts(row))
-        return stored(row), content_hash(content, self._data.split.seed), label
+        return stored(row), hash_of(row, self._data.split.seed), label
 
     def _recognise(self, raw: sources.RawRow) -> str:
         """The format of a row that can be read. Raises RowError for one of the first rows that has no format of this task, as

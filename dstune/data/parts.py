@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dstune.config.fields import Automatic
 from dstune.config.forgetting import mixes_in
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
@@ -11,7 +12,7 @@ from dstune.data.clean.tables import Cleaning
 from dstune.data.ingest import Table
 from dstune.data.inputs import PARTS
 from dstune.data.labels import ChosenRows
-from dstune.data.split import TEST, TRAIN, VALIDATION, assign, lowest
+from dstune.data.split import TEST, TRAIN, VALIDATION, assign, automatic_share, lowest
 from dstune.protocols import task_of
 
 
@@ -22,13 +23,15 @@ def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]
     if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
         own = np.flatnonzero(of_task(train))
     parts = np.full(len(train.indices), TRAIN, dtype=np.int8)
+    # A row with several labels cannot be a share of each of them.
+    labelled = train.table.labels is not None and not task_of(config.task).several_labels
+    share = split.validation
+    if isinstance(share, Automatic):  # without a run that has chosen it
+        share, _ = automatic_share(train.hashes[own], labelled=labelled)
     parts[own] = assign(
         train.hashes[own],
-        # A row with several labels cannot be a share of each of them.
-        None
-        if train.table.labels is None or task_of(config.task).several_labels
-        else train.table.labels[train.indices[own]],
-        validation=0.0 if "validation" in tables else split.validation,
+        train.table.labels[train.indices[own]] if labelled and train.table.labels is not None else None,
+        validation=0.0 if "validation" in tables else share,
         test=0.0 if "test" in tables else split.test,
     )
     chosen = {"train": train.keep(np.flatnonzero(parts == TRAIN))}

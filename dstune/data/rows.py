@@ -10,6 +10,7 @@ from dstune.data import media
 from dstune.data.formats import check_columns, check_task, column_of, columns_read, recognise
 from dstune.data.message import joined
 from dstune.data.problems import RowError, listing
+from dstune.data.split import content_hash
 from dstune.protocols import ROW_FORMATS, task_of
 from dstune.protocols.task import TaskConfig
 
@@ -18,6 +19,7 @@ __all__ = [
     "canonical",
     "check_columns",
     "check_task",
+    "hash_of",
     "labels_of",
     "normalise",
     "recognise",
@@ -106,6 +108,11 @@ def canonical(row: Mapping[str, Any]) -> bytes:
         ) from None
     except (TypeError, ValueError) as error:
         raise RowError(f"a value is not JSON: {error}") from None
+
+
+def hash_of(row: Mapping[str, Any], seed: int) -> int:
+    """The 64 bits by which a row is held out or not. Raises RowError."""
+    return content_hash(canonical(with_joined_parts(row)), seed)
 
 
 def labels_of(row: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,28 @@ import xxhash
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
+SHARE, FEWEST, LARGEST_SHARE = 0.05, 20, 0.2
+"""Of `data.split.validation=auto`: the share that is held out, the rows that are at least, and the share that is at most."""
+
+MANY = int(FEWEST / SHARE)
+"""From this number of rows on, the share alone decides."""
+
+
+def automatic_share(hashes: np.ndarray, *, labelled: bool) -> tuple[float, int]:
+    """The share of `data.split.validation=auto`, and how many of the rows it holds out.
+
+    hashes: uint64 [rows]; equal rows count once. Of rows without labels the share is the place, among all hashes, between the
+    last row that is held out and the next one: it holds out the same rows when others are added.
+    """
+    ranked = np.unique(hashes)
+    count = len(ranked)
+    if count >= MANY or count < 2:
+        return SHARE, round(SHARE * count)
+    held_out = max(1, min(FEWEST, int(LARGEST_SHARE * count)))
+    if labelled:
+        return held_out / count, held_out
+    return (float(ranked[held_out - 1]) + float(ranked[held_out])) / 2.0**65, held_out
+
 
 def content_hash(content: bytes, seed: int) -> int:
     """64-bit hash of a row's content under the split's seed."""

@@ -22,6 +22,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.paths import cache_root
 from dstune.data.sources import data_source_of
+from dstune.inference.answer_tables import TABLES, as_named
 from dstune.protocols import DATA_SOURCES
 
 
@@ -31,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> No
         "--output",
         type=_place,
         metavar="FILE",
-        help="answers as JSON lines, or a table (delta://PATH); killed and repeated, it goes on",
+        help="answers as JSON lines, as CSV or Parquet by the ending, or a table (delta://PATH); killed and repeated, it goes on",
     )
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument(
@@ -53,10 +54,11 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
     if isinstance(place, Path):
         if not refused_operations(place):
             return AnswersFile(place, requested, batch_size, force=force)
-        refuse_place(place, force)
+        refuse_place(place, force, TABLES)
 
         def put(file: Path) -> str:
-            copied.copy(file, place)
+            with as_named(file, place.suffix) as named:
+                copied.copy(named, place)
             return str(place)
 
         return AnswersElsewhere(str(place), put, requested, batch_size, force=force)
@@ -73,7 +75,7 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
 
 
 class AnswersFile:
-    """Rows of JSON, appended batch by batch."""
+    """Rows of JSON, appended batch by batch; a file whose name ends as that of a table becomes one at the end."""
 
     written: str
     """Where they are in the end."""
@@ -86,7 +88,7 @@ class AnswersFile:
         self.path, self._part = path, path.with_name(f"{path.name}.part")
         self.written = str(path)
         head = json.dumps({"asked": requested, "batch_size": batch_size})
-        refuse_place(path, force)
+        refuse_place(path, force, TABLES)
         self.done = 0
         if self._part.exists() and not force:
             self._resume(head, batch_size)
@@ -122,7 +124,9 @@ class AnswersFile:
         with self._part.open("rb") as source, whole.open("wb") as target:
             source.readline()
             shutil.copyfileobj(source, target)
-        whole.replace(self.path)
+        with as_named(whole, self.path.suffix) as named:
+            named.replace(self.path)
+        whole.unlink(missing_ok=True)
         self._part.unlink()
 
 

@@ -33,6 +33,7 @@ from dstune.data.hub import hub_name
 from dstune.launch import hub, hub_data, table_rows
 from dstune.launch.commands import count_gpus
 from dstune.launch.first_rows import first_row_problems, hardware_problems, task_problems
+from dstune.launch.held_out import with_share
 from dstune.launch.positions import within_positions
 from dstune.launch.room import memory_problems
 from dstune.launch.stages import choose
@@ -93,6 +94,11 @@ def resolve_run(
     _refuse(problems)
     config = replace(config, model=model)
     config = within_positions(config, stage)
+    config, held_out = with_share(config)
+    if held_out and trains:
+        stage(f"{held_out} for validation")
+    if held_out and origins is not None:
+        origins["data.split.validation"] = held_out
     if is_open(config) and trains:
         config, why = choose(config)
         stage(f"zero.stage={format_value(config.zero.stage)}: {why}")

@@ -14,6 +14,7 @@ from dstune.core.errors import UserError
 from dstune.core.parsing import METRICS_BYTES, is_encoder_decoder, parse_json, read_file
 from dstune.launch import records
 from dstune.protocols import METHODS, TASKS
+from dstune.tracking.console import FEW_ROWS
 
 COLUMN = 14
 COUNTS = ("rows", "targets", "tokens", "seconds", "generated")
@@ -62,6 +63,9 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
             label = "held-out loss" if name == "loss" else name
             started = f"{before[name]:.4f} -> " if isinstance(before.get(name), (int, float)) else ""
             lines.append(_entry(label, f"{started}{value:.4f}"))
+    rows = result.get("held_out_rows")
+    if lines and isinstance(rows, int) and rows < FEW_ROWS:
+        lines.append(_entry("held-out rows", f"{rows}, so these metrics say little"))
     best = result.get("best")
     if weights := result.get("weights"):
         lines.append(_entry("weights", weights))
@@ -103,7 +107,7 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
     if result.get("seconds"):
         facts.append(f"{result['seconds']:.0f} s")
     if result.get("tokens_per_second"):
-        facts.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+        facts.append(_speed(result))
     if result.get("utilization"):
         facts.append(f"{result['utilization']:.1%} of the devices' peak")
     if result.get("peak_memory_gib"):
@@ -111,6 +115,15 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
     if result.get("world_size"):
         facts.append(f"{result['world_size']} rank{'s' * (result['world_size'] > 1)}")
     return [_entry("training", ", ".join(facts))]
+
+
+def _speed(result: Mapping[str, Any]) -> str:
+    """Tokens per second of the time beside them, and those of the steps alone where they are others."""
+    in_steps = f"{result['tokens_per_second']:,.0f}"
+    if not result.get("tokens") or not result.get("seconds"):
+        return f"{in_steps} tokens/s in steps"
+    overall = f"{result['tokens'] / result['seconds']:,.0f}"
+    return f"{overall} tokens/s" if overall == in_steps else f"{overall} tokens/s ({in_steps} in steps)"
 
 
 def _answers(run_dir: Path) -> list[str]:

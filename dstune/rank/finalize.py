@@ -49,6 +49,7 @@ def finish(
             "seconds": round(state.seconds, 3),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,
+            "held_out_rows": None if run.data.validation is None else len(run.data.validation.lengths),
             "best": state.best and vars(state.best),
             "checkpoint": checkpoint and str(checkpoint),
             **({"labels": list(run.data.labels)} if state.results and run.data.labels else {}),

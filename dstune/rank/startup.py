@@ -26,6 +26,7 @@ from dstune.models.unreached import count_by_part
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
+from dstune.tracking.console import FEW_ROWS
 from dstune.tracking.log import RunLog
 from dstune.trainer.baseline import measure_prompted
 from dstune.trainer.evaluate import answer_prompts, limited
@@ -33,8 +34,6 @@ from dstune.trainer.loop import Training
 from dstune.zero import accelerator
 from dstune.zero.parts import full_count
 
-FEW_ROWS = 20
-"""Held-out rows below which a metric is told to be mostly chance: with 20, one more right answer is 5 points."""
 FEW_STEPS = 20
 """Optimizer steps below which a run is told to be short: adapters at their usual rate hardly move in fewer."""
 MAX_LISTED_LABELS = 12

@@ -9,17 +9,25 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
 PLAIN_INTERVAL_SECONDS = 10.0
 TERMINAL_INTERVAL_SECONDS = 0.1
 BAR_CELLS = 20
+MOST_COLUMNS = 119
+"""Of a line on a terminal, however wide it is."""
 COUNTS = ("rows", "targets", "tokens")
 """Metrics of an evaluation that are whole numbers."""
+SECONDS = "seconds"
+SHOWN_METRICS = 3
+"""Of an evaluation on the console; `metrics.jsonl` has all of them."""
+FEW_ROWS = 20
+"""Held-out rows below which a metric says little: with 20, one more right answer is 5 points."""
 
 Metrics = Mapping[str, float | int | str]
 
@@ -86,16 +94,31 @@ class Console:
         else:
             self._print(f"step {count}  {facts}")
 
-    def evaluation(self, step: int, metrics: Metrics) -> None:
-        """Show one evaluation; `metrics` are named eval/NAME."""
-        formatted = [_named(name.removeprefix("eval/"), value) for name, value in metrics.items()]
-        self.message(f"step {step}  evaluation  {'  '.join(formatted)}")
+    def evaluation(self, step: int, metrics: Metrics, leading: Sequence[str] = (), rows: int | None = None) -> None:
+        """Show one evaluation by at most three of its metrics: `leading` ones first, then the others in their order.
+
+        metrics: named eval/NAME. rows: how many were measured, which is shown where they are few.
+        """
+        values = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+        names = [
+            name for name in dict.fromkeys([*leading, *values]) if name in values and name not in (*COUNTS, SECONDS)
+        ]
+        facts = [_named(name, values[name]) for name in names[:SHOWN_METRICS]]
+        if rows is not None and rows < FEW_ROWS:
+            facts.append(f"of {rows} row{'s' * (rows != 1)} only")
+        if SECONDS in values:
+            facts.append(_named(SECONDS, values[SECONDS]))
+        self.message(f"step {step}  evaluation  {'  '.join(facts)}")
 
     def message(self, text: str) -> None:
-        """Show `text` on lines of its own that stay."""
+        """Show `text` on lines of its own that stay; on a terminal they break between words."""
         with self._lock:
             self.close()
-            self._print(text)
+            for line in text.split("\n") if self._columns else ():
+                width = min(self._columns, MOST_COLUMNS)
+                self._print("\n".join(textwrap.wrap(line, width, subsequent_indent="    ", break_on_hyphens=False)))
+            if not self._columns:
+                self._print(text)
 
     def close(self) -> None:
         """Leave no half-overwritten line behind."""

@@ -42,6 +42,7 @@ class RunLog:
         self, config: RunConfig, run_dir: Path, *, resumed_at_step: int | None, console: Console | None = None
     ):
         self._console = console or Console()
+        self._leading = ("loss", config.trainer.early_stopping.metric)
         files = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
         self._metrics, self._samples = (JsonLines(file, keep_until=resumed_at_step) for file in files)
         # What an earlier launch wrote behind its last save, and this one comes to again: a killed run's last evaluations.
@@ -68,14 +69,14 @@ class RunLog:
                 Background(room(config, run_dir, self.message, fresh=fresh), past, self.message) for room in enabled
             ]
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too."""
+    def log(self, step: int, metrics: Metrics, rows: int | None = None) -> None:
+        """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too. rows: how many were measured."""
         if (step, frozenset(metrics) | {"step"}) not in self._measured:
             self._metrics.append({"step": step, **metrics})
         if self._trackers:
             self._collect(step, plain(metrics), answered=False)
         if any(name.startswith("eval/") for name in metrics):
-            self._console.evaluation(step, metrics)
+            self._console.evaluation(step, metrics, self._leading, rows)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
         """Answers to held-out prompts, each with the keys prompt, reference and answer, into samples.jsonl."""

@@ -417,7 +417,7 @@ def evaluate(run: Training) -> Request:
     evaluated = Evaluated(metrics, seconds, row)
     mine = run.callbacks.on_evaluate(run, evaluated)
     if run.log:
-        run.log.log(state.step, evaluated.row)
+        run.log.log(state.step, evaluated.row, rows=len(validation.lengths))
     request, _ = synchronize(run, mine)
     return request
 

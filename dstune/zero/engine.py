@@ -509,9 +509,10 @@ class Engine:
 
     def load(self, directory: Path, tag: str) -> None:
         """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage, with the same slices."""
-        loaded, _ = self._engine.load_checkpoint(
-            str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
-        )
+        with redirect_stdout(io.StringIO()):  # `_load_legacy_checkpoint`, which its bf16 optimizer prints
+            loaded, _ = self._engine.load_checkpoint(
+                str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
+            )
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
 
     def restore(self, source: Source) -> None:

@@ -438,7 +438,7 @@ def test_bad_rows_are_named_before_a_model_is_loaded(shop, tmp_path, monkeypatch
         ("labels/export", ["--text", "w1", "--checkpoint", "best"], "only a run has checkpoints"),
         ("labels", ["--text", "w1", "--revision", "main"], "a run has none"),
         ("labels", ["--text", "w1", "data.columns.txt=q"], "no such role"),
-        ("labels", ["--text", "w1", "--output", str(tmp_path / "o.csv")], "o.jsonl"),
+        ("labels", ["--text", "w1", "--output", str(tmp_path / "o.xlsx")], "o.jsonl"),
         ("tags", ["--text", "w1", "--probabilities", "--json"], "only a classifier has them"),
         ("labels", ["--text", "w1", "--probabilities"], "no room for them"),
         ("tags", ["--text", "w1", "data.max_length=4"], "data.max_length"),

@@ -383,3 +383,35 @@ def test_a_group_of_an_existing_run_is_refused_with_the_keys_that_it_would_chang
     with pytest.raises(UserError) as caught:
         apply_overrides(compose(["data=chitchat", "zero=stage3"]).config, [choice])
     assert [problem.fix for problem in caught.value.problems] == [fix]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my review",
+        "Review (text)",
+        "a, b",
+        "#x",
+        "größe",
+        "a=b",
+        "it's",
+        'say "x"',
+        "x{y}",
+        "[a]",
+        " a",
+        "null",
+        "True",
+        "C:\\x",
+    ],
+)
+def test_a_column_has_the_name_that_stands_behind_the_equals_sign(name):
+    assert compose([f"data.columns.text={name}"]).config.data.columns == {"text": name}
+    of_source = [f"data.mixture.a.columns.text={name}", "data.mixture.a.path=x.jsonl"]
+    assert compose(of_source).config.data.mixture["a"].columns == {"text": name}
+
+
+def test_a_quoted_column_name_and_a_reference_are_what_they_are_elsewhere(monkeypatch):
+    monkeypatch.setenv("COLUMN", "review")
+    given = ["data.columns.text='my review'", 'data.columns.label="my label"']
+    assert compose(given).config.data.columns == {"text": "my review", "label": "my label"}
+    assert compose(["data.columns.text=${oc.env:COLUMN}"]).config.data.columns == {"text": "review"}

@@ -173,4 +173,4 @@ def test_labels_of_all_sources_are_found(tmp_path):
     config = data_run("", mixture=mixture, packing=False, task=ClassificationConfig())
     data = prepared(config, byte_tokenizer(), tmp_path / "cache")
     assert data.labels == ("left", "right")
-    assert np.bincount(data.train.sources).tolist() == [19, 19]
+    assert np.bincount(data.train.sources).tolist() == [16, 16]

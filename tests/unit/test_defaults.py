@@ -26,6 +26,7 @@ from dstune.launch.plan import parse, plan_of
 from dstune.planning.hardware import parse as hardware
 from dstune.planning.stage import choose_on, is_open
 from dstune.protocols import METHODS
+from dstune.protocols.callback import Action
 from dstune.rank import zero_stage
 from dstune.rank.startup import few_steps
 from dstune.rank.zero_stage import choose_zero_stage
@@ -185,6 +186,10 @@ def due(every: int | str, total: int, epochs: float) -> list[int]:
     [
         (3, 10, 1.0, [3, 6, 9]),
         (0, 10, 1.0, []),
+        ("auto", 4, 1.0, []),
+        ("auto", 5, 1.0, [5]),
+        ("auto", 12, 1.0, [5, 10]),
+        ("auto", 100, 1.0, [25, 50, 75, 100]),
         ("25%", 2, 1.0, [1, 2]),
         ("25%", 10, 1.0, [3, 5, 8, 10]),
         ("25%", 100, 1.0, [25, 50, 75, 100]),
@@ -210,8 +215,9 @@ def test_evaluations_and_saves_happen_in_every_run_by_default() -> None:
             callback.on_step_end(None, SimpleNamespace(number=step, epoch=step / total)).action
             for step in range(1, total + 1)
         ]
-        both = [action for action in actions if action.value]
-        assert len(both) == min(4, total)
+        evaluated = sum(bool(action & Action.EVALUATE) for action in actions)
+        assert evaluated == (4 if total >= 19 else 1), "not after each step of a short run"
+        assert sum(bool(action & Action.SAVE) for action in actions) == min(4, total)
 
 
 def test_a_continued_run_counts_passes_from_its_checkpoint() -> None:

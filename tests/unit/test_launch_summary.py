@@ -42,7 +42,7 @@ def test_a_finished_run(tmp_path):
         "perplexity": "29.9600 -> 18.1700",
         "best": "loss 2.9000 at step 14",
         "test accuracy": "0.8125",
-        "training": "14 steps, 28,672 tokens, 142 s, 203 tokens/s, peak memory 1.91 GiB a rank, 2 ranks",
+        "training": "14 steps, 28,672 tokens, 142 s, 201 tokens/s (203 in steps), peak memory 1.91 GiB a rank, 2 ranks",
         "prompt": "Hi",
         "before": "Hi Hi [2J",  # a model's text cannot clear the user's screen
         "after": "Hey there",
@@ -52,6 +52,18 @@ def test_a_finished_run(tmp_path):
         "export": str(tmp_path / "export"),
         "logs": str(tmp_path / "logs"),
     }
+
+
+def test_speeds_agree_with_their_line_and_few_rows_are_counted(tmp_path):
+    result = {**RESULT, "tokens": 10_230, "seconds": 499.0, "tokens_per_second": 39.0, "held_out_rows": 12}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    shown = summary(tmp_path)
+    assert "10,230 tokens, 499 s, 21 tokens/s (39 in steps)," in shown
+    assert "held-out rows  12, so these metrics say little" in shown
+    (tmp_path / "result.json").write_text(json.dumps({**result, "tokens_per_second": 20.5, "held_out_rows": 20}))
+    shown = summary(tmp_path)
+    assert "499 s, 21 tokens/s (20 in steps)" in shown
+    assert "held-out rows" not in shown
 
 
 def test_the_metrics_are_those_of_the_exported_weights(tmp_path):

@@ -139,7 +139,32 @@ def test_terminal_lines_are_drawn_over_and_cleared(monkeypatch, clock):
     assert first.startswith("10/40 [#####---------------] loss 2.3457")
     assert {len(first), len(second), len(erased)} == {119}
     assert not erased.strip(), "the evaluation would be written over a longer line"
-    assert rest == "step 11  evaluation  loss 2.0000  targets 1,751  0.5 s\n"
+    assert rest == "step 11  evaluation  loss 2.0000  0.5 s\n"
+
+
+def test_an_evaluation_is_one_short_line(monkeypatch, clock):
+    formatted, stream = console(monkeypatch, clock, "plain")
+    names = ["loss", "accuracy", "f1_macro", "f1_micro", "mcc", "a_metric_of_a_plugin_with_a_long_name", "targets"]
+    metrics = {f"eval/{name}": 0.5 for name in names} | {"eval/seconds": 1.25}
+    formatted.evaluation(3, metrics, ("mcc", "loss"), 12)
+    formatted.evaluation(4, metrics, (), 20)
+    first, second = stream.getvalue().splitlines()
+    assert first == "step 3  evaluation  mcc 0.5000  loss 0.5000  accuracy 0.5000  of 12 rows only  1.2 s"
+    assert second == "step 4  evaluation  loss 0.5000  accuracy 0.5000  f1_macro 0.5000  1.2 s"
+
+
+@pytest.mark.parametrize(("terminal", "widest"), [("tty:300", 119), ("tty:60", 59)])
+def test_messages_break_between_words_on_a_terminal(monkeypatch, clock, terminal, widest):
+    formatted, stream = console(monkeypatch, clock, terminal)
+    text = "warning: " + "some words about key.name=value-of-it, " * 12
+    formatted.message(text.strip())
+    lines = stream.getvalue().splitlines()
+    assert len(lines) > 1
+    assert max(map(len, lines)) <= widest
+    assert " ".join(line.strip() for line in lines) == text.strip()
+    plain, piped = console(monkeypatch, clock, "plain")
+    plain.message(text.strip())
+    assert piped.getvalue() == f"{text.strip()}\n", "programs read whole lines"
 
 
 @pytest.mark.parametrize("width", [20, 60, 80])

@@ -37,7 +37,7 @@ class Importance(Method):
             yield Problem("method.unit", reason, "method.unit=tensors, or another method.selection", config.unit.name)
         if ablates and not config.ablation_rows:
             yield Problem("method.ablation_rows", "the selection needs them", "method.ablation_rows=200", "0")
-        if config.ablation_rows and not (run.data.validation or run.data.split.validation):
+        if config.ablation_rows and not (run.data.validation or run.data.split.holds_out):
             reason = "tensors are left out on validation rows, and none are held out"
             fix = "data.validation=rows.jsonl or data.split.validation=0.05"
             yield Problem("method.ablation_rows", reason, fix, format_value(config.ablation_rows))

@@ -1,0 +1,67 @@
+"""`data.split.validation=auto`: how many rows are held out, decided once by the rows that are there when a run starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from dstune.config.fields import Automatic
+from dstune.config.forgetting import mixes_in
+from dstune.config.schema import RunConfig
+from dstune.core.errors import UserError
+from dstune.data import sources
+from dstune.data.inputs import of_training
+from dstune.data.rows import RowError, hash_of, normalise, recognise
+from dstune.data.split import MANY, SHARE, automatic_share
+from dstune.protocols import task_of
+
+WHOLE_FILE_BYTES = 1 << 26
+"""A larger JSON array, which is read as a whole, is taken for many rows."""
+
+
+def with_share(config: RunConfig) -> tuple[RunConfig, str]:
+    """Return `config` with a share in place of `auto`, and the reason; unchanged if no rows are held out by a share.
+
+    Reads at most the first few hundred rows. Bad rows do not count.
+    """
+    data = config.data
+    if not isinstance(data.split.validation, Automatic) or data.validation is not None:
+        return config, ""
+    hashes: set[int] = set()
+    for row_hash in _hashes(config):
+        hashes.add(row_hash)
+        if len(hashes) == MANY:
+            break
+    share, reason = SHARE, f"{SHARE:.0%} of the rows are held out"
+    if len(hashes) < MANY:
+        task = task_of(config.task)
+        known = np.fromiter(hashes, np.uint64, len(hashes))
+        share, held_out = automatic_share(known, labelled=task.has_labels and not task.several_labels)
+        reason = f"{held_out} of {len(hashes)} rows are held out"
+    return replace(config, data=replace(data, split=replace(data.split, validation=share))), reason
+
+
+def _hashes(config: RunConfig) -> Iterator[int]:
+    """Those of the rows that may be held out, in the order of the files."""
+    training = list(of_training(config).values())
+    for key, own in training[:1] if mixes_in(config) else training:
+        name: str | None = None
+        for file in sources.of_part(own.data, "train", key):
+            if file.ending == ".json" and file.path.stat().st_size > WHOLE_FILE_BYTES:
+                yield from range(MANY)
+                return
+            for row in sources.read(file):
+                if row.fields is None:
+                    continue
+                try:
+                    name = name or recognise(row.fields, own.data.columns, own.data.format, own.task, row.place)
+                    fields = normalise(row.fields, name, own.data.columns, own.task, input_apart=_input_apart(own))
+                    yield hash_of(fields, own.data.split.seed)
+                except (RowError, UserError):  # preparing the rows reports it
+                    continue
+
+
+def _input_apart(config: RunConfig) -> bool:
+    return config.model.prompt_template == "alpaca"
