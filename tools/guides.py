@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
 
 from benchmarks.attacks import table as attacks_table  # noqa: E402
 from dstune.config.documentation import merged  # noqa: E402
+from dstune.config.guidance import GUIDANCE  # noqa: E402
 from tools.methods_page import methods_page  # noqa: E402
 from tools.presets_page import presets_page  # noqa: E402
 
@@ -57,7 +58,8 @@ def markdown_table() -> str:
     lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
     for setting in merged():
         only = f" ({setting.group})" if "=" in setting.group else ""
-        cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc]
+        advice = f" *Advice:* {GUIDANCE[setting.key]}" if setting.key in GUIDANCE else ""
+        cells = [f"`{setting.key}`{only}", f"`{setting.default}`", setting.type, setting.doc + advice]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -54,7 +54,7 @@ examples:
   dstune generate runs/NAME/DATE_TIME --prompt "Hello"
 
 --trust KEY believes a key of a run that you have not signed, --trust plugins also those of dstune.yaml (docs/security.md).
-`dstune VERB --help` explains a verb; `dstune train --help` lists groups and keys.
+`dstune VERB --help` explains a verb; `dstune train --help KEY` a key or a group.
 exit codes: 0 done, 2 the configuration or data is wrong, 75 preempted (`dstune train RUN` continues), 1 anything else
 """
 

@@ -10,14 +10,29 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dstune.config.convert import describe, format_value
-from dstune.config.fields import DOC
-from dstune.config.names import ROOT_KEYS, classes_of, entry_class, is_section, registered_values, sections, type_hints
+from dstune.config.by_method import RATE
+from dstune.config.convert import describe, example, format_value
+from dstune.config.fields import BY_METHOD, DOC
+from dstune.config.guidance import GUIDANCE
+from dstune.config.names import (
+    ROOT_KEYS,
+    classes_of,
+    entry_class,
+    is_section,
+    nearest,
+    registered_values,
+    sections,
+    suggest_key,
+    type_hints,
+)
+from dstune.config.ranges import TESTS
 from dstune.config.schema import CHOICES
+from dstune.core.errors import Problem, UserError
 from dstune.core.plugin_files import KEY
 from dstune.core.registry import on_change
+from dstune.protocols import METHODS, TASKS
 
 
 class Setting(NamedTuple):
@@ -117,7 +132,7 @@ FLAGS = {
     "--info, -i [WHAT]": "how the configuration is composed: all, config, defaults, defaults-tree, plugins, searchpath",
     "--shell-completion, -sc": 'install=bash|zsh|fish prints what to evaluate: eval "$(dstune -sc install=bash)"',
     "--hydra-help": "Hydra's own settings",
-    "--help, -h": "this text",
+    "--help, -h [GROUP|KEY]": "this page, or the help of a group, a choice or a key; `all` for everything",
 }
 
 EXAMPLES = {
@@ -131,44 +146,203 @@ EXAMPLES = {
 }
 
 
-def help_text(groups: Mapping[str, Sequence[str]]) -> str:
-    """The text of `dstune train --help`.
+def index(groups: Mapping[str, Sequence[str]]) -> str:
+    """The text of `dstune train --help`: a page that leads to the help of groups and keys.
 
     Args:
         groups: the choices of each group, user's own included.
     """
-    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    lines = [
+        "usage: dstune train [FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
+        "",
+        "Fine-tune a model with DeepSpeed ZeRO. Values of the command line win over those of FILE, which win over those of an",
+        "experiment, which win over those of the other groups. A list is KEY=[a,b], nothing is KEY=null.",
+        "",
+        "More:",
+        "  dstune train --help GROUP     choices and keys of a group: --help method",
+        "  dstune train --help CHOICE    keys of a choice: --help method=lora",
+        "  dstune train --help KEY       type, range, default and advice: --help optimizer.lr",
+        "  dstune train --help all       every key",
+        "",
+        *_block("Examples", EXAMPLES, 8),
+        "Groups and sections",
+    ]
+    count = {
+        section: len({one.key for one in documentation() if _section_of(one) == section}) for section in sections()
+    }
+    for name in dict.fromkeys([*groups, *sections()]):
+        keys = f"{count[name]} key{'s' * (count[name] != 1)}" if name in count else ""
+        choices = [choice for choice in groups.get(name, ()) if choice != "default"]
+        named = ", ".join(choices[:LISTED]) + (f", ... ({len(choices)})" if len(choices) > LISTED else "")
+        first = f"  {name:<11} {keys:>8}  "
+        lines += textwrap.wrap(named, _width(), initial_indent=first, subsequent_indent=" " * len(first)) or [
+            first.rstrip()
+        ]
+    return "\n".join([*lines, "", *_block("Flags", FLAGS, 30)])
 
-    def block(title: str, rows: Mapping[str, str], indent: int) -> list[str]:
-        lines = [title]
-        for left, right in rows.items():
-            if len(left) < indent - 3:
-                first = f"  {left}".ljust(indent)
-            else:
-                lines.append(f"  {left}")
-                first = " " * indent
-            lines += textwrap.wrap(
-                right, width, initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False
-            ) or [first.rstrip()]
-        return [*lines, ""]
 
-    keys = {}
-    named = registered_values()
+LISTED = 6
+"""Choices of a group in the index."""
+
+
+def _section_of(setting: Setting) -> str:
+    return setting.key.partition(".")[0]
+
+
+def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """The text of `dstune train --help NAME`, for a group, a choice (`method=lora`, `lora`), a key, or `all`.
+
+    Raises:
+        UserError: there is no such thing; names the nearest.
+    """
+    group, _, choice = name.partition("=")
+    if name == "all":
+        return help_text(groups)
+    if any(setting.key == name for setting in documentation()):
+        return _key_text(name)
+    inside = [setting for setting in merged() if setting.key.startswith(f"{name}.")]
+    if "=" not in name and (name in groups or inside):
+        return _group_text(name, groups.get(name, ()), inside)
+    owners = [(group, choice)] if choice else [(owner, name) for owner, names in groups.items() if name in names]
+    owners = [(owner, chosen) for owner, chosen in owners if chosen in groups.get(owner, ())]
+    if owners:
+        return "\n".join(_choice_text(owner, chosen) for owner, chosen in owners)
+    known = [*groups, *sections(), *(f"{owner}={one}" for owner, names in groups.items() for one in names)]
+    keys = [setting.key for setting in documentation()]
+    similar = suggest_key(name, keys) or nearest(name, [*known, *(word.partition("=")[2] for word in known)])
+    fix = f"did you mean --help {similar}?" if similar else "--help GROUP, --help KEY or --help all"
+    raise UserError(Problem("--help", "there is no such group, choice or key", fix, name))
+
+
+def _key_text(key: str) -> str:
+    lines = []
     for setting in merged():
-        only = f" [{setting.group}]" if "=" in setting.group else ""
+        if setting.key != key:
+            continue
+        where = f"   ({setting.group})" if "=" in setting.group else ""
+        names = registered_values().get(key)
+        kind = f"{setting.type}; there are: {', '.join(names)}" if names else setting.type
+        bounds = _bounds(setting)
+        lines += [f"{key}{where}", *_wrapped("type", kind + (f", {bounds}" if bounds else ""))]
+        lines += [*_wrapped("default", _default_of(setting)), *_wrapped("meaning", setting.doc)]
+    if key in GUIDANCE:
+        lines += _wrapped("advice", GUIDANCE[key])
+    return "\n".join([*lines, *_wrapped("example", f"dstune train ... {_example(key)}")])
+
+
+def _example(key: str) -> str:
+    if ".NAME." in key:
+        return f"{key}=VALUE"
+    return example(key).removeprefix("for example ").removesuffix(" (the default)")
+
+
+def _default_of(setting: Setting) -> str:
+    if setting.key != RATE or BY_METHOD not in _metadata(setting.key, setting.group):
+        return setting.default
+    rates = {name: cls.learning_rate for name, cls in METHODS.classes().items()}
+    by_rate: dict[float, list[str]] = {}
+    for name, rate in rates.items():
+        by_rate.setdefault(rate, []).append(name)
+    of_methods = "; ".join(f"{rate:g} with method={'|'.join(names)}" for rate, names in sorted(by_rate.items()))
+    few = "|".join(name for name, cls in TASKS.classes().items() if cls.low_learning_rate)
+    return f"the method's: {of_methods}" + (f"; a tenth of it for task={few}" if few else "")
+
+
+def _bounds(setting: Setting) -> str:
+    """The range of a number in words; empty where it has none."""
+    metadata = _metadata(setting.key, setting.group)
+    return " and ".join(f"{words} {metadata[kind]:g}" for kind, (_, words) in TESTS.items() if kind in metadata)
+
+
+def _metadata(key: str, group: str) -> Mapping[str, Any]:
+    """That of the key's field. `group` as in `Setting`."""
+    section, *path = key.split(".")
+    choice = group.partition("=")[2].split("|")[0]
+    classes = classes_of(section) if section in sections() else {}
+    cls: Any = classes.get(choice) or next(iter(classes.values()), None)
+    for name in path[:-1]:
+        cls = type_hints(cls).get(name) if is_section(cls) else None
+    found = [field for field in dataclasses.fields(cls) if field.name == path[-1]] if is_section(cls) else []
+    return found[0].metadata if found else {}
+
+
+def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) -> str:
+    lines = [f"{name}: a group, chosen by {name}=CHOICE" if choices else f"{name}: a section of keys", ""]
+    shown = [choice for choice in choices if choice != "default"]
+    if shown:
+        lines += _block("Choices", {choice: _description(name, choice) for choice in shown}, 16)
+    return "\n".join([*lines, *(_block("Keys", _rows(settings), 12) if settings else [])])
+
+
+def _choice_text(group: str, choice: str) -> str:
+    settings = [
+        setting
+        for setting in merged()
+        if setting.key.startswith(f"{group}.")
+        and ("=" not in setting.group or choice in setting.group.partition("=")[2].split("|"))
+    ]
+    lines = [f"{group}={choice}", *_wrapped("meaning", _description(group, choice)), ""]
+    return "\n".join([*lines, *(_block("Keys", _rows(settings, choice=False), 12) if settings else [])])
+
+
+def _description(group: str, choice: str) -> str:
+    """What the choice's file says of itself, or its class."""
+    from dstune.config.presets import description_of_choice
+
+    if text := description_of_choice(group, choice):
+        return text
+    cls = CHOICES.find(group, choice) if group in CHOICES else None
+    return " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()) if cls is not None else ""
+
+
+def _rows(settings: Sequence[Setting], choice: bool = True) -> dict[str, str]:
+    """Keys with their defaults, and what they mean."""
+    rows = {}
+    named = registered_values()
+    for setting in settings:
+        only = f" [{setting.group}]" if choice and "=" in setting.group else ""
         names = f" ({setting.type})" if setting.type.startswith("one of") else ""
         if registered := named.get(setting.key):
             names = f" (there are: {', '.join(registered)})"
-        keys[f"{setting.key}={setting.default}{only}"] = setting.doc + names
+        rows[f"{setting.key}={setting.default}{only}"] = setting.doc + names
+    return rows
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size().columns, 120))
+
+
+def _wrapped(title: str, text: str) -> list[str]:
+    return textwrap.wrap(
+        text or "-", _width(), initial_indent=f"  {title:<10}", subsequent_indent=" " * 12, break_on_hyphens=False
+    )
+
+
+def _block(title: str, rows: Mapping[str, str], indent: int) -> list[str]:
+    lines = [title]
+    for left, right in rows.items():
+        if len(left) < indent - 3:
+            first = f"  {left}".ljust(indent)
+        else:
+            lines.append(f"  {left}")
+            first = " " * indent
+        lines += textwrap.wrap(
+            right, _width(), initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False
+        ) or ([first.rstrip()] if first.strip() else [])
+    return [*lines, ""]
+
+
+def help_text(groups: Mapping[str, Sequence[str]]) -> str:
+    """The text of `dstune train --help all`: every group and key.
+
+    Args:
+        groups: the choices of each group, user's own included.
+    """
     parts = [
         "usage: dstune train [FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [flags]",
         "",
-        "Fine-tune a model with DeepSpeed ZeRO. Values of the command line win over those of an experiment, which win",
-        "over those of the other groups. A list is KEY=[a,b], nothing is KEY=null.",
-        "",
-        *block("Examples", EXAMPLES, 8),
-        *block("Groups (GROUP=CHOICE)", {group: ", ".join(choices) for group, choices in groups.items()}, 16),
-        *block("Keys and their defaults (KEY=VALUE)", keys, 12),
-        *block("Flags", FLAGS, 30),
+        *_block("Groups (GROUP=CHOICE)", {group: ", ".join(choices) for group, choices in groups.items()}, 16),
+        *_block("Keys and their defaults (KEY=VALUE)", _rows(merged()), 12),
+        *_block("Flags", FLAGS, 30),
     ]
     return "\n".join(parts)

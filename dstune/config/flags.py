@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dstune.config import habits
-from dstune.config.names import all_keys, nearest, suggest_key
+from dstune.config.names import ROOT_KEYS, all_keys, nearest, suggest_key
 from dstune.config.plain_file import expand
 from dstune.config.words import meaning
 from dstune.core.errors import Problem, UserError
@@ -119,7 +119,7 @@ def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
     if problems:
         raise UserError(problems)
     return Flags(
-        overrides=expand(parsed.overrides),
+        overrides=parsed.overrides if parsed.help else expand(parsed.overrides),
         config_dirs=parsed.config_dirs,
         cfg=parsed.cfg,
         package=parsed.package,
@@ -176,14 +176,16 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
     from dstune.config.plugins import activate_requested
     from dstune.config.project import optional_plugins
 
-    overrides = with_default_experiment(flags.overrides)
+    topics = _topics(flags.overrides) if flags.help else []
+    overrides = with_default_experiment([word for word in flags.overrides if word not in topics])
     with optional_plugins() if flags.help or flags.hydra_help else nullcontext():
         activate_requested(overrides, flags.config_dirs)
     with session(flags.config_dirs) as hydra:
         if flags.help:
-            from dstune.config.documentation import help_text
+            from dstune.config.documentation import index, topic
 
-            print(help_text(group_options(hydra)))
+            groups = group_options(hydra)
+            print("\n\n".join(topic(name, groups) for name in topics) if topics else index(groups))
         elif flags.hydra_help:
             from hydra._internal.utils import get_args_parser
 
@@ -194,6 +196,12 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
         else:
             print(run_hydra(hydra, overrides, lambda texts: _configuration(hydra, texts, flags)), end="")
     return 0
+
+
+def _topics(words: Sequence[str]) -> list[str]:
+    """What `--help` is asked about: names, and choices of groups."""
+    settings = (*ROOT_KEYS, "experiment", "hydra")  # what makes more groups and keys known
+    return [word for word in words if word.partition("=")[0].partition(".")[0] not in settings or "=" not in word]
 
 
 def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:

@@ -418,4 +418,4 @@ def _unknown_key(
     if section in sections():
         own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
         return Problem(key, reason, f"it has {own}" if own else f"{section} has no keys of its own", text)
-    return Problem(key, reason, "`dstune train --help` lists all keys", text)
+    return Problem(key, reason, "`dstune train --help all` lists all keys", text)

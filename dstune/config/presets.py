@@ -21,3 +21,9 @@ def description(path: Path) -> str:
 def model_files() -> list[Path]:
     """The files of the group `model`, of a checkout or of the installed package."""
     return sorted((config_folder() / "model").glob("*.yaml"))
+
+
+def description_of_choice(group: str, choice: str) -> str:
+    """What the packaged file of a choice says of itself; empty where there is none."""
+    file = config_folder() / group / f"{choice}.yaml"
+    return description(file) if file.is_file() else ""

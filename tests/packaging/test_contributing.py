@@ -144,7 +144,7 @@ def test_each_composes_is_completed_and_names_the_nearest_key(workplace):
 
 
 def test_help_names_each(workplace):
-    text = workplace.run("train", "--help").stdout
+    text = workplace.run("train", "--help", "all").stdout
     words = (
         "polarity",
         "norms",

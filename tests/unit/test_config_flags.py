@@ -18,9 +18,10 @@ from dstune.config import flags as hydra
 from dstune.config.completion import complete
 from dstune.config.compose import compose
 from dstune.config.convert import to_dict
-from dstune.config.documentation import documentation, help_text, merged
+from dstune.config.documentation import documentation, help_text, merged, topic
 from dstune.config.flags import Flags, hydra_flags, show
-from dstune.config.names import all_keys, names_choice
+from dstune.config.guidance import GUIDANCE
+from dstune.config.names import all_keys, names_choice, sections
 from dstune.core.errors import UserError
 
 VERBS = {name: verb().words for name, verb in cli.VERBS.classes().items()}
@@ -162,10 +163,17 @@ def test_hydra_help(capsys: pytest.CaptureFixture[str]):
     assert "dstune -sc install=bash" in out
 
 
-def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+@pytest.fixture
+def my_groups(tmp_path: Path) -> list[str]:
     (tmp_path / "method").mkdir()
     (tmp_path / "method" / "mine.yaml").write_text("defaults: [lora, _self_]\n")
-    out = format_value(capsys, "--help", "--config-dir", str(tmp_path))
+    return ["--config-dir", str(tmp_path)]
+
+
+def test_help_of_all_has_groups_keys_and_flags_but_not_the_schema(
+    capsys: pytest.CaptureFixture[str], my_groups: list[str]
+):
+    out = format_value(capsys, "--help", "all", *my_groups)
     assert "importance, lora, mine, oft" in out
     assert "schema" not in out
     for key in all_keys():
@@ -173,6 +181,53 @@ def test_help_has_groups_keys_and_flags_but_not_the_schema(capsys: pytest.Captur
     for flag in hydra.CFG:
         assert flag in out
     assert max(len(line) for line in out.splitlines()) <= 120
+
+
+def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_groups: list[str]):
+    out = format_value(capsys, "--help", *my_groups)
+    assert len(out.splitlines()) <= 75
+    for section in (*sections(), "experiment"):
+        assert f"\n  {section} " in out
+    assert "--help optimizer.lr" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("optimizer.lr", ["a number, at least 0", "0.0002 with method=lora|qlora", "three times", "optimizer.lr=2e-05"]),
+        ("zero.stage", ["at least 0 and at most 3", "default   auto"]),
+        ("trainer.precision", ["one of auto, fp32, bf16, fp16"]),
+        ("trainer.early_stopping.metric", ["there are: loss, perplexity"]),
+        ("trainer.early_stopping", ["trainer.early_stopping.patience=0"]),
+        ("data.mixture.NAME.weight", ["How often its rows come"]),
+        ("plugins", ["Files"]),
+        ("optimizer", ["adamw", "fused AdamW", "optimizer.betas=[0.9,0.999] [optimizer=adamw]"]),
+        ("method", ["  mine", "Low-rank adapters on frozen weights"]),
+        ("method=lora", ["Low-rank adapters on frozen weights", "method.rank=16"]),
+        ("lora", ["method=lora", "method.rank=16"]),
+        ("sentiment", ["data=sentiment", "experiment=sentiment"]),
+        ("trainer", ["trainer.max_steps=null"]),
+    ],
+)  # fmt: skip
+def test_help_of_a_group_a_choice_and_a_key(
+    capsys: pytest.CaptureFixture[str], my_groups: list[str], name: str, texts: list[str]
+):
+    out = " ".join(format_value(capsys, "--help", name, *my_groups).split())
+    for text in texts:
+        assert " ".join(text.split()) in out
+    assert "method.share" not in out or name == "method"
+
+
+def test_help_of_what_does_not_exist_names_the_nearest():
+    for name, similar in (("trainer.epoch", "trainer.epochs"), ("lorra", "lora"), ("optimzer", "optimizer")):
+        assert f"--help {similar}" in refused("--help", name).problems[0].fix
+
+
+def test_every_key_has_help(capsys: pytest.CaptureFixture[str]):
+    assert set(GUIDANCE) <= set(all_keys())
+    for key in [*all_keys()]:
+        if not names_choice(key):
+            assert "meaning" in topic(key, {})
 
 
 # ---- documentation ----

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.unit.test_serve_parity import AnswersAsGiven
 
 from dstune.checkpoint.contents import KEY, describe_contents, missing_contents
 from dstune.core.errors import UserError
@@ -19,7 +20,6 @@ from dstune.serve.engines.base import Limits
 from dstune.serve.parity import prove
 from tests.support.serving import stub_source, write_reference
 from tests.support.tiny_vl import save
-from tests.unit.test_serve_parity import AnswersAsGiven
 
 
 def write(folder: Path, config: Mapping[str, Any], names: list[str], *files: str) -> Path:

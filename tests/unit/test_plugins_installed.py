@@ -52,7 +52,7 @@ def test_the_examples_appear_in_help_and_completion(folder):
         print(json.dumps([complete("dstune train " + word, verbs) for word in {words}]))
         print(complete("dstune train task=ordinal task.smo", verbs))
         from dstune.cli import main
-        main(["train", "--help"])
+        main(["train", "--help", "all"])
         """
     completed, keys, *text = in_a_process(folder, program).split("\n")
     assert json.loads(completed) == [
