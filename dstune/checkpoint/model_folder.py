@@ -427,8 +427,7 @@ def _save_adapter(
         tokens["default"] = torch.arange(len(tokens["default"]))
         fill(built.module, "", [name for name in trained if name.startswith("prompt_encoder.")], trained)
     settings = built.module.peft_config["default"]
-    settings.base_model_name_or_path = base_name(config.model)
-    settings.revision = config.model.revision
+    settings.base_model_name_or_path, settings.revision = base_name(config.model), base_revision(config.model)
     if surroundings is not None:
         surroundings.rename_settings(settings, built.module)
     # Asked explicitly, since peft would ask the hub otherwise. Rows of added tokens are the adapter's own.
@@ -530,9 +529,32 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
 
 
 def base_name(config: ModelConfig) -> str:
-    """The base model as others find it: a folder's whole path, the hub id, or what stands for a value of the
-    environment, which `generate` resolves again."""
+    """The base model as others find it: a folder's whole path, the hub id (also of a folder in the hub's cache), or what stands
+    for a value of the environment, which `generate` resolves again."""
     if isinstance(config.path, EnvironmentText):
         return config.path.reference
     local = local_path(config.path)
+    if (snapshot := _snapshot(Path(local))) is not None:
+        return snapshot[0]
     return str(Path(local).resolve()) if Path(local).exists() else local
+
+
+def base_revision(config: ModelConfig) -> str | None:
+    """The commit of the base model: `model.revision`, or that of a folder in the hub's cache."""
+    if config.revision is not None or isinstance(config.path, EnvironmentText):
+        return config.revision
+    snapshot = _snapshot(Path(local_path(config.path)))
+    return None if snapshot is None else snapshot[1]
+
+
+def _snapshot(folder: Path) -> tuple[str, str] | None:
+    """The hub id and the commit of a folder in the hub's cache, which other machines have elsewhere; None for other folders."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    if not folder.is_dir() or cache not in folder.absolute().parents:
+        return None
+    parts = folder.absolute().relative_to(cache).parts
+    if len(parts) != 3 or not parts[0].startswith("models--") or parts[1] != "snapshots":
+        return None
+    return parts[0].removeprefix("models--").replace("--", "/", 1), parts[2]

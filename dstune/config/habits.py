@@ -65,6 +65,7 @@ TRACKERS = {
     "weights_and_biases": "tracking.wandb.mode=online",
     "tensorboard": "tracking.tensorboard=true",
     "mlflow": "tracking.mlflow.uri=ADDRESS",
+    "trackio": "tracking.trackio=true",
     "none": "leave it out: without one, metrics go to the run directory only",
     "jsonl": "leave it out: metrics.jsonl is always written",
 }

@@ -89,7 +89,10 @@ def cached(name: HubName, subset: str | None, key: str, why: str = "it was not p
     if not entries:
         at = f" at revision {name.revision}" if name.revision else ""
         reason = f"there is no such file or folder, and the cache of datasets has no such data set{at} ({why})"
-        fix = f"give a file that exists, or run once with a connection to {page}"
+        fix = (
+            f"give a file that exists, or run once where there is a connection to {page}; if the data set is gated, first "
+            "accept its terms there and log in with `hf auth login`"
+        )
         if known := prepared(name.repository):
             fix = f"{key}={replace(name, revision=known[0].commit)} is in the cache; else {fix}"
         raise UserError(Problem(where=key, value=str(name), reason=reason, fix=fix))

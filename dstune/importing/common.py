@@ -310,6 +310,8 @@ def report_to(found: Import, value: Any) -> None:
             found.put("tracking.wandb.mode", "online")
         elif name == "tensorboard":
             found.put("tracking.tensorboard", True)
+        elif name == "trackio":
+            found.put("tracking.trackio", True)
         elif name in ("none", "all"):
             found.note("tracking.wandb.mode")
         else:

@@ -106,7 +106,12 @@ def _cached(config: ModelConfig, why: str) -> Path:
     reason = f"{why}, and the cache does not hold this model{at}"
     if Path(config.path).parent != Path() and Path(config.path).parent.is_dir():
         reason += f"; nor is there such a folder in {Path(config.path).parent}"
-    fix = f"run once with a connection, or download {page(config)} and give its folder"
+    revision = f" --revision {config.revision}" if config.revision else ""
+    fix = (
+        f"run `hf download {config.path}{revision}` where there is a connection: it fills the cache (HF_HOME), or with "
+        f"--local-dir DIR a folder to give instead; if the model is gated, first accept its terms at {page(config)} and log in "
+        "with `hf auth login`"
+    )
     try:
         # Any file finds the snapshot; whether all that is needed is in it, its folder tells.
         found = snapshot_download(

@@ -17,6 +17,7 @@ from dstune.protocols.method import Preparation
 from dstune.rank.startup import show_samples
 from dstune.tracking.jsonl import json_text
 from dstune.tracking.log import RunLog
+from dstune.tracking.trainer_state import write_trainer_state
 from dstune.trainer.loop import Training, evaluate, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 
@@ -57,6 +58,7 @@ def finish(
         }
         result |= run.callbacks.results(result.keys(), run.message)
         write_result(run_dir, result)
+        write_trainer_state(run_dir, run.config, result, run.total_steps, epochs=run.epochs)
         assert isinstance(run.log, RunLog)
         run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})
         run.log.finish(status)

@@ -18,3 +18,8 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that are numbers; `skipped`, a text, as 1."""
     found = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     return found | ({"skipped": 1.0} if "skipped" in metrics else {})
+
+
+def indented(text: str) -> str:
+    """A code block of Markdown, which shows `text` as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.measure import Evaluation, Row, Totals
 
+SCORING_PACKAGES = {
+    "sacrebleu": ("sacrebleu", ("bleu", "chrf", "ter")),
+    "rouge-score": ("rouge_score", ("rouge1", "rouge2", "rougeL")),
+}
+"""By package, its module and the metrics of generated targets that it computes."""
+
 GENERATION_METRICS = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL")
 
 
@@ -95,14 +101,17 @@ class Seq2Seq(LanguageTask):
             )
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:
-        """What has to be installed first to score generated targets."""
-        if run.evaluate.generate_rows == 0:
-            return
-        for module, package in (("sacrebleu", "sacrebleu"), ("rouge_score", "rouge-score")):
-            if find_spec(module) is None:
-                fix = "pip install 'dstune[generation]', or evaluate.generate_rows=0"
-                reason = f"the package {package}, which scores generated targets, is not installed"
-                yield Problem("evaluate.generate_rows", reason, fix, format_value(run.evaluate.generate_rows))
+        """What has to be installed first where the run is decided by a score of generated targets; other scores are left out."""
+        deciding: dict[str, list[str | None]] = {
+            "trainer.early_stopping.metric": [run.trainer.early_stopping.metric],
+            "sweep.objective": list(run.sweep.objective),
+            "evaluate.slice_metric": [run.evaluate.slice_metric],
+        }
+        for package, (module, names) in SCORING_PACKAGES.items():
+            for key, metrics in deciding.items() if find_spec(module) is None else ():
+                if missing := [name for name in metrics if name in names]:
+                    reason = f"the package {package}, which computes this metric, is not installed"
+                    yield Problem(key, reason, "pip install 'dstune[generation]', or another metric", missing[0])
 
     def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources:
         from dstune.tasks.seq2seq.sources import Sources

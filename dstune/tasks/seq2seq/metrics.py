@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from dstune.config.schema import RunConfig
@@ -20,6 +22,8 @@ from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.generation import Generated, speaking
 from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
+
+log = logging.getLogger(__name__)
 
 LONGER = 1.25
 """A generated target may be so much longer than the longest one of the rows."""
@@ -98,18 +102,37 @@ def generation_metrics(rows: Sequence[Generated]) -> dict[str, float]:
     """BLEU, chrF and TER of sacrebleu (percent), and ROUGE F1 of rouge-score meaned over the rows (0 to 1).
 
     All with the libraries' defaults: BLEU (Papineni et al. 2002) with tokenizer 13a, chrF (Popović 2015) of characters up to
-    6, TER (Snover et al. 2006), ROUGE (Lin 2004), whose tokens are Latin letters and digits without accents.
+    6, TER (Snover et al. 2006), ROUGE (Lin 2004), whose tokens are Latin letters and digits without accents. A package that is
+    not installed costs its metrics, with a warning.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu import corpus_bleu, corpus_chrf, corpus_ter
+    return {**_sacrebleu(rows), **_rouge(rows), "generated": float(len(rows))}
 
-    answers, targets = [row.answer for row in rows], [row.target for row in rows]
+
+def _sacrebleu(rows: Sequence[Generated]) -> dict[str, float]:
+    try:
+        from sacrebleu import corpus_bleu, corpus_chrf, corpus_ter
+    except ImportError:
+        _warn_without("sacrebleu", "BLEU, chrF and TER")
+        return {}
+    answers, targets = [row.answer for row in rows], [[row.target for row in rows]]
+    scores = {"bleu": corpus_bleu, "chrf": corpus_chrf, "ter": corpus_ter}
+    return {name: score(answers, targets).score for name, score in scores.items()}
+
+
+def _rouge(rows: Sequence[Generated]) -> dict[str, float]:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        _warn_without("rouge-score", "ROUGE")
+        return {}
     kinds = ["rouge1", "rouge2", "rougeL"]
     scored = [RougeScorer(kinds).score(row.target, row.answer) for row in rows]
-    return {
-        "bleu": corpus_bleu(answers, [targets]).score,
-        "chrf": corpus_chrf(answers, [targets]).score,
-        "ter": corpus_ter(answers, [targets]).score,
-        **{kind: sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds},
-        "generated": float(len(rows)),
-    }
+    return {kind: sum(score[kind].fmeasure for score in scored) / len(scored) for kind in kinds}
+
+
+@cache
+def _warn_without(package: str, metrics: str) -> None:
+    """Once in a process."""
+    log.warning(
+        "%s of generated targets are not computed: pip install 'dstune[generation]' brings %s", metrics, package
+    )

@@ -11,7 +11,7 @@ from dstune.config.convert import to_dict, to_yaml
 from dstune.core.errors import Problem
 from dstune.protocols import Tracker, tracker
 from dstune.protocols.tracker import Row, TrackingConfig
-from dstune.tracking.flat import flat, numbers
+from dstune.tracking.flat import flat, indented, numbers
 
 FLUSH_SECONDS = 10
 COMPARED = ("loss", "eval/loss")
@@ -44,7 +44,7 @@ class TensorBoard(Tracker):
         settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
         for part in hparams(settings, dict.fromkeys(COMPARED, 0.0)):
             self._writer._get_file_writer().add_summary(part)
-        self._writer.add_text("configuration", _indented(to_yaml(self._config)))
+        self._writer.add_text("configuration", indented(to_yaml(self._config)))
         for row in past:
             self.write(row)
         self._writer.flush()
@@ -60,17 +60,12 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, row.step, walltime=row.time)
         new = [answer for answer in row.samples if answer["step"] == row.step]
         for number, answer in enumerate(new):
-            text = "\n\n".join(f"**{name}**\n\n{_indented(str(answer[name]))}" for name in answer if name != "step")
+            text = "\n\n".join(f"**{name}**\n\n{indented(str(answer[name]))}" for name in answer if name != "step")
             self._writer.add_text(f"samples/{number}", text, row.step, walltime=row.time)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         lines = "\n".join(f"{name}: {value}" for name, value in flat(values).items())
-        self._writer.add_text("result", _indented(lines), values.get("steps"))
+        self._writer.add_text("result", indented(lines), values.get("steps"))
 
     def finish(self, status: str) -> None:
         self._writer.close()
-
-
-def _indented(text: str) -> str:
-    """A code block of Markdown, which shows `text` as it is."""
-    return "\n".join(f"    {line}" for line in text.splitlines())

@@ -1,0 +1,71 @@
+"""Trackio: a local database of runs with W&B's calls, shown by `trackio show`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from dstune.config.convert import to_dict
+from dstune.core.errors import Problem
+from dstune.protocols import Tracker, tracker
+from dstune.protocols.tracker import Row, TrackingConfig
+from dstune.tracking.flat import flat, indented, numbers
+
+
+@tracker
+class Trackio(Tracker):
+    """Metrics under the names of `metrics.jsonl`, answers as text, the configuration beside them."""
+
+    name = "trackio"
+    switch = "Write the run into Trackio's database (needs `pip install trackio`); `trackio show` draws it."
+    title = "Trackio"
+    variables = ("TRACKIO_",)
+    rebuilds = True
+
+    @classmethod
+    def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
+        if find_spec("trackio") is None:
+            reason = "the package trackio is not installed"
+            yield Problem("tracking.trackio", reason, "pip install trackio", "true")
+
+    @classmethod
+    def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
+        return {"tracking.project": tracking.project, "tracking.group": tracking.group}
+
+    def start(self, past: Iterator[Row]) -> None:
+        import trackio
+
+        tracking = self._config.tracking
+        name = f"{self._run_dir.absolute().parent.name}/{self._run_dir.absolute().name}"
+        # Every launch writes the whole run: nothing can be taken out of one, and steps behind the last save come again.
+        for earlier in _runs(trackio.Api(), tracking.project):
+            if earlier.name == name:
+                earlier.delete()
+        settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
+        given = {"group": tracking.group, "config": settings, "embed": False}
+        self._run = trackio.init(tracking.project, name=name, auto_log_gpu=False, auto_log_cpu=False, **given)
+        self._markdown = trackio.Markdown
+        for row in past:
+            self.write(row)
+
+    def write(self, row: Row) -> None:
+        self._run.log(numbers(row.metrics), step=row.step)
+        new = [answer for answer in row.samples if answer["step"] == row.step]
+        for number, answer in enumerate(new):
+            text = "\n\n".join(f"**{name}**\n\n{indented(str(answer[name]))}" for name in answer if name != "step")
+            self._run.log({f"samples/{number}": self._markdown(text)}, step=row.step)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Trackio has no place for the result of a run: `result.json` has it."""
+
+    def finish(self, status: str) -> None:
+        self._run.finish()
+
+
+def _runs(api: Any, project: str) -> list[Any]:
+    """The runs of a project; none where there is no such project yet."""
+    try:
+        return list(api.runs(project))
+    except ValueError:
+        return []
