@@ -487,7 +487,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "methods/_peft/files.py", "    if not isinstance(settings, dict):\n", "    if False:\n"
     ),
     "hangs.test_yaml_that_grows_or_never_ends": undo(
-        "core/parsing.py", "if size > MAX_NODES:", "if False:", case="bomb"
+        "core/parsing.py", "if size > self._max_nodes:", "if False:", case="bomb"
     ),
     "hangs.test_json_that_is_too_deep_or_too_long": undo(
         "core/parsing.py", "    check_depth(text)\n    return value", "    return value"

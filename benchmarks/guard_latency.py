@@ -75,8 +75,8 @@ def everything() -> dict[str, Any]:
 async def behind_guard(model: Path, folder: Path):
     """A gateway over a stub, and a switch that takes the guard away."""
     from dstune.guard.engine import Guarding
+    from dstune.guard.gateway_routes import guard_routes
     from dstune.guard.policy import read
-    from dstune.serve.command import guard_gateway
     from dstune.serve.engines.base import Limits
     from tests.support.guards import write_policies
     from tests.support.serving import served
@@ -87,7 +87,7 @@ async def behind_guard(model: Path, folder: Path):
             guarding = Guarding(policies, folder, Path(runtime), Limits(threads=1))
             await guarding.start()
             try:
-                guard_gateway(found.gateway, guarding, folder, 1.0)
+                found.gateway.add_routes(guard_routes(found.gateway, guarding, folder, 1.0)[0])
                 guard = found.gateway.guard
 
                 def switch(on: bool) -> None:

@@ -20,22 +20,12 @@ _MODULES = {
     "dstune.api.run": ("Run", "load_run"),
     "dstune.api.models": ("evaluate", "export", "generate", "plan", "predict"),
     "dstune.core.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
+    "dstune.core.verb": ("Verb", "verb"),
     "dstune.protocols": (
-        *("Action", "Callback", "Launcher", "Method", "Metric", "Optimizer", "Parallelism", "Request"),
-        *("Reward", "RowFormat", "Schedule", "Task", "Tracker"),
-        *(
-            "callback",
-            "launcher",
-            "method",
-            "metric",
-            "optimizer",
-            "parallelism",
-            "reward",
-            "row_format",
-            "schedule",
-            "task",
-            "tracker",
-        ),
+        *("Action", "Callback", "DataSource", "EngineKind", "Launcher", "Method", "Metric", "ModelRegistry"),
+        *("Optimizer", "Parallelism", "Request", "Reward", "Routes", "RowFormat", "Schedule", "Task", "Tracker"),
+        *("callback", "data_source", "engine", "launcher", "method", "metric", "model_registry", "optimizer"),
+        *("parallelism", "reward", "routes", "row_format", "schedule", "task", "tracker"),
     ),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # as a script it finds its own folder only
 from benchmarks.attacks import table as attacks_table  # noqa: E402
 from dstune.config.documentation import merged  # noqa: E402
 from dstune.config.guidance import GUIDANCE  # noqa: E402
+from dstune.config.hydra_session import config_folders  # noqa: E402
 from tools.methods_page import methods_page  # noqa: E402
 from tools.presets_page import presets_page  # noqa: E402
 
@@ -109,7 +110,7 @@ def write_guides(root: Path) -> None:
     security = root / "docs" / "security.md"
     page = _between(security.read_text(encoding="utf-8"), ATTACKS_START, attacks_table(), ATTACKS_END)
     security.write_text(page, encoding="utf-8")
-    (root / "docs" / "presets.md").write_text(presets_page(root / "conf"), encoding="utf-8")
+    (root / "docs" / "presets.md").write_text(presets_page(config_folders()), encoding="utf-8")
 
 
 if __name__ == "__main__":

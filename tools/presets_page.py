@@ -1,7 +1,9 @@
-"""The page about prepared models and experiments (docs/presets.md), read from the files in `conf/`."""
+"""The page about prepared models and experiments (docs/presets.md), read from the files of these groups."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import yaml
@@ -24,6 +26,10 @@ experiment's memory stands in its file.
 """
 
 
+GROUPS = ("model", "experiment")
+by_name = attrgetter("stem")
+
+
 def what_it_is(path: Path) -> str:
     """The part of an experiment's comment in front of its arithmetic, without the sentence that announces a command."""
     text = description(path).split(" Memory", 1)[0]
@@ -31,13 +37,14 @@ def what_it_is(path: Path) -> str:
     return ". ".join(sentence for sentence in sentences if not sentence.endswith(":")).rstrip(".") + "."
 
 
-def presets_page(conf: Path) -> str:
-    """The text of docs/presets.md for the folder `conf`."""
+def presets_page(folders: Sequence[Path]) -> str:
+    """The text of docs/presets.md for the folders with dstune's own choices (`config_folders()`)."""
+    files = {group: [path for folder in folders for path in folder.glob(f"{group}/*.yaml")] for group in GROUPS}
     models = ["| `model=` | path | with | |", "| --- | --- | --- | --- |"]
-    for path in sorted((conf / "model").glob("*.yaml")):
+    for path in sorted(files["model"], key=by_name):
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         others = " ".join(f"`{key}={value}`" for key, value in values.items() if key != "path")
         models.append(f"| `{path.stem}` | `{values['path']}` | {others} | {description(path)} |")
     experiments = ["| `experiment=` | |", "| --- | --- |"]
-    experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted((conf / "experiment").glob("*.yaml"))]
+    experiments += [f"| `{path.stem}` | {what_it_is(path)} |" for path in sorted(files["experiment"], key=by_name)]
     return "\n".join([PRESETS_HEAD, "## Models", "", *models, "", "## Experiments", "", *experiments, ""])

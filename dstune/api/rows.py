@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import filecmp
 import io
-import itertools
 import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dstune.core import files
-from dstune.core.errors import Problem, UserError, first_line
+from dstune.core.errors import Problem, UserError
+from dstune.protocols import DATA_SOURCES
+from dstune.protocols.data_source import HoldsRows
 
 if TYPE_CHECKING:
     import datasets
     import pandas
 
 Rows: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pandas.DataFrame | Any"
-"""`Any`: a DataFrame of Spark."""
+"""`Any`: what a data source holds, such as a DataFrame of Spark."""
 
 FOLDER = "data"
 """Where rows from memory are, below the run directory."""
@@ -35,7 +35,7 @@ def is_file(rows: Any) -> bool:
 
 def file_name(rows: Any, split: str) -> str:
     """Below the run directory, where `rows` of the split are written."""
-    if _of_spark(rows):
+    if _holder(rows) is not None:
         return f"{FOLDER}/{split}.parquet"
     table = _table(rows, split)
     return (
@@ -55,8 +55,8 @@ def write(rows: Any, target: Path, key: str) -> None:
     incomplete = target.with_name(f"{target.name}{files.INCOMPLETE}")
     try:
         table = _table(rows, key)
-        if _of_spark(rows):
-            count = _write_spark(rows, incomplete, key)
+        if (holder := _holder(rows)) is not None:
+            count = holder.save(rows, incomplete, key)
         elif table is None:
             count = _write_lines(rows if _frame(rows) is None else _records(rows), incomplete, key)
         else:
@@ -92,7 +92,7 @@ def _table(rows: Any, key: str) -> Any:
     if _frame(rows) is not None:
         import pyarrow
 
-        _refuse_doubles(list(rows.columns), key)
+        refuse_doubles(list(rows.columns), key)
         try:
             return pyarrow.Table.from_pandas(rows, preserve_index=False)
         except pyarrow.ArrowException:
@@ -100,7 +100,8 @@ def _table(rows: Any, key: str) -> Any:
     return None
 
 
-def _refuse_doubles(columns: list[Any], key: str) -> None:
+def refuse_doubles(columns: list[Any], key: str) -> None:
+    """Raise UserError where two columns have one name."""
     if twice := sorted({str(name) for name in columns if columns.count(name) > 1}):
         raise UserError(Problem(key, "two columns have one name", "rename or drop one of them", ", ".join(twice)))
 
@@ -144,55 +145,12 @@ def _write_table(table: Any, file: Path, *, as_parquet: bool) -> int:
     return int(table.num_rows)
 
 
-def _of_spark(rows: Any) -> bool:
-    """Whether `rows` is a DataFrame of Spark, which is not imported for the question."""
-    return type(rows).__module__.startswith("pyspark.sql.") and hasattr(rows, "toLocalIterator")
-
-
-def _write_spark(rows: Any, file: Path, key: str) -> int:
-    """Spark promises no order: the rows are written in that of their content, a part of them in memory at a time.
-
-    Raises UserError where Spark cannot give them.
-    """
-    import pyarrow
-
-    from dstune.lakehouse.ordered import write_ordered
-
-    _refuse_doubles(rows.columns, key)
-
-    def batches() -> Iterator[Any]:
-        try:
-            schema = rows.limit(0).toArrow().schema
-            iterator = (row.asDict(recursive=True) for row in rows.toLocalIterator())
-            while block := list(itertools.islice(iterator, 1024)):
-                plain = [{field.name: _of_type(row[field.name], field.type) for field in schema} for row in block]
-                yield pyarrow.RecordBatch.from_pylist(plain, schema=schema)
-        except Exception as error:  # of Java, py4j, pyspark or pyarrow
-            fix = "select columns of text, numbers, times, lists and structs"
-            raise UserError(Problem(key, f"Spark does not give the rows: {first_line(error)}", fix)) from None
-
-    with tempfile.TemporaryDirectory(prefix="dstune-", dir=file.parent) as scratch:
-        return write_ordered(batches(), file, Path(scratch), 2**31).rows
-
-
-def _of_type(value: Any, of: Any) -> Any:
-    """A value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and maps
-    as mappings."""
-    from datetime import UTC
-
-    from pyarrow import types
-
-    if value is None:
+def _holder(rows: Any) -> HoldsRows | None:
+    """The data source that knows rows of this class."""
+    if isinstance(rows, (list, tuple, Iterator)):  # no need to ask
         return None
-    if types.is_timestamp(of):
-        return value.astimezone(UTC) if of.tz else value
-    if types.is_list(of) or types.is_large_list(of):
-        return [_of_type(item, of.value_type) for item in value]
-    if types.is_struct(of):
-        return {field.name: _of_type(value.get(field.name), field.type) for field in of}
-    if types.is_map(of):
-        return [(_of_type(name, of.key_type), _of_type(item, of.item_type)) for name, item in value.items()]
-    return value
+    sources = (source() for source in DATA_SOURCES.classes().values())
+    return next((source for source in sources if isinstance(source, HoldsRows) and source.holds(rows)), None)
 
 
 def _write_lines(rows: Any, file: Path, key: str) -> int:

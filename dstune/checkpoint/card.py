@@ -228,7 +228,7 @@ def _text(value: Any) -> str:
 def _hub_name(path: str) -> str | None:
     """The model's id on the hub; None for a folder of the user's own."""
     if samples.is_sample(path):
-        sample = samples.CATALOGUE.get(path.removeprefix(samples.SCHEME))
+        sample = samples.catalogue().get(path.removeprefix(samples.SCHEME))
         return sample.origin if sample else None
     return path if public_name(path) == path and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) else None
 
@@ -238,7 +238,7 @@ def _licence(path: str) -> str | None:
     from huggingface_hub import ModelCard
 
     if samples.is_sample(path):
-        sample = samples.CATALOGUE.get(path.removeprefix(samples.SCHEME))
+        sample = samples.catalogue().get(path.removeprefix(samples.SCHEME))
         known = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Gemma terms: tests only": "gemma"}
         return known.get(sample.licence) if sample else None
     card = Path(path) / "README.md"

@@ -9,13 +9,14 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dstune import __version__
-from dstune.cli.verb import VERBS, other_names
 from dstune.core import places
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, DstuneError, Problem, UserError, to_json
+from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import Filtered, visible_but_colours
+from dstune.core.verb import VERBS, Verb, other_names
 
 ORDER = (
     "train",
@@ -24,9 +25,6 @@ ORDER = (
     "generate",
     "predict",
     "export",
-    "serve",
-    "serve-keys",
-    "guard",
     "data",
     "report",
     "runs",
@@ -38,11 +36,10 @@ ORDER = (
     "doctor",
     "models",
     "samples",
-    "import",
     "init",
     "completion",
 )
-"""In `dstune --help` these come first, in this order."""
+"""In `dstune --help` these come first, in this order; those of wings and plugins follow."""
 
 EXAMPLES = """\
 examples:
@@ -103,7 +100,7 @@ def run(arguments: list[str]) -> int:
     """Dispatch to the verb. Raises DstuneError."""
     verb, *rest = arguments or ["--help"]
     if verb in ("--help", "-h", "help"):
-        if rest and rest[0] in VERBS:  # `dstune help train`
+        if rest and find_verb(rest[0]) is not None:  # `dstune help train`
             return run([rest[0], "--help"])
         print(help_text())
         return EXIT_DONE
@@ -114,18 +111,49 @@ def run(arguments: list[str]) -> int:
         from dstune.cli.completion import complete
 
         return complete(arguments)
-    if verb not in VERBS:
-        raise UserError(unknown_verb(verb))
     if not any(word.partition("=")[0] == "--trust" for word in rest):
-        return VERBS[verb]().run(rest)
+        return _run_verb(verb, rest)
     from dstune.config import trust
 
     with trust.from_flags(rest) as words:
-        return VERBS[verb]().run(words)
+        return _run_verb(verb, words)
+
+
+def _run_verb(name: str, words: list[str]) -> int:
+    verb = find_verb(name)
+    if verb is None:
+        raise UserError(unknown_verb(name))
+    if verb.needs_plugins or not os.path.lexists(PROJECT_FILE):
+        return verb().run(words)
+    from dstune.config.project import optional_plugins
+
+    with optional_plugins():
+        return verb().run(words)
+
+
+def find_verb(name: str) -> type[Verb] | None:
+    """The verb, or None. Plugins are loaded only for one that is not built in."""
+    return VERBS.without_installed().get(name) or all_verbs().get(name)
+
+
+def all_verbs() -> Mapping[str, type[Verb]]:
+    """The built-in verbs, and those of installed plugins and of `dstune.yaml` as far as the user trusts them."""
+    if os.path.lexists(PROJECT_FILE):
+        from dstune.config.plugins import activate_requested
+        from dstune.config.project import optional_plugins
+
+        with optional_plugins():
+            activate_requested([])
+    return VERBS.classes()
 
 
 def help_text() -> str:
-    rows = [f"  {name:<12} {own.summary}" for name, own in VERBS.classes().items()]
+    try:
+        verbs = all_verbs()
+    except UserError as error:  # of a plugin
+        print(f"dstune: note: lists no verbs of plugins: {error}", file=sys.stderr)
+        verbs = VERBS.without_installed()
+    rows = [f"  {name:<12} {own.summary}" for name, own in verbs.items()]
     usage = (
         "usage: dstune VERB [PATH] [key=value ...] [--json] [--trust KEY,...] [Hydra flags]\n       dstune --version"
     )

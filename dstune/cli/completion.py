@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import VERBS, Verb, verb
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.core.verb import VERBS, Verb, verb
 
 HELP = """\
 usage: dstune completion bash|zsh|fish

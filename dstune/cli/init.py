@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dstune.cli.verb import Verb, Words, verb
+from dstune.core.verb import Verb, Words, verb
 
 
 class InitPlugin(Verb):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import Verb, verb
+from collections.abc import Sequence
+
+from dstune.cli._hardware import with_hardware
+from dstune.core.verb import Verb, Words, verb
 
 
 @verb
@@ -12,5 +15,7 @@ class Models(Verb):
     action = "dstune.catalogue:main"
     needs_plugins = False
     overrides = True
-    on_hardware = True
     further_words = ("hardware=", "nodes=")
+
+    def words(self, given: Sequence[str]) -> Words:
+        return with_hardware(super().words(given), given)

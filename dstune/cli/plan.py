@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import Verb, verb
+from collections.abc import Sequence
+
+from dstune.cli._hardware import with_hardware
+from dstune.core.verb import Verb, Words, verb
 
 
 @verb
@@ -11,8 +14,10 @@ class Plan(Verb):
     summary = "memory of a rank and time of a step for each ZeRO choice, before anything runs"
     action = "dstune.launch.plan:main"
     overrides = True
-    on_hardware = True
     further_words = ("hardware=", "nodes=", "price=", "--calibrate", "--json", "--help")
 
     def parser(self) -> None:
         return None
+
+    def words(self, given: Sequence[str]) -> Words:
+        return with_hardware(super().words(given), given)

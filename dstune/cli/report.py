@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import Verb, verb
+from dstune.core.verb import Verb, verb
 
 
 @verb

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dstune.cli.verb import Verb, Words, verb
+from dstune.core.verb import Verb, Words, verb
 
 
 @verb

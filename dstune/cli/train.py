@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from dstune.cli.verb import Verb, verb
 from dstune.core.arguments import is_path
 from dstune.core.rank_env import from_environment
+from dstune.core.verb import Verb, verb
 
 
 @verb

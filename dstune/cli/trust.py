@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.cli.verb import Verb, verb
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, Problem, UserError
+from dstune.core.paths import PROJECT_FILE
 from dstune.core.text import one_line
+from dstune.core.verb import Verb, verb
 
 if TYPE_CHECKING:
     from dstune.config.project import Candidate
@@ -73,7 +74,7 @@ def _candidates(folder: Path) -> list[Candidate]:
     fix = "there is nothing to trust"
     if (folder / "run.yaml").is_file():
         fix = f"a run is signed: dstune upgrade {folder} --trust KEY"
-    raise UserError(Problem("FOLDER", f"it has no {project.PROJECT_FILE} that names plugins", fix, str(folder)))
+    raise UserError(Problem("FOLDER", f"it has no {PROJECT_FILE} that names plugins", fix, str(folder)))
 
 
 def _line(place: str, digest: str) -> str:

@@ -153,6 +153,12 @@ def config_folder() -> Path:
     return Path(found.origin).parent
 
 
+def config_folders() -> list[Path]:
+    """The folders with dstune's own choices: `conf/`, then `dstune/WING/conf/` of the wings that are there."""
+    package = Path(dstune.__file__).resolve().parent
+    return [config_folder(), *sorted(folder for folder in package.glob("*/conf") if folder.is_dir())]
+
+
 @contextmanager
 def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
     """Hydra, ready to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
@@ -171,28 +177,35 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
     from hydra.core.global_hydra import GlobalHydra
 
     register_schema()
-    with initialize_config_dir(str(config_folder()), job_name="dstune", version_base="1.3"):
+    main, *wings = config_folders()
+    with initialize_config_dir(str(main), job_name="dstune", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None, "initialize_config_dir sets the global instance"
         search_path = hydra.config_loader.get_search_path()
-        for extra in config_dirs:
+        for provider, extra in [
+            *(("dstune", folder) for folder in wings),
+            *(("command-line", one) for one in config_dirs),
+        ]:
             # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
-            search_path.prepend("command-line", f"file://{Path(extra).resolve()}", SearchPathQuery(provider="schema"))
-        if config_dirs:
+            search_path.prepend(provider, f"file://{Path(extra).resolve()}", SearchPathQuery(provider="schema"))
+        if wings or config_dirs:
             hydra.config_loader.repository.initialize_sources(search_path)
         yield hydra
 
 
 def hidden_files(composed: DictConfig) -> Iterator[Problem]:
     """The files of the user's folders that this composition would have, were there not one of dstune's own of that name."""
-    runtime, own = composed.hydra.runtime, config_folder()
+    runtime, own = composed.hydra.runtime, config_folders()
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     chosen = [("", ROOT_CONFIG)]
     for group, choices in runtime.choices.items():
         chosen += [(group, name) for name in ([choices] if isinstance(choices, str | None) else choices) if name]
     for group, name in chosen:
-        packaged = own / group / f"{name}.yaml"
-        for path in (folder / group / packaged.name for folder in folders if packaged.is_file()):
+        file = Path(group, f"{name}.yaml")
+        packaged = next((folder / file for folder in own if (folder / file).is_file()), None)
+        if packaged is None:
+            continue
+        for path in (folder / file for folder in folders):
             if not path.is_file() or _settings(path) == _settings(packaged):
                 continue  # a copy that nobody has edited has all the effect that it can have
             where = f"{group}={name}" if group else packaged.name

@@ -53,14 +53,14 @@ def _of_experiments(overrides: Sequence[str], config_dirs: Sequence[str | Path])
 
 def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[Path]:
     """Folders with groups, the first one first."""
-    from dstune.config.hydra_session import config_folder
+    from dstune.config.hydra_session import config_folders
 
     yield from map(Path, config_dirs)
     for text in overrides:
         if key_of(text) == "hydra.searchpath":
             for place in text.partition("=")[2].strip("[]").split(","):
                 yield Path(place.strip("'\" ").removeprefix("file://"))
-    yield config_folder()
+    yield from config_folders()
 
 
 def _of_command(overrides: Sequence[str]) -> list[str]:

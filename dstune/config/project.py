@@ -24,11 +24,10 @@ from dstune.config.convert import yaml_problem
 from dstune.config.names import nearest
 from dstune.core import files, parsing, plugin_files, signing
 from dstune.core.errors import Problem, UserError, collected
+from dstune.core.paths import PROJECT_FILE
 from dstune.core.plugin_files import KEY, Source
 from dstune.core.text import one_line
 
-PROJECT_FILE = "dstune.yaml"
-"""In the folder where a command is given."""
 INSTALLED = "installed"
 """In the place of a digest: the user has installed the module and may update it, so only its name is recorded."""
 EXAMPLE = "plugins=[./file.py,package.module]"

@@ -42,13 +42,12 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
 
 def packaged_choices() -> dict[str, list[str]]:
     """The choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
-    from dstune.config.hydra_session import config_folder
+    from dstune.config.hydra_session import config_folders
 
-    groups = [group for group in config_folder().iterdir() if group.is_dir() and not group.name.startswith("_")]
-    return {
-        group.name: sorted(file.name.removesuffix(".yaml") for file in group.iterdir() if file.name.endswith(".yaml"))
-        for group in sorted(groups, key=lambda group: group.name)
-    }
+    choices: dict[str, set[str]] = {}
+    for file in (file for folder in config_folders() for file in folder.glob("*/*.yaml")):
+        choices.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(names) for group, names in sorted(choices.items())}
 
 
 def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:

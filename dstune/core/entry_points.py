@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,16 +16,19 @@ def named_in(group: str) -> list[EntryPoint]:
     Importing `importlib.metadata` and reading every package's entry points takes 35 ms for 300 packages; looking for the name
     of the group in their files takes 3 ms, and mostly no package names it.
     """
-    if not _is_mentioned(group.encode()):
+    if not is_mentioned(group):
         return []
     from importlib.metadata import entry_points
 
     return list(entry_points(group=group))
 
 
-def _is_mentioned(group: bytes) -> bool:
+def is_mentioned(group: str) -> bool:
     """Whether some package may have entry points of the group; archives, eggs and finders of other kinds always may."""
-    if any(hasattr(finder, "find_distributions") and finder is not PathFinder for finder in sys.meta_path):
+    if any(
+        hasattr(finder, "find_distributions") and getattr(finder, "__name__", "") != "PathFinder"
+        for finder in sys.meta_path
+    ):
         return True
     for folder in dict.fromkeys(sys.path):
         try:
@@ -38,7 +40,7 @@ def _is_mentioned(group: bytes) -> bool:
         if folder.lower().endswith(".egg"):
             return True
         packages = [name for name in names if name.lower().endswith((".dist-info", ".egg-info"))]
-        if any(group in _content(os.path.join(folder, name, "entry_points.txt")) for name in packages):
+        if any(group.encode() in _content(os.path.join(folder, name, "entry_points.txt")) for name in packages):
             return True
     return False
 

@@ -1,10 +1,12 @@
-"""Where dstune keeps what can be made again, and the files of a run directory that several layers know."""
+"""Where dstune keeps what can be made again, and the files that several layers know."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+PROJECT_FILE = "dstune.yaml"
+"""In the folder where a command is given: the plugins of its project."""
 RUN_FILE = "run.yaml"
 BEGUN = "environment.json"
 """What the ranks write when nothing keeps the training from beginning any more."""

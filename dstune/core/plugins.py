@@ -29,13 +29,10 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
     from types import ModuleType
 
-GROUP = "dstune.plugins"
-"""Entry points of installed packages: `mine = "my_package.plugin"`."""
+VARIABLE = registry.PLUGINS_VARIABLE
 PACKAGE = "dstune_plugins"
 FOLDER = "plugins"
 """Below the run directory, where files are copied to."""
-VARIABLE = "DSTUNE_PLUGINS"
-"""Tells the processes that a rank starts which files are active: JSON, `name`, `path` and `sha256` of each."""
 SAYS_VERSION = "DSTUNE_PROTOCOLS"
 """In a plugin: the version of the protocols for which it was written."""
 
@@ -99,8 +96,9 @@ def used_by(config: Any) -> tuple[Plugin, ...]:
 
 
 def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
-    acts = [getattr(member, "Config", None) in {None, *chosen} for _, member in plugin.members]
-    return any(acts) or not acts  # one that registers nothing has been imported for what that does
+    if not plugin.members:  # it has been imported for what that does
+        return True
+    return any(kind.in_runs and getattr(member, "Config", None) in {None, *chosen} for kind, member in plugin.members)
 
 
 def _classes(node: Any) -> Iterator[type]:
@@ -302,7 +300,7 @@ def load_installed() -> None:
     if _looked_for_installed:
         return
     _looked_for_installed = True
-    points, inherited = entry_points.named_in(GROUP), os.environ.get(VARIABLE)
+    points, inherited = entry_points.named_in(registry.PLUGIN_GROUP), os.environ.get(VARIABLE)
     try:
         if points or inherited:
             load_built_ins()

@@ -10,17 +10,25 @@ The rooms of a kind are imported by name on the first question. Nothing below th
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from dstune.core.entry_points import is_mentioned
 
 Member = TypeVar("Member", bound=Any)
 """Any: it has a `name` and, where a section of the configuration chooses it, a `Config`."""
 
 VERSION = 1
 """Of the protocols (`dstune.protocols`)."""
+PLUGIN_GROUP = "dstune.plugins"
+"""Entry points of installed packages: `mine = "my_package.plugin"`."""
+PLUGINS_VARIABLE = "DSTUNE_PLUGINS"
+"""Tells the processes that a rank starts which files are active: JSON, `name`, `path` and `sha256` of each."""
 
 _changed: list[Callable[[], None]] = []
 _kinds: list[Registry[Any]] = []
@@ -37,18 +45,28 @@ def on_change(forget: Callable[[], None]) -> None:
     _changed.append(forget)
 
 
+@functools.cache
+def _are_installed() -> bool:
+    return is_mentioned(PLUGIN_GROUP)
+
+
 def _load_installed() -> None:
-    # Here, since a plugin imports this module.
-    importlib.import_module("dstune.core.plugins").load_installed()
+    # `dstune --help` has no time for the module where there is nothing to load, and plugins import this one.
+    if "dstune.core.plugins" in sys.modules or PLUGINS_VARIABLE in os.environ or _are_installed():
+        importlib.import_module("dstune.core.plugins").load_installed()
 
 
 def wing_modules(name: str | None) -> list[str]:
     """The modules and packages `dstune.WING.name` that are there: a wing that is left out leaves its members out."""
     if name is None:
         return []
-    root = Path(__file__).parent.parent
-    found = {*root.glob(f"*/{name}.py"), *(file.parent for file in root.glob(f"*/{name}/__init__.py"))}
-    return sorted(f"{root.name}.{place.parent.name}.{name}" for place in found)
+    package = os.path.dirname(os.path.dirname(__file__))
+    return [
+        f"{os.path.basename(package)}.{folder}.{name}"
+        for folder in sorted(os.listdir(package))
+        for file in (f"{package}/{folder}/{name}.py", f"{package}/{folder}/{name}/__init__.py")
+        if os.path.isfile(file)
+    ]
 
 
 def _position(member: type[Any], rooms: Sequence[str]) -> int:
@@ -65,7 +83,7 @@ class Registry(Generic[Member]):
     package: the package whose modules and subpackages are the built-in rooms; each registers on import. The names in its
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
     in_wings: the module, or package of rooms, in which wings register members of this kind (`dstune/WING/launchers.py`).
-    plugins: whether plugins may add members.
+    plugins: whether plugins may add members. in_runs: whether a member can act in a run, whose `run.yaml` then lists its plugin.
     """
 
     def __init__(
@@ -77,8 +95,9 @@ class Registry(Generic[Member]):
         folders_only: bool = False,
         in_wings: str | None = None,
         plugins: bool = True,
+        in_runs: bool = True,
     ) -> None:
-        self.kind = kind
+        self.kind, self.in_runs = kind, in_runs
         self._base = base
         self._plugins = plugins
         if plugins:
@@ -129,7 +148,12 @@ class Registry(Generic[Member]):
             forget()
 
     def load(self) -> None:
-        """Import the built-in rooms, once."""
+        """Import the built-in rooms and what installed packages add, once."""
+        self._load_rooms()
+        if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
+            _load_installed()
+
+    def _load_rooms(self) -> None:
         global _loading
         if self._loaded:
             return
@@ -148,8 +172,6 @@ class Registry(Generic[Member]):
         # Not in the order of import: `find` may have imported one before the others.
         rest = sorted(self._members.items(), key=lambda item: _position(item[1], rooms))
         self._members = first | dict(rest)
-        if self._plugins and not _loading:  # after the built-ins of all kinds, whose names count first
-            _load_installed()
 
     def _packages(self) -> list[str]:
         return ([] if self._package is None else [self._package]) + wing_modules(self._in_wings)
@@ -191,6 +213,11 @@ class Registry(Generic[Member]):
     def __getitem__(self, name: str) -> type[Member]:
         self.load()
         return self._members[name]
+
+    def without_installed(self) -> Mapping[str, type[Member]]:
+        """The built-in members, and those of plugins that are active already; looks for no installed package."""
+        self._load_rooms()
+        return dict(self._members)
 
     def present(self) -> tuple[type[Member], ...]:
         """The members that have registered so far; imports nothing."""

@@ -36,7 +36,7 @@ from dstune.data.read_tagged import read_tagged
 from dstune.data.read_text import Lines, lines_of, read_csv, read_json, read_jsonl, read_text
 from dstune.data.read_tsv import read_tsv
 from dstune.protocols import DATA_SOURCES
-from dstune.protocols.data_source import DataSource
+from dstune.protocols.data_source import ReadsAddresses
 
 __all__ = [
     "DataFile",
@@ -49,6 +49,7 @@ __all__ = [
     "of_part",
     "place",
     "read",
+    "registered_source",
 ]
 
 KNOWN = (
@@ -155,7 +156,11 @@ def expand(
     if (source := data_source_of(spec)) is not None:
         return source.files(spec, key)
     if "://" in spec:
-        reason = f"only files of this machine, data sets of the hub and {', '.join(f'{name}://' for name in DATA_SOURCES)} are read"
+        schemes = [
+            f"{name}://" for name, source in DATA_SOURCES.classes().items() if issubclass(source, ReadsAddresses)
+        ]
+        reason = f"only files of this machine{', ' if schemes else ' and '}data sets of the hub"
+        reason += f" and {', '.join(schemes)} are read" if schemes else " are read"
         raise UserError(Problem(where=key, value=spec, reason=reason, fix="download it and give the path of the file"))
     name = hub.hub_name(spec)
     if name is not None:
@@ -178,8 +183,14 @@ def expand(
     return files
 
 
-def data_source_of(spec: str | None) -> DataSource | None:
-    """The source whose scheme the address has; None where it is a path, or of none."""
+def data_source_of(spec: str | None) -> ReadsAddresses | None:
+    """The source whose scheme the address has, to read from; None where it is a path, or of none."""
+    source = registered_source(spec)
+    return source if isinstance(source, ReadsAddresses) else None
+
+
+def registered_source(spec: str | None) -> object:
+    """The source whose scheme the address has, whatever it can do (`protocols.data_source`); None where there is none."""
     scheme, colon, _ = (spec or "").partition("://")
     return DATA_SOURCES[scheme]() if colon and scheme in DATA_SOURCES else None
 

@@ -57,6 +57,10 @@ class Guard:
         self._admission = admission
         self.counted: Callable[[str, str], None] = lambda what, decision: None
 
+    @property
+    def is_up(self) -> bool:
+        return self.guarding.up
+
     def charge(self, request: Request, tokens: int) -> None:
         if request.caller is not None and tokens:
             self._admission.charge(request.caller, tokens)

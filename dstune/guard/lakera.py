@@ -37,10 +37,9 @@ def routes(guard: Guard) -> list[Route]:
         return handle
 
     return [
-        Route("POST", "/v2/guard", handler(decides=True), scope="member"),
-        Route("POST", "/v2/guard/results", handler(decides=False), scope="member"),
-        Route("POST", "/utf-16/v2/guard", handler(decides=True, units=UTF_16), scope="member"),
-        Route("POST", "/utf-16/v2/guard/results", handler(decides=False, units=UTF_16), scope="member"),
+        Route("POST", f"{start}/v2/guard{end}", handler(decides=not end, units=units), "member", plain_errors=True)
+        for start, units in (("", ""), ("/utf-16", UTF_16))
+        for end in ("", "/results")
     ]
 
 

@@ -21,9 +21,10 @@ from dstune.core.arguments import refuse_place
 from dstune.core.errors import Problem, UserError
 from dstune.core.limited_places import refused_operations
 from dstune.core.paths import cache_root
-from dstune.data.sources import data_source_of
+from dstune.data.sources import registered_source
 from dstune.inference.answer_tables import TABLES, as_named
 from dstune.protocols import DATA_SOURCES
+from dstune.protocols.data_source import WritesAddresses
 
 
 def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
@@ -62,10 +63,14 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
             return str(place)
 
         return AnswersElsewhere(str(place), put, requested, batch_size, force=force)
-    source = data_source_of(place)
-    if source is None:
-        known = ", ".join(f"{name}://" for name in DATA_SOURCES)
-        raise UserError(Problem("--output", "nothing is known to write there", f"a file, or {known}", place))
+    source = registered_source(place)
+    if not isinstance(source, WritesAddresses):
+        known = ", ".join(
+            f"{name}://" for name, kind in DATA_SOURCES.classes().items() if issubclass(kind, WritesAddresses)
+        )
+        raise UserError(
+            Problem("--output", "nothing is known to write there", f"a file, or {known}" if known else "a file", place)
+        )
     source.check_output(place)
 
     def write(file: Path) -> str:

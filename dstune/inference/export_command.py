@@ -30,6 +30,7 @@ from dstune.config.run_links import refuse_links
 from dstune.config.trust import Use
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.protocols import MODEL_REGISTRIES, ModelRegistry
 
 
 def main(argv: list[str]) -> int:
@@ -42,9 +43,7 @@ def main(argv: list[str]) -> int:
     if arguments.reference:
         return _renew_reference(arguments, run_dir)
     if arguments.register is not None:
-        from dstune.lakehouse.register import parse
-
-        parse(arguments.register)  # before any work
+        _registry_of(arguments.register).check(arguments.register)  # before any work
         if arguments.gguf:
             raise UserError(Problem("--register", "a GGUF file is no model of transformers", "leave out --gguf"))
     if arguments.out is None:
@@ -125,16 +124,29 @@ def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
 
 
 def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
-    from dstune.lakehouse.register import register
-
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
-    done = register(arguments.register, out, run_dir, config, lambda text: print(f"dstune: {text}", file=sys.stderr))
+    address = arguments.register
+    done = _registry_of(address).register(address, out, run_dir, config, _message)
     if arguments.json:
         print(json.dumps({"export": str(out), "checkpoint": str(checkpoint), **asdict(done)}))
         return EXIT_DONE
     moved = f", {done.alias} points to it" + (f" (before: {done.before})" if done.before else "") if done.alias else ""
-    print(f"{checkpoint.name} -> models:/{done.name}/{done.version}{moved}")
+    print(f"{checkpoint.name} -> {address.partition(':')[0]}:/{done.name}/{done.version}{moved}")
     return EXIT_DONE
+
+
+def _registry_of(address: str) -> ModelRegistry:
+    """The model registry whose scheme the address has. Raises UserError where there is none."""
+    registry = MODEL_REGISTRIES.find(address.partition(":/")[0])
+    if registry is None:
+        known = ", ".join(other.addresses for other in MODEL_REGISTRIES.classes().values())
+        reason = "is no place in a model registry" if known else "this installation knows no model registry"
+        raise UserError(Problem("--register", reason, known, address))
+    return registry()
+
+
+def _message(text: str) -> None:
+    print(f"dstune: {text}", file=sys.stderr)
 
 
 def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str] = ()) -> None:
@@ -154,9 +166,8 @@ def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str
 
 
 def _roll_back(arguments: Namespace) -> int:
-    from dstune.lakehouse.register import roll_back
-
-    done = roll_back(str(arguments.run))
+    address = str(arguments.run)
+    done = _registry_of(address).roll_back(address)
     if arguments.json:
         print(json.dumps(asdict(done)))
     else:

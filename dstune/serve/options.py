@@ -11,20 +11,26 @@ from pathlib import Path
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import Problem, UserError
 from dstune.core.network import LOOPBACK
+from dstune.protocols import ENGINES, ROUTES, EngineKind, Routes
 from dstune.serve.state import STATE
 
-ENGINES = ("local", "vllm", "llama.cpp", "remote")
 PREFIX = "serve."
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    """The options, with the words behind `--` as `engine_arguments`. `check` says what is wrong with them together."""
-    own, engine_arguments = _split(argv)
-    arguments = _parser().parse_args(own)
-    arguments.engine_arguments = engine_arguments
-    if arguments.guard_only:
-        arguments.guard = arguments.guard or "default"
+    """The options, with the words behind `--` as `engine_arguments`, and what they choose from as `engine_kind` and `services`
+    (all routes beside those of the models). `check` says what is wrong with them together."""
+    words, engine_arguments = _split(argv)
+    services = [service() for service in ROUTES.classes().values()]
+    arguments = _parser(services).parse_args(words)
+    arguments.engine_arguments, arguments.services = engine_arguments, services
+    arguments.engine_kind = ENGINES[arguments.engine]()
     return arguments
+
+
+def served(arguments: argparse.Namespace) -> list[Routes]:
+    """The routes beside those of the models that this server has."""
+    return [service for service in arguments.services if service.is_served(arguments)]
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -40,13 +46,19 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return words, argv[at + 1 :]
 
 
-def _parser() -> VerbParser:
+def _parser(services: list[Routes]) -> VerbParser:
     parser = VerbParser(
         prog="dstune serve",
         description="Trained models behind an OpenAI-compatible API. Words behind `--` are arguments of the engine.",
     )
-    for add in (_add_models, _add_address, _add_engine, _add_store, _add_guard, _add_limits):
+    for add in (_add_models, _add_address, _add_engine, _add_store, _add_log, _add_limits):
         add(parser)
+    for service in services:
+        try:
+            service.add_options(parser)
+        except argparse.ArgumentError as error:  # of two plugins, or of one and dstune
+            reason = f"an option of the routes {service.name!r} is there already"
+            raise UserError(Problem(type(service).__module__, reason, "rename it", str(error.argument_name))) from None
     return parser
 
 
@@ -57,21 +69,6 @@ def _add_models(parser: VerbParser) -> None:
         nargs="*",
         metavar="MODEL|NAME=MODEL",
         help="runs, exports, folders or hub ids; adapters share their base",
-    )
-    parser.add_argument(
-        "--no-inference", action="store_true", help="serve the fine-tuning API alone; no MODEL is named then"
-    )
-    parser.add_argument(
-        "--fine-tuning", action="store_true", help="serve the fine-tuning API beside the models (files, jobs, batches)"
-    )
-    parser.add_argument(
-        "--presets", type=Path, metavar="FILE", help="models that may be fine-tuned (default: models.yaml in --state)"
-    )
-    parser.add_argument(
-        "--jobs",
-        choices=("here", "elsewhere", "only"),
-        default="here",
-        help="run fine-tuning jobs beside the server (default), leave them to another process, or do nothing else",
     )
 
 
@@ -85,7 +82,7 @@ def _add_address(parser: VerbParser) -> None:
 
 def _add_engine(parser: VerbParser) -> None:
     """What computes."""
-    parser.add_argument("--engine", choices=ENGINES, default="local", help="what computes (default local)")
+    parser.add_argument("--engine", choices=list(ENGINES), default="local", help="what computes (default local)")
     parser.add_argument("--engine-python", metavar="FILE", help="the Python that has vLLM, or the program llama-server")
     parser.add_argument("--engine-url", metavar="URL", help="of a server that runs already (engines vllm and remote)")
     parser.add_argument("--engine-key-env", metavar="NAME", help="environment variable with the key of that server")
@@ -105,7 +102,9 @@ def _add_engine(parser: VerbParser) -> None:
         metavar="NAME=LABEL",
         help="label of a classifier that /v1/moderations does not flag; may be repeated",
     )
-    parser.add_argument("--check", action="store_true", help="check models against their training, and the guard; end")
+    parser.add_argument(
+        "--check", action="store_true", help="check models against their training, and what else is served; end"
+    )
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
 
 
@@ -120,33 +119,10 @@ def _add_store(parser: VerbParser) -> None:
     parser.add_argument(
         "--adapter-root", action="append", default=[], metavar="DIR", help="adapters below it may be added by an admin"
     )
-    parser.add_argument(
-        "--allow-webhook",
-        action="append",
-        default=[],
-        metavar="HOST[:PORT]",
-        help="receiver of webhooks in the own network; http://HOST:PORT one without TLS",
-    )
-    parser.add_argument(
-        "--files", metavar="URL", help="store of uploaded files, such as s3://BUCKET/FOLDER (default DIR)"
-    )
-    parser.add_argument("--max-file-bytes", type=int, default=512_000_000, metavar="N", help="of an upload (512 MB)")
-    parser.add_argument(
-        "--max-project-bytes",
-        type=int,
-        default=2_500_000_000_000,
-        metavar="N",
-        help="of a project's files and jobs (2.5 TB)",
-    )
 
 
-def _add_guard(parser: VerbParser) -> None:
-    """What looks at requests, and what is written down of them."""
-    parser.add_argument(
-        "--guard", metavar="FILE", help="policies to check by: a file, `rules` (needs no model) or `default`"
-    )
-    parser.add_argument("--guard-model", metavar="DIR", help="calibrated export that finds prompt attacks")
-    parser.add_argument("--guard-only", action="store_true", help="serve /v2/guard alone; no MODEL is named then")
+def _add_log(parser: VerbParser) -> None:
+    """What is written down of requests."""
     parser.add_argument("--log-requests", action="store_true", help="keep requests and answers, personal data masked")
     parser.add_argument("--log-days", type=float, default=30.0, metavar="N", help="and for so long (default 30)")
 
@@ -175,13 +151,8 @@ def _add_limits(parser: VerbParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
-def fine_tunes(arguments: argparse.Namespace) -> bool:
-    """Whether the fine-tuning API is served."""
-    return bool(arguments.fine_tuning or arguments.no_inference)
-
-
 def without_models(arguments: argparse.Namespace) -> bool:
-    return bool(arguments.no_inference or arguments.guard_only)
+    return any(service.replaces_models(arguments) for service in arguments.services)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -193,8 +164,6 @@ def check(arguments: argparse.Namespace) -> None:
         "max_sequences": 1,
         "max_cached_tokens": 64,
         "threads": 0,
-        "max_file_bytes": 1,
-        "max_project_bytes": 1,
     }
     for name, bound in (*least.items(), ("port", 0), ("drain_delay", 0), ("drain_seconds", 0), ("log_days", 0)):
         if not getattr(arguments, name) >= bound:  # NaN is not
@@ -202,31 +171,18 @@ def check(arguments: argparse.Namespace) -> None:
             problems.append(Problem(flag, f"must be at least {bound}", value=str(getattr(arguments, name))))
     if arguments.port > 65535:
         problems.append(Problem("--port", "must be at most 65535", value=str(arguments.port)))
-    if arguments.guard_model and not arguments.guard:
-        problems.append(Problem("--guard-model", "needs policies", "--guard default", arguments.guard_model))
-    if without_models(arguments) or arguments.jobs == "only":
+    alone = [flag for service in arguments.services for flag in service.flags_without_models]
+    if without_models(arguments):
         if arguments.models:
-            reason = "no model is served with --no-inference, --guard-only or --jobs only"
+            reason = f"no model is served with {' or '.join(alone)}"
             problems.append(Problem("MODEL", reason, "leave one of them out", " ".join(arguments.models)))
-        if arguments.check and not arguments.guard_only:
+        if arguments.check and not any(service.checks_itself for service in served(arguments)):
             problems.append(Problem("--check", "there is no model to hold against its training", "leave it out"))
     elif not arguments.models:
-        problems.append(Problem("MODEL", "this is missing", "dstune serve RUN, --no-inference or --guard-only"))
-    if not (fine_tunes(arguments) or arguments.jobs == "only"):
-        own = {
-            "presets": arguments.presets,
-            "files": arguments.files,
-            "allow-webhook": " ".join(arguments.allow_webhook),
-        }
-        reason = "the fine-tuning API, which uses it, is not served"
-        problems += [Problem(f"--{name}", reason, "--fine-tuning", str(value)) for name, value in own.items() if value]
-    if arguments.jobs == "elsewhere" and not fine_tunes(arguments):
-        problems.append(Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs))
-    if arguments.engine == "vllm" and not (arguments.engine_python or arguments.engine_url):
-        reason = "vLLM cannot be installed beside dstune; name the Python of its own environment, or a running server"
-        problems.append(Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL"))
-    if arguments.engine == "remote" and not arguments.engine_url:
-        problems.append(Problem("--engine-url", "this is missing", "--engine-url https://HOST/v1"))
+        problems.append(Problem("MODEL", "this is missing", " or ".join(["dstune serve RUN", *alone])))
+    for service in arguments.services:
+        problems += service.check(arguments)
+    problems += arguments.engine_kind.check(arguments)
     problems += [
         Problem(flag, reason, value=value if isinstance(value, str) else " ".join(value))
         for flag, value, acts, reason in _of_engine(arguments)
@@ -241,18 +197,26 @@ def check(arguments: argparse.Namespace) -> None:
 
 def _of_engine(arguments: argparse.Namespace) -> Iterator[tuple[str, str | list[str], bool, str]]:
     """Options that one engine or another would pass over: the flag, its value, whether it acts, and why it would not."""
-    engine, address, key = arguments.engine, arguments.engine_url or "", arguments.engine_key_env or ""
-    started = engine in ("vllm", "llama.cpp") and not address
-    yield "--engine-url", address, engine in ("vllm", "remote"), "the engines vllm and remote have an address"
-    reason = "vllm and llama.cpp are started by it, where --engine-url names no server that runs"
+    kind: EngineKind = arguments.engine_kind
+    address, key = arguments.engine_url or "", arguments.engine_key_env or ""
+    started = "--engine-python" in kind.options and not address
+    reason = f"the engines {_engines_with('--engine-url')} have an address"
+    yield "--engine-url", address, "--engine-url" in kind.options, reason
+    reason = f"{_engines_with('--engine-python')} are started by it, where --engine-url names no server that runs"
     yield "--engine-python", arguments.engine_python or "", started, reason
-    yield "--", arguments.engine_arguments, started, "this engine takes no arguments"
+    acts = "--" in kind.options and (started or "--engine-python" not in kind.options)
+    yield "--", arguments.engine_arguments, acts, "this engine takes no arguments"
     yield "--engine-key-env", key, bool(address), "it is of the server that --engine-url names"
     yield "--engine-key-env", key, key in os.environ, "there is no such variable"
     yield "--allow-engine", arguments.allow_engine, bool(address), "it allows what --engine-url names"
+    used = kind.options.union(*(service.options_used(arguments) for service in arguments.services))
     for flag, default in (("--max-sequences", 16), ("--max-cached-tokens", 65536), ("--threads", 0)):
         value = getattr(arguments, flag[2:].replace("-", "_"))
-        acts = engine == "local" or (flag == "--threads" and bool(arguments.guard))
-        yield flag, "" if value == default else str(value), acts, "it is of the engine local"
-    yield "--neutral-label", arguments.neutral_label, engine == "local", "the engine local moderates"
-    yield "--dtype", arguments.dtype or "", engine in ("local", "vllm"), f"the engine {engine} chooses it by itself"
+        yield flag, "" if value == default else str(value), flag in used, f"it is of the engine {_engines_with(flag)}"
+    flag = "--neutral-label"
+    yield flag, arguments.neutral_label, flag in used, f"the engine {_engines_with(flag)} moderates"
+    yield "--dtype", arguments.dtype or "", "--dtype" in used, f"the engine {kind.name} chooses it by itself"
+
+
+def _engines_with(flag: str) -> str:
+    return " and ".join(name for name, kind in ENGINES.classes().items() if flag in kind.options)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dstune.core.errors import UserError
-from dstune.finetuning import service
+from dstune.finetuning import gateway_routes, service
 from dstune.finetuning.blobs import RemoteBlobs
 from dstune.finetuning.jobs import build, check, configuration, hyperparameters, planner
 from dstune.finetuning.jobs.folder import NOW, SAVE, JobFolder
@@ -28,7 +28,7 @@ from dstune.finetuning.jobs.reconciler import Machine
 from dstune.finetuning.jobs.states import Change, State
 from dstune.finetuning.jobs.tables import TunedModel
 from dstune.finetuning.models.service import Models
-from dstune.serve import command, keys_command, options
+from dstune.serve import keys_command, options
 from dstune.serve.store.tables import DEFAULT_PROJECT
 from dstune.sweep import devices
 from tests.support.command import wait_until
@@ -43,7 +43,7 @@ def parsed(*words: str):
 
 
 def test_a_file_of_models_that_comes_after_the_start_is_read(tmp_path):
-    path = command._parts(parsed("--no-inference"), tmp_path).presets
+    path = gateway_routes.parts(parsed("--no-inference"), tmp_path).presets
     presets = PresetFile(path)
     assert presets().models == {}
     path.write_text("models: {tiny: {path: base}}\n")
@@ -51,7 +51,7 @@ def test_a_file_of_models_that_comes_after_the_start_is_read(tmp_path):
     path.write_text("models: 5\n")
     assert list(presets().models) == ["tiny"]
     with pytest.raises(UserError, match="--presets"):
-        command._parts(parsed("--no-inference", "--presets", str(tmp_path / "none.yaml")), tmp_path)
+        gateway_routes.parts(parsed("--no-inference", "--presets", str(tmp_path / "none.yaml")), tmp_path)
 
 
 def test_limits_below_zero_are_refused(tmp_path):
@@ -314,13 +314,13 @@ def test_separate_processes_share_the_store_of_files(tmp_path, monkeypatch):
             self.jobs.run = lambda: None
 
     monkeypatch.setattr(service, "FineTuning", Seen)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gateway_routes.signal, "signal", lambda *_: None)
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
     words = ("--jobs", "only", "--state", str(state), "--files", f"memory://{tmp_path.name}/store")
     arguments = parsed(*words, "--max-project-bytes", "1000")
     options.check(arguments)
-    assert command._run_jobs(arguments, state) == 0
+    assert [service.run_instead(arguments, state) for service in arguments.services] == [0, None]
     assert isinstance(made[0].blobs, RemoteBlobs)
     assert made[0].settings.project_bytes == 1000
     with pytest.raises(UserError, match="--files"):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 import time
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from dstune.core.errors import DstuneError, UserError
+from dstune.finetuning import gateway_routes
 from dstune.finetuning.jobs.tables import TunedModel
 from dstune.finetuning.models import serving as serving_module
 from dstune.finetuning.models.serving import Serving
+from dstune.finetuning.routes import routes as routes_of
 from dstune.finetuning.tables import Secret, Usage
 from dstune.finetuning.vault import Vault
-from dstune.serve import extra, keys_command, options
+from dstune.serve import command, keys_command, options
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
 from tests.support.finetuning_calls import run
@@ -186,7 +191,7 @@ def test_the_api_alone_and_the_extra_that_it_needs(monkeypatch):
     absent = lambda name: None if name == "python_multipart" else found(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
     with pytest.raises(UserError, match=r"python_multipart is missing(.|\n)*dstune\[api\]"):
-        extra.require_api()
+        gateway_routes.FineTuningRoutes().open(options.parsed(["--no-inference"]), Path("state"), Path("runtime"))
 
 
 GRADER = {"type": "string_check", "name": "g", "input": "a", "reference": "a", "operation": "eq"}
@@ -245,3 +250,18 @@ def test_no_field_of_any_body_is_dropped_silently(tmp_path):
             )
 
     run(test, tmp_path, models=("base",))
+
+
+def test_the_routes_of_the_finetuning_api_are_opened_by_a_switch():
+    assert not options.parsed(["m"]).fine_tuning
+    for words in (["m", "--presets", "x.yaml"], ["m", "--jobs", "elsewhere"]):
+        with pytest.raises(UserError, match="--fine-tuning"):
+            command.main(words)
+
+
+def test_every_route_is_in_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    named = set(re.findall(r"/[\w/.-]*[\w]", text))
+    for route in routes_of(MagicMock()):
+        path = route.path.partition("{")[0].rstrip("/")
+        assert any(one == path or one.startswith(f"{path}/") for one in named), route.path

@@ -15,10 +15,10 @@ import yaml
 
 from dstune import samples
 from dstune.core.errors import UserError
+from dstune.guard.attacks import SOURCES, own, packages
+from dstune.guard.attacks.texts import Odds, Text, encoded, language_of, place, runs
+from dstune.guard.attacks.write import DOCUMENT_CHARACTERS, FIRST_CHAT, HIDDEN_CHARACTERS, write
 from dstune.samples import download
-from dstune.samples.attacks import SOURCES, own, packages
-from dstune.samples.attacks.texts import Odds, Text, encoded, language_of, place, runs
-from dstune.samples.attacks.write import DOCUMENT_CHARACTERS, FIRST_CHAT, HIDDEN_CHARACTERS, write
 from dstune.samples.npm import NpmArchive, NpmPackage
 
 # -- npm ---------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_without_npm_or_network_it_says_what_to_do(
 
 def test_a_split_of_a_sample_is_named_after_a_colon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
-    sample = samples.CATALOGUE["attacks"]
+    sample = samples.catalogue()["attacks"]
     folder = tmp_path / "samples" / f"attacks-{sample.package.version}-{sample.recipe}"
     folder.mkdir(parents=True)
     assert samples.resolve("sample://attacks") == folder / "data.jsonl"

@@ -21,9 +21,9 @@ from dstune.guard.bodies import Placed
 from dstune.guard.check import GuardDown, Span, Text, Verdict
 from dstune.guard.engine import Guarding
 from dstune.guard.front import _masked
+from dstune.guard.gateway_routes import guard_routes
 from dstune.guard.policy import Policy, read
 from dstune.guard.scanner import Item, Scanner
-from dstune.serve.command import guard_gateway
 from dstune.serve.engines.base import Limits as EngineLimits
 from dstune.serve.store.keys import Limit
 from tests.support.guards import InProcess, calibrated_between, guarded, write_policies
@@ -444,7 +444,7 @@ def in_a_process(tmp_path, policy, allowed, stopped, **more):
             guarding = Guarding(policies, tmp_path, short, EngineLimits(start_seconds=600, drain_seconds=2))
             await guarding.start()
             try:
-                guard_gateway(found.gateway, guarding, tmp_path, 30.0)
+                found.gateway.add_routes(guard_routes(found.gateway, guarding, tmp_path, 30.0)[0])
                 await watched(found, guarding, allowed, stopped)
             finally:
                 await guarding.stop()

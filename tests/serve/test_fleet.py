@@ -15,8 +15,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
 from dstune.serve.parity import Proof, Refused
-from tests.support.finetuning_calls import until
-from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source, write_reference
+from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source, until, write_reference
 
 
 def test_an_engine_that_is_killed_under_load_is_started_again(tmp_path):

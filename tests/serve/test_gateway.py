@@ -12,7 +12,7 @@ from dstune.serve.engines.base import EngineDown
 from dstune.serve.gateway.app import Route
 from dstune.serve.gateway.routes import INFERENCE, ROUTES
 from dstune.serve.store.keys import Keys, Limit
-from tests.support.serving import chat, run
+from tests.support.serving import chat, closed_paths, run
 
 EXAMPLES = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
@@ -27,39 +27,6 @@ EXAMPLES = {
     "/answers": {"question": "a", "context": "b"},
     "/rewards": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
 }
-
-
-def test_the_guard_reads_every_route():
-    """And finds the texts of each, so that none goes past it."""
-    from dstune.guard import bodies, policy
-
-    assert EXAMPLES.keys() == INFERENCE.keys() <= set(policy.ROUTES)
-    for route, body in EXAMPLES.items():
-        assert bodies.of_request(route, {"model": "m", **body}), route
-    talk = [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-        [{"role": "user", "content": "c"}],
-    ]
-    found = bodies.of_request("/rewards", {"messages": talk})
-    assert [(one.place, one.text.text) for one in found] == [
-        (("messages", 0, 0, "content"), "a"),
-        (("messages", 0, 1, "content"), "b"),
-        (("messages", 1, 0, "content"), "c"),
-    ]
-
-
-def test_items_of_responses_are_of_who_wrote_them():
-    from dstune.guard import bodies
-
-    items = [
-        {"role": "user", "content": "a"},
-        {"type": "function_call", "name": "f", "arguments": "b"},
-        {"type": "function_call_output", "call_id": "1", "output": "c"},
-        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "d"}]},
-        {"type": "message", "content": "e"},
-    ]
-    found = {one.text.text: one.text.direction for one in bodies.of_request("/v1/responses", {"input": items})}
-    assert found == {"a": "input", "f": "output", "b": "output", "c": "tool_result", "d": "output", "e": "input"}
 
 
 # -- who is let in ----------------------------------------------------------------------------------------------------
@@ -205,11 +172,7 @@ def test_routes_of_engines_that_are_not_on_the_list_are_not_reachable(tmp_path):
 def test_a_route_that_is_not_open_names_what_opens_it(tmp_path):
     async def test(found):
         client = found.client()
-        for path, words in (
-            ("/v1/files", "--fine-tuning"),
-            ("/v1/organization/costs", "--fine-tuning"),
-            ("/v2/guard", "--guard"),
-        ):
+        for path, words in {"/v1/files": "--fine-tuning", **closed_paths()}.items():
             assert f"`dstune serve {words}" in (await client.get(path)).text, path
         found.gateway.add_routes([Route("GET", "/v1/files", ROUTES[0].handler)])
         for path in ("/v1/files/x", "/v1/filesystem", "/nothing"):

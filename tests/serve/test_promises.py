@@ -19,8 +19,6 @@ import psutil
 import pytest
 
 from dstune.core.errors import Problem, UserError
-from dstune.finetuning.routes import routes as routes_of
-from dstune.serve import command, options
 from dstune.serve.engines import control_strings, special
 from dstune.serve.engines.base import Command, EngineDown, EngineFault, Limits
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
@@ -36,8 +34,7 @@ from dstune.serve.store.database import Database, now
 from dstune.serve.store.keys import Keys, Limit
 from dstune.serve.store.tables import AnswerRow
 from dstune.testing.tiny import CHATML
-from tests.support.finetuning_calls import until
-from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source
+from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source, until
 from tests.support.tiny import save_tokenizer
 
 # -- control tokens, number formats -----------------------------------------------------------------------------------
@@ -530,17 +527,10 @@ def test_pages_of_allowed_sites_may_ask_from_a_browser(tmp_path):
     asyncio.run(main())
 
 
-def test_the_routes_of_the_finetuning_api_are_opened_by_a_switch():
-    assert not options.parsed(["m"]).fine_tuning
-    for words in (["m", "--presets", "x.yaml"], ["m", "--jobs", "elsewhere"]):
-        with pytest.raises(UserError, match="--fine-tuning"):
-            command.main(words)
-
-
 def test_every_route_is_in_the_documentation():
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     named = set(re.findall(r"/[\w/.-]*[\w]", text)) | {"/"}
-    for route in (*ROUTES, *routes_of(MagicMock())):
+    for route in ROUTES:
         path = route.path.partition("{")[0].rstrip("/") or "/"
         assert any(one == path or one.startswith(f"{path}/") for one in named), route.path
     assert "finetuning-jobs.md" in text

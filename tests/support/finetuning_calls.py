@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 from tests.support.finetuning import cloud
+from tests.support.serving import until as until
 
 
 def run(test, tmp_path, **options):
@@ -14,10 +14,3 @@ def run(test, tmp_path, **options):
             return await test(found)
 
     return asyncio.run(main())
-
-
-async def until(check, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it does not come"
-        await asyncio.sleep(0.02)

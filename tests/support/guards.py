@@ -12,10 +12,10 @@ import yaml
 
 from dstune.guard.calibration import DIRECTIONS, LEVELS, Bucket, Calibration, digest_of
 from dstune.guard.check import GuardDown
+from dstune.guard.gateway_routes import guard_routes
 from dstune.guard.model import GuardModel
 from dstune.guard.policy import Policies, read
 from dstune.guard.scanner import Item, Result, Scanner
-from dstune.serve.command import guard_gateway
 
 
 def calibrate(
@@ -68,5 +68,5 @@ def guarded(found: Any, policy: Mapping[str, Any], models: Mapping[str, Path] | 
     policies = read(write_policies(found.folder, policy, **more))
     guarding = InProcess(policies, Scanner.load(models or {}))
     policies.check_models(guarding.scanner.calibrated)
-    guard_gateway(found.gateway, guarding, found.folder, 30.0)  # type: ignore[arg-type]
+    found.gateway.add_routes(guard_routes(found.gateway, guarding, found.folder, 30.0)[0])  # type: ignore[arg-type]
     return guarding

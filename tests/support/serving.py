@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 import httpx2
 
+from dstune import protocols
 from dstune.checkpoint.answer_files import digest_files
 from dstune.serve.asgi import EVENTS, dumps, event, read_body, respond
 from dstune.serve.engines.base import Command, Engine, EngineDown
@@ -252,7 +254,7 @@ async def served(
         fleet = Fleet(engine)
         await fleet.start([stub_source(name) for name in names])
         recorder = Recorder(database, log)
-        gateway = Gateway(fleet, database, Settings(**settings), recorder, ROUTES)
+        gateway = Gateway(fleet, database, Settings(**settings), recorder, ROUTES, closed=closed_paths())
         admin = gateway.keys.add("admin", admin=True)
         key, other = gateway.keys.add("one"), gateway.keys.add("two", models=["second"])
         recorder.start()
@@ -269,6 +271,11 @@ async def served(
         shutil.rmtree(short)
 
 
+def closed_paths() -> dict[str, str]:
+    """What opens the routes of wings, by the beginning of their paths."""
+    return {path: option for kind in protocols.ROUTES.classes().values() for path, option in kind.closed.items()}
+
+
 def chat(text: str = "hello there", **changes: Any) -> dict[str, Any]:
     return {"model": "first", "messages": [{"role": "user", "content": text}], **changes}
 
@@ -281,3 +288,10 @@ def run(test, tmp_path, **settings):
             return await test(found)
 
     return asyncio.run(main())
+
+
+async def until(check, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it does not come"
+        await asyncio.sleep(0.02)

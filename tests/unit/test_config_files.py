@@ -8,12 +8,13 @@ import pytest
 
 from dstune.config.compose import compose
 from dstune.config.convert import to_dict
+from dstune.config.hydra_session import config_folders
 from dstune.config.schema import CHOICES, Precision
 from dstune.config.validate import validate
 from dstune.core.errors import UserError
 
-CONF = Path(__file__).parents[2] / "conf"
-FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
+PATHS = {f"{path.parent.name}/{path.stem}": path for folder in config_folders() for path in folder.glob("*/*.yaml")}
+FILES = sorted(PATHS)
 
 COMPANIONS = {
     "data/sentiment": ["task=classification"],
@@ -89,14 +90,14 @@ def test_the_file_of_a_name_may_be_on_a_searchpath(tmp_path: Path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_file_begins_with_a_comment(name: str):
-    lines = (CONF / f"{name}.yaml").read_text().splitlines()
+    lines = PATHS[name].read_text().splitlines()
     assert [line for line in lines if line.startswith("# ") and "@package" not in line]
 
 
 @pytest.mark.parametrize("group", sorted(CHOICES))
 def test_every_choice_of_the_schema_has_a_file(group: str):
     aliases = {name.split("/")[1] for name in ALIASES if name.startswith(f"{group}/")}
-    assert {path.stem for path in (CONF / group).glob("*.yaml")} == set(CHOICES[group]) | aliases
+    assert {path.stem for name, path in PATHS.items() if name.startswith(f"{group}/")} == set(CHOICES[group]) | aliases
 
 
 def test_group_without_choices_only_holds_what_differs_from_the_schema():

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from dstune.cli import VERBS
-from dstune.cli.verb import other_names
 from dstune.config.compose import compose
 from dstune.config.convert import example
 from dstune.config.flags import hydra_flags
@@ -16,6 +15,7 @@ from dstune.config.overrides import parse
 from dstune.config.words import meaning, packaged_choices, rejoined
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import Problem, UserError
+from dstune.core.verb import other_names
 
 
 @pytest.mark.parametrize(

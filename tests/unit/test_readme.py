@@ -11,6 +11,7 @@ import pytest
 from dstune.cli import VERBS
 from dstune.config.compose import compose
 from dstune.config.documentation import documentation
+from dstune.config.hydra_session import config_folders
 from dstune.config.sweep_space import first, split
 from dstune.config.validate import validate
 from dstune.protocols import METHODS
@@ -115,7 +116,7 @@ def test_commands_of_report_and_data_show_are_understood():
 
 def test_page_of_presets_is_that_of_the_files():
     text = (ROOT / "docs" / "presets.md").read_text(encoding="utf-8")
-    assert text == presets_page(ROOT / "conf"), "run python tools/guides.py"
+    assert text == presets_page(config_folders()), "run python tools/guides.py"
 
 
 def test_page_of_methods_is_that_of_schema_files_and_measurements():

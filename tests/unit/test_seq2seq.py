@@ -239,7 +239,7 @@ def test_verses_are_paired_by_name_without_notes_and_headings(tmp_path):
     words = '<w lemma="a">En el</w><w lemma="b">principio</w>.'
     spanish = module("usr/y", {"Gen.1": [words, "Segundo.", "Tercero."], "Gen.2": ["Fue", "Otro."]})
     wheels = [deb(tmp_path / "e.deb", english), deb(tmp_path / "s.deb", spanish)]
-    convert.convert("verses", tmp_path, *wheels)
+    convert.convert("dstune.samples.convert:verses", tmp_path, *wheels)
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
     assert rows == [  # Gen.1.2 has no English, and Gen.2.1 is four times as long there
         {"en": "In the beginning.", "es": "En el principio.", "verse": "Gen.1.1"},

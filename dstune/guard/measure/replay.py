@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
+from dstune.guard.attacks.texts import place
 from dstune.guard.calibration import LEVELS
 from dstune.guard.measure.judges import Judge
 from dstune.guard.measure.report import Judged, breakdown, cell
 from dstune.guard.measure.rewrites import ENCODINGS, EVASIONS, rewrite
-from dstune.samples.attacks.texts import place
 
 BENIGN = {
     "natural": "everyday prompts and chats",

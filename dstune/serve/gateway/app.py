@@ -6,10 +6,9 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dstune.core.errors import DstuneError, UserError
 from dstune.core.text import visible
@@ -18,6 +17,7 @@ from dstune.serve.engines.base import EngineDown
 from dstune.serve.errors import ApiError
 from dstune.serve.fleet import Fleet
 from dstune.serve.gateway.admission import Admission
+from dstune.serve.gateway.guarding import Guard
 from dstune.serve.gateway.inference import Inference
 from dstune.serve.gateway.metrics import Metrics
 from dstune.serve.gateway.recording import Recorder
@@ -26,9 +26,6 @@ from dstune.serve.gateway.settings import Settings
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import ROLES, Caller, Keys
 from dstune.serve.turns import TurnThreads
-
-if TYPE_CHECKING:
-    from dstune.guard.front import Guard
 
 log = logging.getLogger("dstune.serve")
 
@@ -47,6 +44,8 @@ class Route:
     """Who may call it: `public`, any `key`, one that is at least `member` or `owner` of its project, or an `admin`'s."""
     any_host: bool = False
     """Whether it is called by addresses too (probes of Kubernetes)."""
+    plain_errors: bool = False
+    """Whether clients read the message beside the error, not within it."""
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -54,28 +53,20 @@ class Route:
         return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", named))
 
 
-_API = (
-    "files",
-    "uploads",
-    "fine_tuning",
-    "batches",
-    "webhook_endpoints",
-    "webhook_event_types",
-    "organization",
-    "secrets",
-)
-CLOSED = {
-    **{f"/v1/{name}": "--fine-tuning" for name in _API},
-    "/v2/guard": "--guard POLICY",
-    "/utf-16/v2/guard": "--guard POLICY",
-}
-"""Beginnings of paths that a server may have, and what opens them."""
-
-
 class Gateway:
     """ASGI application."""
 
-    def __init__(self, fleet: Fleet, database: Database, settings: Settings, recorder: Recorder, routes: list[Route]):
+    def __init__(
+        self,
+        fleet: Fleet,
+        database: Database,
+        settings: Settings,
+        recorder: Recorder,
+        routes: Iterable[Route] = (),
+        *,
+        closed: Mapping[str, str] | None = None,
+    ):
+        """closed: beginnings of paths that a server may have, and the option of `dstune serve` that opens them."""
         self.fleet, self.database, self.settings, self.recorder = fleet, database, settings, recorder
         self.keys = Keys(database)
         self.metrics = Metrics()
@@ -87,6 +78,7 @@ class Gateway:
         self._patterns: list[tuple[re.Pattern[str], Route]] = []
         self._plain: dict[tuple[str, str], Route] = {}
         self.add_routes(routes)
+        self._closed_paths = closed or {}
         self._threads = TurnThreads("bodies")
         self.draining = False
         self.open = 0
@@ -94,7 +86,7 @@ class Gateway:
 
     @property
     def ready(self) -> bool:
-        guarded = self.guard is None or self.guard.guarding.up
+        guarded = self.guard is None or self.guard.is_up
         return self.fleet.ready and guarded and not self.draining
 
     def add_routes(self, routes: Iterable[Route]) -> None:
@@ -127,7 +119,7 @@ class Gateway:
                 await self._preflight(request)
                 return
             route = self._route(request)
-            label = route.path
+            label, request.plain_errors = route.path, route.plain_errors
             await self._handle(route, request)
         except ApiError as error:
             await self._fail(request, error)
@@ -201,7 +193,7 @@ class Gateway:
 
     def _closed(self, path: str) -> str:
         """What opens the routes of this beginning, where none of them is open."""
-        for start, words in CLOSED.items():
+        for start, words in self._closed_paths.items():
             if f"{path}/".startswith(f"{start}/"):
                 opened = any(f"{route.path}/".startswith(f"{start}/") for _, route in self._patterns)
                 return "" if opened else f" here: `dstune serve {words}` opens it"

@@ -8,7 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
@@ -20,14 +20,12 @@ from dstune.serve.events import EVENT_END, MOST_END_BYTES, data_of
 from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
+from dstune.serve.gateway.guarding import Guard, Guarded
 from dstune.serve.gateway.metrics import Metrics
 from dstune.serve.gateway.output_bound import TOO_LONG, bounded, check_context
 from dstune.serve.gateway.recording import Record, Recorder
 from dstune.serve.gateway.request import Request, SlowReader
 from dstune.serve.store.keys import Caller
-
-if TYPE_CHECKING:
-    from dstune.guard.front import Guard, Guarded
 
 log = logging.getLogger("dstune.serve")
 

@@ -96,6 +96,8 @@ class Request:
         self.model = ""
         self.version = ""
         self.user: str | None = None
+        self.plain_errors = False
+        """Whether this client reads the message beside the error, not within it."""
         self._notes: dict[bytes, list[str]] = {}
         """Headers of the response beside those of its kind."""
         self.allowed_origin = ""
@@ -334,8 +336,7 @@ class Request:
                 await self.respond(error.status, self._error_body(error), headers)
 
     def _error_body(self, error: ApiError) -> bytes:
-        """Clients of `/v2/guard` read the message beside the error, not within it."""
-        return error.plain() if "/v2/guard" in self.path else error.body()
+        return error.plain() if self.plain_errors else error.body()
 
 
 def _refuse_constant(name: str) -> None:

@@ -2,7 +2,6 @@
 
 from alembic import context
 
-import dstune.finetuning.jobs.tables  # noqa: F401  its tables are of the same database
 from dstune.serve.store.tables import Table
 
 context.configure(

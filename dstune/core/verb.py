@@ -1,10 +1,12 @@
-"""What a verb is, and the table of all."""
+"""What a verb of the command line is, and the table of all.
+
+Here, not in `dstune.protocols`, which takes as long to import as all of `dstune --help`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -24,7 +26,10 @@ class Words:
 
 
 class Verb:
-    """Base of every verb. Subclasses register with `@verb`; what they call is imported when they run."""
+    """Base of every verb. Subclasses register with `@verb`; a wing has its verbs in `dstune/WING/verbs.py`.
+
+    A subclass needs `name`, `summary`, and `action` or a `run` of its own. What it calls is imported when it runs.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -39,18 +44,11 @@ class Verb:
     """Whether its plain words may be paths."""
     needs_plugins: ClassVar[bool] = True
     """Whether it refuses plugins of the working directory that the user has not trusted, and does not go on without them."""
-    on_hardware: ClassVar[bool] = False
-    """Whether `hardware=NAME` may be its first word."""
     further_words: ClassVar[tuple[str, ...]] = ()
     """Words that it reads without a parser."""
 
     def run(self, arguments: list[str]) -> int:
         """Raises DstuneError; returns the exit code."""
-        if not self.needs_plugins and os.path.lexists("dstune.yaml"):
-            from dstune.config.project import optional_plugins
-
-            with optional_plugins():
-                return self.function()(arguments)
         return self.function()(arguments)
 
     def function(self) -> Callable[[list[str]], int]:
@@ -66,10 +64,6 @@ class Verb:
     def words(self, given: Sequence[str]) -> Words:
         """What may follow the words `given` behind the verb, for completion in the shell."""
         words = [*self.further_words]
-        if self.on_hardware and not given:
-            from dstune.planning.hardware import DEVICES
-
-            words = [*(f"hardware={name}" for name in DEVICES), *words]
         parser = self.parser()
         if parser is None:
             return Words(words, self.overrides, files=self.takes_files)
@@ -81,7 +75,7 @@ class Verb:
         return Words(words, self.overrides, files=takes_words and self.takes_files)
 
 
-VERBS: Registry[Verb] = Registry("verb", Verb, "dstune.cli", plugins=False)
+VERBS: Registry[Verb] = Registry("verb", Verb, "dstune.cli", in_wings="verbs", in_runs=False)
 verb = VERBS.add
 
 

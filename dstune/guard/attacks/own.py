@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dstune.samples.attacks.texts import ATTACK, BENIGN, Text, place
+from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, place
 
 PACKAGE = "dstune"
 _FOLDER = Path(__file__).parent

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from dstune.samples.attacks import own
-from dstune.samples.attacks.texts import ATTACK, BENIGN, Text, language_of, place
+from dstune.guard.attacks import own
+from dstune.guard.attacks.texts import ATTACK, BENIGN, Text, language_of, place
 from dstune.samples.sword import Files
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

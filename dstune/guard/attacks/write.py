@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dstune.samples.attacks import benign, own, packages
-from dstune.samples.attacks.texts import (
+from dstune.guard.attacks import SOURCES, benign, own, packages
+from dstune.guard.attacks.texts import (
     ATTACK,
     BENIGN,
     Odds,
@@ -45,6 +45,11 @@ AROUND = 450
 
 Archives = dict[str, Any]
 """Opened packages by name."""
+
+
+def convert(archive: Any, target: Path, *parts: Any) -> None:
+    """Write attacks and benign texts as `{"text", "label", "package", "family", ...}`, in four files."""
+    write(target, {source.name: opened for source, opened in zip(SOURCES, (archive, *parts), strict=True)})
 
 
 def write(target: Path, archives: Archives) -> None:

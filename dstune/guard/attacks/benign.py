@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO, Protocol
 
-from dstune.samples.attacks.texts import BENIGN, Text, language_of, place
+from dstune.guard.attacks.texts import BENIGN, Text, language_of, place
 from dstune.samples.chats import dialogue
 from dstune.samples.sword import Files
 

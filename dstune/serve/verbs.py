@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dstune.cli.verb import Verb, verb
+from contextlib import nullcontext
+
+from dstune.core.verb import Verb, verb
 
 
 @verb
@@ -11,6 +13,15 @@ class Serve(Verb):
     summary = "trained models behind an OpenAI-compatible API"
     action = "dstune.serve.command:main"
     other_names = ((("deploy", "server", "api"), "`dstune serve RUN`"),)
+
+    def run(self, arguments: list[str]) -> int:
+        from dstune.config.plugins import activate_requested
+        from dstune.config.project import optional_plugins
+
+        # They may add engines and routes, and with them options.
+        with optional_plugins() if {"--help", "-h"} & {*arguments} else nullcontext():
+            activate_requested([])
+        return super().run(arguments)
 
 
 @verb

@@ -1,0 +1,50 @@
+"""What a model registry is: a place outside of runs that keeps versions of exports under names, with aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version of a model in a registry, after a command has made or moved something."""
+
+    name: str
+    version: str
+    created: bool
+    """Whether the version was made now; an equal export was registered before otherwise."""
+    alias: str | None
+    before: str | None
+    """The version that the alias pointed to."""
+
+
+class ModelRegistry:
+    """Base of every model registry, for `dstune export --register NAME:/...`; it registers with `@model_registry`."""
+
+    name: ClassVar[str] = ""
+    """The scheme of its addresses."""
+    addresses: ClassVar[str] = ""
+    """How they look, for messages."""
+
+    def check(self, address: str) -> None:
+        """Raise UserError, before any work, where `address` is none of this registry."""
+        raise NotImplementedError
+
+    def register(
+        self, address: str, export: Path, run_dir: Path, config: RunConfig, message: Callable[[str], None]
+    ) -> Registered:
+        """Register the folder `export` of the run, and move the alias where `address` names one.
+
+        message: shows a line to the user. Raises UserError, and DstuneError where what was registered is not the export.
+        """
+        raise NotImplementedError
+
+    def roll_back(self, address: str) -> Registered:
+        """Point an alias to where it pointed before it was moved last. Raises UserError."""
+        raise NotImplementedError
