@@ -62,9 +62,7 @@ class Checkpoints(OfRun):
         saved = store.read_state(checkpoint)
         self._refuse_changes(checkpoint.name, saved)
         with store.hold(checkpoint):  # of another run too, which may be going on and prune
-            now, before = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
-            same = all(before[fact] == now[fact] for fact in LAYOUT)
-            if same and not self._engine.swaps and not in_pieces(checkpoint):
+            if self._has_same_shards(checkpoint, saved):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:
                 self._engine.restore(Shards(checkpoint))
@@ -114,8 +112,14 @@ class Checkpoints(OfRun):
         with store.hold(checkpoint):
             self._engine.restore(Shards(checkpoint))
 
+    def _has_same_shards(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
+        """Whether each rank loads the shards that a rank in its place saved."""
+        now, before = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
+        same = all(before.get(fact) == now[fact] for fact in LAYOUT)
+        return same and not self._engine.swaps and not in_pieces(checkpoint)
+
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
-        """Each rank reads its share of the files; all come to the same answer."""
+        """Each rank hashes its share of the files; all come to the same answer. What it loads as it is, it has read then."""
         found: dict[str, str] = {}
         absent: set[Path] = set()
         while (checkpoint := self._newest_but(run_dir, found)) is not None:
@@ -148,11 +152,19 @@ class Checkpoints(OfRun):
 
     def _damaged_files(self, checkpoint: Path) -> list[str] | None:
         """None where the run that it belongs to goes on and has removed it: there is a newer one."""
+        hashes: dict[str, str] | None = None
+        with suppress(FileNotFoundError), store.hold(checkpoint):
+            is_same = self._has_same_shards(checkpoint, store.read_state(checkpoint))
+            hashes = self._engine.read_ahead(checkpoint.parent, checkpoint.name) if is_same else {}
+        read = self._world.gather(None if hashes is None else list(hashes))
         mine: list[str] | None = None
-        with suppress(FileNotFoundError):
-            mine = store.damaged_files(checkpoint, share=(self._world.rank, self._world.size))
+        if hashes is not None and None not in read:
+            with suppress(FileNotFoundError):
+                others = {*store.committed_files(checkpoint)} - {name for names in read for name in names or ()}
+                share = store.share_of_files(others, self._world.rank, self._world.size)
+                mine = store.damaged_files(checkpoint, {*hashes, *share}, hashes)
         parts = self._world.gather(mine)
-        return None if None in parts else sorted(name for part in parts for name in part or ())
+        return None if None in parts else sorted({name for part in parts for name in part or ()})
 
     def _refuse_changes(self, name: str, saved: dict[str, Any]) -> None:
         problems = [

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,25 +160,48 @@ def incomplete_reasons(checkpoint: Path) -> list[str]:
     return found
 
 
-def damaged_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+def damaged_files(
+    checkpoint: Path, names: Collection[str] | None = None, hashes: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """Names of committed files that are absent or differ from what was written, by their hash.
 
-    share: (r, n) looks at every n-th file from the r-th only, so that n processes read all of them together.
+    names: the files to look at; all when not given. hashes: of files that have been read already.
 
     Raises FileNotFoundError where its run has pruned it.
     """
 
     def differs(name: str) -> bool:
         path = checkpoint / name
-        return not path.is_file() or hash_file(path) != files[name].get("xxh3_64")
+        return not path.is_file() or (hashes.get(name) or hash_file(path)) != files[name].get("xxh3_64")
 
     with hold(checkpoint) as marker, ThreadPoolExecutor() as pool:
         files = json.load(marker)["files"]
-        names = list(files)[share[0] :: share[1]]
-        damaged = [name for name, bad in zip(names, pool.map(differs, names), strict=True) if bad]
+        chosen = [name for name in files if names is None or name in names]
+        damaged = [name for name, bad in zip(chosen, pool.map(differs, chosen), strict=True) if bad]
     if damaged and not (checkpoint / COMMITTED).exists():  # its removal had begun before it was held
         raise FileNotFoundError(checkpoint)
     return damaged
+
+
+def committed_files(checkpoint: Path) -> list[str]:
+    """Names of the files that were committed. Raises FileNotFoundError where its run has pruned it."""
+    return list(parse_json(read_file(checkpoint / COMMITTED))["files"])
+
+
+def share_of_files(names: Iterable[str], rank: int, ranks: int) -> set[str]:
+    """The files that one of several ranks looks at.
+
+    Files that differ in numbers alone are dealt out in their order, in stretches of neighbours: in these is most of what the
+    rank needs of a checkpoint of another number of ranks (`dstune.zero.restore`).
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "", name), []).append(name)
+    share: set[str] = set()
+    for files in alike.values():
+        files.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+        share.update(name for place, name in enumerate(files) if place * ranks // len(files) == rank)
+    return share
 
 
 def hold(checkpoint: Path) -> TextIO:

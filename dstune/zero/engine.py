@@ -507,6 +507,17 @@ class Engine:
             self._files.end()
         return save
 
+    def read_ahead(self, directory: Path, tag: str) -> dict[str, str]:
+        """Read the files that `load` needs on this rank, so that they are hashed before anything changes.
+
+        Returns their hashes (XXH3, 64 bits) by their names in `directory/tag`. Raises OSError.
+        """
+        paths = [Path(self._engine._get_ckpt_name(str(directory), tag))]
+        if self.stage > 0:
+            paths.append(Path(self._engine._get_zero_ckpt_name(str(directory), tag)))
+        hashes = self._files.read_ahead(paths)
+        return {path.name: hashed for path, hashed in zip(paths, hashes, strict=True)}
+
     def load(self, directory: Path, tag: str) -> None:
         """Read this rank's shards from `directory/tag`, written by as many ranks at the same stage, with the same slices."""
         with redirect_stdout(io.StringIO()):  # `_load_legacy_checkpoint`, which its bf16 optimizer prints
@@ -514,10 +525,12 @@ class Engine:
                 str(directory), tag=tag, load_module_strict=not self._has_frozen, load_lr_scheduler_states=False
             )
         assert loaded is not None, f"DeepSpeed found no checkpoint in {directory / tag}"
+        self._files.read_ahead([])
 
     def restore(self, source: Source) -> None:
         """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none. Every rank must
         call it."""
+        self._files.read_ahead([])
         own = source if self.slices is None else SlicedSource(source, self.slices)
         restore(self._engine, self.stage, own, self._replica)
 

@@ -91,10 +91,8 @@ def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
         if stage == 3:
             if wrapper.persistent_parameters:  # whole on every rank; gathered again by checkpoint_event_epilogue
                 wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
-        elif stage > 0:  # parameters of other ranks too: they are views of one buffer that DeepSpeed holds whole
-            for parameter in engine.module.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(source.read(names[id(parameter)]).view(parameter.shape))
+        elif stage > 0:
+            wrapper.update_lp_params()  # the parameters of other ranks too: from these ranks, not from the disk
         for name, buffer in engine.module.named_buffers():
             if name in source.buffers:
                 buffer.copy_(source.buffers[name])

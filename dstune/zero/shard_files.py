@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,7 +25,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from torch import Tensor
 
 from dstune.zero import accelerator
-from dstune.zero.safe_load import load
+from dstune.zero.safe_load import HashedState, load, load_and_hash
 
 AT_ONCE = 2**20
 """Bytes up to which a tensor is copied while the ranks wait."""
@@ -103,6 +103,7 @@ class ShardFiles(CheckpointEngine):
         self._save: Save | None = None
         self._background = False
         self._copying: Save | None = None
+        self._read_ahead: dict[Path, HashedState] = {}
 
     def begin(self, directory: Path, *, background: bool) -> Save:
         """Whatever DeepSpeed saves until `end` belongs to the returned save. With `background` it is queued, and its
@@ -122,6 +123,13 @@ class ShardFiles(CheckpointEngine):
         if self._copying is not None:
             self._copying.copied.wait()
             self._copying = None
+
+    def read_ahead(self, paths: Sequence[Path]) -> list[str]:
+        """Read files for the `load` of each that follows, and return their hashes. What was read before is let go of."""
+        self._read_ahead.clear()
+        for path in paths:
+            self._read_ahead[path] = load_and_hash(path)
+        return [self._read_ahead[path].xxh3_64 for path in paths]
 
     # -- what DeepSpeed calls -----------------------------------------------------------------------------------------
 
@@ -150,7 +158,12 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((SafeTensors(copied, metadata), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return load(Path(path), map_location)
+        read = self._read_ahead.pop(Path(path), None)
+        if read is None:
+            return load(Path(path), map_location)
+        if read.error is not None:
+            raise read.error
+        return read.state
 
     def commit(self, info: Any) -> bool:
         return True
