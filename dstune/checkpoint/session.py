@@ -115,7 +115,7 @@ class Checkpoints(OfRun):
     def _has_same_shards(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank loads the shards that a rank in its place saved."""
         now, before = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
-        same = all(before.get(fact) == now[fact] for fact in LAYOUT)
+        same = all(before.get(fact) == now.get(fact) for fact in LAYOUT)
         return same and not self._engine.swaps and not in_pieces(checkpoint)
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:

@@ -146,6 +146,7 @@ def test_a_refused_save_costs_nothing_but_itself(tmp_path, mode):
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("taken", ["before", "meanwhile"])
 def test_a_group_whose_run_was_taken_over_saves_nothing_and_removes_nothing(tmp_path, monkeypatch, mode, taken):
+    (tmp_path / "launch").mkdir()
     lease = Lease(tmp_path)
     record = LeaseRecord("holder", "node1", "10.0.0.1", 4000, "mark", "job")
     assert lease.take(0, record) == 1
