@@ -7,7 +7,7 @@
 
 Three nodes are namespaces of this machine (tests/cluster/machines.py), with sshd and SLURM's real daemons. Two of them train a
 tiny model. With `spare`, the third waits for the place of a lost one, and the curve has to be equal to the bit; with `fewer`,
-one node goes on alone, and losses have to be equal within 1e-6. Needs root; see docs/clusters.md.
+one node goes on alone, and losses have to be equal within 1e-6; with `cut`, cables are pulled. Needs root; see docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,11 @@ LAST = "batch node for good"
 MODES = {
     "spare": (["launch.spares=1"], ["node1", "node2", "node3"]),
     "fewer": (["launch.min_nodes=1"], ["node1", "node2"]),
+    # Over before SLURM itself gives a node up (`SlurmdTimeout`: 300 s by default, 25 s here).
+    "cut": (["launch.spares=1", "launch.silence_seconds=8"], ["node1", "node2", "node3"]),
 }
+CUTS = ["partition", "leader partition"]
+"""The kinds of the mode `cut`, and of no other."""
 TOLERANCE = 1e-6
 
 
@@ -146,6 +150,11 @@ class Campaign:
             "hostfile": ["launch=hostfile", f"launch.hostfile=hosts-{self.mode}"],
         }[self.launcher]
         return ["train", *overrides(self.run_dir.name), *launch, *self.further, "launch.restarts=50", *further]
+
+    def chosen(self, kinds: list[str]) -> list[str]:
+        """Those of `kinds` that this run can meet."""
+        fitting = [kind for kind in kinds if (kind in CUTS) == (self.mode == "cut")]
+        return [kind for kind in fitting if self.launcher == "slurm" or not kind.startswith("batch node")]
 
     def play(self, kinds: list[str]) -> dict[str, Any]:
         began = time.monotonic()
@@ -279,7 +288,7 @@ def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
     """A node that is stopped for 10 s, and a step of a minute: nothing may start again."""
     campaign = Campaign(nodes, launcher, "spare")
     campaign.run_dir = campaign.run_dir.with_name(f"{launcher}-pauses")
-    command = nodes.login.start(*campaign.words("trainer.max_steps=40"))
+    command = nodes.login.start(*campaign.words("trainer.max_steps=80"))
     figures = []
     for what, seconds in (("a node stopped", 10.0), ("the leader's node stopped", 10.0), ("a step", 60.0)):
         step = last_step(campaign.run_dir)
@@ -335,10 +344,8 @@ def main() -> None:
                 assert done.returncode == 0, done.stdout + done.stderr
                 for launcher in arguments.launchers:
                     for mode in arguments.modes:
-                        kinds = [
-                            kind for kind in arguments.kinds if launcher == "slurm" or not kind.startswith("batch node")
-                        ]
-                        print(json.dumps(Campaign(nodes, launcher, mode).play(kinds)), flush=True)
+                        campaign = Campaign(nodes, launcher, mode)
+                        print(json.dumps(campaign.play(campaign.chosen(arguments.kinds))), flush=True)
             if arguments.only != "kills":
                 for launcher in arguments.launchers:
                     pauses(nodes, launcher)

@@ -84,7 +84,7 @@ def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
         saves = Saves(*arguments)
         assert saves.save(TrainState(step=2), now=True), saves.refusal
         return None
-    mapped = [0]
+    mapped, read_by_measuring = [0], [0]
     checkpoints = run_yaml.parent / "checkpoints"
     if world.is_main:
         forget_pages(checkpoints)
@@ -92,13 +92,16 @@ def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
 
     def restore_and_measure(source: Any) -> None:
         restore(source)
+        before = bytes_read()
         mapped[0] = mapped_bytes(checkpoints)
+        read_by_measuring[0] = bytes_read() - before
 
     engine.restore = restore_and_measure  # type: ignore[method-assign]
     world.barrier()
     read, began = bytes_read(), time.monotonic()
     Checkpoints(*arguments).resume()
-    return {"seconds": time.monotonic() - began, "read": bytes_read() - read, "mapped": mapped[0]}
+    seconds, read = time.monotonic() - began, bytes_read() - read - read_by_measuring[0]
+    return {"seconds": seconds, "read": read, "mapped": mapped[0]}
 
 
 def main() -> None:
@@ -123,7 +126,12 @@ def main() -> None:
             run = folder / stage
             if not run.exists():
                 run.mkdir()
-                words = [f"model.path={model}", f"data.train={data}", f"zero={stage}", f"run.dir={run}",]
+                words = [
+                    f"model.path={model}",
+                    f"data.train={data}",
+                    f"zero={stage}",
+                    f"run.dir={run}",
+                ]
                 write_run(run / "run.yaml", compose([*words, "trainer.precision=bf16"]))
                 run_ranks(Path(__file__), SAVING_RANKS, ["save", str(run / "run.yaml")])
             size = sum(file.stat().st_size for file in (run / "checkpoints").rglob("*") if file.is_file())

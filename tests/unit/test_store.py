@@ -183,4 +183,23 @@ def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path, monkeypatch):
         is_main=False, rank=0, size=2, broadcast=lambda value: value, gather=lambda value: [value, None]
     )
     with pytest.raises(UserError, match="is there on the first rank, and not on all"):
-        Checkpoints(run_config(), tmp_path, None, world, {}, print).resume()
+        Checkpoints(run_config(), tmp_path, SimpleNamespace(swaps=True), world, {}, print).resume()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"),
+    [
+        (1, ["0 1 2 10 m s"]),
+        (2, ["0 1 m s", "2 10"]),
+        (4, ["0 m s", "1", "2", "10"]),
+        (8, ["0 m s", "", "1", "", "2", ""]),
+    ],
+)
+def test_ranks_hash_neighbours_and_every_file_once(ranks, shares):
+    """Of another number of ranks, a rank needs most of what is in the files beside each other."""
+    names = {number: f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt" for number in (10, 2, 0, 1)}
+    names |= {"m": "mp_rank_00_model_states.pt", "s": "state.json"}
+    found = [store.share_of_files(names.values(), rank, ranks) for rank in range(ranks)]
+    for share, expected in zip(found, shares, strict=False):
+        assert share == {names[int(word) if word.isdecimal() else word] for word in expected.split()}
+    assert sum(len(share) for share in found) == len(set.union(*found)) == len(names)
