@@ -125,7 +125,7 @@ class ShardFiles(CheckpointEngine):
             self._copying = None
 
     def read_ahead(self, paths: Sequence[Path]) -> list[str]:
-        """Read files for the `load` of each that follows, and return their hashes. What was read before is let go of."""
+        """Read files for the next `load` of each, and return their hashes. What was read before is let go of."""
         self._read_ahead.clear()
         for path in paths:
             self._read_ahead[path] = load_and_hash(path)
@@ -158,7 +158,7 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((SafeTensors(copied, metadata), path))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        read = self._read_ahead.pop(Path(path), None)
+        read = self._read_ahead.get(Path(path))  # DeepSpeed loads a file of weights twice: first it looks at its keys
         if read is None:
             return load(Path(path), map_location)
         if read.error is not None:

@@ -45,4 +45,4 @@ def test_each_rank_reads_its_own_shards_once_and_of_another_layout_only_its_part
     optimizer = sum(size for name, size in sizes.items() if name.endswith("_optim_states.pt"))
     four = resume(4)
     assert sum(figures["read"] for figures in four) < 1.05 * whole + 800_000  # hashed once by all together
-    assert max(figures["mapped"] for figures in four) < 0.25 * optimizer + 0.1 * whole
+    assert max(figures["mapped"] for figures in four) < 0.5 * optimizer  # a quarter, in whole pages
