@@ -34,6 +34,7 @@ MAY_CHANGE_KEYS = (
     "trainer.mlp_tiles",
     "trainer.max_nonfinite_steps",
     "trainer.profile_steps",
+    "trainer.stall_seconds",
     "trainer.early_stopping.patience",
     "trainer.early_stopping.max_gap",
     "model.trust_remote_code",

@@ -12,8 +12,9 @@ import yaml
 
 from dstune.checkpoint import store
 from dstune.cli import main
+from dstune.config.resume import continue_run
 from dstune.config.run_file import RUN_FORMAT, Composed, read_run, write_run
-from dstune.config.schema import UnreachedParts
+from dstune.config.schema import Automatic, UnreachedParts
 from dstune.core.errors import UserError
 from dstune.launch.records import acquire_lock
 from dstune.trainer.state import FORMAT
@@ -49,6 +50,25 @@ def test_a_run_of_an_earlier_format_keeps_training_what_it_trained(tmp_path: Pat
     assert read_run(file).config.model.unreached_parts is UnreachedParts.trained
     write_run(file, read_run(file))  # as `dstune upgrade` and a continued run do
     assert read_run(file).config.model.unreached_parts is UnreachedParts.trained
+
+
+@pytest.mark.parametrize("earlier", [None, 2, 3])
+def test_a_run_keeps_the_stall_seconds_that_were_the_default_when_it_began(tmp_path: Path, earlier: int | None) -> None:
+    """They were a number once. The command that started the run says nothing of them when it is repeated."""
+    file = tmp_path / "run.yaml"
+    config = run_config()
+    write_run(
+        file, Composed(replace(config, trainer=replace(config.trainer, stall_seconds=1800.0)), ["trainer.seed=3"])
+    )
+    content = yaml.safe_load(file.read_text())
+    content |= {} if earlier is None else {"format": earlier}
+    file.write_text(yaml.safe_dump(content))
+    assert run_config().trainer.stall_seconds is Automatic.auto
+    assert read_run(file).config.trainer.stall_seconds == 1800.0
+    repeated = Composed(run_config(), ["trainer.seed=3"])
+    assert continue_run(read_run(file), repeated).trainer.stall_seconds == 1800.0
+    other = Composed(run_config(), ["trainer.seed=3", "trainer.stall_seconds=auto"])
+    assert continue_run(read_run(file), other).trainer.stall_seconds is Automatic.auto
 
 
 @pytest.mark.parametrize("later", [RUN_FORMAT + 1, 0, "two", True])
