@@ -18,13 +18,13 @@ import re
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-CASES = [("stage2", 2), ("stage2", 1), ("stage2", 4), ("stage3", 2), ("stage3", 1), ("stage3", 4)]
 SAVING_RANKS = 2
 
 
@@ -114,6 +114,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", default=["stage2", "stage3"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 1, 4])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="resuming-", dir=ROOT.parent) as name:
         folder = Path(name)
@@ -122,7 +124,7 @@ def main() -> None:
         model = save_decoder(folder / "model", num_attention_heads=12, num_key_value_heads=12, **shape)
         data = write_dialogues(folder / "dialogues.jsonl", 20)
         print("| ZeRO | ranks | seconds | read | mapped |\n| --- | --- | --- | --- | --- |")
-        for stage, ranks in CASES:
+        for stage, ranks in product(arguments.stages, arguments.ranks):
             run = folder / stage
             if not run.exists():
                 run.mkdir()

@@ -40,6 +40,12 @@ def processes_of(run_dir: Path) -> list[psutil.Process]:
     return found
 
 
+def ranks_of(run_dir: Path) -> dict[str, psutil.Process]:
+    """The ranks of a run, on any of the machines, by their numbers."""
+    ranks = [process for process in processes_of(run_dir) if "dstune.worker" in process.cmdline()]
+    return {process.environ()["RANK"]: process for process in ranks if "RANK" in process.environ()}
+
+
 def signal_command(run_dir: Path, number: int) -> None:
     """To `dstune train` itself, which runs on the head."""
     for process in psutil.process_iter(["cmdline"]):
@@ -58,8 +64,7 @@ def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
     wait_until(lambda: at_step(run_dir, 6))
     formatted = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
     assert not [word for word in formatted if any(value in word for value in secret.values())]
-    ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
-    assert {process.environ()["RANK"] for process in ranks if "RANK" in process.environ()} == {"0", "1"}
+    assert {"0", "1"} == ranks_of(run_dir).keys()
     signal_command(run_dir, signal.SIGTERM)
     assert command.wait(timeout=90) == 75, login.log
     assert not processes_of(run_dir)
@@ -81,6 +86,31 @@ def test_two_hosts_through_mpirun(login, hosts, undisturbed):
     assert done.returncode == 0, done.stdout + done.stderr
     assert first_difference(exact(login.folder / "mpi"), undisturbed) == ""
     assert result(login.folder / "mpi")["world_size"] == 2
+
+
+@pytest.mark.slow
+@needs("mpirun", "openmpi-bin")
+def test_mpirun_starts_again_after_a_rank_is_killed(login, hosts, undisturbed):
+    pytest.importorskip("mpi4py", reason="not installed (pip install 'dstune[mpi]')")
+    run_dir = login.folder / "mpi-again"
+    launch = ["launch=openmpi", hosts, "launch.interface=eth0", "launch.restarts=2"]
+    command = login.start("train", *overrides(run_dir.name, *launch))
+    for count, step in enumerate((6, 20), start=1):
+        wait_until(lambda step=step: at_step(run_dir, step))
+        openmpi_ranks(run_dir)["1"].kill()
+        wait_until(lambda count=count: f"({count} of 2 restarts)" in login.log)
+    assert command.wait(timeout=300) == 0, login.log
+    assert "(2 of 2 restarts)" in login.log
+    assert not processes_of(run_dir)
+    assert first_difference(exact(run_dir), undisturbed) == ""
+
+
+def openmpi_ranks(run_dir: Path) -> dict[str, psutil.Process]:
+    ranks = [process for process in processes_of(run_dir) if "dstune.worker" in process.cmdline()]
+    environments = [(process, process.environ()) for process in ranks]
+    return {
+        found["OMPI_COMM_WORLD_RANK"]: process for process, found in environments if "OMPI_COMM_WORLD_RANK" in found
+    }
 
 
 @needs("pdsh", "pdsh")
@@ -155,8 +185,7 @@ def test_a_killed_rank_or_command_leaves_nothing_on_any_host(login, hosts, undis
     command = login.start("train", *overrides(run_dir.name, "launch=hostfile", hosts))
     wait_until(lambda: at_step(run_dir, 6))
     if victim == "rank":
-        ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
-        next(process for process in ranks if process.environ().get("RANK") == "1").kill()
+        ranks_of(run_dir)["1"].kill()
         assert command.wait(timeout=60) == 1
         assert "rank 1 on node2 was killed by SIGKILL" in login.log
         assert result(run_dir)["failure"]["node"] == "node2"
@@ -176,8 +205,7 @@ def test_a_killed_rank_starts_again_without_the_user(login, hosts, undisturbed):
     run_dir = login.folder / "again"
     command = login.start("train", *overrides("again", "launch=hostfile", hosts, "launch.restarts=3"))
     wait_until(lambda: at_step(run_dir, 6))
-    ranks = [process for process in processes_of(run_dir) if process.cmdline()[-1] == str(run_dir)]
-    next(process for process in ranks if process.environ().get("RANK") == "1").kill()
+    ranks_of(run_dir)["1"].kill()
     assert command.wait(timeout=180) == 0, login.log
     assert "rank 1 on node2 was killed by SIGKILL" in login.log
     assert not processes_of(run_dir)
