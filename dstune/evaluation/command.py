@@ -36,6 +36,7 @@ from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
+from dstune.protocols.launcher import LaunchRequest
 from dstune.tracking.jsonl import json_text
 
 
@@ -69,7 +70,8 @@ def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[
         options = {"split": arguments.split, "shots": arguments.shots, "rows": arguments.output is not None}
         options["checkpoint"] = None if checkpoint is None else str(checkpoint)
         command = ("dstune.evaluation.ranks", str(directory), json.dumps(options))
-        code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
+        request = LaunchRequest(config, directory, console, command=command, saves=False)
+        code = launcher_of(config.launch).start(request)
         if code != EXIT_DONE:
             return code, None
         result = records.read_result(directory)

@@ -16,6 +16,7 @@ from dstune.launch.commands import number_of_ranks, on_this_machine, this_machin
 from dstune.launch.console import Console
 from dstune.planning import calibration
 from dstune.protocols import launcher_of
+from dstune.protocols.launcher import LaunchRequest
 
 
 def calibrate(config: RunConfig, console: Console) -> None:
@@ -31,7 +32,8 @@ def calibrate(config: RunConfig, console: Console) -> None:
         ranks = number_of_ranks(config, this_machine(os.environ))
         console.stage(f"measuring with {ranks} rank{'s' * (ranks > 1)}")
         command = ("dstune.rank.calibrate", str(directory))
-        code = launcher_of(config.launch).start(config, directory, console=console, command=command, saves=False)
+        request = LaunchRequest(config, directory, console, command=command, saves=False)
+        code = launcher_of(config.launch).start(request)
         if code != EXIT_DONE:
             raise TrainingFailed("the measurement did not finish; its logs are above")
         found = json.loads((directory / "speeds.json").read_text())

@@ -21,7 +21,7 @@ from dstune.launch import checks, records
 from dstune.launch.console import Console
 from dstune.planning.hardware import known_device
 from dstune.protocols import launcher_of
-from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check
+from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check, LaunchRequest
 
 ENOUGH = 0.8
 """Share of the published speed of a link below which something is wrong with it."""
@@ -93,7 +93,7 @@ def allreduce(config: RunConfig) -> Check:
         try:
             write_run(folder / "run.yaml", Composed(config, []))
             command = ("dstune.rank.doctor", str(folder))
-            code = launcher.start(config, folder, console=quiet, command=command, saves=False)
+            code = launcher.start(LaunchRequest(config, folder, quiet, command=command, saves=False))
         except DstuneError as error:
             return Check("all-reduce", FAIL, first_line(error), "fix this first")
         result = records.read_result(folder) or {}

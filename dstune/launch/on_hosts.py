@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.core.errors import Problem
 from dstune.launch import host_slots
 from dstune.protocols import Launcher
-from dstune.protocols.launcher import Check
+from dstune.protocols.launcher import Check, LaunchRequest
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -42,23 +42,16 @@ class OnHosts(Launcher):
         """Look at the hosts, and decide what is started. Raises UserError."""
         raise NotImplementedError
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
+    def start(self, request: LaunchRequest) -> int:
         from dstune.launch import remote
+
+        run, run_dir, console = request.run, request.run_dir, request.console
 
         def plan_attempt(launch_id: str) -> RemotePlan:
             plan = self.plan(run, run_dir, launch_id, console)
-            if command is None:
+            if request.command is None:
                 return plan
-            return replace(plan, argv=(*plan.argv[: plan.argv.index("dstune.worker")], *command))
+            return replace(plan, argv=(*plan.argv[: plan.argv.index("dstune.worker")], *request.command))
 
         return remote.run(run, run_dir, self.config, plan_attempt, console, self.restarts)
 

@@ -38,6 +38,7 @@ from dstune.launch.mirror import Mirror, open_mirror
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
+from dstune.protocols.launcher import LaunchRequest
 from dstune.tracking.jsonl import json_text
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
 def start(prepared: Prepared, console: Console) -> int:
     """Start the ranks where the configuration says, and wait for them. Raises UserError; returns the exit code."""
     launcher = launcher_of(prepared.config.launch)
-    return launcher.start(prepared.config, prepared.run_dir, console=console, lock=prepared.lock)
+    return launcher.start(LaunchRequest(prepared.config, prepared.run_dir, console, lock=prepared.lock))
 
 
 def parse(argv: list[str]) -> Command:

@@ -30,6 +30,22 @@ class LaunchConfig:
     machine with launch=local, else the first node chooses when the ranks start."""
 
 
+@dataclass(frozen=True)
+class LaunchRequest:
+    """The ranks that a launcher starts."""
+
+    run: RunConfig
+    run_dir: Path
+    """Holds `run.yaml`."""
+    console: Console
+    lock: int | None = None
+    """Descriptor of the run directory's lock, held as long as a rank lives."""
+    command: Sequence[str] | None = None
+    """The module that each rank runs and its arguments; training's when not given."""
+    saves: bool = True
+    """Whether ranks that are asked to stop have something to save."""
+
+
 PASS, WARN, FAIL, SKIP = "pass", "warn", "fail", "skip"
 
 
@@ -135,21 +151,8 @@ class Launcher:
         """Machines of the run, for `dstune plan`. Raises UserError where a file that lists them cannot be read."""
         return 1
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
-        """Start the ranks of `run` in `run_dir`, which holds its `run.yaml`, and wait for them; the exit code of the public
-        contract.
-
-        lock: descriptor of the run directory's lock, held as long as a rank lives. command: the module that each rank runs
-        and its arguments; training's when not given. saves: whether ranks that are asked to stop have something to save.
+    def start(self, request: LaunchRequest) -> int:
+        """Start the ranks and wait for them; the exit code of the public contract.
 
         Raises:
             UserError: what keeps the ranks from starting, or the ranks found the user's mistake.

@@ -13,7 +13,16 @@ from dstune.config.convert import EnvironmentText
 from dstune.config.schema import tracking_class
 from dstune.core.errors import UserError
 from dstune.launch import commands
-from dstune.launch.commands import Machine, count_cores, count_gpus, free_port, idle_gpus, local_plan, number_of_ranks
+from dstune.launch.commands import (
+    Machine,
+    count_cores,
+    count_gpus,
+    exported,
+    free_port,
+    idle_gpus,
+    local_plan,
+    number_of_ranks,
+)
 from dstune.launch.local.config import LocalConfig
 from dstune.tracking.trackers.mlflow import MlflowConfig
 from dstune.tracking.trackers.wandb import WandbConfig, WandbMode
@@ -226,3 +235,9 @@ def test_a_free_port_is_one_that_can_be_bound():
     port = free_port()
     with socket.socket() as server:
         server.bind(("127.0.0.1", port))
+
+
+def test_no_rank_is_offered_the_fork_server_of_its_command():
+    """A rank is given to other machines too, where the folder does not exist."""
+    variables = {"DSTUNE_FORK_SERVER": "/tmp/dstune-1", "DSTUNE_CACHE": "/cache"}
+    assert exported(variables, []) == {"DSTUNE_CACHE": "/cache"}

@@ -6,19 +6,13 @@ believed: tasks say how their ranks ended, and where one cannot, the run directo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dstune.core.errors import Problem, UserError
 from dstune.lakehouse.spark.config import SparkConfig
 from dstune.protocols import Launcher, launcher
-from dstune.protocols.launcher import FAIL, PASS, SKIP, Check
-
-if TYPE_CHECKING:
-    from dstune.config.schema import RunConfig
-    from dstune.launch.console import Console
+from dstune.protocols.launcher import FAIL, PASS, SKIP, Check, LaunchRequest
 
 EXTRA = "pip install 'dstune[spark]' (and a Java runtime, 17 or 21)"
 
@@ -42,21 +36,12 @@ class Spark(Launcher):
     def shared_folder(self) -> bool:
         return not self.on_this_machine
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
+    def start(self, request: LaunchRequest) -> int:
         if find_spec("pyspark") is None:
             raise UserError(Problem("launch", "the package pyspark is not installed", EXTRA, "spark"))
         from dstune.lakehouse.spark import stage
 
-        return stage.run(run, run_dir, self.config, console, command)
+        return stage.run(request.run, request.run_dir, self.config, request.console, request.command)
 
     @classmethod
     def probe(cls, *, needed: bool) -> Iterator[Check]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from dstune.config.convert import format_value
 from dstune.core.errors import Problem, UserError
@@ -12,11 +10,7 @@ from dstune.launch.agents.rules import check_agents, check_nodes
 from dstune.launch.hostfile.config import HostfileConfig
 from dstune.launch.on_hosts import OnHosts
 from dstune.protocols import launcher
-from dstune.protocols.launcher import Check
-
-if TYPE_CHECKING:
-    from dstune.config.schema import RunConfig
-    from dstune.launch.console import Console
+from dstune.protocols.launcher import Check, LaunchRequest
 
 
 @launcher
@@ -53,21 +47,12 @@ class Hostfile(OnHosts):
             raise UserError(problems)
         return slots
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
+    def start(self, request: LaunchRequest) -> int:
         import uuid
 
         from dstune.launch.hostfile.run import run as run_on_hosts
 
-        return run_on_hosts(self, run, run_dir, uuid.uuid4().hex, console, command or ["dstune.worker"], saves=saves)
+        return run_on_hosts(self, request, uuid.uuid4().hex)
 
     @classmethod
     def probe(cls, *, needed: bool) -> Iterator[Check]:

@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstune.config.schema import RunConfig
 from dstune.core import files
 from dstune.core.child_python import python_path
 from dstune.core.errors import EXIT_FAILED, Problem, UserError
@@ -36,6 +35,7 @@ from dstune.launch.remote import LAUNCHER_LOG, check_hosts, on_cpu
 from dstune.launch.remote_commands import ssh_of
 from dstune.launch.signals import StopFile, caught_signals
 from dstune.launch.verdict import Verdict
+from dstune.protocols.launcher import LaunchRequest
 
 if TYPE_CHECKING:
     from dstune.launch.hostfile import Hostfile
@@ -50,18 +50,9 @@ ENDING_SECONDS = 35.0
 """How long they may take to end their ranks when they are told to leave."""
 
 
-def run(
-    launcher: Hostfile,
-    config: RunConfig,
-    run_dir: Path,
-    launch_id: str,
-    console: Console,
-    command: Sequence[str],
-    *,
-    saves: bool,
-) -> int:
+def run(launcher: Hostfile, request: LaunchRequest, launch_id: str) -> int:
     """Train on the hosts, and return the exit code of the public contract. Raises UserError."""
-    launch = launcher.config
+    launch, config, run_dir, console = launcher.config, request.run, request.run_dir, request.console
     if shutil.which("ssh") is None:
         fix = "install it (Debian: apt-get install openssh-client)"
         raise UserError(Problem("launch=hostfile", "there is no ssh on this machine", fix))
@@ -74,8 +65,8 @@ def run(
         launch_id=launch_id,
         parent=os.environ,
         on_cpu=on_cpu(answers),
-        command=command,
-        saves=saves,
+        command=request.command or ["dstune.worker"],
+        saves=request.saves,
     )
     hosts = AgentsOnHosts(tasks, ssh_of(launch), run_dir, console)
     with caught_signals(config.run.signals) as received:

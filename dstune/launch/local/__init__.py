@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dstune.core.errors import Problem
 from dstune.launch.local.config import LocalConfig
 from dstune.protocols import Launcher, launcher
-
-if TYPE_CHECKING:
-    from dstune.config.schema import RunConfig
-    from dstune.launch.console import Console
+from dstune.protocols.launcher import LaunchRequest
 
 
 @launcher
@@ -43,25 +38,21 @@ class Local(Launcher):
     def ranks(self) -> int | None:
         return self.config.processes
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
+    def start(self, request: LaunchRequest) -> int:
+        run, run_dir, console = request.run, request.run_dir, request.console
         if self.config.in_process:
             from dstune.launch.local import in_process
 
-            return in_process.run(run, run_dir) if command is None else in_process.call(run, run_dir, command, console)
+            if request.command is None:
+                return in_process.run(run, run_dir)
+            return in_process.call(run, run_dir, request.command, console)
         from dstune.launch.commands import local_plan
         from dstune.launch.local import supervise
 
         plan = local_plan(run, run_dir, console=console.kind)
-        if command is not None:
-            words = (*plan.argv[0][: plan.argv[0].index("dstune.worker")], *command)
+        if request.command is not None:
+            words = (*plan.argv[0][: plan.argv[0].index("dstune.worker")], *request.command)
             plan = replace(plan, argv=(words,) * plan.size)
-        return supervise.run(run, run_dir, self.config, plan=plan, console=console, lock=lock, saves=saves)
+        return supervise.run(
+            run, run_dir, self.config, plan=plan, console=console, lock=request.lock, saves=request.saves
+        )

@@ -61,10 +61,12 @@ class Declined(Exception):
 class Server:
     """What the process was like when its imports were done; a request is compared with it."""
 
-    def __init__(self, own: Sequence[int], places: forking.Places, variables: Mapping[str, str], started: int):
-        """own: descriptors of the server, which no fork keeps. variables: the environment that the process was started with.
+    def __init__(
+        self, server_descriptors: Sequence[int], places: forking.Places, variables: Mapping[str, str], started: int
+    ):
+        """server_descriptors: those that no fork keeps. variables: the environment that the process was started with.
         started: the time before the imports, in nanoseconds."""
-        self._own, self._places, self._variables = own, places, variables
+        self._server_descriptors, self._places, self._variables = server_descriptors, places, variables
         self._added = {name: value for name, value in os.environ.items() if name not in variables}
         self._context = forking.context()
         self._sources = sources()
@@ -74,7 +76,7 @@ class Server:
 
     def answer(self, connection: socket.socket) -> bool:
         """Serve one request. Returns whether the server is of use to later ones."""
-        if peer(connection) != os.getuid():  # the folder of the socket keeps others away already
+        if peer_user(connection) != os.getuid():  # the folder of the socket keeps others away already
             return True
         streams: list[int] = []
         try:
@@ -106,7 +108,7 @@ class Server:
         if changed or packages:
             raise Stale(f"{min(changed + packages)} has changed since it was imported")
 
-    def _check(self, request: Mapping[str, Any], own: set[int]) -> None:
+    def _check(self, request: Mapping[str, Any], of_request: set[int]) -> None:
         """Raises Declined where a fork would differ from a process that starts now."""
         variables = request["imports"]
         compared = {*variables, *self._variables} - VARIABLES.keys()
@@ -121,7 +123,7 @@ class Server:
                 raise Declined(f"{name} limits the memory of this run")
         if (threads := len(os.listdir("/proc/self/task"))) != 1:
             raise Declined(f"the process with the imports has {threads} threads")
-        leaked = descriptors().keys() - self._descriptors.keys() - own
+        leaked = descriptors().keys() - self._descriptors.keys() - of_request
         if leaked:
             raise Declined(f"the process with the imports holds {len(leaked)} further descriptor(s)")
         torch = sys.modules.get("torch")
@@ -132,7 +134,7 @@ class Server:
         """Make the keeper of a rank."""
         if os.fork() == 0:
             try:
-                for descriptor in self._own:
+                for descriptor in self._server_descriptors:
                     os.close(descriptor)
                 request["env"] = self._added | request["env"]
                 keep(connection, request, streams, self._places)
@@ -242,9 +244,9 @@ def import_modules(further: Sequence[str]) -> None:
 
 
 def sources() -> dict[str, tuple[int, int]]:
-    """Size and time of the files of dstune and of other code outside installed packages that was imported; the times of
-    what says which packages are installed."""
-    found: dict[str, tuple[int, int]] = {}
+    """Return size and time of the files of dstune and of other imported code outside installed packages, and the times of what
+    says which packages are installed."""
+    states: dict[str, tuple[int, int]] = {}
     installed = tuple(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
     library = os.path.dirname(os.__file__)
     for name, module in list(sys.modules.items()):
@@ -253,27 +255,27 @@ def sources() -> dict[str, tuple[int, int]]:
             continue
         if name.split(".")[0] == "dstune" or not file.startswith((*installed, library)):
             with contextlib.suppress(OSError):
-                state = os.stat(file)
-                found[file] = (state.st_size, state.st_mtime_ns)
+                status = os.stat(file)
+                states[file] = (status.st_size, status.st_mtime_ns)
     for folder in installed:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name.endswith((".dist-info", ".egg-info", ".egg-link", ".pth")):
-                    found[entry.path] = (0, entry.stat().st_mtime_ns)
-    return found
+                    states[entry.path] = (0, entry.stat().st_mtime_ns)
+    return states
 
 
 def descriptors() -> dict[int, str]:
-    """The open descriptors of this process, and what they are."""
-    found = {}
+    """Return the open descriptors of this process, and what each one leads to."""
+    targets = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # that of the listing itself
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return found
+            targets[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return targets
 
 
-def peer(connection: socket.socket) -> int:
-    """The user at the other end."""
+def peer_user(connection: socket.socket) -> int:
+    """Return the number of the user at the other end."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(user)
 

@@ -175,7 +175,7 @@ class Launch:
         """Start every rank; returns the thread that passes rank 0's output on."""
         self.console.stage(f"starting {self.plan.size} rank{'s' * (self.plan.size > 1)}")
         output: threading.Thread | None = None
-        own = self.variables(stack)
+        shared = self.variables(stack)
         for rank, (argv, env) in enumerate(zip(self.plan.argv, self.plan.env, strict=True), self.first_rank):
             log = stack.enter_context(files.append(self._log_path(rank)))
             started = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -183,7 +183,7 @@ class Launch:
             log.flush()
             self.log_starts[rank] = log.tell()
             stdout = None if self.shows_output(rank) else log
-            process = self._start_rank(argv, {**env, **own}, stdout, log)
+            process = self._start_rank(argv, {**env, **shared}, stdout, log)
             self.ranks.append(process)
             guard.watch(process.pid)
             if process.stdout is not None:

@@ -284,14 +284,14 @@ def import_environment(env: Mapping[str, str]) -> dict[str, str]:
     Which GPUs it sees is read when the first one is used; whether it sees any, by imports too.
     """
     prefixes = tuple(prefix for room in TRACKERS.classes().values() for prefix in room.variables)
-    found = {
+    variables = {
         name: value
         for name, value in env.items()
         if name not in OF_ONE_RANK and not (prefixes and name.startswith(prefixes)) and not is_secret(name, value)
     }
-    if found.get(DEVICES):
-        found[DEVICES] = "0"
-    return found
+    if variables.get(DEVICES):
+        variables[DEVICES] = "0"
+    return variables
 
 
 def _is_module(argv: Sequence[str]) -> bool:

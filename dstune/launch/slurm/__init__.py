@@ -11,7 +11,7 @@ from dstune.core.errors import Problem
 from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.jobs import SlurmQueue
 from dstune.protocols import Launcher, launcher
-from dstune.protocols.launcher import Check
+from dstune.protocols.launcher import Check, LaunchRequest
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -43,21 +43,12 @@ class Slurm(Launcher):
     def nodes(self) -> int:
         return self.config.nodes
 
-    def start(
-        self,
-        run: RunConfig,
-        run_dir: Path,
-        *,
-        console: Console,
-        lock: int | None = None,
-        command: Sequence[str] | None = None,
-        saves: bool = True,
-    ) -> int:
+    def start(self, request: LaunchRequest) -> int:
         from dstune.launch.slurm import submit
 
-        module, *arguments = command or ["dstune.worker"]
-        assert not arguments or arguments == [str(run_dir)], "the script gives each rank the run directory"
-        return submit.run(run, self.config, run_dir, console=console, module=module)
+        module, *arguments = request.command or ["dstune.worker"]
+        assert not arguments or arguments == [str(request.run_dir)], "the script gives each rank the run directory"
+        return submit.run(request.run, self.config, request.run_dir, console=request.console, module=module)
 
     def array_problems(self) -> Iterator[Problem]:
         if self.config.chain > 1:
