@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from support.ranks import end_with, start_rank
 
 from dstune.checkpoint.shards import Shards
@@ -30,7 +31,12 @@ def main() -> None:
         module = method_of(config.method).apply(model, config)
         optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
         engine = Engine(module, optimizer, settings, world, groups=groups)
-        engine.restore(Shards(Path(case["from"])))
+        source = Shards(Path(case["from"]))
+        engine.restore(source)
+        if engine.stage in (1, 2):  # also what other ranks update, which they send
+            for name, parameter in engine.module.named_parameters():
+                if parameter.requires_grad:
+                    assert torch.equal(parameter, source.read(name).view(parameter.shape).to(parameter.dtype)), name
         target = Path(case["to"])
         target.mkdir(parents=True, exist_ok=True)
         assert not engine.save(target.parent, target.name).error
