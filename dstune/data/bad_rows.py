@@ -25,6 +25,8 @@ class BadRows:
         """template: what `model.chat_template` is, for a message."""
         self._policy, self._template = policy, template
         self._problems: list[Problem] = []
+        self._faulty: list[Problem] = []
+        """Those whose fault is their own, not the template's."""
         self._unprinted: dict[tuple[str, str], tuple[str, int]] = {}
         self.count = 0
 
@@ -33,6 +35,8 @@ class BadRows:
         if fields := unprinted_in(reason):
             first, count = self._unprinted.get(fields, (place, 0))
             self._unprinted[fields] = first, count + 1
+        elif len(self._faulty) < MAX_LISTED_BAD_ROWS:
+            self._faulty.append(Problem(where=place, reason=reason))
         if len(self._problems) < MAX_LISTED_BAD_ROWS:
             self._problems.append(Problem(where=place, reason=reason))
 
@@ -44,23 +48,29 @@ class BadRows:
         """Raises UserError with the first bad rows and the number of the others, unless they are to be skipped."""
         if not self.count or self._policy is OnBadRow.skip:
             return
-        if self._unprinted:  # one word about the template instead of one about each row
-            raise UserError(
-                [
-                    Problem(
-                        "model.chat_template",
-                        f"this template does not print {fields}, which {count:,} row{'s have' if count > 1 else ' has'} (the "
-                        f"first is {place}): what is not printed is not trained",
-                        f"{fix}; data.on_bad_row=skip leaves these rows out",
-                        self._template,
-                    )
-                    for (fields, fix), (place, count) in self._unprinted.items()
-                ]
+        raise UserError([*self._of_rows(), *self._of_template()])
+
+    def _of_template(self) -> list[Problem]:
+        """One word about what the template does not print instead of one about each row."""
+        return [
+            Problem(
+                "model.chat_template",
+                f"this template does not print {fields}, which {count:,} row{'s have' if count > 1 else ' has'} (the "
+                f"first is {place}): what is not printed is not trained",
+                f"{fix}; data.on_bad_row=skip leaves these rows out",
+                self._template,
             )
-        *problems, last = self._problems
-        others = self.count - len(self._problems)
-        more = f" (and {others:,} more bad row{'s' if others > 1 else ''}, {self.count:,} in all)" if others else ""
+            for (fields, fix), (place, count) in self._unprinted.items()
+        ]
+
+    def _of_rows(self) -> list[Problem]:
+        if not self._faulty:
+            return []
+        *problems, last = self._faulty
+        count = self.count - sum(count for _, count in self._unprinted.values())
+        others = count - len(self._faulty)
+        more = f" (and {others:,} more bad row{'s' if others > 1 else ''}, {count:,} in all)" if others else ""
         fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
-        if all(problem.reason.startswith("not UTF-8") for problem in self._problems):
+        if all(problem.reason.startswith("not UTF-8") for problem in self._faulty):
             fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
-        raise UserError([*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)])
+        return [*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)]

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.config.data_schema import OnBadRow
 from dstune.config.forgetting import mixes_in
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
@@ -41,6 +42,9 @@ from dstune.data.write import Counts, write_samples
 from dstune.protocols import task_of
 
 log = logging.getLogger(__name__)
+
+ROWS_OF_BOTH_FAULTS = 10_000
+"""Of more rows, those that cannot be read are reported before the others are tokenized, which takes minutes."""
 
 
 def block_builder(
@@ -92,16 +96,27 @@ class Builder:
         self._trains = trains
 
     def __call__(self, folder: Path) -> None:
-        """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`."""
+        """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`.
+
+        Raises UserError, first of all for bad rows: those that cannot be read, and (of files that are not large) those that the
+        chat template or the tokenizer refuses, together.
+        """
+        config = self._config
+        bad = BadRows(config.data.on_bad_row, config.model.chat_template or f"that of {config.model.path}")
+        try:
+            self._write(folder, bad)
+        except UserError:
+            bad.raise_if_any()  # what else is wrong may follow from them
+            raise
+
+    def _write(self, folder: Path, bad: BadRows) -> None:
         work = folder / "work"
         work.mkdir()
         config = self._config
-        bad = BadRows(config.data.on_bad_row, config.model.chat_template or f"that of {config.model.path}")
         read = self._read_all(work, bad)
         cleaning = Cleaning(config, self._tokenizer, work)
         chosen, tables = self._clean_and_choose(read, cleaning, work)
         labels = labels_of_training(chosen, config, bad)
-        bad.raise_if_any()
         chosen["train"] = limited(chosen["train"], config)
         augmentation = self._augment(chosen, work)
         weights = class_weights(config, labels, chosen["train"])
@@ -145,10 +160,11 @@ class Builder:
     def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
         """By part, then by source. Raises UserError where rows are bad, or none is left."""
         read = {part: self._read(part, work, bad) for part in self._inputs}
-        bad.raise_if_any()
+        if sum(table.rows_read for named in read.values() for table in named.values()) > ROWS_OF_BOTH_FAULTS:
+            bad.raise_if_any()
         if self._held_out is None:
             self._refuse_no_rows(read)
-        for skipped in bad.first():
+        for skipped in bad.first() if self._config.data.on_bad_row is OnBadRow.skip else ():
             log.warning("skipped %s: %s", skipped["place"], skipped["text"])
         return read
 

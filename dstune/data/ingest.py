@@ -207,7 +207,8 @@ class _Reader:
         if self._bound.has_labels:
             self._refuse_other_labels(row)
             label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
-        return stored(row), hash_of(row, self._data.split.seed), label
+        row_hash = hash_of(row, self._data.split.seed)  # first, since it raises for values that are not JSON
+        return stored(row), row_hash, label
 
     def _recognise(self, raw: sources.RawRow) -> str:
         """The format of a row that can be read. Raises RowError for one of the first rows that has no format of this task, as

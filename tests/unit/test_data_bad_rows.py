@@ -22,6 +22,7 @@ from dstune.config.validate import validate
 from dstune.core.errors import Problem, UserError
 from dstune.protocols.task import TaskConfig
 from tests.support.bad_rows import (
+    CHAT,
     FILES,
     GOOD,
     JUDGED,
@@ -228,3 +229,31 @@ def test_the_commands_of_the_guide_compose():
     for command in lines:
         assert command[:2] == ["dstune", "train"]
         validate(compose(command[2:]).config)
+
+
+def test_rows_that_cannot_be_read_and_rows_that_the_template_refuses_are_listed_together(tmp_path, monkeypatch):
+    bad, unread = chat_of("bad"), {"messages": [{"role": "usr", "content": "x"}]}
+    tools = {**GOOD, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    rows = [bad, GOOD, unread, tools, *[unread] * 10]
+    train = write_jsonl(tmp_path / "rows.jsonl", rows)
+    validation = write_jsonl(tmp_path / "more.jsonl", [unread, chat_of("also bad")])
+    tokenizer = byte_tokenizer(REFUSING + byte_tokenizer().chat_template)
+
+    def problems() -> list[Problem]:
+        with pytest.raises(UserError) as caught:
+            prepared(data_run(train, task=CHAT, validation=str(validation)), tokenizer, tmp_path / "cache")
+        return caught.value.problems
+
+    *found, template = problems()
+    assert (template.where, "1 row has" in template.reason) == ("model.chat_template", True)
+    assert [problem.where for problem in found] == [f"{train}:{line}" for line in (3, *range(5, 14))]
+    assert found[-1].reason.endswith("(and 4 more bad rows, 14 in all)")
+    write_jsonl(train, [bad, GOOD, unread])
+    places = [problem.where for problem in problems()]
+    assert sorted(places) == [f"{validation}:1", f"{validation}:2", f"{train}:1", f"{train}:3"]
+    monkeypatch.setattr("dstune.data.builder.ROWS_OF_BOTH_FAULTS", 4)
+    assert [problem.where for problem in problems()] == [f"{train}:3", f"{validation}:1"]
+
+
+def chat_of(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes"}]}
