@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dstune.report.charts import COLOURS, Chart, Line, Mark, draw
+from dstune.report.results import plain_name
 from dstune.report.run_files import RunFiles
 from dstune.report.series import Series, smoothed, smoothing_span
 
@@ -29,7 +30,17 @@ TITLES = {
     "utilization": "Model FLOPs utilisation",
     "peak_memory_gib": "Peak memory, GiB a rank",
 }
-"""The charts in their order; other metrics follow under their own names."""
+"""The charts in their order; other metrics follow."""
+
+PARTS = {"eval": "Held-out {}", "guard": "{} on data.guard", "ood": "{} on data.ood"}
+
+
+def title_of(name: str) -> str:
+    """The title of the chart of a metric."""
+    part, _, metric = name.rpartition("/")
+    title = TITLES.get(name) or PARTS.get(part, "{}").format(plain_name(metric))
+    return title[:1].upper() + title[1:]
+
 
 NOT_DRAWN = frozenset(
     {"epoch", "tokens", "step_seconds", "eval/seconds"}
@@ -73,7 +84,7 @@ def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[
                 lines += added if len(runs) == 1 else added[-1:]
         drawn.append(
             draw(
-                TITLES.get(name, name),
+                title_of(name),
                 lines,
                 span,
                 metric=name,

@@ -34,6 +34,13 @@ NAMES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
 }
+
+
+def plain_name(metric: str) -> str:
+    """A metric as people call it."""
+    return NAMES.get(metric) or metric.replace("_", " ")
+
+
 COUNTS = ("targets", "generated", "rows", "tokens", "seconds")
 
 
@@ -99,16 +106,14 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     for name in dict.fromkeys(["loss", metric, "accuracy"]):
         series = curves.get(f"eval/{name}")
         if series and series.last is not None:
-            formatted.append(_change(NAMES.get(name, name), series, is_lower_better(name)))
+            formatted.append(_change(plain_name(name), series, is_lower_better(name)))
     training = curves.get("loss")
     if not formatted and training and training.last is not None:
         formatted.append(_change("training loss", training, True))
     if reached.best is not None:
         best = section(run.result, "best")
         at = f"at step {best['step']:,}" if isinstance(best.get("step"), int) else ""
-        formatted.append(
-            Figure(f"best {NAMES.get(reached.best_metric, reached.best_metric)}", number(reached.best), at)
-        )
+        formatted.append(Figure(f"best {plain_name(reached.best_metric)}", number(reached.best), at))
     watched = section(run.result, "overfitting")
     if isinstance(watched.get("gap"), (int, float)):
         training_loss = number(watched.get("training_loss"))
@@ -118,7 +123,7 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
     test = section(run.result, "test")
     for name, value in test.items():
         if name in (metric, "loss", "accuracy") and isinstance(value, (int, float)):
-            formatted.append(Figure(f"test {name}", number(value)))
+            formatted.append(Figure(f"test {plain_name(name)}", number(value)))
     formatted += _against_prompting(run, curves, metric)
     planned = section(run.config, "trainer").get("max_steps")
     of_planned = f"of {planned:,}" if isinstance(planned, int) and planned != reached.steps else ""
@@ -152,7 +157,7 @@ def _against_prompting(run: RunFiles, curves: Curves, metric: str) -> list[Figur
         best = (min if lower else max)(requested, key=lambda row: row["metrics"][name])
         reached = tested.get(name) if best.get("split") == "test" else _last(curves, f"eval/{name}")
         value = best["metrics"][name]
-        label = f"untuned {NAMES.get(name, name)}, {best.get('shots')} examples"
+        label = f"untuned {plain_name(name)}, {best.get('shots')} examples"
         if not isinstance(reached, (int, float)):
             formatted.append(Figure(label, number(value), str(best.get("split"))))
             continue
@@ -183,7 +188,7 @@ def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for one in outcomes for name in one.metrics)
     columns: list[tuple[str, list[float | None], bool | None, Any]] = [
         (
-            NAMES.get(name, name),
+            plain_name(name),
             [one.metrics.get(name) for one in outcomes],
             name not in _higher_is_better(names),
             number,

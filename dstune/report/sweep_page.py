@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +13,14 @@ from dstune import __version__
 from dstune.config.convert import format_value
 from dstune.core import files
 from dstune.core.secrets import redact
+from dstune.report.best_trial import best_commands
 from dstune.report.charts import Chart, Line, draw
-from dstune.report.curves import COLOURS, TITLES
+from dstune.report.curves import COLOURS, title_of
 from dstune.report.effects import are_numbers, is_logarithmic, shares
 from dstune.report.html import render
-from dstune.report.numbers import duration, log_ticks, number, percent, short, tick_label, ticks
+from dstune.report.numbers import THIN_SPACE, duration, log_ticks, number, percent, short, tick_label, ticks
 from dstune.report.page import of_foreign
-from dstune.report.results import NAMES, Figure
+from dstune.report.results import Figure, plain_name
 from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
 from dstune.tracking.trials import (
@@ -27,6 +28,7 @@ from dstune.tracking.trials import (
     Record,
     finished_trials,
     less_is_better,
+    logarithmic_keys,
     objectives_of,
     ranked,
     read_records,
@@ -89,17 +91,17 @@ class Scale:
         return round(100 * (value - low) / (high - low), 2)
 
 
-def scale(values: Sequence[Any], *, of_key: bool = False) -> Scale:
+def scale(values: Sequence[Any], *, of_key: bool = False, logarithmic: bool = False) -> Scale:
     """Room for `values`: by their logarithm where they span much; texts side by side.
 
-    of_key: they were chosen, so that a few of them stand at the axis themselves.
+    of_key: they were chosen, so that a few of them stand at the axis themselves. logarithmic: they were chosen by their logarithm.
     """
     if not are_numbers(values):
         names = sorted({format_value(value) for value in values})
         found = Scale([], names=names)
         return Scale([(found.at(name), name) for name in names], names=names)
     low, high = float(min(values)), float(max(values))
-    if is_logarithmic(values):
+    if is_logarithmic(values) or (logarithmic and low > 0 and low < high):
         low, high = low / 1.25, high * 1.25
         found = Scale([], low=low, high=high, logarithmic=True)
         marks = [(found.at(value), number(value, 2)) for value in log_ticks(low, high)]
@@ -140,6 +142,7 @@ def page(sweep: Path) -> str:
     trials = [_trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(found)]
     placed = [trial for trial in trials if trial.value(objectives[0]) is not None]
     keys = list(dict.fromkeys(key for record in found for key in record.values))
+    logarithmic = logarithmic_keys(sweep)
     judged = [trial for trial in placed if trial.record.status in ("completed", "stopped")]
     return render(
         "sweep.html.j2",
@@ -148,13 +151,14 @@ def page(sweep: Path) -> str:
         trials=trials,
         table=_table(trials, objectives, keys),
         figures=_figures(trials, objectives[0]),
-        objective=_named(objectives[0]),
+        objective=plain_name(objectives[0]),
         lower=less_is_better(objectives[0]),
         objectives=objectives,
-        scatters=_scatters(placed, objectives, keys),
-        parallel=_parallel(placed, objectives[0], keys),
+        scatters=_scatters(placed, objectives, keys, logarithmic),
+        parallel=_parallel(placed, objectives[0], keys, logarithmic),
+        commands=best_commands(sweep, found, objectives[0]),
         effects=[
-            (key, round(100 * share, 1), percent(share))
+            (key, round(100 * share, 1), f"{100 * share:.0f}{THIN_SPACE}%")
             for key, share in shares(
                 [trial.record.values for trial in judged], [trial.record.objective[objectives[0]] for trial in judged]
             ).items()
@@ -183,12 +187,8 @@ def _trial(record: Record, run: RunFiles | None, place: int, front: bool) -> Tri
     return Trial(record, place, run, collect(run.metrics) if run else {}, front)
 
 
-def _named(objective: str) -> str:
-    return NAMES.get(objective, objective.replace("_", " "))
-
-
 def _table(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
-    heading = [*((_named(name), True) for name in objectives), *((key, False) for key in keys)]
+    heading = [*((plain_name(name), True) for name in objectives), *((key, False) for key in keys)]
     heading += [("steps", True), ("tokens", True), ("time", True), ("starts", True)]
     rows = []
     for trial in trials:
@@ -201,7 +201,10 @@ def _table(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[st
 
 
 def _value(value: Any) -> str:
-    return number(value) if isinstance(value, float) else format_value(value)
+    if not isinstance(value, float):
+        return format_value(value)
+    text = number(value)
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def _steps(trial: Trial) -> float | None:
@@ -218,7 +221,7 @@ def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
     found = [Figure("trials", str(len(records)), ", ".join(f"{count} {name}" for name, count in counts.items()))]
     if best is not None:
         found.append(
-            Figure(f"best {_named(objective)}", number(best.objective.get(objective)), f"trial {short_name(best)}")
+            Figure(f"best {plain_name(objective)}", number(best.objective.get(objective)), f"trial {short_name(best)}")
         )
     values = [value for trial in trials if (value := trial.value(objective)) is not None]
     if len(values) > 1:
@@ -249,20 +252,22 @@ def _work(trials: Sequence[Trial]) -> tuple[int, int]:
     return done, planned
 
 
-def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str]) -> list[dict[str, Any]]:
+def _scatters(
+    trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence[str], logarithmic: Collection[str]
+) -> list[dict[str, Any]]:
     """The objective over each key; of two objectives also one over the other."""
     if len(trials) < 2:
         return []
     plots = [(key, [trial.record.values.get(key) for trial in trials], trials) for key in keys]
     if len(objectives) > 1:
         both = [trial for trial in trials if trial.value(objectives[1]) is not None]
-        plots.insert(0, (_named(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
+        plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
     found = []
     for title, values, listed_trials in plots:
         if len({format_value(value) for value in values}) < 2:
             continue
         kept, outside = without_outliers(_reached(listed_trials, objectives[0]), less_is_better(objectives[0]))
-        across, up = scale(values, of_key=title in keys), scale(kept)
+        across, up = scale(values, of_key=title in keys, logarithmic=title in logarithmic), scale(kept)
         dots = [
             {
                 "x": across.at(value),
@@ -281,6 +286,7 @@ def _scatters(trials: Sequence[Trial], objectives: Sequence[str], keys: Sequence
                 "note": note,
                 "dots": dots,
                 "x_ticks": across.ticks,
+                "x_names": len(across.names),
                 "y_ticks": [(round(100 - at, 2), label) for at, label in up.ticks],
             }
         )
@@ -291,15 +297,17 @@ def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
     return [value for trial in trials if (value := trial.value(objective)) is not None]
 
 
-def _parallel(trials: Sequence[Trial], objective: str, keys: Sequence[str]) -> dict[str, Any] | None:
+def _parallel(
+    trials: Sequence[Trial], objective: str, keys: Sequence[str], logarithmic: Collection[str]
+) -> dict[str, Any] | None:
     """A line for each trial through its values to what it reached; from two keys on."""
     varied = [key for key in keys if len({format_value(trial.record.values.get(key)) for trial in trials}) > 1]
     if len(varied) < 2 or len(trials) < 3:
         return None
     columns: list[tuple[str, list[Any]]] = [(key, [trial.record.values.get(key) for trial in trials]) for key in varied]
-    scales = [scale(values, of_key=True) for _, values in columns]
+    scales = [scale(values, of_key=True, logarithmic=key in logarithmic) for key, values in columns]
     reached = _reached(trials, objective)
-    columns.append((_named(objective), reached))
+    columns.append((plain_name(objective), reached))
     scales.append(scale(without_outliers(reached, less_is_better(objective))[0]))
     at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
     lines = []
@@ -342,6 +350,5 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
         steps = [line.series.steps[end] for line in lines for end in (0, -1)]
         notes = [f"smoothed over {window} steps" * bool(window), f"{diverged} diverged, not drawn" * bool(diverged)]
         note = ", ".join(filter(None, notes))
-        title = TITLES.get(name, name)
-        charts.append(draw(title, lines, (min(steps), max(steps)), metric=name, note=note, tall=not charts))
+        charts.append(draw(title_of(name), lines, (min(steps), max(steps)), metric=name, note=note, tall=not charts))
     return charts

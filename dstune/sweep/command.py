@@ -30,6 +30,7 @@ from dstune.launch.local import warm
 from dstune.launch.runs import cell, table
 from dstune.launch.signals import caught_signals
 from dstune.protocols import launcher_of
+from dstune.report.best_trial import best_commands
 from dstune.report.command import leave_behind
 from dstune.sweep import array, devices, directory, probes
 from dstune.sweep.directory import Sweep
@@ -236,7 +237,8 @@ def as_json(path: Path, names: Sequence[str], found: Sequence[Record]) -> dict[s
     order = ranked(found, names[0])
     trials = [{**vars(one), "run": str(path / one.name)} for one in order]
     best = trials[0] if trials and order[0].objective else None
-    return {"sweep": str(path), "objective": list(names), "best": best, "trials": trials}
+    commands = best_commands(path, found, names[0])
+    return {"sweep": str(path), "objective": list(names), "best": best, "commands": commands, "trials": trials}
 
 
 def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
@@ -258,4 +260,8 @@ def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
         status: sum(one.status == status for one in found) for status in dict.fromkeys(one.status for one in found)
     }
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    return f"\n{table(heading, rows)}\n\n{len(found)} trials: {summary}\nsweep  {path}\nreport {path / 'report.html'}"
+    lines = [f"\n{table(heading, rows)}", "", f"{len(found)} trials: {summary}", f"sweep  {path}"]
+    lines.append(f"report {path / 'report.html'}")
+    for title, command in zip(("best   ", "export "), best_commands(path, found, names[0]), strict=False):
+        lines.append(f"{title}{command}")
+    return "\n".join(lines)

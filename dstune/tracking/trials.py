@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -94,6 +95,28 @@ def objectives_of(sweep: Path) -> list[str]:
         return [str(name) for name in content["objective"]] or ["loss"]
     except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         return ["loss"]
+
+
+def logarithmic_keys(sweep: Path) -> set[str]:
+    """The keys whose values `sweep.yaml` draws by their logarithm, or lists in steps of one factor: 8, 16, 32."""
+    try:
+        axes = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["axes"]
+        return {str(key).lstrip("+") for key, values in axes.items() if _is_logarithmic(values)}
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def _is_logarithmic(values: Any) -> bool:
+    if not isinstance(values, list):
+        return str(values).startswith("tag(log")
+    try:
+        numbers = sorted({float(value) for value in values})
+    except (TypeError, ValueError):
+        return False
+    if len(numbers) < 3 or numbers[0] <= 0 or not math.isfinite(numbers[-1]):
+        return False
+    factors = [above / below for below, above in itertools.pairwise(numbers)]
+    return min(factors) > 1.5 and max(factors) < 1.2 * min(factors)
 
 
 def ranked(found: Sequence[Record], objective: str) -> list[Record]:

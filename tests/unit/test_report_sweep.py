@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dstune import cli
+from dstune.report.best_trial import best_commands
+from dstune.report.curves import title_of
 from dstune.report.effects import positions, shares
 from dstune.report.sweep_page import page, scale, without_outliers
-from dstune.tracking.trials import Record, best_first, ranked, read_record, unbeaten
+from dstune.tracking.trials import Record, best_first, logarithmic_keys, ranked, read_record, read_records, unbeaten
 from tests.support.pages import Page
 from tests.support.runs import HOSTILE, full_run, metrics_rows, write_sweep_directory
 
@@ -241,3 +244,59 @@ def test_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_mistakes(arguments: list[str], reported: str, sweep: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main([str(sweep) if word == "SWEEP" else word for word in arguments]) == 2
     assert reported in capsys.readouterr().err
+
+
+def test_values_that_were_drawn_by_their_logarithm_have_a_logarithmic_axis(tmp_path: Path):
+    runs = [trial(at, 1e-4 * (1 + at), 8 * 2 ** (at % 3), 2.0 + at) for at in range(6)]
+    write_sweep_directory(tmp_path / "sweep", runs)
+    file = tmp_path / "sweep" / "sweep.yaml"
+    content = json.loads(file.read_text())
+    assert "logarithmic" not in Page(page(tmp_path / "sweep")).text
+    for axes, expected in (
+        ({"optimizer.lr": "tag(log,interval(0.0001,0.001))"}, {"optimizer.lr"}),
+        ({"optimizer.lr": "interval(0.0001,0.001)", "method.rank": ["8", "16", "32"]}, {"method.rank"}),
+        ({"method.rank": ["8", "12", "16"], "schedule": ["a", "b", "c"], "data.packing": ["true", "false"]}, set()),
+    ):
+        file.write_text(json.dumps({**content, "axes": axes}))
+        assert logarithmic_keys(tmp_path / "sweep") == expected
+        assert Page(page(tmp_path / "sweep")).text.count("logarithmic") == len(expected)
+
+
+def test_the_best_trial_is_a_command(sweep: Path):
+    file = sweep / "sweep.yaml"
+    given = [
+        "data.train=my rows.jsonl",
+        "method=lora",
+        "optimizer.lr=1e-5,1e-4",
+        "sweep.trials=4",
+        "run.dir=x",
+        "method.rank=8,16",
+    ]
+    file.write_text(json.dumps({"objective": ["loss"], "overrides": given, "config_dirs": ["groups"], "config": {}}))
+    train, export = best_commands(sweep, read_records(sweep), "loss")
+    words = ["--config-dir", "groups", "data.train=my rows.jsonl", "method=lora", "optimizer.lr=0.001", "method.rank=8"]
+    assert shlex.split(train) == ["dstune", "train", *words]
+    assert shlex.split(export) == ["dstune", "export", f"{sweep}/001-lr=0.001,rank=8"]
+    assert train in Page(page(sweep)).text
+    file.write_text("{")
+    assert best_commands(sweep, [], "loss") == []
+
+
+def test_importance_has_whole_numbers(tmp_path: Path):
+    runs = [trial(at, 1e-5 * (1 + at % 3), 8 * (1 + at % 2), 2.0 + at % 3) for at in range(12)]
+    text = Page(page(write_sweep_directory(tmp_path / "sweep", runs))).text
+    assert "optimizer.lr 100 %" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("metric", "title"),
+    [
+        ("eval/entity_f1", "Held-out entity F1"),
+        ("eval/rougeL", "Held-out ROUGE-L"),
+        ("guard/my_own", "My own on data.guard"),
+        ("reward_margin", "Reward margin"),
+        ("lr", "Learning rate"),
+    ],
+)
+def test_metrics_have_plain_names(metric: str, title: str):
+    assert title_of(metric) == title

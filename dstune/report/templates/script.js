@@ -33,7 +33,7 @@
     }
     return low > 0 && wanted - steps[low - 1] <= steps[low] - wanted ? low - 1 : low;
   };
-  const charts = [...document.querySelectorAll(".plot")].map((plot) => {
+  const charts = [...document.querySelectorAll(".plot[data-hover]")].map((plot) => {
     const { span, lines } = JSON.parse(plot.dataset.hover);
     const overlay = element(plot, "div", "overlay");
     const across = (step) => (100 * (step - span[0])) / (span[1] - span[0]);
