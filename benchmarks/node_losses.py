@@ -38,7 +38,7 @@ from cluster.slurm import Slurm  # noqa: E402
 from support.command import exact, metrics, overrides_of_run, result, wait_until  # noqa: E402
 from support.tiny import save_decoder, write_dialogues  # noqa: E402
 
-STEPS = 240
+STEPS = 150
 KINDS = [
     "rank",
     "agent",
@@ -223,10 +223,11 @@ class Campaign:
         self.until(
             lambda: self.starts() > starts and self.status()["training"],
             command,
-            seconds=240,
-            during=dead if kind != LAST else None,
+            during=revived,
         )
         started = time.monotonic() - struck
+        if alone:
+            self.nodes.machines.reconnect(alone)
         if kind == "twice":
             time.sleep(2.0)
             starts = self.starts()
@@ -236,11 +237,11 @@ class Campaign:
             self.until(lambda: self.starts() > starts, command)
         nodes = self.status()["training"]
         if alone:
-            self.until(lambda: last_step(self.run_dir) > step, command)
-            self.nodes.machines.reconnect(alone)
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
         if revived and revived not in self.nodes.machines._first:
             self.nodes.revive(revived)
+        if kind == "node":  # the node that came back has an agent again
+            self.until(lambda: dead in {*self.status()["training"], *self.status()["spare"]}, command)
         self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}
         self.figures.append(figure)
