@@ -56,6 +56,7 @@ def forget_pages(folder: Path) -> None:
 
 def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
     """What each rank does: save a checkpoint, or resume and measure."""
+    import torch
     from support.ranks import start_rank
 
     from dstune.checkpoint.saves import Saves
@@ -69,6 +70,7 @@ def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
     from dstune.zero.engine import Engine
     from dstune.zero.parts import partitioned_loading
     from dstune.zero.precision import DTYPES, resolve
+    from dstune.zero.restore import partitions_of
 
     world = start_rank()
     config = read_run(run_yaml).config
@@ -81,6 +83,10 @@ def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
     facts = {"world_size": world.size, "zero_stage": engine.stage, "weight_parts": 1, "shard_settings": {}}
     arguments = (config, run_yaml.parent, engine, world, facts, print)
     if action == "save":
+        inner = engine._engine.optimizer.optimizer
+        for partition in partitions_of(engine._engine, engine.stage, world.rank):  # as after a step of AdamW
+            moments = {kind: torch.rand_like(partition.key) for kind in ("exp_avg", "exp_avg_sq")}
+            inner.state[partition.key] = {"step": torch.tensor(2.0), **moments}
         saves = Saves(*arguments)
         assert saves.save(TrainState(step=2), now=True), saves.refusal
         return None
