@@ -74,7 +74,7 @@ class Nodes:
 
     def processes(self, node: str) -> list[psutil.Process]:
         """All processes on a machine."""
-        place = _host_names(self.machines._first[node])
+        place = _host_names(self.machines.first_process(node))
         return [process for process in psutil.process_iter() if _host_names(process.pid) == place]
 
     def ranks(self, node: str) -> list[psutil.Process]:
@@ -172,8 +172,9 @@ class Campaign:
             raise
         time.sleep(3.0)
         queue = self.nodes.slurm.call("squeue", "-h").splitlines()
-        for node in {*self.nodes.machines.names} - {*self.nodes.machines._first}:
-            self.nodes.revive(node)
+        for node in self.nodes.machines.names:
+            if not self.nodes.machines.is_up(node):
+                self.nodes.revive(node)
         whole = self.nodes.login.folder / "undisturbed"
         rows, expected = exact(self.run_dir), exact(whole)
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -238,7 +239,7 @@ class Campaign:
         nodes = self.status()["training"]
         if alone:
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
-        if revived and revived not in self.nodes.machines._first:
+        if revived and not self.nodes.machines.is_up(revived):
             self.nodes.revive(revived)
         if kind == "node":  # the node that came back has an agent again
             self.until(lambda: dead in {*self.status()["training"], *self.status()["spare"]}, command)
@@ -277,7 +278,7 @@ class Campaign:
             except (OSError, ValueError):
                 found = False
             # A job needs all its nodes: one whose batch node died is requeued, and waits for this one to come back.
-            if during and time.monotonic() - began > 25 and during not in self.nodes.machines._first:
+            if during and time.monotonic() - began > 25 and not self.nodes.machines.is_up(during):
                 self.nodes.revive(during)
             return found or command.poll() is not None
 

@@ -136,6 +136,14 @@ class Machines:
         os.kill(self._first.pop(name), signal.SIGKILL)
         self._starters.pop(name).wait()
 
+    def is_up(self, name: str) -> bool:
+        """Whether a machine was started, and not killed since."""
+        return name in self._first
+
+    def first_process(self, name: str) -> int:
+        """The number that the first process of a machine has here."""
+        return self._first[name]
+
     def disconnect(self, name: str) -> None:
         """Pull a machine's cable: what runs there goes on, and every connection to it falls silent."""
         _do("ip", "-n", f"{self._prefix}-hub", "link", "set", f"v-{name}", "down")

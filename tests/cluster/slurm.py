@@ -94,7 +94,7 @@ class Slurm:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if "slurmctld" in self._daemons and "head" in self.machines._first:
+        if "slurmctld" in self._daemons and self.machines.is_up("head"):
             self.call("scancel", "--user=root")
             deadline = time.monotonic() + 8
             while self.call("squeue", "-h").strip() and time.monotonic() < deadline:
