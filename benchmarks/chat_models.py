@@ -1,6 +1,6 @@
 """Which forms of conversation the most used chat models train, each with its own chat template.
 
-    python benchmarks/chat_models.py --repositories FOLDER [--markdown FILE] [--only NAME] [--show DIALOGUE]
+    python benchmarks/chat_models.py --repositories FOLDER [--page] [--only NAME] [--show DIALOGUE]
     python benchmarks/chat_models.py --packaged
 
 `chat_models.json` lists the models: the public repository that stores the template, its path, commit and date, and the SHA-256 of
@@ -8,7 +8,8 @@ the text. No text is part of this project. FOLDER holds clones of these reposito
 
     git clone https://github.com/ikawrakow/ik_llama.cpp FOLDER/ikawrakow/ik_llama.cpp
 
-With `--packaged` the templates are dstune's own, which need no clone.
+With `--packaged` the templates are dstune's own, which need no clone. With `--page` the tables of docs/chat-models.md are
+written anew.
 
 Each model is tried with ten dialogues. A cell is one of
 
@@ -533,12 +534,14 @@ def table(chosen: list[Model], show: str | None = None) -> tuple[list[str], list
             counts[name][found.state] += model.of_forty
             text = {"setting": "inline" if "inline" in found.detail else "argument"}.get(found.state, found.state)
             if found.state == "packaged":
-                text = re.search(r"model\.chat_template=(\w+)", found.detail)[1]  # type: ignore[index]
+                named = re.search(r"model\.chat_template=(\w+)", found.detail)
+                assert named is not None
+                text = f"`{named[1]}`"
             if found.state == "-":
                 reason = re.sub(
                     r"^message \d+ \(\w+\): |: the prompt goes on .*?(?=; |$)", "", found.detail, flags=re.S
                 )
-                note = f"{reason}. Servers: {of_servers(model, dialogue)}."
+                note = f"{reason.rstrip('.!')}. Servers: {of_servers(model, dialogue)}."
                 text = f"r{notes.setdefault(note, len(notes) + 1)}"
             if found.state == "WRONG":
                 wrong.append(f"{model.name} x {name}: {found.detail}")
@@ -554,7 +557,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repositories", type=Path, help="the folder of clones")
     parser.add_argument("--packaged", action="store_true", help="dstune's own templates instead")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--page", action="store_true", help="write the tables into docs/chat-models.md")
     parser.add_argument("--only", default="", help="models whose names contain this")
     parser.add_argument("--show", help="print what is trained of this dialogue")
     options = parser.parse_args()
@@ -569,9 +572,51 @@ def main() -> int:
             f"{name}: {of['yes']} as it is, {own} with a setting, {own + of['packaged']} with a packaged template; {dict(of)}"
         )
     print(f"{len(wrong)} wrong", *wrong, sep="\n")
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if options.page and not options.only:
+        blocks = {"packaged" if options.packaged else "models": lines}
+        if not options.packaged:
+            blocks |= {"counts": counts_table(counts), "sources": sources_table()}
+        page = PAGE.read_text(encoding="utf-8")
+        for name, block in blocks.items():
+            page = with_block(page, name, block)
+        PAGE.write_text(page, encoding="utf-8")
     return 1 if wrong else 0
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "chat-models.md"
+
+
+def block_of(page: str, name: str) -> list[str]:
+    """The lines between the marks of a table."""
+    return page.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0].splitlines()
+
+
+def with_block(page: str, name: str, lines: list[str]) -> str:
+    before, found, rest = page.partition(f"<!-- {name} -->\n")
+    assert found, f"{PAGE} has no place for {name}"
+    return before + found + "\n".join(lines) + "\n" + rest[rest.index(f"<!-- /{name} -->") :]
+
+
+def counts_table(counts: dict[str, Counter[str]]) -> list[str]:
+    lines = [
+        "| of the forty | own template | with a setting as well | with a packaged template as well |",
+        "| --- " * 4 + "|",
+    ]
+    for name, of in counts.items():
+        own = of["yes"] + of["setting"]
+        lines.append(f"| {name} | {of['yes']} | {own} | {own + of['packaged']} |")
+    return lines
+
+
+def sources_table() -> list[str]:
+    lines = ["| model | template | date | commit | SHA-256 |", "| --- " * 5 + "|"]
+    for entry in json.loads(LIST.read_text(encoding="utf-8")):
+        for of, which in ((entry, ""), (entry.get("without_tools"), ", without tools")):
+            if of is not None:
+                place = f"{of['repository']}: {of['path']}" + (f" ({of['entry']})" if "entry" in of else "")
+                digests = f"{of['commit'][:10]} | {of['sha256'][:16]}"
+                lines.append(f"| {entry['model']}{which} | {place} | {of['date']} | {digests} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ offsets. What a template does not print is not trained: a row that holds it is r
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +19,7 @@ import numpy as np
 from dstune.chat_templates import packaged_for, template_path
 from dstune.config.architectures import marked_stops
 from dstune.core.errors import Problem, UserError
+from dstune.data.chat.by_code import note_of
 from dstune.data.chat.call_ids import with_call_ids
 from dstune.data.chat.content_format import in_format
 from dstune.data.chat.probe import (
@@ -331,6 +333,16 @@ class ChatRenderer:
             result.append((passage, sorted((place.start, place.end) for place in places if place is not None)))
         return result
 
+    def note_of_code(self, row: Mapping[str, Any]) -> str | None:
+        """What servers that render by code make of a row's conversation, where it may be another text."""
+        return None if self._is_packaged_mistral else note_of(self._template.source(row.get("tools")), row["messages"])
+
+    @property
+    def _is_packaged_mistral(self) -> bool:
+        """Whether the template is one that was compared with mistral-common, and is equal."""
+        own = self._template.source(None)
+        return any(own == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
+
     def trained(self, messages: Messages) -> list[int]:
         """The numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
 
@@ -627,9 +639,11 @@ def _thinks(message: Mapping[str, Any]) -> bool:
 
 
 def _known_marks(template: ChatTemplate) -> tuple[str, str] | None:
-    """The marks of reasoning that a template or its vocabulary has."""
+    """The marks of reasoning that a template, the tokenizer's settings of answers or its vocabulary have."""
     tokens = {token.content for token in template.tokenizer.added_tokens_decoder.values()}
-    return marks_of(template.source(None), tokens)
+    # How transformers reads an answer apart: patterns with the marks in them.
+    schema = json.dumps(getattr(template.tokenizer, "response_schema", None), ensure_ascii=False, default=str)
+    return marks_of(template.source(None), tokens) or marks_of(schema, ())
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -88,6 +88,9 @@ def test_a_model_of_the_hub_has_its_control_tokens_and_number_format(hub, tmp_pa
         assert (caught.value.status, caught.value.code) == (400, "control_token")
     fine = {"messages": [{"role": "user", "content": "<think> <never>"}]}
     assert engine.outgoing("/v1/chat/completions", fine) == fine
+    thought = {"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}
+    (sent,) = engine.outgoing("/v1/chat/completions", {**fine, "messages": [thought]})["messages"]
+    assert sent == {**thought, "reasoning": "Hm."}  # vLLM ignores reasoning_content
 
 
 def test_an_engine_that_parses_text_does_not_start_without_a_tokenizer(hub, tmp_path):

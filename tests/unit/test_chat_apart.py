@@ -153,6 +153,14 @@ def test_a_refusal_of_reasoning_proposes_to_write_it_inline(template, remedy):
     assert remedy in text
 
 
+def test_marks_are_read_from_how_the_tokenizer_takes_an_answer_apart():
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.response_schema = {"x-regex": "(?:<reasoning>(?P<thinking>.*?)</reasoning>)?(?P<content>.*)"}
+    task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline)
+    (sample,) = RowTokenizer(tokenizer, task, "messages", max_length=1000).samples([{"messages": REASONED}], [0])
+    assert "<reasoning>\nHm.\n</reasoning>\n\nYes" in tokenizer.decode(sample.input_ids)
+
+
 @pytest.mark.parametrize("marks", [[], ["<think>"], ["", "</think>"]])
 def test_inline_reasoning_needs_two_marks(marks):
     task = ChatConfig(template_date=DATE, reasoning=Reasoning.inline, reasoning_marks=marks)

@@ -239,6 +239,8 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                 "it is told to stop there"
             )
         exchanges = own.exchanges(entry["row"])
+        if note := renderer.note_of_code(exchanges[0].row):
+            notes.append(note)
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
             continue  # one of them teaches nothing and is left out
         for exchange in exchanges:

@@ -192,8 +192,13 @@ class VllmEngine(Engine):
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
         kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        kept |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
         # vLLM would keep an answer under an id that any client may ask for.
         return kept | ({"store": False} if path == "/v1/responses" else {})
+
+    async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
+        given = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
+        return await super().prompt_ids(model, given)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         most = int(self._given("--max-lora-rank") or self.max_rank)
@@ -228,6 +233,17 @@ class VllmEngine(Engine):
             return ""
         stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         return "bfloat16" if stored == "float32" else stored
+
+
+def _with_reasoning(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with the reasoning of earlier answers under the name that vLLM reads. It ignores `reasoning_content` without a
+    word, and gives its template both."""
+    return [
+        {**message, "reasoning": message["reasoning_content"]}
+        if isinstance(message, dict) and message.get("reasoning_content") and "reasoning" not in message
+        else message
+        for message in messages
+    ]
 
 
 def _rank(folder: Path | None) -> int:
