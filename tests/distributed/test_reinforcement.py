@@ -1,0 +1,126 @@
+"""Reinforcement from the command line: it learns, survives being killed anywhere, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support.command import Commands, exact, metrics, result
+
+from dstune.testing.tiny import save_model
+
+WORDS = [f"w{number}" for number in range(16)]
+REPEATS = '''
+import dstune
+
+@dstune.reward
+class Repeats(dstune.Reward):
+    """Share of the 8 words that are the one that the prompt names."""
+
+    name = "repeats"
+    columns = ("word",)
+
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        return [text.split().count(word) / 8 for text, word in zip(completions, columns["word"])]
+'''
+RUN = [
+    "task=reinforcement",
+    "model.path=model",
+    "data.train=prompts.jsonl",
+    "plugins=[./repeats.py]",
+    "task.rewards=[repeats]",
+    "task.max_new_tokens=8",
+    "task.samples=8",
+    "optimizer.lr=3e-3",
+    "schedule=constant",
+    "trainer.micro_batch_size=8",
+    "trainer.global_batch_size=8",
+    "evaluate.samples=0",
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Commands:
+    folder = tmp_path_factory.mktemp("reinforcement")
+    rows = [{"prompt": WORDS[n % 16], "word": WORDS[n % 16]} for n in range(160)]
+    save_model(folder / "model", rows, decoder=True)
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "repeats.py").write_text(REPEATS)
+    return Commands(folder)
+
+
+def train(workplace: Commands, name: str, *further: str):
+    return workplace.run("train", *RUN, f"run.dir={name}", *further, timeout=900)
+
+
+def rollouts(run: Path) -> dict[str, list[dict]]:
+    return {
+        path.name: [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((run / "rollouts").iterdir())
+    }
+
+
+def test_it_learns_to_say_the_word_that_the_prompt_names(workplace):
+    done = train(workplace, "learns", "optimizer.lr=1e-2", "trainer.max_steps=150", "evaluate.every=75", "run.export=none")
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in metrics(workplace.folder / "learns") if "reward" in row]
+    assert rows[0]["reward"] < 0.15
+    assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.95
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    assert result(workplace.folder / "learns")["metrics"]["reward"] > 0.9, "of one sample of held-out prompts"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_anywhere_it_goes_on_with_the_same_bits(workplace, method):
+    """SIGKILL to the whole run at random times: in a rollout, a reward, an update or a save."""
+    settings = [f"method={method}", "zero=stage2", "launch.processes=2", "trainer.max_steps=12", "evaluate.every=6"]
+    settings += ["checkpoint.every=3", "task.updates=2"]
+    whole, cut = workplace.folder / f"{method}-whole", workplace.folder / f"{method}-cut"
+    done = train(workplace, whole.name, *settings)
+    assert done.returncode == 0, done.stderr
+    chance, kills = random.Random(method), 0
+    for _ in range(20):
+        seen = len(list((cut / "rollouts").glob("*"))) if cut.exists() else 0
+        process = workplace.start("train", *RUN, f"run.dir={cut.name}", *settings)
+        while process.poll() is None and len(list((cut / "rollouts").glob("*"))) <= min(seen, 10):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 1.5))
+        if process.poll() is None and kills < 5:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=300)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, workplace.log
+    assert kills >= 3
+    assert rollouts(cut) == rollouts(whole)
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert (cut / "export" / name).read_bytes() == (whole / "export" / name).read_bytes()
+    assert exact(cut)[-1]["eval/reward"] == exact(whole)[-1]["eval/reward"]
+
+
+def test_what_cannot_be_done_is_refused_with_the_key(workplace):
+    for key, wrong in {
+        "task.rewards": ["task.rewards=[repeat]"],
+        "task.reward_weights": ["task.reward_weights=[1,2]"],
+        "task.kl.coefficient": ["task.kl.coefficient=0.1"],
+        "task.clip_low": ["task.clip_low=0.1"],
+        "data.packing": ["data.packing=true"],
+        "trainer.micro_batch_size": ["trainer.micro_batch_size=auto"],
+        "task.replay": ["task.replay=nowhere"],
+    }.items():
+        done = train(workplace, "refused", "method=full", *wrong)
+        assert done.returncode == 2, (key, done.stdout, done.stderr)
+        assert f"{key}=" in done.stderr, (key, done.stderr)
+
+
+def test_a_reward_that_can_score_nothing_ends_the_run_with_its_reason(workplace):
+    done = train(workplace, "mute", "task.rewards=[number]", "trainer.max_steps=2", "method=full")
+    assert done.returncode == 2, done.stderr
+    assert "'number' could score no completion" in done.stderr
+    assert "answer" in done.stderr
