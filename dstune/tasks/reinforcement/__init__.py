@@ -68,7 +68,8 @@ class Reinforcement(WritingTask):
         from dstune.tasks.reinforcement.encode import PromptEncoder
 
         arguments = self.config.chat_template_kwargs
-        return PromptEncoder(tokenizer, self.config.template_date, fmt, max_length, arguments=arguments)
+        # Not `fmt`: a conversation needs a chat template, a prompt that is a text does not.
+        return PromptEncoder(tokenizer, self.config.template_date, self.formats[0], max_length, arguments=arguments)
 
     def collate(
         self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
