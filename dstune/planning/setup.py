@@ -194,7 +194,8 @@ def setup(
 
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
     """Tokens of the longest row, with its padding."""
-    longest = min(config.data.max_length, row_limit(values) or config.data.max_length)
+    length = config.data.max_length + task_of(config.task).tokens_written_behind_rows
+    longest = min(length, row_limit(values) or length)
     return longest if config.data.packing else -(-longest // PADDING) * PADDING
 
 

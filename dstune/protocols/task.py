@@ -159,6 +159,11 @@ class Task:
         return True
 
     @property
+    def tokens_written_behind_rows(self) -> int:
+        """Tokens that the model writes to a row before it trains on both, at most."""
+        return 0
+
+    @property
     def needs_answer(self) -> bool:
         """Whether a conversation has to have something that the assistant says."""
         return True

@@ -176,3 +176,12 @@ def test_bounds_of_half_precision_leave_room_for_rounding_alone():
     assert not refused(torch.bfloat16, (0.002, 0.03, 0.2))  # as measured
     assert refused(torch.bfloat16, (-0.1, 0.12, 1.0))  # top-p 0.9
     assert refused(torch.bfloat16, (math.nan, math.nan, math.nan))
+
+
+def test_the_plan_counts_prompt_and_completion(tmp_path):
+    from dstune.config.compose import compose
+    from dstune.planning.setup import _row_length
+
+    settings = ["task=reinforcement", "task.rewards=[brevity]", "data.train=x.jsonl", "data.max_length=64"]
+    config = compose([*settings, "task.max_new_tokens=100"]).config
+    assert _row_length(config, {}) == 168  # 164, rounded up to a multiple of 8

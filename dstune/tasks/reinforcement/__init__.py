@@ -49,6 +49,10 @@ class Reinforcement(WritingTask):
     metrics = ("reward",)
 
     @property
+    def tokens_written_behind_rows(self) -> int:
+        return self.config.max_new_tokens
+
+    @property
     def needs_answer(self) -> bool:
         return False
 
