@@ -54,6 +54,7 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             state,
             template,
             {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+            str(getattr(tokenizer, "response_schema", None)),  # may name the marks of reasoning
         ],
         "task": task.row_key(),
         "prompt_template": config.model.prompt_template,

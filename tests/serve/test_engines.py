@@ -58,6 +58,27 @@ def test_the_command_line_of_vllm(tmp_path):
     assert "--api-key" not in words
 
 
+@pytest.mark.parametrize(
+    ("template", "arguments", "expected"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [], "string"),
+        ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}", [], "openai"),
+        ("{{ messages[0].content }}", ["--chat-template-content-format=openai"], None),
+    ],
+)
+def test_vllm_is_told_whether_the_template_reads_lists(tmp_path, template, arguments, expected):
+    """Its versions judge loops in macros differently, and a list that no template reads is printed as Python writes it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "vllm").write_text("")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    source = stub_source("base", prompted_as=tmp_path)
+    python = str(tmp_path / "bin" / "python")
+    engine = VllmEngine(source, "base", tmp_path, tmp_path, Limits(), python=python, arguments=arguments)
+    words = engine.command(tmp_path).argv
+    flag = "--chat-template-content-format"
+    assert (words[words.index(flag) + 1] if flag in words else None) == expected
+
+
 def test_the_ranks_that_vllm_takes_are_those_of_its_command_line(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 32}))
     asked: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in, read_object
+from dstune.data.chat.content_format import reads_parts
 from dstune.data.template_date import freeze_date
 from dstune.serve.engines.base import (
     HEALTH_SECONDS,
@@ -66,6 +67,8 @@ OVERRIDES = frozenset(
     | {"--generation-config", "--override-generation-config", "--hf-overrides", "--hf-config-path"}
 )
 """Arguments that put settings in the place of the export's."""
+
+CONTENT_FORMAT = "--chat-template-content-format"
 
 LEAST_RANK = 16
 _KEPT_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -137,6 +140,8 @@ class VllmEngine(Engine):
             file = folder / "chat_template.jinja"
             file.write_text(freeze_date(template, source.template_date), encoding="utf-8")
             own += ["--chat-template", str(file)]
+            if not self._given(CONTENT_FORMAT):  # vLLM's versions judge macros differently
+                own += [CONTENT_FORMAT, "openai" if reads_parts(template) else "string"]
         if self.number_format:
             own += ["--dtype", self.number_format]
         if self.max_rank:
