@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,58 @@ def check_overrides(overrides: Sequence[Any]) -> None:
             problems.append(Problem("overrides", "this is a flag", fix, word))
     if problems:
         raise UserError(problems)
+
+
+def words_of(overrides: Sequence[Any]) -> tuple[str, ...]:
+    """The overrides as texts: mappings and configuration files as what they stand for, where no text repeats it.
+
+    Raises:
+        UserError: a mapping or a file that is no configuration.
+    """
+    if all(isinstance(word, str) and not word.endswith((".yaml", ".yml")) for word in overrides):
+        return tuple(overrides)
+    from dstune.config.overrides import key_of
+    from dstune.config.plain_file import overrides_of, read_overrides
+    from dstune.core.arguments import is_configuration_file
+
+    texts = [word for word in overrides if not isinstance(word, Mapping) and not _is_file(word, is_configuration_file)]
+    repeated = {key_of(word) for word in texts if isinstance(word, str)}
+    given: dict[str, str] = {}
+    for word in overrides:
+        if isinstance(word, Mapping):
+            given |= {key_of(text): text for text in overrides_of(word, "overrides")}
+        elif _is_file(word, is_configuration_file):
+            given |= {key_of(text): text for text, _ in read_overrides(Path(word))}
+    return (*(text for key, text in given.items() if key not in repeated), *texts)
+
+
+def _is_file(word: Any, is_configuration_file: Callable[[str], bool]) -> bool:
+    return isinstance(word, str) and is_configuration_file(word)
+
+
+def refuse_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError for keyword arguments that are settings: each with the override that it means."""
+    if not settings:
+        return
+    from dstune.config.convert import format_value
+    from dstune.config.habits import answer
+    from dstune.config.names import all_keys, sections, suggest_key
+    from dstune.config.plain_file import literal
+
+    problems = []
+    for name, value in settings.items():
+        text = format_value(value)
+        if words := answer(name, text):
+            fix = words
+        elif name in sections():
+            fix = f"dstune.train({{{name!r}: {value!r}}})"
+        elif key := suggest_key(name, all_keys()):
+            fix = f'dstune.train("{key}={literal(value)}")'
+        else:
+            fix = "help(dstune.train) lists the arguments, `dstune train --help` the keys"
+        reason = "settings are overrides: texts or a mapping in front of the other arguments"
+        problems.append(Problem(name, reason, fix, text))
+    raise UserError(problems)
 
 
 def refuse_lone(**lists: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dstune.api import cell
 from dstune.api import rows as memory
-from dstune.api.launching import WriteRows, check_overrides, refuse_lone, run_to_end
+from dstune.api.launching import WriteRows, check_overrides, refuse_lone, refuse_settings, run_to_end, words_of
 from dstune.api.run import Run
 from dstune.core.errors import Problem, UserError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    *overrides: str,
+    *overrides: str | Mapping[str, Any],
     train: Rows | str | os.PathLike[str] | None = None,
     validation: Rows | str | os.PathLike[str] | None = None,
     test: Rows | str | os.PathLike[str] | None = None,
@@ -27,6 +28,7 @@ def train(
     config_dirs: Sequence[str | os.PathLike[str]] = (),
     launch: str | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Run:
     """Train a model and return its run. Blocks until the run has ended, and shows its progress.
 
@@ -36,17 +38,21 @@ def train(
     this process is a rank, and every rank calls this function with the same arguments.
 
     Args:
-        overrides: `"KEY=VALUE"` or `"GROUP=CHOICE"`: `"experiment=sentiment"`, `"trainer.epochs=2"`, `"method=lora"`.
+        overrides: `"KEY=VALUE"` or `"GROUP=CHOICE"`: `"experiment=sentiment"`, `"trainer.epochs=2"`, `"method=lora"`; a mapping of
+            choices and sections, `{"method": "lora", "optimizer": {"lr": 1e-4}}`; or the name of a configuration file, `"my.yaml"`.
+            Texts win over mappings and files.
         train: rows to train on: a list of mappings, a `datasets.Dataset`, a `pandas.DataFrame` or a DataFrame of Spark, written
             into the run directory; or files or a table, as in `data.train`.
         validation: held-out rows, likewise.
         test: rows that are measured once at the end, likewise.
-        callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. It has
-            to be in a file or an installed package: what a notebook cell defines cannot reach the ranks.
+        callbacks: `"my_module:Printer"`, `"./printer.py:Printer"` or the class itself, registered with `@dstune.callback`. A class
+            of a notebook cell or a script travels to the ranks as a file with its source, so it may use modules, what it imports
+            and plain constants, and nothing else of the cell.
         plugins: files and modules that register tasks, methods, metrics, ..., as the key `plugins`.
         config_dirs: folders with groups of your own, as `--config-dir`.
         launch: where the ranks run, as the group `launch`: `"local"`, `"spark"` (the active session), ...
         progress: whether to show what happens; without it everything is in the run directory only.
+        settings: none; `epochs=3` is refused with the key that it means.
 
     Returns:
         The run: `run.metrics`, `run.result`, `run.report()`, `run.predict(rows)`, `run.generate(prompt)`,
@@ -66,17 +72,19 @@ def train(
     from dstune.config.flags import Flags
     from dstune.launch.train import Command
 
-    check_overrides(overrides)
+    refuse_settings(settings)
+    words = words_of(overrides)
+    check_overrides(words)
     refuse_lone(callbacks=callbacks, plugins=plugins, config_dirs=config_dirs)
-    overrides = (*overrides, *(() if launch is None else (f"launch={launch}",)))
+    words = (*words, *(() if launch is None else (f"launch={launch}",)))
     splits = {
         name: rows for name, rows in (("train", train), ("validation", validation), ("test", test)) if rows is not None
     }
     folders = [os.fspath(folder) for folder in config_dirs]
 
     def command() -> tuple[Command, WriteRows | None]:
-        words, write = _with_rows(_with_plugins(overrides, callbacks, plugins), folders, splits)
-        return Command(None, Flags(words, folders), json=False), write
+        composed, write = _with_rows(_with_plugins(words, callbacks, plugins), folders, splits)
+        return Command(None, Flags(composed, folders), json=False), write
 
     return Run(run_to_end(command, progress))
 
@@ -113,11 +121,7 @@ def _importable(callback: Any) -> str:
         fix = "pass the class, or its MODULE:CLASS; arguments go into trainer.callbacks=[{NAME: {ARGUMENT: VALUE}}]"
         raise UserError(Problem("callbacks", "expected a class or its name", fix, repr(callback)[:80]))
     if callback.__module__ == "__main__":
-        reason = "it is defined in a notebook cell or the program itself, which the ranks do not have: they are other processes"
-        fix = (
-            f"write it into a file (%%writefile my_callback.py), and pass callbacks=['my_callback:{callback.__name__}']"
-        )
-        raise UserError(Problem("callbacks", reason, fix, callback.__name__))
+        return f"{cell.file_of(callback)}:{callback.__name__}"
     return f"{callback.__module__}:{callback.__name__}"
 
 

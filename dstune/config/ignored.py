@@ -37,6 +37,12 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
         unused["sweep.min_steps"] = ("sweep.pruner is none", "sweep.pruner=asha")
     if sweep.pruner not in (Pruner.asha, Pruner.hyperband):
         unused["sweep.reduction_factor"] = (f"sweep.pruner is {sweep.pruner.name}", "sweep.pruner=asha")
+    if sweep.pruner is Pruner.median and sweep.sampler is not Sampler.grid and sweep.trials <= sweep.startup_trials:
+        reason = f"the first sweep.startup_trials={sweep.startup_trials} trials are never ended early, and there are {sweep.trials}"
+        unused["sweep.pruner"] = (reason, f"sweep.startup_trials={max(1, sweep.trials // 3)}")
+    elif sweep.pruner is Pruner.asha and sweep.sampler is not Sampler.grid and sweep.trials < sweep.reduction_factor:
+        reason = f"it ends trials once sweep.reduction_factor={sweep.reduction_factor} are as far, and there are {sweep.trials}"
+        unused["sweep.pruner"] = (reason, f"sweep.trials={4 * sweep.reduction_factor}")
     if sweep.sampler is Sampler.grid:
         unused["sweep.trials"] = ("sweep.sampler=grid tries every combination", "sweep.sampler=tpe")
     if sweep.storage is None:

@@ -62,7 +62,15 @@ def read_overrides(file: Path) -> list[tuple[str, str]]:
         UserError: the file cannot be read, is no mapping, is too large, or has what no override can say.
     """
     content, lines = _read(file)
-    reader = _Reader(file, lines)
+    return _sorted(_Reader(str(file), lines), content)
+
+
+def overrides_of(content: Mapping[str, Any], where: str) -> list[str]:
+    """The overrides that a mapping like the content of such a file stands for. Raises UserError."""
+    return [text for text, _ in _sorted(_Reader(where, {}), content)]
+
+
+def _sorted(reader: _Reader, content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = list(reader.overrides(content))
     if reader.problems:
         raise UserError(reader.problems)
@@ -96,7 +104,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
 class _Reader:
     """Turns the content of one file into overrides."""
 
-    def __init__(self, file: Path, lines: Mapping[tuple[str, ...], int]):
+    def __init__(self, file: str, lines: Mapping[tuple[str, ...], int]):
         self._file = file
         self._lines = lines
         self._groups = packaged_choices().keys() | set(CHOICES)
@@ -168,7 +176,7 @@ class _Reader:
 
     def _place(self, path: tuple[str, ...]) -> str:
         line = self._lines.get(path)
-        return f"{self._file}:{line}" if line else str(self._file)
+        return f"{self._file}:{line}" if line else self._file
 
     def _refuse(self, path: tuple[str, ...], reason: str, fix: str, value: str) -> None:
         self.problems.append(Problem(f"{self._place(path)}: {'.'.join(path)}", reason, fix, value))

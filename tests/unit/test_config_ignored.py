@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dstune.config.compose import compose
-from dstune.config.ignored import ignored_settings
+from dstune.config.ignored import ignored_in_sweep, ignored_settings
 from dstune.config.run_overrides import apply_overrides
 
 CHAT = ["data=chitchat"]
@@ -63,3 +63,20 @@ def test_settings_that_count_are_not_reported_as_ignored(overrides: list[str]):
 def test_only_this_command_is_judged():
     run = compose([*CHAT, "trainer.max_steps=3", "trainer.epochs=2"]).config
     assert ignored_settings(apply_overrides(run, ["trainer.max_steps=4"]), ["trainer.max_steps=4"]) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        (["sweep.pruner=median", "sweep.trials=4"], "sweep.startup_trials=1"),
+        (["sweep.pruner=median", "sweep.trials=9"], None),
+        (["sweep.pruner=median", "sweep.trials=4", "sweep.startup_trials=2"], None),
+        (["sweep.pruner=asha", "sweep.trials=2"], "sweep.trials=12"),
+        (["sweep.pruner=asha", "sweep.trials=4"], None),
+        (["sweep.trials=4"], None),
+    ],
+)
+def test_a_pruner_that_can_end_no_trial_is_warned_about(given: list[str], fix: str | None):
+    words = [*CHAT, "sweep=optuna", "evaluate.every=10", *given]
+    found = {problem.where: problem.fix for problem in ignored_in_sweep(compose(words).config, words)}
+    assert found.get("sweep.pruner") == fix

@@ -1,0 +1,120 @@
+"""A callback that a notebook cell or a script defines, as a file that travels to the ranks with its source."""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import builtins
+import hashlib
+import inspect
+import re
+import shutil
+import sys
+import tempfile
+import textwrap
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+
+PLAIN = (str, bytes, int, float, bool, type(None))
+LONGEST_CONSTANT = 10_000
+
+
+def file_of(callback: type) -> Path:
+    """Write the source of a class of `__main__`, with what it uses of it, into a plugin file of its own, and return its path.
+
+    The name of the file follows from its content, so the same source is the same plugin when a run continues.
+
+    Raises:
+        UserError: the source cannot be read, or it uses what only this process has.
+    """
+    from dstune.protocols import CALLBACKS
+
+    text = source_of(callback)
+    # The plugin takes its name; nothing but this function can use what `__main__` registered.
+    for name, cls in [*CALLBACKS.classes().items()]:
+        if cls.__module__ == "__main__" and cls.__qualname__ == callback.__qualname__:
+            CALLBACKS.remove(name)
+    stem = f"{_snake(callback.__name__)}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    file = _folder() / f"{stem}.py"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def source_of(callback: type) -> str:
+    """The text of such a file. Raises UserError."""
+    name = callback.__name__
+    fix = f"write it into a file (%%writefile my_callback.py), and pass callbacks=['./my_callback.py:{name}']"
+    try:
+        source = textwrap.dedent(inspect.getsource(callback))
+        tree = ast.parse(source)
+    except (OSError, TypeError, SyntaxError):
+        raise UserError(Problem("callbacks", "the source of this class cannot be read", fix, name)) from None
+    namespace = vars(sys.modules["__main__"])
+    lines = []
+    missing = []
+    for used in sorted(_free_names(tree) - {name, "dstune"}):
+        if used in namespace:
+            if (line := _definition(used, namespace[used])) is not None:
+                lines.append(line)
+                continue
+        elif hasattr(builtins, used):
+            continue
+        missing.append(used)
+    if missing:
+        reason = f"it uses {', '.join(missing)} of this process, which the ranks do not have: they are other processes"
+        raise UserError(Problem("callbacks", reason, f"define that inside of the class, or {fix}", name))
+    definition = tree.body[0]
+    if isinstance(definition, ast.ClassDef) and not definition.decorator_list:
+        source = f"@dstune.callback\n{source}"
+    return "\n".join(['"""A callback of a notebook or a script."""', "", "import dstune", *lines, "", "", source])
+
+
+def _free_names(tree: ast.Module) -> set[str]:
+    """Names that the code reads and does not define anywhere itself."""
+    read: set[str] = set()
+    defined: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (read if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            defined |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            defined.add(node.name)
+    return read - defined
+
+
+def _definition(name: str, value: Any) -> str | None:
+    """A line that gives `name` its value in another process; None where there is none."""
+    if isinstance(value, ModuleType):
+        return f"import {value.__name__} as {name}" if value.__name__ != "__main__" else None
+    if isinstance(value, PLAIN):
+        text = repr(value)
+        return f"{name} = {text}" if len(text) <= LONGEST_CONSTANT and text not in ("nan", "inf", "-inf") else None
+    module, own = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    if (
+        module in (None, "__main__")
+        or not own.isidentifier()
+        or getattr(sys.modules.get(module), own, None) is not value
+    ):
+        return None
+    return f"from {module} import {own} as {name}"
+
+
+@cache
+def _folder() -> Path:
+    """A folder of this process alone; the run directory has its own copy of each plugin."""
+    folder = tempfile.mkdtemp(prefix="dstune-callbacks-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
