@@ -47,7 +47,7 @@ def set_address(env: RankEnv, variables: MutableMapping[str, str]) -> None:
             Problem(
                 "MASTER_ADDR",
                 reason=f"ranks on several nodes need an address to meet at, {env.source} gives none, and mpi4py is missing",
-                fix="pip install 'dstune[mpi]', or export MASTER_ADDR (host of rank 0) and MASTER_PORT to all ranks, for "
+                fix="pip install '.[mpi]' in a clone of dstune, or export MASTER_ADDR (host of rank 0) and MASTER_PORT, for "
                 "example mpirun -x MASTER_ADDR",
             )
         )

@@ -136,7 +136,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="with --shots and a run: the model to ask; its own base model when not given",
     )
     parser.add_argument(
-        "--harness", metavar="TASK[,TASK...]", help="tasks of lm-evaluation-harness instead (needs dstune[harness])"
+        "--harness", metavar="TASK[,TASK...]", help="tasks of lm-evaluation-harness instead (needs the extra `harness`)"
     )
     parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with harness tasks of your own")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")

@@ -19,7 +19,7 @@ from dstune.core.parsing import object_in
 def require() -> None:
     """Raises UserError where lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        fix = "pip install 'dstune[harness]'"
+        fix = "pip install '.[harness]' in a clone of dstune"
         raise UserError(Problem("--harness", "the package lm-eval is not installed", fix))
 
 

@@ -48,7 +48,7 @@ def _suffixes() -> Any:
         import tldextract
     except ImportError:
         reason = "the package tldextract is not installed"
-        raise UserError(Problem("unknown_links", reason, "pip install 'dstune[guard]'")) from None
+        raise UserError(Problem("unknown_links", reason, "pip install '.[guard]' in a clone of dstune")) from None
     return tldextract.TLDExtract(suffix_list_urls=(), cache_dir=None, include_psl_private_domains=True)
 
 

@@ -63,7 +63,9 @@ def client_for(name: str, config: RunConfig | None) -> Any:
     Raises UserError where there is none.
     """
     if find_spec("mlflow") is None:
-        raise UserError(Problem(KEY, "the package mlflow is not installed", "pip install 'dstune[mlflow]'", name))
+        raise UserError(
+            Problem(KEY, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune", name)
+        )
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     ask_no_metadata_service()
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"

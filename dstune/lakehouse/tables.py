@@ -17,7 +17,7 @@ from dstune.core.network import METADATA_VARIABLE, ask_no_metadata_service
 from dstune.lakehouse.address import Address
 from dstune.lakehouse.inside import is_elsewhere, outside, path_inside, refuse_outside
 
-LIBRARY = "pip install 'dstune[delta]'"
+LIBRARY = "pip install '.[delta]' in a clone of dstune"
 _S3 = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE")
 _AZURE = (
     "AZURE_STORAGE_ACCOUNT_KEY",

@@ -22,4 +22,4 @@ def require_modules(extra: str, modules: tuple[str, ...]) -> None:
     """Raises UserError that names what of an extra is missing."""
     if absent := _absent(modules):
         reason = f"needs the extra `{extra}`; {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing"
-        raise UserError(Problem("dstune serve", reason, f"pip install 'dstune[{extra}]'"))
+        raise UserError(Problem("dstune serve", reason, f"pip install '.[{extra}]' in a clone of dstune"))

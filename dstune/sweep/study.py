@@ -262,7 +262,7 @@ def _imported() -> Any:
         import optuna
     except ImportError:
         raise UserError(
-            Problem("sweep", "needs the package optuna", "pip install 'dstune[optuna]'", "optuna")
+            Problem("sweep", "needs the package optuna", "pip install '.[optuna]' in a clone of dstune", "optuna")
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna

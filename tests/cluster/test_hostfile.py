@@ -81,7 +81,7 @@ def test_two_hosts_equal_one_and_a_signal_saves(login, hosts, undisturbed):
 
 @needs("mpirun", "openmpi-bin")
 def test_two_hosts_through_mpirun(login, hosts, undisturbed):
-    pytest.importorskip("mpi4py", reason="not installed (pip install 'dstune[mpi]')")
+    pytest.importorskip("mpi4py", reason="not installed (pip install '.[mpi]' in a clone of dstune)")
     done = login.run("train", *overrides("mpi", "launch=openmpi", hosts, "launch.interface=eth0"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert first_difference(exact(login.folder / "mpi"), undisturbed) == ""
@@ -91,7 +91,7 @@ def test_two_hosts_through_mpirun(login, hosts, undisturbed):
 @pytest.mark.slow
 @needs("mpirun", "openmpi-bin")
 def test_mpirun_starts_again_after_a_rank_is_killed(login, hosts, undisturbed):
-    pytest.importorskip("mpi4py", reason="not installed (pip install 'dstune[mpi]')")
+    pytest.importorskip("mpi4py", reason="not installed (pip install '.[mpi]' in a clone of dstune)")
     run_dir = login.folder / "mpi-again"
     launch = ["launch=openmpi", hosts, "launch.interface=eth0", "launch.restarts=2"]
     command = login.start("train", *overrides(run_dir.name, *launch))
@@ -257,7 +257,7 @@ def test_an_mpi_of_another_kind_is_refused(login: Login, tmp_path):
 @needs("mpirun", "openmpi-bin")
 def test_a_plain_mpirun_over_hosts_and_a_folder_that_they_do_not_share(login, hosts, machines, undisturbed):
     """Ranks of two hosts meet through mpi4py; a run directory of each node's own is refused by its name."""
-    pytest.importorskip("mpi4py", reason="not installed (pip install 'dstune[mpi]')")
+    pytest.importorskip("mpi4py", reason="not installed (pip install '.[mpi]' in a clone of dstune)")
     names = ("PATH", "PYTHONPATH", "DSTUNE_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
     exported = [word for name in names for word in ("-x", name)]
     root = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]

@@ -92,7 +92,7 @@ def test_planted_values_are_seen_nowhere(launcher: str, login: Login, request: p
     if (program := PROGRAM.get(launcher)) and shutil.which(program) is None:
         pytest.skip(f"not installed: {program}")
     if launcher == "openmpi":
-        pytest.importorskip("mpi4py", reason="not installed (pip install 'dstune[mpi]')")
+        pytest.importorskip("mpi4py", reason="not installed (pip install '.[mpi]' in a clone of dstune)")
     if launcher == "slurm":
         request.getfixturevalue("on_slurm")
     (login.folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")

@@ -13,9 +13,9 @@ import pytest
 from support.command import Commands
 from support.tiny import save_decoder, write_dialogues
 
-pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow-server]'")
-pytest.importorskip("alembic", reason="pip install 'dstune[mlflow-server]'")
-pytest.importorskip("flask", reason="pip install 'dstune[mlflow-server]'")
+pytest.importorskip("mlflow", reason="pip install '.[mlflow-server]' in a clone of dstune")
+pytest.importorskip("alembic", reason="pip install '.[mlflow-server]' in a clone of dstune")
+pytest.importorskip("flask", reason="pip install '.[mlflow-server]' in a clone of dstune")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 

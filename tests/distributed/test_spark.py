@@ -24,7 +24,7 @@ from dstune.core.errors import UserError
 from dstune.core.rank_env import from_environment
 from dstune.core.rendezvous import free_port
 
-pyspark = pytest.importorskip("pyspark", reason="pip install 'dstune[spark]'")
+pyspark = pytest.importorskip("pyspark", reason="pip install '.[spark]' in a clone of dstune")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SECRET = "planted-secret-7b1e"
 

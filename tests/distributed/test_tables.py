@@ -9,7 +9,7 @@ import pytest
 from support.command import Commands, exact
 from support.tiny import save_encoder, write_labelled
 
-deltalake = pytest.importorskip("deltalake", reason="pip install 'dstune[delta]'")
+deltalake = pytest.importorskip("deltalake", reason="pip install '.[delta]' in a clone of dstune")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 

@@ -14,8 +14,8 @@ import pytest
 from support.command import Commands, metrics, ranks_of, result, wait_until
 from support.tiny import save_decoder, write_dialogues
 
-pytest.importorskip("tensorboard", reason="pip install 'dstune[tensorboard]'")
-pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+pytest.importorskip("tensorboard", reason="pip install '.[tensorboard]' in a clone of dstune")
+pytest.importorskip("mlflow", reason="pip install '.[mlflow]' in a clone of dstune")
 
 STEPS = 40
 SINK_IS_OFF = re.compile(r"warning: .*(is off for the rest of this run|tracked offline)")

@@ -20,7 +20,7 @@ from support.delta_tables import mapped_table, table_with_deletions
 from dstune.core.errors import UserError
 from dstune.data import sources
 
-deltalake = pytest.importorskip("deltalake", reason="pip install 'dstune[delta]'")
+deltalake = pytest.importorskip("deltalake", reason="pip install '.[delta]' in a clone of dstune")
 pytestmark = pytest.mark.slow
 
 SEEN: list[str] = []

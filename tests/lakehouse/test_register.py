@@ -211,7 +211,7 @@ class TinyForTokenClassification(Classifier):
 
 
 def predicted(model):
-    pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+    pytest.importorskip("mlflow", reason="pip install '.[mlflow]' in a clone of dstune")
     from dstune.lakehouse.registered_model import ExportedModel
 
     served = ExportedModel()
@@ -230,7 +230,7 @@ def test_a_registered_model_answers_as_its_task_does():
 
 
 def test_a_head_is_built_from_the_record_whatever_the_task_is_called(tmp_path):
-    pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+    pytest.importorskip("mlflow", reason="pip install '.[mlflow]' in a clone of dstune")
     import peft
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

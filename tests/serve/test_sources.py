@@ -82,7 +82,7 @@ def test_a_port_that_is_taken_is_refused_before_models_are_loaded(tmp_path, monk
 
 def test_without_the_extra_the_verb_names_it(tmp_path, monkeypatch):
     monkeypatch.setattr("dstune.serve.extra.MODULES", ("no_such_module",))
-    assert "pip install 'dstune[serve]'" in refusal("m", "--state", str(tmp_path / "s"))
+    assert "pip install '.[serve]' in a clone of dstune" in refusal("m", "--state", str(tmp_path / "s"))
 
 
 def test_settings_in_the_words_of_keys():

@@ -260,7 +260,7 @@ def test_what_is_missing_is_named(module, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == module else object())
     (problem,) = extras.missing(CleanConfig(**settings))
     (key,) = settings
-    assert (problem.where, problem.fix) == (f"data.clean.{key}", "pip install 'dstune[clean]'")
+    assert (problem.where, problem.fix) == (f"data.clean.{key}", "pip install '.[clean]' in a clone of dstune")
     with pytest.raises(UserError, match=f"data.clean.{key}: the package .* is not installed"):
         Cleaned(tmp_path, byte_tokenizer(), TEXT, **settings)
     for cached in (extras.require, *_cached()):

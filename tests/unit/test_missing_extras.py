@@ -41,15 +41,18 @@ def test_what_is_installed_is_computed_and_the_rest_is_named_once(monkeypatch, c
         assert metrics.generation_metrics(ROWS) == {"generated": 1.0}
     warned = [record.message for record in caplog.records]
     assert warned == [
-        "ROUGE of generated targets are not computed: pip install 'dstune[generation]' brings rouge-score",
-        "BLEU, chrF and TER of generated targets are not computed: pip install 'dstune[generation]' brings sacrebleu",
-        "ROUGE of generated targets are not computed: pip install 'dstune[generation]' brings rouge-score",
+        "ROUGE of generated targets are not computed: rouge-score is missing (pip install '.[generation]' in a clone of dstune)",
+        (
+            "BLEU, chrF and TER of generated targets are not computed: sacrebleu is missing"
+            " (pip install '.[generation]' in a clone of dstune)"
+        ),
+        "ROUGE of generated targets are not computed: rouge-score is missing (pip install '.[generation]' in a clone of dstune)",
     ]
 
 
 def test_a_metric_that_decides_the_run_needs_its_package(monkeypatch):
     without(monkeypatch, "sacrebleu")
-    fix = "pip install 'dstune[generation]', or another metric"
+    fix = "pip install '.[generation]' in a clone of dstune, or another metric"
     assert problems("trainer.early_stopping.metric=chrf") == [("trainer.early_stopping.metric", fix)]
     assert problems("sweep.objective=[bleu]") == [("sweep.objective", fix)]
     assert problems("trainer.early_stopping.metric=rougeL") == []

@@ -11,7 +11,7 @@ from dstune.config.compose import compose
 from dstune.core.errors import UserError
 from dstune.protocols import method_of
 
-pytest.importorskip("bitsandbytes", reason="pip install 'dstune[qlora]'")
+pytest.importorskip("bitsandbytes", reason="pip install '.[qlora]' in a clone of dstune")
 
 
 @pytest.mark.parametrize("tied", [True, False])

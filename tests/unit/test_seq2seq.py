@@ -265,6 +265,6 @@ def test_a_package_that_cannot_be_had_is_named_with_what_to_do(tmp_path, monkeyp
 def test_scores_of_generated_targets_need_an_extra(monkeypatch):
     monkeypatch.setattr("dstune.tasks.seq2seq.find_spec", lambda name: None)
     (bleu, rouge) = first_rows.task_problems(run_config(task=TASK))
-    assert "dstune[generation]" in bleu.fix and "sacrebleu" in bleu.reason and "rouge-score" in rouge.reason
+    assert "[generation]" in bleu.fix and "sacrebleu" in bleu.reason and "rouge-score" in rouge.reason
     assert not list(first_rows.task_problems(run_config(task=TASK, evaluate=EvaluateConfig(generate_rows=0))))
     assert not list(first_rows.task_problems(run_config()))

@@ -15,8 +15,8 @@ from dstune.tracking.log import RunLog
 from dstune.tracking.trackers import mlflow as mlflow_tracker
 from dstune.tracking.trackers import tensorboard as tensorboard_tracker
 
-pytest.importorskip("tensorboard", reason="pip install 'dstune[tensorboard]'")
-pytest.importorskip("mlflow", reason="pip install 'dstune[mlflow]'")
+pytest.importorskip("tensorboard", reason="pip install '.[tensorboard]' in a clone of dstune")
+pytest.importorskip("mlflow", reason="pip install '.[mlflow]' in a clone of dstune")
 
 
 def configuration(store: Path | None = None) -> schema.RunConfig:
@@ -202,8 +202,8 @@ def test_a_package_that_is_not_installed_is_reported_before_the_ranks_start(monk
     with pytest.raises(UserError) as caught:
         resolve_run(config)
     report = {problem.where: problem.fix for problem in caught.value.problems}
-    assert report["tracking.tensorboard"] == "pip install 'dstune[tensorboard]'"
-    assert report["tracking.mlflow.uri"] == "pip install 'dstune[mlflow]'"
+    assert report["tracking.tensorboard"] == "pip install '.[tensorboard]' in a clone of dstune"
+    assert report["tracking.mlflow.uri"] == "pip install '.[mlflow]' in a clone of dstune"
     assert "model.path" in report, "all problems are told together"
 
 

@@ -97,4 +97,4 @@ def test_a_package_that_is_not_there_is_named_before_the_start(monkeypatch):
     monkeypatch.setattr("dstune.tracking.trackers.trackio.find_spec", lambda name: None)
     tracking = compose(["data=chitchat", "tracking.trackio=true"]).config.tracking
     (problem,) = Trackio.missing(tracking)
-    assert (problem.where, problem.fix) == ("tracking.trackio", "pip install trackio")
+    assert (problem.where, problem.fix) == ("tracking.trackio", "pip install '.[trackio]' in a clone of dstune")

@@ -56,7 +56,7 @@ def require(module: str, key: str) -> Any:
 
 def _problem(module: str, key: str, value: str) -> Problem:
     name = next(packages[module] for packages in PACKAGES.values() if module in packages)
-    return Problem(key, f"the package {name} is not installed", "pip install 'dstune[clean]'", value)
+    return Problem(key, f"the package {name} is not installed", "pip install '.[clean]' in a clone of dstune", value)
 
 
 def _version(package: str) -> str:

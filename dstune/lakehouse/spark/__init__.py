@@ -14,7 +14,7 @@ from dstune.lakehouse.spark.config import SparkConfig
 from dstune.protocols import Launcher, launcher
 from dstune.protocols.launcher import FAIL, PASS, SKIP, Check, LaunchRequest
 
-EXTRA = "pip install 'dstune[spark]' (and a Java runtime, 17 or 21)"
+EXTRA = "pip install '.[spark]' in a clone of dstune (and a Java runtime, 17 or 21)"
 
 
 @launcher

@@ -74,7 +74,7 @@ def mpirun_path(mpirun: str) -> str:
     library = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
     if library.returncode != 0:
         last = library.stderr.strip().splitlines()[-1] if library.stderr.strip() else "no reason given"
-        fix = "pip install 'dstune[mpi]', with the MPI that mpirun is of"
+        fix = "pip install '.[mpi]' in a clone of dstune, with the MPI that mpirun is of"
         raise UserError(Problem("launch=openmpi", f"mpi4py cannot be used here: {last}", fix))
     if "Open MPI" not in library.stdout:
         first = library.stdout.strip().splitlines()[0]

@@ -72,7 +72,9 @@ class Qlora(Lora):
 
     def missing(self) -> Iterator[Problem]:
         if importlib.util.find_spec("bitsandbytes") is None:
-            yield Problem("method", "needs the package bitsandbytes", "pip install 'dstune[qlora]'", "qlora")
+            yield Problem(
+                "method", "needs the package bitsandbytes", "pip install '.[qlora]' in a clone of dstune", "qlora"
+            )
 
     def load_options(self, run: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
         from dstune.methods.qlora.quantize import quantization

@@ -111,7 +111,9 @@ class Seq2Seq(LanguageTask):
             for key, metrics in deciding.items() if find_spec(module) is None else ():
                 if missing := [name for name in metrics if name in names]:
                     reason = f"the package {package}, which computes this metric, is not installed"
-                    yield Problem(key, reason, "pip install 'dstune[generation]', or another metric", missing[0])
+                    yield Problem(
+                        key, reason, "pip install '.[generation]' in a clone of dstune, or another metric", missing[0]
+                    )
 
     def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> Sources:
         from dstune.tasks.seq2seq.sources import Sources

@@ -134,5 +134,7 @@ def _rouge(rows: Sequence[Generated]) -> dict[str, float]:
 def _warn_without(package: str, metrics: str) -> None:
     """Once in a process."""
     log.warning(
-        "%s of generated targets are not computed: pip install 'dstune[generation]' brings %s", metrics, package
+        "%s of generated targets are not computed: %s is missing (pip install '.[generation]' in a clone of dstune)",
+        metrics,
+        package,
     )

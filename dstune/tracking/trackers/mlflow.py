@@ -73,7 +73,7 @@ class Mlflow(Tracker):
         uri = tracking.mlflow.uri
         assert uri is not None
         if find_spec("mlflow") is None:
-            fix = "pip install 'dstune[mlflow]'"
+            fix = "pip install '.[mlflow]' in a clone of dstune"
             yield Problem("tracking.mlflow.uri", "the package mlflow is not installed", fix, format_value(uri))
         elif uri.startswith(("sqlite", "postgresql", "mysql", "mssql")) and find_spec("sqlalchemy") is None:
             reason = "mlflow-skinny, which is installed, cannot open a database"
@@ -82,7 +82,9 @@ class Mlflow(Tracker):
     @classmethod
     def probe(cls) -> Iterator[Check]:
         if find_spec("mlflow") is None:
-            yield Check("mlflow", SKIP, "the package mlflow is not installed", "pip install 'dstune[mlflow]'")
+            yield Check(
+                "mlflow", SKIP, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune"
+            )
             return
         found = ", ".join(
             f"{one.name} {one.version}" for one in distributions() if one.name in ("mlflow", "mlflow-skinny")

@@ -23,14 +23,14 @@ class TensorBoard(Tracker):
     """Scalars under the names of `metrics.jsonl`, answers as text, configuration as text and as hyperparameters."""
 
     name = "tensorboard"
-    switch = "Write TensorBoard's event files into the run directory (needs `pip install 'dstune[tensorboard]'`)."
+    switch = "Write TensorBoard's event files into the run directory (needs `pip install '.[tensorboard]'` in a clone)."
     title = "TensorBoard"
     rebuilds = True
 
     @classmethod
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
         if find_spec("tensorboard") is None:
-            fix = "pip install 'dstune[tensorboard]'"
+            fix = "pip install '.[tensorboard]' in a clone of dstune"
             yield Problem("tracking.tensorboard", "the package tensorboard is not installed", fix, "true")
 
     def start(self, past: Iterator[Row]) -> None:

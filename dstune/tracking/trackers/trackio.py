@@ -18,7 +18,9 @@ class Trackio(Tracker):
     """Metrics under the names of `metrics.jsonl`, answers as text, the configuration beside them."""
 
     name = "trackio"
-    switch = "Write the run into Trackio's database (needs `pip install trackio`); `trackio show` draws it."
+    switch = (
+        "Write the run into Trackio's database (needs `pip install '.[trackio]'` in a clone); `trackio show` draws it."
+    )
     title = "Trackio"
     variables = ("TRACKIO_",)
     rebuilds = True
@@ -27,7 +29,7 @@ class Trackio(Tracker):
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
         if find_spec("trackio") is None:
             reason = "the package trackio is not installed"
-            yield Problem("tracking.trackio", reason, "pip install trackio", "true")
+            yield Problem("tracking.trackio", reason, "pip install '.[trackio]' in a clone of dstune", "true")
 
     @classmethod
     def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
