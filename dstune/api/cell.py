@@ -7,6 +7,7 @@ import atexit
 import builtins
 import hashlib
 import inspect
+import linecache
 import re
 import shutil
 import sys
@@ -49,7 +50,7 @@ def source_of(callback: type) -> str:
     name = callback.__name__
     fix = f"write it into a file (%%writefile my_callback.py), and pass callbacks=['./my_callback.py:{name}']"
     try:
-        source = textwrap.dedent(inspect.getsource(callback))
+        source = _source(callback)
         tree = ast.parse(source)
     except (OSError, TypeError, SyntaxError):
         raise UserError(Problem("callbacks", "the source of this class cannot be read", fix, name)) from None
@@ -71,6 +72,21 @@ def source_of(callback: type) -> str:
     if isinstance(definition, ast.ClassDef) and not definition.decorator_list:
         source = f"@dstune.callback\n{source}"
     return "\n".join(['"""A callback of a notebook or a script."""', "", "import dstune", *lines, "", "", source])
+
+
+def _source(callback: type) -> str:
+    """The text of the class with its decorators. Raises OSError or TypeError."""
+    codes = [found.__code__ for found in vars(callback).values() if inspect.isfunction(found)]
+    for (
+        code
+    ) in codes:  # of a cell `inspect` knows the functions, by the name that the kernel gives it, and not the class
+        text = "".join(linecache.getlines(code.co_filename))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.name == callback.__name__ and node.end_lineno is not None:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                if first <= code.co_firstlineno <= node.end_lineno:
+                    return textwrap.dedent("\n".join(text.splitlines()[first - 1 : node.end_lineno]) + "\n")
+    return textwrap.dedent(inspect.getsource(callback))
 
 
 def _free_names(tree: ast.Module) -> set[str]:
