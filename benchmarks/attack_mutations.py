@@ -20,7 +20,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "forked_ranks.test_another_user_gets_no_fork": undo(
-        "launch/local/fork_server.py", "if peer(connection) != os.getuid():", "if False:"
+        "launch/local/fork_server.py", "if peer_user(connection) != os.getuid():", "if False:"
     ),
     "forked_ranks.test_the_server_has_no_secret_and_other_processes_see_a_fork_as_the_rank": undo(
         "launch/local/warm.py", " and not is_secret(name, value)", ""
