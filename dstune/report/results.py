@@ -11,6 +11,7 @@ from dstune.metrics.direction import is_lower_better
 from dstune.report.numbers import MINUS, NONE, duration, number, short
 from dstune.report.run_files import RunFiles, section
 from dstune.report.series import Series
+from dstune.tracking.console import FEW_ROWS
 
 Curves = Mapping[str, Series]
 
@@ -107,6 +108,9 @@ def figures(run: RunFiles, curves: Curves) -> list[Figure]:
         series = curves.get(f"eval/{name}")
         if series and series.last is not None:
             formatted.append(_change(plain_name(name), series, is_lower_better(name)))
+    rows = run.result.get("held_out_rows")
+    if formatted and type(rows) is int and 0 < rows < FEW_ROWS:
+        formatted.append(Figure("held-out rows", str(rows), "so few say little"))
     training = curves.get("loss")
     if not formatted and training and training.last is not None:
         formatted.append(_change("training loss", training, True))

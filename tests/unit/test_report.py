@@ -50,6 +50,13 @@ def test_a_page_has_everything_of_a_run(tmp_path: Path) -> None:
         assert expected in page.text, expected
 
 
+def test_few_held_out_rows_are_counted_beside_their_metrics(tmp_path: Path) -> None:
+    few = page_of(full_run(tmp_path / "few", result={**RESULT, "held_out_rows": 12}))
+    assert "held-out rows 12 so few say little" in few.text
+    enough = page_of(full_run(tmp_path / "enough", result={**RESULT, "held_out_rows": 20}))
+    assert "held-out rows" not in enough.text
+
+
 def test_every_metric_is_plotted_once(tmp_path: Path) -> None:
     rows = [*metrics_rows(40), {"step": 40, "eval/accuracy": 0.5, "reward/mean": 1.25}]
     page = page_of(full_run(tmp_path / "run", metrics=rows))
