@@ -18,7 +18,7 @@ from dstune.rank.startup import show_samples
 from dstune.tracking.jsonl import json_text
 from dstune.tracking.log import RunLog
 from dstune.tracking.trainer_state import write_trainer_state
-from dstune.trainer.loop import Training, evaluate, save
+from dstune.trainer.loop import Training, evaluate, held_out_rows, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 
 
@@ -50,7 +50,7 @@ def finish(
             "seconds": round(state.seconds, 3),
             "eval_initial": state.eval_initial,
             "eval_final": state.eval_last,
-            "held_out_rows": None if run.data.validation is None else len(run.data.validation.lengths),
+            "held_out_rows": held_out_rows(run),
             "best": state.best and vars(state.best),
             "checkpoint": checkpoint and str(checkpoint),
             **({"labels": list(run.data.labels)} if state.results and run.data.labels else {}),

@@ -393,6 +393,14 @@ def evaluate_if_requested(run: Training, request: Request) -> Request:
     return request if run.state.evaluation_due else merge([request, evaluate(run)])
 
 
+def held_out_rows(run: Training) -> int | None:
+    """How many validation rows an evaluation measures; None without any."""
+    if run.data.validation is None:
+        return None
+    rows, most = len(run.data.validation.lengths), run.config.evaluate.max_rows
+    return rows if most is None else min(rows, most)
+
+
 def evaluate(run: Training) -> Request:
     """Evaluate the validation rows, remember and report the metrics; what the callbacks of any rank ask for after them."""
     validation, state = run.data.validation, run.state
@@ -417,7 +425,7 @@ def evaluate(run: Training) -> Request:
     evaluated = Evaluated(metrics, seconds, row)
     mine = run.callbacks.on_evaluate(run, evaluated)
     if run.log:
-        run.log.log(state.step, evaluated.row, rows=len(validation.lengths))
+        run.log.log(state.step, evaluated.row, rows=held_out_rows(run))
     request, _ = synchronize(run, mine)
     return request
 
