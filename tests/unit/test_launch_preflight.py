@@ -337,7 +337,9 @@ def test_samples_are_fetched_and_checked_for_their_kind(tmp_path, monkeypatch):
     model, data = ModelConfig(path="sample://smollm2"), DataConfig(train="sample://chitchat")
     config = run_config(model=model, data=data)
     resolved = resolve_run(config, report.append)
-    assert resolved == replace(config, zero=resolved.zero)
+    split = resolved.data.split
+    assert isinstance(split.validation, float), "the share of held-out rows is chosen here"
+    assert resolved == replace(config, zero=resolved.zero, data=replace(config.data, split=split))
     assert fetched[:3] == [
         "sample://smollm2",
         "sample://chitchat",
