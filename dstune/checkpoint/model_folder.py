@@ -46,6 +46,7 @@ from dstune.models.load import (
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.protocols import method_of, task_of
 from dstune.protocols.task import RewritesTemplate
+from dstune.protocols.task_options import ExportsFiles
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -119,7 +120,8 @@ def write_model(
     if config.model.weights is not InitialWeights.random:
         copy_processor_files(config.model, folder, has_template=bool(tokenizer.chat_template))
     architecture: PretrainedConfig = built.model.config
-    task.write_export(config, architecture, folder)
+    if isinstance(task, ExportsFiles):
+        task.write_export(config, architecture, folder)
     return architecture
 
 

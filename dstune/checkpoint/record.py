@@ -19,6 +19,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.protocols import ROW_FORMATS, TASKS, Task, method_of, task_of
 from dstune.protocols.task import TaskConfig
+from dstune.protocols.task_options import ExportsFiles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -105,7 +106,10 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
         if chosen is None and (found := task_of_head(folder)):
             return [f"task={found}"]
         for name in TASKS if chosen is None else [chosen]:
-            if name in TASKS and (overrides := TASKS[name].overrides_from(folder)):
+            if name not in TASKS:
+                continue
+            kind = TASKS[name]
+            if issubclass(kind, ExportsFiles) and (overrides := kind.overrides_from(folder)):
                 return overrides if chosen is None else overrides[1:]
         return []
     task = dict(record["task"])

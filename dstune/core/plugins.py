@@ -453,7 +453,7 @@ def _execute(source: Source) -> ModuleType:
 
 def _check_version(module: ModuleType) -> None:
     version = getattr(module, SAYS_VERSION, registry.VERSION)
-    if version != registry.VERSION:
+    if version not in (registry.VERSION, *registry.EARLIER_VERSIONS):
         reason = f"it was written for version {version} of the protocols, and this is version {registry.VERSION}"
         fix = f"docs/plugins.md lists what changed; then {SAYS_VERSION} = {registry.VERSION}"
         raise UserError(Problem(module.__name__, reason, fix))

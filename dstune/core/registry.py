@@ -23,8 +23,10 @@ from dstune.core.entry_points import is_mentioned
 Member = TypeVar("Member", bound=Any)
 """Any: it has a `name` and, where a section of the configuration chooses it, a `Config`."""
 
-VERSION = 1
+VERSION = 2
 """Of the protocols (`dstune.protocols`)."""
+EARLIER_VERSIONS = (1,)
+"""Plugins written for these work too: what they use that has changed is refused when it registers, with what replaces it."""
 PLUGIN_GROUP = "dstune.plugins"
 """Entry points of installed packages: `mine = "my_package.plugin"`."""
 PLUGINS_VARIABLE = "DSTUNE_PLUGINS"
@@ -84,6 +86,7 @@ class Registry(Generic[Member]):
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
     in_wings: the module, or package of rooms, in which wings register members of this kind (`dstune/WING/launchers.py`).
     plugins: whether plugins may add members. in_runs: whether a member can act in a run, whose `run.yaml` then lists its plugin.
+    options: protocols of which a member has all methods or none.
     """
 
     def __init__(
@@ -96,8 +99,9 @@ class Registry(Generic[Member]):
         in_wings: str | None = None,
         plugins: bool = True,
         in_runs: bool = True,
+        options: Sequence[type] = (),
     ) -> None:
-        self.kind, self.in_runs = kind, in_runs
+        self.kind, self.in_runs, self._options = kind, in_runs, options
         self._base = base
         self._plugins = plugins
         if plugins:
@@ -118,6 +122,7 @@ class Registry(Generic[Member]):
         if not (isinstance(cls, type) and issubclass(cls, self._base)):
             name = getattr(cls, "__qualname__", cls)
             raise ValueError(f"{name}: a {self.kind} is a class that derives from dstune.{self._base.__name__}")
+        self._check_options(cls)
         config = getattr(cls, "Config", None)
         # Its own: a room may build on another one's class.
         name = cls.__dict__.get("name") or (config.name if config is not None else getattr(cls, "name", None))
@@ -139,6 +144,17 @@ class Registry(Generic[Member]):
         for forget in _changed:
             forget()
         return cls
+
+    def _check_options(self, cls: type[Member]) -> None:
+        """Raises ValueError where `cls` has some methods of a protocol, which nothing would call without the others."""
+        for option in self._options:
+            members = [name for name in vars(option) if not name.startswith("_")]
+            missing = [name for name in members if not hasattr(cls, name)]
+            if missing and len(missing) < len(members):
+                defined = ", ".join(name for name in members if name not in missing)
+                protocol = f"{option.__module__}.{option.__name__}"
+                reason = f"{cls.__qualname__} has {defined}, which {protocol} calls together with {', '.join(missing)}"
+                raise ValueError(f"{reason}; derive the class from it too, for their defaults")
 
     def remove(self, name: str) -> None:
         """Forget a member, whose plugin is no longer active."""

@@ -14,6 +14,7 @@ from dstune.data.bad_rows import BadRows
 from dstune.data.ingest import Table
 from dstune.data.rows import sort_labels
 from dstune.protocols import task_of
+from dstune.protocols.task_options import CompletesLabels, WeighsClasses
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
     if not labels and several:
         # Of all rows of the file: a label that fell into the rows held out alone is still one to answer no to.
         labels = sort_labels({name for row in np.unique(train) for name in json.loads(row)})
-        labels = task.complete_labels(labels)
+        if isinstance(task, CompletesLabels):
+            labels = task.complete_labels(labels)
     elif not labels:
         labels = sort_labels(np.unique(train[chosen["train"].indices]).tolist())
-    task.check_labels(config, labels)
+    if isinstance(task, CompletesLabels):
+        task.check_labels(config, labels)
     if len(labels) < (1 if several else 2):
         reason = f"the training rows have one label only ({labels[0]!r})" if labels else "no training row has a label"
         raise UserError(Problem(where="data.train", value=str(config.data.train), reason=reason))
@@ -87,7 +90,8 @@ def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) 
 def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows) -> tuple[float, ...]:
     """How much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
     counts = partial(rows_by_label, train, config, labels)
-    weights = task_of(config.task).class_weights(labels, counts, len(train.indices))
+    task = task_of(config.task)
+    weights = task.class_weights(labels, counts, len(train.indices)) if isinstance(task, WeighsClasses) else ()
     # As the samples hold them, so that the sum over a global batch is that of the weights which the loss sees.
     return tuple(float(np.float32(weight)) for weight in weights)
 

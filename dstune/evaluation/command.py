@@ -37,6 +37,8 @@ from dstune.launch.console import Console
 from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
 from dstune.protocols.launcher import LaunchRequest
+from dstune.protocols.task import TaskConfig
+from dstune.protocols.task_options import EvaluatesOtherwise
 from dstune.tracking.jsonl import json_text
 
 
@@ -199,11 +201,11 @@ def _configuration(
         checkpoint = find_checkpoint(path, arguments.checkpoint)
         refuse_damaged(path, checkpoint)
         config = replace(config, task=task_of(config.task).with_labels(store.read_state(checkpoint)["labels"]))
-        config = replace(config, task=task_of(config.task).for_evaluation(config))
+        config = replace(config, task=_for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)
         model = model_of_export(config.model, exported(path, scratch, which=arguments.checkpoint, merge=True))
-        config = replace(config, model=model, task=task_of(config.task).for_evaluation(config))
+        config = replace(config, model=model, task=_for_evaluation(config))
     else:
         recorded = recorded_overrides(path, arguments.overrides)
         config = compose([f"model.path={quoted(arguments.target)}", *recorded, *arguments.overrides]).config
@@ -216,7 +218,8 @@ def _configuration(
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
         data = replace(data, train=getattr(data, arguments.split), clean=replace(data.clean, leaks=False))
-    task_of(config.task).check_evaluation()
+    if isinstance(task := task_of(config.task), EvaluatesOtherwise):
+        task.check_evaluation()
     config = replace(
         config,
         data=data,
@@ -239,6 +242,11 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
         return config
     found = (records.read_result(run) or {}).get("micro_batch") or {}
     return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))
+
+
+def _for_evaluation(config: RunConfig) -> TaskConfig:
+    task = task_of(config.task)
+    return task.for_evaluation(config) if isinstance(task, EvaluatesOtherwise) else config.task
 
 
 def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[[str], None]) -> RunConfig:

@@ -35,6 +35,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.packed_attention import attention_of_samples
 from dstune.protocols import method_of, task_of
+from dstune.protocols.task_options import NeedsReference
 from dstune.rank import process
 from dstune.rank.finalize import write_result
 from dstune.tracking.console import Console, show_activities
@@ -80,7 +81,8 @@ def evaluate(
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
     _rows_of(data, split)
-    data = task_of(config.task).before_loading(config, data, tokenizer, world, precision)
+    if isinstance(task := task_of(config.task), NeedsReference):
+        data = task.before_loading(config, data, tokenizer, world, precision)
     part = _rows_of(data, split)
     message = console.message if console else lambda text: None
     engine, head = _build(config, data, tokenizer, checkpoint, precision, world, message, prompted=shots is not None)

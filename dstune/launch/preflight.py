@@ -41,6 +41,7 @@ from dstune.planning.source import config_json
 from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
+from dstune.protocols.task_options import NeedsReference
 
 Stage = Callable[[str], None]
 
@@ -209,7 +210,8 @@ def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
         UserError: as `resolve_model`, about the keys of the task.
     """
     task: Any = config.task
-    for further in task_of(task).further_models:
+    room = task_of(task)
+    for further in room.further_models if isinstance(room, NeedsReference) else ():
         if getattr(task, further.path) is None:
             continue
         model = replace(config.model, path=getattr(task, further.path), revision=getattr(task, further.revision))

@@ -19,6 +19,7 @@ from dstune.protocols.reward import Reward
 from dstune.protocols.row_format import RowFormat
 from dstune.protocols.serving import EngineKind, Routes
 from dstune.protocols.task import Task, TaskConfig
+from dstune.protocols.task_options import TASK_OPTIONS
 from dstune.protocols.tracker import Tracker
 
 __all__ = [
@@ -82,7 +83,7 @@ __all__ = [
     "verb",
 ]
 
-TASKS: Registry[Task] = Registry("task", Task, "dstune.tasks")
+TASKS: Registry[Task] = Registry("task", Task, "dstune.tasks", options=TASK_OPTIONS)
 METHODS: Registry[Method] = Registry("method", Method, "dstune.methods")
 METRICS: Registry[Metric] = Registry("metric", Metric, "dstune.metrics")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer, "dstune.optim")

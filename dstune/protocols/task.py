@@ -7,32 +7,26 @@ the answer. Methods get the whole `RunConfig` where other sections matter. Only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import numpy as np
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dstune.checkpoint.card import Export
     from dstune.config.data_schema import DataConfig
-    from dstune.config.schema import Precision, RunConfig
-    from dstune.core.distributed import World
+    from dstune.config.schema import RunConfig
     from dstune.core.errors import Problem
-    from dstune.data.prepared import PreparedData, Split
+    from dstune.data.prepared import Split
     from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder, SourcePrompts
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.trainer.baseline import Prompted
     from dstune.trainer.counterfactual import Evaluated
-    from dstune.trainer.evaluate import Evaluator
     from dstune.trainer.measure import Evaluation, Row, Totals
-    from dstune.zero.engine import Engine
 
 
 @runtime_checkable
@@ -61,7 +55,19 @@ class FurtherModel:
 
 
 class Task:
-    """Base of every task. Subclasses set `Config` and register with `@dstune.task`."""
+    """Base of every task. Subclasses set `Config` and register with `@dstune.task`.
+
+    Five members make a task; everything else has a default:
+
+    - `formats`: the row formats that it reads.
+    - `encoder(...)`: turns rows into tokenized samples.
+    - `head(...)`: computes the loss of a batch.
+    - `measure(...)`: makes metrics of what the head kept of held-out rows.
+    - `predictor()`: answers rows without labels.
+
+    What few tasks do is an optional protocol: a task has its methods or has not (`dstune.protocols.task_options`).
+    docs/plugins.md explains what these methods take and return.
+    """
 
     Config: ClassVar[type] = TaskConfig
     name: ClassVar[str] = ""
@@ -196,20 +202,6 @@ class Task:
         """The names of labels that the configuration gives, in the order of their indices; empty where they are found."""
         return tuple(self.config.labels) if self.has_labels else ()
 
-    def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The labels found in the training rows, with those that have to exist beside them."""
-        return labels
-
-    def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
-        """Raises UserError where these labels do not fit the settings."""
-
-    def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
-        """How much a row of each label counts in the loss; empty where all count alike. counts: training rows by label.
-
-        Raises UserError for weights of unknown labels.
-        """
-        return []
-
     def row_key(self) -> dict[str, Any]:
         """What the samples depend on of the configuration: part of the key under which they are cached."""
         key = asdict(self.config)
@@ -254,15 +246,10 @@ class Task:
 
     frozen_keys: ClassVar[tuple[str, ...]] = ()
     """Fields that the first start of a run fills in, and every later start takes over."""
-    further_models: ClassVar[tuple[FurtherModel, ...]] = ()
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         """What the settings of the task and the other sections may not say together."""
         return iter(())
-
-    def caches_reference(self, run: RunConfig) -> bool:
-        """Whether another model's log-probabilities of the training rows are computed before training."""
-        return False
 
     def resolve(self, today: str) -> TaskConfig:
         """The configuration with what depends on the day of composition (YYYY-MM-DD) filled in."""
@@ -274,49 +261,9 @@ class Task:
         """What is missing on the launching machine, before any rank starts."""
         return iter(())
 
-    # ---- beside training ----
-
-    def before_loading(
-        self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
-    ) -> PreparedData:
-        """`data` with what another model says of its rows, before the model of the run is loaded. Every rank calls it, for
-        training and evaluation. Raises UserError."""
-        return data
-
-    def before_training(
-        self,
-        run: RunConfig,
-        data: PreparedData,
-        engine: Engine,
-        head: Any,
-        world: World,
-        pad_token_id: int,
-        precision: Precision,
-    ) -> PreparedData:
-        """`data` with what the model says of its rows before anything is trained or loaded from a checkpoint. Every rank calls
-        it at every start of a run."""
-        return data
-
-    def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """The configuration under which a finished run's model is evaluated. Raises UserError where it cannot be."""
-        return self.config
-
-    def check_evaluation(self) -> None:
-        """Raises UserError where the settings do not suffice to evaluate a model."""
-
     def with_labels(self, labels: Sequence[str]) -> TaskConfig:
         """The configuration for rows that may lack some of the labels of a model, whose order is kept."""
         return self.config
-
-    def as_text_task(self, run: RunConfig) -> TaskConfig:
-        """The configuration under which an untuned language model is asked for the answers (`few_shot`). Raises UserError where
-        the model of `run` is none."""
-        return self.config
-
-    def prompted(self, run: RunConfig, data: PreparedData, tokenizer: Any, key: str) -> Prompted | None:
-        """What asks an untuned language model with worked examples in front of each row; None where the loss of the rows'
-        targets tells it. key: what a UserError is about."""
-        return None
 
     # ---- prediction ----
 
@@ -376,14 +323,6 @@ class Task:
         model is of another kind."""
         return run
 
-    @classmethod
-    def overrides_from(cls, folder: Path) -> list[str]:
-        """What files beside a published model say of the task, as overrides, `task=NAME` first; empty where nothing does."""
-        return []
-
-    def write_export(self, run: RunConfig, architecture: PretrainedConfig, folder: Path) -> None:
-        """Files that an export has beside model and tokenizer."""
-
     def usage(self, export: Export) -> list[str]:
         """Lines of Python that load an export and use it, for its model card."""
         return export.loading(self.head_classes.removeprefix("For"))
@@ -400,23 +339,6 @@ class Task:
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         """The metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
         raise NotImplementedError(f"task={self.name} has no metrics")
-
-    def extra_evaluation(
-        self,
-        evaluator: Evaluator,
-        split: Split,
-        measured: Evaluation,
-        context: Sequence[int] = (),
-        *,
-        one_line: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Evaluation:
-        """`measured` with what takes more than one pass over the rows (texts that the model generates). Every rank calls it.
-
-        context: tokens in front of every row (worked examples). one_line: a generated text ends with its first line, where
-        no target of the rows has a second one. progress: gets how many of this rank's batches are done, and how many there are.
-        """
-        return measured
 
     def measure_step(self, totals: Totals) -> dict[str, float]:
         """What a training step reports beside its loss."""

@@ -41,6 +41,7 @@ from dstune.models.ulysses import SequenceCut
 from dstune.models.unreached import keep_frozen
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
+from dstune.protocols.task_options import NeedsReference
 from dstune.rank.finalize import finish
 from dstune.rank.process import guarded, leave
 from dstune.rank.startup import ask_untuned, describe, show_samples
@@ -178,7 +179,8 @@ class Setup:
             )
         self.memory = PeakMemory()
         self.task = task_of(config.task)
-        self.data = self.task.before_loading(config, self.data, self.tokenizer, world, self.precision)
+        if isinstance(self.task, NeedsReference):
+            self.data = self.task.before_loading(config, self.data, self.tokenizer, world, self.precision)
         self.startup.mark("data")
 
     def prepare_method(self) -> None:
@@ -262,7 +264,10 @@ class Setup:
         )
         # Before layers are frozen for later: all of them take the most.
         self.config, known = trials.choose_micro_batch_size(self.checkpoints.remembered(micro_batch.NAME))
-        self.data = self.task.before_training(self.config, self.data, engine, self.head, world, padding, self.precision)
+        if isinstance(self.task, NeedsReference):
+            self.data = self.task.before_training(
+                self.config, self.data, engine, self.head, world, padding, self.precision
+            )
         self.state = self.checkpoints.resume()
         if known is not None:
             self.state.results[micro_batch.NAME] = known

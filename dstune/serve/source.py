@@ -24,6 +24,7 @@ from dstune.data.named_templates import DEFAULT, joined
 from dstune.inference.resolve_model import base_of
 from dstune.launch import rundir
 from dstune.protocols import TASKS
+from dstune.protocols.task_options import ExportsFiles
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}")
 """Of a model. Names are never part of a path."""
@@ -217,5 +218,5 @@ def base_source(source: Source, name: str, *, one_template: bool) -> Source:
 
 def _embeds(folder: Path) -> str:
     """The task of a folder without a record that has sentence-transformers files."""
-    found = next((name for name, kind in TASKS.classes().items() if kind.overrides_from(folder)), "")
-    return found
+    kinds = ((name, kind) for name, kind in TASKS.classes().items() if issubclass(kind, ExportsFiles))
+    return next((name for name, kind in kinds if kind.overrides_from(folder)), "")

@@ -16,6 +16,7 @@ from dstune.data.prepared import PreparedData, Split
 from dstune.data.special_tokens import first_special_tokens
 from dstune.models.heads import Head
 from dstune.protocols import task_of
+from dstune.protocols.task_options import AsksUntunedModel
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.measure import Evaluation
 from dstune.zero.engine import Engine
@@ -48,8 +49,9 @@ def as_language_model(config: RunConfig) -> RunConfig:
 
     Raises UserError for an encoder, which writes nothing.
     """
-    task = task_of(config.task).as_text_task(config)
-    return replace(config, task=task, data=replace(config.data, packing=False))
+    task = task_of(config.task)
+    asked = task.as_text_task(config) if isinstance(task, AsksUntunedModel) else config.task
+    return replace(config, task=asked, data=replace(config.data, packing=False))
 
 
 def measure_prompted(
@@ -73,7 +75,8 @@ def measure_prompted(
     Raises UserError where examples and rows are longer than the model's context, or the task cannot be asked.
     """
     config = replace(config, data=replace(config.data, packing=False))
-    if requested := task_of(config.task).prompted(config, data, tokenizer, key):
+    task = task_of(config.task)
+    if isinstance(task, AsksUntunedModel) and (requested := task.prompted(config, data, tokenizer, key)):
         return [Answers(n, requested.evaluate(engine, head, world, split, n, progress)) for n in shots]
     results = []
     for count in shots:

@@ -24,6 +24,7 @@ from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_
 from dstune.models.heads.language import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
+from dstune.protocols.task_options import MeasuresFurther
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
@@ -115,7 +116,8 @@ class Evaluator:
             formatted = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
         totals, kept = self._run(formatted, progress)
         evaluation = task.measure(self.data.labels, split, totals, kept)
-        evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
+        if isinstance(task, MeasuresFurther):
+            evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
         evaluation = with_registered(evaluation, task, self.data.labels)
         if not (slices and self.config.evaluate.slices):
             return totals, evaluation

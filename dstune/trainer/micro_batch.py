@@ -26,6 +26,7 @@ from dstune.models.heads import Head, on_device
 from dstune.models.heads.language import indexed
 from dstune.planning.host import available_bytes
 from dstune.protocols import task_of
+from dstune.protocols.task_options import NeedsReference
 from dstune.trainer.data_loader import order_of
 from dstune.trainer.memory import GIB, PeakMemory
 from dstune.trainer.whole_batch import joined
@@ -207,7 +208,8 @@ class Trials:
 
     def _batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         split = self.split
-        if task_of(self.config.task).caches_reference(self.config) and split.reference is None:
+        task = task_of(self.config.task)
+        if isinstance(task, NeedsReference) and task.caches_reference(self.config) and split.reference is None:
             # Computed later, with the size that is found.
             split = replace(split, reference=np.zeros((len(split.table), 2), dtype=np.float32))
         batch = batch_of(self.config, split, MicroBatch(0, tuple(rows)), self.pad_token_id)

@@ -16,8 +16,10 @@ from dstune.config.documentation import documentation, help_text
 from dstune.config.project import candidates, write_record
 from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
+from dstune.core import plugins
 from dstune.data.rows import RowError
 from dstune.protocols import task_of
+from dstune.protocols.task_options import NeedsReference, WeighsClasses
 from tests.support.plugins import LION, ROOT, copy, folder_of_plugins, problems
 
 
@@ -321,10 +323,48 @@ def test_a_module_that_ranks_can_import_is_imported_by_name(monkeypatch, folder)
 def test_a_plugin_says_for_which_version_it_was_written():
     Path("old.py").write_text("DSTUNE_PROTOCOLS = 0\n")
     ((where, reason, fix),) = problems("plugins=[./old.py]")
-    assert (where, reason) == ("./old.py", "it was written for version 0 of the protocols, and this is version 1")
-    assert "DSTUNE_PROTOCOLS = 1" in fix
-    Path("old.py").write_text("DSTUNE_PROTOCOLS = 1\n")
-    compose(["data=chitchat", "plugins=[./old.py]"])
+    assert (where, reason) == ("./old.py", "it was written for version 0 of the protocols, and this is version 2")
+    assert "DSTUNE_PROTOCOLS = 2" in fix
+    for version in (1, 2):
+        Path("old.py").write_text(f"DSTUNE_PROTOCOLS = {version}\n")
+        compose(["data=chitchat", "plugins=[./old.py]"])
+
+
+VERSION_1 = """
+from dataclasses import dataclass
+import dstune
+from dstune.tasks.chat import Chat
+from dstune.tasks.chat.config import ChatConfig
+
+DSTUNE_PROTOCOLS = 1
+
+@dataclass(frozen=True)
+class OldConfig(ChatConfig):
+    name: str = "old"
+
+@dstune.task
+class Old(Chat):
+    Config = OldConfig
+"""
+
+
+def test_a_task_of_version_1_has_all_methods_of_an_optional_protocol_or_is_told_of_it():
+    hook = "    def before_training(self, run, data, *given):\n        return data\n"
+    Path("old.py").write_text(VERSION_1 + hook)
+    ((where, reason, _),) = problems("plugins=[./old.py]")
+    assert where.startswith("./old.py:")
+    assert "Old has before_training, which dstune.protocols.task_options.NeedsReference calls together with" in reason
+    assert "further_models, caches_reference, before_loading; derive the class from it too" in reason
+    derived = VERSION_1.replace("class Old(Chat)", "class Old(Chat, NeedsReference)") + hook
+    Path("old.py").write_text("from dstune.protocols.task_options import NeedsReference\n" + derived)
+    task = task_of(compose(["data=chitchat", "plugins=[./old.py]", "task=old"]).config.task)
+    assert isinstance(task, NeedsReference)
+    assert task.caches_reference(None) is False
+    plugins.activate([])
+    Path("old.py").write_text(VERSION_1 + "    def class_weights(self, labels, counts, rows):\n        return [1.0]\n")
+    task = task_of(compose(["data=chitchat", "plugins=[./old.py]", "task=old"]).config.task)
+    assert isinstance(task, WeighsClasses)
+    assert not isinstance(task, NeedsReference)
 
 
 def test_a_member_needs_a_config_of_its_own():

@@ -56,3 +56,27 @@ def test_every_kind_that_registers_is_in_the_table():
         assert (DOCS.parent / link).is_file()
     assert set(TEMPLATES) <= set(decorators)
     assert f"`dstune.protocols.VERSION` is {protocols.VERSION}." in text
+
+
+def test_the_page_names_fields_that_the_types_of_plugins_have():
+    from dstune.data.tokenize.sample import Sample
+    from dstune.inference.predictor import Predictor
+    from dstune.models.heads.base import HeadOutput
+    from dstune.protocols import task_options
+    from dstune.protocols.callback import Evaluation as MeasuredRows
+    from dstune.protocols.callback import Run, Step
+    from dstune.trainer.measure import Evaluation, Totals
+
+    text = (DOCS / "plugins.md").read_text()
+    rows = re.findall(r"(?m)^\| `(\w+)`(?: \([^|]*\))? \| ((?:`\w+`(?:, )?)+) \|", text)
+    named = [(name, re.findall(r"`(\w+)`", fields)) for name, fields in rows]
+    known = {"Sample": Sample, "HeadOutput": HeadOutput, "Totals": Totals, "Predictor": Predictor}
+    known |= {"Run": Run, "Step": Step}
+    both = iter((Evaluation, MeasuredRows))
+    assert {name for name, _ in named} == {*known, "Evaluation"}
+    for name, fields in named:
+        kind = known[name] if name in known else next(both)
+        of_kind = {*dir(kind), *(field for base in kind.__mro__ for field in getattr(base, "__annotations__", ()))}
+        assert set(fields) <= of_kind, name
+    options = re.findall(r"(?m)^\| `(\w+)` \| ", text.split('<a id="optional-protocols">')[1].split("**Rules.**")[0])
+    assert options == [option.__name__ for option in task_options.TASK_OPTIONS]

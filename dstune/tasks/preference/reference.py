@@ -24,6 +24,7 @@ from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import padded_batches, share
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import METHODS, method_of, task_of
+from dstune.protocols.task_options import NeedsReference
 from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead
 from dstune.zero import accelerator
@@ -46,7 +47,9 @@ def with_reference(
 ) -> PreparedData:
     """`data` with what the model that training starts from says of every row. Every rank calls this, before anything is
     trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
-    if not task_of(config.task).caches_reference(config) or _other_model(config) is not None:
+    task = task_of(config.task)
+    is_cached = isinstance(task, NeedsReference) and task.caches_reference(config)
+    if not is_cached or _other_model(config) is not None:
         return data
     assert isinstance(head, (PairHead, JudgedHead))
     found = _Cache(cache_root(), data, _identity(config, world), precision)
