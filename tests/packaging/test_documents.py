@@ -35,7 +35,7 @@ def test_named_functions_exist() -> None:
     """`trainer/loop.py: write_row`, of the package where no folder of the repository begins the path."""
     named = {
         (guide.name, path, name)
-        for guide in [*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"]
+        for guide in [*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]
         for path, names in re.findall(r"`([\w/]+\.py): ([\w.]+(?:, [\w.]+)*)`", guide.read_text(encoding="utf-8"))
         for name in names.split(", ")
     }
