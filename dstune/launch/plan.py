@@ -6,14 +6,16 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dstune.config.compose import compose
 from dstune.config.flags import hydra_flags, show
+from dstune.config.overrides import key_of
 from dstune.config.run_file import read_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
@@ -32,7 +34,7 @@ from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
 from dstune.planning.stage import all_speeds, choose_on, is_open, setup_on
 from dstune.planning.time import Speed
-from dstune.protocols import launcher_of, method_of, task_of
+from dstune.protocols import METHODS, launcher_of, method_of, task_of
 
 if TYPE_CHECKING:
     from dstune.data.chat.factor import Growth
@@ -87,11 +89,13 @@ def main(argv: list[str]) -> int:
                 Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
             )
         calibrate(config, Console(sys.stderr if arguments.json else sys.stdout))
-    found = replace(plan_of(config, arguments), growth=growth(config))
+    found = plan_of(config, arguments)
+    found = replace(found, growth=growth(config), others=other_methods(config, found.cluster, found))
     if arguments.json:
         print(json.dumps(as_json(found, arguments.price, config), indent=1))
     else:
-        print(as_text(found, arguments.price, config))
+        from_run = bool(arguments.rest) and is_path(arguments.rest[0])
+        print(as_text(found, arguments.price, config, None if from_run else arguments.rest))
     return EXIT_DONE
 
 
@@ -179,6 +183,8 @@ class Planned:
     """Whether the speeds were measured on this machine."""
     stage_origin: str | None = None
     """Why the stage is the configured one, where that was left to the plan."""
+    others: Mapping[str, Planned] = field(default_factory=dict)
+    """Plans of other methods, the configured one among them, by the method's name."""
     growth: Growth | None = None
     """What the chat template makes of the conversations, where some become several samples."""
 
@@ -250,6 +256,8 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
             "nodes": found.cluster.nodes,
             "memory_gib": round(found.cluster.device.memory_gib, 2),
         },
+        "host_gib_per_node": round(_node_gib(best), 2) if best else None,
+        "methods": {name: _method_row(other) for name, other in found.others.items()},
         "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
         "warnings": list(fillers(config, found.cluster.ranks)),
         "calibrated": found.calibrated,
@@ -259,6 +267,18 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
             **({"unreached": found.setup.unreached} if found.setup.unreached else {}),
             "precision": found.precision.value,
         },
+    }
+
+
+def _method_row(found: Planned) -> dict[str, Any]:
+    best = found.plan.recommended
+    shown = best or min(found.plan.choices, key=lambda choice: choice.memory_gib)
+    return {
+        "fits": best is not None,
+        "memory_gib_per_rank": round(shown.memory_gib, 4),
+        "host_gib_per_node": round(_node_gib(shown), 2),
+        "step_seconds": round(shown.time.seconds, 4),
+        "recommended": best.overrides(found.setup) if best else {},
     }
 
 
@@ -293,8 +313,11 @@ def _hours(choice: Choice, config: RunConfig) -> float | None:
     return steps * choice.time.seconds / 3600 if steps else None
 
 
-def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
-    """The plan for people: the run as configured part by part, then the choices, then what to write."""
+def as_text(found: Planned, price: float | None, config: RunConfig, words: Sequence[str] | None = None) -> str:
+    """The plan for people: whether and how it fits, other methods beside it, the run as configured part by part, then the choices.
+
+    words: of the command, to which the recommended ones are added; None where there is no command.
+    """
     cluster, s = found.cluster, found.setup
     width, hosted = _offload_width(found), _hosted(found)
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
@@ -305,6 +328,9 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
             + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
+        "",
+        *_verdict(found, words),
+        *_compared(found),
         "",
         f"as configured ({_configured(found)}):",
         *([f"  zero.stage=auto: {found.stage_origin}"] if found.stage_origin else []),
@@ -318,14 +344,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
         ),
         *(_line(choice, found, price, config) for choice in found.plan.choices),
     ]
-    best = found.plan.recommended
     lines += [*_columns(found, price, config), ""]
-    if best is None:
-        lines.append(_nothing_fits(found))
-    else:
-        overrides = best.overrides(s)
-        text = " ".join(f"{key}={_value(value)}" for key, value in overrides.items())
-        lines.append(f"recommended: {text or 'as configured'}")
     margin = (
         "Memory includes a margin"
         if found.setup.on_gpu
@@ -333,6 +352,70 @@ def as_text(found: Planned, price: float | None, config: RunConfig) -> str:
     )
     lines.append(f"{margin}; {_source_of_times(found)}")
     return "\n".join(lines)
+
+
+def _verdict(found: Planned, words: Sequence[str] | None) -> list[str]:
+    """Whether the run fits, what it takes, and the command that trains it so."""
+    best = found.plan.recommended
+    if best is None:
+        return [f"no: {_nothing_fits(found)}"]
+    cluster = found.cluster
+    host = _node_gib(best)
+    room = "" if cluster.host_gib is None else f" of {cluster.host_gib:.0f}"
+    of_node = f", and {host:.0f}{room} GiB of the memory of each node" if host >= 1 else ""
+    time = f"a step of {best.time.seconds:.2f} s, {best.time.tokens_per_second:,.0f} tokens/s"
+    overrides = [f"{key}={_value(value)}" for key, value in best.overrides(found.setup).items()]
+    lines = [
+        f"yes: {best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}",
+        f"recommended: {' '.join(overrides) or 'as configured'}",
+    ]
+    if words is not None:
+        changed = {key_of(word) for word in overrides}
+        command = ["dstune", "train", *(word for word in words if key_of(word) not in changed), *overrides]
+        lines.append(f"  {shlex.join(command)}")
+    return lines
+
+
+def _node_gib(choice: Choice) -> float:
+    """What the ranks of a node take of its memory together."""
+    return choice.memory.host * choice.setup.ranks_per_node / GIB
+
+
+def _compared(found: Planned) -> list[str]:
+    """A line for each method that was planned beside the configured one."""
+    if not found.others:
+        return []
+    lines = ["", f"{'method':<9}{'fits':<6}{'GiB a rank':>11}{'GiB of a node':>15}{'step':>11}{'tokens/s':>12}  how"]
+    for method, other in found.others.items():
+        best = other.plan.recommended
+        shown = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
+        how = ", ".join(filter(None, [shown.zero, _offload(shown, other).removeprefix("none").lstrip("+")]))
+        lines.append(
+            f"{method:<9}{'yes' if best else 'no':<6}{shown.memory_gib:>11.1f}{_node_gib(shown):>15.0f}"
+            f"{shown.time.seconds:>9.2f} s{shown.time.tokens_per_second:>12,.0f}  {how}"
+        )
+    return lines
+
+
+def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> dict[str, Planned]:
+    """Plans of full fine-tuning, LoRA and QLoRA where the run is of one of them and generates text; else none."""
+    if config.method.name not in COMPARED or not task_of(config.task).generates:
+        return {}
+    found = {}
+    for name in COMPARED:
+        if name == config.method.name:
+            found[name] = configured
+            continue
+        try:
+            other = replace(config, method=METHODS.classes()[name].Config())
+            if not _of_plan(find_problems(other)):
+                found[name] = planned(other, cluster)
+        except UserError:
+            continue  # of a model that cannot be trained so
+    return found if len(found) > 1 else {}
+
+
+COMPARED = ("full", "lora", "qlora")
 
 
 def _growth(growth: Growth | None) -> list[str]:

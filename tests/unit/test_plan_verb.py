@@ -246,3 +246,37 @@ def test_rows_that_ranks_share_take_a_part_of_the_memory_and_ranks_that_can_be_d
     for size, why in ((3, "8 ranks cannot be divided"), (5, "32 attention heads cannot be shared")):
         with pytest.raises(UserError, match=why):
             main([*words, "parallel=ulysses", f"parallel.size={size}"])
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    assert main([*words]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_says_first_whether_and_how(capsys: pytest.CaptureFixture[str]):
+    words = ["model=llama3_70b", "method=full", "data.max_length=2048", "zero.offload_optimizer=none"]
+    lines = lines_of(capsys, *words, "hardware=8xH100-80G")
+    assert lines[3].startswith("yes: ") and "GiB of the memory of each node" in lines[3]
+    recommended = lines[4].removeprefix("recommended: ").split()
+    kept = [word for word in words if word != "zero.offload_optimizer=none"]
+    assert lines[5].split() == ["dstune", "train", *kept, *recommended], "what is recommended replaces what was given"
+    table = {line.split()[0]: line.split() for line in lines[7:12] if line}
+    assert [table[name][1] for name in ("full", "lora", "qlora")] == ["yes", "yes", "yes"]
+    assert float(table["full"][3]) > 500 > float(table["lora"][2])
+
+
+def test_a_plan_that_does_not_fit_says_so_first_and_what_would(capsys: pytest.CaptureFixture[str]):
+    lines = lines_of(capsys, "model=llama3_70b", "method=lora", "hardware=RTX4090", "hardware.host_gib=64")
+    assert lines[3].startswith("no: nothing fits")
+    assert lines[5].split()[:3] == ["method", "fits", "GiB"]
+
+
+def test_a_plan_as_json_has_the_methods_beside_its_fields(capsys: pytest.CaptureFixture[str]):
+    found = json.loads("\n".join(lines_of(capsys, "model=llama3_8b", "method=lora", "hardware=RTX4090", "--json")))
+    assert {"choices", "recommended", "fits", "configured"} <= set(found)
+    assert set(found["methods"]) == {"full", "lora", "qlora"}
+    assert found["methods"]["lora"]["recommended"] == found["recommended"]
+    assert found["methods"]["qlora"]["memory_gib_per_rank"] < found["methods"]["lora"]["memory_gib_per_rank"]
+    assert found["host_gib_per_node"] == 0
+    other = json.loads("\n".join(lines_of(capsys, "model=minilm", "task=classification", "hardware=RTX4090", "--json")))
+    assert other["methods"] == {}, "of a task that generates no text"
