@@ -186,6 +186,30 @@ else while [ ! -s {run_dir / slurm_job.GROUP_FILE} ]; do sleep 0.1; done; fi
     assert (run_dir / "starts-1").read_text().count("started") == 3
 
 
+def test_a_node_that_the_leader_has_lost_gets_another_step(queue_programs, monkeypatch):
+    """srun is not told that the step has ended with its node."""
+    run_dir = queue_programs
+    group = run_dir / slurm_job.GROUP_FILE
+
+    def status(spare: list[str], is_over: bool) -> str:
+        return json.dumps(asdict(GroupStatus(2, "node1", ["node1"], spare, [], 0, is_over)))
+
+    (run_dir.parent / "bin" / "srun").write_text(
+        f"""#!/bin/sh
+echo $DSTUNE_AGENT >>{run_dir}/starts-$DSTUNE_AGENT_ORDER
+[ $DSTUNE_AGENT_ORDER = 0 ] && exec sleep 60
+[ $(wc -l <{run_dir}/starts-1) = 2 ] && echo '{status([], True)}' >{group} && exit
+echo '{status(["node2"], False)}' >{group}; sleep 0.5; echo '{status([], False)}' >{group}; exec sleep 60
+"""
+    )
+    (run_dir.parent / "bin" / "srun").chmod(0o755)
+    for name, seconds in (("LOST_SECONDS", 0.5), ("AGAIN_SECONDS", 0.1), ("AFTER_SECONDS", 0.3)):
+        monkeypatch.setattr(slurm_job, name, seconds)
+    assert slurm_job.run_agents(run_dir, ["srun", "agent"]) == 0
+    assert (run_dir / "starts-0").read_text() == "7.0:node1\n"
+    assert (run_dir / "starts-1").read_text() == "7.0:node2\n" * 2
+
+
 @pytest.mark.parametrize(
     ("status", "code", "asked"),
     [("completed", 0, "scancel 7"), ("failed", 1, "scancel 7"), ("preempted", 75, "scontrol requeue 7")],

@@ -44,7 +44,8 @@ PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 def main(argv: Sequence[str]) -> int:
     if argv:
         task = task_in_step(argv)
-        if (code := keep(task)) >= WITHOUT_SCRIPT:
+        dead_holder = end_earlier(task, os.environ.get(AGENT, ""))
+        if (code := keep(task, dead_holder=dead_holder)) >= WITHOUT_SCRIPT:
             from dstune.launch.slurm.job import end_without_script
 
             end_without_script(Path(task.run_dir), code - WITHOUT_SCRIPT)
@@ -79,13 +80,15 @@ def task_in_step(argv: Sequence[str]) -> Task:
 
 
 def end_earlier(task: Task, mark: str) -> str:
-    """End the agent of this node that an earlier connection started, and its ranks: it has not noticed that the network broke.
+    """End the agent of this node that an earlier connection or step started, and its ranks: it has not noticed that the network
+    broke.
 
     Returns its identity as the holder of the lease, if it is that.
     """
+    mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}  # such as a container's starter
     for process in psutil.process_iter() if mark else ():
         with suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.environ().get(AGENT) == mark:
+            if process.pid not in mine and process.environ().get(AGENT) == mark:
                 process.kill()
     lease = Lease(Path(task.run_dir))
     record = lease.read(lease.newest())

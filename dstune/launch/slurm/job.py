@@ -17,8 +17,8 @@ from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
 from dstune.core.paths import STOP_REASON
 from dstune.core.rendezvous import leave_secret
 from dstune.launch import attempt, records
-from dstune.launch.agents import BATCH_NODE, ORDER
-from dstune.launch.agents.status import GROUP_FILE, read_group
+from dstune.launch.agents import AGENT, BATCH_NODE, ORDER
+from dstune.launch.agents.status import GROUP_FILE, GroupStatus, read_group
 from dstune.launch.slurm.script import NOTHING_LEFT, REQUEUE
 from dstune.launch.verdict import Verdict
 
@@ -26,6 +26,8 @@ AFTER_SECONDS = 15.0
 """How long srun may take to end after the run is over."""
 AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 3.0, 60.0
 """When the step of a node is started again; twice as long after each that ended as soon as it started."""
+LOST_SECONDS = 15.0
+"""A node that the leader has been without for so long gets another step: an agent that can still connect does so at once."""
 SHORT_SECONDS = 10.0
 """A step that ends sooner could not be started, or its agent could not."""
 
@@ -55,15 +57,17 @@ def run_agents(run_dir: Path, command: Sequence[str]) -> int:
     for order, node in enumerate(nodes):
         log = run_dir.absolute() / "logs" / f"agent-{order}.log"
         options = [f"--nodelist={node}", f"--output={log}", "--open-mode=append"]
-        environment = {**os.environ, ORDER: str(order), BATCH_NODE: os.environ.get("SLURMD_NODENAME", "")}
-        steps.append(NodeStep([srun, *options, *words], environment))
+        launch = ".".join(os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+        marks = {AGENT: f"{launch}:{node}", ORDER: str(order), BATCH_NODE: os.environ.get("SLURMD_NODENAME", "")}
+        steps.append(NodeStep(node, [srun, *options, *words], {**os.environ, **marks}))
     deadline: float | None = None
     while any(step.process.poll() is None for step in steps):
-        if deadline is None and (group := read_group(run_dir)) is not None and group.is_over:
+        group = read_group(run_dir)
+        if deadline is None and group is not None and group.is_over:
             deadline = time.monotonic() + AFTER_SECONDS
         if deadline is None:
             for step in steps:
-                step.start_again()
+                step.look_after(group)
         elif time.monotonic() > deadline:
             _end([step.process for step in steps])
         time.sleep(0.2)
@@ -75,22 +79,35 @@ def run_agents(run_dir: Path, command: Sequence[str]) -> int:
 class NodeStep:
     """The step of one node of the job."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        self._command, self._environment = command, environment
+    def __init__(self, node: str, command: Sequence[str], environment: Mapping[str, str]):
+        self._node, self._command, self._environment = node, command, environment
         self._pause = AGAIN_SECONDS
         self._start()
 
     def _start(self) -> None:
         self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=self._environment)
         self._started = time.monotonic()
+        self._seen: float | None = None
+        """When the leader last had the node; None before it had it."""
         self._again: float | None = None
         """When it is started again; None while it runs."""
 
-    def start_again(self) -> None:
-        """Start the step again a while after it has failed. Call it often, while others run."""
-        if self.process.poll() in (None, EXIT_DONE):
-            return
+    def look_after(self, group: GroupStatus | None) -> None:
+        """Start the step again a while after it has failed, or after the leader has lost its node. Call it often, while others
+        run.
+
+        group: what the leader says. srun waits for ever for a step that ended with its node, where the node comes back
+        before SLURM has noticed.
+        """
         now = time.monotonic()
+        if group is not None and self._node in (*group.training, *group.spare):
+            self._seen = now
+        code = self.process.poll()
+        if code is None and self._seen is not None and now - self._seen > LOST_SECONDS:
+            self.process.kill()
+            self.process.wait()
+        if code in (None, EXIT_DONE):
+            return
         if self._again is None:
             is_short = now - self._started < SHORT_SECONDS
             self._pause = min(LONGEST_AGAIN_SECONDS, 2 * self._pause) if is_short else AGAIN_SECONDS
