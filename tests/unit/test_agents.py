@@ -21,6 +21,7 @@ from dstune.core.lease import LEASE, Lease, refuse_if_superseded
 from dstune.launch import records
 from dstune.launch.agents import AGENT, wire
 from dstune.launch.agents.agent import Agent
+from dstune.launch.agents.leader import PAUSE_SECONDS
 from dstune.launch.agents.task import Settings, Task
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +240,26 @@ def test_a_leader_that_only_its_file_system_reaches_lets_another_node_lead(run_d
     nodes.stopped.clear()
     nodes.wait(lambda: "node1" in nodes.agents["node2"].leader.group.members)  # as a spare
     assert nodes.places(0, 1, size=2)() == second
+    assert finish(nodes)["status"] == "completed"
+
+
+@pytest.mark.ci
+def test_a_leader_whose_node_does_not_answer_is_followed_in_time(run_dir, monkeypatch):
+    """Each attempt to connect to it lasts as long as a pause of the process that tries."""
+    nodes = Nodes(run_dir, 2, min_nodes=1, silence_seconds=3.0)
+    first = nodes.wait(nodes.places(0, 1, size=2))
+    dead = nodes.agents["node1"].leader.keeper.record.port
+
+    def connect(address: str, port: int, *further: Any) -> Any:
+        if port == dead:
+            time.sleep(PAUSE_SECONDS + 0.1)
+            raise OSError("timed out")
+        return wire.connect(address, port, *further)
+
+    monkeypatch.setattr("dstune.launch.agents.agent.connect", connect)
+    nodes.kill("node1")
+    nodes.wait(nodes.places(0, size=1, after=first), seconds=25)
+    assert nodes.leader == "node2"
     assert finish(nodes)["status"] == "completed"
 
 

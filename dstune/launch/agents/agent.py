@@ -188,6 +188,8 @@ class Agent:
                 link = connect(record.address, record.port, self.task.secret, CONNECT_SECONDS)
             except OSError:
                 return
+            finally:
+                self._ticked = time.monotonic()  # a node that does not answer takes as long as a pause of this process
             self._introduce(link)
 
     def _may_lead(self, generation: int, record: LeaseRecord | None, now: float) -> bool:
