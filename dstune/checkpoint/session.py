@@ -15,6 +15,7 @@ from dstune.checkpoint.shards import Shards, in_pieces
 from dstune.config.schema import SaveMode
 from dstune.core.errors import Problem, UserError
 from dstune.core.files import INCOMPLETE
+from dstune.protocols import optimizer_of
 from dstune.trainer.state import TrainState
 
 OTHER_ROWS = (
@@ -65,6 +66,8 @@ class Checkpoints(OfRun):
             if self._has_same_shards(checkpoint, saved):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:
+                if why := optimizer_of(self._config.optimizer).why_no_other_layout:
+                    raise UserError(_other_layout(checkpoint.name, why, before, now))
                 self._engine.restore(Shards(checkpoint))
         return TrainState.from_dict(saved["train"])
 
@@ -202,3 +205,18 @@ class Checkpoints(OfRun):
             f"a checkpoint takes about {megabytes(size)}{copies}; {keep} and the best are kept: "
             f"up to {megabytes((keep + 1) * kept + size)} while one is written, {megabytes(free)} are free"
         )
+
+
+def _other_layout(checkpoint: str, why: str, before: dict[str, Any], now: dict[str, Any]) -> Problem:
+    """What is wrong with continuing a checkpoint whose states depend on how the weights were partitioned."""
+
+    def layout(facts: dict[str, Any]) -> str:
+        parts = facts["weight_parts"]
+        return f"{facts['world_size']} ranks at ZeRO stage {facts['zero_stage']}" + f", {parts} for a layer" * (
+            parts > 1
+        )
+
+    reason = f"{checkpoint} was written on {layout(before)}, and {why}"
+    stage = before["zero_stage"]
+    fix = f"as many ranks (launch.processes, launch.nodes) with zero=stage{stage}, or another run from the weights"
+    return Problem("optimizer", reason, fix, layout(now))

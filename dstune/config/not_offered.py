@@ -13,7 +13,14 @@ from dstune.core.errors import Problem
 UNMEASURED = "it was neither held against a reference nor measured on a GPU yet"
 
 FEATURES: dict[str, tuple[str, str]] = {
-    "muon": (f"Muon: {UNMEASURED}; on a CPU DeepSpeed's took 6.9 s for a backward pass of 0.8 s", "optimizer=adamw"),
+    "adafactor": (
+        "Adafactor: it saves memory by the rows and columns of whole matrices, and ZeRO keeps vectors",
+        "optimizer=adamw_8bit or optimizer=lion",
+    ),
+    "schedule_free": (
+        "schedule-free AdamW: the weights to evaluate and export are others than those that it trains, in every checkpoint",
+        "optimizer=adamw schedule=warmup_stable_decay",
+    ),
     "fp8": (f"fp8: {UNMEASURED}", "trainer.precision=bf16"),
     "zeropp": (f"ZeRO++: {UNMEASURED}", "zero=stage3"),
     "zenflow": (f"ZenFlow: {UNMEASURED}", "zero=stage3_offload"),
@@ -46,8 +53,10 @@ FEATURES: dict[str, tuple[str, str]] = {
 """By the name of a feature: why it is not offered, and what comes nearest."""
 
 WORDS: dict[tuple[str, str], str] = {
-    ("optimizer", "muon"): "muon",
-    ("optimizer.name", "muon"): "muon",
+    ("optimizer", "adafactor"): "adafactor",
+    ("optimizer.name", "adafactor"): "adafactor",
+    ("optimizer", "schedule_free"): "schedule_free",
+    ("optimizer.name", "schedule_free"): "schedule_free",
     ("trainer.precision", "fp8"): "fp8",
     ("zero", "zeropp"): "zeropp",
     ("zero", "zenflow"): "zenflow",

@@ -120,6 +120,9 @@ class ModelConfig:
     """Plain text around questions and answers, for a base model without a chat template: `alpaca`, `llama2` or `vicuna`."""
     add_tokens: list[str] = setting([])
     """Control tokens of a `chat_template` of your own: added where the vocabulary lacks them, and trained beside adapters."""
+    neftune_alpha: float = setting(0.0, at_least=0.0)
+    """Noise on the embeddings of a causal language model while it trains (NEFTune, arXiv:2310.05914): at most
+    `alpha / sqrt(tokens of the sample * width)`, 5 in the paper; 0 for none."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
     unreached_parts: UnreachedParts = UnreachedParts.frozen

@@ -47,6 +47,7 @@ from dstune.protocols import (
     method_of,
     metric_names,
     optimizer_of,
+    parallelism_of,
     registered_metrics,
     schedule_of,
     task_of,
@@ -237,10 +238,29 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
             "trainer.precision=bf16, or model.attention=sdpa",
             model.attention.name,
         )
+    if model.neftune_alpha:
+        yield from _check_noise(config)
+
+
+def _check_noise(config: RunConfig) -> Iterator[Problem]:
+    """Where `model.neftune_alpha` would be something else than the paper's noise, or not the same on any number of ranks."""
+    task, method, parallelism = task_of(config.task), method_of(config.method), parallelism_of(config.parallel)
+    reason = ""
+    if not task.language:
+        reason = f"it was measured for causal language models, and task={task.name} is none"
+    elif method.in_front:
+        reason = f"positions that method={method.name} trains stand in front of the embeddings"
+    elif parallelism.size > 1:
+        reason = f"with parallel={parallelism.name} ranks have parts of the rows or layers that the noise belongs to"
+    if reason:
+        value = format_value(config.model.neftune_alpha)
+        yield Problem("model.neftune_alpha", reason, "model.neftune_alpha=0", value)
 
 
 def check_optimizer(config: RunConfig) -> Iterator[Problem]:
-    yield from optimizer_of(config.optimizer).check()
+    optimizer = optimizer_of(config.optimizer)
+    yield from optimizer.check()
+    yield from optimizer.check_run(config)
 
 
 def check_batches(config: RunConfig) -> Iterator[Problem]:

@@ -150,19 +150,24 @@ def max_steps(found: Import, value: Any) -> None:
 # ---- optimizer and schedule ----
 
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla", "adamw")
-EIGHT_BIT = ("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw")
+PAGED = ("adamw_torch_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw")
+BY_NAME = {
+    **{name: name for name in ("sgd", "muon")},
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit"), "adamw_8bit"),
+    **dict.fromkeys(("lion", "lion_32bit"), "lion"),
+}
 
 
 def optimizer(found: Import, value: Any) -> None:
     name = str(value).lower()
     if name in ADAMW:
         found.choose("optimizer", "adamw")
-    elif name == "sgd":
-        found.choose("optimizer", "sgd")
+    elif name in BY_NAME:
+        found.choose("optimizer", BY_NAME[name])
     else:
         found.choose("optimizer", "adamw")
-        if name in EIGHT_BIT:
-            found.drop("AdamW with states in fp32, 6 bytes a trained parameter more; ZeRO shares them", DIFFERENT)
+        if name in PAGED:
+            found.drop("AdamW with states in fp32; zero.offload_optimizer=cpu keeps them in host memory", DIFFERENT)
         else:
             found.drop(f"AdamW is used instead; {LATER}")
 
@@ -397,7 +402,7 @@ HUGGING_FACE: dict[str, Rule] = {
     "push_to_hub": missing("dstune uploads nothing; `dstune export` writes a folder to upload"),
     "hub_model_id": own_way("dstune uploads nothing; `dstune export` writes a folder to upload"),
     "hub_strategy": own_way("dstune uploads nothing; `dstune export` writes a folder to upload"),
-    "neftune_noise_alpha": missing(LATER),
+    "neftune_noise_alpha": lambda found, value: found.put("model.neftune_alpha", float(value)),
     "torch_compile": missing(LATER),
     "use_liger_kernel": missing(LIGER),
     "include_num_input_tokens_seen": own_way("tokens are in metrics.jsonl"),

@@ -39,7 +39,7 @@ from dstune.launch.room import memory_problems
 from dstune.launch.stages import choose
 from dstune.planning.source import config_json
 from dstune.planning.stage import is_open
-from dstune.protocols import TRACKERS, method_of, parallelism_of, task_of
+from dstune.protocols import TRACKERS, method_of, optimizer_of, parallelism_of, task_of
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import NeedsReference
 
@@ -116,6 +116,7 @@ def _missing(config: RunConfig) -> Iterator[Problem]:
     """What method, template, trackers, tasks and cleaning need and this machine does not have."""
     method = method_of(config.method)
     yield from method.missing()
+    yield from optimizer_of(config.optimizer).missing()
     if config.trainer.precision is Precision.fp16 or any(method.check_cpu(config)):  # looking for GPUs starts a program
         yield from hardware_problems(config, count_gpus(os.environ))
     template = config.model.chat_template

@@ -31,6 +31,11 @@ class AdamWConfig(OptimizerConfig):
     """Added to the denominator."""
 
 
+def betas_problem(betas: tuple[float, float], example: str) -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in betas):
+        yield Problem("optimizer.betas", "each has to be in [0, 1)", f"for example {example}", format_value(betas))
+
+
 @optimizer
 class AdamW(Optimizer):
     Config = AdamWConfig
@@ -39,9 +44,7 @@ class AdamW(Optimizer):
     states_per_parameter = 2
 
     def check(self) -> Iterator[Problem]:
-        betas = self.config.betas
-        if not all(0 <= beta < 1 for beta in betas):
-            yield Problem("optimizer.betas", "each has to be in [0, 1)", "for example [0.9,0.999]", format_value(betas))
+        yield from betas_problem(self.config.betas, "[0.9,0.999]")
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         import torch

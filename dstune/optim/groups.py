@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dstune.protocols import method_of
+from dstune.protocols import method_of, optimizer_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's parameter groups for `module`, as `config.method` has trained it."""
-    method = method_of(config.method)
-    return parameter_groups(module, config.optimizer.weight_decay, method.rates(module), method.parts(module))
+    method, optimizer = method_of(config.method), optimizer_of(config.optimizer)
+    decay = config.optimizer.weight_decay
+    return parameter_groups(module, decay, method.rates(module), method.parts(module), optimizer.kind)
 
 
 def parameter_groups(
@@ -24,23 +25,30 @@ def parameter_groups(
     weight_decay: float,
     rate_of: Callable[[str], float] = lambda name: 1.0,
     part_of: Callable[[str], int] = lambda name: 0,
+    kind_of: Callable[..., str] = lambda name, shape, *, is_table: "",
 ) -> list[dict[str, Any]]:
     """Trained parameters in groups: by their factor on the learning rate, and with weight decay or (norms, biases, other
     vectors) without.
 
     rate_of: the factor for the parameter of this name. It stays in the group as `rate`, which
-    `Engine.set_learning_rate` multiplies. part_of: parameters of different parts are never in one group.
+    `Engine.set_learning_rate` multiplies. part_of: parameters of different parts are never in one group. kind_of:
+    `Optimizer.kind`.
 
     A parameter frozen here never enters the optimizer; an empty group would crash DeepSpeed's stages 1 and 2.
     """
-    from dstune.zero.parts import full_shape  # torch: the registry imports this file with the optimizers beside it
+    from torch import nn  # here: the registry imports this file with the optimizers beside it
 
-    members: dict[tuple[int, float, bool], list[nn.Parameter]] = {}
+    from dstune.zero.parts import full_shape
+
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    members: dict[tuple[int, float, bool, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = len(full_shape(parameter)) >= 2
-            members.setdefault((part_of(name), rate_of(name), decayed), []).append(parameter)
+            shape = full_shape(parameter)
+            kind = kind_of(name, shape, is_table=id(parameter) in tables)
+            members.setdefault((part_of(name), rate_of(name), len(shape) < 2, kind), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decayed else 0.0, "rate": rate}
-        for (_, rate, decayed), parameters in sorted(members.items(), key=lambda item: (*item[0][:2], not item[0][2]))
+        {"params": members[key], "weight_decay": 0.0 if is_vector else weight_decay, "rate": rate, "kind": kind}
+        for key in sorted(members)
+        for _, rate, is_vector, kind in [key]
     ]

@@ -163,7 +163,7 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     share = trained if s.stage == 0 else -(-trained // s.ranks)
     # Stage 0, and stage 3 in fp32, step on the model's own weights.
     master = 0 if s.stage == 0 or (s.stage == 3 and s.weight_bytes == 4 and not s.offload_optimizer) else 4 * share
-    states = 4 * s.moments * share
+    states = round(s.state_bytes * share)
     parts: Parts = {"weights": _weights(s)}
     host = 0
     if s.offload_optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -51,6 +52,8 @@ class Setup:
     """Bits of a frozen weight: 4 for QLoRA, else those of a weight."""
     moments: int
     """Optimizer tensors beside the fp32 weights: 2 for Adam."""
+    state_bytes: float
+    """Bytes of the optimizer's states for a trained weight, on average: 8 for Adam."""
     ranks: int
     """Those that partition the same weights: all of them, or one of each group that shares weights."""
     ranks_per_node: int
@@ -165,6 +168,7 @@ def setup(
         weight_bytes=weight_bytes,
         frozen_bits=method.frozen_bits(weight_bytes),
         moments=optimizer_of(config.optimizer).states_per_parameter,
+        state_bytes=_state_bytes(config, trained),
         ranks=max(1, ranks // slices),
         ranks_per_node=ranks_per_node,
         on_gpu=on_gpu,
@@ -190,6 +194,17 @@ def setup(
         slices=slices,
         own_sums=weight_bytes == 2 and zero.gradient_dtype is GradientDtype.model,
     )
+
+
+def _state_bytes(config: RunConfig, trained: Sequence[Tensor]) -> float:
+    optimizer = optimizer_of(config.optimizer)
+
+    def of(tensor: Tensor) -> float:
+        # A router is no linear layer to an adapter, and no table either: every position is multiplied by it.
+        is_table = len(tensor.shape) == 2 and not tensor.linear and not tensor.used
+        return tensor.count * optimizer.state_bytes(optimizer.kind(tensor.name, tensor.shape, is_table=is_table))
+
+    return sum(map(of, trained)) / max(1, sum(tensor.count for tensor in trained))
 
 
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +10,8 @@ from dstune.core.errors import Problem
 
 if TYPE_CHECKING:
     import torch
+
+    from dstune.config.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class Optimizer:
     name: ClassVar[str] = ""
     decoupled_weight_decay: ClassVar[bool] = False
     """Whether the decay shrinks the weights themselves (AdamW) instead of adding to the gradient (an L2 penalty)."""
+    rate_share: ClassVar[float] = 1.0
+    """`optimizer.lr`, where it is not given, is this share of the method's rate, which is AdamW's."""
+    why_no_other_layout: ClassVar[str] = ""
+    """Why a run cannot continue on another number of ranks or at another ZeRO stage; empty where it can."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -45,16 +51,36 @@ class Optimizer:
         """What is wrong with the configuration beyond the range of each field."""
         yield from ()
 
+    def check_run(self, run: RunConfig) -> Iterator[Problem]:
+        """What does not go together with other sections of the run."""
+        yield from ()
+
+    def missing(self) -> Iterator[Problem]:
+        """Packages that it needs and that are not installed."""
+        yield from ()
+
+    def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
+        """How the parameter `name` is updated, for an optimizer that has several ways. Parameters of different kinds share no
+        group; the group has it as `kind`.
+
+        is_table: the weight of an embedding, which is read by rows.
+        """
+        return ""
+
+    def state_bytes(self, kind: str) -> float:
+        """Bytes of state for an element of a parameter of this kind."""
+        return 4.0 * self.states_per_parameter
+
     @property
     def states_per_parameter(self) -> int:
-        """fp32 tensors of a parameter's size that are kept for it: memory, checkpoints and swap files depend on it."""
+        """fp32 tensors of a parameter's size that are kept for it: swap files depend on it, and `state_bytes`."""
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """A torch optimizer over `groups`, with `config.lr`. It must work element by element: DeepSpeed exchanges the
-        parameters for this rank's partitions of them, which are flat.
+        """A torch optimizer over `groups`, with `config.lr`. DeepSpeed exchanges the parameters for this rank's partitions
+        of them, which are flat: it must work element by element, or have `use_matrices` (`dstune.zero.matrices`).
 
-        groups: `params`, `weight_decay` and `rate`, the factor on the learning rate.
+        groups: `params`, `weight_decay`, `kind` and `rate`, the factor on the learning rate.
         """
         raise NotImplementedError
 

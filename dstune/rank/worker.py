@@ -35,6 +35,7 @@ from dstune.data.build import prepare, prove
 from dstune.models.kernels import use_kernels
 from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
 from dstune.models.lora_sum import use_joint_sums
+from dstune.models.neftune import add_noise
 from dstune.models.packed_attention import attention_of_samples
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
@@ -214,6 +215,8 @@ class Setup:
             slice_model(self.module, model, self.shards)
         use_kernels(self.module, config.model, self.message)
         use_joint_sums(self.module)
+        if config.model.neftune_alpha:
+            add_noise(self.module, model, config.model.neftune_alpha)
         self.startup.mark("model")
         self.head = self.task.head(model, self.rows)  # after the method: an adapter may wrap the projection
 

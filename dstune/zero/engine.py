@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from dstune.zero import fewer_reads, swap
 from dstune.zero.fewer_gathers import gather_persistent_together, handle_layers_whole, wait_for_copies_only
 from dstune.zero.hooks import forget, without_hooks
 from dstune.zero.masks import Change, masked_weight_decay, zero_gradients
+from dstune.zero.matrices import Matrices, UsesMatrices
 from dstune.zero.parts import full_count, full_shape, gathered, is_partitioned
 from dstune.zero.restore import Partition, Source, partitions_of, pieces, reset_counters, restore
 from dstune.zero.slices import CUTS, SlicedSource, Slices
@@ -71,6 +72,14 @@ def _other_names_of_frozen(model: nn.Module) -> list[str]:
     return [name for name, value in state.items() if name not in named and id(value) in frozen]
 
 
+def _state_bytes(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> float:
+    return sum(
+        optimizer.state_bytes(group["kind"]) * full_count(parameter)
+        for group in groups
+        for parameter in group["params"]
+    )
+
+
 @dataclass(frozen=True)
 class Update:
     """What one optimizer step did."""
@@ -113,6 +122,7 @@ class Engine:
         self._vetoed = False
         self._optimizer = optimizer
         self._moments = 0 if optimizer is None else optimizer.states_per_parameter
+        self._state_bytes = 0.0 if optimizer is None else _state_bytes(optimizer, groups or ())
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._group_names = [[names[id(parameter)] for parameter in group["params"]] for group in groups or ()]
         if self.stage == 3:
@@ -138,6 +148,9 @@ class Engine:
         self.module: nn.Module = self._engine.module
         self.device: torch.device = torch.device(self._engine.device)
         self._parameters = dict(self.module.named_parameters())
+        if optimizer is not None and self.stage > 0 and isinstance(self._inner, UsesMatrices):
+            shapes = {name: full_shape(parameter) for name, parameter in self._parameters.items()}
+            self._inner.use_matrices(Matrices(self.partitions(), shapes, world, self.device))
         self._frozen_groups: set[int] = set()
         self._trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._written = not self.swaps
@@ -182,7 +195,7 @@ class Engine:
         DeepSpeed makes at once."""
         if self.stage > 0 or getattr(self._engine.optimizer, "state", None):
             return 0
-        return 4 * self._moments * self.trained_count
+        return round(self._state_bytes)
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -455,7 +468,8 @@ class Engine:
         if weights_only:
             return 4 * elements
         in_module = 0 if self.stage == 3 else next(iter(self._trained)).element_size()
-        return elements * (in_module + (0 if self.stage == 0 else 4) + 4 * self._moments)
+        parts = 1 if self.slices is None else self.slices.parts
+        return elements * (in_module + (0 if self.stage == 0 else 4)) + round(parts * self._state_bytes)
 
     def save(self, directory: Path, tag: str, *, background: bool = False) -> Save:
         """Write this rank's shards below `directory/tag`, which exists. Every rank must call it.
@@ -528,11 +542,12 @@ class Engine:
         self._files.read_ahead([])
 
     def restore(self, source: Source) -> None:
-        """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none. Every rank must
-        call it."""
+        """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none: without the
+        optimizer's states where `why_no_other_layout` says that they depend on the layout. Every rank must call it."""
         self._files.read_ahead([])
         own = source if self.slices is None else SlicedSource(source, self.slices)
-        restore(self._engine, self.stage, own, self._replica)
+        states = self._optimizer is None or not self._optimizer.why_no_other_layout
+        restore(self._engine, self.stage, own, self._replica, states=states)
 
     def close(self) -> None:
         """Leave nothing that keeps the model's memory, or the optimizer's, once the caller has let go of both."""

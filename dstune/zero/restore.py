@@ -67,12 +67,14 @@ class Partition:
     like: str
     """A parameter of the group: its counters are the partition's."""
     fragments: list[Fragment]
+    names: list[str]
+    """Of all parameters of its group or sub-group, the same ones in the same order on every rank."""
 
 
-def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
+def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool = True) -> None:
     """Give `engine` (DeepSpeed's) the weights, buffers and optimizer state of `source`. Every rank must call it.
 
-    rank: here and below, of those that partition the same parameters.
+    rank: here and below, of those that partition the same parameters. states: whether the optimizer's states are taken too.
 
     The learning rate and the other settings of the parameter groups stay as they are: they are the configuration's.
     """
@@ -85,7 +87,8 @@ def restore(engine: Any, stage: int, source: Source, rank: int) -> None:
         # One after the other: on a disk, each is in memory until the next.
         for number, partition in enumerate(_partitions(wrapper, stage, names, rank, write=True)):
             _fill(partition.elements, partition.fragments, source, WEIGHT)
-            _fill_state(inner, partition, source)
+            if states:
+                _fill_state(inner, partition, source)
             if stage == 3:
                 _weights_from_partition(wrapper, number)
         if stage == 3:
@@ -152,16 +155,18 @@ def _partitions(
         for group in wrapper.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                yield Partition(parameter, parameter.data.view(-1), name, [Fragment(name, 0, parameter.numel(), 0)])
+                yield Partition(
+                    parameter, parameter.data.view(-1), name, [Fragment(name, 0, parameter.numel(), 0)], [name]
+                )
     elif stage == 3:
         for number, flat in enumerate(wrapper.fp32_partitioned_groups_flat):
             parameters = wrapper.fp16_groups[number]
             with swapped_in(wrapper, number, write=write):
-                yield Partition(flat, flat.data, names[id(parameters[0])], _shares(parameters, names, rank))
+                yield _partition(flat, parameters, names, _shares(parameters, names, rank))
     elif hasattr(wrapper, "bf16_groups"):  # stage 1 with fp32 gradients is DeepSpeed's BF16_Optimizer
         for parameters, flat in zip(wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, strict=True):
             fragments = _overlaps(parameters, _end_to_end(parameters), names, rank, flat.numel())
-            yield Partition(flat, flat.data, names[id(parameters[0])], fragments)
+            yield _partition(flat, parameters, names, fragments)
     else:
         groups = zip(
             wrapper.round_robin_bit16_groups,
@@ -171,7 +176,14 @@ def _partitions(
         )
         for parameters, offsets, flat in groups:
             fragments = _overlaps(parameters, offsets, names, rank, flat.numel())
-            yield Partition(flat, flat.data, names[id(parameters[0])], fragments)
+            yield _partition(flat, parameters, names, fragments)
+
+
+def _partition(
+    flat: Tensor, parameters: list[nn.Parameter], names: dict[int, str], fragments: list[Fragment]
+) -> Partition:
+    members = [names[id(parameter)] for parameter in parameters]
+    return Partition(flat, flat.data, members[0], fragments, members)
 
 
 def _end_to_end(parameters: list[nn.Parameter]) -> list[int]:

@@ -150,7 +150,7 @@ def test_a_method_whose_parameters_an_export_would_lose_does_not_start(workplace
     [
         ("ordinal", "task.smoothin=0.1", "task.smoothing"),
         ("bitfit", "method.norm=true", "method.norms"),
-        ("lion", "optimizer.momentun=0.9", "optimizer.momentum"),
+        ("signum", "optimizer.momentun=0.9", "optimizer.momentum"),
         ("kappa", "trainer.early_stopping.metric=kapa", "kappa"),
         ("star_rating", "data.format=star_ratings", "star_rating"),
         ("veto_outliers", "trainer.callbacks=[{veto_outliers: {facter: 2}}]", "did you mean factor?"),

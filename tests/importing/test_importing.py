@@ -41,7 +41,6 @@ WATCHDOG = {"loss_watchdog_threshold", "loss_watchdog_patience"}
 NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     "axolotl/llama3_instruct_lora.yaml": {
         NOT_SUPPORTED: {"load_in_8bit"},
-        DIFFERENT: {"optimizer"},
         MEANINGLESS: {"model_type", "tokenizer_type", *AXOLOTL},
     },
     "axolotl/llama3_full.yaml": {
@@ -50,11 +49,11 @@ NOT_CARRIED: dict[str, dict[str, set[str]]] = {
     },
     "axolotl/llama3_qlora_1b.yaml": {
         NOT_SUPPORTED: WATCHDOG,
-        DIFFERENT: {"optimizer", "attn_implementation"},
+        DIFFERENT: {"attn_implementation"},
         MEANINGLESS: {"dataset_prepared_path", "eval_sample_packing", *AXOLOTL},
     },
     "axolotl/tiny_llama_pretrain.yaml": {
-        DIFFERENT: {"optimizer", "attn_implementation"},
+        DIFFERENT: {"attn_implementation"},
         MEANINGLESS: {"model_type", "tokenizer_type", "num_epochs", "logging_steps"},
     },
     "llama_factory/qwen3_full_sft.yaml": {NOT_SUPPORTED: {"template", "trust_remote_code"}, MEANINGLESS: TRAINER},
@@ -386,6 +385,7 @@ def values(tool: str, **keys: Any) -> tuple[dict[str, Any], Experiment]:
         # The optimizer's usual rate is written too: without one, the method's is filled in.
         ("axolotl", {"adapter": "lora", "learning_rate": 2e-5}, {"optimizer": {"lr": 2e-5}}),
         ("trl", {"use_peft": True}, {"optimizer": {"lr": 2e-5}}),
+        ("trl", {"neftune_noise_alpha": 5}, {"model": {"neftune_alpha": 5.0}}),
     ],
 )
 def test_values(tool, keys, expected):
@@ -422,7 +422,7 @@ def test_values(tool, keys, expected):
         ("axolotl", {"num_epochs": 0.5}, "num_epochs", DIFFERENT),
         ("axolotl", {"group_by_length": True, "sample_packing": True}, "group_by_length", MEANINGLESS),
         ("axolotl", {"lr_scheduler": "one_cycle"}, "lr_scheduler", NOT_SUPPORTED),
-        ("axolotl", {"optimizer": "lion"}, "optimizer", NOT_SUPPORTED),
+        ("axolotl", {"optimizer": "ao_adamw_fp8"}, "optimizer", NOT_SUPPORTED),
         ("axolotl", {"deepspeed": {"zero_optimization": {}}}, "deepspeed", NOT_SUPPORTED),
         ("axolotl", {"fsdp": ["full_shard"]}, "fsdp", DIFFERENT),
         ("axolotl", {"eval_steps": 50}, "eval_steps", MEANINGLESS),
@@ -439,7 +439,6 @@ def test_values(tool, keys, expected):
         ("llama-factory", {"template": "default"}, "template", NOT_SUPPORTED),
         ("trl", {"load_in_4bit": True}, "load_in_4bit", NOT_SUPPORTED),
         ("llama-factory", {"dataset": "one,two"}, "dataset", DIFFERENT),
-        ("trl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", NOT_SUPPORTED),
         ("trl", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1", MEANINGLESS),
         ("trl", {"lora_r": 8}, "lora_r", MEANINGLESS),
         ("trl", {"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup_ratio", MEANINGLESS),

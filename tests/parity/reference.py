@@ -51,9 +51,16 @@ def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
 
 
 def train_plainly(
-    config: RunConfig, cache: Path, model_class: Any = AutoModelForCausalLM, loss_of: Any = next_token_loss
+    config: RunConfig,
+    cache: Path,
+    model_class: Any = AutoModelForCausalLM,
+    loss_of: Any = next_token_loss,
+    update: Callable[[torch.nn.Module], None] | None = None,
 ) -> Reference:
-    """`config` with SGD, a constant rate and no clipping, in float64; with the penalties of `forgetting`."""
+    """`config` with SGD, a constant rate and no clipping, in float64; with the penalties of `forgetting`.
+
+    update: in place of SGD, changes the weights of the model by their gradients.
+    """
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), cache)
     order = order_of(config, data.train)
@@ -89,6 +96,11 @@ def train_plainly(
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         result.losses.append(float(loss.detach()))
         result.grad_norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        if update is not None:
+            with torch.no_grad():
+                update(model)
+            model.zero_grad()
+            continue
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.grad is None:  # the pooler of an encoder that was joined to another

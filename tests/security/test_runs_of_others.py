@@ -81,7 +81,7 @@ def test_a_signed_key_of_an_installed_plugin_is_known(tmp_path: Path, monkeypatc
     install(tmp_path, "1.0", "    update_momentum:", f"{hook}    update_momentum:")
     write = """
         from pathlib import Path
-        write_run(Path("run.yaml"), compose(["data=chitchat", "optimizer=lion", "optimizer.hook=theirs"]))
+        write_run(Path("run.yaml"), compose(["data=chitchat", "optimizer=signum", "optimizer.hook=theirs"]))
         """
     in_a_process(tmp_path, write)
     content = yaml.safe_load(Path("run.yaml").read_text())

@@ -33,13 +33,13 @@ CASES = {
         ["veto_outliers"],
         ["task=classification", "trainer.callbacks=[{veto_outliers: {factor: 1.001, at_least: 1}}]", LABELS],
     ),
-    "lion": (["lion"], ["task=classification", "optimizer=lion", "optimizer.lr=1e-3", LABELS]),
+    "signum": (["signum"], ["task=classification", "optimizer=signum", "optimizer.lr=1e-3", LABELS]),
 }
 TOGETHER = (
-    ["ordinal", "bitfit", "star_rating", "kappa", "veto_outliers", "lion"],
+    ["ordinal", "bitfit", "star_rating", "kappa", "veto_outliers", "signum"],
     [
         *("task=ordinal", "task.labels=['1','2','3']", "method=bitfit", "data.format=star_rating", STARS),
-        *("trainer.early_stopping.metric=kappa", "optimizer=lion", "optimizer.lr=1e-3"),
+        *("trainer.early_stopping.metric=kappa", "optimizer=signum", "optimizer.lr=1e-3"),
         "trainer.callbacks=[{veto_outliers: {factor: 1.001, at_least: 1}}]",
     ],
 )

@@ -18,7 +18,7 @@ from dstune.core.errors import UserError
 from dstune.protocols import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
-LION = ROOT / "examples" / "plugins" / "lion.py"
+SIGNUM = ROOT / "examples" / "plugins" / "signum.py"
 
 
 def folder_of_plugins(tmp_path, monkeypatch):
@@ -27,13 +27,13 @@ def folder_of_plugins(tmp_path, monkeypatch):
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
     yield tmp_path
     plugins.activate([])
-    assert "lion" not in OPTIMIZERS
-    assert "optimizer=lion" not in {setting.group for setting in documentation()}
+    assert "signum" not in OPTIMIZERS
+    assert "optimizer=signum" not in {setting.group for setting in documentation()}
 
 
-def copy(target: str = "lion.py", old: str = "", new: str = "") -> Path:
+def copy(target: str = "signum.py", old: str = "", new: str = "") -> Path:
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    Path(target).write_text(LION.read_text().replace(old, new) if old else LION.read_text())
+    Path(target).write_text(SIGNUM.read_text().replace(old, new) if old else SIGNUM.read_text())
     return Path(target)
 
 
@@ -47,14 +47,14 @@ def problems(*overrides: str) -> list[tuple[str, str, str]]:
 
 
 def install(folder: Path, version: str, old: str = "", new: str = "") -> None:
-    """`mylion`, an installed package with an entry point."""
+    """`mysignum`, an installed package with an entry point."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
-    copy(str(site / "mylion" / "__init__.py"), old, new)
-    info = site / f"mylion-{version}.dist-info"
+    copy(str(site / "mysignum" / "__init__.py"), old, new)
+    info = site / f"mysignum-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mylion\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text("[dstune.plugins]\nlion = mylion\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mysignum\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text("[dstune.plugins]\nsignum = mysignum\n")
 
 
 def in_a_process(folder: Path, program: str) -> str:

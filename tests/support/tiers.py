@@ -58,6 +58,7 @@ WHOLE_FILES = {
     "parity/test_method_runs.py": 95,
     "parity/test_micro_batch.py": 80,
     "parity/test_offload.py": 30,
+    "parity/test_optimizers.py": 240,
     "parity/test_preference.py": 150,
     "parity/test_reinforcement.py": 140,
     "parity/test_reward_embedding.py": 100,

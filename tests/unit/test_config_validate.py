@@ -349,7 +349,8 @@ def test_steps_and_epochs_cannot_be_swapped():
 @pytest.mark.parametrize(
     ("word", "name"),
     [
-        ("optimizer=muon", "Muon"),
+        ("optimizer=adafactor", "Adafactor"),
+        ("optimizer=schedule_free", "schedule-free"),
         ("trainer.precision=fp8", "fp8"),
         ("zero=zeropp", "ZeRO++"),
         ("zero=zenflow", "ZenFlow"),

@@ -316,3 +316,20 @@ def test_what_does_not_train_needs_no_memory_to_train(small: Path, monkeypatch: 
     preflight.resolve_run(compose(run(small)).config, trains=False)
     with pytest.raises(UserError, match="a rank takes at least"):
         preflight.resolve_run(compose(run(small)).config)
+
+
+def test_states_of_an_optimizer_are_those_of_each_kind_of_weight() -> None:
+    """Llama 3.1 8B: an embedding and a head of 525,336,576 elements each, 65 norms of 4,096, the rest in matrices of layers."""
+    norms = 65 * 4096
+    matrices = P - 2 * WORDS - norms
+    expected = {
+        "adamw": 8 * P,
+        "lion": 4 * P,
+        "muon": 4 * matrices + 8 * (2 * WORDS + norms),
+        "adamw_8bit": (2 + 8 / 256) * (matrices + WORDS) + 8 * (WORDS + norms),
+    }
+    for name, size in expected.items():
+        setup = llama(f"optimizer={name}")
+        assert setup.state_bytes * setup.trained_count == pytest.approx(size, rel=1e-12)
+        states = memory(setup).parts["optimizer"] - memory(replace(setup, state_bytes=0.0)).parts.get("optimizer", 0)
+        assert states == pytest.approx(size / setup.ranks, rel=1e-6), name

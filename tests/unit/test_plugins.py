@@ -20,7 +20,7 @@ from dstune.core import plugins
 from dstune.data.rows import RowError
 from dstune.protocols import task_of
 from dstune.protocols.task_options import NeedsReference, WeighsClasses
-from tests.support.plugins import LION, ROOT, copy, folder_of_plugins, problems
+from tests.support.plugins import ROOT, SIGNUM, copy, folder_of_plugins, problems
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +32,18 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_three_places_add_up(folder):
-    copy("a/lion.py")
+    copy("a/signum.py")
     Path("one.py").write_text("")
     Path("two.py").write_text("")
     Path("dstune.yaml").write_text("plugins: [./one.py]\n")
     write_record(Path(), candidates(Path()))
     Path("mine/experiment").mkdir(parents=True)
-    text = "# @package _global_\nplugins: [./two.py]\ndefaults:\n  - override /optimizer: lion\n  - override /data: chitchat\n"
+    text = "# @package _global_\nplugins: [./two.py]\ndefaults:\n  - override /optimizer: signum\n  - override /data: chitchat\n"
     Path("mine/experiment/own.yaml").write_text(text)
-    composed = compose(["experiment=own", "plugins=[./one.py,a/lion.py]"], ["mine"])
-    assert [plugin.name for plugin in composed.plugins] == ["one", "two", "lion"]
-    assert composed.plugins[2].registers == ("optimizer lion",)
-    assert composed.config.optimizer.name == "lion"
+    composed = compose(["experiment=own", "plugins=[./one.py,a/signum.py]"], ["mine"])
+    assert [plugin.name for plugin in composed.plugins] == ["one", "two", "signum"]
+    assert composed.plugins[2].registers == ("optimizer signum",)
+    assert composed.config.optimizer.name == "signum"
 
 
 @pytest.mark.parametrize(
@@ -66,32 +66,32 @@ def test_a_project_file_that_is_wrong(content, where, reason):
 
 def test_a_choice_with_the_defaults_of_the_class():
     copy()
-    composed = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", "optimizer.update_momentum=0.8"])
+    composed = compose(["data=chitchat", "plugins=[./signum.py]", "optimizer=signum", "optimizer.update_momentum=0.8"])
     assert (composed.config.optimizer.update_momentum, composed.config.optimizer.momentum) == (0.8, 0.99)
-    assert composed.overrides[1] == "plugins=[./lion.py]"
-    assert "lion" in CHOICES["optimizer"]
+    assert composed.overrides[1] == "plugins=[./signum.py]"
+    assert "signum" in CHOICES["optimizer"]
 
 
 def test_keys_have_types_ranges_and_nearest_names():
     copy()
-    lion = ["plugins=[./lion.py]", "optimizer=lion"]
-    ((where, _, fix),) = problems(*lion, "optimizer.update_momentun=0.8")
+    signum = ["plugins=[./signum.py]", "optimizer=signum"]
+    ((where, _, fix),) = problems(*signum, "optimizer.update_momentun=0.8")
     assert (where, fix) == ("optimizer.update_momentun", "did you mean optimizer.update_momentum=0.8?")
-    ((where, reason, _),) = problems(*lion, "optimizer.momentum=much")
+    ((where, reason, _),) = problems(*signum, "optimizer.momentum=much")
     assert (where, reason) == ("optimizer.momentum", "expected a number")
-    config = compose(["data=chitchat", *lion, "optimizer.momentum=0.5"]).config
+    config = compose(["data=chitchat", *signum, "optimizer.momentum=0.5"]).config
     assert [problem.where for problem in find_problems(config)] == ["optimizer.momentum"]  # of its own check
-    config = compose(["data=chitchat", *lion, "optimizer.momentum=2"]).config
+    config = compose(["data=chitchat", *signum, "optimizer.momentum=2"]).config
     assert [problem.where for problem in find_problems(config)] == ["optimizer.momentum"]  # of its range
 
 
 def test_a_field_of_a_type_that_no_key_can_have():
-    text = LION.read_text().replace(
+    text = SIGNUM.read_text().replace(
         '"""Decay rate of the momentum (beta 2)."""', '"""Decay rate."""\n    extra: set[int] = None'
     )
-    Path("lion.py").write_text(text)
-    ((where, reason, _),) = problems("plugins=[./lion.py]", "optimizer=lion")
-    assert (where, reason) == ("LionConfig", "extra: Unexpected type annotation: set[int]")
+    Path("signum.py").write_text(text)
+    ((where, reason, _),) = problems("plugins=[./signum.py]", "optimizer=signum")
+    assert (where, reason) == ("SignumConfig", "extra: Unexpected type annotation: set[int]")
 
 
 CALLBACK = """
@@ -159,9 +159,9 @@ def test_the_keys_of_a_tracker(folder):
 
 def test_help_and_its_absence():
     copy()
-    compose(["data=chitchat", "plugins=[./lion.py]"])
-    text = help_text({"optimizer": ["adamw", "lion"]})
-    assert "optimizer.update_momentum=0.9 [optimizer=lion]" in text
+    compose(["data=chitchat", "plugins=[./signum.py]"])
+    text = help_text({"optimizer": ["adamw", "signum"]})
+    assert "optimizer.update_momentum=0.9 [optimizer=signum]" in text
     assert "beta 1 of the paper" in text
     assert "plugins=[]" in text
     compose(["data=chitchat"])
@@ -170,21 +170,21 @@ def test_help_and_its_absence():
 
 def test_help_needs_the_file_no_more():
     copy()
-    compose(["data=chitchat", "plugins=[./lion.py]"])
-    Path("lion.py").write_text("")
-    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "lion"]})
-    Path("lion.py").unlink()
+    compose(["data=chitchat", "plugins=[./signum.py]"])
+    Path("signum.py").write_text("")
+    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "signum"]})
+    Path("signum.py").unlink()
     documentation.cache_clear()
-    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "lion"]})
+    assert "beta 1 of the paper" in help_text({"optimizer": ["adamw", "signum"]})
 
 
 def test_completion_loads_no_file():
     copy()
-    Path("lion.py").write_text("raise SystemExit('completion has run a file')")
-    Path("dstune.yaml").write_text("plugins: [./lion.py]\n")
+    Path("signum.py").write_text("raise SystemExit('completion has run a file')")
+    Path("dstune.yaml").write_text("plugins: [./signum.py]\n")
     write_record(Path(), candidates(Path()))
-    found = complete("dstune train plugins=[./lion.py] optimizer=", {"train": lambda given: Behind})
-    assert found == ["optimizer=adamw", "optimizer=sgd"]
+    found = complete("dstune train plugins=[./signum.py] optimizer=", {"train": lambda given: Behind})
+    assert found == [f"optimizer={name}" for name in ("adamw", "adamw_8bit", "lion", "muon", "sgd")]
 
 
 class Behind:
@@ -195,18 +195,18 @@ class Behind:
 
 def test_the_same_file_is_executed_once_and_a_changed_one_again():
     copy()
-    Path("lion.py").write_text(
-        LION.read_text() + "\nimport builtins\nbuiltins.runs = getattr(builtins, 'runs', 0) + 1\n"
+    Path("signum.py").write_text(
+        SIGNUM.read_text() + "\nimport builtins\nbuiltins.runs = getattr(builtins, 'runs', 0) + 1\n"
     )
     import builtins
 
-    first = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion"]).config.optimizer
+    first = compose(["data=chitchat", "plugins=[./signum.py]", "optimizer=signum"]).config.optimizer
     compose(["data=chitchat"])
-    again = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion"]).config.optimizer
+    again = compose(["data=chitchat", "plugins=[./signum.py]", "optimizer=signum"]).config.optimizer
     assert builtins.runs == 1
     assert type(first) is type(again)
-    Path("lion.py").write_text(Path("lion.py").read_text().replace("= setting(0.9,", "= setting(0.95,"))
-    changed = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion"]).config.optimizer
+    Path("signum.py").write_text(Path("signum.py").read_text().replace("= setting(0.9,", "= setting(0.95,"))
+    changed = compose(["data=chitchat", "plugins=[./signum.py]", "optimizer=signum"]).config.optimizer
     assert (first.update_momentum, changed.update_momentum, builtins.runs) == (0.9, 0.95, 2)
     del builtins.runs
 
@@ -249,20 +249,20 @@ def test_a_file_that_cannot_be_imported(content, where, reason, fix):
 
 def test_what_a_broken_file_had_registered_is_gone():
     copy()
-    Path("lion.py").write_text(LION.read_text() + "\nraise RuntimeError('too late')\n")
-    ((where, _, _),) = problems("plugins=[./lion.py]", "optimizer=lion")
-    assert where.startswith("./lion.py:")
+    Path("signum.py").write_text(SIGNUM.read_text() + "\nraise RuntimeError('too late')\n")
+    ((where, _, _),) = problems("plugins=[./signum.py]", "optimizer=signum")
+    assert where.startswith("./signum.py:")
 
 
 def test_names_that_clash():
-    copy("a/lion.py")
-    copy("b/lion.py", "Share", "share")
-    ((_, reason, _),) = problems("plugins=[a/lion.py,b/lion.py]")
-    assert reason == "there are two plugins named lion: a/lion.py and b/lion.py"
+    copy("a/signum.py")
+    copy("b/signum.py", "Share", "share")
+    ((_, reason, _),) = problems("plugins=[a/signum.py,b/signum.py]")
+    assert reason == "there are two plugins named signum: a/signum.py and b/signum.py"
     copy("other.py")
-    ((_, reason, _),) = problems("plugins=[a/lion.py,./other.py]")
-    assert "there are two optimizers named 'lion'" in reason
-    copy("mine.py", 'name: str = "lion"', 'name: str = "adamw"')
+    ((_, reason, _),) = problems("plugins=[a/signum.py,./other.py]")
+    assert "there are two optimizers named 'signum'" in reason
+    copy("mine.py", 'name: str = "signum"', 'name: str = "adamw"')
     ((where, reason, _),) = problems("plugins=[./mine.py]")
     assert where.startswith("./mine.py:")
     assert "there are two optimizers named 'adamw'" in reason
@@ -271,27 +271,27 @@ def test_names_that_clash():
 def test_names_that_clash_with_a_plugin_of_an_earlier_configuration():
     copy()
     copy("other.py")
-    for name in ("lion", "other"):
-        compose(["data=chitchat", f"plugins=[./{name}.py]", "optimizer=lion"])
-    ((where, reason, _),) = problems("plugins=[./lion.py,./other.py]")
+    for name in ("signum", "other"):
+        compose(["data=chitchat", f"plugins=[./{name}.py]", "optimizer=signum"])
+    ((where, reason, _),) = problems("plugins=[./signum.py,./other.py]")
     assert where == "./other.py"  # as without the earlier ones
-    assert "there are two optimizers named 'lion'" in reason
+    assert "there are two optimizers named 'signum'" in reason
 
 
 @pytest.mark.parametrize(
     ("value", "reason", "fix"),
     [
-        ("[./lions.py]", "there is no such file", "did you mean lion.py?"),
+        ("[./signums.py]", "there is no such file", "did you mean signum.py?"),
         ("[nonesuch.module]", "there is no such module", "plugins=[./file.py]"),
-        ("[./my-lion.py]", "the name of a plugin file is a name in Python", "my_lion.py"),
+        ("[./my-signum.py]", "the name of a plugin file is a name in Python", "my_signum.py"),
         ("[/]", "the name of a plugin file is a name in Python", "give the path of a Python file"),
-        ("[./lion.py:Tiger]", "./lion.py registers no class Tiger", "the plugin registers Lion"),
+        ("[./signum.py:Tiger]", "./signum.py registers no class Tiger", "the plugin registers Signum"),
         ("3", "expected a list of files and modules", "plugins=[./file.py,package.module]"),
     ],
 )
 def test_plugins_that_are_none(value, reason, fix):
     copy()
-    copy("my-lion.py")
+    copy("my-signum.py")
     ((where, message, advice),) = problems(f"plugins={value}")
     assert (where, message) == ("plugins", reason)
     assert fix in advice
@@ -300,24 +300,24 @@ def test_plugins_that_are_none(value, reason, fix):
 def test_a_module_beside_the_program_travels_as_a_file(monkeypatch, folder):
     copy()
     monkeypatch.syspath_prepend(str(folder))
-    (plugin,) = compose(["data=chitchat", "plugins=[lion:Lion]"]).plugins
+    (plugin,) = compose(["data=chitchat", "plugins=[signum:Signum]"]).plugins
     assert plugin.is_file
     (folder / "package").mkdir()
     (folder / "package" / "__init__.py").write_text("")
-    copy("package/lion.py")
-    ((_, reason, fix),) = problems("plugins=[package.lion]")
+    copy("package/signum.py")
+    ((_, reason, fix),) = problems("plugins=[package.signum]")
     assert reason == "ranks cannot import it: it is not installed"
-    assert "plugins=[package/lion.py]" in fix
+    assert "plugins=[package/signum.py]" in fix
 
 
 def test_a_module_that_ranks_can_import_is_imported_by_name(monkeypatch, folder):
     (folder / "shelf").mkdir()
     (folder / "shelf" / "__init__.py").write_text("")
-    copy("shelf/lion.py")
+    copy("shelf/signum.py")
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
     monkeypatch.syspath_prepend(str(folder))
-    (plugin,) = compose(["data=chitchat", "plugins=[shelf.lion]"]).plugins
-    assert (plugin.name, plugin.is_file, plugin.registers) == ("shelf.lion", False, ("optimizer lion",))
+    (plugin,) = compose(["data=chitchat", "plugins=[shelf.signum]"]).plugins
+    assert (plugin.name, plugin.is_file, plugin.registers) == ("shelf.signum", False, ("optimizer signum",))
 
 
 def test_a_plugin_says_for_which_version_it_was_written():
@@ -377,17 +377,18 @@ def test_a_member_needs_a_config_of_its_own():
 
 
 def test_a_plugin_may_offer_what_dstune_does_not():
-    copy("muon.py", '"lion"', '"muon"')
-    assert compose(["data=chitchat", "plugins=[./muon.py]", "optimizer=muon"]).config.optimizer.name == "muon"
-    ((where, reason, _),) = problems("optimizer=muon")
-    assert where == "optimizer" and reason.startswith("is not offered: Muon")
+    copy("adafactor.py", '"signum"', '"adafactor"')
+    composed = compose(["data=chitchat", "plugins=[./adafactor.py]", "optimizer=adafactor"])
+    assert composed.config.optimizer.name == "adafactor"
+    ((where, reason, _),) = problems("optimizer=adafactor")
+    assert where == "optimizer" and reason.startswith("is not offered: Adafactor")
 
 
 def test_a_deepspeed_file_may_choose_the_optimizer_of_a_plugin():
     copy()
-    Path("ds.json").write_text('{"optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}')
-    optimizer = compose(["data=chitchat", "plugins=[./lion.py]", "zero=file", "zero.path=ds.json"]).config.optimizer
-    assert (optimizer.name, optimizer.lr) == ("lion", 1e-4)
+    Path("ds.json").write_text('{"optimizer": {"type": "Signum", "params": {"lr": 1e-4}}}')
+    optimizer = compose(["data=chitchat", "plugins=[./signum.py]", "zero=file", "zero.path=ds.json"]).config.optimizer
+    assert (optimizer.name, optimizer.lr) == ("signum", 1e-4)
 
 
 # ---- metrics ----

@@ -20,7 +20,7 @@ from dstune.core.errors import UserError
 from dstune.launch import rundir
 from dstune.serve.source import resolve
 from dstune.sweep import directory
-from tests.support.plugins import LION, ROOT, copy, folder_of_plugins
+from tests.support.plugins import ROOT, SIGNUM, copy, folder_of_plugins
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def a_run(path: Path, *overrides: str):
-    composed = compose(["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", f"run.dir={path}", *overrides])
+    composed = compose(["data=chitchat", "plugins=[./signum.py]", "optimizer=signum", f"run.dir={path}", *overrides])
     path.mkdir(exist_ok=True)
     write_run(path / "run.yaml", composed)
     return composed
@@ -38,12 +38,12 @@ def a_run(path: Path, *overrides: str):
 def test_a_run_keeps_its_plugins(folder):
     copy()
     composed = a_run(folder / "run")
-    assert (folder / "run" / "plugins" / "lion.py").read_text() == LION.read_text()
-    Path("lion.py").unlink()
+    assert (folder / "run" / "plugins" / "signum.py").read_text() == SIGNUM.read_text()
+    Path("signum.py").unlink()
     compose(["data=chitchat"])
     again = read_run(folder / "run" / "run.yaml")
     assert (again.config, again.plugins) == (composed.config, composed.plugins)
-    assert again.plugins[0].file == "./lion.py"
+    assert again.plugins[0].file == "./signum.py"
     assert plugins.digests("optimizer") == [again.plugins[0].sha256]
     assert plugins.digests("task") == []
 
@@ -51,11 +51,11 @@ def test_a_run_keeps_its_plugins(folder):
 def test_a_rank_started_process_unpickles_what_a_plugin_defines(folder):
     copy()
     a_run(folder / "run")
-    Path("lion.py").unlink()
+    Path("signum.py").unlink()
     config = read_run(folder / "run" / "run.yaml").config.optimizer
     (folder / "pickled").write_bytes(pickle.dumps(config))
     program = "import pickle; print(pickle.load(open('pickled', 'rb')).update_momentum)"
-    lookup = "from dstune.protocols import OPTIMIZERS; print('lion' in OPTIMIZERS)"
+    lookup = "from dstune.protocols import OPTIMIZERS; print('signum' in OPTIMIZERS)"
     for text, formatted in ((program, "0.9\n"), (lookup, "True\n")):
         done = subprocess.run(
             [sys.executable, "-c", text], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -70,7 +70,7 @@ def test_the_list_of_a_run_names_no_file_elsewhere(folder, name):
     copy()
     a_run(folder / "run")
     file = folder / "run" / "run.yaml"
-    file.write_text(file.read_text().replace("name: lion", f"name: '{name}'", 1))
+    file.write_text(file.read_text().replace("name: signum", f"name: '{name}'", 1))
     with pytest.raises(UserError, match="is not a list of plugins"):
         read_run(file)
 
@@ -78,8 +78,8 @@ def test_the_list_of_a_run_names_no_file_elsewhere(folder, name):
 def test_a_copy_that_was_changed_or_is_gone(folder):
     copy()
     a_run(folder / "run")
-    kept = folder / "run" / "plugins" / "lion.py"
-    kept.write_text(LION.read_text() + "# changed\n")
+    kept = folder / "run" / "plugins" / "signum.py"
+    kept.write_text(SIGNUM.read_text() + "# changed\n")
     with pytest.raises(UserError) as error:
         read_run(folder / "run" / "run.yaml")
     (problem,) = error.value.problems
@@ -97,7 +97,7 @@ def test_a_copy_that_was_changed_or_is_gone(folder):
 
 def test_a_task_of_a_plugin_is_served_from_its_run(folder):
     """Its export alone does not have the plugin: there it has to be given, as the refusal says."""
-    shutil.copy(LION.with_name("ordinal.py"), "ordinal.py")
+    shutil.copy(SIGNUM.with_name("ordinal.py"), "ordinal.py")
     composed = compose(["data.train=rows.jsonl", "plugins=[./ordinal.py]", "task=ordinal", "run.dir=run"])
     export = folder / "run" / "export"
     export.mkdir(parents=True)
@@ -126,44 +126,44 @@ def saved(folder, monkeypatch):
 
 
 def choose(*overrides: str):
-    return rundir.choose(compose(["data=chitchat", "optimizer=lion", "run.dir=run", *overrides]))
+    return rundir.choose(compose(["data=chitchat", "optimizer=signum", "run.dir=run", *overrides]))
 
 
 def test_the_same_command_again_continues(saved):
-    assert choose("plugins=[./lion.py]").plugins[0].name == "lion"
+    assert choose("plugins=[./signum.py]").plugins[0].name == "signum"
 
 
 def test_a_changed_plugin_is_refused_unless_it_is_accepted(saved):
-    copy("lion.py", "sign momentum", "signed momentum")
+    copy("signum.py", "sign momentum", "signed momentum")
     with pytest.raises(UserError) as error:
-        choose("plugins=[./lion.py]")
+        choose("plugins=[./signum.py]")
     (problem,) = error.value.problems
-    assert problem.where == "./lion.py"
-    assert "the plugin lion has changed since the run began" in problem.reason
-    accepted = choose("plugins=[./lion.py]", plugins.ACCEPT)
+    assert problem.where == "./signum.py"
+    assert "the plugin signum has changed since the run began" in problem.reason
+    accepted = choose("plugins=[./signum.py]", plugins.ACCEPT)
     assert not accepted.config.run.accept_plugin_changes  # by this start, not by every later one
     prepared = rundir.prepare(accepted)
     os.close(prepared.lock)
-    assert "signed momentum" in (saved / "plugins" / "lion.py").read_text()
+    assert "signed momentum" in (saved / "plugins" / "signum.py").read_text()
     assert prepared.before.restore() is True
-    assert "signed momentum" not in (saved / "plugins" / "lion.py").read_text()
+    assert "signed momentum" not in (saved / "plugins" / "signum.py").read_text()
 
 
 def test_another_plugin_beside_it_is_refused(saved):
     Path("more.py").write_text("")
     with pytest.raises(UserError, match="the run began without the plugin more"):
-        choose("plugins=[./lion.py,./more.py]")
+        choose("plugins=[./signum.py,./more.py]")
 
 
 def test_the_plugins_of_an_existing_run_are_chosen(saved):
     config = read_run(saved / "run.yaml").config
     with pytest.raises(UserError, match="the plugins of an existing run are settled"):
-        apply_overrides(config, ["plugins=[./lion.py]"])
+        apply_overrides(config, ["plugins=[./signum.py]"])
 
 
 def test_a_sweep_continues_with_its_plugins(folder):
     def sweep(*further: str) -> directory.Sweep:
-        words = ["data=chitchat", "plugins=[./lion.py]", "optimizer=lion", *further]
+        words = ["data=chitchat", "plugins=[./signum.py]", "optimizer=signum", *further]
         return directory.Sweep(folder / "sweep", compose(words).config, words, [], [])
 
     copy()
@@ -171,10 +171,10 @@ def test_a_sweep_continues_with_its_plugins(folder):
     directory.write_sweep(sweep(), ["loss"])
     again = sweep()
     assert directory.continued(again) == (again, False)
-    copy("lion.py", "sign momentum", "signed momentum")
-    with pytest.raises(UserError, match="the plugin lion has changed since the run began"):
+    copy("signum.py", "sign momentum", "signed momentum")
+    with pytest.raises(UserError, match="the plugin signum has changed since the run began"):
         directory.continued(sweep())
-    assert directory.continued(sweep(plugins.ACCEPT))[0].base.optimizer.name == "lion"
+    assert directory.continued(sweep(plugins.ACCEPT))[0].base.optimizer.name == "signum"
 
 
 def test_a_run_without_plugins_says_nothing_of_them(folder):

@@ -237,7 +237,7 @@ def test_all_contradictions_are_reported_at_once(write):
         ({"scheduler": {"params": {"total_num_steps": 70}}}, "scheduler.params.total_num_steps", "as long as the run"),
         ({"scheduler": {"params": {"warmup_type": "log"}}}, "scheduler.params.warmup_type", "linearly"),
         ({"scheduler": {"type": "OneCycle"}}, "scheduler.type", "no such schedule"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "adamw, sgd"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type", "adamw, adamw_8bit, lion, muon, sgd"),
         (
             {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
             "optimizer.params.adam_w_mode",

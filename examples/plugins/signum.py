@@ -1,6 +1,6 @@
-"""optimizer=lion: evolved sign momentum (Chen et al. 2023, arXiv:2302.06675).
+"""optimizer=signum: sign momentum (Bernstein et al. 2018, arXiv:1802.04434), with a share of the gradient in the update.
 
-dstune train plugins=[examples/plugins/lion.py] optimizer=lion optimizer.lr=1e-5 ...
+dstune train plugins=[examples/plugins/signum.py] optimizer=signum optimizer.lr=1e-5 ...
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dstune.protocols.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class LionConfig(OptimizerConfig):
+class SignumConfig(OptimizerConfig):
     """Updates by the sign of an interpolated momentum: one state a parameter, where AdamW has two."""
 
-    name: str = "lion"
+    name: str = "signum"
     lr: float = setting(1e-5, at_least=0.0)
     """Peak learning rate; a third to a tenth of AdamW's."""
     weight_decay: float = setting(0.1, at_least=0.0)
@@ -30,9 +30,9 @@ class LionConfig(OptimizerConfig):
 
 
 @dstune.optimizer
-class Lion(dstune.Optimizer):
-    Config = LionConfig
-    config: LionConfig
+class Signum(dstune.Optimizer):
+    Config = SignumConfig
+    config: SignumConfig
     decoupled_weight_decay = True
     states_per_parameter = 1
 
@@ -44,7 +44,7 @@ class Lion(dstune.Optimizer):
     def build(self, groups: list[dict[str, Any]]) -> Any:
         import torch
 
-        class LionStep(torch.optim.Optimizer):
+        class SignumStep(torch.optim.Optimizer):
             @torch.no_grad()
             def step(self, closure: Any = None) -> None:
                 for group in self.param_groups:
@@ -63,4 +63,4 @@ class Lion(dstune.Optimizer):
         config = self.config
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay}
         defaults |= {"update_momentum": config.update_momentum, "momentum": config.momentum}
-        return LionStep(groups, defaults)
+        return SignumStep(groups, defaults)

@@ -1,0 +1,70 @@
+"""Muon as a torch optimizer, over whole parameters or over partitions of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dstune.optim.fused_adamw import fused_adamw
+from dstune.optim.muon.config import MATRIX
+
+if TYPE_CHECKING:
+    from dstune.optim.muon.config import MuonConfig
+    from dstune.zero.matrices import Matrices
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of Jordan's quintic iteration (kellerjordan.github.io/posts/muon), as `torch.optim.Muon` has them."""
+
+
+class MuonStep(torch.optim.Optimizer):
+    """Groups of the kind `MATRIX` are orthogonalized matrix by matrix; stacked experts are matrices of their own. The others
+    are AdamW's."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: MuonConfig):
+        defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
+        super().__init__(groups, {**defaults, "momentum": config.momentum, "fused": True})
+        self._iterations = config.orthogonalization_steps
+        self._matrices: Matrices | None = None
+
+    def use_matrices(self, matrices: Matrices) -> None:
+        """Update partitions, whose matrices are put together by `matrices`."""
+        self._matrices = matrices
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["kind"] != MATRIX:
+                fused_adamw(group, parameters, self.state)
+                continue
+            for parameter in parameters:
+                self._update(group, parameter)
+
+    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])  # Nesterov's
+        if self._matrices is None:
+            orthogonal = self._orthogonal(update)
+        else:
+            orthogonal = self._matrices.change(parameter, update, self._orthogonal)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(orthogonal, alpha=-group["lr"])
+
+    def _orthogonal(self, matrix: Tensor) -> Tensor:
+        """The nearest orthogonal matrix, about, of each of [..., rows, columns], whose elements have the mean square of AdamW's
+        updates (arXiv:2502.16982, section 2.2). In fp32: in bf16 the rounding of a sum over ranks would show."""
+        rows, columns = matrix.shape[-2:]
+        found = matrix.mT if rows > columns else matrix
+        found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        a, b, c = COEFFICIENTS
+        for _ in range(self._iterations):
+            gram = found @ found.mT
+            found = a * found + (b * gram + c * gram @ gram) @ found
+        return (found.mT if rows > columns else found) * (0.2 * math.sqrt(max(rows, columns)))

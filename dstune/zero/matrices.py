@@ -1,0 +1,60 @@
+"""Whole matrices for an optimizer that needs them, out of partitions: each on one rank, for the length of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from dstune.core.distributed import World
+from dstune.zero.restore import Partition
+
+
+@runtime_checkable
+class UsesMatrices(Protocol):
+    """A torch optimizer that changes whole matrices."""
+
+    def use_matrices(self, matrices: Matrices) -> None: ...
+
+
+class Matrices:
+    """The matrices that partitions are made of. Every rank makes one, and calls `change` for the same partitions in turn."""
+
+    def __init__(
+        self, partitions: Sequence[Partition], shapes: Mapping[str, torch.Size], world: World, device: torch.device
+    ):
+        """shapes: of the whole parameters. device: of the ranks' messages and of the computation."""
+        self._shapes, self._world, self._device = shapes, world, device
+        self._partitions = {id(partition.key): partition for partition in partitions}
+        own = {fragment.name: fragment.count for partition in partitions for fragment in partition.fragments}
+        self._counts: list[dict[str, int]] = world.gather(own)
+        """By rank, how many elements it has of each parameter: a rank's come before those of the next one."""
+
+    def change(self, key: Tensor, values: Tensor, of_matrix: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `of_matrix` makes of each whole matrix in `values`, which stands as `key` does in this rank's partition.
+
+        As many matrices at a time as there are ranks: each is sent to one of them, in pieces, and comes back in pieces.
+        """
+        partition, size = self._partitions[id(key)], self._world.size
+        changed = torch.zeros_like(values)
+        places = {fragment.name: fragment for fragment in partition.fragments}
+        for first in range(0, len(partition.names), size):
+            names = partition.names[first : first + size]
+            sent = [self._counts[self._world.rank].get(name, 0) for name in names] + [0] * (size - len(names))
+            mine = names[self._world.rank] if self._world.rank < len(names) else None
+            received = [0 if mine is None else counts.get(mine, 0) for counts in self._counts]
+            pieces = [values[part.offset : part.offset + part.count] for name in names if (part := places.get(name))]
+            outgoing = torch.cat([*pieces, values.new_empty(0)]).to(self._device)
+            whole = outgoing.new_empty(sum(received))
+            torch_dist.all_to_all_single(whole, outgoing, received, sent)
+            if mine is not None:
+                whole = of_matrix(whole.view(self._shapes[mine])).reshape(-1).contiguous()
+            torch_dist.all_to_all_single(outgoing, whole, sent, received)
+            back = list(outgoing.to(values.device).split([count for count in sent if count]))
+            for name in names:
+                if part := places.get(name):
+                    changed[part.offset : part.offset + part.count] = back.pop(0)
+        return changed
