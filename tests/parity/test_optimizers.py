@@ -7,15 +7,17 @@ are cut as the stage cuts them.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as functional
 from parity.reference import Reference, train_plainly
 from parity.test_ladder import BASE, PROGRAM, exact, monkeypatch_module, workshop  # noqa: F401 (fixtures)
-from safetensors.torch import load_file
 from support.ranks import run_ranks
+from support.tiny import save_decoder
 
+ENGINES = Path(__file__).with_name("optimizer_ranks.py")
 RATE, DECAY = 1e-3, 0.1
 COMMON = ["data.packing=false", f"optimizer.lr={RATE}", f"optimizer.weight_decay={DECAY}"]
 STAGES = (0, 1, 2, 3)
@@ -170,48 +172,73 @@ def test_a_plain_loop_has_the_same_curve_and_weights(workshop, references, ranks
     assert (torch.cat([weight.flatten() for weight in expected.weights.values()])).abs().max() > 0.1
 
 
-def test_a_stopped_run_continues_to_the_bit(workshop):  # noqa: F811
-    cells = [("lion", 3), *((name, stage) for name in ("muon", "adamw_8bit") for stage in STAGES)]
-    cells += [("muon-bf16", 1), ("muon-bf16", 3), ("adamw_8bit-bf16", 1), ("adamw_8bit-bf16", 2)]
-    kinds = {}
-    for cell, stage in cells:
-        name, _, precision = cell.partition("-")
-        kinds[f"{cell}-s{stage}"] = [
-            f"optimizer={name}",
-            f"zero=stage{stage}",
-            *COMMON,
-            "schedule=cosine",
-            f"trainer.precision={precision or 'fp32'}",
-        ]
-    limit = "run.time_limit=0.000001"  # over after the first step of each launch
-    run_ranks(PROGRAM, 2, [workshop.case(f"{kind}-whole", *more) for kind, more in kinds.items()], timeout=LONG)
-    run_ranks(PROGRAM, 2, [workshop.case(f"{kind}-cut", *more, limit) for kind, more in kinds.items()], timeout=LONG)
-    ends = [workshop.case(f"{kind}-end", *more, directory=f"{kind}-cut") for kind, more in kinds.items()]
-    run_ranks(PROGRAM, 2, ends, timeout=LONG)
-    for kind in kinds:
-        whole, cut = (workshop.folder / f"{kind}-{which}" for which in ("whole", "cut"))
-        assert exact(cut) == exact(whole), kind
-        left, right = (load_file(folder / "export" / "model.safetensors") for folder in (whole, cut))
-        assert all(torch.equal(left[key], right[key]) for key in left), kind
+KINDS = [(name, stage, "fp32") for name in ("lion", "muon", "adamw_8bit") for stage in STAGES]
+KINDS += [(name, stage, "bf16") for name in ("muon", "adamw_8bit") for stage in (1, 2, 3)]
+OTHER_LAYOUTS = [(2, 3), (2, 0), (1, 2), (3, 1), (3, 3)]
+"""(ranks, stage) that take up a checkpoint of 2 ranks at stage 2."""
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_lion_and_muon_continue_on_other_ranks_and_stages(workshop, method):  # noqa: F811
-    common = {name: [f"optimizer={name}", f"method={method}", *COMMON] for name in ("lion", "muon")}
-    run_ranks(PROGRAM, 2, [workshop.case(f"stays-{n}-{method}", "zero=stage2", *more) for n, more in common.items()])
-    for number, (ranks, zero) in enumerate([(2, "stage3"), (1, "stage2"), (3, "stage1"), (2, "stage3_offload")]):
-        limit = ["run.time_limit=0.000001"] if number < 3 else []
-        cases = [
-            workshop.case(
-                f"moves-{n}-{method}-{number}", f"zero={zero}", *more, *limit, directory=f"moves-{n}-{method}"
+def saved(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return torch.load(folder / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Path:
+    """What engines on two ranks did; see `optimizer_ranks.py`."""
+    folder = tmp_path_factory.mktemp("engines")
+    save_decoder(folder / "model")
+    cases = [
+        {"name": f"{name}-{stage}-{precision}", "optimizer": name, "stage": stage, "precision": precision}
+        for name, stage, precision in KINDS
+    ]
+    cases.append({"name": "muon-offload", "optimizer": "muon", "stage": 3, "precision": "fp32", "offload": "cpu"})
+    run_ranks(ENGINES, 2, {"folder": str(folder), "model": str(folder / "model"), "cases": cases}, timeout=LONG)
+    return folder
+
+
+def test_a_saved_engine_goes_on_to_the_bit(engines):
+    names = [f"{name}-{stage}-{precision}" for name, stage, precision in KINDS] + ["muon-offload"]
+    for name in names:
+        found = saved(engines / name)
+        assert any((found["after"][key] != value).any() for key, value in found["before"].items()), name
+        for key, value in found["after"].items():
+            assert torch.equal(found["continued"][key], value), f"{name}: {key}"
+
+
+def test_every_stage_has_the_same_weights(engines):
+    """In fp32, of optimizers whose states do not depend on the layout; states in host memory too."""
+    for name in ("lion", "muon"):
+        first = saved(engines / f"{name}-0-fp32")["after"]
+        others = [f"{name}-{stage}-fp32" for stage in (1, 2, 3)] + ["muon-offload"] * (name == "muon")
+        for other in others:
+            apart = torch.cat(
+                [(saved(engines / other)["after"][key] - value).flatten() for key, value in first.items()]
             )
-            for n, more in common.items()
+            assert (apart.abs() > 1e-6).double().mean() <= APART[name], other
+
+
+def test_lion_and_muon_are_taken_up_by_other_ranks_and_stages(engines):
+    for ranks in (1, 2, 3):
+        cases = [
+            {
+                "name": f"{name}-taken-{ranks}-{stage}",
+                "optimizer": name,
+                "stage": stage,
+                "precision": "fp32",
+                "takes": f"{name}-2-fp32",
+            }
+            for name in ("lion", "muon")
+            for size, stage in OTHER_LAYOUTS
+            if size == ranks
         ]
-        run_ranks(PROGRAM, ranks, cases)
-    for name in common:
-        stays, moves = (workshop.rows(f"{which}-{name}-{method}") for which in ("stays", "moves"))
-        assert [row["step"] for row in moves] == [1, 2, 3, 4, 5]
-        assert [row["loss"] for row in moves] == pytest.approx([row["loss"] for row in stays], rel=1e-5)
+        run_ranks(
+            ENGINES, ranks, {"folder": str(engines), "model": str(engines / "model"), "cases": cases}, timeout=LONG
+        )
+        for case in cases:
+            expected = saved(engines / case["takes"])["after"]
+            found = saved(engines / case["name"])["after"]
+            apart = torch.cat([(found[key] - value).flatten() for key, value in expected.items()])
+            assert (apart.abs() > 1e-6).double().mean() <= APART[case["optimizer"]], case["name"]
 
 
 def noise_of_samples(model, batch):

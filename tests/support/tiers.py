@@ -84,6 +84,7 @@ SOME_TESTS = {
     "parity/test_elastic.py": 250,
     "placement/test_gpu_report.py": 500,
     "placement/test_placement.py": 180,
+    "unit/test_architectures.py": 300,
     "unit/test_golden.py": 140,
 }
 """Files some tests of which are marked `ci` and take long, the same way."""

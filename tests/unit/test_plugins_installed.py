@@ -22,7 +22,7 @@ def test_an_installed_package_is_there_always(folder):
     program = """
         from dstune.config.completion import complete
         from types import SimpleNamespace as N
-        print(complete("dstune train optimizer=l", {"train": lambda given: N(words=[], overrides=True, files=False)}))
+        print(complete("dstune train optimizer=si", {"train": lambda given: N(words=[], overrides=True, files=False)}))
         compose(["data=chitchat", "plugins=[mysignum]", "optimizer=signum"])
         from pathlib import Path
         from dstune.core import plugins
