@@ -67,7 +67,11 @@ class Checkpoints(OfRun):
                 self._engine.load(checkpoint.parent, checkpoint.name)
             else:
                 if why := optimizer_of(self._config.optimizer).why_no_other_layout:
-                    raise UserError(_other_layout(checkpoint.name, why, before, now))
+                    raise UserError(
+                        _other_layout(
+                            checkpoint.name, why, OF_EARLIER_VERSIONS | saved, OF_EARLIER_VERSIONS | self._facts
+                        )
+                    )
                 self._engine.restore(Shards(checkpoint))
         return TrainState.from_dict(saved["train"])
 
