@@ -21,11 +21,11 @@ def test_every_cell_of_the_notebook(tmp_path, monkeypatch):
     client.execute()
     formatted = [_format(cell) for cell in book.cells if cell.cell_type == "code"]
     _, trained, table, answers, resumed, exported, mistakes, printed = formatted
-    assert "24/24" in trained
-    assert "completed, 24 steps" in trained  # the run's own table
+    assert "36/36" in trained
+    assert "completed, 36 steps" in trained  # the run's own table
     assert "eval/accuracy" in table
     assert answers.count("probabilities") == 2
-    assert "(36, 1.0)" in resumed, "it has learned what the rows say"
+    assert "(48, 1.0)" in resumed, "it has learned what the rows say"
     assert "'model.safetensors'" in exported
     assert "trainer.epoch" in mistakes
     assert "optimizer.lr=fast" in mistakes
