@@ -20,7 +20,7 @@ from support.command import ROOT, Commands
 from dstune.core.errors import UserError
 from dstune.samples import resolve
 
-TEMPLATES = ("chatml", "mistral", "gemma")
+TEMPLATES = ("chatml", "mistral", "mistral_tekken")
 ROWS: list[dict[str, Any]] = runpy.run_path(str(ROOT / "examples" / "agent" / "rows.py"))["rows"](200)
 SHORT = (
     *("method=lora", "method.rank=4", "optimizer.lr=1e-3", "data.max_length=1024", "data.packing=false"),
