@@ -18,6 +18,10 @@ def of_row(error: UserError, place: str) -> str | None:
     return reasons[0] if len(reasons) == len(error.problems) == 1 else None
 
 
+class UnknownFormat(UserError):
+    """No row has a format of the task, which says more than a list of these rows."""
+
+
 class BadRows:
     """Rows that cannot be used: collected to be listed together, or only counted (`data.on_bad_row=skip`)."""
 

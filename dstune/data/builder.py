@@ -22,7 +22,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import mixture
 from dstune.data.augment import augmented
-from dstune.data.bad_rows import BadRows
+from dstune.data.bad_rows import BadRows, UnknownFormat
 from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
 from dstune.data.clean.report import Report
@@ -105,6 +105,8 @@ class Builder:
         bad = BadRows(config.data.on_bad_row, config.model.chat_template or f"that of {config.model.path}")
         try:
             self._write(folder, bad)
+        except UnknownFormat:
+            raise
         except UserError:
             bad.raise_if_any()  # what else is wrong may follow from them
             raise

@@ -195,7 +195,7 @@ def _other_task(columns: Collection[str]) -> str:
     formats: dict[str, list[str]] = defaultdict(list)
     for name, cls in TASKS.classes().items():
         task = cls(cls.Config())
-        for fmt in task.formats:
+        for fmt in (name for name in task.formats if not ROW_FORMATS[name].keeps_columns):
             if fmt in task.read_formats or ROW_FORMATS[fmt].further_keys:
                 formats[fmt].append(f"task={name} {ROW_FORMATS[fmt].further_keys}".rstrip())
     fitting = [name for name in formats if not _missing(name, {}, columns)]

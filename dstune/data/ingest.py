@@ -17,7 +17,7 @@ from dstune.config.data_schema import AUTOMATIC
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
-from dstune.data.bad_rows import FIRST_ROWS, BadRows, of_row
+from dstune.data.bad_rows import FIRST_ROWS, BadRows, UnknownFormat, of_row
 from dstune.data.rows import RowError, check_task, hash_of, labels_of, normalise, recognise, stored
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
@@ -187,7 +187,7 @@ class _Reader:
                 yield _batch(waiting)
                 waiting.clear()
         if self.format is None and self._unknown is not None:
-            raise self._unknown
+            raise UnknownFormat(self._unknown.problems)
         if waiting:
             yield _batch(waiting)
 
@@ -220,7 +220,7 @@ class _Reader:
             self._unknown = self._unknown or error
             self._unknown_rows += 1
             if self._unknown_rows == FIRST_ROWS or (reason := of_row(error, raw.place)) is None:
-                raise self._unknown from None
+                raise UnknownFormat(self._unknown.problems) from None
             raise RowError(reason) from None
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:

@@ -31,6 +31,9 @@ OF_MESSAGES = frozenset(
 """Names of content that a message may have and that no template reads."""
 
 
+MISSING = object()
+
+
 class Unread:
     """Counts, row by row. except_for: columns that something else than the format reads."""
 
@@ -51,11 +54,11 @@ class Unread:
             self._watched[met] = self._of(fields)
             self._read[met] = [column for column in fields if column in columns_read(self._form, self._mapping, fields)]
         for column in self._watched[met]:
-            if holds_something(fields[column]):
+            if holds_something(fields.get(column)):
                 self.rows[column] += 1
         if self._form.conversational:
             for column in self._read[met]:
-                self._look_into(column, fields[column])
+                self._look_into(column, fields.get(column))
 
     def _look_into(self, column: str, messages: Any) -> None:
         """Count what the messages of a column hold beside what is read of them."""
@@ -70,6 +73,6 @@ class Unread:
         expanded = self._form().expand(fields)
         self.columns |= expanded.keys()
         read = columns_read(self._form, self._mapping, expanded) | self._except_for | (fields.keys() - expanded.keys())
-        read |= {column for column in fields if any(fields[column] is expanded[name] for name in read)}
+        read |= {column for column in fields if any(fields[column] is expanded.get(name, MISSING) for name in read)}
         looks = content_names() | set(self._mapping.values())
         return [column for column in fields if column in looks and column not in read]

@@ -34,6 +34,8 @@ class RowFormat:
     """Formats as which a row can be read too, since it has all that they need."""
     conversational: ClassVar[bool] = False
     """Its texts are what people say to a model: images, audio and video among them are refused by name."""
+    keeps_columns: ClassVar[bool] = False
+    """All columns of a row are read. Rows of other formats may look like it, so that its task is not proposed for them."""
     only_named: ClassVar[bool] = False
     """Read only where `data.format` names it: its columns do not tell all that has to be known."""
     further_keys: ClassVar[str] = ""

@@ -190,7 +190,7 @@ def test_the_api_alone_and_the_extra_that_it_needs(monkeypatch):
     found = importlib.util.find_spec
     absent = lambda name: None if name == "python_multipart" else found(name)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", absent)
-    with pytest.raises(UserError, match=r"python_multipart is missing(.|\n)*dstune\[api\]"):
+    with pytest.raises(UserError, match=r"python_multipart is missing(.|\n)*\.\[api\]"):
         gateway_routes.FineTuningRoutes().open(options.parsed(["--no-inference"]), Path("state"), Path("runtime"))
 
 

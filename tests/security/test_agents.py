@@ -20,6 +20,7 @@ SETTINGS = Settings(nodes=1, expected=1, min_nodes=1, restarts=1, silence_second
 @pytest.fixture
 def leader(tmp_path: Path) -> Leader:
     server = socket.create_server(("127.0.0.1", 0))
+    (tmp_path / "launch").mkdir()
     lease = Lease(tmp_path)
     record = LeaseRecord("holder", "node1", "127.0.0.1", server.getsockname()[1], "-", "job")
     generation = lease.take(0, record)

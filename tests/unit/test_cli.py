@@ -36,10 +36,10 @@ def launched(monkeypatch):
     """Runs that reached the supervision, which is replaced; `code` is what it returns."""
     state = SimpleNamespace(calls=[], code=0)
 
-    def run(self, config, run_dir, *, console, lock):
-        state.calls.append((config, run_dir))
+    def run(self, request):
+        state.calls.append((request.run, request.run_dir))
         result = {"status": "completed", "steps": 3, "eval_final": {"loss": 1.5}}
-        (run_dir / "result.json").write_text(json.dumps(result))
+        (request.run_dir / "result.json").write_text(json.dumps(result))
         return state.code
 
     monkeypatch.setattr(Local, "start", run)

@@ -411,7 +411,7 @@ def test_a_column_has_the_name_that_stands_behind_the_equals_sign(name):
 
 
 def test_a_quoted_column_name_and_a_reference_are_what_they_are_elsewhere(monkeypatch):
-    monkeypatch.setenv("COLUMN", "review")
+    monkeypatch.setenv("COLUMN", "column of the environment")  # messages of this process name the variable in its place
     given = ["data.columns.text='my review'", 'data.columns.label="my label"']
     assert compose(given).config.data.columns == {"text": "my review", "label": "my label"}
-    assert compose(["data.columns.text=${oc.env:COLUMN}"]).config.data.columns == {"text": "review"}
+    assert compose(["data.columns.text=${oc.env:COLUMN}"]).config.data.columns == {"text": "column of the environment"}

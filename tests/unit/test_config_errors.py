@@ -56,7 +56,6 @@ def problems(*overrides: str, config_dirs: tuple[Path, ...] = ()) -> list[Proble
         ("data.packing=maybe", "data.packing", "maybe", "true or false", ""),
         ("tracking.tags=a", "tracking.tags", "a", "list", "tracking.tags=[a]"),
         ("data.columns=text", "data.columns", "text", "mapping", ""),
-        ("data.columns.text=[a]", "data.columns.text", "[a]", "text", ""),
         ("optimizer.betas=[0.9]", "optimizer.betas", "[0.9]", "two numbers", ""),
         ("optimizer.betas=[0.9,x]", "optimizer.betas[1]", "x", "a number", ""),
         ("run=foo", "run", "foo", "section", "run.name"),

@@ -22,6 +22,7 @@ COMPANIONS = {
     "task/classification": ["data=sentiment"],
     "task/preference": ["data=files", "data.train=rows.jsonl"],
     "task/reward": ["data=files", "data.train=rows.jsonl"],
+    "task/reinforcement": ["data=files", "data.train=rows.jsonl", "task.rewards=[number]"],
     "task/embedding": ["data=files", "data.train=rows.jsonl"],
     "task/seq2seq": ["data=verses"],
     "data/verses": ["task=seq2seq"],

@@ -201,7 +201,7 @@ def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_group
         ("trainer.early_stopping", ["trainer.early_stopping.patience=0"]),
         ("data.mixture.NAME.weight", ["How often its rows come"]),
         ("plugins", ["Files"]),
-        ("optimizer", ["adamw", "fused AdamW", "optimizer.betas=[0.9,0.999] [optimizer=adamw]"]),
+        ("optimizer", ["adamw", "fused AdamW", "optimizer.betas=[0.9,0.999] [optimizer=adamw|adamw_8bit|muon]"]),
         ("method", ["  mine", "Low-rank adapters on frozen weights"]),
         ("method=lora", ["Low-rank adapters on frozen weights", "method.rank=16"]),
         ("lora", ["method=lora", "method.rank=16"]),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.unit.test_serve_parity import AnswersAsGiven
+from tests.serve.test_parity import AnswersAsGiven
 
 from dstune.checkpoint.contents import KEY, describe_contents, missing_contents
 from dstune.core.errors import UserError

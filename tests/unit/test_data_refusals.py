@@ -49,7 +49,7 @@ def test_bad_rows_are_listed_together_with_their_lines(tmp_path):
         ["broken JSON", "unknown role 'bot'", "surrogate", "missing column 'messages'"], reasons, strict=False
     ):
         assert part in reason
-    assert reasons[-1].endswith("(and 3 more bad rows)")
+    assert reasons[-1].endswith("(and 3 more bad rows, 13 in all)")
     assert "data.on_bad_row=skip" in problems[-1].fix
 
 

@@ -161,7 +161,7 @@ def test_the_memory_of_a_trial_is_not_that_of_the_run() -> None:
 def test_states_that_the_first_step_makes_are_counted(stage: int, state: dict, expected: int) -> None:
     """At stage 0: two moments of 4 bytes for each of 10 weights."""
     inner = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    engine = SimpleNamespace(stage=stage, _engine=inner, _moments=2, trained_count=10)
+    engine = SimpleNamespace(stage=stage, _engine=inner, _state_bytes=80.0)
     assert Engine.states_to_come.fget(engine) == expected
 
 

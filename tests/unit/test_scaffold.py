@@ -62,7 +62,7 @@ def test_what_is_refused(words, reason, capsys):
 
 @pytest.mark.parametrize(
     ("words", "fix"),
-    [([], "plugin KIND FILE"), (["plugin"], "plugin KIND FILE"), (["plugin", "task"], "plugin task FILE")],
+    [([], "DATA key=value"), (["plugin"], "plugin KIND FILE"), (["plugin", "task"], "plugin task FILE")],
 )
 def test_the_fix_repeats_the_words_that_were_given(words, fix, capsys):
     assert main(["init", *words]) == 2

@@ -17,7 +17,7 @@ from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.architectures import mark_encoder_decoder
 from dstune.config.data_schema import DataConfig, SplitConfig
-from dstune.config.schema import EvaluateConfig
+from dstune.config.schema import EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
 from dstune.data.collate import collate
@@ -262,9 +262,11 @@ def test_a_package_that_cannot_be_had_is_named_with_what_to_do(tmp_path, monkeyp
         package.fetch(tmp_path, "sample://thing")
 
 
-def test_scores_of_generated_targets_need_an_extra(monkeypatch):
+def test_scores_that_decide_need_an_extra(monkeypatch):
+    """Where its package is missing, a score is left out; one by which the run decides is refused first."""
     monkeypatch.setattr("dstune.tasks.seq2seq.find_spec", lambda name: None)
-    (bleu, rouge) = first_rows.task_problems(run_config(task=TASK))
-    assert "[generation]" in bleu.fix and "sacrebleu" in bleu.reason and "rouge-score" in rouge.reason
-    assert not list(first_rows.task_problems(run_config(task=TASK, evaluate=EvaluateConfig(generate_rows=0))))
-    assert not list(first_rows.task_problems(run_config()))
+    assert not list(first_rows.task_problems(run_config(task=TASK)))
+    stopping = EarlyStoppingConfig(metric="bleu")
+    (bleu,) = first_rows.task_problems(run_config(task=TASK, trainer=TrainerConfig(early_stopping=stopping)))
+    assert bleu.where == "trainer.early_stopping.metric" and bleu.value == "bleu"
+    assert "[generation]" in bleu.fix and "sacrebleu" in bleu.reason

@@ -237,5 +237,5 @@ def test_another_study_is_refused(config, space, objectives, where, tmp_path: Pa
 
 def test_without_optuna(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install 'dstune\[optuna\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[optuna\]'"):
         Optuna(tmp_path, BOWL, monkeypatch).study(settings())

@@ -173,7 +173,8 @@ class TwoRanks:
 
 def test_requests_after_an_evaluation_are_those_of_all_ranks():
     run = SimpleNamespace(
-        data=SimpleNamespace(validation=object()),
+        data=SimpleNamespace(validation=SimpleNamespace(lengths=[8] * 3)),
+        config=SimpleNamespace(evaluate=SimpleNamespace(max_rows=None)),
         state=TrainState(step=4),
         evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
         log=None,
@@ -225,13 +226,14 @@ def unwritten(run, event: Event, step: int = 3) -> None:
 
 def logging_run(**given):
     rows: list[tuple[int, dict]] = []
-    log = SimpleNamespace(log=lambda step, metrics: rows.append((step, metrics)), progress=lambda *unused: None)
+    log = SimpleNamespace(log=lambda step, metrics, **unused: rows.append((step, metrics)), progress=lambda *unused: None)
     return rows, SimpleNamespace(log=log, unwritten=None, total_steps=9, **given)
 
 
 def test_a_row_whose_step_the_device_still_computes_is_written_before_whatever_comes_next(monkeypatch):
     rows, run = logging_run(
-        data=SimpleNamespace(validation=object()),
+        data=SimpleNamespace(validation=SimpleNamespace(lengths=[8] * 3)),
+        config=SimpleNamespace(evaluate=SimpleNamespace(max_rows=None)),
         state=TrainState(step=3),
         evaluator=lambda split, progress: Evaluation({"loss": 1.0}),
         world=TwoRanks(),

@@ -19,6 +19,7 @@ class Prompt(RowFormat):
 
     name = "prompt"
     conversational = True
+    keeps_columns = True
     required = ("prompt",)
     optional = ("system", "tools", "chat_template_kwargs", "columns")
     other_names: ClassVar = {
