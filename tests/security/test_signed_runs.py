@@ -61,7 +61,10 @@ def test_the_signature_fits_no_other_value(stranger: Stranger) -> None:
 
 def test_further_models_of_a_task_are_signed_with_the_consent_to_their_code() -> None:
     named = {
-        f"task.{key}" for task in TASKS.classes().values() for one in getattr(task, "further_models", ()) for key in vars(one).values()
+        f"task.{key}"
+        for task in TASKS.classes().values()
+        for one in getattr(task, "further_models", ())
+        for key in vars(one).values()
     }
     assert named and named <= set(trust.CODE_OF)
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.serve.test_parity import AnswersAsGiven
 
 from dstune.checkpoint.contents import KEY, describe_contents, missing_contents
 from dstune.core.errors import UserError
 from dstune.serve import adapters
 from dstune.serve.engines.base import Limits
 from dstune.serve.parity import prove
+from tests.serve.test_parity import AnswersAsGiven
 from tests.support.serving import stub_source, write_reference
 from tests.support.tiny_vl import save
 

@@ -151,7 +151,7 @@ def test_an_installed_package_with_the_name_of_a_built_in_is_the_one_to_be_refus
                 compose(["data=chitchat"])
             except UserError as error:
                 print(error)
-        print(OPTIMIZERS["adamw"].__module__)
+        print(OPTIMIZERS.without_installed()["adamw"].__module__)
         """,
     )
     assert text.count("the plugin of the installed package mysignum: the plugin cannot be imported") == 2
