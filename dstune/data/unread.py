@@ -54,11 +54,11 @@ class Unread:
             self._watched[met] = self._of(fields)
             self._read[met] = [column for column in fields if column in columns_read(self._form, self._mapping, fields)]
         for column in self._watched[met]:
-            if holds_something(fields.get(column)):
+            if holds_something(fields[column]):
                 self.rows[column] += 1
         if self._form.conversational:
             for column in self._read[met]:
-                self._look_into(column, fields.get(column))
+                self._look_into(column, fields[column])
 
     def _look_into(self, column: str, messages: Any) -> None:
         """Count what the messages of a column hold beside what is read of them."""
