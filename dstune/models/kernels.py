@@ -13,7 +13,7 @@ from dstune.models import varlen
 from dstune.models.attention import SamplesApart
 from dstune.models.compiled import compiled_functions, use_compiled
 from dstune.models.cross_entropy import is_multiplied_once, rows_at_once, wide_products
-from dstune.models.heads.language import CausalLmHead
+from dstune.models.heads.base import LeavesOutLogits
 from dstune.models.norms import NO_KERNEL, Kind, is_as_exact, norms_computed_here, use_lean_norms
 from dstune.models.packed_attention import Heads, choose
 from dstune.zero import accelerator
@@ -40,7 +40,7 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
     if by_kernel or by_blocks:
         found["norms"] = _norms(fused=by_kernel > 0, kinds=kinds)
     found |= {name: _written(compiled=here) for name, here in compiled_functions(module).items()}
-    if isinstance(head, CausalLmHead):
+    if isinstance(head, LeavesOutLogits):
         found["cross_entropy"] = "whole logits"
         if head.examined:
             found["cross_entropy"] = _chunks(model.get_output_embeddings(), model.dtype)

@@ -25,11 +25,8 @@ KEY = "model.unreached_parts"
 
 def text_config_of(architecture: PretrainedConfig) -> PretrainedConfig | None:
     """The configuration of the language model inside a model that has other parts too; None for any other model."""
-    text = getattr(architecture, "text_config", None)
-    others = (getattr(architecture, key, None) for key in architecture.sub_configs if key != "text_config")
-    if isinstance(text, PretrainedConfig) and any(isinstance(other, PretrainedConfig) for other in others):
-        return text
-    return None
+    parts = {key: part for key in architecture.sub_configs if (part := getattr(architecture, key, None)) is not None}
+    return parts.get("text_config") if len(parts) > 1 else None
 
 
 def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:

@@ -16,7 +16,6 @@ from dstune.protocols.callback import LEAVE, Action, Request
 from dstune.protocols.method import Preparation
 from dstune.rank.startup import show_samples
 from dstune.tracking.jsonl import json_text
-from dstune.tracking.log import RunLog
 from dstune.tracking.trainer_state import write_trainer_state
 from dstune.trainer.loop import Training, evaluate, held_out_rows, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
@@ -59,7 +58,7 @@ def finish(
         result |= run.callbacks.results(result.keys(), run.message)
         write_result(run_dir, result)
         write_trainer_state(run_dir, run.config, result, run.total_steps, epochs=run.epochs)
-        assert isinstance(run.log, RunLog)
+        assert run.log is not None
         run.log.summary({key: value for key, value in result.items() if value is not None and key not in state.results})
         run.log.finish(status)
     run.world.barrier()

@@ -21,7 +21,7 @@ from dstune.data.special_tokens import first_special_tokens
 from dstune.data.stopping import stop_token_ids
 from dstune.metrics.language import language_model_metrics
 from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_of
-from dstune.models.heads.language import indexed
+from dstune.models.heads.base import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import MeasuresFurther

@@ -23,7 +23,7 @@ from dstune.data.batches import batch_of
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch, Row
 from dstune.models.heads import Head, on_device
-from dstune.models.heads.language import indexed
+from dstune.models.heads.base import indexed
 from dstune.planning.host import available_bytes
 from dstune.protocols import task_of
 from dstune.protocols.task_options import NeedsReference

@@ -16,7 +16,7 @@ from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
 from dstune.data.sampler import GlobalBatch, MicroBatch, share
 from dstune.models.heads import Head
-from dstune.models.heads.language import indexed
+from dstune.models.heads.base import indexed
 from dstune.trainer.data_loader import DataLoader
 from dstune.trainer.utilization import Counted, counted
 from dstune.zero import accelerator

@@ -18,7 +18,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import PreparedData
 from dstune.models.heads import Head
-from dstune.models.heads.base import Rows
+from dstune.models.heads.base import LeavesOutLogits, Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.unreached import verify_unreached
@@ -30,7 +30,7 @@ LONGEST_PROOF = 600
 
 def examine(head: Head, engine: Engine) -> None:
     """Let the head of a language model see whether it may leave the logits out."""
-    if isinstance(head, CausalLmHead):
+    if isinstance(head, LeavesOutLogits):
         engine.train(False)
         head.examine(engine.forward, engine.device)
         engine.train(True)

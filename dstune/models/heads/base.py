@@ -66,6 +66,31 @@ class Rows(Protocol):
 
 
 @runtime_checkable
+class LeavesOutLogits(Protocol):
+    """A head of a language model that need not compute all logits, if the model does nothing with them but return them."""
+
+    def examine(self, forward: Forward, device: torch.device) -> bool:
+        """Try the model and remember whether it does. At ZeRO-3 every rank calls this. Return `examined`."""
+
+    @property
+    def examined(self) -> bool:
+        """Whether the loss is computed without whole logits."""
+
+
+@runtime_checkable
+class IndexesBatches(Protocol):
+    """A head that computes some of its inputs from a batch in host memory, since a device would have to be waited for."""
+
+    def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return `batch` with these inputs."""
+
+
+def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch as `head` takes it, in host memory."""
+    return head.indexed(batch) if isinstance(head, IndexesBatches) else dict(batch)
+
+
+@runtime_checkable
 class GlobalBatchHead(Protocol):
     """A head whose loss of one micro-batch depends on all others of the step (or of the split that is evaluated).
 

@@ -11,15 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
-from dstune.models.heads.base import IGNORED, Batch, Forward, Head, HeadOutput, Rows, inputs_of
+from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, inputs_of
 
 KEPT, TARGETS, STARTS, LONGEST = "kept", "targets", "starts", "longest"
 """What `CausalLmHead.indexed` adds to a batch."""
-
-
-def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
-    """See `CausalLmHead.indexed`; batches of other heads stay as they are."""
-    return head.indexed(batch) if isinstance(head, CausalLmHead) else dict(batch)
 
 
 class CausalLmHead:
