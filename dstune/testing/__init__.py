@@ -21,6 +21,8 @@ def check_plugin(
 ) -> dict[str, Any]:
     """Train a plugin on a tiny random model in fp32 and compare: one rank with two, and a resumed run with an undisturbed one.
 
+    Prints a line for each thing as soon as it is proved.
+
     Args:
         file: the plugin, as in `plugins=[...]`.
         overrides: what chooses it: `"task=my_task"`, `"optimizer=mine"`, ... with what its rows need.
@@ -60,17 +62,24 @@ def check_plugin(
 
     whole = run("two-ranks", 4, 2, "zero=stage2")
     alone = run("one-rank", 4, 1, "zero=stage0")
-    _same("the losses of one rank and two", _losses(alone), _losses(whole), TOLERANCE)
+    losses = _losses(whole)
+    print(f"trained: {len(losses)} steps on two ranks at ZeRO stage 2, loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    _same("the losses of one rank and two", _losses(alone), losses, TOLERANCE)
+    print(f"ranks: one rank at stage 0 has the same losses, within {TOLERANCE:g}")
     run("resumed", 2, 2, "zero=stage2")
     resumed = run("resumed", 4, 2, "zero=stage2")
-    _same("the losses of a resumed run", _losses(resumed), _losses(whole), 0.0)
-    _same_weights(resumed.dir / "export", whole.dir / "export")
+    _same("the losses of a resumed run", _losses(resumed), losses, 0.0)
+    files = _same_weights(resumed.dir / "export", whole.dir / "export")
+    print(f"resume: a run resumed at step 2 has the same losses, and the same bytes in {', '.join(files)}")
     measured = _evaluated(whole)
+    print(f"evaluation: dstune evaluate measures what the run measured: {', '.join(measured)}")
     answers = None
     if not task_of(whole.config.task).generates:
         answers = whole.predict(rows[:4])
         assert len(answers) == len(rows[:4]), "there is not an answer for each row"
+        print(f"prediction: {len(answers)} rows have {len(answers)} answers, with {', '.join(answers[0])}")
     exported = whole.export(place / "exported")
+    print(f"export: {exported} has {', '.join(sorted(file.name for file in exported.glob('*.safetensors')))}")
     return {"result": whole.result, "evaluation": measured, "answers": answers, "export": exported}
 
 
@@ -78,10 +87,14 @@ def _losses(run: Any) -> list[float]:
     return [row["loss"] for row in run.metrics if "loss" in row]
 
 
-def _same_weights(resumed: Path, undisturbed: Path) -> None:
-    for kept in sorted(undisturbed.glob("*.safetensors")):
-        same = kept.read_bytes() == (resumed / kept.name).read_bytes()
-        assert same, f"the weights of a resumed run differ from those of an undisturbed one: {kept.name}"
+def _same_weights(resumed: Path, undisturbed: Path) -> list[str]:
+    """Compare the files of weights by their bytes; return their names."""
+    files = sorted(undisturbed.glob("*.safetensors"))
+    assert files, f"there are no weights in {undisturbed}"
+    for file in files:
+        same = file.read_bytes() == (resumed / file.name).read_bytes()
+        assert same, f"the weights of a resumed run differ from those of an undisturbed one: {file.name}"
+    return [file.name for file in files]
 
 
 def _evaluated(run: Any) -> dict[str, Any]:
@@ -89,6 +102,7 @@ def _evaluated(run: Any) -> dict[str, Any]:
     measured: dict[str, Any] = run.evaluate()["metrics"]
     final = run.result["eval_final"]
     both = [name for name in measured if isinstance(final.get(name), (int, float))]
+    assert both, "dstune evaluate measures nothing that the run measured"
     _same("the metrics of dstune evaluate", [measured[n] for n in both], [final[n] for n in both], TOLERANCE)
     return measured
 

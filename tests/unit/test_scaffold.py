@@ -69,6 +69,10 @@ def test_the_fix_repeats_the_words_that_were_given(words, fix, capsys):
     assert f"fix: dstune init {fix}\n" in capsys.readouterr().err
 
 
+PROVED = ["trained", "ranks", "resume", "evaluation", "prediction", "export"]
+"""How the lines of `check_plugin` begin."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -78,3 +82,5 @@ def test_what_is_written_passes_the_check(kind, folder, capsys):
     rows = [{"question": row["text"], "kind": row["label"]} for row in ROWS] if kind == "row_format" else ROWS
     found = check_plugin(f"my_{kind}.py", *BESIDE[kind], words, rows=rows, folder=folder / "scratch")
     assert found["result"]["status"] == "completed"
+    proved = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if ": " in line]
+    assert [word for word in proved if word in PROVED] == PROVED
