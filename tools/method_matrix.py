@@ -10,7 +10,8 @@ from dstune.config.names import default_classes
 from dstune.config.schema import RunConfig
 from dstune.config.validate import find_problems
 from dstune.core.errors import Problem
-from dstune.protocols import METHODS, TASKS, method_of
+from dstune.launch.first_rows import hardware_problems
+from dstune.protocols import METHODS, TASKS
 
 STAGES = (0, 1, 2, 3)
 
@@ -74,7 +75,7 @@ def matrix_table() -> str:
 def _stages(method: str, task: str, notes: list[str]) -> Iterator[str]:
     for stage in STAGES:
         config = example(method, task, stage)
-        refused, on_cpu = find_problems(config), list(method_of(config.method).check_cpu(config))
+        refused, on_cpu = find_problems(config), list(hardware_problems(config, 0))
         if refused:
             yield _note(f"no: {refused[0].reason}", notes)
         elif on_cpu:

@@ -19,6 +19,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import UserError
 from dstune.core.parsing import is_encoder_decoder, object_in
 from dstune.protocols import method_of, task_of
+from dstune.protocols.method_options import ReplacesHead, StartsFromAdapters
 
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$|\.(gz|bz2|xz|zst|zip)$")
 WHERE = 'path = "PATH"  # this folder, or the id under which it was published'
@@ -94,7 +95,8 @@ class Export:
         if self.adapter:
             imports = [f"from peft import {loader}", "from transformers import AutoTokenizer"]
         count = f", num_labels={outputs}" if self.adapter and outputs else ""
-        own_head = method_of(self.config.method).own_head
+        method = method_of(self.config.method)
+        own_head = isinstance(method, ReplacesHead) and method.own_head is not None
         code = ", trust_remote_code=True" if own_head else ""  # modeling_dstune.py, beside the weights
         return [
             *imports,
@@ -198,7 +200,9 @@ def _settings(config: RunConfig, state: Mapping[str, Any]) -> str:
     sections: dict[str, Any] = {"optimizer": config.optimizer, "schedule": config.schedule}
     method = method_of(config.method)
     if method.adapter:
-        sections["method"] = method.without_paths(public_name)
+        sections["method"] = (
+            method.without_paths(public_name) if isinstance(method, StartsFromAdapters) else config.method
+        )
     for name, section in sections.items():
         values[name] = section.name
         values |= {f"{name}.{key}": value for key, value in asdict(section).items() if key != "name"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -43,10 +43,9 @@ from dstune.models.load import (
     model_folder,
     new_weights,
 )
-from dstune.models.pooled import PooledForSequenceClassification
 from dstune.protocols import method_of, task_of
-from dstune.protocols.task import RewritesTemplate
-from dstune.protocols.task_options import ExportsFiles
+from dstune.protocols.method_options import MergesAdapter, ShiftsFrozenWeights
+from dstune.protocols.task_options import ExportsFiles, RewritesTemplate
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -219,9 +218,12 @@ class _Sources:
         trained: Weights,
     ):
         self._built, self._trained = built, trained
-        self._method = method_of(config.method)
-        self._adapters = adapters_by_module(trained, self._method.tensor_marks)
-        self._trained_on = self._method.trained_on(built.model, trained)
+        method = method_of(config.method)
+        self._merging = method if isinstance(method, MergesAdapter) else None
+        self._adapters = adapters_by_module(trained, () if self._merging is None else self._merging.tensor_marks)
+        self._trained_on: Mapping[str, Callable[[Tensor], Tensor]] = {}
+        if isinstance(method, ShiftsFrozenWeights):
+            self._trained_on = method.trained_on(built.model, trained)
         apart = {owner for name, owner in built.tied.items() if self._has_own(name) or self._has_own(owner)}
         self.untied = {name: owner for name, owner in built.tied.items() if built.adapted and owner in apart}
         """Names of tied weights that have adapters of their own: in the merged model each is a tensor of its own."""
@@ -303,13 +305,16 @@ class _Sources:
         if owner not in self._adapters:
             return weight
         layer = self._filled(owner)
-        return merged(layer, weight) if leaf == "weight" else self._method.merged_bias(layer, weight)
+        if leaf == "weight":
+            return merged(layer, weight)
+        return weight if self._merging is None else self._merging.merged_bias(layer, weight)
 
     def _filled(self, place: str) -> Any:
         """The adapted module with all that its adapter computes with in memory."""
         layer = self._built.model.get_submodule(place)
         fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
-        self._method.fill(layer, self._trained)
+        if self._merging is not None:
+            self._merging.fill(layer, self._trained)
         return layer
 
     def _around(self, owner: str, leaf: str) -> str | None:
@@ -423,7 +428,7 @@ def _save_adapter(
 ) -> None:
     """In fp32: adapters are small, and peft computes them in fp32."""
     method = method_of(config.method)
-    plain = method.plain_adapter(built.module, trained)
+    plain = method.plain_adapter(built.module, trained) if isinstance(method, ShiftsFrozenWeights) else {}
     if method.in_front:  # what is saved is what the encoder gives
         tokens = built.module.prompt_tokens
         tokens["default"] = torch.arange(len(tokens["default"]))
@@ -455,7 +460,7 @@ def _save_whole(
 
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
-    if isinstance(model, PooledForSequenceClassification):
+    if getattr(model.config, "dstune_head", None):
         # For plain transformers; dstune knows the class by `dstune_head`.
         model.config.auto_map = {"AutoModelForSequenceClassification": f"{CLASSIFIER_CODE}.{type(model).__name__}"}
         shutil.copyfile(pooled.__file__, folder / f"{CLASSIFIER_CODE}.py")

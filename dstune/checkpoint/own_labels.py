@@ -11,6 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.models.load import load_config
 from dstune.protocols import task_of
+from dstune.protocols.task_options import ReadsArchitecture
 
 
 def with_labels(config: RunConfig) -> RunConfig:
@@ -26,7 +27,7 @@ def with_labels(config: RunConfig) -> RunConfig:
         kind = task.name.replace("_", " ")
         reason = f"the model has no trained {kind} head, so its answers would be chance"
         raise UserError(Problem("MODEL", reason, f"give a {kind} model, or train one", config.model.path))
-    return task.from_architecture(config, architecture)
+    return task.from_architecture(config, architecture) if isinstance(task, ReadsArchitecture) else config
 
 
 def name_labels(run: RunConfig, architecture: PretrainedConfig, **more: Any) -> RunConfig:

@@ -18,6 +18,7 @@ from dstune.config.trust import SIGNATURE
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.protocols import ROW_FORMATS, TASKS, Task, method_of, task_of
+from dstune.protocols.method_options import QuantizesWeights
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import ExportsFiles
 
@@ -50,6 +51,7 @@ def write_record(
         if data.format in ROW_FORMATS and ROW_FORMATS[data.format].shape
         else {}
     )
+    method = method_of(config.method)
     record = {
         "dstune": __version__,
         "task": task,
@@ -57,7 +59,7 @@ def write_record(
         "base_model": public_name(config.model.path),
         "revision": config.model.revision,
         "method": config.method.name,
-        **method_of(config.method).record(),
+        **(method.record() if isinstance(method, QuantizesWeights) else {}),
         **({} if architecture is None or not task_of(config.task).has_head else _head(architecture)),
         "step": state["step"],
         "checkpoint": checkpoint,

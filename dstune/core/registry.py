@@ -77,6 +77,13 @@ def _position(member: type[Any], rooms: Sequence[str]) -> int:
     return max((index for index, room in enumerate(rooms) if module.startswith(f"{room}.")), default=len(rooms))
 
 
+def _calls_super(member: Any, name: str) -> bool:
+    """Whether a method or property of a class calls what a base class has under `name`."""
+    function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    return "super" in names and name in names
+
+
 class Registry(Generic[Member]):
     """The members of one kind, in the order in which they registered.
 
@@ -86,7 +93,7 @@ class Registry(Generic[Member]):
     `ORDER` come first; the first one is the default of the section. folders_only: modules of the package are no rooms.
     in_wings: the module, or package of rooms, in which wings register members of this kind (`dstune/WING/launchers.py`).
     plugins: whether plugins may add members. in_runs: whether a member can act in a run, whose `run.yaml` then lists its plugin.
-    options: protocols of which a member has all methods or none.
+    options: protocols of which a member has all members or none.
     """
 
     def __init__(
@@ -146,13 +153,18 @@ class Registry(Generic[Member]):
         return cls
 
     def _check_options(self, cls: type[Member]) -> None:
-        """Raises ValueError where `cls` has some methods of a protocol, which nothing would call without the others."""
+        """Raises ValueError where `cls` has some members of a protocol, which nothing would call without the others, or asks a
+        base class for a default that only the protocol has."""
         for option in self._options:
             members = [name for name in vars(option) if not name.startswith("_")]
             missing = [name for name in members if not hasattr(cls, name)]
+            protocol = f"{option.__module__}.{option.__name__}"
+            for name in members:
+                if _calls_super(vars(cls).get(name), name) and not any(hasattr(base, name) for base in cls.__bases__):
+                    reason = f"{cls.__qualname__}.{name} calls super().{name}, whose default is in {protocol}"
+                    raise ValueError(f"{reason}; derive the class from it too")
             if missing and len(missing) < len(members):
                 defined = ", ".join(name for name in members if name not in missing)
-                protocol = f"{option.__module__}.{option.__name__}"
                 reason = f"{cls.__qualname__} has {defined}, which {protocol} calls together with {', '.join(missing)}"
                 raise ValueError(f"{reason}; derive the class from it too, for their defaults")
 

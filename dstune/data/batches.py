@@ -13,6 +13,7 @@ from dstune.data.collate import NO_TARGET, collate
 from dstune.data.prepared import Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.protocols import task_of
+from dstune.protocols.task_options import BuildsBatches
 
 
 def batch_of(
@@ -20,7 +21,9 @@ def batch_of(
 ) -> dict[str, Tensor]:
     """What the head of the run's task gets of `micro_batch`; with_index: and `index` [rows], the numbers of its samples,
     where rows have a loss of their own."""
-    arrays = task_of(config.task).collate(config, split, micro_batch, pad_token_id, with_index=with_index)
+    task, arrays = task_of(config.task), None
+    if isinstance(task, BuildsBatches):
+        arrays = task.collate(config, split, micro_batch, pad_token_id, with_index=with_index)
     if arrays is None:
         packing = config.data.packing
         return collate(split, micro_batch, pad_token_id=pad_token_id, packing=packing, with_index=with_index)

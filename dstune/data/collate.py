@@ -13,6 +13,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import TEXTS, Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.protocols import Task
+from dstune.protocols.task_options import BuildsBatches
 
 NO_TARGET = -100
 """Label of a position that does not count (the value that torch's cross entropy ignores by default)."""
@@ -40,7 +41,7 @@ def refuse_unknown_columns(task: Task, columns: Iterable[str]) -> None:
     """Raises UserError where the encoder of `task` gives columns that `collate` leaves out of a batch, and the task has no
     `collate` of its own."""
     unknown = sorted({*columns} - {*TOKEN_COLUMNS, *ROW_COLUMNS, *OTHER_COLUMNS})
-    if unknown and type(task).collate is Task.collate:
+    if unknown and not isinstance(task, BuildsBatches):
         reason = f"its encoder gives columns that no batch has: {', '.join(unknown)}"
         fix = "define collate in the task: it returns the arrays of a batch, or None if only metrics read these columns"
         raise UserError(Problem("task", reason, fix, task.name))

@@ -38,7 +38,7 @@ from dstune.parallel.none import NoParallelConfig
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
 from dstune.protocols.launcher import LaunchRequest
 from dstune.protocols.task import TaskConfig
-from dstune.protocols.task_options import EvaluatesOtherwise
+from dstune.protocols.task_options import EvaluatesOtherwise, TakesLabels
 from dstune.tracking.jsonl import json_text
 
 
@@ -200,7 +200,8 @@ def _configuration(
         config = apply_overrides(stored, arguments.overrides)
         checkpoint = find_checkpoint(path, arguments.checkpoint)
         refuse_damaged(path, checkpoint)
-        config = replace(config, task=task_of(config.task).with_labels(store.read_state(checkpoint)["labels"]))
+        if isinstance(task := task_of(config.task), TakesLabels):
+            config = replace(config, task=task.with_labels(store.read_state(checkpoint)["labels"]))
         config = replace(config, task=_for_evaluation(config))
     elif stored is not None:
         config = apply_overrides(stored, arguments.overrides)

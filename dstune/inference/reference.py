@@ -51,6 +51,7 @@ from dstune.inference.resolve_model import base_of
 from dstune.inference.rows import Query
 from dstune.models.load import load_model, load_tokenizer
 from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
+from dstune.protocols.task_options import BuildsQueries
 from dstune.zero import accelerator
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -272,7 +273,8 @@ def _row(
         if not task.generates:
             # A server may not have the plugin that reads rows of its own.
             sent = row if ROW_FORMATS[fmt].shape else fields
-            return {"row": task.as_query(sent, row), "ids": np.asarray(sample["input_ids"]).tolist()}
+            query = task.as_query(sent, row) if isinstance(task, BuildsQueries) else dict(sent)
+            return {"row": query, "ids": np.asarray(sample["input_ids"]).tolist()}
         return _language_row(row, config, sample, tokenizer, served)
     except (RowError, UserError):
         return None

@@ -26,6 +26,7 @@ from dstune.inference.resolve_model import (
     located,
 )
 from dstune.protocols import METHODS, TASKS, task_of
+from dstune.protocols.method_options import QuantizesWeights
 from dstune.protocols.task import TaskConfig
 
 OWN = "default"
@@ -242,7 +243,9 @@ def _language_model(
     kind = class_of_adapters(kind, architecture, adapted)
     dtype = computing_dtype(architecture)
     method = METHODS.classes().get(str(record.get("method")))
-    options = {} if method is None else method.serving_options(record, dtype)
+    options = {}
+    if method is not None and issubclass(method, QuantizesWeights):
+        options = method.serving_options(record, dtype)
     with files_of_others("MODEL", needed.path, "its model", "give a folder with config.json and safetensors weights"):
         model, loading = kind.from_pretrained(
             **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True

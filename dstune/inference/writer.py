@@ -12,6 +12,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.inference.prompts import Request, with_system
 from dstune.inference.voices import BASE, Speaker, Voice
 from dstune.protocols import task_of
+from dstune.protocols.task_options import AsksForTargets
 
 if TYPE_CHECKING:
     from dstune.data.chat.prompt import ChatPrompts
@@ -226,9 +227,9 @@ class Writer:
 
         if name not in self._asking:
             tokenizer = self._voices[name].tokenizer
-            sources = task_of(task).sources(tokenizer, encoder_decoder=is_encoder_decoder(tokenizer))
-            assert sources is not None, "only prompts of sources are asked"
-            self._asking[name] = sources
+            asking = task_of(task)
+            assert isinstance(asking, AsksForTargets), "only prompts of sources are asked"
+            self._asking[name] = asking.sources(tokenizer, encoder_decoder=is_encoder_decoder(tokenizer))
         return self._asking[name]
 
     def _prompts_of(self, name: str) -> ChatPrompts:

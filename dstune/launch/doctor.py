@@ -22,6 +22,7 @@ from dstune.launch.console import Console
 from dstune.planning.hardware import known_device
 from dstune.protocols import launcher_of
 from dstune.protocols.launcher import FAIL, PASS, SKIP, WARN, Check, LaunchRequest
+from dstune.protocols.launcher_options import ChecksMachines
 
 ENOUGH = 0.8
 """Share of the published speed of a link below which something is wrong with it."""
@@ -69,7 +70,7 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
     for stage in stages:
         yield from stage()
     launcher, reachable = launcher_of(config.launch), True
-    for check in launcher.checks():
+    for check in launcher.checks() if isinstance(launcher, ChecksMachines) else ():
         reachable &= check.status != FAIL
         yield check
     if arguments.no_allreduce:

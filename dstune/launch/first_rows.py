@@ -18,6 +18,8 @@ from dstune.data.files import TABLES, DataFile
 from dstune.data.formats import check_mapped
 from dstune.data.rows import RowError, check_columns, check_task, normalise, recognise
 from dstune.protocols import ROW_FORMATS, method_of, task_of
+from dstune.protocols.method_options import HasRequirements
+from dstune.protocols.task_options import NeedsPackages
 
 SAME_COLUMNS = (".csv", ".tsv", *TABLES)
 """Endings of files whose rows all have the columns of the first one."""
@@ -34,15 +36,17 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
     if config.trainer.precision is Precision.fp16 and not gpus:
         reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
         yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
-    if not gpus:
-        yield from method_of(config.method).check_cpu(config)
+    method = method_of(config.method)
+    if not gpus and isinstance(method, HasRequirements):
+        yield from method.check_cpu(config)
 
 
 def task_problems(config: RunConfig) -> Iterator[Problem]:
     """What the tasks of the run miss on this machine."""
     tasks = (config.task, *tasks_of(config).values())
-    for task in {task.name: task for task in tasks}.values():
-        yield from task_of(task).preflight(config)
+    for task in map(task_of, {task.name: task for task in tasks}.values()):
+        if isinstance(task, NeedsPackages):
+            yield from task.preflight(config)
 
 
 def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool = True) -> list[Problem]:

@@ -11,6 +11,7 @@ from dstune.core.errors import Problem
 from dstune.launch import host_slots
 from dstune.protocols import Launcher
 from dstune.protocols.launcher import Check, LaunchRequest
+from dstune.protocols.launcher_options import ChecksMachines
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dstune.launch.remote_commands import RemotePlan
 
 
-class OnHosts(Launcher):
+class OnHosts(Launcher, ChecksMachines):
     config: Any
 
     def check(self) -> Iterator[Problem]:

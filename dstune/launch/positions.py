@@ -11,6 +11,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import UserError
 from dstune.planning.source import config_json
 from dstune.protocols import method_of
+from dstune.protocols.method_options import PutsPositionsInFront
 
 
 def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
@@ -39,4 +40,6 @@ def truncate_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
 
 def _limit(config: RunConfig) -> int | None:
     limit = row_limit(config_json(config.model))
-    return None if limit is None else limit - method_of(config.method).positions
+    method = method_of(config.method)
+    trained = method.positions if isinstance(method, PutsPositionsInFront) else 0
+    return None if limit is None else limit - trained

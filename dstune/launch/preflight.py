@@ -40,6 +40,7 @@ from dstune.launch.stages import choose
 from dstune.planning.source import config_json
 from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, optimizer_of, parallelism_of, task_of
+from dstune.protocols.method_options import HasRequirements, StartsFromAdapters
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import NeedsReference
 
@@ -89,7 +90,7 @@ def resolve_run(
             found = first_row_problems(own, part, key, trains=trains)
             problems += [problem for problem in found if problem not in problems]
     with collected(problems):
-        config = replace(config, method=method_of(config.method).resolve())
+        config = _with_resolved_adapters(config)
     problems += _missing(config)
     problems += augment_problems(config, stage) if trains else []
     _refuse(problems)
@@ -112,12 +113,20 @@ def resolve_run(
     return config
 
 
+def _with_resolved_adapters(config: RunConfig) -> RunConfig:
+    method = method_of(config.method)
+    return replace(config, method=method.resolve()) if isinstance(method, StartsFromAdapters) else config
+
+
 def _missing(config: RunConfig) -> Iterator[Problem]:
     """What method, template, trackers, tasks and cleaning need and this machine does not have."""
     method = method_of(config.method)
-    yield from method.missing()
+    needs_gpu = config.trainer.precision is Precision.fp16
+    if isinstance(method, HasRequirements):
+        yield from method.missing()
+        needs_gpu |= any(True for _ in method.check_cpu(config))
     yield from optimizer_of(config.optimizer).missing()
-    if config.trainer.precision is Precision.fp16 or any(method.check_cpu(config)):  # looking for GPUs starts a program
+    if needs_gpu:  # looking for GPUs starts a program
         yield from hardware_problems(config, count_gpus(os.environ))
     template = config.model.chat_template
     if template is not None and not template_path(template).is_file():

@@ -5,17 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dstune.core.errors import Problem, UserError
-from dstune.protocols import LAUNCHERS
+from dstune.protocols import LAUNCHERS, launcher_of
+from dstune.protocols.launcher_options import SubmitsRuns
 
 if TYPE_CHECKING:
     from dstune.launch.records import LaunchRecord
-    from dstune.protocols.launcher import Queue
+    from dstune.protocols.launcher import LaunchConfig, Queue
 
 
 def queue_named(launcher: str) -> Queue | None:
     """The queue of a launcher; None where it has none, or is not known here."""
     found = LAUNCHERS.find(launcher)
     return None if found is None else found.queue
+
+
+def submitter_of(launch: LaunchConfig) -> SubmitsRuns | None:
+    """The launcher that `launch` chooses, where it leaves runs to its queue and returns; None where it waits for them."""
+    launcher = launcher_of(launch)
+    return launcher if isinstance(launcher, SubmitsRuns) and not launcher.waits else None
 
 
 def queue_of(record: LaunchRecord) -> Queue:

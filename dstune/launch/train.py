@@ -35,6 +35,7 @@ from dstune.launch.commands import NO_TELEMETRY, OFFLINE, idle_gpus
 from dstune.launch.console import Console
 from dstune.launch.manage import status_of
 from dstune.launch.mirror import Mirror, open_mirror
+from dstune.launch.queues import submitter_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.summary import summary
 from dstune.protocols import launcher_of
@@ -88,7 +89,7 @@ def launched(command: Command, console: Console, write_rows: WriteRows | None = 
     """
     prepared = prepare(command, console, write_rows)
     place, mirror = prepared.place, prepared.mirror
-    pending = not prepared.nothing_to_do and not launcher_of(prepared.config.launch).waits
+    pending = not prepared.nothing_to_do and submitter_of(prepared.config.launch) is not None
     code, copied = EXIT_DONE, True
     try:
         if prepared.nothing_to_do:

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from dstune.protocols import Method
+from dstune.protocols.method_options import ReplacesHead
 
 if TYPE_CHECKING:
     from dstune.planning.architecture import Architecture, Tensor
@@ -18,7 +19,7 @@ class Pooling(Enum):
     last = "last"
 
 
-class PooledHead(Method):
+class PooledHead(Method, ReplacesHead):
     config: Any
     """Has `pooling`, `layers` and `dropout`."""
 

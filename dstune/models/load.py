@@ -34,6 +34,8 @@ from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
 from dstune.models.unreached import freeze_unreached, whole_class
 from dstune.protocols import method_of, task_of
+from dstune.protocols.method_options import QuantizesWeights, ReplacesHead
+from dstune.protocols.task_options import ChangesLoadedModel
 from dstune.zero import accelerator
 from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning, whole_loading
 
@@ -182,7 +184,8 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
         _complete_decoder(architecture, tokenizer)
     architecture.use_cache = False
     task.architecture(architecture, labels, tokenizer)
-    if (head := method_of(config.method).own_head) is not None:
+    method = method_of(config.method)
+    if isinstance(method, ReplacesHead) and (head := method.own_head) is not None:
         architecture.dstune_head = head
     return architecture
 
@@ -208,9 +211,11 @@ def load_model(
             model, loading = _pretrained(config, model_class, architecture, options)
             mismatched = {key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]}
             new = sorted({*loading["missing_keys"], *mismatched})
-    new = task.after_load(model, new)
+    if isinstance(task, ChangesLoadedModel):
+        new = task.after_load(model, new)
     freeze_unreached(model, config.model)
-    method_of(config.method).after_load(model)
+    if isinstance(method := method_of(config.method), QuantizesWeights):
+        method.after_load(model)
     if architecture.is_encoder_decoder:
         complete_generation(model.generation_config, architecture)
     _check_new_weights(config, model, new)
@@ -244,7 +249,8 @@ def _pretrained(
     takes its part from the files instead, and holds none of the weights beside it (`benchmarks/loading.py`).
     """
 
-    method_options = method_of(config.method).load_options(config, options["dtype"])
+    method = method_of(config.method)
+    method_options = method.load_options(config, options["dtype"]) if isinstance(method, QuantizesWeights) else {}
 
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         loaded: tuple[PreTrainedModel, dict[str, Any]] = model_class.from_pretrained(

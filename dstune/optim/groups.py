@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dstune.protocols import method_of, optimizer_of
+from dstune.protocols.method_options import UnfreezesLater
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +18,8 @@ def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's parameter groups for `module`, as `config.method` has trained it."""
     method, optimizer = method_of(config.method), optimizer_of(config.optimizer)
     decay = config.optimizer.weight_decay
-    return parameter_groups(module, decay, method.rates(module), method.parts(module), optimizer.kind)
+    part_of = method.parts(module) if isinstance(method, UnfreezesLater) else lambda name: 0
+    return parameter_groups(module, decay, method.rates(module), part_of, optimizer.kind)
 
 
 def parameter_groups(

@@ -22,7 +22,9 @@ from dstune.config.schema import (
 from dstune.config.zero_rules import SWAPPED_AT_ONCE, overlaps
 from dstune.core.errors import UserError
 from dstune.planning.architecture import DEFAULTS, Architecture, Tensor, sliced
-from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
+from dstune.protocols import Method, method_of, optimizer_of, parallelism_of, task_of
+from dstune.protocols.method_options import PutsPositionsInFront, QuantizesWeights
+from dstune.protocols.task_options import TrainsOnRollouts
 
 CLASSES_UNKNOWN = 2
 """Classes that are counted where the labels are found in the rows only: a head of a few thousand weights."""
@@ -130,6 +132,11 @@ def labels_of(config: RunConfig) -> int:
     return len(task_of(config.task).given_labels) or CLASSES_UNKNOWN
 
 
+def added_length(method: Method) -> int:
+    """Positions that `method` puts in front of each row and that go through every layer."""
+    return method.added_length if isinstance(method, PutsPositionsInFront) else 0
+
+
 def setup(
     config: RunConfig,
     model: Architecture,
@@ -153,7 +160,7 @@ def setup(
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
     more = zero.settings.get("zero_optimization", {})
-    length = _row_length(config, values) + method.added_length
+    length = _row_length(config, values) + added_length(method)
     values = DEFAULTS.get(model.kind, {}) | values
     ahead, live = prefetch(model) if on_gpu else (PREFETCH, LIVE)
     return Setup(
@@ -166,7 +173,7 @@ def setup(
         swapped_at_once=more.get("sub_group_size", SWAPPED_AT_ONCE),
         offload_param=zero.offload_param is not Offload.none and stage_of(zero) == 3,
         weight_bytes=weight_bytes,
-        frozen_bits=method.frozen_bits(weight_bytes),
+        frozen_bits=method.frozen_bits(weight_bytes) if isinstance(method, QuantizesWeights) else 8 * weight_bytes,
         moments=optimizer_of(config.optimizer).states_per_parameter,
         state_bytes=_state_bytes(config, trained),
         ranks=max(1, ranks // slices),
@@ -209,7 +216,9 @@ def _state_bytes(config: RunConfig, trained: Sequence[Tensor]) -> float:
 
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
     """Tokens of the longest row, with its padding."""
-    length = config.data.max_length + task_of(config.task).tokens_written_behind_rows
+    task = task_of(config.task)
+    written = task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0
+    length = config.data.max_length + written
     longest = min(length, row_limit(values) or length)
     return longest if config.data.packing else -(-longest // PADDING) * PADDING
 

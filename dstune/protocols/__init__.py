@@ -10,7 +10,9 @@ from dstune.core.verb import VERBS, Verb, verb
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.data_source import DataSource
 from dstune.protocols.launcher import Launcher
+from dstune.protocols.launcher_options import LAUNCHER_OPTIONS
 from dstune.protocols.method import Method
+from dstune.protocols.method_options import METHOD_OPTIONS
 from dstune.protocols.metric import Metric
 from dstune.protocols.model_registry import ModelRegistry
 from dstune.protocols.optimizer import Optimizer, Schedule
@@ -84,13 +86,15 @@ __all__ = [
 ]
 
 TASKS: Registry[Task] = Registry("task", Task, "dstune.tasks", options=TASK_OPTIONS)
-METHODS: Registry[Method] = Registry("method", Method, "dstune.methods")
+METHODS: Registry[Method] = Registry("method", Method, "dstune.methods", options=METHOD_OPTIONS)
 METRICS: Registry[Metric] = Registry("metric", Metric, "dstune.metrics")
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", Optimizer, "dstune.optim")
 SCHEDULES: Registry[Schedule] = Registry("schedule", Schedule, "dstune.optim")
 ROW_FORMATS: Registry[RowFormat] = Registry("row format", RowFormat, "dstune.tasks")
 CALLBACKS: Registry[Callback] = Registry("callback", Callback, "dstune.trainer.callbacks")
-LAUNCHERS: Registry[Launcher] = Registry("launch", Launcher, "dstune.launch", folders_only=True, in_wings="launchers")
+LAUNCHERS: Registry[Launcher] = Registry(
+    "launch", Launcher, "dstune.launch", folders_only=True, in_wings="launchers", options=LAUNCHER_OPTIONS
+)
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards")
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")

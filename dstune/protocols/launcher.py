@@ -106,21 +106,46 @@ class Queue:
 
 
 class Launcher:
-    """Base of every launcher. Subclasses set `Config` and register with `@dstune.launcher`."""
+    """Base of every launcher. Subclasses set `Config` and register with `@dstune.launcher`.
+
+    Three members make a launcher; everything else has a default:
+
+    - `start(request)`: starts the ranks, waits for them and returns the exit code.
+    - `check()`: refuses what is wrong with the configuration.
+    - `probe(needed=...)`: says for `dstune doctor` whether its programs are installed.
+
+    What few launchers do is an optional protocol: a launcher has its members or has not (`dstune.protocols.launcher_options`).
+    """
 
     Config: ClassVar[type] = LaunchConfig
     name: ClassVar[str] = ""
-    here: ClassVar[bool] = False
-    """Whether the ranks run on this machine alone, and can share its devices with those of other runs."""
-    queue: ClassVar[Queue | None] = None
-    """Where its runs wait as jobs, if they do."""
 
     def __init__(self, config: Any):
         self.config = config
 
+    def start(self, request: LaunchRequest) -> int:
+        """Start the ranks and wait for them; return the exit code of the public contract.
+
+        Raises:
+            UserError: the ranks cannot be started, or they found a mistake of the user's.
+        """
+        raise NotImplementedError
+
     def check(self) -> Iterator[Problem]:
-        """What is wrong with the configuration beyond the range of each field."""
-        yield from ()
+        """Yield what is wrong with the configuration beyond the range of each field."""
+        return iter(())
+
+    @classmethod
+    def probe(cls, *, needed: bool) -> Iterator[Check]:
+        """Yield whether this machine has what the launcher needs. needed: its absence is a failure and not a remark."""
+        return iter(())
+
+    # ---- traits ----
+
+    here: ClassVar[bool] = False
+    """The ranks run on this machine alone, and can share its devices with those of other runs."""
+    queue: ClassVar[Queue | None] = None
+    """Where its runs wait as jobs, if they do."""
 
     @property
     def ranks(self) -> int | None:
@@ -133,11 +158,6 @@ class Launcher:
         return 0
 
     @property
-    def waits(self) -> bool:
-        """Whether `start` returns when the run is over, and not before."""
-        return True
-
-    @property
     def on_this_machine(self) -> bool:
         """Whether all ranks of this configuration run here, so that they see what is on this machine's disk."""
         return self.here
@@ -147,37 +167,12 @@ class Launcher:
         """Whether other machines have to see the run directory."""
         return True
 
+    # ---- what generic code asks of a configuration ----
+
     def nodes(self) -> int:
-        """Machines of the run, for `dstune plan`. Raises UserError where a file that lists them cannot be read."""
+        """Return the number of machines, for `dstune plan`. Raises UserError where a file that lists them cannot be read."""
         return 1
 
-    def start(self, request: LaunchRequest) -> int:
-        """Start the ranks and wait for them; the exit code of the public contract.
-
-        Raises:
-            UserError: what keeps the ranks from starting, or the ranks found the user's mistake.
-        """
-        raise NotImplementedError
-
-    def array_problems(self) -> Iterator[Problem]:
-        """Why the trials of a sweep cannot be submitted together; asked only where `waits` is false."""
-        yield from ()
-
-    def submit_array(
-        self, sweep: RunConfig, folder: Path, runs: Sequence[tuple[RunConfig, Path]], console: Console
-    ) -> list[str]:
-        """Submit the trials `runs` of the sweep in `folder` together; the job of each. Raises UserError."""
-        raise NotImplementedError
-
-    @classmethod
-    def probe(cls, *, needed: bool) -> Iterator[Check]:
-        """What this launcher needs on this machine. needed: its absence is a failure and not a remark."""
-        yield from ()
-
-    def checks(self) -> Iterator[Check]:
-        """Whether the machines that the configuration names can be used."""
-        yield from ()
-
     def to_measure(self) -> Any:
-        """The configuration for a measurement between its ranks, or None where they cannot be started from here."""
+        """Return the configuration for a measurement between its ranks, or None where they cannot be started from here."""
         return self.config

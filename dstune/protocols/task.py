@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dstune.checkpoint.card import Export
@@ -20,21 +19,11 @@ if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
     from dstune.core.errors import Problem
     from dstune.data.prepared import Split
-    from dstune.data.sampler import MicroBatch
-    from dstune.data.tokenize.sample import Encoder, SourcePrompts
+    from dstune.data.tokenize.sample import Encoder
     from dstune.inference.predictor import Predictor
     from dstune.inference.rows import Question
     from dstune.models.heads import Head, Rows
-    from dstune.trainer.counterfactual import Evaluated
     from dstune.trainer.measure import Evaluation, Row, Totals
-
-
-@runtime_checkable
-class RewritesTemplate(Protocol):
-    """A task whose settings change how a server has to render the history."""
-
-    def rewrite_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Change `tokenizer.chat_template` so that it renders as in training."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +154,6 @@ class Task:
         return True
 
     @property
-    def tokens_written_behind_rows(self) -> int:
-        """Tokens that the model writes to a row before it trains on both, at most."""
-        return 0
-
-    @property
     def needs_answer(self) -> bool:
         """Whether a conversation has to have something that the assistant says."""
         return True
@@ -218,16 +202,6 @@ class Task:
         """
         raise NotImplementedError(f"task={self.name} has no encoder")
 
-    def collate(
-        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
-    ) -> dict[str, np.ndarray] | None:
-        """The arrays of a micro-batch; None where they are those of every task (`dstune.data.collate`)."""
-        return None
-
-    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> SourcePrompts | None:
-        """What asks for the target of a source, where rows are sources and targets."""
-        return None
-
     @classmethod
     def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
         """The configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
@@ -257,23 +231,11 @@ class Task:
             return replace(self.config, template_date=today)
         return self.config
 
-    def preflight(self, run: RunConfig) -> Iterator[Problem]:
-        """What is missing on the launching machine, before any rank starts."""
-        return iter(())
-
-    def with_labels(self, labels: Sequence[str]) -> TaskConfig:
-        """The configuration for rows that may lack some of the labels of a model, whose order is kept."""
-        return self.config
-
     # ---- prediction ----
 
     def question(self, labels: Sequence[str], data: DataConfig) -> Question:
         """What of a row is read to predict. labels: of the model, in their order. data: `columns` and `format` as in training."""
         return self.predictor().question_class(self.config, labels, data)
-
-    def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """What a client would send of a row of the training, as `question` reads it. row: the same, normalised."""
-        return dict(fields)
 
     def predictor(self) -> type[Predictor]:
         """What turns rows into predictions, by a model in memory."""
@@ -313,16 +275,6 @@ class Task:
         if self.has_head:
             architecture.pad_token_id = tokenizer.pad_token_id
 
-    def after_load(self, model: PreTrainedModel, new: list[str]) -> list[str]:
-        """Change a model that has been loaded. new: names of parameters without pretrained weights; what is left of them is
-        returned."""
-        return new
-
-    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
-        """`run` with what the model's configuration says of the task, where it is used as it is. Raises UserError where the
-        model is of another kind."""
-        return run
-
     def usage(self, export: Export) -> list[str]:
         """Lines of Python that load an export and use it, for its model card."""
         return export.loading(self.head_classes.removeprefix("For"))
@@ -339,14 +291,3 @@ class Task:
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
         """The metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
         raise NotImplementedError(f"task={self.name} has no metrics")
-
-    def measure_step(self, totals: Totals) -> dict[str, float]:
-        """What a training step reports beside its loss."""
-        return {}
-
-    def counterfactual(
-        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """How the answers change where terms are swapped (`evaluate.counterfactual`): by name, a value for each row of
-        `after`. places: of each of these rows the number of the same row in `before`."""
-        return {}

@@ -6,7 +6,7 @@ them. To write only some, derive from the protocol, which has a default for each
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from dstune.protocols.task import FurtherModel, TaskConfig
@@ -14,15 +14,146 @@ from dstune.protocols.task import FurtherModel, TaskConfig
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig
+    import numpy as np
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dstune.config.schema import Precision, RunConfig
     from dstune.core.distributed import World
+    from dstune.core.errors import Problem
     from dstune.data.prepared import PreparedData, Split
+    from dstune.data.sampler import MicroBatch
+    from dstune.data.tokenize.sample import SourcePrompts
     from dstune.trainer.baseline import Prompted
+    from dstune.trainer.counterfactual import Evaluated
     from dstune.trainer.evaluate import Evaluator
-    from dstune.trainer.measure import Evaluation
+    from dstune.trainer.measure import Evaluation, Totals
+    from dstune.trainer.rollouts import Rollouts
     from dstune.zero.engine import Engine
+
+
+@runtime_checkable
+class NeedsPackages(Protocol):
+    """A task that uses packages which not every machine has."""
+
+    def preflight(self, run: RunConfig) -> Iterator[Problem]:
+        """Yield what is missing on the launching machine, before any rank starts."""
+        return iter(())
+
+
+@runtime_checkable
+class BuildsBatches(Protocol):
+    """A task whose micro-batches are not those of every task (`dstune.data.collate`)."""
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, np.ndarray] | None:
+        """Return the arrays of a micro-batch, or None for those of every task. with_index: with `index` [rows] among them,
+        the numbers of the samples."""
+        return None
+
+
+@runtime_checkable
+class MeasuresSteps(Protocol):
+    """A task that reports more of a training step than its loss."""
+
+    def measure_step(self, totals: Totals) -> dict[str, float]:
+        """Return further numbers for the row of metrics.jsonl."""
+        return {}
+
+
+@runtime_checkable
+class TrainsOnRollouts(Protocol):
+    """A task whose rows are prompts, which the model answers before each step."""
+
+    @property
+    def tokens_written_behind_rows(self) -> int:
+        """The most tokens that the model adds to a row before it trains on both."""
+        return 0
+
+    def rollouts(
+        self,
+        run: RunConfig,
+        data: PreparedData,
+        engine: Engine,
+        head: Any,
+        tokenizer: Any,
+        world: World,
+        run_dir: Path,
+    ) -> Rollouts:
+        """Return what turns the prompts of each step into what trains."""
+        raise NotImplementedError
+
+    def evaluate(self, evaluator: Evaluator, split: Split, progress: Any) -> Evaluation:
+        """Return the metrics of `split`, whose prompts the model answers."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class RewritesTemplate(Protocol):
+    """A task whose settings change how a server has to render the history."""
+
+    def rewrite_template(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change `tokenizer.chat_template` so that it renders as in training."""
+
+
+@runtime_checkable
+class AsksForTargets(Protocol):
+    """A task whose rows are sources, for which a prompt asks the model."""
+
+    def sources(self, tokenizer: Any, *, encoder_decoder: bool) -> SourcePrompts:
+        """Return what makes a prompt of a source."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class ChangesLoadedModel(Protocol):
+    """A task that leaves out or replaces parts of the model that it loads."""
+
+    def after_load(self, model: PreTrainedModel, new: list[str]) -> list[str]:
+        """Change the model. new: names of its parameters without pretrained weights; return those that remain."""
+        return new
+
+
+@runtime_checkable
+class ReadsArchitecture(Protocol):
+    """A task whose settings a finished model's configuration tells."""
+
+    def from_architecture(self, run: RunConfig, architecture: PretrainedConfig) -> RunConfig:
+        """Return `run` with what the model's configuration says of the task, to use the model as it is. Raises UserError
+        where the model is of another kind."""
+        return run
+
+
+@runtime_checkable
+class TakesLabels(Protocol):
+    """A task that can be given the labels of a model, for rows that lack some of them."""
+
+    def with_labels(self, labels: Sequence[str]) -> TaskConfig:
+        """Return the configuration with these labels, in the model's order."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class BuildsQueries(Protocol):
+    """A task whose rows a client cannot send as they are."""
+
+    def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a client would send of a training row, as `question` reads it. row: `fields`, normalised."""
+        return dict(fields)
+
+
+@runtime_checkable
+class ComparesAnswers(Protocol):
+    """A task whose answers can be compared between two texts of a row (`evaluate.counterfactual`)."""
+
+    def counterfactual(
+        self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return how the answers change where terms are swapped: by name, a value for each row of `after`.
+
+        places: of each of these rows, the number of the same row in `before`.
+        """
+        return {}
 
 
 @runtime_checkable
@@ -148,6 +279,17 @@ class ExportsFiles(Protocol):
 
 
 TASK_OPTIONS = (
+    NeedsPackages,
+    BuildsBatches,
+    MeasuresSteps,
+    TrainsOnRollouts,
+    RewritesTemplate,
+    AsksForTargets,
+    ChangesLoadedModel,
+    ReadsArchitecture,
+    TakesLabels,
+    BuildsQueries,
+    ComparesAnswers,
     NeedsReference,
     EvaluatesOtherwise,
     AsksUntunedModel,

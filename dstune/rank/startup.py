@@ -26,8 +26,8 @@ from dstune.models.unreached import count_by_part
 from dstune.planning.fillers import fillers
 from dstune.protocols import method_of, parallelism_of, schedule_of, task_of
 from dstune.protocols.method import Preparation
+from dstune.protocols.method_options import GivesCautions
 from dstune.tracking.console import FEW_ROWS
-from dstune.tracking.log import RunLog
 from dstune.trainer.baseline import measure_prompted
 from dstune.trainer.evaluate import answer_prompts, limited
 from dstune.trainer.loop import Training
@@ -170,7 +170,8 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     if run.data.validation is not None and (held_out := len(run.data.validation.lengths)) < FEW_ROWS:
         few = f"{held_out} validation row{'s' * (held_out != 1)}: metrics of so few say little"
         yield f"{few} (data.split.validation, or data.validation=FILE)"
-    yield from method_of(config.method).cautions(run)
+    if isinstance(method := method_of(config.method), GivesCautions):
+        yield from method.cautions(run)
     if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:
         left = run.total_steps - run.state.step
         reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"
@@ -218,7 +219,7 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
     if not run.config.evaluate.samples or (before and run.state.step > 0):
         return
     answers = answer_prompts(run.config, run.data, run.engine, tokenizer, run.world)
-    if isinstance(run.log, RunLog) and answers:
+    if run.log is not None and answers:
         run.log.samples(run.state.step, answers)
 
 

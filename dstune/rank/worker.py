@@ -42,7 +42,9 @@ from dstune.models.ulysses import SequenceCut
 from dstune.models.unreached import keep_frozen
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
-from dstune.protocols.task_options import NeedsReference
+from dstune.protocols.method import Preparation
+from dstune.protocols.method_options import NeedsPreparation, TrainsInStages, UnfreezesLater
+from dstune.protocols.task_options import NeedsReference, TrainsOnRollouts
 from dstune.rank.finalize import finish
 from dstune.rank.process import guarded, leave
 from dstune.rank.startup import ask_untuned, describe, show_samples
@@ -61,7 +63,7 @@ from dstune.trainer.loop import Training, fit
 from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.trainer.out_of_memory import advice, explained
-from dstune.trainer.rollouts import Rollouts, TrainsOnRollouts
+from dstune.trainer.rollouts import Rollouts
 from dstune.trainer.sanity_checks import (
     check_unreached,
     content_digest,
@@ -91,11 +93,17 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     config = choose_zero_stage(config, run_dir, world)
     with swap.own_folder(config.zero, run_dir, world) as zero:
         config = replace(config, zero=zero)
-        *before, config = method_of(config.method).stages(config, run_dir)
+        *before, config = stages_of(config, run_dir)
         for stage in before:
             train_before(stage, config, run_dir, world, preemption)
             startup = StartupTimer()  # of the last stage, which `result.json` is about
         train_stage(config, run_dir, world, preemption, startup)
+
+
+def stages_of(config: RunConfig, run_dir: Path) -> list[RunConfig]:
+    """The runs that `config` trains one after another; the last one is the run itself."""
+    method = method_of(config.method)
+    return method.stages(config, run_dir) if isinstance(method, TrainsInStages) else [config]
 
 
 def train_stage(
@@ -190,7 +198,9 @@ class Setup:
         activity.info("loading %s", format_value(config.model.path))
         self.digests = {"samples": samples_digest(self.data), "content": content_digest(self.data)}
         self.method = method_of(config.method)
-        prepared = self.method.prepare(config, self.data, self.tokenizer, self.precision, world, self.run_dir)
+        prepared = Preparation(self.data)
+        if isinstance(self.method, NeedsPreparation):
+            prepared = self.method.prepare(config, self.data, self.tokenizer, self.precision, world, self.run_dir)
         self.prepared, self.data = prepared, prepared.data
         labels = self.data.labels
         self.fisher = general_fisher(config, labels, self.tokenizer, self.precision, world, prepared.restrict)
@@ -280,7 +290,9 @@ class Setup:
         """The order of the data, the log and the callbacks."""
         config, world, engine, data, state = self.config, self.world, self.engine, self.data, self.state
         data_loader = data_loader_of(config, data, self.blocks, state.cursor)
-        unfreezing = self.method.unfreezing(self.model, engine, data_loader, state.step)
+        unfreezing = None
+        if isinstance(self.method, UnfreezesLater):
+            unfreezing = self.method.unfreezing(self.model, engine, data_loader, state.step)
         log = None
         if world.is_main:
             log = RunLog(config, self.run_dir, resumed_at_step=state.step or None, console=self.console)
@@ -340,7 +352,7 @@ def run_training(setup: Setup, run: Training) -> None:
     except BaseException:
         if run.rollouts is not None:
             run.rollouts.close()
-        if isinstance(run.log, RunLog):
+        if run.log is not None:
             run.log.finish("failed", crashed=True)  # what it holds, before this process ends without further ado
         with suppress(Exception):  # what it raises is not why the run failed
             run.callbacks.close()

@@ -20,6 +20,7 @@ from dstune.config.sweep_space import Axis
 from dstune.core.errors import Problem, UserError
 from dstune.launch import records
 from dstune.launch.console import Console
+from dstune.launch.queues import submitter_of
 from dstune.launch.rundir import Prepared
 from dstune.launch.train import Command, prepare
 from dstune.protocols import launcher_of
@@ -30,19 +31,19 @@ from dstune.tracking.trials import Record, read_record, record_path
 
 
 def is_array(config: RunConfig) -> bool:
-    return not launcher_of(config.launch).waits
+    return submitter_of(config.launch) is not None
 
 
 def problems(config: RunConfig, axes: Sequence[Axis]) -> Iterator[Problem]:
     """Why this sweep cannot be left to the queue."""
-    if is_array(config):
+    if submitter := submitter_of(config.launch):
         if config.sweep.optuna:
             reason = "Optuna chooses the values of a trial after others have ended, so the sweep has to wait for them"
             yield Problem("launch.wait", reason, "launch.wait=true", "false")
         if any(axis.key == "launch.processes" for axis in axes):
             reason = "the jobs of an array have one size"
             yield Problem("launch.processes", reason, "launch.wait=true, or one value", "")
-        yield from launcher_of(config.launch).array_problems()
+        yield from submitter.array_problems()
 
 
 def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) -> list[Trial]:
@@ -51,8 +52,8 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
     Raises:
         UserError: the queue refuses. Trials that are refused are recorded as failed, and left out.
     """
-    launcher = launcher_of(sweep.base.launch)
-    queue = launcher.queue
+    submitter, queue = submitter_of(sweep.base.launch), launcher_of(sweep.base.launch).queue
+    assert submitter is not None
     assert queue is not None
     queue.require()
     ready: list[tuple[Trial, Prepared]] = []
@@ -71,7 +72,7 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
     with _released(ready):
         runs = [(prepared.config, prepared.run_dir) for _, prepared in ready]
         try:
-            jobs = launcher.submit_array(sweep.base, sweep.path, runs, console)
+            jobs = submitter.submit_array(sweep.base, sweep.path, runs, console)
         except UserError:
             for _, prepared in ready:
                 prepared.before.restore()

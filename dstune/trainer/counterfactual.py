@@ -11,6 +11,7 @@ import numpy as np
 from dstune.config.schema import RunConfig
 from dstune.data.prepared import Split, Swapped
 from dstune.protocols import task_of
+from dstune.protocols.task_options import ComparesAnswers
 from dstune.trainer.measure import Row, rows_of
 
 Evaluated = tuple[Split, Sequence[Row]]
@@ -29,7 +30,8 @@ def compare(config: RunConfig, swapped: Swapped, before: Evaluated, after: Evalu
     places = np.searchsorted(np.unique(before[0].origins), swapped.of[numbers])
     losses = _losses(*after) - _losses(*before)[places]
     changes: dict[str, np.ndarray] = {"loss_change": losses}
-    changes |= task_of(config.task).counterfactual(config, before, after, places)
+    if isinstance(task := task_of(config.task), ComparesAnswers):
+        changes |= task.counterfactual(config, before, after, places)
     groups: dict[str, list[int]] = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):
         for name in swapped.names[number]:

@@ -24,11 +24,10 @@ from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_
 from dstune.models.heads.base import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
-from dstune.protocols.task_options import MeasuresFurther
+from dstune.protocols.task_options import MeasuresFurther, TrainsOnRollouts
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
-from dstune.trainer.rollouts import TrainsOnRollouts
 from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine

@@ -22,6 +22,7 @@ from dstune.data.build import prepare
 from dstune.data.prepared import PreparedData
 from dstune.models.load import NewWeights
 from dstune.protocols import task_of
+from dstune.protocols.task_options import TakesLabels
 from dstune.trainer.probe import Restrict, probing, standing_still
 from dstune.zero.engine import Engine
 from dstune.zero.restore import Partition
@@ -79,7 +80,8 @@ def general_fisher(
     if not config.forgetting.ewc:
         return {}
     rows = general_rows(config)
-    rows = replace(rows, task=task_of(rows.task).with_labels(labels))
+    if isinstance(task := task_of(rows.task), TakesLabels):
+        rows = replace(rows, task=task.with_labels(labels))
     general = prepare(rows, tokenizer, world.env, cache_root(), trains=False)
     return fisher_information(config, general, tokenizer, precision, world, restrict)
 

@@ -18,7 +18,9 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import PreparedData
 from dstune.models.heads import Batch, Forward, Head, HeadOutput, numbers, on_device, sums_of
 from dstune.protocols import schedule_of, task_of
-from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Log, Request, merge
+from dstune.protocols.callback import CONTINUE, LEAVE, UNSAVED, Action, Request, merge
+from dstune.protocols.task_options import MeasuresSteps
+from dstune.tracking.log import RunLog
 from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
@@ -62,7 +64,7 @@ class Training:
     saves: Saves
     rewind: Callable[[], TrainState | None]
     """Loads the newest checkpoint that this run has written; None where there is none."""
-    log: Log | None
+    log: RunLog | None
     pad_token_id: int
     preemption: Preemption
     startup: StartupTimer
@@ -329,7 +331,8 @@ def report_step(run: Training, step: Step) -> None:
         "tokens": run.state.tokens,
         "step_seconds": step.seconds,
     }
-    of_task = task_of(run.config.task).measure_step(Totals.of(step.sums))
+    task = task_of(run.config.task)
+    of_task = task.measure_step(Totals.of(step.sums)) if isinstance(task, MeasuresSteps) else {}
     more = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
     run.unwritten = UnwrittenRow(step.number, metrics, more, run.step_timer.times())
     if run.unwritten.times.known:

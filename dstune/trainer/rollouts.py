@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
-    from dstune.config.schema import RunConfig
-    from dstune.core.distributed import World
-    from dstune.data.prepared import PreparedData, Split
-    from dstune.trainer.evaluate import Evaluator
-    from dstune.trainer.measure import Evaluation
     from dstune.trainer.prefetcher import RankBatch
-    from dstune.zero.engine import Engine
 
 
 class RolloutRun(Protocol):
@@ -50,22 +42,3 @@ class Rollouts(Protocol):
         """Sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class TrainsOnRollouts(Protocol):
-    """A task whose rows are prompts, which the model answers before each step."""
-
-    def rollouts(
-        self,
-        run: RunConfig,
-        data: PreparedData,
-        engine: Engine,
-        head: Any,
-        tokenizer: Any,
-        world: World,
-        run_dir: Path,
-    ) -> Rollouts: ...
-
-    def evaluate(self, evaluator: Evaluator, split: Split, progress: Any) -> Evaluation:
-        """The metrics of `split`, whose prompts the model answers."""

@@ -22,7 +22,7 @@ from dstune.planning import calibration
 from dstune.planning.architecture import LANGUAGE_MODEL, architecture
 from dstune.planning.flops import Work, step_flops, work_of
 from dstune.planning.hardware import known_device
-from dstune.planning.setup import Setup, head_of, labels_of, prefetch, setup
+from dstune.planning.setup import Setup, added_length, head_of, labels_of, prefetch, setup
 from dstune.protocols import method_of, task_of
 from dstune.zero import accelerator
 
@@ -171,7 +171,7 @@ def _needs(
         precision=precision,
         values=values,
     )
-    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, method.added_length, None if found.adapter else module)
+    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, added_length(method), None if found.adapter else module)
     if needs.module is not None and not needs.now().setup.trained:
         return None  # its parameters have other names than those of the architecture
     return needs

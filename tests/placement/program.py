@@ -104,7 +104,6 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
 
     from dstune.core.rank_env import RankEnv
     from dstune.models import kernels
-    from dstune.protocols import method_of
     from dstune.rank import worker
     from dstune.trainer import loop
     from dstune.trainer.callbacks.preemption import Preemption
@@ -116,7 +115,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     world = start_process_group(RankEnv(0, 1, 0, 1, "environment"))
     preemption = Preemption(config, 0.0, run_dir, is_main=True)
     gc.disable()  # so that what set-up leaves behind is still there when it is counted
-    *before, config = method_of(config.method).stages(config, run_dir)
+    *before, config = worker.stages_of(config, run_dir)
     for stage in before:
         worker.train_before(stage, config, run_dir, world, preemption)
     setup = worker.Setup(config, run_dir, world, preemption, worker.StartupTimer())

@@ -12,6 +12,7 @@ from dstune.checkpoint.export import refuse_unmergeable
 from dstune.config import data_schema, schema
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
+from dstune.launch.first_rows import hardware_problems
 from dstune.methods._peft.config import AdapterConfig
 from dstune.methods.ia3 import Ia3Config
 from dstune.methods.lora.config import LoraConfig, LoraInit
@@ -74,8 +75,8 @@ def test_refused_with_the_reason(key, method, sections):
 
 def test_4_bit_weights_at_stage_3_need_a_gpu():
     config = run_config(method=Qlora(), zero=schema.ZeroConfig(stage=3))
-    assert [problem.where for problem in method_of(config.method).check_cpu(config)] == ["zero.stage"]
-    assert not list(method_of(config.method).check_cpu(replace(config, zero=schema.ZeroConfig(stage=2))))
+    assert [problem.where for problem in hardware_problems(config, 0)] == ["zero.stage"]
+    assert not list(hardware_problems(replace(config, zero=schema.ZeroConfig(stage=2)), 0))
 
 
 def saved(folder: Path, **changes: object) -> Path:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from dstune.config.compose import compose
-from dstune.protocols import task_of
+from dstune.launch.first_rows import task_problems
 from dstune.tasks import seq2seq
 from dstune.tasks.seq2seq import metrics
 from dstune.trainer.generation import Generated
@@ -27,7 +27,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
 
 def problems(*words: str) -> list[tuple[str, str]]:
     config = compose(["task=seq2seq", "model=smollm2", "data.train=rows.jsonl", *words]).config
-    return [(problem.where, problem.fix) for problem in task_of(config.task).preflight(config)]
+    return [(problem.where, problem.fix) for problem in task_problems(config)]
 
 
 def test_what_is_installed_is_computed_and_the_rest_is_named_once(monkeypatch, caplog):

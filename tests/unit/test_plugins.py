@@ -18,7 +18,8 @@ from dstune.config.schema import CHOICES
 from dstune.config.validate import find_problems
 from dstune.core import plugins
 from dstune.data.rows import RowError
-from dstune.protocols import task_of
+from dstune.protocols import method_of, task_of
+from dstune.protocols.method_options import TrainsInStages, UnfreezesLater
 from dstune.protocols.task_options import NeedsReference, WeighsClasses
 from tests.support.plugins import ROOT, SIGNUM, copy, folder_of_plugins, problems
 
@@ -365,6 +366,41 @@ def test_a_task_of_version_1_has_all_methods_of_an_optional_protocol_or_is_told_
     task = task_of(compose(["data=chitchat", "plugins=[./old.py]", "task=old"]).config.task)
     assert isinstance(task, WeighsClasses)
     assert not isinstance(task, NeedsReference)
+
+
+OLD_METHOD = """
+from dataclasses import dataclass
+import dstune
+from dstune.protocols.method import MethodConfig
+
+DSTUNE_PROTOCOLS = 1
+
+@dataclass(frozen=True)
+class OldConfig(MethodConfig):
+    name: str = "old"
+
+@dstune.method
+class Old(dstune.Method):
+    Config = OldConfig
+"""
+
+
+def test_a_method_of_version_1_is_told_which_protocol_has_its_hooks():
+    Path("old.py").write_text(OLD_METHOD + "    def parts(self, module):\n        return lambda name: 0\n")
+    ((_, reason, _),) = problems("plugins=[./old.py]")
+    assert (
+        "Old has parts, which dstune.protocols.method_options.UnfreezesLater calls together with unfreezing" in reason
+    )
+    hook = "    def stages(self, run, run_dir):\n        return [*super().stages(run, run_dir)]\n"
+    Path("old.py").write_text(OLD_METHOD + hook)
+    ((_, reason, _),) = problems("plugins=[./old.py]")
+    assert (
+        "Old.stages calls super().stages, whose default is in dstune.protocols.method_options.TrainsInStages" in reason
+    )
+    Path("old.py").write_text(OLD_METHOD + "    def stages(self, run, run_dir):\n        return [run]\n")
+    method = method_of(compose(["data=chitchat", "plugins=[./old.py]", "method=old"]).config.method)
+    assert isinstance(method, TrainsInStages)
+    assert not isinstance(method, UnfreezesLater)
 
 
 def test_a_member_needs_a_config_of_its_own():

@@ -62,7 +62,7 @@ def test_the_page_names_fields_that_the_types_of_plugins_have():
     from dstune.data.tokenize.sample import Sample
     from dstune.inference.predictor import Predictor
     from dstune.models.heads.base import HeadOutput
-    from dstune.protocols import task_options
+    from dstune.protocols import launcher_options, method_options, task_options
     from dstune.protocols.callback import Evaluation as MeasuredRows
     from dstune.protocols.callback import Run, Step
     from dstune.trainer.measure import Evaluation, Totals
@@ -79,4 +79,5 @@ def test_the_page_names_fields_that_the_types_of_plugins_have():
         of_kind = {*dir(kind), *(field for base in kind.__mro__ for field in getattr(base, "__annotations__", ()))}
         assert set(fields) <= of_kind, name
     options = re.findall(r"(?m)^\| `(\w+)` \| ", text.split('<a id="optional-protocols">')[1].split("**Rules.**")[0])
-    assert options == [option.__name__ for option in task_options.TASK_OPTIONS]
+    protocols = (*task_options.TASK_OPTIONS, *method_options.METHOD_OPTIONS, *launcher_options.LAUNCHER_OPTIONS)
+    assert options == [option.__name__ for option in protocols]

@@ -12,6 +12,7 @@ from dstune.launch.slurm.config import SlurmConfig
 from dstune.launch.slurm.jobs import SlurmQueue
 from dstune.protocols import Launcher, launcher
 from dstune.protocols.launcher import Check, LaunchRequest
+from dstune.protocols.launcher_options import SubmitsRuns
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -22,7 +23,7 @@ MINUTES = "10"
 
 
 @launcher
-class Slurm(Launcher):
+class Slurm(Launcher, SubmitsRuns):
     Config = SlurmConfig
     config: SlurmConfig
     queue = SlurmQueue()

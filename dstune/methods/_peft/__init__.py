@@ -12,6 +12,7 @@ from dstune.core.errors import Problem
 from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.protocols import Method, task_of
 from dstune.protocols.method import MethodConfig
+from dstune.protocols.method_options import MergesAdapter, PutsPositionsInFront, StartsFromAdapters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ HEADS = ("classifier", "score")
 """Modules of a new head, of which peft trains a copy."""
 
 
-class Adapter(Method):
+class Adapter(Method, StartsFromAdapters):
     """Base of every method of peft."""
 
     adapter = True
@@ -79,7 +80,7 @@ class Adapter(Method):
         return self.config if name is None else replace(self.config, adapter=public_name(name))
 
 
-class ModuleAdapter(Adapter):
+class ModuleAdapter(Adapter, MergesAdapter):
     """Base of adapters on modules of the model."""
 
     merges = True
@@ -120,7 +121,7 @@ class ModuleAdapter(Adapter):
         return Problem("method.target_modules", reason, fix, str(self.config.target_modules))
 
 
-class TrainedPrompt(Adapter):
+class TrainedPrompt(Adapter, PutsPositionsInFront):
     """Base of methods whose parameters stand in front of the row; the model's weights stay as they are."""
 
     in_front = True

@@ -12,6 +12,7 @@ from dstune.methods._pooled import PooledHead, Pooling
 from dstune.methods.features.config import FeaturesConfig
 from dstune.protocols import method, task_of
 from dstune.protocols.method import Preparation
+from dstune.protocols.method_options import NeedsPreparation
 
 if TYPE_CHECKING:
     from dstune.core.distributed import World
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @method
-class Features(PooledHead):
+class Features(PooledHead, NeedsPreparation):
     Config = FeaturesConfig
     config: FeaturesConfig
 

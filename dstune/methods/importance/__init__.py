@@ -12,6 +12,7 @@ from dstune.core.errors import Problem
 from dstune.methods.importance.config import ImportanceConfig, Selection, Unit
 from dstune.protocols import Method, method
 from dstune.protocols.method import Preparation
+from dstune.protocols.method_options import NeedsPreparation
 
 if TYPE_CHECKING:
     from dstune.core.distributed import World
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @method
-class Importance(Method):
+class Importance(Method, NeedsPreparation):
     Config = ImportanceConfig
     config: ImportanceConfig
 

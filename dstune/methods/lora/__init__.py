@@ -14,6 +14,7 @@ from dstune.methods.lora import rules
 from dstune.methods.lora.config import LoraConfig, LoraInit
 from dstune.protocols import method, task_of
 from dstune.protocols.method import MethodConfig
+from dstune.protocols.method_options import GivesCautions, ShiftsFrozenWeights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +29,7 @@ SLOW_FOR_ADAPTERS = 5e-5
 
 
 @method
-class Lora(ModuleAdapter):
+class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
     Config = LoraConfig
     config: LoraConfig
 

@@ -15,6 +15,7 @@ from dstune.methods.lora.rules import splits
 from dstune.methods.qlora.config import QloraConfig
 from dstune.methods.qlora.rules import rounded_experts_problem
 from dstune.protocols import Method, method
+from dstune.protocols.method_options import HasRequirements, QuantizesWeights
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ STAGE_3_ON_CPU = (
 
 
 @method
-class Qlora(Lora):
+class Qlora(Lora, QuantizesWeights, HasRequirements):
     Config = QloraConfig
     config: QloraConfig
 

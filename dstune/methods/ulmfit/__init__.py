@@ -12,6 +12,7 @@ from dstune.core.errors import Problem
 from dstune.methods._layers import rates_of_layers
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import Method, method, task_of
+from dstune.protocols.method_options import TrainsInStages, UnfreezesLater
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @method
-class Ulmfit(Method):
+class Ulmfit(Method, TrainsInStages, UnfreezesLater):
     Config = UlmfitConfig
     config: UlmfitConfig
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dstune.config.schema import InitialWeights, RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.protocols import method_of, task
+from dstune.protocols.method_options import StartsFromAdapters
 from dstune.protocols.task import FurtherModel, TaskConfig
 from dstune.tasks._language import WritingTask
 from dstune.tasks.preference import rows as rows
@@ -140,7 +141,8 @@ class Preference(WritingTask):
                 "the run began with random weights, which are nowhere to be found, and the rewards are relative to them"
             )
             raise UserError(Problem("task.reference_model", reason, "give another model as the reference"))
-        if method_of(run.method).folders:
+        method = method_of(run.method)
+        if isinstance(method, StartsFromAdapters) and method.folders:
             reason = "the run began with another adapter, and the rewards are relative to the model with it"
             fix = "task.reference_model=FOLDER of that adapter's run, merged by dstune export RUN --merge"
             raise UserError(Problem("task.reference_model", reason, fix))

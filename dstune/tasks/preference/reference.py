@@ -24,6 +24,7 @@ from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import padded_batches, share
 from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import METHODS, method_of, task_of
+from dstune.protocols.method_options import StartsFromAdapters
 from dstune.protocols.task_options import NeedsReference
 from dstune.tasks.preference.config import PreferenceConfig
 from dstune.tasks.preference.head import JudgedHead, PairHead
@@ -167,7 +168,8 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
     if model.weights is InitialWeights.random or model.add_tokens:
         settings.append(config.trainer.seed)
     method = method_of(config.method)
-    folders = [model_folder(model), *map(Path, method.folders)]
+    adapters = method.folders if isinstance(method, StartsFromAdapters) else []
+    folders = [model_folder(model), *map(Path, adapters)]
     files = sorted(
         (number, path)
         for number, folder in enumerate(folders)
