@@ -300,15 +300,15 @@ def disturbed_adapters(folder: Path) -> Iterator[None]:
     gets what is trained as it is then."""
     import torch
 
-    from dstune.rank.worker import Setup
+    from dstune.rank.setup import Setup
     from dstune.zero.parts import full_shape, gathered, is_partitioned
 
     build_engine = Setup.build_engine
 
-    def build(setup: Any) -> None:
+    def build(setup: Any, layout: Any, built: Any, method: Any) -> Any:
         start = {}
-        if hasattr(setup.module, "peft_config"):
-            for number, (name, parameter) in enumerate(setup.module.named_parameters()):
+        if hasattr(built.module, "peft_config"):
+            for number, (name, parameter) in enumerate(built.module.named_parameters()):
                 if not parameter.requires_grad:
                     continue
                 with gathered([parameter], modified_by_rank=0), torch.no_grad():
@@ -318,9 +318,9 @@ def disturbed_adapters(folder: Path) -> Iterator[None]:
                         parameter.copy_(torch.randn(full_shape(parameter), generator=noise) * 0.05)
                     start[name] = parameter.detach().clone()
             if setup.world.is_main:
-                setup.module.peft_config["default"].save_pretrained(folder)
+                built.module.peft_config["default"].save_pretrained(folder)
                 torch.save(start, folder / "start.pt")
-        build_engine(setup)
+        return build_engine(setup, layout, built, method)
 
     Setup.build_engine = build  # type: ignore[method-assign]
     try:

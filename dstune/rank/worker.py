@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -11,78 +10,39 @@ import traceback
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dstune.checkpoint.model_folder import parameter_names, refuse_added
-from dstune.checkpoint.saves import Saves
 from dstune.checkpoint.session import Checkpoints
-from dstune.config.convert import format_value
 from dstune.config.run_file import Composed, read_decided, variables_for_ranks, write_run
-from dstune.config.schema import Export, Precision, RunConfig, stage_of
+from dstune.config.schema import RunConfig
 from dstune.core import environment, files, handoff, plugins, rendezvous
 from dstune.core.distributed import World
 from dstune.core.errors import EXIT_DONE, DstuneError, Preempted, Problem, UserError, from_json, to_json
 from dstune.core.files import INCOMPLETE
-from dstune.core.paths import cache_root
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import report_once, report_to_launcher
-from dstune.core.secrets import REFERENCE, publish, redact_output
-from dstune.data.blocks import Blocks
-from dstune.data.build import prepare, prove
-from dstune.models.kernels import use_kernels
-from dstune.models.load import load_config, load_model, load_tokenizer, new_weights
-from dstune.models.lora_sum import use_joint_sums
-from dstune.models.neftune import add_noise
-from dstune.models.packed_attention import attention_of_samples
-from dstune.models.tensor import slice_model
-from dstune.models.ulysses import SequenceCut
-from dstune.models.unreached import keep_frozen
-from dstune.optim.groups import method_groups
-from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
+from dstune.core.secrets import REFERENCE, redact_output
+from dstune.protocols import method_of
 from dstune.protocols.method import Preparation
-from dstune.protocols.method_options import NeedsPreparation, TrainsInStages, UnfreezesLater
-from dstune.protocols.task_options import NeedsReference, TrainsOnRollouts
+from dstune.protocols.method_options import TrainsInStages
 from dstune.rank.finalize import finish
 from dstune.rank.process import guarded, leave
+from dstune.rank.setup import BuiltModel, Setup, activity
 from dstune.rank.startup import ask_untuned, describe, show_samples
 from dstune.rank.zero_stage import choose_zero_stage
-from dstune.tracking.console import Console, show_activities
-from dstune.tracking.log import RunLog
-from dstune.trainer import micro_batch
-from dstune.trainer.callback_list import CallbackList
 from dstune.trainer.callbacks.preemption import Preemption
 from dstune.trainer.callbacks.startup_timer import StartupTimer
 from dstune.trainer.callbacks.watchdog import answer_with_stacks
-from dstune.trainer.data_loader import data_loader_of
-from dstune.trainer.evaluate import Evaluator
-from dstune.trainer.forgetting import Penalties, general_fisher
 from dstune.trainer.loop import Training, fit
-from dstune.trainer.memory import PeakMemory, keep_freed
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
-from dstune.trainer.out_of_memory import advice, explained
-from dstune.trainer.rollouts import Rollouts
-from dstune.trainer.sanity_checks import (
-    check_unreached,
-    content_digest,
-    examine,
-    refuse_different_rows,
-    samples_digest,
-    verify_rows,
-)
-from dstune.trainer.utilization import prefetch_of, utilization_of
+from dstune.trainer.out_of_memory import explained
 from dstune.zero import accelerator, swap
-from dstune.zero.ds_config import SHARD_SETTINGS, deepspeed_config
 from dstune.zero.engine import Engine
-from dstune.zero.parts import partitioned_loading
-from dstune.zero.precision import DTYPES, resolve, set_arithmetic
-from dstune.zero.slices import Slices
 from dstune.zero.start import start_process_group
-
-activity = logging.getLogger("dstune.worker")  # not __name__, which is __main__ in a rank
-"""What goes on before the first step; rank 0 shows it."""
 
 
 def train(config: RunConfig, run_dir: Path, world: World) -> None:
@@ -111,236 +71,45 @@ def train_stage(
 ) -> None:
     """As `train`, a single stage."""
     setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
+    engine: Engine | None = None
     try:
-        setup.configure_rank()
-        setup.load_data()
-        with explained(setup.doing, setup.less_memory):
-            setup.prepare_method()
-            setup.build_model()
-            setup.build_engine()
-            setup.check_arithmetic()
-            setup.load_checkpoint()
-            run_training(setup, setup.build_training())
+        layout = setup.configure_rank()
+        rows = setup.load_data(layout)
+        with explained(setup.place("setting up the model and the optimizer"), partial(setup.less_memory, layout)):
+            start, rows = setup.prepare_method(layout, rows)
+            built = setup.build_model(layout, rows, start)
+            engine = setup.build_engine(layout, built, start)
+            penalties = setup.check_arithmetic(built, engine, start)
+            restored = setup.restore(layout, rows, built, engine, start)
+        with explained(setup.place("training"), partial(setup.less_memory, layout)):
+            run = setup.build_training(layout, rows, built, engine, penalties, restored)
+            run_training(run, built, rows.tokenizer, restored.checkpoints, start.preparation)
     except BaseException:
         if world.size == 1:  # with more of them the device may still wait for a rank that is gone
-            setup.close()
+            close(engine)
         raise
-    setup.close()
+    close(engine)
 
 
-class Setup:
-    """What a rank builds before the loop, in this order: each step takes what the steps before it have made."""
-
-    def __init__(self, config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer):
-        self.config, self.run_dir, self.world = config, run_dir, world
-        self.preemption, self.startup = preemption, startup
-        self.started = time.monotonic()
-        self.on_gpu = accelerator.present()
-        self.console = Console()
-        self.message: Callable[[str], None] = self.console.message if world.is_main else lambda text: None
-
-    def close(self) -> None:
-        """Another stage may follow in this process, or another run. What the run is worth is decided by now."""
-        if hasattr(self, "engine"):
-            try:
-                self.engine.close()
-            except Exception as error:
-                activity.warning("the engine could not be closed: %s", error)
-
-    def configure_rank(self) -> None:
-        """Precision, groups of ranks, and the dictionary for DeepSpeed."""
-        config, world = self.config, self.world
-        publish(str(self.run_dir))
-        if world.is_main:
-            show_activities(self.console)
-        self.precision = Precision[world.broadcast(resolve(config).name)]
-        parallel = parallelism_of(config.parallel)
-        self.cut = SequenceCut.of(parallel.row_ranks, world)
-        self.shards = Slices.of(parallel.weight_ranks, world)
-        prefetch = prefetch_of(config) if self.on_gpu and stage_of(config.zero) == 3 else None
-        self.deepspeed = deepspeed_config(config, world.size, self.precision, on_gpu=self.on_gpu, prefetch=prefetch)
-        set_arithmetic(config.trainer)
-
-    def doing(self) -> str:
-        """What memory ran out in, and on which of several ranks."""
-        what = "training" if hasattr(self, "state") else "setting up the model and the optimizer"
-        return what if self.world.size == 1 else f"{what} on rank {self.world.rank}"
-
-    def less_memory(self) -> list[str]:
-        values = load_config(self.config.model).get_text_config().to_dict()
-        return advice(self.config, values, self.precision, self.world.size, self.world.local_size)
-
-    def load_data(self) -> None:
-        config, world = self.config, self.world
-        self.tokenizer = load_tokenizer(config.model)
-        self.data = prepare(config, self.tokenizer, world.env, cache_root())
-        self.startup.mark("data")
-        self.served = prove(config, self.tokenizer, self.data)
-        self.startup.mark("proof")
-        if self.served.note:
-            self.message(self.served.note)
-        self.blocks: Blocks | None = None
-        if self.data.stream is not None:  # now, so that the process that prepares them starts while the model loads
-            leader = world.local_rank == 0
-            given = self.served.arguments
-            self.blocks = Blocks(
-                config, self.tokenizer, self.data, self.run_dir, cache_root(), arguments=given, leader=leader
-            )
-        self.memory = PeakMemory()
-        self.task = task_of(config.task)
-        if isinstance(self.task, NeedsReference):
-            self.data = self.task.before_loading(config, self.data, self.tokenizer, world, self.precision)
-        self.startup.mark("data")
-
-    def prepare_method(self) -> None:
-        """What the method computes on a copy of the model that is thrown away."""
-        config, world = self.config, self.world
-        activity.info("loading %s", format_value(config.model.path))
-        self.digests = {"samples": samples_digest(self.data), "content": content_digest(self.data)}
-        self.method = method_of(config.method)
-        prepared = Preparation(self.data)
-        if isinstance(self.method, NeedsPreparation):
-            prepared = self.method.prepare(config, self.data, self.tokenizer, self.precision, world, self.run_dir)
-        self.prepared, self.data = prepared, prepared.data
-        labels = self.data.labels
-        self.fisher = general_fisher(config, labels, self.tokenizer, self.precision, world, prepared.restrict)
-
-    def build_model(self) -> None:
-        """The model with the method's parameters, cut or sharded where ranks share rows or weights, and the head."""
-        config, dtype = self.config, DTYPES[self.precision]
-        with partitioned_loading(self.deepspeed):
-            model = self.prepared.model(config, self.tokenizer, dtype)
-            if model is None:
-                model = load_model(config, self.tokenizer, self.data.labels, dtype)
-        self.model = model
-        if self.cut is not None:
-            self.cut.install(model)
-        self.rows = self.cut or attention_of_samples(config, model, self.world, self.message)
-        plain = parameter_names(model)
-        self.module = self.method.apply(model, config)
-        if config.run.export is not Export.none and not self.method.adapter:
-            trained = (name for name, parameter in self.module.named_parameters() if parameter.requires_grad)
-            refuse_added(plain, trained, self.method.name)
-        if self.shards is not None:
-            slice_model(self.module, model, self.shards)
-        use_kernels(self.module, config.model, self.message)
-        use_joint_sums(self.module)
-        if config.model.neftune_alpha:
-            add_noise(self.module, model, config.model.neftune_alpha)
-        self.startup.mark("model")
-        self.head = self.task.head(model, self.rows)  # after the method: an adapter may wrap the projection
-
-    def build_engine(self) -> None:
-        """Parameter groups, the optimizer and the DeepSpeed engine."""
-        config, module, prepared = self.config, self.module, self.prepared
-        prepared.restrict(module, new_weights(self.model))
-        keep_frozen(self.model)
-        optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
-        once = goes_once_through(config)
-        self.engine = Engine(
-            module, optimizer, self.deepspeed, self.world, groups=groups, one_pass=once, slices=self.shards
-        )
-        self.startup.mark("engine")
-
-    def check_arithmetic(self) -> None:
-        """Sanity checks of the head and of packed rows; masks and penalties, while the weights are those of the start."""
-        config, engine, world = self.config, self.engine, self.world
-        examine(self.head, engine)
-        check_unreached(self.model, engine)
-        if self.prepared.masks:
-            engine.mask(self.prepared.masks)
-        self.penalties: Penalties | None = None
-        if config.forgetting.l2sp or config.forgetting.ewc:
-            self.penalties = Penalties(config.forgetting, engine, new_weights(self.model), self.fisher)
-        architecture = self.model.config.get_text_config()
-        verify_rows(config, engine, self.head, self.rows, architecture, world, self.message)
-        keep_freed()
-        refuse_different_rows(world, self.digests["samples"] + self.digests["content"])
-
-    def load_checkpoint(self) -> None:
-        """The size of a micro-batch, log-probabilities of the start weights, and the newest checkpoint."""
-        engine, world, padding = self.engine, self.world, self.tokenizer.pad_token_id
-        zero = self.deepspeed["zero_optimization"]
-        self.metadata: dict[str, Any] = {
-            "world_size": world.size,
-            "zero_stage": engine.stage,
-            "weight_parts": 1 if self.shards is None else self.shards.parts,
-            "shard_settings": {key: zero[key] for key in SHARD_SETTINGS if key in zero},
-            "precision": self.precision.value,
-            "labels": list(self.data.labels),
-            "chat_template_kwargs": dict(self.served.arguments),
-            **self.digests,
-        }
-        self.checkpoints = Checkpoints(self.config, self.run_dir, engine, world, self.metadata, self.message)
-        trials = micro_batch.Trials(
-            self.config, self.data.train, engine, self.head, world, padding, self.memory, self.message
-        )
-        # Before layers are frozen for later: all of them take the most.
-        self.config, known = trials.choose_micro_batch_size(self.checkpoints.remembered(micro_batch.NAME))
-        if isinstance(self.task, NeedsReference):
-            self.data = self.task.before_training(
-                self.config, self.data, engine, self.head, world, padding, self.precision
-            )
-        self.state = self.checkpoints.resume()
-        if known is not None:
-            self.state.results[micro_batch.NAME] = known
-        self.checkpoints.check_space()
-
-    def build_training(self) -> Training:
-        """The order of the data, the log and the callbacks."""
-        config, world, engine, data, state = self.config, self.world, self.engine, self.data, self.state
-        data_loader = data_loader_of(config, data, self.blocks, state.cursor)
-        unfreezing = None
-        if isinstance(self.method, UnfreezesLater):
-            unfreezing = self.method.unfreezing(self.model, engine, data_loader, state.step)
-        log = None
-        if world.is_main:
-            log = RunLog(config, self.run_dir, resumed_at_step=state.step or None, console=self.console)
-        run = Training(
-            config=config,
-            world=world,
-            run_dir=self.run_dir,
-            engine=engine,
-            head=self.head,
-            data=data,
-            data_loader=data_loader,
-            total_steps=config.trainer.max_steps or data_loader.steps(config.trainer.epochs),
-            state=state,
-            evaluator=Evaluator(config, data, engine, self.head, world, self.tokenizer),
-            rewind=self.checkpoints.rewind,
-            saves=Saves(config, self.run_dir, engine, world, self.metadata, self.message),
-            log=log,
-            memory=self.memory,
-            pad_token_id=self.tokenizer.pad_token_id,
-            utilization=utilization_of(config, self.model, self.module, self.precision, world, len(data.labels)),
-            preemption=self.preemption,
-            startup=self.startup,
-            unfreezing=unfreezing,
-            penalties=self.penalties,
-            rollouts=self.rollouts(),
-            started=self.started,
-            seconds_before=state.seconds,
-        )
-        run.callbacks = CallbackList.for_run(run)
-        return run
-
-    def rollouts(self) -> Rollouts | None:
-        """What answers the prompts of a task whose rows they are."""
-        if not isinstance(self.task, TrainsOnRollouts):
-            return None
-        return self.task.rollouts(
-            self.config, self.data, self.engine, self.head, self.tokenizer, self.world, self.run_dir
-        )
-
-
-def run_training(setup: Setup, run: Training) -> None:
-    """From the first lines on the console to `result.json`."""
-    run_dir, tokenizer = setup.run_dir, setup.tokenizer
+def close(engine: Engine | None) -> None:
+    """Another stage may follow in this process, or another run. What the run is worth is decided by now."""
     try:
-        describe(run.config, run_dir, run, setup.module, setup.model, setup.prepared)
+        if engine is not None:
+            engine.close()
+    except Exception as error:
+        activity.warning("the engine could not be closed: %s", error)
+
+
+def run_training(
+    run: Training, built: BuiltModel, tokenizer: Any, checkpoints: Checkpoints, preparation: Preparation
+) -> None:
+    """From the first lines on the console to `result.json`."""
+    run_dir, module = run.run_dir, built.module
+    try:
+        describe(run.config, run_dir, run, module, built.model, preparation)
         run.state.planned_steps = run.total_steps
         show_samples(run, tokenizer, before=True)
-        ask_untuned(run, run_dir, setup.module, tokenizer)
+        ask_untuned(run, run_dir, module, tokenizer)
         if run.state.step == 0:
             evaluate_monitored_sets(run, "before")
         run.startup.mark("checks")
@@ -348,7 +117,7 @@ def run_training(setup: Setup, run: Training) -> None:
         if run.rollouts is not None:
             run.rollouts.close()
         run.callbacks.on_train_end(run, request)
-        finish(run, setup.checkpoints, run_dir, tokenizer, request, setup.prepared)
+        finish(run, checkpoints, run_dir, tokenizer, request, preparation)
     except BaseException:
         if run.rollouts is not None:
             run.rollouts.close()
@@ -358,11 +127,6 @@ def run_training(setup: Setup, run: Training) -> None:
             run.callbacks.close()
         raise
     run.callbacks.close()  # last: a run that is preempted has little time for its result
-
-
-def goes_once_through(config: RunConfig) -> bool:
-    """Whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last step."""
-    return task_of(config.task).one_pass and method_of(config.method).same_parameters_throughout
 
 
 def take_over_export(source: Path, own: Path) -> None:

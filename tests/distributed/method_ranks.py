@@ -20,7 +20,7 @@ from dstune.models.load import load_model, load_tokenizer
 from dstune.optim.adamw import AdamWConfig
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, task_of
-from dstune.rank.worker import goes_once_through
+from dstune.rank.setup import goes_once_through
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.classification.config import ClassificationConfig
 from dstune.zero.ds_config import deepspeed_config

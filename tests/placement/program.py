@@ -119,21 +119,21 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     for stage in before:
         worker.train_before(stage, config, run_dir, world, preemption)
     setup = worker.Setup(config, run_dir, world, preemption, worker.StartupTimer())
-    setup.configure_rank()
-    setup.load_data()
-    setup.prepare_method()
-    setup.build_model()
-    setup.build_engine()
+    layout = setup.configure_rank()
+    rows = setup.load_data(layout)
+    start, rows = setup.prepare_method(layout, rows)
+    built = setup.build_model(layout, rows, start)
+    engine = setup.build_engine(layout, built, start)
     engines = sum(type(one).__name__ == "DeepSpeedEngine" for one in gc.get_objects())
     gc.enable()
-    setup.check_arithmetic()
-    setup.load_checkpoint()
-    run = setup.build_training()
+    penalties = setup.check_arithmetic(built, engine, start)
+    restored = setup.restore(layout, rows, built, engine, start)
+    run = setup.build_training(layout, rows, built, engine, penalties, restored)
     found: dict[str, Any] = {"losses": [], "norms": [], "micro_batches": [], "waits": [], "engines": engines}
     found["groups"] = len(run.engine._engine.optimizer.param_groups)
-    found["kernels"] = kernels.of_run(setup.module, setup.model, run.head, run.engine.inner_optimizer)
+    found["kernels"] = kernels.of_run(built.module, built.model, run.head, run.engine.inner_optimizer)
     found["rows"] = run.config.trainer.micro_batch_size
-    found["settings"], found["products"] = setup.deepspeed, torch.get_float32_matmul_precision()
+    found["settings"], found["products"] = layout.deepspeed, torch.get_float32_matmul_precision()
     found["device"] = str(run.engine.device)
     train_step, report_step, evaluate = loop.train_step, loop.report_step, Evaluator._run
     found["evaluations"] = []
@@ -162,7 +162,7 @@ def compute(argv: list[str], *, simulated: bool, run_dir: Path, fault: str) -> d
     loop.train_step, loop.report_step = counted, reported
     if simulated:
         Evaluator._run = evaluated
-    with explained(setup.doing, setup.less_memory):
+    with explained(setup.place("training"), lambda: setup.less_memory(layout)):
         loop.fit(run)
     loop.train_step, loop.report_step, Evaluator._run = train_step, report_step, evaluate
     run.callbacks.close()

@@ -499,18 +499,23 @@ def test_a_failed_run_is_closed_where_its_process_may_live_on(monkeypatch, tmp_p
     """A notebook goes on with another run, which needs the memory. Of several ranks the device may wait for one that is gone."""
     seen = []
 
+    def close():
+        seen.append("closed")
+        raise RuntimeError("a fault of the device")
+
     class Fails(worker.Setup):
         def __init__(self, *given):
-            pass
+            self.world = SimpleNamespace(size=ranks, rank=0)
 
-        def configure_rank(self):
-            def close():
-                seen.append("closed")
-                raise RuntimeError("a fault of the device")
+        configure_rank = load_data = build_model = lambda self, *given: None
 
-            self.engine = SimpleNamespace(close=close)
+        def prepare_method(self, *given):
+            return None, None
 
-        def load_data(self):
+        def build_engine(self, *given):
+            return SimpleNamespace(close=close)
+
+        def check_arithmetic(self, *given):
             raise TrainingFailed("out of memory")
 
     monkeypatch.setattr(worker, "Setup", Fails)
