@@ -1,12 +1,33 @@
-"""AdamW for the groups of an optimizer that has another update for the rest."""
+"""Base of optimizers that have an update of their own for groups of one kind, and AdamW's for the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+class BesideAdamW(torch.optim.Optimizer):
+    """Updates groups of `kind` parameter by parameter (`update`), and those of other kinds as AdamW."""
+
+    kind: ClassVar[str]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if group["kind"] != self.kind:
+                fused_adamw(group, parameters, self.state)
+                continue
+            for parameter in parameters:
+                self.update(group, parameter, parameter.grad)
+
+    def update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        """Update one parameter of a group of `kind`."""
+        raise NotImplementedError
 
 
 def fused_adamw(group: dict[str, Any], parameters: Sequence[Tensor], states: Any) -> None:
@@ -14,9 +35,6 @@ def fused_adamw(group: dict[str, Any], parameters: Sequence[Tensor], states: Any
 
     group: `lr`, `weight_decay`, `betas`, `eps`. states: what the optimizer keeps, by parameter.
     """
-    import torch
-    from torch.optim.adamw import adamw
-
     for parameter in parameters:
         if "step" not in states[parameter]:
             states[parameter]["step"] = torch.zeros((), device=parameter.device)

@@ -7,37 +7,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dstune.optim._beside_adamw import BesideAdamW
 from dstune.optim.adamw_8bit.config import BLOCK, ROUNDED
-from dstune.optim.fused_adamw import fused_adamw
 
 if TYPE_CHECKING:
     from dstune.optim.adamw_8bit.config import AdamW8bitConfig
 
 
-class AdamW8bitStep(torch.optim.Optimizer):
+class AdamW8bitStep(BesideAdamW):
     """Groups of the kind `ROUNDED` have each moment in 8 bits, with a scale for each block of 256 elements that follow each
     other in what a rank has of the group; the others have moments in fp32."""
+
+    kind = ROUNDED
 
     def __init__(self, groups: list[dict[str, Any]], config: AdamW8bitConfig):
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
         super().__init__(groups, {**defaults, "fused": True})
         self._codes: dict[tuple[torch.device, bool], Tensor] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["kind"] != ROUNDED:
-                fused_adamw(group, parameters, self.state)
-                continue
-            for parameter in parameters:
-                self._update(group, parameter)
-
-    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
+    def update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+        state = self.state[parameter]
         if "step" not in state:
             blocks = -(-parameter.numel() // BLOCK)
             state["step"] = torch.zeros(())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dstune.optim.fused_adamw import fused_adamw
+from dstune.optim._beside_adamw import BesideAdamW
 from dstune.optim.muon.config import MATRIX
 
 if TYPE_CHECKING:
@@ -19,9 +19,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Jordan's quintic iteration (kellerjordan.github.io/posts/muon), as `torch.optim.Muon` has them."""
 
 
-class MuonStep(torch.optim.Optimizer):
+class MuonStep(BesideAdamW):
     """Groups of the kind `MATRIX` are orthogonalized matrix by matrix; stacked experts are matrices of their own. The others
     are AdamW's."""
+
+    kind = MATRIX
 
     def __init__(self, groups: list[dict[str, Any]], config: MuonConfig):
         defaults = {"lr": config.lr, "weight_decay": config.weight_decay, "betas": config.betas, "eps": config.eps}
@@ -33,19 +35,8 @@ class MuonStep(torch.optim.Optimizer):
         """Update partitions, whose matrices are put together by `matrices`."""
         self._matrices = matrices
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if group["kind"] != MATRIX:
-                fused_adamw(group, parameters, self.state)
-                continue
-            for parameter in parameters:
-                self._update(group, parameter)
-
-    def _update(self, group: dict[str, Any], parameter: Tensor) -> None:
-        state, gradient = self.state[parameter], parameter.grad
-        assert gradient is not None
+    def update(self, group: dict[str, Any], parameter: Tensor, gradient: Tensor) -> None:
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
