@@ -14,7 +14,7 @@ from dstune.core.errors import UserError
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.tasks.embedding.config import EmbeddingConfig, Pooling
-from dstune.tasks.embedding.encode import contrastive_batch
+from dstune.tasks.embedding.encode import ContrastiveEncoder, contrastive_batch
 from dstune.tasks.embedding.head import EmbeddingHead, _rows, contrastive_losses, pooled
 from dstune.tasks.embedding.metrics import embedding_metrics
 
@@ -170,6 +170,16 @@ def test_several_positives_and_negatives(tmp_path):
     found = _rows(vectors, {name: torch.from_numpy(array) for name, array in batch.items()})
     assert [of_pair.flatten().tolist() for of_pair in found["negative"]] == [[8.0, 9.0], [10.0], [], [11.0, 12.0]]
     assert [len(of_pair) for of_pair in found["negative_key"]] == [2, 1, 0, 2]
+
+
+def test_a_text_to_predict_for_needs_no_positive():
+    tokenizer = byte_tokenizer()
+    encoder = ContrastiveEncoder(tokenizer, 4)
+    short, long, empty = encoder([{"anchor": "cat"}, {"anchor": "a longer text"}, {"anchor": ""}], [0, 1, 2])
+    assert tokenizer.decode(short.input_ids) == "cat"
+    assert [len(short.columns[name]) for name in encoder.columns] == [0, 0, 0]
+    assert (short.truncated, long.truncated, len(long.input_ids)) == (False, True, 4)
+    assert empty.problem == "a text has no token"
 
 
 @pytest.mark.parametrize(

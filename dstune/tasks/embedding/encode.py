@@ -42,8 +42,12 @@ class ContrastiveEncoder(Encoder):
         return [sample for number, row in zip(numbers, rows, strict=True) for sample in self._samples(number, row)]
 
     def _samples(self, number: int, row: dict[str, Any]) -> list[Sample]:
-        positives, negatives = texts_of(row["positive"]), texts_of(row.get("negative"))
         anchor, length = self._tokens(row["anchor"])
+        if "positive" not in row:  # a text of `dstune predict`
+            columns = dict.fromkeys(self.columns, np.empty(0, np.int32))
+            problem = "" if len(anchor) else "a text has no token"
+            return [Sample(number, anchor, columns, 1, length > self._max_length, problem, length)]
+        positives, negatives = texts_of(row["positive"]), texts_of(row.get("negative"))
         samples = []
         for turn, positive in enumerate(positives):
             encoded = [self._tokens(text) for text in (positive, *negatives[turn :: len(positives)])]
