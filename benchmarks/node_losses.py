@@ -6,8 +6,9 @@
     python benchmarks/node_losses.py --only pauses
 
 Three nodes are namespaces of this machine (tests/cluster/machines.py), with sshd and SLURM's real daemons. Two of them train a
-tiny model. With `spare`, the third waits for the place of a lost one, and the curve has to be equal to the bit; with `fewer`,
-one node goes on alone, and losses have to be equal within 1e-6; with `cut`, cables are pulled. Needs root; see docs/clusters.md.
+tiny model in fp32. With `spare`, the third waits for the place of a lost one, and the curve has to be equal to the bit; with
+`fewer`, one node goes on alone, and losses have to be equal within 1e-6; with `cut`, cables are pulled. Needs root; see
+docs/clusters.md.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ MODES = {
     # Over before SLURM itself gives a node up (`SlurmdTimeout`: 300 s by default, 25 s here).
     "cut": (["launch.spares=1", "launch.silence_seconds=8"], ["node1", "node2", "node3"]),
 }
+NODES = ["node", "leader node", "batch node", LAST]
 CUTS = ["partition", "leader partition"]
 """The kinds of the mode `cut`, and of no other."""
 TOLERANCE = 1e-6
@@ -154,7 +156,12 @@ class Campaign:
     def chosen(self, kinds: list[str]) -> list[str]:
         """Those of `kinds` that this run can meet."""
         fitting = [kind for kind in kinds if (kind in CUTS) == (self.mode == "cut")]
-        return [kind for kind in fitting if self.launcher == "slurm" or not kind.startswith("batch node")]
+        if self.launcher == "hostfile":
+            return [kind for kind in fitting if not kind.startswith("batch node")]
+        if self.mode == "fewer":  # SLURM takes a dead node out of the job for good: nothing can be struck after it
+            lost = [kind for kind in fitting if kind in NODES][:1]
+            return [kind for kind in fitting if kind not in NODES] + lost
+        return fitting
 
     def play(self, kinds: list[str]) -> dict[str, Any]:
         began = time.monotonic()
@@ -180,7 +187,7 @@ class Campaign:
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         measure = [(row["step"], row["loss"]) for row in expected if "loss" in row]
         same_steps = [step for step, _ in losses] == [step for step, _ in measure]
-        apart = max((abs(one - other) for (_, one), (_, other) in zip(losses, measure, strict=False)), default=1.0)
+        apart = max((abs(one / other - 1) for (_, one), (_, other) in zip(losses, measure, strict=False)), default=1.0)
         return {
             "launcher": self.launcher,
             "mode": self.mode,
@@ -188,7 +195,7 @@ class Campaign:
             "exit": code,
             "status": result(self.run_dir)["status"],
             "same steps": same_steps,
-            "largest difference of a loss": apart,
+            "largest relative difference of a loss": apart,
             "equal to the bit": first_difference(rows, expected) == "",
             "left over": self.nodes.left_over() + queue,
             "seconds": round(time.monotonic() - began),
@@ -241,7 +248,10 @@ class Campaign:
             self.until(lambda: {alone, *nodes} <= {*self.status()["training"], *self.status()["spare"]}, command)
         if revived and not self.nodes.machines.is_up(revived):
             self.nodes.revive(revived)
-        if kind == "node":  # the node that came back has an agent again
+        if kind == "node" and (self.launcher, self.mode) != (
+            "slurm",
+            "fewer",
+        ):  # the node that came back has an agent again
             self.until(lambda: dead in {*self.status()["training"], *self.status()["spare"]}, command)
         self.until(lambda: last_step(self.run_dir) > step, command)
         figure = {"kind": kind, "step": step, "started": started, "trained": time.monotonic() - struck, "nodes": nodes}
@@ -318,8 +328,10 @@ def last_step(run_dir: Path) -> int:
 
 
 def overrides(name: str) -> list[str]:
-    own = ["trainer.global_batch_size=32", "checkpoint.every=1", "checkpoint.keep=3"]
-    return overrides_of_run(name, STEPS, *own)
+    # In bf16 another order of sums moves a weight by a rounding step. Half a second a step: a node
+    # that comes back needs 40 s, and finds the run still training.
+    further = ["trainer.global_batch_size=192", "trainer.precision=fp32", "checkpoint.every=1", "checkpoint.keep=3"]
+    return overrides_of_run(name, STEPS, *further)
 
 
 def main() -> None:
