@@ -14,7 +14,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 TOKENIZERS_PAR
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report gpu-kit lint format clean debian java
+.PHONY: help quickstart install test-fast test test-again test-ci test-ci-part test-slow test-all golden test-gpu gpu-report gpu-kit docs lint format clean debian java
 
 help:
 	@echo "make quickstart  install, fetch the sample model and data, fine-tune on this machine"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-gpu    the GPU tests, with a report to paste (up to 50 minutes: every case of all parts of gpu-report too)"
 	@echo "make gpu-report PART=1   what one GPU does, parts 1 to 4 of at most eight minutes, as a report to send (PART=5 GPUS=8: several)"
 	@echo "make gpu-kit     wheels for gpu-report on a machine without a network, and the commands to type there (PRESENT=freeze.txt PYTHON_TARGET=3.12)"
+	@echo "make docs        the site of docs/, into build/site; a warning or a broken link inside it is an error"
 	@echo "make golden      write the wording of errors (tests/data/golden) anew, after reading what changed"
 	@echo "make lint        ruff, mypy, import contracts, shellcheck, hadolint"
 	@echo "make format      let ruff rewrite the code"
@@ -90,6 +91,10 @@ PRESENT ?= benchmarks/gpu_image.txt
 gpu-kit: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu_kit.py --python $(PYTHON_TARGET) --present $(PRESENT)
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -q -d build/site-cache docs build/site
+	@echo "docs: build/site/index.html"
+
 lint: $(VENV)/.installed-dev debian
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -130,6 +135,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-all: pyproject.toml | $(VENV)/bin/python

@@ -148,7 +148,7 @@ ANSWERS: dict[str, str | Callable[[str], str]] = {
     "evaluation_strategy": "evaluate.every=STEPS (0: at the start and the end)",
     "save_strategy": "checkpoint.every=STEPS",
     "load_best_model_at_end": _switched("run.export=best"),
-    "push_to_hub": "`hf upload OWNER/NAME RUN/export --private` after the training",
+    "push_to_hub": "`dstune export RUN --push OWNER/NAME` after the training",
     "hf_token": "export HF_TOKEN=... in the environment, or `hf auth login`",
     "token": "export HF_TOKEN=... in the environment, or `hf auth login`",
     "gradient_accumulation_steps": ROWS_OF_A_STEP,

@@ -30,7 +30,8 @@ from dstune.config.run_links import refuse_links
 from dstune.config.trust import Use
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
-from dstune.protocols import MODEL_REGISTRIES, ModelRegistry
+from dstune.inference.hub_upload import check_base, check_repository, upload
+from dstune.protocols import MODEL_REGISTRIES, ModelRegistry, method_of
 
 
 def main(argv: list[str]) -> int:
@@ -46,10 +47,14 @@ def main(argv: list[str]) -> int:
         _registry_of(arguments.register).check(arguments.register)  # before any work
         if arguments.gguf:
             raise UserError(Problem("--register", "a GGUF file is no model of transformers", "leave out --gguf"))
+    _check_push(arguments)
     if arguments.out is None:
         refuse_links(run_dir)
     checkpoint = find_checkpoint(run_dir, arguments.checkpoint)
-    method = read_run(run_dir / "run.yaml", use=Use.weights).config.method
+    config = read_run(run_dir / "run.yaml", use=Use.weights).config
+    method = config.method
+    if arguments.push is not None and method_of(method).adapter and not (arguments.merge or arguments.gguf):
+        check_base(config.model)
     for flag in (name for name, requested in (("--merge", arguments.merge), ("--gguf", arguments.gguf)) if requested):
         refuse_unmergeable(flag, method)
     if not re.fullmatch(r"0*[1-9][0-9]*[KMGT]B", arguments.max_shard_size):
@@ -57,8 +62,9 @@ def main(argv: list[str]) -> int:
         raise UserError(Problem("--max-shard-size", reason, "--max-shard-size 5GB", arguments.max_shard_size))
     refuse_damaged(run_dir, checkpoint)
     out = _folder_of(arguments, run_dir)
-    if arguments.register is not None and not arguments.force and _is_current(arguments, run_dir, out):
-        return _registered(arguments, out, run_dir, checkpoint)
+    publishes = arguments.register is not None or arguments.push is not None
+    if publishes and not arguments.force and _is_current(arguments, run_dir, out):
+        return _publish(arguments, out, run_dir, checkpoint)
     check_free(out, arguments.force)
     with folder_for(out) as folder:
         if arguments.gguf:
@@ -73,8 +79,8 @@ def main(argv: list[str]) -> int:
             problems = vllm_problems(folder)
         note = "" if arguments.no_reference else _reference(folder, run_dir)
         written = out / written.relative_to(folder)
-    if arguments.register is not None:
-        return _registered(arguments, out, run_dir, checkpoint)
+    if publishes:
+        return _publish(arguments, out, run_dir, checkpoint)
     if arguments.json:
         result: dict[str, Any] = {
             "export": str(written),
@@ -121,6 +127,29 @@ def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
     if arguments.out is not None or arguments.merge:
         return False
     return current_export(run_dir, which=arguments.checkpoint) == out
+
+
+def _check_push(arguments: Namespace) -> None:
+    """Raises UserError where the hub would refuse the upload, before any work."""
+    if arguments.push is None:
+        if arguments.public:
+            raise UserError(Problem("--public", "nothing is uploaded", "add --push OWNER/NAME, or leave it out"))
+        return
+    if arguments.register is not None:
+        raise UserError(Problem("--push", "stands beside --register", "run dstune export twice", arguments.push))
+    check_repository(arguments.push, public=arguments.public)
+
+
+def _publish(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
+    """Register or upload the complete export in `out`."""
+    if arguments.register is not None:
+        return _registered(arguments, out, run_dir, checkpoint)
+    address = upload(out, arguments.push, public=arguments.public)
+    if arguments.json:
+        print(json.dumps({"export": str(out), "checkpoint": str(checkpoint), "commit": address}))
+        return EXIT_DONE
+    print(f"{checkpoint.name} -> {address}")
+    return EXIT_DONE
 
 
 def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
@@ -209,6 +238,10 @@ def _parser() -> VerbParser:
     parser.add_argument(
         "--register", metavar="models:/NAME[@ALIAS]", help="register the export in MLflow's registry (docs/registry.md)"
     )
+    parser.add_argument(
+        "--push", metavar="OWNER/NAME", help="upload the export to the Hugging Face hub; a new repository is private"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: everybody may read the repository")
     parser.add_argument(
         "--rollback", action="store_true", help="RUN is models:/NAME@ALIAS: point the alias to where it pointed before"
     )

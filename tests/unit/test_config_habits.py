@@ -48,7 +48,7 @@ SLIPS = {
     "lr_scheduler_type=cosine": "write schedule=cosine",
     "optim=adamw_torch": "write optimizer=adamw",
     "deepspeed=ds.json": "write zero=file zero.path=ds.json",
-    "push_to_hub=true": "`hf upload OWNER/NAME RUN/export --private` after the training",
+    "push_to_hub=true": "`dstune export RUN --push OWNER/NAME` after the training",
     "optimizer.wd=0.1": "did you mean optimizer.weight_decay=0.1?",
     "trainer.report_to=wandb": "write tracking.wandb.mode=online",
     "r=16": "did you mean method.rank=16?",

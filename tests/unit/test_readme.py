@@ -35,6 +35,9 @@ GUIDES = tuple(
         "survival",
         "data",
         "sweeps",
+        "start/install",
+        "start/how-much",
+        "start/choose",
     )
 )
 """Their commands are checked as the README's are."""
@@ -77,7 +80,7 @@ def test_every_command_is_one_that_exists():
         elif command[0] == "source":
             assert command[1] == ".venv/bin/activate"  # which `make quickstart` makes
         else:
-            assert command[0] in {"pip", "deepspeed", "srun", "mpirun"}
+            assert command[0] in {"pip", "deepspeed", "srun", "mpirun", "python", "python3"}
     assert len(TRAIN) >= 8
 
 

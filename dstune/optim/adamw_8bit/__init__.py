@@ -46,7 +46,12 @@ class AdamW8bit(Optimizer):
 
     def missing(self) -> Iterator[Problem]:
         if importlib.util.find_spec("bitsandbytes") is None:
-            yield Problem("optimizer", "needs the package bitsandbytes", "pip install 'dstune[qlora]'", "adamw_8bit")
+            yield Problem(
+                "optimizer",
+                "needs the package bitsandbytes",
+                "pip install '.[qlora]' in a clone of dstune",
+                "adamw_8bit",
+            )
 
     def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
         # The paper keeps the states of embeddings in 32 bits: their gradients differ by orders of magnitude from row to row.
