@@ -1,7 +1,7 @@
 """Links of a page to files outside `docs/`: to the page of the site that includes the file, or to a copy to download.
 
-On a repository's web page `../CONTRIBUTING.md` opens the file. The site has no such path, so the link is rewritten while the page is
-read.
+On a repository's web page `../CONTRIBUTING.md` opens the file. The site has no such path, so the link is rewritten while the
+page is read.
 """
 
 from __future__ import annotations
