@@ -302,7 +302,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "asyncio.Semaphore()",
     ),
     "finetuning_api.test_a_sample_is_read_once_for_all_graders": undo(
-        "finetuning/graders/grader.py", "    @cached_property\n    def values", "    @property\n    def values"
+        "grading/grader.py", "    @cached_property\n    def values", "    @property\n    def values"
     ),
     "finetuning_api.test_batches_and_tried_webhooks_of_a_project_are_bounded": undo(
         "finetuning/webhooks.py", "if self._testing[row.project] >= MOST_TESTS:", "if False:"

@@ -22,9 +22,20 @@ _MODULES = {
     "dstune.core.errors": ("DstuneError", "Preempted", "Problem", "TrainingFailed", "UserError"),
     "dstune.core.verb": ("Verb", "verb"),
     "dstune.protocols": (
-        *("Action", "Callback", "DataSource", "EngineKind", "Launcher", "Method", "Metric", "ModelRegistry"),
+        *(
+            "Action",
+            "Callback",
+            "DataSource",
+            "EngineKind",
+            "Environment",
+            "Launcher",
+            "Method",
+            "Metric",
+            "ModelRegistry",
+        ),
         *("Optimizer", "Parallelism", "Request", "Reward", "Routes", "RowFormat", "Schedule", "Task", "Tracker"),
-        *("callback", "data_source", "engine", "launcher", "method", "metric", "model_registry", "optimizer"),
+        *("callback", "data_source", "engine", "environment", "launcher", "method", "metric"),
+        *("model_registry", "optimizer"),
         *("parallelism", "reward", "routes", "row_format", "schedule", "task", "tracker"),
     ),
 }

@@ -17,6 +17,7 @@ from dstune.protocols import Action as Action
 from dstune.protocols import Callback as Callback
 from dstune.protocols import DataSource as DataSource
 from dstune.protocols import EngineKind as EngineKind
+from dstune.protocols import Environment as Environment
 from dstune.protocols import Launcher as Launcher
 from dstune.protocols import Method as Method
 from dstune.protocols import Metric as Metric
@@ -33,6 +34,7 @@ from dstune.protocols import Tracker as Tracker
 from dstune.protocols import callback as callback
 from dstune.protocols import data_source as data_source
 from dstune.protocols import engine as engine
+from dstune.protocols import environment as environment
 from dstune.protocols import launcher as launcher
 from dstune.protocols import method as method
 from dstune.protocols import metric as metric

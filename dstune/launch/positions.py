@@ -8,20 +8,26 @@ from dataclasses import replace
 
 from dstune.config.architectures import row_limit
 from dstune.config.schema import RunConfig
-from dstune.core.errors import UserError
+from dstune.core.errors import Problem, UserError
 from dstune.planning.source import config_json
-from dstune.protocols import method_of
+from dstune.protocols import method_of, task_of
 from dstune.protocols.method_options import PutsPositionsInFront
+from dstune.protocols.task_options import TrainsOnRollouts
 
 
 def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
     """`config` with `data.max_length` cut to what the model takes. stage: told where it is.
 
-    Raises UserError where the model's `config.json` is not on this machine.
+    Raises UserError where the model's `config.json` is not on this machine, or where what is written behind a row has no room.
     """
     limit = _limit(config)
     if limit is None or config.data.max_length <= limit:
         return config
+    if limit < 1:
+        written = _written(config)
+        reason = f"the model has {limit + written:,} positions, which leaves none for a prompt"
+        fix = f"task.max_new_tokens={max(1, (limit + written) // 2)}"
+        raise UserError(Problem("task.max_new_tokens", reason, fix, str(written)))
     stage(
         f"rows are cut to {limit} tokens, not data.max_length={config.data.max_length}: the model has no more positions"
     )
@@ -42,4 +48,10 @@ def _limit(config: RunConfig) -> int | None:
     limit = row_limit(config_json(config.model))
     method = method_of(config.method)
     trained = method.positions if isinstance(method, PutsPositionsInFront) else 0
-    return None if limit is None else limit - trained
+    return None if limit is None else limit - trained - _written(config)
+
+
+def _written(config: RunConfig) -> int:
+    """Tokens that the model writes behind a row."""
+    task = task_of(config.task)
+    return task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, ClassVar
 
 
@@ -10,23 +10,53 @@ class Reward:
     """Base of every reward. Subclasses set `name` and register with `@dstune.reward`.
 
     Rewards run in a child process of each rank, which is ended after `task.reward_seconds`. They see texts and columns of the
-    data, never the model.
+    data, never the model. A function with the signature of TRL's reward functions is registered by the same decorator.
     """
 
     name: ClassVar[str] = ""
     columns: ClassVar[tuple[str, ...]] = ()
     """Columns that every row must have."""
+    runs_programs: ClassVar[bool] = False
+    """Whether it runs what the model wrote, which needs the sandbox; its `limits` are then those of one program."""
+    like_trl: ClassVar[bool] = False
+    """Whether it gets what TRL's reward functions get: messages in place of the texts of conversations, and `trainer_state`,
+    `log_extra` and `log_metric` beside the columns."""
+    limits: Any = None
 
     def __call__(
         self,
         prompts: Sequence[Any],
-        completions: Sequence[str],
+        completions: Sequence[Any],
         completion_ids: Sequence[Sequence[int]],
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+        **columns: Any,
+    ) -> Sequence[float | None] | Awaitable[Sequence[float | None]]:
         """Score `completions`, in their order; None for one that cannot be scored, which then does not train.
 
         prompts: texts, or lists of messages. completion_ids: tokens, the end token included. columns: every further column of
-        the rows, a value for each completion; None where a row has none. As reward functions of TRL, which can be called here.
+        the rows, a value for each completion; None where a row has none. It may be a coroutine function.
         """
         raise NotImplementedError
+
+
+def reward_from_function(function: Callable[..., Any]) -> type[Reward]:
+    """The reward that a reward function of TRL is, named after it.
+
+    Raises:
+        ValueError: it is no named function.
+    """
+    name = getattr(function, "__name__", "")
+    if not callable(function) or not name.isidentifier():
+        raise ValueError(f"{function!r}: a reward is a named function, or a class that derives from dstune.Reward")
+
+    def __call__(self: Reward, prompts: Any, completions: Any, completion_ids: Any, **columns: Any) -> Any:
+        return function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+
+    members = {
+        "__module__": function.__module__,
+        "__qualname__": function.__qualname__,
+        "__doc__": function.__doc__,
+        "__call__": __call__,
+        "name": name,
+        "like_trl": True,
+    }
+    return type(name, (Reward,), members)

@@ -58,6 +58,35 @@ class JsonObject(Reward):
 
 
 @reward
+class JsonSchema(Reward):
+    """1 where the whole completion is JSON that the JSON Schema in the column `schema` (an object, or its text) accepts, else 0."""
+
+    name = "json_schema"
+    columns = ("schema",)
+
+    def __call__(
+        self, prompts: Any, completions: Sequence[str], completion_ids: Any, **columns: Sequence[Any]
+    ) -> list[float | None]:
+        try:
+            from jsonschema.validators import validator_for
+            from referencing import Registry
+        except ImportError:
+            raise ImportError("the reward json_schema needs the package jsonschema (extra reinforcement)") from None
+        scores: list[float | None] = []
+        for text, schema in zip(completions, columns["schema"], strict=True):
+            if schema is None:
+                scores.append(None)
+                continue
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            validator = validator_for(schema)(schema, registry=Registry())  # which fetches no schema from elsewhere
+            try:
+                scores.append(float(validator.is_valid(json.loads(text))))
+            except (ValueError, RecursionError):
+                scores.append(0.0)
+        return scores
+
+
+@reward
 class Brevity(Reward):
     """1 for an empty completion, falling linearly to 0 at the column `max_length` (tokens; 256 without it)."""
 

@@ -26,6 +26,7 @@ from dstune.data.prepared import PreparedData, Split
 from dstune.data.statistics import longer_than, with_packing
 from dstune.models.load import load_tokenizer
 from dstune.protocols import task_of
+from dstune.protocols.task_options import TrainsOnRollouts
 from dstune.show.segments import Segment, Turn, segments, turns
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
@@ -50,7 +51,8 @@ class Row:
     number: int
     """Its place in the split."""
     tokens: int
-    targets: int
+    targets: int | None
+    """Trained tokens; None of a prompt, whose answers the model writes itself."""
     label: str | None
     """What a classifier learns from it; of a judged answer whether it is desirable."""
     source: str | None
@@ -213,10 +215,11 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
     if part.sources is not None:
         source = list(config.data.mixture)[int(part.sources[number])]
     ids, trained = _tokens_and_labels(sample)
+    is_prompt = isinstance(task_of(config.task), TrainsOnRollouts)
     return Row(
         number=number,
         tokens=int(part.lengths[number]),
-        targets=_targets(sample, trained, part.weights[number]),
+        targets=None if is_prompt else _targets(sample, trained, part.weights[number]),
         label=_label_of(sample, data.labels),
         source=source,
         segments=segments(tokenizer, ids, trained, data.labels if task_of(config.task).per_token else ()),

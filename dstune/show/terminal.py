@@ -89,7 +89,7 @@ def text(formatted: Preview, style: Style) -> str:
 def _heading(row: Row, formatted: Preview, style: Style) -> str:
     full = " (max_length)" if row.tokens == formatted.data["max_length"] else ""
     facts = [f"sample {row.number:,} of {formatted.samples:,}", f"{row.tokens:,} tokens{full}"]
-    if row.label is None or any(segment.trained for segment in row.segments):
+    if row.targets is not None and (row.label is None or any(segment.trained for segment in row.segments)):
         facts.append(f"{row.targets:,} trained")
     if row.label is not None:
         facts.append(f"label {visible(row.label)}")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class RolloutRun(Protocol):
     """What a rollout needs of `loop.Training`."""
 
+    total_steps: int
+
     def around(self, phase: str) -> AbstractContextManager[None]: ...
 
 
@@ -23,6 +25,9 @@ class RolloutStep(Protocol):
 
     number: int
     batch: RankBatch
+
+    @property
+    def epoch(self) -> float: ...
 
 
 class Rollouts(Protocol):

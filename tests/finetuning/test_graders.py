@@ -10,9 +10,10 @@ import time
 import openai
 import pytest
 
-from dstune.finetuning.graders.formula import Formula, FormulaError
-from dstune.finetuning.graders.grader import Sample, check_grader, run_grader
-from dstune.finetuning.graders.similarity import METRICS
+from dstune.finetuning.graders.grader import check_grader, run_grader
+from dstune.grading.formula import Formula, FormulaError
+from dstune.grading.grader import Sample
+from dstune.grading.similarity import METRICS
 from dstune.serve.errors import ApiError
 from tests.support.finetuning import cloud
 

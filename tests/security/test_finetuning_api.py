@@ -15,10 +15,11 @@ import pytest
 from dstune.finetuning import forms, receiving, turns, webhooks
 from dstune.finetuning.addresses import PublicResolver, checked_url, is_public
 from dstune.finetuning.batches import handlers as batch_handlers
-from dstune.finetuning.graders import grader as grader_module
 from dstune.finetuning.graders import handlers
+from dstune.finetuning.graders.grader import run_grader
 from dstune.finetuning.jobs import reconciler as reconciler_module
 from dstune.finetuning.jobs.folder import write
+from dstune.grading import grader as grader_module
 from dstune.serve.errors import ApiError
 from dstune.serve.server import BoundedHttp
 from tests.support.finetuning_calls import run
@@ -380,10 +381,10 @@ def test_a_sample_is_read_once_for_all_graders(monkeypatch):
         f"g{number}": {**GRADER, "name": f"g{number}", "input": "{{ sample.output_json }}"} for number in range(32)
     }
     multi = {"type": "multi", "name": "m", "graders": graders, "calculate_output": "g1"}
-    assert grader_module.run_grader(multi, grader_module.Sample("[[]]", {}))["reward"] == 0
+    assert run_grader(multi, grader_module.Sample("[[]]", {}))["reward"] == 0
     assert len(parsed) == 1
     monkeypatch.setattr(grader_module, "MOST_SECONDS", 0.0)
-    graded = grader_module.run_grader(multi, grader_module.Sample("[[]]", {}))
+    graded = run_grader(multi, grader_module.Sample("[[]]", {}))
     assert graded["metadata"]["errors"]["unresponsive_reward_error"]
 
 

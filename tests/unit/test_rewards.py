@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstune.core import plugins
 from dstune.core.errors import UserError
+from dstune.grading import sandbox
+from dstune.grading.sandbox import Limits
 from dstune.protocols import REWARDS
 from dstune.rewards.answers import boxed, last_number
+from dstune.rewards.code import passed
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.reward_child import descendants
 from dstune.tasks.reinforcement.reward_process import RewardProcess
 
+needs_sandbox = pytest.mark.skipif(bool(sandbox.missing_reason()), reason=sandbox.missing_reason() or "there is one")
 
-def score(name: str, completions: list[str], **columns) -> list[float | None]:
+
+def score(name: str, completions: list[str], **columns: Any) -> list[float | None]:
     ids = [list(range(len(text.split()))) for text in completions]
     return list(REWARDS[name]()([""] * len(completions), completions, ids, **columns))
 
@@ -35,17 +45,89 @@ def test_forms():
     assert score("pattern", ["abc", "xyz"], pattern=["b", "^b"]) == [1.0, 0.0]
     assert score("json_object", ['{"a": 1}', "[1]", "{", '{"b": 1}'], keys=[["a"], None, None, ["a"]]) == [1.0, 0, 0, 0]
     assert score("brevity", ["", "a b", "a b c d e"], max_length=[4, 4, 4]) == [1.0, 0.5, 0.0]
+    assert score("word_count", ["a b", "a", "a b c d e", "x"], words=[2, 2, 2, None]) == [1.0, 0.5, 0.0, None]
+    assert score("script", ["да нет", "да no", "12", "是的"], script=["cyrillic", "cyrillic", "latin", "cjk"]) == [
+        1,
+        0.5,
+        0,
+        1,
+    ]
+
+
+def test_a_schema_fetches_nothing():
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    texts = ['{"n": 1}', '{"n": "1"}', "n", '{"n": 1}']
+    assert score("json_schema", texts, schema=[schema, schema, schema, json.dumps(schema)]) == [1.0, 0.0, 0.0, 1.0]
+    with pytest.raises(Exception, match=r"192\.0\.2\.1"):
+        score("json_schema", ["1"], schema=[{"$ref": "http://192.0.2.1/schema.json"}])
+
+
+@needs_sandbox
+def test_code_is_run_against_tests():
+    limits = Limits(seconds=5)
+    doubles = "Here:\n```python\nprint(2 * int(input()))\n```\n"
+    cases = [{"input": "2", "output": "4"}, {"input": "3\n", "output": "6\n"}, {"input": "x", "output": "xx"}]
+    assert passed(doubles, cases, limits) == pytest.approx(2 / 3)
+    assert passed("print(4)", cases, limits) == pytest.approx(1 / 3)
+    assert passed("def f(x): return x + 1", "assert f(1) == 2", limits) == 1.0
+    assert passed("def f(x): return x", "assert f(1) == 2", limits) == 0.0
+    assert passed("raise SystemExit(0)", "assert f(1) == 2", limits) == 0.0, "it ends before its tests"
+    assert passed("print(1)", [], limits) is None
+
+
+ESCAPES = {
+    "the network": ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "Network is unreachable"),
+    "the machine's files": ("print(open('/etc/passwd').read())", "No such file"),
+    "what it runs on": ("import sys; open(sys.prefix + '/mine', 'w')", "Read-only file system"),
+    "files without end": ("open('/tmp/x', 'wb').write(bytes(2**29))", "File too large|No space left"),
+    "memory": ("bytearray(2**40)", "MemoryError"),
+    "processes": ("import os\nwhile True: os.fork()", "Resource temporarily unavailable"),
+    "time": ("while True: pass", "longer than 2 s"),
+    "sleep in a session of its own": (
+        "import os, time\nif os.fork(): os.setsid()\ntime.sleep(1000)",
+        "longer than 2 s",
+    ),
+    "output": ("while True: print('x' * 10**6)", "printed more than"),
+    "error output": (
+        "import sys\nwhile True: sys.stderr.write('x' * 10**6)",
+        "too much|File too large|longer than|xxx",
+    ),
+    "the process that started it": ("import os; os.kill(1, 9); os.kill(-1, 9)", "not permitted|ended by"),
+    "privileges": ("import os; os.setuid(0)", "not permitted"),
+    "namespaces": ("import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0", "AssertionError"),
+}
+
+
+@needs_sandbox
+@pytest.mark.ci
+@pytest.mark.parametrize("what", ESCAPES)
+def test_a_program_stays_in_its_sandbox(what):
+    source, said = ESCAPES[what]
+    before, began = set(descendants(os.getpid())), time.monotonic()
+    outcome = sandbox.run_program(source, "", Limits(seconds=2))
+    assert outcome.failure, outcome
+    assert any(word in outcome.failure for word in said.split("|")), outcome.failure[:200]
+    assert time.monotonic() - began < 20
+    assert set(descendants(os.getpid())) <= before, "nothing is left"
+
+
+@needs_sandbox
+def test_a_program_has_its_libraries_and_no_variables(monkeypatch):
+    monkeypatch.setenv("MY_VARIABLE", "mine")
+    source = "import os, sys, numpy; print(numpy.arange(3).sum(), sys.stdin.read(), 'MY_VARIABLE' in os.environ)"
+    assert sandbox.run_program(source, "given", Limits(seconds=20)).output == "3 given False\n"
 
 
 HOSTILE = """
-import os, subprocess, sys, time
+import asyncio, os, subprocess, sys, time
 import dstune
 
 @dstune.reward
 class Hangs(dstune.Reward):
     name = "hangs"
     def __call__(self, prompts, completions, completion_ids, **columns):
-        subprocess.Popen(["sleep", "1000"])
+        subprocess.Popen(["sleep", "1234"])
+        subprocess.Popen(["setsid", "sleep", "1234"], start_new_session=True)
         time.sleep(1000)
 
 @dstune.reward
@@ -70,6 +152,15 @@ class Eats(dstune.Reward):
         return [float(len(bytearray(2**34)))] * len(completions)
 
 @dstune.reward
+class Forks(dstune.Reward):
+    name = "forks"
+    def __call__(self, prompts, completions, completion_ids, **columns):
+        for _ in range(320):  # no real bomb: the machine that runs this test has others
+            if os.fork() == 0:
+                time.sleep(1000)
+        time.sleep(1000)
+
+@dstune.reward
 class Counts(dstune.Reward):
     name = "counts"
     def __call__(self, prompts, completions, completion_ids, **columns):
@@ -80,7 +171,22 @@ class Knows(dstune.Reward):
     name = "knows"
     def __call__(self, prompts, completions, completion_ids, **columns):
         return [float("A_TOKEN_OF_MINE" in os.environ), float("PLAIN_OF_MINE" in os.environ)]
+
+@dstune.reward
+def like_trl(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **kwargs):
+    log_extra("seen", completions)
+    log_metric("steps", trainer_state.global_step)
+    assert "environments" not in kwargs
+    return [float(text == right) if isinstance(text, str) else None for text, right in zip(completions, answer)]
+
+@dstune.reward
+async def waits(prompts, completions, **kwargs):
+    async def one(completion):
+        await asyncio.sleep(0.2)
+        return float(len(completion) if isinstance(completion, str) else len(completion[0]["content"]) / 10)
+    return await asyncio.gather(*map(one, completions))
 """
+NAMES = ("hangs", "crashes", "prints", "eats", "forks", "counts", "knows", "like_trl", "waits")
 
 
 @pytest.fixture
@@ -88,41 +194,55 @@ def hostile(tmp_path, monkeypatch):
     file = tmp_path / "hostile.py"
     file.write_text(HOSTILE)
     plugins.activate([str(file)])
-    names = ("hangs", "crashes", "prints", "eats", "counts", "knows")
     monkeypatch.setenv("A_TOKEN_OF_MINE", "secret")
     monkeypatch.setenv("PLAIN_OF_MINE", "plain")
-    process = RewardProcess([*names, "exact_answer"], seconds=5.0)
-    yield lambda name: process(name, ["p", "p"], ["a", "b"], [[1], [2]], {"answer": ["a", "a"]}), process
+    process = RewardProcess(ReinforcementConfig(rewards=[*NAMES, "exact_answer"], reward_seconds=3.0))
+    yield lambda name: process(name, ["p", "p"], ["a", "b"], [[1], [2]], {"answer": ["a", "a"]}).scores, process
     process.close()
     plugins.activate([])
 
 
+@pytest.mark.ci
 def test_what_rewards_do_stays_in_their_process(hostile):
     ask, process = hostile
     for name, said in {
-        "hangs": "longer than 5 s",
+        "hangs": "longer than 3 s",
         "crashes": "last words",
         "prints": "File too large",
         "eats": "MemoryError",
+        "forks": "more than 256 processes",
         "counts": "no list with a score for each",
     }.items():
-        began = time.monotonic()
+        before, began = set(descendants(os.getpid())), time.monotonic()
         assert ask(name) == [None, None], name
         assert said in process.last_error, (name, process.last_error)
         assert time.monotonic() - began < 60
+        if name in ("hangs", "forks"):
+            assert set(descendants(os.getpid())) <= before, f"nothing of {name} is left"
         assert ask("exact_answer") == [1.0, 0.0], f"another one after {name}"
     assert ask("knows") == [0.0, 1.0], "secrets do not reach rewards"
 
 
-def test_what_a_reward_started_ends_with_it(hostile):
+def test_what_a_reward_detached_ends_with_it(hostile):
     ask, process = hostile
-    ask("exact_answer")
-    session = process._child.pid
+    process._task = ReinforcementConfig(rewards=["hangs"], reward_seconds=0.5)
+    process._start()
     assert ask("hangs") == [None, None]
-    states = [
-        path.read_text().rpartition(")")[2].split() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()
-    ]
-    assert not [state for state, _, _, of_session, *_ in states if of_session == str(session) and state != "Z"]
+    lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in lines if line == b"sleep\0001234\0"]
+
+
+def test_reward_functions_of_trl(hostile):
+    _, process = hostile
+    texts = ["a", "b"]
+    state = {"global_step": 7, "max_steps": 9, "epoch": 0.5}
+    scores = process("like_trl", ["p", "p"], texts, [[1], [2]], {"answer": ["a", "a"]}, state=state)
+    assert (scores.scores, scores.extra, scores.metrics) == ([1.0, 0.0], {"seen": ["a", "b"]}, {"steps": 7.0})
+    talks = [[{"role": "user", "content": "p"}]] * 2
+    assert process("like_trl", talks, texts, [[1], [2]], {"answer": ["a", "a"]}, state=state).scores == [None, None]
+    began = time.monotonic()
+    assert process("waits", talks, ["abc", "b"], [[1], [2]], {}).scores == [0.3, 0.1], "messages of conversations"
+    assert time.monotonic() - began < 0.39, "a coroutine function waits for all of them at once"
 
 
 def test_rewards_that_cannot_be_imported_are_refused(tmp_path):
@@ -134,8 +254,68 @@ def test_rewards_that_cannot_be_imported_are_refused(tmp_path):
     plugins.activate([str(file)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BROKEN_ONCE", "1")
-        process = RewardProcess(["broken"], seconds=5.0)
+        process = RewardProcess(ReinforcementConfig(rewards=["broken"]))
         with pytest.raises(UserError, match="no such thing"):
             process("broken", [""], ["a"], [[1]], {})
         process.close()
     plugins.activate([])
+
+
+CHECK = {"type": "string_check", "name": "c", "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}"}
+GRADERS = {
+    "equal": {**CHECK, "operation": "eq"},
+    "json": {**CHECK, "operation": "eq", "input": "{{ sample.output_json.x }}"},
+    "absent": {**CHECK, "operation": "eq", "reference": "{{ item.nothing }}"},
+    "half": {
+        "type": "multi",
+        "name": "m",
+        "graders": {"a": {**CHECK, "operation": "eq"}, "b": {**CHECK, "operation": "like"}},
+        "calculate_output": "(a + b) / 4",
+    },
+}
+PROGRAMS = {
+    "python": "def grade(sample, item):\n    print('noise')\n    return sample['output_text'].count(item['answer']) / 2",
+    "raises": "def grade(sample, item):\n    raise ValueError('mine')",
+    "loops": "def grade(sample, item):\n    while True: pass",
+    "reads": "def grade(sample, item):\n    return len(open('/etc/passwd').read())",
+}
+
+
+def graded(folder: Path, graders: dict[str, dict], completions: list[str], **settings: Any) -> dict[str, list]:
+    for name, grader in graders.items():
+        (folder / f"{name}.json").write_text(json.dumps(grader))
+    files = [str(folder / f"{name}.json") for name in graders]
+    process = RewardProcess(ReinforcementConfig(graders=files, **settings))
+    count = len(completions)
+    try:
+        return {
+            name: process(name, ["p"] * count, completions, [[1]] * count, {"answer": ["1"] * count}).scores
+            for name in graders
+        }
+    finally:
+        process.close()
+
+
+def test_graders_of_the_fine_tuning_api(tmp_path):
+    found = graded(tmp_path, GRADERS, ["1", '{"x": 1}', "31"])
+    assert found == {"equal": [1, 0, 0], "json": [0, 1, 0], "absent": [None] * 3, "half": [0.5, 0.25, 0.25]}
+
+
+@needs_sandbox
+def test_python_graders_run_in_the_sandbox(tmp_path):
+    programs = {name: {"type": "python", "name": name, "source": source} for name, source in PROGRAMS.items()}
+    found = graded(tmp_path, programs, ["1", "11"], program_seconds=3.0)
+    assert found == {"python": [0.5, 1.0], "raises": [None] * 2, "loops": [None] * 2, "reads": [None] * 2}
+
+
+def test_a_file_that_holds_no_grader_is_refused(tmp_path):
+    for content, said in {
+        "{": "no JSON",
+        '{"type": "string_check"}': "grader.name",
+        '{"type": "label_model", "name": "x"}': "not supported",
+        json.dumps({"type": "python", "name": "p", "source": "def grade(:"}): "no Python",
+        json.dumps({"type": "python", "name": "p", "source": "def score(): pass"}): "grade(sample, item)",
+    }.items():
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")):
+            RewardProcess(ReinforcementConfig(graders=[str(tmp_path / "wrong.json")]))

@@ -1,1 +1,1 @@
-"""Graders that need the server alone: comparisons of texts, and formulas over them."""
+"""Graders of `dstune.grading` over HTTP."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dstune.finetuning.fields import refuse_unknown
-from dstune.finetuning.graders.grader import Sample, check_grader, run_grader
+from dstune.finetuning.graders.grader import check_grader, run_grader
 from dstune.finetuning.turns import Turns
+from dstune.grading.grader import Sample
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request

@@ -63,6 +63,9 @@ class Reinforcement(WritingTask):
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run, self.config)
 
+    def preflight(self, run: RunConfig) -> Iterator[Problem]:
+        return rules.check_machine(self.config)
+
     def row_key(self) -> dict[str, Any]:
         return {"name": self.name, "chat_template_kwargs": self.config.chat_template_kwargs}
 

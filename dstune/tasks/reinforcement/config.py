@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from dstune.config.fields import setting
+from dstune.protocols import ENVIRONMENTS
 from dstune.protocols.task import TaskConfig
 
 
@@ -48,13 +50,35 @@ class ReinforcementConfig(TaskConfig):
 
     name: str = "reinforcement"
     rewards: list[str] = setting([])
-    """What scores a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `reasoning_format`,
-    `brevity`, or the name of a plugin's `@dstune.reward`. The scores are added up."""
+    """What scores a completion: `exact_answer`, `number`, `boxed_answer`, `pattern`, `json_object`, `json_schema`,
+    `reasoning_format`, `brevity`, `word_count`, `script`, `code_tests`, or the name of a plugin's `@dstune.reward`. The scores
+    are added up."""
+    graders: list[str] = setting([], signed=True)
+    """JSON files, each with a grader of the fine-tuning API (`string_check`, `text_similarity`, `score_model`, `python`,
+    `multi`), whose grades are added to the rewards under the name of the file."""
+    reward_models: list[str] = setting([], signed=True)
+    """Models whose scores are added to the rewards: a run or export of `task=reward`, a sequence classifier with one output, or
+    the address of a server that has one (`http://HOST:PORT#MODEL`)."""
     reward_weights: list[float] = setting([])
-    """A factor for each of `rewards`; 1 for all when not given."""
+    """A factor for each of `rewards`, then of `graders`, then of `reward_models`, and for the environment's own reward last; 1
+    for all when not given."""
     reward_seconds: float = setting(60.0, above=0.0)
     """Time for one reward to score a micro-batch's completions. A reward that takes longer is ended; its completions do not
     train."""
+    program_seconds: float = setting(10.0, above=0.0)
+    """Time for one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
+    program_memory_gib: float = setting(2.0, above=0.0)
+    """Address space of a process of such a program."""
+    judge: str | None = setting(None, signed=True)
+    """Address of a server with OpenAI's chat completions, which has the models of `score_model` graders (`http://HOST:PORT`);
+    the variable `DSTUNE_JUDGE_API_KEY` may hold its key."""
+    environment: str | None = None
+    """The name of a plugin's `@dstune.environment`: its public methods are tools that the model may call, for several turns."""
+    turns: int = setting(8, at_least=1)
+    """Answers of the model in one completion at most, where there is an environment."""
+    environment_seconds: float = setting(60.0, above=0.0)
+    """Time for the tool calls of a micro-batch's completions in one turn. An environment that takes longer is ended; its
+    completions do not train."""
     loss: PolicyLoss = PolicyLoss.dapo
     """`dapo` (mean over all tokens of a step; TRL's default too), `grpo` (mean over completions of the mean over tokens),
     `dr_grpo` (divided by completions times `max_new_tokens`), `gspo` (ratio of whole completions, by token mean), `cispo`
@@ -105,9 +129,27 @@ class ReinforcementConfig(TaskConfig):
         return RewardScale.none if self.loss in (PolicyLoss.dr_grpo, PolicyLoss.rloo) else RewardScale.group
 
     @property
+    def grader_files(self) -> dict[str, str]:
+        """The files of `graders` by their names."""
+        return {Path(file).stem: file for file in self.graders}
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """`reward_models` by their names."""
+        return {(path.partition("#")[2] or Path(path).name): path for path in self.reward_models}
+
+    @property
+    def reward_names(self) -> list[str]:
+        """What scores a completion, in the order of `weights`."""
+        names = [*self.rewards, *self.grader_files, *self.model_paths]
+        if self.environment is not None and hasattr(ENVIRONMENTS[self.environment], "get_reward"):
+            names.append(self.environment)
+        return names
+
+    @property
     def weights(self) -> list[float]:
-        """A factor for each reward."""
-        return list(self.reward_weights) or [1.0] * len(self.rewards)
+        """A factor for each of `reward_names`."""
+        return list(self.reward_weights) or [1.0] * len(self.reward_names)
 
 
 DEFAULT_CLIP = {

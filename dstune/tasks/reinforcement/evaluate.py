@@ -12,7 +12,8 @@ from dstune.data.stopping import stop_token_ids
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead
 from dstune.tasks.reinforcement.metrics import reinforcement_metrics
-from dstune.tasks.reinforcement.rollout import SEED_OF_EVALUATION, Rollouts, Scored, rollout_sums
+from dstune.tasks.reinforcement.records import Scored
+from dstune.tasks.reinforcement.rollout import SEED_OF_EVALUATION, Rollouts, rollout_sums
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.measure import Evaluation
 
@@ -57,6 +58,8 @@ def _as_row(scored: Scored) -> dict[str, Any]:
         "ended": completion.ended,
         "entropy": completion.entropy,
         "scores": list(scored.scores),
+        "calls": scored.calls,
+        "failed_calls": scored.failed_calls,
     }
 
 
@@ -64,4 +67,5 @@ def _from_row(row: dict[str, Any]) -> Scored:
     from dstune.tasks.reinforcement.sampling import Completion
 
     completion = Completion(row["prompt"], 0, [0] * row["length"], [], row["entropy"], row["ended"])
-    return Scored(completion, "", row["scores"])
+    calls = {"calls": row["calls"], "failed_calls": row["failed_calls"]}
+    return Scored(completion, "", row["scores"], **calls)

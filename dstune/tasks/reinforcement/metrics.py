@@ -20,6 +20,9 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "completions/clipped_ratio": 1 - _ratio(ended, completions),
         "entropy": _ratio(sums["entropy"], tokens),
     }
+    if "tool_calls" in sums:
+        metrics["tools/call_frequency"] = _ratio(sums["tool_calls"], completions)
+        metrics["tools/failure_frequency"] = _ratio(sums["failed_tool_calls"], sums["tool_calls"])
     for name in (name for name in sums if name.startswith("rewards/") and name.endswith("/sum")):
         reward = name.removesuffix("/sum")
         count = sums[f"{reward}/count"]

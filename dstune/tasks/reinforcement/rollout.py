@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import numpy as np
 import torch
 
 from dstune.config.schema import RunConfig
-from dstune.core import files
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.data.batches import padded
@@ -25,15 +22,24 @@ from dstune.models.generation import end_tokens
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
-from dstune.tasks.reinforcement.reward_process import RewardProcess
-from dstune.tasks.reinforcement.sampling import Completion, sample_completions
+from dstune.tasks.reinforcement.records import (
+    FOLDER,
+    Scored,
+    from_record,
+    identity_of,
+    pack_scored,
+    place_of,
+    read_records,
+    unpack_scored,
+    write_records,
+)
+from dstune.tasks.reinforcement.sampling import sample_completions
+from dstune.tasks.reinforcement.scoring import Scorer
+from dstune.tasks.reinforcement.turns import Environments
 from dstune.trainer.generation import speaking
 from dstune.trainer.prefetcher import RankBatch
 from dstune.trainer.rollouts import RolloutRun, RolloutStep
 from dstune.zero.engine import Engine
-
-FOLDER = "rollouts"
-"""Of a run directory: `step-000001.jsonl`, ..., a completion a line."""
 
 SEED_OF_EVALUATION = 2**40
 """In place of the number of a step: evaluations sample the same completions at every step, and never those of training."""
@@ -51,17 +57,6 @@ REMEDY = (
     "the sampler is not the model that trains: a wrong temperature, positions of padding, weights that changed between, or a model "
     "whose cached decoding differs (method=lora without dropout, model.attention=sdpa or eager)"
 )
-
-
-@dataclass
-class Scored:
-    """A completion with what its rewards say."""
-
-    completion: Completion
-    text: str
-    scores: list[float | None] = field(default_factory=list)
-    """Of each of `task.rewards`."""
-    advantage: float = 0.0
 
 
 class Rollouts:
@@ -84,7 +79,10 @@ class Rollouts:
         self._engine, self._head, self._tokenizer, self._world = engine, head, tokenizer, world
         self._run_dir = run_dir
         self._ends = frozenset(end_tokens(_base_of(engine.module), stops))
-        self._rewards = RewardProcess(self._task.rewards, self._task.reward_seconds)
+        self._scorer = Scorer(config, split)
+        self._environments = None
+        if self._task.environment is not None:
+            self._environments = Environments(self._task, tokenizer, self._scorer, config.data.max_length, self._ends)
         self._sums: dict[str, float] = {}
 
     @property
@@ -96,15 +94,21 @@ class Rollouts:
         prompts = [(part, batch) for part, batch in step.batch.batches]
         recorded = self._recorded(step.number)
         if recorded is None:
-            with run.around("generating"):
-                mine = self.complete(prompts, step.number)
-            with run.around("scoring"):
-                self._score(mine, self._written(step.number))
+            state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
+            written, mine = self._written(step.number), []
+            # Environments live until the next ones begin, so that each batch is scored before.
+            for part in prompts if self._environments else [None]:
+                with run.around("generating"):
+                    new = self.complete(prompts if part is None else [part], step.number)
+                with run.around("scoring"):
+                    self._scorer.score(new, written, state)
+                mine += new
         else:
             mine = self._replayed(prompts, recorded)
         groups = self._with_advantages(mine, [part for part, _ in prompts])
-        if recorded is None and self._run_dir is not None:
-            self._write(step.number, groups)
+        if recorded is None and self._run_dir is not None and self._world.is_main:
+            everyone = [scored for group in groups for scored in group]
+            write_records(self._run_dir / FOLDER, step.number, everyone, self._task.reward_names)
         self._head.largest_difference = 0.0
         self._sums = self._sums_of(groups) if self._world.is_main else dict.fromkeys(self._sums_of(groups), 0.0)
         return self._training_batch(mine, step.batch, groups)
@@ -133,7 +137,7 @@ class Rollouts:
         return self._sums | {"largest_difference": largest if self._world.is_main else 0.0}
 
     def close(self) -> None:
-        self._rewards.close()
+        self._scorer.close()
 
     def complete(
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
@@ -143,6 +147,11 @@ class Rollouts:
         keys = self._config.trainer.seed, step
         with speaking(self._engine, world) as (module, in_step):
             for _, batch in prompts:
+                if self._environments is not None:
+                    numbers = batch["sample"].tolist()
+                    count = samples or task.samples
+                    found.append(self._environments.complete(module, numbers, count, keys, world, in_step=in_step))
+                    continue
                 completions = sample_completions(
                     module,
                     batch["input_ids"].to(self._engine.device),
@@ -163,34 +172,7 @@ class Rollouts:
 
     def score(self, completed: Sequence[Sequence[Scored]]) -> None:
         """Let the rewards score completions."""
-        self._score(completed, {})
-
-    def _score(self, completed: Sequence[Sequence[Scored]], written: Mapping[str, Any]) -> None:
-        """written: the scores of completions that an earlier launch had scored at this step, by `_key`: a reward that asks a
-        judge or a clock is not asked again for what it has answered."""
-        for batch in completed:
-            new = []
-            for scored in batch:
-                scores = written.get(_key(scored.completion))
-                if scores is None:
-                    new.append(scored)
-                else:
-                    scored.scores = scores
-            if not new:
-                continue
-            rows = [json.loads(self._columns_of(scored.completion.prompt)) for scored in new]
-            names = sorted({name for row in rows for name in row} - {"prompts", "completions", "completion_ids"})
-            columns = {name: [row.get(name) for row in rows] for name in names}
-            prompts = [row.get("prompt") for row in rows]
-            for name in self._task.rewards:
-                ids = [scored.completion.ids for scored in new]
-                scores = self._rewards(name, prompts, [scored.text for scored in new], ids, columns)
-                for scored, score in zip(new, scores, strict=True):
-                    scored.scores.append(score)
-
-    def _columns_of(self, prompt: int) -> str:
-        columns: str = self._split.table[self._split.row(prompt)]["columns"]
-        return columns
+        self._scorer.score(completed, {})
 
     def _with_advantages(self, mine: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]) -> list[list[Scored]]:
         """All completions of the step in the order of its prompts, a list for each prompt, on every rank; those of `mine` get
@@ -201,19 +183,19 @@ class Rollouts:
         """
         task, world, samples = self._task, self._world, self._task.samples
         counted = [
-            [_packed(scored) for scored in batch] if not part.filler else []
+            [pack_scored(scored) for scored in batch] if not part.filler else []
             for part, batch in zip(parts, mine, strict=True)
         ]
         everyone = world.gather(counted)
         ordered = [
-            _unpacked(packed)
+            unpack_scored(packed)
             for position in range(len(counted))
             for of_rank in everyone
             for packed in of_rank[position]
         ]
-        for number, name in enumerate(task.rewards):
+        for number, name in enumerate(task.reward_names):
             if ordered and all(scored.scores[number] is None for scored in ordered):
-                reasons = [reason for reason in world.gather(self._rewards.last_error) if reason]
+                reasons = [reason for reason in world.gather(self._scorer.process.last_error) if reason]
                 reason = (
                     f"the reward {name!r} could score no completion: {reasons[0] if reasons else 'it returned None'}"
                 )
@@ -225,16 +207,16 @@ class Rollouts:
         known = {}
         for scored, advantage in zip(ordered, advantages, strict=True):
             scored.advantage = advantage
-            known[_key(scored.completion)] = advantage
+            known[identity_of(scored.completion)] = advantage
         for batch in mine:
             for scored in batch:
-                scored.advantage = known.get(_key(scored.completion), 0.0)
+                scored.advantage = known.get(identity_of(scored.completion), 0.0)
         return [ordered[start : start + samples] for start in range(0, len(ordered), samples)]
 
     def _required(self, name: str) -> str:
         from dstune.protocols import REWARDS
 
-        columns = REWARDS[name].columns
+        columns = REWARDS[name].columns if name in REWARDS else ()
         return f"the columns of the rows, which need {', '.join(columns)}" if columns else "its process"
 
     def _training_batch(
@@ -261,20 +243,24 @@ class Rollouts:
         return RankBatch(whole, batch.epoch, tuple(batches))
 
     def _prompt_length(self, scored: Scored) -> int:
-        return int(self._split.lengths[scored.completion.prompt])
+        completion = scored.completion
+        return len(completion.prompt_ids) if completion.prompt_ids else int(self._split.lengths[completion.prompt])
 
     def _trained(self, scored: Scored) -> int:
         """Tokens of a completion that train."""
-        return 0 if self._task.mask_truncated and not scored.completion.ended else len(scored.completion.ids)
+        completion = scored.completion
+        is_left_out = self._task.mask_truncated and not completion.ended
+        return 0 if is_left_out else len(completion.ids) - len(completion.read)
 
     def _tensors(self, chunk: Sequence[tuple[Scored, bool]]) -> dict[str, torch.Tensor]:
         """See `PolicyHead`."""
         ids, labels, sampled = [], [], []
         for scored, counts in chunk:
             completion = scored.completion
-            prompt = self._split.sample(completion.prompt)["input_ids"]
+            prompt = completion.prompt_ids or self._split.sample(completion.prompt)["input_ids"]
             ids.append(np.concatenate([prompt, completion.ids]).astype(np.int64))
-            answer = completion.ids if counts and self._trained(scored) else [NO_TARGET] * len(completion.ids)
+            answer = np.array(completion.ids)
+            answer[completion.read if counts and self._trained(scored) else slice(None)] = NO_TARGET
             labels.append(np.concatenate([np.full(len(prompt), NO_TARGET), answer]).astype(np.int64))
             sampled.append(np.concatenate([np.zeros(len(prompt)), completion.logps]))
         arrays = padded(ids, labels, self._tokenizer.pad_token_id)
@@ -304,30 +290,13 @@ class Rollouts:
 
     # ---- what is written down ----
 
-    def _path(self, folder: Path, step: int) -> Path:
-        return folder / f"step-{step:06d}.jsonl"
-
-    def _write(self, step: int, groups: Sequence[Sequence[Scored]]) -> None:
-        if not self._world.is_main or self._run_dir is None:
-            return
-        folder = self._run_dir / FOLDER
-        folder.mkdir(exist_ok=True)
-        lines = []
-        for scored in (scored for group in groups for scored in group):
-            scores = dict(zip(self._task.rewards, scored.scores, strict=True))
-            row = {**asdict(scored.completion), "text": scored.text, "rewards": scores, "advantage": scored.advantage}
-            lines.append(json.dumps(row, ensure_ascii=False))
-        files.write(self._path(folder, step), "\n".join(lines) + "\n")
-
-    def _written(self, step: int) -> dict[str, Any]:
-        """Scores that an earlier launch of this run had for completions of this step; the same on every rank."""
-        scores: dict[str, Any] = {}
+    def _written(self, step: int) -> dict[str, Scored]:
+        """What an earlier launch of this run had scored at this step, by `identity_of`; the same on every rank."""
+        rows: list[dict[str, Any]] = []
         if self._world.is_main and self._run_dir is not None:
-            for row in _read(self._path(self._run_dir / FOLDER, step)):
-                scored = _from_row(row, self._task.rewards)
-                if scored is not None:
-                    scores[_key(scored.completion)] = scored.scores
-        return self._world.broadcast(scores)
+            rows = read_records(self._run_dir / FOLDER, step)
+        found = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
+        return {identity_of(scored.completion): scored for scored in found if scored is not None}
 
     def _recorded(self, step: int) -> dict[str, Scored] | None:
         """The completions of the run that `task.replay` names, by prompt and sample; None without one.
@@ -339,9 +308,9 @@ class Rollouts:
             return None
         rows: list[dict[str, Any]] = []
         if self._world.is_main:
-            rows = list(_read(self._path(Path(self._task.replay), step)))
-        found = [_from_row(row, self._task.rewards) for row in self._world.broadcast(rows)]
-        recorded = {_place(scored.completion): scored for scored in found if scored is not None}
+            rows = read_records(Path(self._task.replay), step)
+        found = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
+        recorded = {place_of(scored.completion): scored for scored in found if scored is not None}
         if not recorded:
             reason = f"it has no completions of step {step} with the rewards of this run"
             raise UserError(
@@ -390,7 +359,10 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
         "ended_length_sum": float(sum(ended)),
         "entropy": sum(scored.completion.entropy for scored in completions),
     }
-    for number, name in enumerate(task.rewards):
+    if task.environment is not None:
+        sums["tool_calls"] = float(sum(scored.calls for scored in completions))
+        sums["failed_tool_calls"] = float(sum(scored.failed_calls for scored in completions))
+    for number, name in enumerate(task.reward_names):
         scores = [score for scored in completions if (score := scored.scores[number]) is not None]
         mean = sum(scores) / len(scores) if scores else 0.0
         sums |= {
@@ -414,38 +386,3 @@ def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float
 def _deviation(values: Sequence[float]) -> float:
     """The standard deviation of a sample; 0 for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def _place(completion: Completion) -> str:
-    return f"{completion.prompt}/{completion.sample}"
-
-
-def _key(completion: Completion) -> str:
-    """Prompt, sample and tokens of a completion."""
-    return f"{_place(completion)}/{','.join(map(str, completion.ids))}"
-
-
-def _packed(scored: Scored) -> dict[str, Any]:
-    return {**asdict(scored.completion), "text": scored.text, "scores": list(scored.scores)}
-
-
-def _unpacked(packed: Mapping[str, Any]) -> Scored:
-    own = {name: packed[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
-    return Scored(Completion(**own), packed["text"], list(packed["scores"]))
-
-
-def _from_row(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
-    """A line of `rollouts/`, or None where it is another one's."""
-    try:
-        scores = [row["rewards"][name] for name in rewards]
-        return _unpacked({**row, "scores": scores})
-    except (KeyError, TypeError):
-        return None
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]

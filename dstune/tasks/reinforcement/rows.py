@@ -39,4 +39,6 @@ class Prompt(RowFormat):
         row = conversation_row(with_system(messages, found.get("system")), found, needs_answer=False)
         if row["messages"][-1]["role"] == "assistant":
             raise RowError("the prompt ends with an answer of the assistant, so there is nothing left to answer")
-        return {**row, "plain": isinstance(prompt, str) and len(row["messages"]) == 1, "columns": found["columns"]}
+        # Whatever the data call it, rewards get it as `prompt`.
+        columns = {**found["columns"], "prompt": prompt}
+        return {**row, "plain": isinstance(prompt, str) and len(row["messages"]) == 1, "columns": columns}

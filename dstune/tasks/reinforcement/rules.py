@@ -7,9 +7,12 @@ from pathlib import Path
 
 from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
-from dstune.core.errors import Problem
-from dstune.protocols import REWARDS, method_of
+from dstune.core.errors import Problem, UserError
+from dstune.grading.grader import kinds_in
+from dstune.grading.sandbox import missing_reason
+from dstune.protocols import ENVIRONMENTS, REWARDS, method_of
 from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig
+from dstune.tasks.reinforcement.grade import read_grader
 
 
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
@@ -53,19 +56,50 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
 
 
 def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
-    if not task.rewards:
-        choices = ", ".join(REWARDS)
-        reason = "nothing scores the completions"
-        yield Problem("task.rewards", reason, f"task.rewards=[NAME], one or more of {choices}, or a plugin's", "[]")
+    names = ", ".join(REWARDS)
     for name in task.rewards:
         if name not in REWARDS:
             reason = "there is no such reward"
-            yield Problem(
-                "task.rewards", reason, f"one of {', '.join(REWARDS)}, or plugins=[FILE] that registers it", name
-            )
-    if len(set(task.rewards)) < len(task.rewards):
-        yield Problem("task.rewards", "a reward is there twice", "name each once", format_value(list(task.rewards)))
-    if task.reward_weights and len(task.reward_weights) != len(task.rewards):
-        reason = f"task.rewards has {len(task.rewards)}"
+            yield Problem("task.rewards", reason, f"one of {names}, or plugins=[FILE] that registers it", name)
+    if task.environment is not None and task.environment not in ENVIRONMENTS:
+        known = ", ".join(ENVIRONMENTS) or "none is registered"
+        fix = f"plugins=[FILE] that registers it ({known})"
+        yield Problem("task.environment", "there is no such environment", fix, task.environment)
+        return
+    scorers = task.reward_names
+    if not scorers:
+        reason = "nothing scores the completions"
+        fix = f"task.rewards=[NAME], one or more of {names}, or a plugin's; or task.graders, task.reward_models"
+        yield Problem("task.rewards", reason, fix, "[]")
+    if len(set(scorers)) < len(task.rewards) + len(task.graders) + len(task.reward_models):
+        value = format_value([*task.rewards, *task.graders, *task.reward_models])
+        yield Problem("task.rewards", "two of them have the same name", "name each once", value)
+    if task.reward_weights and len(task.reward_weights) != len(scorers):
+        reason = f"there are {len(scorers)} rewards ({', '.join(scorers)})"
         fix = "a factor for each, or leave it out"
         yield Problem("task.reward_weights", reason, fix, format_value(list(task.reward_weights)))
+    kinds: set[str] = set()
+    for path in task.graders:
+        try:
+            kinds |= kinds_in(read_grader(path))
+        except UserError as error:
+            yield from error.problems
+    if "score_model" in kinds and task.judge is None:
+        reason = "a score_model grader asks a model, and no server is given"
+        yield Problem("task.judge", reason, "task.judge=http://HOST:PORT, as of dstune serve", "null")
+    if task.judge is not None and not task.judge.startswith(("http://", "https://")):
+        yield Problem("task.judge", "this is no address of a server", "http://HOST:PORT", task.judge)
+    for address in task.reward_models:
+        if address.startswith(("http://", "https://")) and "#" not in address:
+            yield Problem("task.reward_models", "the address names no model", f"{address}#MODEL", address)
+
+
+def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
+    """What this machine lacks to run programs."""
+    is_python = any("python" in kinds_in(read_grader(path)) for path in task.graders)
+    runs_programs = any(REWARDS[name].runs_programs for name in task.rewards)
+    if (is_python or runs_programs) and (missing := missing_reason()):
+        key = "graders" if is_python else "rewards"
+        reason = f"programs run in a sandbox alone, and there is none: {missing}"
+        fix = "another reward, or a machine (or container) in which users may make namespaces"
+        yield Problem(f"task.{key}", reason, fix, format_value(list(getattr(task, key))))

@@ -8,7 +8,8 @@ share noise.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,10 @@ class Completion:
     """Sum over the tokens, in nats."""
     ended: bool = False
     """Whether it ended by itself, within the tokens that it may have."""
+    prompt_ids: list[int] | None = None
+    """The tokens that it answers, where they are not those of its row: an environment added to them."""
+    read: list[int] = field(default_factory=list)
+    """Places in `ids` of tokens that the model has not written but read: results of tools. Their `logps` are 0."""
 
 
 def sample_completions(
@@ -58,14 +63,109 @@ def sample_completions(
     whether any completion here is unfinished, says whether another token is computed: where ranks compute in step, as long as
     any of them needs one.
     """
-    from transformers import DynamicCache
-
     rows = len(prompts) * samples
     numbers = torch.tensor(prompts, device=input_ids.device).repeat_interleave(samples)
     copies = torch.arange(samples, device=input_ids.device).repeat(len(prompts))
     row_keys = mixed(mixed(mixed(torch.full_like(numbers, keys[0]), keys[1]), numbers), copies)
     completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
-    ending = torch.tensor(sorted(ends), device=input_ids.device)
+    drawn = _continued(
+        model,
+        input_ids,
+        attention_mask,
+        row_keys,
+        samples=samples,
+        limits=[max_new_tokens] * rows,
+        temperature=temperature,
+        ends=ends,
+        padding=padding,
+        goes_on=goes_on,
+    )
+    for completion, (ids, logps, entropy, ended) in zip(completions, drawn, strict=True):
+        completion.ids, completion.logps, completion.entropy, completion.ended = ids, logps, entropy, ended
+    return completions
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a completion goes on from: all its tokens so far, behind those of its prompt."""
+
+    completion: Completion
+    tokens: list[int]
+    room: int
+    """Tokens that it may still have."""
+
+
+def continue_completions(
+    model: nn.Module,
+    turns: Sequence[Turn],
+    *,
+    temperature: float,
+    ends: Collection[int],
+    padding: int,
+    keys: tuple[int, int],
+    goes_on: Callable[[bool], bool],
+    device: torch.device,
+) -> list[bool]:
+    """Let each completion go on to its end or to the end of its turn; whether each wrote an end token.
+
+    The noise of a token is that of its position in the completion, as in `sample_completions`, whose arguments these are. Without
+    any turn, this rank computes along with the others.
+    """
+    rows = [turn.tokens for turn in turns] or [[padding]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    numbers = torch.tensor([turn.completion.prompt for turn in turns] or [0], device=device)
+    copies = torch.tensor([turn.completion.sample for turn in turns] or [0], device=device)
+    row_keys = mixed(mixed(mixed(torch.full_like(numbers, keys[0]), keys[1]), numbers), copies)
+    drawn = _continued(
+        model,
+        ids,
+        mask,
+        row_keys,
+        samples=1,
+        limits=[turn.room for turn in turns] or [0],
+        temperature=temperature,
+        ends=ends,
+        padding=padding,
+        goes_on=goes_on,
+        positions_before=[len(turn.completion.ids) for turn in turns] or [0],
+    )
+    ended = []
+    for turn, (new, logps, entropy, has_ended) in zip(turns, drawn, strict=False):
+        turn.completion.ids += new
+        turn.completion.logps += logps
+        turn.completion.entropy += entropy
+        ended.append(has_ended)
+    return ended
+
+
+Drawn = tuple[list[int], list[float], float, bool]
+"""Tokens, their log-probabilities, the sum of entropies, and whether the last token is an end."""
+
+
+def _continued(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    row_keys: Tensor,
+    *,
+    samples: int,
+    limits: Sequence[int],
+    temperature: float,
+    ends: Collection[int],
+    padding: int,
+    goes_on: Callable[[bool], bool],
+    positions_before: Sequence[int] = (),
+) -> list[Drawn]:
+    """What is drawn behind each row of `input_ids`, `samples` times; of each result at most so many tokens as `limits` says, which
+    ends the loop where `goes_on` is told that nothing is unfinished."""
+    from transformers import DynamicCache
+
+    rows, device = len(input_ids) * samples, input_ids.device
+    ending = torch.tensor(sorted(ends), device=device)
+    room = torch.tensor(limits, device=device)
+    before = torch.tensor(list(positions_before) or [0] * rows, device=device)
     with torch.no_grad():
         cache = DynamicCache(config=configuration_of(model))
         logits = _last_logits(model, input_ids, attention_mask, _positions(attention_mask), cache)
@@ -74,18 +174,19 @@ def sample_completions(
         logits = logits.repeat_interleave(samples, dim=0)
         mask = attention_mask.repeat_interleave(samples, dim=0)
         positions = _positions(mask)[:, -1:]
-        active = torch.ones(rows, dtype=torch.bool, device=input_ids.device)
+        active = room > 0
+        ended = torch.zeros_like(active)
         tokens, logps, entropies, were_active = [], [], [], []
-        for position in range(max_new_tokens):
-            token, logp, entropy = draw(logits, temperature, mixed(row_keys, position))
+        for position in itertools.count():
+            token, logp, entropy = draw(logits, temperature, mixed(row_keys, before + position))
             token = torch.where(active, token, padding)
             tokens.append(token)
             logps.append(logp)
             entropies.append(entropy)
             were_active.append(active)
-            active = active & ~torch.isin(token, ending)
-            last = position == max_new_tokens - 1
-            if last or not goes_on(bool(active.any())):
+            ended |= active & torch.isin(token, ending)
+            active = active & ~ended & (room > position + 1)
+            if not goes_on(bool(active.any())):
                 break
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             positions = positions + 1
@@ -93,12 +194,10 @@ def sample_completions(
     drawn, drawn_logps = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).double().tolist()
     lengths = torch.stack(were_active, dim=1).sum(dim=1).tolist()
     sums = (torch.stack(entropies, dim=1) * torch.stack(were_active, dim=1)).sum(dim=1).tolist()
-    for row, completion in enumerate(completions):
-        completion.ids = drawn[row][: lengths[row]]
-        completion.logps = drawn_logps[row][: lengths[row]]
-        completion.entropy = sums[row]
-        completion.ended = not bool(active[row])
-    return completions
+    has_ended = ended.tolist()
+    return [
+        (drawn[row][: lengths[row]], drawn_logps[row][: lengths[row]], sums[row], has_ended[row]) for row in range(rows)
+    ]
 
 
 def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

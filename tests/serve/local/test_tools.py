@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
+from dstune.data.chat.tool_calls import ToolText, form_of
 from dstune.data.messages import conversation_of
 from dstune.data.render import ChatRenderer
 from dstune.serve.engines.local.sampling import Chosen
 from dstune.serve.engines.local.text import TextStream
-from dstune.serve.engines.local.tools import ToolText, form_of
 from tests.support.local_engine import HERMES, TOOLS, Engine
 from tests.support.tiny import save_decoder
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstune.data.chat.template import RenderError
+from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
 from dstune.data.control import TooManyTokens
 from dstune.data.messages import conversation_of
 from dstune.data.problems import RowError
@@ -20,7 +21,6 @@ from dstune.serve.engines.local.engine import DEFAULT_MAX_TOKENS
 from dstune.serve.engines.local.model import LocalModel
 from dstune.serve.engines.local.sampling import Chosen, Sampling
 from dstune.serve.engines.local.text import Piece, TextStream
-from dstune.serve.engines.local.tools import Call, ToolForm, ToolText, form_of
 from dstune.serve.errors import ApiError, error_body
 from dstune.serve.turns import CLIENT
 

@@ -1,0 +1,153 @@
+"""A sandbox for programs that somebody else, or the model, has written.
+
+A program sees an empty file system with the interpreter and the system's libraries, read-only; no network, no process but its own,
+no variable of the environment. Time, memory, processes, files and output are limited; when its time is over, everything that it
+has started is killed. It needs Linux 5.12 and user namespaces that this user may make (`sandbox_child.py`): without them there is
+no sandbox, and what needs one is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dstune.grading.sandbox_child import OUT_OF_TIME, UNAVAILABLE
+
+CHILD = Path(__file__).with_name("sandbox_child.py")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
+"""What of the machine a program may read, beside the interpreter."""
+START_SECONDS = 10.0
+"""Beside a program's own time, for the sandbox to be built."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one program. Those of graders in OpenAI's API are 120 s, 2 GB of memory and 1 GB of files."""
+
+    seconds: float = 120.0
+    """By the clock; processor time of a process too."""
+    memory_bytes: int = 2 * 2**30
+    """Address space of each process."""
+    disk_bytes: int = 2**28
+    """Of all files, which are in memory."""
+    processes: int = 16
+    """And threads."""
+    output_bytes: int = 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a program."""
+
+    output: str
+    error: str
+    """The end of what it wrote to standard error."""
+    failure: str
+    """Why it was ended, or that it ended with an error; empty where it ended well."""
+
+
+def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
+    """Run the Python program `source` with `stdin` as its standard input.
+
+    Raises:
+        RuntimeError: there is no sandbox on this machine.
+    """
+    with tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root, tempfile.TemporaryFile() as errors:
+        values = asdict(limits) | {"root": root, "paths": SYSTEM, "cpu_seconds": int(limits.seconds) + 1}
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(CHILD), json.dumps(values)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd="/",
+            env=ONE_THREAD,
+            start_new_session=True,
+            preexec_fn=functools.partial(_limit_files, limits.output_bytes),
+        )
+        try:
+            output, failure = _collected(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
+        finally:
+            _end(process)
+        size = errors.seek(0, os.SEEK_END)
+        errors.seek(max(0, size - 4096))
+        error = errors.read().decode(errors="replace").strip()
+    if process.returncode == UNAVAILABLE:
+        raise RuntimeError(error)
+    if not failure and process.returncode:
+        failure = _failure(process.returncode, error, limits)
+    return Outcome(output.decode(errors="replace"), error, failure)
+
+
+def _failure(code: int, error: str, limits: Limits) -> str:
+    if code == OUT_OF_TIME:
+        return f"it took longer than {limits.seconds:g} s"
+    if code > 128:
+        name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
+        return f"it was ended by {name}, as for too much processor time, memory or output"
+    return error.splitlines()[-1][:500] if error else f"it ended with exit code {code}"
+
+
+@functools.cache
+def missing_reason() -> str:
+    """Why there is no sandbox on this machine; empty where there is one."""
+    if sys.platform != "linux":
+        return "it needs Linux"
+    try:
+        outcome = run_program("print('inside')", "", Limits(seconds=20))
+    except RuntimeError as error:
+        return f"this machine gives programs no namespaces of their own: {error}"
+    return "" if outcome.output == "inside\n" else f"a program cannot be started in it: {outcome.failure}"
+
+
+def _limit_files(output_bytes: int) -> None:
+    """What is written to standard error lies in a file of the machine until the program ends."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    wanted = max(output_bytes, 2**28)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (wanted if hard < 0 else min(hard, wanted), hard))
+
+
+def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:
+    """What the program printed, and why it was ended before its end."""
+    assert process.stdin is not None and process.stdout is not None
+    deadline = time.monotonic() + limits.seconds + START_SECONDS
+    # The request is read before anything is run.
+    with suppress(BrokenPipeError):
+        process.stdin.write(request)
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+    output = b""
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+            return output, f"it took longer than {limits.seconds:g} s"
+        part = os.read(process.stdout.fileno(), 2**16)
+        if not part:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+                return output, ""
+            return output, f"it took longer than {limits.seconds:g} s"
+        output += part
+        if len(output) > limits.output_bytes:
+            return output[: limits.output_bytes], f"it printed more than {limits.output_bytes:,} bytes"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError, AttributeError):
+            pipe.close()  # type: ignore[union-attr]

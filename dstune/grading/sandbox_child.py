@@ -1,0 +1,253 @@
+"""Runs a Python program where it sees nothing of the machine: `python -I sandbox_child.py LIMITS`, the program on standard input.
+
+It stands alone (standard library, Linux): the process that starts it is `dstune.grading.sandbox`. Three processes:
+
+- the outer one makes the namespaces (users, mounts, processes, network, messages between processes, host name) and waits,
+- the first process inside builds the file system: empty, with the interpreter and the system's libraries read-only,
+- the second one gives up every privilege, takes its limits and runs the program.
+
+When the first one ends, the kernel kills whatever the program has started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+NAMESPACES = 0x10000000 | 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000
+"""CLONE_NEWUSER, NEWNS, NEWPID, NEWNET, NEWIPC, NEWUTS."""
+NOBODY = 65534
+READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4
+BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18
+DETACH = 2
+PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+MOUNT_SETATTR = 442
+AT_RECURSIVE = 0x8000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+UNAVAILABLE = 71
+"""Exit code where there is no sandbox; the reason is on standard error."""
+OUT_OF_TIME = 124
+"""Exit code where the program had to be ended."""
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    limits = json.loads(sys.argv[1])
+    program = json.loads(sys.stdin.buffer.read())
+    try:
+        enter_namespaces()
+    except OSError as error:
+        give_up(error)
+    first = os.fork()
+    if first == 0:
+        run_first_process(limits, program)
+    _, status = os.waitpid(first, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def enter_namespaces() -> None:
+    """Users inside are this one alone; started by root, also `nobody`, whose processes the kernel counts."""
+    user, group = os.geteuid(), os.getegid()
+    users = "0 0 1\n65534 65534 1\n" if user == 0 else f"{user} {user} 1\n"
+    groups = "0 0 1\n65534 65534 1\n" if user == 0 else f"{group} {group} 1\n"
+    outer = os.getpid()
+    ready, say_ready = os.pipe()
+    writer = os.fork()
+    if writer == 0:  # stays outside, where it may write the maps
+        os.close(say_ready)
+        code = 1
+        if os.read(ready, 1):
+            try:
+                if user:
+                    write_line(f"/proc/{outer}/setgroups", "deny")
+                write_line(f"/proc/{outer}/uid_map", users)
+                write_line(f"/proc/{outer}/gid_map", groups)
+                code = 0
+            except OSError as error:
+                code = error.errno or 1
+        os._exit(code)
+    try:
+        call("unshare", NAMESPACES)
+        os.write(say_ready, b"x")
+    finally:
+        os.close(say_ready)
+        _, status = os.waitpid(writer, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise OSError(code, f"users cannot be mapped ({os.strerror(code)})")
+
+
+def run_first_process(limits: dict[str, Any], program: dict[str, Any]) -> NoReturn:
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_DUMPABLE, 0)  # the program may not look into this process
+    try:
+        forbid_more_namespaces()
+        build_file_system(limits)
+    except OSError as error:
+        give_up(error)
+    second = os.fork()
+    if second == 0:
+        try:
+            give_up_privileges()
+            take_limits(limits)
+        except OSError as error:
+            give_up(error)
+        run_program(program)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(OUT_OF_TIME))
+    signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
+    while True:  # the processes that the program leaves behind are this one's children
+        ended, status = os.wait()
+        if ended == second:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code & 0xFF if code >= 0 else 128 - code)
+
+
+def forbid_more_namespaces() -> None:
+    """Of this user namespace and those in it: what a program could try out on the kernel is reached through new ones."""
+    with suppress(OSError):  # without it, the mounts stay as they are all the same
+        write_line("/proc/sys/user/max_user_namespaces", "0")
+
+
+def build_file_system(limits: dict[str, Any]) -> None:
+    root = limits["root"]
+    mount("none", "/", None, RECURSIVE | PRIVATE)
+    mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, f"size={limits['disk_bytes']},mode=755")
+    for path in dict.fromkeys([*limits["paths"], sys.base_prefix, sys.prefix]):
+        show_read_only(path, root)
+    os.makedirs(f"{root}/dev")
+    for path in DEVICES:
+        show_file(path, root)
+    os.makedirs(f"{root}/proc")
+    with suppress(OSError):  # containers hide parts of it
+        mount("proc", f"{root}/proc", "proc", NO_SUID | NO_DEVICES)
+    for folder in ("tmp", "work", "old"):
+        os.makedirs(f"{root}/{folder}")
+        os.chmod(f"{root}/{folder}", 0o1777)
+    os.chdir(root)
+    check(libc.syscall(PIVOT_ROOT[os.uname().machine], b".", b"old"), "pivot_root")
+    os.chdir("/work")
+    check(libc.umount2(b"/old", DETACH), "umount")
+    os.rmdir("/old")
+
+
+def show_read_only(path: str, root: str) -> None:
+    if not os.path.exists(path):
+        return
+    if os.path.islink(path) and os.path.dirname(path) == "/":  # /lib -> usr/lib
+        os.symlink(os.readlink(path), root + path)
+        return
+    if not os.path.isdir(path):
+        show_file(path, root)
+        return
+    if os.path.ismount(root + path):
+        return
+    if not os.path.isdir(root + path):  # it may lie in what is shown already
+        os.makedirs(root + path)
+    mount(path, root + path, None, BIND | RECURSIVE)
+    make_read_only(root + path)
+
+
+def show_file(path: str, root: str) -> None:
+    os.makedirs(os.path.dirname(root + path), exist_ok=True)
+    with open(root + path, "w"):
+        pass
+    mount(path, root + path, None, BIND)
+    if not path.startswith("/dev/"):
+        make_read_only(root + path)
+
+
+def make_read_only(path: str) -> None:
+    attributes = struct.pack("QQQQ", READ_ONLY | NO_SUID, 0, 0, 0)
+    result = libc.syscall(MOUNT_SETATTR, -100, path.encode(), AT_RECURSIVE, attributes, len(attributes))
+    check(result, "mount_setattr (Linux 5.12 or newer)")
+
+
+def give_up_privileges() -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    # Version 3 of the header, this process; no capability in any of the three sets.
+    check(libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)), "capset")
+
+
+def take_limits(limits: dict[str, Any]) -> None:
+    for kind, amount in (
+        (resource.RLIMIT_AS, limits["memory_bytes"]),
+        (resource.RLIMIT_NPROC, limits["processes"]),
+        (resource.RLIMIT_CPU, limits["cpu_seconds"]),
+        (resource.RLIMIT_FSIZE, limits["disk_bytes"]),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        lowest = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        resource.setrlimit(kind, (lowest, lowest))
+
+
+def run_program(program: dict[str, Any]) -> NoReturn:
+    """Its standard input is `stdin`; what it prints goes to this process's standard output."""
+    reading, writing = os.pipe()
+    feeder = os.fork()
+    if feeder == 0:
+        os.close(reading)
+        with suppress(OSError), os.fdopen(writing, "wb") as pipe:  # it may read no more
+            pipe.write(program["stdin"].encode())
+        os._exit(0)
+    os.close(writing)
+    os.dup2(reading, 0)
+    os.close(reading)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    code = 0
+    try:
+        exec(compile(program["source"], "<program>", "exec"), {"__name__": "__main__"})
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}"[:500], file=sys.stderr)
+        code = 1
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code & 0xFF)
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    encoded = [None if text is None else text.encode() for text in (source, target, kind)]
+    check(libc.mount(*encoded, ctypes.c_ulong(flags), options.encode() or None), f"mount {target}")
+
+
+def call(name: str, *arguments: Any) -> None:
+    check(getattr(libc, name)(*arguments), name)
+
+
+def check(result: int, what: str) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def write_line(path: str, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def give_up(error: OSError) -> NoReturn:
+    print(error.strerror or str(error), file=sys.stderr, flush=True)
+    os._exit(UNAVAILABLE)
+
+
+if __name__ == "__main__":
+    main()

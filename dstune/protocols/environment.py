@@ -1,0 +1,44 @@
+"""What an environment of `task=reinforcement` is."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+
+class Environment:
+    """Base of every environment. Subclasses set `name` and register with `@dstune.environment`.
+
+    One instance lives as long as one completion, in the child process of its rank. Its public methods are tools that the model
+    may call, described by their signature and docstring (Google style, as transformers reads them); what one returns is read by
+    the model, and an exception too. A class for TRL's `environment_factory` is one as it is.
+    """
+
+    name: ClassVar[str] = ""
+    random: random.Random
+    """Set before `reset`, from seed, step, prompt and sample: an environment that draws from nothing else is the same after a
+    resume."""
+
+    def reset(self, **row: Any) -> str | None:
+        """Begin. row: the columns of the prompt's row. What is returned is added to the prompt's last message."""
+        return None
+
+    # An environment that has a `get_reward(self) -> float | None` scores its own completion, under its name.
+
+    @classmethod
+    def tool_names(cls) -> list[str]:
+        """Its public methods, in the order of their names."""
+        hidden = {"reset", "get_reward", "tool_names"}
+        return [
+            name
+            for name in sorted(dir(cls))
+            if not name.startswith("_") and name not in hidden and callable(getattr(cls, name))
+        ]
+
+
+def environment_from_class(member: type) -> type[Environment]:
+    """`member`, or of a class that does not derive from `Environment` one that derives from both."""
+    if issubclass(member, Environment):
+        return member
+    members = {"__module__": member.__module__, "__qualname__": member.__qualname__, "__doc__": member.__doc__}
+    return type(member.__name__, (member, Environment), {**members, "name": getattr(member, "name", member.__name__)})

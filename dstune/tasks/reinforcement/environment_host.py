@@ -1,0 +1,61 @@
+"""The environments that live in the child process, one for each completion."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dstune.protocols import ENVIRONMENTS
+
+LONGEST_RESULT = 100_000
+"""Characters of what a tool returns; the rest is cut off."""
+
+
+class EnvironmentHost:
+    def __init__(self) -> None:
+        self._instances: dict[str, Any] = {}
+        self.name = ""
+        """Of the environments that are there."""
+
+    def reset(self, name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Make an environment for each of `rows` (key, seed, columns), in place of all earlier ones; what each begins with."""
+        self._instances, self.name = {}, name
+        observations = []
+        for row in rows:
+            environment = self._instances[row["key"]] = ENVIRONMENTS[name]()
+            environment.random = random.Random(row["seed"])
+            observation = finished(environment.reset(**row["columns"]))
+            observations.append("" if observation is None else str(observation)[:LONGEST_RESULT])
+        return observations
+
+    def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the tool `name` of the environment `key` returns for its `arguments`, one after the other."""
+        return [self._call(**call) for call in calls]
+
+    def rewards(self, keys: Sequence[str]) -> list[float | None]:
+        return [finished(self._instances[key].get_reward()) for key in keys]
+
+    def instances(self, keys: Sequence[str]) -> list[Any]:
+        return [self._instances[key] for key in keys]
+
+    def _call(self, key: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        environment = self._instances[key]
+        try:
+            if name not in environment.tool_names():
+                raise ValueError(f"there is no tool {name!r}; there are {', '.join(environment.tool_names())}")
+            result = finished(getattr(environment, name)(**arguments))
+        except Exception as error:
+            return {"text": f"error: {error}"[:LONGEST_RESULT], "failed": True}
+        return {"text": str(result)[:LONGEST_RESULT], "failed": False}
+
+
+def finished(value: Any) -> Any:
+    """`value`, or what it becomes where it is awaited."""
+    return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Any) -> Any:
+    return await value

@@ -1,0 +1,146 @@
+"""Graders of the fine-tuning API as rewards: a JSON file each."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
+from dstune.grading.sandbox import Limits, run_program
+
+AT_ONCE = 4
+"""Samples that are graded by programs or models at the same time."""
+PYTHON_GRADER = """\
+import json, os, sys
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+_given = json.load(sys.stdin)
+_scope = {"__name__": "grader"}
+exec(compile(_given["source"], "<grader>", "exec"), _scope)
+_grade = _scope["grade"](_given["sample"], _given["item"])
+_answers.write(json.dumps({"score": float(_grade)}))
+_answers.flush()
+"""
+JUDGED = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "grade",
+        "schema": {
+            "type": "object",
+            "properties": {
+                "steps": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"description": {"type": "string"}, "conclusion": {"type": "string"}},
+                    },
+                },
+                "result": {"type": "number"},
+            },
+            "required": ["result"],
+        },
+    },
+}
+
+
+class Graders:
+    """The graders of a run by their names."""
+
+    def __init__(
+        self,
+        graders: Mapping[str, Mapping[str, Any]],
+        seconds: float = 10.0,
+        memory_gib: float = 2.0,
+        judge: str | None = None,
+        judge_key: str = "",
+    ):
+        """seconds, memory_gib: of one program. judge: address of the server that has the models of `score_model`."""
+        self._graders = graders
+        self.limits = Limits(seconds=seconds, memory_bytes=int(memory_gib * 2**30))
+        self._judge, self._judge_key = judge, judge_key
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._graders)
+
+    def score(self, name: str, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
+        """A grade for each completion; None where the grader failed."""
+        grader = self._graders[name]
+        items = [{column: values[number] for column, values in columns.items()} for number in range(len(completions))]
+        samples = [Sample(text, item) for text, item in zip(completions, items, strict=True)]
+        if not kinds_in(grader) & {"python", "score_model"}:
+            return [self._score(grader, sample) for sample in samples]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(lambda sample: self._score(grader, sample), samples))
+
+    def _score(self, grader: Mapping[str, Any], sample: Sample) -> float | None:
+        graded = grade(grader, sample, Services(self.run_python, self.ask_model))
+        return None if any(is_failure(kind, details) for kind, details in graded.errors.items()) else graded.reward
+
+    def run_python(self, source: str, sample: Sample) -> float:
+        """Raises GraderFailed."""
+        given = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
+        try:
+            outcome = run_program(PYTHON_GRADER, json.dumps(given), self.limits)
+        except RuntimeError as error:
+            raise GraderFailed("python_grader_server_error", str(error)) from None
+        try:
+            if outcome.failure:
+                raise GraderFailed("python_grader_runtime_error", outcome.failure)
+            return float(json.loads(outcome.output)["score"])
+        except (ValueError, KeyError, TypeError):
+            raise GraderFailed("python_grader_runtime_error", "it returned no number") from None
+
+    def ask_model(self, grader: Mapping[str, Any], messages: list[dict[str, str]]) -> float:
+        """Raises GraderFailed."""
+        if self._judge is None:
+            raise GraderFailed("model_grader_server_error", "task.judge names no server")
+        parameters = dict(grader.get("sampling_params", {}))
+        if (most := parameters.pop("max_completions_tokens", None)) is not None:
+            parameters["max_completion_tokens"] = most
+        body = {"model": grader["model"], "messages": messages, "response_format": JUDGED, **parameters}
+        try:
+            answer = post(f"{self._judge}/v1/chat/completions", body, self.limits.seconds, self._judge_key)
+            text = answer["choices"][0]["message"]["content"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise GraderFailed("model_grader_server_error", f"{type(error).__name__}: {error}"[:200]) from None
+        try:
+            return float(json.loads(text)["result"])
+        except (ValueError, LookupError, TypeError):
+            raise GraderFailed("model_grader_parse_error", str(text)[:200]) from None
+
+
+def is_failure(kind: str, details: str) -> bool:
+    """Whether an error leaves a completion without a grade. One that is the completion's fault makes its grade 0: it is no JSON, or
+    not with what the grader compares."""
+    return kind != "sample_parse_error" and not (kind == "invalid_variable_error" and details.startswith("sample"))
+
+
+def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -> Any:
+    """The JSON that a server answers. Raises OSError or ValueError."""
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        return json.loads(answer.read(2**24))
+
+
+def read_grader(path: str) -> dict[str, Any]:
+    """The grader in a file. Raises UserError."""
+    fix = "a JSON file with one grader of the fine-tuning API: docs/reinforcement.md has examples"
+    try:
+        grader = json.loads(Path(path).read_text(encoding="utf-8"))
+        check_grader(grader)
+    except FileNotFoundError:
+        raise UserError(Problem("task.graders", "there is no such file", fix, path)) from None
+    except GraderError as error:
+        raise UserError(Problem("task.graders", f"{path}: {error}", fix, path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(Problem("task.graders", f"{path} is no JSON: {error}", fix, path)) from None
+    assert isinstance(grader, dict)
+    return grader

@@ -1,0 +1,99 @@
+"""Scored completions, and the files of a run that hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.tasks.reinforcement.sampling import Completion
+
+FOLDER = "rollouts"
+"""Of a run directory: `step-000001.jsonl`, ..., a completion a line."""
+
+
+@dataclass
+class Scored:
+    """A completion with what its rewards say."""
+
+    completion: Completion
+    text: str
+    scores: list[float | None] = field(default_factory=list)
+    """Of each of `task.reward_names`."""
+    advantage: float = 0.0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """Of a completion in an environment, its turns and what the tools said."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What rewards logged about it."""
+    calls: int = 0
+    """Of tools."""
+    failed_calls: int = 0
+
+    @property
+    def answer(self) -> Any:
+        """What rewards get."""
+        return self.messages or self.text
+
+
+def record_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}.jsonl"
+
+
+def write_records(folder: Path, step: int, completions: Iterable[Scored], rewards: Sequence[str]) -> None:
+    """Write the completions of a step, whole or not at all."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for scored in completions:
+        row = pack_scored(scored)
+        scores = dict(zip(rewards, row.pop("scores"), strict=True))
+        lines.append(json.dumps({**row, "rewards": scores, "advantage": scored.advantage}, ensure_ascii=False))
+    files.write(record_path(folder, step), "\n".join(lines) + "\n")
+
+
+def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The lines that were written of a step; none where there is no file."""
+    try:
+        lines = record_path(folder, step).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
+    """A line of such a file, or None where it is of other rewards."""
+    try:
+        return unpack_scored({**row, "scores": [row["rewards"][name] for name in rewards]})
+    except (KeyError, TypeError):
+        return None
+
+
+def pack_scored(scored: Scored) -> dict[str, Any]:
+    """All but the advantage, as JSON; what is empty in most completions is left out where it is."""
+    completion = asdict(scored.completion)
+    for name in ("prompt_ids", "read"):
+        if not completion[name]:
+            del completion[name]
+    row: dict[str, Any] = {**completion, "text": scored.text, "scores": list(scored.scores)}
+    optional = {"messages": scored.messages, "extra": scored.extra, "calls": scored.calls}
+    optional["failed_calls"] = scored.failed_calls
+    return row | {name: value for name, value in optional.items() if value}
+
+
+def unpack_scored(row: Mapping[str, Any]) -> Scored:
+    """The inverse of `pack_scored`."""
+    needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
+    optional = {name: row[name] for name in ("prompt_ids", "read") if name in row}
+    further = {name: row[name] for name in ("messages", "extra", "calls", "failed_calls") if name in row}
+    return Scored(Completion(**needed, **optional), row["text"], list(row["scores"]), **further)
+
+
+def place_of(completion: Completion) -> str:
+    return f"{completion.prompt}/{completion.sample}"
+
+
+def identity_of(completion: Completion) -> str:
+    """Prompt, sample and tokens of a completion."""
+    return f"{place_of(completion)}/{','.join(map(str, completion.ids))}"

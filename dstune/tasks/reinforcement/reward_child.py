@@ -1,0 +1,181 @@
+"""The process in which rewards run: `python -m dstune.tasks.reinforcement.reward_child`.
+
+It answers one JSON line with another. Two processes: the inner one runs the rewards, the outer one is the parent of whatever they
+leave behind, and kills it all when it is asked to end, when the rank ends, or when there are too many of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from dstune.protocols import ENVIRONMENTS, REWARDS
+from dstune.tasks.reinforcement.environment_host import EnvironmentHost
+from dstune.tasks.reinforcement.grade import Graders
+
+MEMORY_BYTES = 8 * 2**30
+"""Address space of a process."""
+PRINTED_BYTES = 2**24
+"""What may be written to one file, what is printed included."""
+LONGEST_REASON = 500
+"""Characters of an error that are passed on."""
+MOST_PROCESSES = 256
+WATCHED_SECONDS = 0.1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+TOO_MANY_PROCESSES = 75
+
+
+def main() -> None:
+    # Before there is anything to be left behind.
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: end(0))
+    inner = os.fork()
+    if inner == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        answer_requests()
+        os._exit(0)
+    os.close(0)
+    os.close(1)
+    while True:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        if ended == inner:
+            end(os.waitstatus_to_exitcode(status) & 0xFF)
+        if not ended:
+            if len(descendants(os.getpid())) > MOST_PROCESSES:
+                print(f"\nit started more than {MOST_PROCESSES} processes", file=sys.stderr, flush=True)
+                end(TOO_MANY_PROCESSES)
+            time.sleep(WATCHED_SECONDS)
+
+
+def end(code: int) -> NoReturn:
+    """Kill every process below this one, also those in sessions of their own, and leave."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while found := descendants(os.getpid()):
+        for kind in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one starts no other
+            for process in found:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, kind)
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    os._exit(code)
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The living processes below `ancestor`."""
+    parents: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with suppress(OSError, ValueError):
+                state, parent, *_ = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
+                if state != "Z" or int(parent) == ancestor:
+                    parents[int(name)] = int(parent)
+    below = {ancestor}
+    while found := {process for process, parent in parents.items() if parent in below} - below:
+        below |= found
+    return sorted(below - {ancestor})
+
+
+def answer_requests() -> None:
+    """Answer requests until the rank closes its end."""
+    for limit, amount in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_FSIZE, PRINTED_BYTES)):
+        resource.setrlimit(limit, (amount, amount))
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a reward prints is no answer
+    graders, host = Graders({}), EnvironmentHost()
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        try:
+            match request["kind"]:
+                case "start":
+                    import_members(request["modules"])
+                    graders = Graders(request["graders"], **request["services"])
+                    answer: dict[str, Any] = {"ready": True}
+                case "score":
+                    answer = run_reward(request, graders, host)
+                case "reset":
+                    answer = {"results": host.reset(request["environment"], request["rows"])}
+                case "call":
+                    answer = {"results": host.call(request["calls"])}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"[:LONGEST_REASON]}
+        answers.write(json.dumps(answer).encode() + b"\n")
+
+
+def import_members(modules: Sequence[Sequence[Any]]) -> None:
+    """modules: (name, module, file of a module that Python does not find by its name), as `reward_process.module_of`."""
+    for name, module, file in modules:
+        if module not in sys.modules:
+            if file is None:
+                importlib.import_module(module)
+            else:
+                spec = importlib.util.spec_from_file_location(module, file)
+                assert spec is not None and spec.loader is not None
+                loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(loaded)
+        if name not in REWARDS and name not in ENVIRONMENTS:
+            raise ImportError(f"{module} registers no reward or environment {name!r}")
+
+
+def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHost) -> dict[str, Any]:
+    """`scores`, and what the reward logged: `extra` (columns of the completions) and `metrics`."""
+    name, completions, columns = request["reward"], request["completions"], dict(request["columns"])
+    if name in graders.names:
+        return {"scores": graders.score(name, completions, columns)}
+    if request["environments"] and name == host.name:
+        return {"scores": host.rewards(request["environments"])}
+    reward = REWARDS[name]()
+    if reward.runs_programs:
+        reward.limits = graders.limits
+    prompts, extra, metrics = request["prompts"], dict[str, list[Any]](), dict[str, list[float]]()
+    if reward.like_trl:
+        completions = [as_messages(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        columns["trainer_state"] = SimpleNamespace(**request["state"])
+        columns["log_extra"] = lambda column, values: extra.update({str(column): list(values)})
+        columns["log_metric"] = lambda metric, value: metrics.setdefault(str(metric), []).append(float(value))
+        if request["environments"]:
+            columns["environments"] = host.instances(request["environments"])
+    scores: Any = reward(prompts, completions, request["completion_ids"], **columns)
+    if inspect.isawaitable(scores):
+        scores = asyncio.run(awaited(scores))
+    logged = {column: [plain(value) for value in values] for column, values in extra.items()}
+    return {
+        "scores": [None if score is None or score != score else float(score) for score in scores],
+        "extra": {column: values for column, values in logged.items() if len(values) == len(completions)},
+        "metrics": {metric: sum(values) / len(values) for metric, values in metrics.items()},
+    }
+
+
+async def awaited(scores: Any) -> Any:
+    return await scores
+
+
+def as_messages(prompt: Any, completion: Any) -> Any:
+    """Of a conversation, the answer as messages."""
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Lets rewards, graders, reward models and environments score completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dstune.config.schema import RunConfig
+from dstune.data.prepared import Split
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.records import Scored, identity_of, place_of
+from dstune.tasks.reinforcement.reward_model import RewardModel, conversation_of, load_reward_model
+from dstune.tasks.reinforcement.reward_process import RewardProcess
+
+NOT_COLUMNS = {"prompt", "prompts", "completions", "completion_ids"}
+
+
+class Scorer:
+    """Scores the completions of this rank. Raises UserError for a grader or reward model that is not there."""
+
+    def __init__(self, config: RunConfig, split: Split):
+        assert isinstance(config.task, ReinforcementConfig)
+        self._task, self._split = config.task, split
+        self.names = self._task.reward_names
+        self.process = RewardProcess(self._task)
+        seconds = self._task.reward_seconds
+        self._models: dict[str, RewardModel] = {
+            name: load_reward_model(path, config.model, seconds) for name, path in self._task.model_paths.items()
+        }
+        self.metrics: dict[str, float] = {}
+        """What the rewards of the last call logged, by name."""
+
+    def columns_of(self, prompt: int) -> dict[str, Any]:
+        """The columns of a prompt's row."""
+        columns: dict[str, Any] = json.loads(self._split.table[self._split.row(prompt)]["columns"])
+        return columns
+
+    def score(
+        self, completed: Sequence[Sequence[Scored]], known: Mapping[str, Scored], state: Mapping[str, Any] | None = None
+    ) -> None:
+        """Give the completions their scores.
+
+        known: completions that an earlier launch had scored at this step, by `identity_of`: a reward that asks a judge or a clock
+        is not asked again for what it has answered. state: what `trainer_state` of TRL's functions has.
+        """
+        logged: dict[str, list[float]] = {}
+        for batch in completed:
+            new = []
+            for scored in batch:
+                earlier = known.get(identity_of(scored.completion))
+                if earlier is None:
+                    new.append(scored)
+                else:
+                    scored.scores, scored.extra = earlier.scores, earlier.extra
+            if new:
+                self._score_batch(new, state or {}, logged)
+        self.metrics = {name: sum(values) / len(values) for name, values in logged.items()}
+
+    def _score_batch(self, batch: Sequence[Scored], state: Mapping[str, Any], logged: dict[str, list[float]]) -> None:
+        rows = [self.columns_of(scored.completion.prompt) for scored in batch]
+        names = sorted({name for row in rows for name in row} - NOT_COLUMNS)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        prompts = [row.get("prompt") for row in rows]
+        keys = [place_of(scored.completion) for scored in batch] if self._task.environment else []
+        ids = [scored.completion.ids for scored in batch]
+        for name in self.names:
+            if model := self._models.get(name):
+                conversations = [
+                    conversation_of(prompt, _last_answer(scored), row)
+                    for prompt, scored, row in zip(prompts, batch, rows, strict=True)
+                ]
+                scores = model(conversations)
+            else:
+                answers = [scored.answer for scored in batch]
+                result = self.process(name, prompts, answers, ids, columns, state=state, environments=keys)
+                scores = result.scores
+                for metric, value in result.metrics.items():
+                    logged.setdefault(metric, []).append(value)
+                for column, values in result.extra.items():
+                    for scored, value in zip(batch, values, strict=True):
+                        scored.extra[column] = value
+            for scored, score in zip(batch, scores, strict=True):
+                scored.scores.append(score)
+
+    def close(self) -> None:
+        self.process.close()
+
+
+def _last_answer(scored: Scored) -> str:
+    """Of a completion of several turns, what the model wrote last."""
+    written = [message["content"] for message in scored.messages if message["role"] == "assistant"]
+    return written[-1] if written else scored.text

@@ -1,0 +1,302 @@
+"""Completions of several turns: what the model writes, and what the tools of an environment answer.
+
+Tokens in, tokens out: what was sampled is never decoded and tokenized again. Behind a turn stand the tokens that the chat template
+adds for the results of tools; they are read, not trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.data.chat.template import ChatTemplate
+from dstune.data.chat.tool_calls import ToolForm, ToolText, form_of
+from dstune.data.messages import with_system
+from dstune.data.render import ChatRenderer, RenderError
+from dstune.protocols import ENVIRONMENTS
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.records import Scored, place_of
+from dstune.tasks.reinforcement.sampling import Completion, Turn, continue_completions
+from dstune.tasks.reinforcement.scoring import Scorer
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Episode:
+    """A completion in its environment, as far as it has come."""
+
+    completion: Completion
+    history: Messages
+    """The prompt's messages and all turns."""
+    arguments: dict[str, Any]
+    """Of the chat template, from the row."""
+    first: int
+    """Messages of the prompt."""
+    is_over: bool = False
+    answers: int = 0
+    calls: int = 0
+    failed_calls: int = 0
+    results: Messages = field(default_factory=list)
+
+
+class Environments:
+    """Lets the model act in the environments of a run's prompts."""
+
+    def __init__(
+        self, task: ReinforcementConfig, tokenizer: Any, scorer: Scorer, max_length: int, ends: Collection[int]
+    ):
+        """Raises UserError where the chat template shows no calls of tools."""
+        assert task.environment is not None
+        self._task, self._tokenizer, self._scorer, self._ends = task, tokenizer, scorer, ends
+        self._max_length = max_length
+        self.tools = tool_schemas(task.environment)
+        if not tokenizer.chat_template:
+            raise UserError(Problem("model.chat_template", "an environment needs a chat template", "a chat model"))
+        self._renderer = ChatRenderer(tokenizer, task.template_date, task.chat_template_kwargs)
+        self._template = ChatTemplate(tokenizer, task.template_date, task.chat_template_kwargs)
+        form = form_of(self._template) if self.tools else None
+        if self.tools and form is None:
+            reason = "the chat template shows the model no tools, or their calls in a form that cannot be read"
+            raise UserError(
+                Problem("task.environment", reason, "a model that calls tools, such as Qwen 3", task.environment)
+            )
+        self._form: ToolForm | None = form
+
+    def complete(
+        self,
+        module: nn.Module,
+        prompts: Sequence[int],
+        samples: int,
+        keys: tuple[int, int],
+        world: World,
+        *,
+        in_step: bool,
+    ) -> list[Scored]:
+        """`samples` completions of each of the prompts (numbers), on this rank. in_step: whether ranks compute together.
+
+        Raises:
+            UserError: a prompt does not fit, or an environment cannot be made. On all ranks alike.
+        """
+        episodes, problem = self._begin(prompts, samples, keys)
+        problems = [text for text in world.gather(problem) if text]
+        if problems:
+            raise UserError(
+                Problem("task.environment", problems[0], "docs/environments.md", self._task.environment or "")
+            )
+        starts = self._scorer.process.starts
+        goes_on: Callable[[bool], bool] = world.any if in_step else bool
+        while True:
+            active = [episode for episode in episodes if not episode.is_over]
+            if not goes_on(bool(active)):
+                break
+            self._write(module, active, keys, goes_on)
+            self._act(active, starts)
+        return [self._scored(episode) for episode in episodes]
+
+    def _begin(self, prompts: Sequence[int], samples: int, keys: tuple[int, int]) -> tuple[list[Episode], str]:
+        """An episode for each completion, and what is wrong with one."""
+        completions = [Completion(prompt, sample) for prompt in prompts for sample in range(samples)]
+        rows = [self._scorer.columns_of(completion.prompt) for completion in completions]
+        requests = [
+            {"key": place_of(completion), "seed": _seed(keys, completion), "columns": _keywords(row)}
+            for completion, row in zip(completions, rows, strict=True)
+        ]
+        request = {"kind": "reset", "environment": self._task.environment, "rows": requests}
+        answer = self._ask(request)
+        if "results" not in answer:
+            return [], f"the environment cannot begin: {answer['error']}"
+        episodes = []
+        for completion, row, observation in zip(completions, rows, answer["results"], strict=True):
+            prompt, arguments = row["prompt"], row.get("chat_template_kwargs") or {}
+            messages = (
+                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
+            )
+            messages = with_system(messages, row.get("system"))
+            if observation:
+                messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']}{observation}"}
+            try:
+                ids = self._renderer.prompt_ids(messages, tools=self.tools or None, arguments=arguments)
+            except RenderError as error:
+                return [], str(error)
+            if len(ids) > self._max_length:
+                reason = f"with its tools and what the environment adds, a prompt has {len(ids):,} tokens"
+                return [], f"{reason}; data.max_length is {self._max_length:,}"
+            completion.prompt_ids = ids
+            episodes.append(Episode(completion, messages, dict(arguments), len(messages)))
+        return episodes, ""
+
+    def _write(
+        self, module: nn.Module, active: Sequence[Episode], keys: tuple[int, int], goes_on: Callable[[bool], bool]
+    ) -> None:
+        """The next answer of each."""
+        turns, before = [], []
+        for episode in active:
+            completion = episode.completion
+            assert completion.prompt_ids is not None
+            tokens = [*completion.prompt_ids, *completion.ids]
+            turns.append(Turn(completion, tokens, self._task.max_new_tokens - len(completion.ids)))
+            before.append(len(completion.ids))
+        ended = continue_completions(
+            module,
+            turns,
+            temperature=self._task.temperature,
+            ends=self._ends,
+            padding=self._tokenizer.pad_token_id,
+            keys=keys,
+            goes_on=goes_on,
+            device=next(module.parameters()).device,
+        )
+        for episode, start, has_ended in zip(active, before, ended, strict=True):
+            episode.answers += 1
+            text = self._tokenizer.decode(episode.completion.ids[start:], skip_special_tokens=False)
+            text = _without_end(text, self._tokenizer, episode.completion.ids[-1:], self._ends)
+            visible, calls = self._calls_in(text, episode)
+            message: dict[str, Any] = {"role": "assistant", "content": visible}
+            if calls:
+                message["tool_calls"] = calls
+            episode.history.append(message)
+            episode.is_over = not has_ended or not calls or episode.answers >= self._task.turns
+            episode.completion.ended = has_ended and not (calls and episode.answers >= self._task.turns)
+
+    def _calls_in(self, text: str, episode: Episode) -> tuple[str, Messages]:
+        if self._form is None:
+            return text, []
+        reader = ToolText(self._form)
+        visible = reader.push(text)
+        rest, calls = reader.finish()
+        for number, call in enumerate(calls):  # names of their own would be others in every launch
+            call["id"] = f"call{len(episode.history):04d}{number % 10}"
+        return visible + rest, calls
+
+    def _act(self, active: Sequence[Episode], starts: int) -> None:
+        """Run the calls of each, and put the results behind its tokens."""
+        waiting = [episode for episode in active if not episode.is_over]
+        calls, owners = [], []
+        for episode in waiting:
+            for call in episode.history[-1]["tool_calls"]:
+                function = call["function"]
+                key = place_of(episode.completion)
+                calls.append({"key": key, "name": function["name"], "arguments": json.loads(function["arguments"])})
+                owners.append((episode, call))
+        if not calls:
+            return
+        answer = self._ask({"kind": "call", "calls": calls}) if self._scorer.process.starts == starts else {}
+        results = answer.get("results")
+        if results is None:  # their environments are gone, so that nothing can score them
+            for episode in waiting:
+                episode.is_over, episode.completion.ended = True, False
+            return
+        for (episode, call), result in zip(owners, results, strict=True):
+            episode.calls += 1
+            episode.failed_calls += result["failed"]
+            message = {"role": "tool", "name": call["function"]["name"], "content": result["text"]}
+            episode.results.append({**message, "tool_call_id": call["id"]})
+        for episode in waiting:
+            self._append_results(episode)
+
+    def _append_results(self, episode: Episode) -> None:
+        completion = episode.completion
+        ids = self.suffix(episode.history, episode.results, episode.arguments)
+        if len(completion.ids) + len(ids) >= self._task.max_new_tokens:
+            episode.is_over, completion.ended = True, False
+        else:
+            completion.read += range(len(completion.ids), len(completion.ids) + len(ids))
+            completion.ids += ids
+            completion.logps += [0.0] * len(ids)
+            episode.history += episode.results
+        episode.results = []
+
+    def suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
+        """Tokens between the end token of the last answer in `history` and the next answer, `results` in them.
+
+        Raises:
+            UserError: the template prints what came before in another way once there are results.
+        """
+        ids = self._renderer.prompt_ids([*history, *results], tools=self.tools or None, arguments=arguments)
+        ends = sum(token in self._ends for token in self._plain_suffix(history, results, arguments))
+        places = [place for place, token in enumerate(ids) if token in self._ends]
+        return ids[places[-1 - ends] + 1 :] if len(places) > ends else ids
+
+    def _plain_suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
+        """The same with results in which nothing reads like the end of a turn."""
+        plain = [{**message, "content": "ok"} for message in results]
+        given: dict[str, Any] = {"tools": self.tools or None, "arguments": arguments}
+        before = self._template.text([*map(self._renderer.facts.adapted, history)], **given)
+        after = self._template.text([*map(self._renderer.facts.adapted, [*history, *plain])], prompt=True, **given)
+        marks = [self._tokenizer.decode([token]) for token in self._ends]
+        end = max((before.rfind(mark) + len(mark) for mark in marks if mark in before), default=len(before))
+        if not after.startswith(before[:end]):
+            reason = "the chat template prints earlier turns in another way once a tool has answered"
+            raise UserError(Problem("model.chat_template", reason, "a template that only adds to what it has printed"))
+        ids: list[int] = self._tokenizer(after[end:], add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._scorer.process.ask(request, self._task.environment_seconds, "task.environment_seconds")
+        if error := answer.get("error"):
+            self._scorer.process.last_error = str(error)
+        return answer
+
+    def _scored(self, episode: Episode) -> Scored:
+        text = self._tokenizer.decode(episode.completion.ids, skip_special_tokens=True)
+        messages = episode.history[episode.first :]
+        return Scored(
+            episode.completion, text, messages=messages, calls=episode.calls, failed_calls=episode.failed_calls
+        )
+
+
+def tool_schemas(name: str) -> list[dict[str, Any]]:
+    """JSON schemas of the tools of an environment, from their signatures and docstrings.
+
+    Raises:
+        UserError: a docstring does not describe a tool.
+    """
+    from transformers.utils import get_json_schema
+
+    environment = ENVIRONMENTS[name]
+    schemas = []
+    for tool in environment.tool_names():
+        try:
+            schemas.append(get_json_schema(_unbound(getattr(environment, tool))))
+        except Exception as error:  # of several kinds in transformers
+            fix = "describe the tool and each argument: a summary, then `Args:` with `name: what it is` lines"
+            raise UserError(Problem("task.environment", f"{name}.{tool}: {error}", fix, name)) from None
+    return schemas
+
+
+def _unbound(method: Any) -> Any:
+    """`method` without `self`, which is no argument of the tool."""
+    import functools
+    import inspect
+
+    signature = inspect.signature(method)
+    parameters = list(signature.parameters.values())[1:]
+
+    @functools.wraps(method)
+    def tool(*arguments: Any, **named: Any) -> Any:
+        return method(None, *arguments, **named)
+
+    tool.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return tool
+
+
+def _keywords(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns that `reset` gets: those with names that arguments may have."""
+    return {name: value for name, value in row.items() if name.isidentifier()}
+
+
+def _seed(keys: tuple[int, int], completion: Completion) -> int:
+    text = f"{keys[0]}/{keys[1]}/{place_of(completion)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _without_end(text: str, tokenizer: Any, last: list[int], ends: Collection[int]) -> str:
+    return text.removesuffix(tokenizer.decode(last)) if last and last[0] in ends else text
