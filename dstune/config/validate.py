@@ -52,6 +52,7 @@ from dstune.protocols import (
     schedule_of,
     task_of,
 )
+from dstune.protocols.task_options import TrainsOnRollouts
 
 
 def validate(config: RunConfig) -> None:
@@ -263,11 +264,16 @@ def check_optimizer(config: RunConfig) -> Iterator[Problem]:
     yield from optimizer.check_run(config)
 
 
+def _answers_per_row(config: RunConfig) -> int:
+    task = task_of(config.task)
+    return task.answers_per_row if isinstance(task, TrainsOnRollouts) else 1
+
+
 def check_batches(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     if trainer.micro_batch_size is Automatic.auto:
         yield from _check_automatic(config)
-    elif trainer.rows > trainer.global_batch_size:
+    elif trainer.rows > trainer.global_batch_size * _answers_per_row(config):
         yield Problem(
             "trainer.micro_batch_size",
             f"a micro-batch cannot have more rows than the optimizer step "

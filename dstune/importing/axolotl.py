@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstune.core.errors import Problem, UserError
-from dstune.importing import common
+from dstune.importing import common, policy
 from dstune.importing.common import HUGGING_FACE, LATER
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
+from dstune.importing.result import (
+    DIFFERENT,
+    MEANINGLESS,
+    NOT_SUPPORTED,
+    Import,
+    Rule,
+    missing,
+    own_code,
+    own_way,
+    same,
+    with_others,
+)
 from dstune.importing.sources import Source, put_sources, report_lost_settings, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -29,6 +40,8 @@ DEFAULTS: dict[str, Any] = {
 
 LOSSES = ("dpo", "ipo", "kto", "orpo", "simpo")
 """Values of `rl` that are imported; `task.loss` has the same names."""
+POLICY = "grpo"
+"""The value of `rl` with which the model answers prompts; its keys stand below `trl`."""
 DEFAULTS_BY_LOSS: dict[str, dict[str, Any]] = {
     "orpo": {"orpo_alpha": 0.1},
     "simpo": {"rl_beta": 0.1, "simpo_gamma": 0.5},
@@ -57,14 +70,47 @@ def recognised(raw: Mapping[str, Any]) -> bool:
 
 def check(raw: Mapping[str, Any]) -> None:
     """Raises UserError for a kind of training that is not imported."""
-    if (loss := raw.get("rl")) and loss not in LOSSES:
-        raise UserError(Problem("rl", f"{loss} is not supported", f"one of {', '.join(LOSSES)}", str(loss)))
+    if (loss := raw.get("rl")) and loss not in (*LOSSES, POLICY):
+        raise UserError(Problem("rl", f"{loss} is not supported", f"one of {', '.join((*LOSSES, POLICY))}", str(loss)))
     if raw.get("process_reward_model"):
         reason, fix = "scores for each step of an answer are not supported", "reward_model: true"
         raise UserError(Problem("process_reward_model", reason, fix, str(raw["process_reward_model"])))
 
 
+def policy_settings(found: Import, value: Any) -> None:
+    """`trl`, with the names that TRL has."""
+    if found.get("rl") != POLICY:
+        found.drop("rl: grpo alone uses it", MEANINGLESS)
+        return
+    settings = {**policy.DEFAULTS, **{key: setting for key, setting in dict(value).items() if setting is not None}}
+
+    def put(name: str, setting: tuple[str, Any]) -> None:
+        found.put(*setting)
+
+    def drop(name: str, reason: str, kind: str = NOT_SUPPORTED) -> None:
+        if name in value and kind != MEANINGLESS:
+            found.drop(f"trl.{name}: {reason}", kind)
+
+    policy.put_policy(found, settings, drop, put)
+    for name in sorted(set(value) - {*policy.KEYS, *policy.DEFAULTS, *policy.OWN_WAY}):
+        found.drop(f"trl.{name}: {LATER}")
+
+
+def batch_size(found: Import, value: Any) -> None:
+    if found.get("rl") != POLICY:
+        common.global_batch(found, "micro_batch_size", "gradient_accumulation_steps")
+        return
+    rows, steps = int(found.get("micro_batch_size", 1)), int(found.get("gradient_accumulation_steps", 1))
+    samples = (found.get("trl") or {}).get("num_generations") or policy.DEFAULTS["num_generations"]
+    policy.count_prompts(found, rows, steps, int(samples))
+    found.note("trainer.global_batch_size")
+
+
 def preference_loss(found: Import, value: Any) -> None:
+    if value == POLICY:
+        if not found.get("trl"):
+            policy_settings(found, {})
+        return
     found.choose("task", "preference")
     found.put("task.loss", value)
 
@@ -100,6 +146,13 @@ def _preference_source(found: Import, entry: Mapping[str, Any]) -> Source | None
     if path in ("json", "csv", "parquet") and (files := entry.get("data_files")):
         source.path = str(files[0] if isinstance(files, list) else files)
     known = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "trust_remote_code"}
+    if found.get("rl") == POLICY:
+        source.format = "prompt"
+        if kind:
+            found.drop(
+                f"{path}: rows are made by Python of your own ({kind}); write rows with a column prompt", DIFFERENT
+            )
+        return source
     template, _, layout = str(kind or "").partition(".")
     judged = found.get("rl") == "kto"
     source.format = "feedback" if judged else "preference"
@@ -162,7 +215,8 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
     """The source and the task that its type is for."""
     if found.get("rl") or found.get("reward_model"):
         compared = _preference_source(found, entry)
-        return (compared, "preference" if found.get("rl") else "reward") if compared else None
+        task = "reinforcement" if found.get("rl") == POLICY else "preference" if found.get("rl") else "reward"
+        return (compared, task) if compared else None
     kind = str(entry.get("type") or "chat_template").split(":", 1)[0].split(".", 1)[0]
     path = str(entry.get("path", ""))
     if isinstance(entry.get("type"), Mapping):
@@ -215,7 +269,10 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
 def datasets(found: Import, value: Any) -> None:
     pairs = [pair for entry in value if (pair := _source(found, entry))]
     tasks = {task for _, task in pairs}
-    task = next((task for task in ("reward", "preference", "chat") if task in tasks), "causal_lm" if tasks else "chat")
+    task = next(
+        (task for task in ("reward", "preference", "reinforcement", "chat") if task in tasks),
+        "causal_lm" if tasks else "chat",
+    )
     others = [source.path for source, kind in pairs if kind != task]
     if others:
         found.drop(f"{', '.join(others)}: plain text beside conversations; one run has one task", DIFFERENT)
@@ -373,10 +430,9 @@ TABLE: dict[str, Rule] = {
     "load_in_8bit": common.quantized,
     "gptq": common.quantized,
     "unfrozen_parameters": missing(LATER),
-    "micro_batch_size": lambda found, _: common.global_batch(found, "micro_batch_size", "gradient_accumulation_steps"),
-    "gradient_accumulation_steps": lambda found, _: common.global_batch(
-        found, "micro_batch_size", "gradient_accumulation_steps"
-    ),
+    "micro_batch_size": batch_size,
+    "gradient_accumulation_steps": batch_size,
+    "trl": policy_settings,
     "auto_find_batch_size": common.find_batch,
     "eval_batch_size": same("evaluate.micro_batch_size"),
     "num_epochs": common.epochs,

@@ -6,9 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from dstune.core.errors import Problem, UserError
-from dstune.importing import common
+from dstune.importing import common, policy
 from dstune.importing.common import HUGGING_FACE, HUGGING_FACE_DEFAULTS, LATER
-from dstune.importing.result import DIFFERENT, MEANINGLESS, Import, Rule, missing, own_code, own_way, same, with_others
+from dstune.importing.result import (
+    DIFFERENT,
+    MEANINGLESS,
+    NOT_SUPPORTED,
+    Import,
+    Rule,
+    missing,
+    own_code,
+    own_way,
+    same,
+    with_others,
+)
 from dstune.importing.sources import Source, put_sources, with_split
 
 DEFAULTS: dict[str, Any] = {
@@ -27,10 +38,10 @@ def recognised(raw: Mapping[str, Any]) -> bool:
     return "model_name_or_path" in raw
 
 
-SUPPORTED = ("sft", "dpo", "kto", "orpo", "reward")
+SUPPORTED = ("sft", "dpo", "kto", "orpo", "reward", "grpo")
 """Trainers whose runs are imported."""
 NOT_IMPORTED = (
-    *("a2po", "async_grpo", "bco", "cpo", "distillation", "dpo_online", "gkd", "gmpo", "gold", "grpo", "gspo"),
+    *("a2po", "async_grpo", "bco", "cpo", "distillation", "dpo_online", "gkd", "gmpo", "gold", "gspo"),
     *("minillm", "mpo", "nash_md", "online_dpo", "papo", "ppo", "prm", "rloo", "sdft", "sdpo", "tpo", "xpo"),
 )
 """Trainers of TRL, and names of its scripts for them, whose runs are not imported."""
@@ -53,6 +64,11 @@ DEFAULTS_BY_TRAINER: dict[str, dict[str, Any]] = {
     "reward": {
         **{key: PREFERENCE_DEFAULTS[key] for key in PREFERENCE_DEFAULTS if key != "beta"},
         "learning_rate": 1e-4,
+    },
+    "grpo": {
+        **{key: PREFERENCE_DEFAULTS[key] for key in PREFERENCE_DEFAULTS if key not in ("beta", "max_length")},
+        **policy.DEFAULTS,
+        "trainer": "grpo",
     },
 }
 """What the trainers of TRL 1.16 do where a file is silent."""
@@ -80,10 +96,8 @@ def trainer_for(raw: Mapping[str, Any]) -> str:
             names = ", ".join(SUPPORTED)
             raise UserError(Problem("FILE", f"{trainer} is not supported", f"a run of {names}", str(trainer)))
         return str(trainer)
-    for key in ("num_generations", "reward_funcs"):
-        if key in raw:
-            reason = "training on generated answers is not supported"
-            raise UserError(Problem(key, reason, "import the configuration of another run", str(raw[key])))
+    if raw.keys() & {"num_generations", "reward_funcs"}:
+        return "grpo"
     if raw.keys() & {"desirable_weight", "undesirable_weight"}:
         return "kto"
     if "center_rewards_coefficient" in raw:
@@ -121,6 +135,9 @@ def _refuse_loss(value: Any, supported: Iterable[str]) -> NoReturn:
 
 def _set_task(found: Import) -> None:
     trainer = trainer_for(found.raw)
+    if trainer == "grpo":
+        found.choose("task", "reinforcement")
+        return
     if trainer == "reward":
         found.choose("task", "reward")
         return
@@ -140,12 +157,55 @@ def _set_task(found: Import) -> None:
 
 def name_of_trainer(found: Import, value: Any) -> None:
     _set_task(found)
+    if value == "grpo":
+        _set_policy(found)
     if value in ("kto", "orpo"):
         found.put("task.loss", value)
 
 
+def _set_policy(found: Import) -> None:
+    def put(name: str, setting: tuple[str, Any]) -> None:
+        key, value = setting
+        found.values[key] = value
+        if name in found.raw:
+            found.carried[name] = [key]
+
+    def drop(name: str, reason: str, kind: str = NOT_SUPPORTED) -> None:
+        if found.raw.get(name) is not None:
+            found.drop(reason, kind, key=name)
+
+    policy.put_policy(found, found.raw, drop, put)
+
+
+def of_policy(found: Import, value: Any) -> None:
+    """A key of GRPO alone, which `name_of_trainer` looks at."""
+    if trainer_for(found.raw) != "grpo":
+        found.drop("training on generated answers alone uses it", MEANINGLESS)
+
+
+def completion_length(found: Import, value: Any) -> None:
+    if trainer_for(found.raw) != "grpo":
+        found.drop("data.max_length is the limit of a row")
+
+
+def divergence_weight(found: Import, value: Any) -> None:
+    if trainer_for(found.raw) != "grpo":
+        found.put("task.beta", value)
+
+
+def batch_size(found: Import, value: Any) -> None:
+    rows, steps = int(found.get("per_device_train_batch_size", 8)), int(found.get("gradient_accumulation_steps", 1))
+    if trainer_for(found.raw) != "grpo":
+        common.global_batch(found, "per_device_train_batch_size", "gradient_accumulation_steps")
+        return
+    policy.count_prompts(found, rows, steps, int(found.get("num_generations", policy.DEFAULTS["num_generations"])))
+    found.note("trainer.global_batch_size")
+
+
 def loss_type(found: Import, value: Any) -> None:
     trainer = trainer_for(found.raw)
+    if trainer == "grpo":
+        return
     if trainer in ("dpo", "kto"):
         (loss,) = _losses(value)
         found.choose("task", "preference")
@@ -310,7 +370,7 @@ TABLE: dict[str, Rule] = {
     "assistant_only_loss": assistant_only,
     "trainer": name_of_trainer,
     "loss_type": loss_type,
-    "beta": same("task.beta"),
+    "beta": divergence_weight,
     "label_smoothing": same("task.label_smoothing"),
     "desirable_weight": same("task.desirable_weight"),
     "undesirable_weight": same("task.undesirable_weight"),
@@ -318,7 +378,13 @@ TABLE: dict[str, Rule] = {
     "precompute_ref_batch_size": own_way("the reference computes with the micro-batch of an evaluation"),
     "disable_dropout": own_way("the dropout of a model stays as its config.json says"),
     "max_prompt_length": missing("data.max_length is the limit of a row"),
-    "max_completion_length": missing("data.max_length is the limit of a row"),
+    "max_completion_length": completion_length,
+    "per_device_train_batch_size": batch_size,
+    "gradient_accumulation_steps": batch_size,
+    **dict.fromkeys(policy.KEYS, of_policy),
+    **dict.fromkeys(
+        (*policy.MISSING, "delta", "entropy_coef", "top_entropy_quantile", "off_policy_mask_threshold"), missing(LATER)
+    ),
     "loss_weights": missing("a run has one loss"),
     "reference_free": missing("losses without a reference model: task.loss=simpo or orpo"),
     "f_divergence_type": divergence,

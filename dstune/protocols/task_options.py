@@ -70,6 +70,11 @@ class TrainsOnRollouts(Protocol):
         """The most tokens that the model adds to a row before it trains on both."""
         return 0
 
+    @property
+    def answers_per_row(self) -> int:
+        """Texts that the model writes to a row, of which `trainer.micro_batch_size` are trained at a time."""
+        return 1
+
     def rollouts(
         self,
         run: RunConfig,

@@ -489,7 +489,7 @@ def test_a_secret_is_not_repeated():
 @pytest.mark.parametrize(
     ("tool", "keys", "key"),
     [
-        ("axolotl", {"rl": "grpo"}, "rl"),
+        ("axolotl", {"rl": "ppo"}, "rl"),
         ("axolotl", {"process_reward_model": True}, "process_reward_model"),
         ("llama-factory", {"stage": "ppo"}, "stage"),
         ("llama-factory", {"stage": "dpo", "pref_loss": "hinge"}, "pref_loss"),
@@ -497,15 +497,58 @@ def test_a_secret_is_not_repeated():
         ("trl", {"max_prompt_length": 512}, "max_prompt_length"),
         ("trl", {"loss_type": "hinge"}, "loss_type"),
         ("trl", {"loss_type": "dapo"}, "loss_type"),
+        ("trl", {"trainer": "grpo", "loss_type": "sapo"}, "loss_type"),
         ("trl", {"trainer": "dpo", "loss_type": ["sigmoid", "ipo"]}, "loss_type"),
         ("trl", {"trainer": "kto", "loss_type": "apo_zero_unpaired"}, "loss_type"),
-        ("trl", {"reward_funcs": "accuracy"}, "reward_funcs"),
     ],
 )
 def test_another_kind_of_training_is_refused(tool, keys, key):
     with pytest.raises(UserError) as error:
         values(tool, **keys)
     assert error.value.problems[0].where == key
+
+
+GRPO = {
+    "num_generations": 4,
+    "max_completion_length": 64,
+    "reward_funcs": ["accuracy_reward", "think_format_reward"],
+    "reward_weights": [1.0, 0.5],
+    "loss_type": "dr_grpo",
+    "scale_rewards": False,
+    "beta": 0.0,
+    "epsilon_high": 0.28,
+    "num_iterations": 2,
+    "temperature": 0.9,
+    "mask_truncated_completions": True,
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+}
+
+
+@pytest.mark.parametrize("tool", ["trl", "axolotl"])
+def test_grpo_is_reinforcement(tool, tmp_path):
+    if tool == "trl":
+        keys = {**GRPO, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    else:
+        keys = {"rl": "grpo", "trl": GRPO, "micro_batch_size": 8, "gradient_accumulation_steps": 2}
+    _, found = values(tool, **keys)
+    config = configuration(found.text, tmp_path)
+    task = config.task
+    assert found.problems == []
+    assert (task.name, task.loss.name, task.samples, task.max_new_tokens) == ("reinforcement", "dr_grpo", 4, 64)
+    assert (task.rewards, task.reward_weights) == (["boxed_answer", "reasoning_format"], [1.0, 0.5])
+    assert (task.clip, task.updates, task.temperature, task.mask_truncated) == ((0.2, 0.28), 2, 0.9, True)
+    assert (config.trainer.micro_batch_size, config.trainer.global_batch_size) == (8, 4), "16 completions of 4 prompts"
+    assert not [name for name, dropped in found.dropped.items() if dropped.kind == "not supported"]
+
+
+def test_what_grpo_has_of_your_own_is_named():
+    keys = {**GRPO, "reward_funcs": ["mine.correct", "org/judge"], "top_p": 0.9, "sync_ref_model": True}
+    _, found = values("trl", **keys)
+    assert "@dstune.reward" in found.dropped["reward_funcs"].reason
+    assert "task.temperature" in found.dropped["top_p"].reason
+    assert "sync_ref_model" in found.dropped
+    assert "reward_models:\n  - org/judge" in found.text
 
 
 @pytest.mark.parametrize("tool", [axolotl, llama_factory, trl])
@@ -559,10 +602,9 @@ def test_a_command_trains_what_its_name_says(command, task, values_of_task, rate
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        *((f"trl {name} {ROWS}", name) for name in ("grpo", "rloo", "gkd", "ppo", "nash_md", "xpo", "online_dpo")),
-        (f"accelerate launch trl/scripts/grpo.py {ROWS}", "grpo"),
+        *((f"trl {name} {ROWS}", name) for name in ("rloo", "gkd", "ppo", "nash_md", "xpo", "online_dpo")),
+        (f"accelerate launch trl/scripts/rloo.py {ROWS}", "rloo"),
         (f"accelerate launch --num_processes 2 examples/scripts/dpo_online.py {ROWS}", "dpo_online"),
-        (f"python grpo_vlm.py {ROWS}", "grpo"),
         (f"python -m trl.scripts.rloo {ROWS}", "rloo"),
         (f"trl vllm-serve {ROWS}", "vllm_serve"),
     ],
@@ -589,7 +631,7 @@ def test_the_configuration_of_a_command_is_read_with_it(tmp_path, monkeypatch, c
     assert main(["import", "scripts/a.sh"]) == 2
 
 
-@pytest.mark.parametrize(("trainer", "code"), [("dpo", 0), ("kto", 0), ("grpo", 2)])
+@pytest.mark.parametrize(("trainer", "code"), [("dpo", 0), ("kto", 0), ("rloo", 2)])
 def test_the_trainer_of_a_file_can_be_given(trainer, code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("model_name_or_path: m\ndataset_name: rows.jsonl\nbeta: 0.2\n")

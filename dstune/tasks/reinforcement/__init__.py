@@ -53,6 +53,10 @@ class Reinforcement(WritingTask):
         return self.config.max_new_tokens
 
     @property
+    def answers_per_row(self) -> int:
+        return self.config.samples
+
+    @property
     def needs_answer(self) -> bool:
         return False
 

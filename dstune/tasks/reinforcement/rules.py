@@ -8,11 +8,8 @@ from pathlib import Path
 from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.grading.grader import kinds_in
-from dstune.grading.sandbox import missing_reason
 from dstune.protocols import ENVIRONMENTS, REWARDS, method_of
 from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig
-from dstune.tasks.reinforcement.grade import read_grader
 
 
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
@@ -78,12 +75,8 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
         reason = f"there are {len(scorers)} rewards ({', '.join(scorers)})"
         fix = "a factor for each, or leave it out"
         yield Problem("task.reward_weights", reason, fix, format_value(list(task.reward_weights)))
-    kinds: set[str] = set()
-    for path in task.graders:
-        try:
-            kinds |= kinds_in(read_grader(path))
-        except UserError as error:
-            yield from error.problems
+    kinds, problems = _kinds_of_graders(task)
+    yield from problems
     if "score_model" in kinds and task.judge is None:
         reason = "a score_model grader asks a model, and no server is given"
         yield Problem("task.judge", reason, "task.judge=http://HOST:PORT, as of dstune serve", "null")
@@ -96,10 +89,28 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
 
 def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
     """What this machine lacks to run programs."""
-    is_python = any("python" in kinds_in(read_grader(path)) for path in task.graders)
+    from dstune.grading.sandbox import missing_reason
+
+    is_python = "python" in _kinds_of_graders(task)[0]
     runs_programs = any(REWARDS[name].runs_programs for name in task.rewards)
     if (is_python or runs_programs) and (missing := missing_reason()):
         key = "graders" if is_python else "rewards"
         reason = f"programs run in a sandbox alone, and there is none: {missing}"
         fix = "another reward, or a machine (or container) in which users may make namespaces"
         yield Problem(f"task.{key}", reason, fix, format_value(list(getattr(task, key))))
+
+
+def _kinds_of_graders(task: ReinforcementConfig) -> tuple[set[str], list[Problem]]:
+    """The types of graders in `task.graders`, and what is wrong with the files."""
+    if not task.graders:
+        return set(), []
+    from dstune.grading.grader import kinds_in
+    from dstune.tasks.reinforcement.grade import read_grader
+
+    kinds, problems = set[str](), list[Problem]()
+    for path in task.graders:
+        try:
+            kinds |= kinds_in(read_grader(path))
+        except UserError as error:
+            problems += error.problems
+    return kinds, problems
