@@ -273,12 +273,15 @@ def check_batches(config: RunConfig) -> Iterator[Problem]:
     trainer = config.trainer
     if trainer.micro_batch_size is Automatic.auto:
         yield from _check_automatic(config)
-    elif trainer.rows > trainer.global_batch_size * _answers_per_row(config):
+    elif trainer.rows > (most := trainer.global_batch_size * (answers := _answers_per_row(config))):
+        each = "" if answers == 1 else f" with {answers} answers each"
         yield Problem(
             "trainer.micro_batch_size",
             f"a micro-batch cannot have more rows than the optimizer step "
-            f"(trainer.global_batch_size={trainer.global_batch_size})",
-            f"trainer.global_batch_size={trainer.rows}, or a smaller micro-batch",
+            f"(trainer.global_batch_size={trainer.global_batch_size}{each})",
+            f"trainer.global_batch_size={trainer.rows}, or a smaller micro-batch"
+            if answers == 1
+            else f"trainer.micro_batch_size={most}",
             format_value(trainer.micro_batch_size),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dstune.config.zero_rules import swap_buffers
-from dstune.planning import activations
+from dstune.planning import activations, rollout
 from dstune.planning.setup import Setup
 
 GIB = 2**30
@@ -61,6 +61,8 @@ def memory(s: Setup) -> Memory:
     }
     if s.evaluation_batch:
         moments["evaluation"] = resident | {"gathered": gathered(s), "activations": activations.evaluation(s)}
+    if s.written:
+        moments["rollout"] = resident | {"gathered": gathered(s), "completions": rollout.sampling_bytes(s)}
     if not s.on_gpu:  # a CPU's ranks offload to the memory that they are in
         moments = {name: parts | ({"offloaded": host} if host else {}) for name, parts in moments.items()}
         host = 0

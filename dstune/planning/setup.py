@@ -91,6 +91,10 @@ class Setup:
     """Ranks that share the weights of each layer; `model` and `trained` are one's own."""
     unreached: int = 0
     """Weights of parts that rows of text never reach, which no rank trains or gathers; `model` is the language model."""
+    answers: int = 1
+    """Texts that the model writes to a row before it trains on them; a micro-batch has so many of these as it has rows else."""
+    written: int = 0
+    """Tokens of each of them at most; 0 where rows are trained as they are."""
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
 
@@ -116,7 +120,7 @@ class Setup:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a rank in one optimizer step."""
-        return ceil(ceil(self.global_batch_size / self.micro_batch_size) / self.groups)
+        return ceil(ceil(self.global_batch_size * self.answers / self.micro_batch_size) / self.groups)
 
     @property
     def groups(self) -> int:
@@ -199,6 +203,8 @@ def setup(
         evaluation_batch=config.evaluate.micro_batch_size,
         sharing=parallelism_of(config.parallel).row_ranks,
         slices=slices,
+        answers=_answers_per_row(config),
+        written=_written(config),
         own_sums=weight_bytes == 2 and zero.gradient_dtype is GradientDtype.model,
     )
 
@@ -214,10 +220,19 @@ def _state_bytes(config: RunConfig, trained: Sequence[Tensor]) -> float:
     return sum(map(of, trained)) / max(1, sum(tensor.count for tensor in trained))
 
 
+def _answers_per_row(config: RunConfig) -> int:
+    task = task_of(config.task)
+    return task.answers_per_row if isinstance(task, TrainsOnRollouts) else 1
+
+
+def _written(config: RunConfig) -> int:
+    task = task_of(config.task)
+    return task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0
+
+
 def _row_length(config: RunConfig, values: dict[str, Any]) -> int:
     """Tokens of the longest row, with its padding."""
-    task = task_of(config.task)
-    written = task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0
+    written = _written(config)
     length = config.data.max_length + written
     longest = min(length, row_limit(values) or length)
     return longest if config.data.packing else -(-longest // PADDING) * PADDING

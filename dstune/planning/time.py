@@ -9,6 +9,7 @@ from dstune.config.schema import Selective
 from dstune.planning import activations
 from dstune.planning.flops import backward_flops, forward_flops
 from dstune.planning.hardware import Cluster
+from dstune.planning.rollout import rollout_seconds
 from dstune.planning.setup import Setup
 
 # Bytes that elementwise operations move for each byte that a layer keeps: written once, its fp32 or intermediate copy
@@ -77,10 +78,12 @@ class StepTime:
     """Positions of the step over all ranks."""
     volume: int
     """Bytes that leave a rank in a step."""
+    rollout: float = 0.0
+    """Until the model has answered the prompts, without what rewards take."""
 
     @property
     def seconds(self) -> float:
-        return self.compute + self.elementwise + self.loss + self.communication + self.optimizer
+        return self.compute + self.elementwise + self.loss + self.communication + self.optimizer + self.rollout
 
     @property
     def tokens_per_second(self) -> float:
@@ -167,6 +170,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         loss=count * targets / speed.logits,
         communication=exposed,
         optimizer=optimizer,
-        tokens=s.global_batch_size * s.texts * s.length,
+        tokens=s.global_batch_size * s.answers * s.texts * s.length,
         volume=volume + inside,
+        rollout=rollout_seconds(s, speed.flops, speed.saved * TRAFFIC_PER_SAVED_BYTE),
     )

@@ -90,6 +90,7 @@ def rollouts(folder) -> list[dict]:
 def test_two_ranks_act_in_step_and_apart_alike(workplace):
     """The same completions of the first step, on one rank, on two, and with partitioned weights."""
     settings = ["trainer.max_steps=1", "trainer.global_batch_size=4", "task.samples=3", "evaluate.every=0"]
+    settings += ["trainer.micro_batch_size=2"]
     train(workplace, "one", *settings)
     train(workplace, "two", "launch.processes=2", "zero=stage2", *settings)
     one, two = (rollouts(workplace.folder / name / "rollouts") for name in ("one", "two"))

@@ -185,3 +185,48 @@ def test_the_plan_counts_prompt_and_completion(tmp_path):
     settings = ["task=reinforcement", "task.rewards=[brevity]", "data.train=x.jsonl", "data.max_length=64"]
     config = compose([*settings, "task.max_new_tokens=100"]).config
     assert _row_length(config, {}) == 168  # 164, rounded up to a multiple of 8
+
+
+def test_the_plan_counts_the_cache_as_it_is(tmp_path, monkeypatch):
+    """Keys and values of all completions of a micro-batch of prompts, at their full length."""
+    from dataclasses import replace
+
+    from dstune.config.compose import compose
+    from dstune.planning import rollout as plan
+    from dstune.planning.architecture import architecture
+    from dstune.planning.memory import memory
+    from dstune.planning.setup import setup
+
+    folder = save_decoder(tmp_path / "model")
+    policy = AutoModelForCausalLM.from_pretrained(folder).eval()
+    caches = []
+    plain = sampling._last_logits
+    monkeypatch.setattr(sampling, "_last_logits", lambda *given: caches.append(given[-1]) or plain(*given))
+    completed(policy, ends=set(), max_new_tokens=6)
+    held = sum(tensor.numel() * 4 for layer in caches[-1].layers for tensor in (layer.keys, layer.values))
+    settings = [
+        "task=reinforcement",
+        "task.rewards=[brevity]",
+        "data.train=x.jsonl",
+        "task.samples=3",
+        "data.max_length=4",
+    ]
+    settings += ["task.max_new_tokens=6", "trainer.micro_batch_size=9", "trainer.global_batch_size=3"]
+    config = compose([*settings, f"model.path={folder}"]).config
+    values = policy.config.to_dict() | {"model_type": "llama"}
+    made = setup(
+        config,
+        architecture(values),
+        ranks=1,
+        ranks_per_node=1,
+        on_gpu=True,
+        precision=type(config.trainer.precision).fp32,
+        values=values,
+    )
+    assert (made.micro_batches, made.answers, made.written) == (1, 3, 6)
+    assert plan.completions_at_once(made) == 9
+    # Written are 5 prompt tokens and all but the last of 6; the plan has 4 and 6, rounded up to a multiple of 8.
+    assert plan.cache_bytes(made) * 10 // 16 == held
+    assert "rollout" in memory(made).moments
+    twice = replace(made, written=12)
+    assert plan.rollout_seconds(twice, 1e15, 1e9) == pytest.approx(2 * plan.rollout_seconds(made, 1e15, 1e9), rel=1e-3)
