@@ -14,6 +14,8 @@ __all__ = ["COLOURS", "charts"]
 Curves = Mapping[str, Series]
 
 TITLES = {
+    "reward": "Reward",
+    "eval/reward": "Held-out reward",
     "loss": "Training loss",
     "eval/loss": "Held-out loss",
     "eval/gap": "Held-out loss above training loss",
@@ -24,6 +26,13 @@ TITLES = {
     "eval/accuracy": "Held-out accuracy",
     "eval/f1_macro": "Held-out F1, macro average",
     "eval/f1_micro": "Held-out F1, micro average",
+    "reward_std": "Deviation of rewards in a group",
+    "frac_reward_zero_std": "Groups whose rewards are all the same",
+    "completions/mean_length": "Tokens of an answer",
+    "completions/clipped_ratio": "Answers that were cut off",
+    "entropy": "Entropy of a token, nats",
+    "kl": "Divergence from the start, a token",
+    "sampling/sampling_logp_difference/max": "Sampler and training, largest difference of a log-probability",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",

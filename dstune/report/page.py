@@ -14,7 +14,7 @@ from dstune import __version__
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import redact
-from dstune.report import configuration, curves, data_section, numbers, samples
+from dstune.report import configuration, curves, data_section, numbers, rollouts, samples
 from dstune.report.details import Table, details
 from dstune.report.html import render
 from dstune.report.importance import Importance, importance
@@ -83,6 +83,7 @@ def report(runs: Sequence[RunFiles]) -> str:
         results=outcomes_table([run.outcome for run in formatted]),
         differences=configuration.differences(runs) if len(runs) > 1 else [],
         samples=samples.answered(runs, labels),
+        story=rollouts.story(runs[0].path) if len(runs) == 1 else [],
         version=__version__,
         made=_date(datetime.now(UTC).timestamp()),
     )

@@ -49,6 +49,7 @@ RUN = [
     "task=reinforcement",
     "model.path=model",
     "data.train=prompts.jsonl",
+    "data.clean.leaks=false",  # a prompt is the same everywhere; what differs is the environment
     "plugins=[./hidden.py]",
     "task.environment=hidden",
     "task.rewards=[says_the_word]",
@@ -91,7 +92,7 @@ def test_two_ranks_act_in_step_and_apart_alike(workplace):
     """The same completions of the first step, on one rank, on two, and with partitioned weights."""
     settings = ["trainer.max_steps=1", "trainer.global_batch_size=4", "task.samples=3", "evaluate.every=0"]
     settings += ["trainer.micro_batch_size=2"]
-    train(workplace, "one", *settings)
+    train(workplace, "one", "launch.processes=1", *settings)
     train(workplace, "two", "launch.processes=2", "zero=stage2", *settings)
     one, two = (rollouts(workplace.folder / name / "rollouts") for name in ("one", "two"))
     assert [row["ids"] for row in one] == [row["ids"] for row in two]

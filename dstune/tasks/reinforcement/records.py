@@ -23,6 +23,8 @@ class Scored:
     text: str
     scores: list[float | None] = field(default_factory=list)
     """Of each of `task.reward_names`."""
+    reward: float | None = None
+    """The scores added up with their weights; None where there is none."""
     advantage: float = 0.0
     messages: list[dict[str, Any]] = field(default_factory=list)
     """Of a completion in an environment, its turns and what the tools said."""
@@ -42,14 +44,19 @@ def record_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.jsonl"
 
 
-def write_records(folder: Path, step: int, completions: Iterable[Scored], rewards: Sequence[str]) -> None:
-    """Write the completions of a step, whole or not at all."""
+def write_records(
+    folder: Path, step: int, completions: Iterable[Scored], rewards: Sequence[str], questions: Mapping[int, str]
+) -> None:
+    """Write the completions of a step, whole or not at all. questions: texts of prompts, beside the first completion of each."""
     folder.mkdir(exist_ok=True)
     lines = []
     for scored in completions:
         row = pack_scored(scored)
         scores = dict(zip(rewards, row.pop("scores"), strict=True))
-        lines.append(json.dumps({**row, "rewards": scores, "advantage": scored.advantage}, ensure_ascii=False))
+        row |= {"rewards": scores, "reward": scored.reward, "advantage": scored.advantage}
+        if not scored.completion.sample:
+            row["question"] = questions.get(scored.completion.prompt, "")
+        lines.append(json.dumps(row, ensure_ascii=False))
     files.write(record_path(folder, step), "\n".join(lines) + "\n")
 
 

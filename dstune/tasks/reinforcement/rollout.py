@@ -108,7 +108,9 @@ class Rollouts:
         groups = self._with_advantages(mine, [part for part, _ in prompts])
         if recorded is None and self._run_dir is not None and self._world.is_main:
             everyone = [scored for group in groups for scored in group]
-            write_records(self._run_dir / FOLDER, step.number, everyone, self._task.reward_names)
+            numbers = {scored.completion.prompt for scored in everyone}
+            questions = {number: self._scorer.question_of(number) for number in numbers}
+            write_records(self._run_dir / FOLDER, step.number, everyone, self._task.reward_names, questions)
         self._head.largest_difference = 0.0
         self._sums = self._sums_of(groups) if self._world.is_main else dict.fromkeys(self._sums_of(groups), 0.0)
         return self._training_batch(mine, step.batch, groups)
@@ -205,8 +207,8 @@ class Rollouts:
         rewards = torch.tensor([_weighted(scored.scores, weights) for scored in ordered], dtype=torch.float64)
         advantages = advantages_of(task, rewards.view(-1, samples)).flatten().tolist()
         known = {}
-        for scored, advantage in zip(ordered, advantages, strict=True):
-            scored.advantage = advantage
+        for scored, reward, advantage in zip(ordered, rewards.tolist(), advantages, strict=True):
+            scored.reward, scored.advantage = None if math.isnan(reward) else reward, advantage
             known[identity_of(scored.completion)] = advantage
         for batch in mine:
             for scored in batch:

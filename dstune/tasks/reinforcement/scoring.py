@@ -36,6 +36,11 @@ class Scorer:
         columns: dict[str, Any] = json.loads(self._split.table[self._split.row(prompt)]["columns"])
         return columns
 
+    def question_of(self, prompt: int) -> str:
+        """The text of a prompt, of a conversation its last message."""
+        question = self.columns_of(prompt).get("prompt")
+        return question if isinstance(question, str) else str((question or [{}])[-1].get("content", ""))
+
     def score(
         self, completed: Sequence[Sequence[Scored]], known: Mapping[str, Scored], state: Mapping[str, Any] | None = None
     ) -> None:

@@ -1,0 +1,111 @@
+"""How a model's answers to prompts changed while it was rewarded for them: a few steps of a run, each with a prompt, the answer
+that scored best and the one that scored worst."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.parsing import METRICS_BYTES, parse_json, read_file
+
+FOLDER = "rollouts"
+SHOWN_STEPS = 6
+LONGEST_TEXT = 1500
+"""Characters of a prompt or an answer that are shown."""
+_FILE = re.compile(r"step-(\d{1,12})\.jsonl")
+
+
+@dataclass(frozen=True)
+class Answer:
+    label: str
+    """`best` or `worst`."""
+    text: str
+    rewards: list[tuple[str, str]]
+    """Name and score, as they are shown."""
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A step with one of its prompts."""
+
+    step: int
+    reward: str
+    """Mean over the step, as it is shown."""
+    completions: int
+    prompt: str
+    answers: list[Answer]
+
+
+def story(run: Path) -> list[Episode]:
+    """Evenly spaced steps of a run, the first and the last among them; empty where it has no completions."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    files = {int(match[1]): file for file in folder.iterdir() if (match := _FILE.fullmatch(file.name))}
+    steps = sorted(files)
+    last = len(steps) - 1
+    chosen = sorted({round(number * last / (SHOWN_STEPS - 1)) for number in range(SHOWN_STEPS)}) if steps else []
+    episodes = [_episode(steps[number], files[steps[number]]) for number in chosen]
+    return [episode for episode in episodes if episode is not None]
+
+
+def _episode(step: int, file: Path) -> Episode | None:
+    rows = [parse_json(line) for line in read_file(file, METRICS_BYTES).splitlines() if line.strip()]
+    rows = [row for row in rows if isinstance(row, dict)]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row)
+    if not groups:
+        return None
+    scored = [total for row in rows if math.isfinite(total := _total(row))]
+    group = max(groups.values(), key=_spread)
+    ordered = sorted((row for row in group if math.isfinite(_total(row))), key=_total, reverse=True) or group
+    answers = [_answer("best", ordered[0])]
+    if len(ordered) > 1 and _total(ordered[-1]) < _total(ordered[0]):
+        answers.append(_answer("worst", ordered[-1]))
+    question = next((str(row["question"]) for row in group if row.get("question")), f"prompt {group[0]['prompt']}")
+    mean = f"{sum(scored) / len(scored):.3f}" if scored else "none"
+    return Episode(step, mean, len(rows), _cut(question), answers)
+
+
+def _spread(group: list[dict[str, Any]]) -> float:
+    totals = [total for row in group if math.isfinite(total := _total(row))]
+    return max(totals) - min(totals) if totals else -1.0
+
+
+def _total(row: dict[str, Any]) -> float:
+    """What its reward is, as it was added up in training; not a number where nothing could score it."""
+    value = row.get("reward")
+    if isinstance(value, int | float):
+        return float(value)
+    known = [float(score) for score in row["rewards"].values() if score is not None]
+    return sum(known) if known else math.nan
+
+
+def _answer(label: str, row: dict[str, Any]) -> Answer:
+    rewards = [
+        (str(name), "none" if score is None else f"{float(score):.3g}") for name, score in row["rewards"].items()
+    ]
+    return Answer(label, _cut(_text(row)), rewards, bool(row["ended"]))
+
+
+def _text(row: dict[str, Any]) -> str:
+    """What was written; of several turns each one, with what the tools said."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or len(messages) < 2:
+        return str(row["text"])
+    parts = []
+    for message in messages:
+        called = [
+            f"{call['function']['name']}({call['function']['arguments']})" for call in message.get("tool_calls") or []
+        ]
+        parts.append(f"[{message['role']}] {message['content']} {' '.join(called)}".rstrip())
+    return "\n".join(parts)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} …"
