@@ -141,6 +141,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--harness", metavar="TASK[,TASK...]", help="tasks of lm-evaluation-harness instead (needs the extra `harness`)"
     )
     parser.add_argument("--harness-path", type=Path, metavar="FOLDER", help="a folder with harness tasks of your own")
+    parser.add_argument(
+        "--grader",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="let a grader of the fine-tuning API score the answers (JSON; may be repeated)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -212,6 +219,8 @@ def _configuration(
         config = compose([f"model.path={quoted(arguments.target)}", *recorded, *arguments.overrides]).config
     if arguments.shots is not None:
         return _prompted(config, arguments, stage), None
+    if arguments.grader:
+        config = replace(config, task=_with_graders(config.task, arguments.grader))
     data = config.data
     given = any(word.startswith(f"data.{arguments.split}=") for word in arguments.overrides)
     if stored is not None and given and arguments.split != "train":
@@ -243,6 +252,17 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
         return config
     found = (records.read_result(run) or {}).get("micro_batch") or {}
     return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))
+
+
+def _with_graders(task: TaskConfig, files: list[str]) -> TaskConfig:
+    """`task` with these graders beside its rewards. Raises UserError where the model's answers are not scored."""
+    if not hasattr(task, "graders"):
+        reason = f"task={task.name} does not let the model answer prompts to be scored"
+        fix = "dstune evaluate MODEL task=reinforcement data.validation=PROMPTS --grader FILE; of a run give RUN/export"
+        raise UserError(Problem("--grader", reason, fix, files[0]))
+    graders = [str(Path(file).absolute()) for file in files]
+    changed: TaskConfig = replace(task, graders=graders, reward_weights=[])  # type: ignore[call-arg]
+    return changed
 
 
 def _for_evaluation(config: RunConfig) -> TaskConfig:
