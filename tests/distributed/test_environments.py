@@ -6,18 +6,11 @@ import json
 
 import pytest
 from support.command import Commands, metrics
+from support.tool_template import TEMPLATE, call_of
 
 from dstune.testing.tiny import save_model
 
 WORDS = [f"w{number}" for number in range(8)]
-CALL = '<tool_call>{"name":"peek","arguments":{}}</tool_call>'
-TEMPLATE = (
-    "{% for message in messages %} <|im_start|> {{ message.role }} {{ message.content or '' }}"
-    '{% for call in message.tool_calls or [] %} <tool_call>{"name":"{{ call.function.name }}","arguments":'
-    "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}}</tool_call>"
-    "{% endfor %} <|im_end|> {% endfor %}{% if add_generation_prompt %} <|im_start|> assistant {% endif %}"
-    "{% if tools and not messages %} {{ tools[0].function.name }} {% endif %}"
-)
 HIDDEN = '''
 import dstune
 
@@ -71,7 +64,11 @@ RUN = [
 def workplace(tmp_path_factory) -> Commands:
     folder = tmp_path_factory.mktemp("environments")
     rows = [{"prompt": "go", "n": n} for n in range(64)]
-    save_model(folder / "model", [{"prompt": f"go user assistant tool {CALL} {' '.join(WORDS)}"}], decoder=True)
+    save_model(
+        folder / "model",
+        [{"prompt": f"go user assistant tool tools peek {call_of('peek')} {' '.join(WORDS)}"}],
+        decoder=True,
+    )
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (folder / "hidden.py").write_text(HIDDEN)

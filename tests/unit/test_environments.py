@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.tool_template import TEMPLATE, call_of
 
 from dstune.core import plugins
 from dstune.core.errors import UserError
@@ -17,16 +18,7 @@ from dstune.tasks.reinforcement.reward_process import RewardProcess
 from dstune.tasks.reinforcement.rollout import Rollouts
 from dstune.testing.tiny import word_tokenizer
 
-CALL, WRONG, HANG = (
-    f'<tool_call>{{"name":"{name}","arguments":{{}}}}</tool_call>' for name in ("peek", "none", "hang")
-)
-TEMPLATE = (
-    "{% if tools %}<|im_start|> tools {% for tool in tools %} {{ tool.function.name }} {% endfor %} <|im_end|> {% endif %}"
-    "{% for message in messages %} <|im_start|> {{ message.role }} {{ message.content or '' }}"
-    '{% for call in message.tool_calls or [] %} <tool_call>{"name":"{{ call.function.name }}","arguments":'
-    "{{ call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}}</tool_call>"
-    "{% endfor %} <|im_end|> {% endfor %}{% if add_generation_prompt %} <|im_start|> assistant {% endif %}"
-)
+CALL, WRONG, HANG = map(call_of, ("peek", "none", "hang"))
 ENVIRONMENTS = '''
 import time
 import dstune

@@ -147,7 +147,31 @@ def with_top_p(monkeypatch):
     monkeypatch.setattr(sampling, "draw", truncated)
 
 
-@pytest.mark.parametrize("fault", ["temperature", "stale weights", "padding read", "top-p", "other prompt"])
+def with_adapter(model):
+    """Its LoRA adapter moves the model as little as a few steps of training do."""
+    import peft
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return adapted.eval()
+
+
+FAULTS = (
+    "temperature",
+    "stale weights",
+    "padding read",
+    "positions of padding",
+    "top-p",
+    "other template",
+    "lost adapter",
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_sampler_that_is_another_model_is_refused(model, monkeypatch, fault):
     assert not refused(torch.float32, difference(model, completed(model)))
     trained_at = 1.0
@@ -164,9 +188,22 @@ def test_a_sampler_that_is_another_model_is_refused(model, monkeypatch, fault):
     elif fault == "padding read":
         with_padding_read(monkeypatch)
         completions = completed(model)
+    elif fault == "positions of padding":  # counted as if it were text, which a mask does not undo
+        monkeypatch.setattr(sampling, "_positions", lambda mask: torch.ones_like(mask).cumsum(dim=1) * 3)
+        completions = completed(model)
     elif fault == "top-p":
         with_top_p(monkeypatch)
         completions = completed(model)
+    elif fault == "lost adapter":
+        adapted = with_adapter(model)
+        with adapted.disable_adapter():
+            completions = completed(adapted)
+        try:
+            assert not refused(torch.float32, difference(adapted, completed(adapted)))
+            assert refused(torch.float32, difference(adapted, completions))
+        finally:
+            adapted.unload()
+        return
     else:
         completions = completed(model, prompts=[[40, *prompt] for prompt in PROMPTS])
     assert refused(torch.float32, difference(model, completions, temperature=trained_at))
