@@ -99,6 +99,8 @@ def _exit_code(arguments: list[str]) -> int:
 def run(arguments: list[str]) -> int:
     """Dispatch to the verb. Raises DstuneError."""
     verb, *rest = arguments or ["--help"]
+    if rest and f"{verb} {rest[0]}" in VERBS.without_installed():  # of a wing, such as `data shift`
+        verb, *rest = f"{verb} {rest[0]}", *rest[1:]
     if verb in ("--help", "-h", "help"):
         if rest and find_verb(rest[0]) is not None:  # `dstune help train`
             return run([rest[0], "--help"])

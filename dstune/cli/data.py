@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dstune.core.verb import Verb, Words, verb
+from dstune.core.verb import VERBS, Verb, Words, verb
 
 
 @verb
@@ -21,4 +21,7 @@ class Data(Verb):
         return parser_of(self.function(), ["show"])
 
     def words(self, given: Sequence[str]) -> Words:
-        return super().words(given) if given else Words(["show"])
+        if given:
+            return super().words(given)
+        wings = [name.removeprefix("data ") for name in VERBS.without_installed() if name.startswith("data ")]
+        return Words(["show", *wings])

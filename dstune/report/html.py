@@ -9,11 +9,13 @@ import jinja2
 
 from dstune.report import numbers
 
+PACKAGE = "dstune.report"
+
 
 @cache
-def _environment() -> jinja2.Environment:
+def _environment(package: str) -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dstune.report"),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(name) for name in dict.fromkeys((package, PACKAGE))]),
         autoescape=True,
         finalize=_format,
         undefined=jinja2.StrictUndefined,
@@ -25,9 +27,10 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def render(template: str, **values: Any) -> str:
-    """`template` of the folder `templates` with `values`, each escaped where it stands."""
-    return _environment().get_template(template).render(**values)
+def render(template: str, *, package: str = PACKAGE, **values: Any) -> str:
+    """`template` of the folder `templates` with `values`, each escaped where it stands. package: with a folder `templates` that is
+    looked at before the report's own, whose parts its templates may use."""
+    return _environment(package).get_template(template).render(**values)
 
 
 def _format(value: Any) -> Any:

@@ -46,6 +46,7 @@ WHOLE_FILES = {
     "distributed/test_vision_language.py": 250,
     "distributed/test_watch.py": 60,
     "distributed/test_zero_file.py": 40,
+    "monitor/test_monitor.py": 40,
     "packaging/test_distribution.py": 200,
     "packaging/test_wings.py": 300,
     "parity/test_accumulation.py": 55,

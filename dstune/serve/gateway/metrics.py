@@ -33,6 +33,10 @@ class Metrics:
         self._ready = Gauge("dstune_model_ready", "1: its engine runs", ["model"], **own)
         self._restarts = Gauge("dstune_engine_restarts", "Since the start", ["model"], **own)
 
+    def add_collector(self, collector: Any) -> None:
+        """Show what a collector of `prometheus_client` yields, too."""
+        self._registry.register(collector)
+
     def text(self, fleet: Fleet) -> bytes:
         for gauge in (self._proven, self._difference, self._ready, self._restarts):
             gauge.clear()

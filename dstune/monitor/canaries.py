@@ -1,0 +1,104 @@
+"""Prompts with fixed answers: whether the server still answers as it did, whatever its clients ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import lines_within, open_file, parse_json
+
+SECONDS = 120.0
+MOST = 1000
+LONGEST = 1 << 20
+KEY = "DSTUNE_API_KEY"
+ROUTES = ("/v1/chat/completions", "/v1/completions", "/classify")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A request and the answer that it had."""
+
+    place: str
+    request: dict[str, Any]
+    expected: str
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """What became of all of them."""
+
+    asked: int
+    changed: tuple[str, ...]
+    """Places of those with another answer."""
+
+
+def read_canaries(path: Path) -> list[Canary]:
+    """Return the rows of a file: `messages`, `prompt` or `text`, and `expected`. Raises UserError with all that are wrong."""
+    canaries, problems = [], []
+    try:
+        with open_file(path) as stream:
+            for number, (line, _) in enumerate(lines_within(stream, LONGEST), 1):
+                if line is not None and not line.strip():
+                    continue
+                where = f"{path}:{number}"
+                try:
+                    row = parse_json(line or b"")
+                except ValueError:
+                    row = None
+                name = next(
+                    (name for name in ("messages", "prompt", "text") if isinstance(row, dict) and row.get(name)), None
+                )
+                if name is None or not isinstance(row.get("expected"), str):
+                    problems.append(Problem(where, "is no canary", '{"prompt": "...", "expected": "..."}'))
+                else:
+                    canaries.append(Canary(where, {name: row[name]}, row["expected"]))
+    except OSError as error:
+        raise UserError(Problem("--canaries", f"cannot be read: {error.strerror}", value=str(path))) from None
+    if len(canaries) > MOST:
+        problems.append(Problem("--canaries", f"has more than {MOST} rows", value=str(path)))
+    if not canaries and not problems:
+        problems.append(Problem("--canaries", "has no rows", value=str(path)))
+    if problems:
+        raise UserError(problems[:10])
+    return canaries
+
+
+def ask_canaries(canaries: list[Canary], server: str, model: str) -> CanaryResult:
+    """Ask a server each canary, greedily, and compare the answers word for word. The key is that of DSTUNE_API_KEY.
+
+    Raises UserError where it does not answer: that says nothing of the model.
+    """
+    changed = [canary.place for canary in canaries if _answer(canary, server, model) != canary.expected]
+    return CanaryResult(len(canaries), tuple(changed))
+
+
+def _answer(canary: Canary, server: str, model: str) -> str:
+    if "messages" in canary.request:
+        body = {"model": model, **canary.request, "temperature": 0, "max_tokens": 256}
+        return str(_post(f"{server}/v1/chat/completions", body)["choices"][0]["message"]["content"])
+    if "prompt" in canary.request:
+        body = {"model": model, **canary.request, "temperature": 0, "max_tokens": 256}
+        return str(_post(f"{server}/v1/completions", body)["choices"][0]["text"])
+    return str(_post(f"{server}/classify", {"model": model, "input": canary.request["text"]})["data"][0]["label"])
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    headers = {"content-type": "application/json", "authorization": f"Bearer {os.environ.get(KEY, '')}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return parse_json(response.read())
+    except urllib.error.HTTPError as error:
+        reason = f"the server answers {error.code}"
+        fix = f"a client's key in {KEY}" if error.code == 401 else "look at the server's log"
+        raise UserError(Problem("--server", reason, fix, url)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            Problem("--server", f"does not answer: {error}", "the address of `dstune serve`", url)
+        ) from None

@@ -1,0 +1,97 @@
+"""`dstune serve --monitor RUN`: the newest result of `dstune monitor` as gauges, and as JSON for admins."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstune.core.errors import Problem
+from dstune.protocols import Routes, routes
+
+if TYPE_CHECKING:
+    from dstune.serve.gateway.app import Gateway, Route
+    from dstune.serve.gateway.request import Request
+
+VERDICTS = ("none", "drift", "undecided")
+
+
+@routes
+class MonitorRoutes(Routes):
+    name = "monitor"
+    title = ""
+    closed = dict.fromkeys(("/admin/monitor",), "--monitor RUN")
+
+    def __init__(self) -> None:
+        self._runs: list[Path] = []
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--monitor",
+            action="append",
+            default=[],
+            type=Path,
+            metavar="RUN",
+            help="show what `dstune monitor RUN` found last in /metrics; may be repeated",
+        )
+
+    def is_served(self, arguments: argparse.Namespace) -> bool:
+        return bool(arguments.monitor)
+
+    def check(self, arguments: argparse.Namespace) -> Iterator[Problem]:
+        for run in arguments.monitor:
+            if not (run / "run.yaml").is_file():
+                yield Problem("--monitor", "this folder holds no run (no run.yaml)", "a run directory", str(run))
+
+    def open(self, arguments: argparse.Namespace, state: Path, runtime: Path) -> None:
+        self._runs = [run.resolve() for run in arguments.monitor]
+
+    def routes(self, gateway: Gateway) -> Sequence[Route]:
+        from dstune.serve.gateway.app import Route
+
+        return [Route("GET", "/admin/monitor", self._show, scope="admin")]
+
+    def attach(self, gateway: Gateway) -> None:
+        gateway.metrics.add_collector(DriftGauges(self._runs))
+
+    async def _show(self, gateway: Gateway, request: Request) -> None:
+        from dstune.monitor.command import read_result
+
+        await request.answer({"object": "list", "data": [read_result(run) for run in self._runs]})
+
+
+class DriftGauges:
+    """Reads the results anew at each scrape: checks run in processes of their own, by cron or a scheduler."""
+
+    def __init__(self, runs: Sequence[Path]):
+        self._runs = runs
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        from dstune.monitor.command import read_result
+
+        verdict = GaugeMetricFamily(
+            "dstune_drift_verdict", "1 for the verdict of the newest check", labels=["run", "verdict"]
+        )
+        p_value = GaugeMetricFamily("dstune_drift_corrected_p", "For all signals and checks", labels=["run", "signal"])
+        effect = GaugeMetricFamily("dstune_drift_effect", "Effect size, see monitor.json", labels=["run", "signal"])
+        checked = GaugeMetricFamily("dstune_drift_checked_seconds", "When, in seconds of the epoch", labels=["run"])
+        for run in self._runs:
+            result, name = read_result(run), run.name
+            if result.get("verdict") not in VERDICTS:
+                continue
+            for known in VERDICTS:
+                verdict.add_metric([name, known], float(result["verdict"] == known))
+            for signal in _signals(result):
+                p_value.add_metric([name, signal["name"]], float(signal["corrected_p"]))
+                effect.add_metric([name, signal["name"]], float(signal["effect"]["value"]))
+            checked.add_metric([name], datetime.datetime.fromisoformat(str(result["checked"])).timestamp())
+        yield from (verdict, p_value, effect, checked)
+
+
+def _signals(result: dict[str, Any]) -> list[dict[str, Any]]:
+    found = result.get("signals")
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

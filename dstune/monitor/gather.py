@@ -1,0 +1,156 @@
+"""Brings both sides of a check together: rows of the run or of a file, and live conversations of a window of time."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
+from dstune.monitor import model_signals
+from dstune.monitor import signals as reading
+from dstune.monitor.check import REFERENCE
+from dstune.monitor.conversations import Conversation, one_per, sampled
+from dstune.monitor.row_files import read_file_rows, read_run_rows, redacted
+from dstune.monitor.server_logs import log_folder, read_log
+from dstune.monitor.signals import SignalTable
+
+UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+VALIDATION = "validation rows"
+WINDOW_BEFORE = "the window before"
+
+
+@dataclass(frozen=True)
+class Live:
+    """The live side."""
+
+    rows: list[Conversation]
+    earlier: list[Conversation]
+    """Those of the window before."""
+    begin: float | None
+    end: float | None
+    from_server: bool
+    """Logs are kept for a time only, so no text of theirs is written anywhere."""
+    versions: list[str] = field(default_factory=list)
+    largest_user: float = 0.0
+    """Share of the conversations that one user has."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The side that live rows are compared with."""
+
+    rows: list[Conversation]
+    validation: list[Conversation]
+    """Those that the model was not trained on."""
+    config: RunConfig | None
+    name: str = REFERENCE
+
+
+def window_seconds(text: str) -> float:
+    """Return the seconds of `7d`, `12h` or `2w`. Raises UserError."""
+    match = re.fullmatch(r"(\d{1,4})([hdw])", text)
+    if match is None or not int(match[1]):
+        raise UserError(
+            Problem("--window", "is no length of time", "a number of hours, days or weeks: 12h, 7d, 2w", text)
+        )
+    return int(match[1]) * UNITS[match[2]]
+
+
+def read_live(
+    spec: str, window: str | None, config: RunConfig | None, *, store: str | None, per: str | None, most: int
+) -> Live:
+    """Return the conversations of the window, and of the one before. Raises UserError."""
+    folder = log_folder(spec)
+    seconds = window_seconds(window or "7d") if window or folder is not None else None
+    if folder is not None:
+        assert seconds is not None
+        end: float | None = time.time()
+        rows = read_log(folder, time.time() - 2 * seconds, store)
+    else:
+        rows = read_file_rows(spec, "--data", config)
+        times = [row.time for row in rows if row.time is not None]
+        end = max(times) if times else None
+        if seconds is not None and len(times) < len(rows):
+            reason = "there are rows without a time"
+            fix = "a column created, time, timestamp or date; or leave --window out to compare all rows"
+            raise UserError(Problem("--window", reason, fix, str(window)))
+    begin = None if seconds is None or end is None else end - seconds
+    inside = [row for row in rows if begin is None or (row.time or 0.0) >= begin]
+    earlier = [
+        row
+        for row in rows
+        if begin is not None and seconds is not None and begin - seconds <= (row.time or 0.0) < begin
+    ]
+    if not inside:
+        reason = "no conversation in this window"
+        raise UserError(Problem("--data", reason, "--window with a longer time, or other rows", spec))
+    users = [row.user for row in inside if row.user is not None]
+    largest = max(map(users.count, set(users)), default=0) / len(inside) if len(users) < 20_000 else 0.0
+    if per is not None:
+        inside, earlier = one_per(inside, per), one_per(earlier, per)
+    versions = sorted({row.version for row in inside if row.version})
+    return Live(
+        sampled(inside, most), sampled(earlier, most), begin, end, folder is not None, versions, largest_user=largest
+    )
+
+
+def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool) -> Reference:
+    """Return the rows of a run, or those that `--reference` names. mask: as the server masks what it logs. Raises UserError."""
+    from dstune.config.run_file import read_run
+    from dstune.config.trust import Use
+
+    if spec is not None:
+        config = None if run is None else read_run(run / "run.yaml", use=Use.rows).config
+        rows = sampled(read_file_rows(spec, "--reference", config), most)
+        reference = Reference(rows, rows, config, f"rows of {spec}")
+    else:
+        assert run is not None
+        found = read_run_rows(run, most)
+        validation = sampled(found.validation, most)
+        # As many training rows as there is room for: they were drawn from the same rows.
+        train = sampled(found.train, max(most - len(validation), 0))
+        reference = Reference([*validation, *train], validation, found.config)
+    if not mask:
+        return reference
+    rows = [*redacted(reference.rows)]
+    count = len(reference.validation)
+    return Reference(rows, rows[:count], reference.config, reference.name)
+
+
+def gather_signals(reference: Reference, live: Live, run: Path | None, model_rows: int) -> SignalTable:
+    """Return the signals beside the embeddings. model_rows: of each side that the model is asked, 0 for none."""
+    table = SignalTable()
+    reading.add_text_signals(table, reference.rows, live.rows, reference.name)
+    labels = reading.labels(reference.rows), reading.labels(live.rows)
+    if any((side != "").any() for side in labels):
+        table.add("label", reference.name, *labels)
+    reading.add_outcomes(table, live.earlier, live.rows, WINDOW_BEFORE)
+    if run is not None and reference.config is not None and model_rows:
+        _add_model_signals(table, reference, live.rows, run, model_rows)
+    return table
+
+
+def _add_model_signals(
+    table: SignalTable, reference: Reference, live: Sequence[Conversation], run: Path, model_rows: int
+) -> None:
+    assert reference.config is not None
+    held_out = sampled(reference.validation, model_rows)
+    # Rows with a label first: the loss needs one.
+    order = sorted(range(len(live)), key=lambda number: (live[number].label is None, live[number].digest, number))
+    chosen = sorted(order[:model_rows])
+    asked = [*held_out, *(live[number] for number in chosen)]
+    try:
+        found = model_signals.measure(run, reference.config, asked)
+    except UserError as error:
+        table.unmeasured["model"] = error.problems[0].reason
+        return
+    for name, values in found.items():
+        of_live = np.full(len(live), "" if values.dtype.kind == "U" else np.nan, dtype=values.dtype)
+        of_live[chosen] = values[len(held_out) :]
+        table.add(name, VALIDATION, values[: len(held_out)], of_live)

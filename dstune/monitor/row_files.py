@@ -1,0 +1,157 @@
+"""Conversations from rows: those that a run was trained and measured on, and those of files and tables."""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune.config.data_schema import DataConfig, OnBadRow
+from dstune.config.run_file import read_run
+from dstune.config.schema import RunConfig
+from dstune.config.trust import Use
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
+from dstune.monitor.conversations import Conversation, asked_texts
+
+TIMES = ("created", "created_at", "time", "timestamp", "date")
+USERS = ("user", "user_hash", "user_id")
+CONVERSATIONS = ("conversation", "conversation_id", "thread_id", "session_id")
+"""Columns that say which rows belong together."""
+ANSWERS = ("label", "labels", "tags", "answers", "score", "completion", "target")
+READ_ROWS = 200_000
+"""Of a run's part or of a file; what is compared is a sample of them."""
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of a run as conversations. Rows that cleaning left out of the training are among them."""
+
+    config: RunConfig
+    train: list[Conversation]
+    validation: list[Conversation]
+
+
+def read_run_rows(run: Path, most: int) -> RunRows:
+    """Return at most so many rows of each part, those with the lowest hashes. Raises UserError."""
+    from dstune.data.bad_rows import BadRows
+    from dstune.data.ingest import ingest
+    from dstune.data.parts import choose
+    from dstune.data.row_sources import find_inputs
+
+    config = read_run(run / "run.yaml", use=Use.rows).config
+    if config.data.streaming or config.data.mixture:
+        what = "data.streaming" if config.data.streaming else "data.mixture"
+        reason = "the training rows of a stream or a mixture are not read again"
+        raise UserError(Problem(what, reason, "--reference FILE with rows as they were at training time", str(run)))
+    bad = BadRows(OnBadRow.skip)
+    with tempfile.TemporaryDirectory(prefix="dstune-monitor-") as scratch:
+        tables = {
+            part: ingest(named[""].files, named[""].config, Path(scratch) / f"{part}.arrow", bad)
+            for part, named in find_inputs(config).items()
+            if part in ("train", "validation", "test")
+        }
+        chosen = choose(tables, config)
+        parts: dict[str, list[Conversation]] = {"train": [], "validation": []}
+        for part in parts.keys() & chosen.keys():
+            rows = chosen[part]
+            order = rows.indices[rows.hashes.argsort(kind="stable")[:most]]
+            for number in order.tolist():
+                entry = rows.table.data[number]
+                conversation = conversation_of_row(parse_json(entry["row"]), rows.table.place(number))
+                if conversation is not None:
+                    parts[part].append(conversation)
+    return RunRows(config, parts["train"], parts["validation"])
+
+
+def read_file_rows(spec: str, key: str, config: RunConfig | None = None) -> list[Conversation]:
+    """Return the rows of what `data.train` could name, in their order; rows of one conversation are joined.
+
+    config: of a run whose columns and task these rows share. Raises UserError.
+    """
+    from dstune.data import sources
+
+    data = DataConfig() if config is None else config.data
+    conversations = []
+    count = 0
+    for file in sources.expand(spec, key, split="train", text_rows=data.text_rows):
+        for raw in sources.read(file):
+            count += 1
+            if count > READ_ROWS:
+                break
+            if raw.fields is None:
+                continue
+            fields = {role: raw.fields[column] for role, column in data.columns.items() if column in raw.fields}
+            conversation = conversation_of_row({**raw.fields, **fields}, raw.place)
+            if conversation is not None:
+                conversations.append(conversation)
+    if not conversations:
+        reason = "no row of it asks anything: columns that are read are messages, prompt, text, source, question and the like"
+        raise UserError(Problem(key, reason, "give rows as the run was trained on", spec))
+    return _one_a_conversation(conversations)
+
+
+def conversation_of_row(row: Mapping[str, Any], place: str) -> Conversation | None:
+    """None where the row asks nothing."""
+    texts = asked_texts(row)
+    if not texts:
+        return None
+    label = row.get("label")
+    return Conversation(
+        place,
+        texts,
+        time=_time(_first(row, TIMES)),
+        user=_name(_first(row, USERS)),
+        key=_name(_first(row, CONVERSATIONS)),
+        label=str(label) if isinstance(label, str | int | float) and not isinstance(label, bool) else None,
+        correction=row["correction"] if isinstance(row.get("correction"), str) else None,
+        rating=float(row["rating"]) if isinstance(row.get("rating"), int | float) else None,
+        fields={name: value for name, value in row.items() if name not in ANSWERS},
+    )
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _time(value: Any) -> float | None:
+    if isinstance(value, datetime.datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) / (1000.0 if value > 1e11 else 1.0)  # milliseconds
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return _time(datetime.datetime.fromisoformat(value))
+    return None
+
+
+def _one_a_conversation(rows: list[Conversation]) -> list[Conversation]:
+    """Join the rows that a column says belong together."""
+    conversations: dict[str, Conversation] = {}
+    for number, row in enumerate(rows):
+        name = f"c {row.key}" if row.key is not None else f"r {number}"
+        earlier = conversations.get(name)
+        conversations[name] = row if earlier is None else replace(earlier, texts=(*earlier.texts, *row.texts))
+    return [*conversations.values()]
+
+
+def redacted(conversations: list[Conversation]) -> Iterator[Conversation]:
+    """The conversations with secrets and personal data masked as a server masks its logs: else every mask were a difference."""
+    from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
+
+    check_personal_data()
+
+    def redact(text: str) -> str:
+        masked = mask(text, find_secrets(text))
+        return mask(masked, find_personal_data(masked))
+
+    for conversation in conversations:
+        yield replace(conversation, texts=tuple(map(redact, conversation.texts)))

@@ -1,0 +1,168 @@
+"""Conversations from the logs of `dstune serve --log-requests`, read where they lie, with feedback and the guard's decisions."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
+from dstune.monitor.conversations import Conversation, asked_texts, joined
+
+REQUESTS = "requests"
+"""The folder of the logs in that of the server."""
+COLUMNS = frozenset({"id", "created", "request", "answer", "status", "route"})
+PASSED = frozenset({"passed", "unchecked"})
+MOST_TEXT = 32 << 20
+"""Characters of a request's JSON."""
+
+
+def log_folder(place: str) -> Path | None:
+    """Return the folder with a server's log files: `place` is it, or the server's own folder; None where it is neither."""
+    for folder in (Path(place) / REQUESTS, Path(place)):
+        if folder.is_dir() and ((folder / "user-key").is_file() or folder.name == REQUESTS):
+            return folder
+    return None
+
+
+def read_log(folder: Path, since: float, store: str | None = None) -> list[Conversation]:
+    """Return the conversations since a moment (seconds of the epoch), by time.
+
+    store: URL of the server's database; without it, the one beside the logs, if there is any. Raises UserError where a file is
+    damaged.
+    """
+    said = _feedback(folder.parent, store)
+    flagged = _flagged(folder.parent / "guard")
+    turns = []
+    for row in _rows(folder, since):
+        conversation = _conversation(row)
+        if conversation is not None:
+            turns.append(_with_words(conversation, said, flagged))
+    turns.sort(key=lambda turn: (turn.time or 0.0, turn.place))
+    return joined(turns)
+
+
+def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    for file in sorted(folder.glob("*.parquet")):
+        try:
+            table = pq.read_table(file)
+        except FileNotFoundError:  # its retention is over, or a user was forgotten, since the folder was listed
+            continue
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(Problem(str(file), f"cannot be read: {error}", "remove the file")) from error
+        if missing := sorted(COLUMNS - set(table.column_names)):
+            raise UserError(Problem(str(file), f"is no log of requests: it lacks the column {missing[0]}"))
+        begin = datetime.datetime.fromtimestamp(since, datetime.UTC)
+        yield from table.filter(pc.greater_equal(table["created"], pa.scalar(begin, table["created"].type))).to_pylist()
+
+
+def _conversation(row: Mapping[str, Any]) -> Conversation | None:
+    """None for a request that failed, or asks nothing that is compared."""
+    if row["status"] != 200 or not isinstance(row["request"], str) or len(row["request"]) > MOST_TEXT:
+        return None
+    try:
+        body = parse_json(row["request"])
+        answer = parse_json(row["answer"])
+    except (ValueError, TypeError):
+        return None
+    texts = asked_texts(body) if isinstance(body, dict) else ()
+    if not texts:
+        return None
+    fields = {"messages": body["messages"]} if isinstance(body.get("messages"), list) else {"text": texts[0]}
+    return Conversation(
+        str(row["id"]),
+        texts,
+        time=_seconds(row["created"]),
+        user=row.get("user_hash") or row.get("user"),
+        key=row.get("key"),
+        version=row.get("version"),
+        fields=fields,
+        answer=_answer_text(answer),
+        requests=tuple(str(name) for name in (row["id"], row.get("response")) if name),
+    )
+
+
+def _seconds(moment: datetime.datetime) -> float:
+    return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+
+
+def _answer_text(answer: Any) -> str | None:
+    """What the model said, in the forms that the server's routes and its log of streams have."""
+    if isinstance(answer, list):
+        return answer[0] if answer and isinstance(answer[0], str) else None
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return None
+    message = choices[0].get("message")
+    text = message.get("content") if isinstance(message, dict) else choices[0].get("text")
+    return text if isinstance(text, str) else None
+
+
+def _with_words(
+    conversation: Conversation, said: Mapping[str, Mapping[str, Any]], flagged: Mapping[str, bool]
+) -> Conversation:
+    words = next((said[name] for name in conversation.requests if name in said), {})
+    return replace(
+        conversation,
+        label=words.get("label"),
+        correction=words.get("correction"),
+        rating=words.get("rating"),
+        is_flagged=flagged.get(conversation.place) if flagged else None,
+    )
+
+
+def _feedback(state: Path, store: str | None) -> dict[str, dict[str, Any]]:
+    """What clients said, by the id of the request and that of the answer."""
+    from dstune.serve import extra
+    from dstune.serve.state import opened_database
+
+    if not store and not any(state.glob("*.sqlite")):
+        return {}
+    extra.require()
+    from sqlalchemy import select
+
+    from dstune.serve.store.tables import AnswerRow, Feedback
+
+    database = opened_database(state, store, create=False)
+    try:
+        with database.session() as session:
+            rows = session.execute(
+                select(AnswerRow.id, AnswerRow.response, Feedback.rating, Feedback.label, Feedback.correction).join(
+                    Feedback, Feedback.answer == AnswerRow.id
+                )
+            ).all()
+    finally:
+        database.close()
+    return {
+        name: {"rating": row.rating, "label": row.label, "correction": row.correction}
+        for row in rows
+        for name in (row.id, row.response)
+        if name
+    }
+
+
+def _flagged(folder: Path) -> dict[str, bool]:
+    """Whether the guard objected, by the request's id; empty without a guard."""
+    flagged: dict[str, bool] = {}
+    for file in sorted(folder.glob("audit-*.jsonl")):
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a line that is being written
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("request"), str):
+                name = entry["request"]
+                flagged[name] = flagged.get(name, False) or entry.get("decision") not in PASSED
+    return flagged

@@ -1,0 +1,41 @@
+"""The verb `dstune data shift`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstune.core.arguments import VerbParser
+from dstune.monitor.budget import Budget
+from dstune.monitor.check import Settings
+from dstune.monitor.command import add_test_options, check_numbers, compare, exit_code, report
+from dstune.monitor.gather import Live, Reference, read_reference
+
+
+def main(argv: list[str]) -> int:
+    """`dstune data shift A B`. Raises UserError; returns the exit code: 3 for a difference with --fail-on-drift."""
+    parser = VerbParser(
+        prog="dstune data shift",
+        description="How far the rows B are from the rows A: of a model's validation rows, of last month's.",
+    )
+    for name, help_text in (
+        ("a", "rows to compare with: a run (its validation rows), a file, a table"),
+        ("b", "rows, as A"),
+    ):
+        parser.add_argument(name, metavar=name.upper(), help=help_text)
+    add_test_options(parser)
+    arguments = parser.parse_args(argv)
+    check_numbers(arguments)
+    reference, other = (_rows(spec, arguments.rows) for spec in (arguments.a, arguments.b))
+    settings = Settings(arguments.alpha, 1, arguments.effect, streams=False)
+    live = Live(other.rows, [], None, None, from_server=False)
+    outcome = compare(reference, live, Budget(arguments.alpha, 1), settings, embeddings=arguments.embeddings)
+    result = outcome.to_json()
+    report(outcome, result, as_json=arguments.json)
+    return exit_code(result, fails=arguments.fail_on_drift)
+
+
+def _rows(spec: str, most: int) -> Reference:
+    if not (Path(spec) / "run.yaml").is_file():
+        return read_reference(None, spec, most, mask=False)
+    found = read_reference(Path(spec), None, most, mask=False)
+    return Reference(found.validation, found.validation, found.config, f"validation rows of {spec}")

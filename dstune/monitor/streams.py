@@ -1,0 +1,77 @@
+"""When a number changed: ADWIN over the live conversations in their order (Bifet and Gavalda, SDM 2007, by `river`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dstune.core.errors import Problem, UserError
+
+FEWEST = 100
+"""Conversations of a stream that is looked at: ADWIN has no power before."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the mean within the live conversations."""
+
+    signal: str
+    index: int
+    """Of the first conversation after the change."""
+    time: float | None
+    before: float
+    after: float
+    """Means of the signal on both sides."""
+
+
+def require_river() -> None:
+    """Raises UserError."""
+    try:
+        import river.drift  # noqa: F401
+    except ImportError as error:
+        fix = "pip install 'dstune[monitor]', or --no-streams"
+        raise UserError(Problem("--streams", "needs the package river", fix)) from error
+
+
+def find_change(
+    signal: str, values: np.ndarray, times: np.ndarray | None, reference: np.ndarray, delta: float
+) -> Change | None:
+    """Return the change of a stream, or None. ADWIN says whether there is one; its window is made of buckets, too coarse to say
+    where, so the change is placed where two means fit the stream best.
+
+    values: float [conversations], by time, NaN where there is none. reference: values without drift; the stream is mapped to
+    [0, 1] by their distribution, as ADWIN's bound asks. delta: ADWIN's bound on a false alarm.
+    """
+    from river.drift import ADWIN
+
+    is_known = np.isfinite(values)
+    known, numbers = values[is_known], np.flatnonzero(is_known)
+    scale = np.sort(reference[np.isfinite(reference)])
+    if len(known) < FEWEST or len(scale) < FEWEST:
+        return None
+    places = (np.searchsorted(scale, known, "left") + np.searchsorted(scale, known, "right")) / (2 * len(scale))
+    detector = ADWIN(delta=delta)
+    has_changed = False
+    for place in places:
+        detector.update(float(place))
+        has_changed = has_changed or detector.drift_detected
+    if not has_changed:
+        return None
+    begin = _best_split(places)
+    index = int(numbers[begin])
+    return Change(
+        signal,
+        index,
+        None if times is None else float(times[index]),
+        float(known[:begin].mean()),
+        float(known[begin:].mean()),
+    )
+
+
+def _best_split(values: np.ndarray) -> int:
+    """The index at which two means leave the smallest sum of squares."""
+    counts = np.arange(1, len(values))
+    sums = np.cumsum(values)
+    before, after = sums[:-1], sums[-1] - sums[:-1]
+    return int(np.argmax(before**2 / counts + after**2 / (len(values) - counts))) + 1

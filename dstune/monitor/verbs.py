@@ -1,0 +1,20 @@
+"""`dstune monitor` and `dstune data shift`."""
+
+from __future__ import annotations
+
+from dstune.core.verb import Verb, verb
+
+
+@verb
+class Monitor(Verb):
+    name = "monitor"
+    summary = "whether live rows are still those that a run was trained on"
+    action = "dstune.monitor.command:main"
+    other_names = ((("drift", "watch"), "`dstune monitor RUN --data LOGS`"),)
+
+
+@verb
+class DataShift(Verb):
+    name = "data shift"
+    summary = "how far rows are from others, or from a run's"
+    action = "dstune.monitor.shift_command:main"

@@ -1,0 +1,135 @@
+"""What is one conversation: of requests, of rows, and of a server's logs."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+
+from dstune.core.errors import UserError
+from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
+from dstune.monitor.row_files import conversation_of_row, read_file_rows
+from dstune.monitor.server_logs import log_folder, read_log
+from dstune.serve.gateway.request_log import RequestLog
+from tests.support.serving import chat, served
+
+CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"messages": [*CHAT, {"role": "user", "content": [{"type": "text", "text": "b"}]}]}, ("a", "b")),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "x"}]}, ("a",)),
+        ({"prompt": "a", "completion": "x"}, ("a",)),
+        ({"prompt": CHAT, "chosen": "x"}, ("a",)),
+        ({"text": "a", "label": "x"}, ("a",)),
+        ({"text": "a", "text_pair": "b"}, ("a\nb",)),
+        ({"question": "a", "context": "b", "answers": []}, ("a\nb",)),
+        ({"tokens": ["a", "b"], "tags": ["O", "O"]}, ("a b",)),
+        ({"input": ["same", "same"]}, ("same",)),
+        ({"input": [{"role": "user", "content": "a"}]}, ("a",)),
+        ({"label": "x"}, ()),
+        ({"messages": "no list", "prompt": 3}, ()),
+        ({"messages": [{"role": "user"}]}, ()),
+    ],
+)
+def test_what_is_asked(row: dict, texts: tuple[str, ...]) -> None:
+    assert asked_texts(row) == texts
+
+
+def turn(place: str, *texts: str, user: str = "u", **more: object) -> Conversation:
+    return Conversation(place, texts, time=float(len(place)), user=user, requests=(place,), **more)  # type: ignore[arg-type]
+
+
+def test_requests_that_repeat_earlier_turns_are_one_conversation() -> None:
+    found = joined(
+        [
+            turn("1", "a", rating=1.0),
+            turn("22", "a", "b", rating=-1.0),
+            turn("333", "a", "c"),  # another one, from the first turn on
+            turn("4444", "a", "b", user="v"),
+            turn("55555", "z"),
+            turn("666666", "z"),  # the same again: a retry, a health check
+        ]
+    )
+    assert [(one.place, one.texts) for one in found] == [
+        ("1", ("a", "b")),
+        ("333", ("a", "c")),
+        ("4444", ("a", "b")),
+        ("55555", ("z",)),
+    ]
+    assert found[0].rating == -1.0
+    assert found[0].requests == ("1", "22")
+
+
+def test_of_one_user_all_conversations_are_alike() -> None:
+    rows = [turn(str(number), f"text {number}", user="often") for number in range(50)] + [turn("x", "y", user="once")]
+    assert sorted(row.user or "" for row in one_per(rows, "user")) == ["often", "once"]
+    assert one_per(rows, "user") == one_per([*reversed(rows)], "user")[:0] + one_per(rows, "user")
+    assert {row.place for row in one_per(rows, "user")} == {row.place for row in one_per([*reversed(rows)], "user")}
+
+
+def test_a_sample_is_the_same_each_time_and_whatever_else_is_there() -> None:
+    rows = [turn(str(number), f"text {number}") for number in range(100)]
+    few = sampled(rows, 10)
+    assert few == sampled(rows, 10) and len(few) == 10
+    assert digest_of(few) == digest_of([*reversed(few)]) != digest_of(few[1:])
+
+
+def test_rows_of_a_file_with_a_conversation_are_joined(tmp_path: Path) -> None:
+    rows = [
+        {"conversation_id": 1, "text": "a", "created": "2026-01-02T03:04:05+00:00"},
+        {"conversation_id": 2, "text": "b", "created": 1767323045},
+        {"conversation_id": 1, "text": "c", "created": 1767323045000, "rating": 1},
+        {"nothing": "that is read"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = read_file_rows(str(file), "--data")
+    assert [row.texts for row in found] == [("a", "c"), ("b",)]
+    assert found[0].time == found[1].time == datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).timestamp()
+    file.write_text('{"nothing": 1}')
+    with pytest.raises(UserError, match="asks anything"):
+        read_file_rows(str(file), "--data")
+
+
+def test_an_answer_is_no_question() -> None:
+    row = conversation_of_row({"text": "a", "label": "b", "completion": "c"}, "here")
+    assert row is not None
+    assert (row.label, dict(row.fields)) == ("b", {"text": "a"})
+
+
+def test_the_logs_of_a_server_are_read_where_they_lie(tmp_path: Path) -> None:
+    """With ratings, corrections and the guard's decisions; another user's and failed requests are apart."""
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+
+    async def test() -> None:
+        async with served(state, log=RequestLog(state / "requests", str)) as found:
+            client = found.client()
+            first = await client.post("/v1/chat/completions", json=chat("one", user="u"))
+            later = chat("one", user="u")
+            later["messages"] += [{"role": "assistant", "content": "x"}, {"role": "user", "content": "two"}]
+            second = await client.post("/v1/chat/completions", json=later)
+            await client.post("/v1/chat/completions", json=chat("three", user="v"))
+            await client.post("/v1/chat/completions", json=chat("bad", temperature=99))
+            body = {"id": second.headers["x-request-id"], "rating": -1, "correction": "better"}
+            assert (await client.post("/v1/feedback", json=body)).is_success
+            guard = state / "guard"
+            guard.mkdir()
+            line = {"request": first.headers["x-request-id"], "decision": "flagged"}
+            (guard / "audit-2026-01-01.jsonl").write_text(json.dumps(line) + '\n{"cut')
+
+    asyncio.run(test())
+    assert log_folder(str(state)) == log_folder(str(state / "requests")) == state / "requests"
+    assert log_folder(str(tmp_path)) is None
+    conversation, other = read_log(state / "requests", 0.0)
+    assert (conversation.texts, conversation.rating, conversation.correction) == (("one", "two"), -1.0, "better")
+    assert (conversation.is_flagged is True and other.is_flagged is None) or other.is_flagged is False
+    assert other.texts == ("three",) and other.user != conversation.user
+    assert conversation.answer is not None and conversation.version
+    assert read_log(state / "requests", 4e9) == []
