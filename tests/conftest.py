@@ -17,7 +17,18 @@ from support.tiers import SECONDS, WHOLE_FILES, part_of
 
 pytest.register_assert_rewrite("support.matrix")
 
-LONG_FIRST = ("distributed", "parity", "cluster", "packaging", "finetuning", "serve", "guard", "lakehouse", "monitor", "unit")
+LONG_FIRST = (
+    "distributed",
+    "parity",
+    "cluster",
+    "packaging",
+    "finetuning",
+    "serve",
+    "guard",
+    "lakehouse",
+    "monitor",
+    "unit",
+)
 """Folders by how long a file of theirs takes, where `support.tiers` does not know it: workers that take whole files end together
 when the short ones come last."""
 

@@ -38,6 +38,19 @@ class RunRows:
 
 def read_run_rows(run: Path, most: int) -> RunRows:
     """Return at most so many rows of each part, those with the lowest hashes. Raises UserError."""
+    config, parts = read_run_parts(run, most)
+    found = {
+        part: [row for place, fields in rows if (row := conversation_of_row(fields, place)) is not None]
+        for part, rows in parts.items()
+    }
+    return RunRows(config, found.get("train", []), found.get("validation", []))
+
+
+def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[str, list[tuple[str, dict[str, Any]]]]]:
+    """Return the run's configuration and, by part, place and normalised row of at most so many, those with the lowest hashes.
+
+    Raises UserError.
+    """
     from dstune.data.bad_rows import BadRows
     from dstune.data.ingest import ingest
     from dstune.data.parts import choose
@@ -49,23 +62,19 @@ def read_run_rows(run: Path, most: int) -> RunRows:
         reason = "the training rows of a stream or a mixture are not read again"
         raise UserError(Problem(what, reason, "--reference FILE with rows as they were at training time", str(run)))
     bad = BadRows(OnBadRow.skip)
-    with tempfile.TemporaryDirectory(prefix="dstune-monitor-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
         tables = {
             part: ingest(named[""].files, named[""].config, Path(scratch) / f"{part}.arrow", bad)
             for part, named in find_inputs(config).items()
             if part in ("train", "validation", "test")
         }
-        chosen = choose(tables, config)
-        parts: dict[str, list[Conversation]] = {"train": [], "validation": []}
-        for part in parts.keys() & chosen.keys():
-            rows = chosen[part]
+        parts = {}
+        for part, rows in choose(tables, config).items():
             order = rows.indices[rows.hashes.argsort(kind="stable")[:most]]
-            for number in order.tolist():
-                entry = rows.table.data[number]
-                conversation = conversation_of_row(parse_json(entry["row"]), rows.table.place(number))
-                if conversation is not None:
-                    parts[part].append(conversation)
-    return RunRows(config, parts["train"], parts["validation"])
+            parts[part] = [
+                (rows.table.place(number), parse_json(rows.table.data[number]["row"])) for number in order.tolist()
+            ]
+    return config, parts
 
 
 def read_file_rows(spec: str, key: str, config: RunConfig | None = None) -> list[Conversation]:

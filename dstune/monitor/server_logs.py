@@ -30,7 +30,12 @@ def log_folder(place: str) -> Path | None:
 
 
 def read_log(folder: Path, since: float, store: str | None = None) -> list[Conversation]:
-    """Return the conversations since a moment (seconds of the epoch), by time.
+    """Return the conversations since a moment (seconds of the epoch), by time; see `read_requests`."""
+    return joined(read_requests(folder, since, store))
+
+
+def read_requests(folder: Path, since: float, store: str | None = None) -> list[Conversation]:
+    """Return the requests since a moment by time, each by itself.
 
     store: URL of the server's database; without it, the one beside the logs, if there is any. Raises UserError where a file is
     damaged.
@@ -43,7 +48,25 @@ def read_log(folder: Path, since: float, store: str | None = None) -> list[Conve
         if conversation is not None:
             turns.append(_with_words(conversation, said, flagged))
     turns.sort(key=lambda turn: (turn.time or 0.0, turn.place))
-    return joined(turns)
+    return turns
+
+
+def recorded_requests(folder: Path, store: str | None = None) -> set[str]:
+    """Return the ids of all answers that the server's database still has: those of a user who was forgotten are gone."""
+    from dstune.serve import extra
+    from dstune.serve.state import opened_database
+
+    extra.require()
+    from sqlalchemy import select
+
+    from dstune.serve.store.tables import AnswerRow
+
+    database = opened_database(folder.parent, store, create=False)
+    try:
+        with database.session() as session:
+            return set(session.scalars(select(AnswerRow.id)))
+    finally:
+        database.close()
 
 
 def _rows(folder: Path, since: float) -> Iterator[dict[str, Any]]:
