@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dstune.config.schema import ModelConfig
@@ -103,3 +104,38 @@ def mark_stops(tokenizer: Any, stops: Collection[int]) -> None:
 def marked_stops(tokenizer: Any) -> tuple[int, ...]:
     """The tokens at which the generation settings of a tokenizer's model stop, as far as they are known."""
     return tuple(getattr(tokenizer, "dstune_stops", ()))
+
+
+PROCESSOR_SETTINGS = ("processor_config.json", "preprocessor_config.json")
+"""Files of which one at least says how images become inputs."""
+
+
+@dataclass(frozen=True)
+class VisionFiles:
+    """Where a model that sees has what turns images into its inputs."""
+
+    path: str
+    """Folder, or hub id in the cache."""
+    revision: str | None
+    trust_remote_code: bool
+    model_type: str
+    settings: str = ""
+    """What the files of its processor say, as one text; empty where it has none."""
+    merge: int = 1
+    """So many patches in a row, and in a column, are one token (`spatial_merge_size`)."""
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether there are files of a processor beside the model."""
+        return bool(self.settings)
+
+
+def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
+    """Note at a tokenizer that its model sees: conversations may hold images then."""
+    tokenizer.dstune_vision = vision
+
+
+def vision_of(tokenizer: Any) -> VisionFiles | None:
+    """What turns images into inputs of a tokenizer's model; None where it sees none."""
+    found: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
+    return found

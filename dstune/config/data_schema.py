@@ -155,6 +155,8 @@ class DataConfig:
     """Column names of the file by role, for example `{text: review, label: stars}`."""
     tokenizer: str | None = None
     """The tokenizer that made the token ids of `format: tokens` (hub id, folder or sample): the model's, or one equal to it."""
+    image_folder: str | None = None
+    """Folder that paths of images begin in and must not leave; that of the rows' file when not given."""
     text_rows: TextRows = TextRows.line
     """What is a row of a plain text file (.txt, .md): a line, a paragraph, the whole document, or `tagged` words (CoNLL)."""
     max_length: int = setting(1024, at_least=8)

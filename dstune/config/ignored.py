@@ -64,6 +64,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
     for part in ("validation", "test"):
         if given := getattr(data, part):
             yield f"data.split.{part}", (f"data.{part}={given} gives the rows", f"leave out data.{part}")
+    if not config.model.train_vision:
+        yield "optimizer.vision_lr", ("the tower is frozen", "model.train_vision=true")
     if data.mixture and data.train:
         yield "data.train", ("data.mixture replaces it", "data.mixture={}")
     if not data.streaming:

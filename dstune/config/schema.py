@@ -125,6 +125,8 @@ class ModelConfig:
     `alpha / sqrt(tokens of the sample * width)`, 5 in the paper; 0 for none."""
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
+    train_vision: bool = False
+    """Train the tower that sees images, and its projector, instead of leaving them as they are (`optimizer.vision_lr`)."""
     unreached_parts: UnreachedParts = UnreachedParts.frozen
     """Parts that rows of text never reach (towers of images and sound, projectors): `frozen` leaves them out of the optimizer and
     of adapters. `trained` is what runs of earlier versions go on with; such parts only decay."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dstune.config.architectures import VisionFiles, vision_of
 from dstune.config.data_schema import OnSuspiciousLabels
 from dstune.config.schema import RunConfig
 from dstune.core.rank_env import RankEnv
@@ -17,6 +18,7 @@ from dstune.data.builder import Builder, prove_samples
 from dstune.data.chat import evidence
 from dstune.data.chat.evidence import Proof
 from dstune.data.fingerprint import fingerprint
+from dstune.data.images.store import ImageFiles
 from dstune.data.inputs import PARTS
 from dstune.data.label_names import refuse_suspicious
 from dstune.data.prepared import HELD_OUT, PreparedData, SamplePrompt, StreamStart, load_split
@@ -53,7 +55,11 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
     if env.local_rank and not (cache_root / "data" / key).is_dir():
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
-    data = _load(folder, key, config)
+    images = ImageFiles.of(folder)
+    if images is not None and not images.are_as_prepared():  # their names are in the rows, what they show is not
+        key = f"{key}-{images.state()}"
+        folder = cache.entry(cache_root / "data", key, make)
+    data = _load(folder, key, config, vision_of(tokenizer))
     if trains and config.data.on_suspicious_labels is OnSuspiciousLabels.error:
         refuse_suspicious(data.report["train"].get("labels", {}))
     return data
@@ -66,7 +72,7 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
     """
     if data.evidence is None:
         return Proof()
-    found = prove_samples(config, tokenizer, data.labels, data.train.table, data.evidence)
+    found = prove_samples(config, tokenizer, data.labels, data.train.table, data.evidence, data.train.images)
     counts = data.report.get("train", {})
     conversations, samples = counts.get("conversations", 0), counts.get("samples", 0)
     if not task_of(config.task).splits_conversations or samples <= conversations:
@@ -78,10 +84,10 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
     return replace(found, note="; ".join(filter(None, [found.note, grown])))
 
 
-def _load(folder: Path, key: str, config: RunConfig) -> PreparedData:
+def _load(folder: Path, key: str, config: RunConfig, vision: VisionFiles | None) -> PreparedData:
     meta = json.loads((folder / "meta.json").read_text())
     report = meta["report"]
-    parts = {part: load_split(folder, part) for part in PARTS if part in report}
+    parts = {part: replace(load_split(folder, part), vision=vision) for part in PARTS if part in report}
     if config.data.mixture:
         mixture.add_shares(report["train"]["sources"], config)
     return PreparedData(

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.config.architectures import vision_of
 from dstune.config.data_schema import OnBadRow
 from dstune.config.forgetting import mixes_in
 from dstune.config.multi_task import tasks_of
@@ -28,6 +29,8 @@ from dstune.data.chat.evidence import Proof
 from dstune.data.clean.report import Report
 from dstune.data.clean.tables import Cleaning
 from dstune.data.formats import check_mapped, shape_of_all
+from dstune.data.images.processor import refusal
+from dstune.data.images.store import ImageFiles, ImageWriter
 from dstune.data.ingest import Table, ingest
 from dstune.data.labels import ChosenRows, class_weights, labels_of_training, rows_by_label
 from dstune.data.parts import choose, leave_out_leaks, limited, of_task
@@ -94,6 +97,7 @@ class Builder:
         self._shards = shards
         self._arguments = arguments
         self._trains = trains
+        self._images: ImageWriter | None = None
 
     def __call__(self, folder: Path) -> None:
         """Write `train.arrow`, `train.lengths.npy`, `train.weights.npy` (and those of the other parts), `meta.json`.
@@ -115,7 +119,10 @@ class Builder:
         work = folder / "work"
         work.mkdir()
         config = self._config
+        refused = refusal(vision_of(self._tokenizer), config.model.path)
+        self._images = ImageWriter(folder, config.data.image_folder, refused)
         read = self._read_all(work, bad)
+        self._images.finish()
         cleaning = Cleaning(config, self._tokenizer, work)
         chosen, tables = self._clean_and_choose(read, cleaning, work)
         labels = labels_of_training(chosen, config, bad)
@@ -123,6 +130,7 @@ class Builder:
         augmentation = self._augment(chosen, work)
         weights = class_weights(config, labels, chosen["train"])
         encode = self._row_tokenizer(read["train"], tables, labels, weights)
+        encode.use_images(ImageFiles.of(folder))
         report: dict[str, dict[str, Any]] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
@@ -175,7 +183,9 @@ class Builder:
         for name, source in self._inputs[part].items():
             stream = source.stream
             rows = None if stream is None else stream.take(self._begin, source.config.data.stream_rows)
-            read[name] = ingest(source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows)
+            read[name] = ingest(
+                source.files, source.config, work / f"{part}.{name}.rows.arrow", bad, rows, self._images
+            )
         if part == "train" and self._trains:
             self._refuse_unknown_columns(read)
         return read
@@ -389,7 +399,12 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def prove_samples(
-    config: RunConfig, tokenizer: Any, labels: Sequence[str], table: datasets.Dataset, kept: Path
+    config: RunConfig,
+    tokenizer: Any,
+    labels: Sequence[str],
+    table: datasets.Dataset,
+    kept: Path,
+    images: ImageFiles | None = None,
 ) -> Proof:
     """The proof of the samples in `table`, of which the rows in `kept` are some. Raises UserError."""
     if not tokenizer.chat_template:
@@ -405,4 +420,5 @@ def prove_samples(
         several=several,
         sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
     )
+    encode.use_images(images)
     return evidence.prove(tokenizer, encode, table, kept)

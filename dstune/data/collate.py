@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from dstune.core.errors import Problem, UserError
+from dstune.data.images.batch import blank_sample, image_inputs
+from dstune.data.images.places import COLUMN
 from dstune.data.prepared import TEXTS, Split
 from dstune.data.sampler import PAD_MULTIPLE, MicroBatch
 from dstune.protocols import Task
@@ -30,7 +32,7 @@ ROW_COLUMNS = {
 }
 """Columns of a sample with one value (or a list of fixed length) by the name that a batch gives them."""
 
-OTHER_COLUMNS = ("input_ids", "target_ids", "bytes", *TEXTS)
+OTHER_COLUMNS = ("input_ids", "target_ids", "bytes", COLUMN, *TEXTS)
 """Columns that `collate` reads by name, and those that metrics alone read."""
 
 TARGETS = ("labels", "start_positions", "end_positions")
@@ -59,9 +61,13 @@ def collate(
     Rows whose body was run before (`method=features`): `features` [rows, hidden] float32 and what ROW_COLUMNS names.
     For an encoder-decoder (samples with `target_ids`) `labels` is [rows, longest target rounded up to a multiple of 8].
     with_index: `index` [rows] (sample numbers) too. In a filler every target is -100.
+    Of a split with images also what the model's processor makes of them (`images.batch`); a micro-batch that needs an image and
+    has none gets a last row with a blank one, in which every target is -100.
     """
     rows = [[split.sample(index) for index in row] for row in micro_batch.rows]
     held = rows[0][0].keys()
+    if micro_batch.needs_image and not any(len(sample[COLUMN]) for row in rows for sample in row):
+        rows.append([blank_sample(split, rows[0][0])])
     if "features" in held:
         return _of_features([_only(row) for row in rows], micro_batch, with_index)
     longest = max(sum(len(sample["input_ids"]) for sample in row) for row in rows)
@@ -90,7 +96,10 @@ def collate(
     arrays["position_ids" if packing else "attention_mask"] = position_ids if packing else real
     if with_index:
         arrays["index"] = np.array([_only(row) for row in micro_batch.rows], dtype=np.int64)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if split.images is None:
+        return tensors
+    return tensors | image_inputs(split, rows, tensors, packing=packing)
 
 
 def _targets(targets: list[np.ndarray]) -> np.ndarray:

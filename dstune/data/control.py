@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dstune.config.architectures import vision_of
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.template import ChatTemplate, RenderError
 from dstune.data.frame import Frame
@@ -34,6 +35,9 @@ _PREFIX_SPACES = "▁Ġ"
 
 _UNKNOWN = "\U0010fffd"
 """A character that no vocabulary has."""
+
+_OF_IMAGES = re.compile("image|img|vision", re.I)
+"""In tokens that stand for images, in a model that sees."""
 
 _MADE_UP = [
     {"role": "user", "content": "Hi"},
@@ -94,12 +98,17 @@ class ControlTokens:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         printed = _rendered(tokenizer)
+        sees = vision_of(tokenizer) is not None
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         tokens = {
             number: token
             for number, token in tokenizer.added_tokens_decoder.items()
             if token.content.strip()
-            and (token.special or (token.content in printed and not _is_tag(token.content, added)))
+            and (
+                token.special
+                or (sees and _OF_IMAGES.search(token.content))
+                or (token.content in printed and not _is_tag(token.content, added))
+            )
         }
         self._ids = frozenset(tokens)
         strings = sorted({token.content for token in tokens.values()}, key=len, reverse=True)

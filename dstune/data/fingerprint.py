@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 import xxhash
 
-from dstune.config.architectures import is_encoder_decoder, marked_stops
+from dstune.config.architectures import is_encoder_decoder, marked_stops, vision_of
 from dstune.config.forgetting import mixes_in
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import RunConfig
@@ -66,7 +66,9 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             asdict(data.split),
             data.max_rows,
             data.on_bad_row,
+            *([data.image_folder] if data.image_folder else []),
         ],
+        **_vision_digest(tokenizer),
         "augment": _augment_digest(config),
         "prompts": prompt_count(config),
         "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
@@ -80,6 +82,14 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
     )
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
+
+
+def _vision_digest(tokenizer: Any) -> dict[str, Any]:
+    """What turns images into text and inputs, of a model that sees."""
+    vision = vision_of(tokenizer)
+    if vision is None or not vision.has_processor:
+        return {}
+    return {"vision": {key: value for key, value in asdict(vision).items() if key not in ("path", "revision")}}
 
 
 def _code(config: RunConfig) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dstune.data import media
 from dstune.data.message import Message, from_json, without_none
 from dstune.data.problems import RowError, format_value
 
@@ -126,7 +125,9 @@ def _part(number: int, role: str, part: Any) -> tuple[str, dict[str, Any]]:
     """What a part holds, and the part (of a result the message) that stands for it in OpenAI's form. Raises RowError."""
     keys = [key for key in part if key not in (*NO_CONTENT, "thought")] if isinstance(part, dict) else []
     if set(keys) & set(MEDIA):
-        raise RowError(f"content {number} ({role}) holds an image, audio or video; {media.UNREAD}")
+        raise RowError(
+            f"content {number} ({role}) holds an image, audio or video, which is not read of parts of Gemini"
+        )
     value = part[keys[0]] if len(keys) == 1 else None
     match keys:
         case ["text"] if isinstance(value, str):

@@ -18,6 +18,8 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data import sources
 from dstune.data.bad_rows import FIRST_ROWS, BadRows, UnknownFormat, of_row
+from dstune.data.images.places import COLUMN
+from dstune.data.images.store import ImageWriter
 from dstune.data.rows import RowError, check_task, hash_of, labels_of, normalise, recognise, stored
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
@@ -91,13 +93,14 @@ def ingest(
     target: Path,
     bad: BadRows,
     rows: Iterable[tuple[int, sources.RawRow]] | None = None,
+    images: ImageWriter | None = None,
 ) -> Table:
     """Read and check all rows of `files` into `target`, or only `rows` (each with the number of its file). Bad rows go
-    to `bad`.
+    to `bad`. images: takes those that rows hold.
 
     Raises UserError if the columns are those of no format, a file is unreadable as a whole, or there is no row at all.
     """
-    reader = _Reader(config, bad)
+    reader = _Reader(config, bad, images)
     already_bad = bad.count
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for batch in reader.batches(_report(files, _all_rows(files) if rows is None else rows)):
@@ -157,7 +160,8 @@ def _all_rows(files: list[sources.DataFile]) -> Iterator[tuple[int, sources.RawR
 
 
 class _Reader:
-    def __init__(self, config: RunConfig, bad: BadRows):
+    def __init__(self, config: RunConfig, bad: BadRows, images: ImageWriter | None):
+        self._images = images
         self._data = config.data
         self._task, self._bound = config.task, task_of(config.task)
         self._slices = config.evaluate.slices
@@ -208,6 +212,9 @@ class _Reader:
             self._refuse_other_labels(row)
             label = json.dumps(labels_of(row)) if self._bound.several_labels else row["label"]
         row_hash = hash_of(row, self._data.split.seed)  # first, since it raises for values that are not JSON
+        if COLUMN in row and self._bound.sees_images:
+            assert self._images is not None, "nobody takes the images"
+            row = self._images.take(row, raw.file.path)
         return stored(row), row_hash, label
 
     def _recognise(self, raw: sources.RawRow) -> str:

@@ -1,4 +1,4 @@
-"""Images, audio and video beside or inside a text: no task reads them, so rows that hold any are refused by name."""
+"""Audio and video beside or inside a text, and images where no task looks for them: rows that hold any are refused by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from dstune.data.problems import RowError
 
-UNREAD = "no task reads images, audio or video yet"
+UNREAD = "no task reads audio or video"
+NO_PLACE = "images are read from the column 'images' and from parts of a content"
 
 PARTS = {
     "image": "an image",
@@ -53,7 +54,7 @@ def refuse_columns(fields: Mapping[str, Any], where: str = "", used: Collection[
     for column, kind in COLUMNS.items():
         if column in fields and column not in used and holds_something(fields[column]):
             named = f"{where}: the key {column!r}" if where else f"column {column!r}"
-            raise RowError(f"{named} holds {kind}; {UNREAD}")
+            raise RowError(f"{named} holds {kind}; {NO_PLACE if kind == 'images' else UNREAD}")
 
 
 def refuse_markers(row: Mapping[str, Any]) -> None:
@@ -68,12 +69,13 @@ def refuse_markers(row: Mapping[str, Any]) -> None:
             if (
                 text and "<" in text and (marker := marker_in(text))
             ):  # the pattern takes longer to find out the first part
-                raise RowError(f"the marker {marker} stands for media in {text!r:.60}; {UNREAD}")
+                missing = "the row has no images" if marker.startswith("<im") else UNREAD
+                raise RowError(f"the marker {marker} stands for media in {text!r:.60}; {missing}")
 
 
 def _texts(content: Any) -> list[str]:
     """The texts of a message's content."""
-    return [part["text"] for part in content] if isinstance(content, list) else [content or ""]
+    return [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
 
 
 def marker_in(text: str) -> str:

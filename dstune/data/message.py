@@ -12,11 +12,12 @@ from typing import Any
 
 from dstune.core.parsing import parse_json
 from dstune.data import media
+from dstune.data.images.places import SPEAKERS, part_of_image
 from dstune.data.problems import RowError, format_value
 
 Message = dict[str, Any]
-Content = str | list[dict[str, str]]
-"""A text, or several parts `{type: text, text}`: a template prints them in its own way (`chat.content_format`)."""
+Content = str | list[dict[str, Any]]
+"""A text, or parts `{type: text, text}` and `{type: image}`: a template prints them in its own way (`chat.content_format`)."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -177,7 +178,9 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
         kind = _type(part)
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else part
         if of_media := media.PARTS.get(kind):
-            raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
+            found["text"].append(_image(number, role, part, of_media))
+            last = max(last, ORDER.index("text"))
+            continue
         holds = PARTS.get(kind, "")
         if not isinstance(part, str | dict) or (holds != "call" and not (holds and isinstance(value, str))):
             raise RowError(f"message {number} ({role}) has a part of type {kind!r:.60}; only text is trained on")
@@ -198,9 +201,19 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
         complaint = f"message {number}: a part of type 'tool_call' is not JSON"
         calls = found["call"]
         message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
-    if len(found["text"]) > 1:  # how they are put together is the template's business
-        return [{"type": "text", "text": text} for text in found["text"]]
+    if len(found["text"]) > 1 or any(isinstance(text, dict) for text in found["text"]):
+        # How they are put together is the template's business.
+        return [text if isinstance(text, dict) else {"type": "text", "text": text} for text in found["text"]]
     return None if found["call"] and not found["text"] else "".join(found["text"])
+
+
+def _image(number: int, role: str, part: Any, of_media: str) -> dict[str, Any]:
+    """The part of an image (`images.places`). Raises RowError for audio and video, and where the assistant has it."""
+    if of_media != "an image":
+        raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
+    if role not in SPEAKERS:
+        raise RowError(f"message {number} ({role}) holds an image; models see images and write none")
+    return part_of_image(part, f"message {number} ({role})")
 
 
 def _type(part: Any) -> str:

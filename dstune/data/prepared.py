@@ -11,6 +11,10 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from dstune.config.architectures import VisionFiles
+from dstune.data.images.places import COLUMN
+from dstune.data.images.store import ImageFiles
+
 TOKENS = ("input_ids", "target_ids")
 """What the names of columns with a sample's tokens end in: a pair has two of them."""
 TEXTS = ("source", "target")
@@ -47,8 +51,20 @@ class Split:
     `origins`, where metrics need them."""
     places: Path | None = None
     """JSON list of FILE:LINE of each row, by the numbers in `origins`."""
+    images: ImageFiles | None = None
+    """What the column `images` of `table` numbers; None where no row of the entry has any."""
+    vision: VisionFiles | None = None
+    """What turns them into the model's inputs."""
     content: str = ""
     """Digest of all columns of `table`; that of the whole where the split is a part of it."""
+
+    @cached_property
+    def image_counts(self) -> np.ndarray:
+        """Images of each sample, [samples]."""
+        if self.images is None:
+            return np.zeros(len(self.lengths), np.int32)
+        counts = pc.list_value_length(self.table.data.column(COLUMN)).to_numpy()
+        return counts if self.rows is None else counts[self.rows]
 
     @cached_property
     def _arrays(self) -> datasets.Dataset:
@@ -181,5 +197,6 @@ def load_split(folder: Path, part: str) -> Split:
         origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
         texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
         places=places if places.exists() else None,
+        images=ImageFiles.of(folder),
         content=(folder / f"{part}.content").read_text(),
     )

@@ -195,7 +195,7 @@ class ChatRenderer:
             elif argument := _UNDEFINED.search(reason):
                 fix = f"task.chat_template_kwargs='{{{argument.group(1)}: ...}}', or {fix}"
             elif takes_parts(self._template):
-                reason = "the template reads contents in parts, as models of images do, and no task reads images yet"
+                reason = f"the template reads contents in parts alone: {reason}"
             raise UserError(Problem("model.chat_template", reason, fix)) from None
 
     def prompt_ids(
@@ -626,6 +626,8 @@ def _apart(
 def _with_end(content: Any, text: str) -> Any:
     """A content that ends with `text`."""
     if isinstance(content, list):
+        if "text" not in content[-1]:  # an image
+            return [*content, {"type": "text", "text": text}]
         return [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
     return content + text
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dstune.data import media
 from dstune.data.formats import check_columns, check_task, column_of, columns_read, recognise
+from dstune.data.images.places import COLUMN, for_hash, with_images
 from dstune.data.message import joined
 from dstune.data.problems import RowError, listing
 from dstune.data.split import content_hash
@@ -75,7 +76,10 @@ def normalise(
         raise RowError("continue_final_message: an answer that is begun is not trained; give the message as a whole")
     row = form.row(found, own)
     if form.conversational:
-        media.refuse_markers(row)
+        sees = "" if own is None or own.sees_images else f"task={own.name} reads none (task=chat does)"
+        row = with_images(row, found.get(COLUMN), sees=sees)
+        if COLUMN not in row:  # beside images it is what somebody wrote
+            media.refuse_markers(row)
     return row
 
 
@@ -112,7 +116,7 @@ def canonical(row: Mapping[str, Any]) -> bytes:
 
 def hash_of(row: Mapping[str, Any], seed: int) -> int:
     """The 64 bits by which a row is held out or not. Raises RowError."""
-    return content_hash(canonical(with_joined_parts(row)), seed)
+    return content_hash(canonical(for_hash(with_joined_parts(row))), seed)
 
 
 def labels_of(row: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,8 @@ class MicroBatch:
     rows: tuple[Row, ...]
     filler: bool = False
     """Its content counts for nothing: it is there so that all ranks make equally many steps."""
+    needs_image: bool = False
+    """It has to have an image, a blank one where its samples have none."""
 
     @property
     def samples(self) -> list[int]:

@@ -18,9 +18,12 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from dstune import samples
 from dstune.chat_templates import control_tokens, prompt_path, template_path
 from dstune.config.architectures import (
+    PROCESSOR_SETTINGS,
+    VisionFiles,
     encoder_decoder_problem,
     mark_encoder_decoder,
     mark_stops,
+    mark_vision,
     packed_encoder_decoder_problem,
     size_problems,
 )
@@ -32,7 +35,7 @@ from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
 from dstune.models.tiles import tile_feed_forward
-from dstune.models.unreached import freeze_unreached, whole_class
+from dstune.models.unreached import freeze_unreached, text_config_of, whole_class
 from dstune.protocols import method_of, task_of
 from dstune.protocols.method_options import QuantizesWeights, ReplacesHead
 from dstune.protocols.task_options import ChangesLoadedModel
@@ -68,6 +71,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
         mark_stops(tokenizer, _stops(config, architecture))
+        if vision := _vision_files(config, architecture):
+            mark_vision(tokenizer, vision)
     if config.prompt_template:
         tokenizer.chat_template = prompt_path(config.prompt_template).read_text(encoding="utf-8")
     if config.chat_template:
@@ -91,6 +96,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     if absent:
         tokenizer.add_special_tokens({"additional_special_tokens": absent}, replace_extra_special_tokens=False)
     return with_padding(tokenizer)
+
+
+def _vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionFiles | None:
+    """What turns images into the model's inputs; None for a model without a tower for them."""
+    vision = getattr(architecture, "vision_config", None)
+    if text_config_of(architecture) is None or vision is None:
+        return None
+    folder = model_folder(config)
+    return VisionFiles(
+        local_path(config.path),
+        config.revision,
+        config.trust_remote_code,
+        architecture.model_type,
+        "\n".join((folder / name).read_text("utf-8") for name in PROCESSOR_SETTINGS if (folder / name).is_file()),
+        getattr(vision, "spatial_merge_size", 1),
+    )
 
 
 def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:

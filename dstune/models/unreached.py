@@ -87,10 +87,21 @@ def _beside(module: nn.Module, name: str, language: list[str], head: nn.Module |
 
 
 def freeze_unreached(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Freeze what no row of text reaches, and remember it for `unreached_parts`."""
-    if config.unreached_parts is UnreachedParts.frozen:
-        model.dstune_unreached = find_unreached(model)
-        keep_frozen(model)
+    """Freeze what no row of text reaches, and remember it for `unreached_parts`; with `model.train_vision` but for what sees."""
+    if config.unreached_parts is not UnreachedParts.frozen:
+        return
+    parts = find_unreached(model)
+    if config.train_vision:
+        model.dstune_vision_parts = tuple(part for part in parts if "audio" not in part)
+        parts = tuple(part for part in parts if "audio" in part)
+    model.dstune_unreached = parts
+    keep_frozen(model)
+
+
+def vision_parts(model: nn.Module) -> tuple[str, ...]:
+    """Names of the tower and the projector that `model.train_vision` trains; empty without it."""
+    names: tuple[str, ...] = getattr(model, "dstune_vision_parts", ())
+    return names
 
 
 def unreached_parts(model: nn.Module) -> tuple[str, ...]:

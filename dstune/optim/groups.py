@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from dstune.protocols import method_of, optimizer_of
@@ -14,12 +14,24 @@ if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
 
 
-def method_groups(config: RunConfig, module: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups for `module`, as `config.method` has trained it."""
+def method_groups(config: RunConfig, module: nn.Module, vision_parts: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups for `module`, as `config.method` has trained it. vision_parts: names of the modules that
+    `optimizer.vision_lr` is for, in the model without adapters."""
     method, optimizer = method_of(config.method), optimizer_of(config.optimizer)
-    decay = config.optimizer.weight_decay
+    decay, rates = config.optimizer.weight_decay, method.rates(module)
     part_of = method.parts(module) if isinstance(method, UnfreezesLater) else lambda name: 0
-    return parameter_groups(module, decay, method.rates(module), part_of, optimizer.kind)
+
+    def rate_of(name: str) -> float:
+        sees = any(f".{part}." in f".{name}." for part in vision_parts)
+        return rates(name) * (vision_share(config) if sees else 1.0)
+
+    return parameter_groups(module, decay, rate_of, part_of, optimizer.kind)
+
+
+def vision_share(config: RunConfig) -> float:
+    """The learning rate of a tower as a factor on `optimizer.lr`."""
+    rate = config.optimizer.vision_lr
+    return 1.0 if rate is None else rate / config.optimizer.lr
 
 
 def parameter_groups(

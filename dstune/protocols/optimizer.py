@@ -23,6 +23,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Weight decay; never applied to norms and biases."""
+    vision_lr: float | None = None
+    """Peak learning rate of a tower that sees and its projector, with `model.train_vision`; `lr` when not given."""
 
 
 @dataclass(frozen=True)

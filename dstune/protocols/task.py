@@ -70,6 +70,8 @@ class Task:
     """The loss is the next-token loss of a language model, and heads keep nothing of single rows."""
     conversational: ClassVar[bool] = False
     """Rows are rendered with the chat template, where the model has one; the configuration has a `template_date`."""
+    sees_images: ClassVar[bool] = False
+    """Rows may hold images, which the model sees where it has a tower for them."""
     generates: ClassVar[bool] = False
     """The model writes text."""
     has_head: ClassVar[bool] = False

@@ -32,7 +32,7 @@ from dstune.models.neftune import add_noise
 from dstune.models.packed_attention import attention_of_samples
 from dstune.models.tensor import slice_model
 from dstune.models.ulysses import SequenceCut
-from dstune.models.unreached import keep_frozen
+from dstune.models.unreached import keep_frozen, vision_parts
 from dstune.optim.groups import method_groups
 from dstune.protocols import method_of, optimizer_of, parallelism_of, task_of
 from dstune.protocols.method import Preparation
@@ -58,6 +58,7 @@ from dstune.trainer.sanity_checks import (
     samples_digest,
     verify_rows,
 )
+from dstune.trainer.sight import prove_images, refuse_with_images
 from dstune.trainer.state import TrainState
 from dstune.trainer.utilization import prefetch_of, utilization_of
 from dstune.zero import accelerator
@@ -168,6 +169,7 @@ class Setup:
         self.startup.mark("proof")
         if proof.note:
             self.message(proof.note)
+        refuse_with_images(config, data)
         blocks = None
         if data.stream is not None:  # now, so that the process that prepares them starts while the model loads
             leader = world.local_rank == 0
@@ -201,7 +203,8 @@ class Setup:
                 model = load_model(config, rows.tokenizer, rows.data.labels, dtype)
         if layout.cut is not None:
             layout.cut.install(model)
-        handed = layout.cut or attention_of_samples(config, model, self.world, self.message)
+        sees = rows.data.train.images is not None  # then masks keep samples apart
+        handed = layout.cut or (None if sees else attention_of_samples(config, model, self.world, self.message))
         plain = parameter_names(model)
         module = self.method.apply(model, config)
         if config.run.export is not Export.none and not self.method.adapter:
@@ -222,7 +225,7 @@ class Setup:
         config, module = self.config, built.module
         start.preparation.restrict(module, new_weights(built.model))
         keep_frozen(built.model)
-        optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module)
+        optimizer, groups = optimizer_of(config.optimizer), method_groups(config, module, vision_parts(built.model))
         once = goes_once_through(config)
         engine = Engine(
             module, optimizer, layout.deepspeed, self.world, groups=groups, one_pass=once, slices=layout.slices
@@ -235,6 +238,7 @@ class Setup:
         config, world = self.config, self.world
         examine(built.head, engine)
         check_unreached(built.model, engine)
+        prove_images(config, engine, start.preparation.data, world, self.message)
         if start.preparation.masks:
             engine.mask(start.preparation.masks)
         penalties = None

@@ -15,6 +15,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.data.batches import batch_of
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.batch import with_images_everywhere
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.special_tokens import first_special_tokens
@@ -28,6 +29,7 @@ from dstune.protocols.task_options import MeasuresFurther, TrainsOnRollouts
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
+from dstune.trainer.prefetcher import needs_images
 from dstune.trainer.subgroups import measure_slices
 from dstune.trainer.whole_batch import joined
 from dstune.zero.engine import Engine
@@ -174,6 +176,7 @@ class Evaluator:
             max_length=self.config.data.max_length,
             packing=packing,
         )
+        batches = with_images_everywhere(batches, split, needed=needs_images(self.config, self.world))
         mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, torch.Tensor] = {}
         rows = KeptRows()

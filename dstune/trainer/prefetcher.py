@@ -10,10 +10,11 @@ from typing import Generic, TypeVar
 
 import torch
 
-from dstune.config.schema import RunConfig
+from dstune.config.schema import RunConfig, stage_of
 from dstune.core.distributed import World
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
+from dstune.data.images.batch import with_images_everywhere
 from dstune.data.sampler import GlobalBatch, MicroBatch, share
 from dstune.models.heads import Head
 from dstune.models.heads.base import indexed
@@ -64,7 +65,10 @@ def prefetched_steps(
         loaded = data_loader.load(step)
         pinned = accelerator.present()
         batches = []
-        for micro_batch in share(loaded.global_batch.micro_batches, world.data_parallel_rank, world.data_parallel_size):
+        of_step = with_images_everywhere(
+            loaded.global_batch.micro_batches, loaded.split, needed=needs_images(config, world)
+        )
+        for micro_batch in share(of_step, world.data_parallel_rank, world.data_parallel_size):
             batch = indexed(head, batch_of(config, loaded.split, micro_batch, pad_token_id))
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
         return RankBatch(loaded.global_batch, loaded.epoch, tuple(batches), counted(config, loaded.split, batches))
@@ -80,6 +84,12 @@ def prefetched_steps(
     finally:
         data_loader.interrupt()
         feeds.close()
+
+
+def needs_images(config: RunConfig, world: World) -> bool:
+    """Whether every micro-batch of a step with images has to have one: a tower that is trained then has gradients on every rank,
+    and one whose weights are partitioned is gathered on all ranks at once."""
+    return config.model.train_vision or (stage_of(config.zero) == 3 and world.size > 1)
 
 
 def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:

@@ -154,7 +154,7 @@ ROWS: list[Case] = [
         [GEMINI, contents({"role": "user", "parts": [{"text": "Hi"}, {"functionResponse": {"name": "f"}}]})],
     ),
     (
-        "content … (…) holds an image, audio or video; no task reads images, audio or video yet",
+        "content … (…) holds an image, audio or video, which is not read of parts of Gemini",
         CHAT,
         [GEMINI, contents(part("user", inlineData={"mimeType": "image/png", "data": ""}))],
     ),
@@ -188,9 +188,14 @@ ROWS: list[Case] = [
         chat(output("user", [{"type": "file", "file": {"file_id": "x"}}]), ANSWER),
     ),
     (
-        "message … (…) holds …; no task reads images, audio or video yet",
+        "message … (…) holds …; no task reads audio or video",
         CHAT,
-        chat(output("user", [{"type": "image_url", "image_url": {"url": "x"}}]), ANSWER),
+        chat(output("user", [{"type": "audio_url", "audio_url": {"url": "x"}}]), ANSWER),
+    ),
+    (
+        "message … (…) holds an image; models see images and write none",
+        CHAT,
+        chat(USER, output("assistant", [{"type": "image_url", "image_url": {"url": "x"}}])),
     ),
     (
         "message … (…) has a part of type …, which only the assistant has",
@@ -223,9 +228,9 @@ ROWS: list[Case] = [
         chat(USER, output("assistant", "Yes", value="No")),
     ),
     ("message … (…) has a content and a refusal", CHAT, chat(USER, output("assistant", "Yes", refusal="No"))),
-    ("… holds …; no task reads images, audio or video yet", CHAT, chat(USER, ANSWER, images=["a.jpg"])),
+    ("… holds …; no task reads audio or video", CHAT, chat(USER, ANSWER, audios=["a.mp3"])),
     (
-        "the marker … stands for media in …; no task reads images, audio or video yet",
+        "the marker … stands for media in …; the row has no images",
         CHAT,
         chat(output("user", "<image>Who is it?"), ANSWER),
     ),

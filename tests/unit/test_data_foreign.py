@@ -254,18 +254,21 @@ def test_messages_as_python_writes_them_are_no_text(row, task):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [U, A], "images": ["a.jpg"]}, "column 'images' holds images"),
         ({"messages": [U, A], "videos": ["a.mp4"], "audios": []}, "column 'videos' holds videos"),
         ({"query": "Hi", "response": "Yes", "audios": ["a.mp3"]}, "column 'audios' holds audio"),
-        (
-            {"prompt": "Hi", "completion": "Yes", "image": {"path": "a.jpg", "bytes": None}},
-            "column 'image' holds images",
-        ),
+        ({"messages": [U, A], "images": ["https://x.y/a.jpg"]}, "column 'images' is the address"),
+        ({"messages": [U, A], "images": [7]}, "column 'images' holds 7, which is no image"),
         ({"messages": [{**U, "images": ["a.jpg"]}, A]}, r"message 1 \(user\): the key 'images' holds images"),
         ({"messages": [turn("user", "Who is it?<image>"), A]}, "the marker <image> stands for media"),
         ({"query": "<img>https://x.y/a.jpeg</img>Who?", "response": "Yes"}, "the marker <img> stands for media"),
-        ({"messages": [{"role": "user", "content": parts(("image_url", "a.jpg"))}, A]}, "holds an image"),
-        ({"messages": [{"role": "user", "content": [{"image": "a.jpg"}, {"text": "Who?"}]}, A]}, "holds an image"),
+        (
+            {"messages": [U, {"role": "assistant", "content": parts(("image_url", "a.jpg"))}]},
+            "see images and write none",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, A], "images": ["a", "b"]},
+            "2 images and 1 place for",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}, A]}, "holds a video"),
         ({"messages": [{"role": "user", "content": [5]}, A]}, "has a part of type 'int'; only text is trained on"),
         ({"messages": [{"role": "user", "content": [{"type": 7}]}, A]}, "has a part of type '7'; only text"),

@@ -39,11 +39,42 @@ def reads_parts(source: str) -> bool:
         return False
 
 
+@lru_cache(maxsize=64)
+def reads_only_parts(source: str) -> bool:
+    """Whether the template loops over the content of a message and never asks whether it is a text (LLaVA, Idefics 3)."""
+    if not reads_parts(source):
+        return False
+    tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
+    tests = (test for test in tree.find_all(nodes.Test) if test.name in _KINDS)
+    return not any(_is_content(test.node) for test in tests)
+
+
 def in_format(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """`messages` with the contents that the template `source` reads: several parts as a list, or joined."""
-    contents = (message.get("content") for message in messages)
-    has_parts = any(isinstance(content, list) and len(content) > 1 for content in contents)
-    return [joined(message) for message in messages] if has_parts and not reads_parts(source) else messages
+    """`messages` with the contents that the template `source` reads: several parts as a list, or joined; a text as one part where
+    it reads nothing else."""
+    contents = [message.get("content") for message in messages]
+    if any(isinstance(content, list) for content in contents) and not reads_parts(source):
+        return [joined(message) for message in messages]
+    if any(isinstance(content, str) for content in contents) and reads_only_parts(source):
+        return [_in_parts(message) for message in messages]
+    return messages
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+_KINDS = ("string", "mapping", "iterable", "sequence")
+
+
+def _is_content(node: Any) -> bool:
+    """Whether an expression is named as the content of a message is."""
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "content"
+    return _is_name(node) and node.name == "content"
 
 
 def _names_of(tree: nodes.Template, name: str) -> set[str]:

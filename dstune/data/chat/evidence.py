@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 
+from dstune.config.architectures import vision_of
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import REFUSALS, Served, Server, difference
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.processor import processor_of
 from dstune.data.message import REASONING_KEYS, content_start, inline_reasoning
 from dstune.data.stopping import stop_token_ids
 
@@ -29,7 +31,17 @@ MOST_ARGUMENTS = 1000
 LONGEST_ROW = 100_000
 """Characters of the longest row that is kept: rendering it again before each run takes time."""
 
-KINDS = ('"tools"', '"tool_calls"', '"reasoning', '"thinking"', "</think>", '"system"', '"tool"', '"weight"')
+KINDS = (
+    '"images"',
+    '"tools"',
+    '"tool_calls"',
+    '"reasoning',
+    '"thinking"',
+    "</think>",
+    '"system"',
+    '"tool"',
+    '"weight"',
+)
 """Strings in a row (JSON text) that tell its kind; how often the assistant speaks and the arguments are told beside."""
 
 _ARGUMENTS = '{"chat_template_kwargs":'
@@ -238,6 +250,10 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                 f"the chat template ends turns with {renderer.stops.plain!r} and no token: a server goes on behind it unless "
                 "it is told to stop there"
             )
+        if images := own.images_of(entry["row"]):
+            vision = vision_of(tokenizer)
+            assert vision is not None
+            server = replace(server, images=images, processor=processor_of(vision))
         exchanges = own.exchanges(entry["row"])
         if note := renderer.note_of_code(exchanges[0].row):
             notes.append(note)

@@ -18,6 +18,7 @@ from dstune.core.limits import TooMuch, limited
 from dstune.data.chat.content_format import in_format
 from dstune.data.chat.probe import Facts
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.processor import ImageProcessor
 from dstune.data.message import content_start
 from dstune.data.template_date import freeze_date
 
@@ -70,6 +71,10 @@ class Server:
     facts: Facts
     ending: tuple[str, str] | None = None
     """Of a template that ends turns with no token: the text with which it does, and all that it prints behind an answer."""
+    images: Sequence[Any] = ()
+    """Those of the row that it serves, of PIL."""
+    processor: ImageProcessor | None = None
+    """The model's, where the row has images."""
 
     def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
         """The assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
@@ -249,6 +254,9 @@ class Server:
         return str(text)
 
     def _ids(self, text: str) -> list[int]:
+        if self.processor is not None:
+            count = text.count(self.processor.placeholder)
+            return self.processor.tokens(text, self.images[:count], self.tokenizer)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 

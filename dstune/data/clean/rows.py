@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 NO_TEXT = frozenset(
-    {"label", "labels", "tags", "answers", "tools", "weight", "role", "name", "type", "id", "tool_call_id"}
+    {"label", "labels", "tags", "answers", "tools", "images", "weight", "role", "name", "type", "id", "tool_call_id"}
 )
 """Keys whose values are no text that anybody wrote: they are left as they are. The arguments of a call are text under any name."""
 
@@ -102,11 +102,16 @@ def keys(row: Row) -> tuple[int, int]:
     """
     row = map_texts(row, comparable)
     content = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    output = "\x1f".join(texts(row))
+    output = "\x1f".join([*texts(row), *image_digests(row)])
     first, second = (xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass")) for text in (content, output))
     return first, second
 
 
+def image_digests(row: Row) -> list[str]:
+    """Of the images that a conversation shows: with others it is another row, whatever the texts say."""
+    return [image["digest"] for image in row.get("images") or () if isinstance(image, dict)]
+
+
 def near_text(row: Row) -> str:
     """The text by which near duplicates are found: case and white space count for nothing."""
-    return " ".join(" ".join(texts(row)).casefold().split())
+    return " ".join(" ".join([*texts(row), *image_digests(row)]).casefold().split())

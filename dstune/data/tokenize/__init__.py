@@ -13,6 +13,7 @@ import pyarrow as pa
 from dstune.data.chat.evidence import Exchange
 from dstune.data.collate import refuse_unknown_columns
 from dstune.data.formats import shape_of
+from dstune.data.images.store import ImageFiles
 from dstune.data.render import ChatRenderer
 from dstune.data.tokenize.conversations import conversation
 from dstune.data.tokenize.multi_task import MultiTaskEncoder
@@ -65,7 +66,14 @@ class RowTokenizer:
             self._encoder = MultiTaskEncoder([own._encoder for own in self._of_source], sources)
         else:
             self._encoder = task_of(task).encoder(tokenizer, shape_of(fmt), max_length, labels, class_weights)
-        refuse_unknown_columns(task_of(task), self._encoder.columns)
+        self._task = task_of(task)
+        refuse_unknown_columns(self._task, self._encoder.columns)
+
+    def use_images(self, images: ImageFiles | None) -> None:
+        """Where rows find the images that they name by number; samples have a column `images` then."""
+        for own in (self, *self._of_source):
+            own._encoder.images = images
+        refuse_unknown_columns(self._task, self._encoder.columns)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
         """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
@@ -99,6 +107,10 @@ class RowTokenizer:
     def has_conversations(self) -> bool:
         """Whether rows are conversations whose turns a chat template renders, at least of one task."""
         return any(own.renderer is not None and not own._encoder.only_prompts for own in self._of_source or [self])
+
+    def images_of(self, row: dict[str, Any]) -> list[Any]:
+        """The images that a row shows, in order: of PIL. Raises RowError."""
+        return self._encoder.images_of(row)
 
     @property
     def trains_on_prompt(self) -> bool:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
 
+from dstune.config.architectures import vision_of
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.boundary import Boundaries, BoundaryError
 from dstune.data.chat.evidence import Exchange
 from dstune.data.chat.rule import Place, Span
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens, Defused
+from dstune.data.images.expand import Expanded, count_to, expand
+from dstune.data.images.places import COLUMN
+from dstune.data.images.processor import processor_of
 from dstune.data.preferences import as_chat
+from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, Choice, RenderError, require_offsets, target_mask
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
@@ -53,7 +58,8 @@ class Language(Encoder):
 
     @property
     def columns(self) -> Mapping[str, Any]:
-        return {"labels": datasets.List(datasets.Value("int32")), "bytes": datasets.Value("int64")}
+        numbers = datasets.List(datasets.Value("int32"))
+        return {"labels": numbers, "bytes": datasets.Value("int64")} | ({COLUMN: numbers} if self.images else {})
 
     def plain_prompt_ids(self, text: str) -> list[int]:
         """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
@@ -68,8 +74,10 @@ class Language(Encoder):
         sizes: np.ndarray,
         problem: str,
         labels: np.ndarray | None = None,
+        images: Sequence[tuple[int, int, int]] = (),
     ) -> Sample:
-        """sizes: bytes of text that each token stands for. labels: where a target is another token than the input."""
+        """sizes: bytes of text that each token stands for. labels: where a target is another token than the input. images: first
+        token, the one behind the last, and number of each."""
         targets[:1] = False  # nothing precedes the first token, so nothing predicts it
         labels = np.where(targets, input_ids if labels is None else labels, NO_TARGET).astype(np.int32)
         if not problem and not targets.any():
@@ -78,6 +86,13 @@ class Language(Encoder):
         kept = slice(0, self._max_length)
         counted = labels[kept] != NO_TARGET
         columns = {"labels": labels[kept], "bytes": int(sizes[kept][counted].sum())}
+        if self.images is not None:
+            columns[COLUMN] = np.array([image for _, end, image in images if end <= self._max_length], dtype=np.int32)
+            if cut := next(((start, end) for start, end, _ in images if start < self._max_length < end), None):
+                problem = (
+                    problem
+                    or f"data.max_length={self._max_length} cuts through an image of tokens {cut[0]} to {cut[1]}"
+                )
         weight = int(np.count_nonzero(counted))
         return Sample(number, input_ids[kept], columns, weight, length > self._max_length, problem, length)
 
@@ -118,6 +133,8 @@ class _Text:
     """With `train_on_prompt`: what does not count, all else does."""
     own: list[int] | None = None
     """Where control tokens begin that are the template's, if the row holds such strings."""
+    images: tuple[tuple[int, int, int], ...] = ()
+    """First character, the one behind the last, and number of each image."""
     problem: str = ""
 
 
@@ -243,7 +260,7 @@ class ChatEncoder(Language):
             labels = np.array([*prefix, *labels, self._end], dtype=np.int32)
             targets = np.concatenate([np.full(len(prefix), self.trains_on_prompt), targets, [True]])
             sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
-        return self._sample(number, input_ids, targets, sizes, text.problem, labels)
+        return self._sample(number, input_ids, targets, sizes, text.problem, labels, _tokens_of(text.images, offsets))
 
     def _texts(self, row: dict[str, Any]) -> list[_Text]:
         """The texts of a row, or one with what is wrong with the row."""
@@ -252,7 +269,9 @@ class ChatEncoder(Language):
             self._control.refuse_across_parts(row)
             defused = self._control.defuse(row) if self._control.first(row) else None
             texts = self._rendered(defused.value if defused else row)
-        except RenderError as error:
+            if row.get(COLUMN):
+                texts = self._expanded(texts, row)
+        except (RenderError, RowError) as error:
             return [_Text(problem=defused.left().sub("...", defused.restore(str(error))[0]) if defused else str(error))]
         if defused is None:
             return texts
@@ -260,6 +279,33 @@ class ChatEncoder(Language):
         if any(defused.left().search(written) for _, written, _ in restored):
             return [_Text(problem="the chat template cuts or escapes a text that reads like a control token")]
         return [replace(text, text=written, own=own) for text, written, own in restored]
+
+    def _expanded(self, texts: list[_Text], row: dict[str, Any]) -> list[_Text]:
+        """`texts` with what stands for each image in its place. Raises RowError for an image that cannot be decoded, and where the
+        template prints other places than the row has."""
+        vision = vision_of(self._tokenizer)
+        assert self.images is not None and vision is not None, "ingest refuses images that nobody sees"
+        if self.renderer is None:
+            raise RowError("the row holds an image, and the model has no chat template that says where it stands")
+        processor = processor_of(vision)
+        expansions = []
+        for place, image in enumerate(row[COLUMN], 1):
+            try:
+                self.images.image(image["number"])
+                expansions.append(processor.expansion(*image["size"]))
+            except RowError as error:
+                raise RowError(f"image {place} {error}") from None
+        numbers = [image["number"] for image in row[COLUMN]]
+        found = []
+        for text in texts:
+            if text.problem:
+                found.append(text)
+                continue
+            last = text.places[-1].number if text.places else 0
+            expected = count_to(conversation(row), last)
+            expanded = expand(text.text, processor.placeholder, expansions, expected)
+            found.append(_moved(text, expanded, numbers))
+        return found
 
     def _rendered(self, row: dict[str, Any]) -> list[_Text]:
         if self.renderer is None:
@@ -281,6 +327,39 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" in row:
         return row["messages"]
     return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+
+def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> list[tuple[int, int, int]]:
+    """First token, the one behind the last, and number of each image that stands in the text of these tokens."""
+    end = int(offsets[-1, 1]) if len(offsets) else 0
+    starts = offsets[:, 0]
+    return [
+        (int(np.searchsorted(starts, first)), int(np.searchsorted(starts, behind)), number)
+        for first, behind, number in images
+        if behind <= end
+    ]
+
+
+def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
+    """`text` with images in it: all that it says of characters is about the longer text."""
+
+    def span(found: Span) -> Span:
+        return expanded.moved(found[0]), expanded.moved(found[1])
+
+    places = tuple(
+        replace(
+            place,
+            start=expanded.moved(place.start),
+            body_end=expanded.moved(place.body_end),
+            end=expanded.moved(place.end),
+            spans=tuple(map(span, place.spans)),
+            label=None if place.label is None else (expanded.moved(place.label[0]), place.label[1]),
+        )
+        for place in text.places
+    )
+    untrained = None if text.untrained is None else list(map(span, text.untrained))
+    images = tuple((*where, number) for where, number in zip(expanded.spans, numbers, strict=False))
+    return replace(text, text=expanded.text, places=places, untrained=untrained, images=images)
 
 
 def _in_common(first: np.ndarray, second: np.ndarray) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dstune.data.images.places import COLUMN
 from dstune.data.prepared import TEXTS
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 
@@ -25,12 +26,13 @@ class MultiTaskEncoder(Encoder):
         return {name: kind for encoder in self._encoders for name, kind in encoder.columns.items()}
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
+        absent = self._absent | ({COLUMN: np.empty(0, np.int32)} if self.images else {})
         places = defaultdict(list)
         for place, number in enumerate(numbers):
             places[int(self._numbers[number])].append(place)
         found: dict[int, list[Sample]] = defaultdict(list)
         for source, own in places.items():
             for sample in self._encoders[source]([rows[place] for place in own], [numbers[place] for place in own]):
-                sample.columns = self._absent | sample.columns
+                sample.columns = absent | sample.columns
                 found[sample.row].append(sample)
         return [sample for number in numbers for sample in found[number]]

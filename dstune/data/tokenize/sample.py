@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dstune.data.chat.evidence import Exchange
+from dstune.data.images.places import COLUMN
+from dstune.data.images.store import ImageFiles
 from dstune.data.render import ChatRenderer
 
 Rows = list[dict[str, Any]]
@@ -60,6 +62,14 @@ class Encoder:
     only_prompts: bool = False
     """Whether samples are prompts, to which the model is still to write the answers: no turn of them trains."""
     sources: SourcePrompts | None = None
+    images: ImageFiles | None = None
+    """Where rows with images find them; None where no row has any."""
+
+    def images_of(self, row: dict[str, Any]) -> list[Any]:
+        """The images that a row shows, in order: of PIL. Raises RowError."""
+        numbered = row.get(COLUMN) or []
+        assert self.images is not None or not numbered, "images of which nobody knows the files"
+        return [self.images.image(image["number"]) for image in numbered] if self.images else []
 
     @property
     def columns(self) -> Mapping[str, Any]:

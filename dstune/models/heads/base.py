@@ -15,7 +15,15 @@ IGNORED = -100
 Forward = Callable[..., Any]
 Batch = Mapping[str, torch.Tensor]
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "features")
+OF_IMAGES = (
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_grid_thw",
+    "image_sizes",
+    "image_position_ids",
+    "mm_token_type_ids",
+)
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "features", *OF_IMAGES)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ class CausalLmHead:
         """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows. With `index`
         (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
         labels, inputs = self.labels_of(batch), inputs_of(batch)
+        if "pixel_values" in inputs:  # some towers take no other type than that of their weights
+            inputs["pixel_values"] = inputs["pixel_values"].to(next(self._projection.parameters()).dtype)
         if self.rows is not None:
             boundaries = (batch[STARTS], int(batch[LONGEST])) if STARTS in batch else None
             inputs, labels = self.rows.own(inputs, labels, boundaries)
@@ -135,7 +137,8 @@ class CausalLmHead:
         else:
             # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
             loss_sum, correct = output.float(), found.correct
-        rows = _by_row(kept // labels.shape[1], len(labels), output, targets) if by_row else {}
+        # A row behind those that are counted has no target (`data.images.batch.blank_sample`).
+        rows = _by_row(kept // labels.shape[1], len(batch["index"]), output, targets) if by_row else {}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 
 

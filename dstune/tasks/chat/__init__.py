@@ -20,6 +20,7 @@ class Chat(LanguageTask):
     config: ChatConfig
 
     conversational = True
+    sees_images = True
     splits_conversations = True
     prefix_positions_ok = True
     tensor_parallel = True

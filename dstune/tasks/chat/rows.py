@@ -23,7 +23,7 @@ from dstune.protocols import RowFormat, row_format
 from dstune.protocols.row_format import Check
 from dstune.protocols.task import Task
 
-BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs")
+BESIDE = ("system", "tools", "parallel_tool_calls", "chat_template_kwargs", "images")
 """Roles that may stand beside any conversation."""
 
 QUESTIONS = ("question", "problem", "input", "user", "human")
@@ -39,7 +39,7 @@ COMPARED = "task=preference or task=reward compares chosen with rejected; data.f
 
 class ConversationFormat(RowFormat):
     conversational = True
-    other_names: ClassVar = {"tools": ("functions",)}
+    other_names: ClassVar = {"tools": ("functions",), "images": ("image",)}
 
     def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         """The conversation in the values of a row."""
@@ -133,7 +133,10 @@ class Gemini(ConversationFormat):
     name = "gemini"
     required = ("contents",)
     optional = BESIDE
-    other_names: ClassVar = {"system": ("systemInstruction", "system_instruction"), "tools": ("functions",)}
+    other_names: ClassVar = {
+        **ConversationFormat.other_names,
+        "system": ("systemInstruction", "system_instruction"),
+    }
     checks: ClassVar[dict[str, Check]] = {"contents": messages_of_contents, "system": system_text}
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:

@@ -1,0 +1,2 @@
+"""Images beside the texts of a row: where they stand (`places`), their files (`store`), what a model gets of them (`processor`,
+`batch`)."""

@@ -1,0 +1,121 @@
+"""What a micro-batch of rows with images holds beside its tokens: pixels are decoded here and nowhere before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstune.core.errors import Problem, UserError
+from dstune.data.images.places import COLUMN
+from dstune.data.images.positions import three_positions
+from dstune.data.images.processor import ImageProcessor, Inputs, processor_of
+from dstune.data.problems import RowError
+
+if TYPE_CHECKING:
+    from dstune.data.prepared import Split
+    from dstune.data.sampler import MicroBatch
+
+BLANK_NUMBER = -1
+"""Of the image that `blank_sample` shows."""
+
+Rows = Sequence[Sequence[Mapping[str, Any]]]
+
+
+def with_images_everywhere(micro_batches: Sequence[MicroBatch], split: Split, *, needed: bool) -> list[MicroBatch]:
+    """The micro-batches of a step or an evaluation, all marked to have an image where one of them has.
+
+    Ranks that gather the weights of a tower part by part wait for one that has no use for it. All of them know the global batch,
+    so none has to ask. needed: whether a tower is gathered in this way, or trained.
+    """
+    if not needed or split.images is None:
+        return list(micro_batches)
+    has_images = split.image_counts
+    if not any(has_images[sample] for part in micro_batches for sample in part.samples):
+        return list(micro_batches)
+    return [replace(part, needs_image=True) for part in micro_batches]
+
+
+def blank_sample(split: Split, like: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample with a small image and no target, with the columns of `like`."""
+    ids, _ = _processor(split).blank
+    count = len(ids)
+    per_token = {name: np.zeros(count, np.int64) for name, value in like.items() if np.ndim(value) == 1}
+    return {
+        **{name: like[name] for name in like if np.ndim(like[name]) == 0},
+        **per_token,
+        "input_ids": np.array(ids),
+        "labels": np.full(count, -100),
+        COLUMN: np.array([BLANK_NUMBER]),
+    }
+
+
+def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, packing: bool) -> dict[str, Tensor]:
+    """The inputs of a model that sees: those of the images in the order of rows and samples, which tokens are theirs, and for
+    packed rows of a model that counts time, height and width apart `position_ids` [4, rows, width], the text's own first.
+
+    Raises UserError where an image is not what it was when the rows were prepared.
+    """
+    processor = _processor(split)
+    numbers = [[[int(number) for number in sample[COLUMN]] for sample in row] for row in rows]
+    flat = [number for row in numbers for sample in row for number in sample]
+    inputs = _inputs(split, processor, flat) if flat else {}
+    family, found = processor.family, dict(inputs)
+    is_image = torch.isin(tensors["input_ids"], torch.from_numpy(processor.image_tokens))
+    if family.types:
+        found[family.types] = is_image.long()
+    if family.three_positions and packing:
+        grids = inputs["image_grid_thw"].numpy() if flat else np.empty((0, 3), dtype=np.int64)
+        found["position_ids"] = _four_positions(
+            tensors["position_ids"], rows, numbers, is_image.numpy(), grids, processor.merge
+        )
+    return found
+
+
+def _four_positions(
+    text: Tensor,
+    rows: Rows,
+    numbers: Sequence[Sequence[Sequence[int]]],
+    is_image: np.ndarray,
+    grids: np.ndarray,
+    merge: int,
+) -> Tensor:
+    positions = np.broadcast_to(text.numpy(), (4, *text.shape)).copy()
+    used = 0
+    for at, row in enumerate(rows):
+        end = 0
+        for sample, own in zip(row, numbers[at], strict=True):
+            start, end = end, end + len(sample["input_ids"])
+            of_sample = grids[used : used + len(own)]
+            positions[1:, at, start:end] = three_positions(is_image[at, start:end], of_sample, merge)
+            used += len(own)
+    return torch.from_numpy(positions)
+
+
+def _inputs(split: Split, processor: ImageProcessor, numbers: Sequence[int]) -> Inputs:
+    assert split.images is not None
+    found: dict[int, Inputs] = {}
+    for number in numbers:
+        if number not in found:
+            found[number] = processor.blank[1] if number == BLANK_NUMBER else processor.inputs([_image(split, number)])
+    return processor.join([found[number] for number in numbers])
+
+
+def _image(split: Split, number: int) -> Any:
+    assert split.images is not None
+    try:
+        return split.images.image(number)
+    except RowError as error:
+        reason = f"image {number} {error}"
+        raise UserError(
+            Problem("data.train", reason, "bring it back, or start another run", str(split.images.folder))
+        ) from None
+
+
+def _processor(split: Split) -> ImageProcessor:
+    assert split.vision is not None, "a split with images and no model that sees"
+    return processor_of(split.vision)

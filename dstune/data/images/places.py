@@ -1,0 +1,162 @@
+"""Where a conversation has a place for an image, and which image stands there: the conventions of several tools, one shape.
+
+A normalised row has parts `{type: image}` in the contents of its messages and, as `images`, what each of them shows, in order.
+Imports neither torch nor Pillow: the launching process normalises rows too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import xxhash
+
+from dstune.data.problems import RowError, format_value
+
+Reference = str | bytes
+"""What a row says an image is: a path, a data URL, or the bytes of its file."""
+
+PLACE = {"type": "image"}
+MARKER = "<image>"
+"""What LLaVA, LLaMA-Factory and ms-swift write into a text where an image of the column `images` stands."""
+COLUMN = "images"
+
+MAX_IMAGES = 256
+"""Of a row."""
+
+SPEAKERS = ("system", "user", "tool")
+"""Roles whose messages may hold images: models see images and write none."""
+
+_INSIDE = ("bytes", "url", "path", "image", "image_url", "base64", "file_name")
+"""Keys of an object that stands for an image: of `datasets`, OpenAI, transformers."""
+_ADDRESS = re.compile(r"\s*(?:https?|ftp|s3|gs)://", re.I)
+
+
+def is_place(part: Any) -> bool:
+    """Whether a part of a content stands for an image."""
+    return isinstance(part, Mapping) and part.get("type") == "image"
+
+
+def part_of_image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The part of a file's message as a place, with what it shows as `image` where it says so itself. Raises RowError."""
+    own = {key: value for key, value in part.items() if key != "text"}
+    reference = _reference(own, where)
+    return dict(PLACE) if reference is None else {**PLACE, "image": reference}
+
+
+def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any]:
+    """The normalised `row` with a place in its messages for each of its images, and these as `images` (`Reference`).
+
+    column: the value of the column `images`, which the places without an image of their own take in order. Where no message has a
+    place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question.
+    sees: why the task reads no images; empty where it does. Raises RowError where places and images do not match.
+    """
+    given = column if isinstance(column, (list, tuple)) else [column]
+    references = [found for value in given if (found := _reference(value, "column 'images'")) is not None]
+    messages: Sequence[dict[str, Any]] = row.get("messages") or ()
+    has_places = any(is_place(part) for message in messages for part in _parts(message))
+    if not references and not has_places:
+        return row
+    if sees:
+        raise RowError(f"the row holds an image; {sees}")
+    if "messages" not in row:
+        messages = [
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        ]
+        row = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    if not has_places:
+        messages = _marked(messages) or _in_front(messages, len(references))
+    placed, shown = _filled(messages, references)
+    if len(shown) > MAX_IMAGES:
+        raise RowError(f"the row holds {len(shown)} images, and no row may have more than {MAX_IMAGES}")
+    return {**row, "messages": placed, COLUMN: shown}
+
+
+def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row as JSON can write it: images that are bytes by their digest."""
+    if COLUMN not in row:
+        return row
+    named = [xxhash.xxh3_128_hexdigest(image) if isinstance(image, bytes) else image for image in row[COLUMN]]
+    return {**row, COLUMN: named}
+
+
+def _filled(
+    messages: Sequence[dict[str, Any]], references: Sequence[Reference]
+) -> tuple[list[dict[str, Any]], list[Reference]]:
+    """The messages with bare places, and what each of these shows. Raises RowError where there are too few images or too many."""
+    rest, shown, placed, places = list(references), [], [], 0
+    for message in messages:
+        parts = []
+        for part in _parts(message):
+            if is_place(part):
+                places += 1
+                if (own := part.get("image")) is not None or rest:
+                    shown.append(rest.pop(0) if own is None else own)
+                part = dict(PLACE)
+            parts.append(part)
+        placed.append({**message, "content": parts} if parts else dict(message))
+    if rest or len(shown) < places:
+        count = len(shown) + len(rest)
+        raise RowError(
+            f"the row has {count} image{'s' * (count != 1)} and {places} place{'s' * (places != 1)} for "
+            f"{'it' if count == 1 else 'them'}"
+        )
+    return placed, shown
+
+
+def _marked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a place for each marker; nothing where there is none."""
+    marked = [_split(message) if message["role"] in SPEAKERS else message for message in messages]
+    return marked if any(is_place(part) for message in marked for part in _parts(message)) else []
+
+
+def _split(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with places for the markers in its texts. What LLaVA writes between a marker and the text, a line break, goes."""
+    content = message.get("content")
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content or () if "text" in part]
+    if not any(MARKER in text for text in texts):
+        return message
+    parts: list[dict[str, Any]] = []
+    for text in texts:
+        for number, piece in enumerate(text.split(MARKER)):
+            if number:
+                parts.append(dict(PLACE))
+                piece = piece.removeprefix("\n")
+            if piece.strip():
+                parts.append({"type": "text", "text": piece})
+    return {**message, "content": parts}
+
+
+def _in_front(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The messages with `count` places in front of the first question, as TRL and ms-swift put them. Raises RowError."""
+    first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise RowError("the row has images and no question that could hold them")
+    content = messages[first].get("content") or ""
+    texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    asked = {**messages[first], "content": [*(dict(PLACE) for _ in range(count)), *texts]}
+    return [*messages[:first], asked, *messages[first + 1 :]]
+
+
+def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    content = message.get("content")
+    return content if isinstance(content, list) else []
+
+
+def _reference(value: Any, where: str) -> Reference | None:
+    """What an image of a file is; None where it says nothing. Raises RowError for an address and for anything else."""
+    if isinstance(value, Mapping):
+        return next((found for key in _INSIDE if (found := _reference(value.get(key), where)) is not None), None)
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value) or None
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if not isinstance(value, str):
+        raise RowError(f"{where} holds {format_value(value)}, which is no image: a path, a data URL or bytes are")
+    if _ADDRESS.match(value):
+        raise RowError(
+            f"{where} is the address {value!r:.60}; nothing is fetched while a run trains: download the image and give its path"
+        )
+    return value

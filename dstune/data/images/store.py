@@ -1,0 +1,289 @@
+"""The image files of a cache entry: a table with one line for each distinct image, and one file with those that rows bring along.
+
+Rows and samples hold numbers of this table, never pixels: an image is decoded when a batch needs it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import xxhash
+
+from dstune.core.errors import Problem, UserError, first_line
+from dstune.data.images.places import COLUMN, Reference
+from dstune.data.problems import RowError
+
+FILE, BYTES = "images.arrow", "images.bin"
+"""In the folder of a cache entry."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of Pillow's many decoders, those that are needed: each one reads what a stranger wrote."""
+MAX_PIXELS = 89_478_485
+"""Pillow's own bound, behind which it expects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
+MAX_BYTES = 256 * 2**20
+"""Of an image file."""
+
+SCHEMA = pa.schema(
+    [
+        ("digest", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("path", pa.string()),
+        ("offset", pa.int64()),
+        ("bytes", pa.int64()),
+        ("changed", pa.int64()),
+    ]
+)
+"""`path` is empty where the image is in BYTES at `offset`; `changed` is the modification time of `path`, ns."""
+
+
+def require_pillow(where: str = "data.train") -> None:
+    """Raises UserError where Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise UserError(
+            Problem(
+                where, "rows with images need Pillow and torchvision", "pip install '.[vision]' in a clone of dstune"
+            )
+        ) from None
+
+
+def decode(content: bytes) -> Any:
+    """The image in these bytes as RGB, turned as its EXIF data say: a PIL image. Raises RowError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _refuse_size(image.size)
+            # A palette may have an alpha channel, which `convert` alone would print as black or any other colour.
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+                turned = turned.convert("RGBA")
+                ground = Image.new("RGBA", turned.size, (255, 255, 255, 255))
+                return Image.alpha_composite(ground, turned).convert("RGB")
+            return turned.convert("RGB")
+    except RowError:
+        raise
+    except Exception as error:  # a decoder meets anything in a stranger's file
+        raise RowError(f"is no whole image: {first_line(error)}") from None
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Width and height of the image in these bytes as `decode` gives it, without decoding it. Raises RowError."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            size = image.size
+            _refuse_size(size)
+            frames = getattr(image, "n_frames", 1)
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except RowError:
+        raise
+    except Exception as error:
+        raise RowError(f"is none of {', '.join(FORMATS)}, or not whole: {first_line(error)}") from None
+    if frames > 1:
+        raise RowError(f"has {frames} frames; only still images are read")
+    return (size[1], size[0]) if turned else size
+
+
+def _refuse_size(size: tuple[int, int]) -> None:
+    width, height = size
+    if not width or not height:
+        raise RowError(f"has {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise RowError(f"has {width:,} x {height:,} pixels, and none may have more than {MAX_PIXELS:,}")
+
+
+class ImageWriter:
+    """Takes the images of rows into a cache entry.
+
+    folder: of the entry. root: where relative paths begin; None for the folder of the rows' file. refused: why the model sees none,
+    empty where it does.
+    """
+
+    def __init__(self, folder: Path, root: str | None = None, refused: str = ""):
+        self._folder, self._root, self._refused = folder, root, refused
+        self._numbers: dict[str, int] = {}
+        self._paths: dict[str, int] = {}
+        self._lines: list[tuple[Any, ...]] = []
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def take(self, row: dict[str, Any], file: Path) -> dict[str, Any]:
+        """`row` with `{digest, number, size}` for each of its images. file: that the row is from. Raises RowError."""
+        if self._refused:
+            raise RowError(f"the row holds an image; {self._refused}")
+        require_pillow()
+        root = (Path(self._root).expanduser() if self._root else file.parent).resolve()
+        found = []
+        for place, reference in enumerate(row[COLUMN], 1):
+            try:
+                found.append(self._entry(self._number(reference, root)))
+            except RowError as error:
+                name = f" ({reference!r:.80})" if isinstance(reference, str) and not _is_data(reference) else ""
+                raise RowError(f"image {place}{name} {error}") from None
+        return {**row, COLUMN: found}
+
+    def finish(self) -> None:
+        """Write the table, where there are images."""
+        if not self._lines:
+            return
+        columns = [
+            pa.array(column, field.type) for column, field in zip(zip(*self._lines, strict=True), SCHEMA, strict=True)
+        ]
+        table = pa.table(columns, schema=SCHEMA)
+        with pa.OSFile(str(self._folder / FILE), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
+            writer.write_table(table)
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        digest, width, height, *_ = self._lines[number]
+        return {"digest": digest, "number": number, "size": [width, height]}
+
+    def _number(self, reference: Reference, root: Path) -> int:
+        if isinstance(reference, bytes):
+            return self._add(reference)
+        if _is_data(reference):
+            return self._add(content_of_data_url(reference))
+        path = path_within(reference, root)
+        if (known := self._paths.get(str(path))) is None:
+            known = self._paths[str(path)] = self._add(read_file(path), path)
+        return known
+
+    def _add(self, content: bytes, path: Path | None = None) -> int:
+        digest = xxhash.xxh3_128_hexdigest(content)
+        if (known := self._numbers.get(digest)) is not None:
+            return known
+        if len(content) > MAX_BYTES:
+            raise RowError(f"has {len(content):,} bytes, and none may have more than {MAX_BYTES:,}")
+        width, height = size_of(content)
+        if path is None:
+            with (self._folder / BYTES).open("ab") as stream:
+                stream.write(content)
+            line = (digest, width, height, "", self._end, len(content), 0)
+            self._end += len(content)
+        else:
+            line = (digest, width, height, str(path), 0, len(content), path.stat().st_mtime_ns)
+        self._numbers[digest] = len(self._lines)
+        self._lines.append(line)
+        return self._numbers[digest]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Reads the images of a cache entry by number; picklable."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> ImageFiles | None:
+        """None where the entry has no images."""
+        return cls(folder) if (folder / FILE).is_file() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    @cached_property
+    def _table(self) -> Any:
+        with pa.memory_map(str(self.folder / FILE)) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def line(self, number: int) -> dict[str, Any]:
+        """By the names of SCHEMA."""
+        return {name: self._table[name][int(number)].as_py() for name in SCHEMA.names}
+
+    def content(self, number: int) -> bytes:
+        """The bytes of an image's file. Raises RowError where its file is not what it was when the rows were prepared."""
+        line = self.line(number)
+        if not line["path"]:
+            with (self.folder / BYTES).open("rb") as stream:
+                stream.seek(line["offset"])
+                return stream.read(line["bytes"])
+        content = read_file(Path(line["path"]))
+        if xxhash.xxh3_128_hexdigest(content) != line["digest"]:
+            raise RowError(f"({line['path']}) is another one than when the rows were prepared")
+        return content
+
+    def image(self, number: int) -> Any:
+        """An image as `decode` gives it. Raises RowError."""
+        return decode(self.content(number))
+
+    def state(self) -> str:
+        """Digest of what the file system says of the images that lie beside the rows: it changes as soon as one of them does."""
+        digest = xxhash.xxh3_64()
+        for path in self._table["path"].to_pylist():
+            if path:
+                digest.update(_stat(path))
+        return digest.hexdigest()
+
+    def are_as_prepared(self) -> bool:
+        """Whether all files still have the size and the time that they had."""
+        columns = (self._table[name].to_pylist() for name in ("path", "bytes", "changed"))
+        return all(
+            not path or _stat(path) == f"{size} {changed}".encode()
+            for path, size, changed in zip(*columns, strict=True)
+        )
+
+
+def _stat(path: str) -> bytes:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return b"missing"
+    return f"{found.st_size} {found.st_mtime_ns}".encode()
+
+
+def path_within(reference: str, root: Path) -> Path:
+    """The file that a path of a row names. Raises RowError where it lies outside of `root`: rows may be a stranger's, and could
+    have any file of this machine read."""
+    text = unquote(reference[7:]) if reference.startswith("file://") else reference
+    try:
+        path = (root / Path(text).expanduser()).resolve() if "\0" not in text else None
+    except (OSError, RuntimeError):
+        path = None
+    if path is None:
+        raise RowError("is no path")
+    if not path.is_relative_to(root):
+        raise RowError(f"lies outside of {root}; data.image_folder names the folder of the images")
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file. Raises RowError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RowError(f"has more than {MAX_BYTES:,} bytes")
+        if not path.is_file():
+            raise RowError("is no file")
+        return path.read_bytes()
+    except OSError as error:
+        raise RowError(f"cannot be read: {error.strerror}") from None
+
+
+def _is_data(reference: str) -> bool:
+    return reference.startswith("data:")
+
+
+def content_of_data_url(url: str) -> bytes:
+    """The bytes in a data URL (RFC 2397) of an image. Raises RowError."""
+    head, comma, body = url.partition(",")
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise RowError("is a data URL of another kind than data:image/...;base64,...")
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RowError(f"is a data URL that is not base64: {first_line(error)}") from None

@@ -1,0 +1,132 @@
+"""What is refused and what is proven, before the first step, of runs whose rows hold images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstune.config.schema import RunConfig
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.data.images.batch import image_inputs
+from dstune.data.images.places import COLUMN
+from dstune.data.images.processor import BLANK, FAMILIES, processor_of
+from dstune.data.prepared import PreparedData, Split
+from dstune.models.heads.base import inputs_of
+from dstune.models.packing import TOLERANCE
+from dstune.parallel.none import NoParallelConfig
+from dstune.protocols import method_of
+from dstune.zero.engine import Engine
+
+TEXT_TOKENS = 6
+"""Behind each image of the proof."""
+
+
+def refuse_with_images(config: RunConfig, data: PreparedData) -> None:
+    """Raises UserError with all that does not go together with rows that hold images, or with training a tower without any."""
+    split = data.train
+    if split.images is None:
+        if config.model.train_vision:
+            reason = "no training row holds an image, so the tower would only decay"
+            raise UserError(Problem("model.train_vision", reason, "model.train_vision=false", "true"))
+        return
+    assert split.vision is not None
+    family, kind = FAMILIES[split.vision.model_type], split.vision.model_type
+    problems = []
+    if config.data.packing and family.unpackable:
+        problems.append(Problem("data.packing", f"{kind}: {family.unpackable}", "data.packing=false", "true"))
+    if config.data.streaming:
+        reason = "blocks of a stream take no images"
+        problems.append(Problem("data.streaming", reason, "data.streaming=false", "true"))
+    if not isinstance(config.parallel, NoParallelConfig):
+        reason = "ranks that share rows or weights would each need all images of a row"
+        problems.append(Problem("parallel", reason, "parallel=none", config.parallel.name))
+    if method_of(config.method).in_front:
+        reason = "trained positions in front of a row move the images in it"
+        problems.append(Problem("method", reason, "method=lora", config.method.name))
+    if problems:
+        raise UserError(problems)
+
+
+def prove_images(
+    config: RunConfig, engine: Engine, data: PreparedData, world: World, message: Callable[[str], None]
+) -> None:
+    """Prove with two samples, each an image and some text, that the model sees the image of a sample, and in packed rows that no
+    sample sees another's: the image of the first one is exchanged, and no logit of the second one moves.
+
+    Every rank calls it. Raises UserError on all of them where an image is seen that should not be.
+    """
+    split = data.train
+    if split.images is None:
+        return
+    engine.train(False)
+    packed, single, other = _trial_batches(split, packing=config.data.packing)
+    with torch.no_grad():
+        before, after = (_logits(engine, batch) for batch in (packed, other))
+        alone = _logits(engine, single) if config.data.packing else None
+    engine.train(True)
+    length = len(processor_of(split.vision).blank[0]) + TEXT_TOKENS if split.vision else 0
+    largest = float(before.abs().max())
+    moved = float((before[:1, :length] - after[:1, :length]).abs().max()) / largest
+    if not world.any(moved > 0):
+        message("warning: another image gives the same logits: the model does not see")
+    if alone is None:
+        return
+    second = slice(length, 2 * length)
+    leaks = [before[:1, second] - after[:1, second], before[:1, second] - alone[:1, :length]]
+    worst = max((float(leak.abs().max()) / largest for leak in leaks), key=lambda value: (value != value, value))
+    if world.any(not worst <= TOLERANCE[before.dtype]):
+        reason = f"a packed sample of {config.model.path} sees the image of another one (logits differ by {worst:.1%})"
+        raise UserError(Problem("data.packing", reason, "data.packing=false", "true"))
+
+
+class _TwoImages:
+    """Images of noise in place of a run's files, by number."""
+
+    folder = "the images of the proof"
+
+    def image(self, number: int) -> Any:
+        from PIL import Image
+
+        pixels = np.random.default_rng(number).integers(0, 256, (*BLANK, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+
+def _trial_batches(split: Split, *, packing: bool) -> tuple[Mapping[str, Any], ...]:
+    """Two samples in two equal rows (packed) or the first of them alone (padded), the second one alone, and the first of these
+    batches with another image in the first sample."""
+    assert split.vision is not None
+    ids, _ = processor_of(split.vision).blank
+    text = [token for token in range(3, 3 + 4 * TEXT_TOKENS) if token not in ids][:TEXT_TOKENS]
+    drawn = replace(split, images=_TwoImages())  # type: ignore[arg-type]
+
+    def sample(number: int, before: int) -> dict[str, Any]:
+        return {"input_ids": np.array([*text[:before], *ids, *text[before:]]), COLUMN: np.array([number])}
+
+    def batch(*samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        row = np.concatenate([each["input_ids"] for each in samples])
+        positions = np.concatenate([np.arange(len(each["input_ids"])) for each in samples])
+        tensors = {"input_ids": torch.from_numpy(np.stack([row, row]))}
+        if packing:
+            tensors["position_ids"] = torch.from_numpy(np.stack([positions, positions]))
+        else:
+            tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
+        return tensors | image_inputs(drawn, [samples, samples], tensors, packing=packing)
+
+    # Their images are at other places: some models look for one where the sample in front has its own.
+    first, second, exchanged = sample(1, 0), sample(2, TEXT_TOKENS // 2), sample(3, 0)
+    if not packing:
+        return batch(first), batch(second), batch(exchanged)
+    return batch(first, second), batch(second), batch(exchanged, second)
+
+
+def _logits(engine: Engine, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    inputs: dict[str, Any] = {name: value.to(engine.device) for name, value in inputs_of(batch).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(next(engine.module.parameters()).dtype)
+    inputs["use_cache"] = False
+    logits: torch.Tensor = engine.forward(**inputs).logits
+    return logits

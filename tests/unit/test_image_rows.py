@@ -1,0 +1,280 @@
+"""Images of rows: the conventions of several tools, the files that they name, and everything that may be wrong with one."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dstune.data.images.expand import count_to, expand
+from dstune.data.images.places import for_hash
+from dstune.data.images.positions import three_positions
+from dstune.data.images.store import ImageFiles, ImageWriter
+from dstune.data.problems import RowError
+from dstune.data.rows import hash_of, normalise
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.chat.config import ChatConfig
+from dstune.tasks.preference.config import PreferenceConfig
+from tests.support.sight import draw
+
+PLACE = {"type": "image"}
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+ANSWER = {"role": "assistant", "content": "Yes"}
+
+
+def text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+def file_of(image: Any, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+PNG = file_of(draw(0))
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+
+# name: (columns of a row, its format, contents of its first message, what is shown)
+CONVENTIONS: dict[str, tuple[dict[str, Any], str, list[Any], list[Any]]] = {
+    "TRL": (
+        {"messages": [user([PLACE, text("Who?")]), ANSWER], "images": ["a.png"]},
+        "messages",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "TRL, one image and no place": (
+        {"messages": [user("Who?"), ANSWER], "image": {"bytes": PNG, "path": None}},
+        "messages",
+        [PLACE, text("Who?")],
+        [PNG],
+    ),
+    "TRL, prompt and completion": (
+        {"prompt": [user("Who?")], "completion": [ANSWER], "images": ["a.png", "b.png"]},
+        "prompt_completion",
+        [PLACE, PLACE, text("Who?")],
+        ["a.png", "b.png"],
+    ),
+    "plain prompt and completion": (
+        {"prompt": "Who?", "completion": "Yes", "image": "a.png"},
+        "prompt_completion",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "OpenAI": (
+        {"messages": [user([text("Who?"), {"type": "image_url", "image_url": {"url": URL, "detail": "low"}}]), ANSWER]},
+        "messages",
+        [text("Who?"), PLACE],
+        [URL],
+    ),
+    "OpenAI, file beside the rows": (
+        {"messages": [user([{"type": "image_url", "image_url": "a.png"}, text("Who?")]), ANSWER]},
+        "messages",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "transformers": (
+        {"messages": [user([{"type": "image", "path": "a.png"}, text("Who?")]), ANSWER]},
+        "messages",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "LLaVA": (
+        {
+            "image": "coco/a.jpg",
+            "conversations": [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Yes"}],
+        },
+        "conversations",
+        [PLACE, text("Who?")],
+        ["coco/a.jpg"],
+    ),
+    "LLaMA-Factory": (
+        {"messages": [user("<image>Who is left of <image>?"), ANSWER], "images": ["a.png", "b.png"]},
+        "messages",
+        [PLACE, text("Who is left of "), PLACE, text("?")],
+        ["a.png", "b.png"],
+    ),
+    "LLaMA-Factory, Alpaca": (
+        {"instruction": "<image>Who?", "input": "", "output": "Yes", "images": ["a.png"]},
+        "alpaca",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "ms-swift": (
+        {"query": "<image>Who?", "response": "Yes", "images": ["a.png"]},
+        "prompt_completion",
+        [PLACE, text("Who?")],
+        ["a.png"],
+    ),
+    "a marker that somebody wrote": (
+        {"messages": [user([PLACE, text("What is <image>?")]), ANSWER], "images": ["a.png"]},
+        "messages",
+        [PLACE, text("What is <image>?")],
+        ["a.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_each_convention_becomes_places_and_images(name: str) -> None:
+    fields, fmt, content, shown = CONVENTIONS[name]
+    row = normalise(fields, fmt, {}, ChatConfig())
+    assert row["messages"][0]["content"] == content
+    assert row["images"] == shown
+    assert hash_of(row, 1) != hash_of({**row, "images": ["other.png"] * len(shown)}, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"messages": [user("<image><image>Who?"), ANSWER], "images": ["a.png"]}, "1 image and 2 places for it"),
+        ({"messages": [user([PLACE]), ANSWER], "images": ["a.png", "b.png"]}, "2 images and 1 place for them"),
+        ({"messages": [user([PLACE]), ANSWER]}, "0 images and 1 place"),
+        ({"messages": [user("Who?"), ANSWER], "images": ["HTTP://x.y/a.png"]}, "nothing is fetched"),
+        (
+            {"messages": [user([{"type": "image_url", "image_url": {"url": "https://x.y"}}]), ANSWER]},
+            "nothing is fetched",
+        ),
+        ({"messages": [user("Who?"), ANSWER], "images": ["a.png"] * 257}, "257 images"),
+    ],
+)
+def test_places_and_images_have_to_match(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        normalise(fields, "messages", {}, ChatConfig())
+
+
+def test_a_task_that_sees_nothing_says_so() -> None:
+    row = {"prompt": [user("Who?")], "chosen": [ANSWER], "rejected": [ANSWER], "images": ["a.png"]}
+    with pytest.raises(RowError, match="column 'images' holds images"):
+        normalise(row, "preference", {}, PreferenceConfig())
+    with pytest.raises(RowError, match="the row holds an image; task=causal_lm reads none"):
+        normalise({"messages": [user([PLACE]), ANSWER], "images": ["a"]}, "messages", {}, CausalLmConfig())
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it has so many pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def animation() -> bytes:
+    stream = io.BytesIO()
+    draw(0).save(stream, "GIF", save_all=True, append_images=[draw(1)])
+    return stream.getvalue()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "notes.png").write_text("no image")
+    return folder / "rows.jsonl"
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "missing": ("b.png", r"image 1 \('b.png'\) cannot be read: No such file"),
+    "folder": (".", r"image 1 \('.'\) is no file"),
+    "outside": ("../secret.png", "lies outside of .*; data.image_folder names"),
+    "absolute": ("/etc/passwd", "lies outside of"),
+    "link": ("link.png", "lies outside of"),
+    "null": ("a\0.png", "is no path"),
+    "text": ("notes.png", "is none of JPEG, PNG, .* or not whole"),
+    "bomb": (bomb(30_000, 30_000), "decompression bomb"),
+    "large": (bomb(12_000, 12_000), "12,000 x 12,000 pixels, and none may have more than 89,478,485"),
+    "svg": ("data:image/svg+xml;base64,PHN2Zy8+", "is none of JPEG, PNG, .* or not whole"),
+    "data": ("data:text/html;base64,PHN2Zy8+", "is a data URL of another kind"),
+    "base64": ("data:image/png;base64,***", "is a data URL that is not base64"),
+    "animation": (animation(), "has 2 frames; only still images"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_an_image_that_cannot_be_used_is_a_problem_of_its_row(name: str, rows: Path, tmp_path: Path) -> None:
+    reference, reason = FAULTS[name]
+    with pytest.raises(RowError, match=reason):
+        ImageWriter(tmp_path).take({"images": [reference]}, rows)
+
+
+def test_an_image_is_stored_once_and_read_again(rows: Path, tmp_path: Path) -> None:
+    entry = tmp_path / "entry"
+    entry.mkdir()
+    writer = ImageWriter(entry)
+    photo = draw(1, (20, 10))
+    exif = photo.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    stream = io.BytesIO()
+    photo.save(stream, "JPEG", exif=exif)
+    row = writer.take({"images": ["a.png", PNG, URL, stream.getvalue(), "./a.png"]}, rows)
+    assert [image["number"] for image in row["images"]] == [0, 0, 0, 1, 0]
+    assert row["images"][3]["size"] == [10, 20]
+    writer.finish()
+    files = ImageFiles.of(entry)
+    assert files is not None and len(files) == 2
+    assert files.image(1).size == (10, 20)
+    assert np.array_equal(np.asarray(files.image(0)), np.asarray(draw(0)))
+    assert files.are_as_prepared()
+    (rows.parent / "a.png").write_bytes(file_of(draw(2)))
+    assert not files.are_as_prepared()
+    with pytest.raises(RowError, match="is another one than when the rows were prepared"):
+        files.image(0)
+
+
+def test_an_image_that_is_cut_off_is_found_when_it_is_decoded(rows: Path, tmp_path: Path) -> None:
+    whole = file_of(draw(0, (200, 200)), "JPEG")
+    entry = tmp_path / "entry"
+    entry.mkdir()
+    writer = ImageWriter(entry)
+    writer.take({"images": [whole[: len(whole) // 2]]}, rows)
+    writer.finish()
+    with pytest.raises(RowError, match="is no whole image"):
+        ImageFiles(entry).image(0)
+
+
+def test_relative_paths_begin_in_the_folder_that_is_named(rows: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "images"
+    elsewhere.mkdir()
+    (elsewhere / "x.png").write_bytes(PNG)
+    assert ImageWriter(tmp_path, str(elsewhere)).take({"images": ["x.png"]}, rows)["images"][0]["size"] == [32, 32]
+    with pytest.raises(RowError, match="the row holds an image; it is blind"):
+        ImageWriter(tmp_path, None, "it is blind").take({"images": ["a.png"]}, rows)
+
+
+def test_bytes_are_hashed_by_their_digest() -> None:
+    assert for_hash({"images": [b"a", "b"]})["images"] == ["a96faf705af16834e6c632b61e964e1f", "b"]
+
+
+def test_a_placeholder_is_expanded_and_places_move() -> None:
+    found = expand("ab<i>cd<i>ef", "<i>", ["1234", "5", "unused"], [0, 2, 3])
+    assert found.text == "ab1234cd5ef"
+    assert [found.text[start:end] for start, end in found.spans] == ["1234", "5"]
+    assert [found.moved(at) for at in (0, 2, 5, 7, 10, 12)] == [0, 2, 6, 8, 9, 11]
+    with pytest.raises(RowError, match=r"prints 1 place .*for 3 images"):
+        expand("a<i>", "<i>", ["1", "2", "3"], [0, 2, 3])
+    messages = [user([PLACE, PLACE]), ANSWER, user([PLACE]), ANSWER]
+    assert count_to(messages, 1) == [2, 3] and count_to(messages, 3) == [3]
+
+
+def test_three_positions_by_hand() -> None:
+    is_image = np.array([False, True, True, True, True, False, False])
+    found = three_positions(is_image, np.array([[1, 4, 4]]), 2)
+    assert found.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
+    side_by_side = three_positions(np.array([True] * 3 + [False]), np.array([[1, 2, 2], [1, 2, 4]]), 2)
+    assert side_by_side.tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
