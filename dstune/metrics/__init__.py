@@ -1,1 +1,23 @@
-"""Metrics of evaluations: which there are (`dstune.protocols.METRICS`), which way is better, and those that tasks share."""
+"""Metrics, a file each, and which of two values of one is better; without numpy, for the command line."""
+
+from __future__ import annotations
+
+import math
+
+from dstune.protocols import METRICS
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
+    name = metric.rpartition("/")[2]
+    return name in METRICS and METRICS[name].lower_is_better
+
+
+def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
+    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
+    if not math.isfinite(value):
+        return False
+    if best is None:
+        return True
+    gain = best - value if is_lower_better(metric) else value - best
+    return gain > min_delta

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstune.core import baseline_file
-from dstune.metrics.direction import is_lower_better
+from dstune.metrics import is_lower_better
 from dstune.report.numbers import MINUS, NONE, duration, number, short
 from dstune.report.run_files import RunFiles, section
 from dstune.report.series import Series

@@ -14,7 +14,7 @@ import yaml
 
 from dstune.config.sweep_rules import COSTS, LOWER_COSTS
 from dstune.core.parsing import parse_json, parse_yaml, read_file
-from dstune.metrics.direction import is_lower_better
+from dstune.metrics import is_lower_better
 
 SWEEP_FILE = "sweep.yaml"
 RECORDS = "trials"

@@ -11,7 +11,7 @@ import numpy as np
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data.prepared import Split
-from dstune.metrics.direction import is_lower_better
+from dstune.metrics import is_lower_better
 from dstune.protocols import task_of
 from dstune.trainer.measure import Row, Totals, count_rows, with_registered
 

@@ -24,7 +24,7 @@ from dstune.data.collate import collate
 from dstune.data.sampler import MicroBatch
 from dstune.data.swaps import Swaps
 from dstune.data.tokenize import RowTokenizer
-from dstune.metrics.direction import improves
+from dstune.metrics import improves
 from dstune.protocols import METRICS, Metric, metric, task_of
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig

@@ -7,7 +7,7 @@ import pytest
 from dstune.config.compose import compose
 from dstune.config.multi_task import is_multi_task, tasks_of
 from dstune.config.validate import find_problems
-from dstune.metrics.direction import improves
+from dstune.metrics import improves
 from dstune.tasks.causal_lm.config import CausalLmConfig
 from dstune.tasks.chat.config import ChatConfig
 from dstune.tasks.seq2seq.config import Seq2SeqConfig

@@ -21,7 +21,7 @@ from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, Evaluate
 from dstune.config.validate import at_stage
 from dstune.core.errors import DstuneError, Problem, TrainingFailed, UserError
 from dstune.methods.ulmfit.config import UlmfitConfig
-from dstune.metrics.direction import improves
+from dstune.metrics import improves
 from dstune.metrics.language import language_model_metrics
 from dstune.protocols.callback import CONTINUE, Action, Callback, Request
 from dstune.rank import worker

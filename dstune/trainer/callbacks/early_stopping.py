@@ -8,7 +8,7 @@ from typing import Any
 
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.metrics.direction import improves
+from dstune.metrics import improves
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Evaluation, Request, Run
 from dstune.trainer.state import Best
