@@ -70,11 +70,12 @@ def _meet_in_private(env: RankEnv, variables: MutableMapping[str, str], seconds:
                 content = {"identity": identity, "place": _place(), "pid": os.getpid(), "given": given}
                 files.write(place, json.dumps(content), mode=0o600)
     else:
-        given = _private_meeting(places, identity, seconds)
+        given = _wait_for_private_meeting(places, identity, seconds)
     variables.update(given)
 
 
-def _private_meeting(places: Sequence[Path], identity: str, seconds: float) -> dict[str, str]:
+def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: float) -> dict[str, str]:
+    """Wait for rank 0's variables in one of `places`. Raises TrainingFailed."""
     import psutil
 
     deadline = time.monotonic() + seconds
@@ -102,8 +103,8 @@ def _place() -> str:
     return socket.gethostname()
 
 
-def have_met(env: RankEnv, variables: Mapping[str, str]) -> None:
-    """Once all ranks have joined the process group: nobody needs what rank 0 has left for them."""
+def remove_meeting_files(env: RankEnv, variables: Mapping[str, str]) -> None:
+    """Remove what rank 0 left for the others, once all ranks have joined the process group."""
     if env.rank == 0 and variables.get(GROUP_SECRET):
         for folder in (cache_root(), Path.cwd()):
             for place in folder.glob(".dstune-meeting-*.json"):
@@ -113,7 +114,7 @@ def have_met(env: RankEnv, variables: Mapping[str, str]) -> None:
 
 
 def leave_store(env: RankEnv, variables: MutableMapping[str, str]) -> None:
-    """At the end of a launch that met through `set_address`: remove the folder that its ranks met in."""
+    """Remove the folder in which the ranks of a launch met through `set_address`, at its end."""
     store = variables.pop(STORE, None)
     if store is not None and env.rank == 0:
         shutil.rmtree(Path(store).parent, ignore_errors=True)
@@ -172,7 +173,7 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
         UserError: rank 0's address did not appear within `MEETING_SECONDS`.
     """
     if env.source == "slurm":
-        _take_secret(run_dir, variables)
+        _read_secret(run_dir, variables)
     if variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"):
         choose_interface(env, variables)
         return
@@ -185,9 +186,9 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
         identity = _identity(env, variables)
         if env.rank == 0:
             address, port = own_address(variables.get("GLOO_SOCKET_IFNAME")), free_port()
-            _leave(file, {"identity": identity, "address": address, "port": port})
+            _write_meeting(file, {"identity": identity, "address": address, "port": port})
         else:
-            address, port = _found(file, identity)
+            address, port = _wait_for_address(file, identity)
     variables.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     choose_interface(env, variables)
 
@@ -198,9 +199,9 @@ def leave_secret(run_dir: Path) -> None:
     files.write(run_dir / SECRET_FILE, secrets.token_hex(32), mode=0o600)
 
 
-def _take_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """What `leave_secret` left; without one, ranks do not prove who they are (a script of an earlier version, or a file
-    system where every file can be read by all)."""
+def _read_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
+    """Set the secret that `leave_secret` left. Without one, ranks do not prove who they are: a script of an earlier version, or a
+    file system where everybody can read every file."""
     with contextlib.suppress(OSError):
         variables.setdefault(GROUP_SECRET, files.read_own(run_dir / SECRET_FILE).decode())
 
@@ -243,12 +244,12 @@ def _launcher(env: RankEnv) -> str:
     return ""
 
 
-def _leave(file: Path, meeting: dict[str, object]) -> None:
+def _write_meeting(file: Path, meeting: dict[str, object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     files.write(file, json.dumps(meeting))
 
 
-def _found(
+def _wait_for_address(
     file: Path, identity: str, seconds: float = MEETING_SECONDS, pause: Callable[[float], None] = time.sleep
 ) -> tuple[str, int]:
     deadline = time.monotonic() + seconds

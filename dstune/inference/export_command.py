@@ -143,7 +143,7 @@ def _check_push(arguments: Namespace) -> None:
 def _publish(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
     """Register or upload the complete export in `out`."""
     if arguments.register is not None:
-        return _registered(arguments, out, run_dir, checkpoint)
+        return _register(arguments, out, run_dir, checkpoint)
     address = upload(out, arguments.push, public=arguments.public)
     if arguments.json:
         print(json.dumps({"export": str(out), "checkpoint": str(checkpoint), "commit": address}))
@@ -152,7 +152,8 @@ def _publish(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -
     return EXIT_DONE
 
 
-def _registered(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
+def _register(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) -> int:
+    """Register the export in `out` where `--register` says, and print the version that it became. Return the exit code."""
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     address = arguments.register
     done = _registry_of(address).register(address, out, run_dir, config, _message)

@@ -173,7 +173,7 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
         predictor = task.predictor()(config, module, task.head(body), served, labels)
         question = task.question(labels, config.data)
         try:
-            requests = [question.of(row["row"], "") for row in rows]
+            requests = [question.query(row["row"], "") for row in rows]
         except RowError as error:  # a row format of its own, which no client sends
             raise NoReference(f"its held-out rows are none that can be asked: {error}") from None
         trained_ids = [row["ids"] for row in rows]

@@ -20,7 +20,7 @@ from dstune.protocols import ROW_FORMATS, formats_for, task_of
 MAX_LISTED_BAD_ROWS = 10
 """Bad rows that are named; the others are counted."""
 
-Given = tuple[str, Mapping[str, Any] | None, str]
+ReadRow = tuple[str, Mapping[str, Any] | None, str]
 """Place (FILE:LINE, or which `--text` it is), columns, and what is wrong where they could not be read."""
 
 
@@ -59,8 +59,8 @@ class Question:
         """What the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
         return {"text": self.text(fields)}
 
-    def of(self, fields: Mapping[str, Any], place: str) -> Query:
-        """Raises RowError."""
+    def query(self, fields: Mapping[str, Any], place: str) -> Query:
+        """Return the query that a row is. place: what a message calls the row. Raises RowError."""
         form = self._form(fields)
         row = self._shaped(form, fields, place) if form else self.row(fields, place)
         canonical(row)  # what UTF-8 cannot hold, a tokenizer cannot read
@@ -118,7 +118,7 @@ class Rows:
             raise UserError(Problem("--text", reason, fix))
         self._question = question
         column = question.text_column or "text"
-        self._texts: list[Given] = [
+        self._texts: list[ReadRow] = [
             (place, None, str(text))
             if isinstance(text, ValueError)
             else (place, {column: text} if isinstance(text, str) else text, "")
@@ -139,9 +139,9 @@ class Rows:
 
     def columns(self) -> list[str]:
         """Columns of the first row."""
-        return next((list(fields) for _, fields, _ in self._given() if fields is not None), [])
+        return next((list(fields) for _, fields, _ in self._read() if fields is not None), [])
 
-    def _given(self) -> Iterator[Given]:
+    def _read(self) -> Iterator[ReadRow]:
         yield from self._texts
         for file in self._files:
             for raw in sources.read(file):
@@ -156,11 +156,11 @@ class Rows:
 
     def _requests(self) -> Iterator[tuple[Query | None, Problem | None]]:
         """Each row, or what is wrong with it."""
-        for place, fields, error in self._given():
+        for place, fields, error in self._read():
             try:
                 if fields is None:
                     raise RowError(error)
-                yield self._question.of(fields, place), None
+                yield self._question.query(fields, place), None
             except RowError as problem:
                 yield None, Problem(place, str(problem))
 

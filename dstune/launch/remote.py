@@ -166,7 +166,7 @@ class RemoteLaunch:
                 )
 
     def _watch(self, launcher: subprocess.Popen[bytes], follower: Follower, received: Sequence[str]) -> None:
-        """Until the launcher has ended, or has to be ended."""
+        """Wait until the launcher has ended, or has to be ended: a host is lost, or the run is over and the launcher stays."""
         deadline: float | None = None
         while launcher.poll() is None:
             follower.look()

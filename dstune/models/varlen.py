@@ -31,7 +31,9 @@ class Boundaries(NamedTuple):
 
 
 def boundaries_of(inputs: Mapping[str, torch.Tensor]) -> Boundaries:
-    """inputs: as in `spans.spans_of`. Waits for the device that they are on; the loader calls it while they are on the host."""
+    """Return where samples begin.
+
+    inputs: as in `spans.spans_of`. Waits for the device that they are on; the loader calls it while they are on the host."""
     rows, width = inputs["input_ids"].shape
     if "position_ids" in inputs:
         begins = inputs["position_ids"] == 0

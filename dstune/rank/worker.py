@@ -225,7 +225,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
     try:
         record_collectives(os.environ)
         world = start_process_group(env)
-        rendezvous.have_met(env, os.environ)
+        rendezvous.remove_meeting_files(env, os.environ)
     except DstuneError as error:  # a node with too few GPUs; the other ranks wait for these until they are ended
         report(f"rank {env.rank}: {error}")
         return Outcome(error.exit_code, error=error)

@@ -244,7 +244,7 @@ class Engine:
             self._engine.step()
             return Update(norm, applied=True, read=reads.beside)
         if self._gradients is not None and not vetoed:
-            self._gradients.check(self._world)
+            self._gradients.refuse_missing(self._world)
             self._gradients = None
         loss_scale, lowest = self._loss_scale()
         scaler = dict(vars(self._engine.optimizer.loss_scaler)) if vetoed and self._fp16 else {}

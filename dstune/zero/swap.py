@@ -237,8 +237,8 @@ class FirstGradients:
         self._waiting.discard(name)
         self._hooks.pop(name).remove()
 
-    def check(self, world: World) -> None:
-        """Raises UserError on all ranks where a tensor got none on one of them."""
+    def refuse_missing(self, world: World) -> None:
+        """Raises UserError on all ranks if a trained tensor has had no gradient on one of them."""
         names = sorted({name for names in world.gather(sorted(self._waiting)) for name in names})
         if names:
             more = f" and {len(names) - 1} more" if names[1:] else ""

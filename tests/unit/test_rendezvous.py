@@ -75,7 +75,7 @@ def test_ranks_of_another_launcher_meet_in_private(nodes, tmp_path, monkeypatch)
         rendezvous.set_address(of_slurm(0, nodes), again)
         assert again["MASTER_PORT"] != first["MASTER_PORT"]
         first = again
-    rendezvous.have_met(of_slurm(0, nodes), first)
+    rendezvous.remove_meeting_files(of_slurm(0, nodes), first)
     assert not [*tmp_path.glob(".dstune-*"), *(tmp_path / "cache").iterdir()]
     rendezvous.leave_store(of_slurm(0, nodes), first)
     if nodes == 1:
@@ -88,16 +88,16 @@ def test_what_another_user_or_an_ended_launch_left_is_not_believed(tmp_path, mon
     rendezvous.set_address(of_slurm(0), dict(JOB))
     places = [*tmp_path.glob(".dstune-*"), *(tmp_path / "cache").iterdir()]
     identity = json.loads(places[0].read_text())["identity"]
-    assert rendezvous._private_meeting(places, identity, 0.2)
+    assert rendezvous._wait_for_private_meeting(places, identity, 0.2)
     for place in places:
         place.chmod(0o644)
     with pytest.raises(TrainingFailed, match="rank 0 did not say"):
-        rendezvous._private_meeting(places, identity, 0.2)
+        rendezvous._wait_for_private_meeting(places, identity, 0.2)
     for place in places:
         place.chmod(0o600)
         place.write_text(json.dumps(json.loads(place.read_text()) | {"pid": 2**22 + 1}))
     with pytest.raises(TrainingFailed, match="rank 0 did not say"):
-        rendezvous._private_meeting(places, identity, 0.2)
+        rendezvous._wait_for_private_meeting(places, identity, 0.2)
 
 
 def test_starts_without_a_number_are_distinguished_by_their_launcher(tmp_path):
@@ -143,7 +143,7 @@ def test_two_runs_of_one_rank_do_not_share_a_port(tmp_path):
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
     (tmp_path / "launch").mkdir()
     with pytest.raises(UserError, match="does every node see this folder"):
-        rendezvous._found(tmp_path / "launch" / "meeting.json", "x", seconds=0.2, pause=lambda _: None)
+        rendezvous._wait_for_address(tmp_path / "launch" / "meeting.json", "x", seconds=0.2, pause=lambda _: None)
 
 
 def test_the_interface_is_that_which_leads_to_rank_0(monkeypatch):

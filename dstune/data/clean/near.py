@@ -129,6 +129,7 @@ class NearCopies:
         return values
 
     def _compare(self, first: np.ndarray, second: np.ndarray, original: np.ndarray) -> None:
+        """Compare the rows `first[i]` and `second[i]`, and note in `original` of which earlier row a later one is a copy."""
         for start in range(0, len(first), PAIRS_AT_ONCE):
             one, two = first[start : start + PAIRS_AT_ONCE], second[start : start + PAIRS_AT_ONCE]
             possible = (original[two] < 0) & self._allowed(one, two)

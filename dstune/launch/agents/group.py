@@ -131,7 +131,7 @@ class Group:
         self.members[member.node] = member
 
     def lose(self, node: str, cause: str) -> None:
-        """The agent of `node` has gone: its connection was closed, or it is silent."""
+        """Record that the agent of `node` is gone. cause: its connection was closed, or it is silent."""
         self.members.pop(node, None)
         if self.attempt is not None and node in self.attempt.running:
             self.attempt.running.discard(node)

@@ -16,7 +16,7 @@ class Settings:
     nodes: int
     """Nodes that train together."""
     expected: int
-    """The same with spares."""
+    """Nodes that start, spares included."""
     min_nodes: int
     restarts: int
     silence_seconds: float

@@ -194,7 +194,7 @@ class EncoderApp(EngineApp):
         queries = []
         for number, row in enumerate(rows):
             try:
-                queries.append(self._question.of(row, f"{param}[{number}]"))
+                queries.append(self._question.query(row, f"{param}[{number}]"))
             except RowError as error:
                 raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
         answered = await self._batcher.answers(queries)
@@ -217,7 +217,7 @@ class EncoderApp(EngineApp):
 
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tokens and answers of rows as in training."""
-        queries = [self._question.of(row, str(number)) for number, row in enumerate(body["rows"])]
+        queries = [self._question.query(row, str(number)) for number, row in enumerate(body["rows"])]
         found = await self._batcher.answers(queries)
         return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
 
