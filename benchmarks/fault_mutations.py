@@ -277,7 +277,7 @@ _OTHER: dict[str, Mutation] = {
 
 _GIVEN: dict[str, Mutation] = {
     "schemas_and_arguments_keep_the_order_of_their_keys": undo(
-        "data/ingest.py", "return stored(row), ", 'return content.decode("utf-8"), '
+        "data/ingest.py", "return json_text(row), ", 'return content.decode("utf-8"), '
     ),
     "arguments_of_a_call_write_no_control_tokens": undo(
         "data/control.py", "return key in names or", "return key in NO_TEXT or"

@@ -245,7 +245,7 @@ class Loaded:
         """See `generate`."""
         from dstune.checkpoint import store
         from dstune.config.schema import ModelConfig
-        from dstune.inference.voices import opened
+        from dstune.inference.voices import open_speaker
         from dstune.inference.writer import Writer
 
         checkpoint = str(checkpoint)
@@ -259,7 +259,7 @@ class Loaded:
         newest = store.newest(Path(self._path)) if checkpoint == "last" else None
 
         def loaded() -> Speaker:
-            return self._open.enter_context(opened(ModelConfig(path=self._path), checkpoint, {}))
+            return self._open.enter_context(open_speaker(ModelConfig(path=self._path), checkpoint, {}))
 
         speaker: Speaker = self._loaded(("generate", checkpoint, newest), loaded)
         writer = Writer(speaker, chosen, plain=plain, system=system)

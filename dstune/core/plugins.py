@@ -62,7 +62,7 @@ class Plugin:
         return f"{FOLDER}/{self.name}.py"
 
     @property
-    def of_package(self) -> str:
+    def package_note(self) -> str:
         return f" of the package {self.distribution} {self.version}" if self.distribution else ""
 
 
@@ -204,7 +204,7 @@ def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
     for name, plugin in today.items():
         if name not in then:
             fix = f"pip uninstall {plugin.distribution}" if plugin.distribution else "leave it out"
-            reason = f"the run began without the plugin {name}{plugin.of_package}"
+            reason = f"the run began without the plugin {name}{plugin.package_note}"
             problems.append(Problem(KEY, reason, f"{fix}{_OR_ACCEPT}", plugin.file))
     if problems:
         raise UserError(problems)
@@ -215,10 +215,10 @@ def _package_problems(plugin: Plugin) -> Iterator[Problem]:
     now = _installed.get(plugin.name)
     fix = f"pip install {plugin.distribution}=={plugin.version}{_OR_ACCEPT}"
     if now is None:
-        reason = f"the run began with the plugin {plugin.name}{plugin.of_package}, which is not installed"
+        reason = f"the run began with the plugin {plugin.name}{plugin.package_note}, which is not installed"
         yield Problem(KEY, reason, fix, plugin.name)
     elif now.sha256 != plugin.sha256:
-        reason = f"the run began with the plugin {plugin.name}{plugin.of_package} (sha256 {plugin.sha256[:12]})"
+        reason = f"the run began with the plugin {plugin.name}{plugin.package_note} (sha256 {plugin.sha256[:12]})"
         yield Problem(now.file, f"{reason}, and {now.version} (sha256 {now.sha256[:12]}) is installed", fix)
 
 
@@ -255,7 +255,7 @@ def to_dicts(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
 
 
 def from_dicts(stored: Any, where: str) -> tuple[Plugin, ...]:
-    """The inverse. Raises UserError: not a list of plugins."""
+    """Return the plugins that `to_dicts` wrote. Raises UserError: `stored` is no list of plugins."""
     try:
         plugins = tuple(
             Plugin(

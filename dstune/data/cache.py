@@ -87,7 +87,7 @@ def _locked(root: Path, key: str) -> Iterator[None]:
 
 
 def _raise_failure_since(failure: Path, requested: float) -> None:
-    """Raise the error that another process met after `asked`: it read the same files under the same settings."""
+    """Raise the error that another process met after `requested`: it read the same files under the same settings."""
     try:
         recorded = json.loads(failure.read_text())
     except FileNotFoundError:

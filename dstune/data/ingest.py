@@ -20,7 +20,7 @@ from dstune.data import sources
 from dstune.data.bad_rows import FIRST_ROWS, BadRows, UnknownFormat, of_row
 from dstune.data.images.places import COLUMN
 from dstune.data.images.store import ImageWriter
-from dstune.data.rows import RowError, check_task, hash_of, labels_of, normalise, recognise, stored
+from dstune.data.rows import RowError, check_task, hash_of, json_text, labels_of, normalise, recognise
 from dstune.data.swaps import slice_values
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
@@ -215,7 +215,7 @@ class _Reader:
         if COLUMN in row and self._bound.sees_images:
             assert self._images is not None, "nobody takes the images"
             row = self._images.take(row, raw.file.path)
-        return stored(row), row_hash, label
+        return json_text(row), row_hash, label
 
     def _recognise(self, raw: sources.RawRow) -> str:
         """The format of a row that can be read. Raises RowError for one of the first rows that has no format of this task, as

@@ -129,12 +129,12 @@ def _report(doing: str, tally: Path, rows: int) -> Iterator[None]:
     over = threading.Event()
     tally.touch()
 
-    def tell() -> None:
+    def report_progress() -> None:
         while not over.wait(PROGRESS_SECONDS):
             done = min(tally.stat().st_size * ROWS_AT_ONCE, rows)
             log.info(doing, extra={"done": done, "total": rows})
 
-    teller = threading.Thread(target=tell, daemon=True)
+    teller = threading.Thread(target=report_progress, daemon=True)
     teller.start()
     try:
         yield

@@ -21,11 +21,11 @@ __all__ = [
     "check_columns",
     "check_task",
     "hash_of",
+    "json_text",
     "labels_of",
     "normalise",
     "recognise",
     "sort_labels",
-    "stored",
     "with_joined_parts",
 ]
 
@@ -83,8 +83,8 @@ def normalise(
     return row
 
 
-def stored(row: Mapping[str, Any]) -> str:
-    """The row as JSON text, with its keys in order.
+def json_text(row: Mapping[str, Any]) -> str:
+    """Return the row as JSON text, with its keys in order.
 
     What they hold is as it was given: templates print schemas and calls of tools in the order in which they get their keys.
     """

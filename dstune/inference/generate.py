@@ -15,7 +15,7 @@ from dstune.core.errors import EXIT_DONE, Problem, UserError
 from dstune.inference.answers_file import AnswersFile, add_flags, answers_file
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file
-from dstune.inference.voices import BASE, OWN, opened
+from dstune.inference.voices import BASE, OWN, open_speaker
 from dstune.inference.writer import Answer, Sampling, Writer
 
 
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     expected = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    with opened(expected, arguments.checkpoint, adapters) as speaker:
+    with open_speaker(expected, arguments.checkpoint, adapters) as speaker:
         writer = Writer(speaker, sampling, plain=arguments.plain, system=arguments.system)
         check_adapters(requests, writer.names)
         if interactive:

@@ -157,7 +157,7 @@ def _files_of(folder: Path) -> list[Any]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
 
 
-def load(expected: ModelRequest, scratch: Path) -> Predictor:
+def load(request: ModelRequest, scratch: Path) -> Predictor:
     """scratch: an empty folder, where a run's adapter may be merged into its base.
 
     Raises UserError where files are damaged, or weights are missing.
@@ -166,43 +166,43 @@ def load(expected: ModelRequest, scratch: Path) -> Predictor:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if expected.adapter is not None:
-        return _load_adapter(expected, expected.adapter)
-    if expected.run is None:
-        return _load_whole(expected)
-    method = method_of(expected.config.method)
+    if request.adapter is not None:
+        return _load_adapter(request, request.adapter)
+    if request.run is None:
+        return _load_whole(request)
+    method = method_of(request.config.method)
     if method.adapter and not method.merges:
-        return _load_beside(expected, find_checkpoint(expected.run, expected.step))
-    model = model_of_export(expected.config.model, exported(expected.run, scratch, which=expected.step, merge=True))
-    return _load_whole(replace(expected, config=replace(expected.config, model=model, method=METHODS.default())))
+        return _load_beside(request, find_checkpoint(request.run, request.step))
+    model = model_of_export(request.config.model, exported(request.run, scratch, which=request.step, merge=True))
+    return _load_whole(replace(request, config=replace(request.config, model=model, method=METHODS.default())))
 
 
-def _load_whole(expected: ModelRequest) -> Predictor:
+def _load_whole(request: ModelRequest) -> Predictor:
     from dstune.models.load import new_weights
 
-    body, tokenizer = _body(expected)
+    body, tokenizer = _body(request)
     absent = new_weights(body).parameters
     if absent:
         reason = f"has no weights for {', '.join(absent[:3])}, so its answers would be chance"
-        fix = f"train one: dstune train task={expected.config.task.name}"
-        raise UserError(Problem("MODEL", reason, fix, expected.config.model.path))
-    return _predictor(expected, body, body, tokenizer)
+        fix = f"train one: dstune train task={request.config.task.name}"
+        raise UserError(Problem("MODEL", reason, fix, request.config.model.path))
+    return _predictor(request, body, body, tokenizer)
 
 
-def _load_beside(expected: ModelRequest, checkpoint: Path) -> Predictor:
+def _load_beside(request: ModelRequest, checkpoint: Path) -> Predictor:
     """What was trained stands in front of each row: the model is built as in training."""
     from dstune.checkpoint.adapters import load_trained
 
-    assert expected.run is not None
-    refuse_damaged(expected.run, checkpoint)
-    config = replace(expected.config, model=resolved(expected.config.model))
-    body, tokenizer = _body(replace(expected, config=config))
+    assert request.run is not None
+    refuse_damaged(request.run, checkpoint)
+    config = replace(request.config, model=resolved(request.config.model))
+    body, tokenizer = _body(replace(request, config=config))
     module = method_of(config.method).apply(body, config)
     load_trained(module, checkpoint)
-    return _predictor(expected, module, body, tokenizer)
+    return _predictor(request, module, body, tokenizer)
 
 
-def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
+def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
     from safetensors import safe_open
 
     from dstune.models.load import new_weights
@@ -211,7 +211,7 @@ def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(Problem("MODEL", "holds no adapter_model.safetensors", "save it with safetensors", str(folder)))
-    body, tokenizer = _body(expected)
+    body, tokenizer = _body(request)
     with safe_open(file, "pt") as tensors:
         held = set(tensors.keys())
     # In front of a name stands what peft wraps the model with, which differs between kinds of adapters.
@@ -225,26 +225,26 @@ def _load_adapter(expected: ModelRequest, folder: Path) -> Predictor:
     except (RuntimeError, ValueError) as error:
         reason = f"does not fit its base: {first_line(error)}"
         raise UserError(Problem("MODEL", reason, "give the folder of another adapter", str(folder))) from error
-    return _predictor(expected, module, body, tokenizer)
+    return _predictor(request, module, body, tokenizer)
 
 
-def _body(expected: ModelRequest) -> tuple[Any, Any]:
+def _body(request: ModelRequest) -> tuple[Any, Any]:
     """The model of transformers, and its tokenizer: an adapter's own, where it has one."""
     from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
 
-    model, folder = expected.config.model, expected.adapter
+    model, folder = request.config.model, request.adapter
     tokenizer = load_tokenizer(model)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
         own = open_tokenizer(folder, where="adapter", trust_remote_code=model.trust_remote_code, local_files_only=True)
         tokenizer = with_padding(own)
-    return load_model(expected.config, tokenizer, expected.labels, computing_dtype(load_config(model))), tokenizer
+    return load_model(request.config, tokenizer, request.labels, computing_dtype(load_config(model))), tokenizer
 
 
-def _predictor(expected: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
+def _predictor(request: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
     """module: `body`, or what wraps it."""
 
     from dstune.zero import accelerator
 
     module.to(accelerator.kind()).eval()
-    task = task_of(expected.config.task)
-    return task.predictor()(expected.config, module, task.head(body), tokenizer, expected.labels)
+    task = task_of(request.config.task)
+    return task.predictor()(request.config, module, task.head(body), tokenizer, request.labels)

@@ -44,25 +44,25 @@ def main(argv: list[str]) -> int:
     named = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    expected = find(named, arguments.checkpoint, arguments.overrides)
-    data, task = expected.config.data, task_of(expected.config.task)
+    request = find(named, arguments.checkpoint, arguments.overrides)
+    data, task = request.config.data, task_of(request.config.task)
     if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
     files = [] if arguments.input is None else _files(data, arguments.input)
     # What the training did with its bad rows is no answer for these.
     skip_bad_rows_requested = any(word.startswith("data.on_bad_row=") for word in arguments.overrides)
     on_bad = data.on_bad_row if skip_bad_rows_requested else OnBadRow.error
-    rows = Rows(task.question(expected.labels, data), arguments.texts, files, on_bad)
+    rows = Rows(task.question(request.labels, data), arguments.texts, files, on_bad)
     if rows.bad:
         for problem in islice(rows.bad_rows(), MAX_LISTED_BAD_ROWS):
             _print_status(f"left out: {problem}")
         _print_status(f"{rows.bad:,} rows are bad and left out (data.on_bad_row=skip)")
     taken = {*ANSWERS, "row"}
     _note_replaced(rows, taken)
-    output = _output(arguments, files, rows, expected) if arguments.output else None
+    output = _output(arguments, files, rows, request) if arguments.output else None
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         _print_status(f"loading the model for task={task.name}")
-        model = load(expected, Path(scratch))
+        model = load(request, Path(scratch))
         done = output.done if output else 0
         if done:
             _print_status(f"{done:,} of {rows.count:,} rows are there already")
@@ -160,16 +160,14 @@ def _note_replaced(rows: Rows, taken: Set[str]) -> None:
         _print_status(f"columns that answers have too are not kept: {', '.join(own)}")
 
 
-def _output(
-    arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, expected: ModelRequest
-) -> AnswersFile:
+def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, request: ModelRequest) -> AnswersFile:
     import xxhash
 
     from dstune.data import sources
 
     texts = json.dumps(arguments.texts).encode("utf-8", "surrogatepass")
     requested = {
-        "model": [arguments.model, expected.identity],
+        "model": [arguments.model, request.identity],
         "overrides": arguments.overrides,
         "rows": [*(sources.fingerprint(file) for file in files), xxhash.xxh3_128_hexdigest(texts)],
         "count": rows.count,

@@ -57,8 +57,8 @@ def adapted_modules(folder: Path) -> set[str]:
     return {match[1] for match in found if match}
 
 
-def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:
-    """`wanted`, with the model that the adapter in `folder` stands on as its path."""
+def base_of(folder: Path, model: ModelConfig) -> ModelConfig:
+    """Return `model` with the model that the adapter in `folder` stands on as its path."""
     settings = adapter_settings(folder)
     path = settings.get("base_model_name_or_path")
     if not isinstance(path, str):
@@ -67,26 +67,26 @@ def base_of(folder: Path, expected: ModelConfig) -> ModelConfig:
     if refers(path):  # saved without the value, as everything is
         check_reference(path, read_record(folder).get(SIGNATURE), folder)
         path = resolve_text(path, str(folder / "adapter_config.json"))
-    return replace(expected, path=path, revision=settings.get("revision"))
+    return replace(model, path=path, revision=settings.get("revision"))
 
 
-def resolved(expected: ModelConfig) -> ModelConfig:
-    """`wanted` with its files on this machine; problems name the words of a command line. Raises UserError."""
+def resolved(model: ModelConfig) -> ModelConfig:
+    """Return `model` with its files on this machine; problems name the words of a command line. Raises UserError."""
     from dstune.launch.preflight import resolve_model
 
     flags = {"model.path": "MODEL", "model.revision": "--revision", "model.trust_remote_code": "--trust-remote-code"}
     tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr)  # noqa: E731
     try:
-        return resolve_model(expected, tell)
+        return resolve_model(model, tell)
     except UserError as error:
         raise UserError(replace(p, where=flags.get(p.where, p.where)) for p in error.problems) from error
 
 
-def located(expected: ModelConfig) -> dict[str, Any]:
+def located(model: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
     from dstune.models.load import local_path
 
-    found = resolved(expected)
+    found = resolved(model)
     revision = {} if found.revision is None else {"revision": found.revision}
     return {
         "pretrained_model_name_or_path": local_path(found.path),

@@ -72,8 +72,8 @@ class _Found:
 
 
 @contextmanager
-def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
-    """The model `wanted.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) in memory.
+def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
+    """The model `requested.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) in memory.
 
     checkpoint: which one of a run: a step, `best` or `last`. adapters: further ones by name, each a run or an export.
 
@@ -84,9 +84,9 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses what nobody needs
-    print(f"loading {needed.path}", file=sys.stderr, flush=True)
+    print(f"loading {requested.path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        found = _find(needed, checkpoint, Path(scratch) / OWN, "MODEL")
+        found = _find(requested, checkpoint, Path(scratch) / OWN, "MODEL")
         others = {
             name: _find(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
             for name, path in adapters.items()
@@ -104,13 +104,13 @@ def opened(needed: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) ->
         yield speaker
 
 
-def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
+def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
     from dstune.checkpoint.export import exported
     from dstune.config.run_file import read_run
     from dstune.config.trust import Use
     from dstune.launch import rundir
 
-    path = Path(needed.path)
+    path = Path(requested.path)
     if store.is_checkpoint(path):
         if which != "last":
             raise UserError(Problem("--checkpoint", "the model is a checkpoint already", "leave it out", which))
@@ -119,25 +119,25 @@ def _find(needed: ModelConfig, which: str, scratch: Path, key: str) -> _Found:
         rundir.refuse_missing(path)
         if which != "last":
             raise UserError(Problem("--checkpoint", "only a run has checkpoints", "leave it out", which))
-        return _from_record(needed, key)
+        return _from_record(requested, key)
     config = read_run(path / "run.yaml", use=Use.weights).config
     _refuse_no_writer(config.task.name, key, str(path))
     folder = exported(path, scratch, which=which)
-    trust = needed.trust_remote_code or config.model.trust_remote_code
-    model = replace(needed, path=str(folder.absolute()), trust_remote_code=trust)
+    trust = requested.trust_remote_code or config.model.trust_remote_code
+    model = replace(requested, path=str(folder.absolute()), trust_remote_code=trust)
     task = task_of(config.task)
     if task.asks_by_prompt:
         return _Found(model, chat=False, task=config.task)
     return _Found(model, chat=task.conversational, date=task.template_date)
 
 
-def _from_record(needed: ModelConfig, key: str) -> _Found:
-    task = read_record(Path(needed.path)).get("task") or {}
-    _refuse_no_writer(task.get("name") or task_of_head(Path(needed.path)), key, needed.path)
+def _from_record(requested: ModelConfig, key: str) -> _Found:
+    task = read_record(Path(requested.path)).get("task") or {}
+    _refuse_no_writer(task.get("name") or task_of_head(Path(requested.path)), key, requested.path)
     kind = TASKS.classes().get(task.get("name", ""))
     if kind is not None and kind.asks_by_prompt:
-        return _Found(needed, chat=False, task=recorded_task(Path(needed.path), kind))
-    return _Found(needed, chat=kind is None or kind.conversational, date=task.get("template_date"))
+        return _Found(requested, chat=False, task=recorded_task(Path(requested.path), kind))
+    return _Found(requested, chat=kind is None or kind.conversational, date=task.get("template_date"))
 
 
 def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
@@ -218,17 +218,17 @@ def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
         print(f"dstune: adapter {name} was trained on {expected}, and is put on {base.path}", file=sys.stderr)
 
 
-def _architecture(source: dict[str, Any], needed: ModelConfig) -> Any:
+def _architecture(source: dict[str, Any], requested: ModelConfig) -> Any:
     from transformers import AutoConfig
 
-    with files_of_others("MODEL", needed.path, "its config.json", "give a hub id or a folder with a config.json"):
+    with files_of_others("MODEL", requested.path, "its config.json", "give a hub id or a folder with a config.json"):
         return AutoConfig.from_pretrained(**source)
 
 
 def _language_model(
     source: dict[str, Any],
     architecture: Any,
-    needed: ModelConfig,
+    requested: ModelConfig,
     record: Mapping[str, Any],
     adapted: Iterable[str] = (),
 ) -> Any:
@@ -246,13 +246,15 @@ def _language_model(
     options = {}
     if method is not None and issubclass(method, QuantizesWeights):
         options = method.serving_options(record, dtype)
-    with files_of_others("MODEL", needed.path, "its model", "give a folder with config.json and safetensors weights"):
+    with files_of_others(
+        "MODEL", requested.path, "its model", "give a folder with config.json and safetensors weights"
+    ):
         model, loading = kind.from_pretrained(
             **source, **options, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     absent = sorted(loading["missing_keys"])
     if absent:
         reason = f"is no language model: it has no weights for {', '.join(absent[:2])}"
-        raise UserError(Problem("MODEL", reason, "give a model that writes text", needed.path))
+        raise UserError(Problem("MODEL", reason, "give a model that writes text", requested.path))
     keep_layout(model)
     return model

@@ -41,7 +41,7 @@ def fetch(
     except UserError:
         raise
     except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
-        problem = refusal(ModelRequest("model", "model.path", "model.revision", config.path, config.revision), error)
+        problem = refusal(HubRequest("model", "model.path", "model.revision", config.path, config.revision), error)
         if problem is not None:
             raise UserError(problem) from error
         if not is_connection_problem(error):
@@ -126,7 +126,7 @@ def _cached(config: ModelConfig, why: str) -> Path:
 
 
 @dataclass(frozen=True)
-class ModelRequest:
+class HubRequest:
     """What the hub was asked for, and the keys that asked."""
 
     kind: str
@@ -143,11 +143,11 @@ class ModelRequest:
         return f"https://huggingface.co/{'' if self.kind == 'model' else 'datasets/'}{self.name}"
 
 
-def refusal(expected: ModelRequest, error: Exception) -> Problem | None:
+def refusal(request: HubRequest, error: Exception) -> Problem | None:
     """The hub's answer as something to do; None if it gave none."""
     from huggingface_hub import errors
 
-    key, kind, page = expected.key, expected.kind, expected.page
+    key, kind, page = request.key, request.kind, request.page
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         reason = f"the hub's cache cannot be written ({error.strerror})"
         return Problem("HF_HOME", reason, "set HF_HOME to a folder with room", str(error.filename or ""))
@@ -155,23 +155,23 @@ def refusal(expected: ModelRequest, error: Exception) -> Problem | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         reason = f"access to this {kind} has to be granted"
-        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", expected.name)
+        return Problem(key, reason, f"ask for it at {page}, then {signed_in}", request.name)
     if isinstance(error, errors.RevisionNotFoundError):
         fix = f"see the branches and tags at {page}/tree/main"
-        return Problem(expected.revision_key, f"{expected.name} has no such revision", fix, str(expected.revision))
+        return Problem(request.revision_key, f"{request.name} has no such revision", fix, str(request.revision))
     if isinstance(error, errors.RepositoryNotFoundError):
         # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
         here = "folder" if kind == "model" else "file or folder"
         reason = f"the hub has no such {kind}, or it is private, and there is no such {here} either"
-        return Problem(key, reason, f"check {page}; if it is private, {signed_in}", expected.name)
+        return Problem(key, reason, f"check {page}; if it is private, {signed_in}", request.name)
     if isinstance(error, errors.HFValidationError):
         reason = "this is neither a folder nor a hub id"
-        return Problem(key, reason, "give a folder, OWNER/NAME or a sample:// name", expected.name)
+        return Problem(key, reason, "give a folder, OWNER/NAME or a sample:// name", request.name)
     if status in (401, 403):
         reason = f"the hub refuses access ({status})"
-        return Problem(key, reason, f"see {page}, then {signed_in}", expected.name)
+        return Problem(key, reason, f"see {page}, then {signed_in}", request.name)
     if status == 404:
-        return Problem(key, "the hub does not have it (404)", f"check {page}", expected.name)
+        return Problem(key, "the hub does not have it (404)", f"check {page}", request.name)
     return None
 
 

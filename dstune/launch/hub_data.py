@@ -15,7 +15,7 @@ from dstune.config.data_schema import DataConfig
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.data.hub import HubName, Prepared, cached, hub_name, subset_key, subset_problem
 from dstune.data.inputs import PARTS
-from dstune.launch.hub import ModelRequest, is_connection_problem, is_offline, refusal
+from dstune.launch.hub import HubRequest, is_connection_problem, is_offline, refusal
 
 Stage = Callable[[str], None]
 
@@ -33,11 +33,11 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
     prepared: dict[tuple[HubName, str | None], Prepared] = {}
 
     def of(name: HubName, revision: str | None, subset: str | None, key: str) -> Prepared | None:
-        expected = replace(name, revision=name.revision or revision, split=None)
+        repository = replace(name, revision=name.revision or revision, split=None)
         try:
-            if (expected, subset) not in prepared:
-                prepared[expected, subset] = fetch(expected, subset, key, stage)
-            return prepared[expected, subset]
+            if (repository, subset) not in prepared:
+                prepared[repository, subset] = fetch(repository, subset, key, stage)
+            return prepared[repository, subset]
         except UserError as error:
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
@@ -86,13 +86,13 @@ def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared
     if is_offline():
         return cached(name, subset, key, "HF_HUB_OFFLINE is set")
     revision_key = f"{subset_key(key).removesuffix('subset')}revision"
-    expected = ModelRequest("data set", key, revision_key, name.repository, name.revision)
+    request = HubRequest("data set", key, revision_key, name.repository, name.revision)
     try:
-        return _prepare(name, subset, expected, stage)
+        return _prepare(name, subset, request, stage)
     except UserError:
         raise
     except Exception as error:  # classes differ among the releases of datasets, huggingface_hub and its HTTP libraries
-        problem = refusal(expected, error)
+        problem = refusal(request, error)
         if problem is not None:
             raise UserError(problem) from error
         if not is_connection_problem(error):
@@ -102,7 +102,7 @@ def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared
         return entry
 
 
-def _prepare(name: HubName, subset: str | None, expected: ModelRequest, stage: Stage) -> Prepared:
+def _prepare(name: HubName, subset: str | None, request: HubRequest, stage: Stage) -> Prepared:
     import datasets
     from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import HfApi
@@ -117,31 +117,31 @@ def _prepare(name: HubName, subset: str | None, expected: ModelRequest, stage: S
                 raise ConnectionError(f"{name.repository} at commit {commit} could not be loaded")
             builder.download_and_prepare()
         except ValueError as error:
-            raise UserError(_unknown_subset(name, subset, commit, expected)) from error
+            raise UserError(_unknown_subset(name, subset, commit, request)) from error
         except (FileNotFoundError, RuntimeError, DatasetGenerationError) as error:
             if isinstance(error.__cause__, Exception) and is_connection_problem(error.__cause__):
                 raise error.__cause__ from error
-            raise UserError(_unreadable(error, expected)) from error
-    return cached(replace(name, revision=commit), builder.config.name, expected.key)
+            raise UserError(_unreadable(error, request)) from error
+    return cached(replace(name, revision=commit), builder.config.name, request.key)
 
 
-def _unknown_subset(name: HubName, subset: str | None, commit: str, expected: ModelRequest) -> Problem:
+def _unknown_subset(name: HubName, subset: str | None, commit: str, request: HubRequest) -> Problem:
     import datasets
 
     names = datasets.get_dataset_config_names(name.repository, revision=commit)
-    return subset_problem(subset_key(expected.key), subset, sorted(names))
+    return subset_problem(subset_key(request.key), subset, sorted(names))
 
 
-def _unreadable(error: Exception, expected: ModelRequest) -> Problem:
+def _unreadable(error: Exception, request: HubRequest) -> Problem:
     """What keeps `datasets` from reading a repository that is there."""
     cause: BaseException = error.__cause__ or error
     text = first_line(cause)
     if "scripts are no longer supported" in str(error):
         reason = "it is a Python script, which datasets no longer runs"
-        fix = f"{expected.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"
-        return Problem(expected.key, reason, fix, expected.name)
-    fix = f"look at its files at {expected.page}/tree/main, download them and give their path"
-    return Problem(expected.key, f"datasets cannot read it: {text}", fix, expected.name)
+        fix = f"{request.revision_key}=refs/convert/parquet, where the hub keeps a copy as Parquet"
+        return Problem(request.key, reason, fix, request.name)
+    fix = f"look at its files at {request.page}/tree/main, download them and give their path"
+    return Problem(request.key, f"datasets cannot read it: {text}", fix, request.name)
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _kind(norm: nn.Module, epsilon: float) -> Kind | None:
+    """Return the kind of arithmetic whose results are those of `norm` to the bit, found by trying; None if there is none."""
     generator = torch.Generator().manual_seed(0)
     own: Any = norm.weight
     dtype, (width,) = own.dtype, full_shape(own)

@@ -79,10 +79,10 @@ def _prompt_losses(run: Path, texts: Sequence[str]) -> np.ndarray:
     """Mean loss per token [texts]; NaN for a text of one token."""
     import torch
 
-    from dstune.inference.voices import opened
+    from dstune.inference.voices import open_speaker
 
     losses = np.full(len(texts), math.nan)
-    with opened(ModelConfig(path=str(run)), "last", {}) as speaker, torch.inference_mode():
+    with open_speaker(ModelConfig(path=str(run)), "last", {}) as speaker, torch.inference_mode():
         tokenizer = next(iter(speaker.voices.values())).tokenizer
         device = next(speaker.model.parameters()).device
         for number, text in enumerate(texts):

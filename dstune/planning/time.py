@@ -115,7 +115,7 @@ def exchanges(s: Setup) -> int:
     return int(s.micro_batches * m.layers * passes * states * (s.sharing - 1) / s.sharing)
 
 
-def sums(s: Setup) -> int:
+def summed_bytes(s: Setup) -> int:
     """Bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
     section 3): in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are
     computed again (behind the last product of the feed-forward part nothing is)."""
@@ -149,7 +149,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     kept = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
-    inside = sums(s)  # nothing can be computed meanwhile
+    inside = summed_bytes(s)  # nothing can be computed meanwhile
     hidden = OVERLAP if s.on_gpu and s.stage >= 2 else 0.0
     sent = volume / speed.link
     compute = count * (matmul_flops / speed.flops + attention_flops / rate + s.model.layers * speed.fixed)

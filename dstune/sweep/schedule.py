@@ -80,7 +80,7 @@ class Source(Protocol):
         ...
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
-        """Take note of its end; what it reached by objective."""
+        """Take note of the end of `trial`; return what it reached, by objective."""
         ...
 
 
@@ -107,7 +107,7 @@ class Schedule:
         (sweep / "logs").mkdir(exist_ok=True)
 
     def run(self) -> None:
-        """Until no trial is left, or the sweep was asked to stop."""
+        """Start and watch trials until none is left or the sweep is asked to stop."""
         try:
             while True:
                 self._obey_signals()

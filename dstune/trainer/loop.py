@@ -49,7 +49,7 @@ class Saves(Protocol):
 
 @dataclass
 class Training:
-    """Everything that the loop needs, in one place; built by `worker`."""
+    """Everything that the loop needs, in one place; built by `rank.setup`."""
 
     config: RunConfig
     world: World

@@ -65,11 +65,11 @@ class TrainState:
         best = own.pop("best", None)
         for name, value in own.items():
             if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
-                raise _strange(name)
+                raise _wrong_type(name)
         try:
             return cls(**own, best=Best(**best) if best else None)
         except TypeError:
-            raise _strange("best") from None
+            raise _wrong_type("best") from None
 
     @property
     def next_batch(self) -> int:
@@ -88,7 +88,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 """What a field of TrainState holds in `state.json`."""
 
 
-def _strange(name: str) -> UserError:
+def _wrong_type(name: str) -> UserError:
     reason = f"the checkpoint's state.json is not of dstune: {name} has a value of another type"
     return UserError(Problem("run.dir", reason, "continue from another checkpoint"))
 
@@ -139,7 +139,7 @@ def _from_format_1(train: Mapping[str, Any]) -> dict[str, Any]:
     upgraded = {name: train[name] for name in train if name in kept}
     upgraded |= {new: train[old] for old, new in _RENAMED.items() if old in train}
     if not isinstance(train.get("extra", {}), dict):
-        raise _strange("extra")
+        raise _wrong_type("extra")
     results = dict(train.get("extra", {}))
     callbacks: dict[str, dict[str, Any]] = {}
     for old, (callback, name) in _MOVED.items():

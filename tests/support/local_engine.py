@@ -10,7 +10,7 @@ import httpx2
 import torch
 
 from dstune.config.schema import ModelConfig
-from dstune.inference.voices import opened
+from dstune.inference.voices import open_speaker
 from dstune.serve.engines.local.app import LanguageApp
 from dstune.serve.engines.local.batch import Scheduler
 from dstune.serve.engines.local.model import LocalModel
@@ -28,7 +28,7 @@ class Engine:
     """The application with a client in the same loop."""
 
     def __init__(self, folder: Path, **limits: Any):
-        self._opened = opened(ModelConfig(path=str(folder)), "last", {})
+        self._opened = open_speaker(ModelConfig(path=str(folder)), "last", {})
         self.model = LocalModel(self._opened.__enter__(), "base", None)
         self.scheduler = Scheduler(self.model.model, self.model.speaking, **limits)
         self.app = LanguageApp(self.model, self.scheduler)

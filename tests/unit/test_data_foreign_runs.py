@@ -17,7 +17,7 @@ from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
 from dstune.data.formats import recognise
-from dstune.data.rows import RowError, normalise, stored
+from dstune.data.rows import RowError, json_text, normalise
 from dstune.data.tokenize import RowTokenizer
 from dstune.launch.first_rows import first_row_problems
 
@@ -132,7 +132,7 @@ def test_times_that_a_table_has_inside_of_messages_are_text(tmp_path):
     (file,) = sources.expand(str(tmp_path / "a.parquet"), "data.train")
     (found,) = sources.read(file)
     expected = [{**U, "timestamp": "2023-04-09T00:02:53+00:00"}, {**A, "day": "2023-04-09"}]
-    assert json.loads(stored(read(found.fields, CHAT)[1]))["messages"] == expected
+    assert json.loads(json_text(read(found.fields, CHAT)[1]))["messages"] == expected
 
 
 # -- told or refused in a run -----------------------------------------------------------------------------------------

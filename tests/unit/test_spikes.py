@@ -63,9 +63,9 @@ def test_what_is_remembered_survives_a_resume():
 
 def test_too_many_spikes_end_the_run():
     judge = guard([2.0, 2.1, 1.9, 2.2, 50.0], limit=1)
-    assert judge.exhausted() == ""
+    assert judge.stop_reason() == ""
     judge.note(6, 60.0)
-    assert "spiked in 2 steps, the last one step 6" in judge.exhausted()
+    assert "spiked in 2 steps, the last one step 6" in judge.stop_reason()
 
 
 def test_going_back_needs_checkpoints():

@@ -112,7 +112,8 @@ def _refuse_other_kind(settings: dict[str, Any], expected: str, key: str, folder
 
 
 def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
-    """A setting of peft in the type that ours has; None where it says nothing. Raises UserError where it has another one."""
+    """Return a setting of peft in the type of `ours`, our value of it; None where the settings leave it open. Raises UserError
+    where it has another type."""
     value = settings.get(name)
     names = value if isinstance(value, list) else [] if value is None or isinstance(value, str) else [None]
     if isinstance(ours, list) and not all(isinstance(one, str) for one in names):

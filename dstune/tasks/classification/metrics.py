@@ -54,18 +54,18 @@ def multi_label_metrics(
     }
 
 
-def _auroc(expected: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Mean area under the ROC curve over the last `wanted.shape[1]` columns; of a class that no row or every row is of
-    there is none. wanted: 0 and 1, [rows, classes]."""
+def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Mean area under the ROC curve over the last `labels.shape[1]` columns; a class that no row or every row has is left
+    out. labels: 0 and 1, [rows, classes]."""
     from sklearn.metrics import roc_auc_score
 
-    probabilities = probabilities[:, -expected.shape[1] :]
+    probabilities = probabilities[:, -labels.shape[1] :]
     if not np.isfinite(probabilities).all():  # scikit-learn raises, and a run that diverged has to end with its result
         return {"auroc": float("nan")}
     areas = [
-        roc_auc_score(expected[:, column], probabilities[:, column])
-        for column in range(expected.shape[1])
-        if 0 < expected[:, column].sum() < len(expected)
+        roc_auc_score(labels[:, column], probabilities[:, column])
+        for column in range(labels.shape[1])
+        if 0 < labels[:, column].sum() < len(labels)
     ]
     return {"auroc": float(np.mean(areas))} if areas else {}
 

@@ -64,7 +64,7 @@ def _in_this_rank(path: str, model: ModelConfig) -> RewardModel:
     column = question.mapping.get("messages", "messages")
 
     def score(conversations: Sequence[Conversation]) -> list[float | None]:
-        rows = [question.of({column: turns}, "completion") for turns in conversations]
+        rows = [question.query({column: turns}, "completion") for turns in conversations]
         answers = predictor.answers(rows, ROWS_AT_ONCE)
         return [answer.get("score") for answer in answers]
 

@@ -57,7 +57,7 @@ class Spikes(Callback):
         if action is Action.CONTINUE and run.log:
             left_out = "; the update is left out" if self._action is SpikeAction.skip else ""
             run.log.message(f"warning: {_described(event)}{left_out}")
-        reason = self.exhausted()
+        reason = self.stop_reason()
         return Request(action | Action.FAIL, reason) if reason else Request(action)
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
@@ -119,8 +119,8 @@ class Spikes(Callback):
         self.events.append(event)
         return event
 
-    def exhausted(self) -> str:
-        """Why the run has to stop: more spikes than are acted on; empty where it has not."""
+    def stop_reason(self) -> str:
+        """Return why the run has to stop (more spikes than `trainer.spike.limit` allows); empty if it goes on."""
         acted = [event for event in self.events if event["action"] != DONE[SpikeAction.warn]]
         if len(acted) <= self._settings.limit:
             return ""

@@ -48,7 +48,7 @@ def end_with_parent() -> None:
 
 def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
     from dstune.config.schema import ModelConfig
-    from dstune.inference.voices import opened
+    from dstune.inference.voices import open_speaker
     from dstune.serve.engines.local.app import LanguageApp
     from dstune.serve.engines.local.batch import Scheduler
     from dstune.serve.engines.local.model import LocalModel
@@ -57,7 +57,7 @@ def _language(stack: ExitStack, settings: dict[str, Any]) -> Any:
     needed = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
-    speaker = stack.enter_context(opened(needed, "last", {}))
+    speaker = stack.enter_context(open_speaker(needed, "last", {}))
     compute_in(settings["dtype"], speaker.model)
     model = LocalModel(speaker, settings["base"], settings["adapter"])
     scheduler = Scheduler(
