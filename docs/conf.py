@@ -14,7 +14,7 @@ project = "dstune"
 author = "the dstune authors"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "command_line", "docstrings", "repository_links"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "command_line", "docstrings", "json_schema", "repository_links"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "extensions", "**/.ipynb_checkpoints"]
 root_doc = "index"

@@ -16,6 +16,7 @@ from parity import test_ladder as ladder
 from parity.reference import train_plainly
 from support.command import Commands, at_step, exact, family_of, overrides_of_run, ranks_of, result, wait_until
 from support.ranks import run_ranks
+from support.schemas import validate_files
 from support.tiny import save_decoder, write_dialogues
 from support.workshop import Results
 
@@ -118,6 +119,8 @@ def test_a_run_that_is_interrupted_and_killed_ends_as_an_undisturbed_one(workpla
     assert again.returncode == 0, again.stdout + again.stderr
     assert exact(run_dir) == exact(workplace.folder / "undisturbed")
     assert result(run_dir)["status"] == "completed"
+    written = {"result", "environment", "data-report", "launch", "metrics-row", "checkpoint-state", "committed"}
+    assert validate_files(run_dir) == written
 
 
 def test_a_bad_row_is_named_once_and_leaves_nothing_behind(workplace):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
 from pathlib import Path
+
+import jsonschema
+import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PARTS = ("start", "how-to", "reference", "explanation")
@@ -30,3 +34,13 @@ def test_the_list_for_language_models_names_pages() -> None:
     named = re.findall(r"\]\(([^)]+)\.html\)", (DOCS / "llms.txt").read_text(encoding="utf-8"))
     assert len(named) > 20
     assert [name for name in named if not (DOCS / f"{name}.md").is_file()] == []
+
+
+def test_every_schema_is_one_and_refuses_another_file() -> None:
+    schemas = [json.loads(file.read_text(encoding="utf-8")) for file in (DOCS / "reference" / "schemas").glob("*.json")]
+    assert len(schemas) == 7
+    for schema in schemas:
+        jsonschema.Draft202012Validator.check_schema(schema)
+        assert all(definition.get("description") for definition in schema["properties"].values()), schema["title"]
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({}, schema)
