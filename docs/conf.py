@@ -8,7 +8,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE / "extensions")]
 
+from pygments.lexers import JsonLexer  # noqa: E402
+from sphinx.highlighting import lexers  # noqa: E402
+
 from dstune import __version__  # noqa: E402
+
+lexers["jsonl"] = JsonLexer()
 
 project = "dstune"
 author = "the dstune authors"
