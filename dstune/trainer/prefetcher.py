@@ -15,7 +15,7 @@ from dstune.core.distributed import World
 from dstune.core.errors import DstuneError, from_json, to_json
 from dstune.data.batches import batch_of
 from dstune.data.images.batch import with_images_everywhere
-from dstune.data.sampler import GlobalBatch, MicroBatch, share
+from dstune.data.sampler import MicroBatch, share
 from dstune.models.heads import Head
 from dstune.models.heads.base import indexed
 from dstune.trainer.data_loader import DataLoader
@@ -34,22 +34,16 @@ AHEAD = 2
 class RankBatch:
     """One step as this rank sees it."""
 
-    global_batch: GlobalBatch
+    weight: float
+    """Targets of the global batch, on all ranks."""
+    tokens: int
+    """Tokens of the global batch, without padding."""
     epoch: float
     """Passes over the training rows that are done after it."""
     batches: tuple[tuple[MicroBatch, dict[str, torch.Tensor]], ...]
+    """This rank's micro-batches and their tensors."""
     counted: Counted = field(default_factory=Counted)
     """Of `batches`; in the thread that makes them, so that no step waits for it."""
-
-    @property
-    def tokens(self) -> int:
-        """Of the global batch, without padding."""
-        return self.global_batch.tokens
-
-    @property
-    def weight(self) -> float:
-        """Targets of the global batch."""
-        return self.global_batch.weight
 
 
 def prefetched_steps(
@@ -63,15 +57,14 @@ def prefetched_steps(
 
     def prepare(step: int) -> RankBatch:
         loaded = data_loader.load(step)
+        split, whole = loaded.split, loaded.global_batch
         pinned = accelerator.present()
         batches = []
-        of_step = with_images_everywhere(
-            loaded.global_batch.micro_batches, loaded.split, needed=needs_images(config, world)
-        )
-        for micro_batch in share(of_step, world.data_parallel_rank, world.data_parallel_size):
-            batch = indexed(head, batch_of(config, loaded.split, micro_batch, pad_token_id))
+        micro_batches = with_images_everywhere(whole.micro_batches, split, needed=needs_images(config, world))
+        for micro_batch in share(micro_batches, world.data_parallel_rank, world.data_parallel_size):
+            batch = indexed(head, batch_of(config, split, micro_batch, pad_token_id))
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))
-        return RankBatch(loaded.global_batch, loaded.epoch, tuple(batches), counted(config, loaded.split, batches))
+        return RankBatch(whole.weight, whole.tokens, loaded.epoch, tuple(batches), counted(config, split, batches))
 
     feeds = Prefetcher(prepare, steps)
     try:

@@ -60,7 +60,7 @@ class Probe:
                 self.engine.accumulate(
                     self.head,
                     on_device(batch, self.engine.device),
-                    batch_weight=feed.global_batch.weight,
+                    batch_weight=feed.weight,
                     last=position == len(feed.batches) - 1,
                 )
             updated += self.engine.update().applied

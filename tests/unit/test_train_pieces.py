@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.validate import at_stage
 from dstune.core.errors import DstuneError, Problem, TrainingFailed, UserError
+from dstune.data.sampler import GlobalBatch
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics import improves
 from dstune.metrics.language import language_model_metrics
@@ -345,7 +346,7 @@ class Ranks:
 def no_rows(monkeypatch):
     monkeypatch.setattr("dstune.trainer.prefetcher.share", lambda *_: [])
     monkeypatch.setattr("dstune.trainer.prefetcher.WAIT_SECONDS", 0.05)
-    return StepBatch(None, SimpleNamespace(micro_batches=[]), 0.5)
+    return StepBatch(SimpleNamespace(images=None), GlobalBatch((), 0.0, 0), 0.5)
 
 
 def all_see(*prepare):
@@ -358,6 +359,7 @@ def all_see(*prepare):
             sum=lambda numbers: np.sum(ranks.gather(rank, numbers), axis=0).tolist(),
             data_parallel_rank=rank,
             data_parallel_size=len(prepare),
+            size=len(prepare),
         )
         data_loader = SimpleNamespace(may_wait=lambda step: True, begin=lambda step: None, interrupt=lambda: None)
         data_loader.load = lambda step: prepare[rank]()

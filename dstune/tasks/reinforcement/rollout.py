@@ -17,7 +17,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.batches import padded
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
-from dstune.data.sampler import GlobalBatch, MicroBatch
+from dstune.data.sampler import MicroBatch
 from dstune.models.generation import end_tokens
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
@@ -241,8 +241,7 @@ class Rollouts:
         trained = [self._trained(scored) for group in groups for scored in group]
         weight = denominator(self._task, [length for length in trained if length]) or 1.0
         tokens = sum(self._prompt_length(scored) + len(scored.completion.ids) for group in groups for scored in group)
-        whole = GlobalBatch(tuple(part for part, _ in batches), weight, tokens)
-        return RankBatch(whole, batch.epoch, tuple(batches))
+        return RankBatch(weight, tokens, batch.epoch, tuple(batches))
 
     def _prompt_length(self, scored: Scored) -> int:
         completion = scored.completion
