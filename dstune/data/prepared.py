@@ -132,6 +132,8 @@ class SamplePrompt:
     """The prompt as shown to the user."""
     reference: str
     """What the data answers."""
+    images: list[int] = field(default_factory=list)
+    """Numbers of the images that it shows (`Split.images`)."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class PreparedData:
 
 def load_split(folder: Path, part: str) -> Split:
     """The samples that were written to `folder`; nothing but their pages in use is in memory."""
-    table = datasets.Dataset.from_file(str(folder / f"{part}.arrow"))
+    table, images = datasets.Dataset.from_file(str(folder / f"{part}.arrow")), ImageFiles.of(folder)
     lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
     sources_file, origins_file, texts, places = (
         folder / f"{part}.{name}" for name in ("sources.npy", "origins.npy", "texts.arrow", "places.json")
@@ -197,6 +199,6 @@ def load_split(folder: Path, part: str) -> Split:
         origins=np.load(origins_file, mmap_mode="r") if origins_file.exists() else None,
         texts=datasets.Dataset.from_file(str(texts)) if texts.exists() else None,
         places=places if places.exists() else None,
-        images=ImageFiles.of(folder),
-        content=(folder / f"{part}.content").read_text(),
+        images=images,
+        content=" ".join([(folder / f"{part}.content").read_text(), *([images.digest()] if images else [])]),
     )

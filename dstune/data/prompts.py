@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 
 from dstune.config.schema import RunConfig
+from dstune.data.collate import NO_TARGET
+from dstune.data.images.expand import count_to
+from dstune.data.images.places import COLUMN
 from dstune.data.ingest import Table
 from dstune.data.message import content_text
 from dstune.data.prepared import SamplePrompt
@@ -44,7 +47,7 @@ def sample_prompts(
         else:
             prompt = _from_chat(own, row) if "messages" in row or "prompt" in row else _from_document(own, row)
         if prompt is not None and len(prompt.input_ids) <= max_length:
-            prompts.setdefault(tuple(prompt.input_ids), prompt)
+            prompts.setdefault((*prompt.input_ids, *(-1 - image for image in prompt.images)), prompt)
         if len(prompts) == count:
             break
     return list(prompts.values())
@@ -69,6 +72,8 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
     requested = messages[:first]
     formatted = "\n".join(content_text(message["content"]) for message in requested if message["role"] != "system")
     reference = content_text(messages[first].get("content"))
+    if row.get(COLUMN):
+        return _with_images(encode, row, requested, SamplePrompt([], formatted, reference))
     if encode.renderer is None:
         return SamplePrompt(encode.plain_prompt_ids(row["prompt"]), formatted, reference)
     try:
@@ -78,6 +83,19 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
         return SamplePrompt(ids, formatted, reference)
     except RenderError:
         return None
+
+
+def _with_images(
+    encode: RowTokenizer, row: dict[str, Any], requested: list[dict[str, Any]], shown: SamplePrompt
+) -> SamplePrompt | None:
+    """The prompt of a row with images: what its first sample holds in front of the first target, text and images."""
+    sample = encode.samples([row], [0])[0]
+    targets = np.flatnonzero(sample.labels != NO_TARGET)
+    if sample.problem or not len(targets) or encode.trains_on_prompt:
+        return None
+    count = max(count_to(requested, len(requested) - 1))
+    ids = sample.input_ids[: targets[0]].tolist()
+    return replace(shown, input_ids=ids, images=sample.columns[COLUMN][:count].tolist())
 
 
 def _from_prompt(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:

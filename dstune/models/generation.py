@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,11 +66,13 @@ def generate_answers(
     batch_size: int = 1,
     in_step: bool = False,
     one_line: bool = False,
+    images: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[str]:
     """The most probable answer to each prompt (token ids), token by token, without special tokens.
 
     Greedy, so the same weights give the same text; `batch_size` prompts share a forward pass. in_step: all ranks run this
     with equally many prompts, and go on with a batch until all of them are done with theirs (for partitioned weights).
+    images: for each prompt what the model gets beside its tokens; then `batch_size` is 1.
     one_line: an answer ends where its first line does. stops: see `data.stopping`. The model's training mode is put back
     afterwards.
     """
@@ -83,6 +85,8 @@ def generate_answers(
         for start in range(0, len(prompts), batch_size):
             given = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
             speaker, inputs, before = generation_inputs(generator, **given)
+            if images:
+                inputs |= _placed(images[start], given["input_ids"].device, next(generator.parameters()).dtype)
             criteria = [_LineEnds(tokenizer, before)] if one_line else []
             tokens = speaker.generate(
                 **inputs,
@@ -103,6 +107,11 @@ def generate_answers(
             answers += [text.partition("\n")[0].strip() if one_line else text for text in texts]
     model.train(was_training)
     return answers
+
+
+def _placed(inputs: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What a model gets of images where it computes, and pixels in its own type."""
+    return {name: value.to(device, dtype if name == "pixel_values" else value.dtype) for name, value in inputs.items()}
 
 
 class _LineEnds:

@@ -238,6 +238,7 @@ class Setup:
         config, world = self.config, self.world
         examine(built.head, engine)
         check_unreached(built.model, engine)
+        sees = start.preparation.data.train.images is not None
         prove_images(config, engine, start.preparation.data, world, self.message)
         if start.preparation.masks:
             engine.mask(start.preparation.masks)
@@ -245,7 +246,7 @@ class Setup:
         if config.forgetting.l2sp or config.forgetting.ewc:
             penalties = Penalties(config.forgetting, engine, new_weights(built.model), start.fisher)
         architecture = built.model.config.get_text_config()
-        verify_rows(config, engine, built.head, built.rows, architecture, world, self.message)
+        verify_rows(config, engine, built.head, built.rows, architecture, world, self.message, sees=sees)
         keep_freed()
         refuse_different_rows(world, start.digests["samples"] + start.digests["content"])
         return penalties

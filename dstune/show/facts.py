@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -21,19 +23,23 @@ from dstune.core.rank_env import RankEnv
 from dstune.data import sources
 from dstune.data.build import prepare
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.places import COLUMN
+from dstune.data.images.store import ImageFiles
 from dstune.data.inputs import of_training
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.statistics import longer_than, with_packing
 from dstune.models.load import load_tokenizer
 from dstune.protocols import task_of
 from dstune.protocols.task_options import TrainsOnRollouts
-from dstune.show.segments import Segment, Turn, segments, turns
+from dstune.show.segments import Segment, Turn, joined_repeats, segments, turns
 
 ALONE = RankEnv(0, 1, 0, 1, "alone")
 COMPARED_SAMPLES = 1_000_000
 """Samples looked at for repetitions; a hash of 8 bytes is kept of each."""
 MAX_REPETITIONS = 5
 EXCERPT_CHARACTERS = 160
+THUMBNAIL = 320
+"""Pixels of the longer edge of an image on the page."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,18 @@ class Beside:
 
     name: str
     segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image of a sample."""
+
+    name: str
+    """Its path, or how it came with the rows."""
+    width: int
+    height: int
+    thumbnail: str
+    """A small copy, as a data URL."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,8 @@ class Row:
     conversation: bool = False
     beside: list[Beside] = field(default_factory=list)
     """Further texts that the model reads apart from the first."""
+    images: list[Shown] = field(default_factory=list)
+    """Those that stand in the sample, in order."""
 
     @property
     def rejected_targets(self) -> int:
@@ -109,6 +129,8 @@ class Preview:
         counted = {int(bound): rows for bound, rows in (self.report.get("lengths") or {}).items()}
         powers = [2**exponent for exponent in range(4, 41) if counted and 2**exponent < 2 * max(counted)]
         rows = [{**asdict(row), "turns": [turn.to_json() for turn in row.turns]} for row in self.rows]
+        for row in rows:
+            row["images"] = [{key: image[key] for key in ("name", "width", "height")} for image in row["images"]]
         return {
             **asdict(self),
             "rows": rows,
@@ -166,7 +188,7 @@ def show_row(config: RunConfig, place: str) -> Preview:
     tokenizer = load_tokenizer(config.model)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         file = Path(scratch) / "row.jsonl"
-        file.write_text(json.dumps(fields, default=str) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(fields, default=_as_text) + "\n", encoding="utf-8")
         nothing_held_out = replace(config.data.split, validation=0.0, test=0.0)
         alone = replace(
             config.data,
@@ -176,6 +198,7 @@ def show_row(config: RunConfig, place: str) -> Preview:
             mixture={},
             streaming=False,
             split=nothing_held_out,
+            image_folder=config.data.image_folder or str(files[0].path.parent),
         )
         config = replace(config, data=alone)
         try:
@@ -186,6 +209,13 @@ def show_row(config: RunConfig, place: str) -> Preview:
         rows = [_row(config, data, data.train, tokenizer, number) for number in range(len(data.train.lengths))]
     values = {"max_length": config.data.max_length, "packing": config.data.packing}
     return Preview(format_value(config.model.path), config.task.name, place, len(rows), rows, {}, values)
+
+
+def _as_text(value: Any) -> str:
+    """A value of a table that JSON does not have; an image of bytes as a data URL."""
+    if isinstance(value, bytes):
+        return f"data:image/png;base64,{base64.b64encode(value).decode()}"
+    return str(value)
 
 
 def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:
@@ -222,11 +252,24 @@ def _row(config: RunConfig, data: PreparedData, part: Split, tokenizer: Any, num
         targets=None if is_prompt else _targets(sample, trained, part.weights[number]),
         label=_label_of(sample, data.labels),
         source=source,
-        segments=segments(tokenizer, ids, trained, data.labels if task_of(config.task).per_token else ()),
+        segments=joined_repeats(
+            segments(tokenizer, ids, trained, data.labels if task_of(config.task).per_token else ())
+        ),
         rejected=_rejected(sample, tokenizer),
         conversation=task_of(config.task).conversational and trained is not None,
         beside=_beside(sample, tokenizer),
+        images=[_shown(part.images, int(image)) for image in sample.get(COLUMN, ())] if part.images else [],
     )
+
+
+def _shown(files: ImageFiles, number: int) -> Shown:
+    line = files.line(number)
+    small = files.image(number)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG")
+    url = f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    return Shown(line["path"] or "an image in the rows", line["width"], line["height"], url)
 
 
 def _beside(sample: dict[str, Any], tokenizer: Any) -> list[Beside]:
@@ -297,7 +340,7 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
     COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
-    more = [name for name in part.table.column_names if name.endswith("_input_ids")]
+    more = [name for name in part.table.column_names if name.endswith("_input_ids") or name == COLUMN]
     for number, (ids, labels) in enumerate(_arrays(part, len(whole), with_answers)):
         further = part.sample(number) if more else {}
         content = b"".join(array.tobytes() for array in (ids, *(np.asarray(further[name]) for name in more)))

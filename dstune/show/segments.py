@@ -86,6 +86,21 @@ def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Seque
     return pieces
 
 
+LEAST_REPEATS = 3
+"""Equal special tokens from which on they are shown as one: an image may be a thousand of them."""
+
+
+def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
+    """The pieces with runs of the same special token as one piece that says how many they are."""
+    found: list[Segment] = []
+    for (special, text, trained), run in groupby(pieces, key=lambda piece: (piece.special, piece.text, piece.trained)):
+        group = list(run)
+        if special and len(group) >= LEAST_REPEATS:
+            group = [Segment(f"{text} x {len(group)} ", len(group), trained, special=True)]
+        found += group
+    return found
+
+
 def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[int]]:
     """Of each token the kind that its tag names, and the number of the piece that it belongs to."""
     kinds, groups = [], []

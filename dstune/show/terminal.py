@@ -71,6 +71,9 @@ def text(formatted: Preview, style: Style) -> str:
         lines.append(f"tokens that count in the loss are {key}")
     for row in formatted.rows:
         lines += ["", _heading(row, formatted, style), *_turns(row, style, tags)]
+        for number, image in enumerate(row.images, start=1):
+            size = f"{image.width:,} x {image.height:,} pixels"
+            lines.append(style.paint(f"image {number}: {visible(image.name)}, {size}", QUIET))
         for text in row.beside:
             lines += [style.paint(f"{text.name}:", QUIET), _text(text.segments, style, tags)]
         if row.rejected:

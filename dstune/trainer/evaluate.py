@@ -15,7 +15,7 @@ from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
 from dstune.data.batches import batch_of
 from dstune.data.collate import NO_TARGET
-from dstune.data.images.batch import with_images_everywhere
+from dstune.data.images.batch import prompt_inputs, with_images_everywhere
 from dstune.data.prepared import PreparedData, Split
 from dstune.data.sampler import MicroBatch, evaluation_batches, share
 from dstune.data.special_tokens import first_special_tokens
@@ -256,12 +256,17 @@ def answer_prompts(
 ) -> list[dict[str, str]]:
     """The model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0."""
     prompts = data.prompts[: config.evaluate.samples]
+    seeing = [prompt for prompt in prompts if prompt.images]
+    if seeing and engine.stage == 3 and world.size > 1:
+        prompts = seeing  # ranks that gather the tower together all need an image
     if not prompts:
         return []
+    split = data.validation or data.train
+    images = [prompt_inputs(split, prompt.input_ids, prompt.images) for prompt in prompts] if seeing else []
     stops = stop_token_ids(tokenizer, task_of(config.task).template_arguments)
     token_ids = [prompt.input_ids for prompt in prompts]
 
-    answers = answers_on_all_ranks(engine, tokenizer, token_ids, config.evaluate.max_new_tokens, stops, world)
+    answers = answers_on_all_ranks(engine, tokenizer, token_ids, config.evaluate.max_new_tokens, stops, world, images)
     if not world.is_main:
         return []
     return [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from dstune.core.distributed import World
@@ -15,6 +16,8 @@ from dstune.planning.host import available_bytes
 from dstune.zero import accelerator
 from dstune.zero.engine import Engine
 from dstune.zero.parts import full_count
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def answers_on_all_ranks(
     max_new_tokens: int,
     stops: Iterable[int],
     world: World,
+    images: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[str]:
-    """The greedy answers to `prompts` (token ids), on rank 0.
+    """The greedy answers to `prompts` (token ids), on rank 0. images: see `generate_answers`.
 
     Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank; else the
     ranks share the prompts, in step, through ZeRO-3's hooks. Ranks that have slices of layers generate the same text.
@@ -81,13 +85,14 @@ def answers_on_all_ranks(
         shared = in_step and engine.slices is None
         if in_step or world.is_main:
             mine = _dealt(prompts, world) if shared else prompts
-            answers = generate_answers(module, tokenizer, mine, max_new_tokens, stops, in_step=shared)
+            seen = _dealt(images, world) if shared and images else images
+            answers = generate_answers(module, tokenizer, mine, max_new_tokens, stops, in_step=shared, images=seen)
     if not shared:
         return answers
     return [answer for row in zip(*world.gather(answers), strict=True) for answer in row][: len(prompts)]
 
 
-def _dealt(prompts: Sequence[list[int]], world: World) -> list[list[int]]:
+def _dealt(prompts: Sequence[T], world: World) -> list[T]:
     """This rank's prompts, every `world.size`th; the ranks have equally many, the last of them one again that another has."""
     rows = -(-len(prompts) // world.size)
     return [prompts[(row * world.size + world.rank) % len(prompts)] for row in range(rows)]

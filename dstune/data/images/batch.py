@@ -76,6 +76,14 @@ def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, pac
     return found
 
 
+def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """What a model gets of the images of one prompt beside its tokens; empty where it shows none."""
+    if not numbers:
+        return {}
+    row = [{"input_ids": np.array(ids), COLUMN: np.array(numbers)}]
+    return image_inputs(split, [row], {"input_ids": torch.tensor([list(ids)])}, packing=False)
+
+
 def _four_positions(
     text: Tensor,
     rows: Rows,

@@ -222,6 +222,10 @@ class ImageFiles:
         """An image as `decode` gives it. Raises RowError."""
         return decode(self.content(number))
 
+    def digest(self) -> str:
+        """Digest of what all images show, in order."""
+        return xxhash.xxh3_128_hexdigest(" ".join(self._table["digest"].to_pylist()).encode())
+
     def state(self) -> str:
         """Digest of what the file system says of the images that lie beside the rows: it changes as soon as one of them does."""
         digest = xxhash.xxh3_64()
