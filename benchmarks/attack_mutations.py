@@ -264,7 +264,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "serve/server.py", "elif len(self.pipeline) > MOST_AHEAD:", "elif False:"
     ),
     "serve.test_a_host_that_browsers_read_otherwise": undo(
-        "serve/gateway/app.py",
+        "serve/gateway/middleware.py",
         "if match is None:\n        raise ApiError(400",
         "if match is None:\n        return 'localhost'\n        raise ApiError(400",
     ),

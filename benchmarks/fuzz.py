@@ -3,7 +3,8 @@
 
 usage: python benchmarks/fuzz.py [--inputs 200000] [--only NAME,NAME] [--seed 0] [--output fuzz.jsonl] [--list]
 
-Inputs are valid examples with parts replaced, removed or cut, and values of any shape; they follow from the seed. The output has
+Inputs are valid examples with parts replaced, removed or cut, and values of any shape; hypothesis draws them from the seed, and
+makes what fails as small as it can. The output has
 a line for each round of ROUND inputs; a run that is started again with it goes on behind the last one. A round is a
 process, so that a crash is a finding too. Exit code 1: something was found (each finding with its input, to be kept as
 a case in tests/security/test_fuzz.py).
@@ -23,8 +24,9 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
 
@@ -41,6 +43,10 @@ class TooSlow(BaseException):
     """No Exception, which a parser might catch."""
 
 
+class Slow(Exception):
+    """An input takes more than SECONDS."""
+
+
 # ---- running ----
 
 
@@ -53,7 +59,7 @@ class Finding:
 
 
 class Measured:
-    """A parser that notes what goes wrong instead of raising it."""
+    """A parser that notes what goes wrong before hypothesis sees it and makes the input smaller."""
 
     def __init__(self, parser: Parser, root: Path):
         self.parser, self.root = parser, root
@@ -72,6 +78,7 @@ class Measured:
         self.slowest = max(self.slowest, seconds)
         if seconds > SECONDS:
             self.note(f"slow: {seconds:.1f} s", given, "")
+            raise Slow
 
     def _parse(self, given: Any) -> float:
         """Seconds of the processor."""
@@ -83,14 +90,18 @@ class Measured:
                 self.parser.parse(given, Path(folder))
             except self.parser.allowed:
                 pass
-            except (Exception, TooSlow) as error:
+            except Exception as error:
                 self.note(f"{type(error).__name__}: {str(error)[:200]}", given, _place(error))
+                raise
+            except TooSlow as error:
+                self.note(f"TooSlow: {error}", given, _place(error))
+                raise Slow from None
             finally:
                 signal.alarm(0)
         return spent() - began
 
     def note(self, error: str, given: Any, place: str) -> None:
-        self.findings.setdefault(place or error[:4], Finding(self.parser.name, error, place, repr(given)[:3000]))
+        self.findings[place or error[:4]] = Finding(self.parser.name, error, place, repr(given)[:3000])
 
 
 def spent() -> float:
@@ -137,10 +148,26 @@ def fuzz(parser: Parser, inputs: int, number: int, root: Path) -> dict[str, Any]
 
 def _round(parser: Parser, inputs: int, number: int, root: Path) -> Measured:
     measured = Measured(parser, root)
+
+    @seed(number)
+    @settings(
+        max_examples=inputs,
+        phases=(Phase.generate, Phase.shrink),
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(parser.inputs)
+    def each(example: Any) -> None:
+        measured(example)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for each in range(inputs):
-            measured(parser.inputs(Random(f"{number} {each}")))
+        try:
+            each()
+        except Exception:
+            if not measured.findings:
+                raise
     return measured
 
 

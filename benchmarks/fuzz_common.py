@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from benchmarks.fuzz_inputs import Make, as_json
 
 
@@ -24,8 +26,7 @@ def jsonl(rows: list[Any]) -> bytes:
 
 def later(make: Callable[[], Make]) -> Make:
     """Of an example that takes long to make."""
-    made = cache(make)
-    return lambda random: made()(random)
+    return st.deferred(cache(make))
 
 
 @cache

@@ -7,10 +7,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from random import Random
 from typing import Any
 
 import yaml
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 HOSTILE = [
     "",
@@ -79,42 +80,35 @@ NUMBERS = [
     False,
 ]
 
-Make = Callable[[Random], Any]
-"""What makes an input, from random numbers."""
+ANY = st.characters(exclude_categories=())
+"""Every code point, halves of characters included."""
+Draw = Callable[[SearchStrategy[Any]], Any]
+Make = SearchStrategy[Any]
+"""What makes an input: hypothesis draws from it, and makes what fails as small as it can."""
 
-
-def text(random: Random) -> str:
-    if random.random() < 0.5:
-        return random.choice(HOSTILE)
-    return "".join(
-        chr(random.choice((random.randrange(32, 127), random.randrange(0x110000)))) for _ in range(random.randrange(12))
-    )
-
-
-def value(random: Random, left: int = 3) -> Any:
-    """A value of JSON of any shape, `left` deep at most."""
-    kind = random.random()
-    if left and kind < 0.2:
-        return [value(random, left - 1) for _ in range(random.randrange(4))]
-    if left and kind < 0.4:
-        return {text(random): value(random, left - 1) for _ in range(random.randrange(4))}
-    return None if kind < 0.5 else random.choice(NUMBERS) if kind < 0.75 else text(random)
-
-
-def one_of(*makes: Make) -> Make:
-    return lambda random: random.choice(makes)(random)
+text: Make = st.one_of(
+    st.sampled_from(HOSTILE), st.text(st.characters(max_codepoint=126), max_size=11), st.text(ANY, max_size=11)
+)
+value: Make = st.recursive(
+    st.one_of(st.none(), st.sampled_from(NUMBERS), text),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(text, inner, max_size=3)),
+    max_leaves=12,
+)
+"""A value of JSON of any shape."""
+one_of = st.one_of
+just = st.just
 
 
 def lists(make: Make, most: int) -> Make:
-    return lambda random: [make(random) for _ in range(random.randrange(most + 1))]
+    return st.lists(make, max_size=most)
 
 
 def fixed(makes: Mapping[str, Make]) -> Make:
-    return lambda random: {name: make(random) for name, make in makes.items()}
+    return st.fixed_dictionaries(dict(makes))
 
 
 def mapped(make: Make, change: Callable[[Any], Any]) -> Make:
-    return lambda random: change(make(random))
+    return make.map(change)
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -139,18 +133,14 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
     return copy
 
 
-def like(example: Any) -> Make:
+@st.composite
+def like(draw: Draw, example: Any) -> Any:
     """`example` with one to four changes."""
-
-    def make(random: Random) -> Any:
-        changed = example
-        for _ in range(random.randrange(1, 5)):
-            path = random.choice(list(places_in(changed)))
-            how = random.choice(("replace", "replace", "remove", "wrap", "beside"))
-            changed = replaced(changed, path, value(random), how)
-        return changed
-
-    return make
+    for _ in range(draw(st.integers(1, 4))):
+        path = draw(st.sampled_from(list(places_in(example))))
+        how = draw(st.sampled_from(("replace", "remove", "wrap", "beside")))
+        example = replaced(example, path, draw(value), how)
+    return example
 
 
 def as_json(given: Any) -> str:
@@ -169,32 +159,25 @@ def digits() -> Iterator[None]:
         sys.set_int_max_str_digits(before)
 
 
-def damaged(content: bytes) -> Make:
+@st.composite
+def damaged(draw: Draw, content: bytes) -> bytes:
     """`content` with bytes replaced, cut out, doubled or put in."""
-
-    def make(random: Random) -> bytes:
-        data = bytearray(content)
-        for _ in range(random.randrange(1, 5)):
-            at = random.randrange(len(data) + 1)
-            more = (
-                text(random).encode("utf-8", "surrogatepass")
-                if random.random() < 0.5
-                else random.randbytes(random.randrange(8))
-            )
-            match random.choice(("put", "cut", "over", "end", "double")):
-                case "put":
-                    data[at:at] = more
-                case "cut":
-                    del data[at : at + random.randrange(1, 60)]
-                case "over":
-                    data[at : at + len(more)] = more
-                case "end":
-                    del data[at:]
-                case _:
-                    data[at:at] = data[: random.randrange(200)]
-        return bytes(data)
-
-    return make
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        more = draw(st.one_of(st.binary(max_size=7), text.map(lambda one: one.encode("utf-8", "surrogatepass"))))
+        match draw(st.sampled_from(("put", "cut", "over", "end", "double"))):
+            case "put":
+                data[at:at] = more
+            case "cut":
+                del data[at : at + draw(st.integers(1, 60))]
+            case "over":
+                data[at : at + len(more)] = more
+            case "end":
+                del data[at:]
+            case _:
+                data[at:at] = data[: draw(st.integers(0, 200))]
+    return bytes(data)
 
 
 def json_bytes(given: Any) -> bytes:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 from benchmarks.fuzz_common import configuration, decoded, jsonl, later, tokenizer
 from benchmarks.fuzz_inputs import (
     ACCELERATE,
@@ -34,6 +36,7 @@ from benchmarks.fuzz_inputs import (
     damaged,
     fixed,
     json_file,
+    just,
     like,
     lists,
     mapped,
@@ -134,7 +137,7 @@ def prepare() -> None:
 
 def parsers() -> dict[str, Parser]:
     lines = [json.dumps(CHAT), json.dumps({"messages": CHAT["messages"][1:3]})]
-    cells = lists(lists(one_of(text, lambda random: random.choice(('"a"', '"a\nb"', '"', "messages"))), 5), 5)
+    cells = lists(lists(one_of(text, st.sampled_from(('"a"', '"a\nb"', '"', "messages"))), 5), 5)
     found = [
         Parser("row", one_of(*map(like, ROWS.values())), one_row, weight=3),
         Parser(
@@ -156,7 +159,7 @@ def parsers() -> dict[str, Parser]:
         ),
         Parser(
             "rows.txt",
-            one_of(damaged(b"one\n\ntwo three\n"), lambda random: random.randbytes(60)),
+            one_of(damaged(b"one\n\ntwo three\n"), st.binary(min_size=60, max_size=60)),
             rows_of_file("rows.md"),
         ),
         Parser(
@@ -191,7 +194,7 @@ def parsers() -> dict[str, Parser]:
             "hostfile",
             one_of(
                 damaged(b"node1 slots=4\n# x\nnode2 slots=2 # y\n"),
-                lambda random: text(random).encode("utf-8", "surrogatepass"),
+                mapped(text, lambda one: one.encode("utf-8", "surrogatepass")),
             ),
             hostfile,
         ),
@@ -213,10 +216,8 @@ def parsers() -> dict[str, Parser]:
             "tokenizer",
             fixed(
                 {
-                    "config.json": one_of(
-                        lambda random: as_json(LLAMA | {"model_type": "llama"}).encode(), json_file(LLAMA)
-                    ),
-                    "tokenizer.json": one_of(lambda random: as_json(TOKENIZER).encode(), json_file(TOKENIZER)),
+                    "config.json": one_of(just(as_json(LLAMA | {"model_type": "llama"}).encode()), json_file(LLAMA)),
+                    "tokenizer.json": one_of(just(as_json(TOKENIZER).encode()), json_file(TOKENIZER)),
                     "tokenizer_config.json": json_file(TOKENIZER_CONFIG),
                 }
             ),
@@ -229,7 +230,7 @@ def parsers() -> dict[str, Parser]:
             "served adapter",
             fixed(
                 {
-                    "adapter_config.json": one_of(lambda random: as_json(ADAPTER).encode(), json_file(ADAPTER)),
+                    "adapter_config.json": one_of(just(as_json(ADAPTER).encode()), json_file(ADAPTER)),
                     "tokenizer.json": json_file({"added_tokens": [{"content": "x", "special": True}]}),
                     "adapter_model.safetensors": mapped(
                         json_file(FACTORS), lambda header: len(header).to_bytes(8, "little") + header
@@ -251,8 +252,8 @@ def parsers() -> dict[str, Parser]:
             one_of(later(lambda: damaged(safetensors_bytes())), json_file({"weight_map": {"a": "b"}})),
             weights,
         ),
-        Parser("request", request, taken, (ApiError,), weight=2),
-        Parser("events of an engine", events, streamed, FAILURES),
+        Parser("request", request(), taken, (ApiError,), weight=2),
+        Parser("events of an engine", events(), streamed, FAILURES),
         Parser("answer of an engine", json_file(ANSWER), answered, FAILURES),
         Parser("uploaded file", uploads(ROWS["chat"], ROWS["preference"]), uploaded),
         Parser("table log", commits(), table_log),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import Any
+
+from hypothesis import strategies as st
 
 from benchmarks.fuzz_common import decoded, jsonl, later, tokenizer
 from benchmarks.fuzz_inputs import CHAT, PIECES, Make, damaged, mapped, one_of, text
@@ -136,11 +137,7 @@ def template(text: str, folder: Path) -> None:
 
 
 def templates() -> Make:
-    def pieces(random: Random) -> str:
-        return "".join(random.choice((random.choice(PIECES), text(random))) for _ in range(random.randrange(1, 9)))
-
-    def beside(random: Random) -> str:
-        return f"{pieces(random)}{tokenizer().chat_template}{pieces(random)}"
-
+    pieces = st.lists(one_of(st.sampled_from(PIECES), text), min_size=1, max_size=8).map("".join)
+    beside = st.tuples(pieces, pieces).map(lambda both: f"{both[0]}{tokenizer().chat_template}{both[1]}")
     changed = later(lambda: damaged(str(tokenizer().chat_template).encode()))
     return one_of(pieces, mapped(changed, decoded), beside)

@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import yaml
+from hypothesis import strategies as st
 
 from benchmarks.fuzz_common import configuration, jsonl, later
 from benchmarks.fuzz_inputs import (
@@ -96,7 +97,7 @@ run_files = fixed(
         "samples.jsonl": mapped(lists(like(SAMPLES[0]), 3), jsonl),
         "environment.json": json_file(ENVIRONMENT),
         "data_report.json": json_file(DATA_REPORT),
-        "run.yaml": one_of(run_yaml_file, lambda random: good_run_yaml()),
+        "run.yaml": one_of(run_yaml_file, st.builds(good_run_yaml)),
     }
 )
 

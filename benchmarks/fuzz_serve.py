@@ -7,10 +7,11 @@ import json
 from collections.abc import AsyncIterator
 from functools import cache
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from benchmarks.fuzz_inputs import Make, damaged, like, lists, mapped, one_of, text
+from hypothesis import strategies as st
+
+from benchmarks.fuzz_inputs import Draw, Make, damaged, like, lists, mapped, one_of, text
 
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{"}}
 CHAT_BODY = {
@@ -61,10 +62,11 @@ POOLING = {
 CHOICE = {"unit": "tensors", "tensors": [{"name": "a", "shape": [2], "trained": 2}]}
 
 
-def request(random: Random) -> tuple[str, bytes]:
-    path = random.choice(list(BODIES))
+@st.composite
+def request(draw: Draw) -> tuple[str, bytes]:
+    path = draw(st.sampled_from(list(BODIES)))
     body = json.dumps(BODIES[path]).encode()
-    return path, one_of(mapped(like(BODIES[path]), as_bytes), damaged(body))(random)
+    return path, draw(one_of(mapped(like(BODIES[path]), as_bytes), damaged(body)))
 
 
 def as_bytes(given: Any) -> bytes:
@@ -98,19 +100,19 @@ def taken(given: tuple[str, bytes], folder: Path) -> None:
         return None
 
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    request = Request({"method": "POST", "path": path, "headers": headers}, receive, send, Settings())
-    body = checked(asyncio.run(request.json()), INFERENCE[path], frozenset(INFERENCE[path]))
+    request = Request({"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send, Settings())
+    body = checked(asyncio.run(request.json()), INFERENCE[path], frozenset(INFERENCE[path].model_fields))
     request.refuse_halves(body)
     for engine in engines():
         bounded(path, body, engine, 131072)
 
 
-def events(random: Random) -> bytes:
-    pieces = lists(one_of(mapped(like(CHUNK), as_bytes), damaged(as_bytes(CHUNK))), 5)(random)
-    return (
-        b"".join(b"data: " + piece + random.choice((b"\n\n", b"\r\n\r\n", b"\n")) for piece in pieces)
-        + b"data: [DONE]\n\n"
+def events() -> Make:
+    piece = one_of(mapped(like(CHUNK), as_bytes), damaged(as_bytes(CHUNK)))
+    event = st.tuples(piece, st.sampled_from((b"\n\n", b"\r\n\r\n", b"\n"))).map(
+        lambda one: b"data: " + one[0] + one[1]
     )
+    return lists(event, 5).map(lambda found: b"".join(found) + b"data: [DONE]\n\n")
 
 
 def streamed(content: bytes, folder: Path) -> None:

@@ -4,26 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard, TypeVar
 
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from dstune.serve import validation
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.request import Request
+from dstune.serve.validation import INVALID, Expected, words_of, wrong
 
 MOST_PAIRS, MOST_KEY, MOST_VALUE = 16, 64, 512
+UNKNOWN = "unknown_parameter"
 
 
-def checked_metadata(value: object) -> dict[str, str] | None:
-    """Raises ApiError for what is none."""
-    if value is None:
-        return None
-    if not isinstance(value, dict) or len(value) > MOST_PAIRS:
-        raise invalid("metadata", f"an object of at most {MOST_PAIRS} pairs")
+class Body(validation.Body):
+    """The JSON object of a request, or one within it. Null stands for a field that was left out."""
+
+    model_config = ConfigDict(extra="ignore")  # pydantic would name an unknown field, but no place that was meant
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        """Nothing that a client sets is dropped without a word."""
+        if isinstance(value, dict) and (unknown := set(map(str, value)) - cls.accepted(value)):
+            known = sorted(cls.accepted(value))
+            raise PydanticCustomError(UNKNOWN, "is unknown", {"name": min(unknown), "accepted": known})
+        return value
+
+    @classmethod
+    def accepted(cls, value: Mapping[str, Any]) -> set[str]:
+        """Return the names that fields of this object may have."""
+        return set(cls.model_fields)
+
+
+class IdText(Expected):
+    """A text of 1 to `most` characters that a database keeps."""
+
+    def __init__(self, most: int):
+        super().__init__(f"must be a text of 1 to {most} characters")
+        self._most = most
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        def check(value: str) -> str:
+            if not is_text(value, self._most):
+                raise wrong(self.words)
+            return value
+
+        return super().__get_pydantic_core_schema__(Annotated[source, AfterValidator(check)], handler.generate_schema)
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+def read_body(model: type[BodyT], value: Mapping[str, Any], elsewhere: Mapping[str, str] | None = None) -> BodyT:
+    """Return what a request says. elsewhere: the places of fields that clients put somewhere else by mistake, by their names.
+    Raises ApiError for the first mistake."""
+    return validation.read(model, value, lambda mistake: _refusal(mistake, elsewhere or {}))
+
+
+def _refusal(mistake: Mapping[str, Any], elsewhere: Mapping[str, str]) -> ApiError:
+    param = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("#"))
+    if mistake["type"] == UNKNOWN:
+        return _unknown(mistake["ctx"]["name"], mistake["ctx"]["accepted"], param, elsewhere)
+    if mistake["type"] == "missing" or mistake["input"] is None:
+        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    return ApiError(400, f"Invalid {param}: {words_of(mistake)}.", param=param, code=INVALID)
+
+
+def _check_metadata(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
         if not is_text(name, MOST_KEY):
-            raise invalid("metadata", f"pairs whose keys have 1 to {MOST_KEY} characters")
-        if text != "" and not is_text(text, MOST_VALUE):
-            raise invalid(f"metadata.{name}", f"a text of at most {MOST_VALUE} characters")
+            raise wrong(f"must be pairs whose keys have 1 to {MOST_KEY} characters")
+        if text and not is_text(text, MOST_VALUE):
+            raise wrong(f"must be pairs whose values have at most {MOST_VALUE} characters")
     return value
+
+
+Metadata = Annotated[dict[str, str], Field(max_length=MOST_PAIRS), AfterValidator(_check_metadata)]
 
 
 def is_text(value: object, most: int) -> TypeGuard[str]:
@@ -45,17 +103,20 @@ def refuse_unknown(
     at: where `given` stands in the request. elsewhere: the places of fields that clients put here by mistake, by their names.
     Raises ApiError that names the first unknown field and the place that was probably meant."""
     unknown = sorted(set(map(str, given)) - set(accepted))
-    if not unknown:
-        return
-    excerpt = unknown[0][:80]
+    if unknown:
+        raise _unknown(unknown[0], accepted, at, elsewhere or {})
+
+
+def _unknown(name: str, accepted: Collection[str], at: str, elsewhere: Mapping[str, str]) -> ApiError:
+    excerpt = name[:80]
     param = f"{at}.{excerpt}" if at else excerpt
-    places = {name: f"{at}.{name}" if at else name for name in accepted} | dict(elsewhere or {})
+    places = {known: f"{at}.{known}" if at else known for known in accepted} | dict(elsewhere)
     similar = [excerpt] if excerpt in places else get_close_matches(excerpt, places, n=1)
     if similar:
         hint = f"Did you mean {places[similar[0]]!r}?"
     else:
         hint = f"The fields here are {', '.join(accepted)}." if accepted else "There are no fields here."
-    raise ApiError(400, f"Unknown field: {param!r}. {hint}", param=param, code="unknown_parameter")
+    return ApiError(400, f"Unknown field: {param!r}. {hint}", param=param, code=UNKNOWN)
 
 
 async def refuse_body(request: Request) -> None:

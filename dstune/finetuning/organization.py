@@ -7,13 +7,14 @@ import datetime
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from dstune.finetuning import audit, pages
-from dstune.finetuning.fields import refuse_unknown
+from dstune.finetuning.fields import Body, read_body
 from dstune.finetuning.ids import unix_time
 from dstune.finetuning.tables import AuditEntry, Secret, Usage
 from dstune.finetuning.vault import Vault
@@ -22,6 +23,7 @@ from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
 from dstune.serve.store.tables import AnswerRow, Key, Project
+from dstune.serve.validation import Expected
 
 WIDTHS = {"1m": (60, 60, 1440), "1h": (3600, 24, 168), "1d": (86_400, 7, 31)}
 """Seconds of a bucket, how many there are, and how many there may be."""
@@ -80,6 +82,11 @@ class Question:
         return all(getattr(used, name) in values for name, values in self.only.items())
 
 
+class SecretRequest(Body):
+    name: Annotated[Literal[SECRETS], Expected(f"must be one of {', '.join(SECRETS)}")]  # type: ignore[valid-type]
+    value: Annotated[str, Field(pattern="^[ -~]{8,512}$"), Expected("must be 8 to 512 printable ASCII characters")]
+
+
 class Organizations:
     def __init__(self, database: Database, vault: Vault):
         self._database, self._vault = database, vault
@@ -110,15 +117,9 @@ class Organizations:
 
     async def keep_secret(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("name", "value"))
-        name, value = body.get("name"), body.get("value")
-        if name not in SECRETS:
-            raise ApiError(400, f"Invalid name: must be one of {', '.join(SECRETS)}.", param="name")
-        if not isinstance(value, str) or not 8 <= len(value) <= 512 or not (value.isascii() and value.isprintable()):
-            raise ApiError(400, "Invalid value: must be 8 to 512 printable ASCII characters.", param="value")
-        await asyncio.to_thread(self._keep_secret, request, name, value)
-        await request.answer({"object": "project.secret", "name": name})
+        secret = read_body(SecretRequest, await request.json())
+        await asyncio.to_thread(self._keep_secret, request, secret.name, secret.value)
+        await request.answer({"object": "project.secret", "name": secret.name})
 
     async def drop_secret(self, gateway: Gateway, request: Request) -> None:
         request.query(())

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from dstune.finetuning import audit
 from dstune.finetuning.blobs import Blobs, Staged
 from dstune.finetuning.creations import Attempt
-from dstune.finetuning.fields import refuse_body, refuse_unknown
+from dstune.finetuning.fields import Body, IdText, read_body, refuse_body
 from dstune.finetuning.files import Files, checked_purpose, described_file, lifetime
-from dstune.finetuning.forms import checked_filename, read_form
+from dstune.finetuning.forms import read_form
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.settings import ApiSettings
 from dstune.finetuning.tables import File, Part, Upload
@@ -23,11 +24,33 @@ from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
+from dstune.serve.validation import Expected, FailsFast, wrong
 
 LIVES_SECONDS = 3600
 MOST_PARTS = 10_000
 MOST_PENDING = 100
 """Uploads of a project that are not completed."""
+
+
+def _check_printable(value: str) -> str:
+    if not value.isprintable():
+        raise wrong("must be printable")
+    return value
+
+
+class Creation(Body):
+    """Of an upload."""
+
+    filename: Annotated[str, IdText(512)]
+    purpose: Any = None
+    bytes: Annotated[int, Field(ge=1), Expected("must be a whole number above 0")]
+    mime_type: Annotated[str, IdText(256), AfterValidator(_check_printable)]
+    expires_after: Any = None
+
+
+class Completion(Body):
+    part_ids: Annotated[list[str], Field(min_length=1), FailsFast]
+    md5: str | None = None
 
 
 class Uploads:
@@ -42,18 +65,16 @@ class Uploads:
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         request.repeatable = False
-        body = await request.json()
-        refuse_unknown(body, ("filename", "purpose", "bytes", "mime_type", "expires_after"))
-        filename, purpose = checked_filename(body.get("filename")), checked_purpose(body.get("purpose"))
-        size, kind = body.get("bytes"), body.get("mime_type")
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= self._settings.upload_bytes:
+        body = read_body(Creation, await request.json())
+        purpose = checked_purpose(body.purpose)
+        if body.bytes > self._settings.upload_bytes:
             message = f"Invalid bytes: must be a whole number from 1 to {self._settings.upload_bytes}."
-            raise ApiError(400, message, param="bytes")
-        if not isinstance(kind, str) or not 0 < len(kind) <= 256 or not kind.isprintable():
-            raise ApiError(400, "Invalid mime_type: must be a text of 1 to 256 characters.", param="mime_type")
-        seconds = lifetime(body.get("expires_after"), purpose)
+            raise ApiError(400, message, param="bytes", code="invalid_value")
+        seconds = lifetime(body.expires_after, purpose)
         attempt = Attempt.of(request, "uploads", request.digest)
-        row = await asyncio.to_thread(self._create, request, attempt, filename, purpose, size, kind, seconds)
+        row = await asyncio.to_thread(
+            self._create, request, attempt, body.filename, purpose, body.bytes, body.mime_type, seconds
+        )
         await request.answer(described_upload(row))
 
     async def add_part(self, gateway: Gateway, request: Request) -> None:
@@ -74,16 +95,10 @@ class Uploads:
     async def complete(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         request.repeatable = False
-        body = await request.json()
-        refuse_unknown(body, ("part_ids", "md5"))
-        ids, md5 = body.get("part_ids"), body.get("md5")
-        if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
-            raise ApiError(400, "Invalid part_ids: must be a list of ids.", param="part_ids")
-        if len(set(ids)) != len(ids):
+        body = read_body(Completion, await request.json())
+        if len(set(body.part_ids)) != len(body.part_ids):
             raise ApiError(400, "Invalid part_ids: a part is named twice.", param="part_ids")
-        if md5 is not None and not isinstance(md5, str):
-            raise ApiError(400, "Invalid md5: must be a text.", param="md5")
-        upload, file = await self._completing.run(request.key.project, self._complete, request, ids, md5)
+        upload, file = await self._completing.run(request.key.project, self._complete, request, body.part_ids, body.md5)
         await request.answer(described_upload(upload, file))
 
     async def cancel(self, gateway: Gateway, request: Request) -> None:

@@ -12,10 +12,11 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
+from pydantic import Field
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -23,7 +24,7 @@ from dstune.core.errors import DstuneError
 from dstune.finetuning import audit, pages
 from dstune.finetuning.addresses import checked_url, is_allowed, outward_session
 from dstune.finetuning.creations import Attempt, is_repetition
-from dstune.finetuning.fields import is_text, refuse_unknown
+from dstune.finetuning.fields import Body, IdText, read_body
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.settings import ApiSettings
 from dstune.finetuning.tables import Delivery, WebhookEndpoint
@@ -32,6 +33,7 @@ from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.store.database import Database
+from dstune.serve.validation import Expected, FailsFast, Flag
 
 log = logging.getLogger("dstune.serve")
 
@@ -48,6 +50,32 @@ SECONDS = 10.0
 OLD_SECRET_SECONDS = 86_400
 
 
+EventType = Annotated[Literal[EVENT_TYPES], Expected(f"must be one of {', '.join(EVENT_TYPES)}")]  # type: ignore[valid-type]
+EventTypes = Annotated[list[EventType], Field(min_length=1), FailsFast]
+
+
+class Change(Body):
+    """Of an endpoint."""
+
+    name: Annotated[str, IdText(256)] | None = None
+    url: str | None = None
+    event_types: EventTypes | None = None
+
+
+class Creation(Change):
+    name: Annotated[str, IdText(256)]
+    url: str
+    event_types: EventTypes
+
+
+class Rotation(Body):
+    keep_old_secret_active_for_24_hours: Flag = False
+
+
+class Trial(Body):
+    event_type: EventType
+
+
 class Webhooks:
     def __init__(self, database: Database, vault: Vault, settings: ApiSettings):
         self._database, self._vault = database, vault
@@ -59,9 +87,7 @@ class Webhooks:
 
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("event_types", "name", "url"))
-        values = self._checked(body, complete=True)
+        values = self._checked(await request.json(), Creation)
         attempt = Attempt.of(request, "webhook_endpoints", request.digest)
         row, secret = await asyncio.to_thread(self._create, request, attempt, values)
         await request.answer(described_endpoint(row) | {"signing_secret": secret})
@@ -76,9 +102,7 @@ class Webhooks:
 
     async def update(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("event_types", "name", "url"))
-        values = self._checked(body, complete=False)
+        values = self._checked(await request.json(), Change)
         await request.answer(described_endpoint(await asyncio.to_thread(self._update, request, values)))
 
     async def delete(self, gateway: Gateway, request: Request) -> None:
@@ -90,23 +114,14 @@ class Webhooks:
     async def rotate(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         has_body = request.header("content-length") not in ("", "0") or request.header("transfer-encoding")
-        body = await request.json() if has_body else {}
-        refuse_unknown(body, ("keep_old_secret_active_for_24_hours",))
-        keep = body.get("keep_old_secret_active_for_24_hours", False)
-        if not isinstance(keep, bool):
-            name = "keep_old_secret_active_for_24_hours"
-            raise ApiError(400, f"Invalid {name}: must be true or false.", param=name)
+        keep = read_body(Rotation, await request.json() if has_body else {}).keep_old_secret_active_for_24_hours
         attempt = Attempt.of(request, "webhook_rotations", f"{request.parameters['endpoint']} {keep}")
         row, secret = await asyncio.to_thread(self._rotate, request, attempt, keep)
         await request.answer(described_endpoint(row) | {"signing_secret": secret})
 
     async def test(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("event_type",))
-        kind = body.get("event_type")
-        if kind not in EVENT_TYPES:
-            raise _wrong("event_type", f"must be one of {', '.join(EVENT_TYPES)}")
+        kind = read_body(Trial, await request.json()).event_type
         row = await asyncio.to_thread(self._read, request)
         event = event_body(kind, "test_" + new_id("", 16))
         if self._testing[row.project] >= MOST_TESTS:
@@ -176,22 +191,12 @@ class Webhooks:
 
     # -- inside
 
-    def _checked(self, body: Mapping[str, Any], *, complete: bool) -> dict[str, Any]:
-        names = ("name", "url", "event_types")
-        if complete and (absent := [name for name in names if body.get(name) is None]):
-            raise _wrong(absent[0], "is missing")
-        values = {name: body[name] for name in names if body.get(name) is not None}
-        if "name" in values and not is_text(values["name"], 256):
-            raise _wrong("name", "must be a text of 1 to 256 characters")
+    def _checked(self, body: Mapping[str, Any], kind: type[Change]) -> dict[str, Any]:
+        values = read_body(kind, body).model_dump(exclude_none=True)
         if "url" in values:
             checked_url(values["url"], self.allowed)
         if "event_types" in values:
-            kinds = values["event_types"]
-            if not isinstance(kinds, list) or not kinds or not all(isinstance(kind, str) for kind in kinds):
-                raise _wrong("event_types", "must be a list of event types")
-            if unknown := [kind for kind in kinds if kind not in EVENT_TYPES]:
-                raise _wrong("event_types", f"{unknown[0][:60]!r} is not sent; there are {', '.join(EVENT_TYPES)}")
-            values["event_types"] = sorted(set(kinds))
+            values["event_types"] = sorted(set(values["event_types"]))
         return values
 
     def _create(self, request: Request, attempt: Attempt, values: dict[str, Any]) -> tuple[WebhookEndpoint, str]:
@@ -292,7 +297,3 @@ def described_endpoint(row: WebhookEndpoint) -> dict[str, Any]:
         "event_types": row.event_types,
         "signing_secret_hint": row.hint,
     }
-
-
-def _wrong(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"Invalid {param}: {reason}.", param=param)

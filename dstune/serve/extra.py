@@ -6,7 +6,19 @@ import importlib.util
 
 from dstune.core.errors import Problem, UserError
 
-MODULES = ("aiohttp", "alembic", "httptools", "limits", "prometheus_client", "sqlalchemy", "uvicorn", "uvloop", "yarl")
+MODULES = (
+    "aiohttp",
+    "alembic",
+    "httptools",
+    "limits",
+    "prometheus_client",
+    "pydantic",
+    "sqlalchemy",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "yarl",
+)
 
 
 def require() -> None:

@@ -127,7 +127,7 @@ def test_automatic_batches_fit_the_ranks():
     assert hyperparameters.batch_size(12, 4) == 4
     assert hyperparameters.batch_size(3, 4) == 1
     assert hyperparameters.batch_size(10**6, 3) == 255
-    given = hyperparameters.read("dpo", {"n_epochs": 2}, "x")
+    given = dict.fromkeys(hyperparameters.DPO, "auto") | {"n_epochs": 2}
     resolved = hyperparameters.resolve(given, 10)
     assert resolved == {"n_epochs": 2, "batch_size": 1, "learning_rate_multiplier": 1.0, "beta": 0.1}
     assert hyperparameters.steps(10, {"n_epochs": 2, "batch_size": 3}) == (4, 8)
@@ -181,7 +181,9 @@ def test_presets_are_read_and_refused_all_at_once(tmp_path):
 
 def test_the_configuration_holds_no_text_that_is_read_again(tmp_path):
     folder = JobFolder(tmp_path)
-    plan = configuration.Plan("ftjob-1", "dpo", hyperparameters.resolve(hyperparameters.read("dpo", {}, ""), 10), 5)
+    plan = configuration.Plan(
+        "ftjob-1", "dpo", hyperparameters.resolve(dict.fromkeys(hyperparameters.DPO, "auto"), 10), 5
+    )
     configuration.write(plan, Preset("tiny", "base", settings={"trainer": {"micro_batch_size": 2}}), folder)
     text = (tmp_path / "configuration" / "experiment" / "job.yaml").read_text()
     assert text.startswith("# @package _global_\n")
@@ -403,7 +405,8 @@ def test_a_large_job_is_not_passed_for_ever():
     busy = [Busy("c", "c", "local", [0, 1], 5.0)]
     assert [one.id for one, _ in choose(queue, busy, {}, QueueSettings(), 4)] == ["3"]
     assert choose(queue, [], {}, QueueSettings(), 4)[0] == (queue[0], [0, 1, 2, 3])
-    assert [one.id for one, _ in choose(queue, busy, {}, QueueSettings(submitted=0), 4)] == []
+    full = [*busy, Busy("d", "d", "slurm", [], 5.0)]
+    assert [one.id for one, _ in choose(queue, full, {}, QueueSettings(submitted=1), 4)] == []
 
 
 def test_a_thousand_jobs_of_five_organizations(tmp_path, monkeypatch):

@@ -348,21 +348,21 @@ def test_a_repeated_create_makes_one_job(tmp_path):
         again = await client.fine_tuning.jobs.create(**given, extra_headers={"x-stainless-retry-count": "1"})
         assert again.id == wanted[-1]
         impatient = found.cloud.openai(max_retries=2, timeout=0.4)
-        slow, usual = [0], found.plans.of
+        slow, files, usual = [0], found.cloud.api.files, found.cloud.api.files.snapshot
 
-        def of(*asked: Any) -> Any:
+        def snapshot(*named: Any) -> Any:
             import time
 
             slow[0] += 1
             time.sleep(1.0)
-            return usual(*asked)
+            return usual(*named)
 
-        found.plans.of = of  # type: ignore[method-assign]
+        files.snapshot = snapshot  # type: ignore[method-assign]
         with contextlib.suppress(openai.APITimeoutError):
             await impatient.fine_tuning.jobs.create(**given, metadata={"slow": "yes"})
         assert slow[0] > 1
         await asyncio.sleep(1.5)
-        found.plans.of = usual  # type: ignore[method-assign]
+        files.snapshot = usual  # type: ignore[method-assign]
         assert len([job async for job in client.fine_tuning.jobs.list(metadata={"slow": "yes"})]) == 1
 
     in_office(tmp_path, test)
@@ -483,12 +483,31 @@ def test_the_validation_of_a_cancelled_job_ends(tmp_path):
     in_office(tmp_path, test)
 
 
-def test_a_create_that_waits_for_a_plan_holds_up_nothing_else(tmp_path):
+def test_a_create_is_answered_before_its_plan(tmp_path):
     async def test(found: Office) -> None:
-        client, usual = found.cloud.openai(), found.plans.of
+        client, found.plans.estimate = found.cloud.openai(), None
+        first, second = [await found.create(client) for _ in range(2)]
+        assert first.status == second.status == "validating_files"
+        while not found.folder(second.id).validated.exists():
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(1.2)  # the loop has looked at them again
+        assert (await client.fine_tuning.jobs.retrieve(second.id)).status == "validating_files"
+        await client.fine_tuning.jobs.cancel(first.id)
+        found.plans.estimate = Estimate(fits=False, reason="a rank needs 300.0 GiB at least, and H100 has 80.0 GiB")
+        failed = await found.reach(client, second.id, "failed")
+        assert (failed.error.code, failed.error.param) == ("job_does_not_fit", "model")
+        assert "300.0 GiB" in failed.error.message
+        assert (await client.fine_tuning.jobs.retrieve(first.id)).status == "cancelled"
+
+    in_office(tmp_path, test)
+
+
+def test_creates_that_wait_for_the_disk_hold_up_nothing_else(tmp_path):
+    async def test(found: Office) -> None:
+        client, files, usual = found.cloud.openai(), found.cloud.api.files, found.cloud.api.files.snapshot
         file = await found.file(client)
         go = threading.Event()
-        found.plans.of = lambda *asked: go.wait(30) and usual(*asked)  # type: ignore[method-assign]
+        files.snapshot = lambda *named: go.wait(30) and usual(*named)  # type: ignore[method-assign]
         waiting = [asyncio.create_task(found.create(client, training_file=file)) for _ in range(40)]
         await asyncio.sleep(0.3)
         async with asyncio.timeout(10):

@@ -67,7 +67,7 @@ def test_limits_below_zero_are_refused(tmp_path):
 
 
 def test_a_wandb_run_has_the_name_and_id_that_the_job_tells(tmp_path):
-    given = hyperparameters.resolve(hyperparameters.read("supervised", {}, ""), 10)
+    given = hyperparameters.resolve(dict.fromkeys(hyperparameters.SUPERVISED, "auto"), 10)
     for wandb, name in (({"project": "p", "name": "mine"}, "mine"), ({"project": "p"}, "ftjob-1")):
         plan = configuration.Plan("ftjob-1", "supervised", given, 5, wandb=wandb)
         tracking = configuration.experiment(plan, Preset("tiny", "base"), JobFolder(tmp_path))["tracking"]
@@ -159,6 +159,12 @@ def test_a_gpu_is_not_given_to_two_jobs(monkeypatch):
 # -- plans
 
 
+def plan_of(made: Planner, preset: Preset, method: str) -> Estimate:
+    while (plan := made.ask(preset, method)) is None:
+        time.sleep(0.01)
+    return plan
+
+
 def test_a_plan_is_made_anew_when_its_preset_changes_or_planning_failed(tmp_path, monkeypatch):
     made = Planner(tmp_path)
     asked: list[str] = []
@@ -166,15 +172,16 @@ def test_a_plan_is_made_anew_when_its_preset_changes_or_planning_failed(tmp_path
     monkeypatch.setattr(made, "_estimate", lambda preset, method: asked.append(method) or answer)
     small, large = Preset("a", "base", max_length=512), Preset("a", "base", max_length=4096)
     for preset in (large, large, small, small):
-        assert made.of(preset, "dpo") == answer
+        assert plan_of(made, preset, "dpo") == answer
     assert len(asked) == 2
     answer = Estimate(fits=False, reason="model.path: the hub does not answer", planned=False)
     for _ in range(2):
-        made.of(small, "supervised")
+        plan_of(made, small, "supervised")
     assert len(asked) == 3
     monkeypatch.setattr(planner, "AGAIN_SECONDS", 0.0)
-    made.of(small, "supervised")
-    assert len(asked) == 4
+    assert made.ask(small, "supervised") is None
+    while len(asked) < 4:
+        time.sleep(0.01)
     assert not planner.read(1, "Traceback").planned
 
 
@@ -187,7 +194,7 @@ def test_a_plan_is_of_the_fewest_devices_that_are_enough(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setattr(planner.subprocess, "run", run)
-    Planner(tmp_path).of(Preset("a", "base", devices=4, fewest_devices=2), "supervised")
+    plan_of(Planner(tmp_path), Preset("a", "base", devices=4, fewest_devices=2), "supervised")
     assert planned == [2]
 
 
@@ -200,10 +207,10 @@ def test_a_plan_is_of_the_machine_that_jobs_run_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(planner.subprocess, "run", run)
     cluster = Preset("a", "base", launch={"name": "slurm", "partition": "gpu"})
-    assert Planner(tmp_path).of(cluster, "supervised") == Estimate(fits=True)
-    assert Planner(tmp_path, here=False).of(Preset("a", "base"), "supervised") == Estimate(fits=True)
+    assert Planner(tmp_path).ask(cluster, "supervised") == Estimate(fits=True)
+    assert Planner(tmp_path, here=False).ask(Preset("a", "base"), "supervised") == Estimate(fits=True)
     assert asked == []
-    Planner(tmp_path).of(replace(cluster, hardware="4xH100-80G"), "supervised")
+    plan_of(Planner(tmp_path), replace(cluster, hardware="4xH100-80G"), "supervised")
     assert asked[0][-1] == "hardware=4xH100-80G"
     file = tmp_path / "models.yaml"
     file.write_text("models: {a: {path: b, hardware: 4xNothing}}\n")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dstune.finetuning.jobs.presets import QueueSettings
 from dstune.finetuning.jobs.states import TERMINAL, TRANSITIONS, Change, State, after
 from dstune.finetuning.pages import Page
 from dstune.finetuning.settings import ApiSettings
@@ -118,6 +121,37 @@ def test_bad_files_fail_the_job(bench):
     row = bench.read(job)
     assert (row.state, row.error, row.fine_tuned_model) == (State.FAILED, error, None)
     assert row.finished_at is not None
+
+
+def test_files_that_take_too_long_to_read_fail_the_job(bench):
+    """And the next validation has their place."""
+    bench.launcher.validates = False
+    bench.presets = replace(bench.presets, queue=QueueSettings(validation_seconds=60.0))
+    first, second, third = [bench.add() for _ in range(3)]
+    bench.step(2)
+    assert [job for job, _ in bench.launcher.started] == [first, second], "two at a time"
+    os.utime(bench.of(first).task, (time.time() - 61,) * 2)
+    bench.step()
+    row = bench.read(first)
+    assert (row.state, row.error["code"], row.error["param"]) == (State.FAILED, "validation_timeout", "training_file")
+    assert bench.of(first).stop_requested() == "now"
+    assert [job for job, _ in bench.launcher.started] == [first, second, third]
+    assert bench.state(second) == State.VALIDATING
+
+
+def test_a_training_that_its_launcher_started_again_is_told_once(bench):
+    job = running(bench)
+
+    def reach(step: int) -> list[str]:
+        (bench.of(job).run / "metrics.jsonl").unlink(missing_ok=True)
+        bench.train(job, 1, step)
+        bench.step(2)
+        return [message for message in bench.messages(job) if "goes on" in message]
+
+    assert reach(6) == []
+    told = "The training goes on from its checkpoint of step 4; it had reached step 6"
+    assert reach(4) == reach(5) == reach(7) == [told]
+    assert reach(6) == [told, told.replace("step 6", "step 7").replace("step 4", "step 6")]
 
 
 def test_a_pause_waits_for_the_save_and_a_resume_goes_on(bench):

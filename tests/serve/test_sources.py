@@ -13,6 +13,7 @@ from dstune.protocols import TASKS
 from dstune.serve import command, fields, options
 from dstune.serve.engines.remote import check_address
 from dstune.serve.errors import ApiError
+from dstune.serve.gateway.routes import INFERENCE
 from dstune.serve.source import of_words, resolve
 
 
@@ -126,10 +127,12 @@ def test_addresses_of_other_servers(address, allowed, told):
 
 def test_every_field_has_a_check_that_refuses_something():
     """A field that takes anything would be passed on unseen."""
-    for known in (fields.CHAT, fields.COMPLETION, fields.EMBEDDING, fields.RERANK, fields.SCORE, fields.TAG):
-        for name, check in known.items():
-            assert check([[[object()]]]) or name == "metadata", name
-            assert check({"a": {"b": "c"}}) or name == "metadata", name
+    for route in INFERENCE.values():
+        for name in route.model_fields.keys() - {"metadata"}:
+            for value in ([[[object()]]], {"a": {"b": "c"}}):
+                with pytest.raises(ApiError) as caught:
+                    fields.checked({name: value}, route, route.model_fields)
+                assert (caught.value.param, caught.value.code) == (name, "invalid_value")
 
 
 def test_the_fields_of_the_official_client_are_known():
@@ -141,11 +144,11 @@ def test_the_fields_of_the_official_client_are_known():
 
     own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     chat = set(inspect.signature(Completions.create).parameters) - own
-    for name in chat - set(fields.CHAT):
+    for name in chat - set(fields.Chat.model_fields):
         with pytest.raises(ApiError) as caught:
-            fields.checked({"messages": [{"role": "user", "content": "a"}], name: {"x": 1}}, fields.CHAT, ())
+            fields.checked({"messages": [{"role": "user", "content": "a"}], name: {"x": 1}}, fields.Chat, ())
         assert caught.value.param in (name, "messages")
-    assert set(inspect.signature(Embeddings.create).parameters) - own <= set(fields.EMBEDDING)
+    assert set(inspect.signature(Embeddings.create).parameters) - own <= set(fields.Embedding.model_fields)
 
 
 CHATML = (

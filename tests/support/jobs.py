@@ -42,6 +42,7 @@ class StubLauncher:
         if job in self.alive:
             return False
         self.started.append((job, dict(task)))
+        write(folder.task, dict(task))
         self.environments.append(env)
         if task["phase"] == "validate" and self.validates:
             write(folder.validated, {"training_file": {"rows": ROWS}, "warnings": []})
@@ -63,9 +64,10 @@ class StubLauncher:
 
 class StubPlans:
     def __init__(self, estimate: Estimate | None = None):
-        self.estimate = estimate or Estimate(fits=True, row_seconds=0.01)
+        self.estimate: Estimate | None = estimate or Estimate(fits=True, row_seconds=0.01)
+        """None while it is planned."""
 
-    def of(self, preset: Preset, method: str) -> Estimate:
+    def ask(self, preset: Preset, method: str) -> Estimate | None:
         return self.estimate
 
 

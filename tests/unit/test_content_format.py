@@ -23,7 +23,7 @@ from dstune.serve.engines.base import Limits, Unprovable
 from dstune.serve.engines.llama_cpp import LlamaCppEngine
 from dstune.serve.engines.special import SpecialTexts
 from dstune.serve.errors import ApiError
-from dstune.serve.fields import CHAT, RESPONSE, checked
+from dstune.serve.fields import Chat, Response, checked
 from dstune.tasks.chat.config import ChatConfig, Reasoning
 from tests.support.serving import stub_source
 
@@ -102,7 +102,7 @@ def test_training_and_serving_give_parts_as_the_template_reads_them(tmp_path, te
     assert target.startswith(f"three{between}four")
     if between == "":
         assert text == tokenizer.apply_chat_template(messages, tokenize=False)
-    asked = checked({"model": "m", "messages": messages[:1]}, CHAT, CHAT)["messages"]
+    asked = checked({"model": "m", "messages": messages[:1]}, Chat, Chat.model_fields)["messages"]
     ids = ChatPrompts(tokenizer, None).ids(conversation_of(asked, "messages"))
     assert text.startswith(tokenizer.decode(ids)) and f"one{between}two" in tokenizer.decode(ids)
 
@@ -143,12 +143,14 @@ def test_rows_keep_their_place_in_a_split():
 
 def test_engines_get_several_parts_as_parts():
     messages = [{"role": "user", "content": [*parts("a"), {"type": "refusal", "refusal": "b"}]}]
-    (sent,) = checked({"model": "m", "messages": messages}, CHAT, CHAT)["messages"]
+    (sent,) = checked({"model": "m", "messages": messages}, Chat, Chat.model_fields)["messages"]
     assert sent["content"] == parts("a", "b")
-    (sent,) = checked({"model": "m", "messages": [{"role": "user", "content": parts("a")}]}, CHAT, CHAT)["messages"]
+    (sent,) = checked({"model": "m", "messages": [{"role": "user", "content": parts("a")}]}, Chat, Chat.model_fields)[
+        "messages"
+    ]
     assert sent["content"] == "a"
     asked = [{"role": "user", "content": [{"type": "input_text", "text": text} for text in "ab"]}]
-    assert checked({"model": "m", "input": asked}, RESPONSE, RESPONSE)["input"] == asked
+    assert checked({"model": "m", "input": asked}, Response, Response.model_fields)["input"] == asked
 
 
 @pytest.mark.parametrize("template", [CHATML, PARTS], ids=["text", "parts"])

@@ -62,6 +62,8 @@ def _request(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any]) 
         answer.extend(message.get("body", b""))
 
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    request = Request({"method": "POST", "path": path, "headers": headers}, receive, send, gateway.settings)
+    request = Request(
+        {"type": "http", "method": "POST", "path": path, "headers": headers}, receive, send, gateway.settings
+    )
     request.caller = caller
     return request, answer

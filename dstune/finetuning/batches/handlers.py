@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from dstune.finetuning import audit, pages
 from dstune.finetuning.creations import Attempt
-from dstune.finetuning.fields import checked_metadata, is_text, refuse_body, refuse_unknown
+from dstune.finetuning.fields import Body, IdText, Metadata, read_body, refuse_body
 from dstune.finetuning.files import Files, lifetime
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.tables import Batch
@@ -19,6 +19,7 @@ from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import INFERENCE
 from dstune.serve.store.database import Database
+from dstune.serve.validation import Expected
 
 ENDPOINTS = tuple(path for path in INFERENCE if path.startswith("/v1/"))
 WINDOW_SECONDS = 86_400
@@ -31,27 +32,28 @@ TIMES = (
 )  # fmt: skip
 
 
+class Creation(Body):
+    """Of a batch."""
+
+    endpoint: Annotated[Literal[ENDPOINTS], Expected(f"must be one of {', '.join(ENDPOINTS)}")]  # type: ignore[valid-type]
+    completion_window: Annotated[Literal["24h"], Expected("must be '24h'")]
+    input_file_id: Annotated[str, IdText(128)]
+    metadata: Metadata | None = None
+    output_expires_after: Any = None
+
+
 class Batches:
     def __init__(self, database: Database, files: Files):
         self._database, self._files = database, files
 
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"))
-        endpoint = body.get("endpoint")
-        if endpoint not in ENDPOINTS:
-            raise ApiError(400, f"Invalid endpoint: must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
+        creation = read_body(Creation, await request.json())
         if not gateway.fleet.models:
             raise ApiError(400, "This server serves no model.", param="endpoint", code="no_models")
-        if body.get("completion_window") != "24h":
-            raise ApiError(400, "Invalid completion_window: must be '24h'.", param="completion_window")
-        if not is_text(body.get("input_file_id"), 128):
-            raise ApiError(400, "Missing required field: 'input_file_id'.", param="input_file_id")
-        checked_metadata(body.get("metadata"))
-        seconds = lifetime(body.get("output_expires_after"), "batch", "output_expires_after")
+        seconds = lifetime(creation.output_expires_after, "batch", "output_expires_after")
         attempt = Attempt.of(request, "batches", request.digest)
-        row = await asyncio.to_thread(self._create, request, attempt, body, seconds)
+        row = await asyncio.to_thread(self._create, request, attempt, creation, seconds)
         await request.answer(described_batch(row))
 
     async def listed(self, gateway: Gateway, request: Request) -> None:
@@ -67,13 +69,13 @@ class Batches:
         await refuse_body(request)
         await request.answer(described_batch(await asyncio.to_thread(self._cancel, request)))
 
-    def _create(self, request: Request, attempt: Attempt, body: dict[str, Any], seconds: int | None) -> Batch:
+    def _create(self, request: Request, attempt: Attempt, creation: Creation, seconds: int | None) -> Batch:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
             if before := attempt.found(session):
                 return self._of(session, caller.project, before)
-            file = self._files.of(session, caller.project, body["input_file_id"], "input_file_id")
+            file = self._files.of(session, caller.project, creation.input_file_id, "input_file_id")
             if file.purpose != "batch":
                 message = f"The file has the purpose {file.purpose!r}; a batch needs 'batch'."
                 raise ApiError(400, message, param="input_file_id", code="invalid_purpose")
@@ -84,9 +86,9 @@ class Batches:
                 headers = {"retry-after": "60", "x-should-retry": "false"}
                 raise ApiError(429, message, code="rate_limit_exceeded", headers=headers)
             now = unix_time()
-            details = {"metadata": body.get("metadata"), "expires_at": now + WINDOW_SECONDS}
+            details = {"metadata": creation.metadata, "expires_at": now + WINDOW_SECONDS}
             row = Batch(
-                id=new_id("batch_"), created_at=now, project=caller.project, key=caller.id, endpoint=body["endpoint"],
+                id=new_id("batch_"), created_at=now, project=caller.project, key=caller.id, endpoint=creation.endpoint,
                 input_file=file.id, status="validating", details=details, output_seconds=seconds,
             )  # fmt: skip
             session.add(row)

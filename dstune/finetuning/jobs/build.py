@@ -9,12 +9,12 @@ from pathlib import Path
 from dstune.core.errors import Problem, UserError
 from dstune.finetuning.files import Files
 from dstune.finetuning.jobs.launcher import Launcher, ProcessLauncher
-from dstune.finetuning.jobs.planner import Planner
+from dstune.finetuning.jobs.planner import Planner, Plans
 from dstune.finetuning.jobs.preset_file import PresetFile
 from dstune.finetuning.jobs.presets import Presets
 from dstune.finetuning.jobs.reconciler import Machine, Reconciler
 from dstune.finetuning.jobs.results import Results
-from dstune.finetuning.jobs.service import Jobs, Plans
+from dstune.finetuning.jobs.service import Jobs
 from dstune.finetuning.jobs.store import JobStore
 from dstune.finetuning.jobs.tables import Job
 from dstune.finetuning.models.service import Models
@@ -52,7 +52,10 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
     launcher = parts.launcher or ProcessLauncher(lambda: presets().prefix)
     machine = parts.machine or (this_machine(presets()) if parts.presets and parts.runs else Machine(0))
     keys = parts.keys or (lambda job: {})
-    reconciler = Reconciler(store, jobs, presets, launcher, results, machine, keys, has_space=files.has_space)
+    plans = parts.planner or Planner(scratch, here=parts.runs)
+    reconciler = Reconciler(
+        store, jobs, presets, launcher, results, machine, keys, has_space=files.has_space, plans=plans
+    )
     files.counted.append(store.bytes_of)
     service = Jobs(
         store,
@@ -60,7 +63,7 @@ def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple
         models,
         jobs,
         presets,
-        parts.planner or Planner(scratch, here=parts.runs),
+        plans,
         reconciler,
         has_wandb=parts.has_wandb or (lambda project: False),
         runs=parts.runs,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dstune.finetuning.fields import refuse_unknown
-from dstune.serve.errors import ApiError
+from pydantic_core import core_schema
+
+from dstune.serve.validation import wrong
 
 AUTO = "auto"
 Value = int | float | str
@@ -48,6 +49,22 @@ class Range:
         return (int(value) if self.whole else float(value)) if inside else None
 
 
+class Hyperparameter:
+    """What pydantic asks a range."""
+
+    def __init__(self, bounds: Range):
+        self._bounds = bounds
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        def check(value: Any) -> Value | None:
+            read_value = None if value is None else self._bounds.read(value)
+            if value is not None and read_value is None:
+                raise wrong(f"must be {self._bounds}")
+            return read_value
+
+        return core_schema.no_info_plain_validator_function(check)
+
+
 SUPERVISED: Mapping[str, Range] = {
     "n_epochs": Range(whole=True, least=1, most=50),
     "batch_size": Range(whole=True, least=1, most=256),
@@ -65,27 +82,6 @@ FEWEST_ROWS, MOST_ROWS = 100, 25_000
 MOST_AUTOMATIC_EPOCHS = 25
 BATCH_SHARE = 0.002
 MOST_BATCH = 256
-
-
-def read(method: str, given: Any, param: str) -> dict[str, Value]:
-    """All hyperparameters of a method, "auto" where they are absent or null.
-
-    param: where `given` stands in the request. Raises ApiError."""
-    known = METHODS[method]
-    if given is None:
-        given = {}
-    if not isinstance(given, Mapping):
-        raise ApiError(400, f"Invalid {param}: must be an object.", param=param)
-    refuse_unknown(given, known, param, PLACES)
-    found: dict[str, Value] = {}
-    for name, bounds in known.items():
-        value = given.get(name)
-        read_value = AUTO if value is None else bounds.read(value)
-        if read_value is None:
-            place = f"{param}.{name}"
-            raise ApiError(400, f"Invalid {place}: must be {bounds}.", param=place, code="invalid_value")
-        found[name] = read_value
-    return found
 
 
 def resolve(given: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from dstune.core.errors import EXIT_DONE
 from dstune.core.parsing import parse_json
@@ -39,31 +40,55 @@ class Estimate:
     """Whether the planner made a plan; what kept it from one may pass."""
 
 
+class Plans(Protocol):
+    def ask(self, preset: Preset, method: str) -> Estimate | None:
+        """Return the plan for a method of this preset; None while it is made."""
+
+
+DOES_NOT_FIT = "job_does_not_fit"
+
+
+def does_not_fit(preset: Preset, plan: Estimate) -> str:
+    return f"The job does not fit the hardware of the model {preset.name!r}: {plan.reason}."
+
+
 class Planner:
     """folder: where configurations that are planned lie for a moment. here: whether local jobs run on this machine."""
 
     def __init__(self, folder: Path, *, here: bool = True):
         self._folder, self._here = folder, here
         self._known: dict[tuple[str, str], tuple[float, Estimate]] = {}
-        self._busy = threading.Lock()
+        self._asked: set[tuple[str, str]] = set()
+        self._busy, self._planning = threading.Lock(), threading.Lock()
 
-    def of(self, preset: Preset, method: str) -> Estimate:
-        """Asks the planner where nobody has asked it of this preset as it is now; seconds then."""
+    def ask(self, preset: Preset, method: str) -> Estimate | None:
+        """Return the plan for this preset as it is now; None while it is made, which takes seconds and happens beside."""
         key = (repr(preset), method)
-        if (found := self._kept(key)) is None:
+        if (plan := self._kept(key)) is not None:
+            return plan
+        if preset.hardware is None and not (self._here and preset.pool == LOCAL):
+            return Estimate(fits=True)  # a plan of this machine would be of another one
+        with self._busy:
+            if key not in self._asked:
+                self._asked.add(key)
+                threading.Thread(target=self._plan, args=(key, preset, method), name="plan", daemon=True).start()
+        return None
+
+    def _plan(self, key: tuple[str, str], preset: Preset, method: str) -> None:
+        plan = Estimate(fits=True, planned=False)  # of a planner that cannot be started: the run refuses what cannot be
+        try:
+            with self._planning:
+                plan = self._estimate(preset, method)
+        finally:
             with self._busy:
-                if (found := self._kept(key)) is None:
-                    found = self._estimate(preset, method)
-                    self._known[key] = (time.monotonic(), found)
-        return found
+                self._known[key] = (time.monotonic(), plan)
+                self._asked.discard(key)
 
     def _kept(self, key: tuple[str, str]) -> Estimate | None:
         at, found = self._known.get(key, (0.0, None))
         return found if found is None or found.planned or time.monotonic() - at < AGAIN_SECONDS else None
 
     def _estimate(self, preset: Preset, method: str) -> Estimate:
-        if preset.hardware is None and not (self._here and preset.pool == LOCAL):
-            return Estimate(fits=True)  # a plan of this machine would be of another one
         given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
 
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml
 from dstune.planning.hardware import parse
 from dstune.protocols import LAUNCHERS, METHODS, TASKS
+from dstune.serve.validation import CLOSED, read_tree
 
 FILE = "models.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -29,36 +33,36 @@ OWNED = (
 """Keys that a job sets, or that a preset has a key of its own for; `settings` may not have them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Preset:
     """What a public model name stands for."""
 
-    name: str
-    path: str
+    name: StrictStr
+    path: StrictStr
     """Folder, hub id or sample of the base model."""
-    revision: str | None = None
-    methods: tuple[str, ...] = ("supervised", "dpo")
-    adaptation: Mapping[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    revision: StrictStr | None = None
+    methods: tuple[StrictStr, ...] = ("supervised", "dpo")
+    adaptation: Mapping[StrictStr, Any] = field(default_factory=lambda: {"name": "lora"})
     """The choice of dstune's group `method`, with its keys."""
-    learning_rate: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: Mapping[str, Annotated[float, Field(strict=True, gt=0)]] = field(default_factory=dict)
     """By the API's method; that of the adaptation and task where there is none."""
-    max_length: int = 1024
+    max_length: Annotated[int, Field(strict=True, ge=8)] = 1024
     """Longest row in tokens; longer ones are cut."""
-    devices: int = 1
+    devices: Annotated[int, Field(strict=True, ge=1)] = 1
     """Local devices that a job takes where they are free."""
-    fewest_devices: int | None = None
+    fewest_devices: StrictInt | None = None
     """Local devices that are enough to start; None for `devices`."""
-    launch: Mapping[str, Any] = field(default_factory=lambda: {"name": LOCAL})
+    launch: Mapping[StrictStr, Any] = field(default_factory=lambda: {"name": LOCAL})
     """The choice of dstune's group `launch`, with its keys."""
-    hardware: str | None = None
+    hardware: StrictStr | None = None
     """What its jobs run on, as `dstune plan` has it, where that is not this machine."""
-    priority: int = 0
+    priority: StrictInt = 0
     """Jobs of a higher one start first."""
-    most_rows: int = 1_000_000
-    most_epochs: int = 50
-    price: float = 0.0
+    most_rows: Annotated[int, Field(strict=True, ge=10)] = 1_000_000
+    most_epochs: Annotated[int, Field(strict=True, ge=1)] = 50
+    price: Annotated[float, Field(strict=True, ge=0)] = 0.0
     """Of an hour of one device."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[StrictStr, Any] = field(default_factory=dict)
     """Further keys of dstune's configuration."""
 
     @property
@@ -78,44 +82,46 @@ class Preset:
         return float(f"{rate / 10 if TASKS.classes()[TASK_OF[method]].low_learning_rate else rate:g}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Limits:
     """Of the jobs of an organization or a key; None for none."""
 
-    running: int | None = None
-    waiting: int | None = None
-    weight: float = 1.0
+    running: Annotated[int, Field(strict=True, ge=0)] | None = None
+    waiting: Annotated[int, Field(strict=True, ge=0)] | None = None
+    weight: Annotated[float, Field(strict=True, gt=0)] = 1.0
     """Of an organization: its part of the devices where several wait."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class QueueSettings:
     """How jobs share the machine."""
 
-    devices: int | None = None
+    devices: Annotated[int, Field(strict=True, gt=0)] | None = None
     """Local devices that jobs may take: all GPUs, or one where there is none."""
-    submitted: int = 100
+    validation_seconds: Annotated[float, Field(strict=True, gt=0)] = 3600.0
+    """After which a job whose files are still read has failed: a validation takes a core from those of others."""
+    submitted: Annotated[int, Field(strict=True, gt=0)] = 100
     """Jobs at a time in the queue of a cluster."""
-    organization: Limits = Limits(running=None, waiting=1000)
+    organization: Limits = field(default_factory=lambda: Limits(waiting=1000))
     organizations: Mapping[str, Limits] = field(default_factory=dict)
     """By id, in place of `organization`."""
-    key: Limits = Limits(running=None, waiting=200)
-    share_hours: float = 24.0
+    key: Limits = field(default_factory=lambda: Limits(waiting=200))
+    share_hours: Annotated[float, Field(strict=True, gt=0)] = 24.0
     """How far back use counts where organizations share fairly."""
 
     def of(self, organization: str) -> Limits:
         return self.organizations.get(organization, self.organization)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CLOSED)
 class Presets:
     """The content of `models.yaml`."""
 
     models: Mapping[str, Preset] = field(default_factory=dict)
-    queue: QueueSettings = QueueSettings()
-    prefix: tuple[str, ...] = ()
+    queue: QueueSettings = field(default_factory=QueueSettings)
+    prefix: tuple[StrictStr, ...] = ()
     """What starts a job's process in a control group of its own, such as `systemd-run --user --scope --quiet --collect`."""
-    results: str = "plain"
+    results: Literal["plain", "base64"] = "plain"
     """The file of results as it is, or `base64`, as the hosted API gives it out."""
 
 
@@ -135,105 +141,36 @@ def read(path: Path) -> Presets:
 
 
 def _presets(found: Any, file: str, problems: list[Problem]) -> Presets:
+    """Everything that can be read; what cannot is added to `problems`."""
     if not isinstance(found, Mapping):
         problems.append(Problem(file, "must be a mapping with the key `models`"))
         return Presets()
-    keys = ("models", "queue", "prefix", "results")
-    problems += [Problem(f"{file}: {key}", "there is no such key", ", ".join(keys)) for key in set(found) - set(keys)]
-    models: dict[str, Preset] = {}
-    named = found.get("models")
-    if not isinstance(named, Mapping) or not named:
-        problems.append(
-            Problem(f"{file}: models", "must name one model at least", "models: {qwen3-4b: {path: Qwen/Qwen3-4B}}")
-        )
-        named = {}
-    for name, given in named.items():
-        where = f"{file}: models.{name}"
-        if not isinstance(name, str) or not NAME.fullmatch(name):
+    models = found.get("models")
+    given = {**found, "models": models if isinstance(models, Mapping) else {}}
+    given["models"] = {
+        str(name): {"name": str(name), **value} if isinstance(value, Mapping) else value
+        for name, value in given["models"].items()
+    }
+    if not given["models"]:
+        fix = "models: {qwen3-4b: {path: Qwen/Qwen3-4B}}"
+        problems.append(Problem(f"{file}: models", "must name one model at least", fix))
+    for name in given["models"]:
+        if not NAME.fullmatch(name):
             fix = "lower case letters, digits, and . _ - within; no slash, no colon"
-            problems.append(Problem(where, "is no public name for a model", fix))
-        if not isinstance(given, Mapping):
-            problems.append(Problem(where, "must be a mapping with the key `path`"))
-            continue
-        made = _typed(Preset, {"name": str(name), **given}, where, problems)
-        if made is not None:
-            problems += _preset_problems(made, where)
-            models[str(name)] = made
-    queue = _queue(found.get("queue") or {}, f"{file}: queue", problems)
-    prefix = found.get("prefix") or []
-    if not isinstance(prefix, list) or not all(isinstance(word, str) for word in prefix):
-        problems.append(Problem(f"{file}: prefix", "must be a list of words", "[systemd-run, --user, --scope]"))
-        prefix = []
-    results = found.get("results", "plain")
-    if results not in ("plain", "base64"):
-        problems.append(Problem(f"{file}: results", "must be plain or base64", value=str(results)))
-    return Presets(models, queue, tuple(prefix), str(results))
-
-
-def _queue(given: Any, where: str, problems: list[Problem]) -> QueueSettings:
-    if not isinstance(given, Mapping):
-        problems.append(Problem(where, "must be a mapping"))
-        return QueueSettings()
-    values = dict(given)
-    for name in ("organization", "key"):
-        if name in values:
-            values[name] = _limits(values[name], f"{where}.{name}", problems)
-    if isinstance(own := values.get("organizations"), Mapping):
-        values["organizations"] = {
-            str(name): _limits(limits, f"{where}.organizations.{name}", problems) for name, limits in own.items()
-        }
-    made = _typed(QueueSettings, values, where, problems) or QueueSettings()
-    for name, value in (("devices", made.devices), ("submitted", made.submitted), ("share_hours", made.share_hours)):
-        if value is not None and value <= 0:
-            problems.append(Problem(f"{where}.{name}", "must be above 0", value=str(value)))
+            problems.append(Problem(f"{file}: models.{name}", "is no public name for a model", fix))
+        problems += _references(given["models"][name], f"{file}: models.{name}")
+    keys = {one.name for cls in (Presets, Preset, QueueSettings, Limits) for one in fields(cls)} - {"name"}
+    given = {key: value for key, value in given.items() if value is not None}
+    made, wrong = read_tree(Presets, given, f"{file}: ", keys)
+    problems += wrong
+    if made is None:  # what is right of it may be wrong in other ways
+        for name, value in given["models"].items():
+            preset = read_tree(Preset, value, "")[0]
+            problems += _preset_problems(preset, f"{file}: models.{name}") if preset is not None else ()
+        return Presets()
+    for name, preset in made.models.items():
+        problems += _preset_problems(preset, f"{file}: models.{name}")
     return made
-
-
-def _limits(given: Any, where: str, problems: list[Problem]) -> Limits:
-    made = _typed(Limits, given, where, problems) if isinstance(given, Mapping) else None
-    if made is None:
-        problems.append(Problem(where, "must be a mapping", "{running: 4, waiting: 100, weight: 1}"))
-        return Limits()
-    for name, value in (("running", made.running), ("waiting", made.waiting)):
-        if value is not None and value < 0:
-            problems.append(Problem(f"{where}.{name}", "must be at least 0", value=str(value)))
-    if made.weight <= 0:
-        problems.append(Problem(f"{where}.weight", "must be above 0", value=str(made.weight)))
-    return made
-
-
-KINDS: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "str | None": (str, type(None)),
-    "int": (int,),
-    "int | None": (int, type(None)),
-    "float": (int, float),
-    "tuple[str, ...]": (list, tuple),
-    "Mapping[str, Any]": (Mapping,),
-    "Mapping[str, float]": (Mapping,),
-    "Mapping[str, Limits]": (Mapping,),
-    "Limits": (Limits,),
-}
-
-
-def _typed(cls: type[Any], given: Mapping[str, Any], where: str, problems: list[Problem]) -> Any:
-    """An object of a dataclass; None, with what is wrong added, where the values are of other types."""
-    known = {one.name: str(one.type) for one in fields(cls)}
-    before = len(problems)
-    for name, value in given.items():
-        if name not in known:
-            problems.append(
-                Problem(f"{where}.{name}", "there is no such key", ", ".join(n for n in known if n != "name"))
-            )
-        elif not isinstance(value, KINDS[known[name]]) or isinstance(value, bool):
-            problems.append(Problem(f"{where}.{name}", "has another type", known[name], str(value)))
-        elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            problems.append(Problem(f"{where}.{name}", "must be a list of words", value=str(value)))
-    if cls is Preset and "path" not in given:
-        problems.append(Problem(f"{where}.path", "this is missing", "path: Qwen/Qwen3-4B"))
-    if len(problems) > before:
-        return None
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
@@ -241,8 +178,7 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
         if method not in TASK_OF:
             yield Problem(f"{where}.methods", "there is no such method", ", ".join(TASK_OF), method)
     for method, rate in preset.learning_rate.items():
-        number = isinstance(rate, int | float) and not isinstance(rate, bool) and rate > 0
-        if method not in TASK_OF or not number:
+        if method not in TASK_OF:
             yield Problem(f"{where}.learning_rate.{method}", "must be a number above 0 of a method", value=str(rate))
     for key, registry in (("adaptation", METHODS), ("launch", LAUNCHERS)):
         name = getattr(preset, key).get("name")
@@ -254,10 +190,7 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
             parse(preset.hardware, {}, 1, f"{where}.hardware")
         except UserError as error:
             yield from error.problems
-    for name, least in (("max_length", 8), ("devices", 1), ("most_rows", 10), ("most_epochs", 1), ("price", 0)):
-        if getattr(preset, name) < least:
-            yield Problem(f"{where}.{name}", f"must be at least {least}", value=str(getattr(preset, name)))
-    if preset.devices >= 1 and not 1 <= preset.fewest <= preset.devices:
+    if not 1 <= preset.fewest <= preset.devices:
         reason = f"must be from 1 to devices, which is {preset.devices}"
         yield Problem(f"{where}.fewest_devices", reason, value=str(preset.fewest))
     if preset.launch.get("name") == LOCAL and "processes" in preset.launch:
@@ -265,9 +198,10 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
     for key in _keys(preset.settings):
         if owner := next((one for one in OWNED if key == one or key.startswith(f"{one}.")), ""):
             yield Problem(f"{where}.settings.{key}", f"{owner} is set by the job", "leave it out")
-    for key, value in _leaves(
-        {name: getattr(preset, name) for name in ("path", "revision", "adaptation", "launch", "settings")}
-    ):
+
+
+def _references(preset: Any, where: str) -> Iterator[Problem]:
+    for key, value in _leaves(preset):
         if isinstance(value, str) and "${" in value:
             yield Problem(f"{where}.{key}", "is read as it is, without references", "give the value", value)
 

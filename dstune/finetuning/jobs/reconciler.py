@@ -18,6 +18,7 @@ from dstune.finetuning.jobs.configuration import Plan
 from dstune.finetuning.jobs.folder import JOB_ID, NOW, SAVE, JobFolder, read
 from dstune.finetuning.jobs.launcher import Launcher, ask_orphan, device_environment
 from dstune.finetuning.jobs.metrics import Reader
+from dstune.finetuning.jobs.planner import DOES_NOT_FIT, Estimate, Plans, does_not_fit
 from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
 from dstune.finetuning.jobs.process import TRAIN, VALIDATE
 from dstune.finetuning.jobs.results import Results
@@ -63,7 +64,8 @@ class Machine:
 
 
 class Reconciler:
-    """keys: the variables of a project's accounts, by the job (W&B). has_space: whether a project may store more."""
+    """keys: the variables of a project's accounts, by the job (W&B). has_space: whether a project may store more. plans: what jobs
+    are held against before they wait for devices; None holds them against nothing."""
 
     def __init__(
         self,
@@ -76,10 +78,11 @@ class Reconciler:
         keys: Callable[[Job], Mapping[str, str]] = lambda job: {},
         pause_seconds: float = PAUSE_SECONDS,
         has_space: Callable[[str], bool] = lambda project: True,
+        plans: Plans | None = None,
     ):
         self._store, self._folder, self._presets = store, folder, presets
         self._launcher, self._results, self._machine, self._keys = launcher, results, machine, keys
-        self._pause, self._has_space = pause_seconds, has_space
+        self._pause, self._has_space, self._plans = pause_seconds, has_space, plans
         self._owner = lease.owner()
         self._readers: dict[str, Reader] = {}
         self._validations: Counter[str] = Counter()
@@ -87,6 +90,8 @@ class Reconciler:
         """When an organization's files were read last, as a count."""
         self._warned: set[str] = set()
         """Jobs for which there are too few devices."""
+        self._rewound: set[str] = set()
+        """Jobs whose training went back to a checkpoint, and has not come as far again."""
         self._held: set[str] = set()
         """Jobs that wait for space."""
         self._measured: dict[str, float] = {}
@@ -178,7 +183,15 @@ class Reconciler:
         if found is not None:
             self._validated(job, folder, found)
             return False
-        return self._launcher.is_alive(folder)
+        if not self._launcher.is_alive(folder):
+            return False
+        limit = self._presets().queue.validation_seconds
+        if time.time() - folder.task.stat().st_mtime > limit:
+            self._ask(folder, NOW)
+            message = f"The files were not read within {limit:g} s: give fewer or shorter rows."
+            self._fail(job, "validation_timeout", message, "training_file")
+            return False
+        return True
 
     def _begin_validation(self, job: Job) -> bool:
         """Whether it has begun."""
@@ -200,13 +213,18 @@ class Reconciler:
         return self._launcher.start(self._of(job), task, {"CUDA_VISIBLE_DEVICES": ""})
 
     def _validated(self, job: Job, folder: JobFolder, found: Mapping[str, Any]) -> None:
-        self._validations.pop(job.id, None)
         error = found.get("error")
         if isinstance(error, Mapping):
             self._fail(job, str(error["code"]), str(error["message"]), error.get("param"))
             return
         preset = self._preset(job)
         if preset is None:
+            return
+        estimate = Estimate(fits=True) if self._plans is None else self._plans.ask(preset, job.method)
+        if estimate is None:
+            return  # it is planned; the files are read already
+        if not estimate.fits:
+            self._fail(job, DOES_NOT_FIT, does_not_fit(preset, estimate), "model")
             return
         try:
             if job.start:
@@ -239,8 +257,11 @@ class Reconciler:
             "pool": preset.pool,
             "devices": preset.devices,
         }
-        if job.step_seconds is not None:  # of a row, as the plan has it
-            values["step_seconds"] = job.step_seconds * int(resolved["batch_size"])
+        if self._plans is not None:
+            seconds = estimate.row_seconds
+            values["step_seconds"] = None if seconds is None else seconds * int(resolved["batch_size"])
+            values["memory_gib"] = estimate.memory_gib
+        self._validations.pop(job.id, None)
         self._change(job, Change.VALIDATED, messages, **values)
         self._store.measure(job.id, folder)
 
@@ -260,11 +281,13 @@ class Reconciler:
             return
         ended = read(folder.ended)
         if ended is None or ended.get("attempt") != job.attempt:
-            self._lost(job, steps)
+            self._lost(job, steps, "its process ended without a result")
         elif ended["code"] == EXIT_DONE:
             self._complete(job, folder, steps, ended)
-        elif ended["code"] == EXIT_PREEMPTED or int(ended["code"]) < 0:
-            self._lost(job, steps)
+        elif ended["code"] == EXIT_PREEMPTED:
+            self._lost(job, steps, "the machine asked it to stop")
+        elif int(ended["code"]) < 0:
+            self._lost(job, steps, "the cluster lost it")
         elif ended["code"] == EXIT_USER:
             self._refused(job, ended, steps)
         else:
@@ -280,6 +303,7 @@ class Reconciler:
 
     def _tell(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
         """New steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
+        self._tell_rewind(job, steps[-1].number if steps else 0, ended=ended)
         complete = steps if ended or job.validation_file is None else steps[:-1]
         new = [step for step in complete if step.number > job.last_step and "train_loss" in step.values]
         if not new:
@@ -303,7 +327,17 @@ class Reconciler:
                 row.estimated_finish = round(time.time() + seconds * max(0, total - row.last_step))
         job.last_step, job.total_steps, job.step_seconds = row.last_step, total, seconds
 
-    def _lost(self, job: Job, steps: Sequence[metrics.Step]) -> None:
+    def _tell_rewind(self, job: Job, reached: int, *, ended: bool) -> None:
+        """Of a training that has fewer steps than were told: it goes on from a checkpoint, perhaps without a new attempt."""
+        if reached >= job.last_step:
+            self._rewound.discard(job.id)
+        elif reached and not ended and job.id not in self._rewound:
+            self._rewound.add(job.id)
+            text = f"The training goes on from its checkpoint of step {reached}; it had reached step {job.last_step}"
+            with self._store.database.writing.begin() as session:
+                note(session, self._store.locked(session, job.id), Message(text, "warn"))
+
+    def _lost(self, job: Job, steps: Sequence[metrics.Step], why: str) -> None:
         """Its process has ended, and the job is not over."""
         pausing = job.state == State.PAUSING
         if pausing:
@@ -315,7 +349,9 @@ class Reconciler:
             log.error("job %s was started %d times and does not come beyond step %d", job.id, job.attempt, reached)
             self._fail(job, "server_error", INTERNAL, None)
             return
-        message = Message(f"The job was interrupted at step {reached}, and goes on from its newest checkpoint", "warn")
+        message = Message(
+            f"The job was interrupted at step {reached}: {why}. It goes on from its newest checkpoint", "warn"
+        )
         self._end_attempt(job, Change.LOSE, [message], idle_attempts=idle)
 
     def _complete(self, job: Job, folder: JobFolder, steps: Sequence[metrics.Step], ended: Mapping[str, Any]) -> None:
@@ -341,7 +377,7 @@ class Reconciler:
         problems = ended.get("problems") or []
         where = str(problems[0].get("where", "")) if problems else ""
         if where == "run.dir":
-            self._lost(job, steps)
+            self._lost(job, steps, "another process of it was running still")
             return
         folder = self._of(job)
         for param in ("training_file", "validation_file"):
@@ -514,6 +550,7 @@ class Reconciler:
         self._readers.pop(job.id, None)
         self._validations.pop(job.id, None)
         self._measured.pop(job.id, None)
+        self._rewound.discard(job.id)
         folder = self._of(job)
         if not self._launcher.is_alive(folder):
             self._results.tidy(folder)

@@ -1,27 +1,110 @@
-"""The body of `POST /v1/fine_tuning/jobs`, checked field by field."""
+"""The body of `POST /v1/fine_tuning/jobs`."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from dstune.finetuning.fields import checked_metadata, invalid, is_text, refuse_unknown
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from dstune.finetuning.fields import Body, IdText, Metadata, read_body
 from dstune.finetuning.jobs import hyperparameters
 from dstune.finetuning.jobs.configuration import PLAIN
-from dstune.finetuning.jobs.hyperparameters import Value
+from dstune.finetuning.jobs.hyperparameters import DPO, SUPERVISED, Hyperparameter, Value
 from dstune.serve.errors import ApiError
+from dstune.serve.validation import Expected, Whole, wrong
 
 MOST_SEED = 2_147_483_647
 MOST_SUFFIX = 64
-MOST_INTEGRATIONS = 5
 MOST_TAGS = 50
 UNBUILT = ("reinforcement",)
-WANDB = ("project", "name", "entity", "tags")
-FIELDS = (
-    "model", "training_file", "validation_file", "method", "hyperparameters", "suffix", "seed", "integrations", "metadata",
-)  # fmt: skip
+
+
+def _plain(most: int) -> Any:
+    """Text that goes into a configuration: nothing in it may be read as a reference."""
+
+    def check(value: str) -> str:
+        if len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
+            raise wrong(f"must be 1 to {most} letters, digits, spaces and . _ : @ / + = -")
+        return value
+
+    return AfterValidator(check)
+
+
+Word = Annotated[str, _plain(128)]
+
+
+Tags = Annotated[
+    list[Annotated[str, _plain(64)]],
+    Field(max_length=MOST_TAGS),
+    Expected(f"must be at most {MOST_TAGS} texts of 1 to 64 letters, digits, spaces and . _ : @ / + = -"),
+]
+
+
+class Wandb(Body):
+    project: Word
+    name: Word | None = None
+    entity: Word | None = None
+    tags: Tags | None = None
+
+
+class Integration(Body):
+    type: Annotated[Literal["wandb"], Expected("must be 'wandb'")]
+    wandb: Wandb
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Supervised(Body):
+    """Each "auto" where it is absent or null."""
+
+    n_epochs: Annotated[Any, Hyperparameter(SUPERVISED["n_epochs"])] = None
+    batch_size: Annotated[Any, Hyperparameter(SUPERVISED["batch_size"])] = None
+    learning_rate_multiplier: Annotated[Any, Hyperparameter(SUPERVISED["learning_rate_multiplier"])] = None
+
+
+class Dpo(Supervised):
+    beta: Annotated[Any, Hyperparameter(DPO["beta"])] = None
+
+
+class SupervisedOptions(Body):
+    hyperparameters: Supervised | None = None
+
+
+class DpoOptions(Body):
+    hyperparameters: Dpo | None = None
+
+
+class Method(Body):
+    type: Annotated[Literal["supervised", "dpo"], Expected("must be one of supervised, dpo")]
+    supervised: SupervisedOptions | None = None
+    dpo: DpoOptions | None = None
+
+    @classmethod
+    def accepted(cls, value: Mapping[str, Any]) -> set[str]:
+        """Options of the other method may be null."""
+        return {"type", str(value.get("type")), *(name for name in hyperparameters.METHODS if value.get(name) is None)}
+
+
+class Creation(Body):
+    model: Annotated[str, IdText(512)]
+    training_file: Annotated[str, IdText(512)]
+    validation_file: Annotated[str, IdText(128)] | None = None
+    method: Method | None = None
+    hyperparameters: Supervised | None = None
+    """An earlier name of `method.supervised.hyperparameters`."""
+    suffix: Annotated[str, IdText(MOST_SUFFIX)] | None = None
+    seed: Annotated[int, Whole(0, MOST_SEED), BeforeValidator(_whole)] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
+    """One: a run is sent to W&B once."""
+    metadata: Metadata | None = None
+
+
+WANDB = tuple(Wandb.model_fields)
 _ELSEWHERE = {
     **{name: f"integrations.0.wandb.{name}" for name in WANDB},
     **{name: f"method.{name}" for name in hyperparameters.METHODS},
@@ -46,123 +129,55 @@ class JobRequest:
 
 def read(body: Mapping[str, Any]) -> JobRequest:
     """Raises ApiError for the first field that is wrong or unknown."""
-    refuse_unknown(body, FIELDS, elsewhere=_ELSEWHERE | _places_of(body.get("method")))
-    method, found = _method(body)
+    _refuse_unbuilt(body.get("method"))
+    asked = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
+    method, values = _hyperparameters(asked)
     return JobRequest(
-        model=_required(body, "model"),
-        training_file=_required(body, "training_file"),
+        model=asked.model,
+        training_file=asked.training_file,
         method=method,
-        hyperparameters=found,
-        validation_file=_text(body, "validation_file", 128),
-        suffix=_text(body, "suffix", MOST_SUFFIX),
-        seed=_seed(body.get("seed")),
-        integrations=_integrations(body.get("integrations")),
-        metadata=checked_metadata(body.get("metadata")),
+        hyperparameters=values,
+        validation_file=asked.validation_file,
+        suffix=asked.suffix,
+        seed=secrets.randbelow(MOST_SEED + 1) if asked.seed is None else asked.seed,
+        integrations=[one.model_dump(exclude_none=True) for one in asked.integrations or ()],
+        metadata=asked.metadata,
     )
+
+
+def _refuse_unbuilt(method: Any) -> None:
+    kind = method.get("type") if isinstance(method, Mapping) else None
+    if kind in UNBUILT:
+        message = f"The method '{kind}' is not supported by this server; it has {', '.join(hyperparameters.METHODS)}."
+        raise ApiError(400, message, param="method.type", code="unsupported")
 
 
 def _places_of(method: Any) -> dict[str, str]:
     """Where the hyperparameters of a request's method stand, by their names."""
     kind = method.get("type") if isinstance(method, Mapping) else None
     named = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
-    return hyperparameters.PLACES | {name: f"method.{kind}.hyperparameters.{name}" for name in named}
+    places = {name: f"method.{kind}.hyperparameters.{name}" for name in named}
+    if named:
+        places["hyperparameters"] = f"method.{kind}.hyperparameters"
+    return hyperparameters.PLACES | places
 
 
-def _required(body: Mapping[str, Any], name: str) -> str:
-    if body.get(name) is None:
-        message = f"Missing required parameter: '{name}'."
-        raise ApiError(400, message, param=name, code="missing_required_parameter")
-    found = _text(body, name, 512)
-    assert found is not None
-    return found
+def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
+    """The method's name and its hyperparameters, which may come under their earlier name. Raises ApiError where both are there
+    and differ."""
+    earlier = _values(asked.hyperparameters or Supervised())
+    if asked.method is None:
+        return "supervised", earlier
+    kind = asked.method.type
+    options = getattr(asked.method, kind)
+    values = _values((options.hyperparameters if options else None) or (Dpo() if kind == "dpo" else Supervised()))
+    if asked.hyperparameters and asked.hyperparameters.model_fields_set and (kind != "supervised" or earlier != values):
+        message = (
+            "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
+        )
+        raise ApiError(400, message, param="hyperparameters", code="invalid_value")
+    return kind, values
 
 
-def _text(body: Mapping[str, Any], name: str, most: int) -> str | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if not is_text(value, most):
-        raise invalid(name, f"a text of 1 to {most} characters")
-    return value
-
-
-def _seed(value: Any) -> int:
-    if value is None:
-        return secrets.randbelow(MOST_SEED + 1)
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-    if not whole or not 0 <= value <= MOST_SEED:
-        raise invalid("seed", f"a whole number from 0 to {MOST_SEED}")
-    return int(value)
-
-
-def _method(body: Mapping[str, Any]) -> tuple[str, dict[str, Value]]:
-    """The method's name and its hyperparameters, which may come under their earlier name."""
-    method, earlier = body.get("method"), body.get("hyperparameters")
-    if method is None:
-        return "supervised", hyperparameters.read("supervised", earlier, "hyperparameters")
-    if not isinstance(method, Mapping):
-        raise invalid("method", "an object with the key 'type'")
-    kind = method.get("type")
-    if kind in UNBUILT:
-        message = f"The method '{kind}' is not supported by this server; it has {', '.join(hyperparameters.METHODS)}."
-        raise ApiError(400, message, param="method.type", code="unsupported")
-    if not isinstance(kind, str) or kind not in hyperparameters.METHODS:
-        raise invalid("method.type", f"one of {', '.join(hyperparameters.METHODS)}")
-    others = {name: value for name, value in method.items() if name not in hyperparameters.METHODS or value is not None}
-    places = _places_of(method)
-    refuse_unknown(others, ("type", kind), "method", {**places, "hyperparameters": f"method.{kind}.hyperparameters"})
-    own = method.get(kind)
-    if own is not None and not isinstance(own, Mapping):
-        raise invalid(f"method.{kind}", "an object with the key 'hyperparameters'")
-    refuse_unknown(own or {}, ("hyperparameters",), f"method.{kind}", places)
-    found = hyperparameters.read(kind, (own or {}).get("hyperparameters"), f"method.{kind}.hyperparameters")
-    if earlier is not None and earlier != {}:
-        before = hyperparameters.read("supervised", earlier, "hyperparameters")
-        if kind != "supervised" or before != found:
-            message = (
-                "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
-            )
-            raise ApiError(400, message, param="hyperparameters", code="invalid_value")
-    return kind, found
-
-
-def _integrations(given: Any) -> list[dict[str, Any]]:
-    if given is None:
-        return []
-    if not isinstance(given, list) or len(given) > MOST_INTEGRATIONS:
-        raise invalid("integrations", f"a list of at most {MOST_INTEGRATIONS}")
-    found = [_integration(one, f"integrations.{place}") for place, one in enumerate(given)]
-    if len(found) > 1:
-        raise invalid("integrations", "a list of one: a run is sent to W&B once")
-    return found
-
-
-def _integration(one: Any, where: str) -> dict[str, Any]:
-    if not isinstance(one, Mapping) or one.get("type") != "wandb":
-        raise invalid(f"{where}.type", "'wandb'")
-    refuse_unknown(one, ("type", "wandb"), where, {name: f"{where}.wandb.{name}" for name in WANDB})
-    given = one.get("wandb")
-    if not isinstance(given, Mapping):
-        raise invalid(f"{where}.wandb", "an object with the key 'project'")
-    refuse_unknown(given, WANDB, f"{where}.wandb")
-    if given.get("project") is None:
-        place = f"{where}.wandb.project"
-        raise ApiError(400, f"Missing required parameter: '{place}'.", param=place, code="missing_required_parameter")
-    made: dict[str, Any] = {}
-    for name in ("project", "name", "entity"):
-        value = given.get(name)
-        if value is not None:
-            made[name] = _plain(value, f"{where}.wandb.{name}")
-    tags = given.get("tags")
-    if tags is not None:
-        if not isinstance(tags, list) or len(tags) > MOST_TAGS:
-            raise invalid(f"{where}.wandb.tags", f"a list of at most {MOST_TAGS}")
-        made["tags"] = [_plain(tag, f"{where}.wandb.tags", most=64) for tag in tags]
-    return {"type": "wandb", "wandb": made}
-
-
-def _plain(value: Any, param: str, most: int = 128) -> str:
-    """Text that goes into a configuration: nothing in it may be read as a reference."""
-    if not isinstance(value, str) or len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
-        raise invalid(param, f"1 to {most} letters, digits, spaces and . _ : @ / + = -")
-    return value
+def _values(given: Supervised) -> dict[str, Value]:
+    return {name: hyperparameters.AUTO if value is None else value for name, value in given}

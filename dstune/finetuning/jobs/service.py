@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from sqlalchemy.orm import Session
 
@@ -23,7 +22,7 @@ from dstune.finetuning.jobs import objects
 from dstune.finetuning.jobs import request as requests
 from dstune.finetuning.jobs.folder import NOW, JobFolder
 from dstune.finetuning.jobs.hyperparameters import AUTO
-from dstune.finetuning.jobs.planner import Estimate
+from dstune.finetuning.jobs.planner import DOES_NOT_FIT, Plans, does_not_fit
 from dstune.finetuning.jobs.presets import LOCAL, Preset, Presets
 from dstune.finetuning.jobs.reconciler import TOO_MANY_DEVICES, Reconciler
 from dstune.finetuning.jobs.request import JobRequest
@@ -52,10 +51,6 @@ MOST_PAGE = 100
 UNAVAILABLE = "The model {!r} is not available for fine-tuning, or does not exist; this server has {}."
 
 
-class Plans(Protocol):
-    def of(self, preset: Preset, method: str) -> Estimate: ...
-
-
 class Jobs:
     def __init__(
         self,
@@ -64,16 +59,16 @@ class Jobs:
         models: ModelStore,
         folder: Path,
         presets: Callable[[], Presets],
-        planner: Plans,
+        plans: Plans,
         reconciler: Reconciler,
         has_wandb: Callable[[str], bool] = lambda project: False,
         runs: bool = True,
     ):
         """folder: of the folders of jobs. has_wandb: whether a project has a key of W&B. runs: whether jobs run on this machine."""
         self._store, self._files, self._models, self._folder = store, files, models, folder
-        self._presets, self._planner, self._reconciler, self._has_wandb = presets, planner, reconciler, has_wandb
+        self._presets, self._plans, self._reconciler, self._has_wandb = presets, plans, reconciler, has_wandb
         self._runs = runs
-        # A plan takes seconds: creates that wait for one take no thread from other requests.
+        # Snapshots of large files take seconds: creates that wait for them take no thread from other requests.
         self._creating = Turns(8, "create-job", of_project=2)
         self._stop, self._wake = threading.Event(), threading.Event()
         store.wake = self._wake.set
@@ -202,11 +197,11 @@ class Jobs:
             if before is not None:
                 return self._store.of(session, caller.project, before)
         preset, start = self._chosen(caller, given)
-        estimate = self._planner.of(preset, given.method)
-        if not estimate.fits:
-            message = f"The job does not fit the hardware of the model {preset.name!r}: {estimate.reason}."
-            raise ApiError(400, message, param="model", code="job_does_not_fit")
-        job = self._row(caller, given, preset, start, estimate)
+        # The first job of a preset is answered before it is planned: the reconciler refuses one that does not fit.
+        plan = self._plans.ask(preset, given.method)
+        if plan is not None and not plan.fits:
+            raise ApiError(400, does_not_fit(preset, plan), param="model", code=DOES_NOT_FIT)
+        job = self._row(caller, given, preset, start)
         with self._snapshots(caller, job) as folder, self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
             before = attempt.found(session)
@@ -242,7 +237,7 @@ class Jobs:
             raise ApiError(400, message, param="method.type", code="unsupported")
         if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
             message = TOO_MANY_DEVICES.format(preset.fewest, most)
-            raise ApiError(400, message, param="model", code="job_does_not_fit")
+            raise ApiError(400, message, param="model", code=DOES_NOT_FIT)
         epochs = given.hyperparameters["n_epochs"]
         if epochs != AUTO and int(epochs) > preset.most_epochs:
             message = f"Invalid n_epochs: the model {preset.name!r} takes {preset.most_epochs} at most."
@@ -253,14 +248,13 @@ class Jobs:
         return preset, start
 
     @staticmethod
-    def _row(caller: Caller, given: JobRequest, preset: Preset, start: str | None, estimate: Estimate) -> Job:
+    def _row(caller: Caller, given: JobRequest, preset: Preset, start: str | None) -> Job:
         return Job(
             id=new_id("ftjob-"), created_at=unix_time(), organization=caller.organization, project=caller.project,
             key=caller.id, model=given.model, preset=preset.name, start=start, method=given.method,
             hyperparameters=dict(given.hyperparameters), training_file=given.training_file,
             validation_file=given.validation_file, suffix=given.suffix, seed=given.seed, integrations=given.integrations,
             meta=given.metadata, priority=preset.priority, state=State.VALIDATING, pool=preset.pool, devices=preset.devices,
-            step_seconds=estimate.row_seconds, memory_gib=estimate.memory_gib,
         )  # fmt: skip
 
     @contextmanager

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from dstune.finetuning import audit, pages
 from dstune.finetuning.creations import is_repetition
-from dstune.finetuning.fields import is_text, refuse_unknown
+from dstune.finetuning.fields import Body, IdText, read_body
 from dstune.finetuning.jobs.presets import Presets
 from dstune.finetuning.jobs.tables import ModelPermission, TunedModel
 from dstune.finetuning.models.serving import Serving
@@ -21,11 +23,21 @@ from dstune.serve.gateway.request import Request
 from dstune.serve.gateway.routes import describe
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Caller
+from dstune.serve.validation import Expected, FailsFast
 
 log = logging.getLogger("dstune.serve")
 
 MOST_PROJECTS = 200
 ORDERS = ("ascending", "descending")
+
+
+class Sharing(Body):
+    project_ids: Annotated[
+        list[Annotated[str, IdText(128)]],
+        Field(min_length=1, max_length=MOST_PROJECTS),
+        FailsFast,
+        Expected(f"must be a list of 1 to {MOST_PROJECTS} ids"),
+    ]
 
 
 class Models:
@@ -82,14 +94,7 @@ class Models:
 
     async def share(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        body = await request.json()
-        refuse_unknown(body, ("project_ids",))
-        projects = body.get("project_ids")
-        listed = isinstance(projects, list) and all(is_text(one, 128) for one in projects)
-        if not listed or not projects or len(projects) > MOST_PROJECTS:
-            message = f"Invalid project_ids: must be a list of 1 to {MOST_PROJECTS} ids."
-            raise ApiError(400, message, param="project_ids", code="invalid_value")
-        made = await asyncio.to_thread(self._share, request, projects)
+        made = await asyncio.to_thread(self._share, request, read_body(Sharing, await request.json()).project_ids)
         self._forget()
         await request.answer(pages.listing([_permission(row) for row in made], more=False))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import defaultdict
 
 from dstune.core.errors import DstuneError, UserError
+from dstune.core.text import visible
 from dstune.finetuning.jobs.tables import TunedModel
 from dstune.finetuning.models.names import PREFIX
 from dstune.finetuning.models.store import ModelStore, missing
@@ -29,6 +31,8 @@ LOADED_AT_START = 64
 MOST_LOADED = 64
 IDLE_SECONDS = 3600.0
 """Where there are more, those that nobody has asked for so long leave their engines, whose memory would be full one day."""
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:;'\"]+/)+")
+"""Of paths on the server, which are nobody else's business; the name of the file stays."""
 
 
 class Serving:
@@ -81,8 +85,9 @@ class Serving:
                 raise ApiError(400, message[:500], param="model", code="model_not_served") from None
             except Refused as error:
                 log.error("%s is not served: %s", model.name, error)
-                message = f"The model {model.name!r} cannot be served: it does not answer as it was trained."
-                raise ApiError(400, message, param="model", code="model_not_served") from None
+                reason = _FOLDERS.sub("", str(error))
+                message = f"The model {model.name!r} cannot be served: it does not answer as it was trained. {reason}"
+                raise ApiError(400, visible(message)[:800], param="model", code="model_not_served") from None
             except (DstuneError, EngineDown) as error:
                 log.error("%s is not served: %s", model.name, error)
                 raise ApiError(

@@ -32,10 +32,10 @@ class RemoteEngine(Engine):
     @property
     def routes(self) -> Mapping[str, frozenset[str]]:
         return {
-            "/v1/chat/completions": frozenset(fields.CHAT),
-            "/v1/completions": frozenset(fields.COMPLETION),
-            "/v1/responses": frozenset(fields.RESPONSE),
-            "/v1/embeddings": frozenset(fields.EMBEDDING),
+            "/v1/chat/completions": frozenset(fields.Chat.model_fields),
+            "/v1/completions": frozenset(fields.Completion.model_fields),
+            "/v1/responses": frozenset(fields.Response.model_fields),
+            "/v1/embeddings": frozenset(fields.Embedding.model_fields),
         }
 
     def command(self, folder: Path) -> Command:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
+from dstune.serve import fields
 from dstune.serve.asgi import ClientGone, dumps, while_connected
 from dstune.serve.engines.base import Engine
 from dstune.serve.engines.http import FAILURES, MOST_READ_BYTES, Upstream, object_of, within_event
 from dstune.serve.errors import ApiError
 from dstune.serve.events import EVENT_END, MOST_END_BYTES, data_of
-from dstune.serve.fields import Check, checked
 from dstune.serve.fleet import Fleet, Model
 from dstune.serve.gateway.admission import Admission
 from dstune.serve.gateway.guarding import Guard, Guarded
@@ -42,7 +42,7 @@ class Inference:
     """Looks at a request's model first: loads one that is not on its engine yet, and refuses those of other tenants."""
     guard: Guard | None = None
 
-    async def __call__(self, request: Request, path: str, known: Mapping[str, Check]) -> None:
+    async def __call__(self, request: Request, path: str, route: type[fields.Request]) -> None:
         """Raises ApiError, ClientGone, SlowReader."""
         body = await request.json()
         name = body.get("model")
@@ -59,7 +59,7 @@ class Inference:
         given, engine, most = body, model.engine, request.settings.max_output_tokens
 
         def prepared() -> dict[str, Any]:
-            taken = checked(given, known, acts)
+            taken = fields.checked(given, route, acts)
             request.refuse_halves(taken)
             check_context(path, taken, engine)
             return bounded(path, taken, engine, most)
@@ -70,7 +70,7 @@ class Inference:
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
         """body: that was checked."""
         user = body.get("user") or body.get("safety_identifier")
-        request.user = user if isinstance(user, str) else None
+        request.end_user = user if isinstance(user, str) else None
         async with self.admission.place(request.key, request.receive):
             guarded = None
             if self.guard is not None:

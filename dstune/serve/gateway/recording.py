@@ -115,7 +115,7 @@ class Recorder:
             "key": request.key.id,
             "model": request.model,
             "version": request.version,
-            "user": request.user,
+            "user": request.end_user,
             "status": status,
             "tokens": record.used,
             "input_tokens": record.input_tokens,

@@ -9,8 +9,10 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
+
+from starlette import requests
 
 from dstune.serve.asgi import (
     JSON,
@@ -69,18 +71,17 @@ class SlowReader(Exception):
     """The client takes no more bytes."""
 
 
-class Request:
-    """An HTTP request with a response that can be begun once."""
+class Request(requests.Request):
+    """Starlette's, with the bounds of what is read of it, and a response that can be begun once."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, settings: Settings, threads: TurnThreads | None = None
     ):
         """threads: for what takes long of a large body."""
-        self.method: str = scope["method"]
+        super().__init__(scope, self._note_end, self._send_noted)
         self.path: str = scope["path"]
-        self._query: bytes = scope.get("query_string", b"")
         self.settings = settings
-        self._receive, self._send, self._threads = receive, send, threads
+        self._receive_message, self._send_message, self._threads = receive, send, threads
         self.memory: Callable[[int], None] = lambda size: None
         """Told how many bytes of a body come into memory. Raises ApiError where they are too many."""
         self.held_bytes = 0
@@ -95,24 +96,35 @@ class Request:
         self.caller: Caller | None = None
         self.model = ""
         self.version = ""
-        self.user: str | None = None
+        self.end_user: str | None = None
+        """Whom the client asks for, in its own words."""
+        self.label = "none"
+        """Of metrics and the log: its route's path."""
         self.plain_errors = False
         """Whether this client reads the message beside the error, not within it."""
         self._notes: dict[bytes, list[str]] = {}
         """Headers of the response beside those of its kind."""
         self.allowed_origin = ""
         """Of a page of another site that may read the answer."""
-        self.parameters: dict[str, str] = {}
-        """What stands in the place of `{name}` in the route's path."""
         self.digest = ""
         """SHA-256 of a JSON body that was read."""
         self.body_bytes = 0
         """Of a JSON body that was read."""
         self.repeatable = True
         """Whether the client may send it again by itself after a failure of the server."""
-        self._headers: dict[bytes, list[bytes]] = {}
+        self._values: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
-            self._headers.setdefault(name.lower(), []).append(value)
+            self._values.setdefault(name.lower(), []).append(value)
+
+    @staticmethod
+    def of(scope: Scope) -> Request:
+        """Return the one that the gateway has made for this scope."""
+        return cast(Request, scope["dstune.request"])
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What stands in the place of `{name}` in the route's path."""
+        return self.path_params
 
     @property
     def key(self) -> Caller:
@@ -122,7 +134,7 @@ class Request:
 
     def header(self, name: str) -> str:
         """The value; empty where there is none. Raises ApiError where there are several."""
-        found = self._headers.get(name.encode(), [])
+        found = self._values.get(name.encode(), [])
         if len(found) > 1:
             raise ApiError(400, f"The header {name} is there more than once.")
         return found[0].decode("latin-1") if found else ""
@@ -150,7 +162,12 @@ class Request:
 
     def _parameters(self) -> list[tuple[str, str]]:
         try:
-            found = parse_qsl(self._query.decode(), keep_blank_values=True, max_num_fields=100, errors="strict")
+            found = parse_qsl(
+                self.scope.get("query_string", b"").decode(),
+                keep_blank_values=True,
+                max_num_fields=100,
+                errors="strict",
+            )
         except ValueError:
             found = [("\0", "")]
         if any("\0" in name or "\0" in value for name, value in found):
@@ -159,8 +176,8 @@ class Request:
 
     # -- body
 
-    async def receive(self) -> Message:
-        message = await self._receive()
+    async def _note_end(self) -> Message:
+        message = await self._receive_message()
         if message["type"] != "http.request" or not message.get("more_body"):
             self._body_ended = True
         return message
@@ -168,8 +185,8 @@ class Request:
     async def _leave_body(self) -> bool:
         """Whether the client still sends what nobody reads: the connection is closed then. A small body is read, so that
         the client sees the answer and keeps the connection."""
-        lengths = self._headers.get(b"content-length", [b""])
-        if b"expect" in self._headers or any(
+        lengths = self._values.get(b"content-length", [b""])
+        if b"expect" in self._values or any(
             len(one) > 12 or (one.isdigit() and int(one) > UNREAD_BYTES) for one in lengths
         ):
             self._unread = 0
@@ -274,7 +291,11 @@ class Request:
         own = self._notes.setdefault(header, [])
         own += [value for value in dict.fromkeys(values) if value not in own]
 
-    async def send(self, message: Message) -> None:
+    @property
+    def send(self) -> Send:
+        return self._send
+
+    async def _send_noted(self, message: Message) -> None:
         """Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -289,7 +310,7 @@ class Request:
             self.first_byte = time.monotonic() - self.began
         try:
             async with asyncio.timeout(self.settings.send_seconds):
-                await self._send(message)
+                await self._send_message(message)
         except TimeoutError:
             raise SlowReader from None
         self.sent += len(message.get("body", b""))

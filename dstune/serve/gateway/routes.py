@@ -14,34 +14,34 @@ from dstune.checkpoint.export import current_export
 from dstune.core.errors import Problem, UserError
 from dstune.serve import fields, source
 from dstune.serve.errors import ApiError
-from dstune.serve.fields import Check
 from dstune.serve.fleet import Model
 from dstune.serve.gateway import page
-from dstune.serve.gateway.app import Gateway, Handler, Route
+from dstune.serve.gateway.app import Gateway
 from dstune.serve.gateway.request import Request
+from dstune.serve.gateway.routing import Handler, Route
 from dstune.serve.store.database import now
 from dstune.serve.store.keys import Caller
 from dstune.serve.store.tables import AnswerRow, Feedback, Key
 
-INFERENCE: dict[str, Mapping[str, Check]] = {
-    "/v1/chat/completions": fields.CHAT,
-    "/v1/completions": fields.COMPLETION,
-    "/v1/responses": fields.RESPONSE,
-    "/v1/embeddings": fields.EMBEDDING,
-    "/v1/moderations": fields.MODERATION,
-    "/classify": fields.CLASSIFY,
-    "/rerank": fields.RERANK,
-    "/score": fields.SCORE,
-    "/tags": fields.TAG,
-    "/answers": fields.ANSWER,
-    "/rewards": fields.REWARD,
+INFERENCE: Mapping[str, type[fields.Request]] = {
+    "/v1/chat/completions": fields.Chat,
+    "/v1/completions": fields.Completion,
+    "/v1/responses": fields.Response,
+    "/v1/embeddings": fields.Embedding,
+    "/v1/moderations": fields.Moderation,
+    "/classify": fields.Classify,
+    "/rerank": fields.Rerank,
+    "/score": fields.Score,
+    "/tags": fields.Tagging,
+    "/answers": fields.Answer,
+    "/rewards": fields.Reward,
 }
 """Routes that engines answer, with all fields that any of them may act on."""
 
 
-def _inference(path: str, known: Mapping[str, Check]) -> Handler:
+def _inference(path: str, body: type[fields.Request]) -> Handler:
     async def handler(gateway: Gateway, request: Request) -> None:
-        await gateway.inference(request, path, known)
+        await gateway.inference(request, path, body)
 
     return handler
 
@@ -222,7 +222,7 @@ COMMON = [
 ROUTES = [
     *COMMON,
     Route("GET", "/", chat_page, scope="public"),
-    *(Route("POST", path, _inference(path, known), scope="member") for path, known in INFERENCE.items()),
+    *(Route("POST", path, _inference(path, body), scope="member") for path, body in INFERENCE.items()),
     Route("POST", "/v1/feedback", feedback, scope="member"),
     Route("POST", "/admin/models", add_model, scope="admin"),
     Route("DELETE", "/admin/models/{model+}", remove_model, scope="admin"),

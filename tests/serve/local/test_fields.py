@@ -213,7 +213,7 @@ def test_every_field_of_the_clients_chat_call_acts_or_is_refused(engine):
     assert [name for name, acts in ACTS.items() if not acts(engine)] == []
     for name in names - CHAT:
         with pytest.raises(ApiError) as caught:
-            fields.checked({**body(), name: REFUSED.get(name, {"x": 1})}, fields.CHAT, CHAT)
+            fields.checked({**body(), name: REFUSED.get(name, {"x": 1})}, fields.Chat, CHAT)
         assert (caught.value.status, caught.value.param) == (400, name)
     assert engine.chat(stream_options={"include_usage": True})["error"]["param"] == "stream_options"
 
