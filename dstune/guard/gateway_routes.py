@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -75,7 +76,12 @@ class GuardRoutes(Routes):
         found, self._audit = guard_routes(gateway, self._guarding, self._state, self._log_days)
         return found
 
+    def attach(self, gateway: Gateway) -> None:
+        assert self._guarding is not None
+        self._warning = asyncio.create_task(warn_of_unguarded(gateway, self._guarding))
+
     async def on_drained(self) -> None:
+        self._warning.cancel()
         if self._audit is not None:
             self._audit.close()
 
@@ -93,7 +99,12 @@ def guard_routes(gateway: Gateway, guarding: Guarding, state: Path, log_days: fl
     audit = Audit(state / "guard", log_days)
     guard = Guard(guarding, audit, gateway.admission)
     gateway.guard_with(guard)
+    return lakera.routes(guard), audit
+
+
+async def warn_of_unguarded(gateway: Gateway, guarding: Guarding) -> None:
+    """Which routes the engines have is known when they run."""
+    await gateway.fleet.started.wait()
     served = {path for model in gateway.fleet.models.values() for path in model.engine.routes}
     if unguarded := sorted(path for path in served if guarding.policies.of_route(path) is None):
         log.warning("the guard does not look at %s: no policy is named for them", ", ".join(unguarded))
-    return lakera.routes(guard), audit

@@ -6,6 +6,7 @@ The model is built as in training, from the checkpoint: not from the exported fi
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,6 +59,10 @@ ALONE = RankEnv(0, 1, 0, 1, "alone")
 ROWS = 32
 MOST_TOKENS = 1024
 """Of a row; longer ones are passed over, so that a reference takes seconds."""
+LOOKED_AHEAD = 16
+"""Samples among which that of the next training row is looked for."""
+TRAINING = "training"
+"""The part of a reference whose rows are training's own."""
 MOST_PLACES = 512
 """Held-out rows that are looked at to find `ROWS`."""
 
@@ -148,9 +153,11 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
         data = prepare(config, tokenizer, ALONE, cache_root())
     except UserError as error:
         raise NoReference(str(error)) from None
-    rows = list(_held_out(config, data, tokenizer, served))
+    rows, part = list(_held_out(config, data, tokenizer, served)), "held out"
     if not rows:
-        raise NoReference("the run held out no rows that can be asked again")
+        rows, part = list(_trained_on(config, data, tokenizer, served)), TRAINING
+    if not rows:
+        raise NoReference("the run held out no rows, and none of its first training rows can be asked again")
     other_prompts = sum(row.pop("other_prompt", False) for row in rows)
     try:
         module, body = _as_trained(config, checkpoint, tokenizer)
@@ -186,6 +193,7 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
         "dtype": "float32",
         "template_date": task.template_date,
         "step": record.get("step"),
+        "part": part,
         "files": digest_files(folder, None if base is None else base_folder(base.path, base.revision)),
         "rows": described,
     }
@@ -233,6 +241,29 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any
         if row is not None:
             found += 1
             yield row
+
+
+def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any) -> Iterator[dict[str, Any]]:
+    """The first training rows in the same way, for a run that held out none: an engine with another template, base or adapter
+    answers them otherwise too. Samples stand in the order of their rows, of which some were left out."""
+    if config.data.streaming:
+        return
+    samples, at, found = min(len(data.train.lengths), MOST_PLACES), 0, 0
+    files = [
+        (file, own) for key, own in of_training(config).values() for file in sources.of_part(own.data, "train", key)
+    ]
+    rows = ((raw, own) for file, own in files for raw in sources.read(file))
+    for raw, own in itertools.islice(rows, MOST_PLACES):
+        if found == ROWS or at == samples:
+            return
+        if raw.fields is None:
+            continue
+        for sample in range(at, min(at + LOOKED_AHEAD, samples)):
+            row = _row(raw.fields, own, data.train.sample(sample), tokenizer, served)
+            if row is not None:
+                at, found = sample + 1, found + 1
+                yield row
+                break
 
 
 def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tuple[Mapping[str, Any], RunConfig]]:

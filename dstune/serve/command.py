@@ -111,14 +111,14 @@ async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, source
             service.open(arguments, state, runtime)
         for service in services:
             await service.before_models()
-        await fleet.start(sources)
         if opened is None:
+            await fleet.start(sources)
             for name, model in fleet.models.items():
                 print(f"{name}: {model.proof}", flush=True)
             for line in (line for service in services for line in service.notes()):
                 print(line, flush=True)
             return EXIT_DONE
-        await _serve(arguments, state, fleet, services, opened)
+        await _serve(arguments, state, fleet, sources, services, opened)
     except EngineDown as error:
         raise ServeFailed(str(error)) from error
     finally:
@@ -148,8 +148,14 @@ class _Opened:
 
 
 async def _serve(
-    arguments: argparse.Namespace, state: Path, fleet: Fleet, services: list[Routes], opened: _Opened
+    arguments: argparse.Namespace,
+    state: Path,
+    fleet: Fleet,
+    sources: list[Source],
+    services: list[Routes],
+    opened: _Opened,
 ) -> None:
+    """Open the gateway, then load and prove the models, which takes minutes. Raises what keeps one from being served."""
     from dstune.serve.gateway.app import Gateway
     from dstune.serve.gateway.routes import COMMON, ROUTES
     from dstune.serve.server import Server, configured, drained
@@ -175,19 +181,40 @@ async def _serve(
     for service in services:
         service.on_listening()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    names = [*fleet.models, *(service.title for service in services if service.title)]
-    place = next((service.prefix for service in services if service.replaces_models(arguments)), "v1")
-    print(f"http://{host}:{port}/{place}  serves {', '.join(names)}", flush=True)
-    page = "" if without_models(arguments) else f"; the chat page: http://{host}:{port}/"
-    keys = [str(file) for file in (state / "key", state / "admin-key") if file.is_file()]
-    print(f"keys: {', '.join(keys) or 'those of `dstune serve-keys add`'}{page}", flush=True)
+    address, server = f"http://{host}:{port}", Server(config)
+    starting = asyncio.create_task(fleet.start(sources))
+
+    def end_or_announce(task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            server.should_exit = True
+        else:
+            _announce(arguments, state, address, fleet, services)
+
+    if sources:
+        log.info("%s answers; its models are loaded and proven now", address)
+    starting.add_done_callback(end_or_announce)
     try:
-        await drained(Server(config), gateway, arguments.drain_delay, [listening])
+        await drained(server, gateway, arguments.drain_delay, [listening])
     finally:
+        failure = starting.exception() if starting.done() and not starting.cancelled() else None
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         for service in services:
             await service.on_drained()
         await recorder.stop()
         database.close()
+    if failure is not None:
+        raise failure
+
+
+def _announce(arguments: argparse.Namespace, state: Path, address: str, fleet: Fleet, services: list[Routes]) -> None:
+    """Print what is served, for people and for programs that wait for the line."""
+    names = [*fleet.models, *(service.title for service in services if service.title)]
+    place = next((service.prefix for service in services if service.replaces_models(arguments)), "v1")
+    print(f"{address}/{place}  serves {', '.join(names)}", flush=True)
+    page = "" if without_models(arguments) else f"; the chat page: {address}/"
+    keys = [str(file) for file in (state / "key", state / "admin-key") if file.is_file()]
+    print(f"keys: {', '.join(keys) or 'those of `dstune serve-keys add`'}{page}", flush=True)
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -82,13 +82,23 @@ class Fleet:
         self._watchers: list[asyncio.Task[None]] = []
         self._stopping = False
         self._adding: set[str] = set()
+        self._replacing: dict[str, asyncio.Event] = {}
+        """Names that are given to other adapters; set when that is over."""
+        self.started = asyncio.Event()
+        """Set when every engine has been started and its models are proven."""
+        if may_be_empty:
+            self.started.set()
+        self.awaited: frozenset[str] = frozenset()
+        """Names of the models that will be there when the start is over."""
 
     # -- start and end
 
     async def start(self, sources: Sequence[Source]) -> None:
         """Raises UserError, Refused and EngineDown; what was started is stopped then."""
         try:
-            for group in self._grouped(sources):
+            groups = self._grouped(sources)
+            self.awaited = frozenset(name for group in groups for name in (group.base, *group.adapters))
+            for group in groups:
                 log.info("starting the engine %s for %s", group.engine.name, group.base)
                 self._groups.append(group)
                 await group.engine.start()
@@ -97,6 +107,8 @@ class Fleet:
             await self.stop()
             raise
         self._watchers = [asyncio.create_task(self._watch(group)) for group in self._groups]
+        self.awaited = frozenset()
+        self.started.set()
 
     def _grouped(self, sources: Sequence[Source]) -> list[_Group]:
         """Adapters of one base share an engine. Raises UserError for two models of one name, and adapters that do not fit."""
@@ -201,6 +213,8 @@ class Fleet:
         """Serve one more adapter while requests run. Raises UserError, Refused, EngineDown."""
         if not NAME.fullmatch(source.name):
             raise UserError(Problem("name", "is no name for a model", value=source.name))
+        if not self.started.is_set():
+            raise EngineDown("the engines are being started")
         if not (source.adapter and source.generates):
             raise UserError(Problem("path", "is no adapter of a language model", "start a server for it", source.path))
         if source.name in self._adding:
@@ -223,11 +237,60 @@ class Fleet:
                 known = self.models.get(source.name)
                 again = known is not None and known.failed and source.name in group.adapters
                 if not again and (known or any(source.name in other.adapters for other in self._groups)):
-                    raise UserError(Problem("name", "a model has this name already", value=source.name))
+                    fix = '"replace": true gives its name to another adapter'
+                    raise UserError(Problem("name", "a model has this name already", fix, source.name))
                 await self._load(group, source.name, source)
                 group.adapters[source.name] = source
             return self.models[source.name]
         raise UserError(problems or [Problem("path", "no engine serves its base", value=source.base)])
+
+    async def replace(self, source: Source) -> Model:
+        """Give the name of an adapter to another one when that is proven: until then the one before answers, and requests that
+        come during the change wait for it. Raises UserError, Refused, EngineDown; the one before stays then."""
+        group = next((group for group in self._groups if source.name in group.adapters), None)
+        if group is None or not (source.adapter and source.generates):
+            raise UserError(Problem("name", "is no adapter that is served", value=source.name))
+        adapters.check(source, group.engine.source, one_template=self._one_template)
+        async with group.busy:
+            before = group.adapters.get(source.name)
+            if before is None or not self.models[source.name].ready:
+                raise UserError(Problem("name", "is not served now, so it can be removed and added", value=source.name))
+            proof = await self._try(group, source)
+            settled = self._replacing[source.name] = asyncio.Event()
+            try:
+                await self._change(group, before, source)
+                group.adapters[source.name] = source
+                self._list(Model(source, group.engine, proof, parent=group.base))
+            finally:
+                del self._replacing[source.name]
+                settled.set()
+        return self.models[source.name]
+
+    async def _try(self, group: _Group, source: Source) -> Proof:
+        """Prove an adapter under a name that nobody can ask for."""
+        trial = f"{source.name}@trial"
+        assert source.folder is not None
+        await group.engine.load_adapter(trial, source.folder)
+        try:
+            return self._accepted(source.name, await prove(group.engine, trial, source, group.base))
+        finally:
+            with contextlib.suppress(DstuneError, EngineDown, Unprovable):
+                await group.engine.unload_adapter(trial)
+
+    @staticmethod
+    async def _change(group: _Group, before: Source, source: Source) -> None:
+        assert source.folder is not None and before.folder is not None
+        try:
+            await group.engine.replace_adapter(source.name, source.folder)
+        except BaseException:
+            with contextlib.suppress(DstuneError, EngineDown, Unprovable):
+                await group.engine.load_adapter(before.name, before.folder)
+            raise
+
+    async def settled(self, name: str) -> None:
+        """Return when no model is being replaced under this name."""
+        while (event := self._replacing.get(name)) is not None:
+            await event.wait()
 
     async def remove(self, name: str) -> None:
         """Raises UserError where it is no adapter."""
@@ -247,6 +310,8 @@ class Fleet:
     @property
     def ready(self) -> bool:
         expected = [model for model in self.models.values() if not model.failed]
+        if not self.started.is_set():
+            return False
         return bool(expected or self._may_be_empty) and not self._stopping and all(model.ready for model in expected)
 
     async def _watch(self, group: _Group) -> None:

@@ -112,7 +112,8 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
         return replace(proof, status="unproven", detail=detail)
     edited = reference.get("edited")
     edits = f"edited since its training: {', '.join(map(str, edited))}" if isinstance(edited, list) and edited else ""
-    return replace(proof, detail="; ".join(filter(None, (edits, engine.unseen_settings))))
+    part = "on training rows, since none were held out" if reference.get("part") == "training" else ""
+    return replace(proof, detail="; ".join(filter(None, (part, edits, engine.unseen_settings))))
 
 
 def _refuse_other_files(name: str, source: Source, reference: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from dstune.guard.bodies import Placed
 from dstune.guard.check import GuardDown, Span, Text, Verdict
 from dstune.guard.engine import Guarding
 from dstune.guard.front import _masked
-from dstune.guard.gateway_routes import guard_routes
+from dstune.guard.gateway_routes import guard_routes, warn_of_unguarded
 from dstune.guard.policy import Policy, read
 from dstune.guard.scanner import Item, Scanner
 from dstune.serve.engines.base import Limits as EngineLimits
@@ -126,6 +126,7 @@ def test_overlapping_masks_are_one():
 
 def test_routes_without_a_policy_are_logged(tmp_path, caplog):
     async def test(found, guard):
+        await warn_of_unguarded(found.gateway, guard)
         (told,) = [one.getMessage() for one in caplog.records if "does not look at" in one.getMessage()]
         assert "/v1/embeddings" in told and "/v1/chat/completions" not in told
 

@@ -9,13 +9,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import httpx2
 import pytest
 
 from dstune.core.errors import Problem, UserError
 from dstune.serve.engines.base import Command, Engine, EngineDown, Limits
 from dstune.serve.fleet import Fleet
+from dstune.serve.gateway.app import Gateway
+from dstune.serve.gateway.recording import Recorder
+from dstune.serve.gateway.routes import ROUTES
+from dstune.serve.gateway.settings import Settings
 from dstune.serve.parity import Proof, Refused
-from tests.support.serving import ProcessEngine, StubEngine, chat, served, stub_source, until, write_reference
+from dstune.serve.store.database import Database
+from tests.support.serving import (
+    ProcessEngine,
+    StubApp,
+    StubEngine,
+    chat,
+    listening,
+    served,
+    stub_source,
+    until,
+    write_reference,
+)
 
 
 def test_an_engine_that_is_killed_under_load_is_started_again(tmp_path):
@@ -209,6 +225,92 @@ def test_an_adapter_is_proven_before_it_is_listed_also_when_it_is_added_later(tm
         with pytest.raises(UserError):
             await fleet.remove("base")
         await fleet.stop()
+
+    asyncio.run(test())
+
+
+def test_a_name_is_given_to_another_adapter_when_that_is_proven(tmp_path):
+    for name, logprob in (("old", -1.0), ("new", -2.0), ("zeros", -3.0)):
+        (tmp_path / name).mkdir()
+        write_reference(
+            tmp_path / name, [{"messages": [], "prompt_ids": [1], "target_ids": [2], "logprobs": [logprob]}]
+        )
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"")
+    adapter = lambda folder: stub_source("mine", folder=tmp_path / folder, adapter=True, base="base")  # noqa: E731
+    scores, told = {"base": [-3.0], "mine": [-1.0], "mine@trial": [-2.0]}, []
+
+    class Renaming(Scoring):
+        async def load_adapter(self, name, folder):
+            told.append((name, folder.name, fleet.models["mine"].source.folder.name if "mine" in fleet.models else ""))
+            if (name, folder.name) == ("mine", "new") and fails:
+                raise EngineDown("it went away")
+            await super().load_adapter(name, folder)
+
+    fleet = Fleet(lambda source, base: Renaming(source, base, tmp_path, tmp_path, Limits(), scores=scores))
+    fails: list[bool] = []
+
+    async def test():
+        await fleet.start([stub_source("base"), adapter("old")])
+        created = fleet.models["mine"].created
+        with pytest.raises(UserError, match="is no adapter that is served"):
+            await fleet.replace(stub_source("other", folder=tmp_path / "new", adapter=True, base="base"))
+        with pytest.raises(Refused, match="not the model that was trained"):
+            await fleet.replace(adapter("zeros"))
+        assert fleet.models["mine"].source.folder.name == "old" and fleet.models["mine"].ready
+        assert all(name != "mine" for name, folder, _ in told if folder == "zeros"), "it was tried by another name"
+        fails.append(True)
+        with pytest.raises(EngineDown):
+            await fleet.replace(adapter("new"))
+        assert told[-1][:2] == ("mine", "old"), "the one before is there again"
+        fails.clear()
+        model = await fleet.replace(adapter("new"))
+        assert fleet.models["mine"] is model and model.source.folder.name == "new" and model.created == created
+        assert told[-1] == ("mine", "new", "old"), "the one before is listed until then"
+        await asyncio.wait_for(fleet.settled("mine"), 1)
+        await fleet.stop()
+
+    asyncio.run(test())
+
+
+def test_the_gateway_answers_while_its_models_are_loaded(tmp_path):
+    os.chmod(tmp_path, 0o700)
+    gate = asyncio.Event()
+
+    async def test():
+        async with listening(StubApp(0.0)) as engine_url:
+
+            class Slow(StubEngine):
+                async def start(self):
+                    await gate.wait()
+                    await super().start()
+
+            fleet = Fleet(lambda source, base: Slow(source, base, tmp_path, tmp_path, Limits(), url=engine_url))
+            database = Database.of_folder(tmp_path)
+            gateway = Gateway(fleet, database, Settings(), Recorder(database), ROUTES)
+            key, other = gateway.keys.add("one"), gateway.keys.add("two", models=["second"])
+            starting = asyncio.create_task(fleet.start([stub_source("first")]))
+            async with listening(gateway) as url, httpx2.AsyncClient(base_url=url, trust_env=False) as client:
+
+                async def ask(path, body=None, key=key):
+                    headers = {"authorization": f"Bearer {key}"}
+                    answer = await client.request("POST" if body else "GET", path, json=body, headers=headers)
+                    return answer.status_code, (answer.json().get("error") or {}).get("code"), answer
+
+                assert (await ask("/healthz"))[0] == 200 and (await ask("/readyz"))[0] == 503
+                assert (await ask("/v1/models"))[2].json()["data"] == []
+                for _ in range(2):
+                    status, code, answer = await ask("/v1/chat/completions", chat())
+                    assert (status, code, answer.headers["retry-after"]) == (503, "starting", "5")
+                assert (await ask("/v1/chat/completions", chat(model="none")))[:2] == (404, "model_not_found")
+                assert (await ask("/v1/chat/completions", chat(), other))[:2] == (404, "model_not_found")
+                with pytest.raises(EngineDown, match="being started"):
+                    await fleet.add(stub_source("new", folder=tmp_path, adapter=True))
+                gate.set()
+                await starting
+                assert (await ask("/readyz"))[0] == 200
+                assert (await ask("/v1/chat/completions", chat()))[0] == 200
+            await fleet.stop()
+            database.close()
 
     asyncio.run(test())
 

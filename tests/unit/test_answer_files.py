@@ -220,3 +220,16 @@ def test_a_gguf_file_is_known_by_what_stands_beside_its_tensors(tmp_path):
     content[at] += 1
     file.write_bytes(content)
     assert changed_files(digests, digest_files(folder)) == [f"{file.name} (tokenizer.ggml.eos_token_id)"]
+
+
+def test_a_run_that_held_out_no_rows_is_proven_on_its_training_rows(tmp_path):
+    made = make(tmp_path, "method=full", "data.split.validation=0")
+    assert add_reference(made.export, made.run) == ""
+    reference = json.loads((made.export / "reference.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
+    asked = [row["messages"] for row in reference["rows"]]
+    assert reference["part"] == "training" and len(asked) >= 10
+    assert all(any(line["messages"][: len(one)] == one for line in lines) for one in asked)
+    assert len({json.dumps(one) for one in asked}) == len(asked), "a row is asked once"
+    proof = proof_of(made.export)
+    assert (proof.status, proof.detail) == ("proven", "on training rows, since none were held out")

@@ -49,6 +49,8 @@ class Batches:
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
         creation = read_body(Creation, await request.json())
+        if not gateway.fleet.started.is_set():
+            raise ApiError(503, "The models are being started.", code="starting", headers={"retry-after": "5"})
         if not gateway.fleet.models:
             raise ApiError(400, "This server serves no model.", param="endpoint", code="no_models")
         seconds = lifetime(creation.output_expires_after, "batch", "output_expires_after")

@@ -172,6 +172,12 @@ class Engine:
     async def unload_adapter(self, name: str) -> None:
         await self.ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
+    async def replace_adapter(self, name: str, folder: Path) -> None:
+        """Give the name of an adapter to another one; requests that run are answered by the one before. The gateway sends no
+        others meanwhile. Raises what `load_adapter` raises."""
+        await self.unload_adapter(name)
+        await self.load_adapter(name, folder)
+
     # -- the process
 
     async def start(self) -> None:

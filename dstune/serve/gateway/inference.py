@@ -77,6 +77,7 @@ class Inference:
                 async with while_connected(request.receive):
                     guarded = await self.guard.request(request, path, body)
                 body = guarded.body if guarded is not None else body
+            await self.fleet.settled(request.model)
             # Its engine may have been started again while the request waited, and its name given to another adapter.
             model = self.model_of(request, request.model)
             request.version = model.version
@@ -98,15 +99,16 @@ class Inference:
         if not isinstance(name, str) or not name:
             raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
         model = self.fleet.models.get(name)
-        if model is None or request.caller is None or not request.caller.may_use(name):
+        is_usable = request.caller is not None and request.caller.may_use(name)
+        if is_usable and (name in self.fleet.awaited if model is None else not model.ready):
+            raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
+        if model is None or not is_usable:
             raise ApiError(
                 404,
                 f"The model {name[:128]!r} does not exist: GET /v1/models lists those of this key.",
                 param="model",
                 code="model_not_found",
             )
-        if not model.ready:
-            raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
         return model
 
     async def _forward(

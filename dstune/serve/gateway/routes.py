@@ -168,14 +168,17 @@ def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any])
 
 
 async def add_model(gateway: Gateway, request: Request) -> None:
-    """Serve one more adapter, a run or an export below the folders that the operator allows."""
+    """Serve one more adapter, a run or an export below the folders that the operator allows; with `replace` under the name of
+    one that is served."""
     body = await request.json()
-    name, path = body.get("name"), body.get("path")
-    if set(body) != {"name", "path"} or not isinstance(name, str) or not isinstance(path, str):
+    name, path, replaces = body.get("name"), body.get("path"), body.get("replace", False)
+    if not {"name", "path"} <= set(body) <= {"name", "path", "replace"} or not isinstance(replaces, bool):
+        raise ApiError(400, "Give name and path, and replace (true or false) if you like.", param="name")
+    if not isinstance(name, str) or not isinstance(path, str):
         raise ApiError(400, "Give name and path.", param="name")
     folder = await asyncio.to_thread(_allowed, path, gateway.settings.adapter_roots)
-    found = await asyncio.to_thread(source.resolve, name, str(folder))
-    model = await gateway.fleet.add(found)
+    adapter = await asyncio.to_thread(source.resolve, name, str(folder))
+    model = await (gateway.fleet.replace(adapter) if replaces else gateway.fleet.add(adapter))
     await request.answer(describe(model, request.key))
 
 

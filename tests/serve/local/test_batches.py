@@ -197,6 +197,43 @@ def test_a_name_that_is_given_to_another_adapter_answers_nothing_that_the_first_
     own.close()
 
 
+def test_an_adapter_that_gets_the_name_of_another_one_lets_it_finish(folder, adapters):
+    own = Engine(folder)
+
+    def load(name: str) -> dict:
+        return {"lora_name": "x", "lora_path": str(adapters[name]), "load_inplace": True}
+
+    async def test(client):
+        assert (await client.post("/v1/load_lora_adapter", json=load("a"))).status_code == 200
+        asked = body(model="x", max_tokens=40, logit_bias={str(n): -100 for n in own.model.ends("x")})
+        whole = (await client.post("/v1/chat/completions", json=asked)).json()
+        held, step = own.model.adapter("x"), own.scheduler._step
+        stepped, goes = threading.Event(), threading.Event()
+
+        def slow(key):
+            step(key)
+            if key[0] == held:
+                stepped.set()
+                goes.wait(30)
+
+        own.scheduler._step = slow
+        running = asyncio.create_task(client.post("/v1/chat/completions", json=asked))
+        await asyncio.to_thread(stepped.wait, 30)
+        replaced = asyncio.create_task(client.post("/v1/load_lora_adapter", json=load("b")))
+        await asyncio.sleep(0.05)
+        goes.set()
+        assert (await replaced).status_code == 200
+        second = (await client.post("/v1/chat/completions", json=asked)).json()
+        first = (await running).json()
+        assert (await client.post("/v1/load_lora_adapter", json=load("b"))).status_code == 200
+        return whole, first, second, held
+
+    whole, first, second, held = own.run(test)
+    assert first["choices"] == whole["choices"] != second["choices"]
+    assert held not in own.model._retired, "nothing is written by it any more"
+    own.close()
+
+
 def test_an_adapter_that_does_not_fit_leaves_no_trace_in_other_answers(folder, adapters):
     """Where the model cannot be had back as it was, the engine ends, and the gateway starts it again."""
     load = lambda name: {"lora_name": name, "lora_path": str(adapters[name])}  # noqa: E731

@@ -150,7 +150,7 @@ class LanguageApp(EngineApp):
 
     async def load(self, body: dict[str, Any]) -> dict[str, Any]:
         name, folder = body["lora_name"], Path(body["lora_path"])
-        if name in self.model.names:
+        if name in self.model.names and not body.get("load_inplace"):
             raise ApiError(400, f"The name {name!r} is taken.", param="lora_name")
         try:
             await asyncio.wrap_future(self.scheduler.call(lambda: self._load(name, folder)))
@@ -160,6 +160,7 @@ class LanguageApp(EngineApp):
 
     def _load(self, name: str, folder: Path) -> None:
         """For the computing thread."""
+        self.model.forget_retired(self.scheduler.adapters())
         try:
             self.model.load(name, folder)
         finally:

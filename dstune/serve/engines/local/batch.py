@@ -198,6 +198,13 @@ class Scheduler:
             running = sum(len(batch.sequences) for batch in self._batches.values())
             return {"waiting": len(self._waiting), "running": running, "tokens": self.tokens}
 
+    def adapters(self) -> set[str]:
+        """Return the adapters that answers are written by, or will be."""
+        with self._changed:
+            prompts = [*self._waiting, *([self._reading] if self._reading else [])]
+            waiting = {sequence.adapter for prompt in prompts for sequence in prompt.sequences}
+            return waiting | {adapter for adapter, _ in self._batches}
+
     def stop(self) -> None:
         """Ends the thread after the current step. Sequences that are not done fail."""
         with self._changed:

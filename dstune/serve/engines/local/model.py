@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,8 @@ class LocalModel:
                 self._know(own, voice, "")
         self._refuse_prompts()
         self._numbers = itertools.count()
+        self._retired: set[str] = set()
+        """Adapters whose names were given to others while answers may still be written by them."""
         self._active: str | None = None  # unknown
         self.damaged = False
         """Whether an adapter that did not fit has left the model another one than it was."""
@@ -111,7 +113,17 @@ class LocalModel:
             reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(name, reason, value=str(folder))) from error
         self.model.eval()
+        if (before := self._tongues.get(name)) is not None:
+            self._retired.add(before.adapter)
         self._know(name, voice, adapter)
+
+    def forget_retired(self, used: Collection[str]) -> None:
+        """Remove adapters whose names were given to others. used: those that sequences are still written by."""
+        for adapter in self._retired - set(used):
+            self._retired.discard(adapter)
+            self._active = None
+            if self._peft is not None:
+                self._peft.delete_adapter(adapter)
 
     def unload(self, name: str) -> None:
         tongue = self._tongues.pop(name, None)
@@ -126,7 +138,7 @@ class LocalModel:
     @contextmanager
     def speaking(self, adapter: str) -> Iterator[None]:
         """The model is that adapter, or none."""
-        if adapter and all(tongue.adapter != adapter for tongue in self._tongues.values()):
+        if adapter and adapter not in self._retired and all(one.adapter != adapter for one in self._tongues.values()):
             raise ValueError("the model was removed")
         if self._peft is not None and self._active != adapter:
             if adapter:

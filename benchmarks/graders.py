@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""What the kept libraries for ROUGE, BLEU and formulas take and say, beside the graders of the fine-tuning API.
+
+    python benchmarks/graders.py [--characters 20000]      needs rouge-score, sacrebleu, nltk (dstune[test]) and simpleeval
+
+Prints seconds of the processor and values, for two made-up texts of the longest length that a grader takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
+
+from dstune.finetuning.graders import similarity
+from dstune.finetuning.graders.formula import Formula
+
+SHORT = ("the cat sat on the mat", "the cat is on the mat")
+FORMULAS = ("2 ^ 3 ^ 2 - 1", "pass * 2")
+"""The second one has a grader whose name is a word of Python's."""
+
+
+def measured(work: Callable[[], Any]) -> dict[str, Any]:
+    began = time.process_time()
+    value = work()
+    return {"value": value, "cpu_seconds": round(time.process_time() - began, 4)}
+
+
+def rouge_and_bleu(text: str, reference: str) -> dict[str, Any]:
+    began = time.process_time()
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge_import = time.process_time() - began
+    import sacrebleu
+
+    scorers = {name: RougeScorer([name]) for name in ("rouge2", "rougeL")}
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smoothing = SmoothingFunction().method1
+    found: dict[str, Any] = {"import rouge_score, seconds": round(rouge_import, 2)}
+    for name, texts in (("long", (text, reference)), ("short", SHORT)):
+        one, other = texts
+        found[name] = {
+            "rouge_2": measured(lambda: similarity.rouge(2)(one, other)),  # noqa: B023
+            "rouge_2 of rouge-score": measured(lambda: scorers["rouge2"].score(other, one)["rouge2"].fmeasure),  # noqa: B023
+            "rouge_l": measured(lambda: similarity.rouge_l(one, other)),  # noqa: B023
+            "rouge_l of rouge-score": measured(lambda: scorers["rougeL"].score(other, one)["rougeL"].fmeasure),  # noqa: B023
+            "bleu": measured(lambda: similarity.bleu(one, other)),  # noqa: B023
+            "bleu of nltk": measured(
+                lambda: sentence_bleu([other.split()], one.split(), smoothing_function=smoothing)  # noqa: B023
+            ),
+            "bleu of sacrebleu": measured(lambda: sacrebleu.sentence_bleu(one, [other]).score / 100),  # noqa: B023
+        }
+    return found
+
+
+def formulas() -> dict[str, Any]:
+    import simpleeval
+
+    found = {}
+    for text in FORMULAS:
+        values = {"pass": 3.0}
+        try:
+            theirs: Any = simpleeval.SimpleEval(names=values).eval(text)
+        except Exception as error:
+            theirs = f"{type(error).__name__}: {error}"
+        found[text] = {"ours": Formula(text, values)(values), "simpleeval": theirs}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--characters", type=int, default=similarity.MOST_CHARACTERS)
+    count = parser.parse_args().characters
+    choose = random.Random(0)
+    texts = [" ".join(f"w{choose.randrange(400)}" for _ in range(count))[:count] for _ in range(2)]
+    print(json.dumps({**rouge_and_bleu(texts[0], texts[1]), "formulas": formulas()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
