@@ -16,6 +16,7 @@ from typing import Any
 
 from dstune.checkpoint.gguf_header import metadata_digests
 from dstune.checkpoint.record import NAME as RECORD
+from dstune.config.registered import fetched_path
 from dstune.core.files import write
 from dstune.core.parsing import open_file, read_object
 from dstune.core.text import one_line
@@ -61,6 +62,7 @@ Digest = dict[str, Any]
 
 def base_folder(path: str, revision: str | None) -> Path | None:
     """The folder of a base model: a local one, or what the hub's cache holds of it; None if it is not on this machine."""
+    path = fetched_path(path)
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache

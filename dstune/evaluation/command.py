@@ -20,6 +20,7 @@ from dstune.config.compose import compose
 from dstune.config.forgetting import measured_alone
 from dstune.config.multi_task import is_multi_task
 from dstune.config.overrides import quoted
+from dstune.config.registered import local_path
 from dstune.config.run_file import Composed, read_run, write_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, ModelConfig, RunConfig, tracking_class
@@ -155,6 +156,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not is_path(arguments.target):
         fix = f"dstune evaluate RUN {arguments.target}"
         raise UserError(Problem("command line", "the run or model comes first", fix, arguments.target))
+    arguments.target = local_path(arguments.target, "MODEL")
     path = Path(arguments.target)
     if path.is_file():
         fix = f"give a run, an export or a model; rows are given behind it: data.{arguments.split}=FILE"

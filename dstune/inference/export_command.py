@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from dstune.checkpoint.export import (
     run_directory,
 )
 from dstune.checkpoint.serving import vllm_problems
+from dstune.config.registered import fetch, pin, registry_of
 from dstune.config.run_file import read_run
 from dstune.config.run_links import refuse_links
 from dstune.config.trust import Use
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> int:
     if arguments.rollback:
         _refuse_other_options(arguments, "rollback")
         return _roll_back(arguments)
+    if registry_of(str(arguments.run)) is not None:
+        return _write_version(arguments)
     run_dir = run_directory(arguments.run)
     if arguments.reference:
         return _renew_reference(arguments, run_dir)
@@ -195,6 +199,26 @@ def _refuse_other_options(arguments: Namespace, mode: str, allowed: Sequence[str
         raise UserError(problems)
 
 
+def _write_version(arguments: Namespace) -> int:
+    """Write a version of a registry to --out. Raises UserError."""
+    _refuse_other_options(arguments, "out", ("out", "force"))
+    address = str(arguments.run)
+    if arguments.out is None:
+        raise UserError(Problem("--out", "a registered model has no folder of its own", f"--out {Path(address).name}"))
+    check_free(arguments.out, arguments.force)
+    pinned = pin(address, "MODEL")
+    source = fetch(pinned, "MODEL", _message)
+    with folder_for(arguments.out) as folder:
+        if folder.exists() and arguments.force:
+            shutil.rmtree(folder)
+        shutil.copytree(source, folder)
+    if arguments.json:
+        print(json.dumps({"export": str(arguments.out), "model": pinned}))
+    else:
+        print(f"{pinned} -> {arguments.out}")
+    return EXIT_DONE
+
+
 def _roll_back(arguments: Namespace) -> int:
     address = str(arguments.run)
     done = _registry_of(address).roll_back(address)
@@ -217,7 +241,9 @@ def _reference(folder: Path, run_dir: Path) -> str:
 
 def _parser() -> VerbParser:
     parser = VerbParser(prog="dstune export", description="A run's checkpoint as a Hugging Face folder.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument(
+        "run", metavar="RUN|models:/NAME@ALIAS", type=Path, help="run directory, or a version to write to --out"
+    )
     parser.add_argument("--checkpoint", default="last", help="a step, `best` or `last` (default)")
     parser.add_argument("--out", type=Path, help="folder to write; RUN/export, RUN/export-merged or RUN/export-gguf")
     parser.add_argument("--merge", action="store_true", help="merge an adapter into its base model")

@@ -12,6 +12,7 @@ from dstune.checkpoint.export import exported, find_checkpoint, model_of_export,
 from dstune.checkpoint.record import read_record, recorded_overrides
 from dstune.config.compose import compose
 from dstune.config.overrides import quoted
+from dstune.config.registered import local_path
 from dstune.config.run_file import read_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import ModelConfig, RunConfig
@@ -57,6 +58,7 @@ def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelReque
 
     Raises UserError where it cannot be had, or its task is to write text.
     """
+    model = replace(model, path=local_path(model.path, "MODEL"))
     path = Path(model.path)
     if store.is_checkpoint(path):
         if which != "last":

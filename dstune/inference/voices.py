@@ -14,6 +14,7 @@ from typing import Any
 from dstune.checkpoint import store
 from dstune.checkpoint.record import read_record, recorded_task, task_of_head
 from dstune.config.architectures import mark_encoder_decoder
+from dstune.config.registered import local_path
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
 from dstune.core.tokenizers import open_tokenizer
@@ -110,6 +111,7 @@ def _find(requested: ModelConfig, which: str, scratch: Path, key: str) -> _Found
     from dstune.config.trust import Use
     from dstune.launch import rundir
 
+    requested = replace(requested, path=local_path(requested.path, key))
     path = Path(requested.path)
     if store.is_checkpoint(path):
         if which != "last":

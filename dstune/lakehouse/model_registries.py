@@ -1,4 +1,4 @@
-"""`models:/NAME[@ALIAS]`: the model registry of MLflow, or that of Unity Catalog."""
+"""`models:/NAME[@ALIAS]` and `models:/NAME/VERSION`: the model registry of MLflow, or that of Unity Catalog."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dstune.config.schema import RunConfig
-from dstune.lakehouse import register
+from dstune.lakehouse import fetch_registered, register
 from dstune.protocols import ModelRegistry, model_registry
 from dstune.protocols.model_registry import Registered
 
@@ -26,3 +26,12 @@ class MlflowRegistry(ModelRegistry):
 
     def roll_back(self, address: str) -> Registered:
         return register.roll_back(address)
+
+    def pin(self, address: str, key: str) -> str:
+        return fetch_registered.pin(address, key)
+
+    def origin(self) -> str:
+        return fetch_registered.origin()
+
+    def fetch(self, pinned: str, folder: Path, key: str) -> None:
+        fetch_registered.fetch(pinned, folder, key)

@@ -57,14 +57,15 @@ def parse(place: str) -> tuple[str, str | None]:
     return found["name"], found["alias"]
 
 
-def client_for(name: str, config: RunConfig | None) -> Any:
-    """MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`.
+def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
+    """MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`. key: what problems
+    name.
 
     Raises UserError where there is none.
     """
     if find_spec("mlflow") is None:
         raise UserError(
-            Problem(KEY, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune", name)
+            Problem(key, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune", name)
         )
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     ask_no_metadata_service()
@@ -75,7 +76,7 @@ def client_for(name: str, config: RunConfig | None) -> Any:
         tracking = located(str(own))
     if not tracking:
         fix = "export MLFLOW_TRACKING_URI=http://HOST:PORT (sqlite:///FILE, databricks)"
-        raise UserError(Problem(KEY, "no MLflow server is named", fix, name))
+        raise UserError(Problem(key, "no MLflow server is named", fix, name))
     registry = os.environ.get("MLFLOW_REGISTRY_URI")
     if not registry and name.count(".") == 2 and tracking.startswith("databricks"):
         registry = "databricks-uc"
@@ -100,13 +101,13 @@ def register(
     name, alias = parse(place)
     client = client_for(name, config)
     digest = digest_of(export)
-    with _refusals_named(place):
+    with refusals_named(place):
         known = _version_with(client, name, digest)
         number = known or _log(
             client, name, export, digest, _tags(export, run_dir, config), str(config.tracking.project)
         )
         message(f"{name} version {number}" + (" has this export already" if known else " is registered"))
-        if _tags_of(client, name, number).get(PROVEN) != digest:
+        if tags_of(client, name, number).get(PROVEN) != digest:
             message("loading it back in another process")
             _prove(name, number, export)
             client.set_model_version_tag(name, number, PROVEN, digest)
@@ -120,8 +121,8 @@ def roll_back(place: str) -> Registered:
     if alias is None:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
     client = client_for(name, None)
-    with _refusals_named(place):
-        now, before = _aliased(client, name, alias), _aliased(client, name, alias + PREVIOUS)
+    with refusals_named(place):
+        now, before = version_of_alias(client, name, alias), version_of_alias(client, name, alias + PREVIOUS)
         if before is None:
             reason = f"{alias} has not been moved: there is no {alias}{PREVIOUS}"
             raise UserError(Problem(KEY, reason, "an alias that was moved from one version to another", place))
@@ -132,14 +133,15 @@ def roll_back(place: str) -> Registered:
 
 
 @contextmanager
-def _refusals_named(place: str) -> Iterator[None]:
+def refusals_named(place: str, key: str = KEY) -> Iterator[None]:
+    """Raise UserError about `key` for what the registry or the way to it refuses."""
     try:
         yield
     except DstuneError:
         raise
     except Exception as error:  # MlflowException, and what requests, sqlalchemy and boto raise through it
         reason = f"the registry refuses it: {first_line(error)}"
-        raise UserError(Problem(KEY, reason, "look at MLFLOW_TRACKING_URI and its credentials", place)) from None
+        raise UserError(Problem(key, reason, "look at MLFLOW_TRACKING_URI and its credentials", place)) from None
 
 
 def digest_of(export: Path) -> str:
@@ -160,12 +162,13 @@ def _version_with(client: Any, name: str, digest: str) -> str | None:
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)
         for found in page:
-            if str(found.status) == "READY" and _tags_of(client, name, found.version).get(DIGEST) == digest:
+            if str(found.status) == "READY" and tags_of(client, name, found.version).get(DIGEST) == digest:
                 return str(found.version)
     return None
 
 
-def _tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
+def tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
+    """Return the tags of a version."""
     found: Mapping[str, str] = client.get_model_version(name, number).tags
     return found
 
@@ -273,7 +276,7 @@ def _prove(name: str, number: str, export: Path) -> None:
 
 def _move(client: Any, name: str, alias: str, number: str) -> str | None:
     """Point `alias` to the version. Returns the version that it pointed to."""
-    before = _aliased(client, name, alias)
+    before = version_of_alias(client, name, alias)
     if before == number:
         return before
     if before is not None:
@@ -282,7 +285,8 @@ def _move(client: Any, name: str, alias: str, number: str) -> str | None:
     return before
 
 
-def _aliased(client: Any, name: str, alias: str) -> str | None:
+def version_of_alias(client: Any, name: str, alias: str) -> str | None:
+    """Return the version that an alias points to; None where there is no such model or alias."""
     try:
         return str(client.get_model_version_by_alias(name, alias).version)
     except Exception as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dstune import samples
 from dstune.chat_templates import NAMES, template_path
+from dstune.config import registered
 from dstune.config.architectures import encoder_decoder_problem, packed_encoder_decoder_problem, size_problems
 from dstune.config.convert import format_value
 from dstune.config.data_schema import DataConfig
@@ -182,6 +183,17 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
     Raises:
         UserError: no such sample, folder or hub id; files that dstune does not load; remote code without permission.
     """
+    if registered.registry_of(config.path) is not None:
+        if config.revision is not None:
+            fix = "leave model.revision out: the address names the version"
+            raise UserError(Problem("model.revision", "a registered model has no revisions", fix, config.revision))
+        pinned = registered.pin(config.path, "model.path")
+        if pinned != config.path:
+            stage(f"model {config.path}: {pinned}")
+        folder = registered.fetch(pinned, "model.path", stage)
+        refuse_ambiguous_folder(str(folder), "model.path", trusts_code=config.trust_remote_code)
+        check_folder(folder, config, run)
+        return replace(config, path=pinned)
     if samples.is_sample(config.path):
         fetch_sample("model.path", config.path, "model", stage)
         if run is not None and parallelism_of(run.parallel).weight_ranks > 1:  # its description is in the package

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from dstune import samples
+from dstune.config.registered import fetched_path
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
@@ -138,7 +139,9 @@ class Loading:
 def metadata_folder(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
-    path = str(samples.resolve(config.path, fetch=False)) if samples.is_sample(config.path) else config.path
+    path = (
+        str(samples.resolve(config.path, fetch=False)) if samples.is_sample(config.path) else fetched_path(config.path)
+    )
     if Path(path).is_dir():
         return Path(path)
     return Path(snapshot_download(path, revision=config.revision, local_files_only=True, allow_patterns=["*.json"]))

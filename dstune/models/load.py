@@ -27,6 +27,7 @@ from dstune.config.architectures import (
     packed_encoder_decoder_problem,
     size_problems,
 )
+from dstune.config.registered import fetched_path
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
@@ -44,8 +45,9 @@ from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning
 
 
 def local_path(path: str) -> str:
-    """What transformers can load: a sample's folder, or the path itself (a folder or an id in the hub's cache)."""
-    return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else path
+    """What transformers can load: the folder of a sample or a registered version, or the path itself (a folder or an id in the
+    hub's cache)."""
+    return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else fetched_path(path)
 
 
 def model_folder(config: ModelConfig) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstune import samples
+from dstune.config.registered import fetched_path
 from dstune.config.schema import ModelConfig, UnreachedParts
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
@@ -55,7 +56,7 @@ def _places(model: ModelConfig) -> list[Path]:
             return [samples.resolve(model.path, fetch=False) / "config.json"]
         except UserError:
             return []  # not fetched yet, or no such sample
-    if (folder := Path(model.path)).is_dir():
+    if (folder := Path(fetched_path(model.path))).is_dir():
         return [folder / "config.json"]
     snapshot = cached_snapshot(model)
     return [snapshot / "config.json"] if snapshot else []

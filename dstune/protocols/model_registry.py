@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from dstune.config.schema import RunConfig
@@ -48,3 +48,22 @@ class ModelRegistry:
     def roll_back(self, address: str) -> Registered:
         """Point an alias to where it pointed before it was moved last. Raises UserError."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class ReadsVersions(Protocol):
+    """A registry whose versions can be used in place of a path: `model.path`, and the models of `generate`, `predict`, `evaluate`,
+    `export` and `serve`."""
+
+    def pin(self, address: str, key: str) -> str:
+        """Return the address that always means the version that `address` means now, as `SCHEME:/NAME/VERSION`; one that is pinned
+        already as it is, without asking anybody. key: what problems name. Raises UserError."""
+        ...
+
+    def origin(self) -> str:
+        """Return what tells this registry from another one of the same kind; empty where none is configured."""
+        ...
+
+    def fetch(self, pinned: str, folder: Path, key: str) -> None:
+        """Write the export that a version is to `folder`, which is not there yet. key: what problems name. Raises UserError."""
+        ...

@@ -13,6 +13,7 @@ from typing import Any
 from dstune.checkpoint.export import current_export
 from dstune.checkpoint.record import read_record, task_of_head
 from dstune.config.plugins import activate_requested
+from dstune.config.registered import local_path, registry_of
 from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import Use
@@ -156,6 +157,9 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     """folder: the export of a run, where it is not the run's own. Raises UserError where the model cannot be served."""
     record: dict[str, Any] = {}
     plugins: tuple[str, ...] = ()
+    if registry_of(path) is not None:
+        name = name or path.partition(":/")[2].partition("@")[0].partition("/")[0].rpartition(".")[2]
+        path = local_path(path, "MODEL")
     if is_run(path):
         run = read_run(Path(path) / "run.yaml", use=Use.weights)
         config = run.config
@@ -198,7 +202,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     )  # fmt: skip
     if adapter:
         base = base_of(folder, ModelConfig())
-        made = replace(made, base=base.path, base_revision=base.revision)
+        made = replace(made, base=local_path(base.path, "MODEL"), base_revision=base.revision)
     return made
 
 

@@ -10,7 +10,7 @@ import pytest
 from dstune.checkpoint.ollama import go_template, modelfile
 from dstune.core.errors import UserError
 from dstune.protocols import TASKS
-from dstune.serve import command, fields, options
+from dstune.serve import command, fields, options, source
 from dstune.serve.engines.remote import check_address
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.routes import INFERENCE
@@ -123,6 +123,18 @@ def test_addresses_of_other_servers(address, allowed, told):
             check_address(address, allowed)
     else:
         check_address(address, allowed)
+
+
+def test_a_registered_model_is_served_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "registry_of", lambda path: path if path.startswith("models:/") else None)
+    monkeypatch.setattr(source, "local_path", lambda path, key: str(tmp_path) if path.startswith("models:/") else path)
+    (tmp_path / "config.json").write_text("{}")
+    assert [resolve("", f"models:/{path}").name for path in ("film@champion", "main.reviews.film/3")] == [
+        "film",
+        "film",
+    ]
+    served = resolve("mine", "models:/film/3")
+    assert (served.name, served.folder) == ("mine", tmp_path.resolve())
 
 
 def test_every_field_has_a_check_that_refuses_something():

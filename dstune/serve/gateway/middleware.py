@@ -13,6 +13,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from starlette.routing import Match
+
 from dstune.core.errors import DstuneError, UserError
 from dstune.core.text import visible
 from dstune.serve.asgi import App, ClientGone, Receive, Scope, Send
@@ -117,8 +119,6 @@ class CrossOrigin:
     @staticmethod
     async def _answer_preflight(scope: Scope, request: Request, *, is_allowed: bool) -> None:
         """Raises ApiError."""
-        from dstune.serve.gateway.routing import allowed_methods
-
         check_host(request, read_host(request))
         if not is_allowed:
             raise ApiError(403, "Pages of this origin may not call the server.", code="origin_not_allowed")
@@ -136,6 +136,12 @@ class CrossOrigin:
             headers.append((b"access-control-allow-private-network", b"true"))
         await request.send({"type": "http.response.start", "status": 204, "headers": headers})
         await request.send({"type": "http.response.body", "body": b""})
+
+
+def allowed_methods(scope: Scope) -> set[str]:
+    """Return the methods that the path of a request has."""
+    routes = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
+    return {route.method for route in routes}
 
 
 # -- of single routes

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 from starlette import routing
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.middleware import Middleware
-from starlette.routing import Match
 
 from dstune.serve.asgi import Receive, Scope, Send
 from dstune.serve.errors import ApiError
-from dstune.serve.gateway.middleware import Authentication, HostCheck, OriginCheck
+from dstune.serve.gateway.middleware import Authentication, HostCheck, OriginCheck, allowed_methods
 from dstune.serve.gateway.request import Request
 
 if TYPE_CHECKING:
@@ -88,12 +87,6 @@ class _Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.handler(scope["app"], Request.of(scope))
-
-
-def allowed_methods(scope: Scope) -> set[str]:
-    """Return the methods that the path of a request has."""
-    routes = (route for route in scope["app"].routes if route.matches(scope)[0] is not Match.NONE)
-    return {route.method for route in routes}
 
 
 async def refuse_unknown_path(scope: Scope, receive: Receive, send: Send) -> None:
