@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ from dstune.checkpoint.answer_files import (
 from dstune.checkpoint.export import find_checkpoint, model_of_export
 from dstune.checkpoint.model_folder import plain
 from dstune.checkpoint.record import read_record
+from dstune.config.compose import compose
+from dstune.config.overrides import quoted
 from dstune.config.run_file import read_run
 from dstune.config.schema import ModelConfig, RunConfig
 from dstune.config.trust import Use
@@ -48,9 +50,9 @@ from dstune.data.problems import RowError
 from dstune.data.rows import normalise, recognise
 from dstune.data.special_tokens import decoder_prompt
 from dstune.data.tokenize import RowTokenizer, conversation
-from dstune.inference.resolve_model import base_of
+from dstune.inference.resolve_model import base_of, resolved
 from dstune.inference.rows import Query
-from dstune.models.load import load_model, load_tokenizer
+from dstune.models.load import load_model, load_tokenizer, model_folder
 from dstune.protocols import ROW_FORMATS, TASKS, method_of, task_of
 from dstune.protocols.task_options import BuildsQueries
 from dstune.zero import accelerator
@@ -63,6 +65,8 @@ LOOKED_AHEAD = 16
 """Samples among which that of the next training row is looked for."""
 TRAINING = "training"
 """The part of a reference whose rows are training's own."""
+UNTRAINED = "base"
+"""The part of a reference of a model that no run has trained."""
 MOST_PLACES = 512
 """Held-out rows that are looked at to find `ROWS`."""
 
@@ -130,6 +134,67 @@ def renew_reference(folder: Path, run_dir: Path) -> Renewal:
             Problem("--reference", f"the export can have no reference: {error}", value=str(folder))
         ) from None
     return Renewal(tuple(changes), len(made.reference["rows"]), made.other_prompts)
+
+
+CONVERSATIONS: tuple[tuple[str, ...], ...] = (
+    ("", "What is the capital of France?", "Paris."),
+    ("You answer in one word.", "Is the sun a star?", "Yes"),
+    ("", "Write a haiku about rain.", "Soft rain on the roof,\na slow song the gutters sing,\nthe garden listens."),
+    ("", "def add(a, b):", "    return a + b"),
+    ("You are a translator.", "Guten Morgen, wie geht es dir?", "Good morning, how are you?"),
+    ("", "2, 4, 8, 16", "32, 64, 128"),
+    ("", "Résumé en une phrase : l'eau bout à 100 °C.", "À pression normale, l'eau bout à 100 degrés."),
+    ("", '{"name": "Ada", "born": 1815}', "Ada was born in 1815."),
+)
+"""System text, question and answer of what a model without training of ours is compared on."""
+
+
+def base_reference(model: ModelConfig) -> dict[str, Any]:
+    """Return what a language model as it is says of fixed conversations, by transformers in fp32: what an engine that has the same
+    weights, tokenizer and template says too.
+
+    Raises NoReference for an encoder-decoder, UserError where it cannot be loaded."""
+    config = compose([f"model.path={quoted(model.path)}", "task=chat", "data=files", "data.train=none.jsonl"]).config
+    config = replace(config, model=resolved(replace(config.model, **_how_loaded(model))))
+    tokenizer = load_tokenizer(config.model)
+    rows = []
+    for system, question, answer in CONVERSATIONS:
+        asked = [{"role": "user", "content": question}]
+        if system and (tokenizer.chat_template or ""):
+            asked = [{"role": "system", "content": system}, *asked]
+        if not tokenizer.chat_template:
+            ids = [
+                tokenizer(text, add_special_tokens=first)["input_ids"]
+                for text, first in ((question, True), (answer, False))
+            ]
+            rows.append({"text": question, "ids_only": True, "prompt_ids": ids[0], "target_ids": ids[1]})
+            continue
+        try:
+            turn = _rendered(
+                {"messages": [*asked, {"role": "assistant", "content": answer, "weight": 1}]}, config, tokenizer
+            )
+        except UserError:  # a template that takes no system text
+            turn = None
+        if turn is not None:
+            rows.append({"messages": asked, "prompt_ids": turn.prompt, "target_ids": turn.target})
+    if not rows:
+        raise NoReference("its template renders none of the conversations that it would be compared on")
+    body = load_model(config, tokenizer, (), torch.float32)
+    if body.config.is_encoder_decoder:
+        raise NoReference("no engine of dstune serve takes an encoder-decoder")
+    module = body.to(accelerator.kind()).eval()
+    return {
+        "format": 2,
+        "dtype": "float32",
+        "template_date": task_of(config.task).template_date,
+        "part": UNTRAINED,
+        "files": digest_files(model_folder(config.model)),
+        "rows": [_scored(row, module) for row in rows],
+    }
+
+
+def _how_loaded(model: ModelConfig) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
 class _Made(NamedTuple):

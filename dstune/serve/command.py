@@ -65,12 +65,13 @@ def main(argv: list[str]) -> int:
 def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
     """The models by name; runs without an export of their newest checkpoint, or without a reference, get one."""
     from dstune.serve import source
-    from dstune.serve.prepare import prepare
+    from dstune.serve.prepare import prepare, prove_base
 
     found = []
     for name, path in source.of_words(arguments.models):
         folder = prepare(Path(path), state) if source.needs_preparation(path) else None
-        found.append(source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code))
+        made = source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code)
+        found.append(prove_base(made, state) if arguments.prove else made)
     return source.with_neutral_labels(found, arguments.neutral_label)
 
 

@@ -105,6 +105,11 @@ def _add_engine(parser: VerbParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="check models against their training, and what else is served; end"
     )
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="hold language models that no run has trained against transformers, in fp32",
+    )
     parser.add_argument("--require-proof", action="store_true", help="refuse models that cannot be held against it")
 
 

@@ -43,6 +43,13 @@ ROWS_OF_EFFECT = 8
 RENEW = "`dstune export RUN --reference`"
 
 
+PARTS = {
+    "training": "on training rows, since none were held out",
+    "base": "as transformers answers with these files, which no training of ours has made",
+}
+"""What a proof says of references that are of no held-out rows."""
+
+
 class Refused(DstuneError):
     """The engine does not answer as the model that was trained."""
 
@@ -93,9 +100,10 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
 
     Raises Refused where it answers as another model, EngineDown.
     """
-    reference = read_reference(source.folder)
+    reference = read_reference(source.reference or source.folder)
     if reference is None:
-        return Proof("unproven", "the model has no reference: `dstune export` stores one", dtype=engine.dtype)
+        detail = "the model has no reference: `dstune export` stores one, `--prove` makes one of a model as it is"
+        return Proof("unproven", detail, dtype=engine.dtype)
     rows = reference["rows"]
     await asyncio.to_thread(_refuse_other_files, name, source, reference)
     try:
@@ -112,7 +120,7 @@ async def prove(engine: Engine, name: str, source: Source, base: str | None = No
         return replace(proof, status="unproven", detail=detail)
     edited = reference.get("edited")
     edits = f"edited since its training: {', '.join(map(str, edited))}" if isinstance(edited, list) and edited else ""
-    part = "on training rows, since none were held out" if reference.get("part") == "training" else ""
+    part = PARTS.get(str(reference.get("part")), "")
     return replace(proof, detail="; ".join(filter(None, (part, edits, engine.unseen_settings))))
 
 

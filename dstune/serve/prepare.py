@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 from dstune.config.trust import flags_for, from_flags
 from dstune.core.child_python import child_environment
-from dstune.core.errors import DstuneError, from_json, to_json
+from dstune.core.errors import EXIT_DONE, DstuneError, from_json, to_json
 from dstune.core.paths import REFERENCE_FILE
+from dstune.serve.source import Source
 
 
 def prepare(run: Path, state: Path) -> Path:
@@ -27,6 +30,26 @@ def prepare(run: Path, state: Path) -> Path:
     if "error" in reported:
         raise from_json(reported["error"])
     return Path(reported["folder"])
+
+
+def prove_base(source: Source, state: Path) -> Source:
+    """Return the source with a reference, made by transformers in a process of its own, if it is a language model without one.
+    Raises UserError where transformers cannot load it."""
+    has_one = source.folder is not None and (source.folder / REFERENCE_FILE).is_file()
+    if has_one or source.adapter or not source.generates:
+        return source
+    print(f"dstune: asking transformers what {source.name} answers", file=sys.stderr, flush=True)
+    folder = state / "references" / quote(source.name, safe="")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    model = {"path": source.load_from, "trust_remote_code": source.trust_remote_code}
+    command = [sys.executable, "-m", "dstune.serve.base_reference", json.dumps(model), str(folder / REFERENCE_FILE)]
+    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == EXIT_DONE:
+        return replace(source, reference=folder)
+    if not lines:
+        raise DstuneError(f"{source.name} has no reference: the process that makes it ended with {done.returncode}")
+    raise from_json(json.loads(lines[-1]))
 
 
 def main(run: Path, scratch: Path) -> int:

@@ -53,6 +53,8 @@ class Source:
     """Of a base, the folder of the adapter whose tokenizer and template it is asked with, by engines that have one only."""
     plugins: tuple[str, ...] = ()
     """Of its run, as the key `plugins` takes them: a task may be one's."""
+    reference: Path | None = None
+    """The folder with a reference that was made for this server; None for that in `folder`."""
     neutral_labels: tuple[str, ...] = ()
     """Of a classifier, those that `/v1/moderations` does not flag, as the user declared them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,9 +14,10 @@ import pytest
 from dstune.checkpoint.answer_files import changed_files, digest_files
 from dstune.checkpoint.export import export_checkpoint, export_gguf, find_checkpoint
 from dstune.checkpoint.gguf_header import metadata_digests
+from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
 from dstune.inference.export_command import main
-from dstune.inference.reference import add_reference
+from dstune.inference.reference import CONVERSATIONS, add_reference, base_reference
 from dstune.serve.engines.base import Engine, Limits
 from dstune.serve.parity import Proof, Refused, prove
 from dstune.serve.source import resolve
@@ -35,7 +36,8 @@ class AnswersAsReferred(Engine):
         self.dtype = "float32"
 
     def rows(self):
-        return json.loads((self.source.folder / "reference.json").read_text())["rows"]
+        folder = self.source.reference or self.source.folder
+        return json.loads((folder / "reference.json").read_text())["rows"]
 
     async def prompt_ids(self, model, row):
         return next(own["prompt_ids"] for own in self.rows() if own["messages"] == row["messages"])
@@ -233,3 +235,18 @@ def test_a_run_that_held_out_no_rows_is_proven_on_its_training_rows(tmp_path):
     assert len({json.dumps(one) for one in asked}) == len(asked), "a row is asked once"
     proof = proof_of(made.export)
     assert (proof.status, proof.detail) == ("proven", "on training rows, since none were held out")
+
+
+def test_a_model_that_no_run_has_trained_is_held_against_transformers(tmp_path):
+    base, own = save_decoder(tmp_path / "base"), tmp_path / "reference"
+    own.mkdir()
+    reference = base_reference(ModelConfig(path=str(base)))
+    (own / "reference.json").write_text(json.dumps(reference))
+    assert len(reference["rows"]) == len(CONVERSATIONS) and all(row["target_ids"] for row in reference["rows"])
+    source = replace(resolve("m", str(base)), reference=own)
+    engine = AnswersAsReferred(source, "m", base, base, Limits())
+    proof = asyncio.run(prove(engine, "m", source))
+    assert (proof.status, proof.rows) == ("proven", len(CONVERSATIONS)) and "no training of ours" in proof.detail
+    default_system(base)
+    with pytest.raises(Refused, match="chat_template"):
+        asyncio.run(prove(engine, "m", source))
