@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dstune.config.names import nearest
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml, read_file
 from dstune.guard.calibration import CALIBRATES, DIRECTIONS, LEVELS, TRAINS
+from dstune.serve.validation import CLOSED as NO_OTHER_KEYS
+from dstune.serve.validation import Expected, read_tree, wrong
+
+T = TypeVar("T")
 
 PACKAGED = {name: Path(__file__).with_name(f"{name}.yaml") for name in ("default", "rules")}
 FORMAT = 1
@@ -207,6 +211,72 @@ def _looks(policy: Policy, route: str) -> bool:
     return route not in WITHOUT_ANSWERS or any(policy.watches(direction) for direction in passing)
 
 
+# -- what a file may say
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise wrong("must not be empty")
+    return value
+
+
+Texts = Annotated[list[Annotated[str, AfterValidator(_text)]], Expected("must be a list of texts")]
+Hosts = Annotated[
+    list[Annotated[str, Field(pattern=r"^(?:[a-z0-9-]+\.)+[a-z0-9-]+$")]],
+    Expected("must be host names in lower case and ASCII, such as [example.com]"),
+]
+_Pair = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
+Markers = Annotated[list[_Pair], Expected('must be a list of pairs of texts, such as [["<document>", "</document>"]]')]
+
+
+def _limit(most: int) -> Any:
+    return Annotated[float, Field(gt=0, le=most), Expected(f"must be a number above 0 and at most {most}")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(**NO_OTHER_KEYS, strict=True)
+
+
+class WatchEntry(_Entry):
+    detector: Annotated[str, Expected("must be the name of a detector")]
+    action: Annotated[Literal["block", "mask", "flag"], Expected(f"must be {BLOCK}, {MASK} or {FLAG}")]
+    level: Any = None
+
+
+class LimitsEntry(_Entry):
+    characters: _limit(8_000_000) = Limits.characters  # type: ignore[valid-type]
+    windows: _limit(100_000) = Limits.windows  # type: ignore[valid-type]
+    seconds: _limit(600) = Limits.seconds  # type: ignore[valid-type]
+
+
+Watches = Annotated[list[WatchEntry], Field(default_factory=list)]
+
+
+class PolicyEntry(_Entry):
+    on_failure: Annotated[Literal["closed", "open"], Expected(f"must be {CLOSED} or {OPEN}")] = "closed"
+    links: Hosts = Field(default_factory=list)
+    canaries: Texts = Field(default_factory=list)
+    codes: Annotated[bool, Expected("must be true or false")] = False
+    document_markers: Markers = Field(default_factory=list)
+    limits: LimitsEntry = Field(default_factory=LimitsEntry)
+    input: Watches
+    output: Watches
+    tool_result: Watches
+
+
+class FileEntry(_Entry):
+    """Policies are read one by one, so that what is wrong with one hides nothing of the others."""
+
+    format: Annotated[Literal[1], Expected(f"must be {FORMAT}")]
+    models: dict[str, Any] = Field(default_factory=dict)
+    policies: Annotated[dict[str, Any], Field(min_length=1), Expected("needs at least one policy")]
+    routes: dict[str, Any] = Field(default_factory=dict)
+    projects: dict[str, Any] = Field(default_factory=dict)
+
+
+KEYS = {name for entry in (FileEntry, PolicyEntry, LimitsEntry, WatchEntry) for name in entry.model_fields}
+
+
 class _Reader:
     """Reads a file to its end, and collects what is wrong."""
 
@@ -217,46 +287,45 @@ class _Reader:
     def _wrong(self, key: str, reason: str, fix: str = "", value: Any = "") -> None:
         self.problems.append(Problem(f"{self._file}: {key}", reason, fix, str(value)[:200]))
 
-    def _object(self, value: Any, key: str, known: Iterable[str] | None) -> dict[str, Any]:
-        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-            self._wrong(key or "the file", "must be a mapping")
-            return {}
-        for name in sorted(set(value) - set(known)) if known is not None else ():
-            near = nearest(name, list(known or ()))
-            self._wrong(f"{key}.{name}".lstrip("."), "there is no such key", (near and f"did you mean {near}?") or "")
-        return value
-
-    def _texts(self, value: Any, key: str) -> tuple[str, ...]:
-        if not isinstance(value, list) or not all(isinstance(one, str) and one.strip() for one in value):
-            self._wrong(key, "must be a list of texts")
-            return ()
-        return tuple(value)
+    def _read(self, entry: type[T], value: Any, key: str) -> T | None:
+        made, problems = read_tree(entry, value, f"{self._file}: {key}", KEYS)
+        self.problems += problems
+        return made
 
     def policies(self, value: Any) -> Policies:
-        given = self._object(value, "", ("format", "models", "policies", "routes", "projects"))
-        if given.get("format") != FORMAT:
-            self._wrong("format", f"must be {FORMAT}", f"format: {FORMAT}", given.get("format"))
+        """Return all that can be read; what cannot is among the problems."""
+        self._read(FileEntry, value, "")
+        given = (
+            {name: part for name, part in value.items() if isinstance(part, dict)} if isinstance(value, dict) else {}
+        )
         models = dict(self._models(given.get("models", {})))
-        named = self._object(given.get("policies"), "policies", None)
-        if not named:
-            self._wrong("policies", "needs at least one policy")
-        policies = {name: self._policy(name, one) for name, one in named.items()}
-        routes = self._object(given.get("routes", {}), "routes", ROUTES)
-        projects = self._object(given.get("projects", {}), "projects", None)
-        for key, table in (("routes", routes), ("projects", projects)):
-            for place, name in table.items():
-                if name is False:  # YAML reads a bare off so
-                    table[place] = name = OFF
-                if not (isinstance(name, str) and name in policies) and not (name == OFF and key == "routes"):
-                    fix = f"one of {', '.join(policies)}{' or off' if key == 'routes' else ''}"
-                    self._wrong(f"{key}.{place}", "names no policy of this file", fix, name)
-                elif key == "routes" and name != OFF and not _looks(policies[name], place):
-                    self._wrong(f"{key}.{place}", "nothing that the policy looks for passes there", value=name)
+        policies = {str(name): self._policy(str(name), one) for name, one in given.get("policies", {}).items()}
+        routes = {
+            place: self._named(f"routes.{place}", name, policies) for place, name in given.get("routes", {}).items()
+        }
+        for place, name in routes.items():
+            if place not in ROUTES:
+                near = nearest(str(place), ROUTES)
+                self._wrong(f"routes.{place}", "there is no such key", (near and f"did you mean {near}?") or "")
+            elif (policy := policies.get(name)) is not None and not _looks(policy, place):
+                self._wrong(f"routes.{place}", "nothing that the policy looks for passes there", value=name)
+        projects = {
+            place: self._named(f"projects.{place}", name, policies, may_be_off=False)
+            for place, name in given.get("projects", {}).items()
+        }
         return Policies(policies, models, routes, projects, self._file)
 
-    def _models(self, value: Any) -> Iterator[tuple[str, Path]]:
-        for detector, path in self._object(value, "models", None).items():
-            if not needs_model(detector):
+    def _named(self, key: str, name: Any, policies: Mapping[str, Policy], *, may_be_off: bool = True) -> str:
+        """The policy of a route or project."""
+        name = OFF if name is False else name  # YAML reads a bare off so
+        if not (isinstance(name, str) and name in policies) and not (may_be_off and name == OFF):
+            fix = f"one of {', '.join(policies)}{' or off' if may_be_off else ''}"
+            self._wrong(key, "names no policy of this file", fix, name)
+        return str(name)
+
+    def _models(self, value: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+        for detector, path in value.items():
+            if not needs_model(str(detector)):
                 self._wrong(f"models.{detector}", "takes no model", f"{PROMPT_ATTACK}, or {MODERATED}KIND")
             elif not isinstance(path, str) or not path:
                 self._wrong(f"models.{detector}", "must be a folder", value=path)
@@ -265,74 +334,40 @@ class _Reader:
 
     def _policy(self, name: str, value: Any) -> Policy:
         key = f"policies.{name}"
-        own = ("on_failure", "links", "canaries", "codes", "document_markers", "limits")
-        given = self._object(value, key, (*own, *DIRECTIONS))
-        failure = given.get("on_failure", CLOSED)
-        if failure not in (CLOSED, OPEN):
-            self._wrong(f"{key}.on_failure", f"must be {CLOSED} or {OPEN}", value=failure)
-        if not isinstance(codes := given.get("codes", False), bool):
-            self._wrong(f"{key}.codes", "must be true or false", value=codes)
-        hosts = self._texts(given.get("links", []), f"{key}.links")
-        for host in hosts:
-            if not re.fullmatch(r"(?:[a-z0-9-]+\.)+[a-z0-9-]+", host):
-                self._wrong(f"{key}.links", "must be host names in lower case and ASCII", "example.com", host)
-        markers = given.get("document_markers", [])
-        good = isinstance(markers, list) and all(
-            isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) and one for one in pair)
-            for pair in markers
-        )
-        if not good:
-            self._wrong(
-                f"{key}.document_markers", "must be a list of pairs of texts", '[["<document>", "</document>"]]'
-            )
+        entry = self._read(PolicyEntry, value, f"{key}.")
+        if entry is None:
+            return Policy(name)
         directions = {
-            direction: tuple(self._watches(given[direction], f"{key}.{direction}"))
+            direction: tuple(self._watches(getattr(entry, direction), f"{key}.{direction}"))
             for direction in DIRECTIONS
-            if direction in given
+            if direction in entry.model_fields_set
         }
         if not any(directions.values()):
             self._wrong(key, "looks for nothing", f"give detectors under {', '.join(DIRECTIONS)}")
+        limits = Limits(int(entry.limits.characters), int(entry.limits.windows), float(entry.limits.seconds))
         return Policy(
             name,
-            failure,
+            entry.on_failure,
             directions,
-            hosts,
-            self._texts(given.get("canaries", []), f"{key}.canaries"),
-            bool(codes),
-            tuple((pair[0], pair[1]) for pair in markers) if good else (),
-            self._limits(given.get("limits", {}), f"{key}.limits"),
+            tuple(entry.links),
+            tuple(entry.canaries),
+            entry.codes,
+            tuple((begin, end) for begin, end in entry.document_markers),
+            limits,
         )
 
-    def _limits(self, value: Any, key: str) -> Limits:
-        given = self._object(value, key, ("characters", "windows", "seconds"))
-        found: dict[str, Any] = asdict(Limits())
-        for name, most in (("characters", 8_000_000), ("windows", 100_000), ("seconds", 600)):
-            number = given.get(name, found[name])
-            if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number <= most:
-                self._wrong(f"{key}.{name}", f"must be a number above 0 and at most {most}", value=number)
-            elif name in given:
-                found[name] = float(number) if name == "seconds" else int(number)
-        return Limits(**found)
-
-    def _watches(self, value: Any, key: str) -> Iterator[Watch]:
-        if not isinstance(value, list):
-            self._wrong(key, "must be a list of detectors", "- {detector: secrets, action: mask}")
-            return
+    def _watches(self, entries: Iterable[WatchEntry], key: str) -> Iterator[Watch]:
         seen: set[str] = set()
-        for number, one in enumerate(value):
+        for number, entry in enumerate(entries):
             place = f"{key}[{number}]"
-            given = self._object(one, place, ("detector", "level", "action"))
-            for watch in self._watch(given, place, key.rpartition(".")[2]):
+            for watch in self._watch(entry, place, key.rpartition(".")[2]):
                 if watch.detector in seen:
                     self._wrong(place, "the detector is there twice", value=watch.detector)
                 seen.add(watch.detector)
                 yield watch
 
-    def _watch(self, given: Mapping[str, Any], key: str, direction: str) -> Iterator[Watch]:
-        detector, action, level = given.get("detector"), given.get("action"), given.get("level")
-        if not isinstance(detector, str):
-            self._wrong(f"{key}.detector", "must be the name of a detector", value=detector)
-            return
+    def _watch(self, entry: WatchEntry, key: str, direction: str) -> Iterator[Watch]:
+        detector, action, level = entry.detector, entry.action, entry.level
         if detector in NOT_FOUND_HERE:
             self._wrong(f"{key}.detector", "names and addresses of people are not found here", value=detector)
             return
@@ -344,9 +379,6 @@ class _Reader:
             )
             return
         detectors = tuple(PII.values()) if all_pii else (detector,)
-        if action not in (BLOCK, MASK, FLAG):
-            self._wrong(f"{key}.action", f"must be {BLOCK}, {MASK} or {FLAG}", value=action)
-            return
         if action == MASK and not SPANS.issuperset(detectors):
             self._wrong(
                 f"{key}.action", f"{detector} does not say where in a text it stands", f"{BLOCK} or {FLAG}", action

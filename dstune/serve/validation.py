@@ -140,11 +140,12 @@ def read_tree(cls: type[T], value: Any, where: str, keys: Collection[str] = ()) 
 
 
 def _problem(mistake: Mapping[str, Any], where: str, keys: Collection[str]) -> Problem:
-    near = nearest(str(mistake["loc"][-1]), list(keys)) if mistake["type"] in _UNKNOWN_KEY and mistake["loc"] else ""
+    near, reason = "", words_of(mistake)
+    if mistake["type"] in _UNKNOWN_KEY and mistake["loc"]:
+        near, reason = nearest(str(mistake["loc"][-1]), list(keys)) or "", "there is no such key"
     value = "" if mistake["type"] == "missing" else str(mistake["input"])[:200]
-    return Problem(
-        f"{where}{place_of(mistake['loc'])}", words_of(mistake), (near and f"did you mean {near}?") or "", value
-    )
+    place = f"{where}{place_of(mistake['loc'])}".rstrip(".: ")
+    return Problem(place, reason, f"did you mean {near}?" if near else "", value)
 
 
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
