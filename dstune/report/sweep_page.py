@@ -12,6 +12,7 @@ from typing import Any
 from dstune import __version__
 from dstune.config.convert import format_value
 from dstune.core import files
+from dstune.core.parsing import parse_yaml, read_file
 from dstune.core.secrets import redact
 from dstune.report.best_trial import best_commands
 from dstune.report.charts import Chart, Line, draw
@@ -25,6 +26,7 @@ from dstune.report.run_files import RUN_FILE, RunFiles, read, section
 from dstune.report.series import Series, collect, smoothed, smoothing_span
 from dstune.tracking.trials import (
     FINISHED,
+    SWEEP_FILE,
     Record,
     finished_trials,
     less_is_better,
@@ -146,7 +148,7 @@ def page(sweep: Path) -> str:
     judged = [trial for trial in placed if trial.record.status in ("completed", "stopped")]
     return render(
         "sweep.html.j2",
-        title=f"{sweep.absolute().parent.name}/{sweep.name}",
+        title=_title(sweep),
         sweep=str(sweep),
         trials=trials,
         table=_table(trials, objectives, keys),
@@ -169,6 +171,15 @@ def page(sweep: Path) -> str:
         version=__version__,
         made=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),
     )
+
+
+def _title(sweep: Path) -> str:
+    """`run.name` of the sweep; its path where `sweep.yaml` does not tell."""
+    try:
+        name = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["config"]["run"]["name"]
+    except (OSError, ValueError, TypeError, KeyError):
+        name = None
+    return name if isinstance(name, str) and name else f"{sweep.absolute().parent.name}/{sweep.name}"
 
 
 def _run(sweep: Path, record: Record) -> RunFiles | None:

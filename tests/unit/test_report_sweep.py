@@ -58,6 +58,13 @@ def test_trials_stand_best_first(sweep: Path):
     assert "Failed 005-lr=1.0,rank=8 not finite" in formatted.text
 
 
+def test_the_title_is_the_name_of_the_runs(sweep: Path):
+    (sweep / "sweep.yaml").write_text(json.dumps({"objective": ["loss"], "config": {"run": {"name": "film reviews"}}}))
+    assert "<title>film reviews · dstune</title>" in page(sweep)
+    (sweep / "sweep.yaml").write_text(json.dumps({"objective": ["loss"], "config": None}))
+    assert f"<title>{sweep.parent.name}/sweep · dstune</title>" in page(sweep)
+
+
 def test_values_curves_and_importance(sweep: Path):
     formatted = Page(page(sweep))
     titles = [words for words in formatted.words if words]
