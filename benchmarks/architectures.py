@@ -718,7 +718,7 @@ of SGD on two ranks. A plain loop trains the same checkpoint with each sample al
 - *refused*: `dstune train` ended with exit code 2 before the first step and said why.
 - *fails*: an error with a traceback before the first step.
 - *differs*: trained, and not as the plain loop. The reason is below the table.
-- *not built*: the shrunk defaults of the class are no model that computes. Nothing is known of it.
+- *not built*: the shrunk defaults of the class do not make a model that runs, so the architecture was not tested.
 - *not run*: the same.
 
 Packed rows of models whose attention chooses some tokens of a row (`index_topk`: `deepseek_v32`, `glm_moe_dsa`) had losses that
