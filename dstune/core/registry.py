@@ -107,8 +107,9 @@ class Registry(Generic[Member]):
         plugins: bool = True,
         in_runs: bool = True,
         options: Sequence[type] = (),
+        adapt: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.kind, self.in_runs, self._options = kind, in_runs, options
+        self.kind, self.in_runs, self._options, self._adapt = kind, in_runs, options, adapt
         self._base = base
         self._plugins = plugins
         if plugins:
@@ -120,12 +121,13 @@ class Registry(Generic[Member]):
         self._members: dict[str, type[Member]] = {}
         self._by_config: dict[type, type[Member]] = {}
 
-    def add(self, cls: type[Member]) -> type[Member]:
-        """Register `cls` under its `name` (default: that of its `Config`). Used as a decorator.
+    def add(self, member: Any) -> Any:
+        """Register a class under its `name` (default: that of its `Config`), and return it. Used as a decorator.
 
         Raises:
-            ValueError: another class has this name already, or `cls` is none of this kind.
+            ValueError: another class has this name already, or `member` is none of this kind.
         """
+        cls = member if self._adapt is None else self._adapt(member)
         if not (isinstance(cls, type) and issubclass(cls, self._base)):
             name = getattr(cls, "__qualname__", cls)
             raise ValueError(f"{name}: a {self.kind} is a class that derives from dstune.{self._base.__name__}")
@@ -144,13 +146,13 @@ class Registry(Generic[Member]):
         if of_config is not None and of_config.name != name:
             reason = f"{cls.__qualname__}: the {self.kind} {of_config.name!r} has this `Config`"
             raise ValueError(f"{reason}; derive one from it whose field `name` is {name!r}")
-        cls.name = name
+        cls.name = name  # type: ignore[attr-defined]
         self._members[name] = cls
         if config is not None:
             self._by_config[config] = cls
         for forget in _changed:
             forget()
-        return cls
+        return member
 
     def _check_options(self, cls: type[Member]) -> None:
         """Raises ValueError where `cls` has some members of a protocol, which nothing would call without the others, or asks a

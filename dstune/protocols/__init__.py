@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dstune.core.registry import VERSION, Registry
 from dstune.core.verb import VERBS, Verb, verb
 from dstune.protocols.callback import Action, Callback, Request
 from dstune.protocols.data_source import DataSource
-from dstune.protocols.environment import Environment, environment_from_class
+from dstune.protocols.environment import Environment, as_environment
 from dstune.protocols.launcher import Launcher
 from dstune.protocols.launcher_options import LAUNCHER_OPTIONS
 from dstune.protocols.method import Method
@@ -20,7 +18,7 @@ from dstune.protocols.metric import Metric
 from dstune.protocols.model_registry import ModelRegistry
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
-from dstune.protocols.reward import Reward, reward_from_function
+from dstune.protocols.reward import Reward, as_reward
 from dstune.protocols.row_format import RowFormat
 from dstune.protocols.serving import EngineKind, Routes
 from dstune.protocols.task import Task, TaskConfig
@@ -104,8 +102,8 @@ LAUNCHERS: Registry[Launcher] = Registry(
     "launch", Launcher, "dstune.launch", folders_only=True, in_wings="launchers", options=LAUNCHER_OPTIONS
 )
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
-REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards")
-ENVIRONMENTS: Registry[Environment] = Registry("environment", Environment)
+REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards", adapt=as_reward)
+ENVIRONMENTS: Registry[Environment] = Registry("environment", Environment, adapt=as_environment)
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
 DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources")
 MODEL_REGISTRIES: Registry[ModelRegistry] = Registry(
@@ -117,30 +115,9 @@ ROUTES: Registry[Routes] = Registry("routes", Routes, in_wings="gateway_routes",
 task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHEDULES.add
 row_format = ROW_FORMATS.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
-tracker, metric = TRACKERS.add, METRICS.add
+tracker, metric, reward, environment = TRACKERS.add, METRICS.add, REWARDS.add, ENVIRONMENTS.add
 engine, routes = ENGINES.add, ROUTES.add
 data_source, model_registry = DATA_SOURCES.add, MODEL_REGISTRIES.add
-
-
-def reward(member: Any) -> Any:
-    """Register a class that derives from `Reward`, or a function with the signature of TRL's reward functions; returns it.
-
-    Raises ValueError, as `Registry.add`.
-    """
-    REWARDS.add(member if isinstance(member, type) else reward_from_function(member))
-    return member
-
-
-def environment(member: Any) -> Any:
-    """Register a class that derives from `Environment`, or one for TRL's `environment_factory`; returns it.
-
-    Raises ValueError, as `Registry.add`.
-    """
-    if not isinstance(member, type):
-        raise ValueError(f"{member!r}: an environment is a class")
-    ENVIRONMENTS.add(environment_from_class(member))
-    return member
-
 
 task_of, method_of, optimizer_of, schedule_of = TASKS.of, METHODS.of, OPTIMIZERS.of, SCHEDULES.of
 launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of

@@ -36,8 +36,14 @@ class Environment:
         ]
 
 
-def environment_from_class(member: type) -> type[Environment]:
-    """`member`, or of a class that does not derive from `Environment` one that derives from both."""
+def as_environment(member: Any) -> Any:
+    """Return `member`, or of a class that does not derive from `Environment` one that derives from both.
+
+    Raises:
+        ValueError: it is no class.
+    """
+    if not isinstance(member, type):
+        raise ValueError(f"{member!r}: an environment is a class")
     if issubclass(member, Environment):
         return member
     members = {"__module__": member.__module__, "__qualname__": member.__qualname__, "__doc__": member.__doc__}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
 
@@ -38,12 +38,14 @@ class Reward:
         raise NotImplementedError
 
 
-def reward_from_function(function: Callable[..., Any]) -> type[Reward]:
-    """The reward that a reward function of TRL is, named after it.
+def as_reward(function: Any) -> Any:
+    """Return a class as it is, and of a reward function of TRL a class named after it.
 
     Raises:
-        ValueError: it is no named function.
+        ValueError: it is neither.
     """
+    if isinstance(function, type):
+        return function
     name = getattr(function, "__name__", "")
     if not callable(function) or not name.isidentifier():
         raise ValueError(f"{function!r}: a reward is a named function, or a class that derives from dstune.Reward")
