@@ -86,7 +86,7 @@ def test_it_learns_to_say_the_word_that_the_prompt_names(workplace):
     assert rows[0]["reward"] < 0.15
     assert sum(row["reward"] for row in rows[-5:]) / 5 > 0.95
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
-    assert result(workplace.folder / "learns")["metrics"]["reward"] > 0.9, "of one sample of held-out prompts"
+    assert result(workplace.folder / "learns")["eval_final"]["reward"] > 0.9, "of one sample of held-out prompts"
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
