@@ -128,9 +128,9 @@ def refused(dtype: torch.dtype, found: tuple[float, float, float]) -> bool:
 
 
 def with_padding_read(monkeypatch):
-    plain = sampling._last_logits
+    plain = sampling.last_logits
     monkeypatch.setattr(
-        sampling, "_last_logits", lambda model, ids, mask, *given: plain(model, ids, torch.ones_like(mask), *given)
+        sampling, "last_logits", lambda model, ids, mask, *given: plain(model, ids, torch.ones_like(mask), *given)
     )
 
 
@@ -189,7 +189,7 @@ def test_a_sampler_that_is_another_model_is_refused(model, monkeypatch, fault):
         with_padding_read(monkeypatch)
         completions = completed(model)
     elif fault == "positions of padding":  # counted as if it were text, which a mask does not undo
-        monkeypatch.setattr(sampling, "_positions", lambda mask: torch.ones_like(mask).cumsum(dim=1) * 3)
+        monkeypatch.setattr(sampling, "positions_of", lambda mask: torch.ones_like(mask).cumsum(dim=1) * 3)
         completions = completed(model)
     elif fault == "top-p":
         with_top_p(monkeypatch)
@@ -215,6 +215,51 @@ def test_bounds_of_half_precision_leave_room_for_rounding_alone():
     assert refused(torch.bfloat16, (math.nan, math.nan, math.nan))
 
 
+def continuously(model, *, rows: int, **changes):
+    from dstune.tasks.reinforcement.continuous import sample_continuously
+
+    settings = {"samples": 3, "max_new_tokens": 40, "ends": set(range(40)), "temperature": 1.0, "padding": PAD}
+    prompts = [(number, prompt) for number, prompt in zip(NUMBERS, PROMPTS, strict=True)] + [(9, [50, 51]), (8, [60])]
+    settings |= {"keys": (0, 1), "device": torch.device("cpu")}
+    return sample_continuously(model, prompts, rows=rows, **(settings | changes))
+
+
+def test_a_batch_that_is_kept_full_writes_the_same_completions(model, monkeypatch):
+    """Rows that end make place for others; what is written differs by rounding alone, and the loss is corrected for it."""
+    prompts, numbers = [*PROMPTS, [50, 51], [60]], [*NUMBERS, 9, 8]
+    exact = completed(model, prompts=prompts, numbers=numbers, ends=set(range(40)), max_new_tokens=40)
+    lengths = [len(completion.ids) for completion in exact]
+    assert min(lengths) < max(lengths) / 3, "they end at different times"
+    computed = []
+    plain = sampling.last_logits
+    import dstune.tasks.reinforcement.continuous as continuous
+
+    monkeypatch.setattr(continuous, "last_logits", lambda *given: computed.append(len(given[1])) or plain(*given))
+    for rows in (3, 6, 15):
+        computed.clear()
+        fast = continuously(model, rows=rows)
+        assert [(c.prompt, c.sample, c.ids, c.ended) for c in fast] == [
+            (c.prompt, c.sample, c.ids, c.ended) for c in exact
+        ]
+        for one, other in zip(fast, exact, strict=True):
+            assert one.logps == pytest.approx(other.logps, abs=1e-4)
+            assert one.entropy == pytest.approx(other.entropy, rel=1e-4)
+        assert max(computed) <= rows
+        assert sum(computed) <= sum(lengths) + len(prompts), "nothing is computed for rows that have ended"
+
+
+def test_tokens_that_the_sampler_made_too_probable_count_less():
+    from dstune.tasks.reinforcement.config import Rollout
+    from dstune.tasks.reinforcement.losses import importance_factors
+
+    old, sampled = torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -4.0, -2.0])
+    factors = importance_factors(old, sampled, 2.0)
+    torch.testing.assert_close(factors, torch.tensor([1.0, 2.0, math.exp(-1.0)]))
+    assert ReinforcementConfig().cap is None
+    assert ReinforcementConfig(rollout=Rollout.fast).cap == 2.0
+    assert ReinforcementConfig(importance_cap=3.0).cap == 3.0
+
+
 def test_the_plan_counts_prompt_and_completion(tmp_path):
     from dstune.config.compose import compose
     from dstune.planning.setup import _row_length
@@ -237,8 +282,8 @@ def test_the_plan_counts_the_cache_as_it_is(tmp_path, monkeypatch):
     folder = save_decoder(tmp_path / "model")
     policy = AutoModelForCausalLM.from_pretrained(folder).eval()
     caches = []
-    plain = sampling._last_logits
-    monkeypatch.setattr(sampling, "_last_logits", lambda *given: caches.append(given[-1]) or plain(*given))
+    plain = sampling.last_logits
+    monkeypatch.setattr(sampling, "last_logits", lambda *given: caches.append(given[-1]) or plain(*given))
     completed(policy, ends=set(), max_new_tokens=6)
     held = sum(tensor.numel() * 4 for layer in caches[-1].layers for tensor in (layer.keys, layer.values))
     settings = [

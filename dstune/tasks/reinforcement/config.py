@@ -28,6 +28,11 @@ class RewardScale(Enum):
     none = "none"
 
 
+class Rollout(Enum):
+    exact = "exact"
+    fast = "fast"
+
+
 class KlEstimator(Enum):
     k1 = "k1"
     k2 = "k2"
@@ -91,6 +96,13 @@ class ReinforcementConfig(TaskConfig):
     """Tokens of a completion at most (TRL: `max_completion_length`)."""
     temperature: float = setting(1.0, above=0.0)
     """Of sampling. The log-probabilities that train are those at this temperature."""
+    rollout: Rollout = Rollout.exact
+    """`exact` writes the completions of a micro-batch of prompts side by side until the last one has ended: the same bits whenever
+    it is repeated on as many ranks. `fast` keeps the batch full, a new completion in the place of one that has ended; the
+    sampler is then a little further from the training forward pass, and `importance_cap` corrects the loss for it."""
+    importance_cap: float | None = setting(None, above=0.0)
+    """Tokens count by how much more probable the model that trains makes them than the sampler did, up to this factor
+    (truncated importance sampling). 2 with `rollout=fast` when not given; with `exact` none, which multiplies by nothing."""
     updates: int = setting(1, at_least=1)
     """Optimizer updates with the completions of one step (TRL: `num_iterations`). With 1, ratios are 1 and nothing is clipped."""
     clip_low: float | None = setting(None, at_least=0.0)
@@ -120,6 +132,13 @@ class ReinforcementConfig(TaskConfig):
             low = self.clip_low
             high = high if self.loss is PolicyLoss.cispo else low
         return low, high if self.clip_high is None else self.clip_high
+
+    @property
+    def cap(self) -> float | None:
+        """The largest factor by which a token counts; None where all count alike."""
+        if self.importance_cap is None and self.rollout is Rollout.fast:
+            return DEFAULT_CAP
+        return self.importance_cap
 
     @property
     def scale(self) -> RewardScale:
@@ -152,6 +171,8 @@ class ReinforcementConfig(TaskConfig):
         return list(self.reward_weights) or [1.0] * len(self.reward_names)
 
 
+DEFAULT_CAP = 2.0
+"""As verl has it (`rollout_is_threshold`); TRL truncates at 3."""
 DEFAULT_CLIP = {
     PolicyLoss.dapo: (0.2, 0.28),  # Yu et al. 2025, arXiv:2503.14476
     PolicyLoss.gspo: (3e-4, 4e-4),  # Zheng et al. 2025, arXiv:2507.18071

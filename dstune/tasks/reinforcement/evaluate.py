@@ -11,9 +11,9 @@ from dstune.data.sampler import padded_batches, share
 from dstune.data.stopping import stop_token_ids
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.head import PolicyHead
-from dstune.tasks.reinforcement.metrics import reinforcement_metrics
+from dstune.tasks.reinforcement.metrics import reinforcement_metrics, rollout_sums
 from dstune.tasks.reinforcement.records import Scored
-from dstune.tasks.reinforcement.rollout import SEED_OF_EVALUATION, Rollouts, rollout_sums
+from dstune.tasks.reinforcement.rollout import SEED_OF_EVALUATION, Rollouts
 from dstune.trainer.evaluate import Evaluator
 from dstune.trainer.measure import Evaluation
 

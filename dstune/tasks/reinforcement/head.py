@@ -15,7 +15,7 @@ from dstune.models.cross_entropy import projected_log_probabilities
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs_of
 from dstune.models.heads.language import CausalLmHead
 from dstune.tasks.reinforcement.config import ReinforcementConfig
-from dstune.tasks.reinforcement.losses import policy_loss
+from dstune.tasks.reinforcement.losses import importance_factors, policy_loss
 
 
 class PolicyHead(CausalLmHead):
@@ -55,11 +55,14 @@ class PolicyHead(CausalLmHead):
         if self.kept_old is not None and "old" not in batch:
             self.kept_old.append(old)
         advantages = batch["advantages"][completion]
-        output = policy_loss(self._task, logps, old, advantages, completion, count, reference)
+        sampled = _shifted(batch["sampled"]).flatten().index_select(0, kept)
+        cap = self._task.cap
+        correction = None if cap is None else importance_factors(old, sampled, cap)
+        output = policy_loss(self._task, logps, old, advantages, completion, count, reference, correction)
         sums = {"tokens": torch.tensor(float(len(targets))), "clipped_low": output.clipped_low.float()}
         sums |= {"clipped_high": output.clipped_high.float(), "kl": output.kl}
         if "old" not in batch:
-            difference = old - _shifted(batch["sampled"]).flatten().index_select(0, kept)
+            difference = old - sampled
             if len(difference):
                 self.largest_difference = max(self.largest_difference, float(difference.abs().max()))
             sums |= {
@@ -67,6 +70,8 @@ class PolicyHead(CausalLmHead):
                 "absolute_difference": difference.abs().sum(),
                 "compared": torch.tensor(float(len(difference))),
             }
+            if correction is not None:
+                sums["importance"] = correction.sum()
         zero = torch.zeros(())
         return HeadOutput(loss_sum=output.loss_sum, weight=torch.tensor(len(targets)), correct=zero, sums=sums)
 

@@ -51,8 +51,11 @@ def policy_loss(
     completion: Tensor,
     count: int,
     reference: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> PolicyLossOutput:
     """The loss of the sampled tokens of a micro-batch.
+
+    correction: a factor of each token, [tokens], of `importance_factors`.
 
     logps: log-probabilities by the model that trains, fp32 [tokens] with a graph; old: by the model that sampled; reference: by
     the model that training started from, where there is a KL term; each [tokens]. advantages: of the completion of each token;
@@ -77,6 +80,8 @@ def policy_loss(
         losses = -ratios.detach().clamp(max=high) * advantages * logps
     else:
         losses = -torch.minimum(ratios * advantages, ratios.clamp(1 - low, 1 + high) * advantages)
+    if correction is not None:
+        losses = losses * correction
     diverged = logps.new_zeros(())
     if reference is not None:
         tokens = divergence(config.kl.estimator, logps, reference)
@@ -89,6 +94,12 @@ def policy_loss(
         limit = high if config.loss is PolicyLoss.cispo else 1 + high
         above = (ratios > limit) & (advantages > 0)
     return PolicyLossOutput(losses.sum(), below.sum(), above.sum(), diverged)
+
+
+def importance_factors(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
+    """How much more probable the model that trains makes each token than the sampler did, at most `cap` (Yao et al. 2025,
+    truncated importance sampling). old, sampled: log-probabilities, [tokens]."""
+    return (old - sampled).exp().clamp(max=cap)
 
 
 def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tensor:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.records import Scored
 
 
 def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a step or an evaluation. sums: of `rollout.rollout_sums`, and in training those of `PolicyHead`."""
+    """The metrics of a step or an evaluation. sums: of `rollout_sums`, and in training those of `PolicyHead`."""
     completions, rewarded = sums["completions"], sums["rewarded"]
     ended, tokens = sums["ended"], sums["length_sum"]
     metrics = {
@@ -37,8 +43,57 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
             "sampling/sampling_logp_difference/mean": _ratio(sums["absolute_difference"], sums["compared"]),
             "sampling/sampling_logp_difference/max": sums["largest_difference"],
         }
+    if "importance" in sums:
+        metrics["sampling/importance_sampling_ratio/mean"] = _ratio(sums["importance"], sums["compared"])
     return metrics
 
 
 def _ratio(value: float, count: float) -> float:
     return value / count if count else 0.0
+
+
+def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
+    """What the metrics of a rollout are made of."""
+    completions = [scored for group in groups for scored in group]
+    lengths = [len(scored.completion.ids) for scored in completions]
+    ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
+    rewards = [[weighted_reward(scored.scores, task.weights) for scored in group] for group in groups]
+    deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
+    flat = [reward for group in rewards for reward in group if reward == reward]
+    sums = {
+        "groups": float(len(groups)),
+        "completions": float(len(completions)),
+        "reward_sum": sum(flat),
+        "rewarded": float(len(flat)),
+        "reward_deviations": sum(deviations),
+        "equal_groups": float(sum(deviation == 0 for deviation in deviations)),
+        "length_sum": float(sum(lengths)),
+        "shortest": float(min(lengths, default=0)),
+        "longest": float(max(lengths, default=0)),
+        "ended": float(len(ended)),
+        "ended_length_sum": float(sum(ended)),
+        "entropy": sum(scored.completion.entropy for scored in completions),
+    }
+    if task.environment is not None:
+        sums["tool_calls"] = float(sum(scored.calls for scored in completions))
+        sums["failed_tool_calls"] = float(sum(scored.failed_calls for scored in completions))
+    for number, name in enumerate(task.reward_names):
+        scores = [score for scored in completions if (score := scored.scores[number]) is not None]
+        mean = sum(scores) / len(scores) if scores else 0.0
+        sums |= {
+            f"rewards/{name}/sum": sum(scores),
+            f"rewards/{name}/count": float(len(scores)),
+            f"rewards/{name}/squares": sum((score - mean) ** 2 for score in scores),
+        }
+    return sums
+
+
+def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) -> float:
+    """The reward of a completion; not a number where nothing could score it."""
+    known = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
+    return sum(known) if known else math.nan
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; 0 for fewer than two values."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

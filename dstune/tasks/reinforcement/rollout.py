@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dstune.config.schema import RunConfig
 from dstune.core.distributed import World
@@ -19,9 +20,11 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
 from dstune.data.sampler import MicroBatch
 from dstune.models.generation import end_tokens
-from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
+from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
+from dstune.tasks.reinforcement.metrics import rollout_sums, weighted_reward
 from dstune.tasks.reinforcement.records import (
     FOLDER,
     Scored,
@@ -33,7 +36,7 @@ from dstune.tasks.reinforcement.records import (
     unpack_scored,
     write_records,
 )
-from dstune.tasks.reinforcement.sampling import sample_completions
+from dstune.tasks.reinforcement.sampling import Completion, sample_completions
 from dstune.tasks.reinforcement.scoring import Scorer
 from dstune.tasks.reinforcement.turns import Environments
 from dstune.trainer.generation import speaking
@@ -148,6 +151,8 @@ class Rollouts:
         task, world, found = self._task, self._world, []
         keys = self._config.trainer.seed, step
         with speaking(self._engine, world) as (module, in_step):
+            if task.rollout is Rollout.fast:
+                return self._complete_continuously(module, prompts, keys, samples or task.samples, in_step=in_step)
             for _, batch in prompts:
                 if self._environments is not None:
                     numbers = batch["sample"].tolist()
@@ -171,6 +176,46 @@ class Rollouts:
                     [Scored(one, self._tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
                 )
         return found
+
+    def _complete_continuously(
+        self,
+        module: nn.Module,
+        prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]],
+        keys: tuple[int, int],
+        samples: int,
+        *,
+        in_step: bool,
+    ) -> list[list[Scored]]:
+        """The same in a batch that is kept full. Raises UserError where ranks compute in step; on all of them alike."""
+        if in_step:
+            reason = "each rank writes at its own pace, and the whole weights have no room on every rank"
+            raise UserError(Problem("task.rollout", reason, "task.rollout=exact", "fast"))
+        tokens = {
+            number: self._split.sample(number)["input_ids"].tolist()
+            for _, batch in prompts
+            for number in batch["sample"].tolist()
+        }
+        most = max((len(batch["sample"]) for _, batch in prompts), default=1) * samples
+        completions = sample_continuously(
+            module,
+            list(tokens.items()),
+            samples=samples,
+            rows=most,
+            max_new_tokens=self._task.max_new_tokens,
+            temperature=self._task.temperature,
+            ends=self._ends,
+            padding=self._tokenizer.pad_token_id,
+            keys=keys,
+            device=self._engine.device,
+        )
+        texts = {place_of(one): self._tokenizer.decode(one.ids, skip_special_tokens=True) for one in completions}
+        by_prompt: dict[int, list[Completion]] = {}
+        for completion in completions:
+            by_prompt.setdefault(completion.prompt, []).append(completion)
+        return [
+            [Scored(one, texts[place_of(one)]) for number in batch["sample"].tolist() for one in by_prompt[number]]
+            for _, batch in prompts
+        ]
 
     def score(self, completed: Sequence[Sequence[Scored]]) -> None:
         """Let the rewards score completions."""
@@ -204,7 +249,7 @@ class Rollouts:
                 columns = self._required(name)
                 raise UserError(Problem("task.rewards", reason, f"check the reward and {columns}", name))
         weights = task.weights
-        rewards = torch.tensor([_weighted(scored.scores, weights) for scored in ordered], dtype=torch.float64)
+        rewards = torch.tensor([weighted_reward(scored.scores, weights) for scored in ordered], dtype=torch.float64)
         advantages = advantages_of(task, rewards.view(-1, samples)).flatten().tolist()
         known = {}
         for scored, reward, advantage in zip(ordered, rewards.tolist(), advantages, strict=True):
@@ -338,52 +383,5 @@ class Rollouts:
         return found
 
 
-def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """What the metrics of a rollout are made of."""
-    completions = [scored for group in groups for scored in group]
-    lengths = [len(scored.completion.ids) for scored in completions]
-    ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
-    rewards = [[_weighted(scored.scores, task.weights) for scored in group] for group in groups]
-    deviations = [_deviation([reward for reward in group if reward == reward]) for group in rewards]
-    flat = [reward for group in rewards for reward in group if reward == reward]
-    sums = {
-        "groups": float(len(groups)),
-        "completions": float(len(completions)),
-        "reward_sum": sum(flat),
-        "rewarded": float(len(flat)),
-        "reward_deviations": sum(deviations),
-        "equal_groups": float(sum(deviation == 0 for deviation in deviations)),
-        "length_sum": float(sum(lengths)),
-        "shortest": float(min(lengths, default=0)),
-        "longest": float(max(lengths, default=0)),
-        "ended": float(len(ended)),
-        "ended_length_sum": float(sum(ended)),
-        "entropy": sum(scored.completion.entropy for scored in completions),
-    }
-    if task.environment is not None:
-        sums["tool_calls"] = float(sum(scored.calls for scored in completions))
-        sums["failed_tool_calls"] = float(sum(scored.failed_calls for scored in completions))
-    for number, name in enumerate(task.reward_names):
-        scores = [score for scored in completions if (score := scored.scores[number]) is not None]
-        mean = sum(scores) / len(scores) if scores else 0.0
-        sums |= {
-            f"rewards/{name}/sum": sum(scores),
-            f"rewards/{name}/count": float(len(scores)),
-            f"rewards/{name}/squares": sum((score - mean) ** 2 for score in scores),
-        }
-    return sums
-
-
 def _base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float:
-    """The reward of a completion; not a number where nothing could score it."""
-    known = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
-    return sum(known) if known else math.nan
-
-
-def _deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; 0 for fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

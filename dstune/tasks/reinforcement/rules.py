@@ -8,8 +8,8 @@ from pathlib import Path
 from dstune.config.convert import format_value
 from dstune.config.schema import Automatic, RunConfig
 from dstune.core.errors import Problem, UserError
-from dstune.protocols import ENVIRONMENTS, REWARDS, method_of
-from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig
+from dstune.protocols import ENVIRONMENTS, REWARDS, method_of, parallelism_of
+from dstune.tasks.reinforcement.config import PolicyLoss, ReinforcementConfig, Rollout
 
 
 def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
@@ -38,6 +38,12 @@ def check(config: RunConfig, task: ReinforcementConfig) -> Iterator[Problem]:
         yield Problem(
             "task.clip_low", "task.loss=cispo has no lower bound", "leave it out", format_value(task.clip_low)
         )
+    if task.rollout is Rollout.fast and task.environment is not None:
+        reason = "the turns of an environment are written side by side"
+        yield Problem("task.rollout", reason, "task.rollout=exact", "fast")
+    if task.rollout is Rollout.fast and parallelism_of(config.parallel).weight_ranks > 1:
+        reason = "each rank writes at its own pace, and these ranks share the weights of each layer"
+        yield Problem("task.rollout", reason, "task.rollout=exact, or parallel=none", "fast")
     if config.data.streaming:
         reason = "completions are told apart by the number of their prompt, which rows of a stream do not have"
         yield Problem("data.streaming", reason, "data.streaming=false", "true")

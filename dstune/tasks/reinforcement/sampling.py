@@ -168,12 +168,12 @@ def _continued(
     before = torch.tensor(list(positions_before) or [0] * rows, device=device)
     with torch.no_grad():
         cache = DynamicCache(config=configuration_of(model))
-        logits = _last_logits(model, input_ids, attention_mask, _positions(attention_mask), cache)
+        logits = last_logits(model, input_ids, attention_mask, positions_of(attention_mask), cache)
         # The prompts are read once: their keys and values stand for all samples.
         cache.batch_repeat_interleave(samples)
         logits = logits.repeat_interleave(samples, dim=0)
         mask = attention_mask.repeat_interleave(samples, dim=0)
-        positions = _positions(mask)[:, -1:]
+        positions = positions_of(mask)[:, -1:]
         active = room > 0
         ended = torch.zeros_like(active)
         tokens, logps, entropies, were_active = [], [], [], []
@@ -190,7 +190,7 @@ def _continued(
                 break
             mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
             positions = positions + 1
-            logits = _last_logits(model, token[:, None], mask, positions, cache)
+            logits = last_logits(model, token[:, None], mask, positions, cache)
     drawn, drawn_logps = torch.stack(tokens, dim=1).tolist(), torch.stack(logps, dim=1).double().tolist()
     lengths = torch.stack(were_active, dim=1).sum(dim=1).tolist()
     sums = (torch.stack(entropies, dim=1) * torch.stack(were_active, dim=1)).sum(dim=1).tolist()
@@ -240,11 +240,12 @@ def configuration_of(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _positions(mask: Tensor) -> Tensor:
+def positions_of(mask: Tensor) -> Tensor:
+    """Of each token in its row, which padding does not count in, [rows, sequence]."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+def last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """Logits behind the last token of each row, [rows, vocabulary]."""
     parameters = _parameters(model)
     keys_and_values = "cache" if "cache" in parameters else "past_key_values"  # of transformers before 5.24
