@@ -327,7 +327,8 @@ def test_separate_processes_share_the_store_of_files(tmp_path, monkeypatch):
     words = ("--jobs", "only", "--state", str(state), "--files", f"memory://{tmp_path.name}/store")
     arguments = parsed(*words, "--max-project-bytes", "1000")
     options.check(arguments)
-    assert [service.run_instead(arguments, state) for service in arguments.services] == [0, None]
+    codes = [service.run_instead(arguments, state) for service in arguments.services]
+    assert [code for code in codes if code is not None] == [0]
     assert isinstance(made[0].blobs, RemoteBlobs)
     assert made[0].settings.project_bytes == 1000
     with pytest.raises(UserError, match="--files"):
