@@ -25,6 +25,9 @@ from random import Random
 from typing import Any
 from urllib.parse import quote, unquote
 
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
 
 from dstune.serve.gateway.app import Gateway, Route
@@ -81,26 +84,59 @@ class Answered:
     body: bytes = b""
 
 
+class Broken(AssertionError):
+    """An answer does not keep the contract."""
+
+
 class Fuzzer:
     """keys: of callers, some of which exist; ids: of objects that exist, since most paths end at the first lookup."""
 
     def __init__(self, gateway: Gateway, keys: Sequence[str], folder: Path, seed: int):
-        self.gateway, self.keys, self.folder = gateway, keys, folder
+        self.gateway, self.keys, self.folder, self.seed = gateway, keys, folder, seed
         self.random = Random(seed)
+        """While requests are made, hypothesis's: of a finding, the smallest request that still breaks the contract is printed."""
         self.statuses: Counter[int] = Counter()
         self.ids: list[str] = ["file-none"]
-        self.findings: list[str] = []
+        self.findings: dict[str, str] = {}
+        """The last request by each fault."""
 
     async def run(self, count: int) -> None:
+        """Send so many requests, from a thread: hypothesis calls what it tests."""
+        loop = asyncio.get_running_loop()
         routes = [route for route in self.gateway.routes if route.path.startswith("/v1/")]
-        for _ in range(count):
-            route = self.random.choice(routes)
-            sent = self.made(route)
-            answered = await self.ask(sent)
-            self.statuses[answered.status] += 1
-            self.findings += [
-                f"{fault}: {sent} -> {answered.status} {answered.body[:300]!r}" for fault in self.faults(answered)
-            ]
+
+        @seed(self.seed)
+        @settings(
+            max_examples=count,
+            phases=(Phase.generate, Phase.shrink),
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.sampled_from(routes), st.randoms(use_true_random=False))
+        def send(route: Route, random: Random) -> None:
+            self.random = random
+            self._check(asyncio.run_coroutine_threadsafe(self._answered(route), loop).result(30))
+
+        try:
+            await asyncio.to_thread(send)
+        except Exception:
+            if not self.findings:
+                raise
+
+    async def _answered(self, route: Route) -> tuple[Sent, Answered]:
+        sent = self.made(route)
+        return sent, await self.ask(sent)
+
+    def _check(self, pair: tuple[Sent, Answered]) -> None:
+        """Raises Broken."""
+        sent, answered = pair
+        self.statuses[answered.status] += 1
+        if faults := self.faults(answered):
+            for fault in faults:
+                self.findings[fault] = f"{fault}: {sent} -> {answered.status} {answered.body[:300]!r}"
+            raise Broken(faults[0])
+        if not self.findings:  # what a smaller request is made of stays as it was
             for found in re.findall(rb'"id":\s?"([\w:-]{6,80})"', answered.body)[:1]:
                 self.ids = [*self.ids[-200:], found.decode()]
 
@@ -280,7 +316,7 @@ async def main(count: int, seed: int, folder: Path, store: str) -> int:
         keys = [found.key, found.owner, found.owner, found.admin, found.other, found.reader, "nothing"]
         fuzzer = Fuzzer(found.gateway, keys, folder, seed)
         await fuzzer.run(count)
-    for finding in fuzzer.findings[:50]:
+    for finding in fuzzer.findings.values():
         print(finding)
     print(
         json.dumps({"requests": count, "seed": seed, "found": len(fuzzer.findings), "statuses": dict(fuzzer.statuses)})

@@ -116,7 +116,7 @@ def test_made_up_requests(tmp_path):
             keys = [found.key, found.owner, found.owner, found.other]
             fuzzer = Fuzzer(found.gateway, keys, tmp_path, seed=1)
             await fuzzer.run(3000)
-        assert fuzzer.findings == []
+        assert fuzzer.findings == {}
 
     with postgres() as url:
         asyncio.run(main(url))
