@@ -168,6 +168,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_rows: int | None = setting(None, at_least=1)
     """Use this many training rows at most, chosen by the split's hash."""
+    max_synthetic_share: float = setting(1.0, at_least=0.0, at_most=1.0)
+    """Refuse training rows of which more than this share come from `dstune synthesize`, which marks them in the column
+    `synthetic`; 1 allows all. Of a mixture it is the share of the rows of its files."""
     on_bad_row: OnBadRow = OnBadRow.error
     """`error` stops at the first bad rows with file and line, `skip` drops and counts them."""
     on_suspicious_labels: OnSuspiciousLabels = OnSuspiciousLabels.list

@@ -214,6 +214,13 @@ def check_streaming(config: RunConfig) -> Iterator[Problem]:
             "data.max_rows=null; trainer.max_steps ends the run",
             format_value(data.max_rows),
         )
+    if data.max_synthetic_share < 1:
+        yield Problem(
+            "data.max_synthetic_share",
+            "the share of all rows is known when a stream has been read as a whole",
+            "data.streaming=false, or data.max_synthetic_share=1",
+            format_value(data.max_synthetic_share),
+        )
     task = task_of(config.task)
     if task.has_labels and not task.given_labels:
         yield Problem(

@@ -12,6 +12,7 @@ from typing import Any
 from dstune.config.architectures import VisionFiles, vision_of
 from dstune.config.data_schema import OnSuspiciousLabels
 from dstune.config.schema import RunConfig
+from dstune.core.errors import Problem, UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data import cache, mixture
 from dstune.data.builder import Builder, prove_samples
@@ -62,7 +63,19 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
     data = _load(folder, key, config, vision_of(tokenizer))
     if trains and config.data.on_suspicious_labels is OnSuspiciousLabels.error:
         refuse_suspicious(data.report["train"].get("labels", {}))
+    if trains:
+        refuse_synthetic(data.report["train"], config.data.max_synthetic_share)
     return data
+
+
+def refuse_synthetic(counts: dict[str, Any], most: float) -> None:
+    """Raises UserError where more than the share `most` of the training rows come from `dstune synthesize`."""
+    synthetic, rows = counts.get("synthetic_rows", 0), counts["rows_read"] - counts["bad_rows"]
+    if synthetic > most * rows:
+        reason = f"{synthetic:,} of {rows:,} training rows are synthetic ({synthetic / rows:.0%})"
+        raise UserError(
+            Problem("data.max_synthetic_share", reason, "more rows of people, or a larger share", f"{most:g}")
+        )
 
 
 def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:

@@ -370,6 +370,8 @@ def _findings(
     found: dict[str, Any] = {}
     if unread := _unread(read):
         found["unread_columns"] = unread
+    if synthetic := sum(table.synthetic_rows for table in read.values()):
+        found["synthetic_rows"] = synthetic
     if by_label:
         found["labels"] = by_label
     if cleaned is not None:

@@ -22,7 +22,7 @@ from dstune.data.images.places import COLUMN
 from dstune.data.images.store import ImageWriter
 from dstune.data.rows import RowError, check_task, hash_of, json_text, labels_of, normalise, recognise
 from dstune.data.swaps import slice_values
-from dstune.data.unread import Unread
+from dstune.data.unread import SYNTHETIC, Unread
 from dstune.protocols import task_of
 
 ROWS_PER_BATCH = 1000
@@ -70,6 +70,8 @@ class Table:
     """Of all rows of the files."""
     unread: Mapping[str, int] = field(default_factory=dict)
     """By column that looks like content and is not read, the rows in which it holds something."""
+    synthetic_rows: int = 0
+    """Of the good rows, those that `dstune synthesize` made."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -114,7 +116,8 @@ def ingest(
     table = replace(table, bad_examples=tuple(bad.first(already_bad)))
     if reader.unread is None:
         return table
-    return replace(table, columns=frozenset(reader.unread.columns), unread=reader.unread.rows)
+    met, synthetic = frozenset(reader.unread.columns), reader.synthetic_rows
+    return replace(table, columns=met, unread=reader.unread.rows, synthetic_rows=synthetic)
 
 
 def load_table(
@@ -172,7 +175,7 @@ class _Reader:
         self.format: str | None = None
         self.unread: Unread | None = None
         self.any_messages = False
-        self.rows_read = 0
+        self.rows_read = self.synthetic_rows = 0
 
     def batches(self, rows: Iterable[tuple[int, sources.RawRow]]) -> Iterator[pa.RecordBatch]:
         waiting: list[tuple] = []
@@ -184,7 +187,9 @@ class _Reader:
             except RowError as error:
                 self._bad.add(raw.place, str(error))
                 continue
-            slices = json.dumps(slice_values(raw.fields or {}, self._slices)) if self._slices else None
+            fields = raw.fields or {}
+            slices = json.dumps(slice_values(fields, self._slices)) if self._slices else None
+            self.synthetic_rows += bool(fields.get(SYNTHETIC))
             waiting.append((row, number, content_hash_value, label, file_number, raw.line, slices))
             number += 1
             if len(waiting) == ROWS_PER_BATCH:

@@ -31,6 +31,9 @@ OF_MESSAGES = frozenset(
 """Names of content that a message may have and that no template reads."""
 
 
+SYNTHETIC = "synthetic"
+"""Column with where a row of `dstune synthesize` came from."""
+
 MISSING = object()
 
 

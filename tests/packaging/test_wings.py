@@ -21,9 +21,16 @@ STANDS_ON = {
     "lakehouse": (),
     "importing": (),
     "monitor": ("serve",),
+    "synthesize": (),
 }
 """The wings that each needs beside the core."""
-VERBS = {"serve": {"serve", "serve-keys"}, "guard": {"guard"}, "importing": {"import"}, "monitor": {"monitor"}}
+VERBS = {
+    "serve": {"serve", "serve-keys"},
+    "guard": {"guard"},
+    "importing": {"import"},
+    "monitor": {"monitor"},
+    "synthesize": {"synthesize"},
+}
 CORE = ("test_config_compose", "test_config_words", "test_registry", "test_samples", "test_schedule")
 """Of `tests/unit`, without ranks."""
 OF_WING = {
@@ -33,6 +40,7 @@ OF_WING = {
     "lakehouse": "test_ordered.py",
     "importing": "test_importing.py",
     "monitor": "test_two_sample.py",
+    "synthesize": "test_synthesize.py",
 }
 
 
@@ -52,6 +60,7 @@ ONE_BY_ONE = [
     frozenset({"monitor"}),
     frozenset({"lakehouse"}),
     frozenset({"importing"}),
+    frozenset({"synthesize"}),
     frozenset(STANDS_ON),
 ]
 """Each wing with what stands on it, and all of them."""

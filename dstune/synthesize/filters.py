@@ -1,0 +1,176 @@
+"""Which drafts stay. Each filter leaves a reason at those that it removes, and perhaps a score at the others."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.rewards.answers import boxed, last_number
+from dstune.synthesize.requests import Draft
+
+WORDS = re.compile(r"\w+")
+RUN = 8
+"""Words in a row that a draft may not have in common with a held-out text; shorter texts are compared whole."""
+
+REFUSALS = re.compile(
+    r"^\W*(?:(?:i(?:'|\u2019)?m|i am) (?:really |very |so )?(?:sorry|unable|not able|afraid)|sorry[,.]? (?:but )?i|"
+    r"i (?:cannot|can(?:'|\u2019)?t|can not|won(?:'|\u2019)?t|will not|must decline)|as an ai\b|"
+    r"(?:es )?tut mir leid|ich kann (?:das|dabei|ihnen|dir)? ?nicht|je suis d\u00e9sol\u00e9|je ne peux pas|"
+    r"lo siento|no puedo|mi dispiace|non posso|\u5bf9\u4e0d\u8d77|\u62b1\u6b49|\u6211\u65e0\u6cd5|\u7533\u3057\u8a33)",
+    re.IGNORECASE,
+)
+"""How models begin to refuse, in some languages."""
+
+
+@dataclass
+class Judged:
+    """A draft with what the filters have said so far."""
+
+    draft: Draft
+    scores: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    """Why it is left out; empty while it stays."""
+
+
+def staying(judged: Iterable[Judged]) -> Iterator[Judged]:
+    return (one for one in judged if not one.reason)
+
+
+def leave_out_refusals(judged: Sequence[Judged]) -> None:
+    for one in staying(judged):
+        if REFUSALS.match(one.draft.answer):
+            one.reason = "refusal"
+
+
+def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> None:
+    """Answers in another language than these (ISO 639). Needs the extra `clean`."""
+    from dstune.data.clean.language import SURE, language
+
+    for one in staying(judged):
+        code, probability = language(one.draft.answer)
+        one.scores["language"] = round(probability, 4)
+        if code not in languages and probability >= SURE:
+            one.reason = f"language {code}"
+
+
+def leave_out_low_scores(
+    judged: Sequence[Judged], name: str, scores: Sequence[float | None], least: float | None
+) -> None:
+    """scores: of those that stay, in their order; None where the grader could not tell."""
+    for one, score in zip(list(staying(judged)), scores, strict=True):
+        if score is None:
+            one.reason = f"{name} could not score it"
+            continue
+        one.scores[name] = score
+        if least is not None and score < least:
+            one.reason = f"{name} {score:.4g} below {least:g}"
+
+
+def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
+    """Of several answers to a request only the first of those that most agree with, if their share is at least `least`."""
+    groups: dict[int, list[Judged]] = {}
+    for one in staying(judged):
+        groups.setdefault(one.draft.item.number, []).append(one)
+    for group in groups.values():
+        counts = Counter(final_answer(one.draft.answer) for one in group)
+        most, count = counts.most_common(1)[0]
+        share, chosen = count / len(group), False
+        for one in group:
+            one.scores["agreement"] = round(counts[final_answer(one.draft.answer)] / len(group), 4)
+            if share < least:
+                one.reason = f"agreement {share:.2g} below {least:g}"
+            elif final_answer(one.draft.answer) != most or chosen:
+                one.reason = "another answer stands for it"
+            else:
+                chosen = True
+
+
+def final_answer(text: str) -> str:
+    """What of an answer is compared: a box, else its last number, else all of its words."""
+    if (content := boxed(text)) is not None:
+        return re.sub(r"\s+", "", content)
+    if (number := last_number(text)) is not None:
+        return repr(number)
+    return normal(text)
+
+
+def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
+    """All but the first of rows that are alike: in their words, and with `near` by that share of their characters at least
+    (the extra `clean`)."""
+    rows = list(staying(judged))
+    seen: set[str] = set()
+    for one in rows:
+        text = comparable(one.draft)
+        if text in seen:
+            one.reason = "duplicate"
+        seen.add(text)
+    if near is None:
+        return
+    import numpy as np
+
+    from dstune.data.clean.near import SIGNATURE_NUMBERS, NearCopies, signature
+
+    rows = list(staying(judged))
+    texts = [comparable(one.draft) for one in rows]
+    signatures = np.frombuffer(b"".join(map(signature, texts)), dtype=np.uint32).reshape(-1, SIGNATURE_NUMBERS)
+    copies = NearCopies(signatures, texts.__getitem__, lambda one, two: np.ones(len(one), dtype=bool), near).find()
+    for one, original in zip(rows, copies.tolist(), strict=True):
+        if original >= 0:
+            one.reason = "near duplicate"
+
+
+def comparable(draft: Draft) -> str:
+    return f"{normal(draft.prompt)}\n{normal(draft.answer)}"
+
+
+def normal(text: str) -> str:
+    """Its words in lower case."""
+    return " ".join(WORDS.findall(text.casefold()))
+
+
+class HeldOut:
+    """Texts that no row may repeat."""
+
+    def __init__(self, texts: Iterable[str]):
+        self._runs: set[tuple[str, ...]] = set()
+        self._short: set[tuple[str, ...]] = set()
+        for text in texts:
+            words = WORDS.findall(text.casefold())
+            if len(words) < RUN:
+                self._short.add(tuple(words))
+            self._runs.update(_runs(words))
+
+    def meets(self, text: str, *, whole: bool = False) -> bool:
+        """Whether `text` has a run of `RUN` words of a held-out text; whole: or is a shorter one itself."""
+        words = WORDS.findall(text.casefold())
+        return (whole and tuple(words) in self._short) or any(run in self._runs for run in _runs(words))
+
+
+def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
+    """Rows with a prompt, an answer or a source that a held-out text has too."""
+    for one in staying(judged):
+        source = one.draft.row.get("source")
+        texts = [one.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
+        # Many questions have "yes" for an answer, which gives none of them away.
+        if held_out.meets(one.draft.prompt, whole=True) or any(map(held_out.meets, texts)):
+            one.reason = "contamination"
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts of a row, however deep, without roles of messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            if name not in ("role", "synthetic"):
+                yield from texts_in(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from texts_in(part)
+
+
+def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[start : start + RUN]) for start in range(len(words) - RUN + 1))

@@ -1,0 +1,101 @@
+"""Scores of drafts: by rewards of dstune in a process of their own, or by a reward model behind an address."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dstune.core.errors import Problem, UserError
+from dstune.protocols import REWARDS
+from dstune.synthesize.requests import Draft
+from dstune.synthesize.teacher import Address, Teacher, check_address
+from dstune.tasks.reinforcement.config import ReinforcementConfig
+from dstune.tasks.reinforcement.reward_process import RewardProcess
+
+GRADER_SECONDS = 120.0
+"""For one grader to score all drafts of a call."""
+AT_ONCE = 64
+"""Drafts of a call."""
+
+
+@dataclass
+class Graders:
+    """What scores drafts, by name, with the least score that stays."""
+
+    least: dict[str, float | None]
+    reward_model: Teacher | None = None
+    reward_least: float | None = None
+    grader_files: list[str] = field(default_factory=list)
+    """With graders of the fine-tuning API, whose names are those of the files."""
+    _process: RewardProcess | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Graders:
+        """Raises UserError for names that are no rewards."""
+        least: dict[str, float | None] = {}
+        graders: list[str] = []
+        problems = []
+        for word in arguments.grade:
+            name, equals, value = word.partition("=")
+            if name.endswith(".json") and Path(name).is_file():
+                graders.append(name)
+                name = Path(name).stem
+            elif name not in REWARDS:
+                problems.append(Problem("--grade", "there is no such reward", f"one of {', '.join(REWARDS)}", name))
+            try:
+                least[name] = float(value) if equals else None
+            except ValueError:
+                problems.append(Problem("--grade", "the least score is no number", f"--grade {name}=0.5", word))
+        if problems:
+            raise UserError(problems)
+        model = None
+        if arguments.reward_url is not None:
+            url = check_address("--reward-url", arguments.reward_url)
+            key = os.environ.get(arguments.key_variable, "")
+            model = Teacher(Address(url, arguments.reward_model, key, arguments.attempts, arguments.seconds))
+        return cls(least, model, arguments.reward_least, graders)
+
+    def score(self, name: str, drafts: Sequence[Draft]) -> list[float | None]:
+        """Of the reward `name`. Raises UserError where it can score none of the drafts."""
+        if self._process is None:
+            rewards = [name for name in self.least if name in REWARDS]
+            config = ReinforcementConfig(rewards=rewards, graders=self.grader_files, reward_seconds=GRADER_SECONDS)
+            self._process = RewardProcess(config)
+        scores: list[float | None] = []
+        for start in range(0, len(drafts), AT_ONCE):
+            some = drafts[start : start + AT_ONCE]
+            names = sorted(
+                {column for draft in some for column in draft.columns} - {"prompt", "prompts", "completions"}
+            )
+            columns = {column: [draft.columns.get(column) for draft in some] for column in names}
+            prompts = [draft.prompt for draft in some]
+            answers, ids = [draft.answer for draft in some], [list[int]() for _ in some]
+            scores += self._process(name, prompts, answers, ids, columns).scores
+        if drafts and all(score is None for score in scores):
+            needed = ", ".join(REWARDS[name].columns) if name in REWARDS else ""
+            reason = f"it could score no answer: {self._process.last_error or 'it returned None'}"
+            raise UserError(
+                Problem("--grade", reason, f"its columns in the input: {needed}" if needed else "see it", name)
+            )
+        return scores
+
+    def score_by_model(self, drafts: Sequence[Draft]) -> list[float | None]:
+        """Of the reward model. Raises TeacherUnreachable, UserError."""
+        assert self.reward_model is not None
+        scores: list[float | None] = []
+        for start in range(0, len(drafts), AT_ONCE):
+            some = drafts[start : start + AT_ONCE]
+            answered = self.reward_model.ask("/rewards", {"messages": [draft.row["messages"] for draft in some]})
+            try:
+                scores += [float(item["score"]) for item in answered["data"]]
+            except (KeyError, TypeError, ValueError):
+                reason = "its answer is of another shape than that of /v1/rewards of `dstune serve`"
+                raise UserError(Problem("--reward-url", reason, "a reward model behind `dstune serve`")) from None
+        return scores
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.close()

@@ -1,0 +1,105 @@
+"""What the teacher has answered so far, a line an answer: a synthesis that was killed goes on from it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import parse_json
+
+FILE = "answers.jsonl"
+SETTINGS = "synthesis.json"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher wrote to one request."""
+
+    key: str
+    """ITEM/SAMPLE."""
+    text: str
+    finish: str
+    """Why it ended: `stop`, or `length` where it was cut off."""
+    model: str
+    """As the server calls it in the answer."""
+    version: str
+    """Its `system_fingerprint`, where it has one."""
+    seed: int
+    tokens: int
+    """Of prompt and answer, as the server counts them; 0 where it does not tell."""
+
+
+class Journal:
+    """The answers in `folder`; one process at a time, any thread."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        """settings: what the requests follow from.
+
+        Raises:
+            UserError: the folder has answers to other requests, or another process writes to it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / FILE
+        self._lock = threading.Lock()
+        self._stream = self._path.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            reason = "another synthesis writes to it"
+            raise UserError(Problem("--output", reason, "wait for it, or another folder", str(folder))) from None
+        self._check_settings(folder / SETTINGS, settings)
+        self.answers: dict[str, Answer] = {}
+        self._read()
+
+    def _check_settings(self, path: Path, settings: Mapping[str, Any]) -> None:
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        if not path.exists():
+            temporary = path.with_name(f"{path.name}.incomplete")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.rename(path)
+            return
+        before = parse_json(path.read_bytes())
+        before = before if isinstance(before, dict) else {}
+        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+            reason = f"it has answers to other requests: {', '.join(changed)} changed"
+            fix = "another folder, or the settings of before (synthesis.json)"
+            raise UserError(Problem("--output", reason, fix, str(path.parent)))
+
+    def _read(self) -> None:
+        self._stream.seek(0)
+        end = 0
+        for line in self._stream:
+            if not line.endswith(b"\n"):
+                break  # what a kill has left of a line
+            try:
+                answer = Answer(**parse_json(line))
+            except (TypeError, ValueError):
+                break
+            self.answers[answer.key] = answer
+            end += len(line)
+        self._stream.truncate(end)
+        self._stream.seek(0, os.SEEK_END)
+
+    def add(self, answer: Answer) -> None:
+        """Write it down before anything else happens with it."""
+        line = json.dumps(asdict(answer), ensure_ascii=False).encode() + b"\n"
+        with self._lock:
+            self._stream.write(line)
+            self._stream.flush()
+            self.answers[answer.key] = answer
+
+    @property
+    def tokens(self) -> int:
+        with self._lock:
+            return sum(answer.tokens for answer in self.answers.values())
+
+    def close(self) -> None:
+        os.fsync(self._stream.fileno())
+        self._stream.close()

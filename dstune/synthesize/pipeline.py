@@ -1,0 +1,160 @@
+"""From the teacher's answers to rows: the same rows whatever the order in which the answers came."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dstune.data.unread import SYNTHETIC
+from dstune.synthesize import filters
+from dstune.synthesize.filters import HeldOut, Judged
+from dstune.synthesize.grading import Graders
+from dstune.synthesize.journal import Answer
+from dstune.synthesize.requests import Draft, Item, Kind, Unusable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the filters."""
+
+    keep_refusals: bool = False
+    languages: tuple[str, ...] = ()
+    held_out: HeldOut | None = None
+    agreement: float | None = None
+    near: float | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, held_out: Sequence[str]) -> Settings:
+        """Raises UserError for unknown languages."""
+        languages = tuple(code.strip() for code in (arguments.languages or "").split(",") if code.strip())
+        if languages:
+            from dstune.data.clean.language import check_languages
+
+            check_languages(list(languages))
+        own = HeldOut(held_out) if arguments.held_out else None
+        return cls(arguments.keep_refusals, languages, own, arguments.agreement, arguments.near)
+
+
+@dataclass
+class Made:
+    """The rows of a synthesis, and what was left out of it."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    contaminated: int | None = None
+    """Rows that meet a held-out text after all filters; None where none was given."""
+
+
+def make_rows(
+    kind: Kind,
+    items: Sequence[Item],
+    samples: int,
+    answers: Mapping[str, Answer],
+    settings: Settings,
+    graders: Graders,
+) -> Made:
+    """Raises UserError, TeacherUnreachable (of the reward model)."""
+    made = Made()
+    judged: list[Judged] = []
+    for item in items:
+        for sample in range(samples):
+            answer = answers.get(f"{item.number}/{sample}")
+            if answer is None:
+                continue
+            if answer.finish == "length":
+                _leave_out(made, "cut off", item, answer)
+                continue
+            try:
+                judged += [Judged(draft) for draft in kind.drafts(item, answer.text, sample)]
+            except Unusable as error:
+                _leave_out(made, str(error), item, answer)
+    _filter(judged, settings, graders, compares=kind.compares)
+    if kind.compares:
+        judged = _paired(judged, graders)
+        filters.leave_out_duplicates(judged, settings.near)
+    for one in judged:
+        provenance = _provenance(one, answers)
+        if one.reason:
+            made.reasons[_shortened(one.reason)] += 1
+            made.left_out.append({"reason": one.reason, **one.draft.row, SYNTHETIC: provenance})
+        else:
+            made.rows.append({**one.draft.row, SYNTHETIC: provenance})
+    if settings.held_out is not None:
+        still = [Judged(one.draft) for one in filters.staying(judged)]
+        filters.leave_out_contaminated(still, settings.held_out)
+        made.contaminated = sum(bool(one.reason) for one in still)
+    return made
+
+
+def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compares: bool) -> None:
+    if not settings.keep_refusals:
+        filters.leave_out_refusals(judged)
+    if settings.languages:
+        filters.leave_out_languages(judged, settings.languages)
+    if settings.held_out is not None:
+        filters.leave_out_contaminated(judged, settings.held_out)
+    for name, least in graders.least.items():
+        drafts = [one.draft for one in filters.staying(judged)]
+        # Of a pair the worse answer may be as bad as it is.
+        filters.leave_out_low_scores(judged, name, graders.score(name, drafts), None if compares else least)
+    if graders.reward_model is not None:
+        drafts = [one.draft for one in filters.staying(judged)]
+        least = None if compares else graders.reward_least
+        filters.leave_out_low_scores(judged, "reward_model", graders.score_by_model(drafts), least)
+    if settings.agreement is not None:
+        filters.leave_out_disagreeing(judged, settings.agreement)
+    if not compares:
+        filters.leave_out_duplicates(judged, settings.near)
+
+
+def _paired(judged: Sequence[Judged], graders: Graders) -> list[Judged]:
+    """The best and the worst answer to each prompt, by the sum of their scores; those that were left out before come as well."""
+    names = [*graders.least, *(["reward_model"] if graders.reward_model is not None else [])]
+    pairs: list[Judged] = [one for one in judged if one.reason]
+    groups: dict[int, list[Judged]] = {}
+    for one in filters.staying(judged):
+        groups.setdefault(one.draft.item.number, []).append(one)
+    for group in groups.values():
+        ordered = sorted(group, key=lambda one: -sum(one.scores[name] for name in names))
+        best, worst = ordered[0], ordered[-1]
+        totals = [sum(one.scores[name] for name in names) for one in (best, worst)]
+        *prompt, chosen = best.draft.row["messages"]
+        row = {"prompt": prompt, "chosen": [chosen], "rejected": [worst.draft.row["messages"][-1]]}
+        draft = Draft(
+            row, best.draft.prompt, best.draft.answer, best.draft.item, best.draft.samples + worst.draft.samples
+        )
+        scores = {"chosen": totals[0], "rejected": totals[1]}
+        least = [*graders.least.items(), ("reward_model", graders.reward_least)]
+        low = [name for name, bound in least if bound is not None and best.scores.get(name, bound) < bound]
+        reason = "all answers have the same score" if totals[0] == totals[1] else ""
+        pairs.append(Judged(draft, scores, f"{low[0]} of the best answer is too low" if low else reason))
+    return pairs
+
+
+def _provenance(one: Judged, answers: Mapping[str, Answer]) -> dict[str, Any]:
+    item = one.draft.item
+    used = [answers[f"{item.number}/{sample}"] for sample in one.draft.samples]
+    return {
+        "model": used[0].model,
+        "version": used[0].version,
+        "input": item.place,
+        "item": item.number,
+        "samples": list(one.draft.samples),
+        "seeds": [answer.seed for answer in used],
+        "scores": one.scores,
+    }
+
+
+def _leave_out(made: Made, reason: str, item: Item, answer: Answer) -> None:
+    made.reasons[reason] += 1
+    made.left_out.append({"reason": reason, "input": item.place, "answer": answer.text, "seed": answer.seed})
+
+
+def _shortened(reason: str) -> str:
+    """Without the score of a single row."""
+    name, separator, _ = reason.partition(" below ")
+    return f"{name.rpartition(' ')[0]} too low" if separator else reason
