@@ -34,7 +34,7 @@ from dstune.models.kernels import use_kernels
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.lora_sum import use_joint_sums
 from dstune.models.packed_attention import attention_of_samples
-from dstune.protocols import method_of, task_of
+from dstune.protocols import Task, method_of, task_of
 from dstune.protocols.task_options import NeedsReference
 from dstune.rank import process
 from dstune.rank.finalize import write_result
@@ -81,11 +81,13 @@ def evaluate(
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
     _rows_of(data, split)
-    if isinstance(task := task_of(config.task), NeedsReference):
+    task = task_of(config.task)
+    if isinstance(task, NeedsReference):
         data = task.before_loading(config, data, tokenizer, world, precision)
     part = _rows_of(data, split)
     message = console.message if console else lambda text: None
-    engine, head = _build(config, data, tokenizer, checkpoint, precision, world, message, prompted=shots is not None)
+    asked = shots is not None
+    engine, head = _build(config, task, data, tokenizer, checkpoint, precision, world, message, prompted=asked)
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
@@ -122,6 +124,7 @@ def _rows_of(data: PreparedData, split: str) -> Split:
 
 def _build(
     config: RunConfig,
+    task: Task,
     data: PreparedData,
     tokenizer: Any,
     checkpoint: Path | None,
@@ -144,7 +147,7 @@ def _build(
     apart = attention_of_samples(loaded, model, world, message)
     use_kernels(module, config.model, message)
     use_joint_sums(module)
-    head = task_of(loaded.task).head(model, apart)
+    head = (task if loaded is config else task_of(loaded.task)).head(model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine)
     verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dstune.protocols import METRICS, Metric
 
-LOWER = ("loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap")
+LOWER = ("loss", "text_loss", "perplexity", "bits_per_byte", "mae", "rmse", "ter", "gap")
 HIGHER = (
     *("token_accuracy", "accuracy", "f1_macro", "f1_micro", "mcc", "auroc", "pearson", "spearman"),
     *("entity_f1", "entity_precision", "entity_recall", "exact_match", "f1", "best_f1"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -54,7 +54,7 @@ def projected_cross_entropy(
     loss_sum = hidden.new_zeros((), dtype=torch.float32)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
     if torch.is_grad_enabled() and is_multiplied_once(projection, hidden.dtype):
-        return CrossEntropy(_LinearCrossEntropy.apply(hidden, projection.weight, targets, rows), correct)
+        return CrossEntropy(LinearLoss.apply(hidden, projection.weight, BlockCrossEntropy(targets), rows), correct)
     # Without targets this is one chunk of no rows, which gives all weights a gradient of zeros.
     for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
         if torch.is_grad_enabled():
@@ -153,14 +153,31 @@ def vocabulary_size(projection: nn.Module) -> int:
     return max(full_shape(weight)[0] for weight in projection.parameters())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy of `hidden @ weight.T`, whose gradients are made in the forward pass."""
+class BlockLoss(Protocol):
+    """A loss of logits, and its gradient, a block of rows at a time."""
+
+    def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of the losses, scalar fp32; gradient of that sum, fp32 [rows, vocabulary]). logits: of the targets `rows`."""
+
+
+class BlockCrossEntropy(NamedTuple):
+    targets: torch.Tensor
+
+    def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+        at_target = self.targets[rows][:, None]
+        loss_sum = -probabilities.gather(1, at_target).sum()
+        return loss_sum, probabilities.exp_().scatter_add_(1, at_target, probabilities.new_full(at_target.shape, -1.0))
+
+
+class LinearLoss(torch.autograd.Function):
+    """A loss of the logits `hidden @ weight.T`, whose gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
-        context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int
+        context: Any, hidden: torch.Tensor, weight: torch.Tensor, block_loss: BlockLoss, rows: int
     ) -> torch.Tensor:
-        """hidden: [targets, hidden size], weight: [vocabulary, hidden size], targets: [targets]; rows: of a chunk."""
+        """hidden: [targets, hidden size], weight: [vocabulary, hidden size]; rows: of a chunk."""
         of_hidden, of_weight, _, _ = context.needs_input_grad
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         weight_gradient: torch.Tensor | None = None
@@ -170,20 +187,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = wide_products(hidden.device.type, hidden.dtype)
         product: torch.Tensor | None = None
         start = 0
-        for some, expected in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for some in hidden.split(rows):
             logits = buffer[: len(some)]
             exact = torch.mm(some, weight.t(), **({"out_dtype": torch.float32} if wide else {"out": logits}))
-            block = _block_rows(logits)
-            blocks = zip(exact.split(block), logits.split(block), expected.split(block), strict=True)
-            for part, to, of_part in blocks:
-                probabilities = torch.log_softmax(part, dim=-1, dtype=torch.float32)
-                at_target = of_part[:, None]
-                loss_sum -= probabilities.gather(1, at_target).sum()
-                probabilities.exp_().scatter_add_(1, at_target, probabilities.new_full(at_target.shape, -1.0))
-                to.copy_(probabilities)  # the gradient takes the place of the logits
+            block, first = _block_rows(logits), start
+            for part, to in zip(exact.split(block), logits.split(block), strict=True):
+                loss, gradient = block_loss(part, slice(first, first + len(part)))
+                loss_sum += loss
+                to.copy_(gradient)  # it takes the place of the logits
+                first += len(part)
             if hidden_gradient is not None:
                 torch.mm(logits, weight, out=hidden_gradient[start : start + len(some)])
-                start += len(some)
+            start += len(some)
             if of_weight:
                 # Sums of several chunks are kept in fp32, as one multiplication keeps them.
                 if weight_gradient is None:

@@ -63,7 +63,7 @@ class MeasuresSteps(Protocol):
 
 @runtime_checkable
 class TrainsOnRollouts(Protocol):
-    """A task whose rows are prompts, which the model answers before each step."""
+    """A task that learns from what the model answers to its rows before a step."""
 
     @property
     def tokens_written_behind_rows(self) -> int:
@@ -84,9 +84,14 @@ class TrainsOnRollouts(Protocol):
         tokenizer: Any,
         world: World,
         run_dir: Path,
-    ) -> Rollouts:
-        """Return what turns the prompts of each step into what trains."""
+    ) -> Rollouts | None:
+        """Return what turns the prompts of each step into what trains; None where it learns from rows as they are."""
         raise NotImplementedError
+
+
+@runtime_checkable
+class EvaluatesRollouts(Protocol):
+    """A task whose evaluations are of what the model answers."""
 
     def evaluate(self, evaluator: Evaluator, split: Split, progress: Any) -> Evaluation:
         """Return the metrics of `split`, whose prompts the model answers."""
@@ -283,11 +288,20 @@ class ExportsFiles(Protocol):
         """Files that an export has beside model and tokenizer."""
 
 
+@runtime_checkable
+class HoldsModels(Protocol):
+    """A task that has models in memory beside the one that trains."""
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
 TASK_OPTIONS = (
     NeedsPackages,
     BuildsBatches,
     MeasuresSteps,
     TrainsOnRollouts,
+    EvaluatesRollouts,
     RewritesTemplate,
     AsksForTargets,
     ChangesLoadedModel,
@@ -302,4 +316,5 @@ TASK_OPTIONS = (
     CompletesLabels,
     WeighsClasses,
     ExportsFiles,
+    HoldsModels,
 )

@@ -26,9 +26,10 @@ from dstune.core.files import INCOMPLETE
 from dstune.core.rank_env import RankEnv, die_with_parent, from_environment
 from dstune.core.rank_errors import report_once, report_to_launcher
 from dstune.core.secrets import REFERENCE, redact_output
-from dstune.protocols import method_of
+from dstune.protocols import Task, method_of
 from dstune.protocols.method import Preparation
 from dstune.protocols.method_options import TrainsInStages
+from dstune.protocols.task_options import HoldsModels
 from dstune.rank.finalize import finish
 from dstune.rank.process import guarded, leave
 from dstune.rank.setup import BuiltModel, Setup, activity
@@ -86,18 +87,19 @@ def train_stage(
             run_training(run, built, rows.tokenizer, restored.checkpoints, start.preparation)
     except BaseException:
         if world.size == 1:  # with more of them the device may still wait for a rank that is gone
-            close(engine)
+            close(engine, setup.task)
         raise
-    close(engine)
+    close(engine, setup.task)
 
 
-def close(engine: Engine | None) -> None:
+def close(engine: Engine | None, task: Task) -> None:
     """Another stage may follow in this process, or another run. What the run is worth is decided by now."""
-    try:
-        if engine is not None:
-            engine.close()
-    except Exception as error:
-        activity.warning("the engine could not be closed: %s", error)
+    for holder in (engine, task):
+        try:
+            if isinstance(holder, Engine | HoldsModels):
+                holder.close()
+        except Exception as error:
+            activity.warning("a model could not be closed: %s", error)
 
 
 def run_training(

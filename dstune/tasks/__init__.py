@@ -6,6 +6,7 @@ ORDER = (
     "classification",
     "preference",
     "reinforcement",
+    "distillation",
     "reward",
     "embedding",
     "token_classification",

@@ -25,7 +25,7 @@ from dstune.models.heads import GlobalBatchHead, Head, numbers, on_device, sums_
 from dstune.models.heads.base import indexed
 from dstune.protocols import task_of
 from dstune.protocols.task import TaskConfig
-from dstune.protocols.task_options import MeasuresFurther, TrainsOnRollouts
+from dstune.protocols.task_options import EvaluatesRollouts, MeasuresFurther
 from dstune.trainer.counterfactual import compare
 from dstune.trainer.generation import Generated, answers_on_all_ranks
 from dstune.trainer.measure import Evaluation, Totals, count_rows, whole_rows, with_registered
@@ -109,7 +109,7 @@ class Evaluator:
         slices: bool = True,
     ) -> tuple[Totals, Evaluation]:
         task = task_of(self.config.task)
-        if isinstance(task, TrainsOnRollouts):
+        if isinstance(task, EvaluatesRollouts):
             return Totals(0.0, 0.0, 0.0), task.evaluate(self, split, progress)
         formatted: Split = split
         if context:

@@ -52,6 +52,7 @@ WHOLE_FILES = {
     "parity/test_accumulation.py": 55,
     "parity/test_callbacks.py": 50,
     "parity/test_compiled.py": 130,
+    "parity/test_distillation.py": 170,
     "parity/test_experts.py": 110,
     "parity/test_forgetting.py": 55,
     "parity/test_heads.py": 120,

@@ -42,16 +42,20 @@ class CausalLmHead:
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
         """Whether the model's output is what its projection gives. At ZeRO-3 every rank must call this."""
+        logits, probe = self._probed(forward, device)
+        self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
+        return self._examined
+
+    def _probed(self, forward: Forward, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's logits where its projection gives the same known ones at every position, and these."""
         self._probe = torch.linspace(-60.0, 60.0, vocabulary_size(self._projection), device=device)
         try:
             with torch.no_grad():
                 inputs = self._probe_inputs(torch.zeros(1, 2, dtype=torch.long, device=device))
-                logits = forward(**inputs, use_cache=False).logits
-            probe = self._probe.to(logits.dtype)
-            self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
+                logits: torch.Tensor = forward(**inputs, use_cache=False).logits
+            return logits, self._probe.to(logits.dtype)
         finally:
             self._probe = None
-        return self._examined
 
     @property
     def examined(self) -> bool:
@@ -110,7 +114,7 @@ class CausalLmHead:
         if self.rows is not None and not self.rows.whole:
             return dict(batch)
         labels = self.labels_of(batch)
-        kept = _kept(labels)
+        kept = positions_with_target(labels)
         more = {KEPT: kept, TARGETS: labels.flatten().index_select(0, kept)}
         if self.rows is not None and (boundaries := self.rows.boundaries(inputs_of(batch))):
             starts, longest = boundaries
@@ -119,7 +123,7 @@ class CausalLmHead:
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, batch: Batch) -> HeadOutput:
         """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
-        kept = batch[KEPT] if KEPT in batch else _kept(labels)
+        kept = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
         by_row = "index" in batch and not torch.is_grad_enabled()
         self._kept = kept, labels.shape[1]
@@ -142,7 +146,7 @@ class CausalLmHead:
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 
 
-def _kept(labels: torch.Tensor) -> torch.Tensor:
+def positions_with_target(labels: torch.Tensor) -> torch.Tensor:
     """Which positions have a target, of all rows end to end."""
     return _indices(labels != IGNORED)
 

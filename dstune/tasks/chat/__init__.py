@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.protocols import task
 from dstune.tasks._language import LanguageTask
@@ -25,11 +25,19 @@ class Chat(LanguageTask):
     prefix_positions_ok = True
     tensor_parallel = True
     one_pass = True
-    formats = ("messages", "conversations", "prompt_completion", "alpaca", "dolly", "gemini", "xlam")
-    frozen_keys = ("template_date",)
+    formats: ClassVar[tuple[str, ...]] = (
+        "messages",
+        "conversations",
+        "prompt_completion",
+        "alpaca",
+        "dolly",
+        "gemini",
+        "xlam",
+    )
+    frozen_keys: ClassVar[tuple[str, ...]] = ("template_date",)
     has_predictions = False
-    metrics = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
-    ranked_by = (("bits_per_byte", True), ("loss", True))
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
+    ranked_by: ClassVar[tuple[tuple[str, bool], ...]] = (("bits_per_byte", True), ("loss", True))
 
     @property
     def needs_answer(self) -> bool:

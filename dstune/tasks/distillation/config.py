@@ -1,0 +1,37 @@
+"""The keys of `task=distillation`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstune.config.fields import setting
+from dstune.tasks.chat.config import ChatConfig
+
+ADAPTER_OFF = "adapter_off"
+"""In place of a teacher's path: the model that trains, with its adapter switched off."""
+
+
+@dataclass(frozen=True)
+class DistillationConfig(ChatConfig):
+    """The model learns the next-token distributions of a teacher, on rows of chat or plain text."""
+
+    name: str = "distillation"
+    teacher: str | None = None
+    """The model to learn from: folder, hub id, sample, or the directory of a run with an export; `adapter_off` is the model
+    itself with its adapter switched off. It has the tokens of the model."""
+    teacher_revision: str | None = None
+    """Branch, tag or commit of `teacher` on the hub; resolved to a commit before the ranks start."""
+    beta: float = setting(0.5, at_least=0.0, at_most=1.0)
+    """Which divergence: 0 is the forward KL of the student from the teacher, 1 the reverse KL, between them the generalised
+    Jensen-Shannon divergence (TRL's GKD: `beta`)."""
+    temperature: float = setting(1.0, above=0.0)
+    """Logits of both are divided by this before they are compared (TRL's GKD: 0.9). The loss is not multiplied by its square."""
+    on_policy: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Share of steps that train on the model's own answers to the prompts of the rows, sampled as `task=reinforcement` samples
+    (GKD's lambda; TRL: `lmbda`, 0.5 there)."""
+    max_new_tokens: int = setting(128, at_least=1)
+    """Tokens of such an answer at most."""
+    sampling_temperature: float = setting(1.0, above=0.0)
+    """Of sampling such answers."""
+    text_weight: float = setting(0.0, at_least=0.0, at_most=1.0)
+    """Share of the cross entropy of the rows' own tokens in the loss (axolotl: `kd_ce_alpha`); the rest is the divergence."""

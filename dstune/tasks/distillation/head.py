@@ -1,0 +1,75 @@
+"""The divergence of the model's next-token distributions from its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dstune.models.cross_entropy import rows_at_once
+from dstune.models.divergence import (
+    BlockDivergence,
+    Measured,
+    Objective,
+    divergence_of_logits,
+    measured_divergence,
+    projected_divergence,
+)
+from dstune.models.heads.base import Batch, Forward, HeadOutput, Rows, inputs_of
+from dstune.models.heads.language import KEPT, TARGETS, positions_with_target
+from dstune.models.logit_transform import LogitTransform
+from dstune.tasks.distillation.config import DistillationConfig
+from dstune.tasks.distillation.teacher import ProbedHead, Teacher
+
+
+class DistillationHead(ProbedHead):
+    """The loss of each target, from the hidden states of model and teacher; logits of a chunk of targets exist at a time."""
+
+    def __init__(self, task: DistillationConfig, model: PreTrainedModel, teacher: Teacher, rows: Rows | None = None):
+        super().__init__(model, rows)
+        self._teacher = teacher
+        self._objective = Objective(task.beta, task.temperature, task.text_weight)
+        self._block_loss: BlockDivergence | None = None
+        self._measured: Measured | None = None
+
+    def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: Tensor, batch: Batch) -> HeadOutput:
+        width = labels.shape[1]
+        kept = batch[KEPT] if KEPT in batch else positions_with_target(labels)
+        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
+        with torch.no_grad():  # first, so that no activations of the other pass are in memory meanwhile
+            taught = self._teacher.observe(forward, inputs_of(batch), kept, width)
+        transform = self.transform if self._examined else LogitTransform()
+        block_loss = self._block_loss = BlockDivergence(self._objective, transform, taught, targets)
+        self._kept, self._targets = (kept, width), targets if self._examined else None
+        try:
+            with transform.switched_off():
+                output = forward(**inputs, use_cache=False).logits
+        finally:
+            measured, self._measured = self._measured, None
+            self._block_loss = self._kept = self._targets = None
+        if self._examined:
+            loss_sum = output.float()
+        elif torch.is_grad_enabled():
+            loss_sum = divergence_of_logits(output, block_loss)
+        else:
+            loss_sum, measured = measured_divergence(_unchanged, output, block_loss, max(1, len(output)))
+        sums, correct = dict[str, Tensor](), torch.zeros((), device=loss_sum.device)
+        if measured is not None:
+            correct = measured.correct
+            sums = {"text_loss": measured.text_loss, "teacher_text_loss": measured.teacher_text_loss}
+        return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, sums=sums)
+
+    def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        assert self._block_loss is not None
+        if torch.is_grad_enabled():
+            return projected_divergence(self._projection, self._project, hidden, self._block_loss)
+        rows = rows_at_once(self._projection, hidden) or max(1, len(hidden))
+        loss_sum, self._measured = measured_divergence(self._project, hidden, self._block_loss, rows)
+        return loss_sum
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits

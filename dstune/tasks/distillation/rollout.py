@@ -1,0 +1,167 @@
+"""Steps on the student's own answers: sampled by the weights that train, then compared with the teacher token by token."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstune.config.schema import RunConfig
+from dstune.core import files
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.data.batches import padded
+from dstune.data.collate import NO_TARGET
+from dstune.data.prepared import Split
+from dstune.data.sampler import GlobalBatch, MicroBatch
+from dstune.models.generation import end_tokens
+from dstune.tasks.distillation.config import DistillationConfig
+from dstune.tasks.reinforcement.encode import left_padded
+from dstune.tasks.reinforcement.sampling import Completion, sample_completions
+from dstune.trainer.generation import speaking
+from dstune.trainer.prefetcher import RankBatch
+from dstune.trainer.rollouts import RolloutRun, RolloutStep
+from dstune.zero.engine import Engine
+
+FOLDER = "rollouts"
+"""Of a run directory: `step-000001.jsonl`, ..., an answer a line, of the steps on own answers."""
+
+
+class OwnAnswers:
+    """With probability `task.on_policy` a step trains on what the model itself answers to the prompts of its rows (GKD). See
+    `trainer.rollouts.Rollouts`.
+
+    Which steps these are, and the noise of sampling, follow from the run's seed and the step alone: nothing has to be saved.
+    """
+
+    updates = 1
+
+    def __init__(
+        self,
+        config: RunConfig,
+        split: Split,
+        engine: Engine,
+        tokenizer: Any,
+        world: World,
+        run_dir: Path,
+        stops: Sequence[int],
+    ):
+        assert isinstance(config.task, DistillationConfig)
+        self._config, self._task, self._split = config, config.task, split
+        self._engine, self._tokenizer, self._world, self._run_dir = engine, tokenizer, world, run_dir
+        module: Any = engine.module
+        base = module.get_base_model() if hasattr(module, "get_base_model") else module
+        self._ends = frozenset(end_tokens(base, stops))
+        self._sums: dict[str, float] = {}
+
+    def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
+        """The rows of the step, or their prompts with the model's own answers."""
+        self._sums = {"own_answers": 0.0, "own_tokens": 0.0}
+        if not self._is_own(step.number):
+            return step.batch
+        with run.around("generating"):
+            answered = self._answer([part for part, _ in step.batch.batches], step.number)
+        return self._training_batch(answered, step.batch, step.number)
+
+    @contextmanager
+    def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
+        yield lambda number: ()
+
+    def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
+        return self._sums
+
+    def close(self) -> None:
+        pass
+
+    def _is_own(self, step: int) -> bool:
+        """Of a step, the same on every rank and after a resume."""
+        return random.Random(f"{self._config.trainer.seed}/{step}").random() < self._task.on_policy
+
+    def _answer(self, parts: Sequence[MicroBatch], step: int) -> list[tuple[MicroBatch, list[Completion]]]:
+        """The answers to the prompts of each micro-batch; of fillers as well, since ranks may have to sample in step."""
+        answered = []
+        with speaking(self._engine, self._world) as (module, in_step):
+            for part in parts:
+                numbers = [index for row in part.rows for index in row]
+                prompts = left_padded([self._prompt(index) for index in numbers], self._tokenizer.pad_token_id)
+                completions = sample_completions(
+                    module,
+                    torch.from_numpy(prompts["input_ids"]).to(self._engine.device),
+                    torch.from_numpy(prompts["attention_mask"]).to(self._engine.device),
+                    numbers,
+                    samples=1,
+                    max_new_tokens=self._task.max_new_tokens,
+                    temperature=self._task.sampling_temperature,
+                    ends=self._ends,
+                    padding=self._tokenizer.pad_token_id,
+                    keys=(self._config.trainer.seed, step),
+                    goes_on=self._world.any if in_step else bool,
+                )
+                answered.append((part, completions))
+        return answered
+
+    def _prompt(self, index: int) -> np.ndarray:
+        """Everything in front of the last answer of a sample. Raises UserError where there is nothing."""
+        sample = self._split.sample(index)
+        others = np.flatnonzero(sample["labels"] == NO_TARGET)
+        end = int(np.flatnonzero(sample["labels"] != NO_TARGET)[-1])
+        start = int(others[others < end][-1]) + 1
+        if start < 2:
+            reason = "a row is a plain text, which asks nothing that the model could answer"
+            raise UserError(Problem("task.on_policy", reason, "task.on_policy=0, or rows with prompts and answers"))
+        ids: np.ndarray = sample["input_ids"][:start]
+        return ids
+
+    def _training_batch(
+        self, answered: Sequence[tuple[MicroBatch, list[Completion]]], batch: RankBatch, step: int
+    ) -> RankBatch:
+        """Micro-batches of `trainer.micro_batch_size` answers; equally many on every rank."""
+        world, size = self._world, self._config.trainer.rows
+        rows = [(completion, not part.filler) for part, completions in answered for completion in completions]
+        rows.sort(key=lambda row: not row[1])  # fillers last; stable
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        most = int(world.gather_numbers([len(chunks)]).max())
+        chunks += [[(rows[0][0], False)]] * (most - len(chunks))
+        batches = []
+        for number, chunk in enumerate(chunks):
+            filler = not any(counts for _, counts in chunk)
+            part = MicroBatch(number * world.size + world.rank, tuple((0,) for _ in chunk), filler)
+            batches.append((part, self._tensors(chunk)))
+        counted = [completion for completion, counts in rows if counts]
+        targets = sum(len(completion.ids) for completion in counted)
+        tokens = targets + sum(len(self._prompt(completion.prompt)) for completion in counted)
+        totals = world.gather_numbers([targets, tokens]).sum(axis=0).tolist()
+        self._sums = {"own_answers": float(len(counted)), "own_tokens": float(targets)}
+        self._write(step, counted)
+        whole = GlobalBatch(tuple(part for part, _ in batches), totals[0] or 1.0, int(totals[1]))
+        return RankBatch(whole, batch.epoch, tuple(batches))
+
+    def _write(self, step: int, completions: Sequence[Completion]) -> None:
+        """The answers of all ranks, a line each, for whoever wants to read them."""
+        rows = [
+            {"prompt": one.prompt, "ids": one.ids, "ended": one.ended, "text": self._tokenizer.decode(one.ids)}
+            for one in completions
+        ]
+        everyone = [row for rank in self._world.gather(rows) for row in rank]
+        if self._world.is_main:
+            folder = self._run_dir / FOLDER
+            folder.mkdir(exist_ok=True)
+            lines = [json.dumps(row, ensure_ascii=False) for row in sorted(everyone, key=itemgetter("prompt"))]
+            files.write(folder / f"step-{step:06d}.jsonl", "\n".join(lines) + "\n")
+
+    def _tensors(self, chunk: Sequence[tuple[Completion, bool]]) -> dict[str, torch.Tensor]:
+        ids, labels = [], []
+        for completion, counts in chunk:
+            prompt = self._prompt(completion.prompt)
+            answer = completion.ids if counts else [NO_TARGET] * len(completion.ids)
+            ids.append(np.concatenate([prompt, completion.ids]).astype(np.int64))
+            labels.append(np.concatenate([np.full(len(prompt), NO_TARGET), answer]).astype(np.int64))
+        arrays = padded(ids, labels, self._tokenizer.pad_token_id)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,185 @@
+"""The model that is learned from: loaded beside the one that trains, it only answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dstune.config.schema import ModelConfig, OptimizerOffload, Precision, RunConfig, stage_of
+from dstune.core.distributed import World
+from dstune.core.errors import Problem, UserError
+from dstune.models.cross_entropy import chunk_rows
+from dstune.models.heads.language import CausalLmHead
+from dstune.models.load import load_model, load_tokenizer
+from dstune.models.logit_transform import LogitTransform, possible_transforms
+from dstune.models.packing import TOLERANCE, contamination
+from dstune.protocols import METHODS
+from dstune.tasks.causal_lm.config import CausalLmConfig
+from dstune.tasks.distillation.config import DistillationConfig
+from dstune.zero import accelerator
+from dstune.zero.ds_config import deepspeed_config
+from dstune.zero.engine import Engine
+from dstune.zero.parts import gathered, partitioned_loading
+from dstune.zero.precision import DTYPES
+
+activity = logging.getLogger(__name__)
+
+
+class Taught(Protocol):
+    """The teacher's logits of a batch's targets, as they are asked for."""
+
+    def __call__(self, rows: slice) -> Tensor:
+        """fp32 [targets of `rows`, vocabulary]."""
+
+
+class Teacher(Protocol):
+    def observe(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Taught:
+        """What it says at some positions. forward: of the model that trains. kept: which of all rows end to end, each of `width`
+        positions. Called without gradients; at stage 3 by every rank equally often."""
+
+    def close(self) -> None: ...
+
+
+class ProbedHead(CausalLmHead):
+    """A head that knows what the model does with its logits."""
+
+    def __init__(self, model: Any, rows: Any = None):
+        super().__init__(model, rows)
+        self._described = model
+        self.transform = LogitTransform()
+
+    def examine(self, forward: Any, device: torch.device) -> bool:
+        """Whether the logits are those of the projection, apart from `transform`, which is found here."""
+        for transform in possible_transforms(self._described):
+            with transform.switched_off():
+                is_plain = super().examine(forward, device)
+            if is_plain and (not transform.switches or self._agrees(forward, device, transform)):
+                self.transform = transform
+                return True
+        self._examined = False
+        return False
+
+    def _agrees(self, forward: Any, device: torch.device, transform: LogitTransform) -> bool:
+        logits, probe = self._probed(forward, device)
+        expected = transform(probe.float())
+        limit = (1e-5 if logits.dtype is torch.float32 else 0.02) * float(expected.abs().max())
+        return bool((logits.float() - expected).abs().max() <= limit)
+
+
+class HiddenStates(ProbedHead):
+    """Takes the hidden states of some positions from a forward pass, in front of the projection."""
+
+    def of(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Tensor:
+        """[positions, hidden size], in the order of `kept`."""
+        self._kept, self._targets = (kept, width), kept
+        try:
+            forward(**inputs, use_cache=False)
+            return self._hidden
+        finally:
+            self._kept = self._targets = None
+            del self._hidden
+
+    def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        self._hidden = hidden
+        return hidden[:, :1]  # whatever the model does with it, nobody reads it
+
+
+@dataclass
+class ChunkedLogits:
+    """Logits of a chunk of hidden states at a time; the last chunk is kept, since a loss reads it block by block."""
+
+    hidden: Tensor
+    project: Any
+    transform: LogitTransform
+    rows: int
+    """Of a chunk."""
+    _first: int = 0
+    _logits: Tensor | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        logits = self._logits
+        if logits is None or rows.start < self._first or rows.stop > self._first + len(logits):
+            self._logits = None  # before the next chunk takes its place
+            self._first = rows.start
+            self._logits = logits = self.project(self.hidden[rows.start : max(rows.stop, rows.start + self.rows)])
+        return self.transform(logits[rows.start - self._first : rows.stop - self._first].float())
+
+
+class LoadedTeacher:
+    """A model of its own, at stage 3 partitioned apart from its projection, else whole on every rank."""
+
+    def __init__(self, engine: Engine, head: HiddenStates, projection: nn.Linear):
+        self._engine, self._head = engine, head
+        weights = [weight for weight in projection.parameters() if weight is not None]
+        with gathered(weights):  # a chunk of the loss needs them while no rank waits for it
+            copies = [weight.detach().clone() if engine.stage == 3 else weight.detach() for weight in weights]
+        self._weight, self._bias = copies[0], copies[1] if len(copies) > 1 else None
+
+    def observe(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Taught:
+        hidden = self._head.of(self._engine.forward, inputs, kept, width)
+        rows = chunk_rows(hidden, len(self._weight))
+        return ChunkedLogits(hidden, self._project, self._head.transform, rows)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self._weight, self._bias)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Precision) -> LoadedTeacher:
+    """`task.teacher`, on this rank together with the others.
+
+    Raises:
+        UserError: it has other tokens than the model, no plain projection, or lets packed samples see each other.
+    """
+    other = _run_of_teacher(config)
+    path = other.model.path
+    _check_tokens(tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab(), path)
+    activity.info("loading the teacher %s", path)
+    settings = deepspeed_config(other, world.size, precision, on_gpu=accelerator.present())
+    with partitioned_loading(settings):
+        model = load_model(other, tokenizer, (), DTYPES[precision])
+    projection = model.get_output_embeddings()
+    head = HiddenStates(model)
+    engine = Engine(model, None, settings, world)
+    engine.train(False)
+    if not (type(projection) is nn.Linear and head.examine(engine.forward, engine.device)):
+        reason = "what it does with the logits of its projection is not known here"
+        raise UserError(Problem("task.teacher", reason, "another teacher", path))
+    if config.data.packing:
+        difference, dtype = contamination(engine.forward, model.config.get_text_config().vocab_size, engine.device)
+        if world.any(not difference <= TOLERANCE[dtype]):
+            reason = f"its attention crosses packed samples (logits differ by {difference:.1%})"
+            raise UserError(Problem("task.teacher", reason, "data.packing=false, or another model.attention", path))
+    return LoadedTeacher(engine, head, projection)
+
+
+def _run_of_teacher(config: RunConfig) -> RunConfig:
+    """The configuration under which the teacher is the model."""
+    task = config.task
+    assert isinstance(task, DistillationConfig) and task.teacher is not None
+    model = ModelConfig(
+        path=task.teacher,
+        revision=task.teacher_revision,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    zero = replace(config.zero, stage=3 if stage_of(config.zero) == 3 else 0, offload_optimizer=OptimizerOffload.none)
+    return replace(config, model=model, method=METHODS.default(), task=CausalLmConfig(), zero=zero)
+
+
+def _check_tokens(own: Mapping[str, int], theirs: Mapping[str, int], path: str) -> None:
+    """Raises UserError where the teacher does not have the tokens of the model under the same numbers."""
+    if differing := [token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)]:
+        reason = (
+            f"its tokens are not those of the model ({len(differing):,} differ, {sorted(differing)[0]!r} among them), so what both "
+            "expect next cannot be compared"
+        )
+        raise UserError(Problem("task.teacher", reason, "a teacher with the tokenizer of the model", path))
