@@ -20,7 +20,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.batches import padded
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import Split
-from dstune.data.sampler import GlobalBatch, MicroBatch
+from dstune.data.sampler import MicroBatch
 from dstune.models.generation import end_tokens
 from dstune.tasks.distillation.config import DistillationConfig
 from dstune.tasks.reinforcement.encode import left_padded
@@ -140,8 +140,7 @@ class OwnAnswers:
         totals = world.gather_numbers([targets, tokens]).sum(axis=0).tolist()
         self._sums = {"own_answers": float(len(counted)), "own_tokens": float(targets)}
         self._write(step, counted)
-        whole = GlobalBatch(tuple(part for part, _ in batches), totals[0] or 1.0, int(totals[1]))
-        return RankBatch(whole, batch.epoch, tuple(batches))
+        return RankBatch(totals[0] or 1.0, int(totals[1]), batch.epoch, tuple(batches))
 
     def _write(self, step: int, completions: Sequence[Completion]) -> None:
         """The answers of all ranks, a line each, for whoever wants to read them."""
