@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dstune import samples
+from dstune.config.architectures import size_problems
 from dstune.config.compose import compose
 from dstune.config.overrides import quoted
 from dstune.config.presets import description, model_files
@@ -26,9 +27,12 @@ from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, DstuneError, Problem, 
 from dstune.evaluation import command as evaluate
 from dstune.launch import hub
 from dstune.launch import plan as planner
-from dstune.planning import source
+from dstune.planning import counted, source
+from dstune.planning.architecture import is_known
 from dstune.planning.hardware import Cluster
 from dstune.planning.plan import effort
+from dstune.planning.published_today import TODAY
+from dstune.planning.setup import head_of, labels_of
 from dstune.protocols import TASKS, task_of
 from dstune.protocols.task import TaskConfig
 
@@ -49,6 +53,7 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "deberta-v2", "modernbert")
 ENCODER_DECODERS = ("t5", "bart")
 """By `model_type`; what the planner knows beside them are decoders."""
 
+PUBLISHED = {model.path: model for model in TODAY}
 HUB_MODELS = 10
 
 
@@ -60,13 +65,18 @@ class Model:
     """What to type behind `dstune train`."""
     path: str
     origin: str
-    """`sample`, `preset`, `cache`, `folder` or `hub`."""
+    """`sample`, `preset`, `published` (known to the planner), `cache`, `folder` or `hub`."""
     here: bool
     """Whether its weights are on this machine."""
     parameters: int | None = None
     context: int | None = None
     """Positions that it was made for; None where config.json names none."""
     licence: str = ""
+    modality: str = ""
+    """What it reads: `text`, `text, images`; empty where nobody has said."""
+    year: int | None = None
+    source: str = ""
+    """Where licence, year and sizes of a model that is not here were read; `unverified` where they were not."""
     gated: bool | None = None
     """Whether access has to be granted; None where nobody has said."""
     zero: str = ""
@@ -94,7 +104,9 @@ def main(argv: list[str]) -> int:
     if problems := list(check_ranges(config)):
         raise UserError(problems)
     cluster = planner.cluster_of(config, settings)
-    models = [model for model in _all(folders, given.hub) if _described(model, config, cluster)]
+    models = list(_all(folders, given.hub))
+    _count_at_once(models, config)
+    models = [model for model in models if _described(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
     metric = ""
     if given.probe:
@@ -112,9 +124,15 @@ def main(argv: list[str]) -> int:
 def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
     """Every model once, under the shortest way to choose it."""
     found: dict[str, Model] = {}
-    for model in (*_samples(), *_presets(), *_cached(), *_folders(folders), *(_on_hub(words) if words else ())):
+    hub_models = _on_hub(words) if words else []
+    for model in (*_samples(), *_presets(), *_published(), *_cached(), *_folders(folders), *hub_models):
         found.setdefault(model.path, model)
-    yield from found.values()
+    for model in found.values():
+        if (published := PUBLISHED.get(model.path)) is not None:
+            model.licence, model.gated = model.licence or published.licence, published.gated
+            model.modality, model.year = published.modality, published.year
+            model.source = f"{published.source}, {published.verified}" if published.verified else "unverified"
+        yield model
 
 
 def _samples() -> Iterator[Model]:
@@ -133,6 +151,11 @@ def _presets() -> Iterator[Model]:
             yield Model(
                 f"model={file.stem}", path, "preset", snapshot is not None, licence=_licence(snapshot), gated=gated
             )
+
+
+def _published() -> Iterator[Model]:
+    for path in PUBLISHED:
+        yield Model(f"model.path={path}", path, "published", _snapshot(path) is not None)
 
 
 def _cached() -> Iterator[Model]:
@@ -198,6 +221,19 @@ def _licence(folder: Path | None) -> str:
 # ---- what they take ----
 
 
+def _count_at_once(models: Sequence[Model], config: RunConfig) -> None:
+    """Have the planner count all models without a closed form in one child, which takes seconds to start."""
+    unknown = []
+    for model in models:
+        with suppress(UserError):
+            where = replace(config.model, path=model.path, revision=None, chat_template=None)
+            whole = source.whole_config_json(where)
+            if not is_known(source.config_json(where)) and not size_problems(whole):
+                unknown.append(whole)
+    with suppress(UserError):
+        counted.count(unknown, head_of(config), labels_of(config))
+
+
 def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     """Fill in what `config.json` and the planner say; False where the task cannot start from such a model."""
     # One row at a time: whether a model fits at all, not how fast it is then.
@@ -212,10 +248,13 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
         model.note = model.note or error.problems[0].reason
         return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
     kind = str(values.get("model_type"))
-    if not _suits(kind, config.task):
+    published = PUBLISHED.get(model.path)
+    if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
         return False
     lengths = (values.get(key) for key in ("max_position_embeddings", "n_positions"))
     model.context = next((length for length in lengths if type(length) is int and length > 0), None)
+    if model.context is None and published is not None:
+        model.context = published.context
     try:
         found = planner.planned(own, cluster)
     except DstuneError as error:
@@ -308,6 +347,8 @@ def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str)
         "context",
         "licence",
         "gated",
+        "year",
+        "reads",
         "smallest that fits",
         *([metric] if metric else []),
     ]
@@ -316,7 +357,7 @@ def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str)
         known = "" if model.gated is None else "yes" if model.gated else "no"
         size = "" if model.parameters is None else f"{model.parameters / 1e6:,.0f}M"
         cells = [model.choose, "yes" if model.here else "", size, f"{model.context:,}" if model.context else ""]
-        cells += [model.licence, known, model.zero or model.note]
+        cells += [model.licence, known, str(model.year or ""), model.modality, model.zero or model.note]
         if metric:
             cells.append(model.note if model.score is None else f"{model.score:.4f}")
         lines.append(cells)

@@ -20,6 +20,7 @@ from dstune.checkpoint import store
 from dstune.checkpoint.model_code import is_of_base
 from dstune.checkpoint.record import NAME as RECORD
 from dstune.checkpoint.record import read_record, write_record
+from dstune.config.rope import RopeConfig
 from dstune.config.run_file import read_run
 from dstune.config.schema import InitialWeights, ModelConfig, RunConfig
 from dstune.config.trust import Use
@@ -61,6 +62,9 @@ def export_checkpoint(
     """
     check_free(out, force)
     config = config or read_run(run_dir / "run.yaml", use=Use.weights).config
+    if config.model.rope.type is not None and method_of(config.method).adapter and not merge:
+        reason = "an adapter's folder has no place for model.rope, and servers would load the base as it was"
+        raise UserError(Problem("--merge", reason, f"dstune export {run_dir} --merge"))
     with _temporary_folder(out) as folder, _quiet():
         from dstune.checkpoint.answer_files import record_files
         from dstune.checkpoint.card import write_card
@@ -144,6 +148,7 @@ def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
         revision=None,
         weights=InitialWeights.pretrained,
         chat_template=None,
+        rope=RopeConfig(),
         config_overrides={},
     )
 

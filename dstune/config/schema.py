@@ -21,6 +21,7 @@ from dstune.config.data_schema import DataConfig
 from dstune.config.fields import DOC, setting
 from dstune.config.fields import Automatic as Automatic
 from dstune.config.forgetting_schema import ForgettingConfig
+from dstune.config.rope import RopeConfig
 from dstune.config.sweep_schema import SWEEPS, GridConfig, SweepConfig
 from dstune.core.registry import Registry
 from dstune.protocols import LAUNCHERS, METHODS, OPTIMIZERS, PARALLELISMS, SCHEDULES, TASKS, TRACKERS
@@ -123,6 +124,7 @@ class ModelConfig:
     neftune_alpha: float = setting(0.0, at_least=0.0)
     """Noise on the embeddings of a causal language model while it trains (NEFTune, arXiv:2310.05914): at most
     `alpha / sqrt(tokens of the sample * width)`, 5 in the paper; 0 for none."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
     config_overrides: dict[str, Any] = setting({})
     """Values that replace those of the model's `config.json`, for example `{attention_dropout: 0.1}`."""
     train_vision: bool = False

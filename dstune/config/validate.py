@@ -18,6 +18,7 @@ from dstune.config.launch_rules import check_launch
 from dstune.config.multi_task import SHARED_METRICS, check_multi_task, tasks_of
 from dstune.config.parallel_rules import check_parallel
 from dstune.config.ranges import check_ranges
+from dstune.config.rope import check_rope
 from dstune.config.schema import (
     PREEMPTION_SIGNALS,
     STAGES,
@@ -248,6 +249,7 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
         )
     if model.neftune_alpha:
         yield from _check_noise(config)
+    yield from check_rope(config)
 
 
 def _check_noise(config: RunConfig) -> Iterator[Problem]:

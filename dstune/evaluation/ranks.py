@@ -149,7 +149,7 @@ def _build(
     use_joint_sums(module)
     head = (task if loaded is config else task_of(loaded.task)).head(model, apart)
     engine = Engine(module, None, settings, world)
-    examine(head, engine)
+    examine(head, engine, model, config.model.path)
     verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message)
     return engine, head
 

@@ -19,6 +19,7 @@ from dstune.config.overrides import key_of
 from dstune.config.run_file import read_run
 from dstune.config.run_overrides import apply_overrides
 from dstune.config.schema import Automatic, Precision, RunConfig, Selective
+from dstune.config.stored_formats import stored_format
 from dstune.config.validate import find_problems
 from dstune.core.arguments import is_path
 from dstune.core.errors import EXIT_DONE, Problem, UserError
@@ -32,6 +33,7 @@ from dstune.planning.fillers import fillers
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
+from dstune.planning.source import whole_config_json
 from dstune.planning.stage import all_speeds, choose_on, is_open, setup_on
 from dstune.planning.time import Speed
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
@@ -327,6 +329,8 @@ def as_text(found: Planned, price: float | None, config: RunConfig, words: Seque
             f"({config.method.name}), {found.precision.value}, rows of {s.length} tokens"
             + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
+        *_counted(s),
+        *_stored(config),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",
         *_verdict(found, words),
@@ -352,6 +356,22 @@ def as_text(found: Planned, price: float | None, config: RunConfig, words: Seque
     )
     lines.append(f"{margin}; {_source_of_times(found)}")
     return "\n".join(lines)
+
+
+def _counted(s: Setup) -> list[str]:
+    """What is estimated of a model without a closed form."""
+    if not s.model.is_counted:
+        return []
+    estimated = (
+        "activations and step times are estimated as those of a decoder with such matrices, which nothing measured"
+    )
+    return [f"{s.model.kind}: its tensors were counted by transformers; {estimated}"]
+
+
+def _stored(config: RunConfig) -> list[str]:
+    """How the weights are stored, where that is not how they are trained."""
+    stored = stored_format(whole_config_json(config.model))
+    return [f"its weights are stored in {stored.name} and dequantized while they are loaded"] if stored else []
 
 
 def _verdict(found: Planned, words: Sequence[str] | None) -> list[str]:

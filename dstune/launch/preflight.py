@@ -22,7 +22,9 @@ from dstune.config.convert import format_value
 from dstune.config.data_schema import DataConfig
 from dstune.config.forgetting import with_replay
 from dstune.config.multi_task import tasks_of
+from dstune.config.rope import rope_problems
 from dstune.config.schema import InitialWeights, ModelConfig, Precision, RunConfig, stage_of
+from dstune.config.stored_formats import stored_format, stored_format_problem
 from dstune.config.validate import at_stage
 from dstune.core.errors import Problem, UserError, collected
 from dstune.core.model_names import HUB_ID, refuse_ambiguous_folder
@@ -41,7 +43,7 @@ from dstune.launch.stages import choose
 from dstune.planning.source import config_json
 from dstune.planning.stage import is_open
 from dstune.protocols import TRACKERS, method_of, optimizer_of, parallelism_of, task_of
-from dstune.protocols.method_options import HasRequirements, StartsFromAdapters
+from dstune.protocols.method_options import HasRequirements, QuantizesWeights, StartsFromAdapters
 from dstune.protocols.task import TaskConfig
 from dstune.protocols.task_options import NeedsReference
 
@@ -211,6 +213,7 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
             reason = "model.path is a local folder, which has no revisions"
             raise UserError(Problem("model.revision", reason, "leave model.revision out", config.revision))
         check_folder(folder, config, run)
+        _tell_stored_format(folder, config, stage)
         return config
     if looks_local(config.path):
         raise UserError(_no_folder(config.path))
@@ -222,7 +225,14 @@ def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = Non
             raise UserError(problems) from error
         raise
     check_folder(snapshot, config, run)
+    _tell_stored_format(snapshot, config, stage)
     return replace(config, revision=commit)
+
+
+def _tell_stored_format(folder: Path, config: ModelConfig, stage: Stage) -> None:
+    stored = stored_format(read_object(folder / "config.json") or {})
+    if stored is not None and not stored.obstacle:
+        stage(f"model {config.path}: its weights are stored in {stored.name} and dequantized while they are loaded")
 
 
 def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
@@ -319,6 +329,11 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
     decoder = architecture.get("text_config")  # of a model that reads images too
     layers = architecture | (decoder if isinstance(decoder, dict) else {}) | config.config_overrides
     problems += sharing_problems(layers, run)
+    problems += rope_problems(layers, config.rope)
+    if run is not None and config.weights is InitialWeights.pretrained:
+        quantizes = isinstance(method_of(run.method), QuantizesWeights)
+        stored = stored_format_problem(architecture, config.path, quantizes=quantizes)
+        problems += [] if stored is None else [stored]
     if needs_remote_code(architecture) and not config.trust_remote_code:
         reason = f"{config.path} is defined by Python code of its own, which runs only with your permission"
         fix = "model.trust_remote_code=true, if you have read the code and trust its author"

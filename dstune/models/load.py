@@ -28,13 +28,16 @@ from dstune.config.architectures import (
     size_problems,
 )
 from dstune.config.registered import fetched_path
+from dstune.config.rope import extended_rope, rope_problems
 from dstune.config.schema import Attention, InitialWeights, ModelConfig, RunConfig, UnreachedParts
 from dstune.core.errors import DstuneError, Problem, UserError, files_of_others
 from dstune.core.parsing import object_in, read_file
 from dstune.core.tokenizers import open_tokenizer
+from dstune.models.full_width import put_back_to_full_width
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
+from dstune.models.repaired import repair_forward
 from dstune.models.tiles import tile_feed_forward
 from dstune.models.unreached import freeze_unreached, text_config_of, whole_class
 from dstune.protocols import method_of, task_of
@@ -146,7 +149,7 @@ def _architecture(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's architecture with `model.config_overrides` applied.
+    """The model's architecture with `model.config_overrides` and `model.rope` applied.
 
     Raises UserError for a value that the architecture does not have.
     """
@@ -164,7 +167,20 @@ def load_config(config: ModelConfig) -> PretrainedConfig:
         )
     with files_of_others("model.config_overrides", str(config.config_overrides), "the model", "see its config.json"):
         architecture.update(config.config_overrides)
+    _extend_positions(architecture, config)
     return architecture
+
+
+def _extend_positions(architecture: PretrainedConfig, config: ModelConfig) -> None:
+    """Apply `model.rope`. Raises UserError where the architecture's rotary embeddings cannot be extended."""
+    if config.rope.type is None:
+        return
+    text = architecture.get_text_config()
+    if problems := list(rope_problems(text.to_dict(), config.rope)):
+        raise UserError(problems)
+    settings, positions = extended_rope(config.rope, text.max_position_embeddings)
+    text.rope_parameters = {**text.rope_parameters, **settings}
+    text.max_position_embeddings = positions
 
 
 def _control_tokens(config: ModelConfig) -> tuple[str, ...]:
@@ -225,6 +241,7 @@ def load_model(
     model_class = task.model_class(architecture)
     if config.model.unreached_parts is UnreachedParts.frozen:
         model_class = whole_class(model_class, architecture)
+    put_back_to_full_width(architecture, pretrained=config.model.weights is InitialWeights.pretrained)
     options = {"attn_implementation": _attention(config), "dtype": dtype}
     with _named_errors(config.model):
         if config.model.weights is InitialWeights.random:
@@ -236,6 +253,7 @@ def load_model(
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(task, ChangesLoadedModel):
         new = task.after_load(model, new)
+    repair_forward(model)
     freeze_unreached(model, config.model)
     if isinstance(method := method_of(config.method), QuantizesWeights):
         method.after_load(model)

@@ -11,14 +11,21 @@ from dstune.planning.architecture import Architecture, Tensor
 
 def linear_modules(model: Architecture, targets: list[str]) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
     """(name, [out, in], layer) of the linear layers that `targets` names, as `low_rank` reads it."""
+    # peft takes these names for the experts, so that layers without experts, and shared ones, get no adapter under them.
+    of_experts = {name for names in EXPERT_TARGETS.get(_pattern(model), {}).values() for name in names} - {"gate"}
     for tensor in model.tensors:
         module = tensor.name.removesuffix(".weight")
+        leaf = module.rpartition(".")[2]
         if targets == ["all-linear"]:
-            expected = module not in ("lm_head", "score", "classifier") and not module.startswith("classifier.")
+            expected = leaf not in ("lm_head", "score", "classifier", *model.unadapted) and "classifier." not in module
         else:
             expected = any(module == ending or module.endswith(f".{ending}") for ending in targets)
-        if tensor.linear and expected:
+        if tensor.linear and expected and leaf not in of_experts:
             yield module, tensor.shape, tensor.layer
+
+
+def _pattern(model: Architecture) -> str:
+    return model.expert_pattern or model.kind
 
 
 def low_rank(
@@ -46,19 +53,26 @@ def low_rank(
             yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=layer)
     for tensor in model.tensors if experts else ():
         if not tensor.linear:
-            yield from _of_experts(tensor, model.kind, targets, rank)
+            yield from _of_experts(tensor, _pattern(model), targets, rank)
 
 
+STATE_SPACES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Kinds whose `out_proj` peft refuses an adapter on: the fused kernel of a state space reads its weight and never calls it."""
+QWEN_EXPERTS = {"gate.weight": ("gate",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 EXPERT_TARGETS = {
     "mixtral": {"gate.weight": ("gate",), "gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)},
-    "qwen3_moe": {"gate.weight": ("gate",), "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    "qwen3_moe": QWEN_EXPERTS,
+    "qwen2_moe": QWEN_EXPERTS,
 }
-"""Weights of routers and experts as transformers stacks them, and the modules whose names stand for them in peft."""
+"""Weights of routers and experts as transformers stacks them, and the modules whose names stand for them in peft; by the kind of a
+model or by peft's name of the pattern that it follows (GLM 4.5 and DeepSeek 3 follow `qwen2_moe`, MiniMax M2 `mixtral`)."""
 
 
 def _of_experts(tensor: Tensor, kind: str, targets: list[str], rank: int) -> Iterator[Tensor]:
     """The matrices beside a router or all experts of a layer: a rank for each expert, and for each of the stacked modules."""
-    weight = next((name for name in EXPERT_TARGETS.get(kind, ()) if tensor.name.endswith(f".mlp.experts.{name}")), None)
+    if kind not in EXPERT_TARGETS:
+        return
+    weight = next((name for name in EXPERT_TARGETS[kind] if tensor.name.endswith(f".mlp.experts.{name}")), None)
     if tensor.name.endswith(".mlp.gate.weight"):
         weight = "gate.weight"
     if weight is None:

@@ -13,6 +13,7 @@ from typing import Any
 from dstune.config.architectures import size_problems
 from dstune.config.parallel_rules import INWARD, OUTWARD
 from dstune.core.errors import Problem, UserError
+from dstune.planning import counted
 from dstune.planning.architectures import decoders, encoder_decoders, encoders
 from dstune.planning.architectures.tensors import (
     BODY,
@@ -31,6 +32,7 @@ __all__ = [
     "Architecture",
     "Tensor",
     "architecture",
+    "architecture_or_count",
     "sliced",
 ]
 
@@ -71,6 +73,28 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"its config.json has a value of another kind than a model's: {error}"
     raise UserError(Problem("model.path", reason, "give a whole config.json"))
+
+
+def is_known(values: Mapping[str, Any]) -> bool:
+    """Whether there is a closed form for the architecture of this `config.json`."""
+    return str(values.get("model_type", "")) in DEFAULTS
+
+
+def architecture_or_count(
+    values: Mapping[str, Any], whole: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: int = 2
+) -> Architecture:
+    """As `architecture`; where there is no closed form, counted by a child process (`planning.counted`).
+
+    values: the language model's part of `whole`, a `config.json`.
+
+    Raises:
+        UserError: as `architecture`, and where transformers has no such architecture.
+    """
+    if is_known(values):
+        return architecture(values, head, labels)
+    if problems := size_problems(whole):
+        raise UserError(problems)
+    return counted.counted(whole, head, labels)
 
 
 def sliced(model: Architecture, parts: int) -> Architecture:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dstune.planning.published_today import TODAY
+
 
 def _of(
     kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
@@ -183,3 +185,4 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "facebook/bart-base": _bart(50265, 768, 3072, 6, 12),
     "facebook/bart-large-cnn": _bart(50264, 1024, 4096, 12, 16),
 }
+CONFIGS |= {model.path: model.config for model in TODAY}

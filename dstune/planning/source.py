@@ -11,6 +11,7 @@ from dstune.config.registered import fetched_path
 from dstune.config.schema import ModelConfig, UnreachedParts
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import parse_json, read_file
+from dstune.planning.architectures.tensors import Architecture
 from dstune.planning.published import CONFIGS
 from dstune.planning.towers import tower_weights
 
@@ -30,9 +31,11 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
     return values | model.config_overrides
 
 
-def unreached_weights(model: ModelConfig) -> int:
+def unreached_weights(model: ModelConfig, architecture: Architecture) -> int:
     """Weights of the parts that stay frozen because rows of text never reach them. Raises UserError as `config_json`."""
-    return tower_weights(whole_config_json(model)) if model.unreached_parts is UnreachedParts.frozen else 0
+    if model.unreached_parts is not UnreachedParts.frozen:
+        return 0
+    return tower_weights(whole_config_json(model)) if architecture.unreached is None else architecture.unreached
 
 
 def whole_config_json(model: ModelConfig) -> dict[str, Any]:

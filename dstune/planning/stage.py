@@ -9,6 +9,7 @@ from typing import Any
 from dstune.config.parallel_rules import ranks_problem
 from dstune.config.precision import FIRST_BF16, automatic
 from dstune.config.schema import Automatic, Precision, RunConfig
+from dstune.config.stored_formats import stored_format_problem
 from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
 from dstune.core.errors import UserError
 from dstune.planning import architecture, host, source
@@ -16,7 +17,8 @@ from dstune.planning.hardware import Cluster, Device
 from dstune.planning.plan import Choice, cheapest_stage
 from dstune.planning.setup import Setup, head_of, labels_of, setup
 from dstune.planning.time import Speed, speed_of
-from dstune.protocols import parallelism_of
+from dstune.protocols import method_of, parallelism_of
+from dstune.protocols.method_options import QuantizesWeights
 
 
 def is_open(config: RunConfig) -> bool:
@@ -64,7 +66,11 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
     Raises UserError where the model's architecture is not known, or cannot be trained so.
     """
     values: dict[str, Any] = source.config_json(config.model)
-    model = architecture.architecture(values, head_of(config), labels_of(config))
+    whole = source.whole_config_json(config.model) | config.model.config_overrides
+    quantizes = isinstance(method_of(config.method), QuantizesWeights)
+    if (problem := stored_format_problem(whole, config.model.path, quantizes=quantizes)) is not None:
+        raise UserError(problem)
+    model = architecture.architecture_or_count(values, whole, head_of(config), labels_of(config))
     parallel = parallelism_of(config.parallel)
     problems = parallel.architecture_problems(model, architecture.DEFAULTS.get(model.kind, {}) | values)
     if problem := ranks_problem(cluster.ranks, parallel.size):
@@ -84,7 +90,7 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
         precision=precision,
         values=values,
     )
-    return replace(found, unreached=source.unreached_weights(config.model)), precision, model
+    return replace(found, unreached=source.unreached_weights(config.model, model)), precision, model
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

@@ -236,7 +236,7 @@ class Setup:
     def check_arithmetic(self, built: BuiltModel, engine: Engine, start: MethodStart) -> Penalties | None:
         """Check the head and packed rows, and return the penalties, while the weights are those of the start."""
         config, world = self.config, self.world
-        examine(built.head, engine)
+        examine(built.head, engine, built.model, config.model.path)
         check_unreached(built.model, engine)
         sees = start.preparation.data.train.images is not None
         prove_images(config, engine, start.preparation.data, world, self.message)

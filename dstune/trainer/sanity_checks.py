@@ -22,17 +22,22 @@ from dstune.models.heads.base import LeavesOutLogits, Rows
 from dstune.models.heads.language import CausalLmHead
 from dstune.models.packing import TOLERANCE, contamination
 from dstune.models.unreached import verify_unreached
+from dstune.trainer.first_pass import refuse_failing_model
 from dstune.zero.engine import Engine
 
 LONGEST_PROOF = 600
 """Tokens of a sample that is tried before a run; a window of 512 has its place in it."""
 
 
-def examine(head: Head, engine: Engine) -> None:
-    """Let the head of a language model see whether it may leave the logits out."""
+def examine(head: Head, engine: Engine, model: PreTrainedModel, path: str) -> None:
+    """Let the head of a language model see whether it may leave the logits out. path: `model.path`.
+
+    Raises UserError where this forward pass, the first one, fails in the model's own code.
+    """
     if isinstance(head, LeavesOutLogits):
         engine.train(False)
-        head.examine(engine.forward, engine.device)
+        with refuse_failing_model(path, type(model).__name__):
+            head.examine(engine.forward, engine.device)
         engine.train(True)
 
 

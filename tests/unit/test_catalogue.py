@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from dstune.config.presets import model_files
 from dstune.core.errors import EXIT_FAILED, EXIT_PREEMPTED, DstuneError, Problem, UserError
 from dstune.evaluation import command as evaluate
 from dstune.launch import plan
+from dstune.planning.published_today import TODAY
 
 PREPARED = ("bert_base", "t5_small", "qwen3_4b", "llama3_8b", "llama3_70b")
 PARAMETERS = 25_312
@@ -28,6 +30,7 @@ def shelf(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
     few = [file for file in model_files() if file.stem in PREPARED]
     monkeypatch.setattr(catalogue, "model_files", lambda: few)  # planning all of them takes seconds
+    monkeypatch.setattr(catalogue, "PUBLISHED", {})
     save_decoder(tmp_path / "decoder")
     save_encoder(tmp_path / "encoder")
     save_bart(tmp_path / "bart")
@@ -72,6 +75,21 @@ def test_the_description_of_a_model(shelf, capsys):
     assert catalogue.main([str(shelf / "decoder"), "hardware=8xH100-80G"]) == 0
     text = capsys.readouterr().out
     assert "model=llama3_8b" in text and "ZeRO-" in text and "mit" in text
+
+
+def test_models_of_today_tell_what_they_are_and_who_says_so(shelf, capsys, monkeypatch):
+    """Those of `model=NAME` and others; a model for embeddings is no start for a chat."""
+    paths = ("Qwen/Qwen3-4B", "HuggingFaceTB/SmolLM3-3B", "Qwen/Qwen3-Embedding-0.6B")
+    today = {model.path: model for model in TODAY if model.path in paths}
+    monkeypatch.setattr(catalogue, "PUBLISHED", today)
+    found = listed(capsys, "task=chat", "method=lora", "hardware=24G")
+    smol = found["model.path=HuggingFaceTB/SmolLM3-3B"]
+    assert (smol["licence"], smol["year"], smol["modality"], smol["context"]) == ("apache-2.0", 2025, "text", 65536)
+    assert smol["parameters"] == 3_075_098_624 and smol["origin"] == "published" and not smol["here"]
+    assert smol["source"].endswith(", 2026-12-01")
+    assert "model.path=Qwen/Qwen3-Embedding-0.6B" not in found
+    embedding = listed(capsys, "task=embedding", "data.packing=false", "hardware=24G")
+    assert embedding["model.path=Qwen/Qwen3-Embedding-0.6B"]["source"] == "unverified"
 
 
 @pytest.mark.parametrize("device", ["8xH100-80G", "2xRTX4090"])
@@ -128,15 +146,19 @@ def test_the_hub_is_queried_where_it_is_reachable(shelf, capsys, monkeypatch):
         catalogue.main(["--hub", "tiny"])
 
 
-def test_every_prepared_model_is_listed(capsys):
+def test_every_prepared_model_is_listed(capsys, monkeypatch):
+    """Those that the planner counts are in `test_plan_published.py`."""
+    monkeypatch.setattr(catalogue.counted, "count", lambda *_: [{"error": "not counted here"}])
     found = listed(capsys, "task=seq2seq", "data.packing=false", "hardware=H100")
     expected = {
         file.stem
         for file in model_files()
         if not file.stem.startswith(("bert", "deberta", "modernbert", "minilm", "smollm2"))
+        and not re.search("embedding|reranker", file.stem)
     }
     assert expected <= {choose.removeprefix("model=") for choose in found}
-    assert all(row["zero"] and row["parameters"] for row in found.values() if row["origin"] == "preset")
+    planned = [row for row in found.values() if row["origin"] == "preset" and "not counted here" not in row["note"]]
+    assert len(planned) > 40 and all(row["zero"] and row["parameters"] for row in planned)
 
 
 def test_what_is_refused(shelf):

@@ -238,7 +238,7 @@ def test_an_architecture_that_the_planner_does_not_know_is_let_through(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu(monkeypatch, 0.1)
-    (small / "config.json").write_text('{"model_type": "mamba"}')
+    (small / "config.json").write_text('{"model_type": "unheard-of"}')
     assert room.memory_problems(compose(run(small)).config) == []
 
 

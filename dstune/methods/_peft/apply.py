@@ -16,6 +16,7 @@ from dstune.methods._peft.config import AdapterConfig, ModuleAdapterConfig
 from dstune.methods._peft.files import HEADS, tensors_of
 from dstune.models.load import NewWeights, new_weights
 from dstune.models.unreached import is_within, unreached_parts
+from dstune.planning.adapters import STATE_SPACES
 from dstune.protocols import task_of
 from dstune.zero.parts import gathered
 
@@ -66,9 +67,13 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
     if targets == "all-linear" and kind in (peft.TaskType.TOKEN_CLS, peft.TaskType.QUESTION_ANS):
         # peft leaves the head out of all-linear for sequence classifiers alone. It would adapt this one, then fail to copy it.
         whole += [name for name, _ in model.named_children() if name in HEADS and name not in whole]
-    if parts := unreached_parts(model):
+    parts = unreached_parts(model)
+    if parts:
         _refuse_unreached(whole, model)
         targets = _reached_targets(method, targets, whole, model, parts)
+    elif targets == "all-linear" and model.config.model_type in STATE_SPACES:
+        names = _reached_targets(method, targets, whole, model, parts)
+        targets = {name for name in names if not name.endswith("out_proj")}
     return {"target_modules": targets, "modules_to_save": whole or None, "task_type": kind}
 
 

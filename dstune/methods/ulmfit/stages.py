@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dstune.config.augment_schema import AugmentConfig
+from dstune.config.rope import RopeConfig
 from dstune.config.schema import EarlyStoppingConfig, Export, InitialWeights, RunConfig, tracking_class
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.protocols import TASKS
@@ -41,6 +42,7 @@ def classifier_stage(config: RunConfig, run_dir: Path) -> RunConfig:
         path=str(run_dir / FOLDER / "export"),
         revision=None,
         weights=InitialWeights.pretrained,
+        rope=RopeConfig(),
         config_overrides={},
     )
     return replace(config, model=model)

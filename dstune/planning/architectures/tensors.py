@@ -60,6 +60,17 @@ class Architecture:
     experts: int = 0
     """Experts that a position is sent to in a feed-forward layer that is made of them; `intermediate` is that of all of these
     together."""
+    expert_pattern: str = ""
+    """As which of its patterns peft adapts the experts; by `kind` where empty."""
+    unadapted: tuple[str, ...] = ()
+    """Linear layers by their last name on which peft puts no low-rank matrices."""
+    unreached: int | None = None
+    """Weights that rows of text never reach, beside `tensors`; None where they are not counted (`planning.towers`)."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether transformers listed the tensors, for want of a closed form (`planning.counted`)."""
+        return self.unreached is not None
 
     @cached_property
     def parameters(self) -> int:

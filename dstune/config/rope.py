@@ -1,0 +1,89 @@
+"""`model.rope`: rotary embeddings for rows longer than those that a model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from dstune.config.fields import Automatic, setting
+from dstune.core.errors import Problem
+from dstune.protocols import method_of
+
+if TYPE_CHECKING:
+    from dstune.config.schema import RunConfig
+
+KEY = "model.rope.type"
+
+
+class RopeType(Enum):
+    yarn = "yarn"
+    linear = "linear"
+    dynamic = "dynamic"
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    type: RopeType | None = None
+    """Extend the positions of the model: `yarn` (arXiv:2309.00071), `linear` (arXiv:2306.15595), or `dynamic` (frequencies that
+    depend on the longest row of a micro-batch); they are not extended when not given."""
+    factor: float = setting(2.0, above=1.0)
+    """How many times as many positions; 2 makes 32,768 of 16,384."""
+
+
+def check_rope(config: RunConfig) -> Iterator[Problem]:
+    """What `model.rope` cannot be combined with."""
+    rope = config.model.rope
+    if rope.type is None:
+        if rope.factor != RopeConfig.factor:
+            yield Problem("model.rope.factor", "it does nothing without a type", f"{KEY}=yarn", str(rope.factor))
+        return
+    rows = config.trainer.micro_batch_size
+    if rope.type is RopeType.dynamic and (config.data.packing or rows is Automatic.auto or rows != 1):
+        reason = "its frequencies follow the longest row of a micro-batch, so a sample's loss would depend on the rows beside it"
+        fix = f"{KEY}=yarn, or data.packing=false trainer.micro_batch_size=1"
+        yield Problem(KEY, reason, fix, rope.type.value)
+    if method_of(config.method).adapter and config.run.export.name != "none":
+        reason = "an adapter's folder has no place for it, and servers would load the base as it was"
+        yield Problem(KEY, reason, "run.export=none, and then dstune export RUN --merge", rope.type.value)
+
+
+def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Problem]:
+    """Why the positions of a language model cannot be extended. values: its part of `config.json`."""
+    if rope.type is None:
+        return
+    kind, settings = str(values.get("model_type")), rope_settings(values)
+    if any(isinstance(value, Mapping) for value in settings.values()):
+        reason = f"{kind} has several kinds of rotary embeddings, and how far each of them reaches is the model's own"
+        yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
+    elif (present := settings.get("rope_type") or settings.get("type") or "default") != "default":
+        reason = f"the positions of this model are extended already ({present}, factor {settings.get('factor')})"
+        yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
+    elif not settings and "rope_theta" not in values:
+        yield Problem(
+            KEY, f"{kind} has no rotary embeddings that its config.json tells of", "leave it out", rope.type.value
+        )
+    elif type(values.get("max_position_embeddings")) is not int:
+        reason = "config.json does not say how many positions the model was made for (max_position_embeddings)"
+        yield Problem(KEY, reason, "leave model.rope out", rope.type.value)
+
+
+def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` of a `config.json`, under its older name where it has that."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(settings := values.get(name), Mapping):
+            return settings
+    return {}
+
+
+def extended_rope(rope: RopeConfig, positions: int) -> tuple[dict[str, Any], int]:
+    """What `rope_parameters` gets, and `max_position_embeddings` in place of `positions`.
+
+    With `dynamic` the latter stays: transformers stretches what is longer than it.
+    """
+    assert rope.type is not None
+    settings: dict[str, Any] = {"rope_type": rope.type.value, "factor": rope.factor}
+    if rope.type is RopeType.yarn:
+        settings["original_max_position_embeddings"] = positions
+    return settings, positions if rope.type is RopeType.dynamic else int(positions * rope.factor)

@@ -1,0 +1,46 @@
+"""A model that fails in its first forward pass, by a fault of its code in transformers, is refused before it trains."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from dstune.core.errors import Problem, UserError, first_line
+
+OF_CODE = (AttributeError, ImportError, LookupError, NotImplementedError, TypeError, ValueError)
+"""What is raised by code that does not fit what it is given. A device that fails, memory that is out and a rank that is gone raise
+others: such a run may be started again."""
+OF_OPERATORS = re.compile(
+    r"not implemented|must match|size of tensor|cannot be multiplied|expected .*(dtype|scalar type)|same dtype"
+)
+"""What torch says in a RuntimeError of an operator that is not there for a number format or for these shapes."""
+
+
+@contextmanager
+def refuse_failing_model(path: str, name: str) -> Iterator[None]:
+    """Raises UserError in place of what the code of a model raises within: the operator or attribute, and where.
+
+    path: `model.path`. name: of the model's class. Every rank computes the same, so it is raised on all of them.
+    """
+    try:
+        yield
+    except (*OF_CODE, RuntimeError) as error:
+        if not isinstance(error, OF_CODE) and not OF_OPERATORS.search(str(error)):
+            raise
+        frame = next(
+            (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "transformers" in f.filename), None
+        )
+        if frame is None:  # not the model's code
+            raise
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        reason = (
+            f"{name} fails in its first forward pass over text, in transformers {version('transformers')}: "
+            f"{type(error).__name__} at {place}: {first_line(error)}"
+        )
+        raise UserError(
+            Problem("model.path", reason, "another release of transformers, or another model", path)
+        ) from error

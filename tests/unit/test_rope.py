@@ -1,0 +1,104 @@
+"""`model.rope`: positions of transformers' own formulas, and what it is refused with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import save_decoder
+
+from dstune.config.compose import compose
+from dstune.config.rope import RopeConfig, rope_problems
+from dstune.config.validate import find_problems
+from dstune.core.errors import UserError
+from dstune.models.load import load_config, load_model, load_tokenizer
+
+POSITIONS = 128
+ROWS = ("data.packing=false", "trainer.micro_batch_size=1")
+
+
+def run(folder: Path, *words: str):
+    return compose(
+        [f"model.path={folder}", "data.train=x.jsonl", "trainer.precision=fp32", "method=full", *words]
+    ).config
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("rope"), max_position_embeddings=POSITIONS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions"), [("yarn", 4 * POSITIONS), ("linear", 4 * POSITIONS), ("dynamic", POSITIONS)]
+)
+def test_frequencies_are_those_of_transformers(decoder: Path, tmp_path: Path, kind: str, positions: int) -> None:
+    """Of a model that is made with the same numbers in its config.json, logits of a row beyond its first positions included."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = run(decoder, f"model.rope.type={kind}", "model.rope.factor=4", *ROWS)
+    model = load_model(config, load_tokenizer(config.model), (), torch.float32).eval()
+    expected = AutoConfig.from_pretrained(decoder)
+    expected.rope_parameters = {**expected.rope_parameters, "rope_type": kind, "factor": 4.0} | (
+        {"original_max_position_embeddings": POSITIONS} if kind == "yarn" else {}
+    )
+    expected.max_position_embeddings = positions
+    own = AutoModelForCausalLM.from_pretrained(decoder, config=expected, dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(decoder, dtype=torch.float32).eval()
+    tokens = torch.arange(POSITIONS + 40)[None] % 50
+    with torch.no_grad():
+        logits, others, unchanged = (m(tokens, use_cache=False).logits for m in (model, own, plain))
+    assert torch.equal(logits, others)
+    assert (logits - unchanged).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rope_parameters"]["rope_type"] == kind and saved["max_position_embeddings"] == positions
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "extended already .llama3, factor 8"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "extended already .yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "several kinds"),
+        ({}, "no rotary embeddings"),
+        ({"rope_theta": 1e4, "max_position_embeddings": None}, "how many positions"),
+    ],
+)
+def test_models_whose_positions_are_not_extended(values: dict, reason: str) -> None:
+    rope = compose(["data.train=x", "model.rope.type=yarn"]).config.model.rope
+    (problem,) = rope_problems({"model_type": "x", "max_position_embeddings": 2048, **values}, rope)
+    assert problem.where == "model.rope.type"
+    assert re.search(reason, problem.reason)
+    assert not list(rope_problems(values, RopeConfig()))
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["model.rope.factor=4"], "model.rope.factor"),
+        (["model.rope.type=dynamic", "data.packing=true"], "model.rope.type"),
+        (["model.rope.type=dynamic", "data.packing=false", "trainer.micro_batch_size=2"], "model.rope.type"),
+        (["model.rope.type=dynamic", *ROWS], None),
+        (["model.rope.type=yarn"], None),
+        (["model.rope.type=yarn", "method=lora"], "model.rope.type"),
+        (["model.rope.type=yarn", "method=lora", "run.export=none"], None),
+    ],
+)
+def test_rules(decoder: Path, words: list[str], where: str | None) -> None:
+    try:
+        found = [
+            problem.where for problem in find_problems(run(decoder, *words)) if problem.where.startswith("model.rope")
+        ]
+    except UserError as error:
+        found = [problem.where for problem in error.problems]
+    assert found == ([where] if where else [])
+
+
+def test_an_exported_model_is_not_extended_twice(decoder: Path, tmp_path: Path) -> None:
+    config = run(decoder, "model.rope.type=yarn")
+    load_config(config.model).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="extended already"):
+        load_config(run(tmp_path, "model.rope.type=yarn").model)
