@@ -37,8 +37,8 @@ def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
     }
 
 
-def given(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
-    """(key, part, configuration in which `data.PART` is the source) of everything that rows are read from."""
+def row_inputs(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
+    """Yield (key, part, configuration in which `data.PART` is the source) for everything that rows are read from."""
     for key, own in of_training(config).values():
         yield key, "train", own
     for part in PARTS[1:]:

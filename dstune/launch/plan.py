@@ -34,7 +34,7 @@ from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
 from dstune.planning.source import whole_config_json
-from dstune.planning.stage import all_speeds, choose_on, is_open, setup_on
+from dstune.planning.stage import all_speeds, choose_planned_stage, is_open, setup_on
 from dstune.planning.time import Speed
 from dstune.protocols import METHODS, launcher_of, method_of, task_of
 
@@ -232,7 +232,7 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
     Raises UserError where the model's architecture is not known."""
     origin = None
     if is_open(config):
-        config, origin = choose_on(config, cluster, measured)
+        config, origin = choose_planned_stage(config, cluster, measured)
     configured, precision, model = setup_on(config, cluster)
     any_rows = config.trainer.micro_batch_size is Automatic.auto
     choices = plan(configured, cluster, all_speeds(cluster, measured), any_rows=any_rows)

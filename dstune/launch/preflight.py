@@ -84,7 +84,7 @@ def resolve_run(
         fetched = True
     config, refused = table_rows.resolve(config, stage)
     problems += refused
-    for key, part, own in inputs.given(config):
+    for key, part, own in inputs.row_inputs(config):
         given = getattr(own.data, part)
         if (not fetched and hub_name(given)) or (refused and sources.data_source_of(given)):
             continue  # it is among the problems

@@ -87,7 +87,7 @@ def rows_are_full(config: RunConfig) -> bool:
         return False
     needed = ENOUGH_ROWS * config.data.max_length * config.trainer.rows
     tokens = 0
-    for key, part, own in inputs.given(config):
+    for key, part, own in inputs.row_inputs(config):
         if part != "train":
             continue
         try:

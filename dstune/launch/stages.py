@@ -14,7 +14,7 @@ from dstune.launch import machine
 from dstune.planning import hardware
 from dstune.planning.calibration import speeds
 from dstune.planning.hardware import Cluster
-from dstune.planning.stage import choose_for
+from dstune.planning.stage import choose_stage
 from dstune.protocols import launcher_of
 
 LATER = "the first node chooses when the ranks start (launch.hardware=8xH100 decides it now)"
@@ -41,7 +41,7 @@ def choose(config: RunConfig, env: Mapping[str, str] | None = None) -> tuple[Run
         if cluster is None:
             return config, LATER
         measured = speeds(cluster.per_node, on_gpu=cluster.device.gpu) if cluster.nodes == 1 else None
-    return choose_for(config, cluster, measured)
+    return choose_stage(config, cluster, measured)
 
 
 def named_cluster(config: RunConfig) -> Cluster | None:

@@ -125,7 +125,7 @@ class SamplesApart(SpanAttention):
     def __init__(self, model: PreTrainedModel):
         self.install(model)
 
-    def own(
+    def model_inputs(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels. See `spans_of`; boundaries are of another attention."""

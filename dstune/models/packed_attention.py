@@ -162,7 +162,7 @@ class PackedAttention(SpanAttention):
     def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> Boundaries:
         return boundaries_of(inputs)
 
-    def own(
+    def model_inputs(
         self,
         inputs: Mapping[str, torch.Tensor],
         labels: torch.Tensor,

@@ -55,7 +55,7 @@ class SequenceCut(SpanAttention):
         refuse(model, self.parts)
         super().install(model)
 
-    def own(
+    def model_inputs(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The model's inputs and the labels of this rank's positions.

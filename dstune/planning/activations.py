@@ -30,8 +30,8 @@ class LayerActivations:
     products: int
     """Outputs of matrix products and fused attention, which selective checkpointing keeps too (`dstune/models/recompute.py`)."""
 
-    def kept(self, checkpointing: bool | Selective) -> int:
-        """From the forward to the backward pass, until the layer's own gradients are computed."""
+    def kept_bytes(self, checkpointing: bool | Selective) -> int:
+        """Return the bytes kept from the forward to the backward pass, until the layer's gradients are computed."""
         if isinstance(checkpointing, Selective):
             return self.boundary + self.products
         return self.boundary if checkpointing else self.saved

@@ -221,7 +221,7 @@ def _running_gradients(s: Setup, done: int) -> int:
 
 def _at_the_head(s: Setup, resident: Parts) -> Parts:
     act = activations.layer(s)
-    kept = s.model.layers * act.kept(s.checkpointing) + activations.shared(s)
+    kept = s.model.layers * act.kept_bytes(s.checkpointing) + activations.shared(s)
     # At stage 2 they are made by the first reduction and freed by the step: not there in the first forward pass.
     sums = 0 if s.stage == 2 and s.micro_batches == 1 else resident["gradient sums"]
     return resident | {
@@ -250,7 +250,7 @@ def _in_the_layers(s: Setup, resident: Parts) -> Parts:
     done = last
     for index in reversed(range(m.layers)):
         done += of_layer.get(index, 0)
-        saved = act.kept(s.checkpointing) * index + act.saved
+        saved = act.kept_bytes(s.checkpointing) * index + act.saved
         moment = resident | {
             "gathered": gathered(s),
             "activations": saved + act.working + activations.shared(s),

@@ -26,19 +26,26 @@ def is_open(config: RunConfig) -> bool:
     return config.zero.stage is Automatic.auto
 
 
-def choose_for(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> tuple[RunConfig, str]:
+def choose_stage(
+    config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None
+) -> tuple[RunConfig, str]:
     """Return `config` with the stage that the plan takes on `cluster`, and the reason. A model that the planner does not know gets
     the allowed stage that takes the least memory."""
     try:
-        return choose_on(config, cluster, measured)
+        return choose_planned_stage(config, cluster, measured)
     except UserError:
         return at_stage(config, max(allowed_stages(config))), (
             "the plan does not know this model, and of the stages that are allowed this takes the least memory"
         )
 
 
-def choose_on(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> tuple[RunConfig, str]:
-    """The same on `cluster`. measured: as for `plan.planned`. Raises UserError where the plan does not know the model."""
+def choose_planned_stage(
+    config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None
+) -> tuple[RunConfig, str]:
+    """Return `config` with the stage that the plan takes on `cluster`, and the reason.
+
+    measured: as for `plan.planned`. Raises UserError where the plan does not know the model.
+    """
     stages = allowed_stages(config)
     if len(stages) == 1:
         return at_stage(config, stages[0]), "other settings allow no other stage"

@@ -28,7 +28,7 @@ class EngineKind:
         """Yield what is wrong with the options of the command line."""
         yield from ()
 
-    def maker(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
+    def engine_factory(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
         """Return what makes an `Engine` of a `Source` and the name under which its base is served.
 
         key: of the server that --engine-url names. place: `state_dir`, `runtime_dir` and `limits` of every engine. Raises

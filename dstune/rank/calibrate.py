@@ -136,7 +136,7 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
     if on_gpu:
         inputs["position_ids"] = inputs["position_ids"] % (LENGTH // 2)
     else:
-        inputs, _ = SamplesApart(model).own(inputs, tokens)
+        inputs, _ = SamplesApart(model).model_inputs(inputs, tokens)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)

@@ -207,7 +207,7 @@ def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """What happened to the rows, which tables they come from, and how well they pack."""
     report = data.report
-    specs = {key: getattr(own.data, part) for key, part, own in inputs.given(config)}
+    specs = {key: getattr(own.data, part) for key, part, own in inputs.row_inputs(config)}
     if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
         report = report | {"tables": tables}
     if not config.data.packing:

@@ -11,7 +11,7 @@ from dstune.config.validate import allowed_stages, at_stage
 from dstune.core.distributed import World
 from dstune.planning.hardware import DEVICES, GIB, Cluster, Device, known_device
 from dstune.planning.host import available_bytes
-from dstune.planning.stage import choose_for, is_open
+from dstune.planning.stage import choose_stage, is_open
 from dstune.tracking.console import Console
 from dstune.zero import accelerator
 
@@ -40,7 +40,7 @@ def _choose(config: RunConfig, run_dir: Path, world: World) -> tuple[int, str]:
         saved = store.read_state(checkpoint)
         if saved["world_size"] == world.size and saved["zero_stage"] in stages:
             return saved["zero_stage"], f"the stage of {checkpoint.name}, which continues"
-    chosen, reason = choose_for(config, cluster_of(world))
+    chosen, reason = choose_stage(config, cluster_of(world))
     assert isinstance(chosen.zero.stage, int)
     return chosen.zero.stage, reason
 

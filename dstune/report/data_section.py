@@ -82,20 +82,20 @@ def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
 
     add("rows read", read)
     if counts.get("bad_rows"):
-        add("bad rows left out", counts["bad_rows"], _of(counts["bad_rows"], read))
+        add("bad rows left out", counts["bad_rows"], _share(counts["bad_rows"], read))
     if removed := sum(entry.get("removed") or 0 for entry in _steps(counts).values()):
-        add("removed by cleaning", removed, _of(removed, read))
+        add("removed by cleaning", removed, _share(removed, read))
     add("rows of this part", rows)
     augment = section(dict(counts), "augment")
     add("copies among them", augment.get("copies"), _changes(augment))
     for why, count in section(augment, "left_out").items():
         add(f"copies left out, {why.replace('_', ' ')}", count)
     for column, count in section(dict(counts), "unread_columns").items():
-        add(f"with a column {column} that is not used", count, _of(count, rows))
+        add(f"with a column {column} that is not used", count, _share(count, rows))
     if counts.get("truncated"):
-        add("longer than max_length", counts["truncated"], _of(counts["truncated"], rows))
+        add("longer than max_length", counts["truncated"], _share(counts["truncated"], rows))
     if counts.get("dropped"):
-        add("dropped, no target left", counts["dropped"], _of(counts["dropped"], rows))
+        add("dropped, no target left", counts["dropped"], _share(counts["dropped"], rows))
     add("samples", samples)
     if (once := counts.get("tokens_once")) and isinstance(samples, int) and samples > counts["conversations"]:
         add(
@@ -124,7 +124,7 @@ def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]
     ordered = sorted(counted.items(), key=lambda item: -item[1])
     half = MAX_LABELS // 2
     left_out = ordered[half:-half] if len(ordered) > MAX_LABELS else []
-    facts = [(f"label {name}", number(count), _of(count, rows)) for name, count in ordered]
+    facts = [(f"label {name}", number(count), _share(count, rows)) for name, count in ordered]
     if left_out:
         between = number(sum(count for _, count in left_out))
         facts[half:-half] = [(f"{len(left_out)} labels between them", between, "")]
@@ -169,7 +169,7 @@ def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
     return Histogram(bars, number(counts.get("shortest")), number(counts.get("longest")), cuts)
 
 
-def _of(count: Any, total: Any) -> str:
+def _share(count: Any, total: Any) -> str:
     return f"{percent(count / total)}" if total else ""
 
 

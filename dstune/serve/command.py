@@ -86,7 +86,7 @@ def _engine_of(arguments: argparse.Namespace, state: Path, runtime: Path) -> Cal
     )
     key = os.environ.get(arguments.engine_key_env or "", "")
     kind: EngineKind = arguments.engine_kind
-    return kind.maker(arguments, key, state_dir=state, runtime_dir=runtime, limits=limits)
+    return kind.engine_factory(arguments, key, state_dir=state, runtime_dir=runtime, limits=limits)
 
 
 async def _run(arguments: argparse.Namespace, state: Path, runtime: Path, sources: list[Source]) -> int:

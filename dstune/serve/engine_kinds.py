@@ -16,7 +16,7 @@ class Local(EngineKind):
     name = "local"
     options = frozenset({"--dtype", "--neutral-label", "--max-sequences", "--max-cached-tokens", "--threads"})
 
-    def maker(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
+    def engine_factory(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
         from dstune.serve.engines.local.engine import LocalEngine
 
         return partial(LocalEngine, **place, number_format=arguments.dtype or "")
@@ -35,7 +35,7 @@ class Vllm(EngineKind):
             )
             yield Problem("--engine-python", reason, "--engine-python /opt/vllm/bin/python, or --engine-url URL")
 
-    def maker(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
+    def engine_factory(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
         from dstune.serve.engines.remote import check_address
         from dstune.serve.engines.vllm import VllmEngine
 
@@ -57,7 +57,7 @@ class LlamaCpp(EngineKind):
     name = "llama.cpp"
     options = frozenset({"--engine-python", "--"})
 
-    def maker(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
+    def engine_factory(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
         from dstune.serve.engines.llama_cpp import LlamaCppEngine
 
         return partial(LlamaCppEngine, **place, program=arguments.engine_python, arguments=arguments.engine_arguments)
@@ -72,7 +72,7 @@ class Remote(EngineKind):
         if not arguments.engine_url:
             yield Problem("--engine-url", "this is missing", "--engine-url https://HOST/v1")
 
-    def maker(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
+    def engine_factory(self, arguments: argparse.Namespace, key: str, **place: Any) -> Callable[..., Any]:
         from dstune.serve.engines.remote import RemoteEngine, check_address
 
         check_address(arguments.engine_url, arguments.allow_engine)

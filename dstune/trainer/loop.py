@@ -335,7 +335,7 @@ def report_step(run: Training, step: Step) -> None:
     of_task = task.measure_step(Totals.of(step.sums)) if isinstance(task, MeasuresSteps) else {}
     more = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
     run.unwritten = UnwrittenRow(step.number, metrics, more, run.step_timer.times())
-    if run.unwritten.times.known:
+    if run.unwritten.times.are_known:
         write_row(run)
 
 

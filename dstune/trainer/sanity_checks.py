@@ -128,7 +128,7 @@ def rows_problem(
             )
         largest = float(alone.abs().max())
         for batch, expected in batches:
-            inputs, own = rows.own(
+            inputs, own = rows.model_inputs(
                 {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
             )
             found = head.logits(engine.forward, inputs, own >= 0)

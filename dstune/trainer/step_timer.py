@@ -23,14 +23,14 @@ class StepTimes:
     on_gpu: bool
 
     @property
-    def known(self) -> bool:
+    def are_known(self) -> bool:
         """Whether nobody has to wait for them."""
         return not self.on_gpu or not self.marks or bool(self.marks[-1][1].query())
 
     def parts(self) -> dict[str, float]:
         """As metrics. What comes before the first forward pass counts as part of it."""
         found = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
-        if not self.known:
+        if not self.are_known:
             self.marks[-1][1].synchronize()
         for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):
             taken = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began

@@ -28,7 +28,7 @@ class Echo(dstune.EngineKind):
         if arguments.dtype != "float32":
             yield dstune.Problem("--dtype", "echo is exact", "--dtype float32", arguments.dtype or "")
 
-    def maker(self, arguments, key, **place):
+    def engine_factory(self, arguments, key, **place):
         return lambda source, base: ("echo", source, base, place)
 """
 
@@ -87,7 +87,11 @@ def test_an_engine_of_a_plugin_is_chosen_by_its_name(folder: Path, capsys) -> No
     assert "--threads=3: it is of the engine local" in found
     arguments = options.parsed(["model", "--engine", "echo", "--dtype", "float32"])
     options.check(arguments)
-    assert arguments.engine_kind.maker(arguments, "", limits=1)("source", "base")[:3] == ("echo", "source", "base")
+    assert arguments.engine_kind.engine_factory(arguments, "", limits=1)("source", "base")[:3] == (
+        "echo",
+        "source",
+        "base",
+    )
 
 
 def test_an_option_that_two_routes_have_is_refused(folder: Path) -> None:

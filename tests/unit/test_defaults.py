@@ -24,7 +24,7 @@ from dstune.core.errors import UserError
 from dstune.launch import rundir, stages
 from dstune.launch.plan import parse, plan_of
 from dstune.planning.hardware import parse as hardware
-from dstune.planning.stage import choose_on, is_open
+from dstune.planning.stage import choose_planned_stage, is_open
 from dstune.protocols import METHODS
 from dstune.protocols.callback import Action
 from dstune.rank import zero_stage
@@ -118,7 +118,7 @@ def test_auto_is_the_default_and_rules_see_a_stage_that_they_allow() -> None:
 def test_the_stage_is_the_fastest_that_fits(words: list[str], devices: str, stage: int) -> None:
     config = compose([*words, "data=chitchat"]).config
     cluster = hardware(devices, {}, 1)
-    chosen, why = choose_on(config, cluster)
+    chosen, why = choose_planned_stage(config, cluster)
     assert chosen.zero.stage == stage, why
     assert "fit" in why and "GiB a rank" in why
     found = plan_of(config, parse([f"hardware={devices}"]))

@@ -370,7 +370,7 @@ def written(path, *rows):
 
 
 def first_rows(config):
-    return [problem for key, part, own in inputs.given(config) for problem in first_row_problems(own, part, key)]
+    return [problem for key, part, own in inputs.row_inputs(config) for problem in first_row_problems(own, part, key)]
 
 
 def test_columns_that_do_not_fit_are_found_in_the_first_row(tmp_path):

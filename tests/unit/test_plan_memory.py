@@ -85,7 +85,7 @@ def test_selective_checkpointing_keeps_products_and_attention() -> None:
     # 2 x 2 x 3.5, down 2: 25 of the 44 that are kept without it.
     s = llama("data.max_length=4096", "trainer.micro_batch_size=1", "trainer.activation_checkpointing=selective")
     sums = 4 * 32 * 4096
-    assert activations.layer(s).kept(s.checkpointing) == (2 + 3 + 4 + 14 + 2) * 4096 * 4096 + sums
+    assert activations.layer(s).kept_bytes(s.checkpointing) == (2 + 3 + 4 + 14 + 2) * 4096 * 4096 + sums
     held = memory(s).moments["forward"]["activations"]
     others = [memory(replace(s, checkpointing=kind)).moments["forward"]["activations"] for kind in (True, False)]
     assert others[0] < held < others[1]

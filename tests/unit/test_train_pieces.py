@@ -196,7 +196,7 @@ def test_the_step_timer_adds_up_what_lies_between_its_marks(monkeypatch):
     for part in ("forward", "backward", "forward", "backward", "update"):
         times.mark(part)
     expected = {"data_seconds": 0.5, "forward_seconds": 4.0, "backward_seconds": 6.0, "update_seconds": 1.0}
-    assert times.times().known and times.times().parts() == expected
+    assert times.times().are_known and times.times().parts() == expected
     assert times.seconds() == 13.0
 
 

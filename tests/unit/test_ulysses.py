@@ -28,7 +28,7 @@ def test_the_parts_of_a_packed_row_are_the_row():
     ids = torch.arange(10)[None]
     inputs = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
     labels = ids + 100
-    found = [cut(part, 4).own(inputs, labels) for part in range(4)]
+    found = [cut(part, 4).model_inputs(inputs, labels) for part in range(4)]
     assert torch.cat([own["input_ids"] for own, _ in found], dim=1).tolist() == [[*range(10), 0, 0]]
     assert torch.cat([own["position_ids"] for own, _ in found], dim=1).tolist() == [[0, 1, 2, 3, *range(6), 0, 1]]
     assert torch.cat([of for _, of in found], dim=1).tolist() == [[*range(100, 110), -100, -100]]
@@ -41,7 +41,7 @@ def test_padding_of_a_row_is_no_sample_and_positions_count_on():
         "input_ids": torch.zeros(2, 6, dtype=torch.long),
         "attention_mask": torch.tensor([[1] * 6, [1, 1] + [0] * 4]),
     }
-    own, _ = cut(1, 2).own(inputs, torch.zeros(2, 6, dtype=torch.long))
+    own, _ = cut(1, 2).model_inputs(inputs, torch.zeros(2, 6, dtype=torch.long))
     assert own[SPANS] == (((0, 6),), ((0, 2),))
     assert own["position_ids"].tolist() == [[3, 4, 5], [3, 4, 5]]
 

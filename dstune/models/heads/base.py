@@ -57,7 +57,7 @@ class Rows(Protocol):
     whole: bool
     """Whether this rank has all positions of its rows."""
 
-    def own(
+    def model_inputs(
         self, inputs: Batch, labels: torch.Tensor, boundaries: tuple[torch.Tensor, int] | None = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """What this rank's model gets of `inputs`, and the labels of its positions. boundaries: as `boundaries` found them."""

@@ -101,7 +101,7 @@ class CausalLmHead:
             inputs["pixel_values"] = inputs["pixel_values"].to(next(self._projection.parameters()).dtype)
         if self.rows is not None:
             boundaries = (batch[STARTS], int(batch[LONGEST])) if STARTS in batch else None
-            inputs, labels = self.rows.own(inputs, labels, boundaries)
+            inputs, labels = self.rows.model_inputs(inputs, labels, boundaries)
         return self._loss(forward, inputs, labels, batch)
 
     def labels_of(self, batch: Batch) -> torch.Tensor:
