@@ -77,7 +77,7 @@ class Checked:
 
 
 def check_file(path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training") -> Checked:
-    """Read all of a file. method: `supervised` or `dpo`; title: what the message about too few rows calls it."""
+    """Read all of a file. method: `supervised`, `dpo` or `reinforcement`; title: what the message about too few rows calls it."""
     found = Checked()
     for _, problem in _read(path, method, found):
         if problem is not None:
@@ -223,7 +223,30 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"supervised": _supervised, "dpo": _dpo}
+def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation that a user's message ends, and whatever the grader reads as `item.KEY`."""
+    messages = _messages(_required(row, "messages"), "messages")
+    _check_calls(messages, _tools(row, ""), "messages")
+    if messages[-1]["role"] != "user":
+        raise FieldError(f"messages[{len(messages) - 1}].role", "the last message must be the user's")
+    for name in RESERVED:
+        if name in row:
+            raise FieldError(name, "this name is taken here; give the field another one")
+    conversation_row(conversation_of(messages, "messages"), {"tools": row.get("tools")}, needs_answer=False)
+    others = {name: value for name, value in row.items() if name not in ("messages", *TOOL_KEYS)}
+    made: dict[str, Any] = {"prompt": messages, **others}
+    if row.get("tools"):
+        made["tools"] = row["tools"]
+    return made
+
+
+RESERVED = ("prompt", "system", "columns", "chat_template_kwargs")
+"""Columns that dstune would read in a row of prompts."""
+_SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "supervised": _supervised,
+    "dpo": _dpo,
+    "reinforcement": _reinforcement,
+}
 
 
 def _required(row: Mapping[str, Any], name: str, before: str = "") -> Any:

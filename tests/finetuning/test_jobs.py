@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.finetuning import rows
 from dstune.finetuning.jobs import configuration, hyperparameters, metrics, planner, presets, process, request
 from dstune.finetuning.jobs.folder import NOW, JobFolder
 from dstune.finetuning.jobs.launcher import ProcessLauncher, device_environment, environment
@@ -27,6 +28,13 @@ from dstune.finetuning.pages import Page
 from dstune.serve.errors import ApiError
 from tests.support.jobs import Bench
 
+GRADER = {
+    "type": "string_check",
+    "name": "g",
+    "operation": "eq",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.answer }}",
+}
 ASK = {"model": "tiny", "training_file": "file-x"}
 MESSAGE = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -73,7 +81,14 @@ def test_what_a_request_may_leave_out():
         ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier"),
         ({"hyperparameters": {"lr": 1}}, "hyperparameters.lr"),
         ({"method": {}}, "method.type"),
-        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
+        ({"method": {"type": "reinforcement"}}, "method.reinforcement.grader"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.reinforcement.grader"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}},
+         "method.reinforcement.grader.name"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": {"beta": 1}}}},
+         "method.reinforcement.hyperparameters.beta"),
+        ({"method": {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters":
+         {"reasoning_effort": "high"}}}}, "method.reinforcement.hyperparameters.reasoning_effort"),
         ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.1}}}}, "method.dpo.hyperparameters.beta"),
         ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
         ({"method": {"type": "dpo"}, "hyperparameters": {"n_epochs": 2}}, "hyperparameters"),
@@ -91,10 +106,60 @@ def test_what_is_wrong_with_a_request_is_named(body, param):
     assert refusal(body)[0] == param
 
 
-def test_reinforcement_is_refused_by_its_name():
-    with pytest.raises(ApiError, match="'reinforcement' is not supported") as caught:
-        request.read(ASK | {"method": {"type": "reinforcement"}})
-    assert caught.value.code == "unsupported"
+def test_a_reinforcement_job_has_its_grader_and_its_numbers(tmp_path):
+    options = {
+        "grader": GRADER,
+        "hyperparameters": {"compute_multiplier": 2, "eval_interval": 5, "reasoning_effort": "default"},
+    }
+    found = request.read(ASK | {"method": {"type": "reinforcement", "reinforcement": options}})
+    assert (found.method, found.grader) == ("reinforcement", GRADER)
+    resolved = hyperparameters.resolve(found.hyperparameters, 1000)
+    assert resolved == {
+        "n_epochs": 3,
+        "batch_size": 2,
+        "learning_rate_multiplier": 1.0,
+        "compute_multiplier": 2.0,
+        "eval_interval": 5,
+        "eval_samples": hyperparameters.EVALUATED_ROWS,
+    }
+    folder = JobFolder(tmp_path)
+    plan = configuration.Plan("ftjob-x", "reinforcement", resolved, seed=1, validation=True, grader=found.grader)
+    preset = Preset("tiny", "base", methods=("reinforcement",), settings={"task": {"max_new_tokens": 32}})
+    configuration.write(plan, preset, folder)
+    for file in (folder.train, folder.validation):
+        file.write_text('{"prompt": "a", "answer": "b"}\n')
+    from dstune.config.validate import validate
+    from dstune.launch import train
+
+    config = train.configuration(train.parse(configuration.arguments(folder))).config
+    validate(config)
+    assert (config.task.name, config.task.samples, config.task.max_new_tokens) == ("reinforcement", 16, 32)
+    assert (config.evaluate.every, config.evaluate.max_rows) == (5, hyperparameters.EVALUATED_ROWS)
+    assert json.loads(Path(config.task.graders[0]).read_text()) == GRADER
+
+
+def test_a_grader_that_a_job_cannot_have_is_refused():
+    judge = {"type": "score_model", "name": "g", "model": "m", "input": [{"role": "user", "content": "x"}]}
+    with pytest.raises(ApiError, match="not supported") as caught:
+        request.read(ASK | {"method": {"type": "reinforcement", "reinforcement": {"grader": judge}}})
+    assert (caught.value.param, caught.value.code) == ("method.reinforcement.grader.type", "unsupported_grader")
+
+
+def test_rows_of_a_reinforcement_job(tmp_path):
+    user = {"role": "user", "content": "What is 1 + 1?"}
+    wrong = [
+        ({"messages": [user, {"role": "assistant", "content": "2"}]}, "messages[1].role"),
+        ({"messages": [user], "prompt": "x"}, "prompt"),
+        ({"answer": "2"}, "messages"),
+    ]
+    for row, name in wrong:
+        (tmp_path / "rows").write_text(json.dumps(row) + "\n")
+        assert [problem.field for problem in rows.check_file(tmp_path / "rows", "reinforcement").problems] == [name]
+    good = {"messages": [user], "answer": {"value": 2}}
+    (tmp_path / "rows").write_text(f"{json.dumps(good)}\n" * 10)
+    assert rows.check_file(tmp_path / "rows", "reinforcement").problems == []
+    rows.write_rows(tmp_path / "rows", tmp_path / "made", "reinforcement")
+    assert json.loads((tmp_path / "made").read_text().splitlines()[0]) == {"prompt": [user], "answer": {"value": 2}}
 
 
 def test_whole_floats_are_whole_numbers():
@@ -189,10 +254,10 @@ def test_the_configuration_holds_no_text_that_is_read_again(tmp_path):
     assert text.startswith("# @package _global_\n")
     found = json.loads(text.partition("\n")[2])
     assert found["trainer"] == {"epochs": 10, "global_batch_size": 1, "seed": 5, "micro_batch_size": 1}
-    for settings, rows in (({}, 3), ({"micro_batch_size": 2}, 2), ({"micro_batch_size": "auto"}, "auto")):
+    for settings, size in (({}, 3), ({"micro_batch_size": 2}, 2), ({"micro_batch_size": "auto"}, "auto")):
         three = replace(plan, hyperparameters={**plan.hyperparameters, "batch_size": 3})
         made = configuration.experiment(three, Preset("tiny", "base", settings={"trainer": settings}), folder)
-        assert made["trainer"]["micro_batch_size"] == rows
+        assert made["trainer"]["micro_batch_size"] == size
     assert (found["task"], found["optimizer"]["lr"]) == ({"loss": "dpo", "beta": 0.1}, 2e-5)
     assert configuration.arguments(folder) == ["--config-dir", str(tmp_path / "configuration"), "experiment=job"]
     with pytest.raises(AssertionError):

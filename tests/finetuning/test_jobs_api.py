@@ -151,6 +151,9 @@ def test_pages_of_jobs_and_events_while_new_ones_arrive(tmp_path):
     in_office(tmp_path, test)
 
 
+GRADER = {"type": "string_check", "name": "g", "operation": "eq", "input": "{{sample.output_text}}", "reference": "x"}
+
+
 def test_what_a_create_is_refused_for(tmp_path):
     async def test(found: Office) -> None:
         client = found.cloud.openai()
@@ -161,7 +164,7 @@ def test_what_a_create_is_refused_for(tmp_path):
             ({"model": "gpt-4o-mini"}, "model", "model_not_available"),
             ({"model": "ft:tiny:other::abcdefgh"}, "model", "model_not_available"),
             ({"model": "other"}, "method.type", "unsupported"),
-            ({"method": {"type": "reinforcement", "reinforcement": {"grader": {}}}}, "method.type", "unsupported"),
+            ({"method": {"type": "reinforcement", "reinforcement": {"grader": GRADER}}}, "method.type", "unsupported"),
             ({"training_file": other}, "training_file", "invalid_file_purpose"),
             ({"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations", "wandb_not_set_up"),
         ):

@@ -18,6 +18,13 @@ ABSENT = {
 """Types that OpenAI has and `run` and `validate` refuse, with the reason."""
 
 
+IN_JOBS = {
+    "score_model": "a model as judge is not there yet",
+    "label_model": "a model as judge is not there yet",
+}
+"""Those that reinforcement jobs refuse. `python` is for the operator to allow (`python_graders` of a model)."""
+
+
 def check_grader(grader: Any, at: str = "grader", absent: Mapping[str, str] = ABSENT) -> None:
     """Raises ApiError that names the field."""
     try:

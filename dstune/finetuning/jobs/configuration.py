@@ -15,7 +15,7 @@ from typing import Any
 from dstune.config.schema import TrainerConfig
 from dstune.core import files
 from dstune.finetuning.jobs.folder import JobFolder
-from dstune.finetuning.jobs.hyperparameters import Value
+from dstune.finetuning.jobs.hyperparameters import SAMPLES, Value
 from dstune.finetuning.jobs.presets import LOCAL, TASK_OF, Preset
 from dstune.protocols import LAUNCHERS
 
@@ -25,6 +25,8 @@ PLAIN = re.compile(r"[\w .:@/+=-]{1,128}")
 """Text that may stand in a configuration: no reference begins in it."""
 RESTARTS = 5
 """Of local ranks that fail; the same failure at the same step twice ends the job sooner."""
+ANY_GRADER = {"type": "string_check", "name": "any", "operation": "eq", "input": "a", "reference": "a"}
+"""In the place of a grader where there is no request yet: for a plan."""
 KEPT_EPOCHS = 3
 """Checkpoints of epochs that a client sees."""
 
@@ -42,6 +44,7 @@ class Plan:
     start: str | None = None
     """Folder of the adapter, or model, that training goes on from."""
     wandb: Mapping[str, Any] | None = None
+    grader: Mapping[str, Any] | None = None
 
 
 def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
@@ -50,6 +53,12 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     task: dict[str, Any] = {}
     if plan.method == "dpo":
         task = {"loss": "dpo", "beta": float(given["beta"])}
+    evaluated: dict[str, Any] = {"every": "1 epoch" if plan.validation else 0, "at_start": False}
+    if plan.method == "reinforcement":
+        samples = max(2, round(SAMPLES * float(given["compute_multiplier"])))
+        task = {"graders": [str(folder.grader)], "samples": samples}
+        if plan.validation:
+            evaluated |= {"every": int(given["eval_interval"]), "max_rows": int(given["eval_samples"])}
     adaptation = {key: value for key, value in preset.adaptation.items() if key != "name"}
     model = {"path": preset.path, "revision": preset.revision, "trust_remote_code": False}
     if plan.start is not None and (Path(plan.start) / "adapter_config.json").is_file():
@@ -73,7 +82,7 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
         "trainer": {"epochs": int(given["n_epochs"]), "global_batch_size": int(given["batch_size"]), "seed": plan.seed},
         "optimizer": {"lr": float(f"{rate:.12g}")},
         "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
-        "evaluate": {"every": "1 epoch" if plan.validation else 0, "at_start": False},
+        "evaluate": evaluated,
         "launch": _launch(preset),
         "tracking": _tracking(plan),
         "run": {"name": plan.job, "dir": str(folder.run), "export": "none", "mode": "private"},
@@ -126,6 +135,8 @@ def write(plan: Plan, preset: Preset, folder: JobFolder) -> None:
     """Into the job's folder, where `arguments` finds it."""
     file = _file(folder)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if plan.method == "reinforcement":  # a file of its own: what a client wrote is no configuration
+        files.write(folder.grader, json.dumps(plan.grader or ANY_GRADER), mode=0o600, sync=True)
     _write(file, experiment(plan, preset, folder))
 
 

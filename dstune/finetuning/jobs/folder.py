@@ -5,6 +5,7 @@ ftjob-.../
   training_file validation_file  snapshots of the client's files
   start/                         the tuned model that training begins with
   train.jsonl validation.jsonl   the same as dstune reads them, once they are validated
+  grader.json                    of a reinforcement job
   task.json                      what the process is to do: no text of the request but numbers, ids and names
   lock                           held by the process, and by a training that outlives it
   validated.json                 rows and tokens of the files, or the error that they have
@@ -59,6 +60,11 @@ class JobFolder:
     def of_param(self, param: str) -> Path:
         """What dstune reads in place of it."""
         return self.train if param == "training_file" else self.validation
+
+    @property
+    def grader(self) -> Path:
+        """Of a reinforcement job."""
+        return self.path / "grader.json"
 
     @property
     def start(self) -> Path:

@@ -71,11 +71,25 @@ SUPERVISED: Mapping[str, Range] = {
     "learning_rate_multiplier": Range(whole=False, above=0, most=1000),
 }
 DPO: Mapping[str, Range] = {**SUPERVISED, "beta": Range(whole=False, above=0, most=2)}
-METHODS: Mapping[str, Mapping[str, Range]] = {"supervised": SUPERVISED, "dpo": DPO}
-PLACES = {name: f"method.{kind}.hyperparameters.{name}" for kind in ("dpo", "supervised") for name in METHODS[kind]}
+REINFORCEMENT: Mapping[str, Range] = {
+    **SUPERVISED,
+    "compute_multiplier": Range(whole=False, above=1e-5, most=10),
+    "eval_interval": Range(whole=True, least=1),
+    "eval_samples": Range(whole=True, least=1),
+}
+METHODS: Mapping[str, Mapping[str, Range]] = {"supervised": SUPERVISED, "dpo": DPO, "reinforcement": REINFORCEMENT}
+PLACES = {
+    name: f"method.{kind}.hyperparameters.{name}"
+    for kind in ("reinforcement", "dpo", "supervised")
+    for name in METHODS[kind]
+}
 """Where each hyperparameter stands in a request; the one that both methods have, with the default method."""
 
 DEFAULT_BETA = 0.1
+SAMPLES = 8
+"""Answers to a prompt at the compute multiplier 1."""
+EVALUATED_ROWS = 200
+"""Validation rows of an evaluation of a reinforcement job, unless it says more or fewer."""
 EPOCHS = 3
 FEWEST_ROWS, MOST_ROWS = 100, 25_000
 """Rows times epochs are brought between the two."""
@@ -94,7 +108,11 @@ def resolve(given: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, 
         "batch_size": batch_size(rows, ranks),
         "learning_rate_multiplier": 1.0,
         "beta": DEFAULT_BETA,
+        "compute_multiplier": 1.0,
+        "eval_samples": EVALUATED_ROWS,
     }
+    size = automatic["batch_size"] if given["batch_size"] == AUTO else given["batch_size"]
+    automatic["eval_interval"] = max(1, math.ceil(rows / int(size)))  # once an epoch
     return {name: automatic[name] if value == AUTO else value for name, value in given.items()}
 
 

@@ -22,6 +22,9 @@ NAMES = {
     "eval/token_accuracy": "full_valid_mean_token_accuracy",
     "eval/reward_accuracy": "full_valid_reward_accuracy",
     "eval/reward_margin": "full_valid_reward_margin",
+    "reward": "train_mean_reward",
+    "eval/reward": "full_valid_mean_reward",
+    "completions/mean_length": "completion_tokens_mean",
 }
 """Of a row's values, the names that clients know."""
 MOST_EVENTS = 5000
@@ -119,6 +122,11 @@ def becomes_event(step: int, total: int, *, ends_epoch: bool) -> bool:
 
 def message_of(step: Step, total: int) -> str:
     """As published logs have it."""
+    if "train_mean_reward" in step.values:
+        text = f"Step {step.number}/{total} , train mean reward={step.values['train_mean_reward']:.2f}"
+        if "full_valid_mean_reward" in step.values:
+            text += f", full validation mean reward={step.values['full_valid_mean_reward']:.2f}"
+        return text
     text = f"Step {step.number}/{total}: training loss={step.values.get('train_loss', float('nan')):.2f}"
     if "full_valid_loss" in step.values:
         text += f", full validation loss={step.values['full_valid_loss']:.2f}"

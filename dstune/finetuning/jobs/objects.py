@@ -21,7 +21,7 @@ def job(row: Job) -> dict[str, Any]:
         "hyperparameters": given if row.method == "supervised" else {},
         "integrations": [_integration(one, row.id) for one in row.integrations],
         "metadata": row.meta,
-        "method": {"type": row.method, row.method: {"hyperparameters": given}},
+        "method": {"type": row.method, row.method: _options(row, given)},
         "model": row.model,
         "organization_id": row.organization,
         "result_files": [row.result_file] if row.result_file else [],
@@ -32,6 +32,11 @@ def job(row: Job) -> dict[str, Any]:
         "user_provided_suffix": row.suffix,
         "validation_file": row.validation_file,
     }
+
+
+def _options(row: Job, given: dict[str, Any]) -> dict[str, Any]:
+    graded = {} if row.grader is None else {"grader": row.grader}
+    return {**graded, "hyperparameters": given}
 
 
 def _integration(one: dict[str, Any], job_id: str) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Planner:
 
     def _estimate(self, preset: Preset, method: str) -> Estimate:
         given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
+        given |= {"compute_multiplier": 1.0, "eval_interval": 1, "eval_samples": 1}
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
             folder.train.touch()

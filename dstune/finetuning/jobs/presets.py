@@ -8,7 +8,7 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from dstune.core.errors import Problem, UserError, first_line
@@ -21,11 +21,12 @@ FILE = "models.yaml"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 """Of a public model: without slash or colon, so that names of tuned models can be read."""
 LOCAL = "local"
-TASK_OF = {"supervised": "chat", "dpo": "preference"}
+TASK_OF = {"supervised": "chat", "dpo": "preference", "reinforcement": "reinforcement"}
 OWNED = (
     "data.train", "data.validation", "data.split", "data.packing", "data.max_length", "data.clean", "data.on_bad_row",
     "data.mixture", "data.streaming", "data.max_rows", "data.augment", "model.path", "model.revision",
-    "model.trust_remote_code", "method", "task.name", "task.loss", "task.beta", "trainer.epochs", "trainer.max_steps",
+    "model.trust_remote_code", "method", "task.name", "task.loss", "task.beta", "task.graders", "task.samples",
+    "trainer.epochs", "trainer.max_steps",
     "trainer.global_batch_size", "trainer.seed", "trainer.early_stopping", "optimizer.lr", "checkpoint.every",
     "checkpoint.keep", "checkpoint.weights_only", "evaluate.every", "evaluate.at_start", "run", "tracking", "launch",
     "plugins", "defaults",
@@ -42,6 +43,9 @@ class Preset:
     """Folder, hub id or sample of the base model."""
     revision: StrictStr | None = None
     methods: tuple[StrictStr, ...] = ("supervised", "dpo")
+    """`reinforcement` beside these lets clients choose graders by which its jobs learn."""
+    python_graders: StrictBool = False
+    """Whether graders of clients may be Python, which runs in a sandbox of namespaces on the machine of the job."""
     adaptation: Mapping[StrictStr, Any] = field(default_factory=lambda: {"name": "lora"})
     """The choice of dstune's group `method`, with its keys."""
     learning_rate: Mapping[str, Annotated[float, Field(strict=True, gt=0)]] = field(default_factory=dict)

@@ -244,6 +244,7 @@ class Reconciler:
             validation=job.validation_file is not None,
             start=str(folder.start) if job.start else None,
             wandb=next((one["wandb"] for one in job.integrations), None),
+            grader=job.grader,
         )
         configuration.write(plan, preset, folder)
         messages = [Message(text, "warn") for text in found.get("warnings", [])]

@@ -10,16 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from dstune.finetuning.fields import Body, IdText, Metadata, read_body
+from dstune.finetuning.graders.grader import IN_JOBS, check_grader
 from dstune.finetuning.jobs import hyperparameters
 from dstune.finetuning.jobs.configuration import PLAIN
-from dstune.finetuning.jobs.hyperparameters import DPO, SUPERVISED, Hyperparameter, Value
+from dstune.finetuning.jobs.hyperparameters import DPO, REINFORCEMENT, SUPERVISED, Hyperparameter, Value
 from dstune.serve.errors import ApiError
 from dstune.serve.validation import Expected, Whole, wrong
 
 MOST_SEED = 2_147_483_647
 MOST_SUFFIX = 64
 MOST_TAGS = 50
-UNBUILT = ("reinforcement",)
 
 
 def _plain(most: int) -> Any:
@@ -71,6 +71,15 @@ class Dpo(Supervised):
     beta: Annotated[Any, Hyperparameter(DPO["beta"])] = None
 
 
+class Reinforcement(Supervised):
+    compute_multiplier: Annotated[Any, Hyperparameter(REINFORCEMENT["compute_multiplier"])] = None
+    eval_interval: Annotated[Any, Hyperparameter(REINFORCEMENT["eval_interval"])] = None
+    eval_samples: Annotated[Any, Hyperparameter(REINFORCEMENT["eval_samples"])] = None
+    reasoning_effort: Annotated[Literal["default"], Expected("must be 'default': models here have no other")] | None = (
+        None
+    )
+
+
 class SupervisedOptions(Body):
     hyperparameters: Supervised | None = None
 
@@ -79,10 +88,18 @@ class DpoOptions(Body):
     hyperparameters: Dpo | None = None
 
 
+class ReinforcementOptions(Body):
+    grader: dict[str, Any]
+    hyperparameters: Reinforcement | None = None
+
+
 class Method(Body):
-    type: Annotated[Literal["supervised", "dpo"], Expected("must be one of supervised, dpo")]
+    type: Annotated[
+        Literal["supervised", "dpo", "reinforcement"], Expected("must be one of supervised, dpo, reinforcement")
+    ]
     supervised: SupervisedOptions | None = None
     dpo: DpoOptions | None = None
+    reinforcement: ReinforcementOptions | None = None
 
     @classmethod
     def accepted(cls, value: Mapping[str, Any]) -> set[str]:
@@ -125,11 +142,12 @@ class JobRequest:
     seed: int
     integrations: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, str] | None = None
+    grader: dict[str, Any] | None = None
+    """Of `reinforcement`, of a right form."""
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
     """Raises ApiError for the first field that is wrong or unknown."""
-    _refuse_unbuilt(body.get("method"))
     asked = read_body(Creation, body, _ELSEWHERE | _places_of(body.get("method")))
     method, values = _hyperparameters(asked)
     return JobRequest(
@@ -142,14 +160,20 @@ def read(body: Mapping[str, Any]) -> JobRequest:
         seed=secrets.randbelow(MOST_SEED + 1) if asked.seed is None else asked.seed,
         integrations=[one.model_dump(exclude_none=True) for one in asked.integrations or ()],
         metadata=asked.metadata,
+        grader=_grader(asked),
     )
 
 
-def _refuse_unbuilt(method: Any) -> None:
-    kind = method.get("type") if isinstance(method, Mapping) else None
-    if kind in UNBUILT:
-        message = f"The method '{kind}' is not supported by this server; it has {', '.join(hyperparameters.METHODS)}."
-        raise ApiError(400, message, param="method.type", code="unsupported")
+def _grader(asked: Creation) -> dict[str, Any] | None:
+    """Raises ApiError."""
+    if asked.method is None or asked.method.type != "reinforcement":
+        return None
+    if asked.method.reinforcement is None:
+        message = "Missing required parameter: 'method.reinforcement.grader'."
+        raise ApiError(400, message, param="method.reinforcement.grader", code="missing_required_parameter")
+    grader = asked.method.reinforcement.grader
+    check_grader(grader, "method.reinforcement.grader", absent=IN_JOBS)
+    return grader
 
 
 def _places_of(method: Any) -> dict[str, str]:
@@ -170,7 +194,8 @@ def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
         return "supervised", earlier
     kind = asked.method.type
     options = getattr(asked.method, kind)
-    values = _values((options.hyperparameters if options else None) or (Dpo() if kind == "dpo" else Supervised()))
+    absent = {"supervised": Supervised, "dpo": Dpo, "reinforcement": Reinforcement}[kind]()
+    values = _values((options.hyperparameters if options else None) or absent)
     if asked.hyperparameters and asked.hyperparameters.model_fields_set and (kind != "supervised" or earlier != values):
         message = (
             "'hyperparameters' is an earlier name of 'method.supervised.hyperparameters', and says something else."
@@ -180,4 +205,6 @@ def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
 
 
 def _values(given: Supervised) -> dict[str, Value]:
-    return {name: hyperparameters.AUTO if value is None else value for name, value in given}
+    values = {name: hyperparameters.AUTO if value is None else value for name, value in given}
+    values.pop("reasoning_effort", None)  # it has one value
+    return values

@@ -26,6 +26,8 @@ class Job(Numbered):
     method: Mapped[str] = mapped_column(String(32))
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON)
     """As given, and numbers in the place of "auto" once the files are read."""
+    grader: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
+    """Of a reinforcement job, as given."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64), default=None)
     suffix: Mapped[str | None] = mapped_column(Text, default=None)
