@@ -20,30 +20,34 @@ PLACES = {
 }
 """What is called, and before which of its calls the rank is killed."""
 KILLER = """
-import importlib, json, os, signal, sys
+import importlib, json, os, signal
 from pathlib import Path
-
-here = Path(__file__)
-order = Path(os.environ.get("KILL_ORDER", "/none"))
-if order.exists() and "torch" in sys.modules:  # in a rank
-    target, number = json.loads(order.read_text())
-    module, _, path = target.partition(":")
-    owner = importlib.import_module(module)
-    *owners, name = path.split(".")
-    for part in owners:
-        owner = getattr(owner, part)
-    plain, calls = getattr(owner, name), []
-
-    def killed(*arguments, **named):
-        calls.append(1)
-        if len(calls) == number and order.exists():
-            order.unlink()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(*arguments, **named)
-
-    setattr(owner, name, killed)
-
 import dstune
+
+@dstune.callback
+class Killer(dstune.Callback):
+    name = "killer"
+
+    def on_train_begin(self, run):
+        order = Path(os.environ["KILL_ORDER"])
+        if not order.exists():
+            return
+        target, number = json.loads(order.read_text())
+        module, _, path = target.partition(":")
+        owner = importlib.import_module(module)
+        *owners, name = path.split(".")
+        for part in owners:
+            owner = getattr(owner, part)
+        plain, calls = getattr(owner, name), []
+
+        def killed(*arguments, **named):
+            calls.append(1)
+            if len(calls) == number and order.exists():
+                order.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(*arguments, **named)
+
+        setattr(owner, name, killed)
 
 @dstune.reward
 def says_its_word(prompts, completions, word, **kwargs):
@@ -55,6 +59,7 @@ RUN = [
     "model.path=model",
     "data.train=prompts.jsonl",
     "plugins=[./killer.py]",
+    "trainer.callbacks=[killer]",
     "task.rewards=[says_its_word]",
     "task.max_new_tokens=6",
     "task.samples=4",
