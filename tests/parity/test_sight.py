@@ -4,14 +4,21 @@ processor, in every family, packed or padded, on one and two ranks, at every ZeR
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dstune.checkpoint import store
 from dstune.checkpoint.shards import Weights
 from dstune.config.compose import compose
-from dstune.config.run_file import write_run
+from dstune.config.run_file import read_run, write_run
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
+from dstune.data.build import prepare
+from dstune.models.load import load_tokenizer
+from dstune.trainer.sight import refuse_with_images
 from tests.parity.plain_sight import train_plainly
 from tests.parity.reference import Reference
 from tests.support.ranks import run_ranks
@@ -107,6 +114,58 @@ def compare(expected: Reference, run: Path) -> None:
         assert float((weights[name].detach().double() - true).norm() / true.norm()) < 1e-6, (run, name)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+PACKED = [kind for kind in FAMILIES if kind not in ("gemma3", "qwen3_5")]
+"""Others are refused."""
+SELECTION = ["llava"]
+
+
+def marked(kinds: list[str]) -> list[Any]:
+    """A small selection runs with every test, the families with those that take longer."""
+    return [kind if kind in SELECTION else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+
+
+@pytest.mark.parametrize("kind", marked(list(FAMILIES)))
 def test_padded_rows_on_one_rank(shop: Shop, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(shop, 1, [(kind, 2, False, False), (kind, 0, False, True)], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_rows_on_one_rank(shop: Shop, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify(shop, 1, [(kind, 1, True, False), (kind, 3, True, True)], monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_two_ranks_at_every_stage(shop: Shop, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some micro-batches have no image, and one rank has none in a step."""
+    packed = kind in PACKED
+    cases = [(kind, stage, packed and bool(stage % 2), sees) for stage in range(4) for sees in (False, True)]
+    verify(shop, 2, cases, monkeypatch)
+
+
+@pytest.mark.ci
+def test_two_ranks_one_without_an_image(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify(shop, 2, [("qwen2_vl", 3, True, False), ("llava", 3, False, True), ("llava", 2, True, True)], monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
+def test_families_that_are_not_packed_are_refused(
+    shop: Shop, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    run = read_run(Path(shop.case(kind, 2, packed=True, sees=False, ranks=1)["run_yaml"])).config
+    data = prepare(run, load_tokenizer(run.model), RankEnv(0, 1, 0, 1, "test"), tmp_path / "cache")
+    with pytest.raises(UserError, match=rf"data\.packing.*{kind}"):
+        refuse_with_images(run, data)
+    refuse_with_images(replace(run, data=replace(run.data, packing=False)), data)
+
+
+def test_a_tower_is_not_trained_on_text(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path / "cache"))
+    run = read_run(Path(shop.case("llava", 2, packed=False, sees=True, ranks=1)["run_yaml"])).config
+    rows = write_rows(tmp_path / "data", 3, images=lambda row: 0)
+    run = replace(run, data=replace(run.data, train=str(rows)))
+    data = prepare(run, load_tokenizer(run.model), RankEnv(0, 1, 0, 1, "test"), tmp_path / "cache")
+    with pytest.raises(UserError, match=r"model\.train_vision"):
+        refuse_with_images(run, data)
