@@ -43,6 +43,7 @@ from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.measure import Evaluation, count_rows
 from dstune.trainer.sanity_checks import examine, verify_rows
+from dstune.trainer.sight import prove_images
 from dstune.zero import accelerator
 from dstune.zero.ds_config import deepspeed_config
 from dstune.zero.engine import Engine
@@ -144,13 +145,15 @@ def _build(
     if checkpoint is not None:
         load_trained(module, checkpoint)
     # As in training, so that its numbers are the same.
-    apart = attention_of_samples(loaded, model, world, message)
+    sees = data.train.images is not None  # then masks keep samples apart
+    apart = None if sees else attention_of_samples(loaded, model, world, message)
     use_kernels(module, config.model, message)
     use_joint_sums(module)
     head = (task if loaded is config else task_of(loaded.task)).head(model, apart)
     engine = Engine(module, None, settings, world)
     examine(head, engine, model, config.model.path)
-    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message)
+    verify_rows(config, engine, head, apart, model.config.get_text_config(), world, message, sees=sees)
+    prove_images(config, engine, data, world, message)
     return engine, head
 
 

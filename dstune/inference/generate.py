@@ -12,6 +12,7 @@ from typing import Any
 from dstune.config.schema import ModelConfig
 from dstune.core.arguments import VerbParser
 from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.data.images.places import COLUMN, for_hash
 from dstune.inference.answers_file import AnswersFile, add_flags, answers_file
 from dstune.inference.conversation import converse
 from dstune.inference.prompts import Request, check_adapters, read_file
@@ -134,7 +135,10 @@ def _output(
     from dstune.checkpoint import store
 
     newest = store.newest(Path(arguments.model))
-    parts = [[one.formatted, one.messages, one.adapter, *filter(None, (one.tools, one.arguments))] for one in requests]
+    parts = [
+        [one.formatted, one.messages, one.adapter, *filter(None, (one.tools, one.arguments, _digests(one)))]
+        for one in requests
+    ]
     text = json.dumps(parts)
     requested = {
         "model": [arguments.model, arguments.revision, arguments.checkpoint, newest.name if newest else None],
@@ -144,6 +148,11 @@ def _output(
         "speech": [arguments.plain, arguments.system],
     }
     return answers_file(arguments.output, requested, arguments.batch_size, force=arguments.force)
+
+
+def _digests(request: Request) -> list[Any]:
+    """What tells the images of a request."""
+    return list(for_hash({COLUMN: request.images})[COLUMN]) if request.images else []
 
 
 def _row(writer: Writer, request: Request, answer: Answer) -> dict[str, Any]:

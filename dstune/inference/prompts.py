@@ -27,6 +27,10 @@ class Request:
     tools: list[dict[str, Any]] | None = None
     arguments: dict[str, Any] | None = None
     """Of the chat template (`chat_template_kwargs`)."""
+    images: tuple[str | bytes, ...] = ()
+    """What the places in `messages` show, in order: paths, data URLs or bytes."""
+    root: Path | None = None
+    """The folder that paths of images begin in and must not leave."""
 
 
 def read_file(path: Path, key: str = "--input") -> list[Request]:
@@ -49,7 +53,7 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
     requests, problems = [], []
     for where, line in numbered:
         try:
-            requests.append(_from_row(line, where))
+            requests.append(_from_row(line, where, path.parent))
         except ValueError as error:
             problems.append(Problem(where, str(error), 'write {"prompt": "..."} or {"messages": [...]}'))
     if problems:
@@ -57,7 +61,7 @@ def read_file(path: Path, key: str = "--input") -> list[Request]:
     return requests
 
 
-def _from_row(line: str, where: str) -> Request:
+def _from_row(line: str, where: str, root: Path) -> Request:
     try:
         row = parse_json(line)
     except ValueError as error:
@@ -74,18 +78,23 @@ def _from_row(line: str, where: str) -> Request:
         return Request(prompt, where, **beside)
     if not isinstance(messages, list) or not messages:
         raise ValueError("has neither a `prompt` nor `messages`")
-    return request_of(messages, where, **beside)
+    column = row.get("images", row.get("image"))
+    return request_of(messages, where, column=column, root=root, **beside)
 
 
-def request_of(messages: Any, where: str, **beside: Any) -> Request:
-    """What to answer in a conversation, which is read as rows of a training file are. Raises ValueError."""
+def request_of(messages: Any, where: str, *, column: Any = None, **beside: Any) -> Request:
+    """What to answer in a conversation, which is read as rows of a training file are. column: images for its places. Raises
+    ValueError."""
+    from dstune.data.images.places import COLUMN, with_images
     from dstune.data.message import content_text
     from dstune.data.messages import conversation_of
 
     read = conversation_of(messages, "messages")
     if read[-1]["role"] == "assistant":
         raise ValueError("ends with the assistant's message, so there is nothing to answer")
-    return Request(content_text(read[-1].get("content")), where, read, **beside)
+    row = with_images({"messages": read}, column, sees="")
+    images = tuple(row.get(COLUMN, ()))
+    return Request(content_text(read[-1].get("content")), where, row["messages"], images=images, **beside)
 
 
 def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:

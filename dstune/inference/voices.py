@@ -13,7 +13,7 @@ from typing import Any
 
 from dstune.checkpoint import store
 from dstune.checkpoint.record import read_record, recorded_task, task_of_head
-from dstune.config.architectures import mark_encoder_decoder
+from dstune.config.architectures import mark_encoder_decoder, mark_vision
 from dstune.config.registered import local_path
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError, files_of_others, first_line
@@ -151,6 +151,7 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
 
 
 def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
+    from dstune.models.load import vision_files
     from dstune.models.peft_import import peft
 
     own = found.adapter_folder
@@ -170,6 +171,9 @@ def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
     plain = open_tokenizer(where="model.path", **source)
     voices[BASE] = _voice(plain, found, architecture.is_encoder_decoder)
 
+    if vision := vision_files(base, architecture):
+        for voice in voices.values():
+            mark_vision(voice.tokenizer, vision)
     changed = {name for folder in folders.values() if folder for name in adapted_modules(folder)}
     model = _language_model(source, architecture, base, read_record(own) if own else {}, changed)
     longest = max(len(voice.tokenizer) for voice in voices.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,12 +91,42 @@ class Writer:
                 )
                 raise UserError(Problem(request.where, reason, "leave them out"))
             return self._control(name).sequence([request.formatted], sys.maxsize)[0]
+        if request.images:
+            return self._prompt_with_images(request, name)[0]
         requested = with_system(request, self._system)
         messages = requested.messages or [{"role": "user", "content": requested.formatted}]
         try:
             return self._prompts_of(name).ids(messages, tools=requested.tools, arguments=requested.arguments)
         except RenderError as error:
             raise UserError(Problem(request.where, str(error))) from error
+
+    def _prompt_with_images(self, request: Request, name: str) -> tuple[list[int], dict[str, Any]]:
+        """The tokens that the model goes on from, and what it gets of the images in them. Raises UserError."""
+        from dstune.config.architectures import vision_of
+        from dstune.data.chat.template import RenderError
+        from dstune.data.images.batch import request_inputs
+        from dstune.data.images.expand import expand
+        from dstune.data.images.processor import processor_of, refusal
+        from dstune.data.images.store import content_of, decode
+        from dstune.data.problems import RowError
+
+        vision = vision_of(self._voices[name].tokenizer)
+        if refused := refusal(vision, "the model"):
+            raise UserError(Problem(request.where, f"holds an image; {refused}"))
+        assert vision is not None
+        processor, requested = processor_of(vision), with_system(request, self._system)
+        try:
+            images = [decode(content_of(image, request.root)) for image in request.images]
+            written = [processor.expansion(*image.size) for image in images]
+            ids = self._prompts_of(name).ids(
+                requested.messages or [],
+                tools=requested.tools,
+                arguments=requested.arguments,
+                place_images=lambda text: expand(text, processor.placeholder, written, [len(written)]).text,
+            )
+        except (RenderError, RowError) as error:
+            raise UserError(Problem(request.where, str(error))) from error
+        return ids, request_inputs(processor, ids, images)
 
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
         """The answers to `requests`, computed together, in their order.
@@ -109,15 +139,24 @@ class Writer:
         # Any whole number is a seed; torch takes 64 bits, in which those that fit, negative ones too, stay what they are.
         torch.manual_seed((self._sampling.seed * 2**20 + number) % 2**64)
         prompts = [self.prompt_ids(request) for request in requests]
+        seen = {
+            index: self._prompt_with_images(request, request.adapter or self.active)[1]
+            for index, request in enumerate(requests)
+            if request.images
+        }
         groups: dict[tuple[str, int], list[int]] = {}
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             cut = self._room(len(prompt), request) < self._sampling.max_new_tokens
-            groups.setdefault((request.adapter or self.active, index if cut else -1), []).append(index)
+            apart = index if cut or index in seen else -1
+            groups.setdefault((request.adapter or self.active, apart), []).append(index)
         answers: dict[int, Answer] = {}
         for (name, _), members in groups.items():
             longest = max(len(prompts[index]) for index in members)
             written = self._generate(
-                name, [prompts[index] for index in members], self._room(longest, requests[members[0]])
+                name,
+                [prompts[index] for index in members],
+                self._room(longest, requests[members[0]]),
+                images=seen.get(members[0]),
             )
             for index, row in zip(members, written, strict=True):
                 answers[index] = self._finished(name, row)
@@ -129,7 +168,9 @@ class Writer:
         """The answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
         name = request.adapter or self.active
         prompt = self.prompt_ids(request)
-        (row,) = self._generate(name, [prompt], self._room(len(prompt), request), show=show, interrupted=interrupted)
+        images = self._prompt_with_images(request, name)[1] if request.images else None
+        room = self._room(len(prompt), request)
+        (row,) = self._generate(name, [prompt], room, show=show, interrupted=interrupted, images=images)
         return self._finished(name, row, interrupted=interrupted())
 
     def _generate(
@@ -140,12 +181,13 @@ class Writer:
         *,
         show: Callable[[str], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
+        images: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt."""
+        """The tokens that follow each prompt. images: what the model gets of those in the only prompt."""
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        from dstune.models.generation import generation_inputs, padded
+        from dstune.models.generation import generation_inputs, padded, placed_images
 
         voice, sampling = self._voices[name], self._sampling
         padding = voice.tokenizer.pad_token_id or 0
@@ -167,6 +209,8 @@ class Writer:
         )
         with torch.inference_mode(), self._speaking(name):
             model, inputs, before = generation_inputs(self._model, **padded(self._model, prompts, padding))
+            if images:
+                inputs |= placed_images(images, self._model)
             criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
             if sampling.stop:
                 criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[before:])))

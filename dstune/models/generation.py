@@ -86,7 +86,7 @@ def generate_answers(
             given = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
             speaker, inputs, before = generation_inputs(generator, **given)
             if images:
-                inputs |= _placed(images[start], given["input_ids"].device, next(generator.parameters()).dtype)
+                inputs |= placed_images(images[start], generator)
             criteria = [_LineEnds(tokenizer, before)] if one_line else []
             tokens = speaker.generate(
                 **inputs,
@@ -109,8 +109,10 @@ def generate_answers(
     return answers
 
 
-def _placed(inputs: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """What a model gets of images where it computes, and pixels in its own type."""
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
     return {name: value.to(device, dtype if name == "pixel_values" else value.dtype) for name, value in inputs.items()}
 
 

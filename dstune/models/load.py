@@ -76,7 +76,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         if architecture.is_encoder_decoder:
             mark_encoder_decoder(tokenizer)
         mark_stops(tokenizer, _stops(config, architecture))
-        if vision := _vision_files(config, architecture):
+        if vision := vision_files(config, architecture):
             mark_vision(tokenizer, vision)
     if config.prompt_template:
         tokenizer.chat_template = prompt_path(config.prompt_template).read_text(encoding="utf-8")
@@ -103,7 +103,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return with_padding(tokenizer)
 
 
-def _vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionFiles | None:
+def vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionFiles | None:
     """What turns images into the model's inputs; None for a model without a tower for them."""
     vision = getattr(architecture, "vision_config", None)
     if text_config_of(architecture) is None or vision is None:

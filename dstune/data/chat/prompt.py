@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,11 +21,13 @@ def prompt_ids(
     tools: Tools | None = None,
     arguments: Mapping[str, Any] | None = None,
     most: int | None = None,
+    place_images: Callable[[str], str] | None = None,
 ) -> list[int]:
     """Tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
     turn, also in an argument of the template.
 
-    most: tokens that are of use. Raises RenderError, and TooManyTokens where there are certainly more.
+    most: tokens that are of use. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
+    RenderError, and TooManyTokens where there are certainly more.
     """
     given = dict(arguments or {})
     defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(given.values())})
@@ -36,6 +38,8 @@ def prompt_ids(
         arguments=dict(zip(given, written["arguments"], strict=True)),
         prompt=True,
     )
+    if place_images is not None:
+        text = place_images(text)
     # The template prints the special tokens itself; the tokenizer would double the first one.
     restored, own = defused.restore(text)
     if most is not None:
@@ -65,8 +69,9 @@ class ChatPrompts:
         tools: Tools | None = None,
         arguments: Mapping[str, Any] | None = None,
         most: int | None = None,
+        place_images: Callable[[str], str] | None = None,
     ) -> list[int]:
         """Tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly more than
         `most`."""
         own = (self.template, self._control, self._facts)
-        return prompt_ids(*own, messages, tools=tools, arguments=arguments, most=most)
+        return prompt_ids(*own, messages, tools=tools, arguments=arguments, most=most, place_images=place_images)

@@ -28,6 +28,9 @@ MAX_IMAGES = 256
 SPEAKERS = ("system", "user", "tool")
 """Roles whose messages may hold images: models see images and write none."""
 
+_OTHERS = ("prompt", "completion", "chosen", "rejected")
+"""Keys of a normalised row, beside `messages`, whose values may be messages."""
+
 _INSIDE = ("bytes", "url", "path", "image", "image_url", "base64", "file_name")
 """Keys of an object that stands for an image: of `datasets`, OpenAI, transformers."""
 _ADDRESS = re.compile(r"\s*(?:https?|ftp|s3|gs)://", re.I)
@@ -56,10 +59,12 @@ def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any
     references = [found for value in given if (found := _reference(value, "column 'images'")) is not None]
     messages: Sequence[dict[str, Any]] = row.get("messages") or ()
     has_places = any(is_place(part) for message in messages for part in _parts(message))
-    if not references and not has_places:
+    elsewhere = [message for key in _OTHERS if isinstance(row.get(key), list) for message in row[key]]
+    is_elsewhere = any(is_place(part) for message in elsewhere for part in _parts(message))
+    if not references and not has_places and not is_elsewhere:
         return row
-    if sees:
-        raise RowError(f"the row holds an image; {sees}")
+    if sees or is_elsewhere:
+        raise RowError(f"the row holds an image; {sees or 'no pair of answers may'}")
     if "messages" not in row:
         messages = [
             {"role": "user", "content": row["prompt"]},

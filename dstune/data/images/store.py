@@ -278,6 +278,17 @@ def read_file(path: Path) -> bytes:
         raise RowError(f"cannot be read: {error.strerror}") from None
 
 
+def content_of(reference: Reference, root: Path | None) -> bytes:
+    """The bytes of an image of a request. root: where paths begin; None where a client has none. Raises RowError."""
+    if isinstance(reference, bytes):
+        return reference
+    if _is_data(reference):
+        return content_of_data_url(reference)
+    if root is None:
+        raise RowError("is a path; a data URL is read (data:image/png;base64,...)")
+    return read_file(path_within(reference, root.resolve()))
+
+
 def _is_data(reference: str) -> bool:
     return reference.startswith("data:")
 

@@ -13,6 +13,7 @@ from typing import Any
 from dstune.data.chat.template import RenderError
 from dstune.data.chat.tool_calls import Call, ToolForm, ToolText, form_of
 from dstune.data.control import TooManyTokens
+from dstune.data.images.places import is_place
 from dstune.data.messages import conversation_of
 from dstune.data.problems import RowError
 from dstune.serve.asgi import event
@@ -315,6 +316,8 @@ def chat_prompt(
     """The prompt's tokens of messages as clients write them. Raises ApiError where the template refuses them."""
     try:
         conversation = conversation_of(messages, "messages")
+        if any(is_place(part) for message in conversation for part in message.get("content") or ()):
+            raise RowError("this engine reads no images; --engine vllm does")
         return model.conversation_ids(name, conversation, tools, arguments or {})
     except TooManyTokens as error:
         raise _too_long(error.most, f"more than {error.most}", 1, "messages") from None

@@ -1,0 +1,117 @@
+"""Runs on rows with images from the command line: what is shown, trained, answered, exported and evaluated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dstune.cli import main
+from tests.support.sight import save, write_rows
+
+SIZES = ((32, 32), (60, 40))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    save("qwen2_vl", folder / "model")
+    write_rows(folder / "data", 12, images=lambda row: row % 3, sizes=SIZES)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSTUNE_CACHE", str(place / "cache"))
+
+
+def words(place: Path) -> list[str]:
+    return ["task=chat", f"model.path={place / 'model'}", f"data.train={place / 'data' / 'rows.jsonl'}"]
+
+
+def test_rows_are_shown_with_their_images(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "show", *words(place), "--rows", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "image 1: " in shown and "60 x 40 pixels" in shown and "<|image_pad|>" in shown
+    page = place / "rows.html"
+    assert main(["data", "show", *words(place), "--rows", "100", "--html", str(page)]) == 0
+    assert page.read_text().count('<img src="data:image/jpeg;base64,') == shown.count(" pixels")
+    assert main(["data", "show", *words(place), "--row", f"{place / 'data' / 'rows.jsonl'}:3"]) == 0
+    assert "image 2: " in capsys.readouterr().out
+
+
+def as_transformers_answers(folder: Path, rows: list[dict[str, Any]], data: Path) -> list[str]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, backend="torchvision")
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    answers = []
+    for row in rows:
+        text = processor.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
+        images = [Image.open(data / name).convert("RGB") for name in row["images"]]
+        inputs = processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            written = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=4)
+        answer = written[0, inputs["input_ids"].shape[1] :]
+        answers.append(processor.tokenizer.decode(answer, skip_special_tokens=True).strip())
+    return answers
+
+
+def test_a_run_trains_answers_and_exports(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place / "run"
+    command = [
+        *words(place),
+        "method=full",
+        "optimizer.lr=0.01",
+        "data.max_length=256",
+        "data.split.validation=0.3",
+        "trainer.max_steps=2",
+        "trainer.global_batch_size=4",
+        "trainer.micro_batch_size=2",
+        "trainer.precision=fp32",
+        "zero=stage2",
+        "evaluate.samples=2",
+        "evaluate.max_new_tokens=4",
+        "launch.processes=1",
+        "tracking.wandb.mode=disabled",
+        f"run.dir={run}",
+    ]
+    assert main(["train", *command]) == 0
+    export = run / "export"
+    assert (export / "processor_config.json").read_bytes() == (place / "model" / "processor_config.json").read_bytes()
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "completed"
+    capsys.readouterr()
+
+    data = place / "data"
+    rows = [json.loads(line) for line in (data / "rows.jsonl").read_text().splitlines()]
+    asked = [{"messages": row["messages"][:-1], "images": row["images"]} for row in rows[:6]]
+    (data / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    given = ["--input", str(data / "asked.jsonl"), "--max-new-tokens", "5", "--json"]
+    assert main(["generate", str(export), *given]) == 0
+    answers = [json.loads(line)["answer"].strip() for line in capsys.readouterr().out.splitlines()]
+    assert answers == as_transformers_answers(export, asked, data)
+
+    assert main(["evaluate", str(run), "launch.processes=1"]) == 0
+    assert "loss" in capsys.readouterr().out
+
+
+def test_bad_images_are_counted_with_their_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = place / "bad"
+    rows = write_rows(folder, 4)
+    whole = (folder / "image1.png").read_bytes()
+    (folder / "image1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "image3.png").unlink()
+    given = ["task=chat", f"model.path={place / 'model'}", f"data.train={rows}", "--rows", "1"]
+    assert main(["data", "show", *given]) == 2
+    error = capsys.readouterr().err
+    assert f"{rows}:4: image 1 ('image3.png') cannot be read" in error
+    assert main(["data", "show", *given, "data.on_bad_row=skip"]) == 0
+    assert "bad" in capsys.readouterr().out
+    long = ["task=chat", f"model.path={place / 'model'}", f"data.train={place / 'data' / 'rows.jsonl'}"]
+    assert main(["data", "show", *long, "data.max_length=8", "--rows", "1"]) == 2
+    assert "cuts through an image of tokens" in capsys.readouterr().err
