@@ -4,7 +4,7 @@ python benchmarks/architectures.py run STATE.jsonl [--kinds llama,gemma3] [--par
 python benchmarks/architectures.py write STATE.jsonl      # benchmarks/architectures.json and docs/architectures.md
 
 A pair of processes trains tiny checkpoints one after another. `STATE.jsonl` has a line for each case that is done; started again,
-`run` goes on after the last one. A case that ends a process, or takes longer than two minutes, is noted and the next one gets a
+`run` goes on after the last one. A case that ends a process, or takes longer than five minutes, is noted and the next one gets a
 new pair.
 
 The plain loop has each sample alone in a forward pass: nothing is packed, padded, masked or partitioned.
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 TABLE, PAGE = ROOT / "benchmarks" / "architectures.json", ROOT / "docs" / "architectures.md"
-PATIENCE = 120
+PATIENCE = 300
 """Seconds for a case."""
 LOSS, UPDATE, LOGITS = 1e-4, 2e-3, 1e-3
 """Largest relative differences of what counts as equal: in losses (ten times that in gradient norms), in the change of all weights,
@@ -389,8 +389,12 @@ def relative(found: float, expected: float) -> float:
 def load_plain(case: Case, folder: Path) -> Any:
     from transformers import AutoConfig
 
+    from dstune.models.repaired import repair_forward
+
     config = AutoConfig.from_pretrained(folder)
-    return model_class_of(case, config).from_pretrained(folder, dtype="float32")
+    model = model_class_of(case, config).from_pretrained(folder, dtype="float32")
+    repair_forward(model)
+    return model
 
 
 def load_export(case: Case, folder: Path, export: Path) -> Any:

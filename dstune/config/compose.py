@@ -24,6 +24,7 @@ from dstune.config.convert import (
     refers,
     to_dict,
 )
+from dstune.config.habits import with_preset_names
 from dstune.config.hydra_errors import problem_of
 from dstune.config.hydra_session import ROOT_CONFIG, group_options, hidden_files, session
 from dstune.config.names import default_classes
@@ -59,7 +60,7 @@ def compose(
     Raises:
         UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
     """
-    given = with_default_experiment(overrides)
+    given = with_default_experiment(with_preset_names(overrides))
     if not keep_plugins:
         activate_requested(given, config_dirs)
     with session(config_dirs) as hydra:

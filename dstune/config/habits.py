@@ -255,6 +255,27 @@ def model_words(name: str) -> str:
     return f"model.path=OWNER/{name} for a model of the hub, model.path=./FOLDER for a folder; `dstune models` lists prepared ones"
 
 
+def with_preset_names(overrides: Sequence[str]) -> list[str]:
+    """`overrides` with `model=NAME` in place of another spelling of it: `qwen3-4b`, or a model's name on the hub without its owner.
+
+    What several presets could mean, or a choice of the user's own, stays as it is.
+    """
+    return [_with_preset_name(text) for text in overrides]
+
+
+def _with_preset_name(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if key != "model" or not equals or not re.fullmatch(r"[\w .-]+", value) or value in packaged_choices()["model"]:
+        return text
+    spelled = _letters(value)
+    presets = {name for name, path in _preset_paths() if spelled in (_letters(name), _letters(path.rpartition("/")[2]))}
+    return f"model={presets.pop()}" if len(presets) == 1 else text
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_\s]+", "", name.lower())
+
+
 def as_fix(words: str) -> str:
     """The answer as the fix of a problem."""
     return f"write {words}" if re.match(r"'?[a-z_.]+=", words) else words

@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from dstune.config import habits
 from dstune.config.compose import compose
 from dstune.config.flags import hydra_flags
 from dstune.config.habits import ANSWERS, HUB_NAMES, METHODS, SCHEDULES, TASK_WORDS, TRACKERS, answer, as_fix
@@ -33,8 +34,6 @@ SLIPS = {
     "optimizer.lr=[1e-4,1e-3]": "a run for each of them: dstune train --multirun optimizer.lr=0.0001,0.001",
     "trainer.seed=[1,2]": "a run for each of them: dstune train --multirun trainer.seed=1,2",
     "model=gpt2": "write model.path=openai-community/gpt2",
-    "model=Llama-3.1-8B": f"write model=llama3_8b (meta-llama/Llama-3.1-8B); {HUB}",
-    "model=llama-3.1-8b-instruct": f"write model=llama3_8b_instruct (meta-llama/Llama-3.1-8B-Instruct); {HUB}",
     "model=qwen3_4bb": "did you mean model=qwen3_4b?",
     "model=nothing-like-it": "write model.path=OWNER/nothing-like-it for a model of the hub",
     "epochs=3": "did you mean trainer.epochs=3?",
@@ -135,3 +134,29 @@ def test_every_answer_is_of_keys_and_choices_that_exist(words: str):
 def test_keys_of_other_tools_exist_here():
     assert set(OTHER_TOOLS.values()) <= set(all_keys())
     assert not set(OTHER_TOOLS) & set(ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "path"),
+    [
+        ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B"),
+        ("qwen3-4b", "Qwen/Qwen3-4B"),
+        ("Qwen3.5-4B", "Qwen/Qwen3.5-4B"),
+        ("gpt-oss-20b", "openai/gpt-oss-20b"),
+        ("Gemma4-31B-it", "google/gemma-4-31B-it"),
+        ("gemma-4-31b-it", "google/gemma-4-31B-it"),
+    ],
+)
+def test_a_preset_is_known_by_any_usual_spelling(spelling: str, path: str) -> None:
+    assert compose([f"model={spelling}", "data.train=x.jsonl"]).config.model.path == path
+
+
+def test_no_two_presets_have_one_spelling() -> None:
+    names = [habits._letters(name) for name, _ in habits._preset_paths()]
+    assert len(set(names)) == len(names)
+    assert habits.with_preset_names(["model=llama", "model=org/qwen3-4b", "task=chat"]) == [
+        "model=llama",
+        "model=org/qwen3-4b",
+        "task=chat",
+    ]
