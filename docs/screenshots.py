@@ -1,13 +1,14 @@
-"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER]`.
+"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER] [--only first]`.
 
-Trains a small chat model and three classifiers, and sweeps over a fourth (about fifteen minutes
-on two CPU cores), renders their pages, and takes
-pictures with headless Chromium. Runs that are already in FOLDER are taken as they are. Needs Chromium and Pillow.
+Trains the chat model of docs/start/first-fine-tune.md, another one and three classifiers, and sweeps over a fourth (about twenty
+minutes on two CPU cores), renders their pages, and takes pictures with headless Chromium. Runs that are already in FOLDER are taken
+as they are. Needs Chromium and Pillow.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -62,8 +63,34 @@ CHROMIUM = (
 )
 
 
-def dstune(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "dstune", *arguments], check=True)
+def dstune(*arguments: str, folder: Path | None = None) -> None:
+    """Run the command in `folder`."""
+    subprocess.run([sys.executable, "-m", "dstune", *arguments], cwd=folder, check=True)
+
+
+def first_fine_tune(folder: Path) -> None:
+    """The run of docs/start/first-fine-tune.md: its rows, its commands, and the pictures of its pages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (fetched,) = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "dstune", "samples", "sentiment", "--json"], check=True, capture_output=True
+        ).stdout
+    )
+    with Path(fetched["path"]).open(encoding="utf-8") as lines:
+        reviews = [json.loads(line) for line in lines]
+    with (folder / "my.jsonl").open("w", encoding="utf-8") as rows:
+        for review in reviews[::64][:200]:
+            question = f"Is this film review fresh or rotten? {review['text']}"
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": review["label"]}]
+            rows.write(json.dumps({"messages": turns}) + "\n")
+    run = folder / "runs" / "first"
+    if not (run / "result.json").is_file():
+        dstune("init", "my.jsonl", "--force", folder=folder)
+        dstune("train", "my.yaml", "run.dir=runs/first", "evaluate.samples=3", folder=folder)
+    dstune("report", "runs/first", folder=folder)
+    dstune("data", "show", "my.yaml", "--rows", "2", "--html", "rows.html", folder=folder)
+    picture(run / "report.html", "first-report", 1280, 1180)
+    picture(folder / "rows.html", "first-rows", 1280, 620)
 
 
 def trained(folder: Path, *overrides: str) -> Path:
@@ -102,7 +129,12 @@ def picture(page: Path, name: str, width: int, height: int, *, dark: bool = Fals
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"), help="default runs/screenshots")
-    folder = parser.parse_args().runs
+    parser.add_argument("--only", choices=["first"], help="leave out the others")
+    arguments = parser.parse_args()
+    folder = arguments.runs
+    first_fine_tune(folder / "first")
+    if arguments.only:
+        return
     chat = trained(folder / "chat", *CHAT, "run.name=chitchat")
     rates = [
         trained(folder / f"lr-{rate}", *SENTIMENT, f"optimizer.lr={rate}", f"run.name=lr-{rate}") for rate in RATES

@@ -19,7 +19,9 @@ def pages_in(index: Path) -> list[str]:
     """Pages of the toctrees of `index`, as paths below docs/ without their ending."""
     trees = re.findall(r"```{toctree}\n(.*?)```", index.read_text(encoding="utf-8"), re.DOTALL)
     names = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
-    return [os.path.relpath(index.parent / name, DOCS) for name in names]
+    named = [os.path.relpath(index.parent / name, DOCS) for name in names]
+    files = [file for name in named for file in sorted(DOCS.glob(f"{name}.md"))]
+    return [str(file.relative_to(DOCS).with_suffix("")) for file in files]
 
 
 def test_every_page_is_in_one_part() -> None:

@@ -36,6 +36,7 @@ GUIDES = tuple(
         "data",
         "sweeps",
         "start/install",
+        "start/first-fine-tune",
         "start/how-much",
         "start/choose",
     )
