@@ -138,3 +138,35 @@ def test_a_reward_that_can_score_nothing_ends_the_run_with_its_reason(workplace)
     assert done.returncode == 2, done.stderr
     assert "'number' could score no completion" in done.stderr
     assert "answer" in done.stderr
+
+
+def test_graders_score_in_training_and_evaluation_and_are_not_believed_of_strangers(workplace):
+    check = {"type": "string_check", "operation": "like", "input": "{{ sample.output_text }}"}
+    for name, reference in (("named", "{{ item.word }}"), ("any", "w")):
+        (workplace.folder / f"{name}.json").write_text(json.dumps({**check, "name": name, "reference": reference}))
+    few = ["method=full", "trainer.max_steps=2", "launch.processes=1", "evaluate.every=0", "task.graders=[named.json]"]
+    done = train(workplace, "graded", *few, "task.reward_weights=[1,2]", "task.rollout=fast")
+    assert done.returncode == 0, done.stderr
+    row = metrics(workplace.folder / "graded")[0]
+    assert row["reward"] == pytest.approx(row["rewards/repeats/mean"] + 2 * row["rewards/named/mean"], rel=1e-6)
+    assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    done = workplace.run("evaluate", "graded", "--grader", "any.json", "--json", timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["metrics"]
+    assert 0 <= found["rewards/any/mean"] <= 1
+    assert "rewards/named/mean" not in found
+    stored = workplace.folder / "graded" / "run.yaml"
+    stored.write_text(stored.read_text().replace("named.json", "any.json"))
+    done = workplace.run("train", "graded", "trainer.max_steps=3", timeout=600)
+    assert done.returncode == 2, done.stdout
+    assert "task.graders" in done.stderr
+
+
+def test_a_reward_of_a_run_from_elsewhere_is_refused(workplace, monkeypatch):
+    few = ["method=full", "trainer.max_steps=1", "launch.processes=1", "evaluate.every=0", "run.export=none"]
+    assert train(workplace, "elsewhere", *few).returncode == 0
+    plugin = next((workplace.folder / "elsewhere" / "plugins").rglob("*.py"))
+    plugin.write_text(plugin.read_text() + "\nraise RuntimeError('it runs')\n")
+    done = workplace.run("train", "elsewhere", "trainer.max_steps=2", timeout=600)
+    assert done.returncode == 2, done.stdout
+    assert "it runs" not in done.stderr

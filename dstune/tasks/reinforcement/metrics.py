@@ -10,6 +10,9 @@ import numpy as np
 from dstune.tasks.reinforcement.config import ReinforcementConfig
 from dstune.tasks.reinforcement.records import Scored
 
+LOGGED = "logged/"
+"""In front of the names of what rewards log by TRL's `log_metric`."""
+
 
 def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """The metrics of a step or an evaluation. sums: of `rollout_sums`, and in training those of `PolicyHead`."""
@@ -43,6 +46,7 @@ def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
             "sampling/sampling_logp_difference/mean": _ratio(sums["absolute_difference"], sums["compared"]),
             "sampling/sampling_logp_difference/max": sums["largest_difference"],
         }
+    metrics |= {name: value for name, value in sums.items() if name.startswith(LOGGED)}
     if "importance" in sums:
         metrics["sampling/importance_sampling_ratio/mean"] = _ratio(sums["importance"], sums["compared"])
     return metrics

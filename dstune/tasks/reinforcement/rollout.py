@@ -24,7 +24,7 @@ from dstune.tasks.reinforcement.config import ReinforcementConfig, Rollout
 from dstune.tasks.reinforcement.continuous import sample_continuously
 from dstune.tasks.reinforcement.head import PolicyHead, kept_log_probabilities
 from dstune.tasks.reinforcement.losses import advantages_of, denominator
-from dstune.tasks.reinforcement.metrics import rollout_sums, weighted_reward
+from dstune.tasks.reinforcement.metrics import LOGGED, rollout_sums, weighted_reward
 from dstune.tasks.reinforcement.records import (
     FOLDER,
     Scored,
@@ -115,8 +115,18 @@ class Rollouts:
             questions = {number: self._scorer.question_of(number) for number in numbers}
             write_records(self._run_dir / FOLDER, step.number, everyone, self._task.reward_names, questions)
         self._head.largest_difference = 0.0
-        self._sums = self._sums_of(groups) if self._world.is_main else dict.fromkeys(self._sums_of(groups), 0.0)
+        logged = self._logged()
+        sums = self._sums_of(groups) | logged
+        self._sums = sums if self._world.is_main else dict.fromkeys(sums, 0.0)
         return self._training_batch(mine, step.batch, groups)
+
+    def _logged(self) -> dict[str, float]:
+        """What rewards logged in this step on any rank, the mean by name: the same on all of them."""
+        everyone = self._world.gather(self._scorer.logged)
+        self._scorer.logged = {}
+        names = sorted({name for of_rank in everyone for name in of_rank})
+        values = {name: [value for of_rank in everyone for value in of_rank.get(name, ())] for name in names}
+        return {f"{LOGGED}{name}": sum(found) / len(found) for name, found in values.items()}
 
     @contextmanager
     def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:

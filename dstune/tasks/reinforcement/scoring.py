@@ -28,8 +28,8 @@ class Scorer:
         self._models: dict[str, RewardModel] = {
             name: load_reward_model(path, config.model, seconds) for name, path in self._task.model_paths.items()
         }
-        self.metrics: dict[str, float] = {}
-        """What the rewards of the last call logged, by name."""
+        self.logged: dict[str, list[float]] = {}
+        """What rewards logged since it was emptied, by name."""
 
     def columns_of(self, prompt: int) -> dict[str, Any]:
         """The columns of a prompt's row."""
@@ -49,7 +49,6 @@ class Scorer:
         known: completions that an earlier launch had scored at this step, by `identity_of`: a reward that asks a judge or a clock
         is not asked again for what it has answered. state: what `trainer_state` of TRL's functions has.
         """
-        logged: dict[str, list[float]] = {}
         for batch in completed:
             new = []
             for scored in batch:
@@ -59,10 +58,9 @@ class Scorer:
                 else:
                     scored.scores, scored.extra = earlier.scores, earlier.extra
             if new:
-                self._score_batch(new, state or {}, logged)
-        self.metrics = {name: sum(values) / len(values) for name, values in logged.items()}
+                self._score_batch(new, state or {})
 
-    def _score_batch(self, batch: Sequence[Scored], state: Mapping[str, Any], logged: dict[str, list[float]]) -> None:
+    def _score_batch(self, batch: Sequence[Scored], state: Mapping[str, Any]) -> None:
         rows = [self.columns_of(scored.completion.prompt) for scored in batch]
         names = sorted({name for row in rows for name in row} - NOT_COLUMNS)
         columns = {name: [row.get(name) for row in rows] for name in names}
@@ -81,7 +79,7 @@ class Scorer:
                 result = self.process(name, prompts, answers, ids, columns, state=state, environments=keys)
                 scores = result.scores
                 for metric, value in result.metrics.items():
-                    logged.setdefault(metric, []).append(value)
+                    self.logged.setdefault(metric, []).append(value)
                 for column, values in result.extra.items():
                     for scored, value in zip(batch, values, strict=True):
                         scored.extra[column] = value
