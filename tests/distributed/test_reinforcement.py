@@ -147,7 +147,7 @@ def test_graders_score_in_training_and_evaluation_and_are_not_believed_of_strang
     few = ["method=full", "trainer.max_steps=2", "launch.processes=1", "evaluate.every=0", "task.graders=[named.json]"]
     done = train(workplace, "graded", *few, "task.reward_weights=[1,2]", "task.rollout=fast")
     assert done.returncode == 0, done.stderr
-    row = metrics(workplace.folder / "graded")[0]
+    row = next(row for row in metrics(workplace.folder / "graded") if "reward" in row)
     assert row["reward"] == pytest.approx(row["rewards/repeats/mean"] + 2 * row["rewards/named/mean"], rel=1e-6)
     assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
     done = workplace.run("evaluate", "graded", "--grader", "any.json", "--json", timeout=600)

@@ -29,7 +29,7 @@ class Killer(dstune.Callback):
     name = "killer"
 
     def on_train_begin(self, run):
-        order = Path(os.environ["KILL_ORDER"])
+        order = Path(run.run_dir).parent / "order.json"
         if not order.exists():
             return
         target, number = json.loads(order.read_text())
@@ -89,8 +89,7 @@ def workplace(tmp_path_factory) -> Commands:
     return Commands(folder)
 
 
-def train(workplace: Commands, name: str, method: str, order: Path | None = None):
-    workplace.env["KILL_ORDER"] = str(order or "/none")
+def train(workplace: Commands, name: str, method: str):
     return workplace.run("train", *RUN, f"method={method}", f"run.dir={name}", timeout=900)
 
 
@@ -111,9 +110,9 @@ def recorded(run: Path) -> dict[str, str]:
 def test_killed_there_it_ends_with_the_same_bits(workplace, undisturbed, place, number):
     method = ("full", "lora")[number % 2]
     whole, name = undisturbed[method], f"{method}-{place}-{number}"
-    order = workplace.folder / f"{name}.json"
+    order = workplace.folder / "order.json"
     order.write_text(json.dumps([PLACES[place][0], number]))
-    cut = train(workplace, name, method, order)
+    cut = train(workplace, name, method)
     assert cut.returncode != 0, "it was killed"
     assert not order.exists(), "at the place that was meant"
     done = train(workplace, name, method)
