@@ -49,6 +49,7 @@ WHOLE_FILES = {
     "distributed/test_vision_language.py": 250,
     "distributed/test_watch.py": 60,
     "distributed/test_zero_file.py": 40,
+    "cycle/test_cycle.py": 90,
     "monitor/test_monitor.py": 40,
     "packaging/test_distribution.py": 200,
     "packaging/test_wings.py": 300,

@@ -41,6 +41,9 @@ class Inference:
     admits: Callable[[Caller, str], Awaitable[None]] | None = None
     """Looks at a request's model first: loads one that is not on its engine yet, and refuses those of other tenants."""
     guard: Guard | None = None
+    resolve_alias: Callable[[str, Mapping[str, Any], Mapping[str, Model]], str | None] | None = None
+    """The name of the model that answers a request (its body) to a name that stands for several of those that are served; None
+    for any other name."""
 
     async def __call__(self, request: Request, path: str, route: type[fields.Request]) -> None:
         """Raises ApiError, ClientGone, SlowReader."""
@@ -48,6 +51,12 @@ class Inference:
         name = body.get("model")
         if self.admits is not None and isinstance(name, str) and request.caller is not None:
             await self.admits(request.caller, name)
+        if self.resolve_alias is not None and isinstance(name, str):
+            ready = {own: model for own, model in self.fleet.models.items() if model.ready}
+            version = self.resolve_alias(name, body, ready)
+            if version is not None:
+                request.alias, name = name, version
+                body = body | {"model": version}  # adapters of one engine are told apart by it
         model = self.model_of(request, name)
         acts = model.engine.routes.get(path)
         if acts is None:
@@ -99,7 +108,7 @@ class Inference:
         if not isinstance(name, str) or not name:
             raise ApiError(400, "Missing required field: 'model'.", param="model", code="missing_required_parameter")
         model = self.fleet.models.get(name)
-        is_usable = request.caller is not None and request.caller.may_use(name)
+        is_usable = request.caller is not None and request.caller.may_use(request.alias or name)
         if is_usable and (name in self.fleet.awaited if model is None else not model.ready):
             raise ApiError(503, "The model is being started.", code="starting", headers={"retry-after": "5"})
         if model is None or not is_usable:

@@ -95,6 +95,8 @@ class Request(requests.Request):
         self.sent = 0
         self.caller: Caller | None = None
         self.model = ""
+        self.alias = ""
+        """The name that the client asked for, where it stands for several models."""
         self.version = ""
         self.end_user: str | None = None
         """Whom the client asks for, in its own words."""

@@ -1,0 +1,213 @@
+"""Rows that a person stood up for: a label, a correction, or an answer that somebody accepted. Never an answer as it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.core.parsing import parse_json, read_file
+from dstune.cycle.settings import CycleSettings
+from dstune.monitor.conversations import Conversation, asked_texts
+from dstune.monitor.row_files import conversation_of_row
+from dstune.monitor.server_logs import log_folder, read_requests, recorded_requests
+
+LARGEST = 4 << 30
+GRAM = 13
+"""Words in a row that a training row may not share with a row that it is measured on (Brown and others 2020, appendix C)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A new row."""
+
+    id: str
+    digest: str
+    """Of what is asked and answered: tells a row again without keeping it."""
+    key: str
+    kind: str
+    """label, correction or rating."""
+    row: dict[str, Any]
+    """As the task reads it."""
+    is_held_out: bool
+    """Whether it is measured on, and so never trained on."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The new rows, and why others are none."""
+
+    rows: list[Row]
+    dropped: dict[str, int]
+    present: set[str]
+    """Ids of everything that the source still has."""
+
+
+def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, writes: bool) -> Collected:
+    """Return the rows that no earlier cycle used. Raises UserError.
+
+    labels: of the model; empty where it writes text. used: ids of earlier rows. writes: whether the model writes text.
+    """
+    requests, present = _requests(settings)
+    dropped: Counter[str] = Counter()
+    rows: dict[str, Row] = {}
+    for request in requests:
+        identity = request.requests[0] if request.requests else request.place
+        if identity in used:
+            continue
+        kind, row = _row(request, settings.least_rating, labels, writes=writes)
+        if row is None:
+            dropped[kind] += 1
+            continue
+        digest = digest_of_row(row)
+        if digest in rows:
+            dropped["the same row again"] += 1
+            continue
+        held_out = _share_of(request) < settings.hold_out
+        rows[digest] = Row(identity, digest, request.key or "", kind, row, held_out)
+    kept = _limited(list(rows.values()), settings.share_per_key)
+    if len(kept) < len(rows):
+        dropped["more than share_per_key of one key"] = len(rows) - len(kept)
+    return Collected(kept, dict(sorted(dropped.items())), present)
+
+
+def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
+    """All requests, and the ids that there still are."""
+    folder = log_folder(settings.data)
+    if folder is not None:
+        return read_requests(folder, 0.0, settings.store), recorded_requests(folder, settings.store)
+    from dstune.data import sources
+
+    requests = []
+    for file in sources.expand(settings.data, "data", split="train"):
+        for raw in sources.read(file):
+            fields = raw.fields or {}
+            conversation = conversation_of_row(fields, raw.place)
+            if conversation is None:
+                continue
+            identity = str(fields.get("id") or conversation.digest)
+            answer = fields.get("answer")
+            request = replace(
+                conversation,
+                key=_name(fields.get("key")),
+                fields={name: fields[name] for name in ("messages", "text") if name in fields},
+                answer=answer if isinstance(answer, str) else None,
+                requests=(identity,),
+            )
+            requests.append(request)
+    return requests, {request.requests[0] for request in requests}
+
+
+def _name(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _row(
+    request: Conversation, least_rating: float, labels: Sequence[str], *, writes: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """The kind and the row; None, and the reason in place of the kind, where it teaches nothing."""
+    if not writes:
+        label = request.label or request.correction
+        if label is None:
+            return "without a label", None
+        if label not in labels:
+            return "a label that the model lacks", None
+        return "label", {"text": request.text, "label": label}
+    accepted = request.rating is not None and request.rating >= least_rating
+    answer = request.correction or (request.answer if accepted else None)
+    if answer is None:
+        return "without a correction or an accepted answer", None
+    messages = request.fields.get("messages")
+    if not isinstance(messages, list):
+        messages = [{"role": "user", "content": request.text}]
+    row = {"messages": [*messages, {"role": "assistant", "content": answer}]}
+    return "correction" if request.correction else "rating", row
+
+
+def _share_of(request: Conversation) -> float:
+    """Where a user (a request, where users are not known) stands between 0 and 1: held-out users stay so in all cycles."""
+    name = request.user or request.digest
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
+
+
+def _limited(rows: list[Row], share: float) -> list[Row]:
+    """As many rows as can be, none of the keys with more than its share of them; of few keys each may have an equal one."""
+    counts = Counter(row.key for row in rows)
+    if not rows:
+        return rows
+    most = _most_per_key([*counts.values()], max(share, 1 / len(counts)))
+    taken: Counter[str] = Counter()
+    kept = []
+    for row in sorted(rows, key=lambda row: row.digest):
+        if taken[row.key] < most:
+            taken[row.key] += 1
+            kept.append(row)
+    return kept
+
+
+def _most_per_key(counts: Sequence[int], share: float) -> int:
+    """The largest number of rows of a key that is within its share of what is then left; at least 1."""
+    for most in range(max(counts), 1, -1):
+        if most <= share * sum(min(count, most) for count in counts):
+            return most
+    return 1
+
+
+def digest_of_row(row: Mapping[str, Any]) -> str:
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+# -- what rows share
+
+
+def words_of(row: Mapping[str, Any]) -> list[str]:
+    return re.findall(r"\w+", " ".join(asked_texts(row)).lower())
+
+
+class Contamination:
+    """Knows the rows that models are measured on."""
+
+    def __init__(self, measured: Iterable[Mapping[str, Any]]):
+        self._texts: set[str] = set()
+        self._grams: set[tuple[str, ...]] = set()
+        for row in measured:
+            words = words_of(row)
+            self._texts.add(" ".join(words))
+            self._grams.update(zip(*(words[offset:] for offset in range(GRAM)), strict=False))
+
+    def touches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row asks what a measured row asks, or shares GRAM words in a row with one."""
+        words = words_of(row)
+        grams = zip(*(words[offset:] for offset in range(GRAM)), strict=False)
+        return " ".join(words) in self._texts or any(gram in self._grams for gram in grams)
+
+
+# -- files of rows, of this user alone
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.write(path, content.encode("utf-8", "replace"), mode=0o600, sync=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [parse_json(line) for line in read_file(path, LARGEST).splitlines()]
+    except FileNotFoundError:
+        return []
+
+
+def save(path: Path, rows: Iterable[Row]) -> None:
+    write_rows(path, (asdict(row) for row in rows))
+
+
+def load(path: Path) -> list[Row]:
+    return [Row(**row) for row in read_rows(path)]

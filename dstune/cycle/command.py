@@ -1,0 +1,110 @@
+"""The verb `dstune cycle`."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from pathlib import Path
+from typing import Any
+
+from dstune.core.arguments import VerbParser
+from dstune.core.errors import EXIT_DONE, Problem, UserError
+from dstune.cycle.ledger import Ledger
+from dstune.cycle.registry import Registry
+from dstune.cycle.settings import CycleSettings, read_settings
+
+ACTIONS = ("run", "status", "promote", "rollback", "schedule")
+
+
+def main(argv: list[str]) -> int:
+    """`dstune cycle CONFIG [ACTION]`. Raises UserError, Preempted, TrainingFailed; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    if arguments.action != "schedule" and (arguments.scheduler or arguments.output):
+        raise UserError(Problem("--for", "is for `schedule` alone", "dstune cycle CONFIG schedule --for cron"))
+    settings = read_settings(arguments.config)
+    if arguments.action == "schedule":
+        from dstune.cycle.schedule import write_schedule
+
+        print(write_schedule(arguments.config, settings, arguments.scheduler or "cron", arguments.output))
+        return EXIT_DONE
+    if arguments.action == "status":
+        _show(_status(settings), as_json=arguments.json)
+        return EXIT_DONE
+    from dstune.cycle.steps import Cycle, locked
+
+    with locked(settings.folder):
+        if arguments.action == "run":
+            decision = Cycle(settings, message=(lambda text: None) if arguments.json else _say).run()
+            result = {"decision": decision, **_status(settings)}
+        else:
+            result = _decide(settings, arguments.action, arguments.by or getpass.getuser(), arguments.reason)
+    if arguments.json:
+        print(json.dumps(result))
+    elif arguments.action != "run":
+        _show(result, as_json=False)
+    return EXIT_DONE
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _parser() -> VerbParser:
+    parser = VerbParser(
+        prog="dstune cycle",
+        description="Collect rows that a person stood up for, train, judge, and give the candidate a share of the traffic.",
+    )
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="a YAML file: run, folder, data, gates (docs/cycle.md)"
+    )
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=ACTIONS,
+        default="run",
+        help="run (default) goes on where the last cycle was stopped; promote and rollback are a person's",
+    )
+    parser.add_argument("--by", metavar="NAME", help="who decides, for the ledger (default: the user of the process)")
+    parser.add_argument("--reason", default="", metavar="TEXT", help="why, for the ledger")
+    parser.add_argument(
+        "--for", dest="scheduler", choices=("cron", "slurm", "databricks"), help="with `schedule`: what runs the cycles"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="with `schedule`: the file to write")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _decide(settings: CycleSettings, action: str, by: str, reason: str) -> dict[str, Any]:
+    """Promote, or roll back. Raises UserError."""
+    registry, ledger = Registry.read(settings.folder), Ledger(settings.folder)
+    number = max((version["cycle"] for version in registry.versions.values()), default=0)
+    if action == "promote":
+        version, before = registry.promote(settings.alias), None
+    else:
+        before, version = registry.roll_back(settings.alias)
+    registry.write()
+    ledger.append(number, action, version, reason or "no reason was given", by=by, before=before)
+    return _status(settings)
+
+
+def _status(settings: CycleSettings) -> dict[str, Any]:
+    registry, ledger = Registry.read(settings.folder), Ledger(settings.folder)
+    return {
+        "current": registry.current,
+        "challenger": registry.challenger,
+        "versions": registry.versions,
+        "aliases": registry.aliases,
+        "ledger": ledger.lines[-10:],
+    }
+
+
+def _show(status: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(status))
+        return
+    for name, version in status["versions"].items():
+        print(f"{name:<6} {version['status']:<10} from {version['parent'] or version['run']}")
+    for alias, shares in status["aliases"].items():
+        print(f"{alias}: {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
+    for line in status["ledger"]:
+        print(f"  cycle {line['cycle']} {line['step']}: {line['decision']}: {line['reason']}")

@@ -1,0 +1,161 @@
+"""The candidate against the current version, on the same rows: paired differences with bootstrap intervals."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dstune.cycle.settings import Gates
+
+SLICE_ROWS = 20
+"""Rows of a slice below which it is not judged."""
+BLOCK = 200
+"""Resamples that are drawn together."""
+FEWEST = 5
+"""Rows of a set below which it is not judged."""
+
+Row = Mapping[str, Any]
+Scores = Callable[[Sequence[Row]], np.ndarray]
+"""A model's score of each row, larger is better: 1 for the right label, or the log-probability of a token of the answer."""
+Answers = Callable[[Sequence[Row]], list[str]]
+"""A model's answer to each row."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One version."""
+
+    scores: Scores
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What a gate says."""
+
+    name: str
+    rows: int
+    current: float
+    candidate: float
+    low: float
+    high: float
+    """95% interval of the mean paired difference, candidate less current."""
+    margin: float
+    passed: bool
+    reason: str
+
+    @property
+    def gain(self) -> float:
+        return self.candidate - self.current
+
+
+def compare(name: str, scores: tuple[np.ndarray, np.ndarray], margin: float, resamples: int) -> GateResult:
+    """Judge paired scores [rows], of the current version and the candidate, which passes unless it may be worse by the margin.
+
+    Percentile bootstrap of the rows (Efron and Tibshirani 1993, chapter 13), always from the same seed.
+    """
+    current, candidate = scores
+    difference = candidate - current
+    generator = np.random.default_rng(0)
+    means = np.concatenate(
+        [
+            difference[generator.integers(len(difference), size=(min(200, resamples - start), len(difference)))].mean(
+                axis=1
+            )
+            for start in range(0, resamples, 200)
+        ]
+    )
+    low, high = (float(value) for value in np.quantile(means, [0.025, 0.975]))
+    passed = low >= -margin
+    reason = f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f}), allowed from {-margin:+.4f}"
+    return GateResult(
+        name, len(difference), float(current.mean()), float(candidate.mean()), low, high, margin, passed, reason
+    )
+
+
+def judge(
+    gates: Gates,
+    sets: Mapping[str, Sequence[Row]],
+    prompts: Mapping[str, Sequence[Row]],
+    current: Judge,
+    candidate: Judge,
+) -> list[GateResult]:
+    """Put both versions to all gates. sets: rows with their answers, by name. prompts: rows with `expected` or `pattern`."""
+    results = []
+    for name, rows in sets.items():
+        if len(rows) < FEWEST:
+            continue
+        scores = current.scores(rows), candidate.scores(rows)
+        results.append(compare(name, scores, gates.margin, gates.bootstrap))
+        for column in gates.slices:
+            results += _slices(name, column, rows, scores, gates)
+        if gates.swaps:
+            steady = _steady(rows, gates.swaps, current), _steady(rows, gates.swaps, candidate)
+            if len(steady[0]) >= FEWEST:
+                results.append(compare(f"{name}: exchanged words", steady, gates.margin, gates.bootstrap))
+    for name, rows in prompts.items():
+        kept = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
+        results.append(compare(name, kept, 0.0, gates.bootstrap))
+    return results
+
+
+def _slices(
+    name: str, column: str, rows: Sequence[Row], scores: tuple[np.ndarray, np.ndarray], gates: Gates
+) -> list[GateResult]:
+    values = np.array([json.dumps(row.get(column)) if column in row else "" for row in rows])
+    found = []
+    for value in np.unique(values[values != ""]):
+        inside = values == value
+        if inside.sum() >= SLICE_ROWS:
+            parts = scores[0][inside], scores[1][inside]
+            found.append(compare(f"{name}: {column}={value}", parts, gates.slice_margin, gates.bootstrap))
+    return found
+
+
+def _steady(rows: Sequence[Row], swaps: Sequence[tuple[str, str]], version: Judge) -> np.ndarray:
+    """Of the rows that have one of the words, 1 where the answer stays when they are exchanged."""
+    pairs = [(row, swapped) for row in rows if (swapped := swapped_row(row, swaps)) != dict(row)]
+    if not pairs:
+        return np.zeros(0)
+    answers = version.answers([row for row, _ in pairs]), version.answers([swapped for _, swapped in pairs])
+    return np.array([first == second for first, second in zip(*answers, strict=True)], dtype=float)
+
+
+def swapped_row(row: Row, swaps: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Return the row with the words of each pair exchanged in its text."""
+    others = {first.lower(): second for first, second in swaps} | {second.lower(): first for first, second in swaps}
+    words = re.compile(r"\b(" + "|".join(re.escape(word) for word in others) + r")\b", re.IGNORECASE)
+
+    def exchange(text: str) -> str:
+        return words.sub(lambda match: _cased(match[0], others[match[0].lower()]), text)
+
+    changed = dict(row)
+    if isinstance(row.get("text"), str):
+        changed["text"] = exchange(row["text"])
+    if isinstance(row.get("messages"), list):
+        changed["messages"] = [
+            message | {"content": exchange(message["content"])}
+            if message.get("role") == "user" and isinstance(message.get("content"), str)
+            else message
+            for message in row["messages"]
+        ]
+    return changed
+
+
+def _cased(word: str, other: str) -> str:
+    return other.capitalize() if word[:1].isupper() else other
+
+
+def _right(rows: Sequence[Row], answers: Sequence[str]) -> np.ndarray:
+    return np.array([_is_right(row, answer) for row, answer in zip(rows, answers, strict=True)], dtype=float)
+
+
+def _is_right(row: Row, answer: str) -> bool:
+    if isinstance(row.get("pattern"), str):
+        return re.search(row["pattern"], answer, re.IGNORECASE) is not None
+    return answer.strip() == str(row.get("expected", "")).strip()

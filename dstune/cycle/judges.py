@@ -1,0 +1,90 @@
+"""A version as the gates ask it: scores of rows with their answers, and answers to rows without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dstune.config.data_schema import AUTOMATIC
+from dstune.config.schema import ModelConfig, RunConfig
+from dstune.cycle.gates import Judge
+from dstune.monitor.conversations import asked_texts
+from dstune.protocols import task_of
+
+Row = Mapping[str, Any]
+ANSWER_TOKENS = 64
+
+
+def judge_of(folder: Path, config: RunConfig, batch_size: int = 32) -> Judge:
+    """Return the judge of an exported model. config: of its run."""
+    if task_of(config.task).generates:
+        return Judge(lambda rows: _log_probabilities(folder, config, rows), lambda rows: _written(folder, rows))
+    return Judge(
+        lambda rows: _hits(folder, rows, batch_size),
+        lambda rows: [name for name, _ in _predicted(folder, rows, batch_size)],
+    )
+
+
+def _predicted(folder: Path, rows: Sequence[Row], batch_size: int) -> list[tuple[str, float]]:
+    from dstune.api.models import predict
+
+    asked = [{"text": "\n".join(asked_texts(row))} for row in rows]
+    answers = predict(folder, asked, batch_size=batch_size)
+    return [(str(answer.get("predicted", "")), float(answer.get("probability", math.nan))) for answer in answers]
+
+
+def _hits(folder: Path, rows: Sequence[Row], batch_size: int) -> np.ndarray:
+    names = [name for name, _ in _predicted(folder, rows, batch_size)]
+    return np.array([name == row.get("label") for name, row in zip(names, rows, strict=True)], dtype=float)
+
+
+def _written(folder: Path, rows: Sequence[Row]) -> list[str]:
+    from dstune.api.models import generate
+
+    prompts = [_prompt(row) for row in rows]
+    return [str(text) for text in generate(folder, prompts, max_new_tokens=ANSWER_TOKENS)]
+
+
+def _prompt(row: Row) -> Any:
+    """The conversation up to its last question, or the text."""
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        return "\n".join(asked_texts(row))
+    last = max((number for number, message in enumerate(messages) if message.get("role") == "user"), default=-1)
+    return messages[: last + 1]
+
+
+def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> np.ndarray:
+    """Mean log-probability of a token of each row's answer, by the sums and masks of training [rows]."""
+    import torch
+
+    from dstune.data.rows import normalise, recognise
+    from dstune.data.tokenize import RowTokenizer
+    from dstune.inference.voices import opened
+
+    scores = np.full(len(rows), math.nan)
+    with opened(ModelConfig(path=str(folder)), "last", {}) as speaker, torch.inference_mode():
+        tokenizer = next(iter(speaker.voices.values())).tokenizer
+        device = next(speaker.model.parameters()).device
+        form = recognise(rows[0], {}, AUTOMATIC, config.task, "gate")
+        encode = RowTokenizer(tokenizer, config.task, form, config.data.max_length)
+        found = [normalise(row, recognise(row, {}, AUTOMATIC, config.task, "gate"), {}, config.task) for row in rows]
+        sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
+        for sample in encode.samples(found, list(range(len(rows)))):
+            if sample.problem:
+                continue
+            ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.long, device=device)[None]
+            labels = torch.as_tensor(np.asarray(sample.labels), dtype=torch.long, device=device)[1:]
+            logits = speaker.model(input_ids=ids).logits[0, :-1].float()
+            sums[sample.row] += float(
+                -torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+            )
+            counts[sample.row] += int((labels != -100).sum())
+    is_scored = counts > 0
+    scores[is_scored] = sums[is_scored] / counts[is_scored]
+    # A row that gives no sample says nothing about either version.
+    return np.where(is_scored, scores, 0.0)

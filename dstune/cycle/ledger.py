@@ -1,0 +1,44 @@
+"""Every decision of all cycles with its reason, a line of JSON each; written once, whatever is killed in between."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.core.parsing import parse_json, read_file
+
+LEDGER = "ledger.jsonl"
+LARGEST = 1 << 30
+
+
+class Ledger:
+    """The lines of a folder's ledger, each with a key of its own."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / LEDGER
+        self.lines = self._read()
+
+    def _read(self) -> list[dict[str, Any]]:
+        """The complete lines; a last one that was cut is removed, so that the next one does not continue it."""
+        try:
+            content = read_file(self._path, LARGEST)
+        except FileNotFoundError:
+            return []
+        complete, _, cut = content.rpartition(b"\n")
+        if cut:
+            files.write(self._path, complete + b"\n" if complete else b"", mode=0o600)
+        return [parse_json(line) for line in complete.splitlines()]
+
+    def note(self, cycle: int, step: str, decision: str, reason: str, **facts: Any) -> None:
+        """Append a line, unless this step of this cycle has one."""
+        if not any((line["cycle"], line["step"]) == (cycle, step) for line in self.lines):
+            self.append(cycle, step, decision, reason, **facts)
+
+    def append(self, cycle: int, step: str, decision: str, reason: str, **facts: Any) -> None:
+        """Append a line."""
+        line = {"cycle": cycle, "step": step, "decision": decision, "reason": reason, **facts}
+        with files.append(self._path, mode=0o600) as stream:
+            stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self.lines.append(line)

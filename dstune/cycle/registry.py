@@ -1,0 +1,110 @@
+"""Versions of a model, and which share of the traffic of an alias each of them gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dstune.core import files
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import object_in
+
+REGISTRY = "registry.json"
+
+
+@dataclass
+class Registry:
+    """What `registry.json` holds; `dstune serve --aliases` reads it."""
+
+    path: Path
+    versions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name: `run`, `digest`, `parent`, `status` (current, challenger, former, refused), `cycle`."""
+    aliases: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Shares of the traffic by version; those of one alias sum to 1."""
+    former: list[str] = field(default_factory=list)
+    """Versions that were current, the newest last."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Registry:
+        content = object_in(folder / REGISTRY)
+        return cls(
+            folder / REGISTRY,
+            dict(content.get("versions") or {}),
+            {name: dict(shares) for name, shares in (content.get("aliases") or {}).items()},
+            list(content.get("former") or []),
+        )
+
+    def write(self) -> None:
+        """Replace the file at once: a server reads the old or the new one."""
+        content = {"versions": self.versions, "aliases": self.aliases, "former": self.former}
+        files.write(self.path, json.dumps(content, indent=1) + "\n", sync=True)
+
+    @property
+    def current(self) -> str | None:
+        return next((name for name, version in self.versions.items() if version["status"] == "current"), None)
+
+    @property
+    def challenger(self) -> str | None:
+        return next((name for name, version in self.versions.items() if version["status"] == "challenger"), None)
+
+    def share(self, alias: str, share: float) -> None:
+        """Give the challenger its share of the traffic, and the current version the rest."""
+        current, challenger = self.current, self.challenger
+        assert current is not None
+        shares = {current: 1.0}
+        if challenger is not None and share > 0:
+            shares = {current: 1.0 - share, challenger: share}
+        self.aliases[alias] = shares
+
+    def promote(self, alias: str) -> str:
+        """Make the challenger the current version. Raises UserError where there is none."""
+        challenger, current = self.challenger, self.current
+        if challenger is None:
+            raise UserError(Problem("promote", "there is no challenger", "`dstune cycle CONFIG` makes one"))
+        if current is not None:
+            self.versions[current]["status"] = "former"
+            self.former.append(current)
+        self.versions[challenger]["status"] = "current"
+        self.aliases[alias] = {challenger: 1.0}
+        return challenger
+
+    def roll_back(self, alias: str) -> tuple[str, str]:
+        """Drop the challenger, or without one return to the version before. Returns what ended, and what serves now.
+
+        Raises UserError where there is nothing to return to.
+        """
+        current, challenger = self.current, self.challenger
+        if challenger is not None and current is not None:
+            self.versions[challenger]["status"] = "refused"
+            self.aliases[alias] = {current: 1.0}
+            return challenger, current
+        if current is None or not self.former:
+            raise UserError(
+                Problem("rollback", "there is no earlier version", "`dstune cycle CONFIG status` lists them")
+            )
+        earlier = self.former.pop()
+        self.versions[current]["status"] = "refused"
+        self.versions[earlier]["status"] = "current"
+        self.aliases[alias] = {earlier: 1.0}
+        return current, earlier
+
+
+def chosen_version(shares: Mapping[str, float], served: Mapping[str, object], name: str) -> str | None:
+    """Return the version that answers a conversation, always the same one; None where none of the alias is served.
+
+    name: tells the conversation or its user. Versions that are not served leave their share to the others.
+    """
+    here = {version: share for version, share in shares.items() if version in served and share > 0}
+    if not here:
+        return None
+    place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
+    place *= sum(here.values())
+    for version, share in here.items():
+        if place < share:
+            return version
+        place -= share
+    return next(reversed(here))

@@ -1,0 +1,81 @@
+"""Files that let a scheduler run cycles: a crontab, a SLURM script, a job of a Databricks asset bundle."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+import yaml
+
+from dstune.core import files
+from dstune.core.errors import Problem, UserError
+from dstune.cycle.settings import CycleSettings
+
+NAMES = {"cron": "cycle.cron", "slurm": "cycle.sbatch", "databricks": "databricks.yml"}
+
+
+def write_schedule(config: Path, settings: CycleSettings, kind: str, output: Path | None) -> Path:
+    """Write what runs `dstune cycle CONFIG` once a day, and return the file. Raises UserError."""
+    path = config.absolute()
+    for place in (str(path), str(settings.folder)):
+        if not place.isprintable() or "%" in place:  # cron ends a command at a percent sign
+            raise UserError(
+                Problem("CONFIG", "its path has a character that schedulers change", "another folder", place)
+            )
+    words = [sys.executable, "-m", "dstune", "cycle", str(path)]
+    content = {"cron": _cron, "slurm": _slurm, "databricks": _databricks}[kind](words, settings)
+    target = output or settings.folder / NAMES[kind]
+    if target.exists():
+        raise UserError(Problem("--output", "exists already", "give another file, or remove it", str(target)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write(target, content)
+    return target
+
+
+def _cron(words: list[str], settings: CycleSettings) -> str:
+    log = shlex.quote(str(settings.folder / "cycle.log"))
+    return f"# crontab FILE\n17 3 * * * {shlex.join(words)} >> {log} 2>&1\n"
+
+
+def _slurm(words: list[str], settings: CycleSettings) -> str:
+    """A job that queues its successor first, so that one that fails does not end the chain."""
+    script = shlex.quote(str(settings.folder / NAMES["slurm"]))
+    lines = [
+        "#!/usr/bin/env bash",
+        "#SBATCH --job-name=dstune-cycle",
+        "#SBATCH --time=12:00:00",
+        "#SBATCH --dependency=singleton",
+        f"#SBATCH --output={settings.folder / 'cycle-%j.log'}",
+        f"sbatch --begin=now+1day {script}",
+        f"exec {shlex.join(words)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _databricks(words: list[str], settings: CycleSettings) -> str:
+    """A bundle: `databricks bundle validate`, then `databricks bundle deploy`. The cluster is the user's to choose."""
+    job = {
+        "name": "dstune-cycle",
+        "max_concurrent_runs": 1,
+        "schedule": {"quartz_cron_expression": "0 17 3 * * ?", "timezone_id": "UTC"},
+        "tasks": [
+            {
+                "task_key": "cycle",
+                "spark_python_task": {"python_file": "dstune_cycle.py", "parameters": words[-1:]},
+                "existing_cluster_id": "${var.cluster_id}",
+                "max_retries": 2,
+            }
+        ],
+    }
+    bundle = {
+        "bundle": {"name": "dstune-cycle"},
+        "variables": {"cluster_id": {"description": "a cluster with dstune, and a GPU where the training needs one"}},
+        "resources": {"jobs": {"dstune_cycle": job}},
+        "targets": {"prod": {"mode": "production"}},
+    }
+    head = (
+        "# Beside this file, dstune_cycle.py:\n"
+        "#   import sys; from dstune.cli import main; sys.exit(main(['cycle', *sys.argv[1:]]))\n"
+    )
+    return head + yaml.safe_dump(bundle, sort_keys=False)

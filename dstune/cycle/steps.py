@@ -1,0 +1,339 @@
+"""A cycle from rows to a challenger. Each step writes its result and then its line of the ledger; a step with a result is over."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dstune.config.run_file import plugins_of
+from dstune.config.schema import RunConfig
+from dstune.core import files
+from dstune.core.errors import Problem, UserError
+from dstune.core.parsing import object_in
+from dstune.cycle import collect as rows_of
+from dstune.cycle import training
+from dstune.cycle.collect import Contamination, Row, digest_of_row, load, read_rows, save, write_rows
+from dstune.cycle.gates import judge
+from dstune.cycle.judges import judge_of
+from dstune.cycle.ledger import Ledger
+from dstune.cycle.registry import Registry
+from dstune.cycle.settings import CycleSettings
+from dstune.monitor.row_files import read_run_parts
+from dstune.protocols import task_of
+
+ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
+FIRST = "v1"
+DONE = "done.json"
+NEW_ROWS = "new rows"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises UserError where another process has it."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = files.try_lock(files.open_plain(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600))
+    if descriptor is None:
+        raise UserError(Problem("folder", "another `dstune cycle` works here", "wait for it", str(folder)))
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Cycle:
+    """The newest cycle of a folder: one that was begun, or a new one."""
+
+    def __init__(self, settings: CycleSettings, message: Callable[[str], None] = lambda text: None):
+        self.settings, self._message = settings, message
+        self.ledger = Ledger(settings.folder)
+        self.registry = Registry.read(settings.folder)
+        begun = sorted(int(place.name) for place in (settings.folder / CYCLES).glob("[0-9]*"))
+        is_over = bool(begun) and (self._place(begun[-1]) / DONE).is_file()
+        self.number = 1 if not begun else begun[-1] + is_over
+        self.place = self._place(self.number)
+
+    def _place(self, number: int) -> Path:
+        return self.settings.folder / CYCLES / f"{number:04d}"
+
+    @property
+    def version(self) -> str:
+        return f"v{self.number + 1}"
+
+    @cached_property
+    def _base(self) -> tuple[RunConfig, dict[str, list[dict[str, Any]]]]:
+        """The first run's configuration, and its rows by part."""
+        config, parts = read_run_parts(self.settings.run)
+        return config, {part: [row for _, row in rows] for part, rows in parts.items()}
+
+    def run(self) -> str:
+        """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
+        self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._first_version()
+        for step in (self.collect, self.train, self.judge, self.register):
+            decision, reason, facts = step()
+            self.ledger.note(self.number, step.__name__, decision, reason, **facts)
+            self._message(f"{step.__name__}: {decision}: {reason}")
+            if decision in ("nothing", "waiting"):
+                break
+        files.write(self.place / DONE, json.dumps({"decision": decision}) + "\n", sync=True)
+        return decision
+
+    def _first_version(self) -> None:
+        if self.registry.current is not None:
+            return
+        digest = training.export_model(self.settings.run, self._folder_of(FIRST))
+        self.registry.versions[FIRST] = {
+            "run": str(self.settings.run), "digest": digest, "parent": None, "status": "current", "cycle": 0,
+        }  # fmt: skip
+        self.registry.aliases[self.settings.alias] = {FIRST: 1.0}
+        self.registry.write()
+
+    def _folder_of(self, version: str) -> Path:
+        return self.settings.folder / VERSIONS / version
+
+    def _result(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the step found: once, whatever is killed behind it."""
+        file = self.place / f"{step}.json"
+        if not file.is_file():
+            self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            files.write(file, json.dumps(make(), indent=1) + "\n", sync=True)
+        return object_in(file)
+
+    # -- rows
+
+    def collect(self) -> tuple[str, str, dict[str, Any]]:
+        """Take the new rows, and drop earlier ones that were deleted since."""
+        found = self._result("collect", self._collect)
+        facts = {key: found[key] for key in ("rows", "held_out", "dropped", "forgotten", "digest")}
+        if self.registry.challenger not in (None, self.version):
+            return "waiting", f"{self.registry.challenger} waits for a person: promote it, or roll it back", facts
+        if found["rows"] < self.settings.least_rows:
+            return "nothing", f"{found['rows']} new rows, fewer than least_rows={self.settings.least_rows}", facts
+        if found["tried"]:
+            return "nothing", "the same rows as those of the last candidate, which was refused", facts
+        return "trains", f"{found['rows']} new rows from version {found['start']}", facts
+
+    def _collect(self) -> dict[str, Any]:
+        config, parts = self._base
+        earlier = {number: load(self._rows_file(number)) for number in self._passed_cycles()}
+        writes = task_of(config.task).generates
+        labels = training.labels_of_run(self.settings.run)
+        used = {row.id for rows in earlier.values() for row in rows}
+        found = rows_of.collect(self.settings, labels, used, writes=writes)
+        forgotten = self._forget(found.present)
+        held_out = [row for row in found.rows if row.is_held_out]
+        measured = Contamination([*self._measured(parts), *(row.row for row in held_out), *self._held_out_rows()])
+        train = [row for row in found.rows if not row.is_held_out]
+        clean = [row for row in train if not measured.touches(row.row)]
+        dropped = dict(found.dropped)
+        if len(clean) < len(train):
+            dropped["shares words with rows that are measured"] = len(train) - len(clean)
+        save(self._rows_file(self.number), [*clean, *held_out])
+        digest = digest_of_row({"rows": sorted(row.digest for row in clean)})
+        refused = [line for line in self.ledger.lines if line["step"] == "register" and line["decision"] == "refused"]
+        tried = bool(refused) and self._collected(refused[-1]["cycle"]).get("digest") == digest
+        start = self._start()
+        return {
+            "rows": len(clean), "held_out": len(held_out), "dropped": dropped, "forgotten": forgotten,
+            "digest": digest, "tried": tried and not forgotten, "start": start,
+        }  # fmt: skip
+
+    def _collected(self, number: int) -> dict[str, Any]:
+        return object_in(self._place(number) / "collect.json")
+
+    def _rows_file(self, number: int) -> Path:
+        return self.settings.folder / ROWS / f"{number:04d}.jsonl"
+
+    def _passed_cycles(self) -> list[int]:
+        """Those whose rows are in a version that passed the gates; the rows of others are taken again."""
+        return sorted(
+            version["cycle"]
+            for version in self.registry.versions.values()
+            if version["cycle"] and version["status"] != "refused" and version["cycle"] != self.number
+        )
+
+    def _forget(self, present: set[str]) -> int:
+        """Remove the rows that their source no longer has, and mark the versions that were trained on them."""
+        gone = 0
+        for file in sorted((self.settings.folder / ROWS).glob("*.jsonl")):
+            number = int(file.stem)
+            rows = load(file)
+            kept = [row for row in rows if row.id in present]
+            if len(kept) == len(rows):
+                continue
+            gone += len(rows) - len(kept)
+            trained = any(not row.is_held_out and row.id not in present for row in rows)
+            for name, version in self.registry.versions.items():
+                if trained and number in self._ancestry(name):
+                    version["holds_forgotten"] = True
+            self.registry.write()
+            self._forget_copies(number, kept)
+            save(file, kept)  # last: until then a cycle that was killed finds them again
+        return gone
+
+    def _forget_copies(self, number: int, kept: list[Row]) -> None:
+        """The files that a training read from."""
+        rows = {digest_of_row(row.row) for row in kept}
+        for name in ("train.jsonl", "old.jsonl"):
+            for place in (self.settings.folder / CYCLES).glob(f"*/{name}"):
+                lineage = place.with_name(f"lineage-{name}")
+                origins = read_rows(lineage)
+                content = read_rows(place)
+                still = [
+                    (row, origin)
+                    for row, origin in zip(content, origins, strict=True)
+                    if origin["cycle"] != number or digest_of_row(row) in rows
+                ]
+                if len(still) < len(content):
+                    write_rows(place, [row for row, _ in still])
+                    write_rows(lineage, [origin for _, origin in still])
+
+    def _ancestry(self, name: str | None) -> list[int]:
+        """The cycles whose rows a version was trained on, the newest first; 0 is the first run."""
+        cycles: list[int] = []
+        while name is not None:
+            version = self.registry.versions[name]
+            cycles += [version["cycle"], *version.get("rows_of", [])]
+            name = version["parent"]
+        return list(dict.fromkeys(cycles))
+
+    def _start(self) -> str:
+        """The version to train from: the current one, or its newest ancestor that was trained on no forgotten row."""
+        name = self.registry.current
+        while name is not None and self.registry.versions[name].get("holds_forgotten"):
+            name = self.registry.versions[name]["parent"]
+        return name or FIRST
+
+    def _measured(self, parts: Mapping[str, list[dict[str, Any]]]) -> Iterator[Mapping[str, Any]]:
+        """Rows of the first run and of the gates that are measured on."""
+        for part in ("validation", "test"):
+            yield from parts.get(part, [])
+        for rows in self._test_sets().values():
+            yield from rows
+        for rows in self._prompts().values():
+            yield from rows
+
+    def _held_out_rows(self) -> list[dict[str, Any]]:
+        """Those of all cycles, each once."""
+        files_of_rows = sorted((self.settings.folder / ROWS).glob("*.jsonl"))
+        rows = {row.digest: row.row for file in files_of_rows for row in load(file) if row.is_held_out}
+        return [*rows.values()]
+
+    # -- training
+
+    def train(self) -> tuple[str, str, dict[str, Any]]:
+        """Train from the start version on new rows and old ones."""
+        start = self._collected(self.number)["start"]
+        found = self._result("train", lambda: self._train(start))
+        return "trained", f"{found['steps']} steps on {found['new']} new and {found['old']} old rows", found
+
+    def _train(self, start: str) -> dict[str, Any]:
+        config, parts = self._base
+        since = [number for number in self._passed_cycles() if number not in self._ancestry(start)]
+        new = [(row, number) for number in [*since, self.number] for row in load(self._rows_file(number))]
+        before = [(row, number) for number in self._ancestry(start) if number for row in load(self._rows_file(number))]
+        old = [
+            *((row, 0) for row in parts["train"]),
+            *((row.row, number) for row, number in before if not row.is_held_out),
+        ]
+        taught = [(row.row, number) for row, number in new if not row.is_held_out]
+        for name, rows in (("train", taught), ("old", old)):
+            write_rows(self.place / f"{name}.jsonl", [row for row, _ in rows])
+            origins = [{"digest": digest_of_row(row), "cycle": number} for row, number in rows]
+            write_rows(self.place / f"lineage-{name}.jsonl", origins)
+        write_rows(self.place / "validation.jsonl", parts.get("validation", []))
+        run, labels = self.place / "run", training.labels_of_run(self.settings.run)
+        overrides = training.training_overrides(
+            self.settings, self.place / "train.jsonl", self.place / "old.jsonl",
+            self.place / "validation.jsonl", self._folder_of(start), self.version,
+        )  # fmt: skip
+        training.prepare_run(run, config, overrides, labels, plugins_of(self.settings.run / "run.yaml"))
+        training.train(run)
+        from dstune.launch import records
+
+        digest = training.export_model(run, self._folder_of(self.version))
+        steps = (records.read_result(run) or {}).get("steps", 0)
+        lineage = digest_of_row({"rows": sorted(digest_of_row(row) for row, _ in [*taught, *old])})
+        return {
+            "version": self.version, "start": start, "steps": steps, "new": len(taught), "old": len(old),
+            "weights": digest, "lineage": lineage, "rows_of": since,
+        }  # fmt: skip
+
+    # -- gates
+
+    def judge(self) -> tuple[str, str, dict[str, Any]]:
+        """Hold the candidate against the current version."""
+        found = self._result("judge", self._judge)
+        failed = [gate["name"] for gate in found["gates"] if not gate["passed"]]
+        reason = f"worse on {', '.join(failed)}" if failed else f"{len(found['gates'])} gates passed"
+        return "failed" if failed else "passed", reason, found
+
+    def _judge(self) -> dict[str, Any]:
+        config, parts = self._base
+        current = self.registry.current
+        assert current is not None
+        sets = {"validation": parts.get("validation", []), "test": parts.get("test", []), **self._test_sets()}
+        sets[NEW_ROWS] = self._held_out_rows()
+        gates = self.settings.gates
+        judges = [judge_of(self._folder_of(name), config) for name in (current, self.version)]
+        results = judge(
+            gates, {name: rows for name, rows in sets.items() if rows}, self._prompts(), judges[0], judges[1]
+        )
+        return {"current": current, "gates": [asdict(result) for result in results]}
+
+    def _test_sets(self) -> dict[str, list[dict[str, Any]]]:
+        return {spec: _file_rows(spec) for spec in self.settings.gates.tests}
+
+    def _prompts(self) -> dict[str, list[dict[str, Any]]]:
+        named = {"safety": self.settings.gates.safety, "canaries": self.settings.gates.canaries}
+        return {name: _file_rows(spec) for name, spec in named.items() if spec is not None}
+
+    # -- registry
+
+    def register(self) -> tuple[str, str, dict[str, Any]]:
+        """Make the candidate the challenger with its share of the traffic, or refuse it."""
+        trained, gates = object_in(self.place / "train.json"), object_in(self.place / "judge.json")["gates"]
+        decision, reason = self._decision(gates)
+        if self.version not in self.registry.versions:
+            self.registry.versions[self.version] = {
+                "run": str(self.place / "run"), "digest": trained["weights"], "lineage": trained["lineage"],
+                "parent": trained["start"], "status": "refused" if decision == "refused" else "challenger",
+                "cycle": self.number, "rows_of": trained["rows_of"],
+            }  # fmt: skip
+            if decision == "promoted":
+                self.registry.promote(self.settings.alias)
+            elif decision == "challenges":
+                self.registry.share(self.settings.alias, self.settings.share)
+            self.registry.write()
+        return decision, reason, {"version": self.version, "weights": trained["weights"]}
+
+    def _decision(self, gates: list[dict[str, Any]]) -> tuple[str, str]:
+        failed = [gate["name"] for gate in gates if not gate["passed"]]
+        if failed:
+            return "refused", f"worse than the current version on {', '.join(failed)}"
+        if not gates:
+            return "refused", "no gate had enough rows to judge"
+        bounds, new = self.settings.auto_promote, next((gate for gate in gates if gate["name"] == NEW_ROWS), None)
+        if bounds is not None and new is not None:
+            enough = new["rows"] >= bounds.least_new_rows and new["low"] > bounds.least_gain
+            interval = f"gain on {new['rows']} new rows from {new['low']:+.4f}"
+            if enough:
+                return "promoted", f"within the bounds of auto_promote: {interval}"
+            return "challenges", f"outside the bounds of auto_promote ({interval}): a person decides"
+        return "challenges", f"{self.settings.share:.0%} of the traffic; a person promotes it"
+
+
+def _file_rows(spec: str) -> list[dict[str, Any]]:
+    """Rows of a file of gates. Raises UserError."""
+    from dstune.data import sources
+
+    rows: Iterable[Any] = (
+        raw.fields for file in sources.expand(spec, "gates", split="test") for raw in sources.read(file)
+    )
+    return [dict(row) for row in rows if row is not None]

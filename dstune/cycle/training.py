@@ -1,0 +1,101 @@
+"""The run of a cycle: from the current version, on new rows and a share of old ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dstune.checkpoint import store
+from dstune.config.overrides import quoted
+from dstune.config.run_file import Composed, read_run, write_run
+from dstune.config.run_overrides import apply_overrides
+from dstune.config.schema import RunConfig
+from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, TrainingFailed
+from dstune.cycle.settings import CycleSettings
+from dstune.launch import records
+from dstune.protocols import task_of
+from dstune.protocols.task_options import TakesLabels
+
+
+def training_overrides(
+    settings: CycleSettings, rows: Path, old: Path, validation: Path, model: Path, name: str
+) -> list[str]:
+    """Return what differs from the settings of the first run."""
+    forgetting = {"replay": settings.replay, "l2sp": settings.l2sp, "ewc": settings.ewc}
+    needs_old = settings.replay > 0 or settings.ewc > 0
+    return [
+        f"model.path={quoted(str(model))}",
+        "model.revision=null",
+        f"data.train={quoted(str(rows))}",
+        f"data.validation={quoted(str(validation))}",
+        "data.test=null",
+        "data.format=auto",
+        "data.columns={}",
+        "data.max_rows=null",
+        *(f"forgetting.{key}={value}" for key, value in forgetting.items()),
+        f"forgetting.general={quoted(str(old)) if needs_old else 'null'}",
+        f"run.name={name}",
+        *settings.overrides,
+    ]
+
+
+def prepare_run(
+    run: Path, base: RunConfig, overrides: Sequence[str], labels: Sequence[str], plugins: Sequence[object]
+) -> None:
+    """Write the run's configuration, unless it is there. Raises UserError."""
+    if (run / "run.yaml").is_file():
+        return
+    config = apply_overrides(base, list(overrides))
+    if labels and isinstance(task := task_of(config.task), TakesLabels):
+        config = replace(config, task=task.with_labels(labels))  # new rows may lack some
+    run.mkdir(parents=True, exist_ok=True)
+    write_run(run / "run.yaml", Composed(config, list(overrides), tuple(plugins)))  # type: ignore[arg-type]
+
+
+def train(run: Path) -> None:
+    """Start the run, or continue it. Raises Preempted, TrainingFailed."""
+    result = records.read_result(run)
+    if result is not None and result.get("status") == "completed":
+        return
+    # In a process of its own: ranks of a notebook, or of a test, would share what a former training left.
+    code = subprocess.run([sys.executable, "-m", "dstune", "train", str(run)], env=dict(os.environ)).returncode
+    if code == EXIT_PREEMPTED:
+        raise Preempted(f"the training in {run} was stopped: repeat the command to go on")
+    if code != EXIT_DONE:
+        raise TrainingFailed(f"the training in {run} ended with exit code {code}: see its logs")
+
+
+def labels_of_run(run: Path) -> tuple[str, ...]:
+    """Return the labels of a run's newest checkpoint; empty where its task has none."""
+    config = read_run(run / "run.yaml").config
+    if not task_of(config.task).has_labels:
+        return ()
+    newest = store.newest(run)
+    labels = store.read_state(newest)["labels"] if newest is not None else task_of(config.task).given_labels
+    return tuple(labels)
+
+
+def export_model(run: Path, target: Path) -> str:
+    """Export the whole model of a run's newest checkpoint, unless it is there. Returns the digest of its weights."""
+    from dstune.checkpoint.export import export_checkpoint, find_checkpoint
+
+    if not target.is_dir():
+        export_checkpoint(run, find_checkpoint(run, "last"), target, merge=True)
+    return weights_digest(target)
+
+
+def weights_digest(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(json.dumps([file.name, file.stat().st_size]).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:24]
