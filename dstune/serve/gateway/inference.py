@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +49,14 @@ class Inference:
         """Raises ApiError, ClientGone, SlowReader."""
         body = await request.json()
         name = body.get("model")
-        if self.admits is not None and isinstance(name, str) and request.caller is not None:
-            await self.admits(request.caller, name)
         if self.resolve_alias is not None and isinstance(name, str):
             ready = {own: model for own, model in self.fleet.models.items() if model.ready}
             version = self.resolve_alias(name, body, ready)
             if version is not None:
                 request.alias, name = name, version
                 body = body | {"model": version}  # adapters of one engine are told apart by it
+        if self.admits is not None and isinstance(name, str) and request.caller is not None:
+            await self.admits(request.caller, name)
         model = self.model_of(request, name)
         acts = model.engine.routes.get(path)
         if acts is None:
