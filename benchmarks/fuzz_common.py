@@ -26,7 +26,8 @@ def jsonl(rows: list[Any]) -> bytes:
 
 def later(make: Callable[[], Make]) -> Make:
     """Of an example that takes long to make."""
-    return st.deferred(cache(make))
+    made = cache(make)
+    return st.deferred(lambda: made())  # hypothesis takes a function alone
 
 
 @cache

@@ -103,7 +103,7 @@ def reference(content: bytes, folder: Path) -> None:
         dtype="float32", unseen_settings="", prompt_ids=prompt_ids, logprobs=logprobs, answers=answers
     )
     for generates in (True, False):
-        source: Any = SimpleNamespace(folder=folder, generates=generates, adapter=False)
+        source: Any = SimpleNamespace(folder=folder, reference=None, generates=generates, adapter=False)
         try:
             asyncio.run(parity.prove(engine, "m", source, None))
         except parity.Refused:

@@ -19,7 +19,7 @@ def check_indexes(folder: Path, where: str, value: str) -> None:
     problems = []
     for file in sorted(folder.glob("*.index.json")):
         places = object_in(file).get("weight_map")
-        outside = [name for name in set(places.values()) if not is_inside(name)] if isinstance(places, dict) else []
+        outside = [name for name in places.values() if not is_inside(name)] if isinstance(places, dict) else []
         if outside:
             reason = f"{file.name} names a file outside of its folder: {min(outside, key=str)}"
             problems.append(Problem(where, reason, "take the model from somebody you trust", value))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dstune.checkpoint.record import read_record
 from dstune.config.convert import refers, resolve_text
+from dstune.config.registered import registry_of
 from dstune.config.schema import ModelConfig
 from dstune.config.trust import SIGNATURE, check_reference
 from dstune.core.errors import Problem, UserError
@@ -67,6 +68,9 @@ def base_of(folder: Path, model: ModelConfig) -> ModelConfig:
     if refers(path):  # saved without the value, as everything is
         check_reference(path, read_record(folder).get(SIGNATURE), folder)
         path = resolve_text(path, str(folder / "adapter_config.json"))
+    recorded = read_record(folder).get("base_model")
+    if isinstance(recorded, str) and registry_of(recorded) is not None and not Path(path).is_dir():
+        path = recorded  # of another machine, whose cache had the base
     return replace(model, path=path, revision=settings.get("revision"))
 
 

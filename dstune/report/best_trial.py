@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dstune.config.overrides import key_of, parse
 from dstune.config.plain_file import literal
 from dstune.core.errors import UserError
@@ -29,7 +31,7 @@ def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> lis
         content = parse_yaml(read_file(sweep / SWEEP_FILE).decode())
         fixed = _fixed(content, best)
         values = [f"{key}={literal(value)}" for key, value in best.values.items()]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, UserError):
+    except (OSError, ValueError, yaml.YAMLError, TypeError, AttributeError, KeyError, UserError):
         return []
     trial = shlex.quote(str(sweep / best.name))
     return [redact(shlex.join(["dstune", "train", *fixed, *values])), f"dstune export {trial}"]

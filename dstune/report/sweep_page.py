@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dstune import __version__
 from dstune.config.convert import format_value
 from dstune.core import files
@@ -177,7 +179,7 @@ def _title(sweep: Path) -> str:
     """`run.name` of the sweep; its path where `sweep.yaml` does not tell."""
     try:
         name = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["config"]["run"]["name"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
         name = None
     return name if isinstance(name, str) and name else f"{sweep.absolute().parent.name}/{sweep.name}"
 

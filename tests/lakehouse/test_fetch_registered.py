@@ -122,3 +122,15 @@ def test_the_verbs_take_a_version(registry, model, tmp_path, capsys):
     assert parse(["models:/film@champion", "task=chat", "data.validation=rows.jsonl"]).target == folder
     assert generate(["models:/film@champion", "--prompt", "w1", "--max-new-tokens", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] <= 2
+
+
+def test_an_adapter_of_another_machine_finds_its_base_in_the_registry(tmp_path):
+    from dstune.config.schema import ModelConfig
+    from dstune.inference.resolve_model import base_of
+
+    for base, path in (("models:/film/3", "models:/film/3"), ("org/name", "/elsewhere/export")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere/export"}))
+        (tmp_path / "dstune.json").write_text(json.dumps({"base_model": base}))
+        assert base_of(tmp_path, ModelConfig()).path == path
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert base_of(tmp_path, ModelConfig()).path == str(tmp_path)

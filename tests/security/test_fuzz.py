@@ -21,6 +21,7 @@ from benchmarks.fuzz_inputs import (
     METRICS,
     REFERENCE,
     RESULT,
+    TRIAL,
     TRL,
     as_json,
     yaml_text,
@@ -62,6 +63,8 @@ def event_of(**change: Any) -> bytes:
 
 
 KEPT: list[tuple[str, Any]] = [
+    ("safetensors", b'{"weight_map": {"a": ["b"]}}'),
+    ("sweep", {"sweep.yaml": b"\0", "trials": [as_json(TRIAL).encode()]}),
     (
         "template",
         "{% for i in range(99999) %}{{ messages|length ** 9 ** 9 }}{% endfor %}{{ range(99999)|list|length }}",
