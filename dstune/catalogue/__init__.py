@@ -248,6 +248,8 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
         model.note = model.note or error.problems[0].reason
         return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
     kind = str(values.get("model_type"))
+    if not model.modality and source.whole_config_json(own.model).get("vision_config"):
+        model.modality = "text, images"
     published = PUBLISHED.get(model.path)
     if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
         return False

@@ -177,7 +177,10 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
         source.columns = {
             ours: columns[theirs] for theirs, ours in roles.items() if theirs in columns and columns[theirs] != ours
         }
-    media = sorted({"images", "videos", "audios"} & set(columns))
+    in_pairs = found.get("stage") in ("dpo", "rm", "kto")
+    media = sorted(({"videos", "audios"} | ({"images"} if in_pairs else set())) & set(columns))
+    if "images" in columns and columns["images"] not in ("images", "image"):
+        source.columns["images"] = columns["images"]
     if media:
         found.drop(f"{name}: {', '.join(media)}; {LATER}", DIFFERENT)
         return None
@@ -297,7 +300,11 @@ TABLE: dict[str, Rule] = {
     "dataset": dataset,
     "eval_dataset": eval_dataset,
     "dataset_dir": with_others,
-    "media_dir": missing(LATER),
+    "media_dir": same("data.image_folder"),
+    "freeze_vision_tower": lambda found, value: found.put("model.train_vision", not value),
+    "freeze_multi_modal_projector": own_way("model.train_vision trains tower and projector, or neither"),
+    "image_max_pixels": missing("images have the sizes that the model's processor gives them"),
+    "image_min_pixels": missing("images have the sizes that the model's processor gives them"),
     "cutoff_len": same("data.max_length"),
     "max_samples": with_others,
     "train_on_prompt": lambda found, value: found.put("task.train_on_prompt", bool(value)),

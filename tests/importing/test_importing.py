@@ -876,3 +876,22 @@ def test_settings_of_a_described_data_set_that_are_lost_are_named(tmp_path, monk
     assert "eval_dataset" not in found.dropped, "both are read alike"
     tree, _ = values("llama-factory", dataset="training", eval_dataset="alike")
     assert tree["evaluate"]["max_rows"] == 50
+
+
+def test_llama_factory_with_images(tmp_path):
+    described = {
+        "charts": {
+            "file_name": "charts.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages", "images": "pictures"},
+            "tags": {"role_tag": "role"},
+        }
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps(described))
+    (tmp_path / "charts.json").write_text("[]")
+    raw = {"model_name_or_path": "m", "stage": "sft", "finetuning_type": "lora", "template": "qwen2_vl"}
+    raw |= {"dataset": "charts", "dataset_dir": str(tmp_path), "media_dir": "/media", "freeze_vision_tower": False}
+    found = yaml.safe_load(convert(raw, "llama-factory", Path("x.yaml"), 1).text)
+    assert found["data"]["columns"] == {"images": "pictures"}
+    assert found["data"]["image_folder"] == "/media"
+    assert found["model"]["train_vision"] is True
