@@ -64,10 +64,10 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
 
     from dstune.data.rows import normalise, recognise
     from dstune.data.tokenize import RowTokenizer
-    from dstune.inference.voices import opened
+    from dstune.inference.voices import open_speaker
 
     scores = np.full(len(rows), math.nan)
-    with opened(ModelConfig(path=str(folder)), "last", {}) as speaker, torch.inference_mode():
+    with open_speaker(ModelConfig(path=str(folder)), "last", {}) as speaker, torch.inference_mode():
         tokenizer = next(iter(speaker.voices.values())).tokenizer
         device = next(speaker.model.parameters()).device
         form = recognise(rows[0], {}, AUTOMATIC, config.task, "gate")
