@@ -1,0 +1,160 @@
+"""Distillation: memory beside complete logits, and a student beside the same one that learned from texts alone.
+
+usage: python benchmarks/distillation.py memory [--targets 2048] [--json]
+       python benchmarks/distillation.py student FOLDER [--layers 10] [--steps 60] [--seeds 3] [--rows 800] [--json]
+
+memory: the peak of a process (VmHWM, above what it had before) for the loss and its gradients, by vocabulary: chunk by chunk from
+hidden states, and by autograd on complete logits. One thread, fp32, on the CPU.
+
+student: SmolLM2-135M is fine-tuned on dialogues and cut to some of its layers (`dstune prune`). The cut model is trained on the same
+rows once by `task=chat`, once by `task=distillation` with the fine-tuned model as its teacher: as many steps, the same rate.
+Reported are the cross entropies of held-out dialogues. FOLDER keeps the runs: a repeated command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARIES = (32_000, 49_152, 128_256, 152_064)
+STUDENT, TEACHER = 576, 2048
+"""Hidden sizes."""
+BETA = 0.5
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from torch import nn
+from torch.nn import functional
+from dstune.models.divergence import BlockDivergence, Objective, projected_divergence
+from dstune.models.logit_transform import LogitTransform
+from dstune.models.cross_entropy import chunk_rows
+from dstune.tasks.distillation.teacher import ChunkedLogits
+
+way, vocabulary, targets, student, teacher, beta = sys.argv[1], *map(int, sys.argv[2:6]), float(sys.argv[6])
+torch.set_num_threads(1)
+
+def highest():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+
+own = nn.Linear(student, vocabulary, bias=False)
+theirs = nn.Linear(teacher, vocabulary, bias=False).requires_grad_(False)
+hidden, states = torch.randn(targets, student, requires_grad=True), torch.randn(targets, teacher)
+expected = torch.randint(vocabulary, (targets,))
+
+def loss(hidden, states, expected):
+    if way == "chunks":
+        taught = ChunkedLogits(states, theirs, LogitTransform(), chunk_rows(states, vocabulary))
+        block_loss = BlockDivergence(Objective(beta, 1.0), LogitTransform(), taught, expected)
+        return projected_divergence(own, own.forward, hidden, block_loss)
+    s, t = functional.log_softmax(own(hidden), -1), functional.log_softmax(theirs(states), -1)
+    m = torch.logaddexp(t + torch.tensor(beta).log(), s + torch.tensor(1 - beta).log())
+    kl = functional.kl_div
+    return beta * kl(m, t, reduction="sum", log_target=True) + (1 - beta) * kl(m, s, reduction="sum", log_target=True)
+
+loss(hidden[:4], states[:4], expected[:4]).backward()
+before = highest()
+value = loss(hidden, states, expected)
+value.backward()
+print(highest() - before, float(value.detach()) / targets)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    memory = commands.add_parser("memory")
+    memory.add_argument("--targets", type=int, default=2048)
+    student = commands.add_parser("student")
+    student.add_argument("folder", type=Path)
+    student.add_argument("--layers", type=int, default=10)
+    student.add_argument("--steps", type=int, default=60)
+    student.add_argument("--seeds", type=int, default=3)
+    student.add_argument("--rows", type=int, default=800)
+    for command in (memory, student):
+        command.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result = measure_memory(arguments) if arguments.command == "memory" else train_students(arguments)
+    if arguments.json:
+        print(json.dumps({"machine": platform.processor() or platform.machine(), **result}))
+        return
+    for row in result["rows"]:
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Peaks in MiB by vocabulary."""
+    rows = []
+    for vocabulary in VOCABULARIES:
+        row: dict[str, Any] = {"vocabulary": vocabulary}
+        for way in ("chunks", "logits"):
+            words = [way, str(vocabulary), str(arguments.targets), str(STUDENT), str(TEACHER), str(BETA)]
+            done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=False)
+            if done.returncode:
+                row[f"{way}_mib"] = "out of memory" if done.returncode < 0 else done.stderr.splitlines()[-1]
+                continue
+            kib, value = done.stdout.split()[-2:]
+            row |= {f"{way}_mib": round(int(kib) / 1024), f"{way}_loss": round(float(value), 6)}
+        rows.append(row)
+    return {"targets": arguments.targets, "rows": rows}
+
+
+def train_students(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Held-out cross entropies by seed."""
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [
+        "data=chitchat",
+        f"data.max_rows={arguments.rows}",
+        "data.max_length=128",
+        "data.split.validation=0.1",
+        "method=full",
+        "zero=stage2",
+        "trainer.precision=fp32",
+        "trainer.micro_batch_size=4",
+        "trainer.global_batch_size=4",
+        "launch.processes=1",
+        "evaluate.samples=0",
+        "evaluate.max_rows=64",
+        "evaluate.every=0",
+        "checkpoint.every=0",
+    ]
+    steps = f"trainer.max_steps={arguments.steps}"
+    teacher = folder / "teacher"
+    run("train", *common, "model=smollm2", "task=chat", "optimizer.lr=5e-5", steps, f"run.dir={teacher}")
+    student = folder / f"student-{arguments.layers}"
+    if not student.exists():
+        run("prune", str(teacher / "export"), "--layers", str(arguments.layers), "--output", str(student))
+    rows = [{"seed": "", "model": "teacher", "text_loss": final(teacher)["loss"]}]
+    for seed in range(arguments.seeds):
+        own = [*common, steps, f"trainer.seed={seed}", f"model.path={student}", "optimizer.lr=3e-4", "run.export=none"]
+        texts, taught = folder / f"texts-{seed}", folder / f"taught-{seed}"
+        run("train", *own, "task=chat", f"run.dir={texts}", "evaluate.at_start=true")
+        keys = [f"task.teacher={teacher}", "task.beta=0", "task.text_weight=0.3"]
+        run("train", *own, "task=distillation", *keys, f"run.dir={taught}")
+        rows += [
+            {"seed": seed, "model": "texts alone", "text_loss": final(texts)["loss"]},
+            {"seed": seed, "model": "taught", "text_loss": final(taught)["text_loss"]},
+        ]
+        print(rows[-2:], file=sys.stderr, flush=True)
+    return {"steps": arguments.steps, "layers": arguments.layers, "rows": rows}
+
+
+def run(*words: str) -> None:
+    environment = {**os.environ, "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-m", "dstune", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def final(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "result.json").read_text())["eval_final"]
+
+
+if __name__ == "__main__":
+    main()
