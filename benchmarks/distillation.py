@@ -6,7 +6,7 @@ usage: python benchmarks/distillation.py memory [--targets 2048] [--json]
 memory: the peak of a process (VmHWM, above what it had before) for the loss and its gradients, by vocabulary: chunk by chunk from
 hidden states, and by autograd on complete logits. One thread, fp32, on the CPU.
 
-student: SmolLM2-135M is fine-tuned on dialogues and cut to some of its layers (`dstune prune`). The cut model is trained on the same
+student: SmolLM2-135M is fine-tuned on dialogues and cut to some of its layers (`dstune prune`). The cut model is trained on these
 rows once by `task=chat`, once by `task=distillation` with the fine-tuned model as its teacher: as many steps, the same rate.
 Reported are the cross entropies of held-out dialogues. FOLDER keeps the runs: a repeated command goes on.
 """
