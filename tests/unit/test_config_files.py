@@ -23,6 +23,7 @@ COMPANIONS = {
     "task/preference": ["data=files", "data.train=rows.jsonl"],
     "task/reward": ["data=files", "data.train=rows.jsonl"],
     "task/reinforcement": ["data=files", "data.train=rows.jsonl", "task.rewards=[number]"],
+    "task/distillation": ["data=files", "data.train=rows.jsonl", "task.teacher=teacher"],
     "task/embedding": ["data=files", "data.train=rows.jsonl"],
     "task/seq2seq": ["data=verses"],
     "data/verses": ["task=seq2seq"],
