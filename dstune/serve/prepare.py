@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from dstune.config.trust import flags_for, from_flags
@@ -22,11 +23,9 @@ def prepare(run: Path, state: Path) -> Path:
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-m", "dstune.serve.prepare", str(run), str(scratch), *flags_for(run)]
-    done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if not lines:
-        raise DstuneError(f"{run} could not be exported: the process that does it ended with {done.returncode}")
-    reported = json.loads(lines[-1])
+    code, reported = _run_apart(command)
+    if reported is None:
+        raise DstuneError(f"{run} could not be exported: the process that does it ended with {code}")
     if "error" in reported:
         raise from_json(reported["error"])
     return Path(reported["folder"])
@@ -43,13 +42,19 @@ def prove_base(source: Source, state: Path) -> Source:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     model = {"path": source.load_from, "trust_remote_code": source.trust_remote_code}
     command = [sys.executable, "-m", "dstune.serve.base_reference", json.dumps(model), str(folder / REFERENCE_FILE)]
+    code, error = _run_apart(command)
+    if code == EXIT_DONE:
+        return replace(source, reference=folder)
+    if error is None:
+        raise DstuneError(f"{source.name} has no reference: the process that makes it ended with {code}")
+    raise from_json(error)
+
+
+def _run_apart(command: list[str]) -> tuple[int, Any]:
+    """The exit code of a process, and the JSON of the last line that it printed; None where it printed nothing."""
     done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
-    if done.returncode == EXIT_DONE:
-        return replace(source, reference=folder)
-    if not lines:
-        raise DstuneError(f"{source.name} has no reference: the process that makes it ended with {done.returncode}")
-    raise from_json(json.loads(lines[-1]))
+    return done.returncode, json.loads(lines[-1]) if lines else None
 
 
 def main(run: Path, scratch: Path) -> int:
