@@ -98,6 +98,6 @@ def refuse_unknown(module: torch.nn.Module, keywords: Mapping[str, Any]) -> None
         unknown.append("attention to later positions")
     if unknown:
         reason = (
-            f"{type(module).__name__} has {', '.join(unknown)}, which attention of samples on their own does not know"
+            f"{type(module).__name__} has {', '.join(unknown)}, which attention sample by sample does not support"
         )
         raise UserError(Problem("model.attention", reason, "model.attention=sdpa, and parallel=none"))
