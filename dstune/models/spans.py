@@ -97,7 +97,5 @@ def refuse_unknown(module: torch.nn.Module, keywords: Mapping[str, Any]) -> None
     if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
         unknown.append("attention to later positions")
     if unknown:
-        reason = (
-            f"{type(module).__name__} has {', '.join(unknown)}, which attention sample by sample does not support"
-        )
+        reason = f"{type(module).__name__} has {', '.join(unknown)}, which attention sample by sample does not support"
         raise UserError(Problem("model.attention", reason, "model.attention=sdpa, and parallel=none"))
