@@ -1,18 +1,15 @@
-"""A cycle from feedback to a challenger, with real trainings of a tiny classifier; killed anywhere it ends in the same way."""
+"""A cycle from feedback to a challenger, with real trainings of a tiny classifier."""
 
 from __future__ import annotations
 
 import json
 import random
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import warm_start
 
 from dstune.cli import main
-from dstune.core import files
 from dstune.cycle import training
 from dstune.cycle.registry import Registry
 from dstune.monitor.row_files import read_run_parts
@@ -140,70 +137,3 @@ def test_a_deleted_row_is_gone_from_the_next_version(base: Path, tmp_path: Path)
     assert victim["text"] not in rows and set(trained) - {victim["text"]} < set(rows)
     for file in (tmp_path / "cycle").rglob("*.jsonl"):
         assert victim["text"] not in file.read_text(), file
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(count: int) -> Callable[..., None]:
-    """`files.write` that ends the process, as far as the test sees, at its write of that number."""
-    left = [count]
-
-    def write(path: Path, content: str | bytes, **options: object) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise Killed
-        files.write(path, content, **options)  # type: ignore[arg-type]
-
-    return write
-
-
-def test_killed_at_any_write_it_ends_in_the_same_ledger_and_weights(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every write of a file of the cycle's own; that a training goes on to the bit is shown elsewhere."""
-    trained: dict[str, Path] = {}
-    real = training.train
-
-    def train(run: Path) -> None:
-        """As it is the first time; the same run, copied, the next times."""
-        if "run" not in trained:
-            real(run)
-            trained["run"] = Path(shutil.copytree(run, tmp_path / "trained"))
-        elif not (run / "result.json").is_file():
-            for name in ("checkpoints", "result.json"):
-                source = trained["run"] / name
-                (shutil.copytree if source.is_dir() else shutil.copy)(source, run / name)
-
-    monkeypatch.setattr(training, "train", train)
-
-    def cycled(name: str, kill: int | None) -> tuple[list[dict], dict, bool]:
-        folder = tmp_path / name
-        folder.mkdir()
-        write_feedback(folder / "feedback.jsonl", 60)
-        config = write_config(folder, base)
-        was_killed = False
-        if kill is not None:
-            with monkeypatch.context() as patch:
-                for module in ("steps", "collect", "registry", "ledger"):
-                    patch.setattr(f"dstune.cycle.{module}.files.write", killed_at(kill)) if module == "steps" else None
-                try:
-                    main(["cycle", str(config)])
-                except Killed:
-                    was_killed = True
-        assert main(["cycle", str(config)]) == 0
-        versions = Registry.read(folder / "cycle").versions
-        for version in versions.values():
-            version["run"] = ""
-        return ledger(folder), versions, was_killed
-
-    expected = cycled("whole", None)[:2]
-    for kill in range(1, 40):
-        lines, versions, was_killed = cycled(f"killed-{kill}", kill)
-        if not was_killed:
-            assert kill > 8  # as many writes as there are
-            break
-        assert (lines[:4], versions) == expected, kill
-    else:
-        raise AssertionError("more writes than were tried")

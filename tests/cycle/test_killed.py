@@ -1,0 +1,111 @@
+"""A cycle that is killed at any of its writes ends in the same ledger, files and versions. Trainings are stand-ins here: that a run
+goes on to the bit is shown in `tests/parity` and `tests/distributed`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dstune.config.compose import compose
+from dstune.config.run_file import write_run
+from dstune.core import files
+from dstune.cycle import steps, training
+from dstune.cycle.gates import Judge
+from dstune.cycle.settings import CycleSettings
+from tests.support.tiny import write_labelled
+
+
+class Killed(BaseException):
+    """What a signal does, as far as the files see."""
+
+
+def stand_in_training(run: Path) -> None:
+    (run / "result.json").write_text(json.dumps({"status": "completed", "steps": 6}))
+
+
+def stand_in_export(run: Path, target: Path) -> str:
+    """Weights that depend on the rows that were trained on."""
+    rows = run.parent / "train.jsonl"
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "model.safetensors").write_bytes(rows.read_bytes() if rows.is_file() else b"first")
+    return training.weights_digest(target)
+
+
+def stand_in_judge(folder: Path, config: Any) -> Judge:
+    return Judge(lambda rows: np.ones(len(rows)), lambda rows: ["a" for _ in rows])
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(training, "train", stand_in_training)
+    monkeypatch.setattr(training, "export_model", stand_in_export)
+    monkeypatch.setattr(steps, "judge_of", stand_in_judge)
+    rows = write_labelled(tmp_path / "rows.jsonl", 60)
+    words = ["model.path=/nowhere", "data=files", f"data.train={rows}", "data.split.validation=0.3"]
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run" / "run.yaml", compose([*words, "task=classification", "task.labels=[left,right]"]))
+    return tmp_path
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """All files but the lock and the runs, by name."""
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.is_file() and file.name != ".lock" and "/run/" not in name:
+            found[name] = file.read_text().replace(str(folder), "FOLDER")
+    return found
+
+
+def killed_at(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the write of that number raise, before anything is written or after."""
+    number = itertools.count(1)
+    for name in ("write", "append"):
+        real = getattr(files, name)
+
+        def act(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            turn = next(number)
+            if 2 * turn - 1 == count:
+                raise Killed
+            result = real(*arguments, **options)
+            if 2 * turn == count:
+                raise Killed
+            return result
+
+        patch.setattr(files, name, act)
+
+
+def cycled(base: Path, name: str, kill: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, str], bool]:
+    write_labelled(base / "feedback.jsonl", 50, seed=5)
+    settings = CycleSettings(
+        base / "run", base / name, str(base / "feedback.jsonl"), least_rows=10, replay=0.0, share_per_key=1.0
+    )
+    was_killed = False
+    with monkeypatch.context() as patch:
+        killed_at(patch, kill)
+        try:
+            steps.Cycle(settings).run()
+        except Killed:
+            was_killed = True
+    if was_killed and not (base / name / "cycles" / "0001" / "done.json").is_file():
+        assert steps.Cycle(settings).run() == "challenges"
+    return content_of(base / name), was_killed
+
+
+def test_killed_at_any_write_it_ends_in_the_same_files(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, was_killed = cycled(base, "whole", 0, monkeypatch)
+    assert not was_killed
+    lines = [json.loads(line) for line in expected["ledger.jsonl"].splitlines()]
+    assert [line["step"] for line in lines] == ["collect", "train", "judge", "register"]
+    assert "versions/v2/model.safetensors" in expected and "registry.json" in expected
+    for kill in itertools.count(1):
+        found, was_killed = cycled(base, f"killed-{kill}", kill, monkeypatch)
+        assert found == expected, kill
+        if not was_killed:
+            break
+    assert kill > 25  # two places a write
