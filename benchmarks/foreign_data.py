@@ -36,7 +36,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.files import is_readable
 from dstune.data.formats import check_task, recognise
 from dstune.data.preferences import ANSWERS, as_chat
-from dstune.data.rows import RowError, normalise, stored
+from dstune.data.rows import RowError, json_text, normalise
 from dstune.data.tokenize import RowTokenizer
 from dstune.data.unread import Unread
 from dstune.protocols import task_of
@@ -98,7 +98,7 @@ class Trainer:
         seen, trained = [], []
         for one in rows:
             encode = self._text if "text" in one else self._chat
-            for sample in encode.samples([json.loads(stored(one))], [0]):
+            for sample in encode.samples([json.loads(json_text(one))], [0]):
                 if sample.problem:
                     raise RowError(sample.problem)
                 seen.append(self._tokenizer.decode(sample.input_ids))

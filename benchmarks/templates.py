@@ -58,7 +58,7 @@ from dstune.data.collate import NO_TARGET
 from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.problems import RowError
 from dstune.data.render import ChatRenderer, RenderError
-from dstune.data.rows import stored
+from dstune.data.rows import json_text
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer
@@ -321,7 +321,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
     """As a row of a file is read and stored; an answer that says nothing may be learned here. Raises RowError."""
     messages = conversation_of(dialogue["messages"], "messages")
-    return dict(json.loads(stored(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
+    return dict(json.loads(json_text(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
 
 
 def cell(
