@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--model", default="sample://smollm2")
+    parser.add_argument("--model", default="sample://smollm2", help="or `tiny`: two random layers")
     arguments = parser.parse_args()
     if arguments.what == "trl-run":
         run_trl(arguments)
@@ -137,8 +137,16 @@ def learn_tokens(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from dstune import samples
 
-    model = str(samples.resolve(arguments.model)) if arguments.model.startswith("sample://") else arguments.model
     count = arguments.prompts
+    if arguments.model == "tiny":
+        from dstune.testing.tiny import save_model
+
+        words = {"text": " ".join([*PROMPTS, *map(str, range(count * arguments.steps))])}
+        save_model(folder / "model", [words], decoder=True)
+        (folder / "model" / "chat_template.jinja").unlink()
+        model = str(folder / "model")
+    else:
+        model = str(samples.resolve(arguments.model)) if arguments.model.startswith("sample://") else arguments.model
     write_rows(folder, [{"prompt": f"{PROMPTS[n % 8]} {n}"} for n in range(count * arguments.steps)])
     settings = [
         f"model.path={model}",
