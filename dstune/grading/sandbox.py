@@ -73,7 +73,6 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
             cwd="/",
             env=ONE_THREAD,
             start_new_session=True,
-            preexec_fn=functools.partial(_limit_files, limits.output_bytes),
         )
         try:
             output, failure = _collected(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
@@ -108,15 +107,6 @@ def missing_reason() -> str:
     except RuntimeError as error:
         return f"this machine gives programs no namespaces of their own: {error}"
     return "" if outcome.output == "inside\n" else f"a program cannot be started in it: {outcome.failure}"
-
-
-def _limit_files(output_bytes: int) -> None:
-    """What is written to standard error lies in a file of the machine until the program ends."""
-    import resource
-
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    wanted = max(output_bytes, 2**28)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (wanted if hard < 0 else min(hard, wanted), hard))
 
 
 def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:

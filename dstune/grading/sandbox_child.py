@@ -42,6 +42,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     limits = json.loads(sys.argv[1])
+    limit(resource.RLIMIT_FSIZE, limits["disk_bytes"])  # standard error is a file of the machine
     program = json.loads(sys.stdin.buffer.read())
     try:
         enter_namespaces()
@@ -189,9 +190,13 @@ def take_limits(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_NOFILE, 256),
         (resource.RLIMIT_CORE, 0),
     ):
-        hard = resource.getrlimit(kind)[1]
-        lowest = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(kind, (lowest, lowest))
+        limit(kind, amount)
+
+
+def limit(kind: int, amount: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    lowest = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(kind, (lowest, lowest))
 
 
 def run_program(program: dict[str, Any]) -> NoReturn:

@@ -304,7 +304,7 @@ def test_graders_of_the_fine_tuning_api(tmp_path):
 @needs_sandbox
 def test_python_graders_run_in_the_sandbox(tmp_path):
     programs = {name: {"type": "python", "name": name, "source": source} for name, source in PROGRAMS.items()}
-    found = graded(tmp_path, programs, ["1", "11"], program_seconds=3.0)
+    found = graded(tmp_path, programs, ["1", "11"], program_seconds=1.5)
     assert found == {"python": [0.5, 1.0], "raises": [None] * 2, "loops": [None] * 2, "reads": [None] * 2}
 
 

@@ -40,10 +40,10 @@ TOO_MANY_PROCESSES = 75
 
 
 def main() -> None:
-    # Before there is anything to be left behind.
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if sys.platform == "linux":  # before there is anything to be left behind
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     signal.signal(signal.SIGTERM, lambda *_: end(0))
     inner = os.fork()
     if inner == 0:
@@ -66,6 +66,8 @@ def main() -> None:
 def end(code: int) -> NoReturn:
     """Kill every process below this one, also those in sessions of their own, and leave."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform != "linux":  # nothing tells who is left behind in sessions of its own
+        os.killpg(0, signal.SIGKILL)
     while found := descendants(os.getpid()):
         for kind in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one starts no other
             for process in found:
@@ -78,7 +80,9 @@ def end(code: int) -> NoReturn:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """The living processes below `ancestor`."""
+    """The living processes below `ancestor`; none where there is no /proc."""
+    if sys.platform != "linux":
+        return []
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
