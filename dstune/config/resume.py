@@ -115,7 +115,7 @@ def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
 
 
 def check_resume(old: RunConfig, new: RunConfig) -> None:
-    """Whether a run that `old` began may go on as `new`.
+    """Check that a run that `old` began may go on as `new`.
 
     Launch, ZeRO, tracking, run, checkpoint and evaluation settings may change, and the run may become longer.
     Everything else would change the trajectory, so it has to be equal.

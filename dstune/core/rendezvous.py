@@ -42,7 +42,7 @@ def set_address(env: RankEnv, variables: MutableMapping[str, str]) -> None:
     elif env.source == "slurm" or env.local_size == env.world_size:
         _meet_in_private(env, variables)
         choose_interface(env, variables)
-    elif not over_mpi(env, variables):
+    elif not set_address_over_mpi(env, variables):
         raise UserError(
             Problem(
                 "MASTER_ADDR",
@@ -120,7 +120,7 @@ def leave_store(env: RankEnv, variables: MutableMapping[str, str]) -> None:
         shutil.rmtree(Path(store).parent, ignore_errors=True)
 
 
-def over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> bool:
+def set_address_over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> bool:
     """Let rank 0 tell its address and a free port through MPI, once; False where mpi4py is not installed.
 
     Raises:
@@ -177,7 +177,7 @@ def meet(env: RankEnv, run_dir: Path, variables: MutableMapping[str, str]) -> No
     if variables.get("MASTER_ADDR") and variables.get("MASTER_PORT"):
         choose_interface(env, variables)
         return
-    if env.source == "openmpi" and over_mpi(env, variables):
+    if env.source == "openmpi" and set_address_over_mpi(env, variables):
         return
     if env.world_size == 1:
         address, port = "127.0.0.1", free_port()

@@ -26,7 +26,7 @@ def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
     answers = hosts.ask(names, ssh, paths)
     problems = hosts.compare(answers, paths)
     reached = [answer.host for answer in answers if answer.facts is not None]
-    problems += hosts.sees(reached, ssh, Path.cwd()) if reached else []
+    problems += hosts.check_shared_folder(reached, ssh, Path.cwd()) if reached else []
     for answer in answers:
         own = [problem for problem in problems if problem.value == answer.host]
         for problem in own:

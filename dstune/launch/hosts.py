@@ -160,8 +160,8 @@ def package_folder() -> str:
     return str(Path(dstune.__file__).absolute().parent)
 
 
-def sees(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Problem]:
-    """Whether every host sees `folder` of this machine as the same one: by a file that is written there now."""
+def check_shared_folder(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Problem]:
+    """Check that all hosts share `folder`, by writing a marker file and looking for it over ssh."""
     mark = folder / f".seen-{uuid.uuid4().hex}"
     mark.touch()
     try:

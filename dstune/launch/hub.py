@@ -176,7 +176,7 @@ def refusal(request: HubRequest, error: Exception) -> Problem | None:
 
 
 def is_connection_problem(error: BaseException) -> bool:
-    """Time-outs, refused connections, failing name servers, and the hub's own failures (5xx, 429)."""
+    """Whether the connection failed: time-outs, refused connections, failing name servers, the hub's own failures (5xx, 429)."""
     chain: list[Any] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)

@@ -301,7 +301,7 @@ def fetch_sample(key: str, uri: str, kind: str, stage: Stage) -> None:
 
 
 def check_folder(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> None:
-    """Whether dstune can load the model in `folder`, and train it as in `run`, by its files alone.
+    """Check by its files alone that dstune can load the model in `folder`, and train it as in `run`.
 
     Raises:
         UserError: everything that is missing.

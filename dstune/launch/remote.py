@@ -82,7 +82,7 @@ def check_hosts(names: list[str], ssh: Ssh, run_dir: Path, interface: str | None
     problems = hosts.compare(answers, paths)
     reached = [answer.host for answer in answers if answer.facts is not None]
     if reached:
-        problems += hosts.sees(reached, ssh, run_dir)
+        problems += hosts.check_shared_folder(reached, ssh, run_dir)
     for answer in answers:
         if interface and answer.facts is not None and interface not in answer.facts["interfaces"]:
             having = ", ".join(answer.facts["interfaces"])

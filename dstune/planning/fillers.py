@@ -13,7 +13,7 @@ IDLE = 0.1
 
 
 def fillers(config: RunConfig, ranks: int) -> Iterator[str]:
-    """Whether ranks compute micro-batches that count for nothing, because those of a step cannot be shared equally."""
+    """Yield a line where ranks compute micro-batches that count for nothing, since those of a step cannot be shared equally."""
     if config.trainer.micro_batch_size is Automatic.auto:
         return  # the measurement sees to it
     groups = ranks // parallelism_of(config.parallel).size

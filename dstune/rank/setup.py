@@ -204,7 +204,7 @@ class Setup:
         if layout.cut is not None:
             layout.cut.install(model)
         sees = rows.data.train.images is not None  # then masks keep samples apart
-        handed = layout.cut or (None if sees else attention_of_samples(config, model, self.world, self.message))
+        model_rows = layout.cut or (None if sees else attention_of_samples(config, model, self.world, self.message))
         plain = parameter_names(model)
         module = self.method.apply(model, config)
         if config.run.export is not Export.none and not self.method.adapter:
@@ -217,8 +217,8 @@ class Setup:
         if config.model.neftune_alpha:
             add_noise(module, model, config.model.neftune_alpha)
         self.startup.mark("model")
-        head = self.task.head(model, handed)  # after the method: an adapter may wrap the projection
-        return BuiltModel(model, module, head, handed)
+        head = self.task.head(model, model_rows)  # after the method: an adapter may wrap the projection
+        return BuiltModel(model, module, head, model_rows)
 
     def build_engine(self, layout: Layout, built: BuiltModel, start: MethodStart) -> Engine:
         """Group the parameters, and build the optimizer and the DeepSpeed engine."""

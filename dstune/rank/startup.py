@@ -189,7 +189,7 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
 
 
 def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
-    """Whether a run that goes on with another number of steps jumps to another place of its schedule."""
+    """Yield what to tell where a continued run has another number of steps, so that its rate jumps."""
     step, before = run.state.step, run.state.planned_steps
     if not step or not before or before == run.total_steps:
         return

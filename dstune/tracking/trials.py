@@ -27,7 +27,7 @@ TRAINING_LOSS = "training_loss"
 
 
 def less_is_better(objective: str) -> bool:
-    """Of a metric, of TRAINING_LOSS or of a cost."""
+    """Whether less is better of a metric, of TRAINING_LOSS or of a cost."""
     return is_lower_better(objective) or objective in (TRAINING_LOSS, *LOWER_COSTS)
 
 

@@ -189,7 +189,7 @@ def test_clocks():
 def test_a_host_whose_file_system_hangs_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.1)
     monkeypatch.setattr(Ssh, "command", lambda *_: ["sleep", "5"])
-    [problem] = hosts.sees(["n1"], Ssh(), tmp_path)
+    [problem] = hosts.check_shared_folder(["n1"], Ssh(), tmp_path)
     assert (problem.where, problem.value) == ("run.dir", "n1")
     assert "does not answer there" in problem.reason
 

@@ -179,4 +179,4 @@ def test_ranks_of_another_mpi_than_mpi4pys_are_refused(monkeypatch):
 
     monkeypatch.setattr(mpi, "COMM_WORLD", Alone())
     with pytest.raises(UserError, match=r"started 2 ranks, but to mpi4py .* each is alone"):
-        rendezvous.over_mpi(RankEnv(0, 2, 0, 1, "openmpi"), {})
+        rendezvous.set_address_over_mpi(RankEnv(0, 2, 0, 1, "openmpi"), {})

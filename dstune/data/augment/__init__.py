@@ -22,7 +22,7 @@ from dstune.config.augment_schema import AugmentConfig
 from dstune.config.schema import RunConfig
 from dstune.data.augment import words
 from dstune.data.augment.rewrite import rewritten
-from dstune.data.clean.rows import keys, map_texts, texts
+from dstune.data.clean.rows import map_texts, row_hashes, texts
 from dstune.data.ingest import ROW_SCHEMA, load_table
 from dstune.data.labels import ChosenRows
 from dstune.data.rows import canonical
@@ -127,7 +127,7 @@ def _copies(
         for attempt in range(TRIES):
             choose = Random(f"{settings.seed}:{hashes[place]}:{number}:{attempt}")
             copy, counts = _changed(row, settings, synonyms, choose)
-            key = keys(copy)[1]
+            key = row_hashes(copy)[1]
             why = next((name for name, those in known.items() if key in those and settings.changes), "")
             if not all(text.strip() for text in texts(copy)):
                 why = "empty"

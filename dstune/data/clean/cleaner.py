@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dstune.config.data_schema import CleanConfig, Duplicates, Found
 from dstune.data.clean import language, near, sensitive
-from dstune.data.clean.rows import Row, is_empty, keys, map_texts, near_text, texts
+from dstune.data.clean.rows import Row, is_empty, map_texts, near_text, row_hashes, texts
 from dstune.data.clean.unicode import clean_unicode
 from dstune.data.control import ControlTokens
 from dstune.data.rows import canonical, json_text, with_joined_parts
@@ -79,7 +79,7 @@ class Cleaner:
             result.row if result.changed and not result.removed else None
             for result in results  # None: as it was
         ]
-        both_keys = [(0, 0) if result.removed else keys(result.row) for result in results]
+        both_keys = [(0, 0) if result.removed else row_hashes(result.row) for result in results]
         columns = {
             "row": [None if row is None else json_text(row) for row in rows],
             "hash": [0 if row is None else content_hash(canonical(with_joined_parts(row)), self._seed) for row in rows],

@@ -95,8 +95,8 @@ def comparable(text: str) -> str:
     return " ".join(text.split())
 
 
-def keys(row: Row) -> tuple[int, int]:
-    """Two 64-bit hashes of a row, white space apart (runs of it count as one space, at the ends of texts as none).
+def row_hashes(row: Row) -> tuple[int, int]:
+    """Return two 64-bit hashes of a row, white space apart (runs of it count as one space, at the ends of texts as none).
 
     Equal for rows that are equal; and equal for rows of equal text, whatever their label, system prompt and tools.
     """
@@ -108,7 +108,7 @@ def keys(row: Row) -> tuple[int, int]:
 
 
 def image_digests(row: Row) -> list[str]:
-    """Of the images that a conversation shows: with others it is another row, whatever the texts say."""
+    """Digests of the images that a conversation shows: with other images it is another row, whatever its texts say."""
     return [image["digest"] for image in row.get("images") or () if isinstance(image, dict)]
 
 
