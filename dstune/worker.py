@@ -2,8 +2,12 @@
 
 import sys
 
-from dstune.rank.process import leave
-from dstune.rank.worker import main
+from dstune.core.rank_env import hold_notices
+
+hold_notices()  # before the imports, which take seconds
+
+from dstune.rank.process import leave  # noqa: E402
+from dstune.rank.worker import main  # noqa: E402
 
 if __name__ == "__main__":
     leave(main(sys.argv[1:]))

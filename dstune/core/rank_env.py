@@ -26,6 +26,8 @@ GROUP_SECRET = "DSTUNE_GROUP_SECRET"
 RUN_SHA256 = "DSTUNE_RUN_SHA256"
 """Of the `run.yaml` that the launching process wrote: ranks obey no other one."""
 
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+
 
 @dataclass(frozen=True)
 class RankEnv:
@@ -163,6 +165,19 @@ def _check(found: RankEnv) -> None:
 
 forked_by: int | None = None
 """In a forked rank, its keeper (`dstune/launch/local/fork_server.py`), which ends it when the launcher ends."""
+
+
+def hold_notices() -> None:
+    """Block the signals by which schedulers announce the end of a job, until this rank can save.
+
+    Their default action ends a process, and one may come while modules are imported. `take_notices` delivers it.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICES)
+
+
+def take_notices() -> None:
+    """Deliver what `hold_notices` has held back; handlers are in place."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICES)
 
 
 def die_with_parent() -> None:

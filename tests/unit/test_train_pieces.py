@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dstune.config.schema import CheckpointConfig, EarlyStoppingConfig, EvaluateConfig, TrainerConfig
 from dstune.config.validate import at_stage
 from dstune.core.errors import DstuneError, Problem, TrainingFailed, UserError
+from dstune.core.rank_env import hold_notices, take_notices
 from dstune.data.sampler import GlobalBatch
 from dstune.methods.ulmfit.config import UlmfitConfig
 from dstune.metrics import improves
@@ -443,6 +446,27 @@ def test_a_signal_that_a_queue_sends_and_an_agent_hands_on_later_is_one_request(
         clock[0] += 30.0
         preemption._receive(signal.SIGTERM, None)  # a further one is meant
         assert ended[-1] == signal.SIGTERM
+
+
+def test_a_notice_during_imports_is_taken_once_the_rank_can_save(tmp_path):
+    """By SLURM's `--signal`, whose default action would end the rank."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    try:
+        hold_notices()
+        signal.raise_signal(signal.SIGUSR1)  # to this thread: those of other tests hold nothing back
+        preemption = Preemption(run_config(), time.monotonic(), tmp_path, is_main=True)
+        assert preemption.while_waiting(at()).reason == "received SIGUSR1"
+    finally:
+        take_notices()
+        for number, action in before.items():
+            signal.signal(number, action)
+    program = """import signal, sys, types
+for name, function in (("process", "leave"), ("worker", "main")):
+    sys.modules[f"dstune.rank.{name}"] = types.SimpleNamespace(**{function: None})
+import dstune.worker
+print(signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ()))"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_a_trial_that_its_sweep_ends_leaves_without_a_save(tmp_path, monkeypatch):

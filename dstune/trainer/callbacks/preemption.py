@@ -15,6 +15,7 @@ from typing import Any
 from dstune.config.schema import RunConfig
 from dstune.core.lease import refuse_if_superseded
 from dstune.core.paths import PRUNE_FILE, SAVE_FILE, SIGNAL_FILE, STOP_FILE, STOP_REASON
+from dstune.core.rank_env import take_notices
 from dstune.protocols import callback
 from dstune.protocols.callback import CONTINUE, Action, Callback, Request, Run, Step
 
@@ -58,6 +59,7 @@ class Preemption(Callback):
             # SIGTERM in any case: that is how the launcher forwards a signal.
             for name in {*config.run.signals, "SIGTERM"}:
                 signal.signal(signal.Signals[name], self._receive)
+            take_notices()
 
     @classmethod
     def for_run(cls, run: Any) -> Preemption:
