@@ -80,7 +80,8 @@ def on_slurm(login, slurm) -> Login:
 
 
 def overrides(name: str, *further: str) -> list[str]:
-    return overrides_of_run(name, STEPS, *further)
+    # In bf16 another number of ranks sums in another order, which moves a weight by a rounding step now and then.
+    return overrides_of_run(name, STEPS, "trainer.precision=fp32", *further)
 
 
 @pytest.fixture(scope="session")
