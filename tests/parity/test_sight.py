@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dstune.checkpoint import store
 from dstune.checkpoint.shards import Weights
@@ -169,3 +170,25 @@ def test_a_tower_is_not_trained_on_text(shop: Shop, tmp_path: Path, monkeypatch:
     data = prepare(run, load_tokenizer(run.model), RankEnv(0, 1, 0, 1, "test"), tmp_path / "cache")
     with pytest.raises(UserError, match=r"model\.train_vision"):
         refuse_with_images(run, data)
+
+
+@pytest.mark.ci
+def test_a_run_that_is_continued_ends_with_the_same_bits(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, and two more in another launch; against four at once. Packed, tower trained, partitioned."""
+    monkeypatch.setenv("DSTUNE_CACHE", str(shop.folder / "cache"))
+    case = shop.case("qwen2_vl", 3, packed=True, sees=True, ranks=1)
+    two, four = read_run(Path(case["run_yaml"])), shop.folder / "four.yaml"
+    write_run(four, replace(two, config=replace(two.config, trainer=replace(two.config.trainer, max_steps=4))))
+    runs = [str(shop.folder / "runs" / name) for name in ("at-once", "continued")]
+    run_ranks(
+        PROGRAM,
+        1,
+        [
+            {"run_yaml": str(four), "run_dir": runs[0]},
+            {"run_yaml": case["run_yaml"], "run_dir": runs[1]},
+            {"run_yaml": str(four), "run_dir": runs[1]},
+        ],
+    )
+    whole, continued = (Weights(store.newest(Path(run))) for run in runs)
+    assert set(whole) == set(continued)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)

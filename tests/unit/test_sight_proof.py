@@ -1,0 +1,91 @@
+"""The proof before the first step: two samples with different images in one row, and neither sees the other's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from dstune.config.compose import compose
+from dstune.config.schema import RunConfig
+from dstune.core.errors import UserError
+from dstune.core.rank_env import RankEnv
+from dstune.data.batches import batch_of
+from dstune.data.build import prepare
+from dstune.data.images import batch, processor
+from dstune.data.images.batch import with_images_everywhere
+from dstune.data.prepared import PreparedData
+from dstune.data.sampler import MicroBatch
+from dstune.models.load import load_tokenizer
+from dstune.trainer.sight import prove_images
+from tests.support.sight import save, write_rows
+
+ALONE = RankEnv(0, 1, 0, 1, "test")
+
+
+class PlainEngine:
+    """What the proof needs of an engine."""
+
+    def __init__(self, folder: Path):
+        self.module = self.forward = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+        self.device = torch.device("cpu")
+
+    def train(self, training: bool) -> None:
+        self.module.train(training)
+
+
+class OneRank:
+    """A world without others to ask."""
+
+    def any(self, mine: Any) -> bool:
+        return bool(mine)
+
+
+def prepared(kind: str, folder: Path) -> tuple[RunConfig, PreparedData, Any]:
+    save(kind, folder / "model")
+    rows = write_rows(folder / "data", 4, images=lambda row: row % 2)
+    given = ["task=chat", f"model.path={folder / 'model'}", f"data.train={rows}", "data.split.validation=0"]
+    config = compose([*given, "data.workers=1", "data.packing=true"]).config
+    data = prepare(config, load_tokenizer(config.model), ALONE, folder / "cache")
+    return config, data, PlainEngine(folder / "model")
+
+
+def test_packed_samples_with_other_positions_would_see_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data, engine = prepared("qwen2_vl", tmp_path)
+    messages: list[str] = []
+    world: Any = OneRank()
+    prove_images(config, engine, data, world, messages.append)
+    assert messages == []
+    without = replace(processor.FAMILIES["qwen2_vl"], three_positions=False)
+    monkeypatch.setattr(processor.processor_of(data.train.vision), "family", without)
+    with pytest.raises(UserError, match="sees the image of another one"):
+        prove_images(config, engine, data, world, messages.append)
+
+
+def test_a_micro_batch_without_an_image_gets_one_that_counts_for_nothing(tmp_path: Path) -> None:
+    config, data, engine = prepared("qwen2_vl", tmp_path)
+    blind = [number for number, count in enumerate(data.train.image_counts) if not count]
+    seeing = [number for number, count in enumerate(data.train.image_counts) if count]
+    parts = [MicroBatch(0, ((blind[0],),)), MicroBatch(1, ((seeing[0],),))]
+    assert with_images_everywhere(parts, data.train, needed=False) == parts
+    assert with_images_everywhere(parts[:1], data.train, needed=True) == parts[:1]
+    first, second = with_images_everywhere(parts, data.train, needed=True)
+    assert first.needs_image and second.needs_image
+    plain, filled = batch_of(config, data.train, parts[0], 2), batch_of(config, data.train, first, 2)
+    assert len(filled["input_ids"]) == 2 and "pixel_values" in filled and "pixel_values" not in plain
+    assert int((filled["labels"][1] != -100).sum()) == 0
+    width = plain["input_ids"].shape[1]
+    with torch.no_grad():
+        logits = [
+            engine.forward(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+            for inputs in (plain, filled)
+        ]
+    assert torch.allclose(logits[0][0], logits[1][0, :width], atol=1e-5)
+    assert len(batch_of(config, data.train, second, 2)["input_ids"]) == 1
+    assert batch.BLANK_NUMBER < 0
