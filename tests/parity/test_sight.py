@@ -110,9 +110,11 @@ def compare(expected: Reference, run: Path) -> None:
     assert [row["loss"] for row in rows] == pytest.approx(expected.losses, rel=1e-6), run
     assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-5), run
     weights = Weights(store.newest(run))
-    for name in weights:
-        true = expected.weights[name]
-        assert float((weights[name].detach().double() - true).norm() / true.norm()) < 1e-6, (run, name)
+    differences = {name: weights[name].detach().double() - expected.weights[name] for name in weights}
+    for name, difference in differences.items():  # a bias of a few numbers is the sum of many, rounded in fp32
+        assert float(difference.norm() / expected.weights[name].norm()) < 1e-5, (run, name)
+    everything = torch.cat([expected.weights[name].flatten() for name in weights]).norm()
+    assert float(torch.cat([part.flatten() for part in differences.values()]).norm() / everything) < 1e-6, run
 
 
 PACKED = [kind for kind in FAMILIES if kind not in ("gemma3", "qwen3_5")]
