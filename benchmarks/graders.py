@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the kept libraries for ROUGE, BLEU and formulas take and say, beside the graders of the fine-tuning API.
+"""What the kept libraries for ROUGE, BLEU and formulas take and say, beside the graders of dstune.
 
     python benchmarks/graders.py [--characters 20000]      needs rouge-score, sacrebleu, nltk (dstune[test]) and simpleeval
 
@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script it finds its own folder only
 
-from dstune.finetuning.graders import similarity
-from dstune.finetuning.graders.formula import Formula
+from dstune.grading import similarity
+from dstune.grading.formula import Formula
 
 SHORT = ("the cat sat on the mat", "the cat is on the mat")
 FORMULAS = ("2 ^ 3 ^ 2 - 1", "pass * 2")
