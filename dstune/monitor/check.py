@@ -195,18 +195,15 @@ def _verdict(check: Check, live_rows: int) -> tuple[str, str]:
             UNDECIDED,
             f"too few rows: {live_rows} live ones; give at least {reading.FEWEST} of each side, better 500",
         )
+    shows = f"a move of {power.share:.0%} of them to one topic of the reference shows in {power.power:.0%} of cases"
     if power.power < WANTED:
         needed = (
             f"{power.live_rows_needed:,} live rows"
             if power.live_rows_needed is not None
             else f"{power.rows_needed:,} rows of each side"
         )
-        reason = f"too few rows: {power.live_rows:,} would show a move of {power.share:.0%} of them in {power.power:.0%} of cases"
-        return UNDECIDED, f"{reason}; it takes {needed} for {WANTED:.0%}"
-    return (
-        NONE,
-        f"no signal exceeds the error budget; a move of {power.share:.0%} of the rows would show in {power.power:.0%} of cases",
-    )
+        return UNDECIDED, f"too few rows: {power.live_rows:,}; {shows}; it takes {needed} for {WANTED:.0%}"
+    return NONE, f"no signal of {power.live_rows:,} rows exceeds the error budget; {shows}"
 
 
 def _locate(check: Check, sides: Sides, settings: Settings) -> None:

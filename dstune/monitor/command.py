@@ -227,7 +227,7 @@ def add_test_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="share of the rows whose change of topic is to be found; decides which rows are too few (default 0.2)",
+        help="share of the rows whose move to one topic is to be found; decides which rows are too few (default 0.2)",
     )
     parser.add_argument(
         "--rows", type=int, default=10_000, metavar="N", help="at most so many of each side (default 10000)"
@@ -279,7 +279,7 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
     if check.power is not None:
         power = check.power
         print(
-            f"power: {power.power:.0%} for a move of {power.share:.0%} of the rows to another topic; "
+            f"power: {power.power:.0%} for a move of {power.share:.0%} of the rows to one topic of the reference; "
             f"80% takes {power.rows_needed:,} rows of each side"
         )
     if check.since is not None:
