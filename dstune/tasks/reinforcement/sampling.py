@@ -206,18 +206,19 @@ def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tens
     logits: [rows, vocabulary]; keys: int64 [rows], one for each draw.
     """
     logps = torch.log_softmax(logits.float() / temperature, dim=-1)
-    noise = exponential(keys, logits.shape[-1])
-    token = (logps - noise.log()).argmax(dim=-1)
+    # In place: with a large vocabulary what is written costs more than what is computed.
+    token = exponential(keys, logits.shape[-1]).log_().neg_().add_(logps).argmax(dim=-1)
+    logp = logps.gather(1, token[:, None])[:, 0]
     probabilities = logps.exp()
-    entropy = -(probabilities * logps.clamp(min=-1e9)).sum(dim=-1)
-    return token, logps.gather(1, token[:, None])[:, 0], entropy
+    entropy = -logps.clamp_(min=-1e9).mul_(probabilities).sum(dim=-1)
+    return token, logp, entropy
 
 
 def exponential(keys: Tensor, count: int) -> Tensor:
     """Exponential noise of mean 1, fp32 [rows, count]. keys: int64 [rows]."""
     bits = mixed(keys[:, None], torch.arange(count, device=keys.device)[None])
     # 53 bits, and a half of the last one, so that it is never 0.
-    uniform = ((bits >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
+    uniform = bits.bitwise_right_shift_(11).bitwise_and_(2**53 - 1).double().add_(0.5).mul_(2.0**-53)
     return uniform.log_().neg_().float()
 
 
@@ -225,14 +226,14 @@ def mixed(keys: Tensor, number: Tensor | int) -> Tensor:
     """Keys of which any two that differ in `keys` or `number` are unrelated: SplitMix64's output function, int64."""
     golden, first, second = (odd - 2**64 if odd >= 2**63 else odd for odd in _ODD)
     value = (keys ^ _shifted(keys, 32)) * second + (torch.as_tensor(number, device=keys.device) + 1) * golden
-    value = (value ^ _shifted(value, 30)) * first
-    value = (value ^ _shifted(value, 27)) * second
-    return value ^ _shifted(value, 31)
+    value.bitwise_xor_(_shifted(value, 30)).mul_(first)
+    value.bitwise_xor_(_shifted(value, 27)).mul_(second)
+    return value.bitwise_xor_(_shifted(value, 31))
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
     """A logical shift to the right of int64."""
-    return (value >> bits) & (2 ** (64 - bits) - 1)
+    return (value >> bits).bitwise_and_(2 ** (64 - bits) - 1)
 
 
 def configuration_of(model: Any) -> Any:
