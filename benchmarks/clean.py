@@ -18,7 +18,7 @@ import numpy as np
 
 from dstune import samples
 from dstune.data.clean import language, near, sensitive
-from dstune.data.clean.rows import keys, map_texts, near_text, texts
+from dstune.data.clean.rows import map_texts, near_text, row_hashes, texts
 from dstune.data.clean.unicode import clean_unicode
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     print("| step | rows/s |\n|---|---|")
     steps: dict[str, Callable[[], object]] = {
         "unicode": lambda: [map_texts(row, clean_unicode) for row in rows],
-        "exact duplicates and leaks (two hashes)": lambda: [keys(row) for row in rows],
+        "exact duplicates and leaks (two hashes)": lambda: [row_hashes(row) for row in rows],
         "near duplicates: signature": lambda: [near.signature(text) for text in compared],
         "languages": lambda: [language.language(text) for text in message],
         "secrets": lambda: [sensitive.find_secrets(text) for text in message],
@@ -72,7 +72,7 @@ def main() -> None:
         seconds = best(1, lambda: search.find())
         print(f"| near duplicates: groups and comparisons | {len(rows) / seconds:,.0f} |")
         print(f"\nmemory of the groups: {(peak_mib() - before) * 2**20 / len(rows):,.0f} bytes a row at most")
-    unequal = len(rows) - len({keys(row)[0] for row in rows})
+    unequal = len(rows) - len({row_hashes(row)[0] for row in rows})
     print(f"equal to an earlier row: {unequal}; languages: {counted(message)}")
     print(f"texts with personal data: {sum(bool(sensitive.find_personal_data(text)) for text in message)}")
 
