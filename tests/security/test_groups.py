@@ -42,11 +42,11 @@ def test_the_secret_of_a_slurm_job_is_for_this_user_alone(tmp_path: Path) -> Non
     file = tmp_path / rendezvous.SECRET_FILE
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     variables: dict[str, str] = {}
-    rendezvous._take_secret(tmp_path, variables)
+    rendezvous._read_secret(tmp_path, variables)
     assert variables[GROUP_SECRET] == file.read_text()
     file.chmod(0o644)
     exposed: dict[str, str] = {}
-    rendezvous._take_secret(tmp_path, exposed)
+    rendezvous._read_secret(tmp_path, exposed)
     assert exposed == {}
 
 

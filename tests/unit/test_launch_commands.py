@@ -189,7 +189,7 @@ def test_gpus_by_the_drivers_tool(tmp_path, monkeypatch):
     ],
 )
 def test_gpus_that_a_build_for_cpus_leaves_alone_are_told(monkeypatch, version, visible, expected):
-    monkeypatch.setattr(commands, "_torch_version", lambda: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda package: version)
     assert [text.partition(", so ")[0] for text in idle_gpus({"CUDA_VISIBLE_DEVICES": visible})] == expected
 
 
@@ -206,9 +206,9 @@ def test_gpus_of_amd_are_counted_where_torch_is_built_for_them(tmp_path, monkeyp
     for number, units in enumerate((0, 304, 304)):  # a CPU and two GPUs
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "properties").write_text(f"cpu_cores_count 64\nsimd_count {units}\n")
-    monkeypatch.setattr(commands, "_torch_version", lambda: "2.13.0+rocm7.1")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0+rocm7.1")
     assert count_gpus(variables, tmp_path) == count
-    monkeypatch.setattr(commands, "_torch_version", lambda: "2.13.0+cpu")
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "2.13.0+cpu")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert count_gpus({"HIP_VISIBLE_DEVICES": "0"}, tmp_path) == 0
 

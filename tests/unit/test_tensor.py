@@ -183,10 +183,10 @@ def test_the_plan_counts_slices_by_hand():
     assert parts["weights"] == 2 * shared.trained_count
     assert parts["optimizer"] == 12 * -(-shared.trained_count // 4)
     # Two micro-batches, three layers, four sums of 3 x 16 positions x 32 in bf16, all of which leaves a rank of two once.
-    assert time.sums(shared) == 2 * 3 * 4 * (3 * 16 * 32 * 2)
-    assert time.sums(whole) == 0
+    assert time.summed_bytes(shared) == 2 * 3 * 4 * (3 * 16 * 32 * 2)
+    assert time.summed_bytes(whole) == 0
     again = planned_setup("zero=stage2", "parallel=tensor", "trainer.activation_checkpointing=true")
-    assert time.sums(again) == time.sums(shared) * 5 // 4
+    assert time.summed_bytes(again) == time.summed_bytes(shared) * 5 // 4
 
 
 def test_the_plan_of_shared_weights(capsys):

@@ -87,15 +87,15 @@ class RowTokenizer:
         return datasets.Features({"input_ids": tokens, **self._encoder.columns, **self._counted})
 
     def for_row(self, number: int) -> RowTokenizer:
-        """What tokenizes the row of that number, where each task has its own."""
+        """Return the tokenizer of the row of that number: that of its source in a run of several tasks, else this one."""
         return self if self._sources is None or not self._of_source else self._of_source[self._sources[number]]
 
     def source_of(self, number: int) -> int:
-        """The number of the source of a row, where each task has its own tokenizer or not."""
+        """Return the number of the source of a row; 0 without a mixture."""
         return 0 if self._sources is None else int(self._sources[number])
 
     def of_source(self, number: int) -> RowTokenizer:
-        """What tokenizes the rows of a source, where each task has its own."""
+        """Return the tokenizer of a source: its own in a run of several tasks, else this one."""
         return self._of_source[number] if self._of_source else self
 
     @property
