@@ -37,7 +37,7 @@ if __name__ == "__main__":
 TABLE, PAGE = ROOT / "benchmarks" / "architectures.json", ROOT / "docs" / "architectures.md"
 PATIENCE = 300
 """Seconds for a case."""
-LOSS, UPDATE, LOGITS = 1e-4, 2e-3, 1e-3
+LOSS, UPDATE, LOGITS = 1e-5, 2e-4, 2e-4
 """Largest relative differences of what counts as equal: in losses (ten times that in gradient norms), in the change of all weights,
 and in logits of the export that is loaded again. What is equal differs by rounding in fp32: docs/architectures.md says how much."""
 
@@ -389,12 +389,8 @@ def relative(found: float, expected: float) -> float:
 def load_plain(case: Case, folder: Path) -> Any:
     from transformers import AutoConfig
 
-    from dstune.models.repaired import repair_forward
-
     config = AutoConfig.from_pretrained(folder)
-    model = model_class_of(case, config).from_pretrained(folder, dtype="float32")
-    repair_forward(model)
-    return model
+    return model_class_of(case, config).from_pretrained(folder, dtype="float32")
 
 
 def load_export(case: Case, folder: Path, export: Path) -> Any:
@@ -726,7 +722,12 @@ of SGD on two ranks. A plain loop trains the same checkpoint with each sample al
 - *not run*: the same.
 
 Packed rows of models whose attention chooses some tokens of a row (`index_topk`: `deepseek_v32`, `glm_moe_dsa`) had losses that
-differed by 3e-3 and 6e-3. Such rows are refused since; the table does not have these two again yet.
+differed by 3e-3 and 6e-3. Such rows are refused since; padded ones are trained.
+
+What the comparison sees is tried with twelve faults that are planted in a run of a tiny Llama after its sanity checks, such as a
+head that is skipped, rotary embeddings that turn 1% faster, a target that is left out, or samples that see each other. It finds all
+of them (`benchmarks/architecture_faults.py`). Twenty of the architectures are tried again in continuous integration
+(`tests/unit/test_architectures.py`).
 
 {kinds} architectures in {cases} cases: {counts}. The largest relative differences of what counts as trained: loss {loss}, gradient
 norm {norm}, change of the weights {update}, logits {logits}."""

@@ -37,7 +37,6 @@ from dstune.models.full_width import put_back_to_full_width
 from dstune.models.mapped import Mapped, take_buffers
 from dstune.models.pooled import PooledForSequenceClassification
 from dstune.models.recompute import checkpointing_options
-from dstune.models.repaired import repair_forward
 from dstune.models.tiles import tile_feed_forward
 from dstune.models.unreached import freeze_unreached, text_config_of, whole_class
 from dstune.protocols import method_of, task_of
@@ -253,7 +252,6 @@ def load_model(
             new = sorted({*loading["missing_keys"], *mismatched})
     if isinstance(task, ChangesLoadedModel):
         new = task.after_load(model, new)
-    repair_forward(model)
     freeze_unreached(model, config.model)
     if isinstance(method := method_of(config.method), QuantizesWeights):
         method.after_load(model)

@@ -17,7 +17,6 @@ from support.tiny import save_tokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-pytestmark = pytest.mark.ci
 STILL = "model.config_overrides={attention_dropout:0.0}"
 
 

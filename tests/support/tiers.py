@@ -54,11 +54,13 @@ WHOLE_FILES = {
     "packaging/test_distribution.py": 200,
     "packaging/test_wings.py": 300,
     "parity/test_accumulation.py": 55,
+    "parity/test_architecture_faults.py": 60,
     "parity/test_callbacks.py": 50,
     "parity/test_compiled.py": 130,
     "parity/test_distillation.py": 170,
     "parity/test_experts.py": 110,
     "parity/test_forgetting.py": 55,
+    "parity/test_few_bits.py": 60,
     "parity/test_heads.py": 120,
     "parity/test_ladder.py": 170,
     "parity/test_method_runs.py": 95,
@@ -92,6 +94,8 @@ SOME_TESTS = {
     "placement/test_placement.py": 180,
     "unit/test_architectures.py": 300,
     "unit/test_golden.py": 140,
+    "unit/test_plan_counted.py": 60,
+    "unit/test_plan_published.py": 30,
 }
 """Files some tests of which are marked `ci` and take long, the same way."""
 

@@ -1,0 +1,41 @@
+"""A model whose own code fails over text is refused with the line; what a device or another rank does is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForMultimodalLM
+
+from dstune.core.errors import UserError
+from dstune.trainer.first_pass import refuse_failing_model
+
+
+def test_llama_4_is_refused_with_the_line_that_fails() -> None:
+    """Where a release of transformers trains it, this test fails, and the page about models can say so."""
+    import sys
+
+    sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+    from tiny_architectures import build, small_config
+
+    model = build(AutoModelForMultimodalLM, small_config("llama4"))
+    with pytest.raises(UserError) as refused, refuse_failing_model("meta-llama/Llama-4", type(model).__name__):
+        model(input_ids=torch.arange(4)[None], use_cache=False)
+    (problem,) = refused.value.problems
+    assert (problem.where, problem.value) == ("model.path", "meta-llama/Llama-4")
+    assert "Llama4ForConditionalGeneration fails in its first forward pass" in problem.reason
+    assert "modeling_llama4.py" in problem.reason and "image_outputs" in problem.reason
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Connection closed by peer")]
+)
+def test_what_may_pass_is_no_fault_of_the_model(error: Exception) -> None:
+    with pytest.raises(type(error)), refuse_failing_model("a/model", "Model"):
+        raise error
+
+
+def test_a_fault_of_dstune_itself_keeps_its_traceback() -> None:
+    with pytest.raises(AttributeError), refuse_failing_model("a/model", "Model"):
+        raise AttributeError("ours")
