@@ -37,10 +37,12 @@ def samples(processor: Any, rows: Path) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def train_plainly(folder: Path, rows: Path, *, steps: int, rate: float, sees: bool) -> Reference:
+def train_plainly(
+    folder: Path, rows: Path, *, steps: int, rate: float, sees: bool, dtype: torch.dtype = torch.float64
+) -> Reference:
     """SGD over all rows at once. sees: the tower is trained too."""
     processor = AutoProcessor.from_pretrained(folder, backend="torchvision")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     model.train()
     language = {id(weight) for weight in model.get_decoder().parameters()}
     language |= {id(weight) for weight in model.get_output_embeddings().parameters()}

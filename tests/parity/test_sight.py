@@ -111,13 +111,16 @@ def compare(expected: Reference, run: Path) -> None:
     assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-5), run
     weights = Weights(store.newest(run))
     differences = {name: weights[name].detach().double() - expected.weights[name] for name in weights}
-    for name, difference in differences.items():  # a bias of a few numbers is the sum of many, rounded in fp32
+    for name, difference in differences.items():
+        # A bias of the projector is the sum of many gradients: the plain loop in fp32 is off by 8.7e-6 itself (Qwen3-VL).
         assert float(difference.norm() / expected.weights[name].norm()) < 1e-5, (run, name)
     everything = torch.cat([expected.weights[name].flatten() for name in weights]).norm()
     assert float(torch.cat([part.flatten() for part in differences.values()]).norm() / everything) < 1e-6, run
 
 
-PACKED = [kind for kind in FAMILIES if kind not in ("gemma3", "qwen3_5")]
+COMPARED = [kind for kind in FAMILIES if kind != "qwen3_5"]
+"""The processor of Qwen 3.5 opens a tokenizer class of its own, which cannot read the words of these models."""
+PACKED = [kind for kind in COMPARED if kind != "gemma3"]
 """Others are refused."""
 SELECTION = ["llava"]
 
@@ -127,7 +130,7 @@ def marked(kinds: list[str]) -> list[Any]:
     return [kind if kind in SELECTION else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
 
 
-@pytest.mark.parametrize("kind", marked(list(FAMILIES)))
+@pytest.mark.parametrize("kind", marked(COMPARED))
 def test_padded_rows_on_one_rank(shop: Shop, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     verify(shop, 1, [(kind, 2, False, False), (kind, 0, False, True)], monkeypatch)
 
@@ -139,7 +142,7 @@ def test_packed_rows_on_one_rank(shop: Shop, kind: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", COMPARED)
 def test_two_ranks_at_every_stage(shop: Shop, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some micro-batches have no image, and one rank has none in a step."""
     packed = kind in PACKED
