@@ -496,7 +496,7 @@ def test_a_metric_of_a_task_that_may_be_better_either_way():
 
 def requested(row: dict, *settings: str) -> dict:
     config = compose(["task=classification", "plugins=[./star_rating.py]", *settings]).config
-    return task_of(config.task).question(("1", "2"), config.data).of(row, "row 1").row
+    return task_of(config.task).question(("1", "2"), config.data).query(row, "row 1").row
 
 
 @pytest.mark.parametrize("settings", [[], ["data.format=star_rating"]])
