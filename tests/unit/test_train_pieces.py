@@ -531,7 +531,7 @@ def test_a_failed_run_is_closed_where_its_process_may_live_on(monkeypatch, tmp_p
 
     class Fails(worker.Setup):
         def __init__(self, *given):
-            self.world = SimpleNamespace(size=ranks, rank=0)
+            self.world, self.task = SimpleNamespace(size=ranks, rank=0), None
 
         configure_rank = load_data = build_model = lambda self, *given: None
 
