@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from dstune.cli import main
+from dstune.config.run_file import read_run
 from dstune.monitor.command import read_result
+from dstune.monitor.conversations import Conversation
+from dstune.monitor.model_signals import measure
 from dstune.serve import options
 from dstune.serve.gateway.request_log import RequestLog
 from tests.support.served_runs import save_run
 from tests.support.serving import run as run_served
-from tests.support.tiny import WORDS, save_encoder, write_labelled
+from tests.support.tiny import WORDS, save_decoder, save_encoder, write_dialogues, write_labelled
 
 OTHERS = ["invoice", "refund", "payment", "account", "card", "bank", "transfer", "balance", "fee", "charge"]
 
@@ -178,6 +181,23 @@ def test_a_server_shows_the_newest_result(run: Path, tmp_path: Path) -> None:
     state.mkdir()
     run_served(test, state)
     assert list(service.check(options.parsed(["model", "--monitor", str(tmp_path)])))
+
+
+def test_a_language_model_is_measured_by_the_loss_of_what_was_asked(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = save_decoder(tmp_path / "model")
+    served = save_run(tmp_path / "run", model, write_dialogues(tmp_path / "rows.jsonl", 40), "task=chat", scale=0.0)
+    texts = [" ".join(WORDS[:6]), WORDS[0]]
+    config = read_run(served / "run.yaml").config
+    found = measure(served, config, [Conversation(text, (text,)) for text in texts])["prompt_loss"]
+    ids = AutoTokenizer.from_pretrained(model)(texts[0], return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        expected = float(AutoModelForCausalLM.from_pretrained(model)(input_ids=ids, labels=ids).loss)
+    assert found[0] == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(found[1])  # one token predicts nothing
 
 
 def test_words_of_the_tiny_vocabulary_are_not_those_of_the_others() -> None:
