@@ -34,12 +34,14 @@ BASE = [
     "evaluate.samples=0",
     "run.export=none",
 ]
+LORA = ["method=lora", "method.rank=4", "trainer.global_batch_size=3"]
 KINDS = {
     "forward": ["task.beta=0", "data.packing=false"],
     "reverse": ["task.beta=1", "task.temperature=1.7", "trainer.global_batch_size=3"],
     "between": ["task.beta=0.3", "task.temperature=0.9", "task.text_weight=0.4", "data.packing=false"],
     "packed": ["task.beta=0.5", "trainer.global_batch_size=3"],
-    "lora": ["task.beta=0.5", "method=lora", "method.rank=4", "trainer.global_batch_size=3"],
+    "lora": ["task.beta=0.5", *LORA],
+    "itself": [*LORA, "task.teacher=null", "task.text_weight=0.6", "optimizer.lr=0.1"],
     "projection": ["task.beta=0.3", "method=lora", "method.rank=4", "method.target_modules=[q_proj,lm_head]"],
     "capped": ["task.beta=0.5", "model.path={folder}/capped", "task.teacher={folder}/scaled", "data.packing=false"],
     "own": ["task.beta=0.5", "task.on_policy=0.765", "task.max_new_tokens=9", "trainer.global_batch_size=3"],
@@ -58,6 +60,8 @@ CELLS = {
         ("capped", 3),
         ("own", 0),
         ("own", 3),
+        ("itself", 3),
+        ("itself", 0),
     ],
     3: [("between", 3), ("lora", 2), ("packed", 0), ("own", 2)],
 }
@@ -164,7 +168,7 @@ def reference(workshop: Workshop, kind: str, run: Path | None = None) -> tuple[l
     data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "test"), workshop.folder / "cache")
     student = load_model(config, tokenizer, (), torch.float32)
     student = method_of(config.method).apply(student, config).double()
-    teacher = AutoModelForCausalLM.from_pretrained(config.task.teacher, dtype=torch.float64).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(config.task.teacher or config.model.path, dtype=torch.float64).eval()
     plain = Plain(config, student, teacher, data.train, run)
     return descend(config, order_of(config, data.train), student, plain.global_batch)
 

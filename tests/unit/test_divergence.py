@@ -93,7 +93,7 @@ def test_a_loss_of_zero_where_student_and_teacher_agree():
 def test_a_probe_finds_caps_and_scales(tmp_path):
     from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
 
-    from dstune.tasks.distillation.teacher import HiddenStates
+    from dstune.tasks.distillation.teacher import ProbedHead
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "vocab_size": 40}
@@ -104,11 +104,11 @@ def test_a_probe_finds_caps_and_scales(tmp_path):
         tokens = torch.arange(6)[None]
         with torch.no_grad():
             logits = model(input_ids=tokens, use_cache=False).logits[0]
-            head = HiddenStates(model)
+            head = ProbedHead(model)
             assert head.examine(model, torch.device("cpu"))
             assert (head.transform.scale, head.transform.cap) == expected
             kept = torch.tensor([1, 4])
-            hidden = head.of(model, {"input_ids": tokens}, kept, 6)
+            hidden = head.hidden_states(model, {"input_ids": tokens}, kept, 6)
             taught = head.transform(model.get_output_embeddings()(hidden))
         torch.testing.assert_close(taught, logits[kept])
         assert torch.equal(model(input_ids=tokens, use_cache=False).logits[0], logits), "it is as it was"

@@ -50,6 +50,8 @@ class Distillation(Chat, NeedsReference, TrainsOnRollouts):
     def __init__(self, config: Any):
         super().__init__(config)
         self._teacher: Teacher | None = None
+        # Without a teacher of its own the model goes through each micro-batch twice.
+        self.one_pass = config.teacher is not None  # type: ignore[misc]
 
     @property
     def whole_batch_loss(self) -> bool:
@@ -86,13 +88,14 @@ class Distillation(Chat, NeedsReference, TrainsOnRollouts):
     ) -> PreparedData:
         from dstune.tasks.distillation.teacher import load_teacher
 
-        self._teacher = load_teacher(run, tokenizer, world, precision)
+        if self.config.teacher is not None:
+            self._teacher = load_teacher(run, tokenizer, world, precision)
         return data
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.distillation.head import DistillationHead
 
-        assert self._teacher is not None, "the teacher is loaded before the model"
+        assert self._teacher is not None or self.config.teacher is None, "the teacher is loaded before the model"
         return DistillationHead(self.config, model, self._teacher, rows)
 
     @property

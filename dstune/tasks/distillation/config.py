@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from dstune.config.fields import setting
 from dstune.tasks.chat.config import ChatConfig
 
-ADAPTER_OFF = "adapter_off"
-"""In place of a teacher's path: the model that trains, with its adapter switched off."""
-
 
 @dataclass(frozen=True)
 class DistillationConfig(ChatConfig):
@@ -17,8 +14,8 @@ class DistillationConfig(ChatConfig):
 
     name: str = "distillation"
     teacher: str | None = None
-    """The model to learn from: folder, hub id, sample, or the directory of a run with an export; `adapter_off` is the model
-    itself with its adapter switched off. It has the tokens of the model."""
+    """The model to learn from: folder, hub id, sample, or the directory of a run with an export. It has the tokens of the model.
+    When not given, the model itself with its new adapter switched off, which holds a run with `text_weight` near its start."""
     teacher_revision: str | None = None
     """Branch, tag or commit of `teacher` on the hub; resolved to a commit before the ranks start."""
     beta: float = setting(0.5, at_least=0.0, at_most=1.0)

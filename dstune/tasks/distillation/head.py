@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dstune.models.adapters import without_adapters
 from dstune.models.cross_entropy import rows_at_once
 from dstune.models.divergence import (
     BlockDivergence,
@@ -22,15 +23,18 @@ from dstune.models.heads.base import Batch, Forward, HeadOutput, Rows, inputs_of
 from dstune.models.heads.language import KEPT, TARGETS, positions_with_target
 from dstune.models.logit_transform import LogitTransform
 from dstune.tasks.distillation.config import DistillationConfig
-from dstune.tasks.distillation.teacher import ProbedHead, Teacher
+from dstune.tasks.distillation.teacher import ChunkedLogits, ProbedHead, Taught, Teacher
 
 
 class DistillationHead(ProbedHead):
     """The loss of each target, from the hidden states of model and teacher; logits of a chunk of targets exist at a time."""
 
-    def __init__(self, task: DistillationConfig, model: PreTrainedModel, teacher: Teacher, rows: Rows | None = None):
+    def __init__(
+        self, task: DistillationConfig, model: PreTrainedModel, teacher: Teacher | None, rows: Rows | None = None
+    ):
+        """teacher: None for the model itself with its adapter switched off."""
         super().__init__(model, rows)
-        self._teacher = teacher
+        self._model, self._teacher = model, teacher
         self._objective = Objective(task.beta, task.temperature, task.text_weight)
         self._block_loss: BlockDivergence | None = None
         self._measured: Measured | None = None
@@ -40,7 +44,7 @@ class DistillationHead(ProbedHead):
         kept = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
         with torch.no_grad():  # first, so that no activations of the other pass are in memory meanwhile
-            taught = self._teacher.observe(forward, inputs_of(batch), kept, width)
+            taught = self._taught(forward, inputs, batch, kept, width)
         transform = self.transform if self._examined else LogitTransform()
         block_loss = self._block_loss = BlockDivergence(self._objective, transform, taught, targets)
         self._kept, self._targets = (kept, width), targets if self._examined else None
@@ -62,8 +66,32 @@ class DistillationHead(ProbedHead):
             sums = {"text_loss": measured.text_loss, "teacher_text_loss": measured.teacher_text_loss}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, sums=sums)
 
+    def _taught(self, forward: Forward, inputs: Mapping[str, Any], batch: Batch, kept: Tensor, width: int) -> Taught:
+        if self._teacher is None:
+            return self._without_adapter(forward, inputs, kept, width)
+        return self._teacher.observe(forward, inputs_of(batch), kept, width)
+
+    def _without_adapter(self, forward: Forward, inputs: Mapping[str, Any], kept: Tensor, width: int) -> ChunkedLogits:
+        """What the model expects with its adapter switched off."""
+        with without_adapters(self._model):
+            if not self._examined:
+                self._kept = kept, width
+                try:
+                    logits: Tensor = forward(**inputs, use_cache=False).logits
+                finally:
+                    self._kept = None
+                return ChunkedLogits(logits, _unchanged, LogitTransform(), max(1, len(logits)))
+            hidden = self.hidden_states(forward, inputs, kept, width)
+        rows = rows_at_once(self._projection, hidden) or max(1, len(hidden))
+        return ChunkedLogits(hidden, self._project_without_adapter, self.transform, rows)
+
+    def _project_without_adapter(self, hidden: Tensor) -> Tensor:
+        with torch.no_grad(), without_adapters(self._model):
+            return self._project(hidden)
+
     def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        assert self._block_loss is not None
+        if self._block_loss is None:
+            return super()._projected(hidden, targets)
         if torch.is_grad_enabled():
             return projected_divergence(self._projection, self._project, hidden, self._block_loss)
         rows = rows_at_once(self._projection, hidden) or max(1, len(hidden))

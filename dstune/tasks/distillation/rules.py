@@ -9,14 +9,17 @@ from dstune.config.convert import format_value
 from dstune.config.multi_task import tasks_of
 from dstune.config.schema import Automatic, RunConfig
 from dstune.core.errors import Problem
-from dstune.protocols import parallelism_of
+from dstune.protocols import method_of, parallelism_of
 from dstune.tasks.distillation.config import DistillationConfig
+
+TEACHERS = "task.teacher=FOLDER, a hub id, a sample or the directory of a run"
 
 
 def check(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
-    if task.teacher is None or not task.teacher.strip():
-        fix = "task.teacher=FOLDER, a hub id, a sample or the directory of a run"
-        yield Problem("task.teacher", "there is nobody to learn from", fix, format_value(task.teacher))
+    if task.teacher is None:
+        yield from _check_adapter_off(config, task)
+    elif not task.teacher.strip():
+        yield Problem("task.teacher", "this is empty", TEACHERS, "''")
     elif (Path(task.teacher) / "adapter_config.json").is_file():
         reason = "this is an adapter, and a teacher is a whole model"
         fix = "dstune export RUN --merge of its run, and the merged model as task.teacher"
@@ -64,3 +67,16 @@ def _check_own_answers(config: RunConfig, task: DistillationConfig) -> Iterator[
     if isinstance(config.trainer.micro_batch_size, Automatic):
         reason = "it is measured with rows as they are, before the model has answered any prompt"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=8, or as many as fit", "auto")
+
+
+def _check_adapter_off(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
+    if not method_of(config.method).starts_at_base:
+        reason = f"no teacher is given, and method={config.method.name} has no new adapter that could be switched off to teach"
+        yield Problem("task.teacher", reason, TEACHERS, "null")
+    elif not task.text_weight:
+        reason = (
+            "no teacher is given, and the model without its new adapter is where it starts: nothing is left to learn"
+        )
+        yield Problem(
+            "task.teacher", reason, f"{TEACHERS}; or task.text_weight=0.5 to learn rows near the start", "null"
+        )

@@ -47,7 +47,7 @@ class Teacher(Protocol):
 
 
 class ProbedHead(CausalLmHead):
-    """A head that knows what the model does with its logits."""
+    """A head that knows what the model does with its logits, and can take the hidden states in front of its projection."""
 
     def __init__(self, model: Any, rows: Any = None):
         super().__init__(model, rows)
@@ -65,18 +65,8 @@ class ProbedHead(CausalLmHead):
         self._examined = False
         return False
 
-    def _agrees(self, forward: Any, device: torch.device, transform: LogitTransform) -> bool:
-        logits, probe = self._probed(forward, device)
-        expected = transform(probe.float())
-        limit = (1e-5 if logits.dtype is torch.float32 else 0.02) * float(expected.abs().max())
-        return bool((logits.float() - expected).abs().max() <= limit)
-
-
-class HiddenStates(ProbedHead):
-    """Takes the hidden states of some positions from a forward pass, in front of the projection."""
-
-    def of(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Tensor:
-        """[positions, hidden size], in the order of `kept`."""
+    def hidden_states(self, forward: Any, inputs: Mapping[str, Any], kept: Tensor, width: int) -> Tensor:
+        """Those of some positions, in front of the projection: [positions, hidden size], in the order of `kept`."""
         self._kept, self._targets = (kept, width), kept
         try:
             forward(**inputs, use_cache=False)
@@ -88,6 +78,12 @@ class HiddenStates(ProbedHead):
     def _projected(self, hidden: Tensor, targets: Tensor) -> Tensor:
         self._hidden = hidden
         return hidden[:, :1]  # whatever the model does with it, nobody reads it
+
+    def _agrees(self, forward: Any, device: torch.device, transform: LogitTransform) -> bool:
+        logits, probe = self._probed(forward, device)
+        expected = transform(probe.float())
+        limit = (1e-5 if logits.dtype is torch.float32 else 0.02) * float(expected.abs().max())
+        return bool((logits.float() - expected).abs().max() <= limit)
 
 
 @dataclass
@@ -114,7 +110,7 @@ class ChunkedLogits:
 class LoadedTeacher:
     """A model of its own, at stage 3 partitioned apart from its projection, else whole on every rank."""
 
-    def __init__(self, engine: Engine, head: HiddenStates, projection: nn.Linear):
+    def __init__(self, engine: Engine, head: ProbedHead, projection: nn.Linear):
         self._engine, self._head = engine, head
         weights = [weight for weight in projection.parameters() if weight is not None]
         with gathered(weights):  # a chunk of the loss needs them while no rank waits for it
@@ -122,7 +118,7 @@ class LoadedTeacher:
         self._weight, self._bias = copies[0], copies[1] if len(copies) > 1 else None
 
     def observe(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Taught:
-        hidden = self._head.of(self._engine.forward, inputs, kept, width)
+        hidden = self._head.hidden_states(self._engine.forward, inputs, kept, width)
         rows = chunk_rows(hidden, len(self._weight))
         return ChunkedLogits(hidden, self._project, self._head.transform, rows)
 
@@ -147,7 +143,7 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
     with partitioned_loading(settings):
         model = load_model(other, tokenizer, (), DTYPES[precision])
     projection = model.get_output_embeddings()
-    head = HiddenStates(model)
+    head = ProbedHead(model)
     engine = Engine(model, None, settings, world)
     engine.train(False)
     if not (type(projection) is nn.Linear and head.examine(engine.forward, engine.device)):
