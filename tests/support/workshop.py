@@ -22,6 +22,7 @@ VOLATILE = {
     "forward_seconds",
     "backward_seconds",
     "update_seconds",
+    "rollout_seconds",
     "peak_memory_gib",
     "eval/seconds",
     "time",
