@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from parity.reference import train_plainly
@@ -41,13 +43,20 @@ def save_pair(kind: str, folder: Path, plain: Path) -> tuple[Path, Path]:
     return stored, dense
 
 
+def load_plainly(path: Path, **settings: Any) -> Any:
+    """gpt-oss has no fused attention on a CPU, and its experts are computed one by one."""
+    from transformers import AutoModelForCausalLM
+
+    slow = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(path, **settings | (slow if "mxfp4" in str(path) else {}))
+
+
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_few_bits_train_as_the_values_they_stand_for(workshop: Workshop, kind: str) -> None:  # noqa: F811
     stored, dense = save_pair(kind, workshop.folder, workshop.model)
     common = ["data.packing=false", STILL]
-    expected = train_plainly(
-        workshop.composed("reference", f"model.path={dense}", *common).config, workshop.folder / "cache"
-    )
+    config = workshop.composed("reference", f"model.path={dense}", *common).config
+    expected = train_plainly(config, workshop.folder / "cache", SimpleNamespace(from_pretrained=load_plainly))
     names = {stage: f"{kind}-{stage}" for stage in (0, 2, 3)}
     cases = [
         workshop.case(name, f"model.path={stored}", f"zero=stage{stage}", *common) for stage, name in names.items()
@@ -59,6 +68,6 @@ def test_few_bits_train_as_the_values_they_stand_for(workshop: Workshop, kind: s
         assert [row["grad_norm"] for row in rows] == pytest.approx(expected.grad_norms, rel=1e-6), name
         trained = workshop.weights(name)
         for key, weight in expected.weights.items():
-            assert (trained[key] - weight).abs().max() < 1e-6, f"{name}: {key}"
+            assert (trained[key] - weight).abs().max() < 5e-6, f"{name}: {key}"
         description = json.loads((workshop.folder / name / "export" / "config.json").read_text())
         assert "quantization_config" not in description

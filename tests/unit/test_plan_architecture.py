@@ -166,6 +166,15 @@ def test_what_config_json_may_leave_out_is_what_transformers_assumes(kind: str) 
             assert getattr(config, key) == value, key
 
 
+def test_experts_are_counted_under_the_name_that_transformers_saves_them() -> None:
+    from transformers import AutoConfig
+
+    values = DECODER | EXPERTS | QWEN_EXPERTS
+    saved = AutoConfig.for_model("qwen3_moe", **values).to_dict()
+    assert "num_experts" not in saved or "num_local_experts" not in saved
+    assert architecture(saved).parameters == planned("qwen3_moe", values, LANGUAGE_MODEL).parameters
+
+
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="mamba"):
         architecture(json.loads('{"model_type": "mamba"}'))

@@ -88,6 +88,8 @@ def test_every_causal_architecture_is_planned_with_all_its_tensors(tmp_path: Pat
             models[kind] = save(kind, tmp_path / kind)
         except Exception:  # the shrunk defaults of the class are no model
             continue
+        if models[kind].config.is_encoder_decoder or kind == "bart":  # seq2seq builds another class of them
+            del models[kind]
     whole = {kind: json.loads((tmp_path / kind / "config.json").read_text()) for kind in models}
     counted.count([values for values in whole.values() if not is_known(values)], LANGUAGE_MODEL, 2)
     for kind, model in models.items():

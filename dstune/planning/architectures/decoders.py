@@ -120,7 +120,8 @@ def _routed_layers(c: dict[str, Any]) -> range | list[int]:
 
 
 def _experts(c: dict[str, Any]) -> int:
-    return int(c["num_local_experts"] if c["model_type"] == "mixtral" else c["num_experts"])
+    # transformers 5 saves Qwen's number under Mixtral's name.
+    return int(c.get("num_local_experts") or c["num_experts"])
 
 
 def _expert_inner(c: dict[str, Any]) -> int:
