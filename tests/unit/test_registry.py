@@ -41,7 +41,7 @@ def test_a_member_is_found_alone_and_the_others_keep_their_order(kind, name, ord
 @pytest.mark.parametrize("name", ["chart", "__init__", "config", "a.b", ""])
 def test_no_such_member(name):
     found, imported, *members = find("task", name)
-    assert found == "None" and int(imported) == len(members) == 10
+    assert found == "None" and int(imported) == len(members) == 11
 
 
 def test_showing_a_configuration_imports_the_rooms_that_it_chooses():
