@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 HEAD_START_SECONDS = 0.3
 """What a node's first rank is ahead of the others, so that it does the work: rank 0 shows how far it is."""
 
+MOST_TRIES = 5
+"""So often rows are prepared anew since images changed: an entry may be of a state that changed while it was made."""
+
 
 def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *, trains: bool = True) -> PreparedData:
     """The samples of `config` as `tokenizer` (of transformers, template applied) cuts them, memory-mapped.
@@ -56,8 +59,11 @@ def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *
     if env.local_rank and not (cache_root / "data" / key).is_dir():
         time.sleep(HEAD_START_SECONDS)
     folder = cache.entry(cache_root / "data", key, make)
-    images = ImageFiles.of(folder)
-    if images is not None and not images.are_as_prepared():  # their names are in the rows, what they show is not
+    tries = 0
+    # Their names are in the rows, what they show is not.
+    while (images := ImageFiles.of(folder)) is not None and not images.are_as_prepared():
+        if (tries := tries + 1) > MOST_TRIES:
+            raise UserError(Problem("data.train", "images of the rows change again and again while they are read"))
         key = f"{key}-{images.state()}"
         folder = cache.entry(cache_root / "data", key, make)
     data = _load(folder, key, config, vision_of(tokenizer))

@@ -22,6 +22,7 @@ from dstune.data import sources
 from dstune.data.augment.rewrite import identity
 from dstune.data.augment.words import KEY as SYNONYMS_KEY
 from dstune.data.clean.extras import versions
+from dstune.data.images.store import root_of_images
 from dstune.data.prompts import prompt_count
 from dstune.data.row_sources import Input, Inputs
 from dstune.data.swaps import KEY as SWAPS_KEY
@@ -68,7 +69,7 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
             data.on_bad_row,
             *([data.image_folder] if data.image_folder else []),
         ],
-        **_vision_digest(tokenizer),
+        **_vision_digest(config, tokenizer, inputs),
         "augment": _augment_digest(config),
         "prompts": prompt_count(config),
         "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
@@ -84,12 +85,20 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))
 
 
-def _vision_digest(tokenizer: Any) -> dict[str, Any]:
-    """What turns images into text and inputs, of a model that sees."""
+def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[str, Any]:
+    """What turns images into text and inputs, of a model that sees, and where relative paths of images begin."""
     vision = vision_of(tokenizer)
     if vision is None or not vision.has_processor:
         return {}
-    return {"vision": {key: value for key, value in asdict(vision).items() if key not in ("path", "revision")}}
+    folders = {
+        part: {
+            name: [str(root_of_images(config.data.image_folder, file.path)) for file in of.files]
+            for name, of in named.items()
+        }
+        for part, named in inputs.items()
+    }
+    processor = {key: value for key, value in asdict(vision).items() if key not in ("path", "revision")}
+    return {"vision": processor, "image_folders": folders}
 
 
 def _code(config: RunConfig) -> list[Path]:

@@ -60,7 +60,9 @@ def prefetched_steps(
         split, whole = loaded.split, loaded.global_batch
         pinned = accelerator.present()
         batches = []
-        micro_batches = with_images_everywhere(whole.micro_batches, split, needed=needs_images(config, world))
+        micro_batches = with_images_everywhere(
+            whole.micro_batches, split, needed=needs_images(config, world), trained=config.model.train_vision
+        )
         for micro_batch in share(micro_batches, world.data_parallel_rank, world.data_parallel_size):
             batch = indexed(head, batch_of(config, split, micro_batch, pad_token_id))
             batches.append((micro_batch, {k: v.pin_memory() for k, v in batch.items()} if pinned else batch))

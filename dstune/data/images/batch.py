@@ -26,16 +26,20 @@ BLANK_NUMBER = -1
 Rows = Sequence[Sequence[Mapping[str, Any]]]
 
 
-def with_images_everywhere(micro_batches: Sequence[MicroBatch], split: Split, *, needed: bool) -> list[MicroBatch]:
+def with_images_everywhere(
+    micro_batches: Sequence[MicroBatch], split: Split, *, needed: bool, trained: bool = False
+) -> list[MicroBatch]:
     """The micro-batches of a step or an evaluation, all marked to have an image where one of them has.
 
     Ranks that gather the weights of a tower part by part wait for one that has no use for it. All of them know the global batch,
-    so none has to ask. needed: whether a tower is gathered in this way, or trained.
+    so none has to ask. needed: whether a tower is gathered in this way, or trained. trained: whether it is trained by this step:
+    then each one is marked, also where none has an image, since ZeRO 3 would take a parameter without a gradient to have that of
+    the step before.
     """
     if not needed or split.images is None:
         return list(micro_batches)
     has_images = split.image_counts
-    if not any(has_images[sample] for part in micro_batches for sample in part.samples):
+    if not trained and not any(has_images[sample] for part in micro_batches for sample in part.samples):
         return list(micro_batches)
     return [replace(part, needs_image=True) for part in micro_batches]
 

@@ -1,4 +1,5 @@
-"""The image files of a cache entry: a table with one line for each distinct image, and one file with those that rows bring along.
+"""The image files of a cache entry: a table with one line for each file (any of them may change later) and each distinct image
+that rows bring along, and one file with the latter.
 
 Rows and samples hold numbers of this table, never pixels: an image is decoded when a batch needs it.
 """
@@ -104,6 +105,11 @@ def _refuse_size(size: tuple[int, int]) -> None:
         raise RowError(f"has {width:,} x {height:,} pixels, and none may have more than {MAX_PIXELS:,}")
 
 
+def root_of_images(image_folder: str | None, file: Path) -> Path:
+    """Where relative paths of images begin in the rows of `file`."""
+    return (Path(image_folder).expanduser() if image_folder else file.parent).resolve()
+
+
 class ImageWriter:
     """Takes the images of rows into a cache entry.
 
@@ -126,7 +132,7 @@ class ImageWriter:
         if self._refused:
             raise RowError(f"the row holds an image; {self._refused}")
         require_pillow()
-        root = (Path(self._root).expanduser() if self._root else file.parent).resolve()
+        root = root_of_images(self._root, file)
         found = []
         for place, reference in enumerate(row[COLUMN], 1):
             try:
@@ -163,7 +169,7 @@ class ImageWriter:
 
     def _add(self, content: bytes, path: Path | None = None) -> int:
         digest = xxhash.xxh3_128_hexdigest(content)
-        if (known := self._numbers.get(digest)) is not None:
+        if path is None and (known := self._numbers.get(digest)) is not None:
             return known
         if len(content) > MAX_BYTES:
             raise RowError(f"has {len(content):,} bytes, and none may have more than {MAX_BYTES:,}")
@@ -175,9 +181,10 @@ class ImageWriter:
             self._end += len(content)
         else:
             line = (digest, width, height, str(path), 0, len(content), path.stat().st_mtime_ns)
-        self._numbers[digest] = len(self._lines)
+        number = len(self._lines)
+        self._numbers.setdefault(digest, number)
         self._lines.append(line)
-        return self._numbers[digest]
+        return number
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,10 @@ class ChatEncoder(Language):
             labels = np.array([*prefix, *labels, self._end], dtype=np.int32)
             targets = np.concatenate([np.full(len(prefix), self.trains_on_prompt), targets, [True]])
             sizes = np.concatenate([np.zeros(len(prefix), dtype=np.int64), sizes, [0]])
-        return self._sample(number, input_ids, targets, sizes, text.problem, labels, _tokens_of(text.images, offsets))
+        images = _tokens_of(text.images, offsets)
+        for start, behind, _ in images:
+            targets[start:behind] = False  # the model is given what it sees there, and writes none of it
+        return self._sample(number, input_ids, targets, sizes, text.problem, labels, images)
 
     def _texts(self, row: dict[str, Any]) -> list[_Text]:
         """The texts of a row, or one with what is wrong with the row."""
