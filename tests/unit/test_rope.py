@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from support.tiny import save_decoder
 
 from dstune.config.compose import compose
 from dstune.config.rope import RopeConfig, rope_problems
+from dstune.config.schema import Precision
 from dstune.config.validate import find_problems
 from dstune.core.errors import UserError
+from dstune.methods.features.config import FeaturesConfig
+from dstune.methods.features.vectors import _key
 from dstune.models.load import load_config, load_model, load_tokenizer
+from dstune.tasks.preference.reference import _identity
 
 POSITIONS = 128
 ROWS = ("data.packing=false", "trainer.micro_batch_size=1")
@@ -102,3 +107,20 @@ def test_an_exported_model_is_not_extended_twice(decoder: Path, tmp_path: Path) 
     load_config(config.model).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="extended already"):
         load_config(run(tmp_path, "model.rope.type=yarn").model)
+
+
+def test_cached_vectors_and_references_belong_to_the_positions_that_made_them(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model")
+    alone = SimpleNamespace(rank=0, size=1, gather=lambda part: [part])
+    data = SimpleNamespace(fingerprint="rows", labels=("a", "b"))
+
+    def keys_of(*words: str) -> list[str]:
+        config = compose([f"model.path={folder}", "data.train=rows.jsonl", *words]).config
+        vectors = _key(config, FeaturesConfig(), data, Precision.fp32)
+        return [vectors, json.dumps(_identity(config, alone), default=str)]
+
+    types = [("model.rope.type=yarn",), ("model.rope.type=yarn", "model.rope.factor=4"), ("model.rope.type=linear",)]
+    every = [keys_of(*words) for words in ((), *types)]
+    for kind in zip(*every, strict=True):
+        assert len(set(kind)) == len(every)
+    assert "factor" not in every[0][1]  # as without the section: what earlier versions cached is found

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,8 @@ def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precisio
         }
     if config.model.weights is InitialWeights.random:
         body = [body, config.trainer.seed]
+    if config.model.rope.type is not None:
+        body = [body, asdict(config.model.rope)]
     parts = [
         data.fingerprint,
         data.labels,

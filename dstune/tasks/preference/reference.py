@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,8 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
     if model.weights is InitialWeights.random or model.add_tokens:
         settings.append(config.trainer.seed)
+    if model.rope.type is not None:
+        settings.append(asdict(model.rope))
     method = method_of(config.method)
     adapters = method.folders if isinstance(method, StartsFromAdapters) else []
     folders = [model_folder(model), *map(Path, adapters)]
