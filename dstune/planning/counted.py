@@ -40,18 +40,21 @@ LINEAR_CHUNK = 64
 def count(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[dict[str, Any]]:
     """The inventory of each whole `config.json`, from the cache or from one child for all that are not in it.
 
-    An inventory of a model that cannot be built is `{"error": reason}`.
+    An inventory of a model that cannot be built is `{"error": reason}`, which is not cached: a package may have been missing, or
+    room in the temporary folder.
 
     Raises:
         UserError: the child ended otherwise, or took too long.
     """
     places = [_place(values, head, labels) for values in configs]
     inventories = [read_object(place) for place in places]
-    missing = [index for index, inventory in enumerate(inventories) if inventory is None]
+    missing = [index for index, inventory in enumerate(inventories) if inventory is None or "error" in inventory]
     if missing:
         answers = _ask([configs[index] for index in missing], head, labels)
         for index, answer in zip(missing, answers, strict=True):
             inventories[index] = answer
+            if "error" in answer:
+                continue
             places[index].parent.mkdir(parents=True, exist_ok=True)
             files.write(places[index], json.dumps(answer))
     return [inventory or {} for inventory in inventories]

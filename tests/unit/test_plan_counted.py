@@ -173,3 +173,14 @@ def test_a_child_that_dies_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: dead)
     with pytest.raises(UserError, match="Killed"):
         counted.count([{"model_type": "mamba2"}], LANGUAGE_MODEL, 2)
+
+
+def test_a_failure_of_counting_is_no_answer_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing package may be there the next time; what was counted is asked for once."""
+    monkeypatch.setenv("DSTUNE_CACHE", str(tmp_path))
+    answers = iter([[{"error": "ImportError: timm"}, {"class": "A"}], [{"class": "B"}]])
+    monkeypatch.setattr(counted, "_ask", lambda *_: next(answers))
+    models = [{"model_type": "b"}, {"model_type": "a"}]
+    assert counted.count(models, LANGUAGE_MODEL, 2) == [{"error": "ImportError: timm"}, {"class": "A"}]
+    assert counted.count(models, LANGUAGE_MODEL, 2) == [{"class": "B"}, {"class": "A"}]
+    assert counted.count(models, LANGUAGE_MODEL, 2) == [{"class": "B"}, {"class": "A"}]
