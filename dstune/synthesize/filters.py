@@ -139,7 +139,7 @@ class HeldOut:
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
             words = WORDS.findall(text.casefold())
-            if len(words) < RUN:
+            if words and len(words) < RUN:
                 self._short.add(tuple(words))
             self._runs.update(_runs(words))
 

@@ -15,6 +15,7 @@ import pytest
 from dstune.core.errors import UserError
 from dstune.synthesize import teacher
 from dstune.synthesize.command import main
+from dstune.synthesize.filters import HeldOut
 from dstune.synthesize.requests import passages
 from dstune.synthesize.teacher import TeacherUnreachable
 from tests.support.teacher_double import Double, serving, words_of
@@ -281,3 +282,10 @@ def test_a_run_refuses_more_synthetic_rows_than_allowed(tmp_path, monkeypatch):
                 prepare(*arguments)
         else:
             assert prepare(*arguments).report["train"]["synthetic_rows"] == 3
+
+
+def test_an_empty_held_out_text_is_in_no_prompt() -> None:
+    """Rows of Alpaca have `"input": ""`, and a rewritten text has an empty prompt."""
+    held_out = HeldOut(["", "?!", "two words"])
+    assert not held_out.meets("", whole=True)
+    assert held_out.meets("Two words!", whole=True)
