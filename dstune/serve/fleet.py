@@ -102,7 +102,8 @@ class Fleet:
                 log.info("starting the engine %s for %s", group.engine.name, group.base)
                 self._groups.append(group)
                 await group.engine.start()
-                await self._publish(group)
+                async with group.busy:
+                    await self._publish(group)
         except BaseException:
             await self.stop()
             raise
@@ -209,12 +210,15 @@ class Fleet:
             model.created = before.created
         self.models[model.source.name] = model
 
+    def _check_started(self) -> None:
+        if not self.started.is_set():
+            raise EngineDown("the engines are being started")
+
     async def add(self, source: Source) -> Model:
         """Serve one more adapter while requests run. Raises UserError, Refused, EngineDown."""
         if not NAME.fullmatch(source.name):
             raise UserError(Problem("name", "is no name for a model", value=source.name))
-        if not self.started.is_set():
-            raise EngineDown("the engines are being started")
+        self._check_started()
         if not (source.adapter and source.generates):
             raise UserError(Problem("path", "is no adapter of a language model", "start a server for it", source.path))
         if source.name in self._adding:
@@ -247,13 +251,15 @@ class Fleet:
     async def replace(self, source: Source) -> Model:
         """Give the name of an adapter to another one when that is proven: until then the one before answers, and requests that
         come during the change wait for it. Raises UserError, Refused, EngineDown; the one before stays then."""
+        self._check_started()
         group = next((group for group in self._groups if source.name in group.adapters), None)
         if group is None or not (source.adapter and source.generates):
             raise UserError(Problem("name", "is no adapter that is served", value=source.name))
         adapters.check(source, group.engine.source, one_template=self._one_template)
         async with group.busy:
             before = group.adapters.get(source.name)
-            if before is None or not self.models[source.name].ready:
+            listed = self.models.get(source.name)
+            if before is None or listed is None or not listed.ready:
                 raise UserError(Problem("name", "is not served now, so it can be removed and added", value=source.name))
             proof = await self._try(group, source)
             settled = self._replacing[source.name] = asyncio.Event()
@@ -293,7 +299,8 @@ class Fleet:
             await event.wait()
 
     async def remove(self, name: str) -> None:
-        """Raises UserError where it is no adapter."""
+        """Raises UserError where it is no adapter, EngineDown while the engines are being started."""
+        self._check_started()
         for group in self._groups:
             if name in group.adapters:
                 async with group.busy:

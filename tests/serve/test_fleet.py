@@ -315,6 +315,34 @@ def test_the_gateway_answers_while_its_models_are_loaded(tmp_path):
     asyncio.run(test())
 
 
+def test_adapters_stay_as_they_are_while_they_are_loaded(tmp_path):
+    """Who removes or replaces one of them then is told to come later."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    gate, loading = asyncio.Event(), asyncio.Event()
+
+    class Slow(StubEngine):
+        async def load_adapter(self, name, folder):
+            loading.set()
+            await gate.wait()
+
+    async def test():
+        fleet = Fleet(lambda source, base: Slow(source, base, tmp_path, tmp_path, Limits()))
+        adapters = [stub_source(name, folder=tmp_path, adapter=True, base="base") for name in ("a1", "a2")]
+        starting = asyncio.create_task(fleet.start(adapters))
+        await loading.wait()
+        for change in (fleet.remove("a1"), fleet.remove("a2"), fleet.replace(adapters[1])):
+            with pytest.raises(EngineDown, match="being started"):
+                await change
+        gate.set()
+        await starting
+        assert {"a1", "a2"} < set(fleet.models)
+        await fleet.remove("a1")
+        assert "a1" not in fleet.models
+        await fleet.stop()
+
+    asyncio.run(test())
+
+
 def test_two_who_add_or_remove_one_name_at_once(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     gate = asyncio.Event()
