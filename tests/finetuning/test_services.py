@@ -22,6 +22,7 @@ from dstune.finetuning.routes import routes as routes_of
 from dstune.finetuning.tables import Secret, Usage
 from dstune.finetuning.vault import Vault
 from dstune.serve import command, keys_command, options
+from dstune.serve.engines.base import EngineDown
 from dstune.serve.store.database import Database
 from dstune.serve.store.keys import Keys
 from tests.support.finetuning_calls import run
@@ -108,9 +109,13 @@ class Engines:
     def __init__(self, monkeypatch):
         where = "dstune.finetuning.models.serving.source.resolve"
         monkeypatch.setattr(where, lambda name, path: SimpleNamespace(name=name))
-        self.models, self.loading = {"base": None}, asyncio.Event()
+        self.models, self.loading, self.started = {"base": None}, asyncio.Event(), asyncio.Event()
+        self.started.set()
+        self.failure = None
 
     async def add(self, source):
+        if self.failure is not None:
+            raise self.failure
         self.loading.set()
         await asyncio.sleep(0.01)
         self.models[source.name] = source
@@ -143,6 +148,28 @@ def test_models_that_nobody_asks_for_leave_their_engine(tmp_path, monkeypatch):
             assert sorted(engines.models) == ["base", rows[0].name, rows[4].name]
         await serving.ensure(caller, rows[2].name)
         assert rows[2].name in engines.models
+
+    asyncio.run(test())
+
+
+def test_models_are_loaded_before_anybody_asks_also_after_a_restart(tmp_path, monkeypatch):
+    """They wait until the engines have been started, and one that an engine could not take at the moment is tried again."""
+
+    async def test():
+        engines = Engines(monkeypatch)
+        engines.started.clear()
+        row = TunedModel(name="ft:base:org::1", folder="a")
+        serving = Serving(engines, SimpleNamespace(final=lambda most: [row], folder=lambda model: tmp_path))
+        loading = asyncio.create_task(serving.load_new())
+        await asyncio.sleep(0.01)
+        assert not engines.loading.is_set()
+        engines.started.set()
+        engines.failure = EngineDown("it restarts")
+        await loading
+        assert list(engines.models) == ["base"]
+        engines.failure = None
+        await serving.load_new()
+        assert list(engines.models) == ["base", row.name]
 
     asyncio.run(test())
 

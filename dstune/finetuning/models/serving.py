@@ -123,7 +123,8 @@ class Serving:
         self._allowed.clear()
 
     async def load_new(self) -> None:
-        """Load the newest models that are not loaded yet."""
+        """Load the newest models that are not loaded yet, once the fleet has started."""
+        await self._fleet.started.wait()
         if not self._fleet.models:
             return
         for model in await asyncio.to_thread(self._store.final, LOADED_AT_START):
@@ -131,5 +132,6 @@ class Serving:
                 try:
                     await self._load(model)
                 except ApiError as error:
-                    self._refused.add(model.name)
+                    if error.status != 503:  # an engine that does not answer has refused nothing: it is tried again
+                        self._refused.add(model.name)
                     log.info("%s", error)
