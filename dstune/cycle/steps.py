@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -178,21 +179,21 @@ class Cycle:
         return gone
 
     def _forget_copies(self, number: int, kept: list[Row]) -> None:
-        """The files that a training read from."""
+        """The files that a training read from.
+
+        Their rows and origins are paired by digest, and origins are written last: a kill in between leaves more of them.
+        """
         rows = {digest_of_row(row.row) for row in kept}
         for name in ("train.jsonl", "old.jsonl"):
             for place in (self.settings.folder / CYCLES).glob(f"*/{name}"):
                 lineage = place.with_name(f"lineage-{name}")
                 origins = read_rows(lineage)
-                content = read_rows(place)
-                still = [
-                    (row, origin)
-                    for row, origin in zip(content, origins, strict=True)
-                    if origin["cycle"] != number or digest_of_row(row) in rows
-                ]
-                if len(still) < len(content):
-                    write_rows(place, [row for row, _ in still])
-                    write_rows(lineage, [origin for _, origin in still])
+                gone = [origin["cycle"] == number and origin["digest"] not in rows for origin in origins]
+                if any(gone):
+                    still = [origin for origin, is_gone in zip(origins, gone, strict=True) if not is_gone]
+                    removed = {origin["digest"] for origin, is_gone in zip(origins, gone, strict=True) if is_gone}
+                    write_rows(place, _without_copies(read_rows(place), removed, still))
+                    write_rows(lineage, still)
 
     def _ancestry(self, name: str | None) -> list[int]:
         """The cycles whose rows a version was trained on, the newest first; 0 is the first run."""
@@ -251,9 +252,10 @@ class Cycle:
         run, labels = self.place / "run", training.labels_of_run(self.settings.run)
         overrides = training.training_overrides(
             self.settings, self.place / "train.jsonl", self.place / "old.jsonl",
-            self.place / "validation.jsonl", self._folder_of(start), self.version,
+            self.place / "validation.jsonl", self.version,
         )  # fmt: skip
-        training.prepare_run(run, config, overrides, labels, plugins_of(self.settings.run / "run.yaml"))
+        base = training.config_from_version(config, self._folder_of(start))
+        training.prepare_run(run, base, overrides, labels, plugins_of(self.settings.run / "run.yaml"))
         training.train(run)
         from dstune.launch import records
 
@@ -327,6 +329,20 @@ class Cycle:
                 return "promoted", f"within the bounds of auto_promote: {interval}"
             return "challenges", f"outside the bounds of auto_promote ({interval}): a person decides"
         return "challenges", f"{self.settings.share:.0%} of the traffic; a person promotes it"
+
+
+def _without_copies(
+    rows: Iterable[dict[str, Any]], removed: set[str], origins: Iterable[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows with as many copies of a removed one as others of `origins` have. removed: digests."""
+    copies = Counter(origin["digest"] for origin in origins)
+    for row in rows:
+        digest = digest_of_row(row)
+        if digest not in removed:
+            yield row
+        elif copies[digest] > 0:
+            copies[digest] -= 1
+            yield row
 
 
 def _file_rows(spec: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from dstune.checkpoint import store
@@ -18,19 +18,38 @@ from dstune.config.schema import RunConfig
 from dstune.core.errors import EXIT_DONE, EXIT_PREEMPTED, Preempted, TrainingFailed
 from dstune.cycle.settings import CycleSettings
 from dstune.launch import records
-from dstune.protocols import task_of
+from dstune.protocols import method_of, task_of
+from dstune.protocols.method import MethodConfig
+from dstune.protocols.method_options import StartsFromAdapters
 from dstune.protocols.task_options import TakesLabels
 
 
-def training_overrides(
-    settings: CycleSettings, rows: Path, old: Path, validation: Path, model: Path, name: str
-) -> list[str]:
-    """Return what differs from the settings of the first run."""
+def config_from_version(base: RunConfig, folder: Path) -> RunConfig:
+    """Return the first run's configuration, started from a version's export.
+
+    The export holds what the first run brought to its model: weights, settings of `config.json`, longer positions, adapters.
+    """
+    from dstune.checkpoint.export import model_of_export
+
+    return replace(base, model=model_of_export(base.model, folder), method=_without_adapters(base.method))
+
+
+def _without_adapters(config: MethodConfig) -> MethodConfig:
+    method = method_of(config)
+    if not isinstance(method, StartsFromAdapters) or not method.folders:
+        return config
+    default, folders = type(config)(), method.folders
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    lists = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+    naming = [key for key, items in lists.items() if any(item in folders for item in items)]
+    return replace(config, **{key: getattr(default, key) for key in naming})
+
+
+def training_overrides(settings: CycleSettings, rows: Path, old: Path, validation: Path, name: str) -> list[str]:
+    """Return what differs from the settings of the first run, beside its model."""
     forgetting = {"replay": settings.replay, "l2sp": settings.l2sp, "ewc": settings.ewc}
     needs_old = settings.replay > 0 or settings.ewc > 0
     return [
-        f"model.path={quoted(str(model))}",
-        "model.revision=null",
         f"data.train={quoted(str(rows))}",
         f"data.validation={quoted(str(validation))}",
         "data.test=null",

@@ -15,6 +15,7 @@ from dstune.config.compose import compose
 from dstune.config.run_file import write_run
 from dstune.core import files
 from dstune.cycle import steps, training
+from dstune.cycle.collect import Row, digest_of_row, read_rows, write_rows
 from dstune.cycle.gates import Judge
 from dstune.cycle.settings import CycleSettings
 from tests.support.tiny import write_labelled
@@ -109,3 +110,40 @@ def test_killed_at_any_write_it_ends_in_the_same_files(base: Path, monkeypatch: 
         if not was_killed:
             break
     assert kill > 25  # two places a write
+
+
+def test_killed_while_it_forgets_rows_and_origins_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that another cycle has too stays once."""
+    rows = [{"text": text} for text in ("both", "gone", "first", "both", "kept")]
+    cycles = [1, 1, 0, 2, 1]
+    origins = [{"digest": digest_of_row(row), "cycle": cycle} for row, cycle in zip(rows, cycles, strict=True)]
+    for kill in itertools.count(1):
+        place = tmp_path / str(kill) / "cycles" / "0002"
+        write_rows(place / "train.jsonl", rows)
+        write_rows(place / "lineage-train.jsonl", origins)
+        settings = CycleSettings(tmp_path / "run", tmp_path / str(kill), "feedback.jsonl")
+        left = [Row("k", "", "", "label", {"text": "kept"}, is_held_out=False)]
+        with monkeypatch.context() as patch:
+            killed_at(patch, kill)
+            try:
+                steps.Cycle(settings)._forget_copies(1, left)
+                was_killed = False
+            except Killed:
+                was_killed = True
+        steps.Cycle(settings)._forget_copies(1, left)
+        assert sorted(row["text"] for row in read_rows(place / "train.jsonl")) == ["both", "first", "kept"]
+        assert [origin["cycle"] for origin in read_rows(place / "lineage-train.jsonl")] == [0, 2, 1]
+        if not was_killed:
+            break
+    assert kill == 5  # two writes, killed before and after each
+
+
+def test_a_cycle_starts_from_the_version_alone(tmp_path: Path) -> None:
+    """What the first run brought to its model is in the export: nothing of it is applied a second time."""
+    words = ["model.path=/nowhere", "data.train=rows.jsonl", "task=chat", "method=lora", "method.rank=4"]
+    words += ["method.adapter=/old", "method.frozen_adapters=[/older]", "model.weights=random", "model.rope.type=yarn"]
+    base = compose([*words, "model.config_overrides={num_hidden_layers: 2}", "model.revision=main"]).config
+    config = training.config_from_version(base, tmp_path)
+    assert (config.model.path, config.model.weights.name, config.model.revision) == (str(tmp_path), "pretrained", None)
+    assert config.model.rope.type is None and config.model.config_overrides == {}
+    assert config.method == compose(words[:5]).config.method
