@@ -271,6 +271,10 @@ def check_optimizer(config: RunConfig) -> Iterator[Problem]:
     optimizer = optimizer_of(config.optimizer)
     yield from optimizer.check()
     yield from optimizer.check_run(config)
+    if config.optimizer.lr == 0 and config.optimizer.vision_lr:
+        reason = "a tower's rate is a multiple of optimizer.lr, which is 0"
+        fix = "optimizer.lr=1e-12 to train next to nothing else"
+        yield Problem("optimizer.vision_lr", reason, fix, f"{config.optimizer.vision_lr:g}")
 
 
 def _answers_per_row(config: RunConfig) -> int:

@@ -120,6 +120,8 @@ class Builder:
         work.mkdir()
         config = self._config
         refused = refusal(vision_of(self._tokenizer), config.model.path)
+        if config.data.streaming:  # a later block may have the first one
+            refused = refused or "blocks of a stream take none (data.streaming=false)"
         self._images = ImageWriter(folder, config.data.image_folder, refused)
         read = self._read_all(work, bad)
         self._images.finish()

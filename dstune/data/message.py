@@ -175,7 +175,7 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
     found: dict[str, list[Any]] = {kind: [] for kind in ORDER}
     last = 0
     for part in parts:
-        kind = _type(part)
+        kind = type_of_part(part)
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else part
         if of_media := media.PARTS.get(kind):
             found["text"].append(_image(number, role, part, of_media))
@@ -216,8 +216,8 @@ def _image(number: int, role: str, part: Any, of_media: str) -> dict[str, Any]:
     return part_of_image(part, f"message {number} ({role})")
 
 
-def _type(part: Any) -> str:
-    """The type of a part, told from its keys where it does not say it."""
+def type_of_part(part: Any) -> str:
+    """Tell the type of a part of a content, from its keys where it does not say it."""
     if isinstance(part, str):
         return "text"
     if not isinstance(part, dict):

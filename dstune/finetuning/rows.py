@@ -16,6 +16,8 @@ from typing import Any
 
 from dstune.core.parsing import parse_json
 from dstune.core.text import visible
+from dstune.data import media
+from dstune.data.message import type_of_part
 from dstune.data.messages import conversation_of, conversation_row
 from dstune.data.preferences import pair_row
 from dstune.data.problems import RowError, format_value
@@ -234,6 +236,7 @@ def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
             raise FieldError(name, "this name is taken here; give the field another one")
     conversation_row(conversation_of(messages, "messages"), {"tools": row.get("tools")}, needs_answer=False)
     others = {name: value for name, value in row.items() if name not in ("messages", *TOOL_KEYS)}
+    media.refuse_columns(others)
     made: dict[str, Any] = {"prompt": messages, **others}
     if row.get("tools"):
         made["tools"] = row["tools"]
@@ -282,6 +285,9 @@ def _message(message: Mapping[str, Any], at: str) -> None:
         raise FieldError(f"{at}.content", "is missing" if "content" not in message else "must be text, it is null")
     if not isinstance(message.get("content", ""), str | list | None):
         raise FieldError(f"{at}.content", f"must be text, it is {format_value(message['content'])}")
+    for number, part in enumerate(content if isinstance(content := message.get("content"), list) else ()):
+        if of_media := media.PARTS.get(type_of_part(part)):
+            raise FieldError(f"{at}.content[{number}]", f"holds {of_media}; jobs train on text alone")
     weight = message.get("weight")
     if weight is not None:
         if role != "assistant":

@@ -31,7 +31,7 @@ def method_groups(config: RunConfig, module: nn.Module, vision_parts: Collection
 def vision_share(config: RunConfig) -> float:
     """The learning rate of a tower as a factor on `optimizer.lr`."""
     rate = config.optimizer.vision_lr
-    return 1.0 if rate is None else rate / config.optimizer.lr
+    return 1.0 if rate is None or not config.optimizer.lr else rate / config.optimizer.lr
 
 
 def parameter_groups(

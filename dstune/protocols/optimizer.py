@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.core.errors import Problem
@@ -23,7 +23,7 @@ class OptimizerConfig:
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Weight decay; never applied to norms and biases."""
-    vision_lr: float | None = None
+    vision_lr: float | None = field(default=None, metadata={"at_least": 0.0})
     """Peak learning rate of a tower that sees and its projector, with `model.train_vision`; `lr` when not given."""
 
 

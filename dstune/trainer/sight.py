@@ -39,9 +39,6 @@ def refuse_with_images(config: RunConfig, data: PreparedData) -> None:
     problems = []
     if config.data.packing and family.unpackable:
         problems.append(Problem("data.packing", f"{kind}: {family.unpackable}", "data.packing=false", "true"))
-    if config.data.streaming:
-        reason = "blocks of a stream take no images"
-        problems.append(Problem("data.streaming", reason, "data.streaming=false", "true"))
     if not isinstance(config.parallel, NoParallelConfig):
         reason = "ranks that share rows or weights would each need all images of a row"
         problems.append(Problem("parallel", reason, "parallel=none", config.parallel.name))

@@ -14,6 +14,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
 CALLED = {"role": "assistant", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "tool_call_id": "call_1", "content": "c"}
+PNG = "data:image/png;base64,iVBORw0KGgo="
 GOOD = {"messages": [ASKED, ANSWER]}
 PAIR = {
     "input": {"messages": [ASKED]},
@@ -84,7 +85,11 @@ BAD = [
     (chat(ASKED, {**CALLED, "tool_calls": [CALL, {**CALL, "id": "2"}]}, RESULT, ANSWER, tools=[TOOL],
           parallel_tool_calls=False), "messages[1]", "calls 2 tools"),
     (chat(ASKED, ANSWER, tools=[{"name": "look"}]), "tools[0].type", "function"),
-    (chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER), "messages[0]", "image"),
+    (chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER),
+     "messages[0].content[0]", "an image"),
+    (chat({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": PNG}}]},
+          ANSWER), "messages[0].content[1]", "jobs train on text alone"),
+    (chat({"role": "user", "content": [{"image": "/etc/passwd"}]}, ANSWER), "messages[0].content[0]", "an image"),
     ({"prompt": "a"}, "completion", "missing"),
     ({"prompt": "", "completion": "b"}, "prompt", "not empty"),
     (PAIR, "input", "no key"),
@@ -107,6 +112,11 @@ def test_group_10_a_bad_row_is_named(tmp_path, row, field, reason):
     ("row", "field", "reason"),
     [
         (GOOD, "messages", "no key"),
+        (
+            {**PAIR, "input": {"messages": [{**ASKED, "content": [{"type": "input_image", "image_url": PNG}]}]}},
+            "input.messages[0].content[0]",
+            "jobs train on text alone",
+        ),
         ({**PAIR, "preferred_completion": []}, "preferred_completion", "no key"),
         ({**PAIR, "input": {"messages": [ASKED, ANSWER]}}, "input.messages[1].role", "answer it"),
         ({**PAIR, "preferred_output": [ANSWER, ANSWER]}, "preferred_output", "one message"),

@@ -39,6 +39,7 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     # key, base, what breaks the rule, what does not
     ("data.train", (), ("data=files",), ("data=files", "data.train=x.jsonl")),
     ("data.train", ("data=files",), ("data.train=''",), ("data.train=x",)),
+    ("optimizer.vision_lr", (*CHAT, "optimizer.lr=0"), ("optimizer.vision_lr=1e-5",), ("optimizer.vision_lr=0",)),
     ("data.format", CHAT, ("data.format=text",), ("data.format=prompt_completion",)),
     ("data.format", TEXT, ("data.format=messages",), ("data.format=text",)),
     ("data.format", TEXT, ("data.format=text_label",), ("data.format=auto",)),

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dstune.data.images.expand import count_to, expand
 from dstune.data.images.places import for_hash
 from dstune.data.images.positions import three_positions
-from dstune.data.images.store import ImageFiles, ImageWriter
+from dstune.data.images.store import ImageFiles, ImageWriter, decode, size_of
 from dstune.data.problems import RowError
 from dstune.data.rows import hash_of, normalise
 from dstune.tasks.causal_lm.config import CausalLmConfig
@@ -172,9 +173,9 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def animation() -> bytes:
+def animation(kind: str = "GIF") -> bytes:
     stream = io.BytesIO()
-    draw(0).save(stream, "GIF", save_all=True, append_images=[draw(1)])
+    draw(0).save(stream, kind, save_all=True, append_images=[draw(1)])
     return stream.getvalue()
 
 
@@ -202,7 +203,9 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "svg": ("data:image/svg+xml;base64,PHN2Zy8+", "is none of JPEG, PNG, .* or not whole"),
     "data": ("data:text/html;base64,PHN2Zy8+", "is a data URL of another kind"),
     "base64": ("data:image/png;base64,***", "is a data URL that is not base64"),
-    "animation": (animation(), "has 2 frames; only still images"),
+    "animation": (animation(), "has several frames; only still images"),
+    "32 bits": (file_of(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"), "has 32 bits a pixel"),
+    "up and down": (f"../data/../{'../' * 40}etc/passwd", "lies outside of"),
 }
 
 
@@ -246,6 +249,57 @@ def test_an_image_that_is_cut_off_is_found_when_it_is_decoded(rows: Path, tmp_pa
     writer.finish()
     with pytest.raises(RowError, match="is no whole image"):
         ImageFiles(entry).image(0)
+
+
+def test_a_grey_image_of_16_bits_keeps_its_shades() -> None:
+    shades = np.array([[0, 300, 0x8000, 0xFFFF]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        found = np.asarray(decode(file_of(Image.fromarray(shades), kind)))
+        assert found[0, :, 0].tolist() == [0, 1, 0x80, 0xFF]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_that_of_the_turned_image(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    draw(0, (20, 10)).save(stream, kind, exif=exif)
+    expected = (10, 20) if orientation > 4 else (20, 10)
+    assert size_of(stream.getvalue()) == decode(stream.getvalue()).size == expected
+
+
+def test_the_first_picture_of_a_photo_with_a_preview_is_read() -> None:
+    stream = io.BytesIO()
+    draw(0, (20, 10)).save(stream, "MPO", save_all=True, append_images=[draw(1, (4, 4))])
+    assert Image.open(stream).n_frames == 2
+    assert size_of(stream.getvalue()) == decode(stream.getvalue()).size == (20, 10)
+
+
+def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(self: Any) -> int:
+        raise AssertionError("reads the whole file")
+
+    for kind in ("GIF", "TIFF"):
+        monkeypatch.setattr(type(Image.open(io.BytesIO(animation(kind)))), "n_frames", property(count))
+        with pytest.raises(RowError, match="has several frames"):
+            size_of(animation(kind))
+
+
+def test_a_snapshot_of_hugging_face_has_its_images_in_blobs(tmp_path: Path) -> None:
+    repository = tmp_path / "datasets--a--b"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    for folder in (snapshot / "images", blobs, tmp_path / "entry"):
+        folder.mkdir(parents=True)
+    (blobs / "5f").write_bytes(PNG)
+    (tmp_path / "secret.png").write_bytes(PNG)
+    (snapshot / "images" / "a.png").symlink_to(Path("../../../blobs/5f"))
+    (snapshot / "out.png").symlink_to(tmp_path / "secret.png")
+    writer = ImageWriter(tmp_path / "entry")
+    assert writer.take({"images": ["images/a.png"]}, snapshot / "rows.jsonl")["images"][0]["size"] == [32, 32]
+    for name in ("out.png", "../../blobs/5f"):
+        with pytest.raises(RowError, match="lies outside of"):
+            writer.take({"images": [name]}, snapshot / "rows.jsonl")
 
 
 def test_relative_paths_begin_in_the_folder_that_is_named(rows: Path, tmp_path: Path) -> None:

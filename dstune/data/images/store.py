@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
 import xxhash
 
@@ -66,7 +68,10 @@ def decode(content: bytes) -> Any:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             _refuse_size(image.size)
             # A palette may have an alpha channel, which `convert` alone would print as black or any other colour.
+            _refuse_mode(image)
             turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I;16"):  # which `convert` would cut off at 255
+                turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
             if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
                 turned = turned.convert("RGBA")
                 ground = Image.new("RGBA", turned.size, (255, 255, 255, 255))
@@ -86,15 +91,32 @@ def size_of(content: bytes) -> tuple[int, int]:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             size = image.size
             _refuse_size(size)
-            frames = getattr(image, "n_frames", 1)
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            _refuse_mode(image)
+            # Pillow tells the size of a TIFF as it will be turned.
+            turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            # Behind a phone's photo (a JPEG with an index, MPO) lie its preview and depths.
+            moves = image.format != "MPO" and _has_second_frame(image)
     except RowError:
         raise
     except Exception as error:
         raise RowError(f"is none of {', '.join(FORMATS)}, or not whole: {first_line(error)}") from None
-    if frames > 1:
-        raise RowError(f"has {frames} frames; only still images are read")
+    if moves:
+        raise RowError("has several frames; only still images are read")
     return (size[1], size[0]) if turned else size
+
+
+def _has_second_frame(image: Any) -> bool:
+    """Whether there is one; nobody counts them, which would read a whole file of a stranger's. The image stays at the second."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    return True
+
+
+def _refuse_mode(image: Any) -> None:
+    if image.mode in ("I", "F"):
+        raise RowError("has 32 bits a pixel, which nobody says what white is; save it with 8 or 16")
 
 
 def _refuse_size(size: tuple[int, int]) -> None:
@@ -268,9 +290,20 @@ def path_within(reference: str, root: Path) -> Path:
         path = None
     if path is None:
         raise RowError("is no path")
-    if not path.is_relative_to(root):
+    is_named_within = Path(os.path.normpath(root / Path(text).expanduser())).is_relative_to(root)
+    blobs = _blobs_of(root)
+    if not is_named_within or not (path.is_relative_to(root) or (blobs and path.is_relative_to(blobs))):
         raise RowError(f"lies outside of {root}; data.image_folder names the folder of the images")
     return path
+
+
+def _blobs_of(root: Path) -> Path | None:
+    """The folder that the links of a data set lead to, where `root` is in one of the cache of Hugging Face:
+    `REPOSITORY/snapshots/REVISION`."""
+    for folder in (root, *root.parents):
+        if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():
+            return blobs
+    return None
 
 
 def read_file(path: Path) -> bytes:
