@@ -36,8 +36,11 @@ LINKS = "links"
 CODE_OF = (
     *("model.path", "model.revision", "model.weights", "model.config_overrides"),
     *("task.reference_model", "task.reference_revision", "method.adapter", "method.frozen_adapters"),
+    *("task.teacher", "task.teacher_revision"),
 )
 """Whose code `model.trust_remote_code` consents to: signed together with it."""
+SIGNED_IF_SET = ("task.teacher", "task.teacher_revision")
+"""Keys of `CODE_OF` that came later: runs without them keep the statement that was signed."""
 
 
 class Use(Enum):
@@ -139,6 +142,7 @@ def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
 def _code_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that name repositories whose code may run."""
     named = {key: _at(config, key) for key in CODE_OF}
+    named = {key: value for key, value in named.items() if value is not None or key not in SIGNED_IF_SET}
     for section in ("task", "method"):
         choice = str(_at(config, f"{section}.name"))
         if choice in CHOICES.of_plugins(section) or CHOICES.find(section, choice) is None:
