@@ -72,7 +72,7 @@ _CHAT: dict[str, Mutation] = {
         "data/chat/probe.py", "            if goes_on:\n", "            if False:\n"
     ),
     "a_template_that_no_conversation_suits_says_why": undo(
-        "data/render.py", "elif takes_parts(self._template):", "elif False:"
+        "data/render.py", "elif argument := _UNDEFINED.search(reason):", "elif False:"
     ),
     # What a template drops.
     "a_field_that_the_template_drops_is_one_refusal_with_template_field_rows_and_fix": undo(

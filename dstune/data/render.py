@@ -29,7 +29,6 @@ from dstune.data.chat.probe import (
     learn_stops,
     prints_inline,
     reasoning_of,
-    takes_parts,
 )
 from dstune.data.chat.prompt import prompt_ids
 from dstune.data.chat.rule import (
@@ -194,8 +193,6 @@ class ChatRenderer:
                 fix = "print the end-of-turn token after each assistant message, for example {{ eos_token }}"
             elif argument := _UNDEFINED.search(reason):
                 fix = f"task.chat_template_kwargs='{{{argument.group(1)}: ...}}', or {fix}"
-            elif takes_parts(self._template):
-                reason = f"the template reads contents in parts alone: {reason}"
             raise UserError(Problem("model.chat_template", reason, fix)) from None
 
     def prompt_ids(

@@ -314,7 +314,7 @@ def test_a_content_that_is_needed_in_the_history_alone_is_given():
         ("{{ functions + '' }}" + CHATML, "'functions' is undefined", "task.chat_template_kwargs='{functions: ...}'"),
         (
             CHATML.replace("message['content'] +", "message['content'][0]['text'] +"),
-            "contents in parts",
+            "has no attribute 'text'",
             "model.chat_template",
         ),
     ],

@@ -310,14 +310,6 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
     return False, False, refused, CallIds.any
 
 
-def takes_parts(template: ChatTemplate) -> bool:
-    """Whether it prints contents that are lists of parts."""
-    messages = [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} for message in (_QUESTION, _ANSWER)
-    ]
-    return _prints(template, messages, "qzanswer", refused=False)
-
-
 def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> Stops:
     """What ends a turn: `known` tokens (of the tokenizer and the generation settings), and what the template prints.
 
