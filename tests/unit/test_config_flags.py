@@ -198,7 +198,7 @@ def test_help_is_an_index_of_a_page(capsys: pytest.CaptureFixture[str], my_group
         ("optimizer.lr", ["a number, at least 0", "0.0002 with method=lora|qlora", "three times", "optimizer.lr=2e-05"]),
         ("zero.stage", ["at least 0 and at most 3", "default   auto"]),
         ("trainer.precision", ["one of auto, fp32, bf16, fp16"]),
-        ("trainer.early_stopping.metric", ["there are: loss, perplexity"]),
+        ("trainer.early_stopping.metric", ["there are: loss, text_loss, perplexity"]),
         ("trainer.early_stopping", ["trainer.early_stopping.patience=0"]),
         ("data.mixture.NAME.weight", ["How often its rows come"]),
         ("plugins", ["Files"]),
@@ -282,7 +282,7 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
         ("dstune ", list(VERBS)),
         ("dstune e", ["evaluate", "export"]),
         ("dstune train mod", ["model.", "model="]),
-        ("dstune train model=mini", ["model=minilm"]),
+        ("dstune train model=minil", ["model=minilm"]),
         ("dstune train experiment=quick", ["experiment=quickstart"]),
         ("dstune train method=lora method.r", ["method.rank=", "method.rank_pattern=", "method.rslora="]),
         ("dstune train method=full method.r", []),
@@ -294,7 +294,7 @@ def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch):
         ("dstune train --cf", ["--cfg"]),
         ("dstune train --cfg ", ["job", "hydra", "all"]),
         ("dstune nonsense mod", []),
-        ("dstune data ", ["show"]),
+        ("dstune data ", ["shift", "show"]),
         ("dstune data show --ro", ["--row", "--rows"]),
         ("dstune data show --split ", ["guard", "ood", "test", "train", "validation"]),
         ("dstune completion ", ["bash", "fish", "zsh"]),
@@ -367,4 +367,7 @@ echo "REPLY ${COMPREPLY[*]}"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     run = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "-F hydra_bash_completion dstune" in run.stdout
-    assert run.stdout.splitlines()[-1] == "REPLY experiment=sentiment experiment=sentiment_ulmfit"
+    assert (
+        run.stdout.splitlines()[-1]
+        == "REPLY experiment=sentiment experiment=sentiment_ulmfit experiment=smollm2_compressed"
+    )

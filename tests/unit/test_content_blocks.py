@@ -54,7 +54,7 @@ def test_a_message_of_results_alone_has_no_question_behind_them():
     [
         ([{"type": "text", "text": "Well?"}, result("sunny")], "where results come first"),
         ([result(7)], "must be text, it is 7"),
-        ([result([{"type": "image", "source": {}}])], "holds"),
+        ([result([{"type": "image", "source": {}}])], "0 images and 1 place"),
     ],
 )
 def test_blocks_that_cannot_be_read_are_refused(content, reason):

@@ -213,8 +213,8 @@ def test_recognise(columns, mapping, task, expected):
     ("columns", "task", "message"),
     [
         (["review"], CLASSES, r"rows\.jsonl:1: missing column: task=classification needs 'text' \+ 'label'.*'review'"),
-        (["messages"], TEXT, "task=chat reads these columns"),
-        (["text"], CHAT, "task=causal_lm reads these columns"),
+        (["messages"], TEXT, "task=chat and task=distillation read these columns"),
+        (["text"], CHAT, "task=causal_lm and task=distillation read these columns"),
         (["body"], CHAT, r"data\.columns="),
     ],
 )

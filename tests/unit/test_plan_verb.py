@@ -146,6 +146,8 @@ def test_it_answers_without_torch_in_a_second_or_so(tmp_path: Path) -> None:
 
 
 RECIPES = {
+    "glm4.5_air_full_4nodes": ("8xH100-80G", 4),
+    "gpt_oss_20b_lora_80gb": ("A100-80G", 1),
     "llama3_1b_full_1gpu": ("A100-40G", 1),
     "llama3_70b_full_4nodes": ("8xH100-80G", 4),
     "llama3_70b_full_offload": ("8xH100-80G", 1),
@@ -154,6 +156,8 @@ RECIPES = {
     "llama3_8b_lora_24gb": ("24G", 1),
     "llama3_8b_lora_80gb": ("A100-80G", 1),
     "modernbert_1gpu": ("16G", 1),
+    "qwen3.5_27b_full_8gpus": ("8xH100-80G", 1),
+    "qwen3.5_4b_lora_24gb": ("24G", 1),
     "qwen3_32b_lora_8gpus": ("8xA100-40G", 1),
 }
 """What the first lines of each file in conf/experiment say it needs."""

@@ -54,7 +54,7 @@ def test_equal_rows_are_found_and_different_ones_kept(tmp_path):
 
 @pytest.mark.parametrize("task", [TEXT, ChatConfig()])
 def test_ids_are_not_read_where_the_format_is_not_named(task):
-    with pytest.raises(UserError, match=r"(?s)task=causal_lm data\.format=tokens data\.tokenizer=NAME reads these"):
+    with pytest.raises(UserError, match=r"(?s)task=causal_lm data\.format=tokens data\.tokenizer=NAME and"):
         recognise({"input_ids": [1], "labels": [1]}, {}, "auto", task, "rows.jsonl:1")
 
 

@@ -113,6 +113,8 @@ def test_a_window_bounds_what_a_position_looks_at() -> None:
 class Rows:
     """Samples of some lengths; all but the first three tokens are targets."""
 
+    images = None
+
     def __init__(self, *lengths: int, **columns: Any):
         self.lengths, self._columns = np.array(lengths), columns
 
