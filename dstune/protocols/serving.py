@@ -40,8 +40,8 @@ class EngineKind:
 class Routes:
     """Base of routes beside those of the models; it registers with `@routes`. There is one object a server.
 
-    A subclass needs `name` and `routes`. The methods are called in the order in which they stand here; what they leave out
-    does nothing.
+    A subclass needs `name` and `routes`. The methods are called in the order in which they stand in this file (`help` sorts
+    them by name); what they leave out does nothing.
     """
 
     name: ClassVar[str] = ""

@@ -94,7 +94,7 @@ class Task:
     """A row longer than `data.max_length` becomes several samples; nothing of it is cut off."""
     token_targets: ClassVar[bool] = False
     """Targets are tokens; those of other tasks are rows."""
-    one_pass: ClassVar[bool] = False
+    one_pass: bool = False  # of some tasks, by their keys
     """Each micro-batch goes through a decoder once, and with it through every layer."""
     countable_flops: ClassVar[bool] = True
     """The operations of a step follow from the lengths of its rows (`dstune.planning.flops`)."""

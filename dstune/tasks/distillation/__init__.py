@@ -51,7 +51,7 @@ class Distillation(Chat, NeedsReference, TrainsOnRollouts):
         super().__init__(config)
         self._teacher: Teacher | None = None
         # Without a teacher of its own the model goes through each micro-batch twice.
-        self.one_pass = config.teacher is not None  # type: ignore[misc]
+        self.one_pass = config.teacher is not None
 
     @property
     def whole_batch_loss(self) -> bool:
