@@ -20,9 +20,10 @@ from dstune.monitor.streams import Change, find_change
 from dstune.monitor.two_sample import JointTest, MeanDiscrepancy, test_jointly
 
 NONE, DRIFT, UNDECIDED = "none", "drift", "undecided"
-FEWEST_PERMUTATIONS, MOST_PERMUTATIONS = 999, 19_999
+FEWEST_PERMUTATIONS, ENOUGH_PERMUTATIONS, MOST_PERMUTATIONS = 999, 19_999, 299_999
 RESOLUTION = 10
-"""Permutations that may exceed the observed statistic at the level of a family: fewer would make the level coarse."""
+"""Permutations that may exceed the observed statistic at the level of a family: fewer would make the level coarse.
+Beyond ENOUGH_PERMUTATIONS it is fewer, but never so few that no statistic could reach the level."""
 REFERENCE = "training and validation rows"
 
 
@@ -118,14 +119,13 @@ def run_check(sides: Sides, table: SignalTable, budget: Budget, settings: Settin
     table.add(EMBEDDINGS, sides.against, *np.split(sides.vectors, [len(sides.reference)]))
     families = table.families()
     stream_values = _stream_values(sides, families) if settings.streams else {}
-    permutations = MOST_PERMUTATIONS
+    permutations = 0
     findings: list[Finding] = []
     power = None
-    if families:
-        level = budget.for_family(len(families), with_streams=bool(stream_values))
-        permutations = int(np.clip(np.ceil(RESOLUTION / level), FEWEST_PERMUTATIONS, MOST_PERMUTATIONS))
+    level = budget.for_family(max(1, len(families)), with_streams=bool(stream_values))
     for number, family in enumerate(families):
-        tested, statistics = _test(family, permutations, settings.seed + number)
+        tested, statistics = _test(family, level, settings.seed + number)
+        permutations = max(permutations, len(tested.smallest) - 1)
         for signal in family:
             names = [EMBEDDINGS, CLASSIFIER] if signal.kind == "vectors" else [signal.name]
             effect = signal.effect()
@@ -149,9 +149,17 @@ def run_check(sides: Sides, table: SignalTable, budget: Budget, settings: Settin
     return check
 
 
-def _test(family: Sequence[Signal], permutations: int, seed: int) -> tuple[JointTest, dict[str, Any]]:
+def _test(family: Sequence[Signal], level: float, seed: int) -> tuple[JointTest, dict[str, Any]]:
     statistics = {name: found for signal in family for name, found in signal.statistics(seed).items()}
+    permutations = permutations_for(level, len(statistics))
     return test_jointly(statistics, family[0].is_live, permutations, seed), statistics
+
+
+def permutations_for(level: float, statistics: int) -> int:
+    """Return the permutations that test a family of so many statistics at `level`. The smallest p-value of each of them can be that
+    of another permutation, so the corrected one is at least statistics / (permutations + 1) then."""
+    coarse = np.clip(np.ceil(RESOLUTION / level), FEWEST_PERMUTATIONS, ENOUGH_PERMUTATIONS)
+    return int(min(max(coarse, np.ceil(statistics / level)), MOST_PERMUTATIONS))
 
 
 def _stream_values(sides: Sides, families: Sequence[Sequence[Signal]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -190,6 +198,11 @@ def _verdict(check: Check, live_rows: int) -> tuple[str, str]:
         )
         return DRIFT, f"{', '.join(names)}: beyond the error budget"
     power = check.power
+    if power is not None and not power.can_alarm:
+        reason = (
+            f"the error budget of a check is too small for {check.permutations:,} permutations: nothing could alarm"
+        )
+        return UNDECIDED, f"{reason}; take fewer --checks or a larger --alpha"
     if power is None:
         return (
             UNDECIDED,

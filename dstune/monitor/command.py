@@ -20,6 +20,7 @@ from dstune.monitor.budget import FOLDER, Budget
 from dstune.monitor.check import DRIFT, Check, Settings, Sides, iso, run_check
 from dstune.monitor.conversations import digest_of
 from dstune.monitor.gather import Live, Reference, gather_signals, read_live, read_reference
+from dstune.monitor.row_files import READ_ROWS
 from dstune.monitor.vectors import WORDS, embed
 
 EXIT_DRIFT = 3
@@ -68,6 +69,8 @@ class Outcome:
                 "validation": len(self.reference.validation),
                 "window_before": len(self.live.earlier),
                 "largest_user": self.live.largest_user,
+                "live_left_out": self.live.left_out,
+                "reference_left_out": self.reference.left_out,
             },
             "versions": self.live.versions,
             "embeddings": self.vectors,
@@ -193,7 +196,8 @@ def _parser() -> VerbParser:
         type=int,
         default=1000,
         metavar="N",
-        help="rows of each side that the model is asked for its confidence and loss (default 1000; 0 asks it nothing)",
+        help="rows of each side that the model is asked for its confidence, and labelled live ones for its loss (default 1000; "
+        "0 asks it nothing)",
     )
     parser.add_argument(
         "--no-streams", dest="streams", action="store_false", help="do not look for a change within the window"
@@ -263,6 +267,9 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
     check = outcome.check
     rows = f"{len(outcome.live.rows):,} live conversations against {len(outcome.reference.rows):,} {outcome.reference.name}"
     print(f"{check.verdict}: {check.reason}\n{rows}")
+    for option, left_out in (("--data", outcome.live.left_out), ("--reference", outcome.reference.left_out)):
+        if left_out:
+            print(f"{left_out:,} rows of {option} were left out: at most {READ_ROWS:,} are held")
     print(f"  {'signal':<14} {'live':>7} {'reference':>9} {'p':>8} {'corrected':>9}  effect (95%)")
     for finding in sorted(check.findings, key=lambda finding: finding.corrected_p):
         effect = finding.effect
@@ -276,7 +283,7 @@ def report(outcome: Outcome, result: Mapping[str, Any], *, as_json: bool) -> Non
         print(f"  {name}: not compared: {reason}")
     for change in check.streams:
         print(f"* {change.signal} changed at {iso(change.time)}: mean {change.before:.3g} -> {change.after:.3g}")
-    if check.power is not None:
+    if check.power is not None and check.power.can_alarm:
         power = check.power
         print(
             f"power: {power.power:.0%} for a move of {power.share:.0%} of the rows to one topic of the reference; "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from dstune.monitor.conversations import Conversation, one_per, sampled
 from dstune.monitor.row_files import read_file_rows, read_run_rows, redacted
 from dstune.monitor.server_logs import log_folder, read_log
 from dstune.monitor.signals import SignalTable
+from dstune.protocols import task_of
 
 UNITS = {"h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 VALIDATION = "validation rows"
@@ -39,6 +41,8 @@ class Live:
     versions: list[str] = field(default_factory=list)
     largest_user: float = 0.0
     """Share of the conversations that one user has."""
+    left_out: int = 0
+    """Rows of `--data` that were not held: the oldest where there is a window, else all but a sample."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Reference:
     """Those that the model was not trained on."""
     config: RunConfig | None
     name: str = REFERENCE
+    left_out: int = 0
+    """Rows of `--reference` beyond a sample."""
 
 
 def window_seconds(text: str) -> float:
@@ -68,12 +74,14 @@ def read_live(
     """Return the conversations of the window, and of the one before. Raises UserError."""
     folder = log_folder(spec)
     seconds = window_seconds(window or "7d") if window or folder is not None else None
+    left_out = 0
     if folder is not None:
         assert seconds is not None
         end: float | None = time.time()
         rows = read_log(folder, time.time() - 2 * seconds, store)
     else:
-        rows = read_file_rows(spec, "--data", config)
+        read = read_file_rows(spec, "--data", config, newest=seconds is not None)
+        rows, left_out = read.rows, read.left_out
         times = [row.time for row in rows if row.time is not None]
         end = max(times) if times else None
         if seconds is not None and len(times) < len(rows):
@@ -96,7 +104,14 @@ def read_live(
         inside, earlier = one_per(inside, per), one_per(earlier, per)
     versions = sorted({row.version for row in inside if row.version})
     return Live(
-        sampled(inside, most), sampled(earlier, most), begin, end, folder is not None, versions, largest_user=largest
+        sampled(inside, most),
+        sampled(earlier, most),
+        begin,
+        end,
+        folder is not None,
+        versions,
+        largest_user=largest,
+        left_out=left_out,
     )
 
 
@@ -107,8 +122,9 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
 
     if spec is not None:
         config = None if run is None else read_run(run / "run.yaml", use=Use.rows).config
-        rows = sampled(read_file_rows(spec, "--reference", config), most)
-        reference = Reference(rows, rows, config, f"rows of {spec}")
+        read = read_file_rows(spec, "--reference", config)
+        rows = sampled(read.rows, most)
+        reference = Reference(rows, rows, config, f"rows of {spec}", read.left_out)
     else:
         assert run is not None
         found = read_run_rows(run, most)
@@ -120,7 +136,7 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
         return reference
     rows = [*redacted(reference.rows)]
     count = len(reference.validation)
-    return Reference(rows, rows[:count], reference.config, reference.name)
+    return replace(reference, rows=rows, validation=rows[:count])
 
 
 def gather_signals(reference: Reference, live: Live, run: Path | None, model_rows: int) -> SignalTable:
@@ -141,16 +157,26 @@ def _add_model_signals(
 ) -> None:
     assert reference.config is not None
     held_out = sampled(reference.validation, model_rows)
-    # Rows with a label first: the loss needs one.
-    order = sorted(range(len(live)), key=lambda number: (live[number].label is None, live[number].digest, number))
-    chosen = sorted(order[:model_rows])
-    asked = [*held_out, *(live[number] for number in chosen)]
+    chosen, labelled = _asked_rows(live, model_rows, with_loss=not task_of(reference.config.task).generates)
+    numbers = sorted({*chosen, *labelled})
+    asked = [*held_out, *(live[number] for number in numbers)]
     try:
         found = model_signals.measure(run, reference.config, asked)
     except UserError as error:
         table.unmeasured["model"] = error.problems[0].reason
         return
     for name, values in found.items():
-        of_live = np.full(len(live), "" if values.dtype.kind == "U" else np.nan, dtype=values.dtype)
-        of_live[chosen] = values[len(held_out) :]
+        nothing: Any = "" if values.dtype.kind == "U" else np.nan
+        of_live = np.full(len(live), nothing, dtype=values.dtype)
+        of_live[numbers] = values[len(held_out) :]
+        if name != "loss":
+            of_live[np.setdiff1d(numbers, chosen)] = nothing
         table.add(name, VALIDATION, values[: len(held_out)], of_live)
+
+
+def _asked_rows(live: Sequence[Conversation], most: int, *, with_loss: bool) -> tuple[list[int], list[int]]:
+    """Return the numbers of a sample of all rows, and those of a sample of the labelled ones, which the loss alone is read of:
+    rows that somebody has labelled are often others than the rest."""
+    order = sorted(range(len(live)), key=lambda number: (live[number].digest, number))
+    labelled = [number for number in order if live[number].label is not None] if with_loss else []
+    return order[:most], labelled[:most]

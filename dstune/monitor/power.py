@@ -27,6 +27,8 @@ class Power:
     """For 80%, with the reference rows at hand; None where no number is enough."""
     rows_needed: int
     """For 80%, of each side."""
+    can_alarm: bool = True
+    """False where no p-value of so few permutations is small enough: the power is 0 then, with any number of rows."""
 
 
 def estimate_power(
@@ -44,11 +46,13 @@ def estimate_power(
     discrepancy, its variance by that of the witness function (Gretton and others 2012, corollary 16). The permutations give its
     distribution without drift; it scales with 1/live + 1/reference.
 
-    permuted: statistics of the permutations. level: p-value below which the signal alarms.
+    permuted: statistics of the permutations. level: p-value below which the signal alarms, 0 where none is small enough.
     """
     reference = discrepancy.features[~is_live].astype(np.float64)
     if len(reference) < FEWEST_REFERENCE:
         return None
+    if level == 0:
+        return Power(share, 0.0, int(is_live.sum()), len(reference), None, MOST_ROWS, can_alarm=False)
     gains, spreads = _topics(reference, share, seed)
     live_rows, reference_rows = int(is_live.sum()), len(reference)
     scale = 1 / live_rows + 1 / reference_rows

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import heapq
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +27,7 @@ CONVERSATIONS = ("conversation", "conversation_id", "thread_id", "session_id")
 """Columns that say which rows belong together."""
 ANSWERS = ("label", "labels", "tags", "answers", "score", "completion", "target")
 READ_ROWS = 200_000
-"""Of a run's part or of a file; what is compared is a sample of them."""
+"""Of what `--data` or `--reference` names, that are held at once; what is compared is a sample of them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,15 @@ class RunRows:
     config: RunConfig
     train: list[Conversation]
     validation: list[Conversation]
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of a file or a table as conversations, in their order."""
+
+    rows: list[Conversation]
+    left_out: int = 0
+    """Rows beyond READ_ROWS."""
 
 
 def read_run_rows(run: Path, most: int) -> RunRows:
@@ -77,31 +89,44 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
     return config, parts
 
 
-def read_file_rows(spec: str, key: str, config: RunConfig | None = None) -> list[Conversation]:
-    """Return the rows of what `data.train` could name, in their order; rows of one conversation are joined.
+def read_file_rows(spec: str, key: str, config: RunConfig | None = None, *, newest: bool = False) -> FileRows:
+    """Return the rows of what `data.train` could name; rows of one conversation are joined. Of more than READ_ROWS it is a sample
+    of whole conversations, the same one each time.
 
-    config: of a run whose columns and task these rows share. Raises UserError.
+    config: of a run whose columns and task these rows share. newest: of more than READ_ROWS, those of the latest times; rows
+    without a time are among them. Raises UserError.
     """
     from dstune.data import sources
 
     data = DataConfig() if config is None else config.data
-    conversations = []
+    heap: list[tuple[float, int, Conversation]] = []
     count = 0
     for file in sources.expand(spec, key, split="train", text_rows=data.text_rows):
         for raw in sources.read(file):
-            count += 1
-            if count > READ_ROWS:
-                break
             if raw.fields is None:
                 continue
             fields = {role: raw.fields[column] for role, column in data.columns.items() if column in raw.fields}
             conversation = conversation_of_row({**raw.fields, **fields}, raw.place)
-            if conversation is not None:
-                conversations.append(conversation)
-    if not conversations:
+            if conversation is None:
+                continue
+            rank = _recency(conversation) if newest else _lot(conversation, count)
+            (heapq.heappush if count < READ_ROWS else heapq.heappushpop)(heap, (rank, count, conversation))
+            count += 1
+    if not heap:
         reason = "no row of it asks anything: columns that are read are messages, prompt, text, source, question and the like"
         raise UserError(Problem(key, reason, "give rows as the run was trained on", spec))
-    return _one_a_conversation(conversations)
+    in_order = sorted(heap, key=lambda entry: entry[1])
+    return FileRows(_one_a_conversation([conversation for *_, conversation in in_order]), count - len(heap))
+
+
+def _recency(row: Conversation) -> float:
+    return math.inf if row.time is None else row.time
+
+
+def _lot(row: Conversation, number: int) -> float:
+    """A number that depends on nothing but the conversation that the row belongs to, or on its place."""
+    digest = hashlib.sha256(_conversation_name(row, number).encode("utf-8", "surrogatepass")).digest()
+    return float(int.from_bytes(digest[:6]))
 
 
 def conversation_of_row(row: Mapping[str, Any], place: str) -> Conversation | None:
@@ -142,11 +167,15 @@ def _time(value: Any) -> float | None:
     return None
 
 
+def _conversation_name(row: Conversation, number: int) -> str:
+    return f"c {row.key}" if row.key is not None else f"r {number}"
+
+
 def _one_a_conversation(rows: list[Conversation]) -> list[Conversation]:
     """Join the rows that a column says belong together."""
     conversations: dict[str, Conversation] = {}
     for number, row in enumerate(rows):
-        name = f"c {row.key}" if row.key is not None else f"r {number}"
+        name = _conversation_name(row, number)
         earlier = conversations.get(name)
         conversations[name] = row if earlier is None else replace(earlier, texts=(*earlier.texts, *row.texts))
     return [*conversations.values()]

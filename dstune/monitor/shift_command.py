@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     check_numbers(arguments)
     reference, other = (_rows(spec, arguments.rows) for spec in (arguments.a, arguments.b))
     settings = Settings(arguments.alpha, 1, arguments.effect, streams=False)
-    live = Live(other.rows, [], None, None, from_server=False)
+    live = Live(other.rows, [], None, None, from_server=False, left_out=other.left_out)
     outcome = compare(reference, live, Budget(arguments.alpha, 1), settings, embeddings=arguments.embeddings)
     result = outcome.to_json()
     report(outcome, result, as_json=arguments.json)

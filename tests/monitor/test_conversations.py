@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 import datetime
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dstune.core.errors import UserError
+from dstune.monitor import row_files
 from dstune.monitor.conversations import Conversation, asked_texts, digest_of, joined, one_per, sampled
+from dstune.monitor.gather import Reference, _add_model_signals, read_live
 from dstune.monitor.row_files import conversation_of_row, read_file_rows
 from dstune.monitor.server_logs import log_folder, read_log
+from dstune.monitor.signals import SignalTable
 from dstune.serve.gateway.request_log import RequestLog
+from dstune.tasks.classification.config import ClassificationConfig
+from tests.support.configs import run_config
 from tests.support.serving import chat, served
 
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "x"}]
@@ -89,12 +97,55 @@ def test_rows_of_a_file_with_a_conversation_are_joined(tmp_path: Path) -> None:
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    found = read_file_rows(str(file), "--data")
+    found = read_file_rows(str(file), "--data").rows
     assert [row.texts for row in found] == [("a", "c"), ("b",)]
     assert found[0].time == found[1].time == datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC).timestamp()
     file.write_text('{"nothing": 1}')
     with pytest.raises(UserError, match="asks anything"):
         read_file_rows(str(file), "--data")
+
+
+def test_of_many_rows_the_newest_or_a_sample_of_all_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "READ_ROWS", 40)
+    file = tmp_path / "rows.jsonl"
+    rows = [{"text": f"t {number}", "created": 1767323045 + number} for number in range(400)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    newest = read_file_rows(str(file), "--data", newest=True)
+    assert newest.left_out == 360
+    assert [row.text for row in newest.rows] == [row["text"] for row in rows[-40:]]
+    live = read_live(str(file), "1h", None, store=None, per=None, most=20)
+    assert live.left_out == 360 and live.end == rows[-1]["created"] and len(live.rows) == 20
+
+    sample = read_file_rows(str(file), "--data")
+    assert sample == read_file_rows(str(file), "--data") and (len(sample.rows), sample.left_out) == (40, 360)
+    times = [row.time for row in sample.rows]
+    assert times == sorted(times) and times[0] < rows[100]["created"] and times[-1] > rows[300]["created"]
+    assert read_live(str(file), None, None, store=None, per=None, most=20).left_out == 360
+    with file.open("a") as stream:
+        stream.write('\n{"text": "when"}')
+    with pytest.raises(UserError, match="without a time"):
+        read_live(str(file), "1h", None, store=None, per=None, most=20)
+
+
+def test_rows_that_have_labels_count_for_the_loss_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labelled rows are often others than the rest, so what the model makes of all rows is not read of them."""
+
+    def measure(run: Path, config: object, asked: list[Conversation]) -> dict[str, np.ndarray]:
+        losses = [math.nan if row.label is None else 0.5 + len(row.text) for row in asked]
+        return {"confidence": np.array([float(len(row.text)) for row in asked]), "loss": np.array(losses)}
+
+    monkeypatch.setattr("dstune.monitor.model_signals.measure", measure)
+    validation = [replace(turn(str(number), "v" * (number + 1)), label="a") for number in range(30)]
+    live = [
+        replace(turn(str(number), "l" * (number + 1)), label="a" if number % 5 == 0 else None) for number in range(300)
+    ]
+    config = run_config(task=ClassificationConfig())
+    table = SignalTable()
+    _add_model_signals(table, Reference(validation, validation, config), live, Path("run"), 50)
+    confidence, loss = ({signal.name: signal for signal in table.signals}[name] for name in ("confidence", "loss"))
+    asked = {row.text for row in sampled(live, 50)}
+    assert {int(value) for value in confidence.values[confidence.is_live]} == {len(text) for text in asked}
+    assert sum(loss.is_live) == 50  # of the 60 labelled ones
 
 
 def test_an_answer_is_no_question() -> None:

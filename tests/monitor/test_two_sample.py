@@ -10,8 +10,10 @@ from scipy.stats import chi2_contingency, ks_2samp
 
 from dstune.core.errors import UserError
 from dstune.monitor import budget as budgets
-from dstune.monitor import effects
+from dstune.monitor import check, effects
 from dstune.monitor.budget import Budget
+from dstune.monitor.check import Settings, Sides, permutations_for
+from dstune.monitor.conversations import Conversation
 from dstune.monitor.power import estimate_power
 from dstune.monitor.signals import SignalTable, classifier_effect
 from dstune.monitor.streams import find_change
@@ -159,6 +161,29 @@ def test_power_grows_with_rows_and_names_those_it_takes() -> None:
     assert fewer is not None and fewer.power < 0.5 < found.power
     assert fewer.rows_needed > 200 and 200 < found.rows_needed < 250 and found.power < 0.8
     assert estimate_power(discrepancy, permuted, np.arange(400) >= 30, 0.01, 0.2) is None
+
+
+@pytest.mark.parametrize(("checks", "families"), [(1, 1), (12, 3), (366, 3), (366, 6)])
+def test_however_many_checks_share_the_budget_each_can_alarm(checks: int, families: int) -> None:
+    """Also where the smallest p-value of every statistic is that of another permutation."""
+    level = Budget(0.05, checks).for_family(families, with_streams=True)
+    permutations = permutations_for(level, 5)
+    assert 5 / (permutations + 1) <= level
+    assert permutations_for(level, 1) >= 999
+
+
+def test_a_test_that_cannot_alarm_has_no_power() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(120, 4)).astype(np.float32)
+    table = SignalTable()
+    # 3e-8 of one check: no number of permutations that anybody would wait for is enough
+    settings = Settings(1e-5, 366, streams=False)
+    rows = [Conversation(str(number), (f"t {number}",)) for number in range(60)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "MOST_PERMUTATIONS", 199)
+        result = check.run_check(Sides(rows, rows, vectors), table, Budget(settings.alpha, settings.checks), settings)
+    assert result.power is not None and (result.power.power, result.power.can_alarm) == (0.0, False)
+    assert result.verdict == check.UNDECIDED and "--checks" in result.reason
 
 
 def test_one_budget_for_all_checks_and_signals() -> None:
