@@ -22,6 +22,7 @@ CALL, WRONG, HANG = map(call_of, ("peek", "none", "hang"))
 ENVIRONMENTS = '''
 import time
 import dstune
+import numpy
 
 @dstune.environment
 class Hidden(dstune.Environment):
@@ -41,7 +42,7 @@ class Hidden(dstune.Environment):
         time.sleep(1000)
 
     def get_reward(self):
-        return float(self.peeked)
+        return numpy.float32(self.peeked)
 
 @dstune.environment
 class TrlStyle:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import UserError
 from dstune.tasks.reinforcement.grade import Graders
+from dstune.tasks.reinforcement.records import Scored
 from dstune.tasks.reinforcement.reward_model import conversation_of, load_reward_model
+from dstune.tasks.reinforcement.sampling import Completion
+from dstune.tasks.reinforcement.scoring import Scorer
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,16 @@ def test_a_classifier_scores_the_rendered_conversation(judge):
     assert expected[0] != pytest.approx(expected[1], abs=1e-3)
 
 
+def test_an_answer_without_text_takes_no_score_from_others(judge):
+    folder, *_ = judge
+    score = load_reward_model(str(folder), ModelConfig(path=str(folder)), 5.0)
+    whole, empty = conversation_of("w1 w2", "w3", {}), conversation_of("w1 w2", "", {})
+    assert score([empty, whole, empty]) == [None, *score([whole]), None]
+    assert "empty" in score.last_error
+    assert score([empty]) == [None]
+    assert load_reward_model(str(folder), ModelConfig(path="other"), 9.0) is score, "it is in memory once"
+
+
 def test_what_is_no_reward_model_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         load_reward_model(str(tmp_path / "nothing"), ModelConfig(path="x"), 5.0)
@@ -55,6 +70,13 @@ class Double(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append((self.path, body))  # type: ignore[attr-defined]
         if self.path == "/rewards":
+            if len(body["messages"]) > 64 or any(talk[-1]["content"] == "" for talk in body["messages"]):
+                content = json.dumps({"error": {"message": "an answer is empty"}}).encode()
+                self.send_response(400)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+                return
             data = [{"index": n, "score": float(len(talk[-1]["content"]))} for n, talk in enumerate(body["messages"])]
             answer = {"data": data}
         else:
@@ -94,6 +116,31 @@ def test_a_server_is_asked_for_rewards(server):
     double.shutdown()
     double.server_close()
     assert score([conversation_of("p", "abc", {})]) == [None], "a server that is gone gives no score"
+
+
+def test_a_server_is_asked_for_what_it_takes(server):
+    double, address = server
+    score = load_reward_model(f"{address}#judge", ModelConfig(path="x"), 5.0)
+    talks = [conversation_of("p", "a" * (number % 5 + 1), {}) for number in range(70)]
+    talks[67] = conversation_of("p", "", {})
+    expected = [None if number == 67 else float(number % 5 + 1) for number in range(70)]
+    assert score(talks) == expected
+    assert [len(body["messages"]) for _, body in double.seen[:2]] == [64, 6]
+    assert score.last_error == "the server answered 400: an answer is empty"
+
+
+def test_scores_that_are_no_numbers_are_none(monkeypatch):
+    scorer = object.__new__(Scorer)
+    scorer.names, scorer.process, scorer.logged = ["judge"], SimpleNamespace(), {}
+    scores = [0.5, math.nan, -math.inf, None]
+    scorer._models = {"judge": lambda talks: scores}
+    scorer._task = SimpleNamespace(environment=None)
+    monkeypatch.setattr(Scorer, "columns_of", lambda self, prompt: {"prompt": "p"})
+    scorer._models["judge"].last_error = "one failed"
+    batch = [Scored(Completion(0, number, [1], [], 0.0, True), "a", []) for number in range(4)]
+    scorer._score_batch(batch, {})
+    assert [scored.scores for scored in batch] == [[0.5], [None], [None], [None]]
+    assert scorer.process.last_error == "one failed"
 
 
 def test_a_model_grades_within_its_range(server):

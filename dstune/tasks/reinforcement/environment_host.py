@@ -36,7 +36,8 @@ class EnvironmentHost:
         return [self._call(**call) for call in calls]
 
     def rewards(self, keys: Sequence[str]) -> list[float | None]:
-        return [finished(self._instances[key].get_reward()) for key in keys]
+        rewards = [finished(self._instances[key].get_reward()) for key in keys]
+        return [None if reward is None else float(reward) for reward in rewards]
 
     def instances(self, keys: Sequence[str]) -> list[Any]:
         return [self._instances[key] for key in keys]

@@ -2,73 +2,137 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import urllib.error
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dstune.config.schema import ModelConfig
 from dstune.core.errors import Problem, UserError
+from dstune.data.problems import RowError
 from dstune.tasks.reinforcement.grade import post
-from dstune.tasks.reinforcement.reward_process import JUDGE_KEY
+from dstune.tasks.reinforcement.reward_process import JUDGE_KEY, LONGEST_REASON
 
 Conversation = list[dict[str, Any]]
-RewardModel = Callable[[Sequence[Conversation]], list[float | None]]
-"""Scores conversations that end with an answer; None for one that it cannot score."""
 ROWS_AT_ONCE = 8
+ASKED_AT_ONCE = 64
+"""Conversations of one request: `MOST_CONVERSATIONS` of `dstune serve`."""
+
+
+class RewardModel(ABC):
+    """Scores conversations that end with an answer."""
+
+    last_error = ""
+    """Why the last conversation that has no score has none."""
+
+    @abstractmethod
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
+        """A score for each; None for one that cannot be scored, with `last_error` saying why."""
 
 
 def load_reward_model(path: str, model: ModelConfig, seconds: float) -> RewardModel:
-    """The reward model at `path` (see `task.reward_models`). seconds: for one answer of a server.
+    """The reward model at `path` (see `task.reward_models`); one in memory is shared. seconds: for one answer of a server.
 
     Raises:
         UserError: there is none.
     """
     if path.startswith(("http://", "https://")):
-        return _of_server(path, seconds)
-    return _in_this_rank(path, model)
+        return RemoteRewardModel(path, seconds)
+    return _load_local(path, model.trust_remote_code)
 
 
-def _of_server(path: str, seconds: float) -> RewardModel:
-    address, _, name = path.partition("#")
+class RemoteRewardModel(RewardModel):
+    """Asks a server such as `dstune serve`."""
 
-    def score(conversations: Sequence[Conversation]) -> list[float | None]:
-        body = {"model": name, "messages": list(conversations)}
+    def __init__(self, path: str, seconds: float):
+        """path: `ADDRESS#NAME`."""
+        self._address, _, self._name = path.partition("#")
+        self._seconds = seconds
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
+        scores: list[float | None] = []
+        for start in range(0, len(conversations), ASKED_AT_ONCE):
+            scores += self._ask(conversations[start : start + ASKED_AT_ONCE])
+        return scores
+
+    def _ask(self, conversations: Sequence[Conversation]) -> list[float | None]:
+        body = {"model": self._name, "messages": list(conversations)}
         try:
-            answer = post(f"{address.rstrip('/')}/rewards", body, seconds, os.environ.get(JUDGE_KEY, ""))
+            address = f"{self._address.rstrip('/')}/rewards"
+            answer = post(address, body, self._seconds, os.environ.get(JUDGE_KEY, ""))
             scores = {item["index"]: float(item["score"]) for item in answer["data"]}
             return [scores[number] for number in range(len(conversations))]
-        except (OSError, ValueError, LookupError, TypeError):
-            return [None] * len(conversations)
+        except urllib.error.HTTPError as error:
+            self.last_error = f"the server answered {error.code}: {_message_of(error)}"
+            if error.code == 400 and len(conversations) > 1:  # one of them is at fault, and the others have scores
+                return [score for conversation in conversations for score in self._ask([conversation])]
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            self.last_error = f"the server gave no scores: {type(error).__name__}: {error}"[:LONGEST_REASON]
+        return [None] * len(conversations)
 
-    return score
+
+def _message_of(error: urllib.error.HTTPError) -> str:
+    """What a server says with an error."""
+    text = ""
+    with suppress(OSError, http.client.HTTPException):
+        text = error.read(2**16).decode(errors="replace")
+    with suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return text[:LONGEST_REASON]
 
 
-def _in_this_rank(path: str, model: ModelConfig) -> RewardModel:
+class LocalRewardModel(RewardModel):
+    """A model of `task=reward` in this rank."""
+
+    def __init__(self, predictor: Any):
+        self._predictor = predictor
+        self._question = predictor.question_class(predictor.config.task, predictor.labels, predictor.config.data)
+        self._column = self._question.mapping.get("messages", "messages")
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
+        scores: list[float | None] = [None] * len(conversations)
+        rows = {}
+        for number, turns in enumerate(conversations):
+            try:
+                rows[number] = self._question.query({self._column: turns}, "completion")
+            except RowError as error:  # an answer without text
+                self.last_error = str(error)
+        answers = self._predictor.answers(list(rows.values()), ROWS_AT_ONCE) if rows else []
+        for number, answer in zip(rows, answers, strict=True):
+            scores[number] = answer.get("score")
+            self.last_error = answer.get("problem", self.last_error)
+        return scores
+
+
+_loaded: WeakValueDictionary[tuple[str, bool], LocalRewardModel] = WeakValueDictionary()
+"""What is in memory, by path and trust: training and its evaluations score with the same model."""
+
+
+def _load_local(path: str, trust_remote_code: bool) -> RewardModel:
     from dstune.inference.load import find, load
 
+    if (shared := _loaded.get((path, trust_remote_code))) is not None:
+        return shared
     is_run = (Path(path) / "run.yaml").is_file()
-    own = ModelConfig(path=path, trust_remote_code=model.trust_remote_code)
+    source = ModelConfig(path=path, trust_remote_code=trust_remote_code)
     try:
-        expected = find(own, "last", [] if is_run else ["task=reward"])
+        expected = find(source, "last", [] if is_run else ["task=reward"])
     except UserError as error:
         raise UserError([replace(problem, where="task.reward_models") for problem in error.problems]) from None
     if expected.config.task.name != "reward":
         reason = f"it is a model for task={expected.config.task.name}"
         raise UserError(Problem("task.reward_models", reason, "a run of task=reward", path))
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        predictor = load(expected, Path(scratch))
-    question = predictor.question_class(expected.config.task, predictor.labels, expected.config.data)
-    column = question.mapping.get("messages", "messages")
-
-    def score(conversations: Sequence[Conversation]) -> list[float | None]:
-        rows = [question.query({column: turns}, "completion") for turns in conversations]
-        answers = predictor.answers(rows, ROWS_AT_ONCE)
-        return [answer.get("score") for answer in answers]
-
-    return score
+        loaded = _loaded[path, trust_remote_code] = LocalRewardModel(load(expected, Path(scratch)))
+    return loaded
 
 
 def conversation_of(prompt: Any, completion: str, columns: Mapping[str, Any]) -> Conversation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,8 @@ class Scorer:
                     for prompt, scored, row in zip(prompts, batch, rows, strict=True)
                 ]
                 scores = model(conversations)
+                if None in scores:
+                    self.process.last_error = model.last_error
             else:
                 answers = [scored.answer for scored in batch]
                 result = self.process(name, prompts, answers, ids, columns, state=state, environments=keys)
@@ -84,7 +87,7 @@ class Scorer:
                     for scored, value in zip(batch, values, strict=True):
                         scored.extra[column] = value
             for scored, score in zip(batch, scores, strict=True):
-                scored.scores.append(score)
+                scored.scores.append(score if score is not None and math.isfinite(score) else None)
 
     def close(self) -> None:
         self.process.close()
