@@ -128,11 +128,12 @@ def put_policy(found: Import, settings: Mapping[str, Any], drop: Callable[..., N
 def _put_rewards(found: Import, settings: Mapping[str, Any], drop: Callable[..., None], put: Put) -> None:
     functions = settings.get("reward_funcs") or []
     functions = [functions] if isinstance(functions, str) else list(functions)
+    judge = settings.get("reward_model_name_or_path")
+    functions = ([judge] if judge else []) + functions  # the order of TRL's script, which the weights are in
     rewards = [REWARDS[name] for name in functions if name in REWARDS]
     others = [str(name) for name in functions if name not in REWARDS]
-    models = [str(path) for path in (settings.get("reward_model_name_or_path"),) if path]
-    models += [name for name in others if "/" in name]
-    own = [name for name in others if "/" not in name]
+    models = [name for name in others if "/" in name or name == judge]
+    own = [name for name in others if name not in models]
     if rewards:
         put("reward_funcs", ("task.rewards", rewards))
         if "boxed_answer" in rewards:
@@ -147,11 +148,19 @@ def _put_rewards(found: Import, settings: Mapping[str, Any], drop: Callable[...,
         found.assume(
             "every reward function of your own is to be registered (docs/reinforcement.md) and named in task.rewards"
         )
-    weights = settings.get("reward_weights")
-    if weights and not own:
-        put("reward_weights", ("task.reward_weights", [float(weight) for weight in weights]))
-    elif weights:
+    weights = list(settings.get("reward_weights") or [])
+    if weights and own:
         drop("reward_weights", "some of the rewards are not carried: give task.reward_weights with them", DIFFERENT)
+    elif weights and len(weights) != len(functions):
+        drop(
+            "reward_weights",
+            f"{len(weights)} weights for {len(functions)} rewards: give task.reward_weights",
+            DIFFERENT,
+        )
+    elif weights:  # here, the weights of reward models stand behind those of rewards
+        pairs = list(zip(functions, map(float, weights), strict=True))
+        ordered = [pair for pair in pairs if pair[0] in REWARDS] + [pair for pair in pairs if pair[0] not in REWARDS]
+        put("reward_weights", ("task.reward_weights", [weight for _, weight in ordered]))
 
 
 def count_prompts(found: Import, rows: int, accumulated: int, samples: int) -> None:

@@ -551,6 +551,27 @@ def test_what_grpo_has_of_your_own_is_named():
     assert "reward_models:\n  - org/judge" in found.text
 
 
+@pytest.mark.parametrize(
+    ("functions", "weights", "expected"),
+    [
+        (["org/judge", "accuracy_reward"], [0.3, 0.7], ["reward_weights:\n  - 0.7\n  - 0.3"]),
+        (["accuracy_reward", "org/judge"], [0.3, 0.7], ["reward_weights:\n  - 0.3\n  - 0.7"]),
+        (["accuracy_reward"], [0.3, 0.7], []),
+    ],
+)
+def test_a_weight_stays_with_its_reward(functions, weights, expected):
+    _, found = values("trl", **{**GRPO, "reward_funcs": functions, "reward_weights": weights})
+    assert [text for text in expected if text not in found.text] == []
+    assert ("reward_weights" in found.dropped) == (not expected)
+
+
+def test_a_reward_model_of_its_own_key_is_weighed_first():
+    keys = {"reward_model_name_or_path": "judge", "reward_funcs": ["accuracy_reward"], "reward_weights": [0.3, 0.7]}
+    _, found = values("trl", **{**GRPO, **keys})
+    assert "reward_models:\n  - judge" in found.text
+    assert "reward_weights:\n  - 0.7\n  - 0.3" in found.text
+
+
 @pytest.mark.parametrize("tool", [axolotl, llama_factory, trl])
 def test_defaults_of_a_tool_are_in_its_table(tool):
     raws: list[dict[str, Any]] = [{}, *({"rl": loss} for loss in axolotl.LOSSES)]
