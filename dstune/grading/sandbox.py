@@ -17,17 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 
-from dstune.grading.sandbox_child import OUT_OF_TIME, UNAVAILABLE
+from dstune.grading.sandbox_child import OUT_OF_TIME
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 """What of the machine a program may read, beside the interpreter."""
 START_SECONDS = 10.0
 """Beside a program's own time, for the sandbox to be built."""
+AT_ONCE = 4
+"""Programs that rewards run at the same time."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -55,6 +59,7 @@ class Outcome:
     """The end of what it wrote to standard error."""
     failure: str
     """Why it was ended, or that it ended with an error; empty where it ended well."""
+    is_out_of_time: bool = False
 
 
 def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
@@ -63,17 +68,23 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
     Raises:
         RuntimeError: there is no sandbox on this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root, tempfile.TemporaryFile() as errors:
+    with (
+        tempfile.TemporaryDirectory(prefix="dstune-sandbox-") as root,
+        tempfile.TemporaryFile() as errors,
+        _pipe() as (reading, writing),
+    ):
         values = asdict(limits) | {"root": root, "paths": SYSTEM, "cpu_seconds": int(limits.seconds) + 1}
         process = subprocess.Popen(
-            [sys.executable, "-I", str(CHILD), json.dumps(values)],
+            [sys.executable, "-I", str(CHILD), json.dumps(values | {"stands": writing.fileno()})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd="/",
             env=ONE_THREAD,
             start_new_session=True,
+            pass_fds=[writing.fileno()],
         )
+        writing.close()
         try:
             output, failure = _collected(process, json.dumps({"source": source, "stdin": stdin}).encode(), limits)
         finally:
@@ -81,16 +92,24 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
         size = errors.seek(0, os.SEEK_END)
         errors.seek(max(0, size - 4096))
         error = errors.read().decode(errors="replace").strip()
-    if process.returncode == UNAVAILABLE:
-        raise RuntimeError(error)
+        stands = select.select([reading], [], [], 0)[0] and reading.read(1)
+    if not stands:
+        raise RuntimeError(error or failure or f"its first process ended with exit code {process.returncode}")
+    too_long = f"it took longer than {limits.seconds:g} s"
     if not failure and process.returncode:
-        failure = _failure(process.returncode, error, limits)
-    return Outcome(output.decode(errors="replace"), error, failure)
+        failure = too_long if process.returncode == OUT_OF_TIME else _failure(process.returncode, error)
+    return Outcome(output.decode(errors="replace"), error, failure, failure == too_long)
 
 
-def _failure(code: int, error: str, limits: Limits) -> str:
-    if code == OUT_OF_TIME:
-        return f"it took longer than {limits.seconds:g} s"
+@contextmanager
+def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    """Its end to read from and its end to write to."""
+    reading, writing = os.pipe()
+    with FileIO(reading, "r") as reader, FileIO(writing, "w") as writer:
+        yield reader, writer
+
+
+def _failure(code: int, error: str) -> str:
     if code > 128:
         name = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"signal {code - 128}"
         return f"it was ended by {name}, as for too much processor time, memory or output"

@@ -32,9 +32,9 @@ MOUNT_SETATTR = 442
 AT_RECURSIVE = 0x8000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 UNAVAILABLE = 71
-"""Exit code where there is no sandbox; the reason is on standard error."""
+"""Exit code where there is no sandbox; the reason is on standard error, and `stands` of the limits, a pipe, ends without a byte."""
 OUT_OF_TIME = 124
-"""Exit code where the program had to be ended."""
+"""Exit code where the program had to be ended; a program that ends with it ends with 1."""
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -51,6 +51,7 @@ def main() -> None:
     first = os.fork()
     if first == 0:
         run_first_process(limits, program)
+    os.close(limits["stands"])
     _, status = os.waitpid(first, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
@@ -81,6 +82,7 @@ def enter_namespaces() -> None:
         os.write(say_ready, b"x")
     finally:
         os.close(say_ready)
+        os.close(ready)
         _, status = os.waitpid(writer, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise OSError(code, f"users cannot be mapped ({os.strerror(code)})")
@@ -101,14 +103,18 @@ def run_first_process(limits: dict[str, Any], program: dict[str, Any]) -> NoRetu
             take_limits(limits)
         except OSError as error:
             give_up(error)
+        os.write(limits["stands"], b"x")
+        os.close(limits["stands"])
         run_program(program)
+    os.close(limits["stands"])
     signal.signal(signal.SIGALRM, lambda *_: os._exit(OUT_OF_TIME))
     signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
     while True:  # the processes that the program leaves behind are this one's children
         ended, status = os.wait()
         if ended == second:
             code = os.waitstatus_to_exitcode(status)
-            os._exit(code & 0xFF if code >= 0 else 128 - code)
+            code = code & 0xFF if code >= 0 else 128 - code
+            os._exit(1 if code == OUT_OF_TIME else code)
 
 
 def forbid_more_namespaces() -> None:

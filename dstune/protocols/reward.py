@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ class Reward:
     """Whether it gets what TRL's reward functions get: messages in place of the texts of conversations, and `trainer_state`,
     `log_extra` and `log_metric` beside the columns."""
     limits: Any = None
+    seconds: float = math.inf
+    """In which the programs of one completion begin, where it runs programs."""
 
     def __call__(
         self,

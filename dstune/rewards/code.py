@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dstune.grading.sandbox import Limits, run_program
+from dstune.grading.sandbox import AT_ONCE, Limits, run_program
 from dstune.protocols import Reward, reward
 
-AT_ONCE = 4
-"""Completions that are run at the same time."""
 MOST_TESTS = 100
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
@@ -23,7 +23,7 @@ class CodeTests(Reward):
     what a program reads and has to print, or a text of Python with assertions that stands behind the block and passes or not.
 
     A completion can only pass an input by printing its output. It runs in one process with assertions, so that it might pass them
-    in ways that nobody meant.
+    in ways that nobody meant. Its tests end with the first that runs out of time; those that were not run count as failed.
     """
 
     name = "code_tests"
@@ -35,11 +35,13 @@ class CodeTests(Reward):
     ) -> list[float | None]:
         limits = self.limits or Limits(seconds=10.0)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda text, tests: passed(text, tests, limits), completions, columns["tests"]))
+            return list(
+                pool.map(lambda text, tests: passed(text, tests, limits, self.seconds), completions, columns["tests"])
+            )
 
 
-def passed(completion: str, tests: Any, limits: Limits) -> float | None:
-    """The share of tests that a completion passes; None where there is none."""
+def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:
+    """The share of tests that a completion passes; None where there is none. seconds: in which its tests begin."""
     code = code_of(completion)
     if isinstance(tests, str) and tests.strip():
         mark = secrets.token_hex(16)
@@ -49,11 +51,13 @@ def passed(completion: str, tests: Any, limits: Limits) -> float | None:
     if not isinstance(tests, Sequence) or isinstance(tests, str) or not tests:
         return None
     cases = [test for test in tests if isinstance(test, Mapping)][:MOST_TESTS]
-    results = []
+    count, deadline = 0, time.monotonic() + seconds
     for case in cases:
         outcome = run_program(code, str(case.get("input") or ""), limits)
-        results.append(not outcome.failure and same_output(outcome.output, str(case.get("output") or "")))
-    return sum(results) / len(results) if results else None
+        count += not outcome.failure and same_output(outcome.output, str(case.get("output") or ""))
+        if outcome.is_out_of_time or time.monotonic() > deadline:
+            break
+    return count / len(cases) if cases else None
 
 
 def code_of(completion: str) -> str:

@@ -76,6 +76,28 @@ def test_code_is_run_against_tests():
     assert passed("print(1)", [], limits) is None
 
 
+@needs_sandbox
+def test_an_endless_loop_fails_its_own_tests_alone():
+    cases = [{"input": "1", "output": "1"}, *[{"input": "2", "output": "2"}] * 9]
+    loops = "n = input()\nwhile n == '2': pass\nprint(n)"
+    began = time.monotonic()
+    assert passed(loops, cases, Limits(seconds=0.5)) == pytest.approx(1 / 10)
+    assert time.monotonic() - began < 4, "of nine endless loops one is waited for"
+    assert passed("print(input())", cases, Limits(seconds=5), seconds=0) == pytest.approx(1 / 10), (
+        "no other test begins"
+    )
+
+
+@needs_sandbox
+@pytest.mark.parametrize("code", [71, 124])
+def test_a_program_ends_with_any_code(code):
+    outcome = sandbox.run_program(f"import os; os._exit({code})", "", Limits(seconds=5))
+    assert outcome.failure and not outcome.is_out_of_time
+    assert not sandbox.run_program(
+        "import os; assert len(os.listdir('/proc/self/fd')) < 5", "", Limits(seconds=5)
+    ).failure
+
+
 ESCAPES = {
     "the network": ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "Network is unreachable"),
     "the machine's files": ("print(open('/etc/passwd').read())", "No such file"),

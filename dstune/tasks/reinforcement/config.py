@@ -68,8 +68,8 @@ class ReinforcementConfig(TaskConfig):
     """A factor for each of `rewards`, then of `graders`, then of `reward_models`, and for the environment's own reward last; 1
     for all when not given."""
     reward_seconds: float = setting(60.0, above=0.0)
-    """Time for one reward to score a micro-batch's completions. A reward that takes longer is ended; its completions do not
-    train."""
+    """Time for one reward to score a micro-batch's completions, and for each four of them `program_seconds` more where it runs
+    programs. A reward that takes longer is ended; its completions do not train."""
     program_seconds: float = setting(10.0, above=0.0)
     """Time for one program (a `python` grader, a completion under `code_tests`) or one answer of `judge`."""
     program_memory_gib: float = setting(2.0, above=0.0)

@@ -12,10 +12,8 @@ from typing import Any
 
 from dstune.core.errors import Problem, UserError
 from dstune.grading.grader import GraderError, GraderFailed, Sample, Services, check_grader, grade, kinds_in
-from dstune.grading.sandbox import Limits, run_program
+from dstune.grading.sandbox import AT_ONCE, Limits, run_program
 
-AT_ONCE = 4
-"""Samples that are graded by programs or models at the same time."""
 PYTHON_GRADER = """\
 import json, os, sys
 _answers = os.fdopen(os.dup(1), "w")
@@ -74,7 +72,7 @@ class Graders:
         grader = self._graders[name]
         items = [{column: values[number] for column, values in columns.items()} for number in range(len(completions))]
         samples = [Sample(text, item) for text, item in zip(completions, items, strict=True)]
-        if not kinds_in(grader) & {"python", "score_model"}:
+        if not asks_others(grader):
             return [self._score(grader, sample) for sample in samples]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(lambda sample: self._score(grader, sample), samples))
@@ -114,6 +112,11 @@ class Graders:
             return float(json.loads(text)["result"])
         except (ValueError, LookupError, TypeError):
             raise GraderFailed("model_grader_parse_error", str(text)[:200]) from None
+
+
+def asks_others(grader: Mapping[str, Any]) -> bool:
+    """Whether it, or one inside of it, runs a program or asks a model."""
+    return bool(kinds_in(grader) & {"python", "score_model"})
 
 
 def is_failure(kind: str, details: str) -> bool:

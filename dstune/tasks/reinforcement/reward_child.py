@@ -146,7 +146,7 @@ def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHo
         return {"scores": host.rewards(request["environments"])}
     reward = REWARDS[name]()
     if reward.runs_programs:
-        reward.limits = graders.limits
+        reward.limits, reward.seconds = graders.limits, request["seconds_each"]
     prompts, extra, metrics = request["prompts"], dict[str, list[Any]](), dict[str, list[float]]()
     if reward.like_trl:
         completions = [as_messages(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]

@@ -4,6 +4,7 @@ end takes no rank with it."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import signal
@@ -19,9 +20,11 @@ from typing import Any
 from dstune.core.child_python import child_environment
 from dstune.core.errors import Problem, UserError
 from dstune.core.registry import Registry
+from dstune.grading.sandbox import AT_ONCE
+from dstune.grading.sandbox import START_SECONDS as PROGRAM_START
 from dstune.protocols import ENVIRONMENTS, REWARDS
 from dstune.tasks.reinforcement.config import ReinforcementConfig
-from dstune.tasks.reinforcement.grade import read_grader
+from dstune.tasks.reinforcement.grade import asks_others, read_grader
 
 START_SECONDS = 120.0
 """For the child to import the rewards."""
@@ -82,8 +85,10 @@ class RewardProcess:
         Raises:
             UserError: the rewards cannot be imported.
         """
+        seconds, rounds = self._task.reward_seconds, math.ceil(len(completions) / AT_ONCE)
         request = {
             "kind": "score",
+            "seconds_each": seconds / max(1, rounds),
             "reward": name,
             "prompts": list(prompts),
             "completions": list(completions),
@@ -92,7 +97,11 @@ class RewardProcess:
             "state": dict(state or {}),
             "environments": list(environments),
         }
-        answer = self.ask(request, self._task.reward_seconds, "task.reward_seconds")
+        if (name in self._graders and asks_others(self._graders[name])) or (
+            name in REWARDS and REWARDS[name].runs_programs
+        ):
+            seconds += rounds * (self._task.program_seconds + PROGRAM_START)
+        answer = self.ask(request, seconds, "task.reward_seconds")
         scores = answer.get("scores")
         if not isinstance(scores, list) or len(scores) != len(completions):
             self.last_error = str(answer.get("error") or "it returned no list with a score for each completion")
