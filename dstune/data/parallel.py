@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,14 @@ def _objects_left_alone() -> Iterator[None]:
         gc.unfreeze()
 
 
+def _use_one_thread() -> None:
+    """Has torch compute in this thread alone: a forked process would wait for ever for threads that OpenMP started before the
+    fork, as soon as an image is scaled."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 class _Tallied:
     """`function` over a batch, ROWS_AT_ONCE rows at a time, for each of which it leaves a byte in a file: a count over
     processes that needs no lock."""
@@ -111,8 +120,11 @@ class _Tallied:
     def __init__(self, function: Callable[[dict[str, list]], pa.Table], tally: Path):
         self._function = function
         self._tally = tally
+        self._creator = os.getpid()
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
+        if os.getpid() != self._creator:
+            _use_one_thread()
         count = len(next(iter(batch.values())))
         return pa.concat_tables([self._part(batch, start) for start in range(0, count, ROWS_AT_ONCE)])
 

@@ -107,7 +107,7 @@ class Writer:
         from dstune.data.images.batch import request_inputs
         from dstune.data.images.expand import expand
         from dstune.data.images.processor import processor_of, refusal
-        from dstune.data.images.store import content_of, decode
+        from dstune.data.images.store import content_of, decode, refuse_many_pixels, size_of
         from dstune.data.problems import RowError
 
         vision = vision_of(self._voices[name].tokenizer)
@@ -116,7 +116,9 @@ class Writer:
         assert vision is not None
         processor, requested = processor_of(vision), with_system(request, self._system)
         try:
-            images = [decode(content_of(image, request.root)) for image in request.images]
+            contents = [content_of(image, request.root) for image in request.images]
+            refuse_many_pixels(map(size_of, contents))
+            images = [decode(content) for content in contents]
             written = [processor.expansion(*image.size) for image in images]
             ids = self._prompts_of(name).ids(
                 requested.messages or [],

@@ -8,6 +8,7 @@ import json
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from unit.data_helpers import byte_tokenizer, chats, data_run, prepared, write_jsonl
 
 from dstune.config.data_schema import SplitConfig
@@ -52,3 +53,21 @@ def test_places_are_written_piece_by_piece(tmp_path, monkeypatch):
     assert len(set(places)) == len(places)
     assert data.validation.places.read_text() == json.dumps(places)
     assert np.array_equal(data.validation.origins, np.arange(len(places)))
+
+
+def threads(batch: dict[str, list]) -> pa.Table:
+    """How many threads torch computes in, for each row."""
+    return pa.table({"number": [torch.get_num_threads()] * len(batch["row"])})
+
+
+def test_a_forked_process_computes_in_one_thread(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows = datasets.Dataset.from_dict({"row": ["a"] * ROWS})
+        several = parallel.map_rows(rows, threads, NUMBER, tmp_path / "several.arrow", workers=2, doing="counting")
+        alone = parallel.map_rows(rows, threads, NUMBER, tmp_path / "alone.arrow", workers=1, doing="counting")
+        assert set(several["number"]) == {1}
+        assert set(alone["number"]) == {2} == {torch.get_num_threads()}
+    finally:
+        torch.set_num_threads(before)

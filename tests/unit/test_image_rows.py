@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dstune.data.chat.evidence import Kept, _pixels
+from dstune.data.images import store
 from dstune.data.images.expand import count_to, expand
 from dstune.data.images.places import for_hash
 from dstune.data.images.positions import three_positions
@@ -284,6 +286,20 @@ def test_frames_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(Image.open(io.BytesIO(animation(kind)))), "n_frames", property(count))
         with pytest.raises(RowError, match="has several frames"):
             size_of(animation(kind))
+
+
+def test_all_images_of_a_row_together_are_bounded(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_PIXELS_OF_ROW", 2 * 32 * 32)
+    assert len(ImageWriter(tmp_path).take({"images": [PNG, "a.png"]}, rows)["images"]) == 2
+    with pytest.raises(RowError, match="the images have 3,072 pixels together, and at most 2,048"):
+        ImageWriter(tmp_path).take({"images": [PNG, "a.png", PNG]}, rows)
+
+
+def test_of_two_rows_of_a_kind_the_one_with_small_images_is_proven() -> None:
+    assert _pixels('{"images":[{"size":[3,4]},{"size":[10,10]}],"messages":[]}') == 112
+    assert _pixels('{"messages":["\\"images\\""]}') == 0
+    small, large, cut = Kept("", 0, False, False), Kept("", 1, False, True), Kept("", 2, True, False)
+    assert small.is_better_than(large) and large.is_better_than(cut) and not small.is_better_than(small)
 
 
 def test_a_snapshot_of_hugging_face_has_its_images_in_blobs(tmp_path: Path) -> None:

@@ -135,3 +135,12 @@ def test_equal_rows_of_two_folders_show_each_its_own_images(tmp_path: Path) -> N
         assert data.train.images is not None and data.train.images.are_as_prepared()
         keys.append(data.fingerprint)
     assert len(set(keys)) == len(keys)
+
+
+def test_a_stream_refuses_images_in_whatever_block(tmp_path: Path) -> None:
+    save("qwen2_vl", tmp_path / "model")
+    rows = write_rows(tmp_path / "data", 4, images=lambda row: int(row == 3))
+    given = ["task=chat", f"model.path={tmp_path / 'model'}", f"data.train={rows}", "data.split.validation=0"]
+    config = compose([*given, "data.streaming=true", "trainer.max_steps=1"]).config
+    with pytest.raises(UserError, match="holds an image; blocks of a stream take none"):
+        prepare(config, load_tokenizer(config.model), ALONE, tmp_path / "cache")

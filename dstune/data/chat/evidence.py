@@ -17,6 +17,7 @@ from dstune.config.architectures import vision_of
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.proof import REFUSALS, Served, Server, difference
 from dstune.data.collate import NO_TARGET
+from dstune.data.images.places import COLUMN
 from dstune.data.images.processor import processor_of
 from dstune.data.message import REASONING_KEYS, content_start, inline_reasoning
 from dstune.data.stopping import stop_token_ids
@@ -30,6 +31,9 @@ MOST_ARGUMENTS = 1000
 """So many combinations of a row's own arguments are told apart."""
 LONGEST_ROW = 100_000
 """Characters of the longest row that is kept: rendering it again before each run takes time."""
+
+LARGE_PIXELS = 2**25
+"""A row whose images have more is kept only where its kind has no other: all of them are decoded before each run."""
 
 KINDS = (
     '"images"',
@@ -87,6 +91,12 @@ class Kept(NamedTuple):
     number: int
     cut: bool
     """`data.max_length` left out a part of it."""
+    is_large: bool
+    """Its images have more than LARGE_PIXELS."""
+
+    def is_better_than(self, other: Kept) -> bool:
+        """Tell whether this row proves more than `other` of its kind, or as much for less."""
+        return (self.cut, self.is_large) < (other.cut, other.is_large)
 
 
 def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, encode: Any, target: Path) -> None:
@@ -113,9 +123,10 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
             if manner not in rendered and len(rendered) >= MOST_ARGUMENTS:
                 manner = manner[0], _as_others(own), *manner[2:]
             rendered[manner] += 1
-            row = Kept(text, number, bool(is_cut))
+            row = Kept(text, number, bool(is_cut), _pixels(text) > LARGE_PIXELS)
             if (
                 not is_cut
+                and not row.is_large
                 and len(longest.text if longest else "") < len(text) <= LONGEST_ROW
                 and _is_plain(row, encode)
             ):
@@ -123,7 +134,7 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
             kind = _kind(text), own
             if kind not in kept and len(kept) >= MOST_KINDS:
                 kind = kind[0], ""
-            if (kind not in kept or (kept[kind].cut and not is_cut)) and _is_plain(row, encode):
+            if (kind not in kept or row.is_better_than(kept[kind])) and _is_plain(row, encode):
                 kept[kind] = row
     entries = [_entry(row, numbers, encode) for row in (*kept.values(), *([longest] if longest else []))]
     of = sum(rendered.values())
@@ -135,6 +146,14 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
         "rendered": [[*key, count] for key, count in rendered.items()],
     }
     target.write_text(json.dumps(found), encoding="utf-8")
+
+
+def _pixels(text: str) -> int:
+    """How many pixels the images of a row (JSON text) have."""
+    if '"images"' not in text:
+        return 0
+    sizes = (image["size"] for image in json.loads(text).get(COLUMN) or ())
+    return sum(width * height for width, height in sizes)
 
 
 def _among(found: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Of Pillow's many decoders, those that are needed: each one reads what a stranger wrote."""
 MAX_PIXELS = 89_478_485
 """Pillow's own bound, behind which it expects a decompression bomb (`Image.MAX_IMAGE_PIXELS`): 268 MB as RGB."""
+MAX_PIXELS_OF_ROW = 2**29
+"""Of all images of a row or a request, which are in memory together: 1.6 GB as RGB, 256 pictures of 1920 x 1080."""
 MAX_BYTES = 256 * 2**20
 """Of an image file."""
 
@@ -119,6 +122,13 @@ def _refuse_mode(image: Any) -> None:
         raise RowError("has 32 bits a pixel, which nobody says what white is; save it with 8 or 16")
 
 
+def refuse_many_pixels(sizes: Iterable[Sequence[int]]) -> None:
+    """Raises RowError where images of these sizes (width, height) are too much for a row or a request."""
+    pixels = sum(width * height for width, height in sizes)
+    if pixels > MAX_PIXELS_OF_ROW:
+        raise RowError(f"the images have {pixels:,} pixels together, and at most {MAX_PIXELS_OF_ROW:,} are read")
+
+
 def _refuse_size(size: tuple[int, int]) -> None:
     width, height = size
     if not width or not height:
@@ -162,6 +172,7 @@ class ImageWriter:
             except RowError as error:
                 name = f" ({reference!r:.80})" if isinstance(reference, str) and not _is_data(reference) else ""
                 raise RowError(f"image {place}{name} {error}") from None
+        refuse_many_pixels(image["size"] for image in found)
         return {**row, COLUMN: found}
 
     def finish(self) -> None:
