@@ -18,10 +18,13 @@ from dstune.core.errors import UserError
 from dstune.core.rank_env import RankEnv
 from dstune.data.batches import batch_of
 from dstune.data.build import prepare
-from dstune.data.images import batch, processor
+from dstune.data.images import batch, processor, store
 from dstune.data.images.batch import with_images_everywhere
 from dstune.data.prepared import PreparedData
 from dstune.data.sampler import MicroBatch
+from dstune.inference.prompts import Request
+from dstune.inference.voices import BASE, Speaker, Voice
+from dstune.inference.writer import Sampling, Writer
 from dstune.models.load import load_tokenizer
 from dstune.trainer.sight import prove_images
 from tests.support.sight import draw, save, write_rows
@@ -144,3 +147,17 @@ def test_a_stream_refuses_images_in_whatever_block(tmp_path: Path) -> None:
     config = compose([*given, "data.streaming=true", "trainer.max_steps=1"]).config
     with pytest.raises(UserError, match="holds an image; blocks of a stream take none"):
         prepare(config, load_tokenizer(config.model), ALONE, tmp_path / "cache")
+
+
+def test_images_of_a_request_are_bounded_before_any_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("qwen2_vl", tmp_path / "model")
+    config = compose(["task=chat", f"model.path={tmp_path / 'model'}", "data.train=unread"]).config
+    writer = Writer(Speaker(None, {BASE: Voice(load_tokenizer(config.model), chat=True)}), Sampling())
+    draw(0).save(tmp_path / "a.png")
+    messages: Any = [{"role": "user", "content": [{"type": "image"}] * 2}]
+    request = Request("", "--prompt 1", messages, images=("a.png", "a.png"), root=tmp_path)
+    assert writer.prompt_ids(request)
+    monkeypatch.setattr(store, "MAX_PIXELS_OF_ROW", 2000)
+    monkeypatch.setattr(store, "decode", lambda content: pytest.fail("an image is decoded"))
+    with pytest.raises(UserError, match="the images have 2,048 pixels together"):
+        writer.prompt_ids(request)
