@@ -1,6 +1,6 @@
 """Distillation: memory beside complete logits, and a student beside the same one that learned from texts alone.
 
-usage: python benchmarks/distillation.py memory [--targets 2048] [--json]
+usage: python benchmarks/distillation.py memory [--targets 2048] [--vocabularies N ...] [--teacher-hidden 2048] [--json]
        python benchmarks/distillation.py student FOLDER [--layers 10] [--steps 60] [--seeds 3] [--rows 800] [--json]
 
 memory: the peak of a process (VmHWM, above what it had before) for the loss and its gradients, by vocabulary: chunk by chunk from
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARIES = (32_000, 49_152, 128_256, 152_064)
-STUDENT, TEACHER = 576, 2048
-"""Hidden sizes."""
+STUDENT = 576
+"""Its hidden size."""
 BETA = 0.5
 
 PROGRAM = """
@@ -72,6 +72,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     memory = commands.add_parser("memory")
     memory.add_argument("--targets", type=int, default=2048)
+    memory.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    memory.add_argument("--teacher-hidden", type=int, default=2048)
     student = commands.add_parser("student")
     student.add_argument("folder", type=Path)
     student.add_argument("--layers", type=int, default=10)
@@ -92,10 +94,11 @@ def main() -> None:
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     """Peaks in MiB by vocabulary."""
     rows = []
-    for vocabulary in VOCABULARIES:
+    for vocabulary in arguments.vocabularies:
         row: dict[str, Any] = {"vocabulary": vocabulary}
         for way in ("chunks", "logits"):
-            words = [way, str(vocabulary), str(arguments.targets), str(STUDENT), str(TEACHER), str(BETA)]
+            sizes = (vocabulary, arguments.targets, STUDENT, arguments.teacher_hidden)
+            words = [way, *map(str, sizes), str(BETA)]
             done = subprocess.run([sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, check=False)
             if done.returncode:
                 row[f"{way}_mib"] = "out of memory" if done.returncode < 0 else done.stderr.splitlines()[-1]
