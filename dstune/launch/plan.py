@@ -30,6 +30,7 @@ from dstune.launch.console import Console
 from dstune.planning import hardware
 from dstune.planning.calibration import speeds
 from dstune.planning.fillers import fillers
+from dstune.planning.further import uncounted_models
 from dstune.planning.hardware import GIB, NUMBERS, Cluster
 from dstune.planning.plan import Choice, Plan, as_word, effort, plan
 from dstune.planning.setup import Setup
@@ -261,7 +262,7 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
         "host_gib_per_node": round(_node_gib(best), 2) if best else None,
         "methods": {name: _method_row(other) for name, other in found.others.items()},
         "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
-        "warnings": list(fillers(config, found.cluster.ranks)),
+        "warnings": _warnings(found, config),
         "calibrated": found.calibrated,
         "model": {
             "parameters": found.parameters,
@@ -270,6 +271,10 @@ def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str,
             "precision": found.precision.value,
         },
     }
+
+
+def _warnings(found: Planned, config: RunConfig) -> list[str]:
+    return [*fillers(config, found.cluster.ranks), *uncounted_models(config)]
 
 
 def _method_row(found: Planned) -> dict[str, Any]:
@@ -340,7 +345,7 @@ def as_text(found: Planned, price: float | None, config: RunConfig, words: Seque
         *([f"  zero.stage=auto: {found.stage_origin}"] if found.stage_origin else []),
         *_parts(found.plan.configured),
         *_growth(found.growth),
-        *(f"  warning: {warning}" for warning in fillers(config, cluster.ranks)),
+        *(f"  warning: {warning}" for warning in _warnings(found, config)),
         "",
         (
             f"{'zero':<8}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}{'on the host' if hosted else '':>{12 * hosted}}"

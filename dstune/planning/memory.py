@@ -6,11 +6,11 @@ measured with `benchmarks/plan_accuracy.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dstune.config.zero_rules import swap_buffers
 from dstune.planning import activations, rollout
-from dstune.planning.setup import Setup
+from dstune.planning.setup import HeldModel, Setup
 
 GIB = 2**30
 MIB = 2**20
@@ -61,6 +61,8 @@ def memory(s: Setup) -> Memory:
     }
     if s.evaluation_batch:
         moments["evaluation"] = resident | {"gathered": gathered(s), "activations": activations.evaluation(s)}
+    for held in s.held:
+        moments[f"{held.name}'s forward"] = resident | _in_its_forward(s, held)
     if s.written:
         moments["rollout"] = resident | {"gathered": gathered(s), "completions": rollout.sampling_bytes(s)}
     if not s.on_gpu:  # a CPU's ranks offload to the memory that they are in
@@ -178,10 +180,32 @@ def _resident(s: Setup) -> tuple[Parts, int]:
         parts["gradient sums"] = _gradient_store(s)
     if s.offload_param:
         host += (s.total + s.unreached) * s.weight_bytes // s.ranks
+    for held in s.held:
+        parts[held.name], offloaded = _held_weights(s, held)
+        host += offloaded
     if s.on_gpu and s.stage >= 2:
         # DeepSpeed's contiguous buffer; two of them at stage 2 where the reduction overlaps with the backward pass.
         parts["buffers"] = s.reduce_bucket * s.weight_bytes * (2 if s.stage == 2 and s.overlaps else 1)
     return parts, host
+
+
+def _held_weights(s: Setup, held: HeldModel) -> tuple[int, int]:
+    """Bytes on the device and in the host's memory of a model that only answers: whole, or at stage 3 partitioned beside a whole
+    copy of its projection, which a loss asks for logits a chunk at a time."""
+    m, p = held.model, s.weight_bytes
+    total = m.parameters + held.unreached
+    if s.stage < 3:
+        return total * p, 0
+    small = sum(tensor.count for tensor in m.tensors if tensor.count <= s.persistence)
+    share = -(-(total - small) // s.ranks)
+    whole = small + m.vocabulary * m.hidden
+    return (whole * p, share * p) if s.offload_param else ((whole + share) * p, 0)
+
+
+def _in_its_forward(s: Setup, held: HeldModel) -> Parts:
+    m = held.model
+    alone = replace(s, model=m, trained=m.tensors, frozen=0, adapter=False, evaluation_batch=None)
+    return {"gathered": gathered(alone), "activations": activations.evaluation(alone)}
 
 
 def _swap_buffers(s: Setup) -> int:

@@ -34,6 +34,17 @@ PADDING = 8
 
 
 @dataclass(frozen=True)
+class HeldModel:
+    """A model that a rank holds beside the one that trains; it only answers."""
+
+    name: str
+    """Of its part of the memory."""
+    model: Architecture
+    unreached: int = 0
+    """As `Setup.unreached`."""
+
+
+@dataclass(frozen=True)
 class Setup:
     """One way to train one model."""
 
@@ -97,6 +108,7 @@ class Setup:
     """Tokens of each of them at most; 0 where rows are trained as they are."""
     own_sums: bool = False
     """Whether gradients are summed in the weights' half precision (`zero.gradient_dtype=model`)."""
+    held: tuple[HeldModel, ...] = ()
 
     @property
     def trained_count(self) -> int:

@@ -13,6 +13,7 @@ from dstune.config.stored_formats import stored_format_problem
 from dstune.config.validate import TILED, allowed_stages, at_stage, tiles_problem
 from dstune.core.errors import UserError
 from dstune.planning import architecture, host, source
+from dstune.planning.further import held_models
 from dstune.planning.hardware import Cluster, Device
 from dstune.planning.plan import Choice, cheapest_stage
 from dstune.planning.setup import Setup, head_of, labels_of, setup
@@ -97,7 +98,8 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
         precision=precision,
         values=values,
     )
-    return replace(found, unreached=source.unreached_weights(config.model, model)), precision, model
+    held, _ = held_models(config)
+    return replace(found, unreached=source.unreached_weights(config.model, model), held=held), precision, model
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

@@ -167,6 +167,14 @@ class ComparesAnswers(Protocol):
 
 
 @runtime_checkable
+class KeepsFurtherModels(Protocol):
+    """A task whose further models stay in memory while the model trains: a plan counts them."""
+
+    resident_models: ClassVar[tuple[FurtherModel, ...]] = ()
+    """At stage 3 partitioned, beside a whole copy of their vocabulary projection; else whole on every rank."""
+
+
+@runtime_checkable
 class NeedsReference(Protocol):
     """A task whose loss compares the model with another one, or with itself before training."""
 
@@ -310,6 +318,7 @@ TASK_OPTIONS = (
     BuildsQueries,
     ComparesAnswers,
     NeedsReference,
+    KeepsFurtherModels,
     EvaluatesOtherwise,
     AsksUntunedModel,
     MeasuresFurther,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.protocols import task
 from dstune.protocols.task import FurtherModel, TaskConfig
-from dstune.protocols.task_options import NeedsReference, TrainsOnRollouts
+from dstune.protocols.task_options import KeepsFurtherModels, NeedsReference, TrainsOnRollouts
 from dstune.tasks.chat import Chat
 from dstune.tasks.distillation import rules
 from dstune.tasks.distillation.config import DistillationConfig
@@ -32,7 +32,7 @@ TEXTS = ("text", "tokens")
 
 
 @task
-class Distillation(Chat, NeedsReference, TrainsOnRollouts):
+class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
     Config = DistillationConfig
     config: DistillationConfig
 
@@ -45,6 +45,7 @@ class Distillation(Chat, NeedsReference, TrainsOnRollouts):
     frozen_keys: ClassVar[tuple[str, ...]] = ("template_date", "teacher_revision")
     unrecorded: ClassVar[tuple[str, ...]] = ("teacher", "teacher_revision")  # a path of this machine, perhaps
     further_models = (FurtherModel("teacher", "teacher_revision"),)
+    resident_models = further_models
     metrics: ClassVar[tuple[str, ...]] = ("loss", "text_loss", "perplexity", "token_accuracy", "bits_per_byte")
 
     def __init__(self, config: Any):
