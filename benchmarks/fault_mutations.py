@@ -103,7 +103,7 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
     ),
     "rows_of_every_kind_are_proven": undo(
-        "data/chat/evidence.py", "(kind not in kept or (kept[kind].cut and not is_cut))", "(not kept)"
+        "data/chat/evidence.py", "(kind not in kept or row.is_better_than(kept[kind]))", "(not kept)"
     ),
     "every_task_of_conversations_is_proven": undo(
         "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
@@ -127,7 +127,9 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/evidence.py", "kind = _kind(text), own", "kind = _kind(text), text[:80]"
     ),
     "a_row_of_a_kind_is_proven_where_the_first_one_writes_control_tokens": undo(
-        "data/chat/evidence.py", "is_cut)) and _is_plain(row, encode):", "is_cut)):"
+        "data/chat/evidence.py",
+        "is_better_than(kept[kind])) and _is_plain(row, encode):",
+        "is_better_than(kept[kind])):",
     ),
     "rows_that_are_all_cut_are_proven": undo(
         "data/chat/evidence.py", "            if not has_samples:\n", "            if not has_samples or is_cut:\n"
