@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.base import ExecutableOption
 
 from dstune.finetuning.tables import Numbered
 from dstune.serve.errors import ApiError
@@ -37,11 +38,16 @@ def page_of(query: dict[str, str], *, limit: int, most: int, orders: tuple[str, 
 
 
 def rows_of(
-    session: Session, table: type[Row], page: Page, mine: Sequence[ColumnElement[bool]], *listed: ColumnElement[bool]
+    session: Session,
+    table: type[Row],
+    page: Page,
+    mine: Sequence[ColumnElement[bool]],
+    *listed: ColumnElement[bool],
+    options: Sequence[ExecutableOption] = (),
 ) -> tuple[list[Row], bool]:
     """The rows of a page, and whether there are more. mine: whose rows the caller may name at all; listed: which of them are
     listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names nothing."""
-    query = select(table).where(*mine, *listed)
+    query = select(table).options(*options).where(*mine, *listed)
     place = tuple_(table.created_at, table.number)
     if page.after is not None:
         at = session.execute(select(table.created_at, table.number).where(*mine, table.id == page.after)).first()

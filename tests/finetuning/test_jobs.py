@@ -83,8 +83,6 @@ def test_what_a_request_may_leave_out():
         ({"method": {}}, "method.type"),
         ({"method": {"type": "reinforcement"}}, "method.reinforcement.grader"),
         ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.reinforcement.grader"),
-        ({"method": {"type": "reinforcement", "reinforcement": {"grader": {"type": "string_check"}}}},
-         "method.reinforcement.grader.name"),
         ({"method": {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": {"beta": 1}}}},
          "method.reinforcement.hyperparameters.beta"),
         ({"method": {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters":
@@ -138,11 +136,33 @@ def test_a_reinforcement_job_has_its_grader_and_its_numbers(tmp_path):
     assert json.loads(Path(config.task.graders[0]).read_text()) == GRADER
 
 
-def test_a_grader_that_a_job_cannot_have_is_refused():
-    judge = {"type": "score_model", "name": "g", "model": "m", "input": [{"role": "user", "content": "x"}]}
-    with pytest.raises(ApiError, match="not supported") as caught:
-        request.read(ASK | {"method": {"type": "reinforcement", "reinforcement": {"grader": judge}}})
-    assert (caught.value.param, caught.value.code) == ("method.reinforcement.grader.type", "unsupported_grader")
+@pytest.mark.parametrize(
+    ("grader", "allows_python", "param", "code"),
+    [
+        ({"type": "score_model", "name": "g", "model": "m", "input": [{"role": "user", "content": "x"}]}, False,
+         "grader.type", "unsupported_grader"),
+        ({"type": "string_check"}, False, "grader.name", "invalid_grader"),
+        ({"type": "python", "name": "g", "source": "no Python"}, False, "grader.type", "unsupported_grader"),
+        ({"type": "python", "name": "g", "source": "no Python"}, True, "grader.source", "invalid_grader"),
+        ({"type": "multi", "name": "g", "calculate_output": "a",
+          "graders": {"a": {"type": "python", "name": "a", "source": "no Python"}}}, False,
+         "grader.graders.a.type", "unsupported_grader"),
+        ({**GRADER, "input": "x" * 90_000, "reference": "x" * 90_000, "name": "x" * 90_000}, True,
+         "grader", "invalid_grader"),
+    ],
+)  # fmt: skip
+def test_a_grader_that_a_job_cannot_have_is_refused(grader, allows_python, param, code):
+    given = request.read(ASK | {"method": {"type": "reinforcement", "reinforcement": {"grader": grader}}})
+    preset = Preset("tiny", "base", methods=("reinforcement",), python_graders=allows_python)
+    with pytest.raises(ApiError) as caught:
+        request.check_grader_of(given, preset)
+    assert (caught.value.param, caught.value.code) == (f"method.reinforcement.{param}", code)
+
+
+def test_a_python_grader_is_for_the_operator_to_allow():
+    python = {"type": "python", "name": "g", "source": "def grade(sample, item): return 1"}
+    given = request.read(ASK | {"method": {"type": "reinforcement", "reinforcement": {"grader": python}}})
+    request.check_grader_of(given, Preset("tiny", "base", methods=("reinforcement",), python_graders=True))
 
 
 def test_rows_of_a_reinforcement_job(tmp_path):

@@ -10,14 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import inspect
 
+from dstune.finetuning.jobs.folder import JobFolder
 from dstune.finetuning.jobs.presets import QueueSettings
 from dstune.finetuning.jobs.states import TERMINAL, TRANSITIONS, Change, State, after
 from dstune.finetuning.pages import Page
 from dstune.finetuning.settings import ApiSettings
 from dstune.serve.errors import ApiError
 from dstune.serve.store.database import Database
-from tests.support.jobs import Bench
+from tests.support.jobs import HYPERPARAMETERS, Bench
 
 DOCS = Path(__file__).parents[2] / "docs" / "finetuning-jobs.md"
 
@@ -108,6 +110,37 @@ def test_a_job_from_its_files_to_its_model(bench):
     assert content[1:3] == ["1,1.9,,,", "2,1.8,,,"]
     assert len(content) == 9
     assert not bench.of(job).snapshot("training_file").exists()
+
+
+def test_nothing_of_a_clients_rows_stays_when_a_job_is_over(bench):
+    grader = {
+        "type": "string_check",
+        "name": "g",
+        "operation": "eq",
+        "input": "{{sample.output_text}}",
+        "reference": "x",
+    }
+    bench.presets.models["tiny"] = replace(bench.presets.models["tiny"], methods=("reinforcement",))
+    numbers = {**HYPERPARAMETERS, "compute_multiplier": 1, "eval_interval": 1, "eval_samples": 1}
+    job = running(bench, method="reinforcement", grader=grader, hyperparameters=numbers)
+    folder = bench.of(job)
+    assert json.loads(folder.grader.read_text()) == grader
+    leave_rows(folder)
+    bench.store.wish(bench.read(job).project, job, Change.CANCEL, repeated=False, message="cancelled")
+    bench.kill(job)
+    bench.step()
+    assert [path for path in folder.client_rows if path.exists()] == []
+    assert "grader" in inspect(bench.read(job)).unloaded, "only who asks for it reads it"
+    leave_rows(folder)
+    bench.another()._sweep()
+    assert [path for path in folder.client_rows if path.exists()] == [], "of a job that was over before"
+
+
+def leave_rows(folder: JobFolder) -> None:
+    (folder.run / "rollouts").mkdir(parents=True)
+    (folder.run / "rollouts" / "step-1.jsonl").write_text("{}\n")
+    (folder.run / "samples.jsonl").write_text("{}\n")
+    folder.grader.write_text("{}")
 
 
 def test_bad_files_fail_the_job(bench):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,18 @@ IN_JOBS = {
     "label_model": "a model as judge is not there yet",
 }
 """Those that reinforcement jobs refuse. `python` is for the operator to allow (`python_graders` of a model)."""
+
+
+MOST_BYTES = 256_000
+"""Of a job's grader as JSON: the database keeps it."""
+
+
+def check_grader_of_job(grader: Any, at: str, absent: Mapping[str, str]) -> None:
+    """absent: types that this job cannot have beside `IN_JOBS`, with the reason. Raises ApiError that names the field."""
+    if len(json.dumps(grader).encode()) > MOST_BYTES:
+        message = f"Invalid {at}: must be at most {MOST_BYTES // 1000} kB of JSON."
+        raise ApiError(400, message, param=at, code="invalid_grader")
+    check_grader(grader, at, {**IN_JOBS, **absent})
 
 
 def check_grader(grader: Any, at: str = "grader", absent: Mapping[str, str] = ABSENT) -> None:

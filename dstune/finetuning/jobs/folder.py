@@ -67,6 +67,13 @@ class JobFolder:
         return self.path / "grader.json"
 
     @property
+    def client_rows(self) -> tuple[Path, ...]:
+        """What holds rows of the client, answers to them, or its grader; the snapshots last."""
+        answers = (self.run / "rollouts", self.run / "samples.jsonl", self.run / "report.html")
+        snapshots = (self.snapshot("validation_file"), self.snapshot("training_file"))
+        return (self.train, self.validation, self.grader, *answers, *snapshots)
+
+    @property
     def start(self) -> Path:
         return self.path / "start"
 

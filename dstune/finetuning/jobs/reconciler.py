@@ -150,7 +150,7 @@ class Reconciler:
             if state is None and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
                 folder.remove()
             elif (
-                state in TERMINAL and folder.snapshot("training_file").exists() and not self._launcher.is_alive(folder)
+                state in TERMINAL and any(map(Path.exists, folder.client_rows)) and not self._launcher.is_alive(folder)
             ):
                 self._results.tidy(folder)
                 self._store.measure(path.name, folder)
@@ -244,7 +244,7 @@ class Reconciler:
             validation=job.validation_file is not None,
             start=str(folder.start) if job.start else None,
             wandb=next((one["wandb"] for one in job.integrations), None),
-            grader=job.grader,
+            grader=self._store.read(job.id).grader,
         )
         configuration.write(plan, preset, folder)
         messages = [Message(text, "warn") for text in found.get("warnings", [])]

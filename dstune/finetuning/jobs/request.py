@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from dstune.finetuning.fields import Body, IdText, Metadata, read_body
-from dstune.finetuning.graders.grader import IN_JOBS, check_grader
+from dstune.finetuning.graders.grader import check_grader_of_job
 from dstune.finetuning.jobs import hyperparameters
 from dstune.finetuning.jobs.configuration import PLAIN
 from dstune.finetuning.jobs.hyperparameters import DPO, REINFORCEMENT, SUPERVISED, Hyperparameter, Value
+from dstune.finetuning.jobs.presets import Preset
 from dstune.serve.errors import ApiError
 from dstune.serve.validation import Expected, Whole, wrong
 
@@ -143,7 +144,7 @@ class JobRequest:
     integrations: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, str] | None = None
     grader: dict[str, Any] | None = None
-    """Of `reinforcement`, of a right form."""
+    """Of `reinforcement`; `check_grader_of` looks at its form."""
 
 
 def read(body: Mapping[str, Any]) -> JobRequest:
@@ -171,9 +172,14 @@ def _grader(asked: Creation) -> dict[str, Any] | None:
     if asked.method.reinforcement is None:
         message = "Missing required parameter: 'method.reinforcement.grader'."
         raise ApiError(400, message, param="method.reinforcement.grader", code="missing_required_parameter")
-    grader = asked.method.reinforcement.grader
-    check_grader(grader, "method.reinforcement.grader", absent=IN_JOBS)
-    return grader
+    return asked.method.reinforcement.grader
+
+
+def check_grader_of(given: JobRequest, preset: Preset) -> None:
+    """Apart from `read`, since it may take long: Python is parsed, where `preset` allows it. Raises ApiError."""
+    if given.grader is not None:
+        absent = {} if preset.python_graders else {"python": f"jobs of {preset.name!r} run no code of clients"}
+        check_grader_of_job(given.grader, "method.reinforcement.grader", absent)
 
 
 def _places_of(method: Any) -> dict[str, str]:

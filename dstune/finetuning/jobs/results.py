@@ -132,9 +132,8 @@ class Results:
         return self._jobs / row.folder
 
     def tidy(self, folder: JobFolder) -> None:
-        """Remove what a job that is over does not need: its rows, states of its optimizer, and exports that no model names."""
-        for path in (folder.train, folder.validation):
-            path.unlink(missing_ok=True)
+        """Remove what a job that is over does not need: its rows and the answers to them, its grader, states of its optimizer, and
+        exports that no model names."""
         for path in (folder.run / "checkpoints", folder.start):
             shutil.rmtree(path, ignore_errors=True)
         with self._database.session() as session:
@@ -143,5 +142,8 @@ class Results:
         for path in folder.exports().values():
             if str(path.relative_to(self._jobs)) not in named:
                 shutil.rmtree(path, ignore_errors=True)
-        for param in ("validation_file", "training_file"):  # last: `Reconciler._sweep` tidies where they are there
-            folder.snapshot(param).unlink(missing_ok=True)
+        for path in folder.client_rows:  # last: `Reconciler._sweep` tidies where one is there
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

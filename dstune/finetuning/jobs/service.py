@@ -31,7 +31,6 @@ from dstune.finetuning.jobs.store import JobStore
 from dstune.finetuning.jobs.tables import Job
 from dstune.finetuning.models.store import ModelStore
 from dstune.finetuning.turns import Turns
-from dstune.grading.grader import kinds_in
 from dstune.launch.local import warm
 from dstune.serve.errors import ApiError
 from dstune.serve.gateway.app import Gateway
@@ -236,9 +235,7 @@ class Jobs:
         if given.method not in preset.methods:
             message = f"The model {preset.name!r} is not available for fine-tuning with the method '{given.method}'."
             raise ApiError(400, message, param="method.type", code="unsupported")
-        if given.grader is not None and not preset.python_graders and "python" in kinds_in(given.grader):
-            message = f"Graders of the type 'python' are not supported: jobs of {preset.name!r} run no code of clients."
-            raise ApiError(400, message, param="method.reinforcement.grader", code="unsupported_grader")
+        requests.check_grader_of(given, preset)
         if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
             message = TOO_MANY_DEVICES.format(preset.fewest, most)
             raise ApiError(400, message, param="model", code=DOES_NOT_FIT)

@@ -13,7 +13,7 @@ from dstune.finetuning import pages
 from dstune.finetuning.ids import new_id, unix_time
 from dstune.finetuning.jobs.folder import JobFolder
 from dstune.finetuning.jobs.states import TERMINAL, Change, State, after
-from dstune.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent, JobMetadata
+from dstune.finetuning.jobs.tables import WITH_GRADER, Job, JobCheckpoint, JobEvent, JobMetadata
 from dstune.serve.errors import ApiError
 from dstune.serve.store.database import Database
 
@@ -109,7 +109,7 @@ class JobStore:
 
     def of(self, session: Session, project: str, job: str, *, lock: bool = False) -> Job:
         """A job of a project. Raises ApiError 404."""
-        query = select(Job).where(Job.project == project, Job.id == job)
+        query = select(Job).options(WITH_GRADER).where(Job.project == project, Job.id == job)
         found = session.scalar(query.with_for_update() if lock else query)
         if found is None:
             message = f"Could not find fine tune: {job[:128]}"
@@ -118,7 +118,7 @@ class JobStore:
 
     def read(self, job: str) -> Job:
         with self.database.session() as session:
-            return session.scalars(select(Job).where(Job.id == job)).one()
+            return session.scalars(select(Job).options(WITH_GRADER).where(Job.id == job)).one()
 
     def page(
         self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, bare: bool = False
@@ -131,7 +131,7 @@ class JobStore:
         if bare:
             filters.append(Job.id.not_in(select(JobMetadata.job)))
         with self.database.session() as session:
-            return pages.rows_of(session, Job, page, [Job.project == project], *filters)
+            return pages.rows_of(session, Job, page, [Job.project == project], *filters, options=[WITH_GRADER])
 
     def events(self, project: str, job: str, page: pages.Page) -> tuple[list[JobEvent], bool]:
         with self.database.session() as session:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column, undefer
 
 from dstune.finetuning.tables import Numbered
 from dstune.serve.store.tables import Table
@@ -26,8 +26,8 @@ class Job(Numbered):
     method: Mapped[str] = mapped_column(String(32))
     hyperparameters: Mapped[dict[str, Any]] = mapped_column(JSON)
     """As given, and numbers in the place of "auto" once the files are read."""
-    grader: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None)
-    """Of a reinforcement job, as given."""
+    grader: Mapped[dict[str, Any] | None] = mapped_column(JSON, default=None, deferred=True)
+    """Of a reinforcement job, as given; read where it is asked for (`WITH_GRADER`): it may be large."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64), default=None)
     suffix: Mapped[str | None] = mapped_column(Text, default=None)
@@ -82,6 +82,9 @@ class Job(Numbered):
         Index("finetuning_jobs_state", "state", "organization"),
         Index("finetuning_jobs_active", "active"),
     )
+
+
+WITH_GRADER = undefer(Job.grader)
 
 
 class JobMetadata(Table):
