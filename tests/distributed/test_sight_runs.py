@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dstune.cli import main
 from tests.support.sight import save, write_rows
@@ -98,6 +99,31 @@ def test_a_run_trains_answers_and_exports(place: Path, capsys: pytest.CaptureFix
 
     assert main(["evaluate", str(run), "launch.processes=1"]) == 0
     assert "loss" in capsys.readouterr().out
+
+
+def test_a_trained_tower_stays_where_it_is_in_a_step_without_images(place: Path) -> None:
+    """DeepSpeed's ZeRO 3 keeps the gradient of the step before for a parameter that gets none."""
+    folder = place / "few"
+    rows = write_rows(folder, 8, images=lambda row: int(row == 0))
+    exports = []
+    for stage in (0, 3):
+        run = folder / f"run{stage}"
+        given = ["task=chat", f"model.path={place / 'model'}", f"data.train={rows}", "data.split.validation=0"]
+        settings = ["method=full", "model.train_vision=true", "optimizer=sgd", "optimizer.lr=0.1", "schedule=constant"]
+        settings += [f"zero=stage{stage}", "optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.seed=0"]
+        batches = [
+            "data.packing=false",
+            "trainer.max_steps=8",
+            "trainer.global_batch_size=2",
+            "trainer.micro_batch_size=1",
+        ]
+        machine = ["trainer.precision=fp32", "launch.processes=1", "tracking.wandb.mode=disabled", f"run.dir={run}"]
+        assert main(["train", *given, *settings, *batches, *machine]) == 0
+        exports.append(load_file(run / "export" / "model.safetensors"))
+    gathered, partitioned = exports
+    assert any("visual" in name for name in gathered)
+    for name, weight in gathered.items():
+        assert torch.allclose(weight, partitioned[name], atol=1e-5), name
 
 
 def test_bad_images_are_counted_with_their_rows(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
