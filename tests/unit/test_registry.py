@@ -28,7 +28,7 @@ def find(kind: str, name: str) -> list[str]:
     [
         ("task", "seq2seq", "chat causal_lm classification"),
         ("method", "ulmfit", "full head features"),
-        ("launch", "spark", "local hostfile openmpi slurm spark"),
+        ("launch", "slurm", "local hostfile openmpi slurm"),
         ("schedule", "linear", "cosine linear"),
     ],
 )
