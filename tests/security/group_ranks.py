@@ -18,7 +18,7 @@ torch_dist.init_process_group(
 try:
     world = World(RankEnv(rank, size, rank, size, "environment"))
 except TrainingFailed as error:
-    print(f"refused: {error}")
-    sys.exit(3)
+    print(f"refused: {error}", flush=True)
+    os._exit(3)  # as ranks leave: a thread of gloo may outlive the interpreter, and the process aborts
 print(f"received {len(world.gather(rank))}")
-torch_dist.destroy_process_group()  # else a thread of gloo may outlive the interpreter, and the process aborts
+torch_dist.destroy_process_group()  # for the same reason
