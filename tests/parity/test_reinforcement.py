@@ -38,6 +38,8 @@ BASE = [
     "evaluate.max_rows=4",
     "evaluate.samples=0",
 ]
+LOSS = 2e-5
+"""Relative, of fp32 beside float64: 1.2e-5 were seen after five updates with a KL term."""
 KINDS = {
     "dapo": ["task.loss=dapo"],
     "dapo-narrow": ["task.loss=dapo", "task.clip_low=0.001", "task.clip_high=0.002"],
@@ -68,7 +70,7 @@ CELLS = {
 def workshop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reinforcement")
     rows = [
-        {"prompt": f"{WORDS[n % 96]} {WORDS[n * 7 % 96]}", "pattern": "w[0-9]*[02468]( |$)", "max_length": 8 + n % 3}
+        {"prompt": f"{WORDS[n % 96]} {WORDS[n * 7 % 96]}", "pattern": "w[0-9]*7( |$)", "max_length": 8 + n % 3}
         for n in range(40)
     ]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -190,14 +192,14 @@ def test_replayed_completions_on_any_ranks_and_stage_equal_the_plain_loop(worksh
     for kind, stage in CELLS[size]:
         losses, norms = references[kind]
         rows = [row for row in workshop.rows(f"{kind}-s{stage}-n{size}") if "loss" in row]
-        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5, abs=1e-6), (kind, stage)
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=LOSS, abs=1e-6), (kind, stage)
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4), (kind, stage)
 
 
 def test_the_recording_run_itself_equals_the_plain_loop(workshop, references):
     for kind, (losses, norms) in references.items():
         rows = [row for row in workshop.rows(f"{kind}-recorded") if "loss" in row]
-        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5, abs=1e-6), kind
+        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=LOSS, abs=1e-6), kind
         assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4), kind
         assert max(norms) > 1e-3, "there is something to learn"
 
