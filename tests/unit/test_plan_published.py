@@ -131,7 +131,9 @@ def test_models_of_today_have_as_many_parameters_as_their_makers_say(model: Publ
     """Of towers that text never reaches too; a name that says 4B may mean 4.5, one with a digit behind the point means it."""
     found = counted.from_inventory(inventory(model.config, LANGUAGE_MODEL, 2))
     billions = (found.parameters + (found.unreached or 0)) / 1e9
-    assert billions == pytest.approx(model.billions, rel=0.15 if model.billions < 5 else 0.03)
+    # Qwen 3.5 9B has 9.41 with its tower: names of few billions are rounded to whole ones.
+    rounded = 0.15 * model.billions if model.billions < 5 else 0.5 if model.billions < 15 else 0.03 * model.billions
+    assert billions == pytest.approx(model.billions, abs=rounded)
     assert found.parameters == COUNTED[model.path]
 
 
