@@ -1,0 +1,106 @@
+"""Attacks by links, markers and modes of files."""
+
+from __future__ import annotations
+
+from benchmarks.attack_table.attack import Attack
+
+FILES = (
+    Attack(
+        "`launch.json` or `result.json` is a link to a file of the user",
+        "run directory",
+        "the link is replaced",
+        "files.test_records_replace_links_and_do_not_follow_them",
+    ),
+    Attack(
+        "`metrics.jsonl` is one",
+        "run directory",
+        "the link is replaced",
+        "files.test_rows_are_not_appended_through_a_link",
+    ),
+    Attack("a log is a link or a pipe", "run directory", "refused", "files.test_logs_are_plain_files"),
+    Attack(
+        "the same under `launch=spark`", "run directory", "refused", "spark.test_a_task_writes_its_log_through_no_link"
+    ),
+    Attack(
+        "files and folders are links in a place that a run is copied to",
+        "places that cannot lock or rename",
+        "links of files are replaced, those of folders refused in unsigned runs",
+        "files.test_a_copied_run_is_written_through_no_link",
+    ),
+    Attack("the lock is a link", "run directory", "refused", "files.test_the_lock_is_no_link"),
+    Attack(
+        "an index of weights names files outside of its folder",
+        "model folders",
+        "refused; every index in the folder is read, since `config.json` may name another",
+        "models_of_others.test_weights_come_from_the_folder_of_their_index",
+    ),
+    Attack(
+        "a folder `./Org/Model` runs its code in the place of the hub's model of that name",
+        "`model.trust_remote_code`",
+        "refused: with that consent a name of the form of a hub id is never a folder; `./Org/Model` is one",
+        "models_of_others.test_consent_to_the_code_of_a_hub_id_is_none_to_that_of_a_folder",
+    ),
+    Attack(
+        "a value of a container's environment runs at every login",
+        "nodes of `docker/compose.yaml`",
+        "quoted, in a file of mode 0600",
+        "images.test_a_node_runs_nothing_of_its_environment",
+    ),
+    Attack(
+        "the lock of states on a disk, or their folder, is a link",
+        "`zero.nvme_path`",
+        "left alone; folders of other users too",
+        "files.test_the_lock_of_swapped_states_is_no_link",
+    ),
+    Attack(
+        "the lock is a link",
+        "working folder of a copied run",
+        "refused",
+        "files.test_the_lock_of_a_copied_run_is_no_link",
+    ),
+    Attack(
+        "a checkpoint is a link to another run's",
+        "`dstune checkpoints --prune`",
+        "left alone",
+        "files.test_pruning_leaves_the_checkpoint_behind_a_link",
+    ),
+    Attack(
+        "`COMMITTED` names files outside of its checkpoint",
+        "checkpoints",
+        "no checkpoint",
+        "files.test_names_in_a_marker_stay_in_their_checkpoint",
+    ),
+    Attack(
+        "`state.json` of a saved data set names a file elsewhere",
+        "`data.train`",
+        "refused",
+        "leaks.test_a_saved_data_set_reads_no_file_outside_its_folder",
+    ),
+    Attack(
+        "the log of a Delta table names a file elsewhere, as `FILE:`, behind a tab or with `\\`",
+        "`delta://`",
+        "names that are odd as addresses are refused",
+        "leaks.test_a_table_names_no_file_outside_its_folder_in_any_spelling",
+    ),
+    Attack(
+        "the log of a table in a store names a file of this machine",
+        "`delta://s3://...`",
+        "an address of another kind is refused",
+        "leaks.test_a_table_in_a_store_names_no_file_of_this_machine",
+    ),
+    Attack(
+        "`dataset_dict.json` names a split that is a path", "`data.train`", "refused", "leaks.test_a_split_is_a_name"
+    ),
+    Attack(
+        "a password or a key is written out in an override",
+        "`run.yaml`, report, trackers",
+        "refused, not repeated",
+        "leaks.test_a_password_that_is_written_out_is_refused_and_not_repeated",
+    ),
+    Attack(
+        "others read a run directory",
+        "shared file system",
+        "`run.mode=private`",
+        "leaks.test_a_run_directory_can_be_closed_to_others",
+    ),
+)
