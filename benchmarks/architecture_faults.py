@@ -146,12 +146,13 @@ def spoil_the_export(folder: Path, start: Path) -> None:
 
 def main() -> None:
     """Train one tiny Llama without a fault and with each of them; rank 0 prints what the comparison says."""
-    import architectures
+    import architecture_rank
+    from architecture_cases import Case
     from support.ranks import start_rank
 
     work, world = Path(json.loads(sys.argv[1])), start_rank()
-    case = architectures.Case("causal", "llama", "full", True, 0)
-    compare, found = architectures.compare, {}
+    case = Case("causal", "llama", "full", True, 0)
+    compare, found = architecture_rank.compare, {}
     for fault in ("none", *FAULTS):
 
         def spoiled(case: Any, config: Any, folder: Path, run_dir: Path, fault: str = fault) -> Any:
@@ -159,8 +160,8 @@ def main() -> None:
                 spoil_the_export(run_dir / "export", folder)
             return compare(case, config, folder, run_dir)
 
-        with planted(fault), patch.object(architectures, "compare", spoiled):
-            found[fault] = architectures.run_case(case, world, work).get("status")
+        with planted(fault), patch.object(architecture_rank, "compare", spoiled):
+            found[fault] = architecture_rank.run_case(case, world, work).get("status")
     if world.is_main:
         print("FOUND", json.dumps(found))
 

@@ -14,13 +14,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import architectures  # noqa: E402
+import architecture_page  # noqa: E402
+from architecture_cases import Case, read_state  # noqa: E402
 
-TABLE = json.loads(architectures.TABLE.read_text())
+TABLE = json.loads(architecture_page.TABLE.read_text())
 
 
 def test_the_page_is_made_of_the_table() -> None:
-    assert architectures.page(TABLE) == architectures.PAGE.read_text()
+    assert architecture_page.page(TABLE) == architecture_page.PAGE.read_text()
 
 
 def test_nothing_is_trained_wrongly_without_a_word() -> None:
@@ -43,8 +44,8 @@ def made_again(folder: Path, *options: str) -> list[str]:
     state = folder / "state.jsonl"
     command = [sys.executable, str(ROOT / "benchmarks" / "architectures.py"), "run", str(state), *options]
     subprocess.run(command, check=True, timeout=7200, cwd=ROOT)
-    expected = {architectures.Case(**entry["case"]).name: entry["status"] for entry in TABLE["cases"]}
-    found = {name: entry["status"] for name, entry in architectures.read_state(state).items()}
+    expected = {Case(**entry["case"]).name: entry["status"] for entry in TABLE["cases"]}
+    found = {name: entry["status"] for name, entry in read_state(state).items()}
     assert found
     return [
         f"{name}: {status}"

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import architectures  # noqa: E402
+from architecture_cases import Case, model_class_of  # noqa: E402
 from tiny_architectures import build, small_config  # noqa: E402
 
 from dstune.config.compose import compose  # noqa: E402
@@ -46,8 +46,8 @@ FEW = (
 def save(kind: str, folder: Path) -> Any:
     """A tiny checkpoint of the class that a published one names."""
     config = small_config(kind)
-    case = architectures.Case("causal", kind, "full", True, 3)
-    model = build(architectures.model_class_of(case, config), config)
+    case = Case("causal", kind, "full", True, 3)
+    model = build(model_class_of(case, config), config)
     if sum(parameter.numel() for parameter in model.parameters()) > 20_000_000:
         raise ValueError(f"{kind} is not tiny")
     model.save_pretrained(folder)

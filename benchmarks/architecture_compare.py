@@ -1,0 +1,177 @@
+"""A run of dstune beside a plain loop: each sample alone in a forward pass, nothing packed, padded, masked or partitioned."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from architecture_cases import Case, model_class_of
+
+LOSS, UPDATE, LOGITS = 1e-5, 2e-4, 2e-4
+"""Largest relative differences of what counts as equal: in losses (ten times that in gradient norms), in the change of all weights,
+and in logits of the export that is loaded again. What is equal differs by rounding in fp32: docs/architectures.md says how much."""
+
+
+def compare(case: Case, config: Any, folder: Path, run_dir: Path) -> dict[str, Any]:
+    import torch
+
+    torch.set_grad_enabled(True)
+    plain, start, losses, norms = train_plainly(case, config, folder, run_dir / "start")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    found: dict[str, Any] = {
+        "loss": max(relative(row["loss"], loss) for row, loss in zip(rows, losses, strict=True)),
+        "norm": max(relative(row["grad_norm"], norm) for row, norm in zip(rows, norms, strict=True)),
+    }
+    exported = load_export(case, folder, run_dir / "export")
+    trained = dict(exported.named_parameters())
+    missing = sorted(name for name in plain_changes(plain) if name not in trained)
+    moved = apart = 0.0
+    worst, worst_name = 0.0, ""
+    for name, parameter in plain_changes(plain).items():
+        if name in missing:
+            continue
+        change = parameter.detach().double() - start[name].double()
+        difference = float((trained[name].detach().double() - parameter.detach().double()).square().sum())
+        moved += float(change.square().sum())
+        apart += difference
+        share = math.sqrt(difference / max(float(change.square().sum()), 1e-20))
+        if difference > 1e-16 and share > worst:
+            worst, worst_name = share, name
+    found |= {"update": math.sqrt(apart / max(moved, 1e-30)), "worst": worst, "worst_tensor": worst_name}
+    found |= {
+        "moved": math.sqrt(moved),
+        "missing": missing,
+        "trained": sum(map(torch.numel, plain_changes(plain).values())),
+    }
+    found["logits"] = logits_apart(case, config, plain, exported)
+    found["class"] = type(exported if case.method == "full" else exported.get_base_model()).__name__
+    if case.method == "lora":
+        found["checkpoint_names"] = named_as_checkpoint(folder, run_dir / "export")
+    bad = [
+        key
+        for key, limit in (("loss", LOSS), ("norm", 10 * LOSS), ("update", UPDATE), ("logits", LOGITS))
+        if not found[key] <= limit
+    ]
+    if missing:
+        bad.append("missing")
+    found["status"] = "wrong" if bad else "equal"
+    if bad:
+        found["reason"] = ", ".join(f"{key} {found[key]}" for key in bad)
+    return found
+
+
+def plain_changes(model: Any) -> dict[str, Any]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def relative(found: float, expected: float) -> float:
+    return abs(found - expected) / max(abs(expected), 1e-12) if math.isfinite(found) else math.inf
+
+
+def load_plain(case: Case, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return model_class_of(case, config).from_pretrained(folder, dtype="float32")
+
+
+def load_export(case: Case, folder: Path, export: Path) -> Any:
+    import peft
+
+    if case.method == "full":
+        return load_plain(case, export)
+    return peft.PeftModel.from_pretrained(load_plain(case, folder), export, is_trainable=True)
+
+
+def samples_of(config: Any) -> Iterator[list[dict[str, Any]]]:
+    """The samples of each step."""
+    from dstune.core.paths import cache_root
+    from dstune.core.rank_env import RankEnv
+    from dstune.data.build import prepare
+    from dstune.models.load import load_tokenizer
+    from dstune.trainer.data_loader import order_of
+
+    tokenizer = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, RankEnv(0, 1, 0, 1, "plain"), cache_root())
+    order = order_of(config, data.train)
+    for step in range(2):
+        global_batch = order.global_batch(*order.locate(step))
+        yield [
+            data.train.sample(index) for part in global_batch.micro_batches if not part.filler for index in part.samples
+        ]
+
+
+def loss_of(case: Case, model: Any, sample: dict[str, Any]) -> tuple[Any, int]:
+    import torch
+    import torch.nn.functional as functional
+
+    ids = torch.as_tensor(sample["input_ids"]).long()[None]
+    if case.group == "classification":
+        label = torch.as_tensor(sample["label"] if "label" in sample else sample["labels"]).long().reshape(1)
+        return functional.cross_entropy(model(input_ids=ids).logits.float(), label, reduction="sum"), 1
+    labels = torch.as_tensor(sample["target_ids" if case.group == "seq2seq" else "labels"]).long()[None]
+    if case.group == "seq2seq":
+        logits = model(input_ids=ids, labels=labels, use_cache=False).logits.float()
+        return functional.cross_entropy(logits[0], labels[0], reduction="sum"), labels.numel()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    expected = labels[0, 1:]
+    loss = functional.cross_entropy(logits[0, :-1], expected, ignore_index=-100, reduction="sum")
+    return loss, int((expected != -100).sum())
+
+
+def train_plainly(
+    case: Case, config: Any, folder: Path, adapter: Path
+) -> tuple[Any, dict[str, Any], list[float], list[float]]:
+    """Two steps of SGD, each sample alone: the model, its weights at the start, losses and gradient norms."""
+    import peft
+    import torch
+
+    model = load_plain(case, folder)
+    if case.method == "lora":
+        settings = peft.LoraConfig.from_pretrained(adapter)
+        settings.inference_mode = False
+        model = peft.get_peft_model(model, settings)
+        missing = set(plain_changes(model)) ^ set(begin := torch.load(adapter / "start.pt"))
+        if missing:
+            raise RuntimeError(f"{sorted(missing)[:3]} are trained in one of the two models alone")
+        model.load_state_dict(begin, strict=False)
+    model.train()
+    start = {name: parameter.detach().clone() for name, parameter in plain_changes(model).items()}
+    losses, norms = [], []
+    for samples in samples_of(config):
+        parts = [loss_of(case, model, sample) for sample in samples]
+        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
+        model.zero_grad()
+        loss.backward()
+        chosen = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        losses.append(float(loss.detach()))
+        norms.append(float(torch.nn.utils.get_total_norm([parameter.grad for parameter in chosen])))
+        with torch.no_grad():
+            for parameter in chosen:
+                parameter -= config.optimizer.lr * parameter.grad
+    return model, start, losses, norms
+
+
+def logits_apart(case: Case, config: Any, plain: Any, exported: Any) -> float:
+    import torch
+
+    sample = next(iter(samples_of(config)))[0]
+    ids = torch.as_tensor(sample["input_ids"]).long()[None]
+    more = {"labels": torch.as_tensor(sample["target_ids"]).long()[None]} if case.group == "seq2seq" else {}
+    with torch.no_grad():
+        left, right = (model.eval()(input_ids=ids, **more).logits.float() for model in (plain, exported))
+    return float((left - right).abs().max() / left.abs().max())
+
+
+def named_as_checkpoint(folder: Path, export: Path) -> float:
+    """Share of the adapter's modules that the base's files have a weight of under the same name, as servers look them up."""
+    from safetensors.torch import load_file
+
+    adapter = load_file(export / "adapter_model.safetensors")
+    adapted = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in adapter if ".lora_" in key}
+    weights = {key.removesuffix(".weight") for key in load_file(folder / "model.safetensors")}
+    return sum(name in weights for name in adapted) / max(1, len(adapted))
