@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.mutations import Mutation, undo
 
-_SWITCH = "thinks = {} if switch is None else {switch: _thinks(message)}"
+_SWITCH = "thinks = {} if switch is None else {switch: has_reasoning(message)}"
 _PAIR = 'pair = worse or {"chosen", "rejected"} <= fields.keys()'
 _VERDICT = "if column in fields and is_verdict(fields[column]):"
 _LABEL = "((turn.start, other.end()),), (at, turn.stop))"
@@ -82,10 +82,10 @@ _CHAT: dict[str, Mutation] = {
         "data/render.py",
         "        if fields:\n",
         "        if False:\n",
-        ("data/render.py", "if text.strip() not in turn.body), None)", "if False), None)"),
+        ("data/chat/turn_parts.py", "if text.strip() not in turn.body), None)", "if False), None)"),
     ),
     "a_call_of_which_the_name_or_an_argument_is_not_written_is_refused": undo(
-        "data/render.py", "if text.strip() not in turn.body), None)", "if False), None)"
+        "data/chat/turn_parts.py", "if text.strip() not in turn.body), None)", "if False), None)"
     ),
     "arguments_are_given_as_the_template_concatenates_them": undo(
         "data/chat/probe.py", "if calls and self.arguments_as_text:", "if False:"
@@ -301,7 +301,7 @@ _GIVEN: dict[str, Mutation] = {
         "data/message.py", 'None if not ended or "<think>" in reasoning else', "None if not ended else", case="drop"
     ),
     "an_answer_of_which_the_template_splits_off_what_it_takes_for_reasoning_is_refused": undo(
-        "data/render.py",
+        "data/chat/turn_parts.py",
         '"content": inline[1] if inline else start}',
         '"content": start.rsplit("</think>", 1)[-1]}',
     ),

@@ -6,15 +6,12 @@ offsets. What a template does not print is not trained: a row that holds it is r
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from dstune.chat_templates import packaged_for, template_path
 from dstune.config.architectures import marked_stops
@@ -39,13 +36,13 @@ from dstune.data.chat.rule import (
     Stops,
     Turn,
     alternatives,
-    behind_message,
     in_common,
     only_marked,
     passages,
     place_in,
     turn_of,
 )
+from dstune.data.chat.targets import require_offsets
 from dstune.data.chat.template import (
     ChatTemplate,
     Messages,
@@ -54,55 +51,30 @@ from dstune.data.chat.template import (
     Tools,
     with_inlined_reasoning,
 )
-from dstune.data.chat.thoughts import inlined, is_open, marks_of
+from dstune.data.chat.thoughts import inlined, is_open
+from dstune.data.chat.turn_parts import (
+    END_MARKER,
+    Render,
+    has_reasoning,
+    reasoning_marks,
+    text_behind_prompt,
+    unprinted_part,
+    with_text_at_end,
+    without_reasoning,
+)
 from dstune.data.control import ControlTokens
-from dstune.data.message import REASONING_KEYS, content_start, content_text, inline_reasoning, with_start
+from dstune.data.message import REASONING_KEYS, content_start, content_text, with_start
 from dstune.data.messages import NO_ARGUMENTS, first_unusual
 from dstune.data.problems import unprinted
 
-__all__ = ["ChatRenderer", "RenderError", "require_offsets", "target_mask"]
+__all__ = ["ChatRenderer", "RenderError"]
 
-Render = Callable[..., str]
-"""`ChatTemplate.text` or `ChatTemplate.direct`."""
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
-
-END_MARKER = "qzmessageend"
-"""Text that is put behind a message to find where the template has printed it."""
 
 _SEVERAL = "more than one tool call of a message"
 
 _USUAL_MARKS = ("<think>", "</think>")
-
-
-def require_offsets(tokenizer: Any) -> None:
-    """Raises UserError if the tokenizer cannot tell which characters a token stands for."""
-    if not tokenizer.is_fast:
-        raise UserError(
-            Problem(
-                where="model.path",
-                reason="the tokenizer gives no offsets, which task=chat needs to find the tokens to train on",
-                fix="convert it to a tokenizer.json (a fast tokenizer)",
-            )
-        )
-
-
-def target_mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens hold characters of a span: bool [tokens].
-
-    offsets: first and last character (exclusive) of each token, [tokens, 2]; spans: sorted and disjoint. A token that
-    reaches over the edge of a span counts: leaving it out would lose characters that the assistant wrote.
-    """
-    if not spans or not len(offsets):
-        return np.zeros(len(offsets), dtype=bool)
-    starts, ends = np.array(spans).T
-    first, last = offsets[:, 0], offsets[:, 1]
-    # The only span that can hold a token is the first one that ends after the token's first character.
-    nearest = np.searchsorted(ends, first, side="right")
-    inside = nearest < len(ends)
-    nearest = np.minimum(nearest, len(ends) - 1)
-    # Some tokenizers trim white space off the offsets: a token of white space alone is empty then, and still counts.
-    return inside & np.where(last > first, last > starts[nearest], first >= starts[nearest])
 
 
 @dataclass(frozen=True)
@@ -217,7 +189,7 @@ class ChatRenderer:
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""
         switch = self.facts.switch
-        thinks = {} if switch is None else {switch: _thinks(message)}
+        thinks = {} if switch is None else {switch: has_reasoning(message)}
         return thinks | self._template.arguments | dict(row or {})
 
     def passages(
@@ -351,7 +323,7 @@ class ChatRenderer:
             numbers = numbers[-1:]
         numbers = [number for number in numbers if messages[number].get("weight", 1)]
         shown = [number for number in numbers if not self._hides(messages[number])]
-        return shown if any(number and _thinks(messages[number]) for number in shown) else numbers
+        return shown if any(number and has_reasoning(messages[number]) for number in shown) else numbers
 
     def count_hidden(self, messages: Messages) -> int:
         """How many turns of a row are context since the template hides their reasoning."""
@@ -388,7 +360,7 @@ class ChatRenderer:
         calls = bool(message.get("tool_calls"))
         moved = None
         if not answered.startswith(prompt):
-            target = _apart(formatted, prompt, answered, arguments, tools, render)
+            target = text_behind_prompt(formatted, prompt, answered, arguments, tools, render)
             if target is not None:
                 moved = len(prompt) - (len(answered) - len(target))
                 answered = prompt + target
@@ -397,7 +369,7 @@ class ChatRenderer:
         except RuleError as error:
             mended = self._mended(formatted, tools, arguments, prompt)
             raise RenderError(f"message {number + 1} (assistant): {error}{mended}") from None
-        if expected is not None and (unprinted_field := _unprinted(turn, expected)):
+        if expected is not None and (unprinted_field := unprinted_part(turn, expected)):
             fixes = ["task.reasoning=drop trains without it"] if unprinted_field == "reasoning" else []
             mended = "".join(f"; {fix}" for fix in [*fixes, *self._packaged_fix(formatted, tools, arguments)])
             raise RenderError(
@@ -425,7 +397,7 @@ class ChatRenderer:
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
         """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
         found = []
-        if is_open(prompt) and not _thinks(messages[-1]):
+        if is_open(prompt) and not has_reasoning(messages[-1]):
             found.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
         own = self._template
         tried = {
@@ -434,8 +406,8 @@ class ChatRenderer:
             for value in (True, False)
             if name in own.source(tools)
         }
-        if any(map(_thinks, messages)):
-            dropped = [_without_reasoning(message) for message in messages]
+        if any(map(has_reasoning, messages)):
+            dropped = [without_reasoning(message) for message in messages]
             tried["task.reasoning=drop fixes it"] = (own, dropped, {})
         for fix, (template, changed, given) in tried.items():
             try:
@@ -467,7 +439,7 @@ class ChatRenderer:
         reads them."""
         messages = with_call_ids(in_format(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
-            return [_without_reasoning(message) for message in messages]
+            return [without_reasoning(message) for message in messages]
         if self.choice.inlines_reasoning:
             return [self._with_inline_reasoning(message) for message in messages]
         return messages
@@ -509,7 +481,7 @@ class ChatRenderer:
         if self.choice.reasoning_marks:
             value = str(list(self.choice.reasoning_marks))
             raise UserError(Problem("task.reasoning_marks", "these have to be two texts", fix, value))
-        marks = _known_marks(self._template)
+        marks = reasoning_marks(self._template)
         if marks is None and self.choice.inlines_reasoning and self.facts.reasons_in != {True, False}:
             reason = "neither the chat template nor the vocabulary has marks of reasoning"
             raise UserError(Problem("task.reasoning_marks", reason, fix))
@@ -526,7 +498,7 @@ class ChatRenderer:
             content = message.get("content")
             if message["role"] in ("user", "system") and content:
                 markers.append(f"{END_MARKER}{len(markers)}z")
-                message = {**message, "content": _with_end(content, markers[-1])}
+                message = {**message, "content": with_text_at_end(content, markers[-1])}
             marked.append(message)
         text = self._template.text(marked, tools=tools, arguments=arguments)
         places = [text.find(marker) for marker in markers]
@@ -590,82 +562,3 @@ def known_stops(tokenizer: Any) -> frozenset[str]:
     ids = {*marked_stops(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     added = tokenizer.added_tokens_decoder
     return frozenset(added[number].content for number in ids if number in added)
-
-
-def _apart(
-    messages: Messages, prompt: str, answered: str, arguments: Mapping[str, Any], tools: Tools | None, render: Render
-) -> str | None:
-    """What the last of `messages` adds to a prompt that does not begin the conversation, or nothing where it is ambiguous.
-
-    A marker at the end of the message before it shows where prompt and conversation have both printed that message.
-    """
-    *earlier, last, turn = messages
-    content = last.get("content")
-    ends_with_text = isinstance(content, str) or (content and "text" in content[-1])
-    if not content or not ends_with_text or END_MARKER in prompt or END_MARKER in answered:
-        return None
-    marked = [*earlier, {**last, "content": _with_end(content, END_MARKER)}]
-    try:
-        texts = [
-            render(marked, tools=tools, arguments=arguments, prompt=True),
-            render([*marked, turn], tools=tools, arguments=arguments),
-        ]
-        closed = render(marked, tools=tools, arguments=arguments).rpartition(END_MARKER)[2]
-    except RenderError:
-        return None
-    tails = [text.rpartition(END_MARKER)[2] for text in texts]
-    expected = zip((prompt, answered), texts, tails, strict=True)
-    if not all(END_MARKER in text and original.endswith(tail) for original, text, tail in expected):
-        return None
-    return behind_message(tails[0], tails[1], closed, thinks=_thinks(turn))
-
-
-def _with_end(content: Any, text: str) -> Any:
-    """A content that ends with `text`."""
-    if isinstance(content, list):
-        if "text" not in content[-1]:  # an image
-            return [*content, {"type": "text", "text": text}]
-        return [*content[:-1], {**content[-1], "text": content[-1]["text"] + text}]
-    return content + text
-
-
-def _thinks(message: Mapping[str, Any]) -> bool:
-    """Whether a message has reasoning, in a field of its own or at the start of its content."""
-    if reasoning_of(message) is not None:
-        return True
-    inline = inline_reasoning(content_start(message.get("content")))
-    return bool(inline and inline[0].strip())
-
-
-def _known_marks(template: ChatTemplate) -> tuple[str, str] | None:
-    """The marks of reasoning that a template, the tokenizer's settings of answers or its vocabulary have."""
-    tokens = {token.content for token in template.tokenizer.added_tokens_decoder.values()}
-    # How transformers reads an answer apart: patterns with the marks in them.
-    schema = json.dumps(getattr(template.tokenizer, "response_schema", None), ensure_ascii=False, default=str)
-    return marks_of(template.source(None), tokens) or marks_of(schema, ())
-
-
-def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] != "assistant":
-        return message
-    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    if inline := inline_reasoning(content_start(kept.get("content"))):
-        kept["content"] = with_start(kept["content"], inline[1].lstrip())
-    return kept
-
-
-def _unprinted(turn: Turn, message: Mapping[str, Any]) -> str | None:
-    """What the assistant says, thinks or calls and the template does not write for it, if there is anything."""
-    content = message.get("content")
-    start = content_start(content)
-    reasoning = reasoning_of(message)
-    inline = None if reasoning else inline_reasoning(start)
-    output = {"reasoning": reasoning or (inline[0] if inline else ""), "content": inline[1] if inline else start}
-    if isinstance(content, list):
-        output |= {f"part {number} of its content": part["text"] for number, part in enumerate(content[1:], 2)}
-    for function in (call["function"] for call in message.get("tool_calls") or []):
-        name, arguments = function["name"], function["arguments"]
-        output[f"call of {name}"] = name
-        if isinstance(arguments, dict):  # as text they are printed as they are, or not at all
-            output |= {f"argument {key} of {name}": key for key in arguments if key.isidentifier()}
-    return next((what for what, text in output.items() if text.strip() not in turn.body), None)

@@ -24,9 +24,10 @@ from unit.templates import (
 
 from dstune.core.errors import UserError
 from dstune.data.chat.proof import Server, difference
+from dstune.data.chat.targets import target_mask
 from dstune.data.chat.template import ChatTemplate
 from dstune.data.collate import NO_TARGET
-from dstune.data.render import ChatRenderer, RenderError, target_mask
+from dstune.data.render import ChatRenderer, RenderError
 from dstune.data.stopping import stop_token_ids
 from dstune.data.template_date import freeze_date
 from dstune.data.tokenize import RowTokenizer

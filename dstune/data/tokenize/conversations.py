@@ -14,6 +14,7 @@ from dstune.core.errors import Problem, UserError
 from dstune.data.chat.boundary import Boundaries, BoundaryError
 from dstune.data.chat.evidence import Exchange
 from dstune.data.chat.rule import Place, Span
+from dstune.data.chat.targets import require_offsets, target_mask
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens, Defused
 from dstune.data.images.expand import Expanded, count_to, expand
@@ -21,7 +22,7 @@ from dstune.data.images.places import COLUMN
 from dstune.data.images.processor import processor_of
 from dstune.data.preferences import as_chat
 from dstune.data.problems import RowError
-from dstune.data.render import ChatRenderer, Choice, RenderError, require_offsets, target_mask
+from dstune.data.render import ChatRenderer, Choice, RenderError
 from dstune.data.special_tokens import first_special_tokens
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 

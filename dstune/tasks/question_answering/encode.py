@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 
 from dstune.data.answers import Answer
+from dstune.data.chat.targets import require_offsets
 from dstune.data.control import ControlTokens
 from dstune.data.frame import Frame, chunks
-from dstune.data.render import require_offsets
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.tasks.question_answering.config import QuestionAnsweringConfig
 

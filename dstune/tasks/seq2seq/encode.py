@@ -10,9 +10,9 @@ import numpy as np
 
 from dstune.core.errors import Problem, UserError
 from dstune.data.chat.evidence import Exchange
+from dstune.data.chat.targets import require_offsets
 from dstune.data.collate import NO_TARGET
 from dstune.data.prepared import TEXTS
-from dstune.data.render import require_offsets
 from dstune.data.special_tokens import end_of_target
 from dstune.data.tokenize.conversations import ChatEncoder, Language
 from dstune.data.tokenize.sample import Encoder, Rows, Sample

@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dstune.data.chat.targets import require_offsets
 from dstune.data.collate import NO_TARGET
 from dstune.data.control import ControlTokens
 from dstune.data.frame import Frame, chunks
-from dstune.data.render import require_offsets
 from dstune.data.tokenize.sample import Encoder, Rows, Sample
 from dstune.tasks.token_classification.config import TokenClassificationConfig, TrainedSubwords
 
