@@ -9,56 +9,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from dstune.planning.published_today import TODAY
+from dstune.planning.published_today import TODAY, decoder_config
 
 
-def _config(
-    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        **more,
-    }
-
-
-def _llama(*numbers: int, **more: Any) -> dict[str, Any]:
-    return _config("llama", *numbers, **({"tie_word_embeddings": False} | more))
+def _llama(*numbers: int, **fields: Any) -> dict[str, Any]:
+    return decoder_config("llama", *numbers, **({"tie_word_embeddings": False} | fields))
 
 
 _TIED = {"tie_word_embeddings": True}
 _LLAMA_1B = _llama(128256, 2048, 8192, 16, 32, 8, head_dim=64, **_TIED)
 _LLAMA_8B = _llama(128256, 4096, 14336, 32, 32, 8)
 _LLAMA_70B = _llama(128256, 8192, 28672, 80, 64, 8)
-_MISTRAL_7B = _config("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None)
-_MIXTRAL = _config("mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2)
-_NEMO_12B = _config("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, sliding_window=None)
-_SMALL_24B = _config("mistral", 131072, 5120, 32768, 40, 32, 8, head_dim=128, sliding_window=None)
-_GEMMA2_2B = _config("gemma2", 256000, 2304, 9216, 26, 8, 4, head_dim=256, sliding_window=4096)
-_GEMMA2_9B = _config("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256, sliding_window=4096)
-_GEMMA2_27B = _config("gemma2", 256000, 4608, 36864, 46, 32, 16, head_dim=128, sliding_window=4096)
-_GEMMA3_270M = _config("gemma3_text", 262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512)
-_GEMMA3_1B = _config("gemma3_text", 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512)
+_MISTRAL_7B = decoder_config("mistral", 32768, 4096, 14336, 32, 32, 8, sliding_window=None)
+_MIXTRAL = decoder_config("mixtral", 32000, 4096, 14336, 32, 32, 8, num_local_experts=8, num_experts_per_tok=2)
+_NEMO_12B = decoder_config("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, sliding_window=None)
+_SMALL_24B = decoder_config("mistral", 131072, 5120, 32768, 40, 32, 8, head_dim=128, sliding_window=None)
+_GEMMA2_2B = decoder_config("gemma2", 256000, 2304, 9216, 26, 8, 4, head_dim=256, sliding_window=4096)
+_GEMMA2_9B = decoder_config("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256, sliding_window=4096)
+_GEMMA2_27B = decoder_config("gemma2", 256000, 4608, 36864, 46, 32, 16, head_dim=128, sliding_window=4096)
+_GEMMA3_270M = decoder_config("gemma3_text", 262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512)
+_GEMMA3_1B = decoder_config("gemma3_text", 262144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512)
 _SMOLLM2_135M = _llama(49152, 576, 1536, 30, 9, 3, **_TIED)
 _SMOLLM2_360M = _llama(49152, 960, 2560, 32, 15, 5, **_TIED)
 _SMOLLM2_1_7B = _llama(49152, 2048, 8192, 24, 32, 32, **_TIED)
-_SMOLLM3 = _config("smollm3", 128256, 2048, 11008, 36, 16, 4, **_TIED)
+_SMOLLM3 = decoder_config("smollm3", 128256, 2048, 11008, 36, 16, 4, **_TIED)
 
 
 def _qwen2(*numbers: int, tied: bool) -> dict[str, Any]:
-    return _config("qwen2", *numbers, tie_word_embeddings=tied)
+    return decoder_config("qwen2", *numbers, tie_word_embeddings=tied)
 
 
 def _qwen3(*numbers: int, tied: bool) -> dict[str, Any]:
-    return _config("qwen3", 151936, *numbers, head_dim=128, tie_word_embeddings=tied)
+    return decoder_config("qwen3", 151936, *numbers, head_dim=128, tie_word_embeddings=tied)
 
 
-_QWEN3_30B = _config(
+_QWEN3_30B = decoder_config(
     "qwen3_moe",
     151936,
     2048,
@@ -75,7 +60,7 @@ _QWEN3_30B = _config(
 
 
 def _bert(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
-    return _config(
+    return decoder_config(
         "bert", 30522, hidden, inner, layers, heads, heads, max_position_embeddings=512, hidden_dropout_prob=0.1
     )
 
@@ -99,12 +84,12 @@ def _bart(vocabulary: int, hidden: int, inner: int, layers: int, heads: int) -> 
         f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", layers), ("ffn_dim", inner))
     }
     attention = {f"{part}_attention_heads": heads for part in ("encoder", "decoder")}
-    more = {"d_model": hidden, "max_position_embeddings": 1024, "dropout": 0.1}
-    return {"model_type": "bart", "vocab_size": vocabulary, **sizes, **attention, **more}
+    fields = {"d_model": hidden, "max_position_embeddings": 1024, "dropout": 0.1}
+    return {"model_type": "bart", "vocab_size": vocabulary, **sizes, **attention, **fields}
 
 
 def _deberta(hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
-    return _config(
+    return decoder_config(
         "deberta-v2",
         128100,
         hidden,
@@ -176,8 +161,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "google-bert/bert-large-uncased": _bert(1024, 4096, 24, 16),
     "microsoft/deberta-v3-base": _deberta(768, 3072, 12, 12),
     "microsoft/deberta-v3-large": _deberta(1024, 4096, 24, 16),
-    "answerdotai/ModernBERT-base": _config("modernbert", 50368, 768, 1152, 22, 12, 12),
-    "answerdotai/ModernBERT-large": _config("modernbert", 50368, 1024, 2624, 28, 16, 16),
+    "answerdotai/ModernBERT-base": decoder_config("modernbert", 50368, 768, 1152, 22, 12, 12),
+    "answerdotai/ModernBERT-large": decoder_config("modernbert", 50368, 1024, 2624, 28, 16, 16),
     "google-t5/t5-small": _t5(512, 2048, 6, 8),
     "google-t5/t5-base": _t5(768, 3072, 12, 12),
     "google-t5/t5-large": _t5(1024, 4096, 24, 16),

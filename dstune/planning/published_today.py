@@ -35,9 +35,10 @@ class Published:
     """`chat`, `base`, `embedding`, `reranker` or `encoder`."""
 
 
-def _sized(
-    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
+def decoder_config(
+    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **fields: Any
 ) -> dict[str, Any]:
+    """Return a `config.json` of model type `kind` with these sizes and further `fields`. inner: of the feed-forward layers."""
     return {
         "model_type": kind,
         "vocab_size": vocabulary,
@@ -45,8 +46,8 @@ def _sized(
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        **more,
+        "num_key_value_heads": kv_heads,
+        **fields,
     }
 
 
@@ -62,7 +63,9 @@ def _qwen35(
     tied: bool = False,
 ) -> dict[str, Any]:
     """values: heads of values of linear attention. tower: blocks, width and inner width."""
-    text = _sized("qwen3_5_text", 248320, hidden, inner, layers, heads, kv, head_dim=256, linear_num_value_heads=values)
+    text = decoder_config(
+        "qwen3_5_text", 248320, hidden, inner, layers, heads, kv, head_dim=256, linear_num_value_heads=values
+    )
     depth, width, wide = tower
     vision = {"depth": depth, "hidden_size": width, "intermediate_size": wide, "out_hidden_size": hidden}
     tie = {"tie_word_embeddings": tied}
@@ -72,7 +75,7 @@ def _qwen35(
 def _qwen35_experts(
     hidden: int, inner: int, layers: int, heads: int, values: int, experts: int, chosen: int
 ) -> dict[str, Any]:
-    text = _sized(
+    text = decoder_config(
         "qwen3_5_moe_text", 248320, hidden, inner, layers, heads, 2, head_dim=256, linear_num_value_heads=values
     )
     text |= {"moe_intermediate_size": inner, "shared_expert_intermediate_size": inner}
@@ -98,25 +101,25 @@ LARGE_TOWER = {
 
 
 def _gemma4(
-    hidden: int, inner: int, layers: int, heads: int, kv: int, tower: dict[str, Any], **more: Any
+    hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tower: dict[str, Any], **fields: Any
 ) -> dict[str, Any]:
-    every = more.pop("every", 6)
+    every = fields.pop("every", 6)
     kinds = ["full_attention" if (index + 1) % every == 0 else "sliding_attention" for index in range(layers)]
-    settings = {"layer_types": kinds, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0, **more}
-    text = _sized("gemma4_text", 262144, hidden, inner, layers, heads, kv, **settings)
+    settings = {"layer_types": kinds, "hidden_size_per_layer_input": 0, "final_logit_softcapping": 30.0, **fields}
+    text = decoder_config("gemma4_text", 262144, hidden, inner, layers, heads, kv_heads, **settings)
     vision = {"model_type": "gemma4_vision", "num_key_value_heads": tower["num_attention_heads"], **tower}
     audio = {"model_type": "gemma4_audio"} if tower is SMALL_TOWER else None
     return {"model_type": "gemma4", "text_config": text, "vision_config": vision, "audio_config": audio}
 
 
 def _ministral3(hidden: int, inner: int, layers: int, *, tied: bool) -> dict[str, Any]:
-    text = _sized("ministral3", 131072, hidden, inner, layers, 32, 8, head_dim=128, tie_word_embeddings=tied)
+    text = decoder_config("ministral3", 131072, hidden, inner, layers, 32, 8, head_dim=128, tie_word_embeddings=tied)
     vision = {"model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
     vision |= {"num_attention_heads": 16, "head_dim": 64, "image_size": 1540, "patch_size": 14}
     return {"model_type": "mistral3", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
 
 
-def _latent(kind: str, hidden: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+def _latent_attention(kind: str, hidden: int, inner: int, layers: int, heads: int, **fields: Any) -> dict[str, Any]:
     """Latent attention and experts, as DeepSeek 3 has them."""
     sizes = {
         "kv_lora_rank": 512,
@@ -125,7 +128,9 @@ def _latent(kind: str, hidden: int, inner: int, layers: int, heads: int, **more:
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
     }
-    return _sized(kind, more.pop("vocab_size"), hidden, inner, layers, heads, heads, n_shared_experts=1, **sizes | more)
+    return decoder_config(
+        kind, fields.pop("vocab_size"), hidden, inner, layers, heads, heads, n_shared_experts=1, **sizes | fields
+    )
 
 
 def _alternating(layers: int, *kinds: str) -> list[str]:
@@ -143,7 +148,7 @@ NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 def _olmo3(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
     kinds = _alternating(layers, *["sliding_attention"] * 3, "full_attention")
-    return _sized("olmo3", 100278, hidden, inner, layers, heads, kv, layer_types=kinds, sliding_window=4096)
+    return decoder_config("olmo3", 100278, hidden, inner, layers, heads, kv, layer_types=kinds, sliding_window=4096)
 
 
 # fmt: off
@@ -163,7 +168,7 @@ TODAY: tuple[Published, ...] = (
         MAXTEXT.format("qwen3.5-35b-a3b"), modality="text, images"),
     Published("Qwen/Qwen3.5-397B-A17B", 397, _qwen35_experts(4096, 1024, 60, 32, 64, 512, 10), "apache-2.0", 2026, 262144,
         MAXTEXT.format("qwen3.5-397b-a17b"), modality="text, images"),
-    Published("Qwen/Qwen3-Next-80B-A3B-Instruct", 80, _sized("qwen3_next", 151936, 2048, 5120, 48, 16, 2, head_dim=256,
+    Published("Qwen/Qwen3-Next-80B-A3B-Instruct", 80, decoder_config("qwen3_next", 151936, 2048, 5120, 48, 16, 2, head_dim=256,
         num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512,
         linear_num_value_heads=32), "apache-2.0", 2025, 262144, MAXTEXT.format("qwen3-next-80b-a3b")),
     # Gemma 4: small ones with an embedding for each layer, large ones with keys that are values too.
@@ -187,82 +192,82 @@ TODAY: tuple[Published, ...] = (
     Published("mistralai/Ministral-3-14B-Instruct-2512-BF16", 13.9, _ministral3(5120, 16384, 40, tied=False), "apache-2.0",
         2025, 262144, PAGE.format("mistralai/Ministral-3-14B-Base-2512"), "", modality="text, images"),
     # gpt-oss: experts in MXFP4, dequantized while they are loaded.
-    Published("openai/gpt-oss-20b", 20.9, _sized("gpt_oss", 201088, 2880, 2880, 24, 64, 8, num_local_experts=32, **GPT_OSS),
+    Published("openai/gpt-oss-20b", 20.9, decoder_config("gpt_oss", 201088, 2880, 2880, 24, 64, 8, num_local_experts=32, **GPT_OSS),
         "apache-2.0", 2025, 131072, MAXTEXT.format("gpt-oss-20b")),
-    Published("openai/gpt-oss-120b", 116.8, _sized("gpt_oss", 201088, 2880, 2880, 36, 64, 8, num_local_experts=128,
+    Published("openai/gpt-oss-120b", 116.8, decoder_config("gpt_oss", 201088, 2880, 2880, 36, 64, 8, num_local_experts=128,
         **GPT_OSS), "apache-2.0", 2025, 131072, MAXTEXT.format("gpt-oss-120b")),
-    Published("zai-org/GLM-4.7-Flash", 30, _latent("glm4_moe_lite", 2048, 10240, 47, 20, vocab_size=154880, q_lora_rank=768,
-        qk_nope_head_dim=192, v_head_dim=256, n_routed_experts=64, num_experts_per_tok=4, moe_intermediate_size=1536), "mit",
-        2026, 202752, PAGE.format("naaviii/glm-code-next-4b")),
-    Published("zai-org/GLM-4.5-Air", 106, _sized("glm4_moe", 151552, 4096, 10944, 46, 96, 8, head_dim=128,
+    Published("zai-org/GLM-4.7-Flash", 30, _latent_attention("glm4_moe_lite", 2048, 10240, 47, 20, vocab_size=154880,
+        q_lora_rank=768, qk_nope_head_dim=192, v_head_dim=256, n_routed_experts=64, num_experts_per_tok=4, moe_intermediate_size=1536),
+        "mit", 2026, 202752, PAGE.format("naaviii/glm-code-next-4b")),
+    Published("zai-org/GLM-4.5-Air", 106, decoder_config("glm4_moe", 151552, 4096, 10944, 46, 96, 8, head_dim=128,
         attention_bias=True, n_routed_experts=128, moe_intermediate_size=1408, num_experts_per_tok=8, n_shared_experts=1,
         first_k_dense_replace=1), "mit", 2025, 131072, PAGE.format("PrimeIntellect/INTELLECT-3-Base")),
-    Published("zai-org/GLM-4.7", 358, _sized("glm4_moe", 151552, 5120, 12288, 92, 96, 8, head_dim=128, attention_bias=True,
+    Published("zai-org/GLM-4.7", 358, decoder_config("glm4_moe", 151552, 5120, 12288, 92, 96, 8, head_dim=128, attention_bias=True,
         use_qk_norm=True, n_routed_experts=160, moe_intermediate_size=1536, num_experts_per_tok=8, n_shared_experts=1,
         first_k_dense_replace=3), "mit", 2025, 202752, "huggingface.co/zai-org/GLM-4.7/blob/refs/pr/49/config.json"),
-    Published("zai-org/GLM-5", 744, _latent("glm_moe_dsa", 6144, 12288, 78, 64, vocab_size=154880, q_lora_rank=2048,
+    Published("zai-org/GLM-5", 744, _latent_attention("glm_moe_dsa", 6144, 12288, 78, 64, vocab_size=154880, q_lora_rank=2048,
         qk_nope_head_dim=192, v_head_dim=256, n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048), "mit",
         2026, 202752, CLASS.format("glm_moe_dsa")),
-    Published("HuggingFaceTB/SmolLM3-3B", 3.1, _sized("smollm3", 128256, 2048, 11008, 36, 16, 4, tie_word_embeddings=True),
+    Published("HuggingFaceTB/SmolLM3-3B", 3.1, decoder_config("smollm3", 128256, 2048, 11008, 36, 16, 4, tie_word_embeddings=True),
         "apache-2.0", 2025, 65536, CLASS.format("smollm3")),
     Published("allenai/Olmo-3-7B-Instruct", 7.3, _olmo3(4096, 11008, 32, 32, 32), "apache-2.0",
         2025, 65536, MAXTEXT.format("olmo3-7b")),
     Published("allenai/Olmo-3.1-32B-Instruct", 32.2, _olmo3(5120, 27648, 64, 40, 8), "apache-2.0",
         2025, 65536, MAXTEXT.format("olmo3-32b")),
-    Published("ibm-granite/granite-4.0-micro", 3.4, _sized("granitemoehybrid", 100352, 2560, 8192, 40, 40, 8,
+    Published("ibm-granite/granite-4.0-micro", 3.4, decoder_config("granitemoehybrid", 100352, 2560, 8192, 40, 40, 8,
         **GRANITE | {"layer_types": ["attention"] * 40, "mamba_n_heads": 128, "mamba_d_head": 40, "mamba_d_state": 256}),
         "apache-2.0", 2025, 131072, PAGE.format("Sethblocks/Neuron-v0.3-3b")),
-    Published("ibm-granite/granite-4.0-h-micro", 3.2, _sized("granitemoehybrid", 100352, 2048, 8192, 40, 32, 8,
+    Published("ibm-granite/granite-4.0-h-micro", 3.2, decoder_config("granitemoehybrid", 100352, 2048, 8192, 40, 32, 8,
         **GRANITE | {"layer_types": MAMBA_4}), "apache-2.0", 2025, 131072, PAGE.format("anuj6316/granite")),
-    Published("ibm-granite/granite-4.0-h-tiny", 6.9, _sized("granitemoehybrid", 100352, 1536, 512, 40, 12, 4,
+    Published("ibm-granite/granite-4.0-h-tiny", 6.9, decoder_config("granitemoehybrid", 100352, 1536, 512, 40, 12, 4,
         **GRANITE | {"layer_types": MAMBA_4, "mamba_n_heads": 48, "shared_intermediate_size": 1024, "num_local_experts": 64,
         "num_experts_per_tok": 6}), "apache-2.0", 2025, 131072,
         PAGE.format("inference-optimization/granite-4.0-h-tiny-FP8-dynamic")),
-    Published("LiquidAI/LFM2-350M", 0.35, _sized("lfm2", 65536, 1024, 6656, 16, 16, 8, layer_types=LFM2_16,
+    Published("LiquidAI/LFM2-350M", 0.35, decoder_config("lfm2", 65536, 1024, 6656, 16, 16, 8, layer_types=LFM2_16,
         block_auto_adjust_ff_dim=True, block_multiple_of=256, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True),
         "lfm1.0", 2025, 128000, PAGE.format("Thorge-AI/lfm2-web-runtime-weights")),
-    Published("LiquidAI/LFM2-1.2B", 1.2, _sized("lfm2", 65536, 2048, 12288, 16, 32, 8, layer_types=LFM2_16,
+    Published("LiquidAI/LFM2-1.2B", 1.2, decoder_config("lfm2", 65536, 2048, 12288, 16, 32, 8, layer_types=LFM2_16,
         block_auto_adjust_ff_dim=True, block_multiple_of=256, block_ffn_dim_multiplier=1.0, tie_word_embeddings=True),
         "lfm1.0", 2025, 128000, PAGE.format("saranshagarwal2020/p-vector")),
-    Published("LiquidAI/LFM2-2.6B", 2.6, _sized("lfm2", 65536, 2048, 10752, 30, 32, 8, layer_types=LFM2_30,
+    Published("LiquidAI/LFM2-2.6B", 2.6, decoder_config("lfm2", 65536, 2048, 10752, 30, 32, 8, layer_types=LFM2_30,
         block_auto_adjust_ff_dim=False, tie_word_embeddings=True), "lfm1.0", 2025, 128000,
         PAGE.format("LiquidAI/LFM2-2.6B-Transcript-ONNX")),
-    Published("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 31.6, _sized("nemotron_h", 131072, 2688, 1856, 52, 32, 2,
+    Published("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 31.6, decoder_config("nemotron_h", 131072, 2688, 1856, 52, 32, 2,
         head_dim=128, hybrid_override_pattern=NANO, mamba_num_heads=64, mamba_head_dim=64, ssm_state_size=128, n_groups=8,
         n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712,
         n_shared_experts=1), "nvidia-open-model", 2025, 262144,
         "github.com/THUDM/slime/blob/46772aec/scripts/models/nemotron-nano-30B-A3B.sh"),
-    Published("microsoft/phi-4", 14.7, _sized("phi3", 100352, 5120, 17920, 40, 40, 10), "mit", 2024, 16384,
+    Published("microsoft/phi-4", 14.7, decoder_config("phi3", 100352, 5120, 17920, 40, 40, 10), "mit", 2024, 16384,
         PAGE.format("microsoft/phi-4"), ""),
-    Published("microsoft/Phi-4-mini-instruct", 3.8, _sized("phi3", 200064, 3072, 8192, 32, 24, 8, tie_word_embeddings=True,
+    Published("microsoft/Phi-4-mini-instruct", 3.8, decoder_config("phi3", 200064, 3072, 8192, 32, 24, 8, tie_word_embeddings=True,
         partial_rotary_factor=0.75), "mit", 2025, 131072,
         "huggingface.co/onnx-community/Phi-4-mini-instruct-ONNX-GQA/blame/39b0c116/config.json"),
-    Published("meta-llama/Llama-4-Scout-17B-16E-Instruct", 109, {"model_type": "llama4", "text_config": _sized("llama4_text",
-        202048, 5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16384, num_local_experts=16, num_experts_per_tok=1,
-        interleave_moe_layer_step=1), "vision_config": {"hidden_size": 1408, "intermediate_size": 5632,
+    Published("meta-llama/Llama-4-Scout-17B-16E-Instruct", 109, {"model_type": "llama4", "text_config": decoder_config(
+        "llama4_text", 202048, 5120, 8192, 48, 40, 8, head_dim=128, intermediate_size_mlp=16384, num_local_experts=16,
+        num_experts_per_tok=1, interleave_moe_layer_step=1), "vision_config": {"hidden_size": 1408, "intermediate_size": 5632,
         "num_hidden_layers": 34, "num_attention_heads": 16}}, "llama4", 2025, 10485760, MAXTEXT.format("llama4-17b-16e"),
         gated=True, modality="text, images"),
-    Published("moonshotai/Kimi-K2-Instruct-0905", 1026, _latent("deepseek_v3", 7168, 18432, 61, 64, vocab_size=163840,
+    Published("moonshotai/Kimi-K2-Instruct-0905", 1026, _latent_attention("deepseek_v3", 7168, 18432, 61, 64, vocab_size=163840,
         n_routed_experts=384, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=1, n_group=1,
         topk_group=1, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025, 262144,
         MAXTEXT.format("kimi-k2-1t")),
     Published("moonshotai/Kimi-Linear-48B-A3B-Instruct", 48, {"model_type": "kimi_linear"}, "mit", 2025, 1048576,
         CLASS.format("kimi_linear")),
-    Published("MiniMaxAI/MiniMax-M2", 229, _sized("minimax_m2", 200064, 3072, 1536, 62, 48, 8, head_dim=128,
+    Published("MiniMaxAI/MiniMax-M2", 229, decoder_config("minimax_m2", 200064, 3072, 1536, 62, 48, 8, head_dim=128,
         num_local_experts=256, num_experts_per_tok=8, quantization_config={"quant_method": "fp8"}), "modified-mit", 2025,
         196608, CLASS.format("minimax_m2")),
-    Published("deepseek-ai/DeepSeek-V3.2", 671, _latent("deepseek_v32", 7168, 18432, 61, 128, vocab_size=129280,
+    Published("deepseek-ai/DeepSeek-V3.2", 671, _latent_attention("deepseek_v32", 7168, 18432, 61, 128, vocab_size=129280,
         n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3,
         quantization_config={"quant_method": "fp8"}), "mit", 2025, 163840, MAXTEXT.format("deepseek3.2-671b")),
     # Encoders, embeddings and rerankers.
-    Published("google/embeddinggemma-300m", 0.3, _sized("gemma3_text", 262144, 768, 1152, 24, 3, 1, head_dim=256,
+    Published("google/embeddinggemma-300m", 0.3, decoder_config("gemma3_text", 262144, 768, 1152, 24, 3, 1, head_dim=256,
         sliding_window=512, use_bidirectional_attention=True), "gemma", 2025, 2048, PAGE.format("google/embeddinggemma-300m"),
         "", gated=True, use="embedding"),
-    Published("Qwen/Qwen3-Embedding-0.6B", 0.6, _sized("qwen3", 151669, 1024, 3072, 28, 16, 8, head_dim=128,
+    Published("Qwen/Qwen3-Embedding-0.6B", 0.6, decoder_config("qwen3", 151669, 1024, 3072, 28, 16, 8, head_dim=128,
         tie_word_embeddings=True), "apache-2.0", 2025, 32768, PAGE.format("Qwen/Qwen3-Embedding-0.6B"), "", use="embedding"),
-    Published("Qwen/Qwen3-Embedding-4B", 4, _sized("qwen3", 151665, 2560, 9728, 36, 32, 8, head_dim=128,
+    Published("Qwen/Qwen3-Embedding-4B", 4, decoder_config("qwen3", 151665, 2560, 9728, 36, 32, 8, head_dim=128,
         tie_word_embeddings=True), "apache-2.0", 2025, 40960, PAGE.format("Qwen/Qwen3-Embedding-4B"), "", use="embedding"),
-    Published("Qwen/Qwen3-Reranker-0.6B", 0.6, _sized("qwen3", 151669, 1024, 3072, 28, 16, 8, head_dim=128,
+    Published("Qwen/Qwen3-Reranker-0.6B", 0.6, decoder_config("qwen3", 151669, 1024, 3072, 28, 16, 8, head_dim=128,
         tie_word_embeddings=True), "apache-2.0", 2025, 40960, PAGE.format("Qwen/Qwen3-Reranker-0.6B"), "", use="reranker"),
 )
 # fmt: on
