@@ -44,7 +44,7 @@ _UNIT: dict[str, Mutation] = {
         "trainer/out_of_memory.py", "    freed.sort(key=lambda one: -one[0])\n"
     ),
     "a_norm_is_read_once": undo(
-        "zero/fewer_reads.py", "if self._of is not norm or self._version != norm._version:", "if True:"
+        "zero/fewer_reads.py", "if self._norm is not norm or self._version != norm._version:", "if True:"
     ),
     "the_sums_of_a_step_are_read_with_the_norm": undo(
         "zero/fewer_reads.py", "        if not scalars:\n", "        if True:\n"

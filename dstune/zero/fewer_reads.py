@@ -22,7 +22,7 @@ class NormReads:
     """The norm that was read last, in this step, and what was read with it."""
 
     def __init__(self) -> None:
-        self._of: torch.Tensor | None = None
+        self._norm: torch.Tensor | None = None
         self._version = 0
         self._value: float | None = None
         self._scalars: Mapping[str, torch.Tensor] = {}
@@ -31,12 +31,12 @@ class NormReads:
 
     def begin_step(self, scalars: Mapping[str, torch.Tensor] | None = None) -> None:
         """scalars: to read with the norm, which waits for all that was computed so far anyway."""
-        self._of = self._value = None
+        self._norm = self._value = None
         self._scalars, self.beside = scalars or {}, {}
 
     def value(self, norm: torch.Tensor) -> float:
-        if self._of is not norm or self._version != norm._version:
-            self._of, self._version, self._value = norm, norm._version, self._read(norm)
+        if self._norm is not norm or self._version != norm._version:
+            self._norm, self._version, self._value = norm, norm._version, self._read(norm)
         assert self._value is not None
         return self._value
 
