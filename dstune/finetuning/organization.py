@@ -32,10 +32,11 @@ CURRENCY = "usd"
 
 
 @dataclass(frozen=True)
-class Used:
-    """What one answer or job has used."""
+class UsageEntry:
+    """What one answer or job has entry."""
 
     at: int
+    """Unix seconds."""
     project: str
     key: str
     model: str
@@ -49,7 +50,7 @@ class Used:
 
 @dataclass
 class Total:
-    """Of a bucket and group."""
+    """Sums over the entries of one bucket and group."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -57,29 +58,32 @@ class Total:
     device_seconds: float = 0.0
     cost: float = 0.0
 
-    def add(self, used: Used) -> None:
-        self.input_tokens += used.input_tokens
-        self.output_tokens += used.output_tokens
-        self.requests += used.requests
-        self.device_seconds += used.device_seconds
-        self.cost += used.cost
+    def add(self, entry: UsageEntry) -> None:
+        self.input_tokens += entry.input_tokens
+        self.output_tokens += entry.output_tokens
+        self.requests += entry.requests
+        self.device_seconds += entry.device_seconds
+        self.cost += entry.cost
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a request for usage asks."""
+class UsageQuery:
+    """What a request for usage asks: totals of `group_by` in buckets of time."""
 
     organization: str
     start: int
+    """Unix seconds, as `end`, which is exclusive."""
     end: int
     width: int
+    """Seconds of a bucket."""
     count: int
+    """The most buckets of a page."""
     group_by: tuple[str, ...]
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """The values of `project`, `key` and `model` that count; absent for all."""
 
-    def counts(self, used: Used) -> bool:
-        return all(getattr(used, name) in values for name, values in self.only.items())
+    def counts(self, entry: UsageEntry) -> bool:
+        return all(getattr(entry, name) in values for name, values in self.only.items())
 
 
 class SecretRequest(Body):
@@ -100,16 +104,16 @@ class Organizations:
         await request.answer(await asyncio.to_thread(self._audit, _organization(request), page, kinds, projects))
 
     async def completions(self, gateway: Gateway, request: Request) -> None:
-        question = _question(request, ("project_id", "api_key_id", "model"))
-        await self._report(request, question, self._answers, _completion_result)
+        usage_query = _read_usage_query(request, ("project_id", "api_key_id", "model"))
+        await self._report(request, usage_query, self._answers, _completion_result)
 
     async def training(self, gateway: Gateway, request: Request) -> None:
-        question = _question(request, ("project_id", "api_key_id", "model"))
-        await self._report(request, question, self._jobs, _training_result)
+        usage_query = _read_usage_query(request, ("project_id", "api_key_id", "model"))
+        await self._report(request, usage_query, self._jobs, _training_result)
 
     async def costs(self, gateway: Gateway, request: Request) -> None:
-        question = _question(request, ("project_id", "api_key_id", "line_item"), widths=("1d",))
-        await self._report(request, question, self._jobs, _cost_result)
+        usage_query = _read_usage_query(request, ("project_id", "api_key_id", "line_item"), widths=("1d",))
+        await self._report(request, usage_query, self._jobs, _cost_result)
 
     async def list_secrets(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -132,39 +136,39 @@ class Organizations:
     async def _report(
         self,
         request: Request,
-        question: Question,
-        source: Callable[[Session, Question], Iterable[Used]],
+        usage_query: UsageQuery,
+        source: Callable[[Session, UsageQuery], Iterable[UsageEntry]],
         result: Callable[[Total], dict[str, Any]],
     ) -> None:
-        await request.answer(await asyncio.to_thread(self._buckets, question, source, result))
+        await request.answer(await asyncio.to_thread(self._buckets, usage_query, source, result))
 
     def _buckets(
         self,
-        question: Question,
-        source: Callable[[Session, Question], Iterable[Used]],
+        usage_query: UsageQuery,
+        source: Callable[[Session, UsageQuery], Iterable[UsageEntry]],
         result: Callable[[Total], dict[str, Any]],
     ) -> dict[str, Any]:
-        until = min(question.end, question.start + question.width * question.count)
+        until = min(usage_query.end, usage_query.start + usage_query.width * usage_query.count)
         groups: dict[int, dict[tuple[str, ...], Total]] = defaultdict(lambda: defaultdict(Total))
         with self._database.session() as session:
-            for used in source(session, question):
-                if question.counts(used):
-                    index = (used.at - question.start) // question.width
-                    groups[index][tuple(_group(used, name) for name in question.group_by)].add(used)
+            for entry in source(session, usage_query):
+                if usage_query.counts(entry):
+                    index = (entry.at - usage_query.start) // usage_query.width
+                    groups[index][tuple(_group(entry, name) for name in usage_query.group_by)].add(entry)
         data = []
-        for start in range(question.start, until, question.width):
-            found = groups.get((start - question.start) // question.width, {})
+        for start in range(usage_query.start, until, usage_query.width):
+            found = groups.get((start - usage_query.start) // usage_query.width, {})
             results = [
-                result(total) | dict(zip(question.group_by, names, strict=True))
+                result(total) | dict(zip(usage_query.group_by, names, strict=True))
                 for names, total in sorted(found.items(), key=lambda one: one[0])
             ]
-            end = min(start + question.width, question.end)
+            end = min(start + usage_query.width, usage_query.end)
             data.append({"object": "bucket", "start_time": start, "end_time": end, "results": results})
-        more = until < question.end
+        more = until < usage_query.end
         return {"object": "page", "data": data, "has_more": more, "next_page": f"page_{until}" if more else None}
 
-    def _answers(self, session: Session, question: Question) -> Iterable[Used]:
-        until = min(question.end, question.start + question.width * question.count)
+    def _answers(self, session: Session, usage_query: UsageQuery) -> Iterable[UsageEntry]:
+        until = min(usage_query.end, usage_query.start + usage_query.width * usage_query.count)
         query = (
             select(
                 AnswerRow.created, AnswerRow.key, AnswerRow.model, AnswerRow.tokens, AnswerRow.input_tokens, Key.project
@@ -172,8 +176,8 @@ class Organizations:
             .join(Key, Key.id == AnswerRow.key)
             .join(Project, Project.id == Key.project)
             .where(
-                Project.organization == question.organization,
-                AnswerRow.created >= _moment(question.start),
+                Project.organization == usage_query.organization,
+                AnswerRow.created >= _moment(usage_query.start),
                 AnswerRow.created < _moment(until),
                 AnswerRow.status.between(200, 299),
             )
@@ -182,21 +186,21 @@ class Organizations:
         for row in session.execute(query):
             created = row.created if row.created.tzinfo else row.created.replace(tzinfo=datetime.UTC)
             output = max(row.tokens - row.input_tokens, 0)
-            yield Used(int(created.timestamp()), row.project, row.key, row.model, row.input_tokens, output, 1)
+            yield UsageEntry(int(created.timestamp()), row.project, row.key, row.model, row.input_tokens, output, 1)
 
-    def _jobs(self, session: Session, question: Question) -> Iterable[Used]:
-        until = min(question.end, question.start + question.width * question.count)
+    def _jobs(self, session: Session, usage_query: UsageQuery) -> Iterable[UsageEntry]:
+        until = min(usage_query.end, usage_query.start + usage_query.width * usage_query.count)
         query = (
             select(Usage)
             .join(Project, Project.id == Usage.project)
             .where(
-                Project.organization == question.organization,
-                Usage.created_at >= question.start,
+                Project.organization == usage_query.organization,
+                Usage.created_at >= usage_query.start,
                 Usage.created_at < until,
             )
         )
         for row in session.scalars(query):
-            yield Used(
+            yield UsageEntry(
                 row.created_at, row.project, row.key, row.model, row.tokens, 0, 1, row.device_seconds, row.cost,
                 f"{row.kind} {row.model}",
             )  # fmt: skip
@@ -233,8 +237,8 @@ class Organizations:
             audit.note(session, request, "secret.deleted", name)
 
 
-def _question(request: Request, groups: Sequence[str], widths: Sequence[str] = tuple(WIDTHS)) -> Question:
-    """Raises ApiError."""
+def _read_usage_query(request: Request, groups: Sequence[str], widths: Sequence[str] = tuple(WIDTHS)) -> UsageQuery:
+    """Read the parameters of a request for usage. groups: what it may group by. Raises ApiError."""
     lists = ("project_ids", "api_key_ids", "models", "group_by")
     query = request.query(("start_time", "end_time", "bucket_width", "limit", "page"), lists=lists)
     width_name = query.get("bucket_width", "1d")
@@ -262,7 +266,7 @@ def _question(request: Request, groups: Sequence[str], widths: Sequence[str] = t
         for name, parameter in (("project", "project_ids"), ("key", "api_key_ids"), ("model", "models"))
         if (values := request.query_values(f"{parameter}[]"))
     }
-    return Question(_organization(request), start, end, width, int(limit), group_by, only)
+    return UsageQuery(_organization(request), start, end, width, int(limit), group_by, only)
 
 
 def _time(query: Mapping[str, str], name: str) -> int | None:
@@ -274,8 +278,8 @@ def _time(query: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def _group(used: Used, name: str) -> str:
-    return str(getattr(used, {"project_id": "project", "api_key_id": "key"}.get(name, name)))
+def _group(entry: UsageEntry, name: str) -> str:
+    return str(getattr(entry, {"project_id": "project", "api_key_id": "key"}.get(name, name)))
 
 
 def _completion_result(total: Total) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Uploads:
             self._database.exclusive(session, f"creations {caller.project}")
             before = attempt.found(session)
             if before is not None:
-                return self._of(session, caller.project, before)
+                return self._find_upload(session, caller.project, before)
             pending = select(func.count()).select_from(Upload)
             pending = pending.where(Upload.project == caller.project, Upload.status == "pending")
             if (session.scalar(pending) or 0) >= MOST_PENDING:
@@ -133,7 +133,7 @@ class Uploads:
             audit.note(session, request, "upload.created", row.id, bytes=size, purpose=purpose)
         return row
 
-    def _of(self, session: Session, project: str, upload: str) -> Upload:
+    def _find_upload(self, session: Session, project: str, upload: str) -> Upload:
         """Raises ApiError where there is none."""
         row = session.scalar(select(Upload).where(Upload.project == project, Upload.id == upload))
         if row is None:
@@ -147,7 +147,7 @@ class Uploads:
         if session is None:
             with self._database.session() as own:
                 return self._open(request, own)
-        row = self._of(session, request.key.project, request.parameters["upload"])
+        row = self._find_upload(session, request.key.project, request.parameters["upload"])
         if row.status != "pending":
             raise ApiError(400, f"The upload is {row.status}.", code=f"upload_{row.status}")
         return row
@@ -171,7 +171,7 @@ class Uploads:
     def _complete(self, request: Request, ids: Sequence[str], md5: str | None) -> tuple[Upload, File]:
         project, name = request.key.project, request.parameters["upload"]
         with self._database.session() as session:
-            upload = self._of(session, project, name)
+            upload = self._find_upload(session, project, name)
             parts = {part.id: part for part in session.scalars(select(Part).where(Part.upload == upload.id))}
         if upload.status == "completed":
             return self._completed(upload)
@@ -196,7 +196,7 @@ class Uploads:
             return self._finish(request, staged)
         except FileNotFoundError:  # completed or cancelled meanwhile
             with self._database.session() as session:
-                return self._completed(self._of(session, project, name))
+                return self._completed(self._find_upload(session, project, name))
         finally:
             staged.discard()
 
@@ -209,7 +209,7 @@ class Uploads:
     def _finish(self, request: Request, staged: Staged) -> tuple[Upload, File]:
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"upload {request.parameters['upload']}")
-            upload = self._of(session, request.key.project, request.parameters["upload"])
+            upload = self._find_upload(session, request.key.project, request.parameters["upload"])
             if upload.status == "completed":
                 return self._completed(upload)
             upload = self._open(request, session)
@@ -226,7 +226,7 @@ class Uploads:
     def _cancel(self, request: Request) -> Upload:
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"upload {request.parameters['upload']}")
-            upload = self._of(session, request.key.project, request.parameters["upload"])
+            upload = self._find_upload(session, request.key.project, request.parameters["upload"])
             if upload.status == "cancelled":
                 return upload
             upload = self._open(request, session)

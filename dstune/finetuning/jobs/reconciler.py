@@ -115,7 +115,7 @@ class Reconciler:
                 if job.state == State.VALIDATING:
                     if self._validate(job):
                         validating += 1
-                    elif not self._of(job).validated.exists():
+                    elif not self._job_folder(job).validated.exists():
                         unread.append(job)
                 elif job.state in (State.RUNNING, State.PAUSING):
                     self._watch(job)
@@ -162,9 +162,9 @@ class Reconciler:
         if not self.leads:
             return
         active = [job for job in self._store.unfinished() if job.active and job.pool == LOCAL]
-        while active := [job for job in active if self._launcher.is_alive(self._of(job))]:
+        while active := [job for job in active if self._launcher.is_alive(self._job_folder(job))]:
             for job in active:
-                self._ask(self._of(job), SAVE)
+                self._ask(self._job_folder(job), SAVE)
             lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
             time.sleep(0.2)
             self._launcher.reap()
@@ -178,7 +178,7 @@ class Reconciler:
 
     def _validate(self, job: Job) -> bool:
         """Whether its files are being read now; what was found in them is noted."""
-        folder = self._of(job)
+        folder = self._job_folder(job)
         found = read(folder.validated)
         if found is not None:
             self._validated(job, folder, found)
@@ -210,7 +210,7 @@ class Reconciler:
             "validation_file": job.validation_file,
             "most_rows": preset.most_rows,
         }
-        return self._launcher.start(self._of(job), task, {"CUDA_VISIBLE_DEVICES": ""})
+        return self._launcher.start(self._job_folder(job), task, {"CUDA_VISIBLE_DEVICES": ""})
 
     def _validated(self, job: Job, folder: JobFolder, found: Mapping[str, Any]) -> None:
         error = found.get("error")
@@ -269,7 +269,7 @@ class Reconciler:
     # -- training
 
     def _watch(self, job: Job) -> None:
-        folder = self._of(job)
+        folder = self._job_folder(job)
         alive = self._launcher.is_alive(folder)
         steps = self._reader(job).read()
         self._tell(job, steps, ended=not alive)
@@ -380,7 +380,7 @@ class Reconciler:
         if where == "run.dir":
             self._lost(job, steps, "another process of it was running still")
             return
-        folder = self._of(job)
+        folder = self._job_folder(job)
         for param in ("training_file", "validation_file"):
             file = str(folder.of_param(param))
             if where.startswith(file) or where == DATA_KEYS[param]:
@@ -394,7 +394,7 @@ class Reconciler:
 
     def _wind_down(self, job: Job) -> None:
         """A job whose state says that it has no process any more."""
-        folder = self._of(job)
+        folder = self._job_folder(job)
         if self._launcher.is_alive(folder):
             self._ask(folder, NOW if job.state == State.CANCELLED else SAVE)
             return
@@ -498,13 +498,13 @@ class Reconciler:
         if job.pool == LOCAL:
             task["devices"] = devices
         elif preset := self._offered(job):
-            configuration.launch_anew(self._of(job), preset)
+            configuration.launch_anew(self._job_folder(job), preset)
         env = dict(self._keys(job))
         if job.pool == LOCAL:
             env |= device_environment(taken, self._machine.gpus)
             # A control group of a job's own would take a process with it that later jobs need.
             env |= {} if self._presets().prefix else self.variables
-        self._launcher.start(self._of(job), task, env)
+        self._launcher.start(self._job_folder(job), task, env)
 
     # -- changes
 
@@ -525,11 +525,13 @@ class Reconciler:
             if row.state != job.state or row.attempt != job.attempt:
                 return False
             self._account(row)
-            texts = self._results.pause(session, row, self._of(row), self._reader(job).read()) if exports else []
+            texts = (
+                self._results.pause(session, row, self._job_folder(row), self._reader(job).read()) if exports else []
+            )
             self._store.change(session, row, change, [*map(Message, texts), *messages], **values)
         if exports:
             self._results.published()
-        self._store.measure(job.id, self._of(job))
+        self._store.measure(job.id, self._job_folder(job))
         return True
 
     def _fail(self, job: Job, code: str, message: str, param: Any) -> None:
@@ -540,7 +542,7 @@ class Reconciler:
     def _account(self, row: Job) -> None:
         """The end of an attempt: its devices are free, and its time is counted; not the time in the queue of a cluster."""
         if row.active:
-            ended, seconds = read(self._of(row).ended) or {}, time.time() - (row.started_at or time.time())
+            ended, seconds = read(self._job_folder(row).ended) or {}, time.time() - (row.started_at or time.time())
             if ended.get("attempt") == row.attempt and ended.get("seconds") is not None:
                 seconds = float(ended["seconds"])
             row.device_seconds += row.devices * max(0.0, seconds)
@@ -552,7 +554,7 @@ class Reconciler:
         self._validations.pop(job.id, None)
         self._measured.pop(job.id, None)
         self._rewound.discard(job.id)
-        folder = self._of(job)
+        folder = self._job_folder(job)
         if not self._launcher.is_alive(folder):
             self._results.tidy(folder)
             self._store.measure(job.id, folder)
@@ -563,11 +565,11 @@ class Reconciler:
 
     # -- helpers
 
-    def _of(self, job: Job) -> JobFolder:
+    def _job_folder(self, job: Job) -> JobFolder:
         return JobFolder.of(self._folder, job.id)
 
     def _reader(self, job: Job) -> Reader:
-        return self._readers.setdefault(job.id, Reader(self._of(job).run / "metrics.jsonl"))
+        return self._readers.setdefault(job.id, Reader(self._job_folder(job).run / "metrics.jsonl"))
 
     def _preset(self, job: Job) -> Preset | None:
         """None where the operator has taken it away; the job has failed then."""
