@@ -73,7 +73,7 @@ class Inference:
             check_context(path, taken, engine)
             return bounded(path, taken, engine, most)
 
-        with self._charging(request.key, engine):
+        with self._charge_unread_prompt(request.key, engine):
             await self._answer(request, path, await request.apart(prepared))
 
     async def _answer(self, request: Request, path: str, body: dict[str, Any]) -> None:
@@ -94,8 +94,8 @@ class Inference:
                 await self._forward(request, model, path, body, record, guarded)
 
     @contextmanager
-    def _charging(self, caller: Caller, engine: Engine) -> Iterator[None]:
-        """A prompt that is refused for its length was read all the same, as far as the context goes: that is charged."""
+    def _charge_unread_prompt(self, caller: Caller, engine: Engine) -> Iterator[None]:
+        """Charge the caller for a full context where the prompt is refused as too long: the engine has read that much of it."""
         try:
             yield
         except ApiError as error:

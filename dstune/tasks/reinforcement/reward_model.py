@@ -94,15 +94,15 @@ class LocalRewardModel(RewardModel):
 
     def __init__(self, predictor: Any):
         self._predictor = predictor
-        self._question = predictor.question_class(predictor.config.task, predictor.labels, predictor.config.data)
-        self._column = self._question.mapping.get("messages", "messages")
+        self._row_reader = predictor.question_class(predictor.config.task, predictor.labels, predictor.config.data)
+        self._column = self._row_reader.mapping.get("messages", "messages")
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
         scores: list[float | None] = [None] * len(conversations)
         rows = {}
         for number, turns in enumerate(conversations):
             try:
-                rows[number] = self._question.query({self._column: turns}, "completion")
+                rows[number] = self._row_reader.query({self._column: turns}, "completion")
             except RowError as error:  # an answer without text
                 self.last_error = str(error)
         answers = self._predictor.answers(list(rows.values()), ROWS_AT_ONCE) if rows else []

@@ -160,7 +160,7 @@ class EncoderApp(EngineApp):
         self._neutral = neutral_of(name, predictor.labels, neutral_labels)
         self._batcher = Batcher(predictor)
         task = task_of(predictor.config.task)
-        self._question: Question = task.question(predictor.labels, predictor.config.data)
+        self._row_reader: Question = task.question(predictor.labels, predictor.config.data)
         self.routes |= {("GET", "/v1/models"): self.models, ("POST", "/parity"): self.parity}
         for kind in task.serves:
             self.routes |= {
@@ -194,7 +194,7 @@ class EncoderApp(EngineApp):
         queries = []
         for number, row in enumerate(rows):
             try:
-                queries.append(self._question.query(row, f"{param}[{number}]"))
+                queries.append(self._row_reader.query(row, f"{param}[{number}]"))
             except RowError as error:
                 raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
         answered = await self._batcher.answers(queries)
@@ -212,12 +212,12 @@ class EncoderApp(EngineApp):
         return answered, {"prompt_tokens": tokens, "total_tokens": tokens}
 
     def _texts(self, value: Any) -> list[dict[str, Any]]:
-        column = self._question.text_column or "text"
+        column = self._row_reader.text_column or "text"
         return [{column: text} for text in ([value] if isinstance(value, str) else value)]
 
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tokens and answers of rows as in training."""
-        queries = [self._question.query(row, str(number)) for number, row in enumerate(body["rows"])]
+        queries = [self._row_reader.query(row, str(number)) for number, row in enumerate(body["rows"])]
         found = await self._batcher.answers(queries)
         return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
 
@@ -276,7 +276,7 @@ class EncoderApp(EngineApp):
     async def tag(self, body: dict[str, Any]) -> dict[str, Any]:
         given = body["input"] if isinstance(body["input"], list) else [body["input"]]
         places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in given]
-        column = self._question.text_column or "tokens"
+        column = self._row_reader.text_column or "tokens"
         answered, usage = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
         items = []
         for number, (one, words) in enumerate(zip(answered, places, strict=True)):
@@ -291,7 +291,7 @@ class EncoderApp(EngineApp):
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """Each answer as a part of its context; empty where a model that knows of questions without one finds none."""
-        columns = [self._question.mapping.get(role, role) for role in ("question", "context")]
+        columns = [self._row_reader.mapping.get(role, role) for role in ("question", "context")]
         pairs = zip(*_paired(body, "question", "context"), strict=True)
         answered, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
         items = [
@@ -310,7 +310,7 @@ class EncoderApp(EngineApp):
                     f"Invalid messages[{number}]: a reward is of an answer, so the last turn must be the assistant's."
                 )
                 raise ApiError(400, reason, param="messages")
-        column = self._question.mapping.get("messages", "messages")
+        column = self._row_reader.mapping.get("messages", "messages")
         answered, usage = await self._answers([{column: messages} for messages in given], "messages")
         items = [{"index": number, "score": one.answer["score"], **one.cut} for number, one in enumerate(answered)]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
@@ -367,8 +367,8 @@ class EncoderApp(EngineApp):
             return [
                 Score(_cosine(vectors[one], vectors[other]), {}) for one, other in zip(first, second, strict=True)
             ], usage
-        column = self._question.mapping.get("text_pair", "text_pair")
-        text = self._question.text_column or "text"
+        column = self._row_reader.mapping.get("text_pair", "text_pair")
+        text = self._row_reader.text_column or "text"
         rows = [{text: one, column: other} for one, other in zip(first, second, strict=True)]
         answered, usage = await self._answers(rows, "text_1")
         if answered and "probabilities" in answered[0].answer:
