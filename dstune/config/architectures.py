@@ -39,7 +39,7 @@ assumes without it, and how many come before the first token (RoBERTa counts fro
 
 
 def row_limit(values: Mapping[str, Any]) -> int | None:
-    """The longest row in tokens that the model of this `config.json` takes; None where positions are computed (rotary,
+    """Return the longest row in tokens that the model of this `config.json` takes; None where positions are computed (rotary,
     relative, ALiBi), so that a longer row is another question."""
     kind = str(values.get("model_type"))
     if kind not in POSITIONS or (kind.startswith("deberta") and values.get("position_biased_input") is False):
@@ -57,7 +57,7 @@ _SIZE = re.compile(r".*(_size|_dim|_heads|_embd|_ff|_model|_inner)")
 
 
 def size_problems(values: Mapping[str, Any], where: str = "model.path", value: str = "") -> list[Problem]:
-    """The numbers of a `config.json` that no model has: building what it describes, or planning it, would never end."""
+    """Return the numbers of a `config.json` that no model has: building what it describes, or planning it, would never end."""
     problems = []
     for key, number in values.items():
         if isinstance(number, dict):
@@ -74,14 +74,14 @@ def size_problems(values: Mapping[str, Any], where: str = "model.path", value: s
 
 
 def encoder_decoder_problem(model: ModelConfig, architecture: str) -> Problem:
-    """The problem with a model (T5, BART, ...) that reads one text and writes another, under another task."""
+    """Return the problem with a model (T5, BART, ...) that reads one text and writes another, under another task."""
     reason = f"{architecture} is an encoder-decoder, which task=seq2seq trains and no other"
     fix = "task=seq2seq, or choose a decoder (task=chat, task=causal_lm) or an encoder (task=classification)"
     return Problem("model.path", reason, fix, model.path)
 
 
 def packed_encoder_decoder_problem(architecture: str) -> Problem:
-    """The problem with packing for a model whose every target belongs to one source."""
+    """Return the problem with packing for a model whose every target belongs to one source."""
     reason = f"{architecture} is an encoder-decoder: the decoder would attend to the sources of all samples in a row"
     return Problem("data.packing", reason, "data.packing=false", "true")
 
@@ -92,7 +92,7 @@ def mark_encoder_decoder(tokenizer: Any) -> None:
 
 
 def is_encoder_decoder(tokenizer: Any) -> bool:
-    """Whether the model that a tokenizer was loaded for is an encoder-decoder."""
+    """Return whether the model that a tokenizer was loaded for is an encoder-decoder."""
     return bool(getattr(tokenizer, "dstune_encoder_decoder", False))
 
 
@@ -102,7 +102,7 @@ def mark_stops(tokenizer: Any, stops: Collection[int]) -> None:
 
 
 def marked_stops(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens at which the generation settings of a tokenizer's model stop, as far as they are known."""
+    """Return the tokens at which the generation settings of a tokenizer's model stop, as far as they are known."""
     return tuple(getattr(tokenizer, "dstune_stops", ()))
 
 
@@ -136,6 +136,6 @@ def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
 
 
 def vision_of(tokenizer: Any) -> VisionFiles | None:
-    """What turns images into inputs of a tokenizer's model; None where it sees none."""
+    """Return the processor that turns images into inputs of a tokenizer's model; None where it sees none."""
     found: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
     return found

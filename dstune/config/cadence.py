@@ -37,7 +37,7 @@ class Cadence:
     """The fewest steps between two times."""
 
     def due(self, step: int, total_steps: int, epoch_before: float | None, epoch: float) -> bool:
-        """Whether it happens after optimizer step `step` (the first is 1) of `total_steps`.
+        """Return whether it happens after optimizer step `step` (the first is 1) of `total_steps`.
 
         epoch_before, epoch: passes over the rows that are done before and after the step; None where that is not known.
         """
@@ -55,8 +55,8 @@ class Cadence:
         return step // period > (step - 1) // period
 
     def times(self, total_steps: int, epochs: float | None) -> int | None:
-        """How often it happens in a run of so many steps, the end included. epochs: passes over the rows in them, None where
-        that is not known; then nor is this, if it counts passes."""
+        """Return how often it happens in a run of so many steps, the end included. epochs: passes over the rows in them; where
+        these are not known (None), nor is the count of a cadence in passes."""
         if not self.amount:
             return 1
         if epochs is None and self.unit is Unit.epochs:
@@ -66,7 +66,7 @@ class Cadence:
         return max(1, min(total_steps, ceil(length / amount)))
 
     def first_step(self, total_steps: int | None) -> int | None:
-        """The optimizer step after which it happens first, where that is known: None for passes over the rows."""
+        """Return the optimizer step after which it happens first, where that is known: None for passes over the rows."""
         if self.unit is Unit.steps:
             return int(self.amount)
         if self.unit is Unit.epochs or total_steps is None:
@@ -75,7 +75,7 @@ class Cadence:
 
 
 def cadence(every: int | str) -> Cadence:
-    """What a value of `evaluate.every` or `checkpoint.every` means. Raises ValueError for words that mean nothing."""
+    """Parse a value of `evaluate.every` or `checkpoint.every`. Raises ValueError for words that mean nothing."""
     if every == AUTO:
         return Cadence(Fraction(1, 4), Unit.run, FEWEST_STEPS_APART)
     if isinstance(every, int):
@@ -88,7 +88,7 @@ def cadence(every: int | str) -> Cadence:
 
 
 def first_evaluation(config: RunConfig) -> int | None:
-    """The optimizer step after which a run evaluates first, where its configuration says so."""
+    """Return the optimizer step after which a run evaluates first, where its configuration says so."""
     with suppress(ValueError):
         return cadence(config.evaluate.every).first_step(config.trainer.max_steps)
     return None

@@ -20,7 +20,7 @@ EXAMPLE = f"{KEY}=[NAME,{{OTHER:{{ARGUMENT:VALUE}}}}]"
 
 
 def chosen_callbacks(config: RunConfig) -> list[Callback]:
-    """The callbacks of `trainer.callbacks`, made. Raises UserError."""
+    """Make the callbacks of `trainer.callbacks`. Raises UserError."""
     made: list[Callback] = []
     for number, entry in enumerate(config.trainer.callbacks):
         where = f"{KEY}[{number}]"
@@ -40,7 +40,7 @@ def chosen_callbacks(config: RunConfig) -> list[Callback]:
 
 
 def check_callbacks(config: RunConfig) -> Iterator[Problem]:
-    """Names, and the arguments of each; nothing is made."""
+    """Check the names of `trainer.callbacks`, and the arguments of each; makes none of them."""
     seen: list[type[Callback]] = []
     for number, entry in enumerate(config.trainer.callbacks):
         where = f"{KEY}[{number}]"

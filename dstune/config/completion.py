@@ -71,7 +71,7 @@ Verbs = Mapping[str, Callable[[Sequence[str]], Behind]]
 
 
 def complete(line: str, verbs: Verbs) -> list[str]:
-    """What the last word of a command line may become; empty when nothing fits. Never raises."""
+    """Return what the last word of a command line may become; empty when nothing fits. Never raises."""
     words = line.split()[1:]
     word = "" if line.endswith(" ") or not words else words.pop()
     if not words:

@@ -50,7 +50,7 @@ Result = TypeVar("Result")
 def compose(
     overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), *, keep_plugins: bool = False
 ) -> Composed:
-    """The configuration for these overrides; not validated yet (`validate.validate`).
+    """Compose the configuration for these overrides; it is not validated yet (`validate.validate`).
 
     Without an experiment, model or training rows among the overrides this is `experiment=quickstart`. A chat template's date is
     frozen to today, `run.dir` may stay None.
@@ -109,7 +109,7 @@ def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> No
 
 
 def frozen_at_start() -> tuple[str, ...]:
-    """Keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
+    """Return keys that the first start of a run fills in (today's date, the hub's commit) and every later start takes over."""
     of_tasks = dict.fromkeys(f"task.{key}" for cls in TASKS.classes().values() for key in cls.frozen_keys)
     return ("model.revision", *of_tasks)
 
@@ -131,7 +131,8 @@ def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Ite
 
 
 def typed_config(raw: Any, where: str) -> RunConfig:
-    """The tree of plain values. Raises UserError with what `validate` can tell of the good sections, too."""
+    """Build the configuration from a tree of plain values. Raises UserError with what `validate` can tell of the good sections,
+    too."""
     config, problems = partly_from_dict(raw, where)
     if problems:
         from dstune.config.validate import find_problems  # which showing a configuration does not need
@@ -141,14 +142,14 @@ def typed_config(raw: Any, where: str) -> RunConfig:
 
 
 def with_default_experiment(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with `experiment=quickstart` in front if they name no experiment, model or training rows."""
+    """Return the overrides, with `experiment=quickstart` in front if they name no experiment, model or training rows."""
     keys = [user_overrides.key_of(text) for text in overrides]
     named = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
     return list(overrides) if named else [DEFAULT_EXPERIMENT, *overrides]
 
 
 def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
-    """Hydra's composition, its own `hydra` section included, with the defaults of the method."""
+    """Compose with Hydra, its own `hydra` section included, with the defaults of the method."""
     return _compose(hydra, overrides)[0]
 
 
@@ -163,7 +164,7 @@ def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, 
 
 
 def run_hydra(hydra: Hydra, overrides: Sequence[str], action: Callable[[list[str]], Result]) -> Result:
-    """`action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
+    """Return `action(overrides)`, where whatever Hydra refuses becomes a `UserError` with all problems of the overrides."""
     with warnings.catch_warnings():
         # A folder of hydra.searchpath that does not exist is a mistake, not a warning.
         warnings.simplefilter("error", UserWarning)
@@ -208,7 +209,7 @@ def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]
 
 
 def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
-    """The class of each section for these (good) choices of groups; the default one where a file is broken.
+    """Return the class of each section for these (good) choices of groups; the default one where a file is broken.
 
     What is wrong with the file itself is reported when nothing is wrong with the overrides.
     """

@@ -60,17 +60,17 @@ class EnvironmentText(str):
 
 
 def refers(text: str) -> bool:
-    """Whether a text refers to the environment."""
+    """Return whether a text refers to the environment."""
     return _REFERS.search(text) is not None
 
 
 def may_refer(text: str) -> bool:
-    """Whether composing a text as an override could resolve something: Hydra reads `$\\{` as `${`, too."""
+    """Return whether composing a text as an override could resolve something: Hydra reads `$\\{` as `${`, too."""
     return re.search(r"\$\\*\{", text) is not None
 
 
 def resolve_text(text: str, where: str) -> EnvironmentText:
-    """The value of a text with `${oc.env:KEY}` or `${oc.env:KEY,default}` in it.
+    """Return the value of a text with `${oc.env:KEY}` or `${oc.env:KEY,default}` in it.
 
     Raises:
         UserError: the variable is not set and has no default, or the text cannot be read.
@@ -85,7 +85,7 @@ def resolve_text(text: str, where: str) -> EnvironmentText:
 
 
 def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
-    """The problem with a `${...}` that cannot be resolved."""
+    """Return the problem with a `${...}` that cannot be resolved."""
     reason = first_line(error)
     name = _REFERS.split(text, maxsplit=1)[1].split("}", 1)[0].strip() if refers(text) else ""
     if name and "not found" in reason:
@@ -98,7 +98,7 @@ def interpolation_problem(where: str, text: str, error: Exception) -> Problem:
 
 
 def describe(hint: Any) -> str:
-    """What a value of this type looks like, for messages and tables."""
+    """Describe what a value of this type looks like, for messages and tables."""
     options = [part for part in typing.get_args(hint) if part is not type(None)]
     if is_optional(hint):
         return f"{describe(options[0])} or null"
@@ -124,7 +124,7 @@ def is_optional(hint: Any) -> bool:
 
 
 def format_value(value: Any) -> str:
-    """A value as a user writes it on the command line."""
+    """Write a value as a user writes it on the command line."""
     if isinstance(value, EnvironmentText):
         return value.reference
     if value is None or isinstance(value, bool):
@@ -141,7 +141,7 @@ def format_value(value: Any) -> str:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` (of YAML or of Hydra's grammar) as the type of a field.
+    """Convert `value` (of YAML or of Hydra's grammar) to the type of a field.
 
     Raises:
         UserError: it does not fit; all problems inside a list, mapping or section are listed.
@@ -262,12 +262,12 @@ def _fix(value: Any, hint: Any, where: str) -> str:
 
 
 def typed(key: str, value: str) -> str:
-    """`key=value` as it is typed in a shell."""
+    """Write `key=value` as it is typed in a shell."""
     return shlex.quote(f"{key}={value}")
 
 
 def example(key: str) -> str:
-    """A line that sets `key` to something right."""
+    """Return a line that sets `key` to something right."""
     hint = all_keys()[key]
     default = default_of(key)
     if default not in (None, "", [], {}):
@@ -282,7 +282,7 @@ def example(key: str) -> str:
 
 
 def build(cls: type, value: Any, where: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping; missing keys get the default.
+    """Build an instance of the dataclass `cls` from a mapping; missing keys get the default.
 
     Raises:
         UserError: unknown keys (with the nearest valid one) and values of the wrong type, all of them.
@@ -306,14 +306,14 @@ def build(cls: type, value: Any, where: str) -> Any:
 
 
 def unknown_key(key: str, names: Mapping[str, Any], section: str) -> Problem:
-    """The problem with a key that `section` does not have."""
+    """Return the problem with a key that `section` does not have."""
     similar = suggest_key(key, [f"{section}.{name}" for name in names])
     fix = f"did you mean {similar}?" if similar else f"it has {', '.join(names)}"
     return Problem(key, f"{section} has no such key", fix)
 
 
 def from_dict(raw: Any, where: str) -> RunConfig:
-    """The frozen tree from nested mappings (`to_dict`'s inverse). `where` names the source in messages.
+    """Build the frozen tree from nested mappings (`to_dict`'s inverse). `where` names the source in messages.
 
     Raises:
         UserError: every unknown key, missing choice and value of the wrong type.
@@ -325,7 +325,7 @@ def from_dict(raw: Any, where: str) -> RunConfig:
 
 
 def partly_from_dict(raw: Any, where: str) -> tuple[RunConfig, list[Problem]]:
-    """As `from_dict`, with defaults for the sections that something is wrong with, and what it is."""
+    """Build as `from_dict`, with defaults for the sections that something is wrong with; return these problems too."""
     if not isinstance(raw, Mapping):
         raise UserError(Problem(where, "this is not a configuration (a mapping of sections)"))
     problems = []
@@ -352,7 +352,7 @@ LATER = frozenset(field.name for field in fields(RunConfig) if field.default_fac
 
 
 def chosen_class(section: str, value: Any, where: str) -> type:
-    """The class of a section: for sections with choices by its `name`.
+    """Return the class of a section: for sections with choices by its `name`.
 
     Raises:
         UserError: there is no such choice.
@@ -372,7 +372,7 @@ def chosen_class(section: str, value: Any, where: str) -> type:
 
 
 def to_dict(config: Any) -> Any:
-    """The tree as plain dicts: enums by name, tuples as lists, text from the environment as its reference."""
+    """Return the tree as plain dicts: enums by name, tuples as lists, text from the environment as its reference."""
     if is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in fields(config)}
     if isinstance(config, EnvironmentText):
@@ -387,12 +387,12 @@ def to_dict(config: Any) -> Any:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The tree as YAML in the order of the schema; `load` and `from_dict` give back an equal tree."""
+    """Write the tree as YAML in the order of the schema; `load` and `from_dict` give back an equal tree."""
     return dump(to_dict(config))
 
 
 def dotted(tree: Mapping[str, Any], whole: Container[str] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Sections as dotted keys with their values; a mapping whose key is in `whole` stays one."""
+    """Yield sections as dotted keys with their values; a mapping whose key is in `whole` stays one."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key not in whole:
@@ -406,7 +406,7 @@ def dump(value: Any) -> str:
 
 
 def load(text: str, where: str) -> Any:
-    """YAML as plain values.
+    """Parse YAML into plain values.
 
     Raises:
         UserError: the text is no YAML; names the line.
@@ -418,7 +418,7 @@ def load(text: str, where: str) -> Any:
 
 
 def yaml_problem(error: yaml.YAMLError, where: str) -> Problem:
-    """The problem with a text that is no YAML, with its line."""
+    """Return the problem with a text that is no YAML, with its line."""
     mark = getattr(error, "problem_mark", None)
     place = f"{where}:{mark.line + 1}" if mark else where
     return Problem(place, f"this is no YAML: {getattr(error, 'problem', None) or error}")

@@ -54,7 +54,7 @@ class Content:
 
 
 def read(path: Path) -> Content:
-    """The content of the file, each of its values judged by the tables of `deepspeed_keys`.
+    """Read the content of the file, each of its values judged by the tables of `deepspeed_keys`.
 
     Raises:
         UserError: the file cannot be read or is neither kind of configuration; its other mistakes are in `problems`.
@@ -105,7 +105,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def translate(raw: Mapping[str, Any], where: str) -> Content:
-    """What a DeepSpeed configuration says; `where` names it in messages."""
+    """Translate a DeepSpeed configuration; `where` names it in messages."""
     content = Content()
     for key, value in dotted(raw, REFUSED):
         if key.startswith("_") or value == AUTO or (key == "gradient_accumulation_steps" and value is None):
@@ -159,7 +159,7 @@ def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[P
 
 
 def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
-    """What is wrong with `zero.settings`, which may hold only what dstune has no key for."""
+    """Yield what is wrong with `zero.settings`, which may hold only what dstune has no key for."""
     for key, value in dotted(settings, REFUSED):
         where = f"zero.settings.{key}"
         group = key.split(".", 1)[0].replace("scheduler", "schedule")
@@ -179,7 +179,7 @@ def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def setting_problems(key: str, value: Any, where: str) -> list[Problem]:
-    """What is wrong with a DeepSpeed key that dstune has none for (a leaf, or a section of `REFUSED`)."""
+    """Return what is wrong with a DeepSpeed key that dstune has none for (a leaf, or a section of `REFUSED`)."""
     if key in PASSED:
         kind = PASSED[key]
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -64,14 +64,14 @@ def _docs_in(module: str) -> dict[str, dict[str, str]]:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """The string below each field of `cls` and of its bases, by the field's name."""
+    """Return the string below each field of `cls` and of its bases, by the field's name."""
     bases = [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]
     return {name: doc for base in bases for name, doc in _docs_in(base.__module__).get(base.__name__, {}).items()}
 
 
 @cache
 def documentation() -> tuple[Setting, ...]:
-    """Every key that can be set, in the order of the schema. A key of several choices comes once for each."""
+    """Return every key that can be set, in the order of the schema. A key of several choices comes once for each."""
     settings: list[Setting] = []
     for section in sections():
         for choice, cls in classes_of(section).items():
@@ -107,7 +107,7 @@ def _of_class(cls: type, group: str, prefix: str) -> list[Setting]:
 
 
 def merged() -> list[Setting]:
-    """`documentation()` with equal keys of several choices as one row (`schedule=cosine|linear`)."""
+    """Return `documentation()` with equal keys of several choices as one row (`schedule=cosine|linear`)."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for setting in documentation():
         rows.setdefault(setting[1:], []).append(setting.group)
@@ -147,7 +147,7 @@ EXAMPLES = {
 
 
 def index(groups: Mapping[str, Sequence[str]]) -> str:
-    """The text of `dstune train --help`: a page that leads to the help of groups and keys.
+    """Return the text of `dstune train --help`: a page that leads to the help of groups and keys.
 
     Args:
         groups: the choices of each group, user's own included.
@@ -190,7 +190,7 @@ def _section_of(setting: Setting) -> str:
 
 
 def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """The text of `dstune train --help NAME`, for a group, a choice (`method=lora`, `lora`), a key, or `all`.
+    """Return the text of `dstune train --help NAME`, for a group, a choice (`method=lora`, `lora`), a key, or `all`.
 
     Raises:
         UserError: there is no such thing; names the nearest.
@@ -333,7 +333,7 @@ def _block(title: str, rows: Mapping[str, str], indent: int) -> list[str]:
 
 
 def help_text(groups: Mapping[str, Sequence[str]]) -> str:
-    """The text of `dstune train --help all`: every group and key.
+    """Return the text of `dstune train --help all`: every group and key.
 
     Args:
         groups: the choices of each group, user's own included.

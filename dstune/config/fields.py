@@ -16,7 +16,7 @@ class MemberName(str):
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
-        """All names, as they are now: plugins add to them."""
+        """Return all names, as they are now: plugins add to them."""
         raise NotImplementedError
 
 
@@ -33,7 +33,7 @@ BY_METHOD = "by_method"
 
 
 def options_of(hint: Any) -> tuple[str, ...]:
-    """The words that a field of this type takes; empty for types whose values are not among a few words."""
+    """Return the words that a field of this type takes; empty for types whose values are not among a few words."""
     if not isinstance(hint, type):
         return ()
     if issubclass(hint, MemberName):
@@ -51,7 +51,7 @@ def setting(
     by_method: bool = False,
     signed: bool | Callable[[Any], bool] = False,
 ) -> Any:
-    """A field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
+    """Declare a field with a default and the range that `ranges.check_ranges` enforces (None is always allowed).
 
     by_method: where nobody gives a value, a composed configuration has the method's (`config.by_method`) in place of `default`.
     signed: it runs code or reaches out with any other value than the default, or with those that the function says: a stored

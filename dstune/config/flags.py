@@ -88,7 +88,7 @@ def _parser() -> _Parser:
 
 
 def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
-    """The overrides and Hydra's flags in `argv` (without the verb, a PATH and what the verb itself understands).
+    """Return the overrides and Hydra's flags in `argv` (without the verb, a PATH and what the verb itself understands).
 
     may_sweep: whether the verb knows `--multirun`.
 

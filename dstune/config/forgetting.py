@@ -14,7 +14,7 @@ TASK, GENERAL = "task", "general"
 
 
 def with_replay(config: RunConfig) -> RunConfig:
-    """`config` with its training rows and the general ones as sources of `data.mixture`, where it asks for a share of them.
+    """Return `config` with its training rows and the general ones as sources of `data.mixture`, where it asks for a share of them.
 
     How often the general rows come follows from how many there are (`data.mixture.source_weights`).
     """
@@ -29,7 +29,7 @@ def with_replay(config: RunConfig) -> RunConfig:
 
 
 def measured_alone(config: RunConfig) -> RunConfig:
-    """`config` for a model that is measured, not trained: the rows that it was not to forget are not asked for, and those
+    """Return `config` for a model that is measured, not trained: the rows that it was not to forget are not asked for, and those
     that it was trained on are not copied."""
     data = config.data
     if mixes_in(config):
@@ -39,12 +39,12 @@ def measured_alone(config: RunConfig) -> RunConfig:
 
 
 def mixes_in(config: RunConfig) -> bool:
-    """Whether `data.mixture` is what `with_replay` has made of it."""
+    """Return whether `data.mixture` is what `with_replay` has made of it."""
     return bool(config.forgetting.replay) and tuple(config.data.mixture) == (TASK, GENERAL)
 
 
 def general_rows(config: RunConfig) -> RunConfig:
-    """The configuration in which the general rows are the training rows, and there are no others."""
+    """Return the configuration in which the general rows are the training rows, and there are no others."""
     data = replace(
         config.data,
         train=config.forgetting.general,

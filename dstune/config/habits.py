@@ -193,7 +193,7 @@ ANSWERS: dict[str, str | Callable[[str], str]] = {
 
 
 def answer(key: str, value: str = "") -> str | None:
-    """What to type in place of `key=value`, where that is a habit of other tools or a common slip; None where it is none."""
+    """Return what to type in place of `key=value`, where that is a habit of other tools or a common slip; None where it is none."""
     plain = key.lower().replace("-", "_")
     section, _, name = plain.rpartition(".")
     # `trainer` is where other tools keep everything; of another section it is a slip within that section.
@@ -225,7 +225,7 @@ def _choice_words(group: str, value: str) -> str | None:
 
 
 def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
-    """The problem with a choice that a group does not have."""
+    """Return the problem with a choice that a group does not have."""
     if words := _choice_words(group, choice):
         return Problem(group, f"there is no such {group}", as_fix(words), choice)
     similar = nearest(choice, options) or next((option for option in options if option.endswith(choice)), None)
@@ -238,7 +238,7 @@ def unknown_choice(group: str, choice: str, options: Sequence[str]) -> Problem:
 
 
 def model_words(name: str) -> str:
-    """How to choose a model that somebody calls `name`: of the prepared ones by its name on the hub, else by its path."""
+    """Say how to choose a model that somebody calls `name`: of the prepared ones by its name on the hub, else by its path."""
     if name in packaged_choices()["model"]:
         return f"model={name}"
     if "/" in name or Path(name).is_dir():
@@ -256,7 +256,8 @@ def model_words(name: str) -> str:
 
 
 def with_preset_names(overrides: Sequence[str]) -> list[str]:
-    """`overrides` with `model=NAME` in place of another spelling of it: `qwen3-4b`, or a model's name on the hub without its owner.
+    """Return `overrides` with `model=NAME` in place of another spelling of it: `qwen3-4b`, or a model's name on the hub without its
+    owner.
 
     What several presets could mean, or a choice of the user's own, stays as it is.
     """
@@ -277,7 +278,7 @@ def _letters(name: str) -> str:
 
 
 def as_fix(words: str) -> str:
-    """The answer as the fix of a problem."""
+    """Return the answer as the fix of a problem."""
     return f"write {words}" if re.match(r"'?[a-z_.]+=", words) else words
 
 

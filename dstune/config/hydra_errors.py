@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def problem_of(error: BaseException, hydra: Hydra) -> Problem:
-    """The one problem that Hydra stopped at."""
+    """Return the one problem that Hydra stopped at."""
     from hydra.errors import MissingConfigException
 
     if isinstance(error, UserWarning):
@@ -59,7 +59,7 @@ def problem_of(error: BaseException, hydra: Hydra) -> Problem:
 
 
 def file_of(config: str, hydra: Hydra) -> str:
-    """The path of a configuration (`experiment/mine`) as Hydra finds it; its name where it is inside a package."""
+    """Return the path of a configuration (`experiment/mine`) as Hydra finds it; its name where it is inside a package."""
     for source in hydra.config_loader.get_sources():
         path = Path(source.path) / f"{config}.yaml"
         if source.scheme() == "file" and path.is_file():

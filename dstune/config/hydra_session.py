@@ -31,8 +31,8 @@ ROOT_CONFIG = "train"
 
 @cache
 def mutable_twin(cls: type) -> type:
-    """The same dataclass without `frozen` (Hydra merges into it), nested classes included: a default that is a class is an
-    instance of it for OmegaConf."""
+    """Return the same dataclass without `frozen` (Hydra merges into it), nested classes included: a default that is a class is
+    an instance of it for OmegaConf."""
     twins: list[tuple[str, Any, Any]] = []
     hints = type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -134,7 +134,7 @@ on_change(register_schema.cache_clear)
 
 
 def config_folder() -> Path:
-    """The folder `conf/` beside the package in a checkout, `dstune/conf` where it is installed.
+    """Return the folder `conf/` beside the package in a checkout, `dstune/conf` where it is installed.
 
     The checkout comes first: run from one with another one installed, `dstune.conf` would be the other's.
 
@@ -154,14 +154,14 @@ def config_folder() -> Path:
 
 
 def config_folders() -> list[Path]:
-    """The folders with dstune's own choices: `conf/`, then `dstune/WING/conf/` of the wings that are there."""
+    """Return the folders with dstune's own choices: `conf/`, then `dstune/WING/conf/` of the wings that are there."""
     package = Path(dstune.__file__).resolve().parent
     return [config_folder(), *sorted(folder for folder in package.glob("*/conf") if folder.is_dir())]
 
 
 @contextmanager
 def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
-    """Hydra, ready to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
+    """Prepare Hydra to compose; `config_dirs` are searched after dstune's own groups, so they add choices.
 
     Raises:
         UserError: one of `config_dirs` is no folder.
@@ -194,7 +194,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
 
 
 def hidden_files(composed: DictConfig) -> Iterator[Problem]:
-    """The files of the user's folders that this composition would have, were there not one of dstune's own of that name."""
+    """Yield a problem for each file of the user's folders that dstune's own of the same name hides from this composition."""
     runtime, own = composed.hydra.runtime, config_folders()
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     chosen = [("", ROOT_CONFIG)]
@@ -231,7 +231,7 @@ def program_name() -> Iterator[None]:
 
 
 def group_options(hydra: Hydra, searched: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The choices of every group but Hydra's own (the schema has only groups in it, no choices).
+    """Return the choices of every group but Hydra's own (the schema has only groups in it, no choices).
 
     `searched`: overrides of hydra.searchpath.
     """

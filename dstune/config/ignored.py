@@ -14,7 +14,7 @@ from dstune.protocols import TRACKERS, schedule_of, task_of
 
 
 def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
-    """What was given in `overrides` (as `KEY=VALUE`) and changes nothing, with the reason and what would let it count.
+    """Return what was given in `overrides` (as `KEY=VALUE`) and changes nothing, with the reason and what would let it count.
 
     Values in files are not judged: an experiment may hold settings for several uses.
     """
@@ -28,7 +28,7 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 
 def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Problem]:
-    """The same of the settings of a sweep, when it is one."""
+    """Return the same of the settings of a sweep, when it is one."""
     sweep = config.sweep.optuna
     if sweep is None:
         return []

@@ -42,6 +42,6 @@ def _check_characters(config: RunConfig) -> Iterator[Problem]:
 
 
 def quote_problems(key: str, text: str) -> Iterator[Problem]:
-    """Of a value that stands between quotes in a line of options."""
+    """Yield what is wrong with a value that stands between quotes in a line of options."""
     if re.search(r"[\"'`\\]", text):
         yield Problem(key, "it has a quote or a backslash in it", "leave that out", text)

@@ -26,12 +26,12 @@ def name_of_task(config: RunConfig, source: SourceConfig) -> str:
 
 
 def task_of_source(config: RunConfig, source: SourceConfig) -> TaskConfig:
-    """The task of the rows of `source`."""
+    """Return the task of the rows of `source`."""
     return TASKS[name_of_task(config, source)].for_source(config.task, source.prompt)
 
 
 def tasks_of(config: RunConfig) -> dict[str, TaskConfig]:
-    """The task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
+    """Return the task of each source by its name, in the order of `data.mixture`; empty for a run of one task."""
     if not is_multi_task(config):
         return {}
     return {name: task_of_source(config, source) for name, source in config.data.mixture.items()}

@@ -117,7 +117,7 @@ OTHER_VALUES = {
 
 
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The most similar of `valid`, or None where nothing is similar."""
+    """Return the most similar of `valid`, or None where nothing is similar."""
     choices = list(valid)
     same = [one for one in choices if one.casefold() == name.casefold()]
     found = same or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
@@ -132,7 +132,7 @@ def type_hints(cls: type) -> dict[str, Any]:
 
 
 def registered_values() -> dict[str, tuple[str, ...]]:
-    """Keys that take names of what is registered, plugins included, without being limited to them by their type."""
+    """Return keys that take names of what is registered, plugins included, without being limited to them by their type."""
     return {
         "trainer.early_stopping.metric": tuple(METRICS),
         "trainer.callbacks": tuple(name for name in CALLBACKS if not CALLBACKS[name].is_automatic()),
@@ -145,40 +145,40 @@ ROOT_KEYS: dict[str, Any] = {"plugins": list[str]}
 
 @cache
 def sections() -> tuple[str, ...]:
-    """Top-level names of the configuration: `model`, `data`, ... in the order of the schema."""
+    """Return the top-level names of the configuration: `model`, `data`, ... in the order of the schema."""
     return tuple(field.name for field in fields(RunConfig))
 
 
 def classes_of(section: str) -> Mapping[str, type]:
-    """The classes that a section may have by the choice's name; one unnamed class where there is no choice."""
+    """Return the classes that a section may have by the choice's name; one unnamed class where there is no choice."""
     own = {"tracking": tracking_class}  # made of what is registered
     return CHOICES.get(section) or {"": own[section]() if section in own else type_hints(RunConfig)[section]}
 
 
 def default_classes() -> dict[str, type]:
-    """The class of each section when nothing was chosen: the first of its choices."""
+    """Return the class of each section when nothing was chosen: the first of its choices."""
     return {section: next(iter(classes_of(section).values())) for section in sections()}
 
 
 def is_section(hint: Any) -> TypeGuard[type]:
-    """Whether a type hint is a class with keys of its own."""
+    """Return whether a type hint is a class with keys of its own."""
     return isinstance(hint, type) and is_dataclass(hint)
 
 
 def entry_class(hint: Any) -> type | None:
-    """The class of the entries of a mapping of sections by name (`data.mixture`), None for every other type."""
+    """Return the class of the entries of a mapping of sections by name (`data.mixture`), None for every other type."""
     cls = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
     return cls if is_section(cls) else None
 
 
 def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
-    """Dotted keys of the entry of `mapping` that `key` is in: those below `data.mixture.chat` for one of its keys."""
+    """Return dotted keys of the entry of `mapping` that `key` is in: those below `data.mixture.chat` for one of its keys."""
     name = key.removeprefix(f"{mapping}.").split(".", 1)[0]
     return leaves(cls, f"{mapping}.{name}")
 
 
 def leaves(cls: type, prefix: str) -> dict[str, Any]:
-    """Dotted keys of `cls` below `prefix` with their type hints, nested classes expanded."""
+    """Return dotted keys of `cls` below `prefix` with their type hints, nested classes expanded."""
     found: dict[str, Any] = {}
     for name, hint in type_hints(cls).items():
         key = f"{prefix}.{name}"
@@ -187,18 +187,18 @@ def leaves(cls: type, prefix: str) -> dict[str, Any]:
 
 
 def keys_of(classes: Mapping[str, type]) -> dict[str, Any]:
-    """Every dotted key of a configuration whose sections have these classes, with its type hint."""
+    """Return every dotted key of a configuration whose sections have these classes, with its type hint."""
     return ROOT_KEYS | {key: hint for section, cls in classes.items() for key, hint in leaves(cls, section).items()}
 
 
 def keys_below(section: str) -> dict[str, Any]:
-    """Every dotted key that some class of the section has, with its type hint."""
+    """Return every dotted key that some class of the section has, with its type hint."""
     return {key: hint for cls in classes_of(section).values() for key, hint in leaves(cls, section).items()}
 
 
 @cache
 def all_keys() -> dict[str, Any]:
-    """Every dotted key that some choice of classes has."""
+    """Return every dotted key that some choice of classes has."""
     return ROOT_KEYS | {key: hint for section in sections() for key, hint in keys_below(section).items()}
 
 
@@ -206,7 +206,7 @@ on_change(all_keys.cache_clear)
 
 
 def default_of(key: str) -> Any:
-    """The default of a dotted key of `all_keys`, in the first choice that has it."""
+    """Return the default of a dotted key of `all_keys`, in the first choice that has it."""
     if key in ROOT_KEYS:
         return []
     section, *path = key.split(".")
@@ -220,19 +220,19 @@ def default_of(key: str) -> Any:
 
 
 def names_choice(key: str) -> bool:
-    """Whether the key is the `name` by which a section's class is known (`method.name`): chosen, not set."""
+    """Return whether the key is the `name` by which a section's class is known (`method.name`): chosen, not set."""
     section, _, name = key.partition(".")
     return section in CHOICES and name == "name"
 
 
 def choices_with(key: str) -> list[str]:
-    """The choices (`method=lora`) whose class has `key`; empty for keys of sections without choices."""
+    """Return the choices (`method=lora`) whose class has `key`; empty for keys of sections without choices."""
     section = key.split(".", 1)[0]
     return [f"{section}={choice}" for choice, cls in CHOICES.get(section, {}).items() if key in leaves(cls, section)]
 
 
 def suggest_key(key: str, valid: Iterable[str]) -> str | None:
-    """The valid key that `key` was probably meant to be: by another tool's name, by its last part, or by similarity."""
+    """Return the valid key that `key` was probably meant to be: by another tool's name, by its last part, or by similarity."""
     valid = list(valid)
     last = key.rsplit(".", 1)[-1]
     plain = key.lower().replace("-", "_")

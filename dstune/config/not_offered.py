@@ -80,7 +80,7 @@ WORDS: dict[tuple[str, str], str] = {
 
 
 def not_offered(key: str, value: Any) -> Problem | None:
-    """The problem of an override that asks for something that dstune knows and does not offer."""
+    """Return the problem of an override that asks for something that dstune knows and does not offer."""
     word = str(value).lower()
     feature = WORDS.get((key, word))
     if feature is None:

@@ -44,19 +44,19 @@ ENTRY = "for example trainer.max_steps=100"
 
 
 def key_of(text: str) -> str:
-    """The key of an override as written, without `+`, `++`, `~` and a package (`@...`)."""
+    """Return the key of an override as written, without `+`, `++`, `~` and a package (`@...`)."""
     return text.split("=", 1)[0].lstrip("+~").split("@", 1)[0].strip()
 
 
 def quoted(text: str) -> str:
-    """`text` as a value of Hydra's grammar, whatever characters it has."""
+    """Quote `text` as a value of Hydra's grammar, whatever characters it has."""
     # Hydra keeps backslashes, except in front of a quote and at the end.
     escaped = re.sub(r"(\\+)$", r"\1\1", re.sub(r"(\\*)'", r"\1\1\\'", text))
     return f"'{escaped}'"
 
 
 def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """The overrides as Hydra takes them.
+    """Return the overrides as Hydra takes them.
 
     Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
     `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
@@ -70,7 +70,7 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
 
 
 def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
-    """The overrides that Hydra's grammar accepts, and a problem for each of the others."""
+    """Return the overrides that Hydra's grammar accepts, and a problem for each of the others."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -162,18 +162,18 @@ def _grammar_problem(text: str, before: str) -> Problem:
 
 
 def is_group_choice(override: Override, groups: Mapping[str, Sequence[str]]) -> bool:
-    """Whether Hydra takes the override as the choice of a group (a mapping as value is merged instead)."""
+    """Return whether Hydra takes the override as the choice of a group (a mapping as value is merged instead)."""
     return override.key_or_group in groups and not isinstance(override.value(), dict)
 
 
 def is_hydra_setting(override: Override) -> bool:
-    """Whether the override is one of Hydra's own settings that dstune does not use."""
+    """Return whether the override is one of Hydra's own settings that dstune does not use."""
     key = override.key_or_group
     return (key == "hydra" or key.startswith(("hydra.", "hydra/"))) and key != "hydra.searchpath"
 
 
 def hydra_would_take(override: Override) -> bool:
-    """Whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
+    """Return whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
     key = override.key_or_group
     known = not_offered(key, override.value()) is not None  # Hydra takes any value of a key that has several types
     return known or is_hydra_setting(override) or names_choice(key) or override.is_delete() or _leaves_group(override)
@@ -200,7 +200,7 @@ def check(
     groups: Mapping[str, Sequence[str]],
     compose_classes: Callable[[list[str]], dict[str, type]],
 ) -> Checked:
-    """Everything that is wrong with parsed overrides.
+    """Collect everything that is wrong with parsed overrides.
 
     Args:
         groups: the choices of each group.
@@ -254,7 +254,7 @@ def check(
 
 
 def meant_by(key: str) -> str:
-    """The key, section or group that a wrong override was meant for, as far as that can be told; else "", which is all."""
+    """Return the key, section or group that a wrong override was meant for, as far as that can be told; else "", which is all."""
     if key in all_keys() or key in sections():
         return key
     meant = suggest_key(key, all_keys()) or nearest(key.split(".", 1)[0], sections(), cutoff=0.7)

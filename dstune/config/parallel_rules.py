@@ -79,12 +79,12 @@ CAPPED = "its attention caps its scores, which the fused attention of torch does
 
 
 def uncut_problem(kind: str, reason: str, fix: str = OFF) -> Problem:
-    """What is wrong where ranks are to share the rows of a model of this kind."""
+    """Return what is wrong where ranks are to share the rows of a model of this kind."""
     return Problem("parallel", f"{kind}: {reason}", fix, "ulysses")
 
 
 def ranks_problem(ranks: int, parts: int) -> Problem | None:
-    """What is wrong where so many ranks are to be divided into groups of `parts`."""
+    """Return what is wrong where so many ranks are to be divided into groups of `parts`."""
     if ranks % parts == 0:
         return None
     fits = [str(size) for size in range(2, ranks + 1) if ranks % size == 0]
@@ -93,12 +93,12 @@ def ranks_problem(ranks: int, parts: int) -> Problem | None:
 
 
 def repeats_of_keys(heads: int, parts: int) -> int:
-    """How often a head of keys is repeated so that each of `parts` ranks gets whole ones."""
+    """Return how often a head of keys is repeated so that each of `parts` ranks gets whole ones."""
     return parts // math.gcd(heads, parts)
 
 
 def heads_problem(heads: int, parts: int) -> Problem | None:
-    """What is wrong where `parts` ranks are to share the attention heads of a model.
+    """Return what is wrong where `parts` ranks are to share the attention heads of a model.
 
     Those of keys are no obstacle: where they divide those of queries, each is repeated as often as its queries' ranks are."""
     if heads % parts == 0:
@@ -121,8 +121,8 @@ SLICED = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3"
 
 
 def slices_problems(values: Mapping[str, Any], parts: int) -> list[Problem]:
-    """What is wrong where `parts` ranks are to share the weights of the model with this `config.json`. What it leaves out is
-    checked where the model is built."""
+    """Return what is wrong where `parts` ranks are to share the weights of the model with this `config.json`. What it leaves out
+    is checked where the model is built."""
     kind = str(values.get("model_type"))
     if kind not in SLICED:
         reason = f"{kind}: it is not known how ranks share its layers"

@@ -35,7 +35,7 @@ _IN_A_NAME = re.compile(r"[\w/\\+.$%*@?| ()\[\]{}:=,-]+", re.ASCII)
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """The words of a command with the configuration file among them replaced by its overrides.
+    """Return the words of a command with the configuration file among them replaced by its overrides.
 
     A word of the command with the key of one in the file replaces it. Problems with the others name the line (`core/places.py`).
 
@@ -56,7 +56,7 @@ def expand(words: Sequence[str]) -> list[str]:
 
 
 def read_overrides(file: Path) -> list[tuple[str, str]]:
-    """The overrides that a configuration file stands for, choices of groups first, each with its `FILE:LINE`.
+    """Return the overrides that a configuration file stands for, choices of groups first, each with its `FILE:LINE`.
 
     Raises:
         UserError: the file cannot be read, is no mapping, is too large, or has what no override can say.
@@ -66,7 +66,7 @@ def read_overrides(file: Path) -> list[tuple[str, str]]:
 
 
 def overrides_of(content: Mapping[str, Any], where: str) -> list[str]:
-    """The overrides that a mapping like the content of such a file stands for. Raises UserError."""
+    """Return the overrides that a mapping like the content of such a file stands for. Raises UserError."""
     return [text for text, _ in _sorted(_Reader(where, {}), content)]
 
 
@@ -183,7 +183,7 @@ class _Reader:
 
 
 def literal(value: Any) -> str:
-    """A value of YAML or Python in Hydra's grammar.
+    """Write a value of YAML or Python in Hydra's grammar.
 
     Raises:
         ValueError: the grammar has no word for it.

@@ -14,8 +14,8 @@ FIRST_FP16 = (7, 0)
 
 
 def automatic(config: RunConfig, *, fast_bf16: bool, capability: tuple[int, int] | None) -> Precision:
-    """fast_bf16: whether the device computes bf16 matrix products at least as fast as fp32 ones. capability: CUDA's compute
-    capability; None of other devices."""
+    """Choose the precision of `trainer.precision=auto`. fast_bf16: whether the device computes bf16 matrix products at least as
+    fast as fp32 ones. capability: CUDA's compute capability; None of other devices."""
     # DeepSpeed's stage 0 makes an optimizer step with zero gradients at initialisation in bf16, so it stays in fp32.
     if stage_of(config.zero) == 0:
         return Precision.fp32

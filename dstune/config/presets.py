@@ -8,7 +8,7 @@ from dstune.config.hydra_session import config_folder
 
 
 def description(path: Path) -> str:
-    """The comment at the top of a file as one paragraph, without Hydra's directive and examples of commands."""
+    """Return the comment at the top of a file as one paragraph, without Hydra's directive and examples of commands."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -19,11 +19,11 @@ def description(path: Path) -> str:
 
 
 def model_files() -> list[Path]:
-    """The files of the group `model`, of a checkout or of the installed package."""
+    """Return the files of the group `model`, of a checkout or of the installed package."""
     return sorted((config_folder() / "model").glob("*.yaml"))
 
 
 def description_of_choice(group: str, choice: str) -> str:
-    """What the packaged file of a choice says of itself; empty where there is none."""
+    """Return what the packaged file of a choice says of itself; empty where there is none."""
     file = config_folder() / group / f"{choice}.yaml"
     return description(file) if file.is_file() else ""

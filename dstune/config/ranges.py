@@ -22,7 +22,7 @@ TESTS = {
 
 
 def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
-    """The numbers of a section and of the sections in it that are out of range."""
+    """Yield a problem for each number that is out of range, of a section and of the sections in it."""
     for field in fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if is_dataclass(value):

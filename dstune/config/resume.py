@@ -48,7 +48,7 @@ ANEW = "begin a new run from its weights (another run.dir with model.path=RUN/ex
 
 
 def continue_run(old: Composed, new: Composed) -> RunConfig:
-    """The configuration with which `new` continues the run of `old`.
+    """Return the configuration with which `new` continues the run of `old`.
 
     What the command does not say now, or says as it did then, comes from the run: a default that has changed since, or what
     the first start filled in (a template's date, the commit of a branch), changes no existing run.
@@ -63,7 +63,7 @@ def continue_run(old: Composed, new: Composed) -> RunConfig:
 
 
 def kept_origins(stored: Composed, config: RunConfig) -> dict[str, str]:
-    """Of a run that goes on as `config`: where its values come from, those that have not changed."""
+    """Return where the values come from that a run which goes on as `config` has not changed."""
 
     def same(key: str) -> bool:
         value = attrgetter(key)

@@ -33,7 +33,7 @@ class RopeConfig:
 
 
 def check_rope(config: RunConfig) -> Iterator[Problem]:
-    """What `model.rope` cannot be combined with."""
+    """Yield what `model.rope` cannot be combined with."""
     rope = config.model.rope
     if rope.type is None:
         if rope.factor != RopeConfig.factor:
@@ -50,7 +50,7 @@ def check_rope(config: RunConfig) -> Iterator[Problem]:
 
 
 def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Problem]:
-    """Why the positions of a language model cannot be extended. values: its part of `config.json`."""
+    """Yield why the positions of a language model cannot be extended. values: its part of `config.json`."""
     if rope.type is None:
         return
     kind, settings = str(values.get("model_type")), rope_settings(values)
@@ -70,7 +70,7 @@ def rope_problems(values: Mapping[str, Any], rope: RopeConfig) -> Iterator[Probl
 
 
 def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`rope_parameters` of a `config.json`, under its older name where it has that."""
+    """Return `rope_parameters` of a `config.json`, under its older name where it has that."""
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(settings := values.get(name), Mapping):
             return settings
@@ -78,7 +78,7 @@ def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def extended_rope(rope: RopeConfig, positions: int) -> tuple[dict[str, Any], int]:
-    """What `rope_parameters` gets, and `max_position_embeddings` in place of `positions`.
+    """Return the new `rope_parameters`, and `max_position_embeddings` in place of `positions`.
 
     With `dynamic` the latter stays: transformers stretches what is longer than it.
     """

@@ -77,13 +77,14 @@ _written: dict[Path, str] = {}
 
 
 def variables_for_ranks(run_dir: Path) -> dict[str, str]:
-    """By which ranks tell the `run.yaml` that this process wrote from what somebody else put in its place since."""
+    """Return the variables by which ranks tell the `run.yaml` that this process wrote from what somebody else put in its place
+    since."""
     sha256 = _written.get((run_dir / "run.yaml").absolute())
     return {} if sha256 is None else {RUN_SHA256: sha256}
 
 
 def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = Use.everything) -> Composed:
-    """The inverse of `write_run`, also of earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
+    """Read what `write_run` wrote, also in earlier formats; `${oc.env:KEY}` is read from this process's environment. The run's
     plugins become the active ones.
 
     overrides: of the command, where it takes any, for `apply_overrides`: what they repeat needs no signature. use: what the verb
@@ -102,7 +103,7 @@ def read_run(path: Path, overrides: Sequence[str] | None = None, *, use: Use = U
 
 
 def read_decided(path: Path) -> Composed:
-    """As `read_run`, in a rank: the launching process has decided what is believed, and has written the file.
+    """Read as `read_run`, in a rank: the launching process has decided what is believed, and has written the file.
 
     Raises: as `read_run`, and UserError where the file is not the one that the launching process wrote.
     """
@@ -120,7 +121,7 @@ def _activate(content: Mapping[str, Any], path: Path, overrides: Sequence[str] |
 
 
 def read_run_beside(path: Path, config: RunConfig, given: Sequence[str] = (), *, decided: bool = False) -> Composed:
-    """As `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed.
+    """Read as `read_run`, of a run that `plugins.active()` is to continue: the active plugins stay, those of the run are listed.
 
     config, given, decided: see `trust.cleared_beside`.
     """
@@ -129,7 +130,7 @@ def read_run_beside(path: Path, config: RunConfig, given: Sequence[str] = (), *,
 
 
 def plugins_of(path: Path) -> tuple[Plugin, ...]:
-    """The plugins that a `run.yaml` lists, none of them loaded. Raises UserError."""
+    """Return the plugins that a `run.yaml` lists, none of them loaded. Raises UserError."""
     return plugins.from_dicts(read_run_content(path).get(plugins.KEY), str(path))
 
 
@@ -140,7 +141,7 @@ def _composed(content: dict[str, Any], path: Path, active: tuple[Plugin, ...]) -
 
 
 def read_run_content(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """The content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError.
+    """Return the content of a `run.yaml` of any format up to the present one, as the present one has it. Raises UserError.
 
     sha256: of the file, where it has to be the one that is known.
     """

@@ -17,7 +17,7 @@ from dstune.core.errors import Problem, UserError
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of an existing run with some values replaced (`dstune evaluate RUN data.test=...`).
+    """Return the configuration of an existing run with some values replaced (`dstune evaluate RUN data.test=...`).
 
     Raises:
         UserError: every unknown key, wrong type, and choice of a group (a run's groups are settled).

@@ -167,7 +167,7 @@ LEAST_MEMORY = 3
 
 
 def stage_of(zero: ZeroConfig) -> int:
-    """The stage; `LEAST_MEMORY` as long as none is chosen (`planning.stage`)."""
+    """Return the ZeRO stage; `LEAST_MEMORY` as long as none is chosen (`planning.stage`)."""
     return LEAST_MEMORY if isinstance(zero.stage, Automatic) else zero.stage
 
 
@@ -295,7 +295,7 @@ class EvaluateConfig:
 
 
 def tracking_class() -> type[TrackingConfig]:
-    """The class of `tracking`: keys that all trackers share, and those of each tracker below its name."""
+    """Return the class of `tracking`: keys that all trackers share, and those of each tracker below its name."""
     return _with_trackers(tuple((room.name, room.Config or bool, room.switch) for room in TRACKERS.classes().values()))
 
 
@@ -363,7 +363,7 @@ class Choices(Mapping[str, Mapping[str, type]]):
         return section in self._sections
 
     def find(self, section: str, choice: str) -> type | None:
-        """The class of one choice, None where there is no such choice; the rooms of the others are not imported."""
+        """Return the class of one choice, None where there is no such choice; the rooms of the others are not imported."""
         choices = self._sections[section]
         if not isinstance(choices, Registry):
             return choices.get(choice)
@@ -371,7 +371,7 @@ class Choices(Mapping[str, Mapping[str, type]]):
         return None if member is None else member.Config
 
     def of_plugins(self, section: str) -> dict[str, Any]:
-        """The members that plugins add to the choices of a section, by the choice."""
+        """Return the members that plugins add to the choices of a section, by the choice."""
         choices = self._sections[section]
         members = choices.present() if isinstance(choices, Registry) else ()
         own = [member for member in members if not member.__module__.startswith("dstune.")]

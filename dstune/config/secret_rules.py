@@ -20,7 +20,7 @@ TOKEN = re.compile(
 
 
 def check_secrets(config: Any) -> Iterator[Problem]:
-    """Texts of the configuration that hold a password or the key of a service, not a reference to one."""
+    """Yield a problem for each text of the configuration that holds a password or the key of a service, not a reference to one."""
     for key, name, text in _texts(config, ""):
         if isinstance(text, EnvironmentText):
             continue

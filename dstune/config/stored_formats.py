@@ -39,7 +39,7 @@ class StoredFormat:
 
 
 def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
-    """The format of the weights that a whole `config.json` tells of; None where they are plain numbers, or bitsandbytes'."""
+    """Return the format of the weights that a whole `config.json` tells of; None where they are plain numbers, or bitsandbytes'."""
     settings = quantization_of(values)
     if settings is None:
         return (
@@ -71,7 +71,7 @@ def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
 
 
 def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`quantization_config` of a whole `config.json`, its own or the language model's."""
+    """Return `quantization_config` of a whole `config.json`, its own or the language model's."""
     for place in (values, values.get("text_config")):
         settings = place.get("quantization_config") if isinstance(place, Mapping) else None
         if isinstance(settings, Mapping):
@@ -80,7 +80,7 @@ def quantization_of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bool) -> Problem | None:
-    """Why a model with this `config.json` cannot be trained from, by how it is stored.
+    """Return why a model with this `config.json` cannot be trained from, by how it is stored.
 
     quantizes: whether the method rounds the weights itself, as `method=qlora` does.
     """

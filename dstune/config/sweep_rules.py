@@ -21,17 +21,17 @@ SINGLE = (Sampler.cmaes,)
 
 
 def objectives(config: RunConfig) -> list[str]:
-    """What trials are compared by; the first one decides the order."""
+    """Return what trials are compared by; the first one decides the order."""
     return list(config.sweep.objective) or [config.trainer.early_stopping.metric]
 
 
 def holds_out(config: RunConfig) -> bool:
-    """Whether there are validation rows."""
+    """Return whether there are validation rows."""
     return bool(config.data.validation) or config.data.split.holds_out
 
 
 def check_sweep(config: RunConfig, metrics: Collection[str]) -> Iterator[Problem]:
-    """metrics: those of the task's evaluation."""
+    """Check `sweep`. metrics: those of the task's evaluation."""
     sweep = config.sweep
     for name in sweep.objective:
         if name not in metrics and name not in COSTS:

@@ -61,7 +61,7 @@ class Axis:
         return self.values or (self.value(self.low), self.value(self.high))
 
     def value(self, plain: Any) -> Value:
-        """The value that an optimizer chose."""
+        """Return the value that an optimizer chose."""
         known = next(
             (value for value in self.values if value.plain == plain and type(value.plain) is type(plain)), None
         )
@@ -124,7 +124,7 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
 
 
 def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
-    """The axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
+    """Return the axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
     given = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
     axes = list(found.axes)
     problems: list[Problem] = []
@@ -139,18 +139,18 @@ def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequ
 
 
 def grid(axes: Sequence[Axis]) -> Iterator[Assignment]:
-    """Every combination; the last axis varies fastest."""
+    """Yield every combination; the last axis varies fastest."""
     for values in itertools.product(*(axis.values for axis in axes)):
         yield Assignment(tuple(axes), values)
 
 
 def first(axes: Sequence[Axis]) -> Assignment:
-    """The first value of every axis."""
+    """Return the first value of every axis."""
     return Assignment(tuple(axes), tuple(axis.probes[0] for axis in axes))
 
 
 def short_names(axes: Sequence[Axis]) -> dict[str, str]:
-    """For each key its last part, or the whole where two would have the same."""
+    """Return for each key its last part, or the whole where two would have the same."""
     last = [axis.key.rsplit(".", 1)[-1] for axis in axes]
     return {axis.key: name if last.count(name) == 1 else axis.key for axis, name in zip(axes, last, strict=True)}
 

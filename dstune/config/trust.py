@@ -58,7 +58,7 @@ _named: dict[str, set[str]] = {}
 
 
 def believe(keys: Sequence[str], run: Path) -> None:
-    """From now on these keys of `run` count as if they were signed."""
+    """Let these keys of `run` count as if they were signed, from now on."""
     _named.setdefault(str(run.resolve()), set()).update(keys)
 
 
@@ -77,7 +77,7 @@ def check_keys(keys: Sequence[str], content: Mapping[str, Any]) -> None:
 
 @contextmanager
 def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
-    """The words of a command line without `--trust KEY[,KEY...]`, whose keys are believed meanwhile. Raises UserError."""
+    """Yield the words of a command line without `--trust KEY[,KEY...]`, whose keys are believed meanwhile. Raises UserError."""
     rest, given = [], iter(words)
     keys: list[str] = []
     for word in given:
@@ -99,12 +99,12 @@ def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def is_believed_by_command(key: str) -> bool:
-    """Whether `--trust` of this command names the key."""
+    """Return whether `--trust` of this command names the key."""
     return key in _named.get("", set())
 
 
 def flags_for(run: Path) -> list[str]:
-    """The words with which a further process believes the same of `run`."""
+    """Return the words with which a further process believes the same of `run`."""
     keys = believed(run)
     return [FLAG, ",".join(sorted(keys))] if keys else []
 
@@ -117,12 +117,12 @@ def believed(run: Path) -> set[str]:
 
 
 def statement(content: Mapping[str, Any]) -> dict[str, str]:
-    """What the signature of a `run.yaml` with this content vouches for: digests by key."""
+    """Return what the signature of a `run.yaml` with this content vouches for: digests by key."""
     return {name: signing.digest(value) for name, value in consequential(content).items()}
 
 
 def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What in the content of a `run.yaml` runs code or reaches out, by key."""
+    """Return what in the content of a `run.yaml` runs code or reaches out, by key."""
     found: dict[str, Any] = {}
     # Plugins of packages that the user has installed are there with or without the run.
     stored = [one for one in plugins.from_dicts(content.get(plugins.KEY), plugins.KEY) if not one.distribution]
@@ -211,7 +211,7 @@ def check_reference(text: str, signature: Any, folder: Path) -> None:
 
 
 def signed_keys() -> set[str]:
-    """Keys of any choice that can run code or reach out."""
+    """Return keys of any choice that can run code or reach out."""
 
     def below(cls: type, prefix: str) -> Iterator[str]:
         for field in fields(cls):
@@ -258,8 +258,8 @@ def _is_harmless(text: str, signed: set[str]) -> bool:
 def cleared(
     content: dict[str, Any], path: Path, use: Use = Use.everything, given: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`content` of the `run.yaml` at `path`, without unsigned values that the command repeats (`given`, its overrides) or has no
-    use for.
+    """Return `content` of the `run.yaml` at `path`, without unsigned values that the command repeats (`given`, its overrides) or
+    has no use for.
 
     Raises:
         UserError: each key that runs code or reaches out, and that nobody vouches for.
@@ -275,8 +275,8 @@ def cleared(
 def cleared_beside(
     content: dict[str, Any], path: Path, config: Any, given: Sequence[str] = (), *, decided: bool = False
 ) -> dict[str, Any]:
-    """As `cleared`, for a command that continues the run: where it repeats an unsigned key, or chooses the section anew, it has
-    its value from `config`, that of the command, and what both say alike needs no signature. decided: all that is unsigned is
+    """Clear as `cleared`, for a command that continues the run: where it repeats an unsigned key, or chooses the section anew, it
+    has its value from `config`, that of the command, and what both say alike needs no signature. decided: all that is unsigned is
     as in `config`, which was put together with `given` before.
 
     Raises: as `cleared`.

@@ -67,7 +67,7 @@ def validate(config: RunConfig) -> None:
 
 
 def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Problem]:
-    """Everything that is wrong with `config`.
+    """Return everything that is wrong with `config`.
 
     doubtful: keys, or sections, whose values are not those that the user meant, because what was written for them is
     wrong in itself. A rule's finding counts only if the rule has looked at none of them before. Of `zero.stage=auto` the
@@ -118,7 +118,7 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
 
 
 def permits(config: RunConfig, changed: RunConfig) -> bool:
-    """Whether nothing is wrong with `changed` that is not wrong with `config`."""
+    """Return whether nothing is wrong with `changed` that is not wrong with `config`."""
     before = find_problems(config)
     return all(problem in before for problem in find_problems(changed))
 
@@ -128,7 +128,7 @@ def at_stage(config: RunConfig, stage: int) -> RunConfig:
 
 
 def allowed_stages(config: RunConfig) -> list[int]:
-    """The stages that nothing else in `config` speaks against; what is wrong at every stage does not count."""
+    """Return the stages that nothing else in `config` speaks against; what is wrong at every stage does not count."""
     found = {stage: len(find_problems(at_stage(config, stage))) for stage in STAGES}
     return [stage for stage, problems in found.items() if problems == min(found.values())]
 
@@ -318,7 +318,7 @@ TILED = ("gate_proj", "up_proj", "down_proj")
 
 
 def tiles_problem(model: str, tiles: int) -> Problem:
-    """What is wrong where a model without such a layer is to compute it in pieces."""
+    """Return what is wrong where a model without such a layer is to compute it in pieces."""
     reason = f"{model} has no feed-forward layer with {', '.join(TILED)}"
     return Problem("trainer.mlp_tiles", reason, "trainer.mlp_tiles=1", str(tiles))
 
@@ -438,14 +438,14 @@ def _check_baseline(config: RunConfig, held_out: bool) -> Iterator[Problem]:
 
 
 def metrics_of_run(config: RunConfig) -> tuple[str, ...]:
-    """Those of its task; of several tasks what all of them have, and those of each as NAME/METRIC."""
+    """Return the metrics of the run's task; of several tasks what all of them have, and those of each as NAME/METRIC."""
     if not (tasks := tasks_of(config)):
         return metric_names(config.task)
     return SHARED_METRICS + tuple(f"{name}/{metric}" for name, task in tasks.items() for metric in metric_names(task))
 
 
 def generation_metrics(config: RunConfig) -> set[str]:
-    """Metrics of generated targets, of any task of the run; all that plugins make of such a task's are."""
+    """Return metrics of generated targets, of any task of the run; all that plugins make of such a task's are."""
     tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
     return {
         name

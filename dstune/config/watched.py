@@ -21,7 +21,8 @@ class Seen:
 
 
 def watched(config: RunConfig, doubtful: Collection[str]) -> tuple[Seen, RunConfig]:
-    """A view of `config` that reads like it, and what has been read through it. The empty name makes all doubtful."""
+    """Return a view of `config` that reads like it, and the record of what is read through it. The empty name makes all
+    doubtful."""
     seen = Seen()
     return seen, cast(RunConfig, _View(config, "", doubtful, seen))
 

@@ -14,7 +14,7 @@ DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arro
 
 
 def meaning(word: str, following: Sequence[str] = ()) -> str | None:
-    """How `word` without `=` was probably meant; None where nothing comes near. `following`: the words behind it."""
+    """Return how `word` without `=` was probably meant; None where nothing comes near. `following`: the words behind it."""
     choices = packaged_choices()
     if word in all_keys():
         return example(word)
@@ -41,7 +41,7 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
 
 
 def packaged_choices() -> dict[str, list[str]]:
-    """The choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
+    """Return the choices of dstune's own groups, from the names of its files (without Hydra, which takes 0.3 s)."""
     from dstune.config.hydra_session import config_folders
 
     choices: dict[str, set[str]] = {}
@@ -51,7 +51,7 @@ def packaged_choices() -> dict[str, list[str]]:
 
 
 def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """The overrides without those that the shell split at a space inside brackets, and a problem for each of these."""
+    """Return the overrides without those that the shell split at a space inside brackets, and a problem for each of these."""
     whole: list[str] = []
     problems: list[Problem] = []
     rest = list(texts)

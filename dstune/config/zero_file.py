@@ -30,7 +30,7 @@ COMMAND_LINE = "the command line"
 
 
 def with_file(config: RunConfig, given: Given) -> RunConfig:
-    """`config` with the content of the file that `zero.path` names; itself where that names none.
+    """Return `config` with the content of the file that `zero.path` names; itself where that names none.
 
     Raises:
         UserError: the file cannot be read, everything in it that dstune cannot honour, and every value that contradicts a
@@ -154,7 +154,7 @@ def _accumulate(
 
 
 def nested_merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both mappings as one; where both have a value, that of `above`."""
+    """Merge both mappings; where both have a value, that of `above` counts."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -172,7 +172,7 @@ class _Source:
 
 
 def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
-    """Tells, for these overrides, who gave a key its value or chose a group: the command line, or a file of `conf/`."""
+    """Return who gave a key its value or chose a group for these overrides: the command line, or a file of `conf/`."""
     texts = user_overrides.for_hydra(overrides)
     parsed, _ = user_overrides.parse(texts)
     report = {override.key_or_group for override in parsed}
@@ -194,7 +194,7 @@ def given_by(hydra: Hydra, overrides: Sequence[str]) -> Given:
 
 
 def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
-    """The keys that files outside of the package set in this composition, and the groups that an own experiment chooses."""
+    """Return the keys that files outside of the package set in this composition, and the groups that an own experiment chooses."""
     keys: set[str] = set()
     plain, chosen = _defaults(hydra, []), _defaults(hydra, user_overrides.for_hydra(overrides))
     for path, package in chosen.items():

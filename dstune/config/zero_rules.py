@@ -21,15 +21,15 @@ STATES_ON_A_DISK = "optimizer states on a disk are in memory a part at a time, d
 
 
 def swap_buffers(states: int) -> int:
-    """What an update has in memory of a sub-group whose states are on a disk: weights, gradients, and `states`, the tensors that
-    the optimizer keeps of each parameter."""
+    """Return how many buffers an update has in memory of a sub-group whose states are on a disk: weights, gradients, and
+    `states`, the tensors that the optimizer keeps of each parameter."""
     return max(MIN_SWAP_BUFFERS, 2 + states)
 
 
 def overlaps(config: RunConfig, replicas: int, *, on_gpu: bool) -> bool:
-    """Whether gradients are reduced on a stream of their own while the backward pass runs: on GPUs, where there is something to be
-    sent or moved. DeepSpeed holds a second bucket for it at stage 2, and waits for the device at the end of each backward pass.
-    replicas: ranks that partition the same weights."""
+    """Return whether gradients are reduced on a stream of their own while the backward pass runs: on GPUs, where there is
+    something to be sent or moved. DeepSpeed holds a second bucket for it at stage 2, and waits for the device at the end of each
+    backward pass. replicas: ranks that partition the same weights."""
     zero = config.zero
     stage = stage_of(zero)
     moves = replicas > 1 or stage == 3 or zero.offload_optimizer is not OptimizerOffload.none
