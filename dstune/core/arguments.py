@@ -18,8 +18,8 @@ TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 def is_path(word: str) -> bool:
-    """Whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's trial
-    has `=` in its name."""
+    """Return whether the first word behind a verb is the PATH of a run, not an override or a flag. The directory of a sweep's
+    trial has `=` in its name."""
     # Not by `Path.is_file`, which raises for a word that is too long for a name.
     if is_configuration_file(word):
         return False
@@ -27,7 +27,7 @@ def is_path(word: str) -> bool:
 
 
 def is_configuration_file(word: str) -> bool:
-    """Whether a word of the command line is the name of a configuration file (`config/plain_file.py`)."""
+    """Return whether a word of the command line is the name of a configuration file (`config/plain_file.py`)."""
     return "=" not in word and not word.startswith("-") and word.endswith((".yaml", ".yml"))
 
 
@@ -57,7 +57,7 @@ _looking: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 def parser_of(verb: Callable[[list[str]], int], argv: list[str]) -> VerbParser | None:
-    """The parser that `verb` would read `argv` with; None where it reads it by other means."""
+    """Return the parser that `verb` would read `argv` with; None where it reads it by other means."""
     token = _looking.set(True)
     try:
         verb(argv)

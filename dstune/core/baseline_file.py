@@ -22,7 +22,7 @@ def remember(run_dir: Path, requested: str, split: str, rows: int, prompted: Seq
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of the file; none where there is no readable one."""
+    """Return the rows of the file; none where there is no readable one."""
     try:
         rows = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -59,22 +59,22 @@ class World:
         return self.rank == 0
 
     def gather_numbers(self, numbers: Sequence[float]) -> np.ndarray:
-        """`numbers` of every rank: float64 [world size, len(numbers)]. Every rank must call it, with equal lengths."""
+        """Gather `numbers` of every rank: float64 [world size, len(numbers)]. Every rank must call it, with equal lengths."""
         mine = torch.tensor(numbers, dtype=torch.float64)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         torch_dist.all_gather(everyone, mine, group=self._control)
         return torch.stack(everyone).numpy()
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in rank order on every rank, so that all ranks get the same bits."""
+        """Sum over all ranks, in rank order on every rank, so that all ranks get the same bits."""
         return [float(total) for total in self.gather_numbers(numbers).sum(axis=0)]
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; the answer is the same on all ranks."""
+        """Return whether `flag` is true on any rank; the answer is the same on all ranks."""
         return bool(self.gather_numbers([float(flag)]).any())
 
     def gather(self, value: T) -> list[T]:
-        """One value of every rank, of what `messages.encode` takes, in rank order, on every rank."""
+        """Gather one value of every rank, of a type that `messages.encode` takes, in rank order, on every rank."""
         return messages.gather(value, self._control)
 
     def broadcast(self, value: T) -> T:
@@ -118,7 +118,8 @@ def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
 
 
 def own_group(groups: Sequence[Sequence[int]], rank: int) -> tuple[Any, list[int]]:
-    """The group that `rank` is in, and its ranks. Every rank has to make every group, in the same order."""
+    """Make all process groups, and return the one that `rank` is in, with its ranks. Every rank has to make every group, in the
+    same order."""
     own = None
     for ranks in groups:
         group = torch_dist.new_group(list(ranks))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def named_in(group: str) -> list[EntryPoint]:
-    """The entry points of `group`.
+    """Return the entry points of `group`.
 
     Importing `importlib.metadata` and reading every package's entry points takes 35 ms for 300 packages; looking for the name
     of the group in their files takes 3 ms, and mostly no package names it.
@@ -24,7 +24,7 @@ def named_in(group: str) -> list[EntryPoint]:
 
 
 def is_mentioned(group: str) -> bool:
-    """Whether some package may have entry points of the group; archives, eggs and finders of other kinds always may."""
+    """Return whether some package may have entry points of the group; archives, eggs and finders of other kinds always may."""
     if any(
         hasattr(finder, "find_distributions") and getattr(finder, "__name__", "") != "PathFinder"
         for finder in sys.meta_path

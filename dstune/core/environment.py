@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def describe(hosts: list[str], devices: list[str], data_fingerprint: str, model: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hosts, devices, the git commit of the working folder (None outside a repository) and fingerprints."""
+    """Return versions, hosts, devices, the git commit of the working folder (None outside a repository) and fingerprints."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -43,7 +43,7 @@ def describe(hosts: list[str], devices: list[str], data_fingerprint: str, model:
 
 
 def launches(before: Path, step: int, ranks: int) -> list[dict[str, Any]]:
-    """The launches of a run, this one last: the step it went on from, when (UTC), and its ranks.
+    """Return the launches of a run, this one last: the step it went on from, when (UTC), and its ranks.
 
     before: the `environment.json` of the launch before. A start at step 0 begins the list anew: nothing of an earlier
     attempt is left in the run.

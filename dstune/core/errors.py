@@ -84,7 +84,7 @@ class WaitedInVain(Stalled):
 
 @contextmanager
 def collected(problems: list[Problem]) -> Iterator[None]:
-    """Adds what is raised within to `problems`."""
+    """Add what is raised within to `problems`."""
     try:
         yield
     except UserError as error:
@@ -92,19 +92,19 @@ def collected(problems: list[Problem]) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class where it has none."""
+    """Return the first line of an error's text, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def with_class(error: BaseException) -> str:
-    """An error's class and the first line of its text, where it has one."""
+    """Return an error's class and the first line of its text, where it has one."""
     name = type(error).__name__
     return name if (line := first_line(error)) == name else f"{name}: {line}"
 
 
 @contextmanager
 def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[None]:
-    """Whatever a library raises about files that somebody else wrote is a UserError: `what` cannot be loaded, and why."""
+    """Raise whatever a library raises about files of somebody else as a UserError: `what` cannot be loaded, and why."""
     try:
         yield
     except DstuneError:
@@ -115,13 +115,13 @@ def files_of_others(where: str, value: str, what: str, fix: str) -> Iterator[Non
 
 
 def to_json(error: DstuneError) -> str:
-    """`error` as one JSON object, so that a rank can hand it to the process that started it."""
+    """Write `error` as one JSON object, so that a rank can hand it to the process that started it."""
     problems = [asdict(problem) for problem in getattr(error, "problems", [])]
     return json.dumps({"type": type(error).__name__, "message": str(error), "problems": problems})
 
 
 def from_json(text: str) -> DstuneError:
-    """The inverse of `to_json`; an unknown type becomes a plain `DstuneError`. Raises ValueError for what it did not write."""
+    """Rebuild the error that `to_json` wrote; an unknown type becomes a plain `DstuneError`. Raises ValueError for other text."""
     from dstune.core.parsing import parse_json  # brings yaml, which `dstune --help` can do without
 
     fields = parse_json(text)

@@ -48,7 +48,7 @@ def sync_path(path: Path) -> None:
 
 
 def hash_file(path: Path, bits: int = 64) -> str:
-    """XXH3 of the file's bytes, of 64 or 128 bits, hexadecimal."""
+    """Return the XXH3 hash of the file's bytes, of 64 or 128 bits, hexadecimal."""
     import xxhash
 
     digest = xxhash.xxh3_64() if bits == 64 else xxhash.xxh3_128()
@@ -81,7 +81,7 @@ def _put(temporary: Path, path: Path, data: bytes, mode: int) -> None:
 
 
 def append(path: Path, *, mode: int = 0o666) -> IO[bytes]:
-    """`path` open for appending, unbuffered.
+    """Open `path` for appending, unbuffered.
 
     Raises:
         UserError: it is a link or no file. OSError: as `open`.
@@ -90,12 +90,12 @@ def append(path: Path, *, mode: int = 0o666) -> IO[bytes]:
 
 
 def create_or_truncate(path: Path, *, mode: int = 0o666) -> IO[bytes]:
-    """`path` open for writing, empty. Raises as `append`."""
+    """Open `path` for writing, empty. Raises as `append`."""
     return os.fdopen(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb")
 
 
 def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
-    """A descriptor of the plain file `path`. Raises UserError where it is a link or no file, OSError as `os.open`."""
+    """Return a descriptor of the plain file `path`. Raises UserError where it is a link or no file, OSError as `os.open`."""
     try:
         # Not blocking: a pipe in the place of a file would wait for a reader for ever.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
@@ -110,7 +110,7 @@ def open_plain(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def read_plain(path: Path) -> bytes:
-    """The content of the plain file `path`. Raises as `open_plain`."""
+    """Return the content of the plain file `path`. Raises as `open_plain`."""
     with os.fdopen(open_plain(path, os.O_RDONLY), "rb") as stream:
         return stream.read()
 
@@ -121,7 +121,7 @@ def _refused(path: Path) -> UserError:
 
 
 def read_own(path: Path) -> bytes:
-    """The content of a file that only its owner, who must be this user, can have written or read.
+    """Return the content of a file that only its owner, who must be this user, can have written or read.
 
     Raises:
         PermissionError: another user's file, a link, or one that others may read or write.

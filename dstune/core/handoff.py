@@ -26,14 +26,14 @@ RANK_LOGS = "DSTUNE_RANK_LOGS"
 
 
 def handoff_file(name: str) -> Path:
-    """Where a node keeps what is handed over. name: random, so that nobody can take the place before."""
+    """Return where a node keeps what is handed over. name: random, so that nobody can take the place before."""
     memory = Path("/dev/shm")
     folder = memory if memory.is_dir() else Path(tempfile.gettempdir())
     return folder / f"dstune-{os.getuid()}-{name}.json"
 
 
 def set_up_rank(rank: int, run_dir: Path, variables: MutableMapping[str, str]) -> None:
-    """First thing in a rank that a launcher of several nodes started: its folder, its log, what was handed over."""
+    """Set up a rank that a launcher of several nodes started, before anything else: its folder, its log, what was handed over."""
     if folder := variables.get(FOLDER):
         os.chdir(folder)
     if variables.get(RANK_LOGS):

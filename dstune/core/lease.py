@@ -131,8 +131,8 @@ def new_holder() -> str:
 
 
 def is_superseded(variables: Mapping[str, str] | None = None) -> bool:
-    """Whether this rank's generation of the lease is not the newest one any more. Never for ranks without a lease, which are
-    all on one machine or another launcher's."""
+    """Return whether this rank's generation of the lease is no longer the newest. Ranks without a lease, on one machine or under
+    another launcher, are never superseded."""
     path = (os.environ if variables is None else variables).get(LEASE)
     if not path:
         return False

@@ -13,8 +13,9 @@ from dstune.core.files import sync_path
 
 
 def refused_operations(place: Path) -> dict[str, str]:
-    """What cannot be done where `place` is or would be created, with the reason: tried in a folder of its own, which is
-    removed again. Empty where everything can be done, and where nothing can be created at all (the start itself says why)."""
+    """Return what cannot be done where `place` is or would be created, by operation with its reason: tried in a folder of its
+    own, which is removed again. Empty where everything can be done, and where nothing can be created at all (the start itself
+    says why)."""
     existing = next((folder for folder in (place, *place.absolute().parents) if folder.is_dir()), None)
     if existing is None:
         return {}

@@ -55,7 +55,7 @@ class _State:
 def limited(
     seconds: float | None, memory_bytes: float = MEMORY_BYTES, ended_after: float | None = None
 ) -> Iterator[None]:
-    """Within it, this process may compute for so long and take so much more memory; inside another one it does nothing.
+    """Limit the computing time and the further memory of this process within the block; inside another one it does nothing.
 
     seconds: None limits memory alone, counted from what the process has at this moment.
     ended_after: seconds after which the process is ended where it looks for no signals; by default five times as many.
@@ -149,7 +149,7 @@ _verdicts: dict[tuple[str, str], str] = {}
 
 
 def trial(what: str, of: str, work: Callable[[], object], seconds: float) -> str:
-    """Why `work` takes more than it may, empty where it does not; done once in this process for each (`what`, `of`).
+    """Return why `work` takes more than it may, empty where it does not; tried once in this process for each (`what`, `of`).
 
     what: the beginning of the reason, for example "to print a conversation".
     """
@@ -220,7 +220,8 @@ def _child(work: Callable[[], object], writer: int, seconds: float, memory_bytes
 
 
 def readable(file: int | IO[bytes], seconds: float) -> bool:
-    """Whether there is something to read, or its end, within that time. `select()` takes no file beyond a process's first 1024."""
+    """Return whether there is something to read, or its end, within that time. `select()` takes no file beyond a process's first
+    1024."""
     waiting = select.poll()
     waiting.register(file, select.POLLIN)
     return bool(waiting.poll(seconds * 1000))

@@ -64,7 +64,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(message: bytes) -> Any:
-    """The inverse of `encode`."""
+    """Rebuild the value that `encode` wrote."""
     end = 8 + int.from_bytes(message[:8], "little")
     position, whole = end, memoryview(message)
 
@@ -105,7 +105,7 @@ def decode(message: bytes) -> Any:
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """The value of every rank of the group, in rank order, on every rank."""
+    """Gather the value of every rank of the group, in rank order, on every rank."""
     device = device_of(group)
     mine = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(device)
     size = torch.tensor([len(mine)], dtype=torch.int64, device=device)
@@ -120,7 +120,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def broadcast(value: Any, group: Any = None) -> Any:
-    """The value of rank 0 on every rank."""
+    """Send the value of rank 0 to every rank."""
     device = device_of(group)
     first = torch_dist.get_rank() == 0
     content = (
@@ -134,7 +134,7 @@ def broadcast(value: Any, group: Any = None) -> Any:
 
 
 def device_of(group: Any) -> torch.device:
-    """Where tensors have to be for the group to send them."""
+    """Return where tensors have to be for the group to send them."""
     on_cpu = torch_dist.get_backend(group) == "gloo"
     return torch.device("cpu") if on_cpu else torch.empty(0, device=torch.accelerator.current_accelerator()).device
 

@@ -35,7 +35,7 @@ class RepeatedKey(ValueError):
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of JSON with these keys and values. Raises RepeatedKey."""
+    """Build the object of JSON with these keys and values. Raises RepeatedKey."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -45,7 +45,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parse a JSON text.
 
     Raises:
         ValueError: broken, not UTF-8, deeper than `MAX_DEPTH`, with a number of more digits than Python converts, or with an
@@ -91,7 +91,7 @@ def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
 
 
 def end_of_json(text: str, start: int) -> int | None:
-    """Where the object or array that begins at `start` ends, however deep it is; None where it does not."""
+    """Return where the object or array that begins at `start` ends, however deep it is; None where it does not."""
     depth = 0
     for found in _BRACKET.finditer(text, start):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
@@ -167,7 +167,7 @@ class _LimitedLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, with a SafeLoader.
+    """Parse a YAML text, with a SafeLoader.
 
     Raises:
         yaml.YAMLError: broken, deeper than `MAX_DEPTH`, or more than `MAX_NODES` values with its aliases.
@@ -179,7 +179,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_yaml_lines(text: str, max_nodes: int) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The value of a YAML text, and the line of each key by its path.
+    """Parse a YAML text; return its value, and the line of each key by its path.
 
     Raises:
         yaml.YAMLError: as `parse_yaml`, more than `max_nodes` values, or a key that stands twice in a mapping.
@@ -209,7 +209,7 @@ def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...]
 
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a plain file.
+    """Read a plain file.
 
     Raises:
         OSError: as `open`; also where it is a pipe or a device, which would be read for ever, or has more than `limit` bytes.
@@ -222,7 +222,7 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A plain file for reading. Raises OSError as `open`, and where it is a pipe or a device."""
+    """Open a plain file for reading. Raises OSError as `open`, and where it is a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -231,8 +231,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
-    """The lines of a binary stream with their ends, and how many bytes each has; None in the place of one with more than
-    `limit`, which memory never holds."""
+    """Yield the lines of a binary stream with their ends, and how many bytes each has; None in place of a line of more than
+    `limit` bytes, which memory never holds."""
     while line := stream.readline(limit + 1):
         size = len(line)
         if size <= limit:
@@ -245,7 +245,7 @@ def lines_within(stream: Any, limit: int) -> Iterator[tuple[bytes | None, int]]:
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is none that can be read."""
+    """Return the JSON object in a file; None where there is none that can be read."""
     try:
         value = parse_json(read_file(path))
     except (OSError, ValueError):
@@ -254,11 +254,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def object_in(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty where there is none that can be read."""
+    """Return the JSON object in a file, empty where there is none that can be read."""
     return read_object(path) or {}
 
 
 def is_encoder_decoder(folder: Path) -> bool:
-    """Whether an export, an adapter's or a whole model's, is of a model with two halves, such as T5."""
+    """Return whether an export, of an adapter or of a whole model, is of a model with encoder and decoder, such as T5."""
     kind = object_in(folder / "adapter_config.json").get("task_type")
     return kind == "SEQ_2_SEQ_LM" or bool(object_in(folder / "config.json").get("is_encoder_decoder"))

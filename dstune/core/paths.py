@@ -23,7 +23,7 @@ STOP_REASON = f"a file named {STOP_FILE} asked for it"
 
 
 def cache_root() -> Path:
-    """The cache folder (not created here): `$DSTUNE_CACHE`, else `$XDG_CACHE_HOME/dstune`, else `~/.cache/dstune`."""
+    """Return the cache folder (not created here): `$DSTUNE_CACHE`, else `$XDG_CACHE_HOME/dstune`, else `~/.cache/dstune`."""
     if explicit := os.environ.get("DSTUNE_CACHE"):
         return Path(explicit).expanduser().absolute()
     if user_cache := os.environ.get("XDG_CACHE_HOME"):

@@ -34,7 +34,7 @@ class Source:
 
 
 def distinct(requested: Sequence[str]) -> dict[str, str]:
-    """The plugins by name. Raises UserError: two files of one name, or a name that is none."""
+    """Return the plugins by name. Raises UserError: two files of one name, or a name that is none."""
     found: dict[str, str] = {}
     problems = []
     for spec in (split(one)[0] for one in requested):
@@ -57,23 +57,23 @@ def distinct(requested: Sequence[str]) -> dict[str, str]:
 
 
 def is_path(spec: str) -> bool:
-    """Whether a plugin is given as a file, not as a module."""
+    """Return whether a plugin is given as a file, not as a module."""
     return spec.endswith(".py") or os.sep in spec
 
 
 def split(spec: str) -> tuple[str, str]:
-    """File or module, and the class in it that is named after a colon."""
+    """Split `FILE:CLASS` or `MODULE:CLASS` into file or module, and class."""
     place, _, member = spec.rpartition(":")
     return (place, member) if place and member.isidentifier() else (spec, "")
 
 
 def name_of(place: str) -> str:
-    """The plugin's name."""
+    """Return the plugin's name."""
     return Path(place).stem if is_path(place) else place
 
 
 def find(spec: str) -> Source:
-    """The plugin that `spec` names without its class. Raises UserError: there is none, or ranks cannot import it."""
+    """Find the plugin that `spec` names without its class. Raises UserError: there is none, or ranks cannot import it."""
     return _file(spec) if is_path(spec) else _module(spec)
 
 
@@ -122,7 +122,7 @@ def _origin(module: str) -> Path | None:
 
 
 def installed_content(origin: Path) -> bytes:
-    """All Python files of the outermost package in which the module at `origin` stands."""
+    """Read all Python files of the outermost package in which the module at `origin` stands."""
     package = None
     folder = origin.parent
     while (folder / "__init__.py").is_file():
@@ -132,8 +132,8 @@ def installed_content(origin: Path) -> bytes:
 
 
 def is_installed(module: str) -> bool:
-    """Whether ranks, which have neither this working directory nor changes of `sys.path`, find the outermost package of the
-    module too. Executes nothing."""
+    """Return whether ranks, which have neither this working directory nor changes of `sys.path`, find the outermost package of
+    the module too. Executes nothing."""
     import site
     import sysconfig
 

@@ -81,12 +81,12 @@ _looked_for_installed = False
 
 
 def active() -> tuple[Plugin, ...]:
-    """The plugins that the last configuration asked for, in that order."""
+    """Return the plugins that the last configuration asked for, in that order."""
     return tuple(_active.values())
 
 
 def used_by(config: Any) -> tuple[Plugin, ...]:
-    """The plugins of a run: those of installed packages that can act in it, and the active ones.
+    """Return the plugins of a run: those of installed packages that can act in it, and the active ones.
 
     config: the tree of its configuration. A member that a section chooses (a task, a method, ...) acts where its `Config` is
     in the tree; a metric, row format or callback can act in any run.
@@ -142,7 +142,7 @@ def activate(requested: Sequence[str], read: Mapping[str, Source] | None = None)
 
 
 def members_of(spec: str) -> list[tuple[registry.Registry[Any], Any]]:
-    """What a plugin that was loaded has registered, each with its kind."""
+    """Return what a plugin that was loaded has registered, each with its kind."""
     place, _ = plugin_files.split(spec)
     return _loaded[plugin_files.name_of(place)].members
 
@@ -245,7 +245,7 @@ def install(plugins: Iterable[Plugin], run_dir: Path) -> None:
 
 
 def to_dicts(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
-    """As `run.yaml` lists them."""
+    """Return `plugins` as `run.yaml` lists them."""
     return [
         {"name": one.name, "file": one.file, "sha256": one.sha256, "registers": list(one.registers)}
         | ({} if one.is_file else {"module": True})
@@ -282,7 +282,7 @@ def _parts(plugin: Plugin) -> list[str]:
 
 
 def digests(*kinds: str) -> list[str]:
-    """Hashes of the plugins that register a member of one of `kinds`: part of what is derived from them."""
+    """Return hashes of the plugins that register a member of one of `kinds`: part of what is derived from them."""
     loaded = (*_installed.values(), *active())
     return sorted(one.sha256 for one in loaded if any(text.rpartition(" ")[0] in kinds for text in one.registers))
 
@@ -318,7 +318,7 @@ def load_installed() -> None:
 
 
 def load_built_ins() -> None:
-    """First, so that of two members of one name the plugin's is the one to be refused."""
+    """Load the built-in members before any plugin, so that of two members of one name the plugin's is refused."""
     importlib.import_module("dstune.protocols")  # here, since it stands on this module
     for kind in registry.kinds():
         kind.load()

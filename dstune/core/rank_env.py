@@ -46,7 +46,7 @@ class RankEnv:
 
 
 def from_environment(env: Mapping[str, str]) -> RankEnv | None:
-    """The rank that the launcher around this process gave it; None outside a distributed launch.
+    """Return the rank that the launcher around this process gave it; None outside a distributed launch.
 
     `RANK` with `WORLD_SIZE` always makes a rank, also in a world of one (`deepspeed --num_gpus 1`). Open MPI, PMI and
     SLURM also mark single processes that are no part of a distributed launch (`mpirun -n 1`, a bare sbatch step), so

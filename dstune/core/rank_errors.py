@@ -35,7 +35,7 @@ def leave_error(run_dir: Path, rank: int, error: DstuneError) -> None:
 
 
 def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
-    """For a rank that dstune started: the error for its launcher, and in the rank's log."""
+    """Report the error of a rank that dstune started to its launcher, and in the rank's log."""
     leave_error(run_dir, rank, error)
     print(f"dstune: {error}", file=sys.stderr, flush=True)
 
@@ -43,7 +43,8 @@ def report_to_launcher(run_dir: Path, rank: int, error: DstuneError) -> None:
 def report_once(
     run_dir: Path, env: RankEnv, error: DstuneError, patience: float = PATIENCE_SECONDS, *, prints: bool = True
 ) -> None:
-    """For a rank inside somebody else's launch: rank 0 prints its error, any other one only what rank 0 has not printed.
+    """Print the error of a rank inside somebody else's launch once: rank 0 its own, any other rank only what rank 0 has not
+    printed.
 
     prints: whether rank 0 does; its caller raises the error otherwise.
     A rank leaves its file when it has looked at rank 0's, so rank 0 knows when nobody needs the folder any more.

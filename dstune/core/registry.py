@@ -38,7 +38,7 @@ _loading = 0
 
 
 def kinds() -> tuple[Registry[Any], ...]:
-    """The registries to which plugins may add."""
+    """Return the registries to which plugins may add."""
     return tuple(_kinds)
 
 
@@ -59,7 +59,7 @@ def _load_installed() -> None:
 
 
 def wing_modules(name: str | None) -> list[str]:
-    """The modules and packages `dstune.WING.name` that are there: a wing that is left out leaves its members out."""
+    """Return the modules and packages `dstune.WING.name` that are there: a wing that is left out leaves its members out."""
     if name is None:
         return []
     package = os.path.dirname(os.path.dirname(__file__))
@@ -220,7 +220,7 @@ class Registry(Generic[Member]):
         return () if self._package is None else getattr(importlib.import_module(self._package), "ORDER", ())
 
     def find(self, name: str) -> type[Member] | None:
-        """The member `name`, or None. A room that is called like it is imported alone: all of them take 0.1 s."""
+        """Find the member `name`, or None. A room that is called like it is imported alone: all of them take 0.1 s."""
         if self._plugins and not _loading:
             _load_installed()
         if not self._loaded and name not in self._members and name.isidentifier() and not name.startswith("_"):
@@ -245,16 +245,16 @@ class Registry(Generic[Member]):
         return self._members[name]
 
     def without_installed(self) -> Mapping[str, type[Member]]:
-        """The built-in members, and those of plugins that are active already; looks for no installed package."""
+        """Return the built-in members, and those of plugins that are active already; looks for no installed package."""
         self._load_rooms()
         return dict(self._members)
 
     def present(self) -> tuple[type[Member], ...]:
-        """The members that have registered so far; imports nothing."""
+        """Return the members that have registered so far; imports nothing."""
         return tuple(self._members.values())
 
     def classes(self) -> Mapping[str, type[Member]]:
-        """All members by name."""
+        """Return all members by name."""
         self.load()
         return dict(self._members)
 
@@ -265,12 +265,12 @@ class Registry(Generic[Member]):
         return getattr(package, "REFUSED", {})
 
     def configs(self) -> dict[str, type]:
-        """The configuration classes by name."""
+        """Return the configuration classes by name."""
         self.load()
         return {name: cls.Config for name, cls in self._members.items()}
 
     def of(self, config: Any) -> Member:
-        """The member that a configuration section chooses, bound to it (`member.config`).
+        """Return the member that a configuration section chooses, bound to it (`member.config`).
 
         Raises:
             KeyError: no member has the class of `config`.
@@ -280,5 +280,5 @@ class Registry(Generic[Member]):
         return self._by_config[config.__class__](config)
 
     def default(self) -> Any:
-        """The configuration of the first member, as it is when nothing is said."""
+        """Return the configuration of the first member, with its defaults."""
         return next(iter(self.classes().values())).Config()

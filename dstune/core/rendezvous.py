@@ -273,8 +273,8 @@ def _wait_for_address(
 
 
 def own_address(interface: str | None) -> str:
-    """How other nodes reach this one: its address on `interface`, else its name where that can be resolved, else its
-    first address that is not the loopback's.
+    """Return how other nodes reach this one: its address on `interface`, else its name where that can be resolved, else its first
+    address that is not the loopback's.
 
     Raises:
         UserError: there is no such interface, or it has no IPv4 address.
@@ -302,7 +302,7 @@ def own_address(interface: str | None) -> str:
 
 
 def free_port() -> int:
-    """A port of this node that nobody listens on now."""
+    """Return a port of this node that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

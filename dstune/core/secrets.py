@@ -40,15 +40,15 @@ _references: set[str] = set()
 
 @functools.lru_cache(1024)  # `redact` asks it about every variable for every text
 def is_secret(name: str, value: str = "") -> bool:
-    """Whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address with
-    credentials in it."""
+    """Return whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address
+    with credentials in it."""
     known = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
     return known or (name.upper().endswith("_PROXY") and "@" in value)  # NAME:PASSWORD@HOST is enough for a proxy
 
 
 def remember(value: str, reference: str) -> None:
-    """From now on `redact` writes `reference`, a text with `${oc.env:KEY}` in it, for `value`; and `${oc.env:KEY}` for
-    the value of that variable alone, which other texts may be made of."""
+    """Register a secret: from now on `redact` writes `reference`, a text with `${oc.env:KEY}` in it, for `value`; and
+    `${oc.env:KEY}` for the value of that variable alone, which other texts may be made of."""
     _references.add(reference)
     _add(value, reference)
     for found in REFERENCE.finditer(reference):
@@ -56,17 +56,17 @@ def remember(value: str, reference: str) -> None:
 
 
 def was_resolved(reference: str) -> bool:
-    """Whether this process has resolved a text with exactly these references already."""
+    """Return whether this process has resolved a text with exactly these references already."""
     return reference in _references
 
 
 def publish(path: str) -> None:
-    """Values that are part of `path` are written as they are: the run directory's path is on every command line."""
+    """Exempt values that are part of `path` from redaction: the run directory's path is on every command line."""
     _public.add(path)
 
 
 def redact(text: str) -> str:
-    """`text` with the reference in the place of every value that came from the environment."""
+    """Replace every value in `text` that came from the environment by its reference."""
     for name, value in os.environ.items():
         if is_secret(name, value):
             _add(value, f"${{oc.env:{name}}}")
@@ -77,13 +77,13 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """`value`, made of mappings and sequences as JSON is, with every text in it redacted. Numbers and keys stay: a file
+    """Return `value`, made of mappings and sequences as JSON is, with every text in it redacted. Numbers and keys stay: a file
     must be read back with the same ones, and the digits of a count are found in many a password."""
     return texts_mapped(value, redact)
 
 
 def texts_mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The same with `change` applied to each text."""
+    """Return `value` with `change` applied to each text in it."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

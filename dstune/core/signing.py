@@ -30,7 +30,7 @@ OWN, TEAM = "own", "team"
 
 
 def key_file() -> Path:
-    """Where this user's key is (not made here). Raises RuntimeError where there is no home folder."""
+    """Return where this user's key is (not made here). Raises RuntimeError where there is no home folder."""
     folder = Path(os.environ.get("XDG_CONFIG_HOME", "")).expanduser()
     if folder.is_absolute():  # a relative one would lead into whatever folder the command is given in
         return folder / "dstune" / "trust.key"
@@ -38,7 +38,7 @@ def key_file() -> Path:
 
 
 def sign(of: Mapping[str, str]) -> dict[str, Any] | None:
-    """What proves that this user says `of` (names with digests); None where there is no key and none can be kept.
+    """Return a signature of this user for `of` (names with digests); None where there is no key and none can be kept.
 
     Raises:
         UserError: a key that is none, or that others can read.
@@ -50,7 +50,7 @@ def sign(of: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
-    """What a signature vouches for, whose key made it (`OWN` or `TEAM`), and if nobody's that counts here, why not.
+    """Return what a signature vouches for, whose key made it (`OWN` or `TEAM`), and if nobody's that counts here, why not.
 
     Raises:
         UserError: a key that is none, or that others can read.
@@ -73,13 +73,13 @@ def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
 
 
 def digest(value: Any) -> str:
-    """Of a value as JSON or YAML have it."""
+    """Return the digest of a value as JSON or YAML have it."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def key_id(key: bytes) -> str:
-    """By which a key is told from another one without giving it away."""
+    """Return a short name of the key, which tells it from other keys without giving it away."""
     return hmac.digest(key, b"dstune key", "sha256").hex()[:12]
 
 

@@ -16,7 +16,7 @@ _OBEYED = re.compile(
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` without characters that a terminal would obey: an escape becomes the four characters `\\x1b`.
+    """Return `text` without characters that a terminal would obey: an escape becomes the four characters `\\x1b`.
 
     Line feeds and tabs stay, and what `keep` holds.
 
@@ -32,12 +32,13 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def one_line(text: str) -> str:
-    """As `visible`, and on one line."""
+    """Return `text` as `visible` does, and on one line."""
     return visible(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def visible_but_colours(text: str) -> str:
-    """As `visible`, but for the colours that dstune paints with and carriage returns, which redraw a progress line."""
+    """Return `text` as `visible` does, but for the colours that dstune paints with and carriage returns, which redraw a progress
+    line."""
     pieces, position = [], 0
     for colour in COLOURS.finditer(text):
         pieces += [visible(text[position : colour.start()], keep="\r"), colour[0]]

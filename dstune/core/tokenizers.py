@@ -23,7 +23,7 @@ _EXAMPLE_CHARACTERS = 60
 
 
 def open_tokenizer(pretrained_model_name_or_path: Any, *, where: str, **options: Any) -> Any:
-    """`AutoTokenizer.from_pretrained`, whose tokenizer raises UserError for a text on which its patterns do not end.
+    """Call `AutoTokenizer.from_pretrained`; its tokenizer raises UserError for a text on which its patterns do not end.
 
     where: the key that chose it. Raises UserError: the files are missing or faulty, or the patterns do not end on made-up texts.
     """
@@ -146,7 +146,8 @@ def _added(step: Any) -> int:
 
 
 def name_panics() -> None:
-    """In this process, for every tokenizer: an object of their own class is what transformers saves, and processes send."""
+    """Let every tokenizer of this process raise named errors for panics: an object of their own class is what transformers
+    saves, and processes send."""
     from transformers import PreTrainedTokenizerFast
 
     for name in ("_encode_plus", "_decode"):

@@ -56,13 +56,13 @@ class Verb:
         return cast("Callable[[list[str]], int]", getattr(importlib.import_module(module), name))
 
     def parser(self) -> argparse.ArgumentParser | None:
-        """The parser of its flags; None where it reads them by other means."""
+        """Return the parser of its flags; None where it reads them by other means."""
         from dstune.core.arguments import parser_of
 
         return parser_of(self.function(), [])
 
     def words(self, given: Sequence[str]) -> Words:
-        """What may follow the words `given` behind the verb, for completion in the shell."""
+        """Return what may follow the words `given` behind the verb, for completion in the shell."""
         words = [*self.further_words]
         parser = self.parser()
         if parser is None:
@@ -80,5 +80,5 @@ verb = VERBS.add
 
 
 def other_names() -> dict[str, str]:
-    """What other tools call a verb, and what it is here."""
+    """Return what other tools call a verb, and what it is here."""
     return {name: fix for own in VERBS.classes().values() for names, fix in own.other_names for name in names}

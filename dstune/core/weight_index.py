@@ -28,5 +28,5 @@ def check_indexes(folder: Path, where: str, value: str) -> None:
 
 
 def is_inside(name: object) -> bool:
-    """Whether a path of an index stays below the folder that it is joined to."""
+    """Return whether a path of an index stays below the folder that it is joined to."""
     return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
