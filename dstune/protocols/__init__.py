@@ -124,18 +124,18 @@ launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of
 
 
 def metric_names(config: TaskConfig) -> tuple[str, ...]:
-    """The metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
+    """Return the metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
     task = task_of(config)
     own = tuple(task.metrics)
     return own + tuple(name for name in registered_metrics(task) if name not in own)
 
 
 def registered_metrics(task: Task) -> tuple[str, ...]:
-    """Those that are made of the predictions of `task`, beside its own."""
+    """Return the metrics that are made of the predictions of `task`, beside its own."""
     return tuple(name for name in METRICS if METRICS[name].computed_for(task.name)) if task.has_predictions else ()
 
 
 def formats_for(task: Task) -> tuple[str, ...]:
-    """The row formats that a task reads: its own, then those of plugins that have the shape of one of them."""
+    """Return the row formats that a task reads: its own, then those of plugins that have the shape of one of them."""
     own = task.read_formats
     return (*own, *(name for name, form in ROW_FORMATS.classes().items() if form.shape in own and name not in own))

@@ -51,7 +51,7 @@ CONTINUE = Request()
 
 
 def merge(requests: Sequence[Request]) -> Request:
-    """All actions that any of them asks for, and all reasons."""
+    """Join requests: all actions that any of them asks for, and all reasons."""
     action = Action.CONTINUE
     for request in requests:
         action |= request.action
@@ -89,7 +89,7 @@ class Run(Protocol):
     @property
     def log(self) -> Log | None: ...
     def around(self, phase: str) -> AbstractContextManager[Any]:
-        """Wraps a long phase in the `around` of all callbacks."""
+        """Wrap a long phase in the `around` of all callbacks."""
 
 
 class Step(Protocol):
@@ -154,7 +154,7 @@ class Callback:
 
     @classmethod
     def for_run(cls, run: Any) -> Callback | None:
-        """The callback of a run that does not name it in `trainer.callbacks`; None, the default, for nothing. For built-ins.
+        """Return the callback of a run that does not name it in `trainer.callbacks`; None, the default, for nothing. For built-ins.
 
         run: the `Training`, before any hook is called.
         """
@@ -162,7 +162,7 @@ class Callback:
 
     @classmethod
     def is_automatic(cls) -> bool:
-        """Whether runs have it without naming it."""
+        """Return whether runs have it without naming it."""
         return next(base for base in cls.__mro__ if "for_run" in vars(base)) is not Callback
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -186,19 +186,19 @@ class Callback:
     # -- when something happens ---------------------------------------------------------------------------------------
 
     def on_train_begin(self, run: Run) -> None:
-        """The first step of this launch comes next."""
+        """Called before the first step of this launch."""
 
     def on_step_begin(self, run: Run, step: Step) -> None:
-        """The rows of the step are there."""
+        """Called when the rows of the step are there."""
 
     def on_micro_batch_begin(self, run: Run, step: Step, position: int, batch: Mapping[str, Any]) -> None:
-        """position: counts this rank's micro-batches from 0."""
+        """Called before the forward pass of a micro-batch. position: counts this rank's micro-batches from 0."""
 
     def on_micro_batch_end(self, run: Run, step: Step, position: int) -> None:
-        """Forward and backward pass are done."""
+        """Called when forward and backward pass are done."""
 
     def on_step_end(self, run: Run, step: Step) -> Request:
-        """The update is done. What this rank asks for."""
+        """Called when the update is done. Returns what this rank asks for."""
         return CONTINUE
 
     @property
@@ -210,38 +210,40 @@ class Callback:
         return type(self).on_step_end is not Callback.on_step_end
 
     def on_step_agreed(self, run: Run, step: Step) -> Request:
-        """The ranks have exchanged numbers and requests. Must return the same on every rank."""
+        """Called when the ranks have exchanged numbers and requests. Must return the same on every rank."""
         return CONTINUE
 
     def between_steps(self, run: Run) -> None:
-        """The step is logged, evaluated and saved where that was asked for, and another one comes. Counts as no step."""
+        """Called when the step is logged, evaluated and saved where that was asked for, and another one comes. Counts as no
+        step."""
 
     def while_waiting(self, run: Run) -> Request:
-        """Called again and again between two steps while any rank waits for rows of a stream."""
+        """Return called again and again between two steps while any rank waits for rows of a stream."""
         return CONTINUE
 
     def on_evaluate(self, run: Run, evaluation: Evaluation) -> Request:
         return CONTINUE
 
     def on_save(self, run: Run) -> None:
-        """A checkpoint is written, or is being written in the background."""
+        """Called when a checkpoint is written, or is being written in the background."""
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """The run went back to a checkpoint, with `saved` as this callback's state; None: there was no checkpoint yet."""
+        """Called when the run went back to a checkpoint, with `saved` as this callback's state; None: there was no checkpoint
+        yet."""
         if saved is not None:
             self.load_state_dict(saved)
 
     def on_train_end(self, run: Run, request: Request) -> None:
-        """The last step of this launch is over. request: why."""
+        """Called when the last step of this launch is over. request: why."""
 
     def close(self) -> None:
-        """The run is over, evaluated, saved and exported, or has failed."""
+        """Called when the run is over, evaluated, saved and exported, or has failed."""
 
     def on_progress(self, doing: str) -> None:
-        """`doing` comes next: a micro-batch, a batch of an evaluation, ..."""
+        """Called before `doing`: a micro-batch, a batch of an evaluation, ..."""
 
     def around(self, phase: str) -> AbstractContextManager[Any]:
-        """Wraps what has no steps and may take long: saving, going back, writing a profile."""
+        """Wrap what has no steps and may take long: saving, going back, writing a profile."""
         return nullcontext()
 
     # -- steps and gradients ------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ class Callback:
         return type(self).veto is not Callback.veto
 
     def veto(self, run: Run, loss: float) -> bool:
-        """Whether to leave out the update of this step, asked before its last backward pass. Any rank may say so.
+        """Return whether to leave out the update of this step, asked before its last backward pass. Any rank may say so.
 
         loss: mean over the global batch.
         """
@@ -271,24 +273,25 @@ class Callback:
     # -- numbers ------------------------------------------------------------------------------------------------------
 
     def numbers(self) -> Mapping[str, float]:
-        """Numbers of this rank for the exchange of a step, an evaluation or a wait: the same names on all ranks."""
+        """Return numbers of this rank for the exchange of a step, an evaluation or a wait: the same names on all ranks."""
         return {}
 
     def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
-        """The `numbers` of all ranks, in rank order; the same on every rank."""
+        """Called with the `numbers` of all ranks, in rank order; the same on every rank."""
 
     def metrics(self, run: Run, step: Step) -> Mapping[str, float | int | str]:
-        """For the row of the step in metrics.jsonl, under names that it lacks; after `on_step_agreed`, on rank 0."""
+        """Return further values for the row of the step in metrics.jsonl, under names that it lacks; called after
+        `on_step_agreed`, on rank 0."""
         return {}
 
     def results(self) -> Mapping[str, Any]:
-        """For `result.json`, under names that it lacks: anything else is left out with a warning."""
+        """Return entries for `result.json`, under names that it lacks: anything else is left out with a warning."""
         return {}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to remember, as JSON, which has no numbers of numpy. Must be the same on every rank."""
+        """Return what a checkpoint has to remember, as JSON, which has no numbers of numpy. Must be the same on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

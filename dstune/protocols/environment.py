@@ -27,7 +27,7 @@ class Environment:
 
     @classmethod
     def tool_names(cls) -> list[str]:
-        """Its public methods, in the order of their names."""
+        """Return its public methods, in the order of their names."""
         hidden = {"reset", "get_reward", "tool_names"}
         return [
             name

@@ -88,12 +88,12 @@ class Queue:
         raise NotImplementedError
 
     def alive(self, ids: Sequence[str]) -> Sequence[Job]:
-        """The jobs that wait or run. Raises Unreachable."""
+        """Return the jobs that wait or run. Raises Unreachable."""
         raise NotImplementedError
 
     def named(self, name: str) -> Sequence[str]:
-        """The jobs of this user that wait or run under a name (`run.name`): whoever submitted one may have been killed before
-        its number came. Raises Unreachable."""
+        """Return the jobs of this user that wait or run under a name (`run.name`): whoever submitted one may have been killed
+        before its number came. Raises Unreachable."""
         return []
 
     def cancel(self, ids: Sequence[str]) -> None:

@@ -40,7 +40,7 @@ class Preparation:
     """What the run trains on."""
 
     def model(self, run: RunConfig, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel | None:
-        """The model to train in place of the whole one; None for the whole one."""
+        """Return the model to train in place of the whole one; None for the whole one."""
         return None
 
     def restrict(self, module: nn.Module, new: NewWeights) -> None:
@@ -57,11 +57,11 @@ class Preparation:
         return 0
 
     def messages(self) -> Iterator[str]:
-        """What the console says of the preparation."""
+        """Yield what the console says of the preparation."""
         return iter(())
 
     def result(self, run: Training) -> dict[str, Any]:
-        """What `result.json` gets beside the rest at the end of the run; asked on rank 0."""
+        """Return what `result.json` gets beside the rest at the end of the run; asked on rank 0."""
         return {}
 
 

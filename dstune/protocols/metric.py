@@ -20,7 +20,7 @@ class Metric:
     """Names of the tasks whose predictions it reads."""
 
     def compute(self, predictions: Sequence[Any], targets: Sequence[Any], labels: tuple[str, ...]) -> float:
-        """From what was predicted for each row and what is true.
+        """Compute the metric from what was predicted for each row and what is true.
 
         classification: numbers of labels in `labels`; with several labels a row lists of 0 and 1; of a regression numbers.
         token_classification: lists of tags. question_answering: a text, and a list of the texts that are right. seq2seq: texts.
@@ -29,5 +29,5 @@ class Metric:
 
     @classmethod
     def computed_for(cls, task: str) -> bool:
-        """Whether evaluations of the task named `task` compute it here."""
+        """Return whether evaluations of the task named `task` compute it here."""
         return cls.compute is not Metric.compute and task in cls.tasks

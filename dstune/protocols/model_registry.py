@@ -46,7 +46,7 @@ class ModelRegistry:
         raise NotImplementedError
 
     def roll_back(self, address: str) -> Registered:
-        """Point an alias to where it pointed before it was moved last. Raises UserError."""
+        """Return point an alias to where it pointed before it was moved last. Raises UserError."""
         raise NotImplementedError
 
 

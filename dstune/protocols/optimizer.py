@@ -50,27 +50,27 @@ class Optimizer:
         self.config = config
 
     def check(self) -> Iterator[Problem]:
-        """What is wrong with the configuration beyond the range of each field."""
+        """Yield what is wrong with the configuration beyond the range of each field."""
         yield from ()
 
     def check_run(self, run: RunConfig) -> Iterator[Problem]:
-        """What does not go together with other sections of the run."""
+        """Yield what does not go together with other sections of the run."""
         yield from ()
 
     def missing(self) -> Iterator[Problem]:
-        """Packages that it needs and that are not installed."""
+        """Yield a problem for each package that it needs and that is not installed."""
         yield from ()
 
     def kind(self, name: str, shape: Sequence[int], *, is_table: bool) -> str:
-        """How the parameter `name` is updated, for an optimizer that has several ways. Parameters of different kinds share no
-        group; the group has it as `kind`.
+        """Return how the parameter `name` is updated, for an optimizer that has several ways. Parameters of different kinds share
+        no group; the group has it as `kind`.
 
         is_table: the weight of an embedding, which is read by rows.
         """
         return ""
 
     def state_bytes(self, kind: str) -> float:
-        """Bytes of state for an element of a parameter of this kind."""
+        """Return bytes of state for an element of a parameter of this kind."""
         return 4.0 * self.states_per_parameter
 
     @property
@@ -79,8 +79,8 @@ class Optimizer:
         raise NotImplementedError
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """A torch optimizer over `groups`, with `config.lr`. DeepSpeed exchanges the parameters for this rank's partitions
-        of them, which are flat: it must work element by element, or have `use_matrices` (`dstune.zero.matrices`).
+        """Build a torch optimizer over `groups`, with `config.lr`. DeepSpeed exchanges the parameters for this rank's partitions of
+        them, which are flat: it must work element by element, or have `use_matrices` (`dstune.zero.matrices`).
 
         groups: `params`, `weight_decay`, `kind` and `rate`, the factor on the learning rate.
         """
@@ -97,13 +97,13 @@ class Schedule:
         self.config = config
 
     def check(self, max_steps: int | None) -> Iterator[Problem]:
-        """What is wrong with the configuration beyond the range of each field. max_steps: the run's, where it is given."""
+        """Yield what is wrong with the configuration beyond the range of each field. max_steps: the run's, where it is given."""
         yield from ()
 
     def without_effect(self) -> Iterator[tuple[str, tuple[str, str]]]:
-        """(key, (reason, what would let it count)) of every field that another one overrules."""
+        """Yield (key, (reason, what would let it count)) of every field that another one overrules."""
         yield from ()
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Fraction of the peak rate for optimizer step `step` (0 is the first) of `total_steps`."""
+        """Return the fraction of the peak rate for optimizer step `step` (0 is the first) of `total_steps`."""
         raise NotImplementedError

@@ -47,13 +47,13 @@ class Parallelism:
         return self.row_ranks * self.weight_ranks
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
-        """What of `run` cannot be computed so."""
+        """Yield what of `run` cannot be computed so."""
         yield from ()
 
     def weights_problems(self, values: Mapping[str, Any]) -> list[Problem]:
-        """Why ranks cannot share the weights of the model with this `config.json`."""
+        """Return why ranks cannot share the weights of the model with this `config.json`."""
         return []
 
     def architecture_problems(self, model: Architecture, values: Mapping[str, Any]) -> list[Problem]:
-        """Why ranks cannot share a model of this architecture, as the planner knows it. values: its `config.json`."""
+        """Return why ranks cannot share a model of this architecture, as the planner knows it. values: its `config.json`."""
         return self.weights_problems(values)

@@ -52,22 +52,23 @@ class RowFormat:
             raise ValueError(f"answers names {unknown[0]!r}, which is neither in required nor in optional")
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The columns of a row, with those beside them that a column holds inside."""
+        """Return the columns of a row, with those beside them that a column holds inside."""
         return fields
 
     def check_of(self, role: str, task: Task | None) -> Check | None:
-        """What checks the value of `role` for a task."""
+        """Return the function that checks the value of `role` for a task."""
         return self.checks.get(role)
 
     def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        """The row in the shape that encoders read, from its checked values by role. Raises RowError."""
+        """Return the row in the shape that encoders read, from its checked values by role. Raises RowError."""
         return found
 
     def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
-        """The fix where the columns beside those of this format say that the rows are of another task, which this one would
-        train wrongly; empty where they are not. mapping: `data.columns`; named: whether `data.format` names this format."""
+        """Return the fix where the columns beside those of this format say that the rows are of another task, which this one
+        would train wrongly; empty where they are not. mapping: `data.columns`; named: whether `data.format` names this format."""
         return ""
 
     def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
-        """Columns that a message may suggest for roles that are missing, in their order; none where that would be a guess."""
+        """Return columns that a message may suggest for roles that are missing, in their order; none where that would be a
+        guess."""
         return []

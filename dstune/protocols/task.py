@@ -189,7 +189,7 @@ class Task:
         return tuple(self.config.labels) if self.has_labels else ()
 
     def row_key(self) -> dict[str, Any]:
-        """What the samples depend on of the configuration: part of the key under which they are cached."""
+        """Return the settings that samples depend on: part of the key under which they are cached."""
         key = asdict(self.config)
         if self.conversational:
             key.pop("template_date")  # counts only where the template prints it
@@ -198,7 +198,7 @@ class Task:
     def encoder(
         self, tokenizer: Any, fmt: str, max_length: int, labels: tuple[str, ...], class_weights: tuple[float, ...]
     ) -> Encoder:
-        """What turns rows into samples. Raises UserError if the tokenizer lacks what task and format need.
+        """Return the encoder that turns rows into samples. Raises UserError if the tokenizer lacks what task and format need.
 
         fmt: where sources and parts have several formats, the first of `formats` among them; rows of the others come as well.
         """
@@ -206,7 +206,7 @@ class Task:
 
     @classmethod
     def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
-        """The configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
+        """Return the configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
         same = isinstance(main, cls.Config)
         prompt = prompt if cls.asks_by_prompt else None
         if same and prompt is None:
@@ -224,11 +224,11 @@ class Task:
     """Fields that the first start of a run fills in, and every later start takes over."""
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
-        """What the settings of the task and the other sections may not say together."""
+        """Yield what the settings of the task and the other sections may not say together."""
         return iter(())
 
     def resolve(self, today: str) -> TaskConfig:
-        """The configuration with what depends on the day of composition (YYYY-MM-DD) filled in."""
+        """Return the configuration with what depends on the day of composition (YYYY-MM-DD) filled in."""
         if self.conversational and self.config.template_date is None:
             return replace(self.config, template_date=today)
         return self.config
@@ -236,11 +236,12 @@ class Task:
     # ---- prediction ----
 
     def question(self, labels: Sequence[str], data: DataConfig) -> Question:
-        """What of a row is read to predict. labels: of the model, in their order. data: `columns` and `format` as in training."""
+        """Return the reader of the columns that predictions need. labels: of the model, in their order. data: `columns` and
+        `format` as in training."""
         return self.predictor().question_class(self.config, labels, data)
 
     def predictor(self) -> type[Predictor]:
-        """What turns rows into predictions, by a model in memory."""
+        """Return the class that turns rows into predictions, by a model in memory."""
         raise NotImplementedError(f"task={self.name} predicts nothing")
 
     # ---- metrics ----
@@ -254,7 +255,7 @@ class Task:
     """Those of `metrics` for which targets are generated (`evaluate.generate_rows`)."""
 
     def slice_metric(self, measured: Mapping[str, float]) -> str:
-        """The metric that tells the worst subgroup where `evaluate.slice_metric` names none. measured: of one of them."""
+        """Return the metric that tells the worst subgroup where `evaluate.slice_metric` names none. measured: of one of them."""
         return "loss"
 
     ranked_by: ClassVar[tuple[tuple[str, bool], ...]] = ()
@@ -263,7 +264,7 @@ class Task:
     # ---- model ----
 
     def model_class(self, architecture: PretrainedConfig) -> Any:
-        """The class of transformers, with `from_pretrained` and `from_config`."""
+        """Return the class of transformers, with `from_pretrained` and `from_config`."""
         raise NotImplementedError(f"task={self.name} has no model class")
 
     def architecture(
@@ -278,18 +279,18 @@ class Task:
             architecture.pad_token_id = tokenizer.pad_token_id
 
     def usage(self, export: Export) -> list[str]:
-        """Lines of Python that load an export and use it, for its model card."""
+        """Return lines of Python that load an export and use it, for its model card."""
         return export.loading(self.head_classes.removeprefix("For"))
 
     # ---- loss and evaluation ----
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
-        """What computes the loss of a batch; must be built before DeepSpeed puts its own hooks on the model.
+        """Build the head, which computes the loss of a batch; must be built before DeepSpeed puts its own hooks on the model.
 
         rows: how a language model gets its rows, where not as they are.
         """
         raise NotImplementedError(f"task={self.name} has no head")
 
     def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
-        """The metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
+        """Return the metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
         raise NotImplementedError(f"task={self.name} has no metrics")

@@ -181,14 +181,14 @@ class NeedsReference(Protocol):
     further_models: ClassVar[tuple[FurtherModel, ...]] = ()
 
     def caches_reference(self, run: RunConfig) -> bool:
-        """Whether another model's log-probabilities of the training rows are computed before training."""
+        """Return whether another model's log-probabilities of the training rows are computed before training."""
         return False
 
     def before_loading(
         self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
     ) -> PreparedData:
-        """`data` with what another model says of its rows, before the model of the run is loaded. Every rank calls it, for
-        training and evaluation. Raises UserError."""
+        """Return `data` with what another model says of its rows, before the model of the run is loaded. Every rank calls it,
+        for training and evaluation. Raises UserError."""
         return data
 
     def before_training(
@@ -201,8 +201,8 @@ class NeedsReference(Protocol):
         pad_token_id: int,
         precision: Precision,
     ) -> PreparedData:
-        """`data` with what the model says of its rows before anything is trained or loaded from a checkpoint. Every rank calls
-        it at every start of a run."""
+        """Return `data` with what the model says of its rows before anything is trained or loaded from a checkpoint. Every rank
+        calls it at every start of a run."""
         return data
 
 
@@ -213,7 +213,7 @@ class EvaluatesOtherwise(Protocol):
     config: Any
 
     def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """The configuration under which a finished run's model is evaluated. Raises UserError where it cannot be."""
+        """Return the configuration under which a finished run's model is evaluated. Raises UserError where it cannot be."""
         return self.config
 
     def check_evaluation(self) -> None:
@@ -227,13 +227,13 @@ class AsksUntunedModel(Protocol):
     config: Any
 
     def as_text_task(self, run: RunConfig) -> TaskConfig:
-        """The configuration under which an untuned language model is asked for the answers (`few_shot`). Raises UserError where
-        the model of `run` is none."""
+        """Return the configuration under which an untuned language model is asked for the answers (`few_shot`). Raises UserError
+        where the model of `run` is none."""
         return self.config
 
     def prompted(self, run: RunConfig, data: PreparedData, tokenizer: Any, key: str) -> Prompted | None:
-        """What asks an untuned language model with worked examples in front of each row; None where the loss of the rows'
-        targets tells it. key: what a UserError is about."""
+        """Return the prompts that ask an untuned language model with worked examples in front of each row; None where the loss
+        of the rows' targets tells it. key: what a UserError is about."""
         return None
 
 
@@ -251,7 +251,7 @@ class MeasuresFurther(Protocol):
         one_line: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
-        """`measured` with what takes more than one pass over the rows (texts that the model generates). Every rank calls it.
+        """Return `measured` with what takes more than one pass over the rows (texts that the model generates). Every rank calls it.
 
         context: tokens in front of every row (worked examples). one_line: a generated text ends with its first line, where
         no target of the rows has a second one. progress: gets how many of this rank's batches are done, and how many there are.
@@ -264,7 +264,7 @@ class CompletesLabels(Protocol):
     """A task whose labels follow a scheme, so that some have to exist beside those that were found."""
 
     def complete_labels(self, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """The labels found in the training rows, with those that have to exist beside them."""
+        """Return the labels found in the training rows, with those that have to exist beside them."""
         return labels
 
     def check_labels(self, run: RunConfig, labels: tuple[str, ...]) -> None:
@@ -276,7 +276,7 @@ class WeighsClasses(Protocol):
     """A task whose rows count by their label."""
 
     def class_weights(self, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int) -> list[float]:
-        """How much a row of each label counts in the loss; empty where all count alike. counts: training rows by label.
+        """Return how much a row of each label counts in the loss; empty where all count alike. counts: training rows by label.
 
         Raises UserError for weights of unknown labels.
         """
@@ -289,11 +289,11 @@ class ExportsFiles(Protocol):
 
     @classmethod
     def overrides_from(cls, folder: Path) -> list[str]:
-        """What files beside a published model say of the task, as overrides, `task=NAME` first; empty where nothing does."""
+        """Return what files beside a published model say of the task, as overrides, `task=NAME` first; empty where nothing does."""
         return []
 
     def write_export(self, run: RunConfig, architecture: PretrainedConfig, folder: Path) -> None:
-        """Files that an export has beside model and tokenizer."""
+        """Write files that an export has beside model and tokenizer."""
 
 
 @runtime_checkable

@@ -71,37 +71,37 @@ class Tracker:
 
     @classmethod
     def enabled(cls, tracking: TrackingConfig) -> bool:
-        """Whether the configuration turns it on; a tracker with keys says when."""
+        """Return whether the configuration turns it on; a tracker with keys says when."""
         return getattr(tracking, cls.name, False) is True
 
     @classmethod
     def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
-        """Keys whose values are names that it displays, with the values: nothing secret may be among them."""
+        """Return keys whose values are names that it displays, with the values: nothing secret may be among them."""
         return {}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:
-        """Whether rank 0 has to get `variables`."""
+        """Return whether rank 0 has to get `variables`."""
         return cls.enabled(tracking)
 
     @classmethod
     def check(cls, tracking: TrackingConfig) -> Iterator[Problem]:
-        """What is wrong with its keys."""
+        """Yield what is wrong with its keys."""
         yield from ()
 
     @classmethod
     def without_effect(cls, tracking: TrackingConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-        """(key, (reason, what would let it count)) of every key that another one overrules."""
+        """Yield (key, (reason, what would let it count)) of every key that another one overrules."""
         yield from ()
 
     @classmethod
     def missing(cls, tracking: TrackingConfig) -> Iterator[Problem]:
-        """What has to be installed first, found without importing it."""
+        """Yield what has to be installed first, found without importing it."""
         yield from ()
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
-        """What `dstune doctor` finds of it on this machine. No server is asked."""
+        """Yield what `dstune doctor` finds of it on this machine. No server is asked."""
         yield from ()
 
     def start(self, past: Iterator[Row]) -> None:
@@ -111,11 +111,11 @@ class Tracker:
         raise NotImplementedError
 
     def write(self, row: Row) -> None:
-        """One step; steps only rise."""
+        """Write the row of one step; steps only rise."""
         raise NotImplementedError
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's result: the keys of `result.json`."""
+        """Write the run's result: the keys of `result.json`."""
         raise NotImplementedError
 
     def finish(self, status: str) -> None:
