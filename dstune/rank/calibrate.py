@@ -66,7 +66,7 @@ def calibrate(directory: Path, world: World) -> None:
 
 
 def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, link: float) -> Speed:
-    """Speeds of one number format."""
+    """Measure the speeds of one number format."""
     on_gpu = device.type != "cpu"
     wide = 4096 if on_gpu else 1024
     a, b = (torch.randn(wide, wide, device=device, dtype=dtype) for _ in range(2))
@@ -89,7 +89,7 @@ def compute(world: World, device: torch.device, size: int, dtype: torch.dtype, l
 
 
 def logit_rate(world: World, device: torch.device, dtype: torch.dtype, flops: float) -> float:
-    """Elements of logits a second through the cross entropy that training uses, its matrix products left out."""
+    """Measure elements of logits a second through the cross entropy that training uses, its matrix products left out."""
     targets, vocabulary, width = 512, 32768, 64
     projection = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(targets, width, device=device, dtype=dtype, requires_grad=True)
@@ -121,7 +121,7 @@ def small_setup(size: int, rows: int, *, on_gpu: bool) -> Setup:
 
 
 def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, speed: Speed) -> Speed:
-    """The rate of elementwise work: what a decoder's layers take beside their products, by the bytes that they keep."""
+    """Measure the rate of elementwise work: what a decoder's layers take beside their products, by the bytes that they keep."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     on_gpu = device.type != "cpu"
@@ -156,7 +156,7 @@ HEADS, HEAD = 12, 64
 
 
 def attention_flops() -> float:
-    """Of a forward and backward pass as the planner counts them: three times the forward pass."""
+    """Return the operations of a forward and backward pass as the planner counts them: three times the forward pass."""
     return 3.0 * 4 * HEADS * HEAD * LENGTH * LENGTH * 2
 
 
@@ -178,7 +178,7 @@ def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], Non
 
 
 def communication(world: World, device: torch.device) -> float:
-    """Bytes a second that leave a rank in an all-reduce of 32 MiB; infinite for a single rank."""
+    """Measure bytes a second that leave a rank in an all-reduce of 32 MiB; infinite for a single rank."""
     if world.size == 1:
         return 1e12
     buffer = torch.zeros(1 << 23, device=device)
@@ -189,7 +189,7 @@ def communication(world: World, device: torch.device) -> float:
 def seconds_of(
     world: World, device: torch.device, action: Callable[[], object], *, equally_often: bool = False
 ) -> float:
-    """Seconds of one call, the mean over all ranks. equally_often: a collective, which all ranks call 5 times."""
+    """Measure seconds of one call, the mean over all ranks. equally_often: a collective, which all ranks call 5 times."""
 
     def once() -> None:
         action()

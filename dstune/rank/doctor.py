@@ -27,7 +27,7 @@ ROUNDS = {True: 20, False: 5}
 
 
 def measure(device: torch.device, size: int) -> dict[str, Any]:
-    """Figures of the process group that is there; the same calls on every rank."""
+    """Measure the process group that is there; the same calls on every rank."""
     small = torch.zeros(SMALL_BYTES // 4, device=device)
     latency = _seconds(small, ROUNDS[device.type != "cpu"] * 5)
     rows = []

@@ -24,7 +24,7 @@ from dstune.trainer.monitored_sets import evaluate_monitored_sets
 def finish(
     run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, request: Request, prepared: Preparation
 ) -> None:
-    """Final evaluation, save, test, export and result of a run that ended as planned; the result alone of another."""
+    """Finish a run that ended as planned with evaluation, save, test, export and result; of another, write the result alone."""
     state = run.state
     result: dict[str, Any] = {"reason": request.reason, "export": None, "test": None}
     if not request.action & LEAVE:
@@ -109,8 +109,8 @@ def _conclude(
 
 
 def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:
-    """With `run.export=best` load the best weights, so that what follows is measured on what is exported. Returns the step
-    that the weights are of."""
+    """Load the best weights where `run.export=best`, so that what follows is measured on what is exported. Returns the step that
+    the weights are of."""
     best = store.best(run_dir) if run.world.is_main and run.config.run.export is Export.best else None
     best = run.world.broadcast(best)
     reached = run.state.best

@@ -342,5 +342,6 @@ class Setup:
 
 
 def goes_once_through(config: RunConfig) -> bool:
-    """Whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last step."""
+    """Return whether each micro-batch goes through a decoder once, and the same parameters train from the first to the last
+    step."""
     return task_of(config.task).one_pass and method_of(config.method).same_parameters_throughout

@@ -102,8 +102,8 @@ def describe(
 
 
 def conversations_of(counts: Mapping[str, Any]) -> str:
-    """Of how many conversations the samples of a part are, where a chat template makes several of some, and with how many times
-    their tokens."""
+    """Say of how many conversations the samples of a part are, where a chat template makes several of some, and with how many
+    times their tokens."""
     once, conversations = counts.get("tokens_once"), counts.get("conversations")
     if not once or not conversations or counts["samples"] <= conversations:
         return ""
@@ -111,7 +111,7 @@ def conversations_of(counts: Mapping[str, Any]) -> str:
 
 
 def label_counts(counts: dict[str, int]) -> str:
-    """How many training rows each label has, the most frequent first."""
+    """Say how many training rows each label has, the most frequent first."""
     ordered = sorted(counts, key=lambda name: -counts[name])
     reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:MAX_LISTED_LABELS])
     more = f" and {len(ordered) - MAX_LISTED_LABELS} more" if len(ordered) > MAX_LISTED_LABELS else ""
@@ -119,7 +119,7 @@ def label_counts(counts: dict[str, int]) -> str:
 
 
 def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
-    """Labels that look like a slip, the first of them one by one."""
+    """Yield labels that look like a slip, the first of them one by one."""
     found = suspicious(counts)
     yield from found[:MAX_LISTED_LABELS]
     if more := len(found[MAX_LISTED_LABELS:]):
@@ -127,7 +127,7 @@ def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
 
 
 def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
-    """From rows to optimizer steps, where there are few of these, and what gives more."""
+    """Yield how rows become optimizer steps, where there are few of these, and what gives more."""
     trainer, rows, total = config.trainer, run.data_loader.rows(), run.total_steps
     if run.state.step or total >= FEW_STEPS:
         return
@@ -152,7 +152,7 @@ def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
 
 
 def cautions(config: RunConfig, run: Training) -> Iterator[str]:
-    """What is allowed, and probably not meant."""
+    """Yield what is allowed, and probably not meant."""
     yield from few_steps(config, run)
     yield from unlikely_labels(run.data.report.get("train", {}).get("labels", {}))
     for part, counts in run.data.report.items():
@@ -205,7 +205,7 @@ def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
-    """What happened to the rows, which tables they come from, and how well they pack."""
+    """Return what happened to the rows, which tables they come from, and how well they pack."""
     report = data.report
     specs = {key: getattr(own.data, part) for key, part, own in inputs.row_inputs(config)}
     if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
@@ -224,7 +224,7 @@ def show_samples(run: Training, tokenizer: Any, *, before: bool) -> None:
 
 
 def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer: Any) -> None:
-    """`evaluate.baseline_shots`: what the model reaches on the validation rows before training, with examples in front."""
+    """Measure what the model reaches on the validation rows before training, with examples in front (`evaluate.baseline_shots`)."""
     config, validation = run.config, run.data.validation
     if not config.evaluate.baseline_shots or run.state.step > 0 or validation is None:
         return

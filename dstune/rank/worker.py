@@ -62,7 +62,7 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
 
 
 def stages_of(config: RunConfig, run_dir: Path) -> list[RunConfig]:
-    """The runs that `config` trains one after another; the last one is the run itself."""
+    """Return the runs that `config` trains one after another; the last one is the run itself."""
     method = method_of(config.method)
     return method.stages(config, run_dir) if isinstance(method, TrainsInStages) else [config]
 
@@ -70,7 +70,7 @@ def stages_of(config: RunConfig, run_dir: Path) -> list[RunConfig]:
 def train_stage(
     config: RunConfig, run_dir: Path, world: World, preemption: Preemption, startup: StartupTimer | None = None
 ) -> None:
-    """As `train`, a single stage."""
+    """Train as `train`, a single stage."""
     setup = Setup(config, run_dir, world, preemption, startup or StartupTimer())
     engine: Engine | None = None
     try:
@@ -93,7 +93,8 @@ def train_stage(
 
 
 def close(engine: Engine | None, task: Task) -> None:
-    """Another stage may follow in this process, or another run. What the run is worth is decided by now."""
+    """Close the engine, so that another stage may follow in this process, or another run. What the run is worth is decided by
+    now."""
     for holder in (engine, task):
         try:
             if isinstance(holder, Engine | HoldsModels):
@@ -105,7 +106,7 @@ def close(engine: Engine | None, task: Task) -> None:
 def run_training(
     run: Training, built: BuiltModel, tokenizer: Any, checkpoints: Checkpoints, preparation: Preparation
 ) -> None:
-    """From the first lines on the console to `result.json`."""
+    """Run the training from the first lines on the console to `result.json`."""
     run_dir, module = run.run_dir, built.module
     try:
         describe(run.config, run_dir, run, module, built.model, preparation)
@@ -145,7 +146,7 @@ def take_over_export(source: Path, own: Path) -> None:
 
 
 def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
-    """A stage in front of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
+    """Train a stage in front of the run, in a folder of its own, unless its export is there already, or in `run.resume`'s run."""
     assert stage.run.dir is not None
     folder = Path(stage.run.dir)
     if world.is_main and config.run.resume not in ("auto", "never"):
@@ -166,7 +167,7 @@ def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: Worl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The rank's process as dstune's own launch starts it, here, by the agent of a node or by mpirun."""
+    """Run the rank's process as dstune's own launch starts it, here, by the agent of a node or by mpirun."""
     (argument,) = sys.argv[1:] if argv is None else argv
     die_with_parent()
     answer_with_stacks()
@@ -197,7 +198,7 @@ class Outcome:
 def main_inside(
     env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path, Path]], *, prints: bool = True
 ) -> Outcome:
-    """A rank inside somebody else's launch: rank 0 alone prepares the run, all read what it has written, or get its error and
+    """Run a rank inside somebody else's launch: rank 0 alone prepares the run, all read what it has written, or get its error and
     exit code.
 
     prepare_run: the configuration (None where nothing is left to do), the folder of the run with its `run.yaml`, and the run
@@ -296,7 +297,7 @@ def refuse_unshared(world: World, run_dir: Path) -> None:
 
 
 def record_collectives(variables: MutableMapping[str, str], run_dir: Path | None = None) -> None:
-    """NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/` of the run, which
+    """Turn on NCCL's flight recorder: a collective that times out leaves the last ones of each rank in `logs/` of the run, which
     `torchfrtrace` reads. NCCL looks for the size when ranks meet, and for the place when it writes. What the user has set is
     kept."""
     if not accelerator.present():
