@@ -45,7 +45,7 @@ class Answers:
 
 
 def as_language_model(config: RunConfig) -> RunConfig:
-    """`config` for the model that is asked: a classifier's place is taken by the language model itself.
+    """Return `config` for the model that is asked: a classifier's place is taken by the language model itself.
 
     Raises UserError for an encoder, which writes nothing.
     """
@@ -66,7 +66,7 @@ def measure_prompted(
     progress: Callable[[int, int], None] | None = None,
     key: str = "--shots",
 ) -> list[Answers]:
-    """The metrics of `split` for each number of worked examples; the same examples for every row, drawn by the run's seed
+    """Measure the metrics of `split` for each number of worked examples; the same examples for every row, drawn by the run's seed
     from the shorter half of the training rows.
 
     Language models are judged by the loss of the row's targets, seq2seq by what they generate too (up to the first line
@@ -92,7 +92,7 @@ def measure_prompted(
 
 
 def draw(split: Split, count: int, seed: int, classes: np.ndarray | None = None) -> list[int]:
-    """`count` sample numbers from the shorter half of `split`; with `classes` [samples] as many of each class as possible."""
+    """Draw `count` sample numbers from the shorter half of `split`; with `classes` [samples] as many of each class as possible."""
     if not count:
         return []
     half = np.flatnonzero(split.lengths <= np.median(split.lengths))
@@ -105,7 +105,7 @@ def draw(split: Split, count: int, seed: int, classes: np.ndarray | None = None)
 
 
 def joined(pieces: Sequence[Sequence[int]], tokenizer: Any) -> list[int]:
-    """Token ids of several samples, one behind the other; what begins a text stands at the beginning only."""
+    """Join token ids of several samples, one behind the other; what begins a text stands at the beginning only."""
     first = first_special_tokens(tokenizer)
     joined: list[int] = []
     for piece in pieces:

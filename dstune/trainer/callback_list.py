@@ -29,8 +29,8 @@ class CallbackList:
 
     @classmethod
     def for_run(cls, run: Training) -> CallbackList:
-        """The built-in callbacks that `run` needs and those of `trainer.callbacks`, with the states of its checkpoint. Changes
-        of gradients are installed."""
+        """Make the built-in callbacks that `run` needs and those of `trainer.callbacks`, with the states of its checkpoint.
+        Installs changes of gradients."""
         automatic = [member.for_run(run) for member in CALLBACKS.classes().values()]
         callbacks = cls([*(one for one in automatic if one is not None), *chosen_callbacks(run.config)])
         callbacks.load(run.state)
@@ -68,7 +68,7 @@ class CallbackList:
         return merge([_checked(one, one.on_step_end(run, step)) for one in self._callbacks])
 
     def on_step_agreed(self, run: Training, step: Step) -> None:
-        """What they ask for is added to `step.request`."""
+        """Add what the callbacks ask for to `step.request`."""
         for one in self._callbacks:
             step.request = merge([step.request, _checked(one, one.on_step_agreed(run, step))])
 
@@ -129,18 +129,19 @@ class CallbackList:
     # -- numbers and reports ------------------------------------------------------------------------------------------
 
     def numbers(self) -> list[Mapping[str, float]]:
-        """Of each callback."""
+        """Return the `numbers` of each callback."""
         return [_of_type(Mapping, one, "numbers", one.numbers()) for one in self._callbacks]
 
     def agreed(self, run: Training, mine: list[Mapping[str, float]], everyone: np.ndarray) -> None:
-        """mine: what `numbers` returned. everyone: its values one after another, [ranks, numbers]."""
+        """Give each callback its numbers of all ranks. mine: what `numbers` returned. everyone: its values one after another,
+        [ranks, numbers]."""
         columns = iter(everyone.T.tolist())
         for one, numbers in zip(self._callbacks, mine, strict=True):
             if numbers:
                 one.agreed(run, {name: next(columns) for name in numbers})
 
     def metrics(self, run: Training, step: Step, taken: Iterable[str]) -> dict[str, float | int | str]:
-        """Of all callbacks. taken: the names of the loop's own.
+        """Return the metrics of all callbacks. taken: the names of the loop's own.
 
         Raises:
             UserError: a name is there already, so that one value would hide the other; or a value is not JSON.
@@ -160,8 +161,8 @@ class CallbackList:
         return found
 
     def results(self, taken: Collection[str], warn: Callable[[str], None]) -> dict[str, Any]:
-        """Of all callbacks. What `result.json` cannot hold is left out with a warning: the training is done, and a result that
-        lacks an entry is better than a failed run. taken: the names that it has already."""
+        """Return the results of all callbacks. What `result.json` cannot hold is left out with a warning: the training is done,
+        and a result that lacks an entry is better than a failed run. taken: the names that it has already."""
         found: dict[str, Any] = {}
         for one in self._callbacks:
             own: Any = one.results()
@@ -180,7 +181,7 @@ class CallbackList:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Of those that have one, by name. Raises UserError for a state that no checkpoint can hold."""
+        """Return the states of the callbacks that have one, by name. Raises UserError for a state that no checkpoint can hold."""
         states = {one.name: state for one in self._callbacks if (state := one.state_dict())}
         for name, state in states.items():
             if problem := _not_json(state):

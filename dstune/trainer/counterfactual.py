@@ -18,9 +18,9 @@ Evaluated = tuple[Split, Sequence[Row]]
 
 
 def compare(config: RunConfig, swapped: Swapped, before: Evaluated, after: Evaluated) -> dict[str, Any]:
-    """Over the rows that hold a term: how many answers flip, the mean change of a row's loss for each of its targets, and
-    the same for each swap. Of a regression it is the mean change of the prediction instead of flips; a language model has
-    none.
+    """Compare answers over the rows that hold a term: how many answers flip, the mean change of a row's loss for each of its
+    targets, and the same for each swap. Of a regression it is the mean change of the prediction instead of flips; a language model
+    has none.
 
     before, after: the rows as they are and with the terms swapped, with what the head keeps of their samples.
     """
@@ -62,7 +62,7 @@ def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:
 
 
 def predictions(split: Split, kept: Sequence[Row]) -> list[list[Any]]:
-    """What the head predicts for each row, of all its chunks."""
+    """Return what the head predicts for each row, of all its chunks."""
     return [
         [value for chunk in chunks for value in np.atleast_1d(chunk["prediction"]).tolist()]
         for chunks in rows_of(split, kept)
@@ -70,6 +70,6 @@ def predictions(split: Split, kept: Sequence[Row]) -> list[list[Any]]:
 
 
 def flips(earlier: Sequence[Any], later: Sequence[Any], places: np.ndarray) -> np.ndarray:
-    """1.0 for each of the `later` answers that is not the one at its place in `earlier`."""
+    """Return 1.0 for each of the `later` answers that is not the one at its place in `earlier`, else 0.0."""
     changed = [earlier[place] != answer for place, answer in zip(places, later, strict=True)]
     return np.array(changed, dtype=np.float64)

@@ -34,32 +34,33 @@ class DataLoader(Protocol):
     left out (`TrainState.next_batch`)."""
 
     def steps(self, epochs: int) -> int:
-        """Optimizer steps in `epochs` passes over the rows."""
+        """Return the optimizer steps in `epochs` passes over the rows."""
 
     def rows(self) -> int | None:
-        """Rows of the first pass as the model sees them, several samples each where they are packed; None for a stream."""
+        """Count the rows of the first pass as the model sees them, several samples each where they are packed; None for a
+        stream."""
 
     def load(self, step: int) -> StepBatch:
-        """The global batch of `step`; requested in rising order, by one thread."""
+        """Load the global batch of `step`; requested in rising order, by one thread."""
 
     def may_wait(self, step: int) -> bool:
-        """Whether `load(step)` may take any time; asked when all steps before it are drawn."""
+        """Return whether `load(step)` may take any time; asked when all steps before it are drawn."""
 
     def begin(self, step: int) -> None:
-        """All ranks are done with the steps before `step`."""
+        """Let go of the steps before `step`: all ranks are done with them."""
 
     def cursor(self, step: int) -> dict[str, Any] | None:
-        """What a checkpoint has to remember beside the number of steps to go on with `step`; None for nothing."""
+        """Return what a checkpoint has to remember beside the number of steps to go on with `step`; None for nothing."""
 
     def interrupt(self) -> None:
-        """Nothing more will be drawn: let a `load` that waits raise."""
+        """Let a `load` that waits raise: nothing more will be drawn."""
 
     def close(self, *, for_good: bool) -> None:
-        """The loop is over; `for_good` where the run will not be continued."""
+        """Close the loader after the loop; `for_good` where the run will not be continued."""
 
 
 def order_of(config: RunConfig, split: Split) -> TrainingOrder:
-    """The global order of training samples: the same on every rank and for any number of them."""
+    """Return the global order of training samples: the same on every rank and for any number of them."""
     repeats = None
     if split.sources is not None:
         counts = np.bincount(split.sources, minlength=len(config.data.mixture)).tolist()
@@ -216,5 +217,5 @@ class StreamingLoader:
 def data_loader_of(
     config: RunConfig, data: PreparedData, blocks: Blocks | None, cursor: dict[str, Any] | None
 ) -> DataLoader:
-    """`cursor` is that of the checkpoint which the run continues, None at step 0."""
+    """Make the loader of a run. cursor: of the checkpoint which the run continues, None at step 0."""
     return PreparedLoader(config, data) if blocks is None else StreamingLoader(config, blocks, cursor)

@@ -39,7 +39,7 @@ Column = np.ndarray | list[np.ndarray]
 
 
 def limited(split: Split, max_rows: int | None, task: TaskConfig) -> Split:
-    """The same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out.
+    """Return the same `max_rows` rows of a split every time: evenly spaced, so that no part of it is left out.
 
     What counts as a row is a sample, or where the metrics are of whole rows (`count_rows`) a row with all its samples.
     """
@@ -89,7 +89,7 @@ class Evaluator:
         one_line: bool = False,
         slices: bool = True,
     ) -> Evaluation:
-        """The task's metrics over the rows of `split`, and those of its slices where `slices` says so.
+        """Return the task's metrics over the rows of `split`, and those of its slices where `slices` says so.
 
         context: tokens in front of every row (worked examples; without packing). one_line: a generated target ends with its
         line, where no target of the rows has a second one.
@@ -149,7 +149,7 @@ class Evaluator:
         return Evaluation(language_model_metrics(loss_sum, weight, correct) | metrics, generated=generated)
 
     def counterfactual(self, split: Split) -> dict[str, Any] | None:
-        """How the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
+        """Measure how the answers change where terms are swapped (`train.counterfactual`); None without such terms in `split`."""
         swapped = self.data.swapped.get(split.name)
         if swapped is None:
             return None
@@ -232,7 +232,7 @@ class KeptRows:
             self.read()
 
     def read(self) -> list[tuple[list[int], dict[str, Column]]]:
-        """The numbers of the rows of each batch, and its columns."""
+        """Return the numbers of the rows of each batch, and its columns."""
         self._here += [(indices.tolist(), _columns(columns)) for indices, columns in self._there]
         self._there.clear()
         return self._here
@@ -254,7 +254,7 @@ def _by_row(columns: Mapping[str, Column]) -> list[dict[str, np.ndarray]]:
 def answer_prompts(
     config: RunConfig, data: PreparedData, engine: Engine, tokenizer: Any, world: World
 ) -> list[dict[str, str]]:
-    """The model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0."""
+    """Generate the model's greedy answers to the run's held-out prompts: rows {prompt, reference, answer}, on rank 0."""
     prompts = data.prompts[: config.evaluate.samples]
     seeing = [prompt for prompt in prompts if prompt.images]
     if seeing and engine.stage == 3 and world.size > 1:

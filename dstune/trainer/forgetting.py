@@ -54,7 +54,7 @@ class Penalties:
             self._strength[id(partition.key)] = strength
 
     def add(self, partition: Partition, gradient: torch.Tensor) -> None:
-        """To the gradient of `partition`."""
+        """Add the gradient of the penalties to the `gradient` of `partition`."""
         strength = self._strength[id(partition.key)]
         # DeepSpeed fills partitions up to equal sizes with memory as it was: not a number now and then.
         distance = (partition.elements.float() - self._start[id(partition.key)]).where(strength > 0, 0.0)
@@ -63,7 +63,7 @@ class Penalties:
         gradient.add_(pull)
 
     def collect(self) -> float:
-        """The penalty of the weights before the last update, of this rank's partitions: read once for all of them."""
+        """Return the penalty of the weights before the last update, of this rank's partitions: read once for all of them."""
         mine, self._value = self._value, 0.0
         return float(mine)
 
@@ -76,7 +76,7 @@ def general_fisher(
     world: World,
     restrict: Restrict | None = None,
 ) -> Fisher:
-    """`fisher_information` of the rows of `forgetting.general`; empty without `forgetting.ewc`. Every rank must call it."""
+    """Compute `fisher_information` of the rows of `forgetting.general`; empty without `forgetting.ewc`. Every rank must call it."""
     if not config.forgetting.ewc:
         return {}
     rows = general_rows(config)
@@ -94,7 +94,7 @@ def fisher_information(
     world: World,
     restrict: Restrict | None = None,
 ) -> Fisher:
-    """The mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
+    """Compute the mean squared gradient of each row's loss over `forgetting.ewc_rows` rows, at the start weights, without dropout
     (the empirical Fisher information: of the rows' own targets). Rows without a finite gradient are left out of the mean.
 
     restrict: leaves the parameters that the run trains, so that a rank has the same fragments in both. Raises TrainingFailed

@@ -33,7 +33,7 @@ class Generated:
 
 @contextmanager
 def speaking(engine: Engine, world: World) -> Iterator[tuple[nn.Module, bool]]:
-    """The module to generate with, and whether all ranks have to run it in step.
+    """Yield the module to generate with, and whether all ranks have to run it in step.
 
     Where the whole weights fit into memory twice on every rank, they are gathered once and each rank generates what it
     likes; the others wait for it at the end. Else as many layers as fit are gathered once, the others stay partitioned, and
@@ -60,7 +60,8 @@ def weights_bytes(engine: Engine) -> int:
 
 
 def room_for_weights(engine: Engine, world: World) -> int:
-    """Bytes: half of the free memory, since what is computed needs the rest; on a CPU of this rank's share of the node's."""
+    """Return how many bytes of gathered weights fit: half of the free memory, since what is computed needs the rest; on a CPU of
+    this rank's share of the node's."""
     if engine.device.type == "cpu":
         return int(available_bytes() / world.local_size) // 2
     return accelerator.free_bytes(engine.device) // 2
@@ -75,7 +76,7 @@ def answers_on_all_ranks(
     world: World,
     images: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[str]:
-    """The greedy answers to `prompts` (token ids), on rank 0. images: see `generate_answers`.
+    """Generate the greedy answers to `prompts` (token ids), on rank 0. images: see `generate_answers`.
 
     Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank; else the
     ranks share the prompts, in step, through ZeRO-3's hooks. Ranks that have slices of layers generate the same text.

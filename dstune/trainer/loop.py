@@ -177,7 +177,7 @@ def fit(run: Training) -> Request:
 
 
 def train(run: Training) -> Request:
-    """The steps that are left; why they ended."""
+    """Train the steps that are left; return why they ended."""
     for step in steps(run):
         if step is None:  # rows of a stream are not ready on some rank
             request, _ = synchronize(run, run.callbacks.while_waiting(run))
@@ -195,7 +195,7 @@ def train(run: Training) -> Request:
 
 
 def steps(run: Training) -> Iterator[Step | None]:
-    """The steps that are left, each when its rows are there; None, on all ranks alike, while any of them waits for rows."""
+    """Yield the steps that are left, each when its rows are there; None, on all ranks alike, while any of them waits for rows."""
     state, first = run.state, run.state.step
     # Global batches that a rewind leaves out are replaced by what comes after.
     endless = run.config.trainer.spike.action is SpikeAction.rollback
@@ -217,7 +217,7 @@ def steps(run: Training) -> Iterator[Step | None]:
 
 
 def train_step(run: Training, step: Step) -> None:
-    """One optimizer step: what the model answers where rows are prompts, then an update (with a rollout perhaps several)."""
+    """Train one optimizer step: what the model answers where rows are prompts, then an update (with a rollout perhaps several)."""
     run.engine.set_learning_rate(learning_rate(run, step))
     run.step_timer.begin()
     if run.rollouts is None:
@@ -276,14 +276,15 @@ def learning_rate(run: Training, step: Step) -> float:
 
 
 def dropout_seeds(run: Training, step: Step) -> list[int]:
-    """Of each micro-batch, from (seed, step, micro-batch) alone: the same on any number of ranks, and after a resume."""
+    """Return the seed of each micro-batch, from (seed, step, micro-batch) alone: the same on any number of ranks, and after a
+    resume."""
     # Ranks that share a row have other numbers for other positions of it.
     seed, place = run.config.trainer.seed, run.world.place_in_group
     return [dropout_seed(seed, step.number - 1, part.index, place) for part, _ in step.batch.batches]
 
 
 def synchronize_step(run: Training, step: Step) -> None:
-    """The step is done on this rank: exchange sums and requests with the others."""
+    """Exchange sums and requests with the other ranks, when the step is done on this one."""
     state = run.state
     state.step = step.number
     state.tokens += step.batch.tokens
@@ -301,7 +302,7 @@ def synchronize_step(run: Training, step: Step) -> None:
 def synchronize(
     run: Training, mine: Request, sums: Mapping[str, float] | None = None
 ) -> tuple[Request, dict[str, float]]:
-    """What any rank asks for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
+    """Exchange what any rank asks for, and the `sums` of all ranks: the same on every rank. One small collective a step."""
     sums, numbers = sums or {}, run.callbacks.numbers()
     flat = [value for of_callback in numbers for value in of_callback.values()]
     everyone = run.world.gather_numbers([float(mine.action), *flat, *sums.values()])
@@ -318,8 +319,8 @@ def synchronize(
 
 
 def report_step(run: Training, step: Step) -> None:
-    """A row of metrics.jsonl. While a device still computes the update, nobody waits for its time: the row is written after the
-    next step, or before whatever comes in between. What callbacks and the loop act on is there at once."""
+    """Put the step into metrics.jsonl. While a device still computes the update, nobody waits for its time: the row is written
+    after the next step, or before whatever comes in between. What callbacks and the loop act on is there at once."""
     write_row(run)
     if run.log is None:
         return
@@ -340,7 +341,7 @@ def report_step(run: Training, step: Step) -> None:
 
 
 def write_row(run: Training) -> None:
-    """The row that waits for the times of its step, if there is one."""
+    """Write the row that waits for the times of its step, if there is one."""
     row, run.unwritten = run.unwritten, None
     if row is not None and run.log is not None:
         metrics = row.metrics | row.times.parts() | row.more
@@ -381,7 +382,7 @@ def rewind_if_requested(run: Training, request: Request) -> Request:
 
 
 def evaluate_before_training(run: Training) -> Request:
-    """The evaluation of the start weights, or one that an earlier launch did not come to, and the save for it."""
+    """Evaluate the start weights, or catch up on an evaluation that an earlier launch did not come to, and save for it."""
     state = run.state
     if not (state.evaluation_due or (state.step == 0 and run.config.evaluate.at_start)):
         return CONTINUE
@@ -389,7 +390,7 @@ def evaluate_before_training(run: Training) -> Request:
 
 
 def evaluate_if_requested(run: Training, request: Request) -> Request:
-    """What callbacks ask for after the evaluation is added to `request`. A run that leaves evaluates when it continues."""
+    """Evaluate where `request` says so, and add what callbacks ask for after it. A run that leaves evaluates when it continues."""
     if not request.action & Action.EVALUATE or run.data.validation is None:
         return request
     run.state.evaluation_due = bool(request.action & LEAVE)
@@ -397,7 +398,7 @@ def evaluate_if_requested(run: Training, request: Request) -> Request:
 
 
 def held_out_rows(run: Training) -> int | None:
-    """How many validation rows an evaluation measures; None without any."""
+    """Return how many validation rows an evaluation measures; None without any."""
     if run.data.validation is None:
         return None
     rows, most = len(run.data.validation.lengths), run.config.evaluate.max_rows

@@ -32,7 +32,7 @@ class Evaluation:
     of 0 and 1; of a regression numbers; tags of the words; of a question the right answers and the one that was found."""
 
     def row_results(self, labels: Sequence[str]) -> list[dict[str, Any]]:
-        """What became of each row, as JSON; nothing where a row has no answer of its own."""
+        """Return what became of each row, as JSON; nothing where a row has no answer of its own."""
         if self.generated:
             rows = [asdict(row) for row in self.generated]
             return [{key: value for key, value in row.items() if key != "task" or value} for row in rows]
@@ -58,32 +58,32 @@ class Totals:
 
     @classmethod
     def of(cls, sums: Mapping[str, float]) -> Totals:
-        """From sums by name (`models.heads.sums_of`)."""
+        """Build from sums by name (`models.heads.sums_of`)."""
         own = ("loss_sum", "weight", "correct")
         more = {name: value for name, value in sums.items() if name not in own}
         return cls(sums["loss_sum"], sums["weight"], sums["correct"], more)
 
 
 def count_rows(split: Split, task: TaskConfig) -> int:
-    """Rows that are evaluated: of tasks with chunks and of conversations whole rows, else samples."""
+    """Count the rows that are evaluated: of tasks with chunks and of conversations whole rows, else samples."""
     if split.origins is not None and whole_rows(split, task):
         return len(np.unique(split.origins))
     return len(split.lengths)
 
 
 def whole_rows(split: Split, task: TaskConfig) -> bool:
-    """Whether what counts is a row with all its samples."""
+    """Return whether what counts is a row with all its samples."""
     own = task_of(task)
     return split.origins is not None and (own.chunked or own.splits_conversations)
 
 
 def without_loss(metrics: dict[str, float]) -> dict[str, float]:
-    """What of the metrics of an evaluation a training step reports, whose loss and targets are reported anyway."""
+    """Return the metrics of an evaluation that a training step reports, without loss and targets, which are reported anyway."""
     return {name: value for name, value in metrics.items() if name not in ("loss", "targets")}
 
 
 def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...]) -> Evaluation:
-    """`evaluation` with the metrics that are registered for `task` beside its own (`dstune.protocols.Metric`)."""
+    """Return `evaluation` with the metrics that are registered for `task` beside its own (`dstune.protocols.Metric`)."""
     pairs = evaluation.predictions or tuple((row.target, row.answer) for row in evaluation.generated)
     registered = [METRICS[name]() for name in registered_metrics(task)]
     if not (registered and pairs):
@@ -103,14 +103,14 @@ def _number(metric: Metric, value: Any) -> float:
 
 
 def texts_of(split: Split) -> Iterator[dict[str, Any]]:
-    """The normalised row of each row that is measured, in order."""
+    """Yield the normalised row of each row that is measured, in order."""
     assert split.origins is not None and split.texts is not None, "its rows were kept"
     for number in np.unique(split.origins).tolist():
         yield json.loads(split.texts[number]["row"])
 
 
 def rows_of(split: Split, kept: Sequence[Row]) -> Iterator[list[Row]]:
-    """The samples of each row together, in order."""
+    """Yield the samples of each row together, in order."""
     assert split.origins is not None, "only validation and test rows are measured"
     edges = np.flatnonzero(np.diff(split.origins)) + 1
     for start, end in zip([0, *edges], [*edges, len(kept)], strict=True):

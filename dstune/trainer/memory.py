@@ -16,7 +16,8 @@ GIB = 2**30
 
 
 def resident_bytes() -> int:
-    """Anonymous plus shared resident memory of this process: pages of mapped files (weights, data) do not count."""
+    """Return the anonymous plus shared resident memory of this process, bytes: pages of mapped files (weights, data) do not
+    count."""
     kilobytes = 0
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(("RssAnon:", "RssShmem:")):
@@ -93,7 +94,7 @@ class PeakMemory:
 
     @contextmanager
     def apart(self) -> Iterator[Callable[[], float]]:
-        """The peak within, in GiB, from a call of what comes; it does not count as the run's."""
+        """Measure the peak within the block, in GiB, from a call of the yielded function; it does not count as the run's."""
         if self._on_gpu:
             self._earlier = max(self._earlier, accelerator.module().max_memory_allocated())
             accelerator.module().reset_peak_memory_stats()

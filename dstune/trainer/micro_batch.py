@@ -63,7 +63,7 @@ class Choice:
 
 
 def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, headroom_gib: float) -> Choice:
-    """The fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
+    """Choose the fastest size that fits, at most `share` (a rank's rows of a step); one row whatever it takes.
 
     trial: None for a size that ran out of memory. held_gib: what a micro-batch finds in memory when it begins. headroom_gib: what
     a rank may take at most.
@@ -102,7 +102,7 @@ def choose(trial: Callable[[int], Trial | None], share: int, held_gib: float, he
 
 
 def at_most(last: Trial, rows: int, held_gib: float) -> float:
-    """An upper bound of the peak of more `rows` than were tried, GiB.
+    """Return an upper bound of the peak of more `rows` than were tried, GiB.
 
     The peak is the largest of several moments (the loss, the backward pass, a reduction), each a constant of at least
     `held_gib` and a part that grows with the rows. None of them was above the last peak, so none of them grows by more than
@@ -112,7 +112,7 @@ def at_most(last: Trial, rows: int, held_gib: float) -> float:
 
 
 def headroom_gib(device: torch.device, world: World, memory: PeakMemory) -> float:
-    """What this rank's peak may be."""
+    """Return what this rank's peak may be, GiB."""
     if device.type != "cpu":
         free, _ = accelerator.memory(device)
         return (1 - LEFT_FREE) * (free + accelerator.module().memory_reserved(device)) / GIB
@@ -133,7 +133,8 @@ class Trials:
     message: Callable[[str], None]
 
     def choose_micro_batch_size(self, known: dict[str, Any] | None) -> tuple[RunConfig, dict[str, Any] | None]:
-        """The configuration with a number for `trainer.micro_batch_size`, the same on all ranks, and what to remember of it.
+        """Choose a number for `trainer.micro_batch_size`, the same on all ranks; return the configuration with it, and what to
+        remember of it.
 
         known: what the run that is continued has remembered. Its number stays, since dropout and the order of the rows may
         depend on it.
@@ -167,7 +168,7 @@ class Trials:
         return (int(np.argmin(self.split.lengths)),)
 
     def held_gib(self) -> float:
-        """What a micro-batch finds when it begins: weights, optimizer, and the gradients of the one before."""
+        """Measure what a micro-batch finds when it begins, GiB: weights, optimizer, and the gradients of the one before."""
         light = self._batch([self.lightest])
         held: list[float] = []
         with self.memory.apart():
@@ -175,8 +176,8 @@ class Trials:
         return float(self.world.gather_numbers([held[0] + self.engine.states_to_come / GIB]).max())
 
     def run_or_none(self, rows: int) -> Trial | None:
-        """As `run`; None where memory ran out. Several ranks would wait in a collective for the one that ran out, and at stage 3
-        weights are gathered half way: there it ends the run, with what to do."""
+        """Run as `run`; None where memory ran out. Several ranks would wait in a collective for the one that ran out, and at
+        stage 3 weights are gathered half way: there it ends the run, with what to do."""
         try:
             return self.run(rows)
         except Exception as error:  # see `accelerator.out_of_memory`
@@ -258,7 +259,7 @@ def always(loss_sum: torch.Tensor) -> bool:
 
 
 def heaviest_rows(config: RunConfig, split: Split, count: int) -> list[Row]:
-    """At most `count` rows that take most memory together: the longest by each column of tokens, to which a batch pads
+    """Return at most `count` rows that take most memory together: the longest by each column of tokens, to which a batch pads
     all others, then those with the most targets."""
     samples = np.arange(len(split.lengths))
     starts = np.arange(len(samples) + 1)

@@ -26,7 +26,7 @@ def evaluate_monitored_sets(run: Training, moment: str) -> None:
 
 
 def format_change(found: dict[str, dict[str, float]]) -> str:
-    """`loss 2.1 -> 2.4, ...`. found: metrics by moment; a run that began without the set has no `before`."""
+    """Write `loss 2.1 -> 2.4, ...`. found: metrics by moment; a run that began without the set has no `before`."""
     before = found.get("before", {})
     changes = []
     for name, value in found["after"].items():

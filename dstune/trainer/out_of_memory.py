@@ -19,7 +19,7 @@ from dstune.zero import accelerator
 
 
 def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """What of a run can be changed to take less memory, as overrides, and the run with it."""
+    """Yield what of a run can be changed to take less memory, as overrides, and the run with it."""
     trainer, zero, rows = config.trainer, config.zero, config.trainer.rows
     if rows > 1:
         half = replace(trainer, micro_batch_size=rows // 2)
@@ -37,8 +37,8 @@ def alternatives(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
 
 
 def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int, ranks_per_node: int) -> list[str]:
-    """Overrides that can be trained with, in the order of what they free by the plan; empty where the planner does not know the
-    model. values: its `config.json`."""
+    """Return overrides that can be trained with, in the order of what they free by the plan; empty where the planner does not
+    know the model. values: its `config.json`."""
 
     def total(run: RunConfig) -> float:
         model = architecture(values, head_of(run), labels_of(run))

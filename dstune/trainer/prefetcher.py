@@ -49,7 +49,7 @@ class RankBatch:
 def prefetched_steps(
     config: RunConfig, data_loader: DataLoader, world: World, pad_token_id: int, steps: range, head: Head
 ) -> Iterator[RankBatch | None]:
-    """The steps of `steps` in order, two steps ahead of their use.
+    """Yield the steps of `steps` in order, two steps ahead of their use.
 
     None comes, on all ranks alike, while any of them waits for a block of a stream: then they may agree on what to do.
     What one rank raises in preparing the first step of a block, all of them raise.
@@ -82,8 +82,8 @@ def prefetched_steps(
 
 
 def needs_images(config: RunConfig, world: World) -> bool:
-    """Whether every micro-batch of a step with images has to have one: a tower that is trained then has gradients on every rank,
-    and one whose weights are partitioned is gathered on all ranks at once."""
+    """Return whether every micro-batch of a step with images has to have one: a tower that is trained then has gradients on
+    every rank, and one whose weights are partitioned is gathered on all ranks at once."""
     return config.model.train_vision or (stage_of(config.zero) == 3 and world.size > 1)
 
 
@@ -101,7 +101,7 @@ def _all_have_it(feeds: Prefetcher[RankBatch], world: World) -> bool:
 
 
 def dropout_seed(seed: int, step: int, index: int, part: int = 0) -> int:
-    """One of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed.
+    """Return one of 2**63 seeds; distinct for all steps below 2**24 and micro-batches below 2**20 of one run seed.
 
     part: of the row's positions, where several ranks share them."""
     return (seed * 0x9E3779B97F4A7C15 + part * 0xD1B54A32D192ED03 + (step << 20) + index) % 2**63
@@ -119,7 +119,7 @@ class Prefetcher(Generic[T]):
         self._thread.start()
 
     def peek(self, seconds: float | None) -> T | BaseException | None:
-        """What comes next; None if it is not there within `seconds`."""
+        """Return what comes next; None if it is not there within `seconds`."""
         if self._next is None:
             try:
                 self._next = self._ready.get(timeout=seconds)

@@ -43,7 +43,7 @@ class Probe:
     tokenizer: Any
 
     def train(self, steps: int, change: Change, rate: float) -> int:
-        """So many optimizer steps over the first steps of the run's order; `change` as in `Engine.before_update`.
+        """Train `steps` optimizer steps over the first steps of the run's order; `change` as in `Engine.before_update`.
 
         Returns how many of them have updated: one whose loss or gradient is not finite is left out, and `change` not asked.
         """
@@ -76,7 +76,7 @@ def probing(
     world: World,
     restrict: Restrict | None = None,
 ) -> Iterator[Probe]:
-    """A copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
+    """Build a copy of the run's model at the run's ZeRO stage, with the parameters that `config.method` trains, and gradients as
     they are: nothing is clipped. restrict: freezes some of them before the engine is made."""
     config = replace(config, trainer=replace(config.trainer, grad_clip=0.0))
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
@@ -98,5 +98,5 @@ def probing(
 
 
 def standing_still(config: RunConfig) -> RunConfig:
-    """With an optimizer that keeps nothing: for gradients at the start weights, with a rate of 0."""
+    """Return `config` with an optimizer that keeps nothing and a rate of 0: for gradients at the start weights."""
     return replace(config, optimizer=SgdConfig(lr=0.0))

@@ -38,12 +38,13 @@ class Rollouts(Protocol):
         """Optimizer updates with what one rollout gave."""
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """The micro-batches that train in place of the prompts in `step.batch`."""
+        """Return the micro-batches that train in place of the prompts in `step.batch`."""
 
     def several_updates(self) -> AbstractContextManager[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
-        """Around the updates of a step: what says, for the number of each, which tensors its micro-batches get beside their own."""
+        """Wrap the updates of a step; yields the function that says, for the number of each, which tensors its micro-batches get
+        beside their own."""
 
     def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""
+        """Return sums to report beside `sums`, this rank's of the head. Raises UserError, on all ranks alike."""
 
     def close(self) -> None: ...

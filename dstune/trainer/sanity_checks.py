@@ -95,7 +95,7 @@ def verify_rows(
 
 
 def chosen_tokens_problem(architecture: Any, max_length: int) -> Problem | None:
-    """The problem with packed rows of a model whose attention chooses some tokens of a row (DeepSeek 3.2): a proof with
+    """Return the problem with packed rows of a model whose attention chooses some tokens of a row (DeepSeek 3.2): a proof with
     short samples cannot see it. architecture: the text part of its configuration."""
     chosen = getattr(architecture, "index_topk", None)
     if not chosen or max_length <= chosen:  # all of a row's tokens are chosen
@@ -110,8 +110,8 @@ def chosen_tokens_problem(architecture: Any, max_length: int) -> Problem | None:
 def rows_problem(
     engine: Engine, head: CausalLmHead, rows: Rows, architecture: Any, max_length: int, world: World
 ) -> str | None:
-    """How logits of packed and of padded rows that are handed to the model in this way differ from those of the same samples
-    alone, if they do on any rank.
+    """Describe how logits of packed and of padded rows that are handed to the model in this way differ from those of the same
+    samples alone, if they do on any rank.
 
     One sample is longer than the window of the model's attention, where that is short enough to be tried before every run.
     """
@@ -191,7 +191,7 @@ def refuse_different_rows(world: World, digest: str) -> None:
 
 
 def samples_digest(data: PreparedData) -> str:
-    """Digest of the lengths and targets of all training samples in order: it changes with the rows, not with the code.
+    """Digest the lengths and targets of all training samples in order: it changes with the rows, not with the code.
 
     Of a stream it knows the first block and what the shards are."""
     digest = xxhash.xxh3_64()
@@ -203,5 +203,5 @@ def samples_digest(data: PreparedData) -> str:
 
 
 def content_digest(data: PreparedData) -> str:
-    """Digest of what all training samples say, in order. Apart from `samples_digest`, which older checkpoints have alone."""
+    """Digest what all training samples say, in order. Apart from `samples_digest`, which older checkpoints have alone."""
     return xxhash.xxh3_64_hexdigest(data.train.content.encode())

@@ -100,7 +100,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: set[str]) -> None:
 
 
 def upgrade_state(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a `state.json` in the present format, whatever format it was written in.
+    """Convert the content of a `state.json` of any format to the present one.
 
     Raises UserError where the format is newer, or a field is unknown.
     """

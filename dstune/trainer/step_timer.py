@@ -28,7 +28,7 @@ class StepTimes:
         return not self.on_gpu or not self.marks or bool(self.marks[-1][1].query())
 
     def parts(self) -> dict[str, float]:
-        """As metrics. What comes before the first forward pass counts as part of it."""
+        """Return the parts as metrics. What comes before the first forward pass counts as part of it."""
         found = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
         if not self.are_known:
             self.marks[-1][1].synchronize()
@@ -48,28 +48,28 @@ class StepTimer:
         self._waited = 0.0
 
     def start(self) -> None:
-        """From now on the step waits for its rows."""
+        """Begin to count what the step waits for its rows."""
         self._started = time.perf_counter()
 
     def rows_ready(self) -> float:
-        """The rows are there; returns how long they took."""
+        """Note that the rows are there; return how long they took, seconds."""
         self._waited = time.perf_counter() - self._started
         return self._waited
 
     def begin(self) -> None:
-        """The first forward pass comes next."""
+        """Note that the first forward pass comes next."""
         self._marks = [("", self._moment())]
 
     def mark(self, part: str) -> None:
-        """One of `PARTS` ends here, or what a task has beside them (`rollout`)."""
+        """Close a part: one of `PARTS`, or what a task has beside them (`rollout`)."""
         self._marks.append((part, self._moment()))
 
     def seconds(self) -> float:
-        """Since `start`."""
+        """Return the seconds since `start`."""
         return time.perf_counter() - self._started
 
     def times(self) -> StepTimes:
-        """Of the step that is over."""
+        """Return the times of the step that is over."""
         return StepTimes(self._waited, self._marks, self._on_gpu)
 
     def _moment(self) -> Any:

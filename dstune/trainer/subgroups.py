@@ -24,7 +24,7 @@ MOST_VALUES = 200
 def measure_slices(
     config: RunConfig, labels: tuple[str, ...], split: Split, kept: Sequence[Row]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """For each column of `evaluate.slices` the metrics `slice_worst/COLUMN` and `slice_gap/COLUMN`, and as details the
+    """Measure for each column of `evaluate.slices` the metrics `slice_worst/COLUMN` and `slice_gap/COLUMN`, and as details the
     metrics of each value. Raises UserError for a column that no row has, or that has too many values."""
     assert split.origins is not None and split.texts is not None, "its rows were kept"
     texts = split.texts.select_columns(["slices"])[:]["slices"]
@@ -66,6 +66,6 @@ def measure_slices(
 
 
 def totals_of(rows: Sequence[Row]) -> Totals:
-    """Sums over some samples."""
+    """Sum over some samples."""
     loss, weight, correct = (float(sum(float(row[name]) for row in rows)) for name in ("loss", "weight", "correct"))
     return Totals(loss, weight, correct)

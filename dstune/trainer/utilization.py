@@ -42,7 +42,7 @@ class Counted:
 
 
 def counted(config: RunConfig, split: Split, batches: Iterable[tuple[MicroBatch, Batch]]) -> Counted:
-    """batches: as `data.batches.batch_of` makes them of `split`, in host memory."""
+    """Count what a batch needs. batches: as `data.batches.batch_of` makes them of `split`, in host memory."""
     texts: list[int] = []
     positions = targets = 0
     for micro_batch, batch in batches:
@@ -74,7 +74,7 @@ class Needs:
     """Its parameters tell what is trained; None where `setup` does."""
 
     def now(self) -> Needs:
-        """With what is trained at present: gradual unfreezing and chosen tensors are in no configuration."""
+        """Return the needs of what is trained at present: gradual unfreezing and chosen tensors are in no configuration."""
         if self.module is None:
             return self
         prefix = getattr(self.module, "base_model_prefix", "")  # which a body alone has not in its names
@@ -84,7 +84,7 @@ class Needs:
         return replace(self, setup=replace(self.setup, trained=tensors))
 
     def flops(self, counted: Counted) -> float:
-        """Of forward and backward pass over a rank's part of a step."""
+        """Return the operations of forward and backward pass over a rank's part of a step."""
         lengths = [length + self.prompt for length in counted.texts]
         projected = counted.targets if self.projects else 0
         work = work_of(lengths, window=self.setup.model.window, projected=projected)
@@ -112,7 +112,7 @@ class Utilization:
         self._frozen_groups: int | None = None
 
     def flops(self, counted: Counted, frozen_groups: int = 0) -> float:
-        """What a rank's part of a step needs; 0 where there is no utilisation.
+        """Return the operations of a rank's part of a step; 0 where there is no utilisation.
 
         frozen_groups: of the optimizer; another number than before means that other parameters train.
         """
@@ -123,14 +123,14 @@ class Utilization:
         return self._needs.flops(counted)
 
     def capacity(self, seconds: float) -> float:
-        """Operations that all ranks could have done in `seconds`; 0 where there is no utilisation."""
+        """Return the operations that all ranks could have done in `seconds`; 0 where there is no utilisation."""
         return 0.0 if self._needs is None else seconds * self._ranks * self._peak
 
 
 def utilization_of(
     config: RunConfig, model: PreTrainedModel, module: torch.nn.Module, precision: Precision, world: World, labels: int
 ) -> Utilization:
-    """model: the one that `module` trains, or trains adapters of. Every rank must call it.
+    """Prepare the utilisation of a run. model: the one that `module` trains, or trains adapters of. Every rank must call it.
 
     What is not known costs the run its number and nothing else.
     """
@@ -144,8 +144,8 @@ def utilization_of(
 
 
 def prefetch_of(config: RunConfig) -> tuple[int, int] | None:
-    """What stage 3 gathers ahead and holds of this run's model (`planning.setup.prefetch`); None for an architecture that the
-    planner does not know."""
+    """Return what stage 3 gathers ahead and holds of this run's model (`planning.setup.prefetch`); None for an architecture that
+    the planner does not know."""
     try:
         values = load_config(config.model).get_text_config().to_dict()
         return prefetch(architecture(values, head_of(config), labels_of(config)))
@@ -178,7 +178,7 @@ def _needs(
 
 
 def peak_flops(precision: Precision, ranks: int, *, on_gpu: bool) -> float | None:
-    """Floating-point operations a second of matrix products of one of this machine's `ranks` ranks while all are busy: as
+    """Return floating-point operations a second of matrix products of one of this machine's `ranks` ranks while all are busy: as
     measured here by `dstune plan --calibrate`, else as published for this GPU; None where neither is known."""
     size = 4 if precision is Precision.fp32 else 2
     name = accelerator.name()

@@ -14,7 +14,7 @@ from dstune.zero.engine import Engine
 def joined(
     head: Head, engine: Engine, batches: Iterable[Batch], world: World, seeds: Sequence[int] | None = None
 ) -> list[dict[str, torch.Tensor]] | None:
-    """What each of this rank's micro-batches needs of the whole step; None for a head that needs nothing of it.
+    """Return what each of this rank's micro-batches needs of the whole step; None for a head that needs nothing of it.
 
     batches: on the engine's device. seeds: of the dropout of each, the same as in the pass with a graph. Micro-batch i of
     the step is the one at i // world size of rank i % world size, so the result does not depend on the number of ranks.

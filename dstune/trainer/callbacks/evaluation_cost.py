@@ -14,13 +14,13 @@ MUCH = 0.1
 
 
 def evaluations(config: RunConfig, total_steps: int, epochs: float | None) -> int:
-    """Evaluations of a whole run of so many steps and passes over the rows, the one before the first step and the one at the
-    end included."""
+    """Count the evaluations of a whole run of so many steps and passes over the rows, the one before the first step and the one
+    at the end included."""
     return int(config.evaluate.at_start) + (cadence(config.evaluate.every).times(total_steps, epochs) or 1)
 
 
 def fraction(count: int, total_steps: int, evaluation_seconds: float, step_seconds: float) -> float:
-    """Fraction of the time of the whole run that its `count` evaluations take. Saving and start-up are left out.
+    """Return the fraction of the time of the whole run that its `count` evaluations take. Saving and start-up are left out.
 
     Example: 100 steps of 1 s, an evaluation of 5 s every 50 steps and one at the start, 3 in all: 15 / 115 = 0.13.
     """
@@ -31,7 +31,7 @@ def fraction(count: int, total_steps: int, evaluation_seconds: float, step_secon
 def described(
     config: RunConfig, total_steps: int, epochs: float | None, evaluation_seconds: float, step_seconds: float
 ) -> str:
-    """One line about it, with what to do where it is much."""
+    """Describe the cost of evaluations in one line, with what to do where it is much."""
     count = evaluations(config, total_steps, epochs)
     found = fraction(count, total_steps, evaluation_seconds, step_seconds)
     several = f"{count} evaluations" if count > 1 else "the evaluation"
@@ -79,13 +79,13 @@ class EvaluationCost(Callback):
         return CONTINUE
 
     def stepped(self, seconds: float) -> str | None:
-        """What to report after a step that took `seconds`."""
+        """Return what to report after a step that took `seconds`."""
         if not self._reported:
             self._step_seconds.append(seconds)
         return self._line()
 
     def evaluated(self, seconds: float) -> str | None:
-        """What to report after an evaluation that took `seconds`."""
+        """Return what to report after an evaluation that took `seconds`."""
         self._evaluation_seconds = seconds
         return self._line()
 

@@ -39,7 +39,7 @@ class Memory(Callback):
         return {"peak_memory_gib": round(self._peak, 4)}
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """Memory was taken all the same."""
+        """Keep the peak: memory was taken all the same."""
 
     def close(self) -> None:
         self._memory.close()

@@ -63,7 +63,7 @@ class Preemption(Callback):
 
     @classmethod
     def for_run(cls, run: Any) -> Preemption:
-        """Made before anything else, so that a signal during start-up is not lost."""
+        """Make the callback before anything else, so that a signal during start-up is not lost."""
         return run.preemption
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -101,7 +101,7 @@ class StepProfiler(Callback):
             self._stop()
 
     def close(self) -> None:
-        """The run is over, whether or not in the middle of what was to be recorded."""
+        """Stop recording, also where the run ends in the middle of what was to be recorded."""
         self._left = 0
         self._stop()
         self.write()
@@ -144,7 +144,7 @@ class StepProfiler(Callback):
 
 
 def as_table(operations: Iterable[Any], title: str, *, on_gpu: bool) -> str:
-    """The most expensive operations, by the time of what they start on the GPU, else by their own on the CPU.
+    """Return the most expensive operations as a table, by the time of what they start on the GPU, else by their own on the CPU.
 
     operations: torch's `FunctionEventAvg`, times in microseconds.
     """

@@ -61,7 +61,7 @@ class Spikes(Callback):
         return Request(action | Action.FAIL, reason) if reason else Request(action)
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """A run that is killed meanwhile comes to the same spike again and does the same."""
+        """Keep what was counted: a run that is killed meanwhile comes to the same spike again and does the same."""
         event = self._now
         if saved is not None:
             self._losses = list(saved["losses"])  # the events are still what happened
@@ -80,7 +80,7 @@ class Spikes(Callback):
         return {} if self._now is None else {"spike_z_score": self._now["z_score"]}
 
     def results(self) -> Mapping[str, Any]:
-        """How many spikes there were by what was done about them, and each of them."""
+        """Return how many spikes there were by what was done about them, and each of them."""
         actions = [event["action"] for event in self.events]
         counts = {name.replace(" ", "_"): actions.count(name) for name in DONE.values()}
         return {"spikes": {**counts, "events": self.events}}
@@ -92,7 +92,7 @@ class Spikes(Callback):
         self._losses, self.events = list(state["losses"]), [dict(event) for event in state["events"]]
 
     def score(self, loss: float) -> float | None:
-        """How far `loss` lies above the losses of the steps before, in robust standard deviations; None where there are
+        """Return how far `loss` lies above the losses of the steps before, in robust standard deviations; None where there are
         too few of them, or it is not finite (`NonFinite` counts those)."""
         if len(self._losses) < self._settings.window // 2 or not math.isfinite(loss):
             return None

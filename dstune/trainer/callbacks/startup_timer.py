@@ -59,7 +59,7 @@ class StartupTimer(Callback):
         return {"start_seconds": self.seconds}
 
     def mark(self, part: str) -> None:
-        """What went on since the last mark was this part; parts of one name add up."""
+        """Add the time since the last mark to this part; parts of one name add up."""
         if self._over:
             return
         now = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -67,7 +67,7 @@ class StartupTimer(Callback):
         self._last = now
 
     def end(self, part: str) -> None:
-        """The first step is done, and this was its part; whatever is marked later does not count."""
+        """Close the timer with the part of the first step, which is done; whatever is marked later does not count."""
         self.mark(part)
         self._over = True
 

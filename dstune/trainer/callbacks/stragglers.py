@@ -52,16 +52,16 @@ class OwnTime:
                 self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
 
     def start(self, elements: int, waited: float) -> None:
-        """The first micro-batch of a step comes: its number of elements, padding included, and the time that the step
-        waited for its rows."""
+        """Start timing at the first micro-batch of a step, with its number of elements, padding included, and the time that the
+        step waited for its rows."""
         self._spans, self._elements, self._waited, self._timing = [], elements, waited, True
 
     def stop(self) -> None:
-        """Its forward and backward pass are done. (Under activation checkpointing both count.)"""
+        """Stop timing: forward and backward pass are done. (Under activation checkpointing both count.)"""
         self._timing = False
 
     def collect(self) -> float:
-        """The running mean after the step that ends; 0.0 where there is none. Waits for nothing: the step is over."""
+        """Return the running mean after the step that ends; 0.0 where there is none. Waits for nothing: the step is over."""
         if self._spans and self._elements:
             if self._on_gpu:
                 seconds = sum(begin.elapsed_time(end) for begin, end in self._spans) / 1e3
@@ -136,7 +136,7 @@ class Stragglers(Callback):
         return {"slowest_rank": {"rank": self.rank, "to_median": round(self.ratio, 3)}}
 
     def compare(self, means: Sequence[float]) -> str:
-        """`means` of all ranks; a warning, once, where one has been slow for long."""
+        """Compare the `means` of all ranks; return a warning, once, where one has been slow for long."""
         median = statistics.median(means)
         if not median:
             return ""

@@ -82,7 +82,7 @@ class Throughput(Callback):
         return self.timed["flops"] / self.timed["capacity"] if self.timed["capacity"] else None
 
     def on_rewind(self, run: Run, saved: Mapping[str, Any] | None) -> None:
-        """The time was spent all the same."""
+        """Keep the counts: the time was spent all the same."""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.timed)
@@ -92,7 +92,7 @@ class Throughput(Callback):
 
 
 def rates(used: Mapping[str, float], seconds: float, capacity: float) -> dict[str, float]:
-    """The metrics of a step that needed `used` over all ranks; without those that are not known."""
+    """Return the metrics of a step that needed `used` over all ranks; without those that are not known."""
     found = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
     if capacity:
         found["utilization"] = used[FLOPS] / capacity

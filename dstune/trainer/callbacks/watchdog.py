@@ -33,7 +33,7 @@ LAST_WORDS_SECONDS = 2.0
 
 
 def position() -> str:
-    """Where the main thread is: the collective that it waits in, or the line of its program."""
+    """Return where the main thread is: the collective that it waits in, or the line of its program."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         name = frame.f_code.co_name
@@ -170,7 +170,7 @@ class Watchdog(Callback):
 
 
 def in_collective() -> bool:
-    """Whether this process waits for other ranks."""
+    """Return whether this process waits for other ranks."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     own = [frame for ident, frame in frames.items() if names.get(ident) not in ("watchdog", "feed", "checkpoint")]
@@ -188,5 +188,5 @@ def _files(frame: FrameType, depth: int = 6) -> list[str]:
 
 
 def answer_with_stacks() -> None:
-    """From now on SIGQUIT prints the stacks of this process, even while it waits in native code."""
+    """Let SIGQUIT print the stacks of this process from now on, even while it waits in native code."""
     faulthandler.register(signal.SIGQUIT, file=sys.__stderr__ or sys.stderr, all_threads=True)
