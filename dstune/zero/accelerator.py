@@ -22,7 +22,7 @@ NOT_TRAINED_ON = ("mps", "mtia", "meta")
 
 
 def kind() -> str:
-    """`cuda`, `xpu`, `hpu`, ... or `cpu`."""
+    """Return `cuda`, `xpu`, `hpu`, ... or `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -34,17 +34,17 @@ def present() -> bool:
 
 
 def module() -> Any:
-    """What torch has for it: `torch.cuda`, `torch.xpu`, ..."""
+    """Return torch's module for the accelerator: `torch.cuda`, `torch.xpu`, ..."""
     return torch.get_device_module(kind())
 
 
 def count() -> int:
-    """How many this process sees."""
+    """Count the devices that this process sees."""
     return int(module().device_count()) if present() else 0
 
 
 def current() -> torch.device:
-    """The device of this rank."""
+    """Return the device of this rank."""
     return torch.device(kind(), module().current_device()) if present() else torch.device("cpu")
 
 
@@ -54,14 +54,14 @@ def choose(index: int) -> None:
 
 
 def identity() -> str:
-    """Tells the device of this rank, which may be a part of a divided GPU, from all others of its node; empty where torch
-    does not know."""
+    """Return a text that tells the device of this rank, which may be a part of a divided GPU, from all others of its node; empty
+    where torch does not know."""
     known = getattr(module(), "get_device_properties", None)
     return "" if known is None else str(getattr(known(module().current_device()), "uuid", ""))
 
 
 def name(index: int | None = None) -> str:
-    """Of a device as its maker calls it, or `CPU`."""
+    """Return the name of a device as its maker calls it, or `CPU`."""
     return str(module().get_device_name(index)) if present() else "CPU"
 
 
@@ -76,18 +76,18 @@ def synchronize() -> None:
 
 
 def memory(device: torch.device | None = None) -> tuple[int, int]:
-    """(free, all) bytes of the device."""
+    """Return the (free, all) bytes of the device."""
     free, total = module().mem_get_info(device)
     return int(free), int(total)
 
 
 def free_bytes(device: torch.device) -> int:
-    """What tensors may still take of the device: what torch's allocator has kept of freed ones is free too."""
+    """Return the bytes that tensors may still take of the device: what torch's allocator has kept of freed ones is free too."""
     return memory(device)[0] + int(module().memory_reserved(device)) - int(module().memory_allocated(device))
 
 
 def has_bf16() -> bool:
-    """Whether the device computes bf16 by itself: Volta and Turing go by way of fp32, slower than fp32 itself."""
+    """Return whether the device computes bf16 by itself: Volta and Turing go by way of fp32, slower than fp32 itself."""
     if kind() == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     supported = getattr(module(), "is_bf16_supported", None)
@@ -95,28 +95,28 @@ def has_bf16() -> bool:
 
 
 def capability() -> tuple[int, int] | None:
-    """CUDA's compute capability, (9, 0) of an H100; None of others, ROCm's among them."""
+    """Return CUDA's compute capability, (9, 0) of an H100; None of others, ROCm's among them."""
     found = module().get_device_capability() if present() and not torch.version.hip else None
     return found if isinstance(found, tuple) else None
 
 
 def moment() -> Any:
-    """An event in the stream, recorded now; `earlier.elapsed_time(later)` gives milliseconds."""
+    """Record an event in the stream; `earlier.elapsed_time(later)` gives milliseconds."""
     event = module().Event(enable_timing=True)
     event.record()
     return event
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the accelerator, or the host, had no room for a tensor."""
+    """Return whether the accelerator, or the host, had no room for a tensor."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(re.search("out of memory|can't allocate memory", str(error), re.I))
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`torch.compile`. What it makes is kept in a folder of this user alone: torch's own is below /tmp, under a name that somebody
-    else may take first, and what lies there is loaded as code.
+    """Compile with `torch.compile`. What it makes is kept in a folder of this user alone: torch's own is below /tmp, under a name
+    that somebody else may take first, and what lies there is loaded as code.
 
     Raises:
         UserError: somebody else may write to that folder, or it is a link.

@@ -13,7 +13,7 @@ SHARD_SETTINGS = ("round_robin_gradients", "sub_group_size")
 
 
 def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
-    """Micro-batches of a full step on each rank, zero-target fillers included. Ranks of a group have the same ones."""
+    """Return the micro-batches of a full step on each rank, zero-target fillers included. Ranks of a group have the same ones."""
     micro_batches = -(-config.trainer.global_batch_size // config.trainer.rows)
     return -(-micro_batches // max(1, world_size // parallelism_of(config.parallel).size))
 
@@ -21,8 +21,8 @@ def micro_batches_per_rank(config: RunConfig, world_size: int) -> int:
 def deepspeed_config(
     config: RunConfig, world_size: int, precision: Precision, *, on_gpu: bool, prefetch: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for one run on `world_size` ranks. prefetch: of `planning.setup.prefetch`, where the
-    model is known.
+    """Return DeepSpeed's configuration for one run on `world_size` ranks. prefetch: of `planning.setup.prefetch`, where the model
+    is known.
 
     `precision` is resolved (never `auto`). Every default that DeepSpeed has changed over time is written out:
     `gradient_clipping` is 1.0 when absent since 0.19, `overlap_comm` depends on the stage.

@@ -181,7 +181,7 @@ class Engine:
         return sum(full_count(parameter) for parameter in self._trained)
 
     def whole_count(self, parameter: nn.Parameter) -> int:
-        """The parameter's number of elements before stage 3 partitioned it, or ranks shared it."""
+        """Return the parameter's number of elements before stage 3 partitioned it, or ranks shared it."""
         return full_count(parameter) * (1 if self.slices is None else self.slices.parts_of(parameter))
 
     @property
@@ -208,7 +208,7 @@ class Engine:
         last: bool,
         veto: Callable[[torch.Tensor], bool] | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its loss sum, detached.
+        """Run forward and backward pass of one micro-batch; return its loss sum, detached.
 
         veto: asked between the forward and the backward pass, with the loss sum; where it says True (on all ranks), the
         step is not applied: its gradient is made not a number, as a non-finite loss does.
@@ -276,14 +276,14 @@ class Engine:
         return torch.nn.utils.get_total_norm(gradients)
 
     def forget_micro_batch(self) -> None:
-        """After an error within one, below stage 3 on a single rank: finish what its backward pass has begun to reduce, so that the
+        """Finish what the backward pass of a failed micro-batch has begun to reduce, below stage 3 on a single rank, so that the
         next one can begin. The step has to be left out."""
         wrapper = self._engine.optimizer
         if any(bucket.elements for bucket in getattr(wrapper, "ipg_buckets", {}).values()):
             wrapper.independent_gradient_partition_epilogue()
 
     def set_learning_rate(self, rate: float) -> None:
-        """The rate of the next update; a parameter group with a factor of its own (`rate`) gets that share of it."""
+        """Set the rate of the next update; a parameter group with a factor of its own (`rate`) gets that share of it."""
         for number, group in enumerate(self._engine.optimizer.param_groups):
             # A frozen group has no gradients, but stages 1 to 3 apply weight decay and old momentum: 4.6e-4 of drift.
             group["lr"] = 0.0 if number in self._frozen_groups else rate * group.get("rate", 1.0)
@@ -356,7 +356,7 @@ class Engine:
         self._inner.register_step_pre_hook(on_step)
 
     def partitions(self) -> list[Partition]:
-        """What this rank updates."""
+        """Return what this rank updates."""
         assert not self.swaps, "states on a disk are in memory one after the other"
         return partitions_of(self._engine, self.stage, self._replica)
 
@@ -373,7 +373,7 @@ class Engine:
         return inner
 
     def assemble(self, name: str, fragment: tuple[int, torch.Tensor] | None, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of a parameter's size as a vector, the same on every rank, from the fragments of all ranks.
+        """Assemble a tensor of a parameter's size as a vector, the same on every rank, from the fragments of all ranks.
 
         fragment: (first element, values) that this rank has, None for nothing. Every rank must call it.
         """
@@ -398,7 +398,7 @@ class Engine:
 
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
-        """The model with zeros for the parameter `name`. Every rank must enter and leave it."""
+        """Put zeros in place of the parameter `name` within the block. Every rank must enter and leave it."""
         parameter = self._parameters[name]
         with torch.no_grad():
             with gathered([parameter], modified_by_rank=0):
@@ -409,12 +409,12 @@ class Engine:
                 parameter.copy_(before)
 
     def evaluate(self, loss: Loss, batch: Batch) -> Any:
-        """The head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
+        """Return the head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
         with torch.no_grad():
             return loss(self._engine, batch)
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        """The model's own output. At stage 3 every rank must call it equally often."""
+        """Return the model's own output. At stage 3 every rank must call it equally often."""
         return self._engine(**inputs)
 
     def train(self, mode: bool = True) -> None:
@@ -424,7 +424,7 @@ class Engine:
 
     @contextmanager
     def whole_module(self) -> Iterator[nn.Module]:
-        """The module with all weights in memory on every rank, callable without collectives.
+        """Yield the module with all weights in memory on every rank, callable without collectives.
 
         At stage 3 the weights are gathered once and DeepSpeed's hooks are taken off, so that one rank can generate text
         of any length while the others wait. Needs room for the whole model on every rank.
@@ -437,8 +437,8 @@ class Engine:
 
     @contextmanager
     def partly_whole(self, room: int) -> Iterator[None]:
-        """At stage 3, as many weights as fit into `room` bytes, from the first layer on, are gathered once: forward passes
-        within gather the others alone. Every rank must give the same room."""
+        """Gather once, at stage 3, as many weights as fit into `room` bytes, from the first layer on: forward passes within the
+        block gather the others alone. Every rank must give the same room."""
         chosen: list[Any] = []
         for parameter in filter(is_partitioned, self.module.parameters()):
             room -= full_count(parameter) * parameter.element_size()
@@ -462,7 +462,7 @@ class Engine:
         return {} if self.slices is None else {CUTS: self.slices.cuts}
 
     def checkpoint_bytes(self, *, weights_only: bool = False) -> int:
-        """About how much `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights; or
+        """Estimate how many bytes `save` writes over all ranks: fp32 weights, the optimizer's tensors, the module's weights; or
         `save_weights`."""
         elements = self.trained_count * (1 if self.slices is None else self.slices.parts)
         if weights_only:
@@ -495,7 +495,7 @@ class Engine:
         return save
 
     def save_weights(self, directory: Path, tag: str, *, background: bool = False) -> Save:
-        """Like `save`, of the trained weights and the buffers alone, as safetensors. No rank waits for another one."""
+        """Save as `save`, but the trained weights and the buffers alone, as safetensors. No rank waits for another one."""
         return self._save_pieces(directory, tag, background=background)
 
     def _save_pieces(self, directory: Path, tag: str, *, states: bool = False, background: bool = False) -> Save:

@@ -56,8 +56,8 @@ def gather_persistent_together(optimizer: Any) -> None:
 
 
 def wait_for_copies_only() -> None:
-    """A single rank has its weights whole: what DeepSpeed gathers there is a view of them, and yet it waits for the device in each
-    layer. Only weights that come from the host's memory are waited for here. Does nothing the second time."""
+    """Let a single rank wait for copies from the host's memory only: what DeepSpeed gathers there is a view of whole weights,
+    and yet it waits for the device in each layer. Does nothing the second time."""
     from deepspeed.runtime.zero import partition_parameters
 
     for name in ("NoGatherHandle", "NoGatherCoalescedHandle"):

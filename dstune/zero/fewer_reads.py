@@ -30,7 +30,8 @@ class NormReads:
         """Values of the tensors that `begin_step` was given, as far as they lie where the norm does."""
 
     def begin_step(self, scalars: Mapping[str, torch.Tensor] | None = None) -> None:
-        """scalars: to read with the norm, which waits for all that was computed so far anyway."""
+        """Forget the norm of the step before. scalars: to read with the norm, which waits for all that was computed so far
+        anyway."""
         self._norm = self._value = None
         self._scalars, self.beside = scalars or {}, {}
 

@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def without_hooks(engine: Any, module: nn.Module) -> Iterator[None]:
-    """DeepSpeed's stage-3 `engine` leaves its `module`, whose weights are gathered, alone meanwhile."""
+    """Keep DeepSpeed's stage-3 `engine` off its `module`, whose weights are gathered, within the block."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     # An engine that only evaluates has the hooks in place of an optimizer.

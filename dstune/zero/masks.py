@@ -16,14 +16,14 @@ Change = Callable[[Partition, torch.Tensor, dict[str, Any]], None]
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """A bool tensor as bits, uint8 [ceil(elements / 8)]."""
+    """Pack a bool tensor into bits, uint8 [ceil(elements / 8)]."""
     flat = mask.reshape(-1).to(torch.uint8)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """What `pack_bits` was given."""
+    """Restore the mask that `pack_bits` was given."""
     every = (bits.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
     return every.view(-1)[: shape.numel()].view(shape).bool()
 

@@ -34,7 +34,7 @@ class Matrices:
         """By rank, how many elements it has of each parameter: a rank's come before those of the next one."""
 
     def change(self, key: Tensor, values: Tensor, of_matrix: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `of_matrix` makes of each whole matrix in `values`, which stands as `key` does in this rank's partition.
+        """Return what `of_matrix` makes of each whole matrix in `values`, which stands as `key` does in this rank's partition.
 
         As many matrices at a time as there are ranks: each is sent to one of them, in pieces, and comes back in pieces.
         """

@@ -15,8 +15,8 @@ from dstune.zero.hooks import collect_closed
 
 @contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """While open, `models.load.load_model` at stage 3 leaves on each rank its part of each parameter. At every stage the memory
-    of engines that were closed is free by then.
+    """Let `models.load.load_model` at stage 3 leave on each rank its part of each parameter, within the block. At every stage the
+    memory of engines that were closed is free by then.
 
     transformers keeps only a weak reference to this object: it has to outlive the loading.
     """
@@ -30,7 +30,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def whole_loading() -> Iterator[None]:
-    """`from_pretrained` makes whole models, also within `partitioned_loading` and while a run at stage 3 goes on."""
+    """Let `from_pretrained` make whole models, also within `partitioned_loading` and while a run at stage 3 goes on."""
     from transformers.integrations import deepspeed
 
     keep = deepspeed._hf_deepspeed_config_weak_ref
@@ -42,14 +42,14 @@ def whole_loading() -> Iterator[None]:
 
 
 def partitioning() -> bool:
-    """Whether `partitioned_loading` is open, at stage 3."""
+    """Return whether `partitioned_loading` is open, at stage 3."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
 
 
 def all_ranks_hold(contents: str | None) -> bool:
-    """Whether every rank has the same files, by a digest of them that is None where they cannot be used. A collective."""
+    """Return whether every rank has the same files, by a digest of them that is None where they cannot be used. A collective."""
     return contents is not None and set(messages.gather(contents)) == {contents}
 
 
@@ -76,12 +76,12 @@ def keep_parts(module: nn.Module) -> None:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The parameter's shape before stage 3 partitioned it."""
+    """Return the parameter's shape before stage 3 partitioned it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def full_count(parameter: nn.Parameter) -> int:
-    """The parameter's number of elements before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
+    """Return the parameter's number of elements before stage 3 partitioned it, or bitsandbytes packed several into a byte."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return int(packed.shape.numel())
@@ -89,12 +89,12 @@ def full_count(parameter: nn.Parameter) -> int:
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether stage 3 keeps this parameter in parts."""
+    """Return whether stage 3 keeps this parameter in parts."""
     return hasattr(parameter, "ds_id")
 
 
 def gathered(parameters: Sequence[nn.Parameter], *, modified_by_rank: int | None = None) -> Any:
-    """Context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
+    """Return a context in which stage 3 parameters are whole on every rank; a collective on entry and on exit.
 
     With `modified_by_rank`, what that rank writes into them is kept.
     """

@@ -16,7 +16,7 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 
 
 def fast_bf16() -> bool:
-    """Whether this machine computes bf16 matrix products at least as fast as fp32 ones.
+    """Return whether this machine computes bf16 matrix products at least as fast as fp32 ones.
 
     A CPU without AMX or AVX512-BF16 emulates them: 1.2 against 86 GFLOP/s per core on a Zen CPU with AVX2.
     """
@@ -26,7 +26,7 @@ def fast_bf16() -> bool:
 
 
 def resolve(config: RunConfig) -> Precision:
-    """`trainer.precision` with `auto` decided by the hardware.
+    """Return `trainer.precision` with `auto` decided by the hardware.
 
     Raises UserError where the hardware cannot run what was asked for.
     """
@@ -55,7 +55,7 @@ def resolve(config: RunConfig) -> Precision:
 
 
 def set_arithmetic(trainer: TrainerConfig) -> None:
-    """What `trainer.tf32` and `trainer.deterministic` ask of this process, before its first product of matrices."""
+    """Apply `trainer.tf32` and `trainer.deterministic` to this process, before its first product of matrices."""
     if trainer.tf32 and accelerator.present():
         torch.set_float32_matmul_precision("high")
     if trainer.deterministic:

@@ -34,15 +34,15 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
-        """Elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
+        """Read elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
         ...
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """The optimizer's tensors of the parameter's size, for example `exp_avg`."""
+        """Return the optimizer's tensors of the parameter's size, for example `exp_avg`."""
         ...
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """What else the optimizer keeps, for example `step`."""
+        """Return what else the optimizer keeps, for example `step`."""
         ...
 
 
@@ -108,7 +108,7 @@ def restore(engine: Any, stage: int, source: Source, rank: int, *, states: bool 
 
 
 def partitions_of(engine: Any, stage: int, rank: int) -> list[Partition]:
-    """What this rank's optimizer updates."""
+    """Return what this rank's optimizer updates."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     return list(_partitions(engine.optimizer, stage, names, rank))
 
@@ -123,7 +123,7 @@ def reset_counters(engine: Any, stage: int, names: Collection[str], rank: int) -
 
 
 def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Iterator[dict[str, Tensor]]:
-    """The trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank), partition by
+    """Yield the trained weights that this rank updates, as views in fp32 (at stage 0 all of them, on every rank), partition by
     partition: elements [start, start + length) of a flattened parameter by `NAME@START`.
 
     states: what the optimizer keeps too, as `KIND:NAME@START` (`exp_avg:...`), and its counters as `KIND:NAME`. Where states

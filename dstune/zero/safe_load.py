@@ -30,8 +30,8 @@ GAP = 1 << 16
 
 
 def load(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
-    """The state in `path`, with torch's unpickler that builds tensors, containers and numbers, and objects of KNOWN.
-    Raises ValueError where the file holds anything else."""
+    """Load the state in `path`, with torch's unpickler that builds tensors, containers and numbers, and objects of KNOWN. Raises
+    ValueError where the file holds anything else."""
     return _load(path, path, map_location, mmap=mmap)
 
 

@@ -61,7 +61,7 @@ class Save:
     copied: threading.Event = field(default_factory=threading.Event)
 
     def write(self, state: Any, path: Path) -> None:
-        """A file of this save. What the disk does not take is remembered, not raised: the ranks of a save meet in
+        """Write a file of this save. What the disk does not take is remembered, not raised: the ranks of a save meet in
         collectives, and shall all hear of it afterwards."""
         if self.error:
             return
@@ -106,8 +106,8 @@ class ShardFiles(CheckpointEngine):
         self._read_ahead: dict[Path, HashedState] = {}
 
     def begin(self, directory: Path, *, background: bool) -> Save:
-        """Whatever DeepSpeed saves until `end` belongs to the returned save. With `background` it is queued, and its
-        owner calls `work_off` in a thread."""
+        """Begin a save: whatever DeepSpeed saves until `end` belongs to the returned one. With `background` it is queued, and
+        its owner calls `work_off` in a thread."""
         assert self._save is None, "one save at a time"
         self._save, self._background = Save(directory), background
         self._host.reuse()
@@ -119,7 +119,7 @@ class ShardFiles(CheckpointEngine):
         self._save = None
 
     def wait_for_copies(self) -> None:
-        """Weights and optimizer states may change after this."""
+        """Wait until weights and optimizer states may change."""
         if self._copying is not None:
             self._copying.copied.wait()
             self._copying = None
@@ -148,7 +148,7 @@ class ShardFiles(CheckpointEngine):
         self._save.queue.append((copied, Path(path)))
 
     def save_tensors(self, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-        """A file of safetensors that DeepSpeed has no part in."""
+        """Save a file of safetensors that DeepSpeed has no part in."""
         assert self._save is not None, "begin() comes first"
         if not self._background:
             self._save.write(SafeTensors(tensors, metadata), path)
@@ -178,11 +178,11 @@ class HostCopies:
         self._used = 0
 
     def reuse(self) -> None:
-        """Earlier copies are not needed any more."""
+        """Let earlier copies be overwritten: they are not needed any more."""
         self._used = 0
 
     def copy(self, state: Any) -> tuple[Any, list[Copy]]:
-        """A deep copy whose tensors share memory as those of `state` do, and what is still to be copied for it.
+        """Make a deep copy whose tensors share memory as those of `state` do; return it, and what is still to be copied for it.
 
         Large tensors are left to the thread: weights and what the optimizer keeps do not change before the next update.
         Small ones (counters, a module's buffers) and all that is no tensor are copied here.
@@ -234,7 +234,7 @@ class HostCopies:
 
 
 def copy_to_host(copies: list[Copy]) -> None:
-    """In a thread beside the one that computes; on GPUs on a stream of its own."""
+    """Copy in a thread beside the one that computes; on GPUs on a stream of its own."""
     on_gpu = [copy for copy in copies if not copy.source.is_cpu]
     if on_gpu:
         device = on_gpu[0].source.device
@@ -311,7 +311,7 @@ def write_file(state: Any, path: Path) -> Entry:
 
 
 def read_back(path: Path) -> Entry:
-    """Size and hash of what the disk gives for `path`, past the page cache where the kernel lets go of it."""
+    """Return size and hash of what the disk gives for `path`, past the page cache where the kernel lets go of it."""
     digest, size = xxhash.xxh3_64(), 0
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):

@@ -43,7 +43,7 @@ class Slices:
 
     @classmethod
     def of(cls, parts: int, world: World) -> Slices | None:
-        """Slices for groups of `parts` ranks, None where each has all weights; from then on the groups read the rows of
+        """Make slices for groups of `parts` ranks, None where each has all weights; from then on the groups read the rows of
         `world`."""
         if parts == 1:
             return None
@@ -59,17 +59,18 @@ class Slices:
         self.cuts[name] = dim
 
     def parts_of(self, parameter: nn.Parameter) -> int:
-        """Ranks that share this parameter: 1 for one that is whole on every rank."""
+        """Count the ranks that share this parameter: 1 for one that is whole on every rank."""
         return self.parts if hasattr(parameter, "tensor_model_parallel") else 1
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks that share weights, the same bits on each of them; `tensor` stays as it is."""
+        """Sum over the ranks that share weights, the same bits on each of them; `tensor` stays as it is."""
         total = tensor.clone(memory_format=torch.contiguous_format)
         torch_dist.all_reduce(total, group=self.group)
         return total
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """The norm of the gradients of whole weights, from those of their slices; whole ones are counted on the first rank."""
+        """Return the norm of the gradients of whole weights, from those of their slices; whole ones are counted on the first
+        rank."""
         counted = [parameter for parameter in parameters if self.part == 0 or self.parts_of(parameter) > 1]
         gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
         own = torch.nn.utils.get_total_norm(gradients).square()  # on the CPU where this rank has no gradient to count

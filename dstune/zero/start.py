@@ -75,7 +75,7 @@ ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def leave_process_group() -> None:
-    """So that another run may start in this process."""
+    """Leave the process group, so that another run may start in this process."""
     if torch.distributed.is_initialized():
         from deepspeed.utils import groups
 

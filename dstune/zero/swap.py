@@ -45,7 +45,7 @@ LIBRARIES = (
 
 
 def device(settings: dict[str, Any]) -> str:
-    """Where DeepSpeed's `settings` keep optimizer states: `none`, `cpu` or `nvme`."""
+    """Return where DeepSpeed's `settings` keep optimizer states: `none`, `cpu` or `nvme`."""
     return str(settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none"))
 
 
@@ -54,9 +54,9 @@ def device(settings: dict[str, Any]) -> str:
 
 @contextmanager
 def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroConfig]:
-    """`zero` with a folder of the run's own on this node as its `nvme_path`, empty, and what reads and writes it compiled;
-    as it is where nothing is kept on a disk. The folder goes at the end, and at the start those of runs that were killed.
-    Every rank must enter it.
+    """Yield `zero` with a folder of the run's own on this node as its `nvme_path`, empty, and what reads and writes it compiled; as
+    it is where nothing is kept on a disk. The folder goes at the end, and at the start those of runs that were killed. Every rank
+    must enter it.
 
     Raises UserError on all ranks where a node has no such place, only memory behind it, or no compiler.
     """
@@ -205,8 +205,9 @@ def check_disk_space(settings: dict[str, Any], shares: list[int], moments: int, 
 
 @contextmanager
 def swapped_in(wrapper: Any, number: int, *, write: bool) -> Iterator[None]:
-    """While open, the fp32 weights of sub-group `number` of a ZeRO-3 optimizer and what it keeps of them are in memory; with
-    `write` what was changed goes back to the disk, unless an error ended it. Changes nothing where they are in memory anyway."""
+    """Hold the fp32 weights of sub-group `number` of a ZeRO-3 optimizer and what it keeps of them in memory within the block;
+    with `write` what was changed goes back to the disk, unless an error ended it. Changes nothing where they are in memory
+    anyway."""
     if not wrapper._swappable_optimizer_subgroup(number):
         yield
         return
@@ -255,8 +256,8 @@ def check_written(wrapper: Any, world: World) -> None:
 
 
 def unwritten(wrapper: Any) -> int:
-    """Bytes that this rank's files of states lack. DeepSpeed counts the writes that have ended, not those that a full disk has
-    refused: after the first update every file is there, and later ones write over it."""
+    """Return the bytes that this rank's files of states lack. DeepSpeed counts the writes that have ended, not those that a full
+    disk has refused: after the first update every file is there, and later ones write over it."""
     swapper, lacking = wrapper.optimizer_swapper, 0
     for info in swapper.swap_params_info.values():
         files = [(path, info.numel()) for path in info.get_swap_paths()]

@@ -19,7 +19,7 @@ def weights_file(rank: int | str, part: int = 0) -> str:
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that belong to a module's state, by name."""
+    """Yield the buffers that belong to a module's state, by name."""
     saved = module.state_dict(keep_vars=True)
     for name, buffer in module.named_buffers():
         if name in saved:
