@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128
@@ -161,6 +162,7 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA4,
     "gemma4_assistant": {"text_config": ASSISTANT},
     "gemma4_unified_assistant": {"text_config": ASSISTANT},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD_DIM},
     "hunyuan_v1_moe": {"head_dim": HEAD_DIM, "num_experts": 4, "moe_topk": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "num_dense_layers": 1},
@@ -288,4 +290,28 @@ def build(model_class: Any, config: Any, seed: int = 0) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(0.0, 0.02)
+        for module in model.modules():
+            # Gemma 3n divides by the length of a token's embedding: that of a padding token would be zero.
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                row = module.weight[module.padding_idx]
+                if not row.any():
+                    row.normal_(0.0, 0.02)
     return model.float()
+
+
+def save_letters(folder: Path) -> None:
+    """A byte-level tokenizer of at most VOCABULARY tokens for lower-case words, with ChatML as its chat template."""
+    from support.tiny import WORDS
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from dstune.testing.tiny import CHATML, SPECIAL
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 8, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(WORDS), "user\nassistant\nsystem\n"] * 9, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="</s>", unk_token="<unk>", chat_template=CHATML
+    ).save_pretrained(folder)

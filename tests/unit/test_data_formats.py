@@ -363,6 +363,12 @@ def test_single_texts_stand_beside_pairs(tmp_path, order):
         assert sorted(found) == sorted((one["input_ids"], one["token_type_ids"]) for one in expected)
 
 
+def test_a_text_without_a_token_is_a_problem_of_its_row():
+    encode = RowTokenizer(byte_tokenizer(), ClassificationConfig(), "text_label", 64, ("a", "b"))
+    empty, text = encode.samples([{"text": "", "label": "a"}, {"text": "w", "label": "b"}], [0, 1])
+    assert (empty.problem, text.problem) == ("the text has no token", "")
+
+
 def test_columns_that_no_batch_gets_are_refused_unless_the_task_makes_its_own_batches(monkeypatch):
     columns = ClassificationEncoder.columns.fget
     added = property(lambda encoder: {**columns(encoder), "margin": datasets.Value("float32")})

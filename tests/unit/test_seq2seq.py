@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.configs import run_config
+from transformers import M2M100Config, M2M100ForConditionalGeneration
 from unit.data_helpers import byte_tokenizer, data_run, prepared, write_jsonl
 
 from dstune.config.architectures import mark_encoder_decoder
@@ -26,6 +28,7 @@ from dstune.data.prepared import Split
 from dstune.data.rows import RowError, normalise
 from dstune.data.sampler import MicroBatch
 from dstune.launch import first_rows
+from dstune.models.heads.language import decoder_inputs_from_labels
 from dstune.samples import convert
 from dstune.samples.debian import DebianPackage
 from dstune.show.facts import repetitions
@@ -128,6 +131,20 @@ def test_an_encoder_reads_the_prompt_and_the_decoder_writes_the_target(tmp_path)
     assert batch["attention_mask"].sum(dim=1).tolist() == [len(first["input_ids"]), 32]
     filler = collate(split, replace(micro_batch, filler=True), pad_token_id=0, packing=False)
     assert (filler["labels"] == -100).all()
+
+
+def test_the_decoder_reads_what_the_models_own_forward_would_give_it():
+    """M2M100 (NLLB) has no method for it, and its forward uses a function of its module."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+    sizes |= {"decoder_ffn_dim": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
+    model = M2M100ForConditionalGeneration(M2M100Config(**sizes)).eval()
+    labels = torch.tensor([[7, 9, 2], [8, 2, -100]])
+    source = torch.randint(3, 40, (2, 5))
+    decoder_input_ids = decoder_inputs_from_labels(model)(labels=labels)
+    assert decoder_input_ids.tolist() == [[2, 7, 9], [2, 8, 2]]
+    expected = model(input_ids=source, labels=labels).logits
+    assert torch.equal(model(input_ids=source, decoder_input_ids=decoder_input_ids).logits, expected)
 
 
 def test_repeated_targets_of_different_sources_are_reported(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
+from dstune.core.errors import Problem, UserError
 from dstune.models.cross_entropy import CrossEntropy, projected_cross_entropy, vocabulary_size
 from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, Rows, inputs_of
 
@@ -165,13 +168,37 @@ def _by_row(row: torch.Tensor, rows: int, logits: torch.Tensor, targets: torch.T
     }
 
 
+def decoder_inputs_from_labels(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    """Return the model's way from labels [batch, target] to the inputs of its decoder: which token comes first, and what stands
+    for positions without a target.
+
+    Most classes have a method for it; M2M100 (NLLB), Blenderbot and a few more have only a function of their module, which their
+    `forward` calls. Raises: UserError where there is neither.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return base.prepare_decoder_input_ids_from_labels
+    shift = getattr(sys.modules[type(base).__module__], "shift_tokens_right", None)
+    if shift is None:
+        raise UserError(
+            Problem(
+                "model.path",
+                f"{type(base).__name__} does not say what its decoder reads in training: its class has no "
+                "prepare_decoder_input_ids_from_labels, its module no shift_tokens_right",
+                "another encoder-decoder model (`dstune models`)",
+            )
+        )
+    settings = [base.config.pad_token_id, base.config.decoder_start_token_id]
+    with_start = "decoder_start_token_id" in inspect.signature(shift).parameters
+    return lambda labels: shift(labels, *settings[: 2 if with_start else 1])
+
+
 class EncoderDecoderHead(CausalLmHead):
     """Cross entropy of the target's tokens, given the source and the tokens before."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        # The model's own way: which token comes first, and what stands for positions without a target.
-        self._shifted = model.prepare_decoder_input_ids_from_labels
+        self._shifted = decoder_inputs_from_labels(model)
         self._adds_bias = hasattr(model, "final_logits_bias")
 
     def examine(self, forward: Forward, device: torch.device) -> bool:

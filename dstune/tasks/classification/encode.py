@@ -72,7 +72,8 @@ class ClassificationEncoder(Encoder):
                 weight = columns["loss_weight"] = self._class_weights[label]
             if self._with_segments:
                 columns["token_type_ids"] = np.array(segments if len(whole) == 2 else [0] * len(ids), dtype=np.int32)
-            samples.append(Sample(number, ids, columns, weight, length > len(ids), "", length))
+            problem = "" if len(ids) else "the text has no token"
+            samples.append(Sample(number, ids, columns, weight, length > len(ids), problem, length))
         return samples
 
     def _label(self, row: dict[str, Any]) -> Any:
