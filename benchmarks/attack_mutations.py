@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.mutations import Mutation, undo
 
-_OWN = "if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:"
+_OWN = "if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:"
 _PLAIN = "flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)"
 _VISIBLE = "return _OBEYED.sub(written, text)"
 _CHECKED = "return requested, _checked(requested, named)"
@@ -14,7 +14,7 @@ _OF_BASE = "return places <= {base.path} and all(code in known or code == own fo
 _BY_ATTACK: dict[str, Mutation] = {
     # Ranks and processes.
     "groups.test_a_stranger_in_the_place_of_a_rank_is_refused_before_the_first_object": undo(
-        "core/distributed.py", "if not hmac.compare_digest(given, proof(other)):", "if False:"
+        "core/distributed.py", "if not hmac.compare_digest(received_proof, proof(other)):", "if False:"
     ),
     "groups.test_a_local_launch_meets_in_a_folder_of_its_own": undo(
         "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
@@ -75,7 +75,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "launch/slurm/jobs.py", '"--parsable", *dependency]', '"--parsable", *dependency, str(script)]'
     ),
     "changed_since.test_a_process_of_a_rank_executes_no_other_plugin": undo(
-        "core/plugins.py", 'if source.sha256 != one["sha256"]:', "if False:"
+        "core/plugins.py", 'if source.sha256 != entry["sha256"]:', "if False:"
     ),
     # Code.
     "plugins.test_no_choice_leaves_the_folder_of_its_group": undo(
@@ -119,7 +119,9 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/plugins.py", 'if name.is_absolute() or ".." in name.parts:', "if False:"
     ),
     "working_directory.test_a_child_of_python": undo(
-        "core/child_python.py", "if given is None else given) | SAFE_PATH", "if given is None else given)"
+        "core/child_python.py",
+        "if variables is None else variables) | SAFE_PATH",
+        "if variables is None else variables)",
     ),
     "working_directory.test_every_python_process_gets_an_environment": undo(
         "serve/prepare.py", "env=child_environment(), ", ""
@@ -330,10 +332,10 @@ _BY_ATTACK: dict[str, Mutation] = {
         "if attrgetter(key)(config) == attrgetter(key)(stored.config)}",
     ),
     "signed_runs.test_the_signature_fits_no_other_value": undo(
-        "config/trust.py", "of.get(key) != signing.digest(one)}", "key not in of}"
+        "config/trust.py", "signed_digests.get(key) != signing.digest(value)\n", "key not in signed_digests\n"
     ),
     "signed_runs.test_a_key_that_others_can_read_signs_nothing": undo(
-        "core/files.py", " or found.st_mode & 0o077:", ":"
+        "core/files.py", " or status.st_mode & 0o077:", ":"
     ),
     "runs_of_others.test_folders_of_a_strangers_run_lead_nowhere": undo(
         "config/run_links.py",
@@ -348,7 +350,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "launch/local/supervise.py", 'STORE: str(Path(meeting) / "store")', 'STORE: str(self.run_dir / "store")'
     ),
     "two_users.test_the_second_user_redirects_nothing_by_being_first": undo(
-        "core/rendezvous.py", "found = json.loads(files.read_own(place))", "found = json.loads(place.read_bytes())"
+        "core/rendezvous.py", "content = json.loads(files.read_own(place))", "content = json.loads(place.read_bytes())"
     ),
     # Files.
     "files.test_records_replace_links_and_do_not_follow_them": undo(
@@ -415,7 +417,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "isinstance(name, str) for name in splits",
     ),
     "leaks.test_a_password_that_is_written_out_is_refused_and_not_repeated": undo(
-        "config/secret_rules.py", "        if found:\n", "        if False:\n"
+        "config/secret_rules.py", "        if is_written_out:\n", "        if False:\n"
     ),
     "leaks.test_a_run_directory_can_be_closed_to_others": undo(
         "launch/rundir.py", "path.chmod(config.run.mode.value)", "pass"

@@ -41,7 +41,7 @@ _UNIT: dict[str, Mutation] = {
         "planning/setup.py", "return max(PREFETCH, largest),", "return PREFETCH,"
     ),
     "memory_that_runs_out_names_keys_in_the_order_of_what_they_free": undo(
-        "trainer/out_of_memory.py", "    freed.sort(key=lambda one: -one[0])\n"
+        "trainer/out_of_memory.py", "    freed.sort(key=lambda entry: -entry[0])\n"
     ),
     "a_norm_is_read_once": undo(
         "zero/fewer_reads.py", "if self._norm is not norm or self._version != norm._version:", "if True:"

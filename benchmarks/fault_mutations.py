@@ -42,7 +42,7 @@ _CHAT: dict[str, Mutation] = {
         "data/chat/factor.py", "found.samples + len(lengths),", "found.samples + 1,"
     ),
     "metrics_count_conversations": undo(
-        "trainer/measure.py", "(own.chunked or own.splits_conversations)", "own.chunked"
+        "trainer/measure.py", "(member.chunked or member.splits_conversations)", "member.chunked"
     ),
     "with_train_on_prompt_a_token_counts_at_its_first_appearance": undo(
         "data/tokenize/conversations.py",
