@@ -44,9 +44,9 @@ def row_limit(values: Mapping[str, Any]) -> int | None:
     kind = str(values.get("model_type"))
     if kind not in POSITIONS or (kind.startswith("deberta") and values.get("position_biased_input") is False):
         return None
-    key, usual, before = POSITIONS[kind]
-    found = values.get(key, usual)
-    return found - before if isinstance(found, int) and found > before else None
+    key, usual, reserved = POSITIONS[kind]
+    positions = values.get(key, usual)
+    return positions - reserved if isinstance(positions, int) and positions > reserved else None
 
 
 MAX_LAYERS = 10_000
@@ -137,5 +137,5 @@ def mark_vision(tokenizer: Any, vision: VisionFiles) -> None:
 
 def vision_of(tokenizer: Any) -> VisionFiles | None:
     """Return the processor that turns images into inputs of a tokenizer's model; None where it sees none."""
-    found: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
-    return found
+    files: VisionFiles | None = getattr(tokenizer, "dstune_vision", None)
+    return files

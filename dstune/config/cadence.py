@@ -45,11 +45,11 @@ class Cadence:
             return False
         if self.unit is Unit.epochs:
             passes = float(self.amount)
-            before = None if epoch_before is None else epoch_before / passes
+            before_in_units = None if epoch_before is None else epoch_before / passes
             now = epoch / passes
-            if before is None:
+            if before_in_units is None:
                 return abs(now - round(now)) < ROUNDING
-            return int(now + ROUNDING) > int(before + ROUNDING)
+            return int(now + ROUNDING) > int(before_in_units + ROUNDING)
         share = self.amount * total_steps if self.unit is Unit.run else self.amount
         period = max(share, Fraction(self.apart))
         return step // period > (step - 1) // period
@@ -80,11 +80,11 @@ def cadence(every: int | str) -> Cadence:
         return Cadence(Fraction(1, 4), Unit.run, FEWEST_STEPS_APART)
     if isinstance(every, int):
         return Cadence(Fraction(every), Unit.steps)
-    found = PATTERN.fullmatch(every.strip())
-    amount = Fraction(found[1]).limit_denominator(1000) if found else Fraction(0)  # 0.333333 is a third
-    if found is None or not amount or (found[2] == "%" and amount > 100):
+    match = PATTERN.fullmatch(every.strip())
+    amount = Fraction(match[1]).limit_denominator(1000) if match else Fraction(0)  # 0.333333 is a third
+    if match is None or not amount or (match[2] == "%" and amount > 100):
         raise ValueError(every)
-    return Cadence(amount / 100, Unit.run) if found[2] == "%" else Cadence(amount, Unit.epochs)
+    return Cadence(amount / 100, Unit.run) if match[2] == "%" else Cadence(amount, Unit.epochs)
 
 
 def first_evaluation(config: RunConfig) -> int | None:

@@ -60,9 +60,11 @@ def _clash(cls: type[Callback], others: Sequence[type[Callback]], name: str, whe
     """What keeps `cls` from having a state of its own, which checkpoints keep by the callback's name."""
     if cls in others:
         return Problem(where, "this callback is in the list already", "name it once", name)
-    named = [other for other in (*others, *CALLBACKS.classes().values()) if other.name == cls.name and other is not cls]
-    if named:
-        reason = f"{named[0].__module__}.{named[0].__qualname__} has the name {cls.name!r} too"
+    same_name = [
+        other for other in (*others, *CALLBACKS.classes().values()) if other.name == cls.name and other is not cls
+    ]
+    if same_name:
+        reason = f"{same_name[0].__module__}.{same_name[0].__qualname__} has the name {cls.name!r} too"
         return Problem(where, reason, "give the class a `name` of its own", name)
     return None
 
@@ -104,34 +106,40 @@ def _imported(name: str, where: str) -> type[Callback]:
         fix = f"plugins=[{file}], @dstune.callback above the class, and its name here"
         raise UserError(Problem(where, reason, fix, name))
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        member = getattr(importlib.import_module(module), attribute, None)
     except Exception as error:  # of the user's own code
         reason = f"{module} cannot be imported: {type(error).__name__}: {error}"
         raise UserError(Problem(where, reason, "correct the module", name)) from error
-    if not (isinstance(found, type) and issubclass(found, Callback)):
+    if not (isinstance(member, type) and issubclass(member, Callback)):
         reason = f"{module} has no subclass of dstune.Callback named {attribute!r}"
         raise UserError(Problem(where, reason, "give module:Class", name))
-    if not found.name:
-        found.name = found.__qualname__
-    return found
+    if not member.name:
+        member.name = member.__qualname__
+    return member
 
 
 def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """The arguments as the types that `cls.__init__` annotates. Raises UserError where it does not take them."""
     parameters = inspect.signature(cls).parameters
-    free = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    named = [one.name for one in parameters.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    names = [
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
     problems = []
     for argument in arguments:
-        if argument not in named and not free:
-            similar = nearest(argument, named)
-            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(named)}" if named else "leave it out"
+        if argument not in names and not free:
+            similar = nearest(argument, names)
+            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(names)}" if names else "leave it out"
             problems.append(Problem(f"{where}.{argument}", f"the callback {name} has no such argument", fix))
-    for one in parameters.values():
-        needed = one.default is one.empty and one.name in named
-        if needed and one.name not in arguments:
+    for parameter in parameters.values():
+        needed = parameter.default is parameter.empty and parameter.name in names
+        if needed and parameter.name not in arguments:
             problems.append(
-                Problem(where, f"the callback {name} needs {one.name}", f"give {name}: {{{one.name}: VALUE}}")
+                Problem(
+                    where, f"the callback {name} needs {parameter.name}", f"give {name}: {{{parameter.name}: VALUE}}"
+                )
             )
     try:
         hints = typing.get_type_hints(cls.__init__)
@@ -142,7 +150,7 @@ def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, whe
     converted = dict(arguments)
     for argument, value in arguments.items():
         with collected(problems):
-            if argument in named and argument in hints:
+            if argument in names and argument in hints:
                 converted[argument] = convert(value, hints[argument], f"{where}.{argument}")
     if problems:
         raise UserError(problems)

@@ -76,34 +76,34 @@ def complete(line: str, verbs: Verbs) -> list[str]:
     word = "" if line.endswith(" ") or not words else words.pop()
     if not words:
         return [verb for verb in verbs if verb.startswith(word)]
-    verb, *given = words
+    verb, *words_before = words
     if verb not in verbs:
         return []
-    if given and given[-1] in ("--cfg", "-c"):
+    if words_before and words_before[-1] in ("--cfg", "-c"):
         return [kind for kind in ("job", "hydra", "all") if kind.startswith(word)]
-    found: list[str] = []
+    matches: list[str] = []
     try:
-        own = verbs[verb](given)
-        words = [*own.words, *(FLAGS if own.overrides else ())]
+        completions = verbs[verb](words_before)
+        words = [*completions.words, *(FLAGS if completions.overrides else ())]
         formatted = [text for text in words if text.startswith(word) and (word or not text.startswith("-"))]
-        found = list(dict.fromkeys(formatted))
-        if own.files and "=" not in word and not word.startswith("-"):
-            found += _files(word)
-        if own.overrides and not word.startswith("-"):
-            found += _overrides(word, given)
+        matches = list(dict.fromkeys(formatted))
+        if completions.files and "=" not in word and not word.startswith("-"):
+            matches += _files(word)
+        if completions.overrides and not word.startswith("-"):
+            matches += _overrides(word, words_before)
     except Exception:  # a half-written line may be wrong in any way, and a traceback would land in the user's prompt
-        return sorted(found)
-    return sorted(found)
+        return sorted(matches)
+    return sorted(matches)
 
 
-def _overrides(word: str, given: Sequence[str]) -> list[str]:
+def _overrides(word: str, words_before: Sequence[str]) -> list[str]:
     from dstune.config.compose import classes_for
     from dstune.config.hydra_session import group_options, session
 
-    folders = [given[i + 1] for i, text in enumerate(given[:-1]) if text in ("--config-dir", "-cd")]
+    folders = [words_before[i + 1] for i, text in enumerate(words_before[:-1]) if text in ("--config-dir", "-cd")]
     with session(folders) as hydra:
         groups = group_options(hydra)
-        chosen = [text for text in given if text.partition("=")[0] in groups and "=" in text]
+        chosen = [text for text in words_before if text.partition("=")[0] in groups and "=" in text]
         keys = keys_of(classes_for(hydra, chosen))
     if "=" in word:
         return _values(word, groups, keys)
@@ -121,8 +121,8 @@ def _values(word: str, groups: Mapping[str, Sequence[str]], keys: Mapping[str, A
         options = list(groups[key])
     elif key in FILES:
         options = _files(value)
-    elif named := registered_values().get(key):
-        options = [f"[{name}]" for name in named] if typing.get_origin(keys[key]) is list else list(named)
+    elif names := registered_values().get(key):
+        options = [f"[{name}]" for name in names] if typing.get_origin(keys[key]) is list else list(names)
     else:
         hint = keys[key]
         options = ["null"] if is_optional(hint) else []

@@ -60,21 +60,21 @@ def compose(
     Raises:
         UserError: everything that is wrong with the overrides, or with a YAML file that they chose.
     """
-    given = with_default_experiment(with_preset_names(overrides))
+    requested = with_default_experiment(with_preset_names(overrides))
     if not keep_plugins:
-        activate_requested(given, config_dirs)
+        activate_requested(requested, config_dirs)
     with session(config_dirs) as hydra:
-        composed, origins = run_hydra(hydra, given, lambda texts: _compose(hydra, texts))
+        composed, origins = run_hydra(hydra, requested, lambda texts: _compose(hydra, texts))
         config = typed_config(_plain(composed), "the composed configuration")
-        if overruled := list(_overruled(hydra, given, config)):
+        if overruled := list(_overruled(hydra, requested, config)):
             raise UserError(overruled)
         if config.zero.path is not None:
             from dstune.config.zero_file import given_by, with_file
 
-            before, config = config, with_file(config, given_by(hydra, given))
-            origins = {key: origin for key, origin in origins.items() if before.optimizer == config.optimizer}
+            before_file, config = config, with_file(config, given_by(hydra, requested))
+            origins = {key: origin for key, origin in origins.items() if before_file.optimizer == config.optimizer}
     config = replace(config, task=task_of(config.task).resolve(datetime.date.today().isoformat()))
-    return Composed(config, given, plugins.used_by(config), tuple(map(str, config_dirs)), origins)
+    return Composed(config, requested, plugins.used_by(config), tuple(map(str, config_dirs)), origins)
 
 
 def put_file(hydra: Hydra, composed: DictConfig, overrides: Sequence[str]) -> None:
@@ -116,18 +116,19 @@ def frozen_at_start() -> tuple[str, ...]:
 
 def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Iterator[Problem]:
     """A model or data that was asked for by name while the experiment's file itself says which: its word would win unseen."""
-    given = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
-    if "experiment" not in given:
+    value_by_key = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
+    if "experiment" not in value_by_key:
         return
     searched = [text for text in overrides if user_overrides.key_of(text) == "hydra.searchpath"]
     for group, key in (("model", "path"), ("data", "train")):
-        if group not in given or f"{group}.{key}" in given:
+        if group not in value_by_key or f"{group}.{key}" in value_by_key:
             continue
-        alone = compose_dict_config(hydra, [*searched, f"{group}={given[group]}"])[group].get(key)
+        alone = compose_dict_config(hydra, [*searched, f"{group}={value_by_key[group]}"])[group].get(key)
         taken = getattr(getattr(config, group), key)
         if alone is not None and alone != taken:
-            reason = f"experiment={given['experiment']} says {group}.{key}={taken}, which wins over the file of {given[group]}"
-            yield Problem(group, reason, f"{group}.{key}={alone}", given[group])
+            experiment, choice = value_by_key["experiment"], value_by_key[group]
+            reason = f"experiment={experiment} says {group}.{key}={taken}, which wins over the file of {choice}"
+            yield Problem(group, reason, f"{group}.{key}={alone}", value_by_key[group])
 
 
 def typed_config(raw: Any, where: str) -> RunConfig:
@@ -144,8 +145,8 @@ def typed_config(raw: Any, where: str) -> RunConfig:
 def with_default_experiment(overrides: Sequence[str]) -> list[str]:
     """Return the overrides, with `experiment=quickstart` in front if they name no experiment, model or training rows."""
     keys = [user_overrides.key_of(text) for text in overrides]
-    named = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
-    return list(overrides) if named else [DEFAULT_EXPERIMENT, *overrides]
+    names_a_run = any(key in REPLACES_QUICKSTART or key.startswith("data.mixture.") for key in keys)
+    return list(overrides) if names_a_run else [DEFAULT_EXPERIMENT, *overrides]
 
 
 def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
@@ -181,9 +182,9 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
             checked = user_overrides.check(parsed, groups, lambda good: classes_for(hydra, good))
         except UserWarning as warning:
             return [*unread, problem_of(warning, hydra)]
-        found = unread + checked.problems
+        problems = unread + checked.problems
         doubtful = checked.doubtful | {user_overrides.meant_by(problem.where) for problem in unread}
-        return found and found + _further_problems(hydra, checked.good, doubtful)
+        return problems and problems + _further_problems(hydra, checked.good, doubtful)
 
     if (unread or any(user_overrides.hydra_would_take(override) for override in parsed)) and (problems := mistakes()):
         raise UserError(problems)
@@ -299,9 +300,9 @@ def _expand(text: str, where: str, root: DictConfig) -> str:
             return _expand(_written(node, key), ".".join([*holder, last]), root)
         return str(node[key])
 
-    before = None
-    while text != before:  # again for ${a.${b}}, whose inner reference comes first
-        before, text = text, re.sub(r"\$\{([^}:$]+)\}", replaced, text)
+    text_before = None
+    while text != text_before:  # again for ${a.${b}}, whose inner reference comes first
+        text_before, text = text, re.sub(r"\$\{([^}:$]+)\}", replaced, text)
     return text
 
 

@@ -291,8 +291,8 @@ def build(cls: type, value: Any, where: str) -> Any:
         return value
     hints = type_hints(cls)
     if not isinstance(value, Mapping):
-        known = ", ".join(f"{where}.{name}" for name in hints)
-        raise UserError(Problem(where, "this is a section, not a value", f"set one of {known}", format_value(value)))
+        keys = ", ".join(f"{where}.{name}" for name in hints)
+        raise UserError(Problem(where, "this is a section, not a value", f"set one of {keys}", format_value(value)))
     problems = [unknown_key(f"{where}.{key}", hints, where) for key in value if key not in hints]
     arguments = {}
     for name, hint in hints.items():

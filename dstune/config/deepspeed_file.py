@@ -145,17 +145,17 @@ def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[P
     """A key that dstune has none for: into `settings`, or a problem."""
     if key in WITHOUT_EFFECT:
         return []
-    if any(known.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known in table):
+    if any(known_key.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known_key in table):
         fix = f'such as "{key.rpartition(".")[2]}": {SECTIONS.get(key, "{}")}, or remove it'
         return [Problem(f"{key} in {where}", "this is a section: expected an object", fix, format_value(value))]
-    found = setting_problems(key, value, f"{key} in {where}")
-    if not found and key in PASSED:
+    problems = setting_problems(key, value, f"{key} in {where}")
+    if not problems and key in PASSED:
         *sections, name = key.split(".")
         holder = settings
         for section in sections:
             holder = holder.setdefault(section, {})
         holder[name] = _typed(value, PASSED[key])
-    return found
+    return problems
 
 
 def settings_problems(settings: Mapping[str, Any]) -> Iterator[Problem]:

@@ -168,14 +168,15 @@ def index(groups: Mapping[str, Sequence[str]]) -> str:
         "Groups and sections",
     ]
     count = {
-        section: len({one.key for one in documentation() if _section_of(one) == section}) for section in sections()
+        section: len({setting.key for setting in documentation() if _section_of(setting) == section})
+        for section in sections()
     }
     for name in dict.fromkeys([*groups, *sections()]):
         keys = f"{count[name]} key{'s' * (count[name] != 1)}" if name in count else ""
         choices = [choice for choice in groups.get(name, ()) if choice != "default"]
-        named = ", ".join(choices[:LISTED]) + (f", ... ({len(choices)})" if len(choices) > LISTED else "")
+        choices_text = ", ".join(choices[:LISTED]) + (f", ... ({len(choices)})" if len(choices) > LISTED else "")
         first = f"  {name:<11} {keys:>8}  "
-        lines += textwrap.wrap(named, _width(), initial_indent=first, subsequent_indent=" " * len(first)) or [
+        lines += textwrap.wrap(choices_text, _width(), initial_indent=first, subsequent_indent=" " * len(first)) or [
             first.rstrip()
         ]
     return "\n".join([*lines, "", *_block("Flags", FLAGS, 30)])
@@ -207,9 +208,9 @@ def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
     owners = [(owner, chosen) for owner, chosen in owners if chosen in groups.get(owner, ())]
     if owners:
         return "\n".join(_choice_text(owner, chosen) for owner, chosen in owners)
-    known = [*groups, *sections(), *(f"{owner}={one}" for owner, names in groups.items() for one in names)]
+    topics = [*groups, *sections(), *(f"{owner}={one}" for owner, names in groups.items() for one in names)]
     keys = [setting.key for setting in documentation()]
-    similar = suggest_key(name, keys) or nearest(name, [*known, *(word.partition("=")[2] for word in known)])
+    similar = suggest_key(name, keys) or nearest(name, [*topics, *(word.partition("=")[2] for word in topics)])
     fix = f"did you mean --help {similar}?" if similar else "--help GROUP, --help KEY or --help all"
     raise UserError(Problem("--help", "there is no such group, choice or key", fix, name))
 
@@ -262,8 +263,8 @@ def _metadata(key: str, group: str) -> Mapping[str, Any]:
     cls: Any = classes.get(choice) or next(iter(classes.values()), None)
     for name in path[:-1]:
         cls = type_hints(cls).get(name) if is_section(cls) else None
-    found = [field for field in dataclasses.fields(cls) if field.name == path[-1]] if is_section(cls) else []
-    return found[0].metadata if found else {}
+    matching = [field for field in dataclasses.fields(cls) if field.name == path[-1]] if is_section(cls) else []
+    return matching[0].metadata if matching else {}
 
 
 def _group_text(name: str, choices: Sequence[str], settings: Sequence[Setting]) -> str:
@@ -298,11 +299,11 @@ def _description(group: str, choice: str) -> str:
 def _rows(settings: Sequence[Setting], choice: bool = True) -> dict[str, str]:
     """Keys with their defaults, and what they mean."""
     rows = {}
-    named = registered_values()
+    names_by_key = registered_values()
     for setting in settings:
         only = f" [{setting.group}]" if choice and "=" in setting.group else ""
         names = f" ({setting.type})" if setting.type.startswith("one of") else ""
-        if registered := named.get(setting.key):
+        if registered := names_by_key.get(setting.key):
             names = f" (there are: {', '.join(registered)})"
         rows[f"{setting.key}={setting.default}{only}"] = setting.doc + names
     return rows
@@ -320,11 +321,11 @@ def _wrapped(title: str, text: str) -> list[str]:
 
 def _block(title: str, rows: Mapping[str, str], indent: int) -> list[str]:
     lines = [title]
-    for left, right in rows.items():
-        if len(left) < indent - 3:
-            first = f"  {left}".ljust(indent)
+    for key, right in rows.items():
+        if len(key) < indent - 3:
+            first = f"  {key}".ljust(indent)
         else:
-            lines.append(f"  {left}")
+            lines.append(f"  {key}")
             first = " " * indent
         lines += textwrap.wrap(
             right, _width(), initial_indent=first, subsequent_indent=" " * indent, break_on_hyphens=False

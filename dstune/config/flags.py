@@ -148,8 +148,8 @@ def _unknown_flag(flag: str, following: str) -> Problem:
         return Problem(name, "there is no such flag", meaning(value or "NAME.yaml") or "", value)
     if words := habits.answer(plain, value):
         return Problem(name, "settings are keys, not flags", habits.as_fix(words), value)
-    known = [option for option in _parser()._option_string_actions if option.startswith("--")]
-    if similar := nearest(name, known, cutoff=0.75):
+    options = [option for option in _parser()._option_string_actions if option.startswith("--")]
+    if similar := nearest(name, options, cutoff=0.75):
         return Problem(name, "there is no such flag", f"did you mean {similar}?", value)
     if key := suggest_key(plain, all_keys()):
         return Problem(name, "settings are keys, not flags", f"write {key}={value or 'VALUE'}", value)

@@ -197,10 +197,10 @@ def answer(key: str, value: str = "") -> str | None:
     plain = key.lower().replace("-", "_")
     section, _, name = plain.rpartition(".")
     # `trainer` is where other tools keep everything; of another section it is a slip within that section.
-    found = ANSWERS.get(plain) or (None if section in sections() and section != "trainer" else ANSWERS.get(name))
-    if found is None:
+    template = ANSWERS.get(plain) or (None if section in sections() and section != "trainer" else ANSWERS.get(name))
+    if template is None:
         return None
-    return found.format(value=value or "VALUE") if isinstance(found, str) else found(value)
+    return template.format(value=value or "VALUE") if isinstance(template, str) else template(value)
 
 
 def _choice_words(group: str, value: str) -> str | None:
@@ -285,11 +285,11 @@ def as_fix(words: str) -> str:
 def _preset_paths() -> Sequence[tuple[str, str]]:
     from dstune.config.hydra_session import config_folder
 
-    found = []
+    paths = []
     for file in sorted((config_folder() / "model").glob("*.yaml")):
         content: Any = parse_yaml(file.read_text(encoding="utf-8"))
-        found.append((file.stem, str(content.get("path", ""))))
-    return found
+        paths.append((file.stem, str(content.get("path", ""))))
+    return paths
 
 
 def _plain(value: str) -> str:

@@ -31,12 +31,12 @@ def problem_of(error: BaseException, hydra: Hydra) -> Problem:
         mark = getattr(error, "problem_mark", None)
         return yaml_problem(error, mark.name if mark else "a configuration file")
     text = str(error)
-    named = re.search(r"[Ii]n '([^']+)'", text)
-    where = file_of(named[1], hydra) if named else "configuration"
+    named_file = re.search(r"[Ii]n '([^']+)'", text)
+    where = file_of(named_file[1], hydra) if named_file else "configuration"
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         problem = unknown_choice(group, choice, list(error.options or []))
-        if named is None or named[1] == "train":  # the defaults list that another file changed, not its place
+        if named_file is None or named_file[1] == "train":  # the defaults list that another file changed, not its place
             return problem
         return Problem(where, f"{problem.reason}: {choice}", problem.fix)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -71,13 +71,13 @@ def _key_problem(where: str, key: str, lines: list[str]) -> Problem:
     """A key in a file that does not exist, or whose value has the wrong type."""
     text = " ".join(lines)
     if key in all_keys() and (value := re.search(r"Value '(.*?)' of type|Invalid value '(.*?)'", text)):
-        given = value[1] or value[2] or ""
-        return Problem(where, f"{key}={given}: expected {describe(all_keys()[key])}")
+        rejected_value = value[1] or value[2] or ""
+        return Problem(where, f"{key}={rejected_value}: expected {describe(all_keys()[key])}")
     if "not in" in text or "is not in struct" in text:
         section = key.split(".", 1)[0]
         similar = suggest_key(key, all_keys()) if "." in key else nearest(key, sections())
-        known = key in all_keys()
-        reason = f"the chosen {section} has no key {key}" if known else f"there is no key {key}"
-        return Problem(where, reason, f"did you mean {similar}?" if similar and not known else "")
+        is_known = key in all_keys()
+        reason = f"the chosen {section} has no key {key}" if is_known else f"there is no key {key}"
+        return Problem(where, reason, f"did you mean {similar}?" if similar and not is_known else "")
     reason = next((line for line in lines if "raised while composing" not in line), text)
     return Problem(where, f"{key}: {reason}")

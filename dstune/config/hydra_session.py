@@ -145,12 +145,12 @@ def config_folder() -> Path:
     folder = package.parent / "conf"
     if (package.parent / "pyproject.toml").is_file() and (folder / f"{ROOT_CONFIG}.yaml").is_file():
         return folder
-    found = importlib.util.find_spec("dstune.conf")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("dstune.conf")
+    if spec is None or spec.origin is None:
         raise UserError(
             Problem(str(folder), "dstune's configuration files are missing", "install dstune again (pip install .)")
         )
-    return Path(found.origin).parent
+    return Path(spec.origin).parent
 
 
 def config_folders() -> list[Path]:
@@ -195,14 +195,14 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
 
 def hidden_files(composed: DictConfig) -> Iterator[Problem]:
     """Yield a problem for each file of the user's folders that dstune's own of the same name hides from this composition."""
-    runtime, own = composed.hydra.runtime, config_folders()
+    runtime, packaged_folders = composed.hydra.runtime, config_folders()
     folders = [Path(source.path) for source in runtime.config_sources if source.schema == "file"]
     chosen = [("", ROOT_CONFIG)]
     for group, choices in runtime.choices.items():
         chosen += [(group, name) for name in ([choices] if isinstance(choices, str | None) else choices) if name]
     for group, name in chosen:
         file = Path(group, f"{name}.yaml")
-        packaged = next((folder / file for folder in own if (folder / file).is_file()), None)
+        packaged = next((folder / file for folder in packaged_folders if (folder / file).is_file()), None)
         if packaged is None:
             continue
         for path in (folder / file for folder in folders):

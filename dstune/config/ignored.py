@@ -18,11 +18,11 @@ def ignored_settings(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
     Values in files are not judged: an experiment may hold settings for several uses.
     """
-    given = {key_of(text): text.partition("=")[2] for text in overrides}
+    value_by_key = {key_of(text): text.partition("=")[2] for text in overrides}
     return [
         Problem(key, f"this has no effect: {reason}", fix, value)
         for key, (reason, fix) in dict(_without_effect(config)).items()
-        for name, value in given.items()
+        for name, value in value_by_key.items()
         if (name == key or name.startswith(f"{key}.")) and key in all_keys()
     ]
 
@@ -47,11 +47,11 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
         unused["sweep.trials"] = ("sweep.sampler=grid tries every combination", "sweep.sampler=tpe")
     if sweep.storage is None:
         unused["sweep.study"] = ("the study has a file of its own", "sweep.storage=URL")
-    given = {key_of(text): text.partition("=")[2] for text in overrides}
+    value_by_key = {key_of(text): text.partition("=")[2] for text in overrides}
     return [
-        Problem(key, f"this has no effect: {reason}", fix, given[key])
+        Problem(key, f"this has no effect: {reason}", fix, value_by_key[key])
         for key, (reason, fix) in unused.items()
-        if key in given
+        if key in value_by_key
     ]
 
 
@@ -62,8 +62,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")
     yield from schedule_of(config.schedule).without_effect()
     for part in ("validation", "test"):
-        if given := getattr(data, part):
-            yield f"data.split.{part}", (f"data.{part}={given} gives the rows", f"leave out data.{part}")
+        if file := getattr(data, part):
+            yield f"data.split.{part}", (f"data.{part}={file} gives the rows", f"leave out data.{part}")
     if not config.model.train_vision:
         yield "optimizer.vision_lr", ("the tower is frozen", "model.train_vision=true")
     if data.mixture and data.train:

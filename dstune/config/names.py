@@ -119,9 +119,9 @@ OTHER_VALUES = {
 def nearest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the most similar of `valid`, or None where nothing is similar."""
     choices = list(valid)
-    same = [one for one in choices if one.casefold() == name.casefold()]
-    found = same or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
-    return found[0] if found else None
+    equal = [choice for choice in choices if choice.casefold() == name.casefold()]
+    matches = equal or difflib.get_close_matches(name, choices, n=1, cutoff=cutoff)
+    return matches[0] if matches else None
 
 
 @cache
@@ -151,8 +151,10 @@ def sections() -> tuple[str, ...]:
 
 def classes_of(section: str) -> Mapping[str, type]:
     """Return the classes that a section may have by the choice's name; one unnamed class where there is no choice."""
-    own = {"tracking": tracking_class}  # made of what is registered
-    return CHOICES.get(section) or {"": own[section]() if section in own else type_hints(RunConfig)[section]}
+    made_classes = {"tracking": tracking_class}  # made of what is registered
+    return CHOICES.get(section) or {
+        "": made_classes[section]() if section in made_classes else type_hints(RunConfig)[section]
+    }
 
 
 def default_classes() -> dict[str, type]:
@@ -179,11 +181,11 @@ def entry_leaves(key: str, mapping: str, cls: type) -> dict[str, Any]:
 
 def leaves(cls: type, prefix: str) -> dict[str, Any]:
     """Return dotted keys of `cls` below `prefix` with their type hints, nested classes expanded."""
-    found: dict[str, Any] = {}
+    hint_by_key: dict[str, Any] = {}
     for name, hint in type_hints(cls).items():
         key = f"{prefix}.{name}"
-        found.update(leaves(hint, key) if is_section(hint) else {key: hint})
-    return found
+        hint_by_key.update(leaves(hint, key) if is_section(hint) else {key: hint})
+    return hint_by_key
 
 
 def keys_of(classes: Mapping[str, type]) -> dict[str, Any]:
@@ -236,8 +238,8 @@ def suggest_key(key: str, valid: Iterable[str]) -> str | None:
     valid = list(valid)
     last = key.rsplit(".", 1)[-1]
     plain = key.lower().replace("-", "_")
-    if (known := OTHER_TOOLS.get(plain, OTHER_TOOLS.get(last.lower()))) in valid:
-        return known
+    if (own_name := OTHER_TOOLS.get(plain, OTHER_TOOLS.get(last.lower()))) in valid:
+        return own_name
     same_last = [candidate for candidate in valid if candidate.rsplit(".", 1)[-1] == last]
     if same_last:
         return nearest(key, same_last, cutoff=0.0)

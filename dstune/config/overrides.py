@@ -61,12 +61,16 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Hydra refuses new entries of a mapping without a plus; here every entry of such a mapping is free, so
     `data.columns.text=review` gets its `++`. And it cannot choose nothing, so `experiment=null` is left out.
     """
-    named = {key.partition(".")[0] for key in map(key_of, overrides) if "." in key}  # only their rooms are imported
-    keys = {key: hint for section in sections() if section in named for key, hint in keys_below(section).items()}
+    named_sections = {
+        key.partition(".")[0] for key in map(key_of, overrides) if "." in key
+    }  # only their rooms are imported
+    keys = {
+        key: hint for section in sections() if section in named_sections for key, hint in keys_below(section).items()
+    }
     mappings = [key for key, hint in keys.items() if typing.get_origin(hint) is dict]
     starts = tuple(f"{key}{end}" for key in mappings for end in ".=")
-    given = [_with_literal_name(text) for text in overrides if text != "experiment=null"]
-    return [f"++{text}" if text.startswith(starts) else text for text in given]
+    texts = [_with_literal_name(text) for text in overrides if text != "experiment=null"]
+    return [f"++{text}" if text.startswith(starts) else text for text in texts]
 
 
 def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
@@ -78,11 +82,11 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     parsed: list[Override] = []
     texts, problems = rejoined(texts)
     texts = [_with_literal_name(text) for text in texts]
-    for before, text in zip(["", *texts], texts, strict=False):
+    for previous, text in zip(["", *texts], texts, strict=False):
         try:
             override = parser.parse_override(text)
         except HydraException:
-            problems.append(_grammar_problem(text, before))
+            problems.append(_grammar_problem(text, previous))
             continue
         override.input_line = text
         if override.is_sweep_override():
@@ -104,11 +108,11 @@ _WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf")
 
 def _with_literal_name(text: str) -> str:
     """`data.columns.text=NAME` with the name as it stands in the file, whatever it means in Hydra's grammar."""
-    found = _COLUMN.fullmatch(text)
-    if found is None or _QUOTED_NAME.fullmatch(found[2]) or not found[2]:
+    match = _COLUMN.fullmatch(text)
+    if match is None or _QUOTED_NAME.fullmatch(match[2]) or not match[2]:
         return text
-    plain = _PLAIN_NAME.fullmatch(found[2]) and found[2].lower() not in _WORDS_OF_HYDRA
-    return text if plain else found[1] + quoted(found[2])
+    plain = _PLAIN_NAME.fullmatch(match[2]) and match[2].lower() not in _WORDS_OF_HYDRA
+    return text if plain else match[1] + quoted(match[2])
 
 
 def _one_value(key: str, value: str) -> str:
@@ -139,14 +143,14 @@ def _quoted_entries(key: str, value: str) -> str:
     return f"quote its values: '{key}={{{inside}}}'"
 
 
-def _grammar_problem(text: str, before: str) -> Problem:
-    """What is wrong with a word; `before` is the one in front of it."""
+def _grammar_problem(text: str, previous: str) -> Problem:
+    """What is wrong with a word; `previous` is the one in front of it."""
     key, equals, value = text.partition("=")
     key = key.lstrip("+")
     if not equals:
         fix = meaning(text) or ENTRY
-        if "=" in before and not before.startswith("~") and text:  # `run.name=my run` without quotes
-            fix = f"{fix}; or does it belong to the word before? Then quote both: {shlex.quote(f'{before} {text}')}"
+        if "=" in previous and not previous.startswith("~") and text:  # `run.name=my run` without quotes
+            fix = f"{fix}; or does it belong to the word before? Then quote both: {shlex.quote(f'{previous} {text}')}"
         return Problem(text or "''", "expected KEY=VALUE", fix)
     if value.count("[") != value.count("]") or value.count("{") != value.count("}"):
         return Problem(key, "a bracket of the value is not closed", _closed(key, value), value)
@@ -175,8 +179,16 @@ def is_hydra_setting(override: Override) -> bool:
 def hydra_would_take(override: Override) -> bool:
     """Return whether the override may be wrong without Hydra's noticing, so that it is checked beforehand."""
     key = override.key_or_group
-    known = not_offered(key, override.value()) is not None  # Hydra takes any value of a key that has several types
-    return known or is_hydra_setting(override) or names_choice(key) or override.is_delete() or _leaves_group(override)
+    is_not_offered = (
+        not_offered(key, override.value()) is not None
+    )  # Hydra takes any value of a key that has several types
+    return (
+        is_not_offered
+        or is_hydra_setting(override)
+        or names_choice(key)
+        or override.is_delete()
+        or _leaves_group(override)
+    )
 
 
 def _leaves_group(override: Override) -> bool:
@@ -212,17 +224,17 @@ def check(
     values = []
     for override in overrides:
         key = override.key_or_group
-        found: list[Problem] = []
+        problems: list[Problem] = []
         offered = override.value() in groups.get(key, ())  # by a plugin
-        if not offered and (known := not_offered(key, override.value())) is not None:
-            found = [known]
+        if not offered and (problem := not_offered(key, override.value())) is not None:
+            problems = [problem]
             undecided.update([key] if key in CHOICES else [])
         elif key == "hydra.searchpath":
             choices.append(override)
         elif is_hydra_setting(override):
-            found = [_hydra_setting(override)]
+            problems = [_hydra_setting(override)]
         elif is_group_choice(override, groups):
-            if found := _choice_problems(override, groups):
+            if problems := _choice_problems(override, groups):
                 # A wrong experiment may have chosen any class.
                 undecided.update(CHOICES if key == "experiment" else [key])
             else:
@@ -230,23 +242,23 @@ def check(
         elif "/" in key or override.package is not None:
             similar = nearest(key, groups)
             fix = f"did you mean {similar}=CHOICE?" if similar else f"groups are {', '.join(groups)}"
-            found = [Problem(key, "there is no such group", fix, format_value(override.value()))]
+            problems = [Problem(key, "there is no such group", fix, format_value(override.value()))]
         else:
             values.append(override)
-        if found:
-            checked.problems += found
+        if problems:
+            checked.problems += problems
             checked.doubtful.add(meant_by(key))
     checked.good += choices
     classes = compose_classes([str(override.input_line) for override in choices])
     for override in values:
         key = override.key_or_group
-        found = []
+        problems = []
         if key.split(".", 1)[0] not in undecided:
-            found = _value_problems(override, classes, groups)
+            problems = _value_problems(override, classes, groups)
         elif key not in all_keys():
-            found = [_unknown_key(key, all_keys(), classes, groups, override.value())]
-        if found:
-            checked.problems += found
+            problems = [_unknown_key(key, all_keys(), classes, groups, override.value())]
+        if problems:
+            checked.problems += problems
             checked.doubtful.add(meant_by(key))
         elif key.split(".", 1)[0] not in undecided:
             checked.good.append(override)
@@ -281,12 +293,12 @@ SWEEPER_KEYS = {
 
 def _hydra_setting(override: Override) -> Problem:
     key = override.key_or_group
-    if known := SWEEPER_KEYS.get(key):
+    if key_here := SWEEPER_KEYS.get(key):
         value = format_value(override.value())
         reason = "dstune sweeps by itself; this is a key of its own"
         if key == "hydra/launcher":
             value = "slurm" if "submitit" in value else "local"
-        fix = f"{known}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
+        fix = f"{key_here}={value}" + (" with --multirun" if key == "hydra/sweeper" else "")
         return Problem(key, reason, fix, format_value(override.value()))
     if key == "hydra.sweeper.direction":
         fix = "leave it out: sweep.objective=[METRIC] names metrics, and of each it is known which way is better"
@@ -365,15 +377,15 @@ def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Pro
     Raises:
         UserError: the value has the wrong type.
     """
-    own = entry_leaves(key, mapping, entry)
-    inside = next((name for name, hint in own.items() if _is_entry(key, name, hint)), None)
+    hint_by_key = entry_leaves(key, mapping, entry)
+    inside = next((name for name, hint in hint_by_key.items() if _is_entry(key, name, hint)), None)
     if inside:
-        convert(value, typing.get_args(own[inside])[1], key)
-    elif key in own:
-        convert(value, own[key], key)
+        convert(value, typing.get_args(hint_by_key[inside])[1], key)
+    elif key in hint_by_key:
+        convert(value, hint_by_key[key], key)
     else:
-        similar = suggest_key(key, own)
-        fix = f"did you mean {similar}={format_value(value)}?" if similar else f"it has {', '.join(own)}"
+        similar = suggest_key(key, hint_by_key)
+        fix = f"did you mean {similar}={format_value(value)}?" if similar else f"it has {', '.join(hint_by_key)}"
         return [Problem(key, f"an entry of {mapping} has no such key", fix, format_value(value))]
     return []
 
@@ -384,11 +396,11 @@ def _is_entry(key: str, mapping: str, hint: Any) -> bool:
 
 def _section_class(key: str, classes: Mapping[str, type]) -> type | None:
     """The class of a section or a section inside one (`trainer.early_stopping`), None if `key` is no section."""
-    first, *rest = key.split(".")
-    found = classes.get(first)
-    for name in rest:
-        found = type_hints(found).get(name) if is_section(found) else None
-    return found if is_section(found) else None
+    first, *names_below = key.split(".")
+    hint = classes.get(first)
+    for name in names_below:
+        hint = type_hints(hint).get(name) if is_section(hint) else None
+    return hint if is_section(hint) else None
 
 
 def _unknown_key(
@@ -416,6 +428,8 @@ def _unknown_key(
     if similar:
         return Problem(key, reason, f"did you mean {similar}={text}?", text)
     if section in sections():
-        own = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
-        return Problem(key, reason, f"it has {own}" if own else f"{section} has no keys of its own", text)
+        section_keys = ", ".join(name for name in keys if name.startswith(f"{section}.") and not names_choice(name))
+        return Problem(
+            key, reason, f"it has {section_keys}" if section_keys else f"{section} has no keys of its own", text
+        )
     return Problem(key, reason, "`dstune train --help all` lists all keys", text)

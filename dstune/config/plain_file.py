@@ -50,9 +50,9 @@ def expand(words: Sequence[str]) -> list[str]:
         raise UserError(Problem("command line", "only one configuration file can be given", fix, " ".join(files)))
     of_command = [word for word in words if word not in files]
     repeated = {key_of(word) for word in of_command}
-    kept = [(text, place) for text, place in read_overrides(Path(files[0])) if key_of(text) not in repeated]
-    places.remember({key_of(text): place for text, place in kept})
-    return [*(text for text, _ in kept), *of_command]
+    file_overrides = [(text, place) for text, place in read_overrides(Path(files[0])) if key_of(text) not in repeated]
+    places.remember({key_of(text): place for text, place in file_overrides})
+    return [*(text for text, _ in file_overrides), *of_command]
 
 
 def read_overrides(file: Path) -> list[tuple[str, str]]:
@@ -71,10 +71,10 @@ def overrides_of(content: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _sorted(reader: _Reader, content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = list(reader.overrides(content))
+    overrides = list(reader.overrides(content))
     if reader.problems:
         raise UserError(reader.problems)
-    return sorted(found, key=lambda entry: "." in key_of(entry[0]))
+    return sorted(overrides, key=lambda entry: "." in key_of(entry[0]))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:

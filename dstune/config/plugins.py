@@ -25,9 +25,9 @@ def activate_requested(overrides: Sequence[str], config_dirs: Sequence[str | Pat
         UserError: a list that is none, a plugin that is missing or cannot be imported, or one of the working directory's
             `dstune.yaml` that the user has not trusted.
     """
-    named = [*_of_experiments(overrides, config_dirs), *_of_command(overrides)]
-    of_project, read = trusted_plugins(named)
-    requested = list(dict.fromkeys([*of_project, *named]))
+    named_plugins = [*_of_experiments(overrides, config_dirs), *_of_command(overrides)]
+    of_project, read = trusted_plugins(named_plugins)
+    requested = list(dict.fromkeys([*of_project, *named_plugins]))
     if requested:
         plugins.load_built_ins()
     plugins.activate(requested, read)
@@ -64,11 +64,11 @@ def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> It
 
 
 def _of_command(overrides: Sequence[str]) -> list[str]:
-    found: list[str] = []
+    specs: list[str] = []
     for text in overrides:
         if key_of(text) == KEY:
-            found += texts(_value(text), KEY)
-    return found
+            specs += texts(_value(text), KEY)
+    return specs
 
 
 def _value(text: str) -> Any:

@@ -169,14 +169,14 @@ def candidates(folder: Path) -> list[Candidate]:
     Raises:
         UserError: the file is broken, or a plugin is missing.
     """
-    found: list[Candidate] = []
+    plugins_of_folder: list[Candidate] = []
     problems: list[Problem] = []
     for place in plugin_files.distinct(read_project(folder)).values():
         with collected(problems):
-            found.append(_candidate(folder, place))
+            plugins_of_folder.append(_candidate(folder, place))
     if problems:
         raise UserError(problems)
-    return found
+    return plugins_of_folder
 
 
 def _candidate(folder: Path, place: str) -> Candidate:
@@ -235,10 +235,10 @@ def write_record(folder: Path, trusted: Sequence[Candidate]) -> None:
 def trusted_folders() -> dict[str, dict[str, str]]:
     """Return the folders that this user trusts, with their plugins and digests. Raises UserError as `read_record`."""
     try:
-        found = sorted((signing.key_file().parent / "trusted").glob("*.json"))
+        records = sorted((signing.key_file().parent / "trusted").glob("*.json"))
     except (OSError, RuntimeError):
         return {}
-    return dict(sorted(read for read in map(_read, found) if read is not None))
+    return dict(sorted(read for read in map(_read, records) if read is not None))
 
 
 def _read(file: Path) -> tuple[str, dict[str, str]] | None:

@@ -23,8 +23,8 @@ ORIGIN = "ORIGIN.json"
 
 def registry_of(path: str | None) -> ReadsVersions | None:
     """Return the registry that an address names, to read from; None for every other path."""
-    scheme, colon, rest = (path or "").partition(":/")
-    if not colon or rest.startswith("/") or not scheme.isidentifier() or scheme not in MODEL_REGISTRIES:
+    scheme, colon, path_below = (path or "").partition(":/")
+    if not colon or path_below.startswith("/") or not scheme.isidentifier() or scheme not in MODEL_REGISTRIES:
         return None
     registry = MODEL_REGISTRIES[scheme]()
     return registry if isinstance(registry, ReadsVersions) else None
@@ -39,8 +39,10 @@ def pin(address: str, key: str) -> str:
 
 def folder_of(pinned: str) -> Path:
     """Return where the cache keeps a version, whether it is there or not."""
-    scheme, _, rest = pinned.partition(":/")
-    return cache_root().joinpath("registry", scheme, *(quote(part, safe="") for part in rest.split("/")), "export")
+    scheme, _, path_below = pinned.partition(":/")
+    return cache_root().joinpath(
+        "registry", scheme, *(quote(part, safe="") for part in path_below.split("/")), "export"
+    )
 
 
 def fetch(pinned: str, key: str, stage: Callable[[str], None]) -> Path:
@@ -60,9 +62,9 @@ def fetch(pinned: str, key: str, stage: Callable[[str], None]) -> Path:
                     registry.fetch(pinned, made / folder.name, key)
                     files.write(made / ORIGIN, json.dumps({"origin": origin, "address": pinned}))
                     made.rename(place)
-    before = _origin_of(place)
-    if origin and before != origin:
-        reason = f"the cache has this version of another registry ({before}), and this one is {origin}"
+    cached_origin = _origin_of(place)
+    if origin and cached_origin != origin:
+        reason = f"the cache has this version of another registry ({cached_origin}), and this one is {origin}"
         raise UserError(Problem(key, reason, f"remove {place}, if no run needs it", pinned))
     return folder
 

@@ -105,11 +105,11 @@ def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
     sections_given = tuple(f"{key}." for key in report)
     everything = "experiment" in report
     with session(new.config_dirs) as hydra:
-        own = keys_of_own_files(hydra, new.overrides)
+        keys_of_files = keys_of_own_files(hydra, new.overrides)
 
     def given(key: str) -> bool:
         inside = any(name.startswith(f"{key}.") for name in report) and key in all_keys()  # data.columns.text=a
-        return everything or key in report or key.startswith(sections_given) or inside or key in own
+        return everything or key in report or key.startswith(sections_given) or inside or key in keys_of_files
 
     return given
 
@@ -123,19 +123,22 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
     Raises:
         UserError: every key that may not change, with the old value as fix.
     """
-    before, after = (dict(dotted(to_dict(config), all_keys())) for config in (old, new))
+    value_before, after = (dict(dotted(to_dict(config), all_keys())) for config in (old, new))
     problems = []
     for section in ("task", "method", "optimizer", "schedule"):
         key = f"{section}.name"
-        if before[key] != after[key]:
+        if value_before[key] != after[key]:
             problems.append(
                 Problem(
-                    section, f"the run began with {before[key]}", f"{section}={before[key]}", format_value(after[key])
+                    section,
+                    f"the run began with {value_before[key]}",
+                    f"{section}={value_before[key]}",
+                    format_value(after[key]),
                 )
             )
     changed_groups = tuple(f"{problem.where}." for problem in problems)
-    for key in [*before, *(key for key in after if key not in before)]:
-        then, now = before.get(key), after.get(key)
+    for key in [*value_before, *(key for key in after if key not in value_before)]:
+        then, now = value_before.get(key), after.get(key)
         free = key.startswith(MAY_CHANGE)
         if then == now or free or key in MAY_CHANGE_KEYS or key.startswith(changed_groups):
             continue

@@ -69,8 +69,10 @@ def _single_values(config: RunConfig, section: str, choice: str) -> str:
     if section == "zero":
         with suppress(UserError):  # no such choice, or one that needs more beside it
             composed = compose(["data=chitchat", f"zero={choice}"], keep_plugins=True)
-            own, chosen = config.zero, composed.config.zero
-            changed = {key: getattr(chosen, key) for key in DECIDE_ZERO if getattr(own, key) != getattr(chosen, key)}
+            old_zero, chosen = config.zero, composed.config.zero
+            changed = {
+                key: getattr(chosen, key) for key in DECIDE_ZERO if getattr(old_zero, key) != getattr(chosen, key)
+            }
             if changed:
                 return "write " + " ".join(f"zero.{key}={format_value(value)}" for key, value in changed.items())
     return f"set single values, such as {section}.KEY=VALUE"

@@ -202,7 +202,7 @@ UNTIMED_STEPS = 2
 
 def _by_module(callbacks: list[Any]) -> bool:
     """Whether any of them is imported: a registered one is a name."""
-    names = [str(name) for one in callbacks for name in (one if isinstance(one, Mapping) else [one])]
+    names = [str(name) for entry in callbacks for name in (entry if isinstance(entry, Mapping) else [entry])]
     return any(":" in name or "." in name for name in names)
 
 
@@ -300,9 +300,11 @@ def tracking_class() -> type[TrackingConfig]:
 
 
 @cache
-def _with_trackers(own: tuple[tuple[str, type, str], ...]) -> type[TrackingConfig]:
+def _with_trackers(trackers: tuple[tuple[str, type, str], ...]) -> type[TrackingConfig]:
     keys = [
-        (name, cls, field(default_factory=cls, metadata={DOC: doc})) for name, cls, doc in own if doc or cls is not bool
+        (name, cls, field(default_factory=cls, metadata={DOC: doc}))
+        for name, cls, doc in trackers
+        if doc or cls is not bool
     ]
     own_names = {"__module__": TrackingConfig.__module__, "__reduce__": _reduce_tracking}
     return make_dataclass("TrackingConfig", keys, bases=(TrackingConfig,), frozen=True, namespace=own_names)
@@ -310,7 +312,7 @@ def _with_trackers(own: tuple[tuple[str, type, str], ...]) -> type[TrackingConfi
 
 def _reduce_tracking(self: TrackingConfig) -> tuple[Callable[[dict[str, Any]], TrackingConfig], tuple[dict[str, Any]]]:
     """For pickle, which finds no class of a module here."""
-    return _tracking, ({one.name: getattr(self, one.name) for one in fields(self)},)
+    return _tracking, ({tracking_field.name: getattr(self, tracking_field.name) for tracking_field in fields(self)},)
 
 
 def _tracking(values: dict[str, Any]) -> TrackingConfig:
@@ -374,8 +376,8 @@ class Choices(Mapping[str, Mapping[str, type]]):
         """Return the members that plugins add to the choices of a section, by the choice."""
         choices = self._sections[section]
         members = choices.present() if isinstance(choices, Registry) else ()
-        own = [member for member in members if not member.__module__.startswith("dstune.")]
-        return {member.name: member for member in own}
+        plugin_members = [member for member in members if not member.__module__.startswith("dstune.")]
+        return {member.name: member for member in plugin_members}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sections)

@@ -24,8 +24,8 @@ def check_secrets(config: Any) -> Iterator[Problem]:
     for key, name, text in _texts(config, ""):
         if isinstance(text, EnvironmentText):
             continue
-        found = PASSWORD.search(text) or TOKEN.search(text) or (name != key and is_secret(name) and text)
-        if found:
+        is_written_out = PASSWORD.search(text) or TOKEN.search(text) or (name != key and is_secret(name) and text)
+        if is_written_out:
             reason = "a password or key is written out here, and run.yaml, the report and trackers would keep it"
             yield Problem(key, reason, f"export SECRET=..., and '{key}=${{oc.env:SECRET}}'")
 

@@ -55,9 +55,9 @@ def stored_format(values: Mapping[str, Any]) -> StoredFormat | None:
             return StoredFormat("MXFP4")
         case "compressed-tensors":
             format_name = str(settings.get("format"))
-            known = COMPRESSED.get(format_name)
-            obstacle = "" if known else f"compressed-tensors' format {format_name} is not known here"
-            return StoredFormat(known or format_name, "compressed-tensors", obstacle)
+            format_title = COMPRESSED.get(format_name)
+            obstacle = "" if format_title else f"compressed-tensors' format {format_name} is not known here"
+            return StoredFormat(format_title or format_name, "compressed-tensors", obstacle)
         case "bitsandbytes":
             return None
         case "":
@@ -87,14 +87,14 @@ def stored_format_problem(values: Mapping[str, Any], path: str, *, quantizes: bo
     stored = stored_format(values)
     if stored is None:
         return None
-    what = f"its weights are stored in {stored.name}"
+    statement = f"its weights are stored in {stored.name}"
     if stored.obstacle:
         fix = "the model it was made from, in 16 bits (its card names it)"
-        return Problem("model.path", f"{what}, and {stored.obstacle}", fix, path)
+        return Problem("model.path", f"{statement}, and {stored.obstacle}", fix, path)
     if stored.package and importlib.util.find_spec(stored.package.replace("-", "_")) is None:
-        reason = f"{what}, and reading them takes the package {stored.package}, which is not installed"
+        reason = f"{statement}, and reading them takes the package {stored.package}, which is not installed"
         return Problem("model.path", reason, "pip install 'dstune[quantized]'", path)
     if quantizes:
-        reason = f"{what}, and this method rounds weights in 16 bits to 4 while it loads them"
+        reason = f"{statement}, and this method rounds weights in 16 bits to 4 while it loads them"
         return Problem("method", reason, "method=lora, or a copy of the model in 16 bits", "qlora")
     return None

@@ -62,11 +62,11 @@ class Axis:
 
     def value(self, plain: Any) -> Value:
         """Return the value that an optimizer chose."""
-        known = next(
+        listed_value = next(
             (value for value in self.values if value.plain == plain and type(value.plain) is type(plain)), None
         )
-        if known is not None:
-            return known
+        if listed_value is not None:
+            return listed_value
         return Value(str(int(plain)) if self.integer else repr(float(plain)), int(plain) if self.integer else plain)
 
 
@@ -102,34 +102,34 @@ def split(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> Spli
     Raises:
         UserError: everything that is wrong with an axis as such; whether its values fit the key is for `compose` to say.
     """
-    found, problems = Split(), []
+    parts, problems = Split(), []
     for text in overrides:
         if key_of(text) == "hydra/sweeper":
             name = text.partition("=")[2]
             if name in SWEEPERS:
-                found.fixed.append(f"sweep={SWEEPERS[name]}")
+                parts.fixed.append(f"sweep={SWEEPERS[name]}")
             else:
                 problems.append(Problem("hydra/sweeper", "there is no such sweeper", "optuna, or basic", name))
             continue
         override = _parsed(text)
         if override is None or not override.is_sweep_override():
-            found.fixed.append(text)
+            parts.fixed.append(text)
             continue
         with collected(problems):
-            found.axes.append(_axis(override, text, groups))
-    problems += _repeated(found)
+            parts.axes.append(_axis(override, text, groups))
+    problems += _repeated(parts)
     if problems:
         raise UserError(problems)
-    return found
+    return parts
 
 
 def with_space(found: Split, space: Mapping[str, Any], groups: Mapping[str, Sequence[str]]) -> Split:
     """Return the axes with those of `sweep.space`; what the command line says of a key wins. Raises UserError."""
-    given = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
+    given_keys = {key_of(text) for text in found.fixed} | {axis.key for axis in found.axes}
     axes = list(found.axes)
     problems: list[Problem] = []
     for key, value in dotted(space):  # `{optimizer: {lr: ...}}` means the same as `{optimizer.lr: ...}`
-        if key in given:
+        if key in given_keys:
             continue
         with collected(problems):
             axes.append(_of_file(key, value, groups))
@@ -172,28 +172,30 @@ def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], wh
     """where: what problems name as their place, the key when not given."""
     from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
 
-    key, given = override.get_key_element(), text.partition("=")[2]
+    key, value_text = override.get_key_element(), text.partition("=")[2]
     where = where or key
     if reason := _not_varied(key):
-        raise UserError(Problem(where, reason[0], reason[1], given))
+        raise UserError(Problem(where, reason[0], reason[1], value_text))
     value: Any = override._value
     if isinstance(value, IntervalSweep):
-        return _interval(key, where, value, given)
+        return _interval(key, where, value, value_text)
     if isinstance(value, Glob):
         texts = value.filter(list(groups.get(key, ())))
         if not texts:
-            known = ", ".join(groups.get(key, ())) or "glob() is for groups"
-            raise UserError(Problem(where, "no choice of this group fits", known, given))
+            choices = ", ".join(groups.get(key, ())) or "glob() is for groups"
+            raise UserError(Problem(where, "no choice of this group fits", choices, value_text))
     elif isinstance(value, RangeSweep) and value.step == 0:
-        raise UserError(Problem(where, "the step of a range is not 0", f"range({value.start},{value.stop},1)", given))
+        raise UserError(
+            Problem(where, "the step of a range is not 0", f"range({value.start},{value.stop},1)", value_text)
+        )
     else:
         texts = list(override.sweep_string_iterator())
     if not texts:
-        raise UserError(Problem(where, "the range holds no value", "range(FROM,TO,STEP) ends before TO", given))
+        raise UserError(Problem(where, "the range holds no value", "range(FROM,TO,STEP) ends before TO", value_text))
     values = tuple(_value(key, text) for text in dict.fromkeys(texts))
     step = float(value.step) if override.is_range_sweep() else None
-    integer = step is not None and all(isinstance(one.plain, int) for one in values)
-    numbers = [one.plain for one in values] if step is not None else [0.0]
+    integer = step is not None and all(isinstance(choice.plain, int) for choice in values)
+    numbers = [choice.plain for choice in values] if step is not None else [0.0]
     return Axis(key, values, min(numbers), max(numbers), integer=integer, step=step and abs(step))
 
 
@@ -203,18 +205,20 @@ def _value(key: str, text: str) -> Value:
     return Value(text, text if isinstance(plain, (list, dict)) else plain)
 
 
-def _interval(key: str, where: str, value: Any, given: str) -> Axis:
+def _interval(key: str, where: str, value: Any, value_text: str) -> Axis:
     low, high, log = value.start, value.end, LOG in value.tags
     whole = all_keys().get(key) in (int, int | None)
     if not low < high:
         raise UserError(
-            Problem(where, "an interval goes from a smaller to a larger number", f"interval({high},{low})", given)
+            Problem(where, "an interval goes from a smaller to a larger number", f"interval({high},{low})", value_text)
         )
     if log and low <= 0:
         fix = f"a lower end above 0, or interval({low},{high}) without the tag"
-        raise UserError(Problem(where, "a logarithm needs numbers above 0", fix, given))
+        raise UserError(Problem(where, "a logarithm needs numbers above 0", fix, value_text))
     if whole and not (float(low).is_integer() and float(high).is_integer()):
-        raise UserError(Problem(where, "this key takes whole numbers", f"interval({int(low)},{int(high) + 1})", given))
+        raise UserError(
+            Problem(where, "this key takes whole numbers", f"interval({int(low)},{int(high) + 1})", value_text)
+        )
     return Axis(key, low=low, high=high, log=log, integer=whole)
 
 
@@ -259,9 +263,9 @@ def _not_varied(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _repeated(found: Split) -> list[Problem]:
-    keys = [axis.key for axis in found.axes]
-    fixed = {key_of(text): text.partition("=")[2] for text in found.fixed}
+def _repeated(parts: Split) -> list[Problem]:
+    keys = [axis.key for axis in parts.axes]
+    fixed = {key_of(text): text.partition("=")[2] for text in parts.fixed}
     problems = []
     for key in dict.fromkeys(keys):
         if keys.count(key) > 1 or key in fixed:

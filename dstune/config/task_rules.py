@@ -27,9 +27,9 @@ def check_task(config: RunConfig) -> Iterator[Problem]:
                 format_value(task.template_date),
             )
     if (name := config.model.prompt_template) is not None:
-        one = f"one of {', '.join(PROMPTS)}"
+        choices = f"one of {', '.join(PROMPTS)}"
         if name not in PROMPTS:
-            yield Problem("model.prompt_template", f"expected {one}", "model.prompt_template=alpaca", name)
+            yield Problem("model.prompt_template", f"expected {choices}", "model.prompt_template=alpaca", name)
         if config.model.chat_template is not None:
             reason = "model.chat_template says already how conversations are written"
             yield Problem("model.prompt_template", reason, "leave one of the two out", name)

@@ -64,11 +64,11 @@ def believe(keys: Sequence[str], run: Path) -> None:
 
 def check_keys(keys: Sequence[str], content: Mapping[str, Any]) -> None:
     """Raises UserError for keys that neither a `run.yaml` with this content nor any choice of dstune has."""
-    known = {plugins.KEY, LINKS, OVERRIDES, *all_keys(), *(name for name, _, _ in _leaves(content["config"]))}
+    valid_keys = {plugins.KEY, LINKS, OVERRIDES, *all_keys(), *(name for name, _, _ in _leaves(content["config"]))}
     problems = []
     for key in keys:
-        if key not in known:
-            similar = nearest(str(key), sorted(known))
+        if key not in valid_keys:
+            similar = nearest(str(key), sorted(valid_keys))
             fix = f"did you mean {similar}?" if similar else "the keys that the refusal of the run names"
             problems.append(Problem("trust", "there is no such key", fix, str(key)))
     if problems:
@@ -78,24 +78,24 @@ def check_keys(keys: Sequence[str], content: Mapping[str, Any]) -> None:
 @contextmanager
 def from_flags(words: Sequence[str]) -> Iterator[list[str]]:
     """Yield the words of a command line without `--trust KEY[,KEY...]`, whose keys are believed meanwhile. Raises UserError."""
-    rest, given = [], iter(words)
+    other_words, iterator = [], iter(words)
     keys: list[str] = []
-    for word in given:
+    for word in iterator:
         name, equals, value = word.partition("=")
         if name != FLAG:
-            rest.append(word)
+            other_words.append(word)
             continue
-        value = value if equals else next(given, "")
-        if not re.fullmatch(r"[\w.\"-]+(,[\w.\"-]+)*", named := value.strip("[]")) or value.startswith("-"):
+        value = value if equals else next(iterator, "")
+        if not re.fullmatch(r"[\w.\"-]+(,[\w.\"-]+)*", key_list := value.strip("[]")) or value.startswith("-"):
             fix = f"{FLAG} {CODE}, or what the refusal of the run names"
             raise UserError(Problem(FLAG, "the keys are missing that are to be believed", fix, value))
-        keys += named.split(",")
-    before = _named.get("", set())
-    _named[""] = before | set(keys)
+        keys += key_list.split(",")
+    believed_before = _named.get("", set())
+    _named[""] = believed_before | set(keys)
     try:
-        yield rest
+        yield other_words
     finally:
-        _named[""] = before
+        _named[""] = believed_before
 
 
 def is_believed_by_command(key: str) -> bool:
@@ -123,32 +123,32 @@ def statement(content: Mapping[str, Any]) -> dict[str, str]:
 
 def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what in the content of a `run.yaml` runs code or reaches out, by key."""
-    found: dict[str, Any] = {}
+    value_by_key: dict[str, Any] = {}
     # Plugins of packages that the user has installed are there with or without the run.
-    stored = [one for one in plugins.from_dicts(content.get(plugins.KEY), plugins.KEY) if not one.distribution]
+    stored = [plugin for plugin in plugins.from_dicts(content.get(plugins.KEY), plugins.KEY) if not plugin.distribution]
     if stored:
-        found[plugins.KEY] = [[one.name, one.sha256, one.is_file] for one in stored]
+        value_by_key[plugins.KEY] = [[plugin.name, plugin.sha256, plugin.is_file] for plugin in stored]
     everything: dict[str, list[Any]] = {}
     for name, value, field in _leaves(content["config"]):
         # Two keys that are written alike (1 and "1" in a mapping) count as one with both values.
         everything.setdefault(name, []).append(value)
         if _refers(value) or (field is not None and _speaks(field, value)):
-            found[name] = everything[name]
-    if CODE in found:
-        found[CODE] = [found[CODE], _code_of(content["config"])]
-    return found
+            value_by_key[name] = everything[name]
+    if CODE in value_by_key:
+        value_by_key[CODE] = [value_by_key[CODE], _code_of(content["config"])]
+    return value_by_key
 
 
 def _code_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that name repositories whose code may run."""
-    named = {key: _at(config, key) for key in CODE_OF}
-    named = {key: value for key, value in named.items() if value is not None or key not in SIGNED_IF_SET}
+    value_by_key = {key: _at(config, key) for key in CODE_OF}
+    value_by_key = {key: value for key, value in value_by_key.items() if value is not None or key not in SIGNED_IF_SET}
     for section in ("task", "method"):
         choice = str(_at(config, f"{section}.name"))
         if choice in CHOICES.of_plugins(section) or CHOICES.find(section, choice) is None:
             # Which of them name further models is not known before the plugin is loaded, so all of its settings count.
-            named[section] = config.get(section)
-    return named
+            value_by_key[section] = config.get(section)
+    return value_by_key
 
 
 def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Field[Any] | None]]:
@@ -167,11 +167,11 @@ def _below(
     if not isinstance(value, Mapping):
         yield name, value, field
         return
-    own = {one.name: one for one in fields(cls)} if cls is not None else {}
+    field_by_name = {class_field.name: class_field for class_field in fields(cls)} if cls is not None else {}
     hints = type_hints(cls) if cls is not None else {}
     for key, part in value.items():
         inner = hints.get(key)
-        yield from _below(inner if is_section(inner) else None, part, f"{name}.{_name(key)}", own.get(key))
+        yield from _below(inner if is_section(inner) else None, part, f"{name}.{_name(key)}", field_by_name.get(key))
 
 
 def _name(key: Any) -> str:
@@ -204,8 +204,8 @@ def _at(tree: Any, key: str) -> Any:
 def check_reference(text: str, signature: Any, folder: Path) -> None:
     """Raises UserError where the export in `folder` names its base by variables of the environment that this process has not
     resolved before, and not with the signature of the run that it is of."""
-    of, _, why = signing.signed_by(signature)
-    if was_resolved(text) or MODEL in believed(folder) or of.get(MODEL) == signing.digest([text]):
+    signed_digests, _, why = signing.signed_by(signature)
+    if was_resolved(text) or MODEL in believed(folder) or signed_digests.get(MODEL) == signing.digest([text]):
         return
     raise UserError(_refusal(MODEL, [text], folder, why or "it was changed after it was signed", repeatable=False))
 
@@ -226,8 +226,10 @@ def signed_keys() -> set[str]:
 
 def check_overrides(stored: Sequence[str], folders: Sequence[str], signature: Any, path: Path) -> None:
     """Raises UserError where stored words of a command line, with its folders of groups, are neither signed nor harmless."""
-    of, _, why = signing.signed_by(signature)
-    if of.get(OVERRIDES) == signing.digest([list(stored), list(folders)]) or OVERRIDES in believed(path.parent):
+    signed_digests, _, why = signing.signed_by(signature)
+    if signed_digests.get(OVERRIDES) == signing.digest([list(stored), list(folders)]) or OVERRIDES in believed(
+        path.parent
+    ):
         return
     signed = signed_keys()
     doubtful = [text for text in stored if not _is_harmless(text, signed)]
@@ -245,11 +247,11 @@ def _is_harmless(text: str, signed: set[str]) -> bool:
     key, _, value = text.partition("=")
     if key in sections() or key == "experiment":
         return re.fullmatch(r"[\w,-]+", value) is not None
-    known = any(
-        key == one or (typing.get_origin(hint) is dict and key.startswith(f"{one}."))
-        for one, hint in all_keys().items()
+    is_known = any(
+        key == known_key or (typing.get_origin(hint) is dict and key.startswith(f"{known_key}."))
+        for known_key, hint in all_keys().items()
     )
-    return known and key != plugins.KEY and key not in signed and not may_refer(value)
+    return is_known and key != plugins.KEY and key not in signed and not may_refer(value)
 
 
 # ---- what is believed ----
@@ -282,9 +284,11 @@ def cleared_beside(
     Raises: as `cleared`.
     """
     tree = to_dict(config)
-    own = consequential({"config": tree})
+    command_values = consequential({"config": tree})
     doubtful, why = _doubtful(content, path)
-    doubtful = {key: value for key, value in doubtful.items() if key != plugins.KEY and own.get(key) != value}
+    doubtful = {
+        key: value for key, value in doubtful.items() if key != plugins.KEY and command_values.get(key) != value
+    }
     repeated = tuple(key_of(text) for text in given)
     replaced = [key for key in doubtful if decided or _is_within(key, repeated)]
     if problems := [_refusal(key, value, path, why) for key, value in doubtful.items() if key not in replaced]:
@@ -294,12 +298,16 @@ def cleared_beside(
 
 def _doubtful(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str]:
     """What runs code or reaches out and nobody vouches for, by key, and why it does not count as signed."""
-    found = consequential(content)
-    if not found:
+    consequences = consequential(content)
+    if not consequences:
         return {}, ""
-    of, _, why = signing.signed_by(content.get(SIGNATURE))
-    named = believed(path.parent)
-    unsigned = {key: one for key, one in found.items() if key not in named and of.get(key) != signing.digest(one)}
+    signed_digests, _, why = signing.signed_by(content.get(SIGNATURE))
+    believed_keys = believed(path.parent)
+    unsigned = {
+        key: value
+        for key, value in consequences.items()
+        if key not in believed_keys and signed_digests.get(key) != signing.digest(value)
+    }
     return unsigned, why or "it was changed after it was signed"
 
 
@@ -308,7 +316,7 @@ def _is_within(key: str, places: Sequence[str]) -> bool:
 
 
 def _refusal(key: str, value: Any, path: Path, why: str, *, repeatable: bool = True) -> Problem:
-    text = ", ".join(one[0] for one in value) if key == plugins.KEY else format_value(value[0])
+    text = ", ".join(entry[0] for entry in value) if key == plugins.KEY else format_value(value[0])
     if key == CODE:
         text = "true"
     does = "resolves a variable of your environment" if _refers(value) else "runs code or reaches out"

@@ -119,8 +119,8 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
 
 def permits(config: RunConfig, changed: RunConfig) -> bool:
     """Return whether nothing is wrong with `changed` that is not wrong with `config`."""
-    before = find_problems(config)
-    return all(problem in before for problem in find_problems(changed))
+    problems_before = find_problems(config)
+    return all(problem in problems_before for problem in find_problems(changed))
 
 
 def at_stage(config: RunConfig, stage: int) -> RunConfig:
@@ -129,8 +129,8 @@ def at_stage(config: RunConfig, stage: int) -> RunConfig:
 
 def allowed_stages(config: RunConfig) -> list[int]:
     """Return the stages that nothing else in `config` speaks against; what is wrong at every stage does not count."""
-    found = {stage: len(find_problems(at_stage(config, stage))) for stage in STAGES}
-    return [stage for stage, problems in found.items() if problems == min(found.values())]
+    count_by_stage = {stage: len(find_problems(at_stage(config, stage))) for stage in STAGES}
+    return [stage for stage, problems in count_by_stage.items() if problems == min(count_by_stage.values())]
 
 
 def check_data(config: RunConfig) -> Iterator[Problem]:
@@ -163,11 +163,11 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
         yield Problem("data.packing", f"{task.unpackable}, so rows are not packed", "data.packing=false", "true")
     held_out = [
         (f"data.split.{name}", share)
-        for name, share, given in (
+        for name, share, file in (
             ("validation", data.split.validation, data.validation),
             ("test", data.split.test, data.test),
         )
-        if not given and isinstance(share, float) and share
+        if not file and isinstance(share, float) and share
     ]
     if sum(share for _, share in held_out) >= 1:
         yield Problem(
@@ -410,13 +410,13 @@ def _check_what_needs_evaluations(config: RunConfig, held_out: bool) -> Iterator
         ("evaluate.slices", bool(evaluate.slices), "measuring slices", evaluate.slices, False),
         ("evaluate.counterfactual", bool(evaluate.counterfactual), "swapping terms", evaluate.counterfactual, False),
     )
-    for key, is_requested, what, value, needs_cadence in requested:
+    for key, is_requested, setting, value, needs_cadence in requested:
         if not is_requested:
             continue
         if not held_out and not (config.data.test and key in ("evaluate.slices", "evaluate.counterfactual")):
-            yield Problem(key, f"{what} needs validation rows, and none are held out", HOLD_OUT, format_value(value))
+            yield Problem(key, f"{setting} needs validation rows, and none are held out", HOLD_OUT, format_value(value))
         if needs_cadence and evaluate.every == 0:
-            yield Problem(key, f"{what} needs evaluations during training", every, format_value(value))
+            yield Problem(key, f"{setting} needs evaluations during training", every, format_value(value))
 
 
 def _check_baseline(config: RunConfig, held_out: bool) -> Iterator[Problem]:

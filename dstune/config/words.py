@@ -24,8 +24,8 @@ def meaning(word: str, following: Sequence[str] = ()) -> str | None:
         if word in names:
             return f"did you mean {group}={word}?"
     if word in choices:
-        own = f", or {word}.KEY=VALUE" if word in sections() else ""
-        return f"write {word}=CHOICE with one of {', '.join(choices[word])}{own}"
+        key_form = f", or {word}.KEY=VALUE" if word in sections() else ""
+        return f"write {word}=CHOICE with one of {', '.join(choices[word])}{key_form}"
     if word in sections():
         return f"write {word}.KEY=VALUE"
     path = Path(word)
@@ -54,16 +54,16 @@ def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """Return the overrides without those that the shell split at a space inside brackets, and a problem for each of these."""
     whole: list[str] = []
     problems: list[Problem] = []
-    rest = list(texts)
-    while rest:
-        text = rest.pop(0)
+    remaining = list(texts)
+    while remaining:
+        text = remaining.pop(0)
         key, equals, value = text.partition("=")
-        pieces = _to_the_closing_bracket(value, rest) if equals and _opened(value) > 0 else 0
+        pieces = _to_the_closing_bracket(value, remaining) if equals and _opened(value) > 0 else 0
         if not pieces:
             whole.append(text)
             continue
-        key, value = key.lstrip("+"), " ".join([value, *rest[:pieces]])
-        del rest[:pieces]
+        key, value = key.lstrip("+"), " ".join([value, *remaining[:pieces]])
+        del remaining[:pieces]
         problems.append(Problem(key, "the shell split this at its spaces", typed(key, value), value))
     return whole, problems
 

@@ -91,8 +91,12 @@ class _Merge:
             return
         if who := self.given(group):
             self._contradiction(value, now, who)
-        kept = type_hints(classes_of(group)[value.value])
-        old = {name: part for name, part in self.tree[group].items() if name in kept and self.given(f"{group}.{name}")}
+        field_names = type_hints(classes_of(group)[value.value])
+        old = {
+            name: part
+            for name, part in self.tree[group].items()
+            if name in field_names and self.given(f"{group}.{name}")
+        }
         defaults = to_dict(classes_of(group)[value.value]())
         self.tree[group] = {**defaults, **old, "name": value.value}
 
@@ -109,8 +113,8 @@ class _Merge:
         if content.processes and "processes" in launch and not self.given("launch.processes"):
             launch["processes"] = content.processes
         if value := content.accumulation:
-            known = "trainer.global_batch_size"
-            is_known = bool(self.given(known)) or known in self._taken
+            key = "trainer.global_batch_size"
+            is_known = bool(self.given(key)) or key in self._taken
             self.problems += _accumulate(trainer, launch.get("processes"), value, is_known, self.path)
 
     def _keys(self, section: str) -> Mapping[str, Any]:
@@ -210,9 +214,11 @@ def _defaults(hydra: Hydra, texts: list[str]) -> dict[str, str]:
     """The files of a composition in order, with the section that each fills ("" for several)."""
     from hydra.types import RunMode
 
-    found = hydra.config_loader.compute_defaults_list(ROOT_CONFIG, texts, RunMode.RUN).defaults
-    own = [entry for entry in found if not str(entry.config_path).startswith(("hydra/", "schema/", "run_schema"))]
-    return {str(entry.config_path): str(entry.package or "") for entry in own}
+    defaults = hydra.config_loader.compute_defaults_list(ROOT_CONFIG, texts, RunMode.RUN).defaults
+    own_entries = [
+        entry for entry in defaults if not str(entry.config_path).startswith(("hydra/", "schema/", "run_schema"))
+    ]
+    return {str(entry.config_path): str(entry.package or "") for entry in own_entries}
 
 
 def _keys_of(hydra: Hydra, path: str, package: str) -> frozenset[str]:
