@@ -94,9 +94,9 @@ class VerbParser(argparse.ArgumentParser):
             fix = f"{self.prog} {shlex.join(self._given)}".strip()
             raise UserError(Problem(", ".join(names), "this is missing", f"{fix} {' '.join(names)}"))
         if unknown := re.search(r"unrecognized arguments: (.+)", message):
-            given = unknown[1].split()[0]
+            word = unknown[1].split()[0]
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(given.partition("=")[0], flags, n=1)
+            near = difflib.get_close_matches(word.partition("=")[0], flags, n=1)
             fix = f"did you mean {near[0]}?" if near else f"`{self.prog} --help` explains what it takes"
             raise UserError(Problem("command line", "this verb has no such argument", fix, unknown[1]))
         if choice := re.search(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.+)\)$", message):

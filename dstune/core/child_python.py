@@ -16,9 +16,9 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """Since Python 3.11: leaves the working directory, or the folder of a script, out of the import path."""
 
 
-def child_environment(given: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return `given` (default: this process's environment) for a child that imports dstune."""
-    environment = dict(os.environ if given is None else given) | SAFE_PATH
+def child_environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return `variables` (default: this process's environment) for a child that imports dstune."""
+    environment = dict(os.environ if variables is None else variables) | SAFE_PATH
     if path := python_path(environment.get("PYTHONPATH", "")):
         environment["PYTHONPATH"] = path
     else:

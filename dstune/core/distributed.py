@@ -60,9 +60,9 @@ class World:
 
     def gather_numbers(self, numbers: Sequence[float]) -> np.ndarray:
         """Gather `numbers` of every rank: float64 [world size, len(numbers)]. Every rank must call it, with equal lengths."""
-        mine = torch.tensor(numbers, dtype=torch.float64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        torch_dist.all_gather(everyone, mine, group=self._control)
+        local = torch.tensor(numbers, dtype=torch.float64)
+        everyone = [torch.empty_like(local) for _ in range(self.size)]
+        torch_dist.all_gather(everyone, local, group=self._control)
         return torch.stack(everyone).numpy()
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
@@ -101,30 +101,30 @@ def prove(group: Any, ranks: Sequence[int], rank: int, name: str) -> None:
         return
     device = messages.device_of(group)
 
-    def exchange(mine: bytes) -> list[bytes]:
-        tensor = torch.tensor(list(mine), dtype=torch.uint8, device=device)
+    def exchange(local_proof: bytes) -> list[bytes]:
+        tensor = torch.tensor(list(local_proof), dtype=torch.uint8, device=device)
         everyone = [torch.empty_like(tensor) for _ in ranks]
         torch_dist.all_gather(everyone, tensor, group=group)
-        return [bytes(one.cpu().tolist()) for one in everyone]
+        return [bytes(row.cpu().tolist()) for row in everyone]
 
     numbers = b"".join(exchange(secrets.token_bytes(32)))
 
-    def proof(of: int) -> bytes:
-        return hmac.digest(secret.encode(), b"|".join([name.encode(), numbers, str(of).encode()]), "sha256")
+    def proof(of_rank: int) -> bytes:
+        return hmac.digest(secret.encode(), b"|".join([name.encode(), numbers, str(of_rank).encode()]), "sha256")
 
-    for other, given in zip(ranks, exchange(proof(rank)), strict=True):
-        if not hmac.compare_digest(given, proof(other)):
+    for other, received_proof in zip(ranks, exchange(proof(rank)), strict=True):
+        if not hmac.compare_digest(received_proof, proof(other)):
             raise TrainingFailed(f"what answers as rank {other} is no rank of this launch: somebody took its place")
 
 
 def own_group(groups: Sequence[Sequence[int]], rank: int) -> tuple[Any, list[int]]:
     """Make all process groups, and return the one that `rank` is in, with its ranks. Every rank has to make every group, in the
     same order."""
-    own = None
+    group_of_rank = None
     for ranks in groups:
         group = torch_dist.new_group(list(ranks))
         if rank in ranks:
             prove(group, ranks, rank, "rows")
-            own = group, list(ranks)
-    assert own is not None
-    return own
+            group_of_rank = group, list(ranks)
+    assert group_of_rank is not None
+    return group_of_rank

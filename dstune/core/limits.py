@@ -112,7 +112,10 @@ def _limit_memory(soft: int, hard: int, memory_bytes: float, *, anew: bool = Fal
     if anew or _State.uses % _MEASURED_EVERY == 0 or _State.pid != os.getpid():
         _State.has_bytes, _State.pid = _data_bytes(), os.getpid()
     _State.uses += 1
-    limits = [_State.has_bytes + int(memory_bytes), *(one for one in (soft, hard) if one != resource.RLIM_INFINITY)]
+    limits = [
+        _State.has_bytes + int(memory_bytes),
+        *(bound for bound in (soft, hard) if bound != resource.RLIM_INFINITY),
+    ]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
 
 
@@ -170,9 +173,9 @@ def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: s
 
     settings: of `adapter_config.json`. where, value: what problems name. Raises UserError where one takes for ever.
     """
-    found = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
-    found += [[*settings[key]] for key in ("rank_pattern", "alpha_pattern") if isinstance(settings.get(key), dict)]
-    patterns = [one for each in found for one in (each if isinstance(each, list) else [each]) if isinstance(one, str)]
+    values = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    values += [[*settings[key]] for key in ("rank_pattern", "alpha_pattern") if isinstance(settings.get(key), dict)]
+    patterns = [one for each in values for one in (each if isinstance(each, list) else [each]) if isinstance(one, str)]
     patterns = [pattern for pattern in dict.fromkeys(patterns) if _SPECIAL.search(pattern)]
     if not patterns:
         return

@@ -27,36 +27,36 @@ def encode(value: Any) -> bytes:
         blocks.append(content)
         return len(content)
 
-    def array(one: np.ndarray) -> list[Any]:
-        if one.dtype.hasobject:
-            raise TypeError(f"ranks send no arrays of objects: {one.dtype}")
-        return [one.dtype.str, list(one.shape), block(one.tobytes())]
+    def array(value: np.ndarray) -> list[Any]:
+        if value.dtype.hasobject:
+            raise TypeError(f"ranks send no arrays of objects: {value.dtype}")
+        return [value.dtype.str, list(value.shape), block(value.tobytes())]
 
-    def packed(one: Any) -> Any:
-        kind = type(one)
+    def packed(value: Any) -> Any:
+        kind = type(value)
         if kind in PLAIN:
-            return one
+            return value
         if kind is list:
-            return [packed(part) for part in one]
+            return [packed(part) for part in value]
         # A mapping is always marked, so that no mapping that is sent is taken for a mark.
-        if isinstance(one, dict):
-            return {"map": [[packed(key), packed(part)] for key, part in one.items()]}
-        if isinstance(one, tuple):
-            return {"tuple": [packed(part) for part in one]}
-        if isinstance(one, torch.Tensor):
-            content = one.detach().cpu().contiguous()
+        if isinstance(value, dict):
+            return {"map": [[packed(key), packed(part)] for key, part in value.items()]}
+        if isinstance(value, tuple):
+            return {"tuple": [packed(part) for part in value]}
+        if isinstance(value, torch.Tensor):
+            content = value.detach().cpu().contiguous()
             as_bytes = content.reshape(-1).view(torch.uint8).numpy().tobytes() if content.numel() else b""
-            return {"tensor": [str(one.dtype).removeprefix("torch."), list(one.shape), block(as_bytes)]}
-        if isinstance(one, np.ndarray):
-            return {"array": array(one)}
-        if isinstance(one, np.generic):
-            return {"number": array(np.asarray(one))}
-        if isinstance(one, bytes):
-            return {"bytes": block(one)}
-        if isinstance(one, Path):
-            return {"path": str(one)}
-        if isinstance(one, str):  # of the environment
-            return str(one)
+            return {"tensor": [str(value.dtype).removeprefix("torch."), list(value.shape), block(as_bytes)]}
+        if isinstance(value, np.ndarray):
+            return {"array": array(value)}
+        if isinstance(value, np.generic):
+            return {"number": array(np.asarray(value))}
+        if isinstance(value, bytes):
+            return {"bytes": block(value)}
+        if isinstance(value, Path):
+            return {"path": str(value)}
+        if isinstance(value, str):  # of the environment
+            return str(value)
         raise TypeError(f"ranks send no {kind.__module__}.{kind.__qualname__}")
 
     text = json.dumps(packed(value), ensure_ascii=True, check_circular=False, separators=(",", ":")).encode()
@@ -73,12 +73,12 @@ def decode(message: bytes) -> Any:
         position += size
         return bytearray(whole[position - size : position])
 
-    def array(given: list[Any]) -> np.ndarray:
-        kind, shape, size = given
+    def array(fields: list[Any]) -> np.ndarray:
+        kind, shape, size = fields
         return np.frombuffer(block(size), dtype=np.dtype(kind)).reshape(shape)
 
-    def tensor(given: list[Any]) -> torch.Tensor:
-        kind, shape, size = given
+    def tensor(fields: list[Any]) -> torch.Tensor:
+        kind, shape, size = fields
         dtype = getattr(torch, kind)
         flat = torch.frombuffer(block(size), dtype=dtype) if size else torch.empty(0, dtype=dtype)
         return flat.reshape(shape)
@@ -93,13 +93,13 @@ def decode(message: bytes) -> Any:
         "path": Path,
     }
 
-    def unpacked(one: Any) -> Any:
-        if type(one) is list:
-            return [unpacked(part) for part in one]
-        if type(one) is not dict:
-            return one
-        ((kind, given),) = one.items()
-        return read[kind](given)
+    def unpacked(value: Any) -> Any:
+        if type(value) is list:
+            return [unpacked(part) for part in value]
+        if type(value) is not dict:
+            return value
+        ((kind, content),) = value.items()
+        return read[kind](content)
 
     return unpacked(json.loads(message[8:end]))
 
@@ -107,16 +107,16 @@ def decode(message: bytes) -> Any:
 def gather(value: Any, group: Any = None) -> list[Any]:
     """Gather the value of every rank of the group, in rank order, on every rank."""
     device = device_of(group)
-    mine = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(device)
-    size = torch.tensor([len(mine)], dtype=torch.int64, device=device)
+    encoded = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(device)
+    size = torch.tensor([len(encoded)], dtype=torch.int64, device=device)
     sizes = [torch.empty_like(size) for _ in range(torch_dist.get_world_size(group))]
     torch_dist.all_gather(sizes, size, group=group)
-    lengths = [int(one) for one in sizes]
+    lengths = [int(row) for row in sizes]
     padded = torch.empty(max(lengths), dtype=torch.uint8, device=device)
-    padded[: len(mine)] = mine
+    padded[: len(encoded)] = encoded
     everyone = [torch.empty_like(padded) for _ in lengths]
     torch_dist.all_gather(everyone, padded, group=group)
-    return [decode(_bytes(one[:length])) for one, length in zip(everyone, lengths, strict=True)]
+    return [decode(_bytes(row[:length])) for row, length in zip(everyone, lengths, strict=True)]
 
 
 def broadcast(value: Any, group: Any = None) -> Any:

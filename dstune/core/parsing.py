@@ -36,12 +36,12 @@ class RepeatedKey(ValueError):
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build the object of JSON with these keys and values. Raises RepeatedKey."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise RepeatedKey(f"the key {repeated!r:.60} stands twice in an object")
-    return found
+    return mapping
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -80,8 +80,8 @@ def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
     if text.count("[", start, end) + text.count("{", start, end) <= MAX_DEPTH:
         return
     depth = 0
-    for found in _BRACKET.finditer(text, start, end):
-        mark = found[0]
+    for bracket in _BRACKET.finditer(text, start, end):
+        mark = bracket[0]
         if mark in "[{":
             depth += 1
             if depth > MAX_DEPTH:
@@ -93,10 +93,10 @@ def check_depth(text: str, start: int = 0, end: int | None = None) -> None:
 def end_of_json(text: str, start: int) -> int | None:
     """Return where the object or array that begins at `start` ends, however deep it is; None where it does not."""
     depth = 0
-    for found in _BRACKET.finditer(text, start):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+    for bracket in _BRACKET.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket[0], 0)
         if depth == 0:
-            return found.end()
+            return bracket.end()
     return None
 
 

@@ -35,9 +35,9 @@ class Source:
 
 def distinct(requested: Sequence[str]) -> dict[str, str]:
     """Return the plugins by name. Raises UserError: two files of one name, or a name that is none."""
-    found: dict[str, str] = {}
+    spec_by_name: dict[str, str] = {}
     problems = []
-    for spec in (split(one)[0] for one in requested):
+    for spec in (split(requested_spec)[0] for requested_spec in requested):
         path = Path(spec)
         name = name_of(spec)
         if is_path(spec) and not name.isidentifier():
@@ -46,14 +46,18 @@ def distinct(requested: Sequence[str]) -> dict[str, str]:
                 valid = "".join(c if c.isalnum() else "_" for c in name)
                 fix = f"rename it, for example {path.with_name(f'{valid}.py')}"
             problems.append(Problem(KEY, "the name of a plugin file is a name in Python", fix, spec))
-        elif name in found and Path(found[name]).absolute() != path.absolute() and found[name] != spec:
-            reason = f"there are two plugins named {name}: {found[name]} and {spec}"
+        elif (
+            name in spec_by_name
+            and Path(spec_by_name[name]).absolute() != path.absolute()
+            and spec_by_name[name] != spec
+        ):
+            reason = f"there are two plugins named {name}: {spec_by_name[name]} and {spec}"
             problems.append(Problem(KEY, reason, "rename one of the files", spec))
         else:
-            found[name] = spec
+            spec_by_name[name] = spec
     if problems:
         raise UserError(problems)
-    return found
+    return spec_by_name
 
 
 def is_path(spec: str) -> bool:
@@ -111,14 +115,14 @@ def _module(name: str) -> Source:
 def _origin(module: str) -> Path | None:
     """The file of a module; the folder of a package without `__init__.py`."""
     try:
-        found = importlib.util.find_spec(module)
+        module_spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
-    if found is None:
+    if module_spec is None:
         return None
-    if found.origin is None or found.origin in ("built-in", "frozen"):
-        return next((Path(folder) for folder in found.submodule_search_locations or ()), None)
-    return Path(found.origin)
+    if module_spec.origin is None or module_spec.origin in ("built-in", "frozen"):
+        return next((Path(folder) for folder in module_spec.submodule_search_locations or ()), None)
+    return Path(module_spec.origin)
 
 
 def installed_content(origin: Path) -> bytes:

@@ -92,7 +92,7 @@ def used_by(config: Any) -> tuple[Plugin, ...]:
     in the tree; a metric, row format or callback can act in any run.
     """
     chosen = set(_classes(config))
-    return (*(one for one in _installed.values() if _can_act(_loaded[one.name], chosen)), *active())
+    return (*(plugin for plugin in _installed.values() if _can_act(_loaded[plugin.name], chosen)), *active())
 
 
 def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
@@ -104,8 +104,8 @@ def _can_act(plugin: _Loaded, chosen: set[type]) -> bool:
 def _classes(node: Any) -> Iterator[type]:
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         yield type(node)
-        for one in dataclasses.fields(node):
-            yield from _classes(getattr(node, one.name))
+        for node_field in dataclasses.fields(node):
+            yield from _classes(getattr(node, node_field.name))
     elif isinstance(node, Mapping | list | tuple):
         for value in node.values() if isinstance(node, Mapping) else node:
             yield from _classes(value)
@@ -134,8 +134,8 @@ def activate(requested: Sequence[str], read: Mapping[str, Source] | None = None)
         place, member = plugin_files.split(spec)
         names = {cls.__name__ for _, cls in members_of(spec)}
         if member and member not in names:
-            known = ", ".join(sorted(names)) or "nothing"
-            fix = f"put @dstune.callback (or task, method, metric, ...) above the class; the plugin registers {known}"
+            registered_names = ", ".join(sorted(names)) or "nothing"
+            fix = f"put @dstune.callback (or task, method, metric, ...) above the class; the plugin registers {registered_names}"
             problems.append(Problem(KEY, f"{place} registers no class {member}", fix, spec))
     if problems:
         raise UserError(problems)
@@ -247,10 +247,10 @@ def install(plugins: Iterable[Plugin], run_dir: Path) -> None:
 def to_dicts(plugins: Iterable[Plugin]) -> list[dict[str, Any]]:
     """Return `plugins` as `run.yaml` lists them."""
     return [
-        {"name": one.name, "file": one.file, "sha256": one.sha256, "registers": list(one.registers)}
-        | ({} if one.is_file else {"module": True})
-        | ({"distribution": one.distribution, "version": one.version} if one.distribution else {})
-        for one in plugins
+        {"name": plugin.name, "file": plugin.file, "sha256": plugin.sha256, "registers": list(plugin.registers)}
+        | ({} if plugin.is_file else {"module": True})
+        | ({"distribution": plugin.distribution, "version": plugin.version} if plugin.distribution else {})
+        for plugin in plugins
     ]
 
 
@@ -259,20 +259,20 @@ def from_dicts(stored: Any, where: str) -> tuple[Plugin, ...]:
     try:
         plugins = tuple(
             Plugin(
-                str(one["name"]),
-                str(one["file"]),
-                str(one["sha256"]),
-                tuple(map(str, one.get("registers") or ())),
-                is_file=not one.get("module", False),
-                distribution=str(one.get("distribution") or ""),
-                version=str(one.get("version") or ""),
+                str(entry["name"]),
+                str(entry["file"]),
+                str(entry["sha256"]),
+                tuple(map(str, entry.get("registers") or ())),
+                is_file=not entry.get("module", False),
+                distribution=str(entry.get("distribution") or ""),
+                version=str(entry.get("version") or ""),
             )
-            for one in stored or ()
+            for entry in stored or ()
         )
     except (KeyError, TypeError, AttributeError):
         plugins = None
     # A name is part of a path: one with `..` in it would execute a file elsewhere.
-    if plugins is None or not all(part.isidentifier() for one in plugins for part in _parts(one)):
+    if plugins is None or not all(part.isidentifier() for entry in plugins for part in _parts(entry)):
         raise UserError(Problem(where, "`plugins` is not a list of plugins", "bring run.yaml back from a copy"))
     return plugins
 
@@ -284,7 +284,9 @@ def _parts(plugin: Plugin) -> list[str]:
 def digests(*kinds: str) -> list[str]:
     """Return hashes of the plugins that register a member of one of `kinds`: part of what is derived from them."""
     loaded = (*_installed.values(), *active())
-    return sorted(one.sha256 for one in loaded if any(text.rpartition(" ")[0] in kinds for text in one.registers))
+    return sorted(
+        plugin.sha256 for plugin in loaded if any(text.rpartition(" ")[0] in kinds for text in plugin.registers)
+    )
 
 
 # ---- installed packages ----
@@ -306,12 +308,12 @@ def load_installed() -> None:
             load_built_ins()
         for point in points:
             _installed[point.module] = _load_installed(point)
-        for one in json.loads(inherited or "[]"):
-            source = plugin_files.find(one["path"] if one["is_file"] else one["name"])
-            if source.sha256 != one["sha256"]:
-                reason = f"the plugin {one['name']} has changed since this process began"
+        for entry in json.loads(inherited or "[]"):
+            source = plugin_files.find(entry["path"] if entry["is_file"] else entry["name"])
+            if source.sha256 != entry["sha256"]:
+                reason = f"the plugin {entry['name']} has changed since this process began"
                 raise UserError(Problem(source.file, reason, "start the run again"))
-            _active[one["name"]] = _load(source)
+            _active[entry["name"]] = _load(source)
     except BaseException:
         _looked_for_installed = False  # the next question has the same answer
         raise
@@ -383,20 +385,20 @@ def _remove(members: Iterable[tuple[registry.Registry[Any], type[Any]]]) -> None
 
 
 def _load(source: Source) -> Plugin:
-    known = _loaded.get(source.name)
-    if known is not None and (known.plugin.sha256, known.plugin.is_file) == (source.sha256, source.is_file):
-        _add_again(known, source)
-        return replace(known.plugin, file=source.file)
+    loaded = _loaded.get(source.name)
+    if loaded is not None and (loaded.plugin.sha256, loaded.plugin.is_file) == (source.sha256, source.is_file):
+        _add_again(loaded, source)
+        return replace(loaded.plugin, file=source.file)
     _loaded.pop(source.name, None)
-    before = _members()
+    members_before = _members()
     try:
-        module = _execute(source) if source.is_file else _import(source.name, again=known is not None)
+        module = _execute(source) if source.is_file else _import(source.name, again=loaded is not None)
         _check_version(module)
     except (Exception, SystemExit) as error:  # a script that ends itself would end the command without a word
-        _remove(_members() - before)
+        _remove(_members() - members_before)
         sys.modules.pop(f"{PACKAGE}.{source.name}", None)
         raise UserError(_import_problem(source, error)) from error
-    added = [one for one in _members() if _is_of(one[1], module.__name__) or one not in before]
+    added = [one for one in _members() if _is_of(one[1], module.__name__) or one not in members_before]
     added.sort(key=lambda one: (one[0].kind, one[1].name))
     registers = tuple(f"{kind.kind} {member.name}" for kind, member in added)
     plugin = Plugin(source.name, source.file, source.sha256, registers, source.is_file)
@@ -405,11 +407,11 @@ def _load(source: Source) -> Plugin:
     return plugin
 
 
-def _add_again(known: _Loaded, source: Source) -> None:
+def _add_again(loaded: _Loaded, source: Source) -> None:
     """Raises UserError: another plugin has one of the names by now."""
     added: list[tuple[registry.Registry[Any], type[Any]]] = []
     try:
-        for kind, member in known.members:
+        for kind, member in loaded.members:
             kind.add(member)
             added.append((kind, member))
     except ValueError as error:

@@ -58,10 +58,10 @@ def from_environment(env: Mapping[str, str]) -> RankEnv | None:
         UserError: a variable is no number, the rank is not below the world size, or the number of ranks is not told.
     """
     for find in (_torch_style, _openmpi, _pmi, _slurm):
-        found = find(env)
-        if found is not None:
-            _check(found)
-            return found
+        rank_env = find(env)
+        if rank_env is not None:
+            _check(rank_env)
+            return rank_env
     _refuse_unknown_launcher(env)
     return None
 
@@ -134,8 +134,8 @@ def _tasks_on_node(listing: str, node: int, default: int) -> int:
     return counts[node] if node < len(counts) else default
 
 
-def _unless_alone(found: RankEnv) -> RankEnv | None:
-    return found if found.world_size > 1 else None
+def _unless_alone(rank_env: RankEnv) -> RankEnv | None:
+    return rank_env if rank_env.world_size > 1 else None
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
@@ -155,10 +155,15 @@ def _first(env: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
     return default
 
 
-def _check(found: RankEnv) -> None:
-    if not (0 <= found.rank < found.world_size and 0 <= found.local_rank < found.local_size <= found.world_size):
-        formatted = f"rank {found.rank} of {found.world_size}, local rank {found.local_rank} of {found.local_size}"
-        reason = f"the launcher's variables contradict each other ({found.source})"
+def _check(rank_env: RankEnv) -> None:
+    if not (
+        0 <= rank_env.rank < rank_env.world_size
+        and 0 <= rank_env.local_rank < rank_env.local_size <= rank_env.world_size
+    ):
+        formatted = (
+            f"rank {rank_env.rank} of {rank_env.world_size}, local rank {rank_env.local_rank} of {rank_env.local_size}"
+        )
+        reason = f"the launcher's variables contradict each other ({rank_env.source})"
         fix = "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to let dstune start the ranks"
         raise UserError(Problem("environment", reason, fix, formatted))
 

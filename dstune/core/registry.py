@@ -200,8 +200,8 @@ class Registry(Generic[Member]):
             _loading -= 1
         first = {name: self._members[name] for name in self._order() if name in self._members}
         # Not in the order of import: `find` may have imported one before the others.
-        rest = sorted(self._members.items(), key=lambda item: _position(item[1], rooms))
-        self._members = first | dict(rest)
+        others = sorted(self._members.items(), key=lambda item: _position(item[1], rooms))
+        self._members = first | dict(others)
 
     def _packages(self) -> list[str]:
         return ([] if self._package is None else [self._package]) + wing_modules(self._in_wings)

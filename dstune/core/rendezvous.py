@@ -58,20 +58,20 @@ def _meet_in_private(env: RankEnv, variables: MutableMapping[str, str], seconds:
     name = hashlib.sha256(f"{env.source} {identity}".encode()).hexdigest()[:32]
     places = [folder / f".dstune-meeting-{name}.json" for folder in (cache_root(), Path.cwd())]
     if env.rank == 0:
-        given = {GROUP_SECRET: secrets.token_hex(32)}
+        meeting = {GROUP_SECRET: secrets.token_hex(32)}
         if env.local_size == env.world_size:
-            given[STORE] = str(Path(tempfile.mkdtemp(prefix="dstune-")) / "store")
+            meeting[STORE] = str(Path(tempfile.mkdtemp(prefix="dstune-")) / "store")
         else:
-            own = own_address(variables.get("GLOO_SOCKET_IFNAME"))
-            given |= {"MASTER_ADDR": own, "MASTER_PORT": str(free_port())}
+            address = own_address(variables.get("GLOO_SOCKET_IFNAME"))
+            meeting |= {"MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
         for place in places:
             with contextlib.suppress(OSError):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                content = {"identity": identity, "place": _place(), "pid": os.getpid(), "given": given}
+                content = {"identity": identity, "place": _place(), "pid": os.getpid(), "given": meeting}
                 files.write(place, json.dumps(content), mode=0o600)
     else:
-        given = _wait_for_private_meeting(places, identity, seconds)
-    variables.update(given)
+        meeting = _wait_for_private_meeting(places, identity, seconds)
+    variables.update(meeting)
 
 
 def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: float) -> dict[str, str]:
@@ -82,11 +82,11 @@ def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: fl
     while time.monotonic() < deadline:
         for place in places:
             try:
-                found = json.loads(files.read_own(place))
+                content = json.loads(files.read_own(place))
                 # What an earlier launch left is of a process that has ended.
-                gone = found["place"] == _place() and not psutil.pid_exists(found["pid"])
-                if found["identity"] == identity and not gone:
-                    return dict(found["given"])
+                gone = content["place"] == _place() and not psutil.pid_exists(content["pid"])
+                if content["identity"] == identity and not gone:
+                    return dict(content["given"])
             except (OSError, ValueError, KeyError, TypeError):
                 pass
         time.sleep(0.05)
@@ -137,8 +137,8 @@ def set_address_over_mpi(env: RankEnv, variables: MutableMapping[str, str]) -> b
         raise UserError(
             Problem("MPI", reason, "start the ranks with the mpirun of that MPI, or install mpi4py for this one")
         )
-    mine = (own_address(variables.get("GLOO_SOCKET_IFNAME")), free_port()) if env.rank == 0 else None
-    address, port = world.bcast(mine)
+    own_place = (own_address(variables.get("GLOO_SOCKET_IFNAME")), free_port()) if env.rank == 0 else None
+    address, port = world.bcast(own_place)
     MPI.Finalize()  # ranks end without the interpreter's own end, which an MPI that is still open would call a failure
     variables.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     choose_interface(env, variables)
@@ -157,10 +157,14 @@ def choose_interface(env: RankEnv, variables: MutableMapping[str, str]) -> None:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((variables["MASTER_ADDR"], int(variables["MASTER_PORT"])))  # sends nothing
-            own = probe.getsockname()[0]
+            address_in_use = probe.getsockname()[0]
     except OSError:
         return
-    names = [name for name, entries in psutil.net_if_addrs().items() if own in [entry.address for entry in entries]]
+    names = [
+        name
+        for name, entries in psutil.net_if_addrs().items()
+        if address_in_use in [entry.address for entry in entries]
+    ]
     if names and names != ["lo"]:
         variables["GLOO_SOCKET_IFNAME"] = names[0]
 
@@ -281,23 +285,23 @@ def own_address(interface: str | None) -> str:
     """
     import psutil
 
-    found = {
+    addresses_of = {
         name: [entry.address for entry in entries if entry.family == socket.AF_INET]
         for name, entries in psutil.net_if_addrs().items()
     }
     if interface:
-        if not found.get(interface):
-            having = ", ".join(name for name, addresses in found.items() if addresses)
+        if not addresses_of.get(interface):
+            having = ", ".join(name for name, addresses in addresses_of.items() if addresses)
             reason = f"{socket.gethostname()} has no such interface with an IPv4 address"
             raise UserError(Problem("launch.interface", reason, f"one of {having}", interface))
-        return found[interface][0]
+        return addresses_of[interface][0]
     host = socket.gethostname()
     try:
         if not socket.gethostbyname(host).startswith("127."):
             return host
     except OSError:
         pass
-    others = [address for addresses in found.values() for address in addresses if not address.startswith("127.")]
+    others = [address for addresses in addresses_of.values() for address in addresses if not address.startswith("127.")]
     return next(iter(others), "127.0.0.1")
 
 

@@ -42,8 +42,10 @@ _references: set[str] = set()
 def is_secret(name: str, value: str = "") -> bool:
     """Return whether the environment variable `name` holds a secret, by its name, or by its `value` where that is an address
     with credentials in it."""
-    known = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
-    return known or (name.upper().endswith("_PROXY") and "@" in value)  # NAME:PASSWORD@HOST is enough for a proxy
+    looks_secret = SECRET_NAME.search(name.upper()) is not None or CREDENTIALS.search(value) is not None
+    return looks_secret or (
+        name.upper().endswith("_PROXY") and "@" in value
+    )  # NAME:PASSWORD@HOST is enough for a proxy
 
 
 def remember(value: str, reference: str) -> None:
@@ -51,8 +53,8 @@ def remember(value: str, reference: str) -> None:
     `${oc.env:KEY}` for the value of that variable alone, which other texts may be made of."""
     _references.add(reference)
     _add(value, reference)
-    for found in REFERENCE.finditer(reference):
-        _add(os.environ.get(found[1], ""), f"${{oc.env:{found[1]}}}")
+    for match in REFERENCE.finditer(reference):
+        _add(os.environ.get(match[1], ""), f"${{oc.env:{match[1]}}}")
 
 
 def was_resolved(reference: str) -> bool:
@@ -108,11 +110,11 @@ def redact_output() -> None:
     def change(text: str) -> str:
         return visible_but_colours(redact(text))
 
-    before = {id(stream): Filtered(stream, change) for stream in (sys.stdout, sys.stderr)}
-    sys.stdout, sys.stderr = before[id(sys.stdout)], before[id(sys.stderr)]
+    filtered = {id(stream): Filtered(stream, change) for stream in (sys.stdout, sys.stderr)}
+    sys.stdout, sys.stderr = filtered[id(sys.stdout)], filtered[id(sys.stderr)]
     # Loggers of libraries took hold of the streams when they were imported.
     loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
     for logger in loggers:
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and id(handler.stream) in before:
-                handler.setStream(before[id(handler.stream)])
+            if isinstance(handler, logging.StreamHandler) and id(handler.stream) in filtered:
+                handler.setStream(filtered[id(handler.stream)])

@@ -37,8 +37,8 @@ def key_file() -> Path:
     return Path.home() / ".config" / "dstune" / "trust.key"
 
 
-def sign(of: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return a signature of this user for `of` (names with digests); None where there is no key and none can be kept.
+def sign(digests: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return a signature of this user for `digests` (names with digests); None where there is no key and none can be kept.
 
     Raises:
         UserError: a key that is none, or that others can read.
@@ -46,7 +46,7 @@ def sign(of: Mapping[str, str]) -> dict[str, Any] | None:
     key = _team_key() or _own_key(make=True)
     if key is None:
         return None
-    return {"of": dict(of), "key": key_id(key), "hmac": _proof(key, of)}
+    return {"of": dict(digests), "key": key_id(key), "hmac": _proof(key, digests)}
 
 
 def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
@@ -58,16 +58,16 @@ def signed_by(signature: Any) -> tuple[dict[str, str], str, str]:
     if signature is None:
         return {}, "", "nobody has signed it"
     try:
-        of = {str(name): str(digest) for name, digest in signature["of"].items()}
-        given, name = str(signature["hmac"]), str(signature["key"])
+        signed_digests = {str(name): str(digest) for name, digest in signature["of"].items()}
+        proof, name = str(signature["hmac"]), str(signature["key"])
     except (KeyError, TypeError, AttributeError):
         return {}, "", "its signature cannot be read"
     changed = False
     for whose, read in ((TEAM, _team_key), (OWN, lambda: _own_key(make=False))):
         if (key := read()) is None:
             continue
-        if hmac.compare_digest(_proof(key, of).encode(), given.encode()):
-            return of, whose, ""
+        if hmac.compare_digest(_proof(key, signed_digests).encode(), proof.encode()):
+            return signed_digests, whose, ""
         changed |= key_id(key) == name
     return {}, "", "its signature was changed" if changed else "it was signed with another key than yours"
 
@@ -83,8 +83,8 @@ def key_id(key: bytes) -> str:
     return hmac.digest(key, b"dstune key", "sha256").hex()[:12]
 
 
-def _proof(key: bytes, of: Mapping[str, str]) -> str:
-    return hmac.digest(key, PURPOSE + json.dumps(of, sort_keys=True).encode(), "sha256").hex()
+def _proof(key: bytes, digests: Mapping[str, str]) -> str:
+    return hmac.digest(key, PURPOSE + json.dumps(digests, sort_keys=True).encode(), "sha256").hex()
 
 
 def _team_key() -> bytes | None:

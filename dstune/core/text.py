@@ -24,8 +24,8 @@ def visible(text: str, keep: str = "") -> str:
     'a\\\\x1b[2Jb'
     """
 
-    def written(found: re.Match[str]) -> str:
-        character = found[0]
+    def written(match: re.Match[str]) -> str:
+        character = match[0]
         return character if character in keep else character.encode("unicode_escape").decode()
 
     return _OBEYED.sub(written, text)

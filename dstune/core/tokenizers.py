@@ -60,11 +60,11 @@ def _refuse_growing_file(file: Path) -> None:
         return  # of the hub, or an older form
     text, end = file.read_text(encoding="utf-8", errors="replace"), 0
     decoder = json.JSONDecoder()
-    for found in _SECTION.finditer(text):
-        if found.start() < end:  # within the one before
+    for section in _SECTION.finditer(text):
+        if section.start() < end:  # within the one before
             continue
         try:
-            step, end = decoder.raw_decode(text, found.end())
+            step, end = decoder.raw_decode(text, section.end())
             _check_growth(step, file)
         except (ValueError, RecursionError):  # the file is no JSON, or too deep: the library refuses it too
             return
@@ -96,17 +96,17 @@ def _growth(step: Any) -> int:
         return _product(map(_growth, step))
     if not isinstance(step, dict):
         return 1
-    own = 1
+    step_growth = 1
     match step.get("type"):
         case "Replace":
-            own = len(str(step.get("content")))
+            step_growth = len(str(step.get("content")))
         case "Prepend":
-            own = 1 + len(str(step.get("prepend")))
+            step_growth = 1 + len(str(step.get("prepend")))
         case "ByteLevel":
-            own = 2
+            step_growth = 2
         case "Precompiled":
-            own = max(map(len, _texts_of(step.get("precompiled_charsmap"))))
-    return max(own, 1) * _product(map(_growth, step.values()))
+            step_growth = max(map(len, _texts_of(step.get("precompiled_charsmap"))))
+    return max(step_growth, 1) * _product(map(_growth, step.values()))
 
 
 def _product(factors: Iterable[int]) -> int:
@@ -137,9 +137,11 @@ def _added(step: Any) -> int:
     if step.get("type") != "TemplateProcessing":
         return sum(map(_added, step.values()))
     tokens = step.get("special_tokens")
-    ids = {name: len(one.get("ids", ())) for name, one in tokens.items()} if isinstance(tokens, dict) else {}
-    named = [piece.get("SpecialToken", {}).get("id") for kind in ("single", "pair") for piece in step.get(kind, ())]
-    return sum(ids.get(name, 0) for name in named)
+    ids = {name: len(token.get("ids", ())) for name, token in tokens.items()} if isinstance(tokens, dict) else {}
+    token_names = [
+        piece.get("SpecialToken", {}).get("id") for kind in ("single", "pair") for piece in step.get(kind, ())
+    ]
+    return sum(ids.get(name, 0) for name in token_names)
 
 
 # ---- Patterns that do not end ----
@@ -171,16 +173,16 @@ def _named(method: Callable[..., Any]) -> Callable[..., Any]:
     return named
 
 
-def _culprit(tokenizer: Any, given: Any) -> Any:
+def _culprit(tokenizer: Any, texts: Any) -> Any:
     """Of several texts the one on which the library gives up."""
-    for text in given if isinstance(given, list) and all(isinstance(one, str) for one in given) else ():
+    for text in texts if isinstance(texts, list) and all(isinstance(item, str) for item in texts) else ():
         try:
             tokenizer.backend_tokenizer.encode(text)
         except BaseException as error:
             if not _is_panic(error):
                 raise
             return text
-    return given
+    return texts
 
 
 def _is_panic(error: BaseException) -> bool:

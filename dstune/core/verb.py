@@ -61,13 +61,13 @@ class Verb:
 
         return parser_of(self.function(), [])
 
-    def words(self, given: Sequence[str]) -> Words:
-        """Return what may follow the words `given` behind the verb, for completion in the shell."""
+    def words(self, words_before: Sequence[str]) -> Words:
+        """Return what may follow the words `words_before` behind the verb, for completion in the shell."""
         words = [*self.further_words]
         parser = self.parser()
         if parser is None:
             return Words(words, self.overrides, files=self.takes_files)
-        last = parser._option_string_actions.get(given[-1]) if given else None
+        last = parser._option_string_actions.get(words_before[-1]) if words_before else None
         if last is not None and last.nargs != 0:  # the value of a flag
             return Words([str(choice) for choice in last.choices or ()], files=not last.choices)
         words += [flag for flag in parser._option_string_actions if flag.startswith("--")]
@@ -81,4 +81,4 @@ verb = VERBS.add
 
 def other_names() -> dict[str, str]:
     """Return what other tools call a verb, and what it is here."""
-    return {name: fix for own in VERBS.classes().values() for names, fix in own.other_names for name in names}
+    return {name: fix for verb in VERBS.classes().values() for names, fix in verb.other_names for name in names}
