@@ -126,8 +126,8 @@ launcher_of, parallelism_of = LAUNCHERS.of, PARALLELISMS.of
 def metric_names(config: TaskConfig) -> tuple[str, ...]:
     """Return the metrics of a task's evaluations that may be chosen by name: its own, and those that are registered for it."""
     task = task_of(config)
-    own = tuple(task.metrics)
-    return own + tuple(name for name in registered_metrics(task) if name not in own)
+    task_metrics = tuple(task.metrics)
+    return task_metrics + tuple(name for name in registered_metrics(task) if name not in task_metrics)
 
 
 def registered_metrics(task: Task) -> tuple[str, ...]:
@@ -137,5 +137,12 @@ def registered_metrics(task: Task) -> tuple[str, ...]:
 
 def formats_for(task: Task) -> tuple[str, ...]:
     """Return the row formats that a task reads: its own, then those of plugins that have the shape of one of them."""
-    own = task.read_formats
-    return (*own, *(name for name, form in ROW_FORMATS.classes().items() if form.shape in own and name not in own))
+    task_formats = task.read_formats
+    return (
+        *task_formats,
+        *(
+            name
+            for name, form in ROW_FORMATS.classes().items()
+            if form.shape in task_formats and name not in task_formats
+        ),
+    )

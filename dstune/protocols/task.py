@@ -207,12 +207,12 @@ class Task:
     @classmethod
     def for_source(cls, main: TaskConfig, prompt: str | None) -> TaskConfig:
         """Return the configuration for a source of `data.mixture` with rows of this task, in a run of the task `main`."""
-        same = isinstance(main, cls.Config)
+        is_same_task = isinstance(main, cls.Config)
         prompt = prompt if cls.asks_by_prompt else None
-        if same and prompt is None:
+        if is_same_task and prompt is None:
             return main
         # Not `replace`: rules read the configuration through a view, which is no dataclass.
-        values = {field.name: getattr(main, field.name) for field in fields(cls.Config)} if same else {}
+        values = {field.name: getattr(main, field.name) for field in fields(cls.Config)} if is_same_task else {}
         if cls.conversational:
             of_template = ("template_date", "chat_template_kwargs")
             values |= {key: getattr(main, key) for key in of_template if hasattr(main, key)}
