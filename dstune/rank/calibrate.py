@@ -60,8 +60,8 @@ def calibrate(directory: Path, world: World) -> None:
     speeds = {size: asdict(compute(world, device, size, dtype, link)) for size, dtype in formats.items()}
     if world.is_main:
         device_name = accelerator.name()
-        found = {"device": device_name, "ranks": world.size, "threads": torch.get_num_threads(), "speeds": speeds}
-        (directory / "speeds.json").write_text(json.dumps(found, indent=1))
+        figures = {"device": device_name, "ranks": world.size, "threads": torch.get_num_threads(), "speeds": speeds}
+        (directory / "speeds.json").write_text(json.dumps(figures, indent=1))
     world.barrier()
 
 
@@ -147,9 +147,9 @@ def layers(world: World, device: torch.device, dtype: torch.dtype, size: int, sp
     s = small_setup(size, rows, on_gpu=on_gpu)
     linear, attention, _ = forward_flops(s)
     products = 3 * linear / speed.flops + 3 * attention / speed.attention
-    kept = s.model.layers * activations.layer(s).saved
-    rest = max(taken - products, taken / 20)
-    return Speed(**(asdict(speed) | {"saved": kept / rest}))
+    saved_bytes = s.model.layers * activations.layer(s).saved
+    elementwise_seconds = max(taken - products, taken / 20)
+    return Speed(**(asdict(speed) | {"saved": saved_bytes / elementwise_seconds}))
 
 
 HEADS, HEAD = 12, 64
@@ -169,10 +169,10 @@ def attention_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], Non
 
     def run() -> None:
         if device.type == "cpu":
-            found = CausalAttention.apply(query, key, value, whole, HEAD**-0.5, None)
+            output = CausalAttention.apply(query, key, value, whole, HEAD**-0.5, None)
         else:
-            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        found.float().sum().backward()
+            output = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        output.float().sum().backward()
 
     return run
 

@@ -60,13 +60,13 @@ def run(directory: Path, env: RankEnv) -> None:
         os.environ.setdefault("NCCL_DEBUG", "INFO")
         os.environ.setdefault("NCCL_DEBUG_FILE", str(directory / "logs" / "nccl-%h-%p.log"))
     world = start_process_group(env)
-    found = measure(accelerator.current(), world.size)
+    figures = measure(accelerator.current(), world.size)
     hosts = world.gather(environment.host())
     sockets = world.any(_over_sockets(directory))
     if world.is_main:
         name = accelerator.name()
-        found |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
-        (directory / "result.json").write_text(json.dumps({"status": "completed", "allreduce": found}))
+        figures |= {"ranks": world.size, "hosts": sorted(set(hosts)), "device": name, "nccl_over_sockets": sockets}
+        (directory / "result.json").write_text(json.dumps({"status": "completed", "allreduce": figures}))
     world.barrier()
 
 

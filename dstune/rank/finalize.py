@@ -120,8 +120,12 @@ def restore_best(run: Training, checkpoints: Checkpoints, run_dir: Path) -> int:
         and reached
         and (best is None or best.name != store.tag(reached.step))
     ):
-        there = "the last weights stand in for it" if best is None else "the best one that was saved stands in for it"
-        run.log.message(f"warning: the best evaluation, after step {reached.step}, has no checkpoint here: {there}")
+        substitute = (
+            "the last weights stand in for it" if best is None else "the best one that was saved stands in for it"
+        )
+        run.log.message(
+            f"warning: the best evaluation, after step {reached.step}, has no checkpoint here: {substitute}"
+        )
     if best is None or best.name == store.tag(run.state.step):
         return run.state.step
     checkpoints.load_weights(best)

@@ -114,16 +114,16 @@ def label_counts(counts: dict[str, int]) -> str:
     """Say how many training rows each label has, the most frequent first."""
     ordered = sorted(counts, key=lambda name: -counts[name])
     reported = ", ".join(f"{name} {counts[name]:,}" for name in ordered[:MAX_LISTED_LABELS])
-    more = f" and {len(ordered) - MAX_LISTED_LABELS} more" if len(ordered) > MAX_LISTED_LABELS else ""
-    return f"{len(ordered)} labels: {reported}{more}"
+    further = f" and {len(ordered) - MAX_LISTED_LABELS} more" if len(ordered) > MAX_LISTED_LABELS else ""
+    return f"{len(ordered)} labels: {reported}{further}"
 
 
 def unlikely_labels(counts: dict[str, int]) -> Iterator[str]:
     """Yield labels that look like a slip, the first of them one by one."""
-    found = suspicious(counts)
-    yield from found[:MAX_LISTED_LABELS]
-    if more := len(found[MAX_LISTED_LABELS:]):
-        yield f"{more:,} more labels look like a slip (data_report.json has all labels)"
+    messages = suspicious(counts)
+    yield from messages[:MAX_LISTED_LABELS]
+    if further := len(messages[MAX_LISTED_LABELS:]):
+        yield f"{further:,} more labels look like a slip (data_report.json has all labels)"
 
 
 def few_steps(config: RunConfig, run: Training) -> Iterator[str]:
@@ -173,41 +173,41 @@ def cautions(config: RunConfig, run: Training) -> Iterator[str]:
     if isinstance(method := method_of(config.method), GivesCautions):
         yield from method.cautions(run)
     if config.trainer.profile_steps and run.total_steps - run.state.step <= UNTIMED_STEPS:
-        left = run.total_steps - run.state.step
-        reason = f"{left} step{'s' * (left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"
+        steps_left = run.total_steps - run.state.step
+        reason = f"{steps_left} step{'s' * (steps_left != 1)} left, and the first {UNTIMED_STEPS} of a launch are not profiled"
         yield f"trainer.profile_steps={config.trainer.profile_steps} has no effect: {reason}"
     stopping, every = config.trainer.early_stopping.patience, config.evaluate.every
     if stopping and run.data.validation is not None and cadence(every).times(run.total_steps, run.epochs) == 1:
         yield f"early stopping has nothing to compare: {run.total_steps} steps and evaluate.every={every}"
     parallel = parallelism_of(config.parallel)
     if run.world.local_size % parallel.size:
-        what = parallel.sent_in_layers
+        payload = parallel.sent_in_layers
         reason = f"parallel.size={parallel.size} does not divide the {run.world.local_size} ranks of a node"
-        yield f"{reason}: ranks of two nodes share {what} over the network in every layer"
+        yield f"{reason}: ranks of two nodes share {payload} over the network in every layer"
     yield from fillers(config, run.world.size)
     yield from changed_schedule(config, run)
 
 
 def changed_schedule(config: RunConfig, run: Training) -> Iterator[str]:
     """Yield what to tell where a continued run has another number of steps, so that its rate jumps."""
-    step, before = run.state.step, run.state.planned_steps
-    if not step or not before or before == run.total_steps:
+    step, total_before = run.state.step, run.state.planned_steps
+    if not step or not total_before or total_before == run.total_steps:
         return
     schedule = schedule_of(config.schedule)
-    was = schedule.factor(min(step, before - 1), before)  # of the next step, or the last one again
+    was = schedule.factor(min(step, total_before - 1), total_before)  # of the next step, or the last one again
     now = schedule.factor(step, run.total_steps)
     if abs(now - was) >= 0.01:
         yield (
-            f"the run has {run.total_steps:,} steps now instead of {before:,}, and its schedule is stretched to them: the rate "
-            f"goes on at {config.optimizer.lr * now:.2g} instead of {config.optimizer.lr * was:.2g}. For a schedule of their own, "
-            f"train the further steps as a new run: model.path=EXPORT"
+            f"the run has {run.total_steps:,} steps now instead of {total_before:,}, and its schedule is stretched to them: the "
+            f"rate goes on at {config.optimizer.lr * now:.2g} instead of {config.optimizer.lr * was:.2g}. For a schedule of their "
+            f"own, train the further steps as a new run: model.path=EXPORT"
         )
 
 
 def data_report(config: RunConfig, data: PreparedData) -> dict[str, Any]:
     """Return what happened to the rows, which tables they come from, and how well they pack."""
     report = data.report
-    specs = {key: getattr(own.data, part) for key, part, own in inputs.row_inputs(config)}
+    specs = {key: getattr(row_input.data, part) for key, part, row_input in inputs.row_inputs(config)}
     if tables := {key: source.describe(spec) for key, spec in specs.items() if (source := data_source_of(spec))}:
         report = report | {"tables": tables}
     if not config.data.packing:
@@ -245,8 +245,8 @@ def ask_untuned(run: Training, run_dir: Path, module: torch.nn.Module, tokenizer
     if run.log is None:
         return
     rows = len(limited(validation, config.evaluate.max_rows, config.task).lengths)
-    found = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
-    baseline_file.remember(run_dir, format_value(config.model.path), validation.name, rows, found)
-    for one in prompted:
-        metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.evaluation.metrics.items())
-        run.log.message(f"untuned, {one.shots} examples: {metrics}")
+    results = [{"shots": answers.shots, "metrics": answers.evaluation.metrics} for answers in prompted]
+    baseline_file.remember(run_dir, format_value(config.model.path), validation.name, rows, results)
+    for answers in prompted:
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in answers.evaluation.metrics.items())
+        run.log.message(f"untuned, {answers.shots} examples: {metrics}")

@@ -54,8 +54,8 @@ def train(config: RunConfig, run_dir: Path, world: World) -> None:
     config = choose_zero_stage(config, run_dir, world)
     with swap.own_folder(config.zero, run_dir, world) as zero:
         config = replace(config, zero=zero)
-        *before, config = stages_of(config, run_dir)
-        for stage in before:
+        *earlier_stages, config = stages_of(config, run_dir)
+        for stage in earlier_stages:
             train_before(stage, config, run_dir, world, preemption)
             startup = StartupTimer()  # of the last stage, which `result.json` is about
         train_stage(config, run_dir, world, preemption, startup)
@@ -132,17 +132,17 @@ def run_training(
     run.callbacks.close()  # last: a run that is preempted has little time for its result
 
 
-def take_over_export(source: Path, own: Path) -> None:
+def take_over_export(source: Path, run_dir: Path) -> None:
     """Copy what an earlier stage of another run has exported, unless this run has its own: the checkpoint that the run goes on
     from stands on it, and that run's folder may be gone by the next launch."""
-    theirs = source / "export"
-    own = own / "export"
-    if not (theirs / "config.json").is_file() or own.is_dir():
+    exported = source / "export"
+    run_dir = run_dir / "export"
+    if not (exported / "config.json").is_file() or run_dir.is_dir():
         return
-    temporary = own.with_name(f"{own.name}{INCOMPLETE}")
+    temporary = run_dir.with_name(f"{run_dir.name}{INCOMPLETE}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(theirs, temporary)
-    temporary.rename(own)
+    shutil.copytree(exported, temporary)
+    temporary.rename(run_dir)
 
 
 def train_before(stage: RunConfig, config: RunConfig, run_dir: Path, world: World, preemption: Preemption) -> None:
@@ -233,22 +233,22 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
         report(f"rank {env.rank}: {error}")
         return Outcome(error.exit_code, error=error)
     config: RunConfig | None = None
-    given: dict[str, Any] | None = None
+    prepared: dict[str, Any] | None = None
     if world.is_main:
-        config, given = _prepared_for_all(prepare_run)
-    given = world.broadcast(given)
-    assert given is not None
-    if "error" in given:
-        refusal = from_json(given["error"])
+        config, prepared = _prepared_for_all(prepare_run)
+    prepared = world.broadcast(prepared)
+    assert prepared is not None
+    if "error" in prepared:
+        refusal = from_json(prepared["error"])
         if world.is_main:
             report(str(refusal))
         world.barrier()
         return Outcome(refusal.exit_code, error=refusal)
-    run_dir = given["run"]
-    if not given["to do"]:
+    run_dir = prepared["run"]
+    if not prepared["to do"]:
         world.barrier()
-        return Outcome(EXIT_DONE, given["place"])
-    os.environ.update(given["variables"])
+        return Outcome(EXIT_DONE, prepared["place"])
+    os.environ.update(prepared["variables"])
     record_collectives(os.environ, run_dir)
     errors: list[DstuneError] = []
 
@@ -261,7 +261,7 @@ def _inside(env: RankEnv, prepare_run: Callable[[], tuple[RunConfig | None, Path
         train(config or read_decided(run_dir / "run.yaml").config, run_dir, world)
 
     code = guarded(work, report_error)
-    return Outcome(code, given["place"], errors[0] if errors else None)
+    return Outcome(code, prepared["place"], errors[0] if errors else None)
 
 
 def _prepared_for_all(
