@@ -24,7 +24,7 @@ SCALARS = {bool, float, int, str}
 
 class CallbackList:
     def __init__(self, callbacks: Iterable[Callback]):
-        self._callbacks = sorted(callbacks, key=lambda one: one.order)
+        self._callbacks = sorted(callbacks, key=lambda callback: callback.order)
         self._initial = self.state_dict()
 
     @classmethod
@@ -32,11 +32,11 @@ class CallbackList:
         """Make the built-in callbacks that `run` needs and those of `trainer.callbacks`, with the states of its checkpoint.
         Installs changes of gradients."""
         automatic = [member.for_run(run) for member in CALLBACKS.classes().values()]
-        callbacks = cls([*(one for one in automatic if one is not None), *chosen_callbacks(run.config)])
+        callbacks = cls([*(callback for callback in automatic if callback is not None), *chosen_callbacks(run.config)])
         callbacks.load(run.state)
-        for one in callbacks._callbacks:
-            if one.changes_gradients:
-                run.engine.before_update(one.before_update)
+        for callback in callbacks._callbacks:
+            if callback.changes_gradients:
+                run.engine.before_update(callback.before_update)
         return callbacks
 
     def __iter__(self) -> Iterator[Callback]:
@@ -45,100 +45,106 @@ class CallbackList:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, run: Training) -> None:
-        for one in self._callbacks:
-            one.on_train_begin(run)
+        for callback in self._callbacks:
+            callback.on_train_begin(run)
 
     def on_step_begin(self, run: Training, step: Step) -> None:
-        for one in self._callbacks:
-            one.on_step_begin(run, step)
+        for callback in self._callbacks:
+            callback.on_step_begin(run, step)
 
     def on_micro_batch_begin(self, run: Training, step: Step, position: int, batch: Mapping[str, Any]) -> None:
-        for one in self._callbacks:
-            one.on_micro_batch_begin(run, step, position, batch)
+        for callback in self._callbacks:
+            callback.on_micro_batch_begin(run, step, position, batch)
 
     def on_micro_batch_end(self, run: Training, step: Step, position: int) -> None:
-        for one in self._callbacks:
-            one.on_micro_batch_end(run, step, position)
+        for callback in self._callbacks:
+            callback.on_micro_batch_end(run, step, position)
 
     @property
     def needs_loss_at_step_end(self) -> bool:
-        return any(one.needs_loss_at_step_end for one in self._callbacks)
+        return any(callback.needs_loss_at_step_end for callback in self._callbacks)
 
     def on_step_end(self, run: Training, step: Step) -> Request:
-        return merge([_checked(one, one.on_step_end(run, step)) for one in self._callbacks])
+        return merge([_checked(callback, callback.on_step_end(run, step)) for callback in self._callbacks])
 
     def on_step_agreed(self, run: Training, step: Step) -> None:
         """Add what the callbacks ask for to `step.request`."""
-        for one in self._callbacks:
-            step.request = merge([step.request, _checked(one, one.on_step_agreed(run, step))])
+        for callback in self._callbacks:
+            step.request = merge([step.request, _checked(callback, callback.on_step_agreed(run, step))])
 
     def between_steps(self, run: Training) -> None:
-        for one in self._callbacks:
-            one.between_steps(run)
+        for callback in self._callbacks:
+            callback.between_steps(run)
 
     def while_waiting(self, run: Training) -> Request:
         return merge(
-            [_checked(one, one.while_waiting(run), Action.EVALUATE | Action.REWIND) for one in self._callbacks]
+            [
+                _checked(callback, callback.while_waiting(run), Action.EVALUATE | Action.REWIND)
+                for callback in self._callbacks
+            ]
         )
 
     def on_evaluate(self, run: Training, evaluation: Evaluated) -> Request:
         requests = [
-            _checked(one, one.on_evaluate(run, evaluation), Action.EVALUATE | Action.REWIND) for one in self._callbacks
+            _checked(callback, callback.on_evaluate(run, evaluation), Action.EVALUATE | Action.REWIND)
+            for callback in self._callbacks
         ]
         return merge(requests)
 
     def on_save(self, run: Training) -> None:
-        for one in self._callbacks:
-            one.on_save(run)
+        for callback in self._callbacks:
+            callback.on_save(run)
 
     def on_rewind(self, run: Training, earlier: TrainState | None) -> None:
-        for one in self._callbacks:
+        for callback in self._callbacks:
             # A checkpoint may be older than the callback's part in the run.
-            saved = None if earlier is None else earlier.callbacks.get(one.name, self._initial.get(one.name, {}))
-            one.on_rewind(run, saved)
+            saved = (
+                None if earlier is None else earlier.callbacks.get(callback.name, self._initial.get(callback.name, {}))
+            )
+            callback.on_rewind(run, saved)
 
     def on_train_end(self, run: Training, request: Request) -> None:
-        for one in self._callbacks:
-            one.on_train_end(run, request)
+        for callback in self._callbacks:
+            callback.on_train_end(run, request)
 
     def close(self) -> None:
-        for one in self._callbacks:
-            one.close()
+        for callback in self._callbacks:
+            callback.close()
 
     def on_progress(self, doing: str) -> None:
-        for one in self._callbacks:
-            one.on_progress(doing)
+        for callback in self._callbacks:
+            callback.on_progress(doing)
 
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
         with ExitStack() as stack:
-            for one in self._callbacks:
-                stack.enter_context(_of_type(AbstractContextManager, one, "around", one.around(phase)))
+            for callback in self._callbacks:
+                stack.enter_context(_of_type(AbstractContextManager, callback, "around", callback.around(phase)))
             yield
 
     # -- vetoes -------------------------------------------------------------------------------------------------------
 
     @property
     def can_veto(self) -> bool:
-        return any(one.can_veto for one in self._callbacks)
+        return any(callback.can_veto for callback in self._callbacks)
 
     def veto(self, run: Training, loss: float) -> bool:
-        vetoes = [one.veto(run, loss) for one in self._callbacks if one.can_veto]  # each sees every step
+        vetoes = [callback.veto(run, loss) for callback in self._callbacks if callback.can_veto]  # each sees every step
         return any(vetoes)
 
     # -- numbers and reports ------------------------------------------------------------------------------------------
 
     def numbers(self) -> list[Mapping[str, float]]:
         """Return the `numbers` of each callback."""
-        return [_of_type(Mapping, one, "numbers", one.numbers()) for one in self._callbacks]
+        return [_of_type(Mapping, callback, "numbers", callback.numbers()) for callback in self._callbacks]
 
     def agreed(self, run: Training, mine: list[Mapping[str, float]], everyone: np.ndarray) -> None:
         """Give each callback its numbers of all ranks. mine: what `numbers` returned. everyone: its values one after another,
         [ranks, numbers]."""
         columns = iter(everyone.T.tolist())
-        for one, numbers in zip(self._callbacks, mine, strict=True):
+        for callback, numbers in zip(self._callbacks, mine, strict=True):
             if numbers:
-                one.agreed(run, {name: next(columns) for name in numbers})
+                callback.agreed(run, {name: next(columns) for name in numbers})
 
     def metrics(self, run: Training, step: Step, taken: Iterable[str]) -> dict[str, float | int | str]:
         """Return the metrics of all callbacks. taken: the names of the loop's own.
@@ -146,43 +152,49 @@ class CallbackList:
         Raises:
             UserError: a name is there already, so that one value would hide the other; or a value is not JSON.
         """
-        found: dict[str, float | int | str] = {}
+        metrics: dict[str, float | int | str] = {}
         owners = dict.fromkeys(taken, "the training loop")
-        for one in self._callbacks:
-            own = _of_type(Mapping, one, "metrics", one.metrics(run, step))
-            for name in filter(owners.get, own):
-                reason = f"the callback {one.name} returned the metric {name}, which {owners[name]} has written already"
-                raise UserError(Problem(KEY, reason, f"rename it, for example to {one.name}/{name}"))
-            if not {type(value) for value in own.values()} <= SCALARS and (problem := _not_json(own, numpy=True)):
-                reason = f"metrics() of the callback {one.name} {problem}"
+        for callback in self._callbacks:
+            returned = _of_type(Mapping, callback, "metrics", callback.metrics(run, step))
+            for name in filter(owners.get, returned):
+                reason = (
+                    f"the callback {callback.name} returned the metric {name}, which {owners[name]} has written already"
+                )
+                raise UserError(Problem(KEY, reason, f"rename it, for example to {callback.name}/{name}"))
+            if not {type(value) for value in returned.values()} <= SCALARS and (
+                problem := _not_json(returned, numpy=True)
+            ):
+                reason = f"metrics() of the callback {callback.name} {problem}"
                 raise UserError(Problem(KEY, reason, "return numbers and texts, for example float(x)"))
-            owners |= dict.fromkeys(own, f"the callback {one.name}")
-            found |= own
-        return found
+            owners |= dict.fromkeys(returned, f"the callback {callback.name}")
+            metrics |= returned
+        return metrics
 
     def results(self, taken: Collection[str], warn: Callable[[str], None]) -> dict[str, Any]:
         """Return the results of all callbacks. What `result.json` cannot hold is left out with a warning: the training is done,
         and a result that lacks an entry is better than a failed run. taken: the names that it has already."""
-        found: dict[str, Any] = {}
-        for one in self._callbacks:
-            own: Any = one.results()
-            if not isinstance(own, Mapping):
-                warn(f"warning: results() of the callback {one.name} returned {type(own).__name__}, which is ignored")
+        results: dict[str, Any] = {}
+        for callback in self._callbacks:
+            returned: Any = callback.results()
+            if not isinstance(returned, Mapping):
+                warn(
+                    f"warning: results() of the callback {callback.name} returned {type(returned).__name__}, which is ignored"
+                )
                 continue
-            for name, value in own.items():
-                clash = name in taken or name in found
+            for name, value in returned.items():
+                clash = name in taken or name in results
                 problem = "is there already" if clash else _not_json({name: value}, numpy=True)
                 if problem:
-                    warn(f"warning: result.json leaves out {name!r} of the callback {one.name}: it {problem}")
+                    warn(f"warning: result.json leaves out {name!r} of the callback {callback.name}: it {problem}")
                 else:
-                    found[name] = value
-        return found
+                    results[name] = value
+        return results
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the states of the callbacks that have one, by name. Raises UserError for a state that no checkpoint can hold."""
-        states = {one.name: state for one in self._callbacks if (state := one.state_dict())}
+        states = {callback.name: state for callback in self._callbacks if (state := callback.state_dict())}
         for name, state in states.items():
             if problem := _not_json(state):
                 fix = "return JSON's types from state_dict: float(x) for a number, list(x) for a set"
@@ -191,39 +203,39 @@ class CallbackList:
 
     def load(self, state: TrainState) -> None:
         """Raises UserError for the state of a callback that nobody knows: it would be lost with the next save."""
-        own = {one.name for one in self._callbacks}
-        if unknown := sorted(name for name in state.callbacks if name not in own and name not in CALLBACKS):
+        names = {callback.name for callback in self._callbacks}
+        if unknown := sorted(name for name in state.callbacks if name not in names and name not in CALLBACKS):
             reason = f"the checkpoint has the state of {', '.join(unknown)}, and no callback has such a name"
             raise UserError(Problem(KEY, reason, "add it to plugins again, or start another run with run.dir"))
-        for one in self._callbacks:
-            if one.name in state.callbacks:
-                one.load_state_dict(state.callbacks[one.name])
+        for callback in self._callbacks:
+            if callback.name in state.callbacks:
+                callback.load_state_dict(state.callbacks[callback.name])
 
 
-def _checked(one: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
-    """What `one` asks for. An end has a reason, without which the run would count as completed.
+def _checked(callback: Callback, request: Any, ignored: Action = Action.CONTINUE) -> Request:
+    """What `callback` asks for. An end has a reason, without which the run would count as completed.
 
     Raises:
         UserError: no request, or one for what is `ignored` at this moment.
     """
     if not isinstance(request, Request):
-        reason = f"the callback {one.name} returned {type(request).__name__} where it asks for something"
+        reason = f"the callback {callback.name} returned {type(request).__name__} where it asks for something"
         raise UserError(Problem(KEY, reason, "end the hook with `return dstune.Request()`"))
     if wrong := request.action & ignored:
         names = " and ".join(str(action.name) for action in Action if action & wrong)
-        reason = f"the callback {one.name} asks for {names} where there is no step to do it after"
+        reason = f"the callback {callback.name} asks for {names} where there is no step to do it after"
         raise UserError(Problem(KEY, reason, "ask for it in on_step_agreed"))
     if request.action & (Action.STOP | LEAVE) and not request.reason:
-        return Request(request.action, f"the callback {one.name} asked for it")
+        return Request(request.action, f"the callback {callback.name} asked for it")
     return request
 
 
-def _of_type(kind: type, one: Callback, hook: str, returned: Any) -> Any:
-    """`returned`, which the loop needs. Raises UserError where a hook of `one` ends without it."""
+def _of_type(kind: type, callback: Callback, hook: str, returned: Any) -> Any:
+    """`returned`, which the loop needs. Raises UserError where a hook of `callback` ends without it."""
     if isinstance(returned, kind):
         return returned
     wrong, right = type(returned).__name__, kind.__name__.removeprefix("Abstract")
-    reason = f"{hook}() of the callback {one.name} returned {wrong} instead of a {right}"
+    reason = f"{hook}() of the callback {callback.name} returned {wrong} instead of a {right}"
     raise UserError(Problem(KEY, reason, f"return super().{hook}(...) where there is nothing to return"))
 
 

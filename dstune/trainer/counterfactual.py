@@ -42,13 +42,13 @@ def compare(config: RunConfig, swapped: Swapped, before: Evaluated, after: Evalu
 
 
 def _summary(changes: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {"rows": len(rows)}
+    summary: dict[str, Any] = {"rows": len(rows)}
     for name, values in changes.items():
         if name == "flips":
-            found |= {"flips": int(values[rows].sum()), "flip_rate": float(values[rows].mean())}
+            summary |= {"flips": int(values[rows].sum()), "flip_rate": float(values[rows].mean())}
         else:
-            found |= {name: float(values[rows].mean()), f"{name}_abs": float(np.abs(values[rows]).mean())}
-    return found
+            summary |= {name: float(values[rows].mean()), f"{name}_abs": float(np.abs(values[rows]).mean())}
+    return summary
 
 
 def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:

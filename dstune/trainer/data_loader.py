@@ -199,7 +199,9 @@ class StreamingLoader:
 
     def cursor(self, step: int) -> dict[str, Any] | None:
         with self._lock:
-            segment = next((one for one in self._segments if one.first_step < step <= one.end), None)
+            segment = next(
+                (candidate for candidate in self._segments if candidate.first_step < step <= candidate.end), None
+            )
         if segment is None:  # no step was done since the checkpoint
             return self._cursor
         block = segment.block

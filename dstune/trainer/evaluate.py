@@ -115,14 +115,14 @@ class Evaluator:
         if context:
             held = {field.name: getattr(split, field.name) for field in fields(split)}
             formatted = InContext(**held, context=tuple(context), prefix=first_special_tokens(self.tokenizer))
-        totals, kept = self._run(formatted, progress)
-        evaluation = task.measure(self.data.labels, split, totals, kept)
+        totals, kept_rows = self._run(formatted, progress)
+        evaluation = task.measure(self.data.labels, split, totals, kept_rows)
         if isinstance(task, MeasuresFurther):
             evaluation = task.extra_evaluation(self, split, evaluation, context, one_line=one_line, progress=progress)
         evaluation = with_registered(evaluation, task, self.data.labels)
         if not (slices and self.config.evaluate.slices):
             return totals, evaluation
-        metrics, details = measure_slices(self.config, self.data.labels, split, kept)
+        metrics, details = measure_slices(self.config, self.data.labels, split, kept_rows)
         return totals, replace(
             evaluation, metrics=evaluation.metrics | metrics, details=evaluation.details | {"slices": details}
         )
@@ -140,8 +140,8 @@ class Evaluator:
             if not len(chosen):
                 continue
             config = replace(self.config, task=task, data=replace(self.config.data, mixture={}))
-            own = Evaluator(config, self.data, self.engine, self.head, self.world, self.tokenizer)
-            totals, evaluation = own._evaluated(split.select(chosen), progress)
+            task_evaluator = Evaluator(config, self.data, self.engine, self.head, self.world, self.tokenizer)
+            totals, evaluation = task_evaluator._evaluated(split.select(chosen), progress)
             loss_sum, weight = loss_sum + totals.loss_sum, weight + totals.weight
             correct += totals.correct
             metrics |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
@@ -159,10 +159,10 @@ class Evaluator:
         changed = swapped.split.select(chosen)
         if not len(chosen):
             return None
-        before = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
-        _, kept_before = self._run(before, None)
+        unswapped = split.select(np.flatnonzero(np.isin(split.origins, swapped.of[changed.origins])))
+        _, kept_before = self._run(unswapped, None)
         _, kept_after = self._run(changed, None)
-        return compare(self.config, swapped, (before, kept_before), (changed, kept_after))
+        return compare(self.config, swapped, (unswapped, kept_before), (changed, kept_after))
 
     def _run(self, split: Split, progress: Callable[[int, int], None] | None) -> tuple[Totals, list[dict[str, Any]]]:
         """Sums over all rows on all ranks, and what the head keeps of each sample, in the order of `split`."""
@@ -177,7 +177,7 @@ class Evaluator:
             packing=packing,
         )
         batches = with_images_everywhere(batches, split, needed=needs_images(self.config, self.world))
-        mine = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
+        local_batches = share(batches, self.world.data_parallel_rank, self.world.data_parallel_size)
         sums: dict[str, torch.Tensor] = {}
         rows = KeptRows()
         each = each or not task_of(self.config.task).language
@@ -185,9 +185,9 @@ class Evaluator:
         shares = None
         if isinstance(self.head, GlobalBatchHead) and self.head.join_evaluation:
             shares = joined(
-                self.head, self.engine, (self._batch(split, part, packing, each) for part in mine), self.world
+                self.head, self.engine, (self._batch(split, part, packing, each) for part in local_batches), self.world
             )
-        for number, micro_batch in enumerate(mine):
+        for number, micro_batch in enumerate(local_batches):
             batch = self._batch(split, micro_batch, packing, each)
             output = self.engine.evaluate(self.head, batch | (shares[number] if shares else {}))
             for name, value in sums_of(output).items():
@@ -195,7 +195,7 @@ class Evaluator:
             if each and output.rows and self.world.counts and not micro_batch.filler:
                 rows.add(batch["index"], output.rows)
             if progress:
-                progress(number + 1, len(mine))
+                progress(number + 1, len(local_batches))
         self.engine.train(True)
         read = numbers(sums).values()
         totals = Totals.of(
@@ -207,7 +207,7 @@ class Evaluator:
             for indices, columns in of_rank
             for row in zip(indices, _by_row(columns), strict=True)
         ]
-        return totals, [kept for _, kept in sorted(everyone, key=itemgetter(0))]
+        return totals, [kept_rows for _, kept_rows in sorted(everyone, key=itemgetter(0))]
 
     def _batch(self, split: Split, micro_batch: MicroBatch, packing: bool, each: bool) -> dict[str, torch.Tensor]:
         """each: with the numbers of the samples, for the head to tell single rows."""

@@ -64,8 +64,8 @@ class Penalties:
 
     def collect(self) -> float:
         """Return the penalty of the weights before the last update, of this rank's partitions: read once for all of them."""
-        mine, self._value = self._value, 0.0
-        return float(mine)
+        penalty, self._value = self._value, 0.0
+        return float(penalty)
 
 
 def general_fisher(
@@ -103,12 +103,12 @@ def fisher_information(
     # One row makes a global batch, so that the gradient that is squared is that of a single row on any number of ranks.
     trainer = replace(config.trainer, micro_batch_size=1, global_batch_size=1)
     data = replace(general_rows(config).data, packing=False)
-    found: Fisher = {}
+    fisher: Fisher = {}
 
     def add(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
         for part in partition.fragments:
             squared = gradient[part.offset : part.offset + part.count].float().square()
-            found[part.name] = found[part.name].add_(squared) if part.name in found else squared
+            fisher[part.name] = fisher[part.name].add_(squared) if part.name in fisher else squared
 
     single = standing_still(replace(config, trainer=trainer, data=data))
     with probing(single, general, tokenizer, precision, world, restrict) as probe:
@@ -117,4 +117,4 @@ def fisher_information(
     if not rows:
         reason = "loss or gradient was not finite in any row of forgetting.general, so nothing is known of the weights"
         raise TrainingFailed(f"{reason} (forgetting.ewc): look at the rows, or set trainer.precision=fp32")
-    return {name: total / rows for name, total in found.items()}
+    return {name: total / rows for name, total in fisher.items()}

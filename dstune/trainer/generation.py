@@ -85,9 +85,11 @@ def answers_on_all_ranks(
     with speaking(engine, world) as (module, in_step):
         shared = in_step and engine.slices is None
         if in_step or world.is_main:
-            mine = _dealt(prompts, world) if shared else prompts
+            local_prompts = _dealt(prompts, world) if shared else prompts
             seen = _dealt(images, world) if shared and images else images
-            answers = generate_answers(module, tokenizer, mine, max_new_tokens, stops, in_step=shared, images=seen)
+            answers = generate_answers(
+                module, tokenizer, local_prompts, max_new_tokens, stops, in_step=shared, images=seen
+            )
     if not shared:
         return answers
     return [answer for row in zip(*world.gather(answers), strict=True) for answer in row][: len(prompts)]

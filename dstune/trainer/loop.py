@@ -249,8 +249,8 @@ def update_weights(run: Training, step: Step, further: Sequence[Mapping[str, tor
         return output
 
     def veto(_: torch.Tensor) -> bool:
-        mine = float(sums["loss_sum"]) if run.world.counts else 0.0  # the last micro-batch is in it
-        (total,) = run.world.sum([mine])
+        loss_sum = float(sums["loss_sum"]) if run.world.counts else 0.0  # the last micro-batch is in it
+        (total,) = run.world.sum([loss_sum])
         return run.world.any(run.callbacks.veto(run, total / step.weight))
 
     for position, batch in enumerate(batches):
@@ -313,8 +313,10 @@ def synchronize(
     reason = mine.reason
     if action & (Action.STOP | LEAVE):
         reasons = run.world.gather(mine.reason)
-        named = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
-        reason = "; ".join(text if len(named) == 1 else f"rank {rank}: {text}" for text, rank in named.items())
+        rank_by_reason = {text: rank for rank, text in reversed(list(enumerate(reasons))) if text}
+        reason = "; ".join(
+            text if len(rank_by_reason) == 1 else f"rank {rank}: {text}" for text, rank in rank_by_reason.items()
+        )
     return Request(action, reason), dict(zip(sums, everyone[:, 1 + len(flat) :].sum(axis=0).tolist(), strict=True))
 
 
@@ -334,8 +336,8 @@ def report_step(run: Training, step: Step) -> None:
     }
     task = task_of(run.config.task)
     of_task = task.measure_step(Totals.of(step.sums)) if isinstance(task, MeasuresSteps) else {}
-    more = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
-    run.unwritten = UnwrittenRow(step.number, metrics, more, run.step_timer.times())
+    further_metrics = {**run.callbacks.metrics(run, step, ("step", *metrics, *METRICS, *of_task)), **of_task}
+    run.unwritten = UnwrittenRow(step.number, metrics, further_metrics, run.step_timer.times())
     if run.unwritten.times.are_known:
         write_row(run)
 
@@ -427,10 +429,10 @@ def evaluate(run: Training) -> Request:
     state.results |= evaluation.details
     row = {f"eval/{name}": value for name, value in metrics.items()} | {"eval/seconds": seconds}
     evaluated = Evaluated(metrics, seconds, row)
-    mine = run.callbacks.on_evaluate(run, evaluated)
+    rank_request = run.callbacks.on_evaluate(run, evaluated)
     if run.log:
         run.log.log(state.step, evaluated.row, rows=held_out_rows(run))
-    request, _ = synchronize(run, mine)
+    request, _ = synchronize(run, rank_request)
     return request
 
 

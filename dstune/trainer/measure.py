@@ -36,7 +36,7 @@ class Evaluation:
         if self.generated:
             rows = [asdict(row) for row in self.generated]
             return [{key: value for key, value in row.items() if key != "task" or value} for row in rows]
-        return [{"label": _named(true, labels), "predicted": _named(found, labels)} for true, found in self.predictions]
+        return [{"label": _named(true, labels), "predicted": _named(guess, labels)} for true, guess in self.predictions]
 
 
 def _named(label: Any, names: Sequence[str]) -> Any:
@@ -59,9 +59,9 @@ class Totals:
     @classmethod
     def of(cls, sums: Mapping[str, float]) -> Totals:
         """Build from sums by name (`models.heads.sums_of`)."""
-        own = ("loss_sum", "weight", "correct")
-        more = {name: value for name, value in sums.items() if name not in own}
-        return cls(sums["loss_sum"], sums["weight"], sums["correct"], more)
+        own_names = ("loss_sum", "weight", "correct")
+        further_sums = {name: value for name, value in sums.items() if name not in own_names}
+        return cls(sums["loss_sum"], sums["weight"], sums["correct"], further_sums)
 
 
 def count_rows(split: Split, task: TaskConfig) -> int:
@@ -73,8 +73,8 @@ def count_rows(split: Split, task: TaskConfig) -> int:
 
 def whole_rows(split: Split, task: TaskConfig) -> bool:
     """Return whether what counts is a row with all its samples."""
-    own = task_of(task)
-    return split.origins is not None and (own.chunked or own.splits_conversations)
+    member = task_of(task)
+    return split.origins is not None and (member.chunked or member.splits_conversations)
 
 
 def without_loss(metrics: dict[str, float]) -> dict[str, float]:
@@ -89,8 +89,10 @@ def with_registered(evaluation: Evaluation, task: Task, labels: tuple[str, ...])
     if not (registered and pairs):
         return evaluation
     targets, predictions = zip(*pairs, strict=True)
-    more = {one.name: _number(one, one.compute(predictions, targets, labels)) for one in registered}
-    return replace(evaluation, metrics=evaluation.metrics | more)
+    registered_values = {
+        entry.name: _number(entry, entry.compute(predictions, targets, labels)) for entry in registered
+    }
+    return replace(evaluation, metrics=evaluation.metrics | registered_values)
 
 
 def _number(metric: Metric, value: Any) -> float:

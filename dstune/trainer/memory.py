@@ -101,12 +101,12 @@ class PeakMemory:
             yield lambda: accelerator.module().max_memory_allocated() / GIB
             accelerator.module().reset_peak_memory_stats()
             return
-        before = max(self._peak, resident_bytes())
+        peak_before = max(self._peak, resident_bytes())
         give_back()
         self._peak = resident_bytes()
         yield lambda: (max(self._peak, resident_bytes()) - self._base) / GIB
         give_back()
-        self._peak = before
+        self._peak = peak_before
 
     def close(self) -> None:
         self._stop.set()

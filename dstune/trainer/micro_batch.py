@@ -148,7 +148,7 @@ class Trials:
             known = {
                 "rows": choice.rows,
                 "world_size": self.world.size,
-                "trials": [asdict(one) for one in choice.trials],
+                "trials": [asdict(trial) for trial in choice.trials],
             }
             rows = f"{choice.rows} row{'s' * (choice.rows > 1)}"
             self.message(f"taken: micro-batches of {rows}, since {choice.ended} (a rank may take {room:.1f} GiB)")

@@ -17,20 +17,20 @@ def evaluate_monitored_sets(run: Training, moment: str) -> None:
             continue
         with run.around(f"evaluating data.{name}"):
             metrics = run.evaluator(split, slices=False).metrics
-        found = run.state.results.setdefault(name, {})
-        found[moment] = metrics
+        metrics_by_moment = run.state.results.setdefault(name, {})
+        metrics_by_moment[moment] = metrics
         if run.log:
             run.log.log(run.state.step, {f"{name}/{metric}": value for metric, value in metrics.items()})
         if moment == "after":
-            run.message(f"{name} ({meaning}): {format_change(found)}")
+            run.message(f"{name} ({meaning}): {format_change(metrics_by_moment)}")
 
 
-def format_change(found: dict[str, dict[str, float]]) -> str:
-    """Write `loss 2.1 -> 2.4, ...`. found: metrics by moment; a run that began without the set has no `before`."""
-    before = found.get("before", {})
+def format_change(metrics_by_moment: dict[str, dict[str, float]]) -> str:
+    """Write `loss 2.1 -> 2.4, ...`. A run that began without the set has no moment `before`."""
+    metrics_before = metrics_by_moment.get("before", {})
     changes = []
-    for name, value in found["after"].items():
-        started = f"{before[name]:.4g} -> " if name in before else ""
+    for name, value in metrics_by_moment["after"].items():
+        started = f"{metrics_before[name]:.4g} -> " if name in metrics_before else ""
         if name not in ("targets", "generated", "rows"):
             changes.append(f"{name} {started}{value:.4g}")
     return ", ".join(changes)

@@ -61,7 +61,7 @@ def advice(config: RunConfig, values: dict[str, Any], precision: Any, ranks: int
     lora = replace(config, method=METHODS["lora"].Config())
     if not method_of(config.method).adapter and permits(config, lora):
         freed.append((0.0, "method=lora"))
-    freed.sort(key=lambda one: -one[0])
+    freed.sort(key=lambda entry: -entry[0])
     return [f"{words} ({gib:.1f} GiB less)" if gib > 0.05 else words for gib, words in freed if gib >= 0]
 
 

@@ -115,7 +115,7 @@ def rows_problem(
 
     One sample is longer than the window of the model's attention, where that is short enough to be tried before every run.
     """
-    samples, kept, batches = _trial(architecture, max_length)
+    samples, sample_numbers, batches = _trial(architecture, max_length)
     engine.train(False)
     difference = 0.0
     with torch.no_grad():
@@ -123,16 +123,20 @@ def rows_problem(
             alone = torch.cat(
                 [
                     head.logits(engine.forward, {"input_ids": sample[None].to(engine.device)}, (numbers >= 0)[None])
-                    for sample, numbers in zip(samples, kept, strict=True)
+                    for sample, numbers in zip(samples, sample_numbers, strict=True)
                 ]
             )
         largest = float(alone.abs().max())
         for batch, expected in batches:
-            inputs, own = rows.model_inputs(
+            inputs, numbers_in_rows = rows.model_inputs(
                 {name: value.to(engine.device) for name, value in batch.items()}, expected.to(engine.device)
             )
-            found = head.logits(engine.forward, inputs, own >= 0)
-            worst = found.sub_(alone[own[own >= 0]]).abs_().amax() if len(found) else torch.zeros(())
+            logits = head.logits(engine.forward, inputs, numbers_in_rows >= 0)
+            worst = (
+                logits.sub_(alone[numbers_in_rows[numbers_in_rows >= 0]]).abs_().amax()
+                if len(logits)
+                else torch.zeros(())
+            )
             difference = max(difference, float(worst) / largest, key=lambda value: (value != value, value))
     engine.train(True)
     wrong = max(world.gather(difference), key=lambda value: (value != value, value))
@@ -150,14 +154,14 @@ def _trial(
     first, second, third = (
         torch.randint(architecture.vocab_size, (length,), generator=generator) for length in (9, longest - 9, longest)
     )
-    samples, kept, count = [first, second, third], [], 0
+    samples, sample_numbers, count = [first, second, third], [], 0
     for sample in samples:
         # Numbers of the logits that are compared: where a sample begins and ends, and where its window begins to move.
         numbers = torch.full((len(sample),), NO_TARGET)
         numbers[-10:], numbers[:4] = 0, 0
         chosen = numbers == 0
         numbers[chosen] = torch.arange(count, count + int(chosen.sum()))
-        kept.append(numbers)
+        sample_numbers.append(numbers)
         count += int(chosen.sum())
 
     def apart(*parts: torch.Tensor, fill: int) -> torch.Tensor:
@@ -167,17 +171,17 @@ def _trial(
     batches = [
         (
             {"input_ids": torch.stack([apart(first, second, fill=0), third]), "position_ids": torch.stack(positions)},
-            torch.stack([apart(kept[0], kept[1], fill=NO_TARGET), kept[2]]),
+            torch.stack([apart(sample_numbers[0], sample_numbers[1], fill=NO_TARGET), sample_numbers[2]]),
         ),
         (
             {
                 "input_ids": torch.stack([third, apart(first, fill=0)]),
                 "attention_mask": (torch.arange(longest) < torch.tensor([[longest], [len(first)]])).long(),
             },
-            torch.stack([kept[2], apart(kept[0], fill=NO_TARGET)]),
+            torch.stack([sample_numbers[2], apart(sample_numbers[0], fill=NO_TARGET)]),
         ),
     ]
-    return samples, kept, batches
+    return samples, sample_numbers, batches
 
 
 def refuse_different_rows(world: World, digest: str) -> None:

@@ -63,20 +63,20 @@ def prove_images(
     engine.train(False)
     packed, single, other = _trial_batches(split, packing=config.data.packing)
     with torch.no_grad():
-        before, after = (_logits(engine, batch) for batch in (packed, other))
+        logits_before, logits_after = (_logits(engine, batch) for batch in (packed, other))
         alone = _logits(engine, single) if config.data.packing else None
     engine.train(True)
     length = len(processor_of(split.vision).blank[0]) + TEXT_TOKENS if split.vision else 0
-    largest = float(before.abs().max())
-    moved = float((before[:1, :length] - after[:1, :length]).abs().max()) / largest
+    largest = float(logits_before.abs().max())
+    moved = float((logits_before[:1, :length] - logits_after[:1, :length]).abs().max()) / largest
     if not world.any(moved > 0):
         message("warning: another image gives the same logits: the model does not see")
     if alone is None:
         return
     second = slice(length, 2 * length)
-    leaks = [before[:1, second] - after[:1, second], before[:1, second] - alone[:1, :length]]
+    leaks = [logits_before[:1, second] - logits_after[:1, second], logits_before[:1, second] - alone[:1, :length]]
     worst = max((float(leak.abs().max()) / largest for leak in leaks), key=lambda value: (value != value, value))
-    if world.any(not worst <= TOLERANCE[before.dtype]):
+    if world.any(not worst <= TOLERANCE[logits_before.dtype]):
         reason = f"a packed sample of {config.model.path} sees the image of another one (logits differ by {worst:.1%})"
         raise UserError(Problem("data.packing", reason, "data.packing=false", "true"))
 

@@ -61,13 +61,13 @@ class TrainState:
         """Raises UserError where `values` has a field that this version does not know: dropping it would lose something; or a
         value of another type."""
         _refuse_unknown(values, {f.name for f in fields(cls)})
-        own = dict(values)
-        best = own.pop("best", None)
-        for name, value in own.items():
+        remaining = dict(values)
+        best = remaining.pop("best", None)
+        for name, value in remaining.items():
             if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
                 raise _wrong_type(name)
         try:
-            return cls(**own, best=Best(**best) if best else None)
+            return cls(**remaining, best=Best(**best) if best else None)
         except TypeError:
             raise _wrong_type("best") from None
 
@@ -134,9 +134,9 @@ _RENAMED = {"skipped_windows": "left_out_batches"}
 
 
 def _from_format_1(train: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {f.name for f in fields(TrainState)} - {"results", "callbacks", *_RENAMED.values()}
-    _refuse_unknown(train, {*kept, *_MOVED, *_RENAMED, "extra"})
-    upgraded = {name: train[name] for name in train if name in kept}
+    kept_names = {f.name for f in fields(TrainState)} - {"results", "callbacks", *_RENAMED.values()}
+    _refuse_unknown(train, {*kept_names, *_MOVED, *_RENAMED, "extra"})
+    upgraded = {name: train[name] for name in train if name in kept_names}
     upgraded |= {new: train[old] for old, new in _RENAMED.items() if old in train}
     if not isinstance(train.get("extra", {}), dict):
         raise _wrong_type("extra")

@@ -29,13 +29,13 @@ class StepTimes:
 
     def parts(self) -> dict[str, float]:
         """Return the parts as metrics. What comes before the first forward pass counts as part of it."""
-        found = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
+        seconds_by_part = dict.fromkeys(METRICS, 0.0) | {"data_seconds": self.waited}
         if not self.are_known:
             self.marks[-1][1].synchronize()
         for (_, began), (part, ended) in zip(self.marks, self.marks[1:], strict=False):
             taken = began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began
-            found[f"{part}_seconds"] = found.get(f"{part}_seconds", 0.0) + taken
-        return found
+            seconds_by_part[f"{part}_seconds"] = seconds_by_part.get(f"{part}_seconds", 0.0) + taken
+        return seconds_by_part
 
 
 class StepTimer:

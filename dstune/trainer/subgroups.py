@@ -33,8 +33,8 @@ def measure_slices(
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     for column in config.evaluate.slices:
-        found = np.array([row[column] or NO_VALUE for row in values], dtype=object)
-        names = sorted(set(found.tolist()))
+        slice_names = np.array([row[column] or NO_VALUE for row in values], dtype=object)
+        names = sorted(set(slice_names.tolist()))
         if names == [NO_VALUE]:
             reason = f"no {split.name} row has a column of this name with a single value"
             raise UserError(Problem("evaluate.slices", reason, "name columns of the rows", column))
@@ -43,7 +43,7 @@ def measure_slices(
             raise UserError(Problem("evaluate.slices", reason, "a column that groups the rows", column))
         slices = {}
         for name in names:
-            samples = np.flatnonzero(found == name)
+            samples = np.flatnonzero(slice_names == name)
             rows = [kept[sample] for sample in samples.tolist()]
             part = split.select(samples)
             evaluation = task.measure(labels, part, totals_of(rows), rows)
@@ -51,9 +51,9 @@ def measure_slices(
             slices[name] = evaluation.metrics | {"rows": count_rows(part, config.task)}
         expected = config.evaluate.slice_metric or task.slice_metric(slices[names[0]])
         large = {
-            name: of[expected]
-            for name, of in slices.items()
-            if of["rows"] >= config.evaluate.min_slice_rows and expected in of
+            name: metrics_of_slice[expected]
+            for name, metrics_of_slice in slices.items()
+            if metrics_of_slice["rows"] >= config.evaluate.min_slice_rows and expected in metrics_of_slice
         }
         details[column] = {"metric": expected, "values": slices, "worst": None, "gap": None}
         if large:

@@ -94,8 +94,8 @@ class Needs:
     @cached_property
     def _of_each(self) -> tuple[float, ...]:
         """Operations of one of each of what they grow with, so that a step does not go through all tensors."""
-        ones = (Work(positions=1), Work(pairs=1), Work(windowed_pairs=1), Work(projected=1))
-        return tuple(step_flops(self.setup, one) for one in ones)
+        units = (Work(positions=1), Work(pairs=1), Work(windowed_pairs=1), Work(projected=1))
+        return tuple(step_flops(self.setup, unit) for unit in units)
 
 
 class Utilization:
@@ -162,7 +162,7 @@ def _needs(
         return None
     values = model.config.get_text_config().to_dict()
     whole = replace(config, parallel=NoParallelConfig())  # whose operations are shared evenly
-    found = setup(
+    planned = setup(
         whole,
         architecture(values, head_of(config), labels or labels_of(config)),
         ranks=world.size,
@@ -171,7 +171,7 @@ def _needs(
         precision=precision,
         values=values,
     )
-    needs = Needs(found, head_of(config) == LANGUAGE_MODEL, added_length(method), None if found.adapter else module)
+    needs = Needs(planned, head_of(config) == LANGUAGE_MODEL, added_length(method), None if planned.adapter else module)
     if needs.module is not None and not needs.now().setup.trained:
         return None  # its parameters have other names than those of the architecture
     return needs

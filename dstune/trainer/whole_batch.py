@@ -21,13 +21,13 @@ def joined(
     """
     if not isinstance(head, GlobalBatchHead):
         return None
-    mine = []
+    local_parts = []
     for position, batch in enumerate(batches):
         if seeds is not None:
             torch.manual_seed(seeds[position])
-        mine.append({name: value.cpu() for name, value in engine.evaluate(head.first_pass, batch).items()})
-    everyone = world.gather(mine)
-    ordered = [everyone[number % world.size][number // world.size] for number in range(world.size * len(mine))]
+        local_parts.append({name: value.cpu() for name, value in engine.evaluate(head.first_pass, batch).items()})
+    everyone = world.gather(local_parts)
+    ordered = [everyone[number % world.size][number // world.size] for number in range(world.size * len(local_parts))]
     parts = [{name: value.to(engine.device) for name, value in part.items()} for part in ordered]
     shares = head.join(parts)[world.rank :: world.size]
     return [{name: value.to(engine.device) for name, value in share.items()} for share in shares]

@@ -33,11 +33,11 @@ def described(
 ) -> str:
     """Describe the cost of evaluations in one line, with what to do where it is much."""
     count = evaluations(config, total_steps, epochs)
-    found = fraction(count, total_steps, evaluation_seconds, step_seconds)
+    share = fraction(count, total_steps, evaluation_seconds, step_seconds)
     several = f"{count} evaluations" if count > 1 else "the evaluation"
     several = f"{several} of {evaluation_seconds:.1f} s"
-    line = f"{several}: about {100 * found:.0f}% of the run's time ({total_steps:,} steps of {step_seconds:.2f} s)"
-    if found <= MUCH:
+    line = f"{several}: about {100 * share:.0f}% of the run's time ({total_steps:,} steps of {step_seconds:.2f} s)"
+    if share <= MUCH:
         return line
     fewer = "evaluate.max_rows=N" if config.evaluate.every == 0 else "evaluate.max_rows=N or a larger evaluate.every"
     generated = (

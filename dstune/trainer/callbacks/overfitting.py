@@ -49,10 +49,10 @@ class Overfitting(Callback):
             results[OVERFITTING] = {"training_loss": training, "held_out_loss": held_out, "gap": gap}
             evaluation.row["eval/gap"] = gap
             self._loss_sum = self._weight = 0.0
-        found = results.get(OVERFITTING)
-        if self._limit is None or found is None or run.state.step == 0 or found["gap"] < self._limit:
+        measured = results.get(OVERFITTING)
+        if self._limit is None or measured is None or run.state.step == 0 or measured["gap"] < self._limit:
             return CONTINUE
-        losses = f"the held-out loss of {found['held_out_loss']:.4g} is {found['gap']:.4g} above that of training"
+        losses = f"the held-out loss of {measured['held_out_loss']:.4g} is {measured['gap']:.4g} above that of training"
         return Request(Action.STOP, f"overfitting: {losses} (trainer.early_stopping.max_gap={self._limit:g})")
 
     def state_dict(self) -> dict[str, Any]:

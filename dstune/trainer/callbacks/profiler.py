@@ -149,17 +149,17 @@ def as_table(operations: Iterable[Any], title: str, *, on_gpu: bool) -> str:
     operations: torch's `FunctionEventAvg`, times in microseconds.
     """
     kind = "device" if on_gpu else "self CPU"
-    found = []
-    for one in operations:
-        if one.device_type.name == "CPU" and not getattr(one, "is_user_annotation", False):
-            spent = one.self_device_time_total if on_gpu else one.self_cpu_time_total
-            found.append((spent / 1e3, one.count, one.key))
-    total = sum(spent for spent, _, _ in found) or 1.0
+    rows = []
+    for operation in operations:
+        if operation.device_type.name == "CPU" and not getattr(operation, "is_user_annotation", False):
+            spent = operation.self_device_time_total if on_gpu else operation.self_cpu_time_total
+            rows.append((spent / 1e3, operation.count, operation.key))
+    total = sum(spent for spent, _, _ in rows) or 1.0
     lines = [
         f"{title}: {total / 1e3:.3f} s of {kind} time",
         "",
         f"{f'{kind} ms':>12}{'share':>8}{'calls':>9}  operation",
     ]
-    for spent, calls, name in sorted(found, reverse=True)[:ROWS]:
+    for spent, calls, name in sorted(rows, reverse=True)[:ROWS]:
         lines.append(f"{spent:>12.2f}{spent / total:>8.1%}{calls:>9}  {name}")
     return "\n".join(lines) + "\n"

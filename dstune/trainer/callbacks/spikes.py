@@ -97,7 +97,7 @@ class Spikes(Callback):
         if len(self._losses) < self._settings.window // 2 or not math.isfinite(loss):
             return None
         median = statistics.median(self._losses)
-        spread = 1.4826 * statistics.median(abs(one - median) for one in self._losses)
+        spread = 1.4826 * statistics.median(abs(loss_before - median) for loss_before in self._losses)
         return (loss - median) / max(spread, SMALLEST_SPREAD * abs(median), 1e-12)
 
     def is_spike(self, loss: float) -> bool:

@@ -153,5 +153,5 @@ class Stragglers(Callback):
 
 def _projection(module: nn.Module) -> nn.Module | None:
     """The vocabulary projection of a model, or of the one that adapters are on."""
-    found = getattr(module, "get_output_embeddings", lambda: None)()
-    return getattr(found, "base_layer", found)
+    projection = getattr(module, "get_output_embeddings", lambda: None)()
+    return getattr(projection, "base_layer", projection)

@@ -48,8 +48,8 @@ class Throughput(Callback):
         return CONTINUE
 
     def numbers(self) -> Mapping[str, float]:
-        mine, self._mine = self._mine, {}
-        return mine
+        local_counts, self._mine = self._mine, {}
+        return local_counts
 
     def agreed(self, run: Run, numbers: Mapping[str, Sequence[float]]) -> None:
         self._used = {name: sum(values) for name, values in numbers.items()}
@@ -68,8 +68,8 @@ class Throughput(Callback):
 
     def results(self) -> Mapping[str, Any]:
         speed, utilization = self.tokens_per_second, self.utilization
-        found: dict[str, Any] = {"tokens_per_second": speed and round(speed, 2)}
-        return found | {"utilization": round(utilization, 6)} if utilization else found
+        values: dict[str, Any] = {"tokens_per_second": speed and round(speed, 2)}
+        return values | {"utilization": round(utilization, 6)} if utilization else values
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -93,7 +93,7 @@ class Throughput(Callback):
 
 def rates(used: Mapping[str, float], seconds: float, capacity: float) -> dict[str, float]:
     """Return the metrics of a step that needed `used` over all ranks; without those that are not known."""
-    found = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
+    metrics = {"positions_per_second": used[POSITIONS] / seconds, "targets_per_second": used[TARGETS] / seconds}
     if capacity:
-        found["utilization"] = used[FLOPS] / capacity
-    return {name: value for name, value in found.items() if value}
+        metrics["utilization"] = used[FLOPS] / capacity
+    return {name: value for name, value in metrics.items() if value}

@@ -140,13 +140,13 @@ class Watchdog(Callback):
     @contextmanager
     def around(self, phase: str) -> Iterator[None]:
         """Allow PATIENCE times as long: a rank that hangs in it is found all the same."""
-        before = self._now
+        doing_before = self._now
         limit, setting = self._seconds * PATIENCE, f"{PATIENCE} times {self._setting}"
         self._now = _Watched(time.monotonic(), limit, phase, setting)
         try:
             yield
         finally:
-            self._now = before and replace(before, since=time.monotonic())
+            self._now = doing_before and replace(doing_before, since=time.monotonic())
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._seconds / 4)):
@@ -173,18 +173,20 @@ def in_collective() -> bool:
     """Return whether this process waits for other ranks."""
     frames = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own = [frame for ident, frame in frames.items() if names.get(ident) not in ("watchdog", "feed", "checkpoint")]
-    return any(part in path for frame in own for path in _files(frame) for part in COLLECTIVES)
+    own_frames = [
+        frame for ident, frame in frames.items() if names.get(ident) not in ("watchdog", "feed", "checkpoint")
+    ]
+    return any(part in path for frame in own_frames for path in _files(frame) for part in COLLECTIVES)
 
 
 def _files(frame: FrameType, depth: int = 6) -> list[str]:
     """The files of the innermost `depth` calls."""
-    found: list[str] = []
+    files: list[str] = []
     step: FrameType | None = frame
-    while step is not None and len(found) < depth:
-        found.append(step.f_code.co_filename)
+    while step is not None and len(files) < depth:
+        files.append(step.f_code.co_filename)
         step = step.f_back
-    return found
+    return files
 
 
 def answer_with_stacks() -> None:
