@@ -25,8 +25,8 @@ def kind() -> str:
     """Return `cuda`, `xpu`, `hpu`, ... or `cpu`."""
     if torch.cuda.is_available():
         return "cuda"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None or found.type in NOT_TRAINED_ON else found.type
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if device is None or device.type in NOT_TRAINED_ON else device.type
 
 
 def present() -> bool:
@@ -56,8 +56,8 @@ def choose(index: int) -> None:
 def identity() -> str:
     """Return a text that tells the device of this rank, which may be a part of a divided GPU, from all others of its node; empty
     where torch does not know."""
-    known = getattr(module(), "get_device_properties", None)
-    return "" if known is None else str(getattr(known(module().current_device()), "uuid", ""))
+    get_properties = getattr(module(), "get_device_properties", None)
+    return "" if get_properties is None else str(getattr(get_properties(module().current_device()), "uuid", ""))
 
 
 def name(index: int | None = None) -> str:
@@ -96,8 +96,8 @@ def has_bf16() -> bool:
 
 def capability() -> tuple[int, int] | None:
     """Return CUDA's compute capability, (9, 0) of an H100; None of others, ROCm's among them."""
-    found = module().get_device_capability() if present() and not torch.version.hip else None
-    return found if isinstance(found, tuple) else None
+    version = module().get_device_capability() if present() and not torch.version.hip else None
+    return version if isinstance(version, tuple) else None
 
 
 def moment() -> Any:
@@ -123,8 +123,8 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     """
     folder = cache_root() / f"compiled-{os.getuid()}"  # a team may share the rest
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         reason = "compiled code would be loaded from here, and others may write to it"
         raise UserError(Problem(str(folder), reason, f"look what is in it, then remove it: rm -r {folder.name}"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

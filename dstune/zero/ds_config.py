@@ -49,8 +49,8 @@ def deepspeed_config(
     }
     if precision is not Precision.fp32:
         # bf16 sums of many micro-batches lose the small gradients: 8 bits of mantissa (`benchmarks/gradient_dtype.py`).
-        own = config.zero.gradient_dtype is GradientDtype.model
-        settings["data_types"] = {"grad_accum_dtype": precision.value if own else "fp32"}
+        keeps_model_dtype = config.zero.gradient_dtype is GradientDtype.model
+        settings["data_types"] = {"grad_accum_dtype": precision.value if keeps_model_dtype else "fp32"}
     return _with(settings, config.zero.settings)
 
 
@@ -97,9 +97,9 @@ def _immediate(config: RunConfig, precision: Precision, *, on_gpu: bool) -> dict
     return {"immediate_grad_update": True} if summed and on_gpu else {}
 
 
-def _with(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _with(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`settings` with `zero.settings` in it; what it says about offloading needs something to be offloaded."""
-    for key, value in more.items():
+    for key, value in changes.items():
         if isinstance(value, dict):
             if key in settings or not key.startswith("offload_"):
                 settings[key] = _with(dict(settings.get(key, {})), value)

@@ -66,10 +66,10 @@ def _no_word_of_overflow() -> Iterator[None]:
 def _other_names_of_frozen(model: nn.Module) -> list[str]:
     """Names under which a frozen parameter is in the module's state beside its own: a vocabulary projection that is tied to
     the embedding. DeepSpeed leaves frozen ones out of checkpoints by their own names alone: 57 MB more a save for SmolLM2."""
-    named = dict(model.named_parameters())
-    frozen = {id(parameter) for parameter in named.values() if not parameter.requires_grad}
+    parameter_by_name = dict(model.named_parameters())
+    frozen = {id(parameter) for parameter in parameter_by_name.values() if not parameter.requires_grad}
     state = model.state_dict(keep_vars=True)
-    return [name for name, value in state.items() if name not in named and id(value) in frozen]
+    return [name for name, value in state.items() if name not in parameter_by_name and id(value) in frozen]
 
 
 def _state_bytes(optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]) -> float:
@@ -316,9 +316,9 @@ class Engine:
 
     def _groups_with(self, names: Collection[str]) -> list[int]:
         expected = set(names)
-        found = [number for number, group in enumerate(self._group_names) if expected & set(group)]
-        assert expected == {name for number in found for name in self._group_names[number]}, "a part of a group"
-        return found
+        numbers = [number for number, group in enumerate(self._group_names) if expected & set(group)]
+        assert expected == {name for number in numbers for name in self._group_names[number]}, "a part of a group"
+        return numbers
 
     def _require_gradients(self, number: int, expected: bool) -> None:
         for name in self._group_names[number]:
@@ -402,11 +402,11 @@ class Engine:
         parameter = self._parameters[name]
         with torch.no_grad():
             with gathered([parameter], modified_by_rank=0):
-                before = parameter.detach().clone()
+                values_before = parameter.detach().clone()
                 parameter.zero_()
             yield
             with gathered([parameter], modified_by_rank=0):
-                parameter.copy_(before)
+                parameter.copy_(values_before)
 
     def evaluate(self, loss: Loss, batch: Batch) -> Any:
         """Return the head's answer for one micro-batch without gradients. At stage 3 every rank must call it equally often."""
@@ -445,14 +445,14 @@ class Engine:
             if room < 0:
                 break
             chosen.append(parameter)
-        kept = [parameter for parameter in chosen if not parameter.is_external_param]
+        gathered_once = [parameter for parameter in chosen if not parameter.is_external_param]
         with gathered(chosen):
-            for parameter in kept:
+            for parameter in gathered_once:
                 parameter.is_external_param = True  # DeepSpeed's hooks do not give such ones back
             try:
                 yield
             finally:
-                for parameter in kept:
+                for parameter in gathered_once:
                     parameter.is_external_param = False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -503,8 +503,8 @@ class Engine:
         save = self._files.begin(directory / tag, background=background)
         try:
             if self.stage > 0 or self._replica == 0:
-                own = {id(parameter) for parameter in self._trained}
-                trained = {n: list(full_shape(p)) for n, p in self.module.named_parameters() if id(p) in own}
+                trained_ids = {id(parameter) for parameter in self._trained}
+                trained = {n: list(full_shape(p)) for n, p in self.module.named_parameters() if id(p) in trained_ids}
                 metadata = {"shapes": json.dumps(trained), "global_steps": str(self._engine.global_steps)}
                 if self.slices is not None:
                     metadata |= {"slice": str(self.slices.part), "cuts": json.dumps(self.slices.cuts)}
@@ -545,9 +545,9 @@ class Engine:
         """Take over a checkpoint of another number of ranks, or of another stage, with other slices or none: without the
         optimizer's states where `why_no_other_layout` says that they depend on the layout. Every rank must call it."""
         self._files.read_ahead([])
-        own = source if self.slices is None else SlicedSource(source, self.slices)
+        rank_source = source if self.slices is None else SlicedSource(source, self.slices)
         states = self._optimizer is None or not self._optimizer.why_no_other_layout
-        restore(self._engine, self.stage, own, self._replica, states=states)
+        restore(self._engine, self.stage, rank_source, self._replica, states=states)
 
     def close(self) -> None:
         """Leave nothing that keeps the model's memory, or the optimizer's, once the caller has let go of both."""

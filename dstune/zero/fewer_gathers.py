@@ -67,20 +67,20 @@ def wait_for_copies_only() -> None:
 
 
 def _waits_for_copies(theirs: Callable[..., None], name: str, available: Any) -> Callable[..., None]:
-    def wait(handle: Any, **more: Any) -> None:
-        own, complete = vars(handle), f"_{name}__complete"
-        one = own.get(f"_{name}__param")
-        weights = own.get(f"_{name}__params", [] if one is None else [one])
+    def wait(handle: Any, **options: Any) -> None:
+        attributes, complete = vars(handle), f"_{name}__complete"
+        parameter = attributes.get(f"_{name}__param")
+        weights = attributes.get(f"_{name}__params", [] if parameter is None else [parameter])
         if (
-            own.get(complete, True)
+            attributes.get(complete, True)
             or not weights
             or any(weight.ds_tensor.device != weight.device for weight in weights)
         ):
-            theirs(handle, **more)
+            theirs(handle, **options)
             return
         for weight in weights:
             weight.ds_status = available
-        own[complete] = True
+        attributes[complete] = True
 
     wait.theirs = theirs  # type: ignore[attr-defined]
     return wait

@@ -42,11 +42,15 @@ class NormReads:
         return self._value
 
     def _read(self, norm: torch.Tensor) -> float:
-        scalars = {} if norm.is_cpu else {name: one for name, one in self._scalars.items() if one.device == norm.device}
+        scalars = (
+            {}
+            if norm.is_cpu
+            else {name: scalar for name, scalar in self._scalars.items() if scalar.device == norm.device}
+        )
         self._scalars = {}
         if not scalars:
             return float(norm)
-        value, *others = torch.stack([norm.double(), *(one.double() for one in scalars.values())]).tolist()
+        value, *others = torch.stack([norm.double(), *(scalar.double() for scalar in scalars.values())]).tolist()
         self.beside = dict(zip(scalars, others, strict=True))
         return float(value)
 
@@ -63,13 +67,13 @@ def install() -> None:
     """Replace both functions wherever DeepSpeed looks them up. Does nothing the second time."""
     from deepspeed.runtime import utils
 
-    theirs = {name: getattr(utils, name, None) for name in OWN}
-    if None in theirs.values() or theirs["is_invalid_grad_norm"] is is_invalid_grad_norm:
+    replaced = {name: getattr(utils, name, None) for name in OWN}
+    if None in replaced.values() or replaced["is_invalid_grad_norm"] is is_invalid_grad_norm:
         return
     for path in MODULES:
         module = importlib.import_module(f"deepspeed.runtime.{path}")
         for name, function in OWN.items():
-            if getattr(module, name, None) is theirs[name]:
+            if getattr(module, name, None) is replaced[name]:
                 setattr(module, name, function)
 
 

@@ -45,19 +45,19 @@ def masked_weight_decay(
 
     decoupled: as AdamW has it; otherwise it is added to the gradient.
     """
-    kept: dict[int, torch.Tensor] = {}
+    mask_by_key: dict[int, torch.Tensor] = {}
     for partition in partitions:
         expected = torch.ones_like(partition.elements, dtype=torch.bool)
         for part in partition.fragments:
             if part.name in masks:
                 chosen = masks[part.name].reshape(-1)[part.start : part.start + part.count]
                 expected[part.offset : part.offset + part.count] = chosen.to(expected.device)
-        kept[id(partition.key)] = expected
+        mask_by_key[id(partition.key)] = expected
     for group in inner.param_groups:
         group["masked_decay"], group["weight_decay"] = group["weight_decay"], 0.0
 
     def decay(partition: Partition, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        expected = kept[id(partition.key)]
+        expected = mask_by_key[id(partition.key)]
         if decoupled:
             partition.elements.mul_(1 - group["lr"] * group["masked_decay"] * expected)
         else:

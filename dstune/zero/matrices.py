@@ -29,8 +29,8 @@ class Matrices:
         """shapes: of the whole parameters. device: of the ranks' messages and of the computation."""
         self._shapes, self._world, self._device = shapes, world, device
         self._partitions = {id(partition.key): partition for partition in partitions}
-        own = {fragment.name: fragment.count for partition in partitions for fragment in partition.fragments}
-        self._counts: list[dict[str, int]] = world.gather(own)
+        local_counts = {fragment.name: fragment.count for partition in partitions for fragment in partition.fragments}
+        self._counts: list[dict[str, int]] = world.gather(local_counts)
         """By rank, how many elements it has of each parameter: a rank's come before those of the next one."""
 
     def change(self, key: Tensor, values: Tensor, of_matrix: Callable[[Tensor], Tensor]) -> Tensor:
@@ -44,14 +44,14 @@ class Matrices:
         for first in range(0, len(partition.names), size):
             names = partition.names[first : first + size]
             sent = [self._counts[self._world.rank].get(name, 0) for name in names] + [0] * (size - len(names))
-            mine = names[self._world.rank] if self._world.rank < len(names) else None
-            received = [0 if mine is None else counts.get(mine, 0) for counts in self._counts]
+            local_name = names[self._world.rank] if self._world.rank < len(names) else None
+            received = [0 if local_name is None else counts.get(local_name, 0) for counts in self._counts]
             pieces = [values[part.offset : part.offset + part.count] for name in names if (part := places.get(name))]
             outgoing = torch.cat([*pieces, values.new_empty(0)]).to(self._device)
             whole = outgoing.new_empty(sum(received))
             torch_dist.all_to_all_single(whole, outgoing, received, sent)
-            if mine is not None:
-                whole = of_matrix(whole.view(self._shapes[mine])).reshape(-1).contiguous()
+            if local_name is not None:
+                whole = of_matrix(whole.view(self._shapes[local_name])).reshape(-1).contiguous()
             torch_dist.all_to_all_single(outgoing, whole, sent, received)
             back = list(outgoing.to(values.device).split([count for count in sent if count]))
             for name in names:

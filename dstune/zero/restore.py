@@ -132,19 +132,19 @@ def pieces(engine: Any, stage: int, rank: int, *, states: bool = False) -> Itera
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     inner: torch.optim.Optimizer = engine.optimizer if stage == 0 else engine.optimizer.optimizer
     for partition in _partitions(engine.optimizer, stage, names, rank):
-        found = {}
-        kept = inner.state.get(partition.key, {}) if states else {}
+        tensors = {}
+        state = inner.state.get(partition.key, {}) if states else {}
         for part in partition.fragments:
             span = slice(part.offset, part.offset + part.count)
-            found[f"{part.name}@{part.start}"] = partition.elements[span]
-            for kind, value in kept.items():
+            tensors[f"{part.name}@{part.start}"] = partition.elements[span]
+            for kind, value in state.items():
                 if not isinstance(value, Tensor):
                     continue
                 if value.dim():
-                    found[f"{kind}:{part.name}@{part.start}"] = value.view(-1)[span]
+                    tensors[f"{kind}:{part.name}@{part.start}"] = value.view(-1)[span]
                 else:
-                    found[f"{kind}:{part.name}"] = value.clone()  # safetensors takes no memory twice
-        yield found
+                    tensors[f"{kind}:{part.name}"] = value.clone()  # safetensors takes no memory twice
+        yield tensors
 
 
 def _partitions(
@@ -229,10 +229,10 @@ def _fill(target: Tensor, fragments: list[Fragment], source: Source, kind: str) 
 def _fill_state(inner: torch.optim.Optimizer, partition: Partition, source: Source) -> None:
     """The optimizer's own tensors for a partition; those of its padding stay zero."""
     state: dict[str, Any] = {}
-    before = inner.state.get(partition.key, {})
+    old_state = inner.state.get(partition.key, {})
     for kind in source.kinds(partition.like):
         # The tensor that is there: where states are on a disk, its memory is written back.
-        tensor = before[kind].zero_() if kind in before else torch.zeros_like(partition.elements)
+        tensor = old_state[kind].zero_() if kind in old_state else torch.zeros_like(partition.elements)
         _fill(tensor.view(-1), partition.fragments, source, kind)
         state[kind] = tensor.view(partition.key.shape) if tensor.shape != partition.key.shape else tensor
     for name, value in source.scalars(partition.like).items():

@@ -138,8 +138,8 @@ class ShardFiles(CheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         assert self._save is not None, "begin() comes first"
         if self._leave_out and isinstance(state_dict.get("module"), dict):
-            kept = {name: value for name, value in state_dict["module"].items() if name not in self._leave_out}
-            state_dict = {**state_dict, "module": kept}
+            module_state = {name: value for name, value in state_dict["module"].items() if name not in self._leave_out}
+            state_dict = {**state_dict, "module": module_state}
         if not self._background:
             self._save.write(state_dict, Path(path))
             return

@@ -73,8 +73,10 @@ class Slices:
         rank."""
         counted = [parameter for parameter in parameters if self.part == 0 or self.parts_of(parameter) > 1]
         gradients = [parameter.grad for parameter in counted if parameter.grad is not None]
-        own = torch.nn.utils.get_total_norm(gradients).square()  # on the CPU where this rank has no gradient to count
-        return self.sum(own.to(parameters[0].device)).sqrt()
+        squared_norm = torch.nn.utils.get_total_norm(
+            gradients
+        ).square()  # on the CPU where this rank has no gradient to count
+        return self.sum(squared_norm.to(parameters[0].device)).sqrt()
 
     # -- what DeepSpeed asks ------------------------------------------------------------------------------------------
 
@@ -116,8 +118,8 @@ class SlicedSource:
         if dim is None:
             return self._source.read(name, kind, start, count)
         whole = self._source.read(name, kind).view(self._source.shapes[name])
-        own = whole.chunk(self._slices.parts, dim)[self._slices.part].reshape(-1)
-        return own[start:] if count is None else own[start : start + count]
+        rank_slice = whole.chunk(self._slices.parts, dim)[self._slices.part].reshape(-1)
+        return rank_slice[start:] if count is None else rank_slice[start : start + count]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:

@@ -135,8 +135,8 @@ def _named_duplicates(env: RankEnv) -> Iterator[None]:
     except torch.distributed.DistBackendError as error:
         if "Duplicate GPU" not in str(error):
             raise
-        what = f"rank {env.rank} of {environment.host()} sees the GPU of another rank"
-        raise _shared(what, env.local_size) from error
+        reason = f"rank {env.rank} of {environment.host()} sees the GPU of another rank"
+        raise _shared(reason, env.local_size) from error
 
 
 def _import_muon() -> None:
@@ -144,14 +144,14 @@ def _import_muon() -> None:
     of each rank's 11, for an optimizer which dstune does not offer."""
     from deepspeed.runtime import compiler
 
-    own = getattr(compiler, "compile", None)
+    compile_function = getattr(compiler, "compile", None)
     compiler.compile = lambda *_, **__: lambda function: function
     try:
         with suppress(ImportError):  # of a version that has it elsewhere
             import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     finally:
-        if own is not None:
-            compiler.compile = own
+        if compile_function is not None:
+            compiler.compile = compile_function
 
 
 @contextmanager

@@ -65,32 +65,32 @@ def own_folder(zero: ZeroConfig, run_dir: Path, world: World) -> Iterator[ZeroCo
         return
     place = Path(zero.nvme_path)
     name = hashlib.sha256(f"{socket.gethostname()} {run_dir.absolute()}".encode()).hexdigest()[:12]
-    own = place / f"{_prefix()}{name}"
+    run_folder = place / f"{_prefix()}{name}"
     problem, held = None, None
     if world.local_rank == 0:
         try:
             problem = _unusable(place)
             if problem is None:
                 _remove_abandoned(place)
-                own.mkdir(mode=0o700)
-                held = _lock(own)
+                run_folder.mkdir(mode=0o700)
+                held = _lock(run_folder)
         except OSError as error:
             problem = Problem(KEY, f"{error.strerror or error}", "name a folder that you may write to", str(place))
     try:
         _raise_everywhere(problem, world)
         _raise_everywhere(_compiled(tell=world.is_main), world)
-        yield replace(zero, nvme_path=str(own))
+        yield replace(zero, nvme_path=str(run_folder))
     finally:
         if held is not None:
-            shutil.rmtree(own, ignore_errors=True)
+            shutil.rmtree(run_folder, ignore_errors=True)
             os.close(held)
 
 
 def _raise_everywhere(problem: Problem | None, world: World) -> None:
     """Raises UserError on all ranks with the first problem of any."""
-    found = [one for one in world.gather(None if problem is None else asdict(problem)) if one is not None]
-    if found:
-        raise UserError(Problem(**found[0]))
+    problems = [entry for entry in world.gather(None if problem is None else asdict(problem)) if entry is not None]
+    if problems:
+        raise UserError(Problem(**problems[0]))
 
 
 def _prefix() -> str:
@@ -166,8 +166,8 @@ def _compile(tell: bool) -> None:
     with append(root / "dstune.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for name in OPS:
-            for left in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
-                left.unlink(missing_ok=True)
+            for stale_lock in [*root.glob(f"{name}/lock"), *root.glob(f"*/{name}/lock")]:
+                stale_lock.unlink(missing_ok=True)
         if tell and not [*root.glob("async_io/*.so"), *root.glob("*/async_io/*.so")]:
             activity.info("compiling DeepSpeed's asynchronous I/O, once: two minutes or more")
         builder.load(verbose=False)
@@ -242,8 +242,8 @@ class FirstGradients:
         """Raises UserError on all ranks if a trained tensor has had no gradient on one of them."""
         names = sorted({name for names in world.gather(sorted(self._waiting)) for name in names})
         if names:
-            more = f" and {len(names) - 1} more" if names[1:] else ""
-            reason = f"{names[0]}{more} got no gradient in the first step, and states on a disk need one of every trained tensor"
+            further = f" and {len(names) - 1} more" if names[1:] else ""
+            reason = f"{names[0]}{further} got no gradient in the first step, and states on a disk need one of every trained tensor"
             fix = "zero.offload_optimizer=cpu, or method=freeze for what is not used"
             raise UserError(Problem("zero.offload_optimizer", reason, fix, "nvme"))
 
@@ -263,7 +263,7 @@ def unwritten(wrapper: Any) -> int:
         files = [(path, info.numel()) for path in info.get_swap_paths()]
         files += [(gradient.path, gradient.length) for gradient in info.swapped_gradients.values()]
         for path, elements in files:
-            found = os.stat(path)
+            status = os.stat(path)
             # A file that was cut short, or has holes where blocks were refused.
-            lacking += max(0, BYTES * elements - min(found.st_size, 512 * found.st_blocks))
+            lacking += max(0, BYTES * elements - min(status.st_size, 512 * status.st_blocks))
     return lacking
