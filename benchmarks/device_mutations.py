@@ -78,7 +78,7 @@ MUTATIONS = {
     **{f"tests/unit/test_accelerator.py::test_{name}": one for name, one in _UNIT.items()},
     **{f"tests/placement/test_placement.py::test_{name}": one for name, one in _PLACEMENT.items()},
     "tests/unit/test_norms.py::test_torchs_kernel_is_taken_where_it_is_no_further_from_fp64": undo(
-        "models/norms.py", "return all(theirs <= CLOSE * ours for", "return all(True for"
+        "models/norms.py", "return all(kernel_error <= CLOSE * lean_error for", "return all(True for"
     ),
     "tests/unit/test_cross_entropy.py::test_chunks_on_an_accelerator_are_whole_blocks_of_a_product": undo(
         "models/cross_entropy.py", "return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES", "return max(1, CHUNK_BYTES"

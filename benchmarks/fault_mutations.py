@@ -35,11 +35,11 @@ _CHAT: dict[str, Mutation] = {
     ),
     "a_rewritten_history_becomes_samples_of_which_each_has_its_target_once": undo(
         "data/chat/rule.py",
-        "found.append(Passage(text, tuple(places.values())))",
-        "found = [Passage(text, tuple(places.values()))]",
+        "passages_in_order.append(Passage(text, tuple(places.values())))",
+        "passages_in_order = [Passage(text, tuple(places.values()))]",
     ),
     "a_plan_counts_samples_and_tokens": undo(
-        "data/chat/factor.py", "found.samples + len(lengths),", "found.samples + 1,"
+        "data/chat/factor.py", "growth.samples + len(lengths),", "growth.samples + 1,"
     ),
     "metrics_count_conversations": undo(
         "trainer/measure.py", "(member.chunked or member.splits_conversations)", "member.chunked"
@@ -100,16 +100,22 @@ _PROOF: dict[str, Mutation] = {
         case="marks and all",
     ),
     "the_proof_knows_the_stop_that_a_template_lacks": undo(
-        "data/chat/proof.py", 'self._opening(messages, row.get("tools"), given) if end is None', "None if end is None"
+        "data/chat/proof.py",
+        'self._opening(messages, row.get("tools"), variables) if end is None',
+        "None if end is None",
     ),
     "rows_of_every_kind_are_proven": undo(
-        "data/chat/evidence.py", "(kind not in kept or row.is_better_than(kept[kind]))", "(not kept)"
+        "data/chat/evidence.py",
+        "(kind not in row_by_kind or row.is_better_than(row_by_kind[kind]))",
+        "(not row_by_kind)",
     ),
     "every_task_of_conversations_is_proven": undo(
-        "data/chat/evidence.py", "return None if same else", "return None if True else", case="reward"
+        "data/chat/evidence.py", "return None if is_same else", "return None if True else", case="reward"
     ),
     "the_proof_fails_where_one_token_is_another": undo(
-        "data/chat/proof.py", "    return [*others, *found][-1] if samples else", "    return None if samples else"
+        "data/chat/proof.py",
+        "    return [*others, *differences][-1] if samples else",
+        "    return None if samples else",
     ),
     "the_proof_fails_where_an_argument_is_another": undo(
         "data/chat/proof.py", "        if ids[: len(context)] != context:\n", "        if False:\n"
@@ -124,12 +130,12 @@ _PROOF: dict[str, Mutation] = {
         "data/chat/evidence.py", "for name in sorted(names - differ - reasoned)}", "for name in names}"
     ),
     "arguments_of_each_row_hide_no_kind": undo(
-        "data/chat/evidence.py", "kind = _kind(text), own", "kind = _kind(text), text[:80]"
+        "data/chat/evidence.py", "kind = _kind(text), arguments_text", "kind = _kind(text), text[:80]"
     ),
     "a_row_of_a_kind_is_proven_where_the_first_one_writes_control_tokens": undo(
         "data/chat/evidence.py",
-        "is_better_than(kept[kind])) and _is_plain(row, encode):",
-        "is_better_than(kept[kind])):",
+        "is_better_than(row_by_kind[kind])) and _is_plain(row, encode):",
+        "is_better_than(row_by_kind[kind])):",
     ),
     "rows_that_are_all_cut_are_proven": undo(
         "data/chat/evidence.py", "            if not has_samples:\n", "            if not has_samples or is_cut:\n"
@@ -148,15 +154,15 @@ _PROOF: dict[str, Mutation] = {
         "if reads := []:",
     ),
     "an_answer_that_begins_inside_a_word_is_proven": undo(
-        "data/chat/proof.py", "return inside_text if same else behind_token", "return behind_token"
+        "data/chat/proof.py", "return inside_text if is_same_text else behind_token", "return behind_token"
     ),
     "the_proof_fails_where_a_further_token_is_trained": undo(
         "data/chat/evidence.py", "        if trained != count:\n", "        if False:\n"
     ),
     "arguments_of_the_rows_are_built_in_where_all_have_them": undo(
         "data/chat/evidence.py",
-        "given = {**renderer.run_arguments, **json.loads(own)}",
-        "given = dict(renderer.run_arguments)",
+        "arguments = {**renderer.run_arguments, **json.loads(row_arguments)}",
+        "arguments = dict(renderer.run_arguments)",
     ),
 }
 
@@ -214,10 +220,10 @@ _OTHER: dict[str, Mutation] = {
         "or False and not self._boundaries.clean(",
     ),
     "unit/test_data_stream.py::test_a_later_block_with_other_arguments_is_reported": undo(
-        "data/builder.py", "            if found.arguments != self._arguments:\n", "            if False:\n"
+        "data/builder.py", "            if proof.arguments != self._arguments:\n", "            if False:\n"
     ),
     "unit/test_data_stream.py::test_later_blocks_are_proven_too": undo(
-        "data/builder.py", "if self._held_out is not None and kept.is_file():", "if False:"
+        "data/builder.py", "if self._held_out is not None and evidence_file.is_file():", "if False:"
     ),
     "unit/test_data_slices.py::test_slices_of_a_sample": undo(
         "data/sources.py",
