@@ -208,7 +208,7 @@ def topic(name: str, groups: Mapping[str, Sequence[str]]) -> str:
     owners = [(owner, chosen) for owner, chosen in owners if chosen in groups.get(owner, ())]
     if owners:
         return "\n".join(_choice_text(owner, chosen) for owner, chosen in owners)
-    topics = [*groups, *sections(), *(f"{owner}={one}" for owner, names in groups.items() for one in names)]
+    topics = [*groups, *sections(), *(f"{owner}={option}" for owner, names in groups.items() for option in names)]
     keys = [setting.key for setting in documentation()]
     similar = suggest_key(name, keys) or nearest(name, [*topics, *(word.partition("=")[2] for word in topics)])
     fix = f"did you mean --help {similar}?" if similar else "--help GROUP, --help KEY or --help all"

@@ -184,7 +184,7 @@ def session(config_dirs: Sequence[str | Path] = ()) -> Iterator[Hydra]:
         search_path = hydra.config_loader.get_search_path()
         for provider, extra in [
             *(("dstune", folder) for folder in wings),
-            *(("command-line", one) for one in config_dirs),
+            *(("command-line", path) for path in config_dirs),
         ]:
             # As Hydra's --config-dir does it: in front of the schema, behind the application's own files.
             search_path.prepend(provider, f"file://{Path(extra).resolve()}", SearchPathQuery(provider="schema"))

@@ -76,9 +76,9 @@ def find_problems(config: RunConfig, doubtful: Collection[str] = ()) -> list[Pro
     if isinstance(config.zero.stage, Automatic):
         least = None
         for stage in reversed(STAGES):
-            found = find_problems(at_stage(config, stage), doubtful)
-            if least is None or len(found) < len(least):
-                least = found
+            problems_at_stage = find_problems(at_stage(config, stage), doubtful)
+            if least is None or len(problems_at_stage) < len(least):
+                least = problems_at_stage
             if not least:
                 break
         return least or []
