@@ -175,7 +175,9 @@ def check_patterns(settings: Mapping[str, Any], names: Collection[str], where: s
     """
     values = [settings.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
     values += [[*settings[key]] for key in ("rank_pattern", "alpha_pattern") if isinstance(settings.get(key), dict)]
-    patterns = [one for each in values for one in (each if isinstance(each, list) else [each]) if isinstance(one, str)]
+    patterns = [
+        text for each in values for text in (each if isinstance(each, list) else [each]) if isinstance(text, str)
+    ]
     patterns = [pattern for pattern in dict.fromkeys(patterns) if _SPECIAL.search(pattern)]
     if not patterns:
         return

@@ -145,7 +145,7 @@ class _LimitedLoader(yaml.SafeLoader):
         if isinstance(node, yaml.SequenceNode):
             children = iter(node.value)
         elif isinstance(node, yaml.MappingNode):
-            children = (one for pair in node.value for one in pair)
+            children = (part for pair in node.value for part in pair)
         size = 1 + sum(self._sizes[id(child)] for child in children)
         if size > self._max_nodes:
             problem = f"it has more than {self._max_nodes:,} values, aliases counted wherever they stand"

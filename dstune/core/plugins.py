@@ -398,8 +398,12 @@ def _load(source: Source) -> Plugin:
         _remove(_members() - members_before)
         sys.modules.pop(f"{PACKAGE}.{source.name}", None)
         raise UserError(_import_problem(source, error)) from error
-    added = [one for one in _members() if _is_of(one[1], module.__name__) or one not in members_before]
-    added.sort(key=lambda one: (one[0].kind, one[1].name))
+    added = [
+        registered
+        for registered in _members()
+        if _is_of(registered[1], module.__name__) or registered not in members_before
+    ]
+    added.sort(key=lambda registered: (registered[0].kind, registered[1].name))
     registers = tuple(f"{kind.kind} {member.name}" for kind, member in added)
     plugin = Plugin(source.name, source.file, source.sha256, registers, source.is_file)
     _loaded[source.name] = _Loaded(plugin, added)
