@@ -41,9 +41,9 @@ def _articles(fields: Mapping[str, Any]) -> list[Any] | None:
     """The articles, paragraphs or questions of an object of SQuAD's form; None where it is of another form."""
     data = fields.get("data")
     articles = data if isinstance(data, list) else [fields]
-    found = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [article])]
+    pairs = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [article])]
     # Rows of any task may have such columns: they are SQuAD's with questions below, or with nothing beside a title and texts.
-    if any(_listed(paragraph, "qas") is not None for _, paragraph in found):
+    if any(_listed(paragraph, "qas") is not None for _, paragraph in pairs):
         return articles
     if articles and (all(map(_is_article, articles)) or (data is articles and all(map(_is_question, articles)))):
         return articles
@@ -74,8 +74,8 @@ def _is_article(value: Any) -> bool:
 
 def _listed(value: Any, key: str, default: Any = None) -> Any:
     """The list that an object has under `key`."""
-    found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, list) else default
+    entries = value.get(key) if isinstance(value, dict) else None
+    return entries if isinstance(entries, list) else default
 
 
 def answers_of(value: Any) -> list[Answer]:
@@ -99,7 +99,7 @@ def answers_of(value: Any) -> list[Answer]:
         value = []
     if not isinstance(value, list):
         raise RowError(f"answers must be an object or a list, they are {format_value(value)}")
-    found: list[Answer] = []
+    answers_list: list[Answer] = []
     for answer in value:
         text, start = (answer.get("text"), answer.get("answer_start")) if isinstance(answer, dict) else (None, None)
         if not isinstance(text, str) or not text.strip():
@@ -108,9 +108,9 @@ def answers_of(value: Any) -> list[Answer]:
             start = int(start)
         if not isinstance(start, int) or isinstance(start, bool):
             raise RowError(f"answer_start of answer {format_value(text)} must be a number, it is {format_value(start)}")
-        if {"text": text, "start": start} not in found:
-            found.append({"text": text, "start": start})
-    return found
+        if {"text": text, "start": start} not in answers_list:
+            answers_list.append({"text": text, "start": start})
+    return answers_list
 
 
 def checked_answers(answers: Sequence[Answer], context: str, *, no_answer: bool) -> None:
@@ -121,5 +121,5 @@ def checked_answers(answers: Sequence[Answer], context: str, *, no_answer: bool)
         text, start = answer["text"], answer["start"]
         if start < 0 or context[start : start + len(text)] != text:
             place = context.find(text)
-            there = f"it is at {place}" if place >= 0 else "it is nowhere in it"
-            raise RowError(f"answer {format_value(text)} is not at character {start} of its context ({there})")
+            actual_place = f"it is at {place}" if place >= 0 else "it is nowhere in it"
+            raise RowError(f"answer {format_value(text)} is not at character {start} of its context ({actual_place})")

@@ -73,8 +73,8 @@ class BadRows:
         *problems, last = self._faulty
         count = self.count - sum(count for _, count in self._unprinted.values())
         others = count - len(self._faulty)
-        more = f" (and {others:,} more bad row{'s' if others > 1 else ''}, {count:,} in all)" if others else ""
+        further = f" (and {others:,} more bad row{'s' if others > 1 else ''}, {count:,} in all)" if others else ""
         fix = "fix the file, or set data.on_bad_row=skip to drop and count such rows"
         if all(problem.reason.startswith("not UTF-8") for problem in self._faulty):
             fix = f"if it is of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW; else {fix}"
-        return [*problems, Problem(where=last.where, reason=last.reason + more, fix=fix)]
+        return [*problems, Problem(where=last.where, reason=last.reason + further, fix=fix)]

@@ -87,8 +87,8 @@ class Blocks:
         leader: bool,
     ):
         assert data.stream is not None
-        named = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
-        self.root = cache_root / "stream" / f"{named}-{socket.gethostname()}"
+        run_digest = xxhash.xxh3_64_hexdigest(str(run_dir.resolve()).encode())
+        self.root = cache_root / "stream" / f"{run_digest}-{socket.gethostname()}"
         self._first = data
         self._leader = leader
         self._started = time.time()
@@ -132,13 +132,13 @@ class Blocks:
         """No rank needs blocks before number `first` any more: remove them. With `ahead` prepare the one behind `block`."""
         if not self._leader:
             return
-        kept = [] if block.begin is None else [self._name(block.number, block.begin)]
-        kept.append(self._name(block.number + 1, block.end))
+        kept_names = [] if block.begin is None else [self._name(block.number, block.begin)]
+        kept_names.append(self._name(block.number + 1, block.end))
         with self._lock:
-            kept += [name for name in self._requests if _number(name) >= first]
-            self._requests &= set(kept)
+            kept_names += [name for name in self._requests if _number(name) >= first]
+            self._requests &= set(kept_names)
             for path in self.root.glob("block-*"):
-                if path.name.split(".")[0] not in kept:
+                if path.name.split(".")[0] not in kept_names:
                     _remove(path)
         if ahead:
             self._ask(block.number + 1, block.end)
@@ -178,8 +178,8 @@ class Blocks:
                 log.debug("the preparing process is gone; `get` says so")
 
     def _name(self, number: int, begin: dict[str, Any]) -> str:
-        what = json.dumps([self._first.fingerprint, begin], sort_keys=True)
-        return f"block-{number:06d}-{xxhash.xxh3_64_hexdigest(what.encode())}"
+        identity = json.dumps([self._first.fingerprint, begin], sort_keys=True)
+        return f"block-{number:06d}-{xxhash.xxh3_64_hexdigest(identity.encode())}"
 
 
 def _number(name: str) -> int:

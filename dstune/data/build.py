@@ -91,16 +91,16 @@ def prove(config: RunConfig, tokenizer: Any, data: PreparedData) -> Proof:
     """
     if data.evidence is None:
         return Proof()
-    found = prove_samples(config, tokenizer, data.labels, data.train.table, data.evidence, data.train.images)
+    proof = prove_samples(config, tokenizer, data.labels, data.train.table, data.evidence, data.train.images)
     counts = data.report.get("train", {})
     conversations, samples = counts.get("conversations", 0), counts.get("samples", 0)
     if not task_of(config.task).splits_conversations or samples <= conversations:
-        return found
+        return proof
     grown = (
         f"{conversations:,} conversations make {samples:,} samples with {counts['tokens'] / counts['tokens_once']:.1f} times the "
         "tokens, since the chat template rewrites earlier turns (docs/chat-templates.md; task.turns=last trains one of each)"
     )
-    return replace(found, note="; ".join(filter(None, [found.note, grown])))
+    return replace(proof, note="; ".join(filter(None, [proof.note, grown])))
 
 
 def _load(folder: Path, key: str, config: RunConfig, vision: VisionFiles | None) -> PreparedData:
@@ -118,7 +118,7 @@ def _load(folder: Path, key: str, config: RunConfig, vision: VisionFiles | None)
         labels=tuple(meta["labels"]),
         prompts=[SamplePrompt(**prompt) for prompt in meta["prompts"]],
         report=report,
-        swapped={part: found for part in PARTS[1:] if (found := load_swapped(folder, part))},
+        swapped={part: swapped_rows for part in PARTS[1:] if (swapped_rows := load_swapped(folder, part))},
         fingerprint=key,
         evidence=file if (file := folder / evidence.FILE).is_file() else None,
         stream=StreamStart(folder / HELD_OUT, **meta["stream"]) if "stream" in meta else None,

@@ -136,9 +136,9 @@ class Builder:
         report: dict[str, dict[str, Any]] = {}
         with _no_progress_bars():
             for part, rows in chosen.items():
-                known = len(bad.first())
+                known_count = len(bad.first())
                 counts = self._write_part(part, rows, encode, folder, bad)
-                report[part] = _report(rows, counts, read.get(part, read["train"]), bad.first(known))
+                report[part] = _report(rows, counts, read.get(part, read["train"]), bad.first(known_count))
                 report[part] |= _findings(
                     report[part], read.get(part, {}), rows_by_label(rows, config, labels), cleaning.reports.get(part)
                 )
@@ -158,21 +158,22 @@ class Builder:
             meta["stream"] = self._finish_block(folder, chosen)
         (folder / "meta.json").write_text(json.dumps(meta))
         shutil.rmtree(work)
-        kept = folder / evidence.FILE
-        if self._held_out is not None and kept.is_file():  # the ranks prove the first block, before their first step
-            found = prove_samples(config, self._tokenizer, labels, load_split(folder, "train").table, kept)
-            if found.arguments != self._arguments:
+        evidence_file = folder / evidence.FILE
+        # The ranks prove the first block, before their first step.
+        if self._held_out is not None and evidence_file.is_file():
+            proof = prove_samples(config, self._tokenizer, labels, load_split(folder, "train").table, evidence_file)
+            if proof.arguments != self._arguments:
                 log.warning(
                     "the chat template renders the rows of this block with %s, and those of the first with %s, which an export "
                     "has built in: a server has to be given the others",
-                    json.dumps(found.arguments),
+                    json.dumps(proof.arguments),
                     json.dumps(self._arguments),
                 )
 
     def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
         """By part, then by source. Raises UserError where rows are bad, or none is left."""
         read = {part: self._read(part, work, bad) for part in self._inputs}
-        if sum(table.rows_read for named in read.values() for table in named.values()) > ROWS_OF_BOTH_FAULTS:
+        if sum(table.rows_read for tables in read.values() for table in tables.values()) > ROWS_OF_BOTH_FAULTS:
             bad.raise_if_any()
         if self._held_out is None:
             self._refuse_no_rows(read)
@@ -207,32 +208,35 @@ class Builder:
     ) -> tuple[dict[str, ChosenRows], dict[str, Table]]:
         """The rows of each part, and the tables that they are in."""
         with _no_progress_bars():
-            tables = {part: cleaning.rows(part, self._joined(part, named, work)) for part, named in read.items()}
+            tables = {
+                part: cleaning.rows(part, self._joined(part, tables_of_part, work))
+                for part, tables_of_part in read.items()
+            }
         if self._held_out is None:
             cleaning.refuse_nothing_left(tables)
         chosen = self._choose(tables)
         leave_out_leaks(chosen, cleaning)
         return chosen, tables
 
-    def _joined(self, part: str, named: dict[str, Table], work: Path) -> Table:
-        return named[""] if "" in named else mixture.merge(named, self._config, work / f"{part}.rows.arrow")
+    def _joined(self, part: str, tables: dict[str, Table], work: Path) -> Table:
+        return tables[""] if "" in tables else mixture.merge(tables, self._config, work / f"{part}.rows.arrow")
 
     def _choose(self, tables: dict[str, Table]) -> dict[str, ChosenRows]:
         if self._held_out is None:
             return choose(tables, self._config)
         train = tables["train"]
-        known = np.isin(train.hashes, self._held_out)
+        is_held_out = np.isin(train.hashes, self._held_out)
         if self._config.data.clean.leaks and train.text_keys is not None:
-            known |= np.isin(train.text_keys, self._held_out)
-        return {"train": ChosenRows(train, train.rows[~known[train.rows]])}
+            is_held_out |= np.isin(train.text_keys, self._held_out)
+        return {"train": ChosenRows(train, train.rows[~is_held_out[train.rows]])}
 
     def _augment(self, chosen: dict[str, ChosenRows], work: Path) -> dict[str, Any]:
         """Append copies to the training rows, as `data.augment` says. Returns what to report."""
         if not self._config.data.augment.on:
             return {}
         train, held_out = chosen["train"], [rows for part, rows in chosen.items() if part != "train"]
-        own = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
-        chosen["train"], reported = augmented(train, held_out, own, self._config, work)
+        copied_places = np.flatnonzero(of_task(train)) if mixes_in(self._config) else np.arange(len(train.indices))
+        chosen["train"], reported = augmented(train, held_out, copied_places, self._config, work)
         return reported
 
     def _row_tokenizer(
@@ -288,8 +292,8 @@ class Builder:
                 hashes += [rows.text_keys for part, rows in chosen.items() if part != "train"]
             np.save(folder / HELD_OUT, np.unique(np.concatenate([np.empty(0, np.uint64), *hashes])))
         begun, passes = stream.share(self._begin), stream.share(stream.position)
-        found = {"identity": identity_of(shards), "begun": begun, "passes": passes, "end": stream.position.to_dict()}
-        return found | {"shards": shards} if self._held_out is None else found
+        record = {"identity": identity_of(shards), "begun": begun, "passes": passes, "end": stream.position.to_dict()}
+        return record | {"shards": shards} if self._held_out is None else record
 
     def refuse_changed_shards(self) -> list[list[str]]:
         """The shards as they are now. Raises UserError where they are not those of the first block."""
@@ -310,8 +314,8 @@ class Builder:
                 reason=f"no row is left: all {table.rows_read} are bad and were skipped",
                 fix="data.on_bad_row=error shows what is wrong with them",
             )
-            for part, named in read.items()
-            for name, table in named.items()
+            for part, tables in read.items()
+            for name, table in tables.items()
             if not len(table.hashes)
         ]
         if problems:
@@ -335,10 +339,12 @@ def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) ->
     raise UserError(Problem(where=f"data.{part}", reason=reason, fix="data.on_bad_row=error shows what is wrong"))
 
 
-def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table], more: list[dict[str, str]]) -> dict[str, Any]:
+def _report(
+    rows: ChosenRows, counts: Counts, read: dict[str, Table], further_bad_rows: list[dict[str, str]]
+) -> dict[str, Any]:
     """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file.
 
-    more: the first rows in which tokenization found a fault.
+    further_bad_rows: the first rows in which tokenization found a fault.
     """
     bad_rows = rows.table.bad_rows + rows.bad_rows + counts.bad_rows
     counted = asdict(counts)
@@ -356,7 +362,7 @@ def _report(rows: ChosenRows, counts: Counts, read: dict[str, Table], more: list
             }
             for number, (name, table) in enumerate(read.items())
         }
-    if skipped := [*(example for table in read.values() for example in table.bad_examples), *more]:
+    if skipped := [*(example for table in read.values() for example in table.bad_examples), *further_bad_rows]:
         report["examples"] = {"bad_rows": skipped}
     return report
 
@@ -369,17 +375,17 @@ def _findings(
 
     read: as far as the part has files of its own.
     """
-    found: dict[str, Any] = {}
+    findings: dict[str, Any] = {}
     if unread := _unread(read):
-        found["unread_columns"] = unread
+        findings["unread_columns"] = unread
     if synthetic := sum(table.synthetic_rows for table in read.values()):
-        found["synthetic_rows"] = synthetic
+        findings["synthetic_rows"] = synthetic
     if by_label:
-        found["labels"] = by_label
+        findings["labels"] = by_label
     if cleaned is not None:
-        found |= cleaned.to_dict()
-        found["examples"] = report.get("examples", {}) | found["examples"]
-    return found
+        findings |= cleaned.to_dict()
+        findings["examples"] = report.get("examples", {}) | findings["examples"]
+    return findings
 
 
 def _unread(read: dict[str, Table]) -> dict[str, int]:
@@ -407,10 +413,10 @@ def prove_samples(
     tokenizer: Any,
     labels: Sequence[str],
     table: datasets.Dataset,
-    kept: Path,
+    evidence_file: Path,
     images: ImageFiles | None = None,
 ) -> Proof:
-    """The proof of the samples in `table`, of which the rows in `kept` are some. Raises UserError."""
+    """The proof of the samples in `table`, of which the rows in `evidence_file` are some. Raises UserError."""
     if not tokenizer.chat_template:
         return Proof()
     formats = ["messages"] * len(tasks_of(config))
@@ -425,4 +431,4 @@ def prove_samples(
         sources=np.zeros(0, np.int16),  # `prove` takes each row's own tokenizer by its source
     )
     encode.use_images(images)
-    return evidence.prove(tokenizer, encode, table, kept)
+    return evidence.prove(tokenizer, encode, table, evidence_file)

@@ -119,10 +119,10 @@ def _only(row: Any) -> Any:
 def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """What ROW_COLUMNS names, of the samples that have it."""
     arrays = {}
-    for name, of in ROW_COLUMNS.items():
+    for name, array_name in ROW_COLUMNS.items():
         if name in samples[0]:
             values = np.array([sample[name] for sample in samples])
-            arrays[of] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
+            arrays[array_name] = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
     return arrays
 
 

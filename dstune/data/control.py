@@ -76,10 +76,10 @@ class Defused:
     def restore(self, text: str) -> tuple[str, list[int]]:
         """A text that was rendered from `value` with the strings put back, and where control tokens begin in it that
         are not the value's but the template's."""
-        own = [found.start() for found in self.pattern.finditer(text)]
+        control_starts = [match.start() for match in self.pattern.finditer(text)]
         for number, string in enumerate(self.strings):
             text = text.replace(chr(self.first + number) * len(string), string)
-        return text, own
+        return text, control_starts
 
     def left(self) -> re.Pattern[str]:
         """Matches what is left of stand-ins in a text that `restore` returned: the template cut or escaped them."""
@@ -120,7 +120,7 @@ class ControlTokens:
 
     def first(self, value: Any) -> str:
         """The first control token in the strings of `value` (a text, a row, messages), or nothing."""
-        return next((found.group() for text in _strings(value) if (found := self.pattern.search(text))), "")
+        return next((match.group() for text in _strings(value) if (match := self.pattern.search(text))), "")
 
     def refuse_across_parts(self, value: Any) -> None:
         """Raise RenderError where parts of one content, put together, write a control token that none of them holds: it could not
@@ -132,8 +132,8 @@ class ControlTokens:
     def defuse(self, value: Any) -> Defused:
         """`value` with stand-ins for the control tokens in its strings. Raises RenderError as `refuse_across_parts`."""
         self.refuse_across_parts(value)
-        found = (match.group() for text in _strings(value) for match in self.pattern.finditer(text))
-        strings = tuple(dict.fromkeys(found))
+        control_texts = (match.group() for text in _strings(value) for match in self.pattern.finditer(text))
+        strings = tuple(dict.fromkeys(control_texts))
         used = set(json.dumps(value, ensure_ascii=False))
         first = _FIRST_STAND_IN
         while any(chr(first + number) in used for number in range(len(strings))):
@@ -142,28 +142,28 @@ class ControlTokens:
         replaced = _mapped(value, lambda text: self.pattern.sub(lambda match: stand_ins[match.group()], text))
         return Defused(replaced, strings, first, self.pattern)
 
-    def encode(self, text: str, own: list[int] | None = None) -> tuple[list[int], np.ndarray]:
+    def encode(self, text: str, control_starts: list[int] | None = None) -> tuple[list[int], np.ndarray]:
         """Tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
 
-        own: where control tokens begin that are meant as such, in order; all others become text. A tokenizer that
+        control_starts: where control tokens begin that are meant as such, in order; all others become text. A tokenizer that
         cannot tell which characters a token stands for gives the tokens of a text as it is, and no characters.
         Raises UserError if it would have to.
         """
         if not self._tokenizer.is_fast:
-            return self._without_offsets(text, own or []), np.empty((0, 2), dtype=np.int64)
+            return self._without_offsets(text, control_starts or []), np.empty((0, 2), dtype=np.int64)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return self.neutral(encoded["input_ids"], encoded["offset_mapping"], text, own or [])
+        return self.neutral(encoded["input_ids"], encoded["offset_mapping"], text, control_starts or [])
 
     def neutral(
-        self, ids: list[int], offsets: list[tuple[int, int]], text: str, own: list[int]
+        self, ids: list[int], offsets: list[tuple[int, int]], text: str, control_starts: list[int]
     ) -> tuple[list[int], np.ndarray]:
-        """`ids` of `text`, with the tokens of its characters in place of each control token that is not `own`."""
+        """Put the tokens of its characters in place of each control token in `ids` of `text` that begins elsewhere."""
         kept_ids: list[int] = []
         kept_offsets: list[tuple[int, int]] = []
         for token, (start, end) in zip(ids, offsets, strict=True):
-            after = bisect_left(own, start)
+            after = bisect_left(control_starts, start)
             written = token in self._ids and self.pattern.fullmatch(text[start:end].strip())
-            if not written or (after < len(own) and own[after] < end):
+            if not written or (after < len(control_starts) and control_starts[after] < end):
                 kept_ids.append(token)
                 kept_offsets.append((start, end))
                 continue
@@ -172,12 +172,12 @@ class ControlTokens:
             kept_offsets += [(start, end)] * len(plain)
         return kept_ids, np.array(kept_offsets, dtype=np.int64).reshape(-1, 2)
 
-    def ids(self, text: str, own: list[int] | None = None) -> list[int]:
+    def ids(self, text: str, control_starts: list[int] | None = None) -> list[int]:
         """Tokens of `text` without special tokens around it, none of them a control token but those that begin at
-        `own`."""
+        `control_starts`."""
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return self.encode(text, own)[0]
+        return self.encode(text, control_starts)[0]
 
     def check_length(self, text: str, most: int) -> None:
         """Raises TooManyTokens where `text` certainly has more than `most`, without reading all of it: the tokens of megabytes take
@@ -191,10 +191,10 @@ class ControlTokens:
             if count > most:
                 raise TooManyTokens(most)
 
-    def _without_offsets(self, text: str, own: list[int]) -> list[int]:
-        written = [found.start() for found in self.pattern.finditer(text)]
-        if written == own or not own:
-            as_text = written != own
+    def _without_offsets(self, text: str, control_starts: list[int]) -> list[int]:
+        written = [match.start() for match in self.pattern.finditer(text)]
+        if written == control_starts or not control_starts:
+            as_text = written != control_starts
             encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=as_text, verbose=False)
             return encoded["input_ids"]
         reason = "a text holds a control token, and this tokenizer cannot keep it apart from those of the template"
@@ -288,9 +288,9 @@ def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
         for text in texts:
             place += len(text)
             edges.append(place)
-        for found in pattern.finditer("".join(texts)):
-            if any(found.start() < edge < found.end() for edge in edges):
-                return found.group()
+        for match in pattern.finditer("".join(texts)):
+            if any(match.start() < edge < match.end() for edge in edges):
+                return match.group()
     return ""
 
 

@@ -44,10 +44,14 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
     terms = config.evaluate.counterfactual
     swap_files = sources.expand(terms, SWAPS_KEY) if terms else []
     parts = {
-        "files": {part: {name: _rows_digest(of) for name, of in named.items()} for part, named in inputs.items()},
+        "files": {
+            part: {name: _rows_digest(source) for name, source in sources_of_part.items()}
+            for part, sources_of_part in inputs.items()
+        },
         "replay": mixes_in(config),
         "mixture": [
-            [name, of.format, of.columns, of.max_rows, of.task, of.prompt] for name, of in data.mixture.items()
+            [name, source.format, source.columns, source.max_rows, source.task, source.prompt]
+            for name, source in data.mixture.items()
         ],
         "tokenizer": [
             is_encoder_decoder(tokenizer),
@@ -72,13 +76,13 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
         **_vision_digest(config, tokenizer, inputs),
         "augment": _augment_digest(config),
         "prompts": prompt_count(config),
-        "evaluate": [config.evaluate.slices, [sources.fingerprint(of) for of in swap_files]],
+        "evaluate": [config.evaluate.slices, [sources.fingerprint(source) for source in swap_files]],
         "clean": [asdict(data.clean), versions(data.clean)],
         "code": [xxhash.xxh3_64_hexdigest(file.read_bytes()) for file in _code(config)],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
-    if own := plugins.digests("task", "row format"):
-        parts["plugins"] = own
+    if plugin_digests := plugins.digests("task", "row format"):
+        parts["plugins"] = plugin_digests
     text = json.dumps(
         parts, sort_keys=True, default=lambda value: value.name if isinstance(value, Enum) else str(value)
     )
@@ -92,10 +96,10 @@ def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[st
         return {}
     folders = {
         part: {
-            name: [str(root_of_images(config.data.image_folder, file.path)) for file in of.files]
-            for name, of in named.items()
+            name: [str(root_of_images(config.data.image_folder, file.path)) for file in source.files]
+            for name, source in sources_of_part.items()
         }
-        for part, named in inputs.items()
+        for part, sources_of_part in inputs.items()
     }
     processor = {key: value for key, value in asdict(vision).items() if key not in ("path", "revision")}
     return {"vision": processor, "image_folders": folders}

@@ -53,36 +53,41 @@ def check_columns(mapping: Mapping[str, str]) -> None:
             close = difflib.get_close_matches(role, roles, n=1)
             fix = f"roles: {', '.join(roles)}"
             if close:
-                fix = _mapping("data.columns", {close[0] if name == role else name: of for name, of in mapping.items()})
+                fix = _mapping(
+                    "data.columns",
+                    {close[0] if name == role else name: mapped_column for name, mapped_column in mapping.items()},
+                )
             problems.append(Problem(where=f"data.columns.{role}", value=column, reason="no such role", fix=fix))
     if problems:
         raise UserError(problems)
 
 
-def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, task: TaskConfig, where: str) -> str:
+def recognise(
+    columns: Collection[str], mapping: Mapping[str, str], format_name: str, task: TaskConfig, where: str
+) -> str:
     """The format of a file with these `columns` under this task.
 
-    `named` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
+    `format_name` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
     Raises UserError that lists the columns found and what was expected.
     """
     allowed = formats_for(task_of(task))
     for name in allowed:
         columns = ROW_FORMATS[name]().expand(columns) if isinstance(columns, Mapping) else columns
-    if named != AUTOMATIC:
+    if format_name != AUTOMATIC:
         # Labels beside a text are no obstacle to train on the text.
-        readable = (named, *ROW_FORMATS[named].readable_as)
+        readable = (format_name, *ROW_FORMATS[format_name].readable_as)
         chosen = next((name for name in readable if name in allowed), None)
         if chosen is None:
             raise UserError(
                 Problem(
                     where="data.format",
-                    value=named,
+                    value=format_name,
                     reason=f"task={task.name} does not read this format",
                     fix=f"formats of this task: {', '.join(allowed)}",
                 )
             )
         needed = ROW_FORMATS[chosen].required
-        _check_mapped(columns, {role: of for role, of in mapping.items() if role in needed}, mapping, where)
+        _check_mapped(columns, {role: column for role, column in mapping.items() if role in needed}, mapping, where)
         return chosen
     allowed = tuple(name for name in allowed if not ROW_FORMATS[name].only_named)
     if fitting := [name for name in allowed if not _missing(name, mapping, columns)]:
@@ -105,19 +110,19 @@ def recognise(columns: Collection[str], mapping: Mapping[str, str], named: str, 
 def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Collection[str]) -> str:
     """What `data.columns` may say so that one of the `nearest` formats reads these columns: one that leaves out the least."""
     suggested = {name: ROW_FORMATS[name]().candidates(list(columns), mapping) for name in nearest}
-    known = [name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns))]
-    found = []
-    for name in known or nearest[:1]:
+    good_names = [name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns))]
+    suggestions = []
+    for name in good_names or nearest[:1]:
         form = ROW_FORMATS[name]
         missing = dict.fromkeys(_missing(name, mapping, columns), "NAME")
-        rest = [column for column in columns if column not in columns_read(form, mapping, columns)]
-        candidates = rest if len(rest) == len(missing) == 1 else suggested[name]
+        unread_columns = [column for column in columns if column not in columns_read(form, mapping, columns)]
+        candidates = unread_columns if len(unread_columns) == len(missing) == 1 else suggested[name]
         whole = {**mapping, **missing, **dict(zip(missing, candidates, strict=False))}
         unread = content_left_out(form, whole, columns)
         if len(unread) == 1 and "input" in form.optional and "NAME" not in whole.values():
             whole, unread = {**whole, "input": unread[0]}, []
-        found.append((whole, unread if "NAME" not in whole.values() else []))
-    whole, unread = min(found, key=lambda suggestion: len(suggestion[1]))
+        suggestions.append((whole, unread if "NAME" not in whole.values() else []))
+    whole, unread = min(suggestions, key=lambda suggestion: len(suggestion[1]))
     return f"name the file's own columns, for example {_mapping('data.columns', whole)}{_left_out(unread)}"
 
 
@@ -143,10 +148,10 @@ def _left_out(columns: Sequence[str]) -> str:
 
 
 def check_task(
-    name: str, fields: Mapping[str, Any], mapping: Mapping[str, str], named: str, task: TaskConfig, where: str
+    name: str, fields: Mapping[str, Any], mapping: Mapping[str, str], format_name: str, task: TaskConfig, where: str
 ) -> None:
     """Raises UserError where a row that has the format `name` is of another task all the same."""
-    fix = ROW_FORMATS[name]().of_another_task(fields, mapping, named=named != AUTOMATIC)
+    fix = ROW_FORMATS[name]().of_another_task(fields, mapping, named=format_name != AUTOMATIC)
     if fix:
         reason = f"these rows are of another task than {task.name}: the columns here are {listing(fields)}"
         raise UserError(Problem(where=where, reason=reason, fix=fix))

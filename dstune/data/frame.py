@@ -22,15 +22,17 @@ class Frame:
         """Of a text alone, or of a pair (`texts` = 2)."""
         example = tokenizer(*["a"] * texts)
         types = example.get("token_type_ids", [0] * len(example["input_ids"]))
-        rest = list(zip(example["input_ids"], types, strict=True))
+        remaining = list(zip(example["input_ids"], types, strict=True))
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         between, kinds = [], []
         for _ in range(texts):
-            start = next(at for at in range(len(rest)) if [token for token, _ in rest[at : at + len(plain)]] == plain)
-            between.append(rest[:start])
-            kinds.append(rest[start][1])
-            rest = rest[start + len(plain) :]
-        return cls((*between, rest), tuple(kinds))
+            start = next(
+                at for at in range(len(remaining)) if [token for token, _ in remaining[at : at + len(plain)]] == plain
+            )
+            between.append(remaining[:start])
+            kinds.append(remaining[start][1])
+            remaining = remaining[start + len(plain) :]
+        return cls((*between, remaining), tuple(kinds))
 
     @property
     def size(self) -> int:
@@ -54,10 +56,10 @@ def chunks(length: int, size: int, stride: int, starts: Sequence[int] | None = N
     starts: places where a chunk may begin, ascending (words); the next one is taken, and any place where none is near.
     """
     assert 0 <= stride < size, "chunks must get ahead"
-    found = [(0, min(size, length))]
-    while found[-1][1] < length:
-        begin = found[-1][1] - stride
+    spans = [(0, min(size, length))]
+    while spans[-1][1] < length:
+        begin = spans[-1][1] - stride
         if starts is not None:
-            begin = next((start for start in starts if begin <= start < found[-1][1]), begin)
-        found.append((begin, min(begin + size, length)))
-    return found
+            begin = next((start for start in starts if begin <= start < spans[-1][1]), begin)
+        spans.append((begin, min(begin + size, length)))
+    return spans

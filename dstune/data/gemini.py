@@ -60,8 +60,8 @@ def _tools_of_group(group: Any) -> list[Any]:
     declarations = _declared(group) if isinstance(group, dict) else None
     others = [key for key in group if key not in DECLARATIONS] if isinstance(group, dict) else []
     if others or not isinstance(declarations, list) or not all(isinstance(item, dict) for item in declarations):
-        named = repr(others[0]) if others else format_value(group)
-        raise RowError(f"tools hold {named}, which is no list of functionDeclarations")
+        shown = repr(others[0]) if others else format_value(group)
+        raise RowError(f"tools hold {shown}, which is no list of functionDeclarations")
     return [_tool(declaration) for declaration in declarations]
 
 
@@ -106,15 +106,15 @@ def _messages_of(number: int, content: Any) -> list[Message]:
     results: list[Message] = []
     others: list[dict[str, Any]] = []
     for part in parts:
-        kind, found = _part(number, name, part)
+        kind, read_part = _part(number, name, part)
         if kind != "result":
-            others.append(found)
+            others.append(read_part)
         elif others:
             raise RowError(
                 f"content {number} has a functionResponse behind a part of another kind, where results come first"
             )
         else:
-            results.append(found)
+            results.append(read_part)
     beside = {key: value for key, value in content.items() if key not in ("role", "parts")}
     if results and not others:
         return results
@@ -139,10 +139,10 @@ def _part(number: int, role: str, part: Any) -> tuple[str, dict[str, Any]]:
             return "call", {"type": "tool_call", "tool_call": {**identity, "type": "function", "function": function}}
         case ["functionResponse" | "function_response"] if isinstance(value, dict):
             identity = {"tool_call_id": value["id"]} if value.get("id") else {}
-            named = {"name": value["name"]} if value.get("name") else {}
+            name_field = {"name": value["name"]} if value.get("name") else {}
             answer = value.get("response")
             text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-            return "result", {"role": "tool", **named, **identity, "content": text}
+            return "result", {"role": "tool", **name_field, **identity, "content": text}
     raise RowError(
         f"content {number} ({role}) has a part with {' and '.join(map(repr, keys)) or format_value(part)}; text, functionCall and "
         "functionResponse are read"

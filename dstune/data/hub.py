@@ -38,10 +38,10 @@ class HubName:
 
 def hub_name(spec: str) -> HubName | None:
     """What `spec` names on the hub; None if it is a path of this machine (which wins) or no such name."""
-    found = _NAME.fullmatch(spec)
-    if found is None or Path(spec).exists() or Path(found["repository"]).exists() or is_readable(found["repository"]):
+    match = _NAME.fullmatch(spec)
+    if match is None or Path(spec).exists() or Path(match["repository"]).exists() or is_readable(match["repository"]):
         return None
-    return HubName(found["repository"], found["revision"], found["split"])
+    return HubName(match["repository"], match["revision"], match["split"])
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def prepared(repository: str) -> list[Prepared]:
 
     owner, name = repository.split("/")
     root = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / f"{owner}___{camelcase_to_snakecase(name)}"
-    found = []
+    entries = []
     for description in root.glob("*/*/*/dataset_info.json"):  # configuration, version, commit
         folder = description.parent
         entry = Prepared(folder, folder.parent.parent.name, folder.name)
         # Loaded with options of their own, they have a digest behind the configuration's name: not what is meant here.
         if COMMIT.fullmatch(entry.commit) and entry.info.get("config_name") == entry.subset:
-            found.append(entry)
-    return sorted(found, key=lambda entry: (entry.folder / "dataset_info.json").stat().st_mtime, reverse=True)
+            entries.append(entry)
+    return sorted(entries, key=lambda entry: (entry.folder / "dataset_info.json").stat().st_mtime, reverse=True)
 
 
 def cached(name: HubName, subset: str | None, key: str, why: str = "it was not prepared before") -> Prepared:
@@ -93,8 +93,8 @@ def cached(name: HubName, subset: str | None, key: str, why: str = "it was not p
             f"give a file that exists, or run once where there is a connection to {page}; if the data set is gated, first "
             "accept its terms there and log in with `hf auth login`"
         )
-        if known := prepared(name.repository):
-            fix = f"{key}={replace(name, revision=known[0].commit)} is in the cache; else {fix}"
+        if cached_entries := prepared(name.repository):
+            fix = f"{key}={replace(name, revision=cached_entries[0].commit)} is in the cache; else {fix}"
         raise UserError(Problem(where=key, value=str(name), reason=reason, fix=fix))
     if subset is not None:
         entries = [entry for entry in entries if entry.subset == subset] or _refuse_subset(key, subset, entries)
@@ -132,14 +132,14 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
     if split not in splits:
         raise UserError(split_problem(key, name.repository, split, list(splits)))
     stem = f"{info['dataset_name']}-{split}"
-    found = sorted(entry.folder.glob(f"{stem}.arrow")) or sorted(entry.folder.glob(f"{stem}-*-of-*.arrow"))
+    files = sorted(entry.folder.glob(f"{stem}.arrow")) or sorted(entry.folder.glob(f"{stem}-*-of-*.arrow"))
     where = f"{name.repository}@{entry.commit[:12]}:{split}"
     digest = f"{name.repository}@{entry.commit} {entry.subset} {split} "
     # One file is the whole split, so its rows are those of the split; among several the file has to be named.
-    names = [where] if len(found) == 1 else [f"{where}/{file.name}" for file in found]
+    names = [where] if len(files) == 1 else [f"{where}/{file.name}" for file in files]
     return [
         DataFile(file, formatted=formatted, digest=digest + file.name)
-        for file, formatted in zip(found, names, strict=True)
+        for file, formatted in zip(files, names, strict=True)
     ]
 
 

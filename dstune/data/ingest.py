@@ -85,8 +85,10 @@ class Table:
 
     def places(self, numbers: np.ndarray) -> list[str]:
         """`FILE:LINE` of each of these rows."""
-        found = self.data.select(numbers).select_columns(["file", "line"])[:]
-        return [sources.place(self.files[file], line) for file, line in zip(found["file"], found["line"], strict=True)]
+        origins = self.data.select(numbers).select_columns(["file", "line"])[:]
+        return [
+            sources.place(self.files[file], line) for file, line in zip(origins["file"], origins["line"], strict=True)
+        ]
 
 
 def ingest(
@@ -149,10 +151,10 @@ def _report(
     files: list[sources.DataFile], rows: Iterable[tuple[int, sources.RawRow]]
 ) -> Iterator[tuple[int, sources.RawRow]]:
     """`rows`, with a report of how many there were every thousand rows."""
-    more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+    further = f" and {len(files) - 1} more files" if len(files) > 1 else ""
     for count, row in enumerate(rows, 1):
         if count % ROWS_PER_BATCH == 0:
-            log.info("reading %s%s", files[0].path.name, more, extra={"done": count})
+            log.info("reading %s%s", files[0].path.name, further, extra={"done": count})
         yield row
 
 
@@ -204,11 +206,11 @@ class _Reader:
         """The row as JSON text, its hash and its label. Raises RowError."""
         if raw.fields is None:
             raise RowError(raw.error)
-        mapping, named = self._data.columns, self._data.format
+        mapping, format_name = self._data.columns, self._data.format
         if self.format is None or self.unread is None:
             self.format = self._recognise(raw)
             self.unread = Unread(self.format, mapping, self._slices)
-        check_task(self.format, raw.fields, mapping, named, self._task, raw.place)
+        check_task(self.format, raw.fields, mapping, format_name, self._task, raw.place)
         self.unread.add(raw.fields)
         row = normalise(raw.fields, self.format, mapping, self._task, input_apart=self._input_apart)
         self.any_messages |= "messages" in row or isinstance(row.get("chosen"), list)
@@ -236,10 +238,10 @@ class _Reader:
             raise RowError(reason) from None
 
     def _refuse_other_labels(self, row: dict[str, Any]) -> None:
-        given = self._bound.given_labels
-        for name in labels_of(row) if given else ():
-            if name not in given:
-                raise RowError(f"label {name!r} is not among task.labels ({', '.join(given)})")
+        allowed_labels = self._bound.given_labels
+        for name in labels_of(row) if allowed_labels else ():
+            if name not in allowed_labels:
+                raise RowError(f"label {name!r} is not among task.labels ({', '.join(allowed_labels)})")
 
 
 def _batch(rows: list[tuple]) -> pa.RecordBatch:

@@ -39,8 +39,8 @@ def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
 
 def row_inputs(config: RunConfig) -> Iterator[tuple[str, str, RunConfig]]:
     """Yield (key, part, configuration in which `data.PART` is the source) for everything that rows are read from."""
-    for key, own in of_training(config).values():
-        yield key, "train", own
+    for key, source_config in of_training(config).values():
+        yield key, "train", source_config
     for part in PARTS[1:]:
         if getattr(config.data, part) is not None:
             yield f"data.{part}", part, config

@@ -35,8 +35,8 @@ def suspicious(counts: Mapping[str, int]) -> list[str]:
 def refuse_suspicious(counts: Mapping[str, int]) -> None:
     """Raises UserError with every label that looks like a slip (`data.on_suspicious_labels=error`)."""
     fix = "fix the rows, or data.on_suspicious_labels=list trains on them as they are"
-    if found := suspicious(counts):
-        raise UserError([Problem("data.train", reason, fix) for reason in found])
+    if reasons := suspicious(counts):
+        raise UserError([Problem("data.train", reason, fix) for reason in reasons])
 
 
 def _alike(names: Mapping[str, int]) -> Iterator[str]:
@@ -64,10 +64,10 @@ def _rows(count: int) -> str:
 
 def _difference(first: str, second: str) -> str:
     """By what the two differ, where that is little; empty where it is more."""
-    one, other = (unicodedata.normalize("NFKC", name) for name in (first, second))
-    if one.casefold() == other.casefold():
-        return "case" if one != other else "the form of a character"
-    words, others = ([word for word in _WORDS.split(name.casefold()) if word] for name in (one, other))
+    first_name, second_name = (unicodedata.normalize("NFKC", name) for name in (first, second))
+    if first_name.casefold() == second_name.casefold():
+        return "case" if first_name != second_name else "the form of a character"
+    words, others = ([word for word in _WORDS.split(name.casefold()) if word] for name in (first_name, second_name))
     if "".join(words) == "".join(others) and words:
         return "white space or punctuation"
     if len(words) != len(others):

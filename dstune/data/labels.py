@@ -79,12 +79,12 @@ def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) 
     """How many rows have each of `labels`; a row with several of them counts for each. Empty for tasks without labels."""
     if not labels or rows.table.labels is None:
         return {}
-    found = dict.fromkeys(labels, 0)
+    count_by_label = dict.fromkeys(labels, 0)
     names, counts = np.unique(rows.table.labels[rows.indices], return_counts=True)
     for name, count in zip(names.tolist(), counts.tolist(), strict=True):
         for label in set(json.loads(name)) if task_of(config.task).several_labels else (name,):
-            found[label] += count
-    return found
+            count_by_label[label] += count
+    return count_by_label
 
 
 def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows) -> tuple[float, ...]:

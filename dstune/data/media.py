@@ -53,8 +53,8 @@ def refuse_columns(fields: Mapping[str, Any], where: str = "", used: Collection[
         return
     for column, kind in COLUMNS.items():
         if column in fields and column not in used and holds_something(fields[column]):
-            named = f"{where}: the key {column!r}" if where else f"column {column!r}"
-            raise RowError(f"{named} holds {kind}; {NO_PLACE if kind == 'images' else UNREAD}")
+            place = f"{where}: the key {column!r}" if where else f"column {column!r}"
+            raise RowError(f"{place} holds {kind}; {NO_PLACE if kind == 'images' else UNREAD}")
 
 
 def refuse_markers(row: Mapping[str, Any]) -> None:
@@ -80,10 +80,10 @@ def _texts(content: Any) -> list[str]:
 
 def marker_in(text: str) -> str:
     """The first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted as code."""
-    for found in _MARKER.finditer(text):
-        marker = found.group().strip()
-        is_element = marker != "<img>" and f"</{marker[1:]}" in text[found.end() :]
-        is_code = text.count("`", 0, found.start()) % 2
+    for match in _MARKER.finditer(text):
+        marker = match.group().strip()
+        is_element = marker != "<img>" and f"</{marker[1:]}" in text[match.end() :]
+        is_code = text.count("`", 0, match.start()) % 2
         if not is_element and not is_code:
             return marker
     return ""

@@ -127,12 +127,14 @@ def message_of(number: int, message: Any) -> Message:
 
 def _refuse_two_reasonings(number: int, message: Message, content: Content | None) -> None:
     """Raises RowError where a template would print one of them alone, or one behind the other."""
-    given = [key for key in REASONING_KEYS if message.get(key, "").strip()]
-    if len({message[key].strip() for key in given}) > 1:
-        raise RowError(f"message {number} (assistant) has a {given[0]} and a {given[1]} that say different things")
+    filled_keys = [key for key in REASONING_KEYS if message.get(key, "").strip()]
+    if len({message[key].strip() for key in filled_keys}) > 1:
+        raise RowError(
+            f"message {number} (assistant) has a {filled_keys[0]} and a {filled_keys[1]} that say different things"
+        )
     text = content_text(content)
-    if given and text.lstrip().startswith("<think>") and inline_reasoning(text):
-        raise RowError(f"message {number} (assistant) has reasoning in its content and as {given[0]}")
+    if filled_keys and text.lstrip().startswith("<think>") and inline_reasoning(text):
+        raise RowError(f"message {number} (assistant) has reasoning in its content and as {filled_keys[0]}")
 
 
 def content_text(content: Any) -> str:
@@ -172,13 +174,13 @@ def _text(number: int, role: str, content: Any) -> str:
 def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> Content | None:
     """The text of a content that is given in parts, or its parts if several hold text; reasoning and calls among them become
     fields of `message`."""
-    found: dict[str, list[Any]] = {kind: [] for kind in ORDER}
+    parts_by_kind: dict[str, list[Any]] = {kind: [] for kind in ORDER}
     last = 0
     for part in parts:
         kind = type_of_part(part)
         value = part.get(kind, part.get("value", part.get("text"))) if isinstance(part, dict) else part
         if of_media := media.PARTS.get(kind):
-            found["text"].append(_image(number, role, part, of_media))
+            parts_by_kind["text"].append(_image(number, role, part, of_media))
             last = max(last, ORDER.index("text"))
             continue
         holds = PARTS.get(kind, "")
@@ -190,21 +192,21 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
             reason = "templates write reasoning, then text, then calls, and its parts come in another order"
             raise RowError(f"message {number} ({role}): {reason}")
         last = ORDER.index(holds)
-        found[holds].append(value)
-    if found["reasoning"]:
-        if given := [key for key in REASONING_KEYS if key in message]:
-            raise RowError(f"message {number} ({role}) has reasoning in its content and as {given[0]}")
-        message["reasoning_content"] = "".join(found["reasoning"])
-    if found["call"]:
+        parts_by_kind[holds].append(value)
+    if parts_by_kind["reasoning"]:
+        if filled_keys := [key for key in REASONING_KEYS if key in message]:
+            raise RowError(f"message {number} ({role}) has reasoning in its content and as {filled_keys[0]}")
+        message["reasoning_content"] = "".join(parts_by_kind["reasoning"])
+    if parts_by_kind["call"]:
         if message.get("tool_calls"):
             raise RowError(f"message {number} ({role}) has calls in its content and as tool_calls")
         complaint = f"message {number}: a part of type 'tool_call' is not JSON"
-        calls = found["call"]
+        calls = parts_by_kind["call"]
         message["tool_calls"] = [from_json(call, complaint) if isinstance(call, str) else call for call in calls]
-    if len(found["text"]) > 1 or any(isinstance(text, dict) for text in found["text"]):
+    if len(parts_by_kind["text"]) > 1 or any(isinstance(text, dict) for text in parts_by_kind["text"]):
         # How they are put together is the template's business.
-        return [text if isinstance(text, dict) else {"type": "text", "text": text} for text in found["text"]]
-    return None if found["call"] and not found["text"] else "".join(found["text"])
+        return [text if isinstance(text, dict) else {"type": "text", "text": text} for text in parts_by_kind["text"]]
+    return None if parts_by_kind["call"] and not parts_by_kind["text"] else "".join(parts_by_kind["text"])
 
 
 def _image(number: int, role: str, part: Any, of_media: str) -> dict[str, Any]:
@@ -227,23 +229,23 @@ def type_of_part(part: Any) -> str:
 
 
 def _weight(number: int, role: str, message: Message) -> int:
-    given = {key: message.pop(key) for key in WEIGHT_KEYS if key in message}
-    if not given:
+    weight_by_key = {key: message.pop(key) for key in WEIGHT_KEYS if key in message}
+    if not weight_by_key:
         return 1
-    for weight in given.values():
+    for weight in weight_by_key.values():
         if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
             raise RowError(f"message {number} ({role}): weight must be 0 or 1, it is {format_value(weight)}")
-    if len({int(weight) for weight in given.values()}) > 1:
-        raise RowError(f"message {number} ({role}) has different weights: {', '.join(given)}")
+    if len({int(weight) for weight in weight_by_key.values()}) > 1:
+        raise RowError(f"message {number} ({role}) has different weights: {', '.join(weight_by_key)}")
     if role != "assistant":
         for key in WEIGHT_KEYS[1:]:
-            if given.get(key):
+            if weight_by_key.get(key):
                 reason = (
                     "only what the assistant says is trained; task.train_on_prompt=true trains the whole conversation"
                 )
                 raise RowError(f"message {number} ({role}) has {key}: 1; {reason}")
         return 1  # what others say is never trained, so 0 is true of it
-    return int(next(iter(given.values())))
+    return int(next(iter(weight_by_key.values())))
 
 
 def _calls(number: int, name: str, role: str, message: Message, content: Any) -> list[dict[str, Any]]:
@@ -251,22 +253,22 @@ def _calls(number: int, name: str, role: str, message: Message, content: Any) ->
     complaint = f"message {number}: tool_calls are not JSON"
     if name in NAMES_OF_CALLS:  # ShareGPT: a turn that is the call, as JSON text
         value = from_json(content, f"message {number} ({name}) is not JSON") if isinstance(content, str) else content
-        given = value if isinstance(value, list) else [value]
+        calls = value if isinstance(value, list) else [value]
     elif "function_call" in message:  # OpenAI before tools
         if message.get("tool_calls"):
             raise RowError(f"message {number} ({role}) has tool_calls and function_call; give its calls as tool_calls")
-        given = [message["function_call"]]
+        calls = [message["function_call"]]
     else:
-        given = message.get("tool_calls", [])
-        if isinstance(given, str):
-            given = from_json(given, complaint)
-    if not given:
+        calls = message.get("tool_calls", [])
+        if isinstance(calls, str):
+            calls = from_json(calls, complaint)
+    if not calls:
         return []
     if role != "assistant":
         raise RowError(f"message {number} ({role}) calls a tool, which only the assistant does")
-    if not isinstance(given, list):
-        raise RowError(f"message {number}: tool_calls must be a list, it is {format_value(given)}")
-    return [_call(number, from_json(call, complaint) if isinstance(call, str) else call) for call in given]
+    if not isinstance(calls, list):
+        raise RowError(f"message {number}: tool_calls must be a list, it is {format_value(calls)}")
+    return [_call(number, from_json(call, complaint) if isinstance(call, str) else call) for call in calls]
 
 
 def _call(number: int, call: Any) -> dict[str, Any]:
@@ -308,8 +310,8 @@ def inline_reasoning(content: str) -> tuple[str, str] | None:
 
     Tags further on belong to what is said: "<think> opens, </think> closes" has no reasoning.
     """
-    before, ended, answer = content.partition("</think>")
-    reasoning = before.lstrip().removeprefix("<think>")
+    text_before, ended, answer = content.partition("</think>")
+    reasoning = text_before.lstrip().removeprefix("<think>")
     return None if not ended or "<think>" in reasoning else (reasoning, answer)
 
 
@@ -320,8 +322,8 @@ GIVEN = ("arguments", "parameters")
 def without_none(value: Any, but: Collection[str] = ()) -> Any:
     """`value` without the keys whose value is None, which say nothing. but: keys below which they do."""
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if item is not None}
-        return {key: item if key in but else without_none(item, but) for key, item in kept.items()}
+        filled = {key: item for key, item in value.items() if item is not None}
+        return {key: item if key in but else without_none(item, but) for key, item in filled.items()}
     if isinstance(value, list):
         return [without_none(item, but) for item in value]
     return value

@@ -67,10 +67,10 @@ def conversation_of(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of messages that is not empty")
     messages: list[Message] = []
-    separate = (message for item in value for of in _of_exchange(item) for message in without_blocks(of))
-    for number, given in enumerate(separate, start=1):
-        message = message_of(number, given)
-        if is_call(given) and messages and messages[-1]["role"] == "assistant":
+    separate = (message for item in value for exchanged in _of_exchange(item) for message in without_blocks(exchanged))
+    for number, raw_message in enumerate(separate, start=1):
+        message = message_of(number, raw_message)
+        if is_call(raw_message) and messages and messages[-1]["role"] == "assistant":
             messages[-1] = _with_calls(messages[-1], message, number)
         else:
             messages.append(message)
@@ -102,10 +102,10 @@ def _of_exchange(item: Any) -> list[Any]:
     """The messages of `{human, assistant}`; anything else as it is."""
     if not isinstance(item, dict) or "role" in item or "from" in item:
         return [item]
-    given = without_none(item)
-    if not given or not given.keys() <= set(EXCHANGE_KEYS):
+    exchange = without_none(item)
+    if not exchange or not exchange.keys() <= set(EXCHANGE_KEYS):
         return [item]
-    return [{"role": name, "content": given[name]} for name in EXCHANGE_KEYS if name in given]
+    return [{"role": name, "content": exchange[name]} for name in EXCHANGE_KEYS if name in exchange]
 
 
 def exchange(prompt: str, answer: str) -> list[Message]:
@@ -116,20 +116,24 @@ def exchange(prompt: str, answer: str) -> list[Message]:
 def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Message]:
     """The messages of an Alpaca row (Taori et al. 2023): `instruction` with `input` on the line below, `output`,
     and optionally `history`. input_apart: the input is a key of the question's message instead. Raises RowError."""
-    given = text_or_nothing(fields.get("input"), "input") if input_apart else ""
-    question = fields["instruction"] if given else with_input(fields["instruction"], fields.get("input"))
+    input_text = text_or_nothing(fields.get("input"), "input") if input_apart else ""
+    question = fields["instruction"] if input_text else with_input(fields["instruction"], fields.get("input"))
     requested, answered = exchange(question, fields["output"])
-    return [*history_of(fields.get("history")), {**requested, "input": given} if given else requested, answered]
+    return [
+        *history_of(fields.get("history")),
+        {**requested, "input": input_text} if input_text else requested,
+        answered,
+    ]
 
 
 def with_input(question: Any, value: Any) -> Any:
     """A question with the text of the column `input`, if there is any, on the line below. Raises RowError."""
-    given = text_or_nothing(value, "input")
-    if not given:
+    input_text = text_or_nothing(value, "input")
+    if not input_text:
         return question
     if not isinstance(question, str):
         raise RowError(BESIDE_CONVERSATION.format("input"))
-    return f"{question}\n{given}"
+    return f"{question}\n{input_text}"
 
 
 def history_of(value: Any) -> list[Message]:
@@ -164,8 +168,8 @@ def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
         exchange("", completion)[1:] if isinstance(completion, str) else conversation_of(completion, "completion")
     )
     refuse_continued(requested, answered)
-    kept = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in requested]
-    return [*kept, *answered]
+    context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in requested]
+    return [*context, *answered]
 
 
 def refuse_continued(requested: list[Message], answered: list[Message]) -> None:
@@ -218,9 +222,9 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 def _without_absent(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """`tools` without keys that are null and say nothing. A default that is null says something, unless null stands in these
     schemas where JSON Schema has none: then they were in a table once, which gives each object the keys of all."""
-    kept = [_without_null_keywords(tool) for tool in tools]
-    from_table = [_parameters(tool) for tool in kept] != [_parameters(tool) for tool in tools]
-    return [without_none(tool) for tool in tools] if from_table else kept
+    tools_without_null = [_without_null_keywords(tool) for tool in tools]
+    from_table = [_parameters(tool) for tool in tools_without_null] != [_parameters(tool) for tool in tools]
+    return [without_none(tool) for tool in tools] if from_table else tools_without_null
 
 
 def _without_null_keywords(schema: Any, *, names: bool = False) -> Any:
@@ -259,10 +263,12 @@ def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) 
 
     def kept(call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
-        known = takes.get(function["name"])
-        if known is None or None not in function["arguments"].values():
+        argument_names = takes.get(function["name"])
+        if argument_names is None or None not in function["arguments"].values():
             return call
-        arguments = {key: value for key, value in function["arguments"].items() if value is not None or key in known}
+        arguments = {
+            key: value for key, value in function["arguments"].items() if value is not None or key in argument_names
+        }
         return {**call, "function": {**function, "arguments": arguments}}
 
     return [

@@ -28,10 +28,10 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
     first_row = 0
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for number, (name, table) in enumerate(tables.items()):
-            kept = capped(table.hashes, config.data.mixture[name].max_rows)
+            is_kept = capped(table.hashes, config.data.mixture[name].max_rows)
             start = 0
             for batch in table.data.data.table.to_batches():
-                mask = kept[start : start + len(batch)]
+                mask = is_kept[start : start + len(batch)]
                 start += len(batch)
                 chosen = batch.filter(pa.array(mask))
                 columns = {field.name: chosen[field.name] for field in ROW_SCHEMA}
@@ -40,7 +40,7 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
                 writer.write_batch(pa.record_batch(columns, schema=ROW_SCHEMA))
                 first_row += len(chosen)
             files += table.files
-            numbers.append(np.full(int(kept.sum()), number, dtype=np.int16))
+            numbers.append(np.full(int(is_kept.sum()), number, dtype=np.int16))
     fmt = shape_of_all({table.format for table in tables.values()}, config.task)
     rows_read = sum(table.rows_read for table in tables.values())
     bad_rows = sum(table.bad_rows for table in tables.values())
@@ -77,11 +77,11 @@ def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
     Chosen by another hash of the row's hash: the split takes rows with low hashes, and from those with the lowest
     alone it would hold out all of them.
     """
-    kept = np.ones(len(hashes), dtype=bool)
+    is_kept = np.ones(len(hashes), dtype=bool)
     if max_rows is not None and max_rows < len(hashes):
-        kept[:] = False
-        kept[lowest(_mixed(hashes), max_rows)] = True
-    return kept
+        is_kept[:] = False
+        is_kept[lowest(_mixed(hashes), max_rows)] = True
+    return is_kept
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:

@@ -83,15 +83,15 @@ def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
     """Threads inside the tokenizer, or processes around it, but not both: they would fight for the same cores (and
     a process forked after the threads started would wait for them for ever)."""
     name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
+    value_before = os.environ.get(name)
     os.environ[name] = "true" if enabled else "false"
     try:
         yield
     finally:
-        if before is None:
+        if value_before is None:
             del os.environ[name]
         else:
-            os.environ[name] = before
+            os.environ[name] = value_before
 
 
 @contextmanager

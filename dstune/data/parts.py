@@ -19,18 +19,18 @@ from dstune.protocols import task_of
 def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
     """Which rows make up each part: those of its own file, or those held out from the training file."""
     train, split = ChosenRows(tables["train"], tables["train"].rows), config.data.split
-    own = np.arange(len(train.indices))
+    target_rows = np.arange(len(train.indices))
     if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
-        own = np.flatnonzero(of_task(train))
+        target_rows = np.flatnonzero(of_task(train))
     parts = np.full(len(train.indices), TRAIN, dtype=np.int8)
     # A row with several labels cannot be a share of each of them.
     labelled = train.table.labels is not None and not task_of(config.task).several_labels
     share = split.validation
     if isinstance(share, Automatic):  # without a run that has chosen it
-        share, _ = automatic_share(train.hashes[own], labelled=labelled)
-    parts[own] = assign(
-        train.hashes[own],
-        train.table.labels[train.indices[own]] if labelled and train.table.labels is not None else None,
+        share, _ = automatic_share(train.hashes[target_rows], labelled=labelled)
+    parts[target_rows] = assign(
+        train.hashes[target_rows],
+        train.table.labels[train.indices[target_rows]] if labelled and train.table.labels is not None else None,
         validation=0.0 if "validation" in tables else share,
         test=0.0 if "test" in tables else split.test,
     )
@@ -62,8 +62,8 @@ def limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
     if not mixes_in(config):
         return rows.keep(lowest(rows.hashes, config.data.max_rows))
     task = np.flatnonzero(of_task(rows))
-    kept = task[lowest(rows.hashes[task], config.data.max_rows)]
-    return rows.keep(np.sort(np.concatenate([kept, np.flatnonzero(~of_task(rows))])))
+    chosen_rows = task[lowest(rows.hashes[task], config.data.max_rows)]
+    return rows.keep(np.sort(np.concatenate([chosen_rows, np.flatnonzero(~of_task(rows))])))
 
 
 def leave_out_leaks(chosen: dict[str, ChosenRows], cleaning: Cleaning) -> None:

@@ -165,16 +165,16 @@ def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
 def _refuse_another_prompt(prompt: Any, requested: list[Message], chosen: list[Message]) -> None:
     """Raises RowError where a prompt beside whole conversations says what they do not: it would be left out without a word."""
     if isinstance(prompt, list):
-        same = prompt in (chosen[: len(prompt)], requested)
+        is_same = prompt in (chosen[: len(prompt)], requested)
     else:
         requested_text = _words(" ".join(content_text(message.get("content")) for message in requested))
-        given = _words(prompt or "")
-        same = given in requested_text or all(
-            _words(content_text(message.get("content"))) in given
+        prompt_words = _words(prompt or "")
+        is_same = prompt_words in requested_text or all(
+            _words(content_text(message.get("content"))) in prompt_words
             for message in requested
             if message["role"] != "system"
         )
-    if not same:
+    if not is_same:
         raise RowError("the column 'prompt' says what chosen and rejected, which are whole conversations, do not")
 
 
@@ -184,8 +184,8 @@ def _words(text: str) -> str:
 
 def _common(first: list[Message], second: list[Message]) -> int:
     """How many messages the two have in common at the start."""
-    for count, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
+    for count, (first_item, second_item) in enumerate(zip(first, second, strict=False)):
+        if first_item != second_item:
             return count
     return min(len(first), len(second))
 

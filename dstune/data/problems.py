@@ -18,8 +18,8 @@ def format_value(value: Any) -> str:
 
 def listing(columns: Collection[str]) -> str:
     """Column names for a message, the first twelve of them."""
-    found = [repr(column) for column in list(columns)[:12]]
-    return ", ".join(found) + (", ..." if len(columns) > 12 else "")
+    quoted_columns = [repr(column) for column in list(columns)[:12]]
+    return ", ".join(quoted_columns) + (", ..." if len(columns) > 12 else "")
 
 
 def unprinted(fields: str, fix: str) -> str:
@@ -32,5 +32,5 @@ _UNPRINTED = re.compile(r"the chat template does not print (.+?), which this row
 
 def unprinted_in(reason: str) -> tuple[str, str] | None:
     """The fields and the fix in a text of `unprinted`: no fault of the row, but of the template."""
-    found = _UNPRINTED.fullmatch(reason)
-    return (found.group(1), found.group(2)) if found else None
+    match = _UNPRINTED.fullmatch(reason)
+    return (match.group(1), match.group(2)) if match else None

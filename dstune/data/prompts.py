@@ -39,13 +39,17 @@ def sample_prompts(
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for index in indices:
         row = json.loads(table.data[int(index)]["row"])
-        own = encode.for_row(int(index))
-        if own.sources is not None:
-            prompt = _from_source(own.sources, row)
-            if prompt is not None and own is not encode:  # the prompt tells the task
-                prompt = replace(prompt, text=own.sources.requested(row["source"]))
+        row_encoder = encode.for_row(int(index))
+        if row_encoder.sources is not None:
+            prompt = _from_source(row_encoder.sources, row)
+            if prompt is not None and row_encoder is not encode:  # the prompt tells the task
+                prompt = replace(prompt, text=row_encoder.sources.requested(row["source"]))
         else:
-            prompt = _from_chat(own, row) if "messages" in row or "prompt" in row else _from_document(own, row)
+            prompt = (
+                _from_chat(row_encoder, row)
+                if "messages" in row or "prompt" in row
+                else _from_document(row_encoder, row)
+            )
         if prompt is not None and len(prompt.input_ids) <= max_length:
             prompts.setdefault((*prompt.input_ids, *(-1 - image for image in prompt.images)), prompt)
         if len(prompts) == count:

@@ -29,13 +29,13 @@ def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> I
     done = skip
     try:
         with pq.ParquetFile(file.path) as table:
-            before, group = 0, 0
-            while group < table.num_row_groups and before + table.metadata.row_group(group).num_rows <= skip:
-                before += table.metadata.row_group(group).num_rows
+            rows_before, group = 0, 0
+            while group < table.num_row_groups and rows_before + table.metadata.row_group(group).num_rows <= skip:
+                rows_before += table.metadata.row_group(group).num_rows
                 group += 1
             batches = table.iter_batches(batch_size=rows, row_groups=range(group, table.num_row_groups))
             batches = within_memory(batches, MAX_BATCH_BYTES if rows > 1 else None)
-            for row in _rows(file, table.schema_arrow, batches, before, skip):
+            for row in _rows(file, table.schema_arrow, batches, rows_before, skip):
                 done = row.line
                 yield row
         return
@@ -108,8 +108,8 @@ def _broken(file: DataFile, kind: str, error: Exception) -> UserError:
     return UserError(Problem(where=str(file), reason=reason, fix="copy it again or write it anew"))
 
 
-def _too_much(file: DataFile, what: str, error: TooMuch) -> UserError:
-    reason = f"{what} {error}, half of what is free"
+def _too_much(file: DataFile, need: str, error: TooMuch) -> UserError:
+    reason = f"{need} {error}, half of what is free"
     return UserError(
         Problem(where=str(file), reason=reason, fix="write it in smaller batches, or read it on a larger machine")
     )
@@ -189,8 +189,13 @@ def _shares(kind: Any) -> bool:
     """Whether values of a type of Arrow may share parts."""
     import pyarrow as pa
 
-    of = (pa.types.is_dictionary, pa.types.is_run_end_encoded, pa.types.is_string_view, pa.types.is_binary_view)
-    views = (*of, pa.types.is_list_view, pa.types.is_large_list_view)
+    type_checks = (
+        pa.types.is_dictionary,
+        pa.types.is_run_end_encoded,
+        pa.types.is_string_view,
+        pa.types.is_binary_view,
+    )
+    views = (*type_checks, pa.types.is_list_view, pa.types.is_large_list_view)
     return any(test(kind) for test in views) or any(_shares(kind.field(at).type) for at in range(kind.num_fields))
 
 
@@ -222,12 +227,12 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
         AttributeError,
     ):  # types of a newer release, or of images: the columns as they are
         return {}
-    found = {}
+    names_by_column = {}
     for column, feature in features.items():
         feature = getattr(feature, "feature", feature)
         if isinstance(feature, datasets.ClassLabel) and feature.names:
-            found[column] = list(feature.names)
-    return found
+            names_by_column[column] = list(feature.names)
+    return names_by_column
 
 
 def _value_of(kind: Any) -> Callable[[Any], Any] | None:

@@ -62,8 +62,12 @@ def _sentence(file: DataFile, first: int, words: list[list[str]], fault: RawRow 
     if fault is not None:
         yield fault
     elif words and file.ending == ".conllu":
-        named = {name: list(values) for name, values in zip(CONLLU_COLUMNS, zip(*words, strict=True), strict=False)}
-        yield RawRow(file, first, named | {"tokens": named.get("form"), "tags": named.get("upos")})
+        value_by_column = {
+            name: list(values) for name, values in zip(CONLLU_COLUMNS, zip(*words, strict=True), strict=False)
+        }
+        yield RawRow(
+            file, first, value_by_column | {"tokens": value_by_column.get("form"), "tags": value_by_column.get("upos")}
+        )
     elif words:
         columns = [list(values) for values in zip(*words, strict=True)]
         fields = {f"column_{number}": values for number, values in enumerate(columns, start=1)}

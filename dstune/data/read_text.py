@@ -306,8 +306,8 @@ def separator(header: str) -> str:
     bare = "".join(header.split('"')[::2])
     if "," in bare:
         return ","
-    count, found = max((bare.count(mark), mark) for mark in ";\t|")
-    return found if count else ","
+    count, most_frequent = max((bare.count(mark), mark) for mark in ";\t|")
+    return most_frequent if count else ","
 
 
 def _broken_csv(error: csv.Error, first: int, last: int) -> str:

@@ -180,11 +180,13 @@ class ChatRenderer:
         arguments: of the row. answer: the message that was written there, which decides whether the model is to think; where
         none was, an export's template does.
         """
-        given = dict(arguments or {})
+        template_arguments = dict(arguments or {})
         if answer is not None:
-            given = self.arguments_for(self.expected([dict(answer)])[0], given)
+            template_arguments = self.arguments_for(self.expected([dict(answer)])[0], template_arguments)
         messages = self.expected(messages, tools)
-        return prompt_ids(self._template, self._control, self.facts, messages, tools=tools, arguments=given)
+        return prompt_ids(
+            self._template, self._control, self.facts, messages, tools=tools, arguments=template_arguments
+        )
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""
@@ -213,11 +215,14 @@ class ChatRenderer:
     def _fixes_of_refusal(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
         """What to do where the template refuses a conversation: put the system text elsewhere, or take another template."""
         fixes = []
-        first, *rest = messages
-        if first["role"] == "system" and rest and isinstance(rest[0].get("content"), str):
-            joined = {**rest[0], "content": f"{content_text(first['content'])}\n\n{rest[0]['content']}"}
+        first, *other_messages = messages
+        if first["role"] == "system" and other_messages and isinstance(other_messages[0].get("content"), str):
+            joined = {
+                **other_messages[0],
+                "content": f"{content_text(first['content'])}\n\n{other_messages[0]['content']}",
+            }
             with suppress(RenderError):
-                self._template.text([joined, *rest[1:]], tools=tools, arguments=arguments)
+                self._template.text([joined, *other_messages[1:]], tools=tools, arguments=arguments)
                 fixes.append("it takes the conversation with the system text at the beginning of the first question")
         return [*fixes, *self._packaged_fix(messages, tools, arguments)]
 
@@ -230,8 +235,8 @@ class ChatRenderer:
         arguments: Mapping[str, Any] | None,
     ) -> list[Passage]:
         if (number := first_unusual(messages)) is not None:
-            given = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
-            self._refuse_lost(adapted, tools, given, number)
+            template_arguments = self.arguments_for(messages[trained[-1]] if trained else {}, arguments)
+            self._refuse_lost(adapted, tools, template_arguments, number)
         if self.choice.whole:
             return [self._scored(adapted, tools, arguments, trained)]
         if not trained:
@@ -249,24 +254,26 @@ class ChatRenderer:
         whole = turns[-1].answered
         if turns[-1].number < len(messages) - 1:
             whole = render(adapted, tools=tools, arguments=of_last)
-        found = passages(whole, turns, self._special)
+        found_passages = passages(whole, turns, self._special)
         if self._obeys_marks(tools):
-            for at, passage in enumerate(found):
+            for at, passage in enumerate(found_passages):
                 last = passage.places[-1].number
-                given = {"tools": tools, "arguments": self.arguments_for(messages[last], arguments)}
+                template_arguments = {"tools": tools, "arguments": self.arguments_for(messages[last], arguments)}
                 moved = next((turn for turn in turns if turn.answered is passage.text and turn.moved is not None), None)
                 if moved is not None:
-                    found[at] = only_marked(passage, self._moved_marks(adapted[: moved.number + 1], moved, **given))
+                    found_passages[at] = only_marked(
+                        passage, self._moved_marks(adapted[: moved.number + 1], moved, **template_arguments)
+                    )
                 else:
                     formatted = adapted if passage.text is whole else adapted[: last + 1]
-                    found[at] = only_marked(passage, self._template.marks(formatted, **given))
-        return [passage for passage in found if passage.places]
+                    found_passages[at] = only_marked(passage, self._template.marks(formatted, **template_arguments))
+        return [passage for passage in found_passages if passage.places]
 
-    def _moved_marks(self, messages: Messages, turn: Turn, **given: Any) -> list[Span]:
+    def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
         """The marks of a text that is P with what F adds: those of P, and those of F from there on."""
         assert turn.moved is not None
-        asked = self._template.marks(messages[:-1], prompt=True, **given)
-        shown = ((start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **given))
+        asked = self._template.marks(messages[:-1], prompt=True, **options)
+        shown = ((start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **options))
         return [*asked, *((max(start, turn.start), end) for start, end in shown if end > turn.start)]
 
     def whole_and_untrained(
@@ -276,13 +283,13 @@ class ChatRenderer:
 
         Raises RenderError as `passages` does, and where such a turn cannot be found again.
         """
-        found = self.passages(messages, tools=tools, arguments=arguments)
+        all_passages = self.passages(messages, tools=tools, arguments=arguments)
         messages = self.expected(messages, tools)
         adapted = [self.facts.adapted(message) for message in messages]
         last = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         whole = self._template.text(adapted, tools=tools, arguments=self.arguments_for(last, arguments))
-        if not any(passage.text.startswith(whole) for passage in found):
-            found.append(Passage(whole, ()))
+        if not any(passage.text.startswith(whole) for passage in all_passages):
+            all_passages.append(Passage(whole, ()))
         trained = self.trained(messages)
         silent = [
             number
@@ -293,7 +300,7 @@ class ChatRenderer:
             turn for number in silent if (turn := self._turn(adapted, tools, arguments, number, self._template.text))
         ]
         result = []
-        for passage in found:
+        for passage in all_passages:
             places = [place_in(passage.text, turn, self._special) for turn in turns if len(passage.text) > turn.start]
             if not all(places):
                 raise RenderError(
@@ -309,8 +316,8 @@ class ChatRenderer:
     @property
     def _is_packaged_mistral(self) -> bool:
         """Whether the template is one that was compared with mistral-common, and is equal."""
-        own = self._template.source(None)
-        return any(own == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
+        source = self._template.source(None)
+        return any(source == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
 
     def trained(self, messages: Messages) -> list[int]:
         """The numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
@@ -396,31 +403,37 @@ class ChatRenderer:
 
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
         """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
-        found = []
+        fixes = []
         if is_open(prompt) and not has_reasoning(messages[-1]):
-            found.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
-        own = self._template
+            fixes.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
+        current_template = self._template
         tried = {
-            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} fixes it": (own, messages, {name: value})
+            f"task.chat_template_kwargs={{{name}: {str(value).lower()}}} fixes it": (
+                current_template,
+                messages,
+                {name: value},
+            )
             for name in SWITCHES
             for value in (True, False)
-            if name in own.source(tools)
+            if name in current_template.source(tools)
         }
         if any(map(has_reasoning, messages)):
             dropped = [without_reasoning(message) for message in messages]
-            tried["task.reasoning=drop fixes it"] = (own, dropped, {})
-        for fix, (template, changed, given) in tried.items():
+            tried["task.reasoning=drop fixes it"] = (current_template, dropped, {})
+        for fix, (template, changed, changed_arguments) in tried.items():
             try:
                 begin, whole = (
-                    template.text(of, tools=tools, arguments={**arguments, **given}, prompt=asks)
-                    for of, asks in ((changed[:-1], True), (changed, False))
+                    template.text(
+                        shown_messages, tools=tools, arguments={**arguments, **changed_arguments}, prompt=adds_prompt
+                    )
+                    for shown_messages, adds_prompt in ((changed[:-1], True), (changed, False))
                 )
             except RenderError:
                 continue
             if whole.startswith(begin):
-                found.append(fix)
-        found += self._packaged_fix(messages, tools, arguments)
-        return "".join(f"; {text}" for text in found)
+                fixes.append(fix)
+        fixes += self._packaged_fix(messages, tools, arguments)
+        return "".join(f"; {text}" for text in fixes)
 
     def _scored(
         self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, trained: list[int]
@@ -456,20 +469,23 @@ class ChatRenderer:
             or calls not in self._inline_in
         ):
             return message
-        rest = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+        other_keys = {key: value for key, value in message.items() if key not in REASONING_KEYS}
         content = message.get("content")
-        return {**rest, "content": with_start(content, inlined(content_start(content), reasoning, self.inline_marks))}
+        return {
+            **other_keys,
+            "content": with_start(content, inlined(content_start(content), reasoning, self.inline_marks)),
+        }
 
     def rewrite_template(self) -> None:
         """Let the tokenizer's chat template write reasoning from a field as `task.reasoning=inline` trained it."""
         if not self.choice.inlines_reasoning or self.inline_marks is None:
             return
         turns = self._inline_in - self.facts.reasons_in
-        given = self._tokenizer.chat_template
+        template = self._tokenizer.chat_template
         self._tokenizer.chat_template = (
-            with_inlined_reasoning(given, self.inline_marks, turns)
-            if isinstance(given, str)
-            else {name: with_inlined_reasoning(text, self.inline_marks, turns) for name, text in given.items()}
+            with_inlined_reasoning(template, self.inline_marks, turns)
+            if isinstance(template, str)
+            else {name: with_inlined_reasoning(text, self.inline_marks, turns) for name, text in template.items()}
         )
 
     def _inline_marks(self) -> tuple[str, str] | None:
@@ -503,9 +519,9 @@ class ChatRenderer:
         text = self._template.text(marked, tools=tools, arguments=arguments)
         places = [text.find(marker) for marker in markers]
         if -1 in places or places != sorted(places):
-            role, before = messages[unusual]["role"], messages[unusual - 1]["role"]
+            role, role_before = messages[unusual]["role"], messages[unusual - 1]["role"]
             raise RenderError(
-                f"message {unusual + 1} has the role {role} after {before}, and the chat template does not print all messages "
+                f"message {unusual + 1} has the role {role} after {role_before}, and the chat template does not print all messages "
                 "of such a conversation; put their texts into one message, or set model.chat_template to one that does"
             )
 
@@ -522,10 +538,12 @@ class ChatRenderer:
             and not facts.prints_schemas
             and any(map(_is_described, tools or [])),
             "tool calls": not facts.prints_calls and bool(calls),
-            _SEVERAL: facts.prints_calls and not facts.prints_several_calls and any(len(of) > 1 for of in calls),
+            _SEVERAL: facts.prints_calls
+            and not facts.prints_several_calls
+            and any(len(calls_of_message) > 1 for calls_of_message in calls),
             "results of tools": not facts.prints_results and any(message["role"] == "tool" for message in messages),
         }
-        fields = [what for what, is_dropped in dropped.items() if is_dropped]
+        fields = [field_name for field_name, is_dropped in dropped.items() if is_dropped]
         fix = "set model.chat_template to one that does"
         end = trained[-1] + 1 if trained else len(messages)
         asked = self.arguments_for(messages[end - 1], arguments)

@@ -38,16 +38,16 @@ def find_inputs(config: RunConfig) -> Inputs:
     inputs: Inputs = {}
     expected = {"train": of_training(config)}
     expected |= {part: {"": (f"data.{part}", config)} for part in PARTS[1:]}
-    for part, named in expected.items():
-        for name, (key, own) in named.items():
-            if getattr(own.data, part) is None:
+    for part, config_by_source in expected.items():
+        for name, (key, source_config) in config_by_source.items():
+            if getattr(source_config.data, part) is None:
                 continue
             with collected(problems):
-                check_columns(own.data.columns)
-                files = sources.of_part(own.data, part, key)
-                streamed = own.data.streaming and part == "train"
-                stream = Stream([FileShard(file) for file in files], own.trainer.seed) if streamed else None
-                inputs.setdefault(part, {})[name] = Input(key, files, own, stream)
+                check_columns(source_config.data.columns)
+                files = sources.of_part(source_config.data, part, key)
+                streamed = source_config.data.streaming and part == "train"
+                stream = Stream([FileShard(file) for file in files], source_config.trainer.seed) if streamed else None
+                inputs.setdefault(part, {})[name] = Input(key, files, source_config, stream)
     if problems:
         raise UserError(problems)
     return inputs

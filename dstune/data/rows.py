@@ -56,28 +56,28 @@ def normalise(
     """
     form = ROW_FORMATS[fmt]()
     form.input_apart = input_apart
-    own = None if task is None else task_of(task)
-    found: dict[str, Any] = {}
+    member = None if task is None else task_of(task)
+    values: dict[str, Any] = {}
     fields = form.expand(fields)
     for role in (*form.required, *form.optional):
         if role in form.answers and not answered:
-            found[role] = None
+            values[role] = None
             continue
         column = column_of(type(form), role, mapping, fields)
         if column not in fields and role in form.required:
             raise RowError(f"missing column {column!r}, the columns here are {listing(fields)}")
         value = fields.get(column)
         if role in form.required or value is not None:
-            check = form.check_of(role, own)
-            found[role] = check(value, column) if check else value
+            check = form.check_of(role, member)
+            values[role] = check(value, column) if check else value
     if form.conversational and not media.COLUMNS.keys().isdisjoint(fields):
         media.refuse_columns(fields, used=columns_read(type(form), mapping, fields))
     if form.conversational and fields.get("continue_final_message"):
         raise RowError("continue_final_message: an answer that is begun is not trained; give the message as a whole")
-    row = form.row(found, own)
+    row = form.row(values, member)
     if form.conversational:
-        sees = "" if own is None or own.sees_images else f"task={own.name} reads none (task=chat does)"
-        row = with_images(row, found.get(COLUMN), sees=sees)
+        sees = "" if member is None or member.sees_images else f"task={member.name} reads none (task=chat does)"
+        row = with_images(row, values.get(COLUMN), sees=sees)
         if COLUMN not in row:  # beside images it is what somebody wrote
             media.refuse_markers(row)
     return row

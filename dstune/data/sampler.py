@@ -104,10 +104,10 @@ class TrainingOrder:
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
         # Best fit needs as many rows in any order of the same samples.
-        known = 0 if self._constant else epoch
-        if known not in self._steps_in:
-            self._steps_in[known] = -(-self._rows(epoch) // self._global)
-        return self._steps_in[known]
+        cached_epoch = 0 if self._constant else epoch
+        if cached_epoch not in self._steps_in:
+            self._steps_in[cached_epoch] = -(-self._rows(epoch) // self._global)
+        return self._steps_in[cached_epoch]
 
     def _rows(self, epoch: int) -> int:
         if self._repeats is None or self._packing:

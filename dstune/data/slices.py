@@ -35,7 +35,7 @@ class SplitSlice:
 
 def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
     """The slices that `text` names, behind the colon of `spec`; one nameless whole split where it is None. Raises UserError."""
-    found = []
+    parts = []
     for part in (text or "").split("+"):
         matched = _SLICE.fullmatch(part)
         bounds = [] if matched is None else [bound for bound in (matched["first"], matched["last"]) if bound]
@@ -45,8 +45,8 @@ def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
             reason = f"{part!r} is no slice of a split"
             fix = "NAME[FIRST:LAST] in rows or in percent, for example train[:20%] or train[100:200]+validation"
             raise UserError(Problem(key, reason, fix, spec))
-        found.append(SplitSlice(matched["name"], matched["first"] or "", matched["last"] or "", part.endswith("]")))
-    return found
+        parts.append(SplitSlice(matched["name"], matched["first"] or "", matched["last"] or "", part.endswith("]")))
+    return parts
 
 
 def apply(
@@ -57,16 +57,16 @@ def apply(
         return list(files)
     counts = [count_rows(file) for file in files]
     first, last = chosen.bounds(sum(counts))
-    found, before = [], 0
+    chosen_files, rows_before = [], 0
     for file, count in zip(files, counts, strict=True):
-        rows = max(first - before, 0), min(last - before, count)
+        rows = max(first - rows_before, 0), min(last - rows_before, count)
         if rows[0] < rows[1]:
-            found.append(file if rows == (0, count) else replace(file, rows=rows))
-        before += count
-    if not found:
-        reason = f"the slice holds none of the {before:,} rows"
+            chosen_files.append(file if rows == (0, count) else replace(file, rows=rows))
+        rows_before += count
+    if not chosen_files:
+        reason = f"the slice holds none of the {rows_before:,} rows"
         raise UserError(Problem(key, reason, "NAME[FIRST:LAST], for example train[:20%]", spec))
-    return found
+    return chosen_files
 
 
 def _absolute(bound: str, count: int) -> int:

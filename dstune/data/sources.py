@@ -96,8 +96,8 @@ def _count(file: DataFile, changed: int) -> int:
     if file.ending in (".jsonl", ".ndjson") and not _holds_articles(file, changed):
         with opened(file) as stream:
             return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
-    known = count_rows(file)
-    return sum(1 for _ in read(file)) if known is None else known
+    known_count = count_rows(file)
+    return sum(1 for _ in read(file)) if known_count is None else known_count
 
 
 def has_lines(file: DataFile) -> bool:
@@ -147,9 +147,9 @@ def expand(
     Raises UserError if there is no such file, it is empty, or its ending names no known format.
     """
     if samples.is_sample(spec):
-        uri, named = samples.without_slice(spec)
+        uri, slice_text = samples.without_slice(spec)
         files = []
-        for chosen in slices.parse(named, key, spec):
+        for chosen in slices.parse(slice_text, key, spec):
             of_split = [DataFile(samples.resolve(f"{uri}:{chosen.name}" if chosen.name else uri, fetch=False))]
             files += slices.apply(chosen, of_split, count, key, spec)
         return files
@@ -171,14 +171,14 @@ def expand(
             of_split = hub.files_of(entry, name, chosen.name or split, key)
             files += slices.apply(chosen, of_split, count, key, spec)
         return files
-    path, named = _local(spec)
+    path, slice_text = _local(spec)
     files = []
-    for chosen in slices.parse(named, key, spec):
-        found = _paths(path, key, spec, split, chosen.name or None)
-        problems = [problem for file in found if (problem := _unreadable(file, key, spec))]
+    for chosen in slices.parse(slice_text, key, spec):
+        paths = _paths(path, key, spec, split, chosen.name or None)
+        problems = [problem for file in paths if (problem := _unreadable(file, key, spec))]
         if problems:
             raise UserError(problems)
-        of_split = [data_file for file in found for data_file in _files_in(file, text_rows)]
+        of_split = [data_file for file in paths for data_file in _files_in(file, text_rows)]
         files += slices.apply(chosen, of_split, count, key, spec)
     return files
 
@@ -208,22 +208,22 @@ def _local(spec: str) -> tuple[Path, str | None]:
     return path, None
 
 
-def _paths(path: Path, key: str, spec: str, split: str, named: str | None) -> list[Path]:
+def _paths(path: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
     """The files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
     if os.path.isdir(path):
-        return _of_folder(path, key, spec, split, named)
+        return _of_folder(path, key, spec, split, split_name)
     if os.path.exists(path):
-        found = [path]
+        paths = [path]
     else:
-        found = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-    if not found:
+        paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+    if not paths:
         raise UserError(_nothing(spec, key))
-    if named is not None:
+    if split_name is not None:
         reason = "a file has no splits"
         raise UserError(
             Problem(where=key, value=spec, reason=reason, fix=f"{key}={path}, or a slice of it: '{path}:[:20%]'")
         )
-    return found
+    return paths
 
 
 def _nothing(spec: str, key: str) -> Problem:
@@ -267,7 +267,7 @@ def _files_in(file: Path, text_rows: TextRows) -> list[DataFile]:
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None) -> list[Path]:
+def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
     """The files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
     description = folder / "dataset_dict.json"
     if description.is_file():  # DatasetDict.save_to_disk
@@ -275,12 +275,12 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None)
         if not isinstance(splits, list) or not all(isinstance(name, str) and _is_name(name) for name in splits):
             reason = f"{folder} is no saved data set: dataset_dict.json has no names of splits"
             raise UserError(Problem(where=key, value=spec, reason=reason, fix="save it again with save_to_disk"))
-        chosen = named or split
+        chosen = split_name or split
         if chosen not in splits:
             raise UserError(hub.split_problem(key, str(folder), chosen, splits))
         return _saved(folder / chosen, key, spec)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():  # Dataset.save_to_disk
-        if named is not None:
+        if split_name is not None:
             reason = "this saved data set has no splits"
             raise UserError(Problem(where=key, value=spec, reason=reason, fix=f"{key}={folder}"))
         return _saved(folder, key, spec)
@@ -288,9 +288,9 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, named: str | None)
     if not by_split:
         fix = f"a glob says which files, for example {key}='{folder}/**/*.jsonl'; {KNOWN}"
         raise UserError(Problem(where=key, value=spec, reason="this folder holds no file of rows", fix=fix))
-    if named is None and list(by_split) == [""]:
+    if split_name is None and list(by_split) == [""]:
         return by_split[""]
-    chosen = named or split
+    chosen = split_name or split
     if chosen not in by_split:
         names = [name for name in by_split if name]
         problem = hub.split_problem(key, str(folder), chosen, names)
@@ -335,12 +335,12 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
     base = str(folder.resolve())
     try:
         patterns = get_data_patterns(base)
-        found = DataFilesDict.from_patterns(patterns, base_path=base)
+        files_by_split = DataFilesDict.from_patterns(patterns, base_path=base)
     except (EmptyDatasetError, FileNotFoundError):
         return {}
     whole = list(patterns.values()) == [["**"]]
     by_split = {}
-    for split, names in found.items():
+    for split, names in files_by_split.items():
         inside = [folder / Path(name).relative_to(base) for name in names if _holds_rows(name)]
         if inside:
             by_split["" if whole else str(split)] = sorted(_without_notes(inside))

@@ -17,12 +17,12 @@ def stop_token_ids(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -
 
     arguments: of the run, where the template does not have them built in.
     """
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         try:
             stops = ChatRenderer(tokenizer, None, arguments).stops
         except UserError:
-            return found  # a template for something else than a conversation of user and assistant
+            return ids  # a template for something else than a conversation of user and assistant
         # A turn may end with plain text (a line break), which the answer itself may contain.
-        found += tokenizer.convert_tokens_to_ids([*stops.tokens, *stops.supplied.values()])
-    return sorted(set(found))
+        ids += tokenizer.convert_tokens_to_ids([*stops.tokens, *stops.supplied.values()])
+    return sorted(set(ids))

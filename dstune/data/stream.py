@@ -157,14 +157,14 @@ def difference(before: list[list[str]], now: list[list[str]]) -> str:
     if before == now:
         return ""
     old, new = dict(before), dict(now)
-    found = {
+    names_by_change = {
         "gone": [name for name in old if name not in new],
         "new": [name for name in new if name not in old],
         "changed": [name for name in old if name in new and old[name] != new[name]],
     }
     words = [
-        f"{what}: {', '.join(names[:MAX_NAMES])}{' ...' * (len(names) > MAX_NAMES)}"
-        for what, names in found.items()
+        f"{change}: {', '.join(names[:MAX_NAMES])}{' ...' * (len(names) > MAX_NAMES)}"
+        for change, names in names_by_change.items()
         if names
     ]
     return "; ".join(words) or f"{len(before)} files then, {len(now)} in this order now"

@@ -26,7 +26,7 @@ def write_swapped(
     """Write the samples of those of `rows` that hold a term, as a part of their own beside `part`."""
     name = _name(part)
     target = work / f"{name}.rows.arrow"
-    of: list[int] = []
+    origins: list[int] = []
     names: list[list[str]] = []
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for place, number in enumerate(rows.indices.tolist()):
@@ -35,18 +35,18 @@ def write_swapped(
             swapped = swaps.row(row)
             if swapped is None:
                 continue
-            fields |= {"row": json.dumps(swapped, ensure_ascii=False), "number": len(of)}
+            fields |= {"row": json.dumps(swapped, ensure_ascii=False), "number": len(origins)}
             writer.write_batch(pa.RecordBatch.from_pylist([fields], schema=ROW_SCHEMA))
-            of.append(place)
+            origins.append(place)
             names.append(swaps.names(row))
-    (folder / f"{name}.json").write_text(json.dumps({"of": of, "names": names}))
-    if not of:
+    (folder / f"{name}.json").write_text(json.dumps({"of": origins, "names": names}))
+    if not origins:
         return
     data = datasets.Dataset.from_file(str(target))
     table = replace(rows.table, data=data, sources=None)
     unusable = BadRows(OnBadRow.skip)
     write_samples(
-        table, np.arange(len(of)), encode, folder, name, unusable, work=work, workers=workers, with_texts=True
+        table, np.arange(len(origins)), encode, folder, name, unusable, work=work, workers=workers, with_texts=True
     )
 
 
@@ -55,8 +55,8 @@ def load_swapped(folder: Path, part: str) -> Swapped | None:
     file = folder / f"{_name(part)}.json"
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
-    return Swapped(load_split(folder, _name(part)), np.array(found["of"]), found["names"]) if found["of"] else None
+    record = json.loads(file.read_text())
+    return Swapped(load_split(folder, _name(part)), np.array(record["of"]), record["names"]) if record["of"] else None
 
 
 def _name(part: str) -> str:

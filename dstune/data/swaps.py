@@ -38,10 +38,10 @@ class Swaps:
     def text(self, text: str) -> str:
         return self._pattern.sub(self._swapped, text)
 
-    def _swapped(self, found: re.Match[str]) -> str:
+    def _swapped(self, match: re.Match[str]) -> str:
         # The pattern also takes a dotless or a dotted capital I for i, and a long s for s: these are other words.
-        other = self._other.get(found.group().lower())
-        return found.group() if other is None else cased(other, found.group())
+        other = self._other.get(match.group().lower())
+        return match.group() if other is None else cased(other, match.group())
 
     def row(self, row: Row) -> Row | None:
         """The normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
@@ -50,10 +50,10 @@ class Swaps:
 
     def names(self, row: Row) -> list[str]:
         """What is swapped in `row`: `he -> she`, sorted."""
-        found = {
+        terms = {
             match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
         }
-        return sorted(f"{term} -> {self._other[term].lower()}" for term in found & self._other.keys())
+        return sorted(f"{term} -> {self._other[term].lower()}" for term in terms & self._other.keys())
 
 
 def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, str]]:
@@ -85,10 +85,10 @@ def cased(term: str, like: str) -> str:
 
 def slice_values(fields: dict[str, Any], columns: Sequence[str]) -> dict[str, str | None]:
     """The value of each column that rows are measured apart by, as text; None where the row has none."""
-    found: dict[str, str | None] = {}
+    value_by_column: dict[str, str | None] = {}
     for column in columns:
         value = fields.get(column)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        found[column] = None if value is None or isinstance(value, list | dict) else str(value)
-    return found
+        value_by_column[column] = None if value is None or isinstance(value, list | dict) else str(value)
+    return value_by_column

@@ -41,28 +41,28 @@ def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, re
     """
     if scheme is TagScheme.plain or (scheme is TagScheme.auto and not is_bio(tags)):
         return list(tags)
-    found = []
-    before = OUTSIDE
+    checked_tags = []
+    tag_before = OUTSIDE
     for number, (tag, token) in enumerate(zip(tags, tokens, strict=True), start=1):
         if tag == OUTSIDE:
-            found.append(tag)
-            before = tag
+            checked_tags.append(tag)
+            tag_before = tag
             continue
         if not _MARKED.fullmatch(tag):
             raise RowError(f"tag {tag!r} of word {number} ({token!r}) is neither O nor begins with B- or I-")
         mark, kind = tag[0], tag[2:]
         mark = AS_BIO.get(mark, mark)
-        if mark == "I" and before not in (f"B-{kind}", f"I-{kind}"):
+        if mark == "I" and tag_before not in (f"B-{kind}", f"I-{kind}"):
             if not repair:
-                follows = f"follows {before!r}" if number > 1 else "is the first one"
+                follows = f"follows {tag_before!r}" if number > 1 else "is the first one"
                 raise RowError(
                     f"tag {tag!r} of word {number} ({token!r}) continues no entity: it {follows}; "
                     "task.repair=true lets it begin one"
                 )
             mark = "B"
-        before = f"{mark}-{kind}"
-        found.append(before)
-    return found
+        tag_before = f"{mark}-{kind}"
+        checked_tags.append(tag_before)
+    return checked_tags
 
 
 def completed(labels: Sequence[str]) -> tuple[str, ...]:

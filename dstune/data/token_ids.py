@@ -25,9 +25,9 @@ def numbers(value: Any, column: str) -> list[int]:
     return value
 
 
-def token_row(found: dict[str, Any]) -> dict[str, Any]:
+def token_row(values: dict[str, Any]) -> dict[str, Any]:
     """`input_ids`, and `labels` where not all of them count: each the token itself or MASKED. Raises RowError."""
-    ids, labels, mask = found["input_ids"], found.get("labels"), found.get("attention_mask")
+    ids, labels, mask = values["input_ids"], values.get("labels"), values.get("attention_mask")
     if mask is not None and (len(mask) != len(ids) or not all(mask)):
         raise RowError(
             "attention_mask must be 1 for every token: rows are padded, and kept apart, when they are packed"
@@ -48,18 +48,22 @@ def check_tokenizer(config: RunConfig, tokenizer: Any) -> None:
         return
     from dstune import samples
 
-    named = str(config.data.tokenizer)
-    path = str(samples.resolve(named, fetch=False)) if samples.is_sample(named) else named
+    tokenizer_name = str(config.data.tokenizer)
+    path = str(samples.resolve(tokenizer_name, fetch=False)) if samples.is_sample(tokenizer_name) else tokenizer_name
     key = "data.tokenizer"
     maker = open_tokenizer(path, where=key)
-    own, theirs = tokenizer.get_vocab(), maker.get_vocab()
-    if different := {token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)}:
-        token = min(different, key=lambda one: (theirs.get(one, len(theirs)), one))
+    model_ids, data_ids = tokenizer.get_vocab(), maker.get_vocab()
+    if different := {
+        token for token in model_ids.keys() | data_ids.keys() if model_ids.get(token) != data_ids.get(token)
+    }:
+        token = min(different, key=lambda item: (data_ids.get(item, len(data_ids)), item))
         reason = (
             f"the model's tokenizer ({config.model.path}) is another one: {len(different):,} tokens differ, for example "
-            f"{token!r} is {theirs.get(token, 'none')} there and {own.get(token, 'none')} here"
+            f"{token!r} is {data_ids.get(token, 'none')} there and {model_ids.get(token, 'none')} here"
         )
-        raise UserError(Problem(key, reason, "make the token ids with the model's tokenizer, or give the texts", named))
+        raise UserError(
+            Problem(key, reason, "make the token ids with the model's tokenizer, or give the texts", tokenizer_name)
+        )
 
 
 def _has_token_ids(data: DataConfig) -> bool:

@@ -66,10 +66,12 @@ class Unread:
     def _look_into(self, column: str, messages: Any) -> None:
         """Count what the messages of a column hold beside what is read of them."""
         messages = messages if isinstance(messages, list) else ()
-        given = [
+        row_messages = [
             message for message in messages if isinstance(message, dict) and ("role" in message or "from" in message)
         ]
-        for key in {key for message in given for key in message.keys() & OF_MESSAGES if holds_something(message[key])}:
+        for key in {
+            key for message in row_messages for key in message.keys() & OF_MESSAGES if holds_something(message[key])
+        }:
             self.rows[f"{column}[].{key}"] += 1
 
     def _of(self, fields: Mapping[str, Any]) -> list[str]:

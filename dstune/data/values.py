@@ -47,10 +47,10 @@ def text_or_texts(value: Any, column: str) -> str | list[str]:
 
 def messages_in(value: Any, column: str) -> Any:
     """`value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python wrote them."""
-    found = _MESSAGES.match(value) if isinstance(value, str) else None
-    if found is None:
+    match = _MESSAGES.match(value) if isinstance(value, str) else None
+    if match is None:
         return value
-    if found[1] == "'":
+    if match[1] == "'":
         raise RowError(f"column {column!r} is a list that is not JSON: {format_value(value)}; json.dumps writes it")
     try:
         inner = parse_json(value)
@@ -80,12 +80,12 @@ def label(value: Any, column: str) -> str:
 
 def number(value: Any, column: str) -> float:
     try:
-        found = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+        parsed = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+        parsed = math.nan
+    if not math.isfinite(parsed):
         raise RowError(f"column {column!r} must be a number, it is {format_value(value)}")
-    return found
+    return parsed
 
 
 def labels_of_row(value: Any, column: str) -> list[str]:
@@ -123,8 +123,8 @@ def listed(value: Any, column: str) -> list[Any]:
 
 
 def words(value: Any, column: str) -> list[str]:
-    found = listed(value, column)
-    for number, word in enumerate(found, start=1):
+    entries = listed(value, column)
+    for number, word in enumerate(entries, start=1):
         if not isinstance(word, str) or not word.strip():
             raise RowError(f"word {number} of column {column!r} must be text, it is {format_value(word)}")
-    return found
+    return entries

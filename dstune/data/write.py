@@ -157,11 +157,13 @@ def _keep_good(
             last_number = number[-1] if len(number) else last_number
             truncated.append(number[cut])
             counts.truncated += int((cut & first).sum())
-            kept = batch.select(schema.names).filter(pa.array(good))
-            writer.write_batch(kept)
+            good_batch = batch.select(schema.names).filter(pa.array(good))
+            writer.write_batch(good_batch)
             for name, digest in content.items():
-                digest.update(_bytes_of(kept[name]))
-            parts = [pc.list_value_length(kept[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)]
+                digest.update(_bytes_of(good_batch[name]))
+            parts = [
+                pc.list_value_length(good_batch[name]).to_numpy() for name in schema.names if name.endswith(TOKENS)
+            ]
             lengths.append(np.sum(parts, axis=0).astype(np.int32))
             weights.append(weight[good])
             numbers.append(number[good])
@@ -182,8 +184,14 @@ def _keep_good(
         all_sources = np.concatenate(sources)
         np.save(f"{target}.sources.npy", all_sources)
         counts.by_source = [
-            {"samples": len(of), "tokens": int(all_lengths[of].sum()), "targets": int(all_weights[of].sum())}
-            for of in (np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1))
+            {
+                "samples": len(sample_numbers),
+                "tokens": int(all_lengths[sample_numbers].sum()),
+                "targets": int(all_weights[sample_numbers].sum()),
+            }
+            for sample_numbers in (
+                np.flatnonzero(all_sources == number) for number in range(int(table.sources.max()) + 1)
+            )
         ]
     return counts, np.concatenate(numbers), np.unique(np.concatenate(truncated))
 

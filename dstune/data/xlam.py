@@ -49,22 +49,22 @@ def _schema(tool: Any) -> Any:
     if not all(isinstance(value, dict) for value in parameters.values()):
         return tool
     properties, required = {}, []
-    for name, given in parameters.items():
-        properties[name], optional = _parameter(given)
+    for name, described in parameters.items():
+        properties[name], optional = _parameter(described)
         required += [] if optional else [name]
     schema = {"type": "object", "properties": properties} | ({"required": required} if required else {})
     return {key: schema if key == "parameters" else value for key, value in tool.items()}
 
 
-def _parameter(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def _parameter(described: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     """The schema of a parameter, and whether a call may leave it out."""
-    kind = given.get("type")
+    kind = described.get("type")
     if not isinstance(kind, str):
-        return given, "default" in given
+        return described, "default" in described
     name, *marks = (part.strip() for part in kind.split(", "))
-    name, optional = name.lower(), "optional" in marks or "default" in given
+    name, optional = name.lower(), "optional" in marks or "default" in described
     if items := _ITEMS.fullmatch(name):
         element = {"items": {"type": TYPES.get(items[2], items[2])}}
-        return {**given, "type": TYPES[items[1]], **element}, optional
+        return {**described, "type": TYPES[items[1]], **element}, optional
     outer = name.partition("[")[0]
-    return {**given, "type": TYPES.get(outer, name)}, optional
+    return {**described, "type": TYPES.get(outer, name)}, optional

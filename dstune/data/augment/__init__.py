@@ -57,16 +57,16 @@ class Announced:
 
 
 def augmented(
-    train: ChosenRows, held_out: Iterable[ChosenRows], own: np.ndarray, config: RunConfig, work: Path
+    train: ChosenRows, held_out: Iterable[ChosenRows], copied_places: np.ndarray, config: RunConfig, work: Path
 ) -> tuple[ChosenRows, dict[str, Any]]:
     """The training rows with their copies behind them, and what to report.
 
-    own: places in `train` of the rows that are copied, int64. work: folder for the new table.
+    copied_places: places in `train` of the rows that are copied, int64. work: folder for the new table.
     """
     settings, report = config.data.augment, Announced()
-    known = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
-    jobs = _jobs(train, own, settings, report)
-    made = _copies(train, jobs, settings, known, report, config.data.split.seed)
+    known_keys = {"held_out": _keys(held_out), "repeated": {int(key) for key in train.text_keys}}
+    jobs = _jobs(train, copied_places, settings, report)
+    made = _copies(train, jobs, settings, known_keys, report, config.data.split.seed)
     target = work / "train.augmented.arrow"
     origins = _write(train, made, target)
     table = load_table(
@@ -86,20 +86,22 @@ def _keys(parts: Iterable[ChosenRows]) -> set[int]:
     return {int(key) for rows in parts for key in rows.text_keys}
 
 
-def _jobs(train: ChosenRows, own: np.ndarray, settings: AugmentConfig, report: Announced) -> list[tuple[int, int]]:
+def _jobs(
+    train: ChosenRows, copied_places: np.ndarray, settings: AugmentConfig, report: Announced
+) -> list[tuple[int, int]]:
     """(place of the row, number of the copy) of every copy that is wanted."""
-    jobs = [(int(place), number) for place in own for number in range(settings.copies)]
+    jobs = [(int(place), number) for place in copied_places for number in range(settings.copies)]
     if not settings.balance:
         return jobs
     assert train.table.labels is not None
-    labels = train.table.labels[train.indices[own]]
+    labels = train.table.labels[train.indices[copied_places]]
     hashes = train.hashes
     names, counts = np.unique(labels, return_counts=True)
     report.classes = {str(name): [int(count)] for name, count in zip(names, counts, strict=True)}
     most = max(int(count) for count in counts) * (1 + settings.copies)
     for name, count in zip(names, counts, strict=True):
         # By hash, so that which rows come once more does not depend on the order of the file.
-        places = own[labels == name]
+        places = copied_places[labels == name]
         places = places[np.argsort(hashes[places], kind="stable")]
         missing = most - int(count) * (1 + settings.copies)
         jobs += [(int(places[extra % count]), settings.copies + extra // int(count)) for extra in range(missing)]
@@ -110,11 +112,11 @@ def _copies(
     train: ChosenRows,
     jobs: list[tuple[int, int]],
     settings: AugmentConfig,
-    known: Mapping[str, set[int]],
+    known_keys: Mapping[str, set[int]],
     report: Announced,
     split_seed: int,
 ) -> list[tuple[int, str, int]]:
-    """(place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known` rows."""
+    """(place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known_keys` rows."""
     synonyms = words.read_synonyms(settings.synonyms) if settings.synonyms else {}
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
@@ -128,7 +130,7 @@ def _copies(
             choose = Random(f"{settings.seed}:{hashes[place]}:{number}:{attempt}")
             copy, counts = _changed(row, settings, synonyms, choose)
             key = row_hashes(copy)[1]
-            why = next((name for name, those in known.items() if key in those and settings.changes), "")
+            why = next((name for name, keys in known_keys.items() if key in keys and settings.changes), "")
             if not all(text.strip() for text in texts(copy)):
                 why = "empty"
             if not why:
@@ -136,16 +138,16 @@ def _copies(
         if why:
             left_out[why] += 1
             continue
-        known["repeated"].add(key)
+        known_keys["repeated"].add(key)
         for name, count in counts.items():
-            of = report.changed.setdefault(name, {"rows": 0, "words": 0})
-            of["rows"] += count > 0
-            of["words"] += count
+            change_counts = report.changed.setdefault(name, {"rows": 0, "words": 0})
+            change_counts["rows"] += count > 0
+            change_counts["words"] += count
         content = canonical(copy)
         made.append((place, content.decode("utf-8"), content_hash(content, split_seed)))
         if len(report.examples) < MAX_EXAMPLES:
-            before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
-            formatted = f"{before} -> {' | '.join(texts(copy))}"
+            text_before = " | ".join(texts(json.loads(train.table.data[int(train.indices[place])]["row"])))
+            formatted = f"{text_before} -> {' | '.join(texts(copy))}"
             report.examples.append({"place": train.table.place(train.indices[place]), "text": formatted})
     report.left_out = dict(left_out)
     return made
@@ -153,11 +155,14 @@ def _copies(
 
 def _by_models(rows: list[Row], settings: AugmentConfig, report: Announced) -> list[Row]:
     """The rows with every text of theirs rewritten."""
-    given = [text for row in rows for text in texts(row)]
-    answers = iter(rewritten(given, settings))
-    found = [map_texts(row, lambda _: next(answers)) for row in rows]
-    report.changed["models"] = {"rows": sum(one != other for one, other in zip(rows, found, strict=True)), "words": 0}
-    return found
+    originals = [text for row in rows for text in texts(row)]
+    answers = iter(rewritten(originals, settings))
+    copies = [map_texts(row, lambda _: next(answers)) for row in rows]
+    report.changed["models"] = {
+        "rows": sum(old_row != new_row for old_row, new_row in zip(rows, copies, strict=True)),
+        "words": 0,
+    }
+    return copies
 
 
 def _changed(
@@ -193,10 +198,12 @@ def _write(train: ChosenRows, made: list[tuple[int, str, int]], target: Path) ->
             columns["number"] = pa.array(some, pa.int64())
             copied = [made[place - count] for place in some.tolist() if place >= count]
             if copied:
-                kept = len(some) - len(copied)
+                count_before = len(some) - len(copied)
                 for name, values in (("row", [row for _, row, _ in copied]), ("hash", [value for *_, value in copied])):
                     kind = ROW_SCHEMA.field(name).type
-                    columns[name] = pa.concat_arrays([columns[name].slice(0, kept).cast(kind), pa.array(values, kind)])
+                    columns[name] = pa.concat_arrays(
+                        [columns[name].slice(0, count_before).cast(kind), pa.array(values, kind)]
+                    )
             arrays = [columns[column.name].cast(column.type) for column in ROW_SCHEMA]
             writer.write_batch(pa.record_batch(arrays, schema=ROW_SCHEMA))
     return origins

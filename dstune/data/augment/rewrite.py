@@ -25,10 +25,10 @@ def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
     Texts of a batch are padded to the longest, so results may differ in the last bits of the arithmetic with the others of
     the batch; the order of `texts` is part of the input. Raises UserError where a model is not on this machine.
     """
-    found = list(texts)
+    rewrites = list(texts)
     for number, path in enumerate(settings.models):
-        found = _through(found, path, settings, seed=settings.seed * 1009 + number)
-    return found
+        rewrites = _through(rewrites, path, settings, seed=settings.seed * 1009 + number)
+    return rewrites
 
 
 def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int) -> list[str]:
@@ -47,12 +47,12 @@ def _through(texts: list[str], path: str, settings: AugmentConfig, *, seed: int)
             log.info("rewriting by %s", path, extra={"done": start, "total": len(texts)})
             some = texts[start : start + TEXTS_AT_ONCE]
             prompts = [settings.prompt.replace("{text}", text) for text in some]
-            given, begin = _inputs(tokenizer, model, prompts)
+            inputs, begin = _inputs(tokenizer, model, prompts)
             sampling = (
                 {"temperature": settings.temperature} if settings.temperature else {"temperature": None, "top_p": None}
             )
             tokens = model.generate(
-                **given.to(device),
+                **inputs.to(device),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=settings.temperature > 0,
                 num_beams=1,
@@ -98,8 +98,8 @@ def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
         template = ChatTemplate(tokenizer, None)
         prompts = [template.text([{"role": "user", "content": prompt}], prompt=True) for prompt in prompts]
         special = False
-    given = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
-    return given, given["input_ids"].shape[1]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special)
+    return inputs, inputs["input_ids"].shape[1]
 
 
 def identity(path: str) -> list[Any]:
@@ -108,7 +108,7 @@ def identity(path: str) -> list[Any]:
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(path, "config.json")
-        return [path, Path(found).parent.name if isinstance(found, str) else None]
+        cached_file = try_to_load_from_cache(path, "config.json")
+        return [path, Path(cached_file).parent.name if isinstance(cached_file, str) else None]
     files = [file for file in sorted(folder.iterdir()) if file.suffix in (".json", ".safetensors", ".jinja")]
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -31,10 +31,10 @@ def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
     taken = {place for place in places if choose.random() < chance}
     if taken and len(taken) == len(places):
         taken.discard(choose.choice(places))
-    kept = [
+    remaining = [
         parts[place] + "".join(parts[place + 1 : place + 2]) for place in range(0, len(parts), 2) if place not in taken
     ]
-    return "".join(kept).rstrip() if taken else text, len(taken)
+    return "".join(remaining).rstrip() if taken else text, len(taken)
 
 
 def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
@@ -55,19 +55,19 @@ def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, cho
     parts = pieces(text)
     places = _words(parts)
     cores = {place: _CORE.fullmatch(parts[place]) for place in places}
-    known = [place for place in places if (core := cores[place]) and core.group(2).lower() in synonyms]
-    count = min(len(known), max(1, round(share * len(places))))
-    for place in choose.sample(known, count):
+    replaceable = [place for place in places if (core := cores[place]) and core.group(2).lower() in synonyms]
+    count = min(len(replaceable), max(1, round(share * len(places))))
+    for place in choose.sample(replaceable, count):
         core = cores[place]
         assert core is not None
-        before, word, after = core.groups()
-        parts[place] = f"{before}{cased(choose.choice(synonyms[word.lower()]), word)}{after}"
+        prefix, word, suffix = core.groups()
+        parts[place] = f"{prefix}{cased(choose.choice(synonyms[word.lower()]), word)}{suffix}"
     return "".join(parts), count
 
 
 def read_synonyms(path: str) -> dict[str, list[str]]:
     """From a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises UserError."""
-    found: dict[str, list[str]] = defaultdict(list)
+    synonyms: dict[str, list[str]] = defaultdict(list)
     for word, synonym in read_pairs(path, KEY, {"word": "big", "synonym": "large"}):
-        found[word.lower()].append(synonym)
-    return dict(found)
+        synonyms[word.lower()].append(synonym)
+    return dict(synonyms)

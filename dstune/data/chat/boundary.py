@@ -27,19 +27,21 @@ class Boundaries:
         self._pattern = alternatives(token.content for token in tokenizer.added_tokens_decoder.values())
         self._known: dict[str, list[int]] = {}
 
-    def clean(self, text: str, ids: np.ndarray, offsets: np.ndarray, start: int, own: list[int] | None) -> bool:
+    def clean(
+        self, text: str, ids: np.ndarray, offsets: np.ndarray, start: int, control_starts: list[int] | None
+    ) -> bool:
         """Whether `ids` begin with the tokens of `text[:start]` alone."""
         count = int(np.searchsorted(offsets[:, 1], start, side="right"))
         # Tokens of white space may have no characters of their own; they belong to what stands in front of them.
         if count < len(ids) and offsets[count, 0] < start:
             return False
-        if own is None:
+        if control_starts is None:
             added = np.flatnonzero(np.isin(ids[:count], self._added))
             first = int(added[-1]) if len(added) else 0
             begin = int(offsets[first, 0]) if len(added) else 0
             if self._tokens(text[begin:start]) == ids[first:count].tolist():
                 return True
-        return self._encode(text[:start], own)[0] == ids[:count].tolist()
+        return self._encode(text[:start], control_starts)[0] == ids[:count].tolist()
 
     @staticmethod
     def cuts(offsets: np.ndarray, at: int) -> bool:
@@ -48,24 +50,27 @@ class Boundaries:
         return first < len(offsets) and bool(offsets[first, 0] < at)
 
     def until(
-        self, text: str, start: int, end: int, own: list[int] | None
+        self, text: str, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
         """Tokens of `text[:end]`, their characters, and how many those of `text[:start]` are; nothing where they do not begin
         them."""
-        ids, offsets = self._encode(text[:end], own)
-        head, _ = self._encode(text[:start], own)
+        ids, offsets = self._encode(text[:end], control_starts)
+        head, _ = self._encode(text[:start], control_starts)
         if ids[: len(head)] != head:
             return None
         return np.array(ids, dtype=np.int32), np.asarray(offsets, dtype=np.int64).reshape(-1, 2), len(head)
 
     def apart(
-        self, text: str, ids: np.ndarray, start: int, end: int, own: list[int] | None
+        self, text: str, ids: np.ndarray, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int]:
         """Tokens of `text[:start]` and of `text[start:end]` one behind the other, their characters, and how many the
         first has. `ids` are those of the whole. Raises BoundaryError where they read differently."""
-        head, head_offsets = self._encode(text[:start], own)
+        head, head_offsets = self._encode(text[:start], control_starts)
         whole = self._read(ids.tolist())
-        pieces = [self._behind_token(text[start:end], own, start), self._inside_word(text[start:end], own, start)]
+        pieces = [
+            self._behind_token(text[start:end], control_starts, start),
+            self._inside_word(text[start:end], control_starts, start),
+        ]
         # A tokenizer that makes one space of two reads the whole with fewer than its pieces: the last try allows for that.
         for (tail, offsets), reading in ((pieces[0], str), (pieces[1], str), (pieces[1], _single_spaces)):
             joined = [*head, *tail]
@@ -75,27 +80,29 @@ class Boundaries:
             "the answer begins inside a token of the whole text, and the tokenizer cannot write it apart"
         )
 
-    def _behind_token(self, text: str, own: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
+    def _behind_token(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
         """Tokens of a text as it is behind an added token."""
         anchor = self._tokenizer.eos_token
-        behind = None if own is None else [0, *(at - start + len(anchor) for at in own if at >= start)]
+        behind = (
+            None if control_starts is None else [0, *(at - start + len(anchor) for at in control_starts if at >= start)]
+        )
         ids, offsets = self._encode(anchor + text, behind)
         return ids[1:], offsets[1:] - len(anchor)
 
-    def _inside_word(self, text: str, own: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
+    def _inside_word(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
         """Tokens of a text that goes on without the space that the tokenizer would put in front of it."""
-        found = self._pattern.search(text)
-        length = found.start() if found else len(text)
+        match = self._pattern.search(text)
+        length = match.start() if match else len(text)
         first = self._control.continued(text[:length])
-        rest, rest_offsets = self._behind_token(text[length:], own, start + length)
+        tail, tail_offsets = self._behind_token(text[length:], control_starts, start + length)
         offsets = np.array([(0, length)] * len(first), dtype=np.int64).reshape(-1, 2)
-        return [*first, *rest], np.concatenate([offsets, rest_offsets + length])
+        return [*first, *tail], np.concatenate([offsets, tail_offsets + length])
 
-    def _encode(self, text: str, own: list[int] | None) -> tuple[list[int], np.ndarray]:
-        """Tokens of `text` and their characters. own: where the template's control tokens begin; None: all are."""
-        if own is None:
-            own = [found.start() for found in self._control.pattern.finditer(text)]
-        return self._control.encode(text, [at for at in own if at < len(text)])
+    def _encode(self, text: str, control_starts: list[int] | None) -> tuple[list[int], np.ndarray]:
+        """Tokens of `text` and their characters. control_starts: where the template's control tokens begin; None: all are."""
+        if control_starts is None:
+            control_starts = [match.start() for match in self._control.pattern.finditer(text)]
+        return self._control.encode(text, [at for at in control_starts if at < len(text)])
 
     def _tokens(self, text: str) -> list[int]:
         if text not in self._known:

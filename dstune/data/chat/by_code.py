@@ -24,5 +24,5 @@ def note_of(template: str, messages: Iterable[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def _note(server: str, what: str) -> str:
-    return f"{server}, which may write {what} otherwise than the chat template that is trained: see {PAGE}"
+def _note(server: str, text: str) -> str:
+    return f"{server}, which may write {text} otherwise than the chat template that is trained: see {PAGE}"

@@ -40,29 +40,32 @@ def with_call_ids(messages: Sequence[Message], form: CallIds) -> list[Message]:
         if calls := message.get("tool_calls"):
             ids = []
             for call in calls:
-                before = str(call.get("id") or "")
-                new = _id_of(before, call["function"]["name"], count, form, used)
+                old_id = str(call.get("id") or "")
+                new = _id_of(old_id, call["function"]["name"], count, form, used)
                 used.add(new)
-                if before:
-                    renamed[before] = new
+                if old_id:
+                    renamed[old_id] = new
                 ids.append(new)
                 count += 1
             waiting = list(ids)
-            message = {**message, "tool_calls": [{**call, "id": of} for call, of in zip(calls, ids, strict=True)]}
+            message = {
+                **message,
+                "tool_calls": [{**call, "id": call_id} for call, call_id in zip(calls, ids, strict=True)],
+            }
         elif message["role"] == "tool":
-            before = str(message.get("tool_call_id") or "")
-            new = renamed.get(before, before) or (waiting[0] if waiting else "")
+            old_id = str(message.get("tool_call_id") or "")
+            new = renamed.get(old_id, old_id) or (waiting[0] if waiting else "")
             waiting = [other for other in waiting if other != new]
             message = {**message, "tool_call_id": new} if new else message
         changed.append(message)
     return changed
 
 
-def _id_of(before: str, name: str, count: int, form: CallIds, used: set[str]) -> str:
+def _id_of(old_id: str, name: str, count: int, form: CallIds, used: set[str]) -> str:
     """The id of the call that is number `count` of a conversation."""
-    if _FORMS[form].fullmatch(before) and before not in used:
-        return before
+    if _FORMS[form].fullmatch(old_id) and old_id not in used:
+        return old_id
     if form is CallIds.functions:
         return f"functions.{name}:{count}"
-    short = re.sub(r"[^a-zA-Z0-9]", "", before)[-9:]
+    short = re.sub(r"[^a-zA-Z0-9]", "", old_id)[-9:]
     return short if len(short) == 9 and short not in used else f"{count:09d}"

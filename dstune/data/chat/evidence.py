@@ -106,22 +106,22 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
     encode: the `RowTokenizer` that made the samples. A row that writes control tokens cannot be compared: another one of its
     kind is kept. So is a whole row where there is one, and else one that was cut.
     """
-    known = np.unique(numbers)
-    kept: dict[tuple[str, str], Kept] = {}
+    with_samples = np.unique(numbers)
+    row_by_kind: dict[tuple[str, str], Kept] = {}
     longest: Kept | None = None
     rendered: Counter[tuple[int, str, bool, bool, bool]] = Counter()
     opened = hidden = 0
     for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-        there, cut = (_among(found, np.asarray(batch["number"])) for found in (known, truncated))
-        for text, number, has_samples, is_cut in zip(batch["row"], batch["number"], there, cut, strict=True):
+        is_sampled, cut = (_among(record, np.asarray(batch["number"])) for record in (with_samples, truncated))
+        for text, number, has_samples, is_cut in zip(batch["row"], batch["number"], is_sampled, cut, strict=True):
             if not has_samples:
                 continue
             opened += _is_opened(text)
             hidden += _hidden_turns(text, encode.for_row(number))
-            own = _own_arguments(text)
-            manner = (encode.source_of(number), own, *_reasoning(text))
+            arguments_text = _own_arguments(text)
+            manner = (encode.source_of(number), arguments_text, *_reasoning(text))
             if manner not in rendered and len(rendered) >= MOST_ARGUMENTS:
-                manner = manner[0], _as_others(own), *manner[2:]
+                manner = manner[0], _as_others(arguments_text), *manner[2:]
             rendered[manner] += 1
             row = Kept(text, number, bool(is_cut), _pixels(text) > LARGE_PIXELS)
             if (
@@ -131,21 +131,21 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
                 and _is_plain(row, encode)
             ):
                 longest = row
-            kind = _kind(text), own
-            if kind not in kept and len(kept) >= MOST_KINDS:
+            kind = _kind(text), arguments_text
+            if kind not in row_by_kind and len(row_by_kind) >= MOST_KINDS:
                 kind = kind[0], ""
-            if (kind not in kept or row.is_better_than(kept[kind])) and _is_plain(row, encode):
-                kept[kind] = row
-    entries = [_entry(row, numbers, encode) for row in (*kept.values(), *([longest] if longest else []))]
-    of = sum(rendered.values())
-    found = {
+            if (kind not in row_by_kind or row.is_better_than(row_by_kind[kind])) and _is_plain(row, encode):
+                row_by_kind[kind] = row
+    entries = [_entry(row, numbers, encode) for row in (*row_by_kind.values(), *([longest] if longest else []))]
+    total = sum(rendered.values())
+    record = {
         "rows": entries,
         "opened": opened,
         "hidden": hidden,
-        "of": of,
+        "of": total,
         "rendered": [[*key, count] for key, count in rendered.items()],
     }
-    target.write_text(json.dumps(found), encoding="utf-8")
+    target.write_text(json.dumps(record), encoding="utf-8")
 
 
 def _pixels(text: str) -> int:
@@ -156,10 +156,10 @@ def _pixels(text: str) -> int:
     return sum(width * height for width, height in sizes)
 
 
-def _among(found: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Which of `numbers` are in `found`, which is sorted."""
-    places = np.searchsorted(found, numbers)
-    return np.append(found, -1)[places] == numbers
+def _among(sorted_numbers: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Which of `numbers` are in `sorted_numbers`, which is sorted."""
+    places = np.searchsorted(sorted_numbers, numbers)
+    return np.append(sorted_numbers, -1)[places] == numbers
 
 
 def _is_plain(row: Kept, encode: Any) -> bool:
@@ -184,16 +184,16 @@ def _own_arguments(text: str) -> str:
     return text[start : json.JSONDecoder().raw_decode(text, start)[1]]
 
 
-def _as_others(own: str) -> str:
+def _as_others(arguments_text: str) -> str:
     """Arguments that count as different from those of the rows that are told apart."""
-    return json.dumps({name: {"others": MOST_ARGUMENTS} for name in json.loads(own)})
+    return json.dumps({name: {"others": MOST_ARGUMENTS} for name in json.loads(arguments_text)})
 
 
 def _is_opened(text: str) -> bool:
     """Whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write it."""
     start = len(_ARGUMENTS) + len(_own_arguments(text)) if text.startswith(_ARGUMENTS) else 0
-    found = _CONVERSATION.match(text, start)
-    return found is not None and json.JSONDecoder().raw_decode(text, found.end())[0]["role"] == "assistant"
+    match = _CONVERSATION.match(text, start)
+    return match is not None and json.JSONDecoder().raw_decode(text, match.end())[0]["role"] == "assistant"
 
 
 def _reasoning(text: str) -> tuple[bool, bool, bool]:
@@ -207,10 +207,10 @@ def _reasoning_of_turns(text: str) -> list[bool]:
     if not any(mark in text for mark in REASONING):
         return []
     row = json.loads(text)
-    given = {key: row[key] for key in TRAINED if key in row}
+    trained_parts = {key: row[key] for key in TRAINED if key in row}
     turns = [
         message
-        for key, value in given.items()
+        for key, value in trained_parts.items()
         for at, message in enumerate(value if isinstance(value, list) else [{"role": "assistant", "content": value}])
         if message["role"] == "assistant" and message.get("weight", 1) and (at or key != "messages")
     ]
@@ -239,14 +239,14 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
 
     encode: the `RowTokenizer` of the run. Raises UserError with the first turn that is trained otherwise.
     """
-    kept = json.loads(file.read_text(encoding="utf-8"))
-    arguments, notes = _built_in(kept["rendered"], encode)
-    if kept["opened"]:
+    record = json.loads(file.read_text(encoding="utf-8"))
+    arguments, notes = _built_in(record["rendered"], encode)
+    if record["opened"]:
         notes.append(
-            f"{kept['opened']:,} of {kept['of']:,} conversations begin with the assistant: what it says there answers nothing "
+            f"{record['opened']:,} of {record['of']:,} conversations begin with the assistant: what it says there answers nothing "
             "and is context"
         )
-    if hidden := kept.get("hidden"):  # absent from what earlier versions wrote
+    if hidden := record.get("hidden"):  # absent from what earlier versions wrote
         notes.append(
             f"{hidden:,} turns of the assistant are context: the chat template drops their reasoning, so they are not trained"
         )
@@ -254,11 +254,11 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
     compared = 0
     marked: Counter[bool] = Counter()
     counted_rows: set[int] = set()
-    for entry in kept["rows"]:
-        own = encode.of_source(entry["source"])
-        renderer = own.renderer
+    for entry in record["rows"]:
+        row_encoder = encode.of_source(entry["source"])
+        renderer = row_encoder.renderer
         if renderer is None or (
-            entry["cut"] and own.sources is not None
+            entry["cut"] and row_encoder.sources is not None
         ):  # a source is shortened in front of its target
             continue
         stops = stops or frozenset(stop_token_ids(tokenizer, renderer.run_arguments))  # the run's, whatever the source
@@ -269,11 +269,11 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
                 f"the chat template ends turns with {renderer.stops.plain!r} and no token: a server goes on behind it unless "
                 "it is told to stop there"
             )
-        if images := own.images_of(entry["row"]):
+        if images := row_encoder.images_of(entry["row"]):
             vision = vision_of(tokenizer)
             assert vision is not None
             server = replace(server, images=images, processor=processor_of(vision))
-        exchanges = own.exchanges(entry["row"])
+        exchanges = row_encoder.exchanges(entry["row"])
         if note := renderer.note_of_code(exchanges[0].row):
             notes.append(note)
         if exchanges[0].sample is not None and len(entry["samples"]) != len(exchanges):
@@ -285,7 +285,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
             try:
                 # The longest row may be kept as the first of its kind as well.
                 counts = Counter() if entry["number"] in counted_rows else marked
-                reason, count = _compared(server, row, samples, own, stops, counts)
+                reason, count = _compared(server, row, samples, row_encoder, stops, counts)
             except REFUSALS as error:  # of the conversation that was rendered to make the samples
                 reason, count = f"the chat template refuses it: {error}", 0
             compared += count
@@ -304,9 +304,9 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
             f"the chat template marks what is trained ({{% generation %}}): of {marked.total():,} turns that were compared "
             f"{marked[True]:,} have a mark, the others are context; task.turns=all trains every turn"
         )
-    if not compared and any(encode.of_source(source).renderer is not None for source, *_ in kept["rendered"]):
+    if not compared and any(encode.of_source(source).renderer is not None for source, *_ in record["rendered"]):
         notes.append(
-            f"none of {kept['of']:,} conversations could be compared with what a server renders: all of them write control "
+            f"none of {record['of']:,} conversations could be compared with what a server renders: all of them write control "
             "tokens, or their sources were shortened"
         )
     return Proof(compared, arguments, "; ".join(dict.fromkeys(notes)))
@@ -318,18 +318,18 @@ def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str,
     rendered: of rows with the same source, own arguments (JSON text) and reasoning in any, each, and the last turn: these, and
     how many they are.
     """
-    found: list[dict[str, Any]] = []
+    arguments_of_kinds: list[dict[str, Any]] = []
     thinking: Counter[str] = Counter()
     by_reasoning: dict[str, set[bool]] = {}
     rows = 0
-    for source, own, some, every, last, count in rendered:
+    for source, row_arguments, some, every, last, count in rendered:
         renderer = encode.of_source(source).renderer
         if renderer is None:
             continue
         rows += count
-        given = {**renderer.run_arguments, **json.loads(own)}
+        arguments = {**renderer.run_arguments, **json.loads(row_arguments)}
         switch = renderer.facts.switch
-        if switch is not None and switch not in given:
+        if switch is not None and switch not in arguments:
             if renderer.choice.drop_reasoning:
                 some = every = False
             elif renderer.choice.turns == "last":
@@ -337,10 +337,17 @@ def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str,
             thinking[switch] += count * some
             by_reasoning.setdefault(switch, set()).update((some, every))
             if some == every:
-                given[switch] = some
-        found.append(given)
-    names = {name for given in found for name in given}
-    differ = {name for name in names if any(name not in given or given[name] != found[0].get(name) for given in found)}
+                arguments[switch] = some
+        arguments_of_kinds.append(arguments)
+    names = {name for arguments in arguments_of_kinds for name in arguments}
+    differ = {
+        name
+        for name in names
+        if any(
+            name not in arguments or arguments[name] != arguments_of_kinds[0].get(name)
+            for arguments in arguments_of_kinds
+        )
+    }
     reasoned = {name for name, values in by_reasoning.items() if len(values) > 1}
     notes = [
         f"{thinking[name]:,} of {rows:,} rows have reasoning: turns with it are trained with {name}=true, those without with "
@@ -352,48 +359,52 @@ def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str,
             f"rows have different arguments of the chat template ({', '.join(others)}), which a server has to be given: an "
             "export has none of them built in"
         )
-    return {name: found[0][name] for name in sorted(names - differ - reasoned)}, notes
+    return {name: arguments_of_kinds[0][name] for name in sorted(names - differ - reasoned)}, notes
 
 
 def _compared(
     server: Server,
     row: Mapping[str, Any],
     samples: Sequence[Mapping[str, Any]],
-    own: Any,
+    encoder: Any,
     stops: frozenset[int],
     marked_turns: Counter[bool],
 ) -> tuple[str | None, int]:
     """What differs, and how many turns were compared. marked_turns: counts those that a template marks, and those that it leaves
     out."""
-    renderer = own.renderer
+    renderer = encoder.renderer
     if renderer.choice.whole:
         expected = server.whole(row)
-        same = any(sample["input_ids"].tolist() == expected[: len(sample["input_ids"])] for sample in samples)
-        return None if same else "the conversation as a whole has other tokens", 1
+        is_same = any(sample["input_ids"].tolist() == expected[: len(sample["input_ids"])] for sample in samples)
+        return None if is_same else "the conversation as a whole has other tokens", 1
     numbers = [number for number in renderer.trained(row["messages"]) if number]
-    marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools")) and not own.trains_on_prompt
-    turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < own.max_length]
-    marks = [server.marks(row, sample["input_ids"].tolist(), own.max_length) if marked else None for sample in samples]
+    marked = renderer.choice.turns == "auto" and renderer.has_marks(row.get("tools")) and not encoder.trains_on_prompt
+    turns = [turn for turn in server.turns(row, numbers) if len(turn.prompt) < encoder.max_length]
+    marks = [
+        server.marks(row, sample["input_ids"].tolist(), encoder.max_length) if marked else None for sample in samples
+    ]
     if marked:
         marked_turns.update(any(_trains(sample, turn) for sample in samples) for turn in turns)
     count = 0
     for turn in turns:
-        counted = [None if of is None else server.counted(turn, of) for of in marks] if marked else None
-        if counted and not any(of is None or any(of) for of in counted):
+        counted = (
+            [None if row_marks is None else server.counted(turn, row_marks) for row_marks in marks] if marked else None
+        )
+        if counted and not any(row_marks is None or any(row_marks) for row_marks in counted):
             continue  # nothing of it has a mark
         reason = difference(
-            turn, samples, stops, max_length=own.max_length, all_trained=own.trains_on_prompt, counted=counted
+            turn, samples, stops, max_length=encoder.max_length, all_trained=encoder.trains_on_prompt, counted=counted
         )
         if reason is not None:
             return f"message {turn.number + 1}: {reason}", len(turns)
-        count += min(turn.length, own.max_length) - len(turn.prompt)
+        count += min(turn.length, encoder.max_length) - len(turn.prompt)
     if marked:
         reason = next(
             filter(None, (_unmarked(server, turns, *pair) for pair in zip(samples, marks, strict=True))), None
         )
         if reason is not None:
             return reason, len(turns)
-    if not marked and not own.trains_on_prompt:
+    if not marked and not encoder.trains_on_prompt:
         trained = sum(int(np.count_nonzero(sample["labels"] != NO_TARGET)) for sample in samples)
         if trained != count:
             return f"{trained} tokens are trained, a server would have the model write {count}", len(turns)

@@ -35,25 +35,27 @@ class Growth:
 
 def growth_of(config: RunConfig, tokenizer: Any) -> Growth:
     """Of the first rows of each source of the training data. Raises UserError where they cannot be read or rendered."""
-    found = Growth(0, 0, 0, 0)
-    for key, own in of_training(config).values():
+    growth = Growth(0, 0, 0, 0)
+    for key, source_config in of_training(config).values():
         encode: RowTokenizer | None = None
-        numbered = (raw for file in sources.of_part(own.data, "train", key) for raw in sources.read(file))
+        numbered = (raw for file in sources.of_part(source_config.data, "train", key) for raw in sources.read(file))
         for raw in islice(numbered, ROWS):
             if raw.fields is None:
                 continue
-            fmt = recognise(raw.fields, own.data.columns, own.data.format, own.task, raw.place)
-            encode = encode or RowTokenizer(tokenizer, own.task, fmt, own.data.max_length)
+            fmt = recognise(
+                raw.fields, source_config.data.columns, source_config.data.format, source_config.task, raw.place
+            )
+            encode = encode or RowTokenizer(tokenizer, source_config.task, fmt, source_config.data.max_length)
             try:
-                row = normalise(raw.fields, fmt, own.data.columns, own.task)
+                row = normalise(raw.fields, fmt, source_config.data.columns, source_config.task)
             except RowError:
                 continue  # told where rows are prepared
             lengths = [len(sample.input_ids) for sample in encode.samples([row], [0]) if sample.weight]
             if lengths:
-                found = Growth(
-                    found.conversations + 1,
-                    found.samples + len(lengths),
-                    found.tokens + sum(lengths),
-                    found.tokens_once + max(lengths),
+                growth = Growth(
+                    growth.conversations + 1,
+                    growth.samples + len(lengths),
+                    growth.tokens + sum(lengths),
+                    growth.tokens_once + max(lengths),
                 )
-    return found
+    return growth

@@ -102,8 +102,8 @@ class Facts:
 
 def reasoning_of(message: Mapping[str, Any]) -> str | None:
     """What stands in a field of its own as the reasoning of a message."""
-    found = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
-    return found if found.strip() else None
+    reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
+    return reasoning if reasoning.strip() else None
 
 
 def _inline(reasoning: str, content: str) -> str:
@@ -140,7 +140,9 @@ def facts_of(template: ChatTemplate) -> Facts:
             ],
         }
     )
-    (requested, answered), (both,) = (with_call_ids(of, call_ids) for of in ([requested, _RESULT], [both]))
+    (requested, answered), (both,) = (
+        with_call_ids(conversation, call_ids) for conversation in ([requested, _RESULT], [both])
+    )
     reasoning_key, reasons_in = _reasoning(template, {False: _ANSWER, True: requested}, thinking)
     return Facts(
         reasoning_key=reasoning_key,
@@ -209,7 +211,7 @@ def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) 
     )
     turns = {False: _ANSWER, True: with_call_ids([requested], facts.call_ids)[0]}
     thinking = {} if facts.switch is None else {facts.switch: True}
-    found = set()
+    printing = set()
     for calls, turn in turns.items():
         content = inlined(turn.get("content") or "", "qzreasoning", marks)
         try:
@@ -218,11 +220,11 @@ def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) 
             )
         except RenderError:
             continue
-        before, printed, _ = text.partition("qzreasoning")
+        text_before, printed, _ = text.partition("qzreasoning")
         # Behind a thought of the template's (Kimi K2 Thinking) a client would send both back, and the template write a third one.
-        if printed and not before.rstrip().removesuffix(marks[0].strip()).rstrip().endswith(marks[1]):
-            found.add(calls)
-    return frozenset(found)
+        if printed and not text_before.rstrip().removesuffix(marks[0].strip()).rstrip().endswith(marks[1]):
+            printing.add(calls)
+    return frozenset(printing)
 
 
 def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
@@ -288,8 +290,8 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
     refused = False
     ways = ((False, False), (False, True), (True, False), (True, True))
     for goes_on, form, (as_text, empty) in product((True, False), CallIds, ways):
-        given: Any = '{"qzkey": "qzvalue"}' if as_text else {"qzkey": "qzvalue"}
-        message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", given, _LONG_ID)]}
+        call_arguments: Any = '{"qzkey": "qzvalue"}' if as_text else {"qzkey": "qzvalue"}
+        message: dict[str, Any] = {"role": "assistant", "tool_calls": [_call("qzfirst", call_arguments, _LONG_ID)]}
         if empty:
             message["content"] = ""
         message, answered = with_call_ids([message, {**_RESULT, "tool_call_id": _LONG_ID}], form)
@@ -310,8 +312,8 @@ def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
     return False, False, refused, CallIds.any
 
 
-def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> Stops:
-    """What ends a turn: `known` tokens (of the tokenizer and the generation settings), and what the template prints.
+def learn_stops(template: ChatTemplate, facts: Facts, known_tokens: frozenset[str]) -> Stops:
+    """Find what ends a turn: `known_tokens` (of the tokenizer and the generation settings), and what the template prints.
 
     Raises RuleError where nothing does, RenderError where the template refuses a question and its answer.
     """
@@ -320,8 +322,8 @@ def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> 
         final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION])
     except RenderError:  # a template for conversations with tools alone
         final, middle = _behind(template, [_QUESTION, _ANSWER], "qzanswer", [_QUESTION], tools=_TOOLS)
-    tokens, supplied, plain = set(known), {}, ""
-    if not alternatives(known).search(final):
+    tokens, supplied, plain = set(known_tokens), {}, ""
+    if not alternatives(known_tokens).search(final):
         if learnt := _last(final, special):
             tokens.add(learnt)
         elif opening := special.match(middle.removeprefix(final).lstrip()):
@@ -342,7 +344,7 @@ def learn_stops(template: ChatTemplate, facts: Facts, known: frozenset[str]) -> 
 
 
 def _stops_of_calls(
-    template: ChatTemplate, facts: Facts, known: frozenset[str], special: Any
+    template: ChatTemplate, facts: Facts, known_tokens: frozenset[str], special: Any
 ) -> Iterator[tuple[bool, str]]:
     """(whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
@@ -353,14 +355,14 @@ def _stops_of_calls(
         final, middle = _behind(template, [_QUESTION, requested], "qzvalue", [answered], tools=_TOOLS)
     except (RenderError, RuleError):
         return
-    if alternatives(known).search(final):
+    if alternatives(known_tokens).search(final):
         return
     opening = special.match(middle.removeprefix(final).lstrip())
     if learnt := _last(final, special):
         (both,) = with_call_ids([facts.adapted({"role": "assistant", "tool_calls": [first, second]})], facts.call_ids)
         try:
-            rest, _ = _behind(template, [_QUESTION, both], "qzvalue", [], tools=_TOOLS)
-            repeated = template.text([_QUESTION, both], tools=_TOOLS).count(learnt) > rest.count(
+            text_behind, _ = _behind(template, [_QUESTION, both], "qzvalue", [], tools=_TOOLS)
+            repeated = template.text([_QUESTION, both], tools=_TOOLS).count(learnt) > text_behind.count(
                 learnt
             ) + template.text([_QUESTION], tools=_TOOLS, prompt=True).count(learnt)
         except (RenderError, RuleError):
@@ -374,17 +376,17 @@ def _stops_of_calls(
 
 
 def _behind(
-    template: ChatTemplate, messages: Messages, marker: str, more: Messages, *, tools: Tools | None = None
+    template: ChatTemplate, messages: Messages, marker: str, following: Messages, *, tools: Tools | None = None
 ) -> tuple[str, str]:
-    """What the template prints behind the last marker of `messages`: at their end, and where `more` follow."""
+    """Return what the template prints behind the last marker of `messages`: at their end, and before the `following` ones."""
     final = template.text(messages, tools=tools)
     if marker not in final:
         raise RuleError("the template does not print what the assistant says")
     at = final.rindex(marker) + len(marker)
     follows = final
-    if more:
+    if following:
         try:
-            follows = template.text([*messages, *more], tools=tools)
+            follows = template.text([*messages, *following], tools=tools)
         except RenderError:
             return final[at:], ""
     at_more = follows.index(marker) + len(marker) if marker in follows else len(follows)
@@ -393,5 +395,5 @@ def _behind(
 
 def _last(text: str, special: Any) -> str:
     """The token with which `text` ends, white space apart."""
-    found = list(special.finditer(text))
-    return found[-1].group() if found and not text[found[-1].end() :].strip() else ""
+    matches = list(special.finditer(text))
+    return matches[-1].group() if matches and not text[matches[-1].end() :].strip() else ""

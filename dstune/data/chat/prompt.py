@@ -29,22 +29,22 @@ def prompt_ids(
     most: tokens that are of use. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
     RenderError, and TooManyTokens where there are certainly more.
     """
-    given = dict(arguments or {})
-    defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(given.values())})
+    values = dict(arguments or {})
+    defused = control.defuse({"messages": messages, "tools": tools, "arguments": list(values.values())})
     written = defused.value
     text = template.text(
         [facts.adapted(message) for message in with_call_ids(written["messages"], facts.call_ids)],
         tools=written["tools"],
-        arguments=dict(zip(given, written["arguments"], strict=True)),
+        arguments=dict(zip(values, written["arguments"], strict=True)),
         prompt=True,
     )
     if place_images is not None:
         text = place_images(text)
     # The template prints the special tokens itself; the tokenizer would double the first one.
-    restored, own = defused.restore(text)
+    restored, control_starts = defused.restore(text)
     if most is not None:
         control.check_length(restored, most)
-    return control.encode(restored, own)[0]
+    return control.encode(restored, control_starts)[0]
 
 
 class ChatPrompts:
@@ -73,5 +73,5 @@ class ChatPrompts:
     ) -> list[int]:
         """Tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly more than
         `most`."""
-        own = (self.template, self._control, self._facts)
-        return prompt_ids(*own, messages, tools=tools, arguments=arguments, most=most, place_images=place_images)
+        parts = (self.template, self._control, self._facts)
+        return prompt_ids(*parts, messages, tools=tools, arguments=arguments, most=most, place_images=place_images)

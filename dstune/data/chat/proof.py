@@ -94,8 +94,8 @@ class Server:
         """Tokens of the whole conversation."""
         messages = self._messages(row)
         last: dict[str, Any] = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
-        given = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
-        return self._ids(self._rendered(messages, row.get("tools"), given, prompt=False))
+        variables = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
+        return self._ids(self._rendered(messages, row.get("tools"), variables, prompt=False))
 
     def _messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         unweighted = ({key: value for key, value in message.items() if key != "weight"} for message in row["messages"])
@@ -107,7 +107,11 @@ class Server:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         for end in dict.fromkeys([len(messages), *(number + 1 for number in answers)]):
             last = max((number for number in answers if number < end), default=0)
-            given = {**self._thinks(messages[last]), **self.arguments, **(row.get("chat_template_kwargs") or {})}
+            variables = {
+                **self._thinks(messages[last]),
+                **self.arguments,
+                **(row.get("chat_template_kwargs") or {}),
+            }
             try:
                 encoded = self.tokenizer.apply_chat_template(
                     messages[:end],
@@ -117,7 +121,7 @@ class Server:
                     ),
                     return_dict=True,
                     return_assistant_tokens_mask=True,
-                    **given,
+                    **variables,
                 )
             except REFUSALS:
                 continue
@@ -135,8 +139,8 @@ class Server:
         if True not in inside:
             return inside
         last = length - 1 - inside[::-1].index(True)
-        rest = re.sub(r"<[^<>]*>|\s", "", self._read(turn.target[last + 1 :]))
-        return inside if rest else [*inside[: last + 1], *[True] * (length - last - 1)]
+        text_behind = re.sub(r"<[^<>]*>|\s", "", self._read(turn.target[last + 1 :]))
+        return inside if text_behind else [*inside[: last + 1], *[True] * (length - last - 1)]
 
     def _turn(self, row: Mapping[str, Any], number: int) -> Served | None:
         messages = [
@@ -144,16 +148,16 @@ class Server:
             for message in row["messages"][: number + 1]
         ]
         thinks = self._thinks(messages[number])
-        given = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
+        variables = {**thinks, **self.arguments, **(row.get("chat_template_kwargs") or {})}
         try:
-            requested = self._rendered(messages[:number], row.get("tools"), given, prompt=True)
+            requested = self._rendered(messages[:number], row.get("tools"), variables, prompt=True)
         except REFUSALS:
             if any(message["role"] == "user" for message in messages[:number]):
                 raise
             return None  # nothing was asked yet
-        answered = self._rendered(messages, row.get("tools"), given, prompt=False)
+        answered = self._rendered(messages, row.get("tools"), variables, prompt=False)
         if not answered.startswith(requested):
-            added = self._added(messages, row.get("tools"), given, requested, answered)
+            added = self._added(messages, row.get("tools"), variables, requested, answered)
             answered = answered if added is None else requested + added
         by_text = self.ending is not None and answered.endswith(self.ending[1])
         if self.ending is not None and by_text:
@@ -164,7 +168,9 @@ class Server:
             written = self._behind(prompt, answered.removeprefix(requested), whole)
         end = next((at for at, token in enumerate(written) if token in self.stops), None)
         by_text = by_text and end is None
-        stop = None if by_text else self._opening(messages, row.get("tools"), given) if end is None else written[end]
+        stop = (
+            None if by_text else self._opening(messages, row.get("tools"), variables) if end is None else written[end]
+        )
         return Served(number, prompt, written[:end], stop, by_text)
 
     def _added(
@@ -207,8 +213,8 @@ class Server:
             text = self._rendered([*messages, follows], tools, arguments, prompt=False)
         except REFUSALS:
             return None
-        before = self._ids(text[: text.rfind(_FOLLOWS)]) if _FOLLOWS in text else []
-        return next((token for token in reversed(before) if token in self.stops), None)
+        ids_before = self._ids(text[: text.rfind(_FOLLOWS)]) if _FOLLOWS in text else []
+        return next((token for token in reversed(ids_before) if token in self.stops), None)
 
     def _behind(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
         """Tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.
@@ -221,8 +227,8 @@ class Server:
         if self._read([*prompt, *behind_token]) == expected:
             return behind_token
         # A tokenizer that makes one space of two reads the whole with fewer than its pieces.
-        same = re.sub(" +", " ", self._read([*prompt, *inside_text])) == re.sub(" +", " ", expected)
-        return inside_text if same else behind_token
+        is_same_text = re.sub(" +", " ", self._read([*prompt, *inside_text])) == re.sub(" +", " ", expected)
+        return inside_text if is_same_text else behind_token
 
     def _read(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -231,9 +237,9 @@ class Server:
         if self.facts.switch is None:
             return {}
         fields = [message.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
-        before, found, _ = content_start(message.get("content")).partition("</think>")
-        opened = before.lstrip().removeprefix("<think>")
-        inline = opened if found and "<think>" not in opened else ""
+        text_before, end_tag, _ = content_start(message.get("content")).partition("</think>")
+        opened = text_before.lstrip().removeprefix("<think>")
+        inline = opened if end_tag and "<think>" not in opened else ""
         return {self.facts.switch: any(str(text or "").strip() for text in (*fields, inline))}
 
     def _rendered(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], *, prompt: bool) -> str:
@@ -276,7 +282,7 @@ def difference(
     has place for. all_trained: the context counts as well (`task.train_on_prompt`). counted: of a template with marks, for
     each sample which tokens of target and stop count; None where nobody knows.
     """
-    found: list[str] = []
+    differences: list[str] = []
     others: list[str] = []
     for number, sample in enumerate(samples):
         which = [True] * (len(turn.target) + 1) if counted is None else counted[number]
@@ -293,35 +299,37 @@ def difference(
         written = turn.target[: max(0, len(labels) - start)]
         if reads := [at for at, token in enumerate(written) if ids[start + at] != token]:
             at = reads[0]
-            found.append(f"token {start + at} is {ids[start + at]}, a server would have the model write {written[at]}")
+            differences.append(
+                f"token {start + at} is {ids[start + at]}, a server would have the model write {written[at]}"
+            )
             continue
         trained = labels[start : start + len(written)]
         expected = [token if which is None or which[at] else NO_TARGET for at, token in enumerate(written)]
-        known = {NO_TARGET} if which is None else set()
-        differ = [at for at, (a, b) in enumerate(zip(trained, expected, strict=True)) if a != b and a not in known]
+        ignored = {NO_TARGET} if which is None else set()
+        differ = [at for at, (a, b) in enumerate(zip(trained, expected, strict=True)) if a != b and a not in ignored]
         if differ:
             at = differ[0]
-            what = "not trained" if trained[at] == NO_TARGET else f"trained as {trained[at]}"
+            label_text = "not trained" if trained[at] == NO_TARGET else f"trained as {trained[at]}"
             why = (
                 f"a server would have the model write {written[at]}" if expected[at] != NO_TARGET else "it has no mark"
             )
-            found.append(f"token {start + at} is {what}, {why}")
+            differences.append(f"token {start + at} is {label_text}, {why}")
             continue
         if end < len(labels):
             stop = labels[end]
             if stop == NO_TARGET and (turn.by_text or which is None or not which[-1]):
                 return None
             if (turn.by_text or (which is not None and not which[-1])) and not all_trained:
-                found.append(f"token {end} is trained, behind the end of the turn")
+                differences.append(f"token {end} is trained, behind the end of the turn")
                 continue
             if not turn.by_text and (stop not in stops or (turn.stop is not None and stop != turn.stop)):
-                found.append(f"token {end} is {stop}, where the turn ends")
+                differences.append(f"token {end} is {stop}, where the turn ends")
                 continue
             if end + 1 < len(labels) and labels[end + 1] != NO_TARGET and not all_trained:
-                found.append(f"token {end + 1} is trained, behind the end of the turn")
+                differences.append(f"token {end + 1} is trained, behind the end of the turn")
                 continue
         if start and start <= len(labels) and labels[start - 1] != NO_TARGET and not all_trained:
-            found.append(f"token {start - 1} of the context is trained")
+            differences.append(f"token {start - 1} of the context is trained")
             continue
         return None
-    return [*others, *found][-1] if samples else "no sample holds it"
+    return [*others, *differences][-1] if samples else "no sample holds it"

@@ -114,15 +114,15 @@ def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: boo
     if not answered.startswith(prompt):
         raise RuleError(_not_a_beginning(prompt, answered))
     start = len(prompt)
-    if found := stops.pattern.search(answered, start):
-        return Turn(number, prompt, answered, answered[start : found.start()], found.group())
+    if stop_match := stops.pattern.search(answered, start):
+        return Turn(number, prompt, answered, answered[start : stop_match.start()], stop_match.group())
     if stops.plain and answered.endswith(stops.trailing):
         return Turn(number, prompt, answered, answered[start : len(answered) - len(stops.trailing)], stops.plain)
     if stop := stops.supplied.get(calls):
         return Turn(number, prompt, answered + stop, answered[start:], stop)
-    what = "a turn that calls tools" if calls else "this turn"
+    turn_kind = "a turn that calls tools" if calls else "this turn"
     raise RuleError(
-        f"the chat template prints no end of {what} ({_tail(answered)}), so the model would not learn to stop"
+        f"the chat template prints no end of {turn_kind} ({_tail(answered)}), so the model would not learn to stop"
     )
 
 
@@ -139,8 +139,8 @@ def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> 
     """
     heading = prompt.removeprefix(closed)
     if heading.strip() and prompt.startswith(closed):
-        before, found, target = answered.partition(heading)
-        if found and _without_space(before) == _without_space(closed):
+        text_before, printed_heading, target = answered.partition(heading)
+        if printed_heading and _without_space(text_before) == _without_space(closed):
             return target
     for at in range(in_common(prompt, answered), -1, -1):
         beyond = prompt[at:]
@@ -163,22 +163,22 @@ def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> lis
         whole   u1 a2 u2 <think>r2</think> a2        holds turn 2 alone, for P of turn 1 goes on with <think>r1
         F1      u1 <think>r1</think> a1              holds turn 1
     """
-    rest = list(turns)
-    found: list[Passage] = []
-    if rest and whole and rest[-1].answered.startswith(whole):
-        whole = rest[-1].answered  # with the stop that was supplied
+    unplaced = list(turns)
+    passages_in_order: list[Passage] = []
+    if unplaced and whole and unplaced[-1].answered.startswith(whole):
+        whole = unplaced[-1].answered  # with the stop that was supplied
     texts = [whole, *(turn.answered for turn in reversed(turns))]
     for text in texts:
-        if not rest:
+        if not unplaced:
             break
-        if text is not whole and all(turn.answered is not text for turn in rest):
+        if text is not whole and all(turn.answered is not text for turn in unplaced):
             continue
-        places = {turn.number: place for turn in rest if (place := place_in(text, turn, special))}
+        places = {turn.number: place for turn in unplaced if (place := place_in(text, turn, special))}
         if places:
-            found.append(Passage(text, tuple(places.values())))
-            rest = [turn for turn in rest if turn.number not in places]
-    assert not rest, "every turn is in the text that was rendered for it"
-    return sorted(found, key=lambda passage: passage.places[0].number)
+            passages_in_order.append(Passage(text, tuple(places.values())))
+            unplaced = [turn for turn in unplaced if turn.number not in places]
+    assert not unplaced, "every turn is in the text that was rendered for it"
+    return sorted(passages_in_order, key=lambda passage: passage.places[0].number)
 
 
 def place_in(text: str, turn: Turn, special: re.Pattern[str]) -> Place | None:

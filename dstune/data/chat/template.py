@@ -176,7 +176,7 @@ class ChatTemplate:
         """
         if _compiled is None:
             return self.text(messages, tools=tools, arguments=arguments, prompt=prompt)
-        given = self.tokenizer.special_tokens_map | self.arguments | dict(arguments or {})
+        variables = self.tokenizer.special_tokens_map | self.arguments | dict(arguments or {})
         source = self.source(tools)
         with self._as_row_error():
             template = _compiled(source)
@@ -185,7 +185,7 @@ class ChatTemplate:
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=prompt,
-                **given,
+                **variables,
             )
         return str(rendered)
 
@@ -206,7 +206,7 @@ class ChatTemplate:
         prompt: bool = False,
     ) -> list[Span]:
         """What the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
-        given = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
+        variables = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
         source = self.source(tools)
         with self._as_row_error():
             _, indices = render_jinja_template(
@@ -215,7 +215,7 @@ class ChatTemplate:
                 chat_template=source,
                 return_assistant_tokens_mask=True,
                 add_generation_prompt=prompt,
-                **given,
+                **variables,
             )
         return sorted((start, end) for start, end in indices[0])
 

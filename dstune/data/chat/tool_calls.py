@@ -40,11 +40,11 @@ def form_of(template: ChatTemplate) -> ToolForm | None:
     calls = [{"type": "function", "id": "123456789", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}]
     try:
         reported = template.text([user], tools=[_TOOL], prompt=True)
-        before = template.text([user])
+        text_before = template.text([user])
         both = template.text([user, {"role": "assistant", "content": "", "tool_calls": calls}])
     except RenderError:
         return None
-    written = both[len(before) :] if both.startswith(before) else both
+    written = both[len(text_before) :] if both.startswith(text_before) else both
     if _NAME not in reported or _NAME not in written:
         return None
     return next((form for form in FORMS if form.opening in written and form.parse(_part(written, form))), None)
@@ -55,8 +55,8 @@ def _part(text: str, form: ToolForm) -> str:
 
 
 def _hermes(text: str) -> list[Call] | None:
-    found = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", text, re.S)
-    return _all(_json(one) for one in found)
+    bodies = re.findall(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", text, re.S)
+    return _all(_json(body) for body in bodies)
 
 
 def _mistral(text: str) -> list[Call] | None:

@@ -38,10 +38,10 @@ def reasoning_marks(template: ChatTemplate) -> tuple[str, str] | None:
 def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] != "assistant":
         return message
-    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
-    if inline := inline_reasoning(content_start(kept.get("content"))):
-        kept["content"] = with_start(kept["content"], inline[1].lstrip())
-    return kept
+    remaining = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    if inline := inline_reasoning(content_start(remaining.get("content"))):
+        remaining["content"] = with_start(remaining["content"], inline[1].lstrip())
+    return remaining
 
 
 def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
@@ -58,7 +58,7 @@ def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
         output[f"call of {name}"] = name
         if isinstance(arguments, dict):  # as text they are printed as they are, or not at all
             output |= {f"argument {key} of {name}": key for key in arguments if key.isidentifier()}
-    return next((what for what, text in output.items() if text.strip() not in turn.body), None)
+    return next((name_of_part for name_of_part, text in output.items() if text.strip() not in turn.body), None)
 
 
 def text_behind_prompt(

@@ -113,9 +113,9 @@ class Cleaner:
         result = Cleaned(row)
         if self._config.unicode:
             self._change(result, "unicode", clean_unicode)
-        if found := self._control.first(row):
+        if control_token := self._control.first(row):
             result.flagged.append("control_tokens")
-            result.notes["control_tokens"] = found
+            result.notes["control_tokens"] = control_token
         for step, policy, find in self._searches():
             self._search(result, step, policy, find)
             if result.removed:
@@ -152,7 +152,7 @@ class Cleaner:
 
         def masked(text: str) -> str:
             findings = find(text)
-            kinds.extend(found.kind for found in findings)
+            kinds.extend(finding.kind for finding in findings)
             return sensitive.mask(text, findings)
 
         row = map_texts(result.row, masked)

@@ -26,11 +26,11 @@ def _identifier() -> Any:
 
 def check_languages(languages: list[str]) -> None:
     """Raises UserError for codes that the detector does not know."""
-    known = [label for label in _identifier().labels if label != "zxx"]
+    codes = [label for label in _identifier().labels if label != "zxx"]
     problems = []
     for code in languages:
-        if code not in known:
-            nearest = difflib.get_close_matches(code, known, 1, 0.3)
+        if code not in codes:
+            nearest = difflib.get_close_matches(code, codes, 1, 0.3)
             fix = f"did you mean {nearest[0]}? " if nearest else ""
             fix += "give ISO 639 codes such as en, de or zh"
             problems.append(Problem(where=KEY, value=code, reason="no such language", fix=fix))

@@ -98,9 +98,9 @@ class NearCopies:
         for first in range(0, SIGNATURE_NUMBERS, GROUP_NUMBERS):
             self._search_group(first, original)
         for row in np.flatnonzero(original >= 0):
-            found = original[original[row]]
-            if found >= 0:
-                original[row] = found if self._alike(int(found), int(row)) else -1
+            first_copy = original[original[row]]
+            if first_copy >= 0:
+                original[row] = first_copy if self._alike(int(first_copy), int(row)) else -1
         return original
 
     def _search_group(self, first: int, original: np.ndarray) -> None:
@@ -131,13 +131,15 @@ class NearCopies:
     def _compare(self, first: np.ndarray, second: np.ndarray, original: np.ndarray) -> None:
         """Compare the rows `first[i]` and `second[i]`, and note in `original` of which earlier row a later one is a copy."""
         for start in range(0, len(first), PAIRS_AT_ONCE):
-            one, two = first[start : start + PAIRS_AT_ONCE], second[start : start + PAIRS_AT_ONCE]
-            possible = (original[two] < 0) & self._allowed(one, two)
-            one, two = one[possible], two[possible]
-            if not len(one):
+            earlier_rows, later_rows = first[start : start + PAIRS_AT_ONCE], second[start : start + PAIRS_AT_ONCE]
+            possible = (original[later_rows] < 0) & self._allowed(earlier_rows, later_rows)
+            earlier_rows, later_rows = earlier_rows[possible], later_rows[possible]
+            if not len(earlier_rows):
                 continue
-            equal = np.mean(self._signatures[one] == self._signatures[two], axis=1)
-            for earlier, later in zip(one[equal >= self._least_equal], two[equal >= self._least_equal], strict=True):
+            equal = np.mean(self._signatures[earlier_rows] == self._signatures[later_rows], axis=1)
+            for earlier, later in zip(
+                earlier_rows[equal >= self._least_equal], later_rows[equal >= self._least_equal], strict=True
+            ):
                 if original[later] < 0 and self._alike(int(earlier), int(later)):
                     original[later] = earlier
 

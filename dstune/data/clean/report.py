@@ -61,9 +61,9 @@ def summary(counts: dict[str, dict[str, int]]) -> str:
     counts: `clean` of one part in the data report. Example: `left out 60 duplicates, 3 too short; changed 2 Unicode`.
     """
     words = {"removed": "left out", "changed": "changed", "flagged": "flagged"}
-    found = []
+    phrases = []
     for kind in KINDS:
         steps = [f"{counted[kind]:,} {NAMES[step]}" for step, counted in counts.items() if counted[kind]]
         if steps:
-            found.append(f"{words[kind]} {', '.join(steps)}")
-    return "; ".join(found)
+            phrases.append(f"{words[kind]} {', '.join(steps)}")
+    return "; ".join(phrases)

@@ -36,7 +36,7 @@ def _moved(answer: Row, context: str, changed: str, change: Callable[[str], str]
     if not text:
         return None
     if changed[start : start + len(text)] != text:
-        places = [found.start() for found in re.finditer(re.escape(text), changed)]
+        places = [match.start() for match in re.finditer(re.escape(text), changed)]
         if not places:
             return None
         start = min(places, key=lambda place: abs(place - start))

@@ -27,21 +27,23 @@ class Finding:
     """What stands in its place when it is masked, without the angle brackets: EMAIL."""
 
 
-def mask(text: str, findings: list[Finding], tag: Callable[[Finding], str] = lambda found: f"<{found.kind}>") -> str:
+def mask(
+    text: str, findings: list[Finding], tag: Callable[[Finding], str] = lambda finding: f"<{finding.kind}>"
+) -> str:
     """`text` with a tag such as `<EMAIL>` in place of each finding (sorted and disjoint, as `find_...` give them)."""
     parts, end = [], 0
-    for found in findings:
-        parts += [text[end : found.start], tag(found)]
-        end = found.end
+    for finding in findings:
+        parts += [text[end : finding.start], tag(finding)]
+        end = finding.end
     return "".join([*parts, text[end:]])
 
 
 def _disjoint(findings: Iterator[Finding]) -> list[Finding]:
     """The findings in order; of those that overlap the one that starts first, of these the longest."""
     chosen: list[Finding] = []
-    for found in sorted(findings, key=lambda found: (found.start, -found.end)):
-        if not chosen or found.start >= chosen[-1].end:
-            chosen.append(found)
+    for finding in sorted(findings, key=lambda finding: (finding.start, -finding.end)):
+        if not chosen or finding.start >= chosen[-1].end:
+            chosen.append(finding)
     return chosen
 
 
@@ -100,9 +102,9 @@ def _secrets(text: str) -> Iterator[Finding]:
                     group = 0  # the group is the prefix that tells the kind (ghp), not the secret
                 if getattr(detector, "is_formally_valid", _always)(match.group()):
                     # Some patterns (JSON web tokens) end before the secret does.
-                    rest = _REST.match(text, match.end(group))
-                    assert rest is not None, "an empty rest matches too"
-                    yield Finding(match.start(group), rest.end(), SECRET)
+                    end_match = _REST.match(text, match.end(group))
+                    assert end_match is not None, "an empty rest matches too"
+                    yield Finding(match.start(group), end_match.end(), SECRET)
 
 
 def _always(_: str) -> bool:
@@ -147,11 +149,13 @@ def _personal_data(text: str) -> Iterator[Finding]:
             yield Finding(*match.span(), "IP_ADDRESS")
     numbers = _ibans_and_cards(text)
     yield from numbers
-    rest = _without(text, numbers)  # the digits before a card, with its first ones, may pass for a phone number
-    for match in _SSN.finditer(rest):
+    remaining_text = _without(
+        text, numbers
+    )  # the digits before a card, with its first ones, may pass for a phone number
+    for match in _SSN.finditer(remaining_text):
         if _checks("stdnum.us.ssn").is_valid(match.group()):
             yield Finding(*match.span(), "SSN")
-    yield from _phones(rest)
+    yield from _phones(remaining_text)
 
 
 def _checks(module: str) -> Any:
@@ -160,7 +164,7 @@ def _checks(module: str) -> Any:
 
 def _without(text: str, findings: list[Finding]) -> str:
     """As long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across them."""
-    return mask(text, findings, lambda found: "\n" * (found.end - found.start))
+    return mask(text, findings, lambda finding: "\n" * (finding.end - finding.start))
 
 
 def _emails(text: str) -> Iterator[Finding]:
@@ -174,11 +178,11 @@ def _emails(text: str) -> Iterator[Finding]:
 
 def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
     """Where the address that ends at `end` begins, without the quote (`b'`), the path or the key (`mail=`) before it."""
-    before, closing = text[max(start - 1, 0) : start], text[end : end + 1]
+    character_before, closing = text[max(start - 1, 0) : start], text[end : end + 1]
     opening = "{" if closing == "}" else closing
-    if opening and before != opening and not text[end + 1 : end + 2].isalnum():
+    if opening and character_before != opening and not text[end + 1 : end + 2].isalnum():
         start = max(start, text.rfind(opening, start, at) + 1)
-    if before and before in _IN_URLS:
+    if character_before and character_before in _IN_URLS:
         return max(start, *(text.rfind(sign, start, at) + 1 for sign in _IN_URLS))
     key = _KEY.match(text, start, at)
     return key.end() if key else start
@@ -232,11 +236,11 @@ _TWICE = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9])
 
 def _ibans_and_cards(text: str) -> list[Finding]:
     """In order and disjoint. What is surer is looked for first, and nothing else within it."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for kind, search in (("IBAN", _ibans), ("CARD", _grouped_cards), ("CARD", _lone_cards)):
-        found += [Finding(*span, kind) for span in search(_without(text, found))]
-        found = _disjoint(iter(found))
-    return found
+        findings += [Finding(*span, kind) for span in search(_without(text, findings))]
+        findings = _disjoint(iter(findings))
+    return findings
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:
@@ -260,23 +264,23 @@ def _iban_of(country: str) -> re.Pattern[str] | None:
 def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
     """Cards by their grouping, wherever they stand among other groups of digits; the longest of those that begin there."""
     place = 0
-    while (found := _GROUPED_CARD.search(text, place)) is not None:
-        start, end = found.span()
-        ends = (end, found.start(2)) if found[2] else (end,)
-        end = next((one for one in ends if _is_issued(text[start:one])), 0)
+    while (match := _GROUPED_CARD.search(text, place)) is not None:
+        start, end = match.span()
+        ends = (end, match.start(2)) if match[2] else (end,)
+        end = next((candidate for candidate in ends if _is_issued(text[start:candidate])), 0)
         if end:
             yield start, end
             place = end
         else:
-            place = found.end() if _TABLE.match(text, start) else start + 1
+            place = match.end() if _TABLE.match(text, start) else start + 1
 
 
 def _lone_cards(text: str) -> Iterator[tuple[int, int]]:
     """Runs of digits in any groups. Where another number goes before or follows, it has to be of an issuer."""
-    for found in _CARD.finditer(text):
-        start, end = found.span()
+    for match in _CARD.finditer(text):
+        start, end = match.span()
         alone = not _BESIDE.fullmatch(text[max(start - 2, 0) : start]) and not _BESIDE.fullmatch(text[end : end + 2])
-        if _luhn(found.group().translate(_NO_SEPARATORS)) if alone else _is_issued(found.group()):
+        if _luhn(match.group().translate(_NO_SEPARATORS)) if alone else _is_issued(match.group()):
             yield start, end
 
 

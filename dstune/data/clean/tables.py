@@ -91,13 +91,13 @@ class Cleaning:
         )
         results = mapped.data.table
         self._count(results, table, report)
-        kept = np.array(pc.equal(results["removed"], ""))
+        is_kept = np.array(pc.equal(results["removed"], ""))
         keys, text_keys = (
             numbers_on_disk(results[name], self._work / f"{part}.{name}s") for name in ("key", "text_key")
         )
         if results["row"].null_count < len(mapped):
             table = _rewritten(table, results, self._work / f"{part}.cleaned.arrow")
-        table = replace(table, kept=kept, text_keys=text_keys)
+        table = replace(table, kept=is_kept, text_keys=text_keys)
         if self._config.duplicates is not Duplicates.keep:
             self._duplicates(table, keys, report, remove=part == "train")
         if self._config.duplicates is Duplicates.near:
@@ -115,12 +115,16 @@ class Cleaning:
             return rows
         report = self.reports["train"]
         assert table.text_keys is not None
-        keys = np.unique(np.concatenate([_text_keys(of)[numbers] for of, numbers in held_out]))
-        own = table.text_keys[rows]
+        keys = np.unique(np.concatenate([_text_keys(held_table)[numbers] for held_table, numbers in held_out]))
+        training_keys = table.text_keys[rows]
         # `np.isin` would sort them all, in 80 bytes a row.
-        leaked = np.searchsorted(keys, own, "right") > np.searchsorted(keys, own, "left")
+        leaked = np.searchsorted(keys, training_keys, "right") > np.searchsorted(keys, training_keys, "left")
         for row in rows[leaked][:MAX_EXAMPLES]:
-            other = next((of, at[0]) for of, numbers in held_out if len(at := _equal(of, numbers, table, row)))
+            other = next(
+                (held_table, at[0])
+                for held_table, numbers in held_out
+                if len(at := _equal(held_table, numbers, table, row))
+            )
             self._example(report, "leaks", table, row, f"as {other[0].place(other[1])}")
         report.add("leaks", "removed", int(leaked.sum()))
         rows = rows[~leaked]
@@ -135,8 +139,8 @@ class Cleaning:
             if table.kept is None or table.kept.any():
                 continue
             counts = self.reports[part].counts
-            why = ", ".join(f"{NAMES[step]} {of['removed']}" for step, of in counts.items() if of["removed"])
-            key = next((f"data.clean.{KEYS[step]}" for step, of in counts.items() if of["removed"]), "data.clean")
+            why = ", ".join(f"{NAMES[step]} {count['removed']}" for step, count in counts.items() if count["removed"])
+            key = next((f"data.clean.{KEYS[step]}" for step, count in counts.items() if count["removed"]), "data.clean")
             reason = f"cleaning leaves no {part} row ({why})"
             problems.append(Problem(where=key, reason=reason, fix="relax it, or look at the rows"))
         if problems:
@@ -147,12 +151,12 @@ class Cleaning:
     def _count(self, results: pa.Table, table: Table, report: Report) -> None:
         for kind in ("removed", "changed", "flagged"):
             column = results[kind]
-            for found in pc.value_counts(column):
-                steps = [step for step in found["values"].as_py().split(",") if step]
+            for counted in pc.value_counts(column):
+                steps = [step for step in counted["values"].as_py().split(",") if step]
                 for step in steps:
-                    report.add(step, kind, found["counts"].as_py())
+                    report.add(step, kind, counted["counts"].as_py())
                 if any(report.wants_example(step) for step in steps):
-                    rows = np.flatnonzero(pc.equal(column, found["values"]).to_numpy())[:MAX_EXAMPLES]
+                    rows = np.flatnonzero(pc.equal(column, counted["values"]).to_numpy())[:MAX_EXAMPLES]
                     for step, row in product(steps, rows.tolist()):
                         notes = results["note"][row].as_py()
                         self._example(report, step, table, row, json.loads(notes).get(step, "") if notes else "")
@@ -176,23 +180,23 @@ class Cleaning:
             table.kept[copies_of] = False
 
     def _near_duplicates(self, table: Table, report: Report) -> None:
-        kept = table.kept
-        assert kept is not None
-        groups = np.zeros(len(kept), dtype=np.int32)
+        is_kept = table.kept
+        assert is_kept is not None
+        groups = np.zeros(len(is_kept), dtype=np.int32)
         if table.labels is not None:  # nearly the same text under another label is another example
             groups = np.unique(table.labels, return_inverse=True)[1].astype(np.int32)
 
         def allowed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-            return kept[first] & kept[second] & (groups[first] == groups[second])
+            return is_kept[first] & is_kept[second] & (groups[first] == groups[second])
 
-        texts = _Texts([(table, np.arange(len(kept)))])
+        texts = _Texts([(table, np.arange(len(is_kept)))])
         search = NearCopies(self._signatures[id(table)], texts, allowed, self._config.near_threshold)
         original = search.find()
         copies = np.flatnonzero(original >= 0)
         report.add("near_duplicates", "removed", len(copies))
         for row in copies[:MAX_EXAMPLES]:
             self._example(report, "near_duplicates", table, row, f"near {table.place(original[row])}")
-        kept[copies] = False
+        is_kept[copies] = False
 
     # Training rows against those held out
 
@@ -200,9 +204,9 @@ class Cleaning:
         parts = [*held_out, (table, rows)]
         file = self._work / "leaks.signatures"
         with file.open("wb") as stream:
-            for of, numbers in parts:
+            for held_table, numbers in parts:
                 for start in range(0, len(numbers), ROWS_AT_ONCE):
-                    stream.write(self._signatures[id(of)][numbers[start : start + ROWS_AT_ONCE]].tobytes())
+                    stream.write(self._signatures[id(held_table)][numbers[start : start + ROWS_AT_ONCE]].tobytes())
         held = sum(len(numbers) for _, numbers in held_out)
 
         def allowed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -214,8 +218,8 @@ class Cleaning:
         leaked = original >= 0
         report.add("leaks", "removed", int(leaked.sum()))
         for position in np.flatnonzero(leaked)[:MAX_EXAMPLES]:
-            of, number = texts.find(int(original[position]))
-            self._example(report, "leaks", table, rows[position], f"near {of.place(number)}")
+            held_table, number = texts.find(int(original[position]))
+            self._example(report, "leaks", table, rows[position], f"near {held_table.place(number)}")
         return rows[~leaked]
 
 

@@ -41,10 +41,10 @@ def clean_unicode(text: str) -> str:
 
 def _pass(text: str) -> str:
     text = _REMOVED.sub("", _LINE_ENDS.sub("\n", text))
-    text = _TAGS.sub(lambda found: found.group(1) or "", text)
+    text = _TAGS.sub(lambda match: match.group(1) or "", text)
     if _DIRECTIONS.search(text) and not _has_right_to_left(text):
         text = _DIRECTIONS.sub("", text)
-    text = _INVISIBLE.sub(lambda found: found.group() if _expected(text, found.start()) else "", text)
+    text = _INVISIBLE.sub(lambda match: match.group() if _expected(text, match.start()) else "", text)
     return unicodedata.normalize("NFC", text)  # returns `text` itself where it is NFC, after a quick check
 
 
@@ -54,14 +54,14 @@ def _has_right_to_left(text: str) -> bool:
 
 def _expected(text: str, position: int) -> bool:
     """Whether the script around it needs the invisible character at `position`."""
-    before = text[position - 1] if position else ""
-    after = text[position + 1] if position + 1 < len(text) else ""
-    if not before or not after:
+    character_before = text[position - 1] if position else ""
+    character_after = text[position + 1] if position + 1 < len(text) else ""
+    if not character_before or not character_after:
         return False
     character = text[position]
     if character == ZERO_WIDTH_SPACE:  # where words are not separated by spaces it says where a line may end
-        return bool(_SOUTH_EAST_ASIAN.match(before) or _SOUTH_EAST_ASIAN.match(after))
+        return bool(_SOUTH_EAST_ASIAN.match(character_before) or _SOUTH_EAST_ASIAN.match(character_after))
     if character == WORD_JOINER:
         return False
     # A joiner acts on what stands before it: a letter of a joining script, or a part of an emoji.
-    return not _SEPARATED_BY_SPACES.match(before) and not _INVISIBLE.match(before)
+    return not _SEPARATED_BY_SPACES.match(character_before) and not _INVISIBLE.match(character_before)

@@ -68,16 +68,16 @@ def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, pac
     numbers = [[[int(number) for number in sample[COLUMN]] for sample in row] for row in rows]
     flat = [number for row in numbers for sample in row for number in sample]
     inputs = _inputs(split, processor, flat) if flat else {}
-    family, found = processor.family, dict(inputs)
+    family, model_inputs = processor.family, dict(inputs)
     is_image = torch.isin(tensors["input_ids"], torch.from_numpy(processor.image_tokens))
     if family.types:
-        found[family.types] = is_image.long()
+        model_inputs[family.types] = is_image.long()
     if family.three_positions and packing:
         grids = inputs["image_grid_thw"].numpy() if flat else np.empty((0, 3), dtype=np.int64)
-        found["position_ids"] = _four_positions(
+        model_inputs["position_ids"] = _four_positions(
             tensors["position_ids"], rows, numbers, is_image.numpy(), grids, processor.merge
         )
-    return found
+    return model_inputs
 
 
 def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -108,21 +108,23 @@ def _four_positions(
     used = 0
     for at, row in enumerate(rows):
         end = 0
-        for sample, own in zip(row, numbers[at], strict=True):
+        for sample, image_numbers in zip(row, numbers[at], strict=True):
             start, end = end, end + len(sample["input_ids"])
-            of_sample = grids[used : used + len(own)]
+            of_sample = grids[used : used + len(image_numbers)]
             positions[1:, at, start:end] = three_positions(is_image[at, start:end], of_sample, merge)
-            used += len(own)
+            used += len(image_numbers)
     return torch.from_numpy(positions)
 
 
 def _inputs(split: Split, processor: ImageProcessor, numbers: Sequence[int]) -> Inputs:
     assert split.images is not None
-    found: dict[int, Inputs] = {}
+    inputs_by_number: dict[int, Inputs] = {}
     for number in numbers:
-        if number not in found:
-            found[number] = processor.blank[1] if number == BLANK_NUMBER else processor.inputs([_image(split, number)])
-    return processor.join([found[number] for number in numbers])
+        if number not in inputs_by_number:
+            inputs_by_number[number] = (
+                processor.blank[1] if number == BLANK_NUMBER else processor.inputs([_image(split, number)])
+            )
+    return processor.join([inputs_by_number[number] for number in numbers])
 
 
 def _image(split: Split, number: int) -> Any:

@@ -46,14 +46,14 @@ def expand(text: str, placeholder: str, expansions: Sequence[str], expected: Seq
     used = expansions[:count]
     written = [pieces[0]]
     spans, ends = [], []
-    length, before = len(pieces[0]), len(pieces[0])
+    length, end = len(pieces[0]), len(pieces[0])
     for piece, expansion in zip(pieces[1:], used, strict=True):
         written += [expansion, piece]
         spans.append((length, length + len(expansion)))
-        before += len(placeholder)
-        ends.append(before)
+        end += len(placeholder)
+        ends.append(end)
         length += len(expansion) + len(piece)
-        before += len(piece)
+        end += len(piece)
     grown = accumulate(len(expansion) - len(placeholder) for expansion in used)
     return Expanded("".join(written), tuple(spans), tuple(ends), tuple(grown))
 

@@ -43,8 +43,8 @@ def is_place(part: Any) -> bool:
 
 def part_of_image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The part of a file's message as a place, with what it shows as `image` where it says so itself. Raises RowError."""
-    own = {key: value for key, value in part.items() if key != "text"}
-    reference = _reference(own, where)
+    image_keys = {key: value for key, value in part.items() if key != "text"}
+    reference = _reference(image_keys, where)
     return dict(PLACE) if reference is None else {**PLACE, "image": reference}
 
 
@@ -55,8 +55,8 @@ def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any
     place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question.
     sees: why the task reads no images; empty where it does. Raises RowError where places and images do not match.
     """
-    given = column if isinstance(column, (list, tuple)) else [column]
-    references = [found for value in given if (found := _reference(value, "column 'images'")) is not None]
+    entries = column if isinstance(column, (list, tuple)) else [column]
+    references = [reference for value in entries if (reference := _reference(value, "column 'images'")) is not None]
     messages: Sequence[dict[str, Any]] = row.get("messages") or ()
     has_places = any(is_place(part) for message in messages for part in _parts(message))
     elsewhere = [message for key in _OTHERS if isinstance(row.get(key), list) for message in row[key]]
@@ -83,27 +83,27 @@ def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row as JSON can write it: images that are bytes by their digest."""
     if COLUMN not in row:
         return row
-    named = [xxhash.xxh3_128_hexdigest(image) if isinstance(image, bytes) else image for image in row[COLUMN]]
-    return {**row, COLUMN: named}
+    image_names = [xxhash.xxh3_128_hexdigest(image) if isinstance(image, bytes) else image for image in row[COLUMN]]
+    return {**row, COLUMN: image_names}
 
 
 def _filled(
     messages: Sequence[dict[str, Any]], references: Sequence[Reference]
 ) -> tuple[list[dict[str, Any]], list[Reference]]:
     """The messages with bare places, and what each of these shows. Raises RowError where there are too few images or too many."""
-    rest, shown, placed, places = list(references), [], [], 0
+    remaining, shown, placed, places = list(references), [], [], 0
     for message in messages:
         parts = []
         for part in _parts(message):
             if is_place(part):
                 places += 1
-                if (own := part.get("image")) is not None or rest:
-                    shown.append(rest.pop(0) if own is None else own)
+                if (inline_image := part.get("image")) is not None or remaining:
+                    shown.append(remaining.pop(0) if inline_image is None else inline_image)
                 part = dict(PLACE)
             parts.append(part)
         placed.append({**message, "content": parts} if parts else dict(message))
-    if rest or len(shown) < places:
-        count = len(shown) + len(rest)
+    if remaining or len(shown) < places:
+        count = len(shown) + len(remaining)
         raise RowError(
             f"the row has {count} image{'s' * (count != 1)} and {places} place{'s' * (places != 1)} for "
             f"{'it' if count == 1 else 'them'}"
@@ -153,7 +153,7 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _reference(value: Any, where: str) -> Reference | None:
     """What an image of a file is; None where it says nothing. Raises RowError for an address and for anything else."""
     if isinstance(value, Mapping):
-        return next((found for key in _INSIDE if (found := _reference(value.get(key), where)) is not None), None)
+        return next((inner for key in _INSIDE if (inner := _reference(value.get(key), where)) is not None), None)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return bytes(value) or None
     if value is None or (isinstance(value, str) and not value.strip()):

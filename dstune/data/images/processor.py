@@ -76,11 +76,11 @@ INPUTS = (
 
 def refusal(vision: VisionFiles | None, model: str) -> str:
     """Why the model is not trained on images; empty where it is. model: its name for the message."""
-    known = ", ".join(sorted(FAMILIES))
+    families = ", ".join(sorted(FAMILIES))
     if vision is None:
-        return f"{model} sees none: it has no tower for them (models with one: {known})"
+        return f"{model} sees none: it has no tower for them (models with one: {families})"
     if vision.model_type not in FAMILIES:
-        return f"images are trained with {known}, and {model} is {vision.model_type}"
+        return f"images are trained with {families}, and {model} is {vision.model_type}"
     if not vision.has_processor:
         return (
             f"{model} has no processor_config.json or preprocessor_config.json, which say how images become its inputs"
@@ -134,7 +134,7 @@ class ImageProcessor:
         from PIL import Image
 
         try:
-            found = self._processor(
+            processed = self._processor(
                 text=[self.placeholder],
                 images=[Image.new("RGB", (width, height))],
                 return_text_replacement_offsets=True,
@@ -144,7 +144,7 @@ class ImageProcessor:
             raise RowError(
                 f"of {width} x {height} pixels is refused by the model's processor: {first_line(error)}"
             ) from None
-        ((replaced,),) = found["text_replacement_offsets"]
+        ((replaced,),) = processed["text_replacement_offsets"]
         text: str = replaced["replacement"]
         return text
 
@@ -154,8 +154,10 @@ class ImageProcessor:
         return self.join([self._inputs_of(image) for image in images])
 
     def _inputs_of(self, image: Any) -> Inputs:
-        found = self._processor(text=[self.placeholder], images=[image], return_tensors="pt", add_special_tokens=False)
-        return {name: found[name] for name in INPUTS if name in found}
+        processed = self._processor(
+            text=[self.placeholder], images=[image], return_tensors="pt", add_special_tokens=False
+        )
+        return {name: processed[name] for name in INPUTS if name in processed}
 
     def join(self, of_images: Sequence[Inputs]) -> Inputs:
         """The inputs of several images as those of one batch; smaller images are filled up with zeros, right and bottom."""
@@ -180,8 +182,8 @@ class ImageProcessor:
             return ids
         processor = copy.copy(self._processor)
         processor.tokenizer = tokenizer
-        found = processor(text=[text], images=list(images), add_special_tokens=False)["input_ids"][0]
-        return [int(token) for token in found]  # some processors give tensors
+        token_ids = processor(text=[text], images=list(images), add_special_tokens=False)["input_ids"][0]
+        return [int(token) for token in token_ids]  # some processors give tensors
 
 
 def _joined(tensors: Sequence[Tensor], along: int) -> Tensor:

@@ -165,15 +165,15 @@ class ImageWriter:
             raise RowError(f"the row holds an image; {self._refused}")
         require_pillow()
         root = root_of_images(self._root, file)
-        found = []
+        entries = []
         for place, reference in enumerate(row[COLUMN], 1):
             try:
-                found.append(self._entry(self._number(reference, root)))
+                entries.append(self._entry(self._number(reference, root)))
             except RowError as error:
                 name = f" ({reference!r:.80})" if isinstance(reference, str) and not _is_data(reference) else ""
                 raise RowError(f"image {place}{name} {error}") from None
-        refuse_many_pixels(image["size"] for image in found)
-        return {**row, COLUMN: found}
+        refuse_many_pixels(image["size"] for image in entries)
+        return {**row, COLUMN: entries}
 
     def finish(self) -> None:
         """Write the table, where there are images."""
@@ -196,14 +196,14 @@ class ImageWriter:
         if _is_data(reference):
             return self._add(content_of_data_url(reference))
         path = path_within(reference, root)
-        if (known := self._paths.get(str(path))) is None:
-            known = self._paths[str(path)] = self._add(read_file(path), path)
-        return known
+        if (number := self._paths.get(str(path))) is None:
+            number = self._paths[str(path)] = self._add(read_file(path), path)
+        return number
 
     def _add(self, content: bytes, path: Path | None = None) -> int:
         digest = xxhash.xxh3_128_hexdigest(content)
-        if path is None and (known := self._numbers.get(digest)) is not None:
-            return known
+        if path is None and (known_number := self._numbers.get(digest)) is not None:
+            return known_number
         if len(content) > MAX_BYTES:
             raise RowError(f"has {len(content):,} bytes, and none may have more than {MAX_BYTES:,}")
         width, height = size_of(content)
@@ -285,10 +285,10 @@ class ImageFiles:
 
 def _stat(path: str) -> bytes:
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except OSError:
         return b"missing"
-    return f"{found.st_size} {found.st_mtime_ns}".encode()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def path_within(reference: str, root: Path) -> Path:

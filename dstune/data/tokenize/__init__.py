@@ -57,13 +57,18 @@ class RowTokenizer:
     ):
         self._tokenizer = tokenizer
         self.max_length = max_length
-        self._of_source = [RowTokenizer(tokenizer, own, own_format, max_length) for own, own_format in several]
+        self._of_source = [
+            RowTokenizer(tokenizer, source_tokenizer, own_format, max_length)
+            for source_tokenizer, own_format in several
+        ]
         self._sources = sources
         self._counted = COUNTED | ({"weight": datasets.Value("float64")} if class_weights else {})
         self._encoder: Encoder
         if self._of_source:
             assert sources is not None, "rows of several tasks come from a mixture"
-            self._encoder = MultiTaskEncoder([own._encoder for own in self._of_source], sources)
+            self._encoder = MultiTaskEncoder(
+                [source_tokenizer._encoder for source_tokenizer in self._of_source], sources
+            )
         else:
             self._encoder = task_of(task).encoder(tokenizer, shape_of(fmt), max_length, labels, class_weights)
         self._task = task_of(task)
@@ -71,8 +76,8 @@ class RowTokenizer:
 
     def use_images(self, images: ImageFiles | None) -> None:
         """Where rows find the images that they name by number; samples have a column `images` then."""
-        for own in (self, *self._of_source):
-            own._encoder.images = images
+        for tokenizer in (self, *self._of_source):
+            tokenizer._encoder.images = images
         refuse_unknown_columns(self._task, self._encoder.columns)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
@@ -106,7 +111,10 @@ class RowTokenizer:
     @property
     def has_conversations(self) -> bool:
         """Whether rows are conversations whose turns a chat template renders, at least of one task."""
-        return any(own.renderer is not None and not own._encoder.only_prompts for own in self._of_source or [self])
+        return any(
+            tokenizer.renderer is not None and not tokenizer._encoder.only_prompts
+            for tokenizer in self._of_source or [self]
+        )
 
     def images_of(self, row: dict[str, Any]) -> list[Any]:
         """The images that a row shows, in order: of PIL. Raises RowError."""

@@ -84,9 +84,9 @@ class Language(Encoder):
         if not problem and not targets.any():
             problem = "no trainable token"
         length = len(input_ids)
-        kept = slice(0, self._max_length)
-        counted = labels[kept] != NO_TARGET
-        columns = {"labels": labels[kept], "bytes": int(sizes[kept][counted].sum())}
+        span = slice(0, self._max_length)
+        counted = labels[span] != NO_TARGET
+        columns = {"labels": labels[span], "bytes": int(sizes[span][counted].sum())}
         if self.images is not None:
             columns[COLUMN] = np.array([image for _, end, image in images if end <= self._max_length], dtype=np.int32)
             if cut := next(((start, end) for start, end, _ in images if start < self._max_length < end), None):
@@ -95,7 +95,7 @@ class Language(Encoder):
                     or f"data.max_length={self._max_length} cuts through an image of tokens {cut[0]} to {cut[1]}"
                 )
         weight = int(np.count_nonzero(counted))
-        return Sample(number, input_ids[kept], columns, weight, length > self._max_length, problem, length)
+        return Sample(number, input_ids[span], columns, weight, length > self._max_length, problem, length)
 
     def _sizes(self, ids: np.ndarray, offsets: Any, text: str) -> np.ndarray:
         """Bytes of `text` that each token stands for: those behind the token before it, to its own end."""
@@ -183,11 +183,13 @@ class ChatEncoder(Language):
         samples = []
         for number, of_row in zip(numbers, texts, strict=True):
             earlier: list[np.ndarray] = []
-            found = [sample for text in of_row for sample in self._samples(number, text, *next(tokens), earlier)]
-            if self.one_sample and len(found) > 1:
+            samples_of_row = [
+                sample for text in of_row for sample in self._samples(number, text, *next(tokens), earlier)
+            ]
+            if self.one_sample and len(samples_of_row) > 1:
                 reason = "the chat template rewrites earlier turns of the answer, which cannot be compared then"
-                found = [self._of_tokens(number, _Text(problem=reason), *NOTHING)]
-            samples += found
+                samples_of_row = [self._of_tokens(number, _Text(problem=reason), *NOTHING)]
+            samples += samples_of_row
         return samples
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
@@ -195,8 +197,8 @@ class ChatEncoder(Language):
         return [self._exchange(row)]
 
     def _exchange(self, row: dict[str, Any], prefix: str = "", sample: int | None = None) -> Exchange:
-        kept: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
-        return Exchange({"messages": conversation(row), **kept}, prefix, sample)
+        template_columns: dict[str, Any] = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
+        return Exchange({"messages": conversation(row), **template_columns}, prefix, sample)
 
     def _samples(
         self, number: int, text: _Text, ids: list[int], places: list[tuple[int, int]], earlier: list[np.ndarray]
@@ -225,8 +227,10 @@ class ChatEncoder(Language):
                 or not self._boundaries.clean(text.text, input_ids, offsets, place.start, text.own)
             )
         ]
-        kept = replace(text, places=tuple(place for place in text.places if place not in apart))
-        samples = [self._of_tokens(number, kept, input_ids, offsets)] if kept.places or not apart else []
+        remaining_text = replace(text, places=tuple(place for place in text.places if place not in apart))
+        samples = (
+            [self._of_tokens(number, remaining_text, input_ids, offsets)] if remaining_text.places or not apart else []
+        )
         for place in apart:
             cuts = self._boundaries.cuts(offsets, place.end)
             ended = self._boundaries.until(text.text, place.start, place.end, text.own) if cuts else None
@@ -282,7 +286,7 @@ class ChatEncoder(Language):
         restored = [(text, *defused.restore(text.text)) for text in texts]
         if any(defused.left().search(written) for _, written, _ in restored):
             return [_Text(problem="the chat template cuts or escapes a text that reads like a control token")]
-        return [replace(text, text=written, own=own) for text, written, own in restored]
+        return [replace(text, text=written, own=control_starts) for text, written, control_starts in restored]
 
     def _expanded(self, texts: list[_Text], row: dict[str, Any]) -> list[_Text]:
         """`texts` with what stands for each image in its place. Raises RowError for an image that cannot be decoded, and where the
@@ -300,27 +304,27 @@ class ChatEncoder(Language):
             except RowError as error:
                 raise RowError(f"image {place} {error}") from None
         numbers = [image["number"] for image in row[COLUMN]]
-        found = []
+        expanded_texts = []
         for text in texts:
             if text.problem:
-                found.append(text)
+                expanded_texts.append(text)
                 continue
             last = text.places[-1].number if text.places else 0
             expected = count_to(conversation(row), last)
             expanded = expand(text.text, processor.placeholder, expansions, expected)
-            found.append(_moved(text, expanded, numbers))
-        return found
+            expanded_texts.append(_moved(text, expanded, numbers))
+        return expanded_texts
 
     def _rendered(self, row: dict[str, Any]) -> list[_Text]:
         if self.renderer is None:
             text, start = row["prompt"] + row["completion"], len(row["prompt"])
             place = Place(0, start, len(text), len(text), ((start, len(text)),))
             return [_Text(text, (place,), [] if self.trains_on_prompt else None)]
-        given = {"tools": row.get("tools"), "arguments": row.get("chat_template_kwargs")}
+        options = {"tools": row.get("tools"), "arguments": row.get("chat_template_kwargs")}
         if self.trains_on_prompt:
-            found = self.renderer.whole_and_untrained(conversation(row), **given)
-            return [_Text(passage.text, passage.places, untrained) for passage, untrained in found]
-        passages = self.renderer.passages(conversation(row), **given)
+            passages_and_untrained = self.renderer.whole_and_untrained(conversation(row), **options)
+            return [_Text(passage.text, passage.places, untrained) for passage, untrained in passages_and_untrained]
+        passages = self.renderer.passages(conversation(row), **options)
         return [_Text(passage.text, passage.places) for passage in passages] or [_Text(problem="no trainable token")]
 
 
@@ -347,8 +351,8 @@ def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> l
 def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
     """`text` with images in it: all that it says of characters is about the longer text."""
 
-    def span(found: Span) -> Span:
-        return expanded.moved(found[0]), expanded.moved(found[1])
+    def span(old_span: Span) -> Span:
+        return expanded.moved(old_span[0]), expanded.moved(old_span[1])
 
     places = tuple(
         replace(

@@ -30,9 +30,11 @@ class MultiTaskEncoder(Encoder):
         places = defaultdict(list)
         for place, number in enumerate(numbers):
             places[int(self._numbers[number])].append(place)
-        found: dict[int, list[Sample]] = defaultdict(list)
-        for source, own in places.items():
-            for sample in self._encoders[source]([rows[place] for place in own], [numbers[place] for place in own]):
+        samples_by_row: dict[int, list[Sample]] = defaultdict(list)
+        for source, row_places in places.items():
+            for sample in self._encoders[source](
+                [rows[place] for place in row_places], [numbers[place] for place in row_places]
+            ):
                 sample.columns = absent | sample.columns
-                found[sample.row].append(sample)
-        return [sample for number in numbers for sample in found[number]]
+                samples_by_row[sample.row].append(sample)
+        return [sample for number in numbers for sample in samples_by_row[number]]

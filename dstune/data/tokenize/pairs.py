@@ -36,8 +36,8 @@ class PairEncoder(ChatEncoder):
         rows = [self._with_common_prompt(row) for row in rows]
         better, worse = (super(PairEncoder, self).__call__([as_chat(r, a) for r in rows], numbers) for a in ANSWERS)
         for chosen, rejected in zip(better, worse, strict=True):
-            same = np.array_equal(chosen.input_ids, rejected.input_ids)
-            chosen.weight = int(chosen.weight > 0 and rejected.weight > 0 and not same)
+            is_same_answer = np.array_equal(chosen.input_ids, rejected.input_ids)
+            chosen.weight = int(chosen.weight > 0 and rejected.weight > 0 and not is_same_answer)
             chosen.columns |= {"rejected_input_ids": rejected.input_ids, "rejected_labels": rejected.labels}
             chosen.truncated |= rejected.truncated
             chosen.problem = chosen.problem or rejected.problem
@@ -47,11 +47,16 @@ class PairEncoder(ChatEncoder):
     def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with one prompt for both answers: where one begins with reasoning and the other does not, the model is to
         think. A score is of a conversation alone, so nothing is common there."""
-        given = row.get("chat_template_kwargs") or {}
-        if self.scores or self.renderer is None or (switch := self.renderer.facts.switch) is None or switch in given:
+        template_arguments = row.get("chat_template_kwargs") or {}
+        if (
+            self.scores
+            or self.renderer is None
+            or (switch := self.renderer.facts.switch) is None
+            or switch in template_arguments
+        ):
             return row
         thinks = [self.renderer.arguments_for(_first_answer(row[answer]))[switch] for answer in ANSWERS]
-        return row if thinks[0] == thinks[1] else {**row, "chat_template_kwargs": {**given, switch: True}}
+        return row if thinks[0] == thinks[1] else {**row, "chat_template_kwargs": {**template_arguments, switch: True}}
 
 
 def _first_answer(answer: Any) -> Mapping[str, Any]:
