@@ -53,8 +53,8 @@ class Adapter(Method, StartsFromAdapters):
         raise NotImplementedError
 
     def trained(self, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
-        kept = {*HEADS, *self._trained_whole()}
-        whole = [tensor for tensor in model.tensors if kept & set(tensor.name.split("."))]
+        trained_names = {*HEADS, *self._trained_whole()}
+        whole = [tensor for tensor in model.tensors if trained_names & set(tensor.name.split("."))]
         # peft trains a copy of a whole module beside the frozen original.
         return (*self.added(model), *whole), model.parameters
 

@@ -44,9 +44,9 @@ def load_adapter(adapted: Any, folder: Path) -> None:
     from dstune.models.peft_import import peft
 
     tensors = tensors_of(folder, "method.adapter")
-    own = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    trainable = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     # What is trained as a whole may be partitioned by now.
-    with gathered(list(own.values()), modified_by_rank=0):
+    with gathered(list(trainable.values()), modified_by_rank=0):
         expected = set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False))
         if missing := sorted(expected ^ set(tensors)):
             reason = f"does not fit the model: {missing[0]} is only in {'it' if missing[0] in tensors else 'the model'}"
@@ -105,7 +105,9 @@ def _refuse_unreached(whole: list[str], model: PreTrainedModel) -> None:
     """Raises UserError where a module is to be trained whole that no row reaches."""
     parts = unreached_parts(model)
     for name, _ in model.named_modules():
-        if is_within(name, parts) and (ending := next((one for one in whole if f".{name}".endswith(f".{one}")), "")):
+        if is_within(name, parts) and (
+            ending := next((module_name for module_name in whole if f".{name}".endswith(f".{module_name}")), "")
+        ):
             reason = f"{name} would not learn: rows of text never reach it"
             raise UserError(Problem("method.modules_to_save", reason, "leave it out", ending))
 

@@ -36,15 +36,15 @@ UNSUPPORTED = {
 def adapter_folder(path: str, key: str) -> Path:
     """The folder with the adapter: `path`, or `export/` in it where it is a run. Raises UserError."""
     folder = Path(path)
-    found = next((each for each in (folder, folder / "export") if (each / "adapter_config.json").is_file()), None)
-    if found is None:
+    adapter = next((each for each in (folder, folder / "export") if (each / "adapter_config.json").is_file()), None)
+    if adapter is None:
         fix = (
             f"dstune export {path}"
             if (folder / "run.yaml").is_file()
             else "give the export of a run, or a run with one"
         )
         raise UserError(Problem(key, "holds no adapter (adapter_config.json)", fix, path))
-    return found
+    return adapter
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:
@@ -91,14 +91,14 @@ def with_settings_of(
         if field.name in ours_alone:
             continue
         ours = getattr(method, field.name)
-        theirs = _value(settings, renamed.get(field.name, field.name), ours)
-        if theirs is None:
+        stored = _value(settings, renamed.get(field.name, field.name), ours)
+        if stored is None:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if ours not in (default, theirs):
-            reason = f"the adapter in {folder} has {format_value(theirs)}"
+        if ours not in (default, stored):
+            reason = f"the adapter in {folder} has {format_value(stored)}"
             problems.append(Problem(f"method.{field.name}", reason, "leave it out", format_value(ours)))
-        values[field.name] = theirs
+        values[field.name] = stored
     if problems:
         raise UserError(problems)
     return replace(method, adapter=str(folder), **values)
@@ -116,7 +116,7 @@ def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
     where it has another type."""
     value = settings.get(name)
     names = value if isinstance(value, list) else [] if value is None or isinstance(value, str) else [None]
-    if isinstance(ours, list) and not all(isinstance(one, str) for one in names):
+    if isinstance(ours, list) and not all(isinstance(entry, str) for entry in names):
         problem = Problem(
             "adapter_config.json", f"{name} is no list of names", "an adapter as peft saves it", str(value)
         )

@@ -22,7 +22,11 @@ def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel,
     """The frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
     from dstune.models.peft_import import peft
 
-    new = [own for own in new_weights(model).parameters if not {"classifier", "score"} & set(own.split("."))]
+    new = [
+        parameter_name
+        for parameter_name in new_weights(model).parameters
+        if not {"classifier", "score"} & set(parameter_name.split("."))
+    ]
     if new:
         reason = f"{', '.join(new[:2])} of {type(model).__name__} are new and have to be trained, which it cannot"
         raise UserError(Problem("method", reason, "method=lora", name))

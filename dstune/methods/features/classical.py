@@ -71,12 +71,12 @@ def _metrics(config: RunConfig, names: tuple[str, ...], model: Any, split: Split
     probabilities = np.zeros((len(labels), len(names)))
     probabilities[:, model.classes_] = model.predict_proba(features)
     loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).sum()
-    kept = [
+    outputs = [
         {"prediction": prediction, "label": label, "probability": probability}
         for prediction, label, probability in zip(probabilities.argmax(axis=1), labels, probabilities, strict=True)
     ]
     totals = Totals(float(loss), len(labels), 0.0)
-    return task_of(config.task).measure(names, split, totals, kept).metrics
+    return task_of(config.task).measure(names, split, totals, outputs).metrics
 
 
 def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -149,8 +149,8 @@ def _compute(
     pattern = "{part}-%d-of-%d.arrow"
     for split in data.splits:
         log.info("the frozen body reads %d %s rows", len(split.lengths), split.name)
-        mine = folder / (pattern % (world.rank, world.size)).format(part=split.name)
-        _write(_vectors(alone, split, engine, world, tokenizer.pad_token_id), mine)
+        own_file = folder / (pattern % (world.rank, world.size)).format(part=split.name)
+        _write(_vectors(alone, split, engine, world, tokenizer.pad_token_id), own_file)
         for rank in range(world.size):
             _bring(folder / (pattern % (rank, world.size)).format(part=split.name), rank, world)
     engine.close()
@@ -168,9 +168,9 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
     for micro_batch in share(batches, world.rank, world.size):
         batch = collate(split, micro_batch, pad_token_id=pad_token_id, packing=False)
         inputs = {key: value.to(engine.device) for key, value in inputs_of(batch).items()}
-        found = engine.evaluate(_pooled, inputs)
+        pooled = engine.evaluate(_pooled, inputs)
         if not micro_batch.filler:
-            vectors.append(found.float().cpu().numpy())
+            vectors.append(pooled.float().cpu().numpy())
             indices += micro_batch.samples
     columns = {name: split.table.with_format(None)[name] for name in ROW_COLUMNS if name in split.table.column_names}
     return pa.table(
@@ -230,5 +230,5 @@ def _load(split: Split, files: list[Path]) -> Split:
     table = datasets.concatenate_datasets([shard for shard in shards if len(shard)])
     order = np.argsort(np.asarray(table.with_format("numpy")["index"][:]), kind="stable")
     assert len(order) == len(split.lengths), f"{files[0].parent} has {len(order)} of {len(split.lengths)} rows"
-    ones = np.ones(len(order), dtype=np.int32)
-    return replace(split, table=table.select(order), lengths=ones)
+    lengths = np.ones(len(order), dtype=np.int32)
+    return replace(split, table=table.select(order), lengths=lengths)

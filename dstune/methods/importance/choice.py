@@ -43,10 +43,10 @@ def threshold(count_from: Callable[[int], int], target: int) -> int:
     return low
 
 
-def rank_correlation(left: Mapping[str, float], right: Mapping[str, float]) -> dict[str, Any]:
+def rank_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
     """Spearman's rank correlation of two scores of the same tensors, and the probability of one as far from 0 by chance."""
     from scipy.stats import spearmanr
 
-    names = sorted(left)
-    found = spearmanr([left[name] for name in names], [right[name] for name in names])
-    return {"spearman": float(found.statistic), "p": float(found.pvalue), "tensors": len(names)}
+    names = sorted(first)
+    correlation = spearmanr([first[name] for name in names], [second[name] for name in names])
+    return {"spearman": float(correlation.statistic), "p": float(correlation.pvalue), "tensors": len(names)}

@@ -94,8 +94,10 @@ def choose(
         with probing(config, data, tokenizer, precision, world) as probe:
             _score_and_choose(config, method, probe, run_dir)
         world.barrier()
-    mine = _read(run_dir) if world.is_main else None
-    names, masks = world.broadcast(None if mine is None else (sorted(mine.tensors), mine.masks)) or ([], {})
+    local_choice = _read(run_dir) if world.is_main else None
+    names, masks = world.broadcast(
+        None if local_choice is None else (sorted(local_choice.tensors), local_choice.masks)
+    ) or ([], {})
     return Choice(data, Selected(frozenset(names), masks))
 
 
@@ -157,8 +159,8 @@ class _Scores:
                 sums = self.sums[kind]
                 sums[part.name] = sums.get(part.name, 0.0) + float(values.double().sum())
                 if kind is self._entries_of:
-                    before = self.entries.get(part.name)
-                    self.entries[part.name] = part.start, values if before is None else before[1].add_(values)
+                    entry = self.entries.get(part.name)
+                    self.entries[part.name] = part.start, values if entry is None else entry[1].add_(values)
 
 
 def _random(name: str, size: int, seed: int) -> torch.Tensor:
@@ -185,9 +187,9 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
 
     masks: dict[str, torch.Tensor] = {}
     if method.unit is Unit.tensors:
-        kept = {name: sizes[name] for name in chosen_tensors(means[method.selection], sizes, method.share)}
+        count_by_tensor = {name: sizes[name] for name in chosen_tensors(means[method.selection], sizes, method.share)}
     else:
-        masks, kept = _choose_entries(scores.entries, sizes, method.share, engine, world)
+        masks, count_by_tensor = _choose_entries(scores.entries, sizes, method.share, engine, world)
     if not world.is_main:
         return
     order = sorted(sizes, key=lambda name: -means[method.selection][name])
@@ -195,7 +197,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
         {
             "name": name,
             "shape": list(full_shape(parameters[name])),
-            "trained": kept.get(name, 0),
+            "trained": count_by_tensor.get(name, 0),
             "scores": {kind.value: means[kind][name] for kind in means},
             **({"lost": ablation[name]} if ablation else {}),
         }
@@ -205,7 +207,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
         "selection": method.selection.value,
         "unit": method.unit.value,
         "share": method.share,
-        "trained_share": sum(kept.values()) / sum(sizes.values()),
+        "trained_share": sum(count_by_tensor.values()) / sum(sizes.values()),
         "steps": method.score_steps,
         "ablation_rows": method.ablation_rows,
         "correlation": {
@@ -243,17 +245,17 @@ def _choose_entries(
     shared = engine.stage > 0
 
     def count_from(key: int) -> int:
-        mine = sum(int((values >= key).sum()) for _, values in keys.values())
-        return int(world.sum([mine])[0]) if shared else world.broadcast(mine)
+        local_count = sum(int((values >= key).sum()) for _, values in keys.values())
+        return int(world.sum([local_count])[0]) if shared else world.broadcast(local_count)
 
     lowest = threshold(count_from, int(share * sum(sizes.values())))
-    masks, kept = {}, {}
+    masks, count_by_tensor = {}, {}
     for name in sizes:
-        mine = keys.get(name)
-        bits = engine.assemble(name, mine and (mine[0], mine[1] >= lowest), torch.uint8).bool()
+        local_values = keys.get(name)
+        bits = engine.assemble(name, local_values and (local_values[0], local_values[1] >= lowest), torch.uint8).bool()
         if count := int(bits.sum()):
-            masks[name], kept[name] = pack_bits(bits.cpu()), count
-    return masks, kept
+            masks[name], count_by_tensor[name] = pack_bits(bits.cpu()), count
+    return masks, count_by_tensor
 
 
 def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: list[str]) -> dict[str, dict[str, float]]:

@@ -82,8 +82,8 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
         from dstune.methods._peft.files import adapter_folders
 
         folders = adapter_folders(self.config.frozen_adapters, "method.frozen_adapters", self.peft_type)
-        found = replace(self.config, frozen_adapters=[str(folder) for folder in folders])
-        return super(Lora, type(self)(found)).resolve()
+        resolved = replace(self.config, frozen_adapters=[str(folder) for folder in folders])
+        return super(Lora, type(self)(resolved)).resolve()
 
     def added(self, model: Architecture) -> tuple[PlannedTensor, ...]:
         from dstune.planning.adapters import low_rank
@@ -137,5 +137,5 @@ class Lora(ModuleAdapter, ShiftsFrozenWeights, GivesCautions):
             )
 
     def without_paths(self, public_name: Callable[[str], str]) -> MethodConfig:
-        found = replace(self.config, frozen_adapters=[public_name(path) for path in self.config.frozen_adapters])
-        return super(Lora, type(self)(found)).without_paths(public_name)
+        public = replace(self.config, frozen_adapters=[public_name(path) for path in self.config.frozen_adapters])
+        return super(Lora, type(self)(public)).without_paths(public_name)

@@ -99,15 +99,15 @@ def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
     with both. Only a projection that is tied may have one: the rows are those of the embedding then."""
     tied = model.get_output_embeddings() if len(_vocabulary(model)) == 1 else None
     vocabulary = {id(weight) for weight in _vocabulary(model)}
-    owners = {name: one for name, one in model.named_modules() if id(getattr(one, "weight", None)) in vocabulary}
+    owners = {name: owner for name, owner in model.named_modules() if id(getattr(owner, "weight", None)) in vocabulary}
     for name, module in owners.items():
         for key, endings in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save)):
             if module is tied and key == "target_modules":
                 continue
-            if named := [ending for ending in endings if f".{name}".endswith(f".{ending}")]:
+            if matching := [ending for ending in endings if f".{name}".endswith(f".{ending}")]:
                 reason = f"{name} holds the vocabulary, and the rows of its new tokens are trained already"
                 fix = "leave it out, or train no new tokens (model.add_tokens, model.chat_template)"
-                raise UserError(Problem(f"method.{key}", reason, fix, named[0]))
+                raise UserError(Problem(f"method.{key}", reason, fix, matching[0]))
 
 
 def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:

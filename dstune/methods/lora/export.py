@@ -15,13 +15,13 @@ from dstune.methods.lora.start import SHIFT_A, SHIFT_B, lora_layers
 
 def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """The factors of what was added to each frozen weight (`start.shift`), A [rank, in] and B [out, rank]."""
-    found = {}
+    shifts = {}
     for name in trained:
         owner, _, leaf = name.rpartition(".")
         if leaf == SHIFT_A:
             module = owner.removeprefix(ADAPTED).removesuffix(".base_layer")
-            found[module] = trained[name].float(), trained[f"{owner}.{SHIFT_B}"].float()
-    return found
+            shifts[module] = trained[name].float(), trained[f"{owner}.{SHIFT_B}"].float()
+    return shifts
 
 
 def shifted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
