@@ -86,18 +86,20 @@ class SpanAttention:
         attention_mask: torch.Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
-        **more: Any,
+        **options: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
         Returns [rows, positions, heads, size]."""
-        spans = known_spans(module, attention_mask, more)
+        spans = known_spans(module, attention_mask, options)
         if spans is None:  # whole rows
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
-        refuse_unknown(module, more)
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        refuse_unknown(module, options)
         query, key, value = self.redistribute_inputs(query, key, value)
         dropout = dropout if module.training else 0.0
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = self.attend(query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, more))
+        attended = self.attend(
+            query, key, value, spans, dropout=dropout, scale=scale, window=window_of(module, options)
+        )
         return self.redistribute_outputs(attended).transpose(1, 2), None
 
 
@@ -115,10 +117,12 @@ class SamplesApart(SpanAttention):
         """
         expected = config.model.attention is Attention.auto and not accelerator.present()
         language = task_of(config.task).language
-        known = not (method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model))
+        is_supported = not (
+            method_of(config.method).in_front or model.config.is_encoder_decoder or attention_problem(model)
+        )
         # With dropout torch's attention keeps all probabilities: one by one they would be no fewer kernels, and no less memory.
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-        if not (expected and language and known) or dropout:
+        if not (expected and language and is_supported) or dropout:
             return None
         return cls(model)
 
@@ -174,11 +178,11 @@ def attend(
         )
 
     def whole(rows: slice, of_row: tuple[tuple[int, int], ...]) -> torch.Tensor:
-        found = []
+        outputs = []
         for start, end in of_row:
             step = window or end - start
-            found += [piece(rows, first, min(first + step, end), start) for first in range(start, end, step)]
-        return functional.pad(torch.cat(found, dim=2), (0, 0, 0, query.shape[2] - of_row[-1][1]))
+            outputs += [piece(rows, first, min(first + step, end), start) for first in range(start, end, step)]
+        return functional.pad(torch.cat(outputs, dim=2), (0, 0, 0, query.shape[2] - of_row[-1][1]))
 
     if len(set(spans)) == 1:
         return whole(slice(None), spans[0])

@@ -126,14 +126,14 @@ class Loading:
         changes = get_model_conversion_mapping(model)
         renamings = [change for change in changes if isinstance(change, WeightRenaming)]
         converters = [change for change in changes if isinstance(change, WeightConverter)]
-        found, dropped = {}, []
+        key_by_name, dropped = {}, []
         for key in keys:
             name, joined = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(state))
             if name not in state:
                 dropped.append(key)
             elif joined is None:
-                found[name] = key
-        return cls(found, tuple(sorted(dropped)))
+                key_by_name[name] = key
+        return cls(key_by_name, tuple(sorted(dropped)))
 
 
 def metadata_folder(config: ModelConfig) -> Path:

@@ -40,13 +40,15 @@ def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
 
 def compiled_functions(module: nn.Module) -> dict[str, bool]:
     """Which of the two are computed as here, in any layer of `module`."""
-    computing = {one.forward.func for one in module.modules() if isinstance(one.forward, partial)}
+    computing = {
+        module_part.forward.func for module_part in module.modules() if isinstance(module_part.forward, partial)
+    }
     return {"activations": _gated in computing, "rotary": _rotated in computing}
 
 
-def _reasons(key: str, what: str, problems: Sequence[str]) -> Iterator[str]:
+def _reasons(key: str, part_name: str, problems: Sequence[str]) -> Iterator[str]:
     """problems: of each layer that was found, empty where it is taken over."""
-    refused = sorted(set(filter(None, problems))) if problems else [f"the model has no {what} of a known form"]
+    refused = sorted(set(filter(None, problems))) if problems else [f"the model has no {part_name} of a known form"]
     yield from (f"model.{key}: {problem}; it is computed as the model has it" for problem in refused)
 
 
@@ -54,7 +56,7 @@ def _reasons(key: str, what: str, problems: Sequence[str]) -> Iterator[str]:
 
 
 def _take_over_gates(module: nn.Module) -> list[str]:
-    problems, known = [], {}
+    problems, kernel_by_key = [], {}
     for layer in module.modules():
         if not _is_gated(layer):
             continue
@@ -64,10 +66,10 @@ def _take_over_gates(module: nn.Module) -> list[str]:
         activation: Any = layer.act_fn
         dtype = _dtype_of(layer)
         key = repr(activation), dtype
-        if key not in known:
+        if key not in kernel_by_key:
             gate, up = (torch.randn(64, 256, generator=_seeded()) for _ in range(2))
-            known[key] = compiled_if_as_exact(partial(_gate, activation), (gate, up), (), dtype)
-        kernel, problem = known[key]
+            kernel_by_key[key] = compiled_if_as_exact(partial(_gate, activation), (gate, up), (), dtype)
+        kernel, problem = kernel_by_key[key]
         if kernel is not None:
             layer.forward = partial(_gated, layer, kernel)
         problems.append(problem)
@@ -87,19 +89,21 @@ def _is_gated(layer: Any) -> bool:
     """Whether a layer computes down(activation(gate(x)) * up(x)), as Llama's, and nothing else: found by its output, to the bit,
     with simple functions in place of the projections."""
     activation = getattr(layer, "act_fn", None)
-    named = all(isinstance(getattr(layer, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj"))
-    if not named or not isinstance(activation, nn.Module) or list(activation.parameters()):
+    has_projections = all(
+        isinstance(getattr(layer, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")
+    )
+    if not has_projections or not isinstance(activation, nn.Module) or list(activation.parameters()):
         return False
     rows = torch.linspace(-4, 4, 32).reshape(1, 4, 8)
     stand_in: Any = SimpleNamespace(
         act_fn=activation, gate_proj=lambda x: 1.5 * x + 0.25, up_proj=lambda x: 0.5 - x, down_proj=lambda x: 3 * x
     )
     try:
-        found = type(layer).forward(stand_in, rows)
+        output = type(layer).forward(stand_in, rows)
     except Exception:  # it wants something else
         return False
     expected = 3 * (activation(1.5 * rows + 0.25) * (0.5 - rows))
-    return isinstance(found, torch.Tensor) and torch.equal(found, expected)
+    return isinstance(output, torch.Tensor) and torch.equal(output, expected)
 
 
 # ---- Rotary positions ----
@@ -112,39 +116,39 @@ class _Rotary:
     """Stands in a file of transformers where its function was, and is that function but within layers that `_rotated` computes:
     attention looks its rotary positions up by name, and other models of the process are to keep theirs."""
 
-    def __init__(self, own: Function):
-        self.own = own
+    def __init__(self, function: Function):
+        self.own = function
         self._within = threading.local()  # backward passes recompute in threads of their own
 
-    def __call__(self, *states: Any, **named: Any) -> Any:
+    def __call__(self, *states: Any, **keywords: Any) -> Any:
         kernel = getattr(self._within, "kernel", None) or self.own
-        return kernel(*states, **named)
+        return kernel(*states, **keywords)
 
-    def computing(self, kernel: Function, forward: Function, *given: Any, **named: Any) -> Any:
-        before, self._within.kernel = getattr(self._within, "kernel", None), kernel
+    def computing(self, kernel: Function, forward: Function, *arguments: Any, **keywords: Any) -> Any:
+        kernel_before, self._within.kernel = getattr(self._within, "kernel", None), kernel
         try:
-            return forward(*given, **named)
+            return forward(*arguments, **keywords)
         finally:
-            self._within.kernel = before
+            self._within.kernel = kernel_before
 
 
 def _take_over_rotary(module: nn.Module) -> list[str]:
-    problems, known = [], {}
+    problems, kernel_by_key = [], {}
     for layer in module.modules():
         code = sys.modules[type(layer).__module__]
-        own: Any = getattr(code, ROTARY, None)
+        rotary: Any = getattr(code, ROTARY, None)
         size = getattr(layer, "head_dim", None)
-        if own is None or not isinstance(size, int) or not hasattr(layer, "q_proj"):
+        if rotary is None or not isinstance(size, int) or not hasattr(layer, "q_proj"):
             continue
-        stands = own if isinstance(own, _Rotary) else _Rotary(own)
+        stands = rotary if isinstance(rotary, _Rotary) else _Rotary(rotary)
         dtype = _dtype_of(layer)
         key = code.__name__, size, dtype
-        if key not in known:
+        if key not in kernel_by_key:
             random = _seeded()
             states = [torch.randn(1, 64, heads, size, generator=random).transpose(1, 2) for heads in (4, 2)]
             angles = torch.randn(1, 64, size // 2, generator=random).repeat(1, 1, 2)
-            known[key] = compiled_if_as_exact(stands.own, states, (angles.cos(), angles.sin()), dtype)
-        kernel, problem = known[key]
+            kernel_by_key[key] = compiled_if_as_exact(stands.own, states, (angles.cos(), angles.sin()), dtype)
+        kernel, problem = kernel_by_key[key]
         if kernel is not None:
             setattr(code, ROTARY, stands)
             layer.forward = partial(_rotated, stands, kernel, layer.forward)
@@ -152,45 +156,48 @@ def _take_over_rotary(module: nn.Module) -> list[str]:
     return problems
 
 
-def _rotated(stands: _Rotary, kernel: Function, forward: Function, *given: Any, **named: Any) -> Any:
-    return stands.computing(kernel, forward, *given, **named)
+def _rotated(stands: _Rotary, kernel: Function, forward: Function, *arguments: Any, **keywords: Any) -> Any:
+    return stands.computing(kernel, forward, *arguments, **keywords)
 
 
 # ---- The proof ----
 
 
 def compiled_if_as_exact(
-    own: Function, states: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], dtype: torch.dtype
+    function: Function, states: Sequence[torch.Tensor], constants: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[Function | None, str]:
-    """`own` compiled, or why it is not taken: it does not compile here, or is further away from fp64 than `own` by more than
-    rounding. states: have gradients, like its outputs."""
+    """Compile `function`; or say why not: it does not compile here, or is further from fp64 than `function` by more than rounding.
+    states: have gradients, like its outputs."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     device = accelerator.current()
 
     def results(compute: Function, kind: torch.dtype, where: torch.device) -> list[torch.Tensor]:
-        rounded = [[one.to(dtype).to(where, kind) for one in part] for part in (states, constants)]
-        given = [one.detach().requires_grad_() for one in rounded[0]]
+        rounded = [[tensor.to(dtype).to(where, kind) for tensor in part] for part in (states, constants)]
+        inputs = [tensor.detach().requires_grad_() for tensor in rounded[0]]
         with torch.enable_grad():
-            outputs = compute(*given, *rounded[1])
+            outputs = compute(*inputs, *rounded[1])
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            incoming = [torch.randn(one.shape, generator=_seeded()).to(dtype).to(where, kind) for one in outputs]
-            gradients = torch.autograd.grad(outputs, given, incoming)
-        return [one.detach().cpu().double() for one in (*outputs, *gradients)]
+            incoming = [torch.randn(tensor.shape, generator=_seeded()).to(dtype).to(where, kind) for tensor in outputs]
+            gradients = torch.autograd.grad(outputs, inputs, incoming)
+        return [tensor.detach().cpu().double() for tensor in (*outputs, *gradients)]
 
     try:
-        exact, plain = results(own, torch.float64, torch.device("cpu")), results(own, dtype, device)
+        exact, plain = results(function, torch.float64, torch.device("cpu")), results(function, dtype, device)
     except Exception as error:
         return None, f"it takes other tensors than known ones ({with_class(error)[:200]})"
     try:
         # fullgraph: else torch computes what it cannot compile the plain way, without a word.
-        kernel = accelerator.compiled(own, dynamic=True, fullgraph=True)
+        kernel = accelerator.compiled(function, dynamic=True, fullgraph=True)
         fused = results(kernel, dtype, device)
     except Exception as error:
         return None, f"it does not compile here ({with_class(error)[:200]})"
-    for true, ours, theirs in zip(exact, plain, fused, strict=True):
-        allowed, found = (float((one - true).norm() / true.norm()) for one in (ours, theirs))
-        if not found <= CLOSE * allowed:
-            return None, f"its compiled form is less exact here (error {found:.1e}, of the model's own {allowed:.1e})"
+    for true, plain_result, fused_result in zip(exact, plain, fused, strict=True):
+        allowed, own_error = (float((result - true).norm() / true.norm()) for result in (plain_result, fused_result))
+        if not own_error <= CLOSE * allowed:
+            return (
+                None,
+                f"its compiled form is less exact here (error {own_error:.1e}, of the model's own {allowed:.1e})",
+            )
     return kernel, ""
 
 

@@ -57,10 +57,10 @@ class CausalAttention(torch.autograd.Function):
             if seen < first:
                 allowed = query.new_ones(end - first, end - seen, dtype=torch.bool)
                 mask = query.new_zeros(allowed.shape).masked_fill_(~_visible(allowed, first - seen, window), -torch.inf)
-            found, sum_of_row = _forward(
+            attended, sum_of_row = _forward(
                 query[row, :, first:end].unflatten(0, groups), *states, 0.0, mask is None, attn_mask=mask, scale=scale
             )
-            output[row, :, first:end] = found.flatten(0, 1)
+            output[row, :, first:end] = attended.flatten(0, 1)
             sums[row, :, first:end] = sum_of_row.flatten(0, 1)
         context.save_for_backward(query, key, value, output, sums)
         context.spans, context.scale, context.window = spans, scale, window
@@ -81,22 +81,22 @@ class CausalAttention(torch.autograd.Function):
                 high = min(low + step, end)
                 # What this block sees, and how many of its own positions are seen by its first one.
                 seen = start if behind is None else max(start, low - behind + 1)
-                here, there = (row, slice(None), slice(low, high)), (row, slice(None), slice(seen, high))
+                query_span, key_span = (row, slice(None), slice(low, high)), (row, slice(None), slice(seen, high))
                 block = (heads // of_keys, high - low)
                 queries, outward = (
-                    part[here].unflatten(0, (of_keys, -1)).reshape(of_keys, -1, part.shape[-1])
+                    part[query_span].unflatten(0, (of_keys, -1)).reshape(of_keys, -1, part.shape[-1])
                     for part in (query, gradient)
                 )
-                keys, values = key[there], value[there]
-                minus_sum, minus_product = (part[here].reshape(of_keys, -1, 1).neg() for part in (sums, products))
+                keys, values = key[key_span], value[key_span]
+                minus_sum, minus_product = (part[query_span].reshape(of_keys, -1, 1).neg() for part in (sums, products))
                 exact = sums.dtype
                 shares = torch.baddbmm(minus_sum, queries.to(exact), keys.to(exact).mT, alpha=context.scale).exp_()
                 _visible(shares.unflatten(1, block), low - seen, behind)
                 scores = torch.baddbmm(minus_product, outward.to(exact), values.to(exact).mT).mul_(shares)
                 shares, scores = shares.to(query.dtype), scores.to(query.dtype)
-                of_query[here] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)
-                of_key[there] += torch.bmm(scores.mT, queries).mul_(context.scale)
-                of_value[there] += torch.bmm(shares.mT, outward)
+                of_query[query_span] = torch.bmm(scores, keys).mul_(context.scale).view(heads, high - low, -1)
+                of_key[key_span] += torch.bmm(scores.mT, queries).mul_(context.scale)
+                of_value[key_span] += torch.bmm(shares.mT, outward)
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None, None, None
 
 
@@ -112,10 +112,10 @@ def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, i
                 yield row, first, min(first + window, end), max(start, first - window + 1), window
 
 
-def _visible(scores: torch.Tensor, before: int, window: int | None) -> torch.Tensor:
+def _visible(scores: torch.Tensor, seen_before: int, window: int | None) -> torch.Tensor:
     """`scores` [..., positions, what they see] with zeros for what lies ahead of a position or behind its window.
 
-    before: how many positions are seen that stand before the first one. Changed in place."""
+    seen_before: how many positions are seen that stand before the first one. Changed in place."""
     # Zeros, and not products with them: of what lies ahead the exponential may be infinite.
-    scores[..., before:].tril_() if window is None else scores.tril_(before)
-    return scores if window is None else scores.triu_(before - window + 1)
+    scores[..., seen_before:].tril_() if window is None else scores.tril_(seen_before)
+    return scores if window is None else scores.triu_(seen_before - window + 1)

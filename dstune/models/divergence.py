@@ -54,27 +54,27 @@ class BlockDivergence:
     targets: Tensor
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        own = self.transform(logits.float())
+        student_logits = self.transform(logits.float())
         taught = self.taught(rows)
-        count = min(own.shape[-1], taught.shape[-1])
-        loss, gradient = divergence_and_gradient(own[:, :count], taught[:, :count], self.objective)
+        count = min(student_logits.shape[-1], taught.shape[-1])
+        loss, gradient = divergence_and_gradient(student_logits[:, :count], taught[:, :count], self.objective)
         if self.objective.text_weight:
             gradient.mul_(1 - self.objective.text_weight)
-            logps = torch.log_softmax(own[:, :count], dim=-1)
+            logps = torch.log_softmax(student_logits[:, :count], dim=-1)
             expected = self.targets[rows][:, None]
             text_loss = -logps.gather(1, expected).sum()
             loss = (1 - self.objective.text_weight) * loss + self.objective.text_weight * text_loss
             gradient.add_(logps.exp_(), alpha=self.objective.text_weight)
             gradient.scatter_add_(1, expected, gradient.new_full(expected.shape, -self.objective.text_weight))
-        if count < own.shape[-1]:  # rows that stand for no token
-            gradient = nn.functional.pad(gradient, (0, own.shape[-1] - count))
-        return loss, self.transform.before(gradient, own)
+        if count < student_logits.shape[-1]:  # rows that stand for no token
+            gradient = nn.functional.pad(gradient, (0, student_logits.shape[-1] - count))
+        return loss, self.transform.before(gradient, student_logits)
 
 
-def divergence_and_gradient(own: Tensor, taught: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """(sum of the divergences, scalar; its gradient for `own`). own, taught: logits, fp32 [targets, vocabulary]."""
+def divergence_and_gradient(student_logits: Tensor, taught: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(sum of the divergences, scalar; its gradient for `student_logits`). Both logits: fp32 [targets, vocabulary]."""
     beta, temperature = objective.beta, objective.temperature
-    log_s = torch.log_softmax(own / temperature, dim=-1)
+    log_s = torch.log_softmax(student_logits / temperature, dim=-1)
     log_t = torch.log_softmax(taught / temperature, dim=-1)
     s = log_s.exp()
     if beta == 0.0:
@@ -159,9 +159,9 @@ def measured_divergence(
     return loss_sum, Measured(sums[0], sums[1], sums[2])
 
 
-def _text_sums(own: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
+def _text_sums(student_logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of the student, hits, cross entropy of the teacher, float64 [3]."""
     expected = targets[:, None]
-    losses = [-torch.log_softmax(logits, dim=-1).gather(1, expected).sum() for logits in (own, taught)]
-    correct = (own.argmax(dim=-1) == targets).sum()
+    losses = [-torch.log_softmax(logits, dim=-1).gather(1, expected).sum() for logits in (student_logits, taught)]
+    correct = (student_logits.argmax(dim=-1) == targets).sum()
     return torch.stack([losses[0].double(), correct.double(), losses[1].double()])

@@ -18,11 +18,11 @@ def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
     something else."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
-    found = {token for token in [*several, *stops] if token is not None}
-    if wrong := [token for token in found if not isinstance(token, int)]:
+    tokens = {token for token in [*several, *stops] if token is not None}
+    if wrong := [token for token in tokens if not isinstance(token, int)]:
         reason = f"its eos_token_id has {wrong[0]!r}, which is no token"
         raise UserError(Problem("generation_config.json", reason, "give the numbers of tokens", model.name_or_path))
-    return sorted(found)
+    return sorted(tokens)
 
 
 def generation_inputs(
@@ -35,12 +35,12 @@ def generation_inputs(
     A trained prompt is put in place here: `generate` of peft 0.21 gives it other positions than its forward pass does
     under transformers 5, and the answers are other ones from the first token on.
     """
-    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     disabled = "generate" in vars(model)  # how peft switches a trained prompt off
     if model.config.is_encoder_decoder:  # whose answer begins with one token of its own, not with the prompt
-        return model, given, 1
+        return model, inputs, 1
     if not hasattr(model, "prompt_encoder") or disabled:
-        return model, given, input_ids.shape[1]
+        return model, inputs, input_ids.shape[1]
     batch, count = len(input_ids), model.active_peft_config.num_virtual_tokens
     mask = functional.pad(attention_mask, (count, 0), value=1)
     prompt = model.get_prompt(batch)
@@ -83,11 +83,11 @@ def generate_answers(
     answers: list[str] = []
     with torch.no_grad():
         for start in range(0, len(prompts), batch_size):
-            given = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
-            speaker, inputs, before = generation_inputs(generator, **given)
+            padded_prompts = padded(generator, prompts[start : start + batch_size], tokenizer.pad_token_id)
+            speaker, inputs, prompt_length = generation_inputs(generator, **padded_prompts)
             if images:
                 inputs |= placed_images(images[start], generator)
-            criteria = [_LineEnds(tokenizer, before)] if one_line else []
+            criteria = [_LineEnds(tokenizer, prompt_length)] if one_line else []
             tokens = speaker.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -103,7 +103,7 @@ def generate_answers(
                 synced_gpus=in_step,
                 stopping_criteria=StoppingCriteriaList(criteria),
             )
-            texts = [tokenizer.decode(row[before:], skip_special_tokens=True).strip() for row in tokens]
+            texts = [tokenizer.decode(row[prompt_length:], skip_special_tokens=True).strip() for row in tokens]
             answers += [text.partition("\n")[0].strip() if one_line else text for text in texts]
     model.train(was_training)
     return answers
@@ -131,12 +131,12 @@ class _LineEnds:
 def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
     """Prompts as tensors: on the left of what a decoder goes on from, on the right of what an encoder reads."""
     width = max(map(len, prompts))
-    before = not model.config.is_encoder_decoder
+    pads_left = not model.config.is_encoder_decoder
     rows, masks = [], []
     for prompt in prompts:
         fill = width - len(prompt)
-        rows.append([padding] * fill + prompt if before else prompt + [padding] * fill)
-        masks.append([0] * fill + [1] * len(prompt) if before else [1] * len(prompt) + [0] * fill)
+        rows.append([padding] * fill + prompt if pads_left else prompt + [padding] * fill)
+        masks.append([0] * fill + [1] * len(prompt) if pads_left else [1] * len(prompt) + [0] * fill)
     device = next(model.parameters()).device
     return {
         "input_ids": torch.tensor(rows, dtype=torch.long, device=device),

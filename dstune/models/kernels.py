@@ -35,27 +35,27 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
     """By operation, as a run has chosen it and the proofs at its start have left it. model: transformers' within `module`."""
     rows = getattr(head, "rows", None)
     loaded = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
-    found = {"attention": str(loaded) if rows is None else rows.title}
+    parts = {"attention": str(loaded) if rows is None else rows.title}
     by_kernel, by_blocks, kinds = norms_computed_here(module)
     if by_kernel or by_blocks:
-        found["norms"] = _norms(fused=by_kernel > 0, kinds=kinds)
-    found |= {name: _written(compiled=here) for name, here in compiled_functions(module).items()}
+        parts["norms"] = _norms(fused=by_kernel > 0, kinds=kinds)
+    parts |= {name: _written(compiled=is_compiled) for name, is_compiled in compiled_functions(module).items()}
     if isinstance(head, LeavesOutLogits):
-        found["cross_entropy"] = "whole logits"
+        parts["cross_entropy"] = "whole logits"
         if head.examined:
-            found["cross_entropy"] = _chunks(model.get_output_embeddings(), model.dtype)
-    return found | {"optimizer": _optimizer(optimizer)}
+            parts["cross_entropy"] = _chunks(model.get_output_embeddings(), model.dtype)
+    return parts | {"optimizer": _optimizer(optimizer)}
 
 
 def of_machine() -> dict[str, str]:
     """What a chat run of Llama 3 8B would be computed by here, in the precision that `trainer.precision=auto` takes."""
     dtype = torch.bfloat16 if fast_bf16() else torch.float16 if accelerator.capability() else torch.float32
-    found = {"attention": SamplesApart.title}
+    parts = {"attention": SamplesApart.title}
     if accelerator.present():
-        found["attention"] = _attention(dtype)
+        parts["attention"] = _attention(dtype)
     fused = accelerator.present() and is_as_exact(Kind.rounded, EPSILON, WIDTH, dtype)
     adamw = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], fused=True)  # as `dstune.optim.adamw`
-    return found | {
+    return parts | {
         "norms": _norms(fused=fused),
         "activations": _written(compiled=False),
         "rotary": _written(compiled=False),
@@ -68,9 +68,9 @@ def _attention(dtype: torch.dtype) -> str:
     """What packed rows would take; what has to be compiled first is named and not tried."""
     if dtype is torch.float32:
         return "sdpa"
-    known = list(varlen.kernels())
-    kernel, given_up = choose((one for one in known if not one.compiled), HEADS, dtype)
-    untried = [f"{one.name} where it compiles" for one in known if one.compiled]
+    kernels = list(varlen.kernels())
+    kernel, given_up = choose((kernel_choice for kernel_choice in kernels if not kernel_choice.compiled), HEADS, dtype)
+    untried = [f"{kernel_choice.name} where it compiles" for kernel_choice in kernels if kernel_choice.compiled]
     chosen = [kernel.name] if kernel is not None else [*untried, "sdpa"][:1]
     return ", ".join([*chosen, *(f"not {problem}" for problem in given_up)])
 

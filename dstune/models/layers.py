@@ -55,10 +55,10 @@ def layers_of(model: PreTrainedModel) -> Layers:
 
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
     lists = list(_outermost_lists(model.base_model, _unreached_modules(model)))
-    sizes = [sum(full_count(parameter) for parameter in found.parameters()) for found in lists]
-    for found, size in zip(lists, sizes, strict=True):
+    sizes = [sum(full_count(parameter) for parameter in module_list.parameters()) for module_list in lists]
+    for module_list, size in zip(lists, sizes, strict=True):
         if 2 * size >= max(sizes):
-            yield from found
+            yield from module_list
 
 
 def _unreached_modules(model: nn.Module) -> set[nn.Module]:

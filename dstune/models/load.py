@@ -59,9 +59,9 @@ def model_folder(config: ModelConfig) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
-    assert isinstance(found, str), f"{config.path} is not in the hub's cache, though it was loaded"
-    return Path(found).parent
+    cached_file = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    assert isinstance(cached_file, str), f"{config.path} is not in the hub's cache, though it was loaded"
+    return Path(cached_file).parent
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -203,9 +203,9 @@ class NewWeights:
 
 def new_weights(model: PreTrainedModel) -> NewWeights:
     """What `load_model` added to the model; no parameters where all weights are new (`model.weights=random`)."""
-    found = getattr(model, "dstune_new_weights", NewWeights())
-    assert isinstance(found, NewWeights)
-    return found
+    weights = getattr(model, "dstune_new_weights", NewWeights())
+    assert isinstance(weights, NewWeights)
+    return weights
 
 
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:

@@ -48,7 +48,7 @@ def use_lean_norms(module: nn.Module, *, fused: bool = False) -> int:
     A norm is recognised by what it computes: one whose output on random rows is not met to the bit stays as it is. Call it
     before DeepSpeed puts hooks on the modules, and after peft has copied those that it trains beside adapters.
     """
-    found = 0
+    count = 0
     kinds: dict[Any, Kind | None] = {}
     for norm in module.modules():
         epsilon = _epsilon(norm)
@@ -62,8 +62,8 @@ def use_lean_norms(module: nn.Module, *, fused: bool = False) -> int:
         if kind is not None:
             kernel = fused and accelerator.present() and is_as_exact(kind, epsilon, *key[2], weight.dtype)
             norm.forward = partial(_forward, norm, epsilon, kind, kernel)
-            found += 1
-    return found
+            count += 1
+    return count
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -82,8 +82,8 @@ def _epsilon(module: nn.Module) -> float | None:
 def _kind(norm: nn.Module, epsilon: float) -> Kind | None:
     """Return the kind of arithmetic whose results are those of `norm` to the bit, found by trying; None if there is none."""
     generator = torch.Generator().manual_seed(0)
-    own: Any = norm.weight
-    dtype, (width,) = own.dtype, full_shape(own)
+    norm_weight: Any = norm.weight
+    dtype, (width,) = norm_weight.dtype, full_shape(norm_weight)
     weight = torch.randn(width, generator=generator).to(dtype)
     # From rows whose mean square is below epsilon to large ones.
     rows = torch.randn(16, width, generator=generator) * torch.logspace(-4, 2, 16)[:, None]
@@ -126,19 +126,22 @@ def is_as_exact(kind: Kind, epsilon: float, width: int, dtype: torch.dtype) -> b
     weight = torch.randn(width, generator=generator).to(dtype)
 
     def errors(compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> list[float]:
-        given = [part.to(accelerator.current()).requires_grad_() for part in (rows, weight)]
+        inputs = [part.to(accelerator.current()).requires_grad_() for part in (rows, weight)]
         with torch.enable_grad():
-            output = compute(*given)
-        found = (output, *torch.autograd.grad(output, given, incoming.to(accelerator.current())))
-        return [float((one.detach().cpu().double() - true).norm()) for one, true in zip(found, expected, strict=True)]
+            output = compute(*inputs)
+        tensors = (output, *torch.autograd.grad(output, inputs, incoming.to(accelerator.current())))
+        return [
+            float((tensor.detach().cpu().double() - true).norm())
+            for tensor, true in zip(tensors, expected, strict=True)
+        ]
 
     exact = [part.double().requires_grad_() for part in (rows, weight)]
     with torch.enable_grad():
         output = functional.rms_norm(exact[0], (width,), exact[1], epsilon)
     expected = (output.detach(), *torch.autograd.grad(output, exact, incoming.double()))
-    own = errors(lambda some, by: lean_norm(some, by, epsilon, kind))
+    lean_errors = errors(lambda some, by: lean_norm(some, by, epsilon, kind))
     kernel = errors(lambda some, by: functional.rms_norm(some, (width,), by, epsilon))
-    return all(theirs <= CLOSE * ours for theirs, ours in zip(kernel, own, strict=True))
+    return all(kernel_error <= CLOSE * lean_error for kernel_error, lean_error in zip(kernel, lean_errors, strict=True))
 
 
 def _forward(norm: nn.Module, epsilon: float, kind: Kind, kernel: bool, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -49,10 +49,12 @@ class Heads(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, config: Any) -> Heads:
         names = ("head_dim", "qk_head_dim", "v_head_dim")
-        found = {
-            max(own) for module in model.modules() if (own := [_number(module, name) for name in names]) and any(own)
+        sizes_of_modules = {
+            max(module_sizes)
+            for module in model.modules()
+            if (module_sizes := [_number(module, name) for name in names]) and any(module_sizes)
         }
-        sizes = found or {config.hidden_size // config.num_attention_heads}
+        sizes = sizes_of_modules or {config.hidden_size // config.num_attention_heads}
         keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         rounded = sorted({-(-size // SIZES) * SIZES for size in sizes})
         return cls(config.num_attention_heads, keys, tuple(rounded), bool(getattr(config, "sliding_window", None)))
@@ -84,23 +86,25 @@ def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtyp
     scale = size**-0.5
     boundaries = Boundaries(starts.to(accelerator.current()), max(LENGTHS))
     try:
-        given = [part.to(accelerator.current()) for part in drawn]
-        found = _with_gradients(lambda q, k, v: kernel.compute(q, k, v, boundaries, scale, window), given)
-        found = [part.cpu().float() for part in found]
+        inputs = [part.to(accelerator.current()) for part in drawn]
+        outputs = _with_gradients(lambda q, k, v: kernel.compute(q, k, v, boundaries, scale, window), inputs)
+        outputs = [part.cpu().float() for part in outputs]
     except Exception as error:  # of a library, a compiler or a driver, in whatever words it has
         first = next(iter(str(error).strip().splitlines()), "")
         return f"{type(error).__name__} {first}".strip()
     expected = _with_gradients(
         lambda q, k, v: by_definition(q, k, v, starts.tolist(), scale, window), [part.float() for part in drawn]
     )
-    apart = [float((one - true).abs().max() / true.abs().max()) for one, true in zip(found, expected, strict=True)]
+    apart = [
+        float((output - true).abs().max() / true.abs().max()) for output, true in zip(outputs, expected, strict=True)
+    ]
     worst = max(apart, key=lambda value: (value != value, value))
     return "" if worst <= CLOSE else f"differs by {worst:.1%} of the largest"
 
 
-def _with_gradients(compute: Callable[..., torch.Tensor], given: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The output for queries, keys and values, and their gradients for the last of `given` as that of the output."""
-    *states, incoming = given
+def _with_gradients(compute: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The output for queries, keys and values, and their gradients for the last of `tensors` as that of the output."""
+    *states, incoming = tensors
     states = [part.detach().requires_grad_() for part in states]
     with torch.enable_grad():
         output = compute(*states)
@@ -112,14 +116,14 @@ def by_definition(
 ) -> torch.Tensor:
     """Causal attention of each sample on its own, [positions, heads, size]."""
     groups = query.shape[1] // key.shape[1]
-    found = []
+    outputs = []
     for begin, end in pairwise(starts):
         q = query[begin:end].transpose(0, 1)
         k, v = (part[begin:end].transpose(0, 1).repeat_interleave(groups, dim=0) for part in (key, value))
         behind = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
         hidden = (behind < 0) | (behind >= (window or end))
-        found.append(((q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(((q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 class PackedAttention(SpanAttention):

@@ -21,18 +21,18 @@ __all__ = ["peft"]
 @contextmanager
 def compiled_when_called() -> Iterator[None]:
     """While open, `torch.compile` of a function compiles it when it is first called."""
-    own = torch.compile
+    torch_compile = torch.compile
 
     def compile_later(model: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
         if model is None:
             return lambda later: compile_later(later, **options)
         if not inspect.isfunction(model):
-            return own(model, **options)
-        compiled = functools.cache(lambda: own(model, **options))
+            return torch_compile(model, **options)
+        compiled = functools.cache(lambda: torch_compile(model, **options))
 
         @functools.wraps(model)
-        def call(*arguments: Any, **named: Any) -> Any:
-            return compiled()(*arguments, **named)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return compiled()(*arguments, **keywords)
 
         return call
 
@@ -40,7 +40,7 @@ def compiled_when_called() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.compile = own
+        torch.compile = torch_compile
 
 
 with compiled_when_called():

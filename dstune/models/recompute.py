@@ -43,14 +43,14 @@ def checkpointing_options(chosen: bool | Selective) -> dict[str, Any]:
     return options
 
 
-def policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
     """Whether the output of one operation is kept. It depends on shapes alone, which are the same both times."""
     name = operation.name().split(".")[0]
     if name in ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     if name in PRODUCTS:
         tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        *_, left, right = tensors
-        if right.shape[-1] <= SPREAD * left.shape[-1]:
+        *_, first_factor, second_factor = tensors
+        if second_factor.shape[-1] <= SPREAD * first_factor.shape[-1]:
             return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

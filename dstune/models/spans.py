@@ -39,11 +39,11 @@ def no_mask(device: torch.device) -> torch.Tensor:
 
 def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: Any) -> dict[str, Any]:
     """The inputs of a model whose attention finds its samples by `spans`. labels: [rows, width]"""
-    found = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
+    model_inputs = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
     if "position_ids" not in inputs:  # some models would make them of the mask
         rows, width = labels.shape
-        found["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
-    return found
+        model_inputs["position_ids"] = torch.arange(width, device=labels.device).expand(rows, -1)
+    return model_inputs
 
 
 def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:

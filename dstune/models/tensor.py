@@ -35,14 +35,14 @@ def slice_model(module: nn.Module, model: PreTrainedModel, slices: Slices) -> No
     """
     if problems := slices_problems(model.config.get_text_config().to_dict(), slices.parts):
         raise UserError(problems)
-    found = 0
+    block_count = 0
     for name, block in list(module.named_modules()):
         for inward, outward in zip(INWARD, OUTWARD, strict=True):
             if all(isinstance(getattr(block, part, None), nn.Module) for part in (*inward, outward)):
                 _slice_block(name, block, inward, outward, slices)
-                found += 1
+                block_count += 1
     layers = model.config.get_text_config().num_hidden_layers
-    assert found == 2 * layers, f"{found} blocks in {layers} layers"
+    assert block_count == 2 * layers, f"{block_count} blocks in {layers} layers"
 
 
 def _slice_block(name: str, block: nn.Module, inward: tuple[str, ...], outward: str, slices: Slices) -> None:
@@ -82,8 +82,8 @@ def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> N
 
 
 def _known(name: str, kind: str, parameter: nn.Parameter) -> nn.Parameter:
-    known = ("weight", "bias", "base_layer.weight", "base_layer.bias")
-    if kind not in known and ".lora_" not in f".{kind}":
+    names = ("weight", "bias", "base_layer.weight", "base_layer.bias")
+    if kind not in names and ".lora_" not in f".{kind}":
         reason = f"it is not known how ranks share {name}"
         raise UserError(Problem("parallel", reason, "parallel=none, or method=full|lora", "tensor"))
     return parameter
@@ -99,17 +99,17 @@ def _without_bias(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _enter(
-    slices: Slices, block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+    slices: Slices, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """Of what a block is called with, the hidden states are those whose gradient the ranks sum."""
-    if "hidden_states" in named:
-        return given, named | {"hidden_states": _Enter.apply(named["hidden_states"], slices)}
-    hidden, *rest = given
-    return (_Enter.apply(hidden, slices), *rest), named
+    if "hidden_states" in keywords:
+        return arguments, keywords | {"hidden_states": _Enter.apply(keywords["hidden_states"], slices)}
+    hidden, *other_arguments = arguments
+    return (_Enter.apply(hidden, slices), *other_arguments), keywords
 
 
 def _leave(
-    slices: Slices, bias: torch.Tensor | None, projection: nn.Module, given: Any, output: torch.Tensor
+    slices: Slices, bias: torch.Tensor | None, projection: nn.Module, arguments: Any, output: torch.Tensor
 ) -> torch.Tensor:
     total: torch.Tensor = _Leave.apply(output, slices)
     return total if bias is None else total + bias

@@ -26,16 +26,16 @@ def tile_feed_forward(model: nn.Module, tiles: int) -> int:
 
     Raises UserError where the model has no such layer.
     """
-    found = [
+    layers = [
         module
         for module in model.modules()
         if all(isinstance(getattr(module, part, None), nn.Module) for part in TILED)
     ]
-    if not found:
+    if not layers:
         raise UserError(tiles_problem(type(model).__name__, tiles))
-    for module in found:
+    for module in layers:
         module.forward = partial(_tiled, module.forward, tiles)
-    return len(found)
+    return len(layers)
 
 
 def _tiled(forward: Forward, tiles: int, hidden: torch.Tensor) -> torch.Tensor:

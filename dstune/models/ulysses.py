@@ -75,9 +75,13 @@ class SequenceCut(SpanAttention):
             ids, labels = functional.pad(ids, (0, padding)), functional.pad(labels, (0, padding), value=IGNORED)
             positions = torch.cat([positions, torch.arange(padding, device=ids.device).expand(rows, -1)], dim=1)
         size = (width + padding) // self.parts
-        here = slice(self.part * size, (self.part + 1) * size)
-        own = {"input_ids": ids[:, here], "position_ids": positions[:, here], "attention_mask": no_mask(ids.device)}
-        return own | {SPANS: spans}, labels[:, here]
+        span = slice(self.part * size, (self.part + 1) * size)
+        local_inputs = {
+            "input_ids": ids[:, span],
+            "position_ids": positions[:, span],
+            "attention_mask": no_mask(ids.device),
+        }
+        return local_inputs | {SPANS: spans}, labels[:, span]
 
     def refuse(self, reason: str) -> str:
         """Raises UserError: the ranks of a group have parts of rows alone."""
@@ -143,12 +147,12 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
     if getattr(architecture, "layerdrop", 0):
         reason = "it leaves out layers at random, where the other ranks of a row would wait"
         raise UserError(uncut_problem(kind, reason, "model.config_overrides={layerdrop: 0}"))
-    if found := heads_problem(architecture.num_attention_heads, parts):
-        raise UserError(found)
+    if problem := heads_problem(architecture.num_attention_heads, parts):
+        raise UserError(problem)
 
 
 def rope_types(architecture: PretrainedConfig) -> set[str]:
     """The kinds of rotary positions in a model's configuration; some have one for each kind of layer."""
-    found = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
-    each = [value for value in found.values() if isinstance(value, dict)] or [found]
-    return {str(one.get("rope_type", one.get("type", "default"))) for one in each}
+    parameters = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
+    each = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return {str(values.get("rope_type", values.get("type", "default"))) for values in each}

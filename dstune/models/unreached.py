@@ -137,10 +137,10 @@ def is_within(name: str, parts: tuple[str, ...]) -> bool:
 
 def count_by_part(model: PreTrainedModel, count: Callable[[nn.Parameter], int] = full_count) -> dict[str, int]:
     """Parameters of each frozen part."""
-    found = dict.fromkeys(unreached_parts(model), 0)
+    counts = dict.fromkeys(unreached_parts(model), 0)
     for name, parameter in unreached_parameters(model):
-        found[next(part for part in found if is_within(name, (part,)))] += count(parameter)
-    return found
+        counts[next(part for part in counts if is_within(name, (part,)))] += count(parameter)
+    return counts
 
 
 def verify_unreached(model: PreTrainedModel, forward: Callable[..., Any], device: torch.device) -> None:

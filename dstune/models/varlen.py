@@ -66,7 +66,7 @@ def torch_varlen() -> Kernel | None:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    known = inspect.signature(varlen_attn).parameters
+    parameters = inspect.signature(varlen_attn).parameters
 
     def compute(
         query: torch.Tensor,
@@ -76,24 +76,24 @@ def torch_varlen() -> Kernel | None:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        more: dict[str, Any] = {}
-        if "scale" in known:
-            more["scale"] = scale
+        options: dict[str, Any] = {}
+        if "scale" in parameters:
+            options["scale"] = scale
         else:
             query = query * (scale * query.shape[-1] ** 0.5)
-        if "window_size" in known:
-            more["window_size"] = (-1 if window is None else window - 1, 0)
+        if "window_size" in parameters:
+            options["window_size"] = (-1 if window is None else window - 1, 0)
         else:
-            more["is_causal"] = True
-        if "enable_gqa" in known:
-            more["enable_gqa"] = query.shape[1] != key.shape[1]
+            options["is_causal"] = True
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = query.shape[1] != key.shape[1]
         elif query.shape[1] != key.shape[1]:
             key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
         starts, longest = boundaries
-        output: torch.Tensor = varlen_attn(query, key, value, starts, starts, longest, longest, **more)
+        output: torch.Tensor = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
         return output
 
-    needs_window = "window_size" not in known
+    needs_window = "window_size" not in parameters
     return Kernel(f"torch {torch.__version__.partition('+')[0]} varlen", _refuses_windows(compute, needs_window))
 
 
@@ -125,8 +125,8 @@ def flash_attn(name: str) -> Kernel | None:
 
 
 def _flash(function: Callable[..., Any]) -> Compute:
-    known = inspect.signature(function).parameters
-    unlimited = None if "None" in str(getattr(known.get("window_size"), "default", "")) else -1
+    parameters = inspect.signature(function).parameters
+    unlimited = None if "None" in str(getattr(parameters.get("window_size"), "default", "")) else -1
 
     def compute(
         query: torch.Tensor,
@@ -136,21 +136,21 @@ def _flash(function: Callable[..., Any]) -> Compute:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        more: dict[str, Any] = {"softmax_scale": scale, "causal": True}
+        options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
         if window is not None:
-            more["window_size"] = (window - 1, 0)
-        elif "window_size" in known:
-            more["window_size"] = (unlimited, unlimited)
-        if "deterministic" in known:
-            more["deterministic"] = torch.are_deterministic_algorithms_enabled()
+            options["window_size"] = (window - 1, 0)
+        elif "window_size" in parameters:
+            options["window_size"] = (unlimited, unlimited)
+        if "deterministic" in parameters:
+            options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         starts, longest = boundaries
         lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
-        lengths = {name: value for name, value in lengths.items() if name in known}
-        output = function(query, key, value, **lengths, **more)
-        found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        lengths = {name: value for name, value in lengths.items() if name in parameters}
+        output = function(query, key, value, **lengths, **options)
+        attended: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return attended
 
-    return _refuses_windows(compute, "window_size" not in known)
+    return _refuses_windows(compute, "window_size" not in parameters)
 
 
 def flex() -> Kernel | None:
@@ -176,8 +176,8 @@ def flex() -> Kernel | None:
         window: int | None,
     ) -> torch.Tensor:
         length = len(query)
-        known = made.get(window)
-        if known is None or known[0] is not boundaries.starts:
+        cached_mask = made.get(window)
+        if cached_mask is None or cached_mask[0] is not boundaries.starts:
             places = torch.arange(length, device=query.device)
             sample = torch.bucketize(places, boundaries.starts, right=True)
 
@@ -186,10 +186,10 @@ def flex() -> Kernel | None:
                 return inside if window is None else inside & (q - k < window)
 
             mask = make_mask(seen, None, None, length, length, device=str(query.device))
-            known = made[window] = (boundaries.starts, mask)
+            cached_mask = made[window] = (boundaries.starts, mask)
         states = (part.transpose(0, 1)[None] for part in (query, key, value))
         groups = query.shape[1] != key.shape[1]
-        output: torch.Tensor = attention(*states, block_mask=known[1], scale=scale, enable_gqa=groups)
+        output: torch.Tensor = attention(*states, block_mask=cached_mask[1], scale=scale, enable_gqa=groups)
         return output[0].transpose(0, 1)
 
     return Kernel("flex attention", compute, compiled=accelerator.present())

@@ -122,9 +122,9 @@ def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None =
 
     read: those that are known already."""
     read = read or {}
-    there = [name for name, value in sums.items() if not value.is_cpu and name not in read]
-    found = torch.stack([sums[name].double() for name in there]).tolist() if there else []
-    values = {**read, **dict(zip(there, found, strict=True))}
+    on_device = [name for name, value in sums.items() if not value.is_cpu and name not in read]
+    read_values = torch.stack([sums[name].double() for name in on_device]).tolist() if on_device else []
+    values = {**read, **dict(zip(on_device, read_values, strict=True))}
     return {name: values[name] if name in values else float(value) for name, value in sums.items()}
 
 

@@ -65,14 +65,14 @@ class CausalLmHead:
         """Whether the loss is computed without whole logits."""
         return self._examined
 
-    def logits(self, forward: Forward, inputs: Mapping[str, Any], kept: torch.Tensor) -> torch.Tensor:
-        """Logits of some positions, [positions, vocabulary], in the order of rows. kept: which, bool [rows, sequence]."""
-        self._kept = _indices(kept).to(inputs["input_ids"].device), kept.shape[1]
+    def logits(self, forward: Forward, inputs: Mapping[str, Any], is_chosen: torch.Tensor) -> torch.Tensor:
+        """Logits of some positions, [positions, vocabulary], in the order of rows. is_chosen: which, bool [rows, sequence]."""
+        self._kept = _indices(is_chosen).to(inputs["input_ids"].device), is_chosen.shape[1]
         try:
-            found: torch.Tensor = forward(**inputs, use_cache=False).logits
+            logits: torch.Tensor = forward(**inputs, use_cache=False).logits
         finally:
             self._kept = None
-        return found
+        return logits
 
     def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens}
@@ -83,10 +83,10 @@ class CausalLmHead:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
             return self._project(hidden)
-        kept, width = self._kept
+        positions, width = self._kept
         if in_front := hidden.shape[1] - width:  # a trained prompt; none of its positions has a target
-            kept = kept + (kept // width + 1) * in_front
-        hidden = hidden.flatten(0, 1).index_select(0, kept)
+            positions = positions + (positions // width + 1) * in_front
+        hidden = hidden.flatten(0, 1).index_select(0, positions)
         if self._targets is None:
             return self._project(hidden)
         return self._projected(hidden, self._targets)
@@ -117,35 +117,35 @@ class CausalLmHead:
         if self.rows is not None and not self.rows.whole:
             return dict(batch)
         labels = self.labels_of(batch)
-        kept = positions_with_target(labels)
-        more = {KEPT: kept, TARGETS: labels.flatten().index_select(0, kept)}
+        positions = positions_with_target(labels)
+        indices = {KEPT: positions, TARGETS: labels.flatten().index_select(0, positions)}
         if self.rows is not None and (boundaries := self.rows.boundaries(inputs_of(batch))):
             starts, longest = boundaries
-            more |= {STARTS: starts, LONGEST: torch.tensor(longest)}
-        return dict(batch) | more
+            indices |= {STARTS: starts, LONGEST: torch.tensor(longest)}
+        return dict(batch) | indices
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, batch: Batch) -> HeadOutput:
         """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
-        kept = batch[KEPT] if KEPT in batch else positions_with_target(labels)
-        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
+        positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
+        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
         by_row = "index" in batch and not torch.is_grad_enabled()
-        self._kept = kept, labels.shape[1]
+        self._kept = positions, labels.shape[1]
         self._targets = targets if self._examined and not by_row else None
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             output = forward(**inputs, use_cache=False).logits
         finally:
             # Also of a forward pass that fails behind the projection: the next one may not take it for its own.
-            found, self._found = self._found, None
+            projected, self._found = self._found, None
             self._kept = self._targets = None
-        if found is None:
+        if projected is None:
             loss_sum = functional.cross_entropy(output.float(), targets, reduction="sum")
             correct = (output.detach().argmax(dim=-1) == targets).sum()
         else:
             # The output, not what was found inside: ZeRO-3 hangs its gathering for the backward pass on outputs.
-            loss_sum, correct = output.float(), found.correct
+            loss_sum, correct = output.float(), projected.correct
         # A row behind those that are counted has no target (`data.images.batch.blank_sample`).
-        rows = _by_row(kept // labels.shape[1], len(batch["index"]), output, targets) if by_row else {}
+        rows = _by_row(positions // labels.shape[1], len(batch["index"]), output, targets) if by_row else {}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, rows=rows)
 
 
