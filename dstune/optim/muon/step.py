@@ -52,10 +52,10 @@ class MuonStep(BesideAdamW):
         """The nearest orthogonal matrix, about, of each of [..., rows, columns], whose elements have the mean square of AdamW's
         updates (arXiv:2502.16982, section 2.2). In fp32: in bf16 the rounding of a sum over ranks would show."""
         rows, columns = matrix.shape[-2:]
-        found = matrix.mT if rows > columns else matrix
-        found = found / found.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        orthogonal = matrix.mT if rows > columns else matrix
+        orthogonal = orthogonal / orthogonal.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
         a, b, c = COEFFICIENTS
         for _ in range(self._iterations):
-            gram = found @ found.mT
-            found = a * found + (b * gram + c * gram @ gram) @ found
-        return (found.mT if rows > columns else found) * (0.2 * math.sqrt(max(rows, columns)))
+            gram = orthogonal @ orthogonal.mT
+            orthogonal = a * orthogonal + (b * gram + c * gram @ gram) @ orthogonal
+        return (orthogonal.mT if rows > columns else orthogonal) * (0.2 * math.sqrt(max(rows, columns)))
