@@ -59,9 +59,9 @@ class RowFormat:
         """Return the function that checks the value of `role` for a task."""
         return self.checks.get(role)
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
         """Return the row in the shape that encoders read, from its checked values by role. Raises RowError."""
-        return found
+        return values
 
     def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
         """Return the fix where the columns beside those of this format say that the rows are of another task, which this one

@@ -291,6 +291,6 @@ class Task:
         """
         raise NotImplementedError(f"task={self.name} has no head")
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
-        """Return the metrics of an evaluation. kept: of each sample of `split`, in its order; empty for language models."""
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
+        """Return the metrics of an evaluation. outputs: of each sample of `split`, in its order; empty for language models."""
         raise NotImplementedError(f"task={self.name} has no metrics")
