@@ -68,7 +68,7 @@ class LanguageTask(WritingTask):
 
         return CausalLmHead(model, rows)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.metrics.language import language_model_metrics
         from dstune.trainer.measure import Evaluation
 

@@ -27,5 +27,5 @@ class Tokens(RowFormat):
     further_keys = "data.format=tokens data.tokenizer=NAME"
     checks: ClassVar[dict[str, Check]] = {"input_ids": numbers, "labels": numbers, "attention_mask": numbers}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return token_row(found)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return token_row(values)

@@ -41,14 +41,14 @@ class ConversationFormat(RowFormat):
     conversational = True
     other_names: ClassVar = {"tools": ("functions",), "images": ("image",)}
 
-    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+    def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
         """The conversation in the values of a row."""
-        messages: list[dict[str, Any]] = found[self.required[0]]
+        messages: list[dict[str, Any]] = values[self.required[0]]
         return messages
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        messages = with_system(self.messages(found), found.get("system"))
-        return conversation_row(messages, found, needs_answer=task is None or task.needs_answer)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        messages = with_system(self.messages(values), values.get("system"))
+        return conversation_row(messages, values, needs_answer=task is None or task.needs_answer)
 
     def of_another_task(self, fields: Mapping[str, Any], mapping: Mapping[str, str], *, named: bool) -> str:
         for column in (mapping.get("label", "label"), "kto_tag"):
@@ -94,8 +94,8 @@ class PromptCompletion(ConversationFormat):
     def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
         return _question_and_answer(columns, mapping)
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return plain_exchange(found, needs_answer=task is None or task.needs_answer)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return plain_exchange(values, needs_answer=task is None or task.needs_answer)
 
 
 @row_format
@@ -108,8 +108,8 @@ class Alpaca(ConversationFormat):
     def candidates(self, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
         return [] if {"instruction", "output"} & {*columns} else _question_and_answer(columns, mapping)
 
-    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        return _instructed(found, input_apart=self.input_apart)
+    def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        return _instructed(values, input_apart=self.input_apart)
 
 
 @row_format
@@ -121,8 +121,8 @@ class Dolly(ConversationFormat):
     optional = ("history", *BESIDE)
     checks: ClassVar[dict[str, Check]] = {"response": text}
 
-    def messages(self, found: dict[str, Any]) -> list[dict[str, Any]]:
-        renamed = {**found, "input": found["context"], "output": found["response"]}
+    def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
+        renamed = {**values, "input": values["context"], "output": values["response"]}
         return _instructed(renamed, input_apart=self.input_apart)
 
 
@@ -139,10 +139,10 @@ class Gemini(ConversationFormat):
     }
     checks: ClassVar[dict[str, Check]] = {"contents": messages_of_contents, "system": system_text}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        tools = tools_of_declarations(found["tools"]) if found.get("tools") else None
-        messages = conversation_of(found["contents"], "contents")
-        return super().row({**found, "contents": messages, "tools": tools}, task)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        tools = tools_of_declarations(values["tools"]) if values.get("tools") else None
+        messages = conversation_of(values["contents"], "contents")
+        return super().row({**values, "contents": messages, "tools": tools}, task)
 
 
 @row_format
@@ -155,24 +155,24 @@ class Xlam(ConversationFormat):
     other_names: ClassVar = {}
     checks: ClassVar[dict[str, Check]] = {"query": text}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        messages = conversation_of(call_messages(found["query"], found["answers"]), "answers")
-        tools = schemas(found["tools"]) if found["tools"] else None
-        row = {**found, "tools": tools}
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        messages = conversation_of(call_messages(values["query"], values["answers"]), "answers")
+        tools = schemas(values["tools"]) if values["tools"] else None
+        row = {**values, "tools": tools}
         return conversation_row(
-            with_system(messages, found.get("system")), row, needs_answer=task is None or task.needs_answer
+            with_system(messages, values.get("system")), row, needs_answer=task is None or task.needs_answer
         )
 
 
 def _question_and_answer(columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
     """The columns that look like a question and its answer, where none is named."""
-    found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
-    return found if all(found) and not mapping else []
+    columns_found = [next((name for name in names if name in columns), "") for names in (QUESTIONS, ANSWERS)]
+    return columns_found if all(columns_found) and not mapping else []
 
 
-def _instructed(found: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
+def _instructed(values: dict[str, Any], *, input_apart: bool) -> list[dict[str, Any]]:
     """The messages of an Alpaca row. Some have their question in the input alone. Raises RowError."""
-    instruction = found["instruction"]
+    instruction = values["instruction"]
     if isinstance(instruction, str | None) and not (instruction or "").strip():
-        instruction, found = found.get("input") or "", {**found, "input": None}
-    return alpaca({**found, "instruction": text(instruction, "instruction")}, input_apart=input_apart)
+        instruction, values = values.get("input") or "", {**values, "input": None}
+    return alpaca({**values, "instruction": text(instruction, "instruction")}, input_apart=input_apart)

@@ -124,10 +124,10 @@ class Classification(Task):
 
         return classification_head(self.config)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.classification.metrics import measure
 
-        return measure(self.config, totals, kept)
+        return measure(self.config, totals, outputs)
 
     def counterfactual(
         self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray

@@ -51,27 +51,29 @@ class ClassificationEncoder(Encoder):
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
         texts = [[row[name] for name in ("text", "text_pair") if name in row] for row in rows]
-        batch = [tuple(whole) if len(whole) == 2 else whole[0] for whole in texts]
+        batch = [tuple(row_texts) if len(row_texts) == 2 else row_texts[0] for row_texts in texts]
         # Of a pair the longer text is cut first.
-        kept = self._tokenizer(batch, truncation=True, max_length=self._max_length, verbose=False)
+        encoded = self._tokenizer(batch, truncation=True, max_length=self._max_length, verbose=False)
         samples = []
         for position, number in enumerate(numbers):
-            whole = texts[position]
-            ids = np.array(kept["input_ids"][position], dtype=np.int32)
-            segments = kept["token_type_ids"][position] if self._with_segments else None
+            row_texts = texts[position]
+            ids = np.array(encoded["input_ids"][position], dtype=np.int32)
+            segments = encoded["token_type_ids"][position] if self._with_segments else None
             length = len(ids)
-            if self._control.first(whole):
-                tokens, segments, length = self._control.sequence(whole, self._max_length)
+            if self._control.first(row_texts):
+                tokens, segments, length = self._control.sequence(row_texts, self._max_length)
                 ids = np.array(tokens, dtype=np.int32)
             elif length == self._max_length:  # perhaps cut: only then it takes a second look to know
-                length = len(self._tokenizer(*whole, verbose=False)["input_ids"])
+                length = len(self._tokenizer(*row_texts, verbose=False)["input_ids"])
             label = self._label(rows[position])
             columns = {"label": label}
             weight: float = 1
             if self._class_weights:
                 weight = columns["loss_weight"] = self._class_weights[label]
             if self._with_segments:
-                columns["token_type_ids"] = np.array(segments if len(whole) == 2 else [0] * len(ids), dtype=np.int32)
+                columns["token_type_ids"] = np.array(
+                    segments if len(row_texts) == 2 else [0] * len(ids), dtype=np.int32
+                )
             problem = "" if len(ids) else "the text has no token"
             samples.append(Sample(number, ids, columns, weight, length > len(ids), problem, length))
         return samples

@@ -44,11 +44,11 @@ def multi_label_metrics(
 
     # For one label alone, scikit-learn takes 0 and 1 for two classes and means over both; it is the 1 that counts.
     only: dict[str, Any] = {"labels": [1]} if len(labels[0]) == 1 else {}
-    true, found = ([row if len(row) > 1 else row[0] for row in rows] for rows in (labels, predictions))
+    true, predicted = ([row if len(row) > 1 else row[0] for row in rows] for rows in (labels, predictions))
     return {
-        "accuracy": float(accuracy_score(true, found)),
-        "f1_macro": float(f1_score(true, found, average="macro", zero_division=0.0, **only)),
-        "f1_micro": float(f1_score(true, found, average="micro", zero_division=0.0, **only)),
+        "accuracy": float(accuracy_score(true, predicted)),
+        "f1_macro": float(f1_score(true, predicted, average="macro", zero_division=0.0, **only)),
+        "f1_micro": float(f1_score(true, predicted, average="micro", zero_division=0.0, **only)),
         **_auroc(np.array(labels), probabilities),
         "targets": float(len(labels)),
     }
@@ -74,24 +74,24 @@ def regression_metrics(predictions: Sequence[float], labels: Sequence[float]) ->
     """Errors, and correlations by scipy; 0 where one side is the same for all rows, which correlates with nothing."""
     from scipy.stats import pearsonr, spearmanr
 
-    found, true = np.array(predictions, dtype=np.float64), np.array(labels, dtype=np.float64)
-    varied = len(true) > 1 and np.ptp(found) > 0 and np.ptp(true) > 0
+    predicted, true = np.array(predictions, dtype=np.float64), np.array(labels, dtype=np.float64)
+    varied = len(true) > 1 and np.ptp(predicted) > 0 and np.ptp(true) > 0
     return {
-        "mae": float(np.abs(found - true).mean()),
-        "rmse": float(np.sqrt(np.square(found - true).mean())),
-        "pearson": float(pearsonr(found, true).statistic) if varied else 0.0,
-        "spearman": float(spearmanr(found, true).statistic) if varied else 0.0,
+        "mae": float(np.abs(predicted - true).mean()),
+        "rmse": float(np.sqrt(np.square(predicted - true).mean())),
+        "pearson": float(pearsonr(predicted, true).statistic) if varied else 0.0,
+        "spearman": float(spearmanr(predicted, true).statistic) if varied else 0.0,
         "targets": float(len(true)),
     }
 
 
-def measure(task: ClassificationConfig, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+def measure(task: ClassificationConfig, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
     loss = {"loss": totals.loss_sum / totals.weight}
-    predicted, true = ([row[name].tolist() for row in kept] for name in ("prediction", "label"))
+    predicted, true = ([row[name].tolist() for row in outputs] for name in ("prediction", "label"))
     pairs = tuple(zip(true, predicted, strict=True))
     if task.regression:
         return Evaluation(loss | regression_metrics(predicted, true), predictions=pairs)
-    probabilities = np.stack([row["probability"] for row in kept])
+    probabilities = np.stack([row["probability"] for row in outputs])
     if task.multi_label:
         return Evaluation(loss | multi_label_metrics(predicted, true, probabilities), predictions=pairs)
     metrics, confusion = classification_metrics(predicted, true, probabilities)

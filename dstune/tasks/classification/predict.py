@@ -31,15 +31,15 @@ class ClassificationPredictor(Predictor):
     question_class = ClassificationQuestion
 
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
-        rows = [one.row for one in requested]
+        rows = [query.row for query in requested]
         fmt = "pair" if any("text_pair" in row for row in rows) else "text_label"
         encode = RowTokenizer(self.tokenizer, self.config.task, fmt, self.longest, self.labels)
         return encode.samples(rows, list(range(len(rows))))
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        for row in kept:
+        for row in outputs:
             yield self._label(row, all_labels=all_labels)
 
     def _label(self, row: Row, *, all_labels: bool) -> Answer:
@@ -49,7 +49,7 @@ class ClassificationPredictor(Predictor):
         probability = dict(zip(self.labels, row["probability"].tolist(), strict=True))
         every = {"probabilities": probability} if all_labels else {}
         if task.multi_label:
-            found = [label for label, on in zip(self.labels, row["prediction"], strict=True) if on]
-            return {"predicted": found, "probability": {label: probability[label] for label in found}, **every}
+            predicted = [label for label, on in zip(self.labels, row["prediction"], strict=True) if on]
+            return {"predicted": predicted, "probability": {label: probability[label] for label in predicted}, **every}
         label = self.labels[int(row["prediction"])]
         return {"predicted": label, "probability": probability[label], **every}

@@ -72,20 +72,22 @@ class PromptedLabels:
         refuse_too_long(self._key, engine, self._config, shots, len(context) + int(split.lengths.max()) + 64)
         split = limited(split, self._config.evaluate.max_rows, CausalLmConfig())
         numbers = [MicroBatch(index, ((index,),)) for index in range(len(split.lengths))]
-        mine = share(numbers, world.rank, world.size)
-        found: list[tuple[int, int, list[float]]] = []
+        local_rows = share(numbers, world.rank, world.size)
+        local_answers: list[tuple[int, int, list[float]]] = []
         engine.train(False)
-        for place, row in enumerate(mine):
+        for place, row in enumerate(local_rows):
             (index,) = row.samples
             losses = [self._loss(engine, head, split, index, label, context) for label in range(len(self._data.labels))]
             if not row.filler:
                 true = int(split.sample(index)["label"])
                 # Probabilities over the labels alone, so that the loss is that of a classifier.
-                found.append((index, true, torch.softmax(-torch.tensor(losses, dtype=torch.float64), dim=0).tolist()))
+                local_answers.append(
+                    (index, true, torch.softmax(-torch.tensor(losses, dtype=torch.float64), dim=0).tolist())
+                )
             if progress:
-                progress(place + 1, len(mine))
+                progress(place + 1, len(local_rows))
         engine.train(True)
-        everyone = sorted(row for part in world.gather(found) for row in part)
+        everyone = sorted(row for part in world.gather(local_answers) for row in part)
         true_labels, probabilities = [row[1] for row in everyone], np.array([row[2] for row in everyone])
         predicted = probabilities.argmax(axis=1).tolist()
         metrics, confusion = classification_metrics(predicted, true_labels, probabilities)

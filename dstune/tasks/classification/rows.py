@@ -25,10 +25,10 @@ class TextLabel(RowFormat):
             return labels_of_row
         return label if task is None or task.has_labels else number
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
         if task is not None and task.several_labels:
-            found["labels"] = found.pop("label")
-        return found
+            values["labels"] = values.pop("label")
+        return values
 
 
 @row_format

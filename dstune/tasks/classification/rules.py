@@ -63,6 +63,6 @@ def class_weights(
         raise UserError(Problem(f"task.class_weights.{name}", reason, "use their names") for name in unknown)
     if not task.balanced:
         return [task.class_weights.get(label, 1.0) for label in labels]
-    found = counts()
+    count_by_label = counts()
     # A class without training rows has no weight to be balanced by, and no row that would need one but held-out ones.
-    return [rows / (len(labels) * found[label]) if found[label] else 1.0 for label in labels]
+    return [rows / (len(labels) * count_by_label[label]) if count_by_label[label] else 1.0 for label in labels]

@@ -125,7 +125,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
         answers = totals.more.get("own_answers", 0.0)
         return {"completions/mean_length": totals.more["own_tokens"] / answers} if answers else {}
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.distillation.metrics import distillation_metrics
         from dstune.trainer.measure import Evaluation
 

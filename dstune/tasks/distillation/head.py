@@ -41,13 +41,13 @@ class DistillationHead(ProbedHead):
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: Tensor, batch: Batch) -> HeadOutput:
         width = labels.shape[1]
-        kept = batch[KEPT] if KEPT in batch else positions_with_target(labels)
-        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, kept)
+        positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
+        targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
         with torch.no_grad():  # first, so that no activations of the other pass are in memory meanwhile
-            taught = self._taught(forward, inputs, batch, kept, width)
+            taught = self._taught(forward, inputs, batch, positions, width)
         transform = self.transform if self._examined else LogitTransform()
         block_loss = self._block_loss = BlockDivergence(self._objective, transform, taught, targets)
-        self._kept, self._targets = (kept, width), targets if self._examined else None
+        self._kept, self._targets = (positions, width), targets if self._examined else None
         try:
             with transform.switched_off():
                 output = forward(**inputs, use_cache=False).logits
@@ -66,22 +66,26 @@ class DistillationHead(ProbedHead):
             sums = {"text_loss": measured.text_loss, "teacher_text_loss": measured.teacher_text_loss}
         return HeadOutput(loss_sum=loss_sum, weight=torch.tensor(targets.numel()), correct=correct, sums=sums)
 
-    def _taught(self, forward: Forward, inputs: Mapping[str, Any], batch: Batch, kept: Tensor, width: int) -> Taught:
+    def _taught(
+        self, forward: Forward, inputs: Mapping[str, Any], batch: Batch, positions: Tensor, width: int
+    ) -> Taught:
         if self._teacher is None:
-            return self._without_adapter(forward, inputs, kept, width)
-        return self._teacher.observe(forward, inputs_of(batch), kept, width)
+            return self._without_adapter(forward, inputs, positions, width)
+        return self._teacher.observe(forward, inputs_of(batch), positions, width)
 
-    def _without_adapter(self, forward: Forward, inputs: Mapping[str, Any], kept: Tensor, width: int) -> ChunkedLogits:
+    def _without_adapter(
+        self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, width: int
+    ) -> ChunkedLogits:
         """What the model expects with its adapter switched off."""
         with without_adapters(self._model):
             if not self._examined:
-                self._kept = kept, width
+                self._kept = positions, width
                 try:
                     logits: Tensor = forward(**inputs, use_cache=False).logits
                 finally:
                     self._kept = None
                 return ChunkedLogits(logits, _unchanged, LogitTransform(), max(1, len(logits)))
-            hidden = self.hidden_states(forward, inputs, kept, width)
+            hidden = self.hidden_states(forward, inputs, positions, width)
         rows = rows_at_once(self._projection, hidden) or max(1, len(hidden))
         return ChunkedLogits(hidden, self._project_without_adapter, self.transform, rows)
 

@@ -145,8 +145,13 @@ class OwnAnswers:
     def _write(self, step: int, completions: Sequence[Completion]) -> None:
         """The answers of all ranks, a line each, for whoever wants to read them."""
         rows = [
-            {"prompt": one.prompt, "ids": one.ids, "ended": one.ended, "text": self._tokenizer.decode(one.ids)}
-            for one in completions
+            {
+                "prompt": completion.prompt,
+                "ids": completion.ids,
+                "ended": completion.ended,
+                "text": self._tokenizer.decode(completion.ids),
+            }
+            for completion in completions
         ]
         everyone = [row for rank in self._world.gather(rows) for row in rank]
         if self._world.is_main:

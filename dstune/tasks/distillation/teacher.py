@@ -39,9 +39,10 @@ class Taught(Protocol):
 
 
 class Teacher(Protocol):
-    def observe(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Taught:
-        """What it says at some positions. forward: of the model that trains. kept: which of all rows end to end, each of `width`
-        positions. Called without gradients; at stage 3 by every rank equally often."""
+    def observe(self, forward: Any, inputs: Mapping[str, Tensor], positions: Tensor, width: int) -> Taught:
+        """Return the teacher's logits at some positions, chunk by chunk. forward: of the model that trains. positions: indices
+        into all rows end to end, each of `width` positions. Called without gradients; at stage 3 by every rank equally
+        often."""
 
     def close(self) -> None: ...
 
@@ -65,9 +66,9 @@ class ProbedHead(CausalLmHead):
         self._examined = False
         return False
 
-    def hidden_states(self, forward: Any, inputs: Mapping[str, Any], kept: Tensor, width: int) -> Tensor:
-        """Those of some positions, in front of the projection: [positions, hidden size], in the order of `kept`."""
-        self._kept, self._targets = (kept, width), kept
+    def hidden_states(self, forward: Any, inputs: Mapping[str, Any], positions: Tensor, width: int) -> Tensor:
+        """Return the hidden states at `positions`, in front of the projection: [positions, hidden size]."""
+        self._kept, self._targets = (positions, width), positions
         try:
             forward(**inputs, use_cache=False)
             return self._hidden
@@ -117,8 +118,8 @@ class LoadedTeacher:
             copies = [weight.detach().clone() if engine.stage == 3 else weight.detach() for weight in weights]
         self._weight, self._bias = copies[0], copies[1] if len(copies) > 1 else None
 
-    def observe(self, forward: Any, inputs: Mapping[str, Tensor], kept: Tensor, width: int) -> Taught:
-        hidden = self._head.hidden_states(self._engine.forward, inputs, kept, width)
+    def observe(self, forward: Any, inputs: Mapping[str, Tensor], positions: Tensor, width: int) -> Taught:
+        hidden = self._head.hidden_states(self._engine.forward, inputs, positions, width)
         rows = chunk_rows(hidden, len(self._weight))
         return ChunkedLogits(hidden, self._project, self._head.transform, rows)
 
@@ -135,13 +136,13 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
     Raises:
         UserError: it has other tokens than the model, no plain projection, or lets packed samples see each other.
     """
-    other = _run_of_teacher(config)
-    path = other.model.path
-    _check_tokens(tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab(), path)
+    teacher_config = _run_of_teacher(config)
+    path = teacher_config.model.path
+    _check_tokens(tokenizer.get_vocab(), load_tokenizer(teacher_config.model).get_vocab(), path)
     activity.info("loading the teacher %s", path)
-    settings = deepspeed_config(other, world.size, precision, on_gpu=accelerator.present())
+    settings = deepspeed_config(teacher_config, world.size, precision, on_gpu=accelerator.present())
     with partitioned_loading(settings):
-        model = load_model(other, tokenizer, (), DTYPES[precision])
+        model = load_model(teacher_config, tokenizer, (), DTYPES[precision])
     projection = model.get_output_embeddings()
     head = ProbedHead(model)
     engine = Engine(model, None, settings, world)
@@ -171,9 +172,11 @@ def _run_of_teacher(config: RunConfig) -> RunConfig:
     return replace(config, model=model, method=METHODS.default(), task=CausalLmConfig(), zero=zero)
 
 
-def _check_tokens(own: Mapping[str, int], theirs: Mapping[str, int], path: str) -> None:
+def _check_tokens(model_ids: Mapping[str, int], teacher_ids: Mapping[str, int], path: str) -> None:
     """Raises UserError where the teacher does not have the tokens of the model under the same numbers."""
-    if differing := [token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)]:
+    if differing := [
+        token for token in model_ids.keys() | teacher_ids.keys() if model_ids.get(token) != teacher_ids.get(token)
+    ]:
         reason = (
             f"its tokens are not those of the model ({len(differing):,} differ, {sorted(differing)[0]!r} among them), so what both "
             "expect next cannot be compared"

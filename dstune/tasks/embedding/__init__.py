@@ -85,11 +85,11 @@ class Embedding(Task):
 
         return EmbeddingHead(self.config)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.embedding.metrics import embedding_metrics
         from dstune.trainer.measure import Evaluation
 
-        return Evaluation(embedding_metrics(kept, self.config.temperature))
+        return Evaluation(embedding_metrics(outputs, self.config.temperature))
 
     def check(self, run: RunConfig) -> Iterator[Problem]:
         return rules.check(run)

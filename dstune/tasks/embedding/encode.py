@@ -51,7 +51,7 @@ class ContrastiveEncoder(Encoder):
         samples = []
         for turn, positive in enumerate(positives):
             encoded = [self._tokens(text) for text in (positive, *negatives[turn :: len(positives)])]
-            longest = max(length, *(of for _, of in encoded))
+            longest = max(length, *(token_count for _, token_count in encoded))
             (tokens, _), *others = encoded
             columns = {
                 "positive_input_ids": tokens,
@@ -69,8 +69,8 @@ class ContrastiveEncoder(Encoder):
             return np.array(ids, dtype=np.int32), length
         ids = self._tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self._max_length:
-            kept = self._tokenizer(text, truncation=True, max_length=self._max_length, verbose=False)["input_ids"]
-            return np.array(kept, dtype=np.int32), len(ids)
+            cut_ids = self._tokenizer(text, truncation=True, max_length=self._max_length, verbose=False)["input_ids"]
+            return np.array(cut_ids, dtype=np.int32), len(ids)
         return np.array(ids, dtype=np.int32), len(ids)
 
 
@@ -84,8 +84,11 @@ def contrastive_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[s
     negatives = [[ids for ids in of_pair if len(ids)] for of_pair in of_pairs]
     owners = [number for number, of_pair in enumerate(negatives) for _ in of_pair]
     texts["negative"] = [ids for of_pair in negatives for ids in of_pair]
-    keys = {f"{kind}_key": np.array([_key(ids) for ids in of], dtype=np.int64) for kind, of in texts.items()}
-    arrays = padded([ids for of in texts.values() for ids in of], None, pad)
+    keys = {
+        f"{kind}_key": np.array([_key(ids) for ids in ids_of_kind], dtype=np.int64)
+        for kind, ids_of_kind in texts.items()
+    }
+    arrays = padded([ids for ids_of_kind in texts.values() for ids in ids_of_kind], None, pad)
     return {**arrays, **keys, "negative_owner": np.array(owners, dtype=np.int64), "counted": counted(micro_batch)}
 
 

@@ -50,8 +50,8 @@ class EmbeddingHead:
         return pooled(hidden, batch["attention_mask"], self._task.pooling)
 
     def first_pass(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
-        kept = {name: batch[name] for name in ("counted", *(f"{kind}_key" for kind in KINDS))}
-        return {"vectors": self._vectors(forward, batch), **kept}
+        keys = {name: batch[name] for name in ("counted", *(f"{kind}_key" for kind in KINDS))}
+        return {"vectors": self._vectors(forward, batch), **keys}
 
     def join(self, parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         real = [part for part in parts if bool(part["counted"].any())]
@@ -118,16 +118,16 @@ def contrastive_losses(
     (anchors, positives, negatives), (anchor_keys, positive_keys, negative_keys) = vectors, keys
     candidates, candidate_keys = torch.cat([positives, negatives]), torch.cat([positive_keys, negative_keys])
     pairs = torch.arange(len(anchors), device=anchors.device)
-    same = candidate_keys[None] == positive_keys[:, None]
-    same[:, : len(pairs)] |= anchor_keys[None] == anchor_keys[:, None]
-    same[pairs, pairs] = False
-    scores = (anchors @ candidates.T / temperature).masked_fill(same, -torch.inf)
+    is_excluded = candidate_keys[None] == positive_keys[:, None]
+    is_excluded[:, : len(pairs)] |= anchor_keys[None] == anchor_keys[:, None]
+    is_excluded[pairs, pairs] = False
+    scores = (anchors @ candidates.T / temperature).masked_fill(is_excluded, -torch.inf)
     losses = functional.cross_entropy(scores, pairs, reduction="none")
     if not symmetric:
         return losses
-    same = (anchor_keys[None] == anchor_keys[:, None]) | (positive_keys[None] == positive_keys[:, None])
-    same[pairs, pairs] = False
-    scores = (positives @ anchors.T / temperature).masked_fill(same, -torch.inf)
+    is_excluded = (anchor_keys[None] == anchor_keys[:, None]) | (positive_keys[None] == positive_keys[:, None])
+    is_excluded[pairs, pairs] = False
+    scores = (positives @ anchors.T / temperature).masked_fill(is_excluded, -torch.inf)
     return (losses + functional.cross_entropy(scores, pairs, reduction="none")) / 2
 
 
@@ -136,5 +136,5 @@ def without_pooler(model: PreTrainedModel, new: list[str]) -> list[str]:
     without a gradient would decay at some ZeRO stages and not at others. Returns the names among `new` that are left."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    left = {name for name, _ in model.named_parameters()}
-    return [name for name in new if name in left]
+    remaining = {name for name, _ in model.named_parameters()}
+    return [name for name in new if name in remaining]

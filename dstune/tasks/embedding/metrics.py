@@ -26,21 +26,21 @@ def embedding_metrics(rows: Sequence[dict[str, Any]], temperature: float) -> dic
     negative_keys = np.concatenate([row["negative_key"] for row in rows]).astype(np.int64)
     keys, first = np.unique(np.concatenate([positive_keys, negative_keys]), return_index=True)
     candidates = np.concatenate([positives, negatives.reshape(-1, positives.shape[1])])[first]
-    own = np.searchsorted(keys, positive_keys)
+    positive_places = np.searchsorted(keys, positive_keys)
     of_anchor: dict[int, set[int]] = {}
-    for key, position in zip(anchor_keys.tolist(), own.tolist(), strict=True):
+    for key, position in zip(anchor_keys.tolist(), positive_places.tolist(), strict=True):
         of_anchor.setdefault(key, set()).add(position)
     ranks, losses = [], []
     for start in range(0, len(rows), ANCHORS_AT_ONCE):
         chosen = np.arange(start, min(start + ANCHORS_AT_ONCE, len(rows)))
         near = anchors[chosen] @ candidates.T
-        mine = near[np.arange(len(chosen)), own[chosen]].copy()
+        positive_scores = near[np.arange(len(chosen)), positive_places[chosen]].copy()
         for number, row in enumerate(chosen):
-            near[number, list(of_anchor[int(anchor_keys[row])] - {int(own[row])})] = -np.inf
-        ranks.append((near >= mine[:, None]).sum(axis=1))  # the positive itself is one of them
+            near[number, list(of_anchor[int(anchor_keys[row])] - {int(positive_places[row])})] = -np.inf
+        ranks.append((near >= positive_scores[:, None]).sum(axis=1))  # the positive itself is one of them
         scores = near / temperature
         highest = scores.max(axis=1)
-        losses.append(highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1)) - mine / temperature)
+        losses.append(highest + np.log(np.exp(scores - highest[:, None]).sum(axis=1)) - positive_scores / temperature)
     rank = np.concatenate(ranks)
     return {
         "loss": float(np.concatenate(losses).mean()),

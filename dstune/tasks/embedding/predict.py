@@ -32,7 +32,7 @@ class EmbeddingPredictor(Predictor):
         return {"vector": pooled(hidden, batch["attention_mask"], task.pooling)}
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        for row in kept:
+        for row in outputs:
             yield {"vector": row["vector"].tolist()}

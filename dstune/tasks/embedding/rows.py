@@ -18,16 +18,16 @@ class Contrastive(RowFormat):
     optional = ("negative",)
     checks: ClassVar[dict[str, Check]] = {"anchor": text, "positive": text_or_texts, "negative": text_or_texts}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        positives, negatives = texts_of(found["positive"]), texts_of(found.get("negative"))
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        positives, negatives = texts_of(values["positive"]), texts_of(values.get("negative"))
         if not positives:
             raise RowError("there is no positive")
         if set(positives).intersection(negatives):
             raise RowError("positive and negative are the same")
-        given = {"positive": positives, "negative": negatives}
+        texts_by_kind = {"positive": positives, "negative": negatives}
         return {
-            "anchor": found["anchor"],
-            **{kind: texts[0] if len(texts) == 1 else texts for kind, texts in given.items() if texts},
+            "anchor": values["anchor"],
+            **{kind: texts[0] if len(texts) == 1 else texts for kind, texts in texts_by_kind.items() if texts},
         }
 
 
@@ -40,8 +40,8 @@ class Bge(Contrastive):
     optional = ("neg",)
     checks: ClassVar[dict[str, Check]] = {"query": text, "pos": text_or_texts, "neg": text_or_texts}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return super().row({"anchor": found["query"], "positive": found["pos"], "negative": found.get("neg")}, task)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return super().row({"anchor": values["query"], "positive": values["pos"], "negative": values.get("neg")}, task)
 
 
 def texts_of(value: str | list[str] | None) -> list[str]:

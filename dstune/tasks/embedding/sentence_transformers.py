@@ -45,16 +45,20 @@ def embedding_overrides(folder: Path) -> list[str]:
     )
     settings = object_in(pooling / "config.json") if pooling else {}
     # Newer releases name the mode, older ones have a switch for each.
-    given = settings.get("pooling_mode")
-    named = [str(one) for one in (given if isinstance(given, list) else [given] if given else [])]
+    pooling_mode = settings.get("pooling_mode")
+    pooling_names = [
+        str(one) for one in (pooling_mode if isinstance(pooling_mode, list) else [pooling_mode] if pooling_mode else [])
+    ]
     chosen = [name.removeprefix("pooling_mode_") for name, on in settings.items() if on is True and "_mode_" in name]
     by_name = {name: mode for mode, name in MODES.items()} | {mode.value: mode for mode in MODES}
-    modes = [by_name.get(name) for name in named or chosen]
+    modes = [by_name.get(name) for name in pooling_names or chosen]
     if further or len(modes) != 1 or modes[0] is None:
-        what = (
-            f"a layer of the kind {further[0]}" if further else f"the pooling {', '.join(named or chosen) or 'unknown'}"
+        unsupported = (
+            f"a layer of the kind {further[0]}"
+            if further
+            else f"the pooling {', '.join(pooling_names or chosen) or 'unknown'}"
         )
-        reason = f"its modules.json names {what}, which dstune does not have"
+        reason = f"its modules.json names {unsupported}, which dstune does not have"
         raise UserError(Problem("MODEL", reason, "embed with sentence-transformers itself", str(folder)))
     length = object_in(folder / "sentence_bert_config.json").get("max_seq_length")
     longest = [f"data.max_length={length}"] if type(length) is int else []

@@ -63,7 +63,7 @@ class Preference(WritingTask):
 
         return JudgedHead(self.config, model) if self.config.single else PairHead(self.config, model)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.preference.metrics import preference_metrics
         from dstune.trainer.measure import Evaluation
 

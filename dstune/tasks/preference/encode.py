@@ -63,8 +63,8 @@ def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: in
     mismatched = padded([ids for ids, _ in exchanged], [labels for _, labels in exchanged], pad)
     arrays |= {f"other_{name}": array for name, array in mismatched.items()}
     if split.reference is not None:
-        known = reference(split, micro_batch)
-        arrays |= {"reference": known[:, 0], "other_reference": known[:, 1]}
+        logps = reference(split, micro_batch)
+        arrays |= {"reference": logps[:, 0], "other_reference": logps[:, 1]}
     desirable = np.array([sample["desirable"] for sample in samples], dtype=np.int64)
     return {**arrays, "desirable": desirable, "counted": counted(micro_batch)}
 
@@ -91,7 +91,7 @@ def _prompt(sample: dict[str, Any]) -> np.ndarray:
 
 def _exchanged(sample: dict[str, Any], other: dict[str, Any], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompt of `sample` with the answer of `other`, which is everything from its first target on; ids and labels."""
-    prompt, answer = (len(_prompt(of)) for of in (sample, other))
+    prompt, answer = (len(_prompt(source_sample)) for source_sample in (sample, other))
     ids = np.concatenate([_prompt(sample), other["input_ids"][answer:]])
     labels = np.concatenate([sample["labels"][:prompt], other["labels"][answer:]])
     return ids[:max_length], labels[:max_length]

@@ -39,10 +39,10 @@ class TargetLogits:
     def _keep_targets(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         if self._kept is None:
             return None
-        hidden, *rest = inputs
+        hidden, *other_inputs = inputs
         # A trained prompt stands in front of the row; none of its positions has a target.
-        kept = functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))
-        return (hidden[kept], *rest)
+        is_target = functional.pad(self._kept, (hidden.shape[1] - self._kept.shape[1], 0))
+        return (hidden[is_target], *other_inputs)
 
     def __call__(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows.
@@ -51,13 +51,13 @@ class TargetLogits:
         """
         # The label of the next position is the target of this one; the last position has none.
         targets = functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        self._kept = kept = targets != IGNORED
+        self._kept = is_target = targets != IGNORED
         try:
             # Packed rows are told apart only without a cache; with it they contaminate each other silently.
             logits = forward(**inputs_of(batch), use_cache=False).logits
         finally:
             self._kept = None
-        return logits.float(), targets[kept], kept.nonzero()[:, 0]
+        return logits.float(), targets[is_target], is_target.nonzero()[:, 0]
 
 
 class LogProbabilities:
@@ -70,10 +70,10 @@ class LogProbabilities:
     def __call__(self, forward: Forward, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
         """batch: PREFIX + input_ids, attention_mask, labels, each [rows, sequence]. Returns the sum over the targets of
         each row, fp32 [rows], and their number [rows]."""
-        named = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
-        logits, targets, rows = self._logits(forward, named)
+        inputs = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
+        logits, targets, rows = self._logits(forward, inputs)
         each = -functional.cross_entropy(logits, targets, reduction="none")
-        zeros = torch.zeros(len(named["input_ids"]), dtype=each.dtype, device=each.device)
+        zeros = torch.zeros(len(inputs["input_ids"]), dtype=each.dtype, device=each.device)
         return zeros.index_add(0, rows, each), zeros.index_add(0, rows, torch.ones_like(each.detach()))
 
     def reference(self, forward: Forward, batch: Batch, prefix: str = "") -> Tensor:

@@ -53,8 +53,8 @@ def with_reference(
     if not is_cached or _other_model(config) is not None:
         return data
     assert isinstance(head, (PairHead, JudgedHead))
-    found = _Cache(cache_root(), data, _identity(config, world), precision)
-    return found.filled(data, world, lambda: _compute(config, data, engine, head, world, pad_token_id))
+    cache = _Cache(cache_root(), data, _identity(config, world), precision)
+    return cache.filled(data, world, lambda: _compute(config, data, engine, head, world, pad_token_id))
 
 
 def with_reference_model(
@@ -65,13 +65,13 @@ def with_reference_model(
     other = _other_model(config)
     if other is None:
         return data
-    own, theirs = tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab()
-    if any(own.get(token) != number for token, number in theirs.items()):
+    model_ids, reference_ids = tokenizer.get_vocab(), load_tokenizer(other.model).get_vocab()
+    if any(model_ids.get(token) != number for token, number in reference_ids.items()):
         reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
         raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
     # Tokens that the run has added (`model.add_tokens`, a template's) get the rows that they have at the run's start.
-    identity = [*_identity(other, world), config.trainer.seed if len(own) > len(theirs) else None]
-    found = _Cache(cache_root(), data, identity, precision)
+    identity = [*_identity(other, world), config.trainer.seed if len(model_ids) > len(reference_ids) else None]
+    cache = _Cache(cache_root(), data, identity, precision)
 
     def compute() -> dict[str, np.ndarray]:
         settings = deepspeed_config(other, world.size, precision, on_gpu=accelerator.present())
@@ -84,7 +84,7 @@ def with_reference_model(
         engine.close()
         return computed
 
-    return found.filled(data, world, compute)
+    return cache.filled(data, world, compute)
 
 
 def _other_model(config: RunConfig) -> RunConfig | None:
@@ -137,16 +137,16 @@ def _compute(
 ) -> dict[str, np.ndarray]:
     """Log-probabilities of every sample of every part, float32 [samples, answers], on every rank."""
     engine.train(False)
-    found = {}
+    logps_by_part = {}
     for part in PARTS:
         split: Split | None = getattr(data, part)
         if split is None:
             continue
         batches = padded_batches(split.lengths, config)
-        mine = share(batches, world.rank, world.size)
+        local_batches = share(batches, world.rank, world.size)
         pairs = []
-        for number, micro_batch in enumerate(mine):
-            activity.info("reference of the %s rows", part, extra={"done": number + 1, "total": len(mine)})
+        for number, micro_batch in enumerate(local_batches):
+            activity.info("reference of the %s rows", part, extra={"done": number + 1, "total": len(local_batches)})
             batch = batch_of(config, split, micro_batch, pad_token_id)
             on_device = {key: value.to(engine.device) for key, value in batch.items()}
             values = engine.evaluate(head.log_probabilities, on_device).float().cpu().numpy()
@@ -156,9 +156,9 @@ def _compute(
         for of_rank in world.gather(pairs):
             for samples, values in of_rank:
                 array[samples] = values
-        found[part] = array
+        logps_by_part[part] = array
     engine.train(True)
-    return found
+    return logps_by_part
 
 
 def _identity(config: RunConfig, world: World) -> list[Any]:
@@ -178,6 +178,8 @@ def _identity(config: RunConfig, world: World) -> list[Any]:
         for path in folder.iterdir()
         if path.suffix in (".safetensors", ".json", ".bin", ".py")
     )
-    mine = {f"{number}/{path.name}": hash_file(path, bits=128) for number, path in files[world.rank :: world.size]}
-    digests = {name: digest for part in world.gather(mine) for name, digest in part.items()}
+    local_digests = {
+        f"{number}/{path.name}": hash_file(path, bits=128) for number, path in files[world.rank :: world.size]
+    }
+    digests = {name: digest for part in world.gather(local_digests) for name, digest in part.items()}
     return [*settings, digests, method.identity()]

@@ -48,8 +48,8 @@ class PreferenceFormat(RowFormat):
             return _instead(fields, ("response", "rejected_response"), chosen=fields["response"], rejected=worse)
         return fields
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        return pair_row(found)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        return pair_row(values)
 
 
 @row_format
@@ -60,8 +60,8 @@ class OpenAIPreference(RowFormat):
     conversational = True
     required = ("input", "preferred_output", "non_preferred_output")
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        request = found["input"]
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        request = values["input"]
         if isinstance(request, str):
             request = from_json(request, "column 'input' is text but not JSON")
         if not isinstance(request, Mapping) or not isinstance(request.get("messages"), list):
@@ -69,13 +69,13 @@ class OpenAIPreference(RowFormat):
         if strange := [key for key in request if key not in REQUEST and holds_something(request[key])]:
             raise RowError(f"column 'input' has the key {strange[0]!r}, which is not read")
         tools = request.get("tools") or request.get("functions")
-        answers = {"chosen": found["preferred_output"], "rejected": found["non_preferred_output"]}
+        answers = {"chosen": values["preferred_output"], "rejected": values["non_preferred_output"]}
         return pair_row({"prompt": request["messages"], "tools": tools, **answers})
 
 
-def _instead(fields: Mapping[str, Any], of: Sequence[str], **columns: Any) -> dict[str, Any]:
+def _instead(fields: Mapping[str, Any], removed: Sequence[str], **columns: Any) -> dict[str, Any]:
     """`fields` with other columns in the place of some."""
-    return {name: value for name, value in fields.items() if name not in of} | columns
+    return {name: value for name, value in fields.items() if name not in removed} | columns
 
 
 class Judged(RowFormat):
@@ -84,9 +84,9 @@ class Judged(RowFormat):
     conversational = True
     further_keys = "task.loss=kto"
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        verdict = found.pop("label")
-        return {**plain_exchange(found, needs_answer=True, silence=not verdict), "desirable": verdict}
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        verdict = values.pop("label")
+        return {**plain_exchange(values, needs_answer=True, silence=not verdict), "desirable": verdict}
 
 
 @row_format
@@ -106,10 +106,10 @@ class Feedback(Judged):
         "label": verdict_of,
     }
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        prompt = with_input(found["prompt"], found.pop("input", None))
-        found["prompt"] = after_history(prompt, found.pop("history", None))
-        return super().row(found, task)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        prompt = with_input(values["prompt"], values.pop("input", None))
+        values["prompt"] = after_history(prompt, values.pop("history", None))
+        return super().row(values, task)
 
 
 @row_format
@@ -126,6 +126,6 @@ class FeedbackMessages(Judged):
     }
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of, "label": verdict_of}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        found["prompt"], found["completion"] = parted(found.pop("messages"))
-        return super().row(found, task)
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        values["prompt"], values["completion"] = parted(values.pop("messages"))
+        return super().row(values, task)

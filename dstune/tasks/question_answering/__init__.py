@@ -66,10 +66,10 @@ class QuestionAnswering(Task):
 
         return AnswerHead(self.config.max_answer_tokens)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.question_answering.metrics import measure
 
-        return measure(self.config, split, totals, kept)
+        return measure(self.config, split, totals, outputs)
 
     def counterfactual(
         self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray

@@ -67,15 +67,15 @@ def answer_metrics(
     without an answer fare, and which threshold would give the highest F1 on these rows (`best_threshold`, `best_f1`).
     """
     if margins is None:
-        both = [scores(text, of, no_answer=False) for text, of in zip(predicted, right, strict=True)]
+        both = [scores(text, answers, no_answer=False) for text, answers in zip(predicted, right, strict=True)]
         return {"exact_match": _mean([exact for exact, _ in both]), "f1": _mean([f1 for _, f1 in both])}
-    spans = [scores(text, of, no_answer=True) for text, of in zip(predicted, right, strict=True)]
-    none = [(float(not of), float(not of)) for of in right]
+    spans = [scores(text, answers, no_answer=True) for text, answers in zip(predicted, right, strict=True)]
+    none = [(float(not answers), float(not answers)) for answers in right]
     chosen = [empty if margin > threshold else span for margin, span, empty in zip(margins, spans, none, strict=True)]
-    answerable = [bool(of) for of in right]
+    answerable = [bool(answers) for answers in right]
     metrics = {"exact_match": _mean([exact for exact, _ in chosen]), "f1": _mean([f1 for _, f1 in chosen])}
     for name, which in (("answerable", True), ("unanswerable", False)):
-        part = [both for both, of in zip(chosen, answerable, strict=True) if of is which]
+        part = [both for both, answers in zip(chosen, answerable, strict=True) if answers is which]
         if part:
             metrics[f"exact_match_{name}"] = _mean([exact for exact, _ in part])
             metrics[f"f1_{name}"] = _mean([f1 for _, f1 in part])
@@ -95,27 +95,27 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
-    spans, margins = best_spans(split, kept)
+def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
+    spans, margins = best_spans(split, outputs)
     right = [[answer["text"] for answer in row["answers"]] for row in texts_of(split)]
     metrics = answer_metrics(spans, right, margins if task.no_answer else None, task.threshold)
-    found = spans
+    answers = spans
     if task.no_answer:
-        found = ["" if margin > task.threshold else span for span, margin in zip(spans, margins, strict=True)]
+        answers = ["" if margin > task.threshold else span for span, margin in zip(spans, margins, strict=True)]
     loss = {"loss": totals.loss_sum / totals.weight}
-    pairs = tuple(zip(right, found, strict=True))
+    pairs = tuple(zip(right, answers, strict=True))
     return Evaluation(loss | metrics | {"targets": float(len(right))}, predictions=pairs)
 
 
-def best_spans(split: Split, kept: Sequence[Row]) -> tuple[list[str], list[float]]:
+def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[float]]:
     """Of each question the text of the best span of all chunks, and how much better having no answer scores."""
     spans, margins = [], []
-    for chunks, row in zip(rows_of(split, kept), texts_of(split), strict=True):
+    for chunks, row in zip(rows_of(split, outputs), texts_of(split), strict=True):
         best = max(chunks, key=lambda chunk: float(chunk["score"]))
         # A chunk that does not hold the answer knows of none; one that is sure of the answer speaks for all.
         margins.append(min(float(chunk["null"]) for chunk in chunks) - float(best["score"]))
-        found = math.isfinite(float(best["score"]))
-        spans.append(row["context"][int(best["char_start"]) : int(best["char_end"])].strip() if found else "")
+        has_answer = math.isfinite(float(best["score"]))
+        spans.append(row["context"][int(best["char_start"]) : int(best["char_end"])].strip() if has_answer else "")
     return spans, margins
 
 
@@ -129,8 +129,8 @@ def swapped_answers(
     return [normalized(swaps.text(text)) for text in earlier], [normalized(text) for text in later]
 
 
-def _given(task: QuestionAnsweringConfig, split: Split, kept: Sequence[Row]) -> list[str]:
+def _given(task: QuestionAnsweringConfig, split: Split, outputs: Sequence[Row]) -> list[str]:
     """The answer to each question, empty where there is none."""
-    spans, margins = best_spans(split, kept)
+    spans, margins = best_spans(split, outputs)
     none = [task.no_answer and margin > task.threshold for margin in margins]
     return ["" if no_answer else span for no_answer, span in zip(none, spans, strict=True)]

@@ -30,9 +30,9 @@ class AnswerPredictor(Predictor):
     question_class = QuestionAboutText
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         task: Any = self.config.task
-        for span, margin in zip(*best_spans(split, kept), strict=True):
+        for span, margin in zip(*best_spans(split, outputs), strict=True):
             absent = task.no_answer and margin > task.threshold
             yield {"predicted": "" if absent else span} | ({"no_answer": margin} if task.no_answer else {})

@@ -20,13 +20,13 @@ class Squad(RowFormat):
     optional = ("id", "is_impossible")
     checks: ClassVar[dict[str, Check]] = {"question": text, "context": text}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
         config = task.config if task is not None else None
         no_answer = isinstance(config, QuestionAnsweringConfig) and config.no_answer
-        named = f"question {found['id']!r}: " if isinstance(found.get("id"), str) else ""
+        prefix = f"question {values['id']!r}: " if isinstance(values.get("id"), str) else ""
         try:
-            answers = [] if found.get("is_impossible") is True else answers_of(found["answers"])
-            checked_answers(answers, found["context"], no_answer=no_answer)
+            answers = [] if values.get("is_impossible") is True else answers_of(values["answers"])
+            checked_answers(answers, values["context"], no_answer=no_answer)
         except RowError as error:  # many files have all questions in one line
-            raise RowError(f"{named}{error}") from None
-        return {"question": found["question"], "context": found["context"], "answers": answers}
+            raise RowError(f"{prefix}{error}") from None
+        return {"question": values["question"], "context": values["context"], "answers": answers}

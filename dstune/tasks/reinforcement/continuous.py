@@ -64,9 +64,9 @@ def sample_continuously(
             _note(current, token.tolist(), logp.double().tolist(), entropy.tolist(), ended.tolist())
             is_over = [c.ended or len(c.ids) >= max_new_tokens for c in current.completions]
             done |= {(c.prompt, c.sample): c for c, over in zip(current.completions, is_over, strict=True) if over}
-            kept = [row for row, over in enumerate(is_over) if not over]
-            if len(kept) < len(is_over):
-                current, token = _select(current, kept, device), token[kept]
+            going_on = [row for row, over in enumerate(is_over) if not over]
+            if len(going_on) < len(is_over):
+                current, token = _select(current, going_on, device), token[going_on]
             if current is not None:
                 _advance(model, current, token)
     return [done[number, sample] for number, _ in prompts for sample in range(samples)]
@@ -92,18 +92,18 @@ def _advance(model: nn.Module, rows: _Rows, token: Tensor) -> None:
     rows.positions = rows.positions + 1
 
 
-def _select(rows: _Rows, kept: list[int], device: torch.device) -> _Rows | None:
+def _select(rows: _Rows, row_numbers: list[int], device: torch.device) -> _Rows | None:
     """The rows that go on, without what is padding in all of them."""
-    if not kept:
+    if not row_numbers:
         return None
-    index = torch.tensor(kept, device=device)
+    index = torch.tensor(row_numbers, device=device)
     rows.cache.batch_select_indices(index)
     mask = rows.mask[index]
     padded = int((mask.cumsum(dim=1) == 0).sum(dim=1).min())
     if padded:
         for layer in rows.cache.layers:
             layer.keys, layer.values = layer.keys[:, :, padded:], layer.values[:, :, padded:]
-    completions = [rows.completions[row] for row in kept]
+    completions = [rows.completions[row] for row in row_numbers]
     return _Rows(completions, rows.keys[index], mask[:, padded:], rows.positions[index], rows.logits[index], rows.cache)
 
 

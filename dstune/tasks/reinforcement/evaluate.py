@@ -28,18 +28,18 @@ def evaluate_rewards(
     stops = stop_token_ids(evaluator.tokenizer, task.chat_template_kwargs)
     rollouts = Rollouts(config, split, evaluator.engine, evaluator.head, evaluator.tokenizer, world, None, stops)
     batches = padded_batches(split.lengths, config)
-    mine = share(batches, world.data_parallel_rank, world.data_parallel_size)
+    local_batches = share(batches, world.data_parallel_rank, world.data_parallel_size)
     pad = evaluator.tokenizer.pad_token_id
     groups: list[list[Scored]] = []
     try:
-        for number, micro_batch in enumerate(mine):
+        for number, micro_batch in enumerate(local_batches):
             prompts = [(micro_batch, batch_of(config, split, micro_batch, pad))]
             completed = rollouts.complete(prompts, SEED_OF_EVALUATION, samples=1)
             rollouts.score(completed)
             if not micro_batch.filler:
                 groups += [[scored] for scored in completed[0]]
             if progress:
-                progress(number + 1, len(mine))
+                progress(number + 1, len(local_batches))
     finally:
         rollouts.close()
     everyone = [row for rank in world.gather([_as_row(group[0]) for group in groups]) for row in rank]

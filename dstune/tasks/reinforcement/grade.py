@@ -83,9 +83,9 @@ class Graders:
 
     def run_python(self, source: str, sample: Sample) -> float:
         """Raises GraderFailed."""
-        given = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
+        arguments = {"source": source, "sample": sample.values["sample"], "item": dict(sample.item)}
         try:
-            outcome = run_program(PYTHON_GRADER, json.dumps(given), self.limits)
+            outcome = run_program(PYTHON_GRADER, json.dumps(arguments), self.limits)
         except RuntimeError as error:
             raise GraderFailed("python_grader_server_error", str(error)) from None
         try:

@@ -42,20 +42,20 @@ class PolicyHead(CausalLmHead):
         """batch: input_ids, attention_mask, labels [completions, sequence] (the sampled tokens), sampled [completions, sequence]
         (the sampler's log-probability of each label), advantages [completions]; old [targets] from the second update on."""
         labels, inputs = self.labels_of(batch), inputs_of(batch)
-        kept = (labels != IGNORED).flatten().nonzero().squeeze(1)
-        targets = labels.flatten().index_select(0, kept)
+        positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        targets = labels.flatten().index_select(0, positions)
         width, count = labels.shape[1], len(labels)
-        completion = kept // width
+        completion = positions // width
         reference = None
         if self._task.kl.coefficient:  # first, so that no activations of the other pass are in memory meanwhile
             with torch.no_grad(), without_adapters(self._model):
-                reference = self._of_targets(forward, inputs, kept, targets, width)
-        logps = self._of_targets(forward, inputs, kept, targets, width)
+                reference = self._of_targets(forward, inputs, positions, targets, width)
+        logps = self._of_targets(forward, inputs, positions, targets, width)
         old = batch["old"] if "old" in batch else logps.detach()
         if self.kept_old is not None and "old" not in batch:
             self.kept_old.append(old)
         advantages = batch["advantages"][completion]
-        sampled = _shifted(batch["sampled"]).flatten().index_select(0, kept)
+        sampled = _shifted(batch["sampled"]).flatten().index_select(0, positions)
         cap = self._task.cap
         correction = None if cap is None else importance_factors(old, sampled, cap)
         output = policy_loss(self._task, logps, old, advantages, completion, count, reference, correction)
@@ -76,10 +76,10 @@ class PolicyHead(CausalLmHead):
         return HeadOutput(loss_sum=output.loss_sum, weight=torch.tensor(len(targets)), correct=zero, sums=sums)
 
     def _of_targets(
-        self, forward: Forward, inputs: Mapping[str, Any], kept: Tensor, targets: Tensor, width: int
+        self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor, width: int
     ) -> Tensor:
         """Log-probabilities of `targets`, fp32 [targets]."""
-        self._kept, self._targets = (kept, width), targets if self.examined else None
+        self._kept, self._targets = (positions, width), targets if self.examined else None
         try:
             output: Tensor = forward(**inputs, use_cache=False).logits
         finally:
@@ -116,9 +116,9 @@ def turn_off_dropout(model: nn.Module) -> None:
 @contextmanager
 def kept_log_probabilities(head: PolicyHead) -> Iterator[list[Tensor]]:
     """Within, the log-probabilities of each micro-batch are kept, in order."""
-    kept: list[Tensor] = []
-    head.kept_old = kept
+    logps: list[Tensor] = []
+    head.kept_old = logps
     try:
-        yield kept
+        yield logps
     finally:
         head.kept_old = None

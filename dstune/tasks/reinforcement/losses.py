@@ -117,19 +117,19 @@ def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tens
 def advantages_of(config: ReinforcementConfig, rewards: Tensor) -> Tensor:
     """Advantages, float64 [prompts, samples]. rewards: the same shape; not a number where no reward could be computed, which
     gives the advantage 0 and no share in the others."""
-    known = ~rewards.isnan()
-    count = known.sum(dim=1, keepdim=True)
-    values = torch.where(known, rewards, 0.0)
+    has_reward = ~rewards.isnan()
+    count = has_reward.sum(dim=1, keepdim=True)
+    values = torch.where(has_reward, rewards, 0.0)
     mean = values.sum(dim=1, keepdim=True) / count.clamp(min=1)
     if config.loss is PolicyLoss.rloo:  # minus the mean of the others, which is (R - mean) * n / (n - 1)
         advantages = (values - mean) * count / (count - 1).clamp(min=1)
     else:
         advantages = values - mean
     if config.scale is RewardScale.group:
-        squared = torch.where(known, (values - mean).square(), 0.0).sum(dim=1, keepdim=True)
+        squared = torch.where(has_reward, (values - mean).square(), 0.0).sum(dim=1, keepdim=True)
         advantages = advantages / ((squared / (count - 1).clamp(min=1)).sqrt() + EPSILON)
     elif config.scale is RewardScale.batch:
-        everything = rewards[known]
+        everything = rewards[has_reward]
         spread = everything.std() if len(everything) > 1 else torch.zeros((), dtype=rewards.dtype)
         advantages = advantages / (spread + EPSILON)
-    return torch.where(known, advantages, 0.0)
+    return torch.where(has_reward, advantages, 0.0)

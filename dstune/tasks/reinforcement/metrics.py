@@ -94,8 +94,8 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
 
 def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) -> float:
     """The reward of a completion; not a number where nothing could score it."""
-    known = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
-    return sum(known) if known else math.nan
+    weighted = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
+    return sum(weighted) if weighted else math.nan
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -68,9 +68,9 @@ def end(code: int) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform != "linux":  # nothing tells who is left behind in sessions of its own
         os.killpg(0, signal.SIGKILL)
-    while found := descendants(os.getpid()):
+    while processes := descendants(os.getpid()):
         for kind in (signal.SIGSTOP, signal.SIGKILL):  # a stopped one starts no other
-            for process in found:
+            for process in processes:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, kind)
         with suppress(ChildProcessError):
@@ -91,8 +91,8 @@ def descendants(ancestor: int) -> list[int]:
                 if state != "Z" or int(parent) == ancestor:
                     parents[int(name)] = int(parent)
     below = {ancestor}
-    while found := {process for process, parent in parents.items() if parent in below} - below:
-        below |= found
+    while children := {process for process, parent in parents.items() if parent in below} - below:
+        below |= children
     return sorted(below - {ancestor})
 
 

@@ -171,8 +171,8 @@ class RewardProcess:
         try:
             _write(child.stdin.fileno(), json.dumps(request).encode() + b"\n", deadline)
             while not line.endswith(b"\n"):
-                left = deadline - time.monotonic()
-                if left <= 0 or not select.select([child.stdout], [], [], left)[0]:
+                seconds_left = deadline - time.monotonic()
+                if seconds_left <= 0 or not select.select([child.stdout], [], [], seconds_left)[0]:
                     raise TimeoutError
                 part = os.read(child.stdout.fileno(), 2**20)
                 if not part:
@@ -212,8 +212,8 @@ def _write(descriptor: int, content: bytes, deadline: float) -> None:
     view = memoryview(content)
     os.set_blocking(descriptor, False)
     while view:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([], [descriptor], [], left)[1]:
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0 or not select.select([], [descriptor], [], seconds_left)[1]:
             raise TimeoutError
         with suppress(BlockingIOError):
             view = view[os.write(descriptor, view[: 2**16]) :]

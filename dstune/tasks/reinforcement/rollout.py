@@ -98,17 +98,17 @@ class Rollouts:
         recorded = self._recorded(step.number)
         if recorded is None:
             state = {"global_step": step.number - 1, "max_steps": run.total_steps, "epoch": step.epoch}
-            written, mine = self._written(step.number), []
+            written, local_completions = self._written(step.number), []
             # Environments live until the next ones begin, so that each batch is scored before.
             for part in prompts if self._environments else [None]:
                 with run.around("generating"):
                     new = self.complete(prompts if part is None else [part], step.number)
                 with run.around("scoring"):
                     self._scorer.score(new, written, state)
-                mine += new
+                local_completions += new
         else:
-            mine = self._replayed(prompts, recorded)
-        groups = self._with_advantages(mine, [part for part, _ in prompts])
+            local_completions = self._replayed(prompts, recorded)
+        groups = self._with_advantages(local_completions, [part for part, _ in prompts])
         if recorded is None and self._run_dir is not None and self._world.is_main:
             everyone = [scored for group in groups for scored in group]
             numbers = {scored.completion.prompt for scored in everyone}
@@ -118,7 +118,7 @@ class Rollouts:
         logged = self._logged()
         sums = self._sums_of(groups) | logged
         self._sums = sums if self._world.is_main else dict.fromkeys(sums, 0.0)
-        return self._training_batch(mine, step.batch, groups)
+        return self._training_batch(local_completions, step.batch, groups)
 
     def _logged(self) -> dict[str, float]:
         """What rewards logged in this step on any rank, the mean by name: the same on all of them."""
@@ -126,7 +126,7 @@ class Rollouts:
         self._scorer.logged = {}
         names = sorted({name for of_rank in everyone for name in of_rank})
         values = {name: [value for of_rank in everyone for value in of_rank.get(name, ())] for name in names}
-        return {f"{LOGGED}{name}": sum(found) / len(found) for name, found in values.items()}
+        return {f"{LOGGED}{name}": sum(numbers) / len(numbers) for name, numbers in values.items()}
 
     @contextmanager
     def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
@@ -134,8 +134,8 @@ class Rollouts:
         if self.updates == 1:
             yield lambda number: ()
             return
-        with kept_log_probabilities(self._head) as kept:
-            yield lambda number: [{"old": logps} for logps in kept] if number else ()
+        with kept_log_probabilities(self._head) as old_logps:
+            yield lambda number: [{"old": logps} for logps in old_logps] if number else ()
 
     def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
         """Sums of the rollout, to be added to those of this rank's head (`sums`).
@@ -158,7 +158,7 @@ class Rollouts:
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
     ) -> list[list[Scored]]:
         """This rank's completions, of each micro-batch of prompts (`encode.prompt_batch`)."""
-        task, world, found = self._task, self._world, []
+        task, world, by_batch = self._task, self._world, []
         keys = self._config.trainer.seed, step
         with speaking(self._engine, world) as (module, in_step):
             if task.rollout is Rollout.fast:
@@ -167,7 +167,7 @@ class Rollouts:
                 if self._environments is not None:
                     numbers = batch["sample"].tolist()
                     count = samples or task.samples
-                    found.append(self._environments.complete(module, numbers, count, keys, world, in_step=in_step))
+                    by_batch.append(self._environments.complete(module, numbers, count, keys, world, in_step=in_step))
                     continue
                 completions = sample_completions(
                     module,
@@ -182,10 +182,13 @@ class Rollouts:
                     keys=keys,
                     goes_on=world.any if in_step else bool,
                 )
-                found.append(
-                    [Scored(one, self._tokenizer.decode(one.ids, skip_special_tokens=True)) for one in completions]
+                by_batch.append(
+                    [
+                        Scored(completion, self._tokenizer.decode(completion.ids, skip_special_tokens=True))
+                        for completion in completions
+                    ]
                 )
-        return found
+        return by_batch
 
     def _complete_continuously(
         self,
@@ -218,12 +221,18 @@ class Rollouts:
             keys=keys,
             device=self._engine.device,
         )
-        texts = {place_of(one): self._tokenizer.decode(one.ids, skip_special_tokens=True) for one in completions}
+        texts = {
+            place_of(written): self._tokenizer.decode(written.ids, skip_special_tokens=True) for written in completions
+        }
         by_prompt: dict[int, list[Completion]] = {}
         for completion in completions:
             by_prompt.setdefault(completion.prompt, []).append(completion)
         return [
-            [Scored(one, texts[place_of(one)]) for number in batch["sample"].tolist() for one in by_prompt[number]]
+            [
+                Scored(written, texts[place_of(written)])
+                for number in batch["sample"].tolist()
+                for written in by_prompt[number]
+            ]
             for _, batch in prompts
         ]
 
@@ -231,9 +240,11 @@ class Rollouts:
         """Let the rewards score completions."""
         self._scorer.score(completed, {})
 
-    def _with_advantages(self, mine: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]) -> list[list[Scored]]:
-        """All completions of the step in the order of its prompts, a list for each prompt, on every rank; those of `mine` get
-        their advantages.
+    def _with_advantages(
+        self, local_completions: Sequence[Sequence[Scored]], parts: Sequence[MicroBatch]
+    ) -> list[list[Scored]]:
+        """Return all completions of the step in the order of its prompts, a list for each prompt, on every rank; set the advantages
+        of `local_completions`.
 
         Raises:
             UserError: a reward could score none of them. On all ranks alike.
@@ -241,7 +252,7 @@ class Rollouts:
         task, world, samples = self._task, self._world, self._task.samples
         counted = [
             [pack_scored(scored) for scored in batch] if not part.filler else []
-            for part, batch in zip(parts, mine, strict=True)
+            for part, batch in zip(parts, local_completions, strict=True)
         ]
         everyone = world.gather(counted)
         ordered = [
@@ -261,13 +272,13 @@ class Rollouts:
         weights = task.weights
         rewards = torch.tensor([weighted_reward(scored.scores, weights) for scored in ordered], dtype=torch.float64)
         advantages = advantages_of(task, rewards.view(-1, samples)).flatten().tolist()
-        known = {}
+        advantage_by_id = {}
         for scored, reward, advantage in zip(ordered, rewards.tolist(), advantages, strict=True):
             scored.reward, scored.advantage = None if math.isnan(reward) else reward, advantage
-            known[identity_of(scored.completion)] = advantage
-        for batch in mine:
+            advantage_by_id[identity_of(scored.completion)] = advantage
+        for batch in local_completions:
             for scored in batch:
-                scored.advantage = known.get(identity_of(scored.completion), 0.0)
+                scored.advantage = advantage_by_id.get(identity_of(scored.completion), 0.0)
         return [ordered[start : start + samples] for start in range(0, len(ordered), samples)]
 
     def _required(self, name: str) -> str:
@@ -277,12 +288,12 @@ class Rollouts:
         return f"the columns of the rows, which need {', '.join(columns)}" if columns else "its process"
 
     def _training_batch(
-        self, mine: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
+        self, local_completions: Sequence[Sequence[Scored]], batch: RankBatch, groups: Sequence[Sequence[Scored]]
     ) -> RankBatch:
         """Micro-batches of `trainer.micro_batch_size` completions; equally many on every rank."""
         world, size = self._world, self._config.trainer.rows
         rows: list[tuple[Scored, bool]] = []
-        for (part, _), completed in zip(batch.batches, mine, strict=True):
+        for (part, _), completed in zip(batch.batches, local_completions, strict=True):
             rows += [(scored, not part.filler) for scored in completed]
         rows.sort(key=lambda row: not row[1])  # fillers last; stable
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -351,8 +362,8 @@ class Rollouts:
         rows: list[dict[str, Any]] = []
         if self._world.is_main and self._run_dir is not None:
             rows = read_records(self._run_dir / FOLDER, step)
-        found = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
-        return {identity_of(scored.completion): scored for scored in found if scored is not None}
+        records = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
+        return {identity_of(scored.completion): scored for scored in records if scored is not None}
 
     def _recorded(self, step: int) -> dict[str, Scored] | None:
         """The completions of the run that `task.replay` names, by prompt and sample; None without one.
@@ -365,8 +376,8 @@ class Rollouts:
         rows: list[dict[str, Any]] = []
         if self._world.is_main:
             rows = read_records(Path(self._task.replay), step)
-        found = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
-        recorded = {place_of(scored.completion): scored for scored in found if scored is not None}
+        records = [from_record(row, self._task.reward_names) for row in self._world.broadcast(rows)]
+        recorded = {place_of(scored.completion): scored for scored in records if scored is not None}
         if not recorded:
             reason = f"it has no completions of step {step} with the rewards of this run"
             raise UserError(
@@ -377,12 +388,12 @@ class Rollouts:
     def _replayed(
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], recorded: Mapping[str, Scored]
     ) -> list[list[Scored]]:
-        found = []
+        replayed = []
         missing: list[int] = []
         for _, batch in prompts:
             places = [(prompt, sample) for prompt in batch["sample"].tolist() for sample in range(self._task.samples)]
             missing += [prompt for prompt, sample in places if f"{prompt}/{sample}" not in recorded]
-            found.append(
+            replayed.append(
                 [recorded[f"{prompt}/{sample}"] for prompt, sample in places if f"{prompt}/{sample}" in recorded]
             )
         absent = [prompts for prompts in self._world.gather(missing) if prompts]
@@ -390,7 +401,7 @@ class Rollouts:
             reason = f"it lacks completions of prompt {absent[0][0]}, which this step trains"
             fix = "the same data, seed, global_batch_size and samples as in the recorded run"
             raise UserError(Problem("task.replay", reason, fix, str(self._task.replay)))
-        return found
+        return replayed
 
 
 def _base_of(model: Any) -> Any:

@@ -33,12 +33,12 @@ class Prompt(RowFormat):
         columns = {name: value for name, value in fields.items() if value is not None}
         return {**fields, "columns": columns}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        prompt = found["prompt"]
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        prompt = values["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        row = conversation_row(with_system(messages, found.get("system")), found, needs_answer=False)
+        row = conversation_row(with_system(messages, values.get("system")), values, needs_answer=False)
         if row["messages"][-1]["role"] == "assistant":
             raise RowError("the prompt ends with an answer of the assistant, so there is nothing left to answer")
         # Whatever the data call it, rewards get it as `prompt`.
-        columns = {**found["columns"], "prompt": prompt}
+        columns = {**values["columns"], "prompt": prompt}
         return {**row, "plain": isinstance(prompt, str) and len(row["messages"]) == 1, "columns": columns}

@@ -65,8 +65,8 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
             reason = "there is no such reward"
             yield Problem("task.rewards", reason, f"one of {names}, or plugins=[FILE] that registers it", name)
     if task.environment is not None and task.environment not in ENVIRONMENTS:
-        known = ", ".join(ENVIRONMENTS) or "none is registered"
-        fix = f"plugins=[FILE] that registers it ({known})"
+        environment_names = ", ".join(ENVIRONMENTS) or "none is registered"
+        fix = f"plugins=[FILE] that registers it ({environment_names})"
         yield Problem("task.environment", "there is no such environment", fix, task.environment)
         return
     scorers = task.reward_names

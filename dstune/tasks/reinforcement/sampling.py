@@ -165,7 +165,7 @@ def _continued(
     rows, device = len(input_ids) * samples, input_ids.device
     ending = torch.tensor(sorted(ends), device=device)
     room = torch.tensor(limits, device=device)
-    before = torch.tensor(list(positions_before) or [0] * rows, device=device)
+    tokens_before = torch.tensor(list(positions_before) or [0] * rows, device=device)
     with torch.no_grad():
         cache = DynamicCache(config=configuration_of(model))
         logits = last_logits(model, input_ids, attention_mask, positions_of(attention_mask), cache)
@@ -178,7 +178,7 @@ def _continued(
         ended = torch.zeros_like(active)
         tokens, logps, entropies, were_active = [], [], [], []
         for position in itertools.count():
-            token, logp, entropy = draw(logits, temperature, mixed(row_keys, before + position))
+            token, logp, entropy = draw(logits, temperature, mixed(row_keys, tokens_before + position))
             token = torch.where(active, token, padding)
             tokens.append(token)
             logps.append(logp)

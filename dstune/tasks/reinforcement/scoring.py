@@ -43,17 +43,20 @@ class Scorer:
         return question if isinstance(question, str) else str((question or [{}])[-1].get("content", ""))
 
     def score(
-        self, completed: Sequence[Sequence[Scored]], known: Mapping[str, Scored], state: Mapping[str, Any] | None = None
+        self,
+        completed: Sequence[Sequence[Scored]],
+        scored_before: Mapping[str, Scored],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         """Give the completions their scores.
 
-        known: completions that an earlier launch had scored at this step, by `identity_of`: a reward that asks a judge or a clock
-        is not asked again for what it has answered. state: what `trainer_state` of TRL's functions has.
+        scored_before: completions that an earlier launch had scored at this step, by `identity_of`: a reward that asks a judge or a
+        clock is not asked again for what it has answered. state: what `trainer_state` of TRL's functions has.
         """
         for batch in completed:
             new = []
             for scored in batch:
-                earlier = known.get(identity_of(scored.completion))
+                earlier = scored_before.get(identity_of(scored.completion))
                 if earlier is None:
                     new.append(scored)
                 else:

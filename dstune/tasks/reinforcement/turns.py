@@ -117,7 +117,9 @@ class Environments:
         for completion, row, observation in zip(completions, rows, answer["results"], strict=True):
             prompt, arguments = row["prompt"], row.get("chat_template_kwargs") or {}
             messages = (
-                [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
+                [{"role": "user", "content": prompt}]
+                if isinstance(prompt, str)
+                else [dict(message) for message in prompt]
             )
             messages = with_system(messages, row.get("system"))
             if observation:
@@ -137,13 +139,13 @@ class Environments:
         self, module: nn.Module, active: Sequence[Episode], keys: tuple[int, int], goes_on: Callable[[bool], bool]
     ) -> None:
         """The next answer of each."""
-        turns, before = [], []
+        turns, lengths_before = [], []
         for episode in active:
             completion = episode.completion
             assert completion.prompt_ids is not None
             tokens = [*completion.prompt_ids, *completion.ids]
             turns.append(Turn(completion, tokens, self._task.max_new_tokens - len(completion.ids)))
-            before.append(len(completion.ids))
+            lengths_before.append(len(completion.ids))
         ended = continue_completions(
             module,
             turns,
@@ -154,7 +156,7 @@ class Environments:
             goes_on=goes_on,
             device=next(module.parameters()).device,
         )
-        for episode, start, has_ended in zip(active, before, ended, strict=True):
+        for episode, start, has_ended in zip(active, lengths_before, ended, strict=True):
             episode.answers += 1
             text = self._tokenizer.decode(episode.completion.ids[start:], skip_special_tokens=False)
             text = _without_end(text, self._tokenizer, episode.completion.ids[-1:], self._ends)
@@ -171,10 +173,10 @@ class Environments:
             return text, []
         reader = ToolText(self._form)
         visible = reader.push(text)
-        rest, calls = reader.finish()
+        last_text, calls = reader.finish()
         for number, call in enumerate(calls):  # names of their own would be others in every launch
             call["id"] = f"call{len(episode.history):04d}{number % 10}"
-        return visible + rest, calls
+        return visible + last_text, calls
 
     def _act(self, active: Sequence[Episode], starts: int) -> None:
         """Run the calls of each, and put the results behind its tokens."""
@@ -228,12 +230,14 @@ class Environments:
     def _plain_suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
         """The same with results in which nothing reads like the end of a turn."""
         plain = [{**message, "content": "ok"} for message in results]
-        given: dict[str, Any] = {"tools": self.tools or None, "arguments": arguments}
-        before = self._template.text([*map(self._renderer.facts.adapted, history)], **given)
-        after = self._template.text([*map(self._renderer.facts.adapted, [*history, *plain])], prompt=True, **given)
+        options: dict[str, Any] = {"tools": self.tools or None, "arguments": arguments}
+        text_before = self._template.text([*map(self._renderer.facts.adapted, history)], **options)
+        after = self._template.text([*map(self._renderer.facts.adapted, [*history, *plain])], prompt=True, **options)
         marks = [self._tokenizer.decode([token]) for token in self._ends]
-        end = max((before.rfind(mark) + len(mark) for mark in marks if mark in before), default=len(before))
-        if not after.startswith(before[:end]):
+        end = max(
+            (text_before.rfind(mark) + len(mark) for mark in marks if mark in text_before), default=len(text_before)
+        )
+        if not after.startswith(text_before[:end]):
             reason = "the chat template prints earlier turns in another way once a tool has answered"
             raise UserError(Problem("model.chat_template", reason, "a template that only adds to what it has printed"))
         ids: list[int] = self._tokenizer(after[end:], add_special_tokens=False)["input_ids"]
@@ -281,8 +285,8 @@ def _unbound(method: Any) -> Any:
     parameters = list(signature.parameters.values())[1:]
 
     @functools.wraps(method)
-    def tool(*arguments: Any, **named: Any) -> Any:
-        return method(None, *arguments, **named)
+    def tool(*arguments: Any, **keywords: Any) -> Any:
+        return method(None, *arguments, **keywords)
 
     tool.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return tool

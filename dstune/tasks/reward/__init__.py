@@ -74,7 +74,7 @@ class Reward(Task):
 
         return reward_head
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.reward.metrics import reward_metrics
         from dstune.trainer.measure import Evaluation
 
@@ -105,8 +105,8 @@ class Reward(Task):
         """The better answer of a pair."""
         from dstune.data.tokenize import conversation
 
-        kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-        return {"messages": conversation(dict(row)), **kept}
+        template_columns = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+        return {"messages": conversation(dict(row)), **template_columns}
 
     def predictor(self) -> type[Predictor]:
         from dstune.tasks.reward.predict import RewardPredictor

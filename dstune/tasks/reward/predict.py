@@ -37,7 +37,7 @@ class RewardPredictor(Predictor):
 
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
         task: Any = self.config.task
-        rows = [one.row for one in requested]
+        rows = [query.row for query in requested]
         fmt = "messages" if any("messages" in row for row in rows) else "preference"
         encode = RewardEncoder(
             self.tokenizer, task.template_date, fmt, self.longest, arguments=task.chat_template_kwargs
@@ -52,7 +52,7 @@ class RewardPredictor(Predictor):
         return {"score": self.model(**inputs_of(batch)).logits.float()[:, 0]}
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        for row in kept:
+        for row in outputs:
             yield {"score": row["score"].tolist()}

@@ -70,7 +70,7 @@ class Seq2Seq(LanguageTask):
 
         return EncoderDecoderHead(model) if model.config.is_encoder_decoder else CausalLmHead(model, rows)
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.metrics.language import language_model_metrics
         from dstune.trainer.measure import Evaluation
 

@@ -74,10 +74,10 @@ def generate_targets(
     longest = math.ceil(LONGER * int(split.weights.max()))
     written: list[tuple[int, str]] = []
     with speaking(engine, world) as (module, in_step):
-        mine = share(batches, world.rank, world.size)
-        for number, batch in enumerate(mine):
+        local_batches = share(batches, world.rank, world.size)
+        for number, batch in enumerate(local_batches):
             if progress:
-                progress(number, len(mine))
+                progress(number, len(local_batches))
             if batch.filler and not in_step:
                 continue
             prompts = [decoder_prompt(split.sample(index), NO_TARGET) for index in batch.samples]

@@ -23,9 +23,9 @@ class SourceTarget(RowFormat):
     }
     checks: ClassVar[dict[str, Check]] = {"source": text, "target": text}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
-        arguments = template_arguments(found.pop("chat_template_kwargs", None))
-        return {**found, "chat_template_kwargs": arguments} if arguments else found
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
+        arguments = template_arguments(values.pop("chat_template_kwargs", None))
+        return {**values, "chat_template_kwargs": arguments} if arguments else values
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
         """A column `translation` may hold a text for each language (`{"en": ..., "es": ...}`)."""

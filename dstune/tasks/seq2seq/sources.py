@@ -90,5 +90,5 @@ class Sources:
     def shortened(self, source: str, tokens: int) -> str:
         """`source` without its last `tokens` tokens; empty where it has no more than these."""
         ids_and_places = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        kept = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
-        return source[: kept[-1][1]].rstrip() if kept else ""
+        spans = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
+        return source[: spans[-1][1]].rstrip() if spans else ""

@@ -84,10 +84,10 @@ class TokenClassification(Task):
 
         return token_classification_head
 
-    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]) -> Evaluation:
+    def measure(self, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]) -> Evaluation:
         from dstune.tasks.token_classification.metrics import measure
 
-        return measure(self.config, labels, split, totals, kept)
+        return measure(self.config, labels, split, totals, outputs)
 
     def counterfactual(
         self, run: RunConfig, before: Evaluated, after: Evaluated, places: np.ndarray

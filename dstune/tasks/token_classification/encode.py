@@ -87,12 +87,12 @@ class TokenEncoder(Encoder):
         edges = [0, *((begin + end) // 2 for (_, end), (begin, _) in pairwise(spans)), len(ids)]
         samples = []
         for chunk, (start, end) in enumerate(spans):
-            own = slice(edges[chunk], edges[chunk + 1])
-            kept, starts = np.full(len(ids), NO_TARGET), np.zeros(len(ids))
-            kept[own], starts[own] = labels[own], first[own]
+            span = slice(edges[chunk], edges[chunk + 1])
+            chunk_labels, starts = np.full(len(ids), NO_TARGET), np.zeros(len(ids))
+            chunk_labels[span], starts[span] = labels[span], first[span]
             whole, _, (place,) = self._frame.around([ids[start:end].tolist()])
             columns = {"labels": np.full(len(whole), NO_TARGET)}
-            columns["labels"][place : place + end - start] = kept[start:end]
+            columns["labels"][place : place + end - start] = chunk_labels[start:end]
             if self._all:
                 columns["word_start"] = np.zeros(len(whole))
                 columns["word_start"][place : place + end - start] = starts[start:end]

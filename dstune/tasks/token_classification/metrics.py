@@ -45,8 +45,8 @@ def token_metrics(
     metrics["entity_f1"] = float(overall["f1-score"])
     kinds = {label[2:] for label in labels if label != OUTSIDE}
     return metrics, {
-        kind: {name.removesuffix("-score"): float(value) for name, value in of.items()}
-        for kind, of in report.items()
+        kind: {name.removesuffix("-score"): float(value) for name, value in scores.items()}
+        for kind, scores in report.items()
         if kind in kinds
     }
 
@@ -61,11 +61,11 @@ def entity_report(true: list[list[str]], predicted: list[list[str]]) -> dict[str
 
 
 def measure(
-    task: TokenClassificationConfig, labels: tuple[str, ...], split: Split, totals: Totals, kept: Sequence[Row]
+    task: TokenClassificationConfig, labels: tuple[str, ...], split: Split, totals: Totals, outputs: Sequence[Row]
 ) -> Evaluation:
     names = np.array(labels)
     tags = {
-        name: [names[np.concatenate([chunk[name] for chunk in chunks])].tolist() for chunks in rows_of(split, kept)]
+        name: [names[np.concatenate([chunk[name] for chunk in chunks])].tolist() for chunks in rows_of(split, outputs)]
         for name in ("prediction", "label")
     }
     metrics, by_type = token_metrics(tags["prediction"], tags["label"], labels, task.scheme)

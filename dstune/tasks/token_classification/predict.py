@@ -40,13 +40,13 @@ class TaggingPredictor(Predictor):
     question_class = TaggingQuestion
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
         task: Any = self.config.task
         marked = marks_entities(self.labels, task.scheme)
-        for one, chunks in zip(rows, rows_of(split, kept), strict=True):
+        for query, chunks in zip(rows, rows_of(split, outputs), strict=True):
             tags = [self.labels[index] for chunk in chunks for index in chunk["prediction"]]
-            words = one.row["tokens"]
+            words = query.row["tokens"]
             yield {"tokens": words, "predicted": tags} | ({"entities": entities(words, tags)} if marked else {})
 
 
@@ -56,14 +56,14 @@ def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
 
     A tag that continues no entity of its type begins one, as metrics of entities count it.
     """
-    found: list[dict[str, Any]] = []
-    before = OUTSIDE
+    entities_found: list[dict[str, Any]] = []
+    kind_before = OUTSIDE
     for number, tag in enumerate(tags):
         mark, _, kind = tag.partition("-")
         if tag != OUTSIDE:
-            if AS_BIO.get(mark, mark) == "I" and before == kind:
-                found[-1]["end"] = number + 1
+            if AS_BIO.get(mark, mark) == "I" and kind_before == kind:
+                entities_found[-1]["end"] = number + 1
             else:
-                found.append({"type": kind, "text": "", "start": number, "end": number + 1})
-        before = kind if tag != OUTSIDE and mark not in ("S", "U", "E", "L") else OUTSIDE
-    return [one | {"text": " ".join(words[one["start"] : one["end"]])} for one in found]
+                entities_found.append({"type": kind, "text": "", "start": number, "end": number + 1})
+        kind_before = kind if tag != OUTSIDE and mark not in ("S", "U", "E", "L") else OUTSIDE
+    return [entity | {"text": " ".join(words[entity["start"] : entity["end"]])} for entity in entities_found]

@@ -20,14 +20,14 @@ class TokensTags(RowFormat):
     other_names: ClassVar = {"tokens": ("words",), "tags": ("ner_tags", "labels")}
     checks: ClassVar[dict[str, Check]] = {"tokens": words, "tags": listed}
 
-    def row(self, found: dict[str, Any], task: Task | None) -> dict[str, Any]:
+    def row(self, values: dict[str, Any], task: Task | None) -> dict[str, Any]:
         config = task.config if task is not None else None
         settings = config if isinstance(config, TokenClassificationConfig) else TokenClassificationConfig()
-        tokens, tags = found["tokens"], found["tags"]
+        tokens, tags = values["tokens"], values["tags"]
         if len(tokens) != len(tags):
             raise RowError(f"{len(tokens)} tokens have {len(tags)} tags")
-        named = [_tag(tag, settings.labels) for tag in tags]
-        return {"tokens": tokens, "tags": checked(named, tokens, settings.scheme, repair=settings.repair)}
+        mapped_tags = [_tag(tag, settings.labels) for tag in tags]
+        return {"tokens": tokens, "tags": checked(mapped_tags, tokens, settings.scheme, repair=settings.repair)}
 
 
 def _tag(value: Any, names: list[str]) -> str:
