@@ -51,21 +51,21 @@ def _summary(changes: dict[str, np.ndarray], rows: list[int]) -> dict[str, Any]:
     return summary
 
 
-def _losses(split: Split, kept: Sequence[Row]) -> np.ndarray:
+def _losses(split: Split, outputs: Sequence[Row]) -> np.ndarray:
     """Mean loss of each row's targets."""
     return np.array(
         [
             sum(float(chunk["loss"]) for chunk in chunks) / max(sum(float(chunk["weight"]) for chunk in chunks), 1e-9)
-            for chunks in rows_of(split, kept)
+            for chunks in rows_of(split, outputs)
         ]
     )
 
 
-def predictions(split: Split, kept: Sequence[Row]) -> list[list[Any]]:
+def predictions(split: Split, outputs: Sequence[Row]) -> list[list[Any]]:
     """Return what the head predicts for each row, of all its chunks."""
     return [
         [value for chunk in chunks for value in np.atleast_1d(chunk["prediction"]).tolist()]
-        for chunks in rows_of(split, kept)
+        for chunks in rows_of(split, outputs)
     ]
 
 

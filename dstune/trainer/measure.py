@@ -111,9 +111,9 @@ def texts_of(split: Split) -> Iterator[dict[str, Any]]:
         yield json.loads(split.texts[number]["row"])
 
 
-def rows_of(split: Split, kept: Sequence[Row]) -> Iterator[list[Row]]:
+def rows_of(split: Split, outputs: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield the samples of each row together, in order."""
     assert split.origins is not None, "only validation and test rows are measured"
     edges = np.flatnonzero(np.diff(split.origins)) + 1
-    for start, end in zip([0, *edges], [*edges, len(kept)], strict=True):
-        yield list(kept[start:end])
+    for start, end in zip([0, *edges], [*edges, len(outputs)], strict=True):
+        yield list(outputs[start:end])

@@ -188,7 +188,7 @@ def refuse_different_rows(world: World, digest: str) -> None:
     """Raises UserError on all ranks where nodes with files of their own do not have the same rows."""
     digests = dict(zip(world.gather(environment.host()), world.gather(digest), strict=True))
     common, _ = Counter(digests.values()).most_common(1)[0]
-    others = sorted(host for host, found in digests.items() if found != common)
+    others = sorted(host for host, host_digest in digests.items() if host_digest != common)
     if others:
         reason = f"the rows on {', '.join(others)} are not those of the other nodes"
         raise UserError(Problem("data.train", reason, "bring the same files to every node"))

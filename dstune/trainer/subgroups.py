@@ -22,7 +22,7 @@ MOST_VALUES = 200
 
 
 def measure_slices(
-    config: RunConfig, labels: tuple[str, ...], split: Split, kept: Sequence[Row]
+    config: RunConfig, labels: tuple[str, ...], split: Split, outputs: Sequence[Row]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measure for each column of `evaluate.slices` the metrics `slice_worst/COLUMN` and `slice_gap/COLUMN`, and as details the
     metrics of each value. Raises UserError for a column that no row has, or that has too many values."""
@@ -44,7 +44,7 @@ def measure_slices(
         slices = {}
         for name in names:
             samples = np.flatnonzero(slice_names == name)
-            rows = [kept[sample] for sample in samples.tolist()]
+            rows = [outputs[sample] for sample in samples.tolist()]
             part = split.select(samples)
             evaluation = task.measure(labels, part, totals_of(rows), rows)
             evaluation = with_registered(evaluation, task, labels)
