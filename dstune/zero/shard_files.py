@@ -241,13 +241,13 @@ def copy_to_host(copies: list[Copy]) -> None:
         stream = accelerator.module().Stream(device)
         stream.wait_stream(accelerator.module().default_stream(device))
         with accelerator.module().stream(stream):
-            for one in on_gpu:
-                one.target.copy_(one.source, non_blocking=True)
+            for host_copy in on_gpu:
+                host_copy.target.copy_(host_copy.source, non_blocking=True)
         stream.synchronize()
-    for one in copies:
-        if one.source.is_cpu:
+    for host_copy in copies:
+        if host_copy.source.is_cpu:
             # Not torch's copy_: it spreads over as many threads as a matrix product, which hold each other up beside one.
-            np.copyto(one.target.numpy(), one.source.numpy())
+            np.copyto(host_copy.target.numpy(), host_copy.source.numpy())
 
 
 def make_way() -> None:
