@@ -76,7 +76,7 @@ def source_of(callback: type) -> str:
 
 def _source(callback: type) -> str:
     """The text of the class with its decorators. Raises OSError or TypeError."""
-    codes = [found.__code__ for found in vars(callback).values() if inspect.isfunction(found)]
+    codes = [method.__code__ for method in vars(callback).values() if inspect.isfunction(method)]
     for (
         code
     ) in codes:  # of a cell `inspect` knows the functions, by the name that the kernel gives it, and not the class
@@ -114,14 +114,14 @@ def _definition(name: str, value: Any) -> str | None:
     if isinstance(value, PLAIN):
         text = repr(value)
         return f"{name} = {text}" if len(text) <= LONGEST_CONSTANT and text not in ("nan", "inf", "-inf") else None
-    module, own = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
+    module, qualified_name = getattr(value, "__module__", None), getattr(value, "__qualname__", "")
     if (
         module in (None, "__main__")
-        or not own.isidentifier()
-        or getattr(sys.modules.get(module), own, None) is not value
+        or not qualified_name.isidentifier()
+        or getattr(sys.modules.get(module), qualified_name, None) is not value
     ):
         return None
-    return f"from {module} import {own} as {name}"
+    return f"from {module} import {qualified_name} as {name}"
 
 
 @cache

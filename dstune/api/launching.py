@@ -86,13 +86,13 @@ def words_of(overrides: Sequence[Any]) -> tuple[str, ...]:
 
     texts = [word for word in overrides if not isinstance(word, Mapping) and not _is_file(word, is_configuration_file)]
     repeated = {key_of(word) for word in texts if isinstance(word, str)}
-    given: dict[str, str] = {}
+    text_by_key: dict[str, str] = {}
     for word in overrides:
         if isinstance(word, Mapping):
-            given |= {key_of(text): text for text in overrides_of(word, "overrides")}
+            text_by_key |= {key_of(text): text for text in overrides_of(word, "overrides")}
         elif _is_file(word, is_configuration_file):
-            given |= {key_of(text): text for text, _ in read_overrides(Path(word))}
-    return (*(text for key, text in given.items() if key not in repeated), *texts)
+            text_by_key |= {key_of(text): text for text, _ in read_overrides(Path(word))}
+    return (*(text for key, text in text_by_key.items() if key not in repeated), *texts)
 
 
 def _is_file(word: Any, is_configuration_file: Callable[[str], bool]) -> bool:
@@ -127,9 +127,9 @@ def refuse_settings(settings: Mapping[str, Any]) -> None:
 def refuse_lone(**lists: Any) -> None:
     """Raises UserError for one text, path or class where an argument takes a list: a text would be read letter by letter."""
     problems = []
-    for name, given in lists.items():
-        if isinstance(given, (str, os.PathLike, type)):
-            one = given.__name__ if isinstance(given, type) else repr(os.fspath(given))
-            problems.append(Problem(name, "expected a list", f"{name}=[{one}]", one))
+    for name, argument in lists.items():
+        if isinstance(argument, (str, os.PathLike, type)):
+            shown = argument.__name__ if isinstance(argument, type) else repr(os.fspath(argument))
+            problems.append(Problem(name, "expected a list", f"{name}=[{shown}]", shown))
     if problems:
         raise UserError(problems)

@@ -126,11 +126,11 @@ def export(
     folder = run_directory(Path(os.fspath(run)))
     if merge:
         refuse_unmergeable("merge", read_run(folder / "run.yaml", use=Use.weights).config.method)
-    found = find_checkpoint(folder, str(checkpoint))
-    refuse_damaged(folder, found)
+    checkpoint_folder = find_checkpoint(folder, str(checkpoint))
+    refuse_damaged(folder, checkpoint_folder)
     check_free(Path(path), force)
     with folder_for(Path(path)) as out:
-        export_checkpoint(folder, found, out, merge=merge, force=force)
+        export_checkpoint(folder, checkpoint_folder, out, merge=merge, force=force)
         if reference and (note := add_reference(out, folder)):
             warnings.warn(f"{note}; `dstune serve` will call it unproven", stacklevel=2)
     return Path(path)
@@ -176,8 +176,8 @@ def plan(
     numbers = {"hardware": hardware, "nodes": nodes, "price": price}
     arguments = parse([*words, *(f"{name}={value}" for name, value in numbers.items() if value is not None)])
     config = configuration(arguments)
-    found = plan_of(config, arguments)
-    return Plan(as_json(found, arguments.price, config), as_text(found, arguments.price, config))
+    estimate = plan_of(config, arguments)
+    return Plan(as_json(estimate, arguments.price, config), as_text(estimate, arguments.price, config))
 
 
 class Loaded:
@@ -215,11 +215,11 @@ class Loaded:
         check_overrides(overrides)
         _check_batch_size(batch_size, 32)
         expected = find(ModelConfig(path=self._path), str(checkpoint), overrides)
-        given = [(f"row {number}", _columns(row)) for number, row in enumerate(each(rows), 1)]
-        if not given:
+        places_and_columns = [(f"row {number}", _columns(row)) for number, row in enumerate(each(rows), 1)]
+        if not places_and_columns:
             return []
         question = task_of(expected.config.task).question(expected.labels, expected.config.data)
-        requested = Questions(question, given, [], OnBadRow.error)
+        requested = Questions(question, places_and_columns, [], OnBadRow.error)
 
         def loaded() -> Predictor:
             with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
@@ -250,11 +250,11 @@ class Loaded:
 
         checkpoint = str(checkpoint)
         _check_batch_size(batch_size, 8)
-        one = isinstance(prompt, str) or _is_conversation(prompt)
-        if not one and (isinstance(prompt, Mapping) or not isinstance(prompt, Iterable)):
+        is_single = isinstance(prompt, str) or _is_conversation(prompt)
+        if not is_single and (isinstance(prompt, Mapping) or not isinstance(prompt, Iterable)):
             fix = 'a text, a conversation such as [{"role": "user", "content": "Hi"}], or a list of either'
             raise UserError(Problem("prompt", "expected texts or conversations", fix, repr(prompt)[:80]))
-        requests = [_request(text, number) for number, text in enumerate([prompt] if one else prompt, 1)]
+        requests = [_request(text, number) for number, text in enumerate([prompt] if is_single else prompt, 1)]
         chosen = _sampling(sampling)
         newest = store.newest(Path(self._path)) if checkpoint == "last" else None
 
@@ -268,7 +268,7 @@ class Loaded:
             for start in range(0, len(requests), batch_size)
             for answer in writer.answer(requests[start : start + batch_size], start // batch_size)
         ]
-        return answers[0] if one else answers
+        return answers[0] if is_single else answers
 
     def _loaded(self, key: tuple[Any, ...], load: Callable[[], Any]) -> Any:
         if self._key != key:
@@ -317,12 +317,12 @@ def _sampling(options: Mapping[str, Any]) -> Any:
     from dstune.config.names import nearest
     from dstune.inference.writer import Sampling
 
-    known = [field.name for field in fields(Sampling)]
+    names = [field.name for field in fields(Sampling)]
     problems = []
     for name in options:
-        if name not in known:
-            similar = nearest(name, known)
-            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(known)}"
+        if name not in names:
+            similar = nearest(name, names)
+            fix = f"did you mean {similar}?" if similar else f"one of {', '.join(names)}"
             problems.append(Problem(name, "generate has no such option", fix))
     if problems:
         raise UserError(problems)

@@ -208,8 +208,8 @@ def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
         yield rows
     else:
         try:
-            given = iter(rows)
+            iterator = iter(rows)
         except TypeError:
             fix = "pass a list of texts or mappings, a datasets.Dataset or a pandas.DataFrame"
             raise UserError(Problem("rows", f"expected rows, not {type(rows).__name__}", fix)) from None
-        yield from given
+        yield from iterator

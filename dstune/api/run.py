@@ -121,10 +121,10 @@ class Run:
     def _repr_html_(self) -> str:
         """A short table, for notebooks."""
         result = self.result
-        before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
-        names = [name for name, value in after.items() if isinstance(value, (int, float))][:MAX_METRICS]
+        metrics_before, metrics_after = result.get("eval_initial") or {}, result.get("eval_final") or {}
+        names = [name for name, value in metrics_after.items() if isinstance(value, (int, float))][:MAX_METRICS]
         rows = [
-            f"<tr><td>{html.escape(name)}</td><td>{_number(before.get(name))}</td><td>{_number(after[name])}</td></tr>"
+            f"<tr><td>{html.escape(name)}</td><td>{_number(metrics_before.get(name))}</td><td>{_number(metrics_after[name])}</td></tr>"
             for name in names
         ]
         head = f"<b>{html.escape(str(self.dir))}</b>: {html.escape(self.status)}"

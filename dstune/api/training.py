@@ -96,10 +96,10 @@ def _with_plugins(
     from dstune.config.overrides import key_of, quoted
     from dstune.core.plugins import activate, load_built_ins
 
-    specs = [_importable(one) for one in callbacks]
+    specs = [_importable(entry) for entry in callbacks]
     if callbacks and any(key_of(text) == "trainer.callbacks" for text in overrides):
         raise UserError(Problem("trainer.callbacks", "is given beside callbacks=...", "leave one of them out"))
-    files = list(dict.fromkeys([*(os.fspath(one) for one in plugins), *specs]))
+    files = list(dict.fromkeys([*(os.fspath(entry) for entry in plugins), *specs]))
     words = list(overrides)
     if files:
         words.append(f"plugins=[{','.join(quoted(file) for file in files)}]")
@@ -131,10 +131,10 @@ def _registered(spec: str) -> str:
     from dstune.protocols import CALLBACKS
 
     member = spec.rpartition(":")[2]
-    found = [cls.name for kind, cls in members_of(spec) if kind is CALLBACKS and cls.__name__ == member]
-    if not found:
+    names = [cls.name for kind, cls in members_of(spec) if kind is CALLBACKS and cls.__name__ == member]
+    if not names:
         raise UserError(Problem("callbacks", f"{member} is no callback", "derive it from dstune.Callback", spec))
-    return found[-1]
+    return names[-1]
 
 
 def _with_rows(
@@ -149,8 +149,8 @@ def _with_rows(
     from dstune.config.overrides import key_of, quoted
     from dstune.launch.rundir import new_directory
 
-    given = {key_of(text) for text in overrides}
-    twice = [name for name in splits if f"data.{name}" in given]
+    given_keys = {key_of(text) for text in overrides}
+    twice = [name for name in splits if f"data.{name}" in given_keys]
     if twice:
         fix = "leave one of them out"
         raise UserError(Problem(f"data.{name}", f"is given beside {name}=...", fix) for name in twice)
