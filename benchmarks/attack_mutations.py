@@ -9,7 +9,7 @@ _PLAIN = "flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)"
 _VISIBLE = "return _OBEYED.sub(written, text)"
 _CHECKED = "return requested, _checked(requested, named)"
 _PRINTED = "stdout, sys.stdout = sys.stdout, Filtered(sys.stdout, visible_but_colours)"
-_OF_BASE = "return places <= {base.path} and all(code in known or code == own for code in carried)"
+_OF_BASE = "return places <= {base.path} and all(code in base_code or code == own_code for code in carried)"
 
 _BY_ATTACK: dict[str, Mutation] = {
     # Ranks and processes.
@@ -360,8 +360,8 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "files.test_rows_are_not_appended_through_a_link": undo(
         "tracking/jsonl.py",
-        'files.write(path, b"".join(kept), sync=True)',
-        'path.write_bytes(b"".join(kept))',
+        'files.write(path, b"".join(kept_lines), sync=True)',
+        'path.write_bytes(b"".join(kept_lines))',
         ("core/files.py", _PLAIN, "flags, mode)"),
     ),
     "files.test_logs_are_plain_files": undo("core/files.py", _PLAIN, "flags | os.O_NONBLOCK, mode)"),
@@ -534,7 +534,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         ("report/run_files.py", "def is_row(", "def is_row(row):\n    return True\n\n\ndef _unused("),
     ),
     "hangs.test_a_deep_line_of_metrics_is_dropped_by_the_run_that_goes_on": undo(
-        "tracking/jsonl.py", 'found = parse_json(line)["step"]', 'found = json.loads(line)["step"]'
+        "tracking/jsonl.py", 'row_step = parse_json(line)["step"]', 'row_step = json.loads(line)["step"]'
     ),
     "hangs.test_a_pipe_or_a_device_is_not_read_for_ever": undo(
         "core/parsing.py", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"
