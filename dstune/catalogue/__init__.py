@@ -97,21 +97,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--probe")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_intermixed_args(argv)
-    folders = [word for word in given.words if "=" not in word]
-    settings = planner.parse([word for word in given.words if "=" in word])
+    arguments = parser.parse_intermixed_args(argv)
+    folders = [word for word in arguments.words if "=" not in word]
+    settings = planner.parse([word for word in arguments.words if "=" in word])
     config = compose(settings.rest).config
     if problems := list(check_ranges(config)):
         raise UserError(problems)
     cluster = planner.cluster_of(config, settings)
-    models = list(_all(folders, given.hub))
+    models = list(_all(folders, arguments.hub))
     _count_at_once(models, config)
     models = [model for model in models if _described(model, config, cluster)]
     models.sort(key=lambda model: (not model.here, model.parameters or 0, model.choose))
     metric = ""
-    if given.probe:
-        metric = _probe(models, config, settings.rest, given.probe, given.rows)
-    if given.json:
+    if arguments.probe:
+        metric = _probe(models, config, settings.rest, arguments.probe, arguments.rows)
+    if arguments.json:
         print(json.dumps([asdict(model) | ({"metric": metric} if metric else {}) for model in models], indent=1))
     else:
         print(_text(models, config, cluster, metric))
@@ -123,11 +123,11 @@ def main(argv: list[str]) -> int:
 
 def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
     """Every model once, under the shortest way to choose it."""
-    found: dict[str, Model] = {}
+    model_by_path: dict[str, Model] = {}
     hub_models = _on_hub(words) if words else []
     for model in (*_samples(), *_presets(), *_published(), *_cached(), *_folders(folders), *hub_models):
-        found.setdefault(model.path, model)
-    for model in found.values():
+        model_by_path.setdefault(model.path, model)
+    for model in model_by_path.values():
         if (published := PUBLISHED.get(model.path)) is not None:
             model.licence, model.gated = model.licence or published.licence, published.gated
             model.modality, model.year = published.modality, published.year
@@ -138,8 +138,10 @@ def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
 def _samples() -> Iterator[Model]:
     for sample in samples.available():
         if sample.kind == "model":
-            here = sample.path is not None
-            yield Model(f"model.path={sample.uri}", sample.uri, "sample", here, licence=sample.licence, gated=False)
+            is_downloaded = sample.path is not None
+            yield Model(
+                f"model.path={sample.uri}", sample.uri, "sample", is_downloaded, licence=sample.licence, gated=False
+            )
 
 
 def _presets() -> Iterator[Model]:
@@ -213,9 +215,9 @@ def _licence(folder: Path | None) -> str:
         text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
     except (OSError, UnicodeDecodeError):
         return ""
-    found = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    named = re.search(r"^license:\s*(\S+)", found[1], re.MULTILINE) if found else None
-    return named[1] if named else ""
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    licence = re.search(r"^license:\s*(\S+)", header[1], re.MULTILINE) if header else None
+    return licence[1] if licence else ""
 
 
 # ---- what they take ----
@@ -237,18 +239,18 @@ def _count_at_once(models: Sequence[Model], config: RunConfig) -> None:
 def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     """Fill in what `config.json` and the planner say; False where the task cannot start from such a model."""
     # One row at a time: whether a model fits at all, not how fast it is then.
-    own = replace(
+    model_config = replace(
         config,
         model=replace(config.model, path=model.path, revision=None, chat_template=None),
         trainer=replace(config.trainer, micro_batch_size=1, global_batch_size=1),
     )
     try:
-        values = source.config_json(own.model)
+        values = source.config_json(model_config.model)
     except UserError as error:
         model.note = model.note or error.problems[0].reason
         return model.origin != "cache"  # what else lies in a cache: adapters, data of other tools
     kind = str(values.get("model_type"))
-    if not model.modality and source.whole_config_json(own.model).get("vision_config"):
+    if not model.modality and source.whole_config_json(model_config.model).get("vision_config"):
         model.modality = "text, images"
     published = PUBLISHED.get(model.path)
     if not _suits(kind, config.task) or (published and published.use != "chat" and task_of(config.task).generates):
@@ -258,12 +260,12 @@ def _described(model: Model, config: RunConfig, cluster: Cluster) -> bool:
     if model.context is None and published is not None:
         model.context = published.context
     try:
-        found = planner.planned(own, cluster)
+        estimate = planner.planned(model_config, cluster)
     except DstuneError as error:
         model.note = f"no plan: {getattr(error, 'problems', [error])[0]}".splitlines()[0]
         return True
-    model.parameters = found.setup.model.parameters
-    fitting = [choice for choice in found.plan.choices if choice.fits]
+    model.parameters = estimate.setup.model.parameters
+    fitting = [choice for choice in estimate.plan.choices if choice.fits]
     least = min(
         fitting,
         key=lambda choice: (choice.offload != "none", choice.setup.stage, effort(choice.checkpointing)),
@@ -313,7 +315,9 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
         reasons = "; ".join(f"{model.path}: {model.note}" for model in models if model.here)
         reason = f"no model could be asked ({reasons})" if reasons else "no model of the task is on this machine"
         raise UserError(Problem("--probe", reason, "dstune samples smollm2, or a FOLDER", data))
-    metric, less = next((name, less) for name, less in ranked_by if all(name in found for found in measured.values()))
+    metric, less = next(
+        (name, less) for name, less in ranked_by if all(name in metrics for metrics in measured.values())
+    )
     for model in models:
         model.score = measured.get(model.path, {}).get(metric)
     models.sort(key=lambda model: (model.score is None, (model.score or 0.0) * (1 if less else -1)))
@@ -356,10 +360,10 @@ def _text(models: list[Model], config: RunConfig, cluster: Cluster, metric: str)
     ]
     lines = [columns]
     for model in models:
-        known = "" if model.gated is None else "yes" if model.gated else "no"
+        gated = "" if model.gated is None else "yes" if model.gated else "no"
         size = "" if model.parameters is None else f"{model.parameters / 1e6:,.0f}M"
         cells = [model.choose, "yes" if model.here else "", size, f"{model.context:,}" if model.context else ""]
-        cells += [model.licence, known, str(model.year or ""), model.modality, model.zero or model.note]
+        cells += [model.licence, gated, str(model.year or ""), model.modality, model.zero or model.note]
         if metric:
             cells.append(model.note if model.score is None else f"{model.score:.4f}")
         lines.append(cells)
