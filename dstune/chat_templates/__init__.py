@@ -48,7 +48,7 @@ def packaged_for(template: str, vocabulary: Collection[str]) -> str | None:
     """The packaged template that speaks in the control tokens of `template`, if the vocabulary has all of its own."""
     if "[INST]" in template and {*OF_TOOLS} <= {*vocabulary}:
         return "mistral" if "[INST] " in template else "mistral_tekken"
-    fitting = [name for name, own in CONTROL_TOKENS.items() if {*own} <= {*vocabulary} and own[0] in template]
+    fitting = [name for name, tokens in CONTROL_TOKENS.items() if {*tokens} <= {*vocabulary} and tokens[0] in template]
     return max(fitting, key=lambda name: len(CONTROL_TOKENS[name]), default=None)
 
 
