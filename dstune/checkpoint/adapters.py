@@ -18,13 +18,13 @@ ADAPTED = "base_model.model."
 
 def adapters_by_module(names: Iterable[str], marks: Sequence[str]) -> dict[str, list[str]]:
     """Names of the tensors of each adapter, by the module that it is on. marks: `tensor_marks` of the method."""
-    found: dict[str, list[str]] = {}
+    names_by_module: dict[str, list[str]] = {}
     for name in names:
         for mark in marks:
             owner, separator, _ = name.partition(mark)
             if separator:
-                found.setdefault(owner.removeprefix(ADAPTED), []).append(name)
-    return found
+                names_by_module.setdefault(owner.removeprefix(ADAPTED), []).append(name)
+    return names_by_module
 
 
 def fill(module: nn.Module, prefix: str, names: Iterable[str], trained: Mapping[str, Tensor]) -> None:

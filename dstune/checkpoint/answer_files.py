@@ -172,11 +172,11 @@ def _is_equal(first: Digest, second: Digest) -> bool:
 
 
 def _changed_values(first: Digest, second: Digest) -> str:
-    before, after = first.get("values"), second.get("values")
-    if before is None or after is None:
+    values_before, values_after = first.get("values"), second.get("values")
+    if values_before is None or values_after is None:
         return ""
-    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    texts = [_changed_value(key, before.get(key), after.get(key)) for key in keys[:MOST_NAMED]]
+    keys = [key for key in sorted({*values_before, *values_after}) if values_before.get(key) != values_after.get(key)]
+    texts = [_changed_value(key, values_before.get(key), values_after.get(key)) for key in keys[:MOST_NAMED]]
     further = f" and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
     return f" ({', '.join(texts)}{further})"
 

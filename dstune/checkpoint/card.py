@@ -114,10 +114,10 @@ class Export:
         from dstune.models.unreached import whole_class
 
         try:
-            found = whole_class(AutoModelForCausalLM, load_config(self.config.model))
+            model_class = whole_class(AutoModelForCausalLM, load_config(self.config.model))
         except UserError:  # a base that is gone
             return ""
-        return "" if found is AutoModelForCausalLM else str(found.__name__)
+        return "" if model_class is AutoModelForCausalLM else str(model_class.__name__)
 
     def _loading_whole(self, loader: str) -> list[str]:
         tokenizer = "tokenizer = AutoTokenizer.from_pretrained(path)"
@@ -125,13 +125,13 @@ class Export:
             model = f"model = {loader}.from_pretrained(path)"
             return [f"from transformers import {loader}, AutoTokenizer", "", WHERE, model, tokenizer]
         base = object_in(self.folder / "adapter_config.json").get("base_model_name_or_path")
-        named = json.dumps(_hub_name(str(base)) or public_name(str(base)))
+        quoted_base = json.dumps(_hub_name(str(base)) or public_name(str(base)))
         return [
             "from peft import PeftModel",
             f"from transformers import {loader}, AutoTokenizer",
             "",
             WHERE,
-            f"base = {loader}.from_pretrained({named})",
+            f"base = {loader}.from_pretrained({quoted_base})",
             "model = PeftModel.from_pretrained(base, path)",
             tokenizer,
         ]
@@ -139,13 +139,13 @@ class Export:
 
 def _sections(run_dir: Path, export: Export) -> Iterator[str]:
     config, state = export.config, export.state
-    what = "A fine-tuned version of"
+    opening = "A fine-tuned version of"
     if export.adapter:
         kind = method_of(config.method).adapter_name or config.method.name
-        what = f"{'An' if kind[0] in 'aeiouAEIOU' else 'A'} {kind} adapter of"
+        opening = f"{'An' if kind[0] in 'aeiouAEIOU' else 'A'} {kind} adapter of"
     base = _hub_name(config.model.path) or public_name(config.model.path)
     revision = f" at revision `{config.model.revision}`" if config.model.revision else ""
-    yield f"# {config.run.name}\n\n{what} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
+    yield f"# {config.run.name}\n\n{opening} `{base}`{revision}, trained with dstune ({config.task.name}, {config.method.name})."
     usage = "\n".join(task_of(config.task).usage(export))
     yield f"## Use\n\n```python\n{usage}\n```"
     yield f"## Data\n\nTraining rows: {_data_name(config)}.\n\n{_counts(object_in(run_dir / 'data_report.json'))}".rstrip()
@@ -171,15 +171,20 @@ def _counts(report: Mapping[str, Any]) -> str:
 
 
 def _evaluation(run_dir: Path, state: Mapping[str, Any]) -> str:
-    before = (state.get("train") or {}).get("eval_initial") or {}
+    metrics_before = (state.get("train") or {}).get("eval_initial") or {}
     after = state.get("metrics") or {}
     result = object_in(run_dir / "result.json")
     test = (result.get("test") or {}) if result.get("steps") == state.get("step") else {}
     names = [name for name in after or test if name != "targets"]
     if not names:
         return "No rows were held out."
-    heads = ["metric", *(["before training"] if before else []), f"step {state['step']}", *(["test"] if test else [])]
-    columns = [*([before] if before else []), after, *([test] if test else [])]
+    heads = [
+        "metric",
+        *(["before training"] if metrics_before else []),
+        f"step {state['step']}",
+        *(["test"] if test else []),
+    ]
+    columns = [*([metrics_before] if metrics_before else []), after, *([test] if test else [])]
     return _table(heads, [[name, *(_number(column.get(name)) for column in columns)] for name in names])
 
 
@@ -243,8 +248,8 @@ def _licence(path: str) -> str | None:
 
     if samples.is_sample(path):
         sample = samples.catalogue().get(path.removeprefix(samples.SCHEME))
-        known = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Gemma terms: tests only": "gemma"}
-        return known.get(sample.licence) if sample else None
+        identifiers = {"Apache-2.0": "apache-2.0", "MIT": "mit", "Gemma terms: tests only": "gemma"}
+        return identifiers.get(sample.licence) if sample else None
     card = Path(path) / "README.md"
     if not card.is_file():
         return None

@@ -59,12 +59,12 @@ def missing_contents(folder: Path, record: Mapping[str, Any], base: Path | None)
 
 
 def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> str:
-    theirs = object_in(base / "config.json")
-    if is_composite(theirs) and not is_composite(config):
-        text = theirs["text_config"]
-        if config.get("model_type") in (text.get("model_type"), theirs.get("model_type")):
+    base_config = object_in(base / "config.json")
+    if is_composite(base_config) and not is_composite(config):
+        text = base_config["text_config"]
+        if config.get("model_type") in (text.get("model_type"), base_config.get("model_type")):
             return "it has the language model of its base alone"
-    if theirs.get("architectures") != config.get("architectures"):
+    if base_config.get("architectures") != config.get("architectures"):
         return ""  # another head
     absent = [name for name in sorted(_tensor_names(base)) if not _is_among(name, names)]
     absent = [name for name in absent if name != "lm_head.weight"]  # tied in the export
@@ -73,7 +73,7 @@ def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> 
 
 def _is_among(name: str, names: set[str]) -> bool:
     """Whether a tensor is there, under a name with or without the outermost module's."""
-    starts = {one.partition(".")[0] for one in names}
+    starts = {name_in_file.partition(".")[0] for name_in_file in names}
     other = {*layouts_of(name), name.partition(".")[2], *(f"{start}.{name}" for start in starts)}
     return bool(other & names)
 
@@ -81,10 +81,10 @@ def _is_among(name: str, names: set[str]) -> bool:
 def layouts_of(name: str) -> tuple[str, ...]:
     """The names that a tensor or module of a language model inside a larger model has in published files: with `model` outside of
     `language_model`, as modules of transformers are called, or inside."""
-    for own, other in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
-        for here, there in ((own, other), (other, own)):
-            if name.startswith(here):
-                return name, there + name.removeprefix(here)
+    for first, second in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
+        for prefix, other_prefix in ((first, second), (second, first)):
+            if name.startswith(prefix):
+                return name, other_prefix + name.removeprefix(prefix)
     return name, name.removeprefix("model."), f"model.{name}"
 
 

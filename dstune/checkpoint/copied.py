@@ -112,14 +112,14 @@ def read_back(source: Path, target: Path) -> None:
 def is_whole(spare: Path) -> bool:
     """Whether the digest at the end of `spare` is that of its content."""
     try:
-        left = spare.stat().st_size - DIGEST_BYTES
-        if left < 0:
+        bytes_left = spare.stat().st_size - DIGEST_BYTES
+        if bytes_left < 0:
             return False
         digest = xxhash.xxh3_64()
         with spare.open("rb") as stream:
-            while left and (block := stream.read(min(BLOCK, left))):
+            while bytes_left and (block := stream.read(min(BLOCK, bytes_left))):
                 digest.update(block)
-                left -= len(block)
+                bytes_left -= len(block)
             return stream.read() == digest.hexdigest().encode()
     except FileNotFoundError:
         return False
@@ -162,23 +162,23 @@ def _remove(folder: Path) -> None:
 def fetch(place: Path, work: Path) -> None:
     """Bring the run at `place` to `work`, an empty folder: its files, and the checkpoints that it can go on from."""
     spares = {path.relative_to(place) for path in place.rglob(f".*{SPARE}")}
-    names = {*names_in(place), *(str(one.with_name(one.name[1 : -len(SPARE)])) for one in spares)}
+    names = {*names_in(place), *(str(spare.with_name(spare.name[1 : -len(SPARE)])) for spare in spares)}
     for name in sorted(names):
         if (place / name).exists() or is_whole(spare_of(place / name)):
             read_back(place / name, work / name)
     for run in runs_in(place):
-        found = (store.newest(run), store.resumable(run), store.best(run))
-        kept = {checkpoint for checkpoint in found if checkpoint is not None}
+        checkpoints = (store.newest(run), store.resumable(run), store.best(run))
+        needed = {checkpoint for checkpoint in checkpoints if checkpoint is not None}
         for path in store.folder(run).glob(f"step-*{INCOMPLETE}"):
             final = path.with_name(path.name.removesuffix(INCOMPLETE))
             if store.is_committed(path) and not store.is_committed(final):
-                kept.add(path)
-        here = work / run.relative_to(place)
-        for path in kept:
+                needed.add(path)
+        local_run = work / run.relative_to(place)
+        for path in needed:
             for file in path.rglob("*"):
                 if file.is_file() and not file.is_symlink():
-                    copy(file, store.folder(here) / path.name / file.relative_to(path))
-        store.repair(here)
+                    copy(file, store.folder(local_run) / path.name / file.relative_to(path))
+        store.repair(local_run)
 
 
 @contextmanager

@@ -118,9 +118,9 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
         date = task_of(config.task).template_date
         text = modelfile(name, tokenizer, stop_token_ids(tokenizer), date)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-        for kept in (RECORD, "README.md", "tokenizer.json", "chat_template.jinja"):
-            if (whole / kept).is_file():
-                (whole / kept).rename(folder / kept)
+        for file_name in (RECORD, "README.md", "tokenizer.json", "chat_template.jinja"):
+            if (whole / file_name).is_file():
+                (whole / file_name).rename(folder / file_name)
         shutil.rmtree(whole)
         record_files(folder)
     return out / name
@@ -132,9 +132,9 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
 
     Raises UserError where the run has saved no such checkpoint, or its files are damaged.
     """
-    found = current_export(run_dir, which=which, merge=merge)
-    if found is not None:
-        return found
+    export = current_export(run_dir, which=which, merge=merge)
+    if export is not None:
+        return export
     checkpoint = find_checkpoint(run_dir, which)
     refuse_damaged(run_dir, checkpoint)
     return export_checkpoint(run_dir, checkpoint, scratch / "export", merge=merge)
@@ -162,14 +162,14 @@ def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -
     description = folder / "config.json"
     if not description.is_file() and not merge:
         description = folder / "adapter_config.json"
-    there = description.is_file()
-    if there and which == "last" and store.newest(run_dir) is None:  # the export is all that was kept
+    exists = description.is_file()
+    if exists and which == "last" and store.newest(run_dir) is None:  # the export is all that was kept
         if foreign:
             reason = "it carries code that is not known to be that of its base model, which alone the run trusts"
             raise UserError(Problem(str(folder), reason, f"read it; then give {folder} with --trust-remote-code"))
         return folder
     checkpoint = find_checkpoint(run_dir, which)
-    if there and not foreign and read_record(folder).get("checkpoint") == checkpoint.name:
+    if exists and not foreign and read_record(folder).get("checkpoint") == checkpoint.name:
         # The same step may have been saved again since, by a run that went on from an earlier one.
         saved = (checkpoint / store.COMMITTED).stat().st_mtime_ns
         if description.stat().st_mtime_ns >= saved:
@@ -251,15 +251,15 @@ def run_directory(path: Path) -> Path:
 def find_checkpoint(run_dir: Path, which: str) -> Path:
     """The whole checkpoint of a step, the `best` or the `last` one. Raises UserError."""
     whole = [info for info in store.listing(run_dir) if info.committed]
-    found = store.newest(run_dir) if which == "last" else store.best(run_dir) if which == "best" else None
+    checkpoint = store.newest(run_dir) if which == "last" else store.best(run_dir) if which == "best" else None
     if which.isdigit():
-        found = next((info.path for info in whole if info.step == int(which)), None)
-    if found is None:
-        there = (
+        checkpoint = next((info.path for info in whole if info.step == int(which)), None)
+    if checkpoint is None:
+        choices = (
             f"there are steps {', '.join(str(info.step) for info in whole)}" if whole else "the run has saved none yet"
         )
-        raise UserError(Problem("--checkpoint", f"there is no such whole checkpoint in {run_dir}", there, which))
-    return found
+        raise UserError(Problem("--checkpoint", f"there is no such whole checkpoint in {run_dir}", choices, which))
+    return checkpoint
 
 
 def refuse_damaged(run_dir: Path, checkpoint: Path) -> None:

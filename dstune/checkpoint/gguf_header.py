@@ -55,7 +55,7 @@ class _Header:
         for _ in range(entries):
             self._skip_text()
             self._skip_value(*self._take("<I"))
-        found = set()
+        types = set()
         for _ in range(tensors):
             if self._left < _LEAST_OF_A_TENSOR:
                 raise ValueError("it ends within the list of its tensors")
@@ -63,8 +63,8 @@ class _Header:
             (dimensions,) = self._take("<I")
             self._skip(8 * dimensions)
             kind, _ = self._take("<IQ")
-            found |= {kind} if dimensions > 1 else set()
-        return found
+            types |= {kind} if dimensions > 1 else set()
+        return types
 
     def _start(self) -> tuple[int, int]:
         """The numbers of tensors and of values."""

@@ -73,21 +73,26 @@ def _space_prefix(state: dict[str, Any]) -> bool:
     Spaces become ▁ in the normalizer, with a ▁ prepended (Llama 2) or not (Gemma); or in the pre-tokenizer Metaspace, which
     says when it prepends. `first` and `always` differ behind a control token only, where llama.cpp always prepends.
     """
-    normalizer, before = state["normalizer"] or {}, state["pre_tokenizer"] or {}
+    normalizer, pre_tokenizer = state["normalizer"] or {}, state["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     # A split at spaces, of which the normalizer has left none, does nothing.
-    splits = before and not (before["type"] == "Split" and before["pattern"] == {"String": " "})
+    splits = pre_tokenizer and not (pre_tokenizer["type"] == "Split" and pre_tokenizer["pattern"] == {"String": " "})
     if steps in ([_TO_PIECES], [_PREPENDED, _TO_PIECES]) and not splits:
         return len(steps) == 2
-    if not steps and before.get("type") == "Metaspace" and before["replacement"] == "▁" and not before["split"]:
-        return bool(before["prepend_scheme"] != "never")
-    names = [part["type"] for part in (*steps, *before.get("pretokenizers", [before])) if part]
+    if (
+        not steps
+        and pre_tokenizer.get("type") == "Metaspace"
+        and pre_tokenizer["replacement"] == "▁"
+        and not pre_tokenizer["split"]
+    ):
+        return bool(pre_tokenizer["prepend_scheme"] != "never")
+    names = [part["type"] for part in (*steps, *pre_tokenizer.get("pretokenizers", [pre_tokenizer])) if part]
     raise _unknown(f"a SentencePiece tokenizer that prepares text by {', '.join(names) or 'nothing'}")
 
 
 def _split_name(state: dict[str, Any]) -> str:
-    before = state["pre_tokenizer"] or {}
-    steps = before.get("pretokenizers", [before]) if before else []
+    pre_tokenizer = state["pre_tokenizer"] or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     names = [step["type"] for step in steps]
     if names == ["ByteLevel"] and steps[0]["use_regex"] and not state["normalizer"]:
         return "gpt-2"
@@ -100,6 +105,6 @@ def _split_name(state: dict[str, Any]) -> str:
     raise _unknown(f"a tokenizer that splits text by {', '.join(names) or 'nothing'}")
 
 
-def _unknown(what: str) -> UserError:
+def _unknown(feature: str) -> UserError:
     fix = "export without --gguf, and convert the folder with llama.cpp's own converter"
-    return UserError(Problem("--gguf", f"the model has {what}, for which GGUF files are not written here", fix))
+    return UserError(Problem("--gguf", f"the model has {feature}, for which GGUF files are not written here", fix))

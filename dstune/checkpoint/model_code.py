@@ -21,19 +21,19 @@ def is_of_base(folder: Path, base: ModelConfig) -> bool:
     from dstune.models import pooled
     from dstune.models.load import model_folder
 
-    named = object_in(folder / "adapter_config.json").get("base_model_name_or_path", base_name(base))
-    if named != base_name(base):
+    adapter_base = object_in(folder / "adapter_config.json").get("base_model_name_or_path", base_name(base))
+    if adapter_base != base_name(base):
         return False
     carried = [file.read_bytes() for file in folder.rglob("*.py")]
     places = {name.partition("--")[0] for file in folder.glob("*.json") for name in _maps(file) if "--" in name}
     if not carried and places <= {base.path}:
         return True
-    own = Path(pooled.__file__).read_bytes()
+    own_code = Path(pooled.__file__).read_bytes()
     try:
-        known = [file.read_bytes() for file in model_folder(base).rglob("*.py")]
+        base_code = [file.read_bytes() for file in model_folder(base).rglob("*.py")]
     except (OSError, AssertionError, UserError):
         return False
-    return places <= {base.path} and all(code in known or code == own for code in carried)
+    return places <= {base.path} and all(code in base_code or code == own_code for code in carried)
 
 
 def _maps(file: Path) -> Iterator[str]:

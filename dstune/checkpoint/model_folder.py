@@ -500,8 +500,10 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
         generation = model.generation_config
     if model.config.is_encoder_decoder:
         complete_generation(generation, model.config)
-    before = generation.eos_token_id
-    ends = sorted({*stops, *(before if isinstance(before, list) else [] if before is None else [before])})
+    eos_before = generation.eos_token_id
+    ends = sorted(
+        {*stops, *(eos_before if isinstance(eos_before, list) else [] if eos_before is None else [eos_before])}
+    )
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     generation.pad_token_id = pad_token_id
     model.generation_config, left_out = _valid_settings(generation)
@@ -522,10 +524,10 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
         return generation, []
     # Whether another setting has an effect depends on these.
     modes = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")
-    given = {name: value for name, value in vars(generation).items() if not name.startswith("_")}
-    for name in sorted(given, key=lambda name: name not in modes):
+    settings = {name: value for name, value in vars(generation).items() if not name.startswith("_")}
+    for name in sorted(settings, key=lambda name: name not in modes):
         candidate = copy(valid)
-        setattr(candidate, name, given[name])
+        setattr(candidate, name, settings[name])
         try:
             candidate.validate(strict=True)
         except (TypeError, ValueError):

@@ -46,8 +46,8 @@ def go_template(tokenizer: Any, date: str | None) -> str | None:
         between = whole.partition(_ANSWER)[2].partition(_AGAIN)[0]
         before_user = between.removeprefix(after_answer)
         head = requested.partition(_USER)[0].removesuffix(before_user)
-        before_system, _, rest = instructed.partition(_SYSTEM)
-        after_system = rest.partition(_USER)[0].removesuffix(before_user)
+        before_system, _, text_behind = instructed.partition(_SYSTEM)
+        after_system = text_behind.partition(_USER)[0].removesuffix(before_user)
     except RenderError:  # it may refuse any of these
         return None
     bos = tokenizer.bos_token or ""

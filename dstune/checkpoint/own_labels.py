@@ -30,8 +30,8 @@ def with_labels(config: RunConfig) -> RunConfig:
     return task.from_architecture(config, architecture) if isinstance(task, ReadsArchitecture) else config
 
 
-def name_labels(run: RunConfig, architecture: PretrainedConfig, **more: Any) -> RunConfig:
-    """`run` with the labels of the model, where they have names, and with `more` values of its task.
+def name_labels(run: RunConfig, architecture: PretrainedConfig, **values: Any) -> RunConfig:
+    """`run` with the labels of the model, where they have names, and with these `values` of its task.
 
     Raises UserError where `task.labels` are not as many.
     """
@@ -42,4 +42,4 @@ def name_labels(run: RunConfig, architecture: PretrainedConfig, **more: Any) -> 
     if task.labels and len(task.labels) != len(labels):
         reason = f"the model has {len(labels)} labels, and these are {len(task.labels)}"
         raise UserError(Problem("task.labels", reason, "name them all, in their order", ", ".join(task.labels)))
-    return replace(run, task=replace(task, **more))
+    return replace(run, task=replace(task, **values))

@@ -95,18 +95,18 @@ def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
     return config
 
 
-def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
-    """The export's task and data settings as overrides; without the task's where `given` chooses another.
+def recorded_overrides(folder: Path, command_overrides: list[str]) -> list[str]:
+    """The export's task and data settings as overrides; without the task's where `command_overrides` chooses another.
 
     A folder without a record gives the task that the head in its config.json is for, or its sentence-transformers files.
-    The plugins of the project and of `given` are active afterwards, since a task may be one's.
+    The plugins of the project and of `command_overrides` are active afterwards, since a task may be one's.
     """
-    activate_requested(given)
-    chosen = next((text.partition("=")[2] for text in given if text.startswith("task=")), None)
+    activate_requested(command_overrides)
+    chosen = next((text.partition("=")[2] for text in command_overrides if text.startswith("task=")), None)
     record = read_record(folder)
     if "task" not in record:
-        if chosen is None and (found := task_of_head(folder)):
-            return [f"task={found}"]
+        if chosen is None and (task_name := task_of_head(folder)):
+            return [f"task={task_name}"]
         for name in TASKS if chosen is None else [chosen]:
             if name not in TASKS:
                 continue
@@ -120,7 +120,7 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     if data and data["format"] not in ROW_FORMATS and isinstance(shape, str) and shape in ROW_FORMATS:
         data["format"] = shape  # the plugin that has the format is not here, and not needed for rows of its shape
     recorded = {f"task.{key}": value for key, value in task.items()} | {f"data.{key}": data[key] for key in data}
-    _refuse_references(folder, recorded, given)
+    _refuse_references(folder, recorded, command_overrides)
     name = task.pop("name")
     if chosen is None and name not in TASKS:  # a path would be a configuration that somebody put beside the export
         fix = f"one of {', '.join(TASKS)}; or load the plugin that has it: plugins=[FILE.py]"
@@ -133,9 +133,9 @@ def recorded_overrides(folder: Path, given: list[str]) -> list[str]:
     return overrides + [f"data.{key}={_value(value)}" for key, value in data.items()]
 
 
-def _refuse_references(folder: Path, recorded: dict[str, Any], given: list[str]) -> None:
+def _refuse_references(folder: Path, recorded: dict[str, Any], overrides: list[str]) -> None:
     """Raises UserError where composing the overrides would resolve what somebody has written into the record."""
-    words = {key_of(text) for text in given}
+    words = {key_of(text) for text in overrides}
     for key, value in recorded.items():
         if "$" in key or (may_refer(json.dumps(value)) and key not in words):
             reason = "refers to something outside the export, which anybody may have written"

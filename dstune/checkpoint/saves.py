@@ -142,8 +142,8 @@ class Saves(OfRun):
         if not is_superseded():  # else the other group may be writing a folder of this name now
             shutil.rmtree(folder, ignore_errors=True)
         whole = store.newest(self._run_dir)
-        left = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
-        self._message(f"step {step} is not saved: {self.refusal}; {left}")
+        remainder = f"{whole.name} is whole" if whole else "there is no earlier checkpoint"
+        self._message(f"step {step} is not saved: {self.refusal}; {remainder}")
 
     def _described(self, state: TrainState, weights_only: bool) -> dict[str, Any]:
         return {

@@ -80,8 +80,8 @@ class Checkpoints(OfRun):
         there is none."""
         source = self._source()
         checkpoint = store.resumable(source) if self._world.is_main else None
-        found = store.read_state(checkpoint)["train"]["results"].get(name) if checkpoint is not None else None
-        return self._world.broadcast(found)
+        result = store.read_state(checkpoint)["train"]["results"].get(name) if checkpoint is not None else None
+        return self._world.broadcast(result)
 
     def _source(self) -> Path:
         """The run whose newest checkpoint is continued. Every rank must call it."""
@@ -121,15 +121,15 @@ class Checkpoints(OfRun):
 
     def _has_same_shards(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
         """Whether each rank loads the shards that a rank in its place saved."""
-        now, before = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
-        same = all(before.get(fact) == now.get(fact) for fact in LAYOUT)
-        return same and not self._engine.swaps and not in_pieces(checkpoint)
+        now, saved_facts = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
+        is_same_layout = all(saved_facts.get(fact) == now.get(fact) for fact in LAYOUT)
+        return is_same_layout and not self._engine.swaps and not in_pieces(checkpoint)
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
         """Each rank hashes its share of the files; all come to the same answer. What it loads as it is, it has read then."""
-        found: dict[str, str] = {}
+        damage_by_name: dict[str, str] = {}
         absent: set[Path] = set()
-        while (checkpoint := self._newest_but(run_dir, found)) is not None:
+        while (checkpoint := self._newest_but(run_dir, damage_by_name)) is not None:
             damaged = self._damaged_files(checkpoint)
             if damaged is None:
                 if checkpoint in absent:
@@ -142,13 +142,13 @@ class Checkpoints(OfRun):
             if not damaged:
                 return checkpoint
             names = ", ".join(damaged)
-            found[checkpoint.name] = f"{checkpoint.name} ({names})"
+            damage_by_name[checkpoint.name] = f"{checkpoint.name} ({names})"
             self._message(f"skipping damaged checkpoint {checkpoint.name}: {names} differ from what was written")
             if self._world.is_main and run_dir == self._run_dir:
                 store.quarantine(checkpoint)
             self._world.barrier()
-        if found:
-            reason = f"every checkpoint is damaged: {'; '.join(found.values())}"
+        if damage_by_name:
+            reason = f"every checkpoint is damaged: {'; '.join(damage_by_name.values())}"
             raise UserError(Problem("run.dir", reason, "start another run with run.dir", str(run_dir)))
         return None
 
@@ -164,13 +164,13 @@ class Checkpoints(OfRun):
             is_same = self._has_same_shards(checkpoint, store.read_state(checkpoint))
             hashes = self._engine.read_ahead(checkpoint.parent, checkpoint.name) if is_same else {}
         read = self._world.gather(None if hashes is None else list(hashes))
-        mine: list[str] | None = None
+        local_damage: list[str] | None = None
         if hashes is not None and None not in read:
             with suppress(FileNotFoundError):
                 others = {*store.committed_files(checkpoint)} - {name for names in read for name in names or ()}
                 share = store.share_of_files(others, self._world.rank, self._world.size)
-                mine = store.damaged_files(checkpoint, {*hashes, *share}, hashes)
-        parts = self._world.gather(mine)
+                local_damage = store.damaged_files(checkpoint, {*hashes, *share}, hashes)
+        parts = self._world.gather(local_damage)
         return None if None in parts else sorted({name for part in parts for name in part or ()})
 
     def _refuse_changes(self, name: str, saved: dict[str, Any]) -> None:
@@ -192,9 +192,9 @@ class Checkpoints(OfRun):
         `run.force` says to start all the same."""
         size = self._engine.checkpoint_bytes()
         free = self._world.broadcast(shutil.disk_usage(self._run_dir).free)
-        keep, kept = self._config.checkpoint.keep, size
+        keep, kept_bytes = self._config.checkpoint.keep, size
         if self._config.checkpoint.weights_only:  # one with everything beside them, when preempted
-            kept = self._engine.checkpoint_bytes(weights_only=True)
+            kept_bytes = self._engine.checkpoint_bytes(weights_only=True)
         if free < SAVES_OF_FREE_SPACE * size:
             reason = f"a checkpoint takes about {megabytes(size)}, and {megabytes(free)} are free: there must be room for two"
             if not self._config.run.force:
@@ -207,7 +207,7 @@ class Checkpoints(OfRun):
             copies = " (each rank keeps a copy of its part in host memory)"
         self._message(
             f"a checkpoint takes about {megabytes(size)}{copies}; {keep} and the best are kept: "
-            f"up to {megabytes((keep + 1) * kept + size)} while one is written, {megabytes(free)} are free"
+            f"up to {megabytes((keep + 1) * kept_bytes + size)} while one is written, {megabytes(free)} are free"
         )
 
 

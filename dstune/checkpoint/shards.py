@@ -242,23 +242,23 @@ class _Pieces(_Layout):
                 if key.startswith(BUFFER):
                     self.buffers[key.removeprefix(BUFFER)] = opened.get_tensor(key)
                     continue
-                kind, _, rest = key.rpartition(":")
-                name, at, start = rest.rpartition("@")
+                kind, _, name_and_start = key.rpartition(":")
+                name, at, start = name_and_start.rpartition("@")
                 if at:
                     self._pieces.setdefault((name, kind or WEIGHT), []).append((int(start), opened.get_slice(key)))
                 else:
-                    self._counters.setdefault(rest, {})[kind] = opened.get_tensor(key)
+                    self._counters.setdefault(name_and_start, {})[kind] = opened.get_tensor(key)
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
-        found = torch.empty(count)
+        values = torch.empty(count)
         filled = 0
         for begin, piece in self._pieces[name, kind]:
             first, last = max(start, begin), min(start + count, begin + piece.get_shape()[0])
             if first < last:
-                found[first - start : last - start] = piece[first - begin : last - begin]
+                values[first - start : last - start] = piece[first - begin : last - begin]
                 filled += last - first
         assert filled == count, f"{count - filled} elements of {name} are in no file"
-        return found
+        return values
 
     def state(self, name: str) -> dict[str, Any]:
         # Their elements are in several files: only the shape says that they are tensors of the parameter's size.
@@ -309,17 +309,17 @@ def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
         if first < last:
             parts.append(piece[first:last])
         start -= piece.numel()
-    found = torch.cat(parts) if parts else torch.empty(0)
-    assert found.numel() == count, f"the shards end {count - found.numel()} elements early"
-    return found
+    values = torch.cat(parts) if parts else torch.empty(0)
+    assert values.numel() == count, f"the shards end {count - values.numel()} elements early"
+    return values
 
 
 def _by_rank(checkpoint: Path, pattern: str) -> list[list[Path]]:
     """The files of each slice, in the order of the rank in their name: rank 10 comes after rank 9."""
 
     def numbers(path: Path) -> tuple[int, int]:
-        found = (re.search(form, path.name) for form in (r"mp_rank_(\d+)_", r"zero_pp_rank_(\d+)_"))
-        of_slice, rank = (int(each[1]) if each else 0 for each in found)
+        matches = (re.search(form, path.name) for form in (r"mp_rank_(\d+)_", r"zero_pp_rank_(\d+)_"))
+        of_slice, rank = (int(each[1]) if each else 0 for each in matches)
         return of_slice, rank
 
     by_slice: dict[int, list[Path]] = {}

@@ -61,10 +61,10 @@ def commit(written: Path, state: dict[str, Any], entries: Mapping[str, dict[str,
     (written / STATE).write_text(json.dumps(state, indent=1))
     names = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as pool:
-        here = dict(
+        local_entries = dict(
             zip(names, pool.map(lambda name: entries.get(name) or _sync_and_hash(written / name), names), strict=True)
         )
-    listing = {name: here.get(name, entry) for name, entry in entries.items()} | here
+    listing = {name: local_entries.get(name, entry) for name, entry in entries.items()} | local_entries
     for name, entry in listing.items():
         if not (written / name).is_file() or (written / name).stat().st_size != entry["bytes"]:
             raise OSError(f"{name} is not what was written")
@@ -147,17 +147,17 @@ def incomplete_reasons(checkpoint: Path) -> list[str]:
         return [f"it has no {COMMITTED}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{COMMITTED} is torn"]
-    found = [f"{COMMITTED} names a file elsewhere: {name}" for name in sizes if not _is_inside(name)]
-    for name, size in () if found else sizes.items():
+    reasons = [f"{COMMITTED} names a file elsewhere: {name}" for name in sizes if not _is_inside(name)]
+    for name, size in () if reasons else sizes.items():
         path = checkpoint / name
         try:
             if not path.is_file():
-                found.append(f"{name} is gone")
+                reasons.append(f"{name} is gone")
             elif path.stat().st_size != size:
-                found.append(f"{name} has {path.stat().st_size} of {size} bytes")
+                reasons.append(f"{name} has {path.stat().st_size} of {size} bytes")
         except OSError as error:
-            found.append(f"{name} cannot be looked at: {error.strerror}")
-    return found
+            reasons.append(f"{name} cannot be looked at: {error.strerror}")
+    return reasons
 
 
 def damaged_files(
@@ -260,7 +260,7 @@ def _state_object(checkpoint: Path) -> dict[str, Any]:
 
 def listing(run_dir: Path) -> list[CheckpointInfo]:
     """All checkpoint folders of a run, oldest first, torn ones included."""
-    found = []
+    infos = []
     for path in sorted(folder(run_dir).glob("step-*")):
         number = path.name.removeprefix("step-")
         if not number.isdecimal() or not path.is_dir():
@@ -276,8 +276,8 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
         best = state.get("best")
         is_best = isinstance(best, dict) and best.get("step") == int(number)
         weights_only = bool(state.get("weights_only"))
-        found.append(CheckpointInfo(path, int(number), committed, size, is_best, weights_only))
-    return found
+        infos.append(CheckpointInfo(path, int(number), committed, size, is_best, weights_only))
+    return infos
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -306,8 +306,8 @@ def prune(run_dir: Path, keep: int) -> list[Path]:
     """
     infos = listing(run_dir)
     whole = [info.path for info in infos if info.committed]
-    kept = {*whole[-keep:], best(run_dir), resumable(run_dir)}
-    doomed = [info.path for info in infos if info.path not in kept and not _held(info.path)]
+    kept_paths = {*whole[-keep:], best(run_dir), resumable(run_dir)}
+    doomed = [info.path for info in infos if info.path not in kept_paths and not _held(info.path)]
     for ending in (INCOMPLETE, REPLACED, DAMAGED):
         doomed += [path for path in folder(run_dir).glob(f"*{ending}") if path.is_dir()]
     doomed = [path for path in doomed if not path.is_symlink()]  # it may be another run's

@@ -57,13 +57,15 @@ class Surroundings:
 
     def sources(self, config: ModelConfig, trained: Mapping[str, Source]) -> dict[str, Source]:
         """All tensors of `model`: those of the language model, `trained`, under their names in it, and the base's others."""
-        found = {self.name(name): source for name, source in trained.items()}
-        others = {name: tensor.shape for name, tensor in saved_tensors(self.model).items() if name not in found}
+        source_by_name = {self.name(name): source for name, source in trained.items()}
+        others = {
+            name: tensor.shape for name, tensor in saved_tensors(self.model).items() if name not in source_by_name
+        }
         keys = Loading.of(self.model, self.model.state_dict(), BaseFiles(config)).keys
         base = BaseWeights(config, self.model.base_model_prefix, others, keys, partial=True)
         for name in base:
-            found[name] = Source(others[name], base.dtype(name), partial(base.__getitem__, name))
-        return found
+            source_by_name[name] = Source(others[name], base.dtype(name), partial(base.__getitem__, name))
+        return source_by_name
 
     def rename_settings(self, settings: Any, adapted: Any) -> None:
         """Let the settings of an adapter name its modules as they are in `model`. adapted: the PeftModel."""
