@@ -98,12 +98,12 @@ def _exit_code(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """Dispatch to the verb. Raises DstuneError."""
-    verb, *rest = arguments or ["--help"]
-    if rest and f"{verb} {rest[0]}" in VERBS.without_installed():  # of a wing, such as `data shift`
-        verb, *rest = f"{verb} {rest[0]}", *rest[1:]
+    verb, *other_words = arguments or ["--help"]
+    if other_words and f"{verb} {other_words[0]}" in VERBS.without_installed():  # of a wing, such as `data shift`
+        verb, *other_words = f"{verb} {other_words[0]}", *other_words[1:]
     if verb in ("--help", "-h", "help"):
-        if rest and find_verb(rest[0]) is not None:  # `dstune help train`
-            return run([rest[0], "--help"])
+        if other_words and find_verb(other_words[0]) is not None:  # `dstune help train`
+            return run([other_words[0], "--help"])
         print(help_text())
         return EXIT_DONE
     if verb in ("--version", "-V"):
@@ -113,11 +113,11 @@ def run(arguments: list[str]) -> int:
         from dstune.cli.completion import complete
 
         return complete(arguments)
-    if not any(word.partition("=")[0] == "--trust" for word in rest):
-        return _run_verb(verb, rest)
+    if not any(word.partition("=")[0] == "--trust" for word in other_words):
+        return _run_verb(verb, other_words)
     from dstune.config import trust
 
-    with trust.from_flags(rest) as words:
+    with trust.from_flags(other_words) as words:
         return _run_verb(verb, words)
 
 
@@ -155,26 +155,26 @@ def help_text() -> str:
     except UserError as error:  # of a plugin
         print(f"dstune: note: lists no verbs of plugins: {error}", file=sys.stderr)
         verbs = VERBS.without_installed()
-    rows = [f"  {name:<12} {own.summary}" for name, own in verbs.items()]
+    rows = [f"  {name:<12} {verb.summary}" for name, verb in verbs.items()]
     usage = (
         "usage: dstune VERB [PATH] [key=value ...] [--json] [--trust KEY,...] [Hydra flags]\n       dstune --version"
     )
     return "\n".join([usage, "", "Fine-tune language models with DeepSpeed ZeRO.", "", "verbs:", *rows, "", EXAMPLES])
 
 
-def unknown_verb(given: str) -> Problem:
+def unknown_verb(word: str) -> Problem:
     import difflib
 
     names = list(VERBS)
-    if "=" in given:
-        return Problem("command line", "the verb is missing", f"dstune train {given}", given)
-    if given.startswith("-"):
-        return Problem("command line", "flags stand behind the verb", f"dstune VERB {given}", given)
-    if given in (known := other_names()):
-        return Problem("verb", "there is no such verb", known[given], given)
-    nearest = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    if "=" in word:
+        return Problem("command line", "the verb is missing", f"dstune train {word}", word)
+    if word.startswith("-"):
+        return Problem("command line", "flags stand behind the verb", f"dstune VERB {word}", word)
+    if word in (verb_by_other_name := other_names()):
+        return Problem("verb", "there is no such verb", verb_by_other_name[word], word)
+    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     fix = f"did you mean `dstune {nearest[0]}`?" if nearest else f"the verbs are {', '.join(names)}"
-    return Problem("verb", "there is no such verb", fix, given)
+    return Problem("verb", "there is no such verb", fix, word)
 
 
 def print_error(error: DstuneError, *, as_json: bool) -> None:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from dstune.core.verb import Words
 
 
-def with_hardware(found: Words, given: Sequence[str]) -> Words:
-    """`found`, and the names of hardware where the first word behind the verb is asked for."""
-    if given:
-        return found
+def with_hardware(words: Words, words_before: Sequence[str]) -> Words:
+    """`words`, and the names of hardware where the first word behind the verb is asked for."""
+    if words_before:
+        return words
     from dstune.planning.hardware import DEVICES
 
-    return replace(found, words=[*(f"hardware={name}" for name in DEVICES), *found.words])
+    return replace(words, words=[*(f"hardware={name}" for name in DEVICES), *words.words])

@@ -20,8 +20,8 @@ class Data(Verb):
 
         return parser_of(self.function(), ["show"])
 
-    def words(self, given: Sequence[str]) -> Words:
-        if given:
-            return super().words(given)
+    def words(self, words_before: Sequence[str]) -> Words:
+        if words_before:
+            return super().words(words_before)
         wings = [name.removeprefix("data ") for name in VERBS.without_installed() if name.startswith("data ")]
         return Words(["show", *wings])

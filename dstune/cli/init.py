@@ -28,5 +28,5 @@ class Init(Verb):
     def run(self, arguments: list[str]) -> int:
         return InitPlugin().run(arguments) if arguments[:1] == ["plugin"] else super().run(arguments)
 
-    def words(self, given: Sequence[str]) -> Words:
-        return InitPlugin().words(given) if given[:1] == ["plugin"] else super().words(given)
+    def words(self, words_before: Sequence[str]) -> Words:
+        return InitPlugin().words(words_before) if words_before[:1] == ["plugin"] else super().words(words_before)

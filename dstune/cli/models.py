@@ -17,5 +17,5 @@ class Models(Verb):
     overrides = True
     further_words = ("hardware=", "nodes=")
 
-    def words(self, given: Sequence[str]) -> Words:
-        return with_hardware(super().words(given), given)
+    def words(self, words_before: Sequence[str]) -> Words:
+        return with_hardware(super().words(words_before), words_before)

@@ -19,5 +19,5 @@ class Plan(Verb):
     def parser(self) -> None:
         return None
 
-    def words(self, given: Sequence[str]) -> Words:
-        return with_hardware(super().words(given), given)
+    def words(self, words_before: Sequence[str]) -> Words:
+        return with_hardware(super().words(words_before), words_before)

@@ -16,10 +16,10 @@ class Samples(Verb):
     other_names = ((("download",), "`dstune samples NAME` fetches a sample; `dstune train` fetches what it needs"),)
     takes_files = False
 
-    def words(self, given: Sequence[str]) -> Words:
+    def words(self, words_before: Sequence[str]) -> Words:
         from dstune.samples import available
 
-        found = super().words(given)
-        if found.files:  # the value of a flag
-            return found
-        return replace(found, words=[*found.words, *(info.uri.removeprefix("sample://") for info in available())])
+        words = super().words(words_before)
+        if words.files:  # the value of a flag
+            return words
+        return replace(words, words=[*words.words, *(info.uri.removeprefix("sample://") for info in available())])

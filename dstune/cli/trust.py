@@ -46,10 +46,10 @@ def main(argv: list[str]) -> int:
         return _list()
     if arguments.remove:
         return _remove(arguments.folder)
-    found = _candidates(arguments.folder)
-    record = {plugin.place: plugin.digest for plugin in found}
+    candidates = _candidates(arguments.folder)
+    record = {plugin.place: plugin.digest for plugin in candidates}
     print(one_line(str(arguments.folder.resolve())))
-    for plugin in found:
+    for plugin in candidates:
         print(f"  {_line(plugin.place, plugin.digest)}")
         for remark in plugin.remarks:
             print(f"    {one_line(remark)}")
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     if not arguments.yes and not _confirmed(arguments):
         print("They are not trusted.")
         return EXIT_FAILED
-    project.write_record(arguments.folder, found)
+    project.write_record(arguments.folder, candidates)
     print("They run as you from now on, until one of them changes.")
     return EXIT_DONE
 
@@ -69,8 +69,8 @@ def _candidates(folder: Path) -> list[Candidate]:
 
     if not folder.is_dir():
         raise UserError(Problem("FOLDER", "there is no such folder", "dstune trust .", str(folder)))
-    if found := project.candidates(folder):
-        return found
+    if candidates := project.candidates(folder):
+        return candidates
     fix = "there is nothing to trust"
     if (folder / "run.yaml").is_file():
         fix = f"a run is signed: dstune upgrade {folder} --trust KEY"
