@@ -54,17 +54,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--feed-forward", type=int, metavar="N", help="neurons of each feed-forward block that stay")
     parser.add_argument("--rows", type=int, default=32, metavar="N", help="rows that are read to choose (default 32)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    known, rest = parser.parse_known_args(argv)
-    if known.layers is None and known.keep is None and known.feed_forward is None:
+    options, words = parser.parse_known_args(argv)
+    if options.layers is None and options.keep is None and options.feed_forward is None:
         raise UserError(Problem("--layers", "nothing is cut", "--layers N, --keep 0,3,... or --feed-forward N"))
-    if known.layers is not None and known.keep is not None:
-        raise UserError(Problem("--keep", "the layers are given twice", "--layers or --keep", known.keep))
+    if options.layers is not None and options.keep is not None:
+        raise UserError(Problem("--keep", "the layers are given twice", "--layers or --keep", options.keep))
     for flag in ("layers", "feed_forward", "rows"):
-        if (value := getattr(known, flag)) is not None and value < 1:
+        if (value := getattr(options, flag)) is not None and value < 1:
             raise UserError(Problem(f"--{flag.replace('_', '-')}", "expected at least 1", value=str(value)))
-    if known.output.exists():
-        raise UserError(Problem("--output", "exists already", "another folder", str(known.output)))
-    return known, rest
+    if options.output.exists():
+        raise UserError(Problem("--output", "exists already", "another folder", str(options.output)))
+    return options, words
 
 
 def _needs_rows(arguments: argparse.Namespace) -> bool:
@@ -107,26 +107,26 @@ def prune(config: RunConfig, arguments: argparse.Namespace, argv: Sequence[str])
 
     tokenizer = load_tokenizer(config.model)
     model = load_model(config, tokenizer, (), torch.float32).eval()
-    before = sum(parameter.numel() for parameter in model.parameters())
+    parameters_before = sum(parameter.numel() for parameter in model.parameters())
     samples = list(_samples(config, tokenizer, arguments.rows)) if _needs_rows(arguments) else []
     text = model.config.get_text_config(decoder=True)
     layers = len(cut.blocks_of(model))
     record: dict[str, Any] = {"model": arguments.model, "command": f"dstune prune {shlex.join(argv)}", "layers": layers}
-    kept = _kept_layers(arguments, layers)
+    kept_layers = _kept_layers(arguments, layers)
     if arguments.layers is not None and arguments.choose == "influence":
         influences = cut.influences_of(model, samples)
         record["influences"] = [round(value, 6) for value in influences]
-        kept = cut.most_influential(influences, arguments.layers)
-    if len(kept) < layers:
-        cut.keep_layers(model, kept)
-    record["kept"] = kept
+        kept_layers = cut.most_influential(influences, arguments.layers)
+    if len(kept_layers) < layers:
+        cut.keep_layers(model, kept_layers)
+    record["kept"] = kept_layers
     if (neurons := arguments.feed_forward) is not None:
         if neurons >= text.intermediate_size:
             reason = f"the model has {text.intermediate_size:,}"
             raise UserError(Problem("--feed-forward", reason, "fewer", f"{neurons:,}"))
         cut.keep_neurons(model, cut.activations_of(model, samples), neurons)
         record["feed_forward"] = neurons
-    record["parameters"] = [before, sum(parameter.numel() for parameter in model.parameters())]
+    record["parameters"] = [parameters_before, sum(parameter.numel() for parameter in model.parameters())]
     _save(model, tokenizer, arguments.output, record)
     return record
 
@@ -136,13 +136,13 @@ def _kept_layers(arguments: argparse.Namespace, layers: int) -> list[int]:
 
     if arguments.keep is not None:
         try:
-            kept = [int(word) for word in arguments.keep.split(",")]
+            numbers = [int(word) for word in arguments.keep.split(",")]
         except ValueError:
             raise UserError(Problem("--keep", "expected numbers", "--keep 0,3,6", arguments.keep)) from None
-        if kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= layers:
+        if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= layers:
             reason = f"expected different numbers from 0 to {layers - 1}, in order"
             raise UserError(Problem("--keep", reason, "--keep 0,3,6", arguments.keep))
-        return kept
+        return numbers
     if arguments.layers is None:
         return list(range(layers))
     if arguments.layers > layers:
@@ -176,10 +176,10 @@ def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> N
     tokens = torch.arange(3, 19)[None]
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
-        found = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)(
+        reloaded_logits = AutoModelForCausalLM.from_pretrained(temporary, dtype=torch.float32)(
             input_ids=tokens, use_cache=False
         ).logits
-    difference = float((expected - found).abs().max() / expected.abs().max())
+    difference = float((expected - reloaded_logits).abs().max() / expected.abs().max())
     if not difference <= TOLERANCE:
         reason = f"the saved model does not compute what the one in memory does (logits differ by {difference:.1%})"
         raise UserError(
@@ -189,8 +189,10 @@ def _save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> N
 
 
 def _report(record: dict[str, Any], folder: Path) -> str:
-    before, after = record["parameters"]
-    kept = ", ".join(map(str, record["kept"]))
-    lines = [f"{folder}: {after:,} of {before:,} parameters; layers {kept} of {record['layers']}"]
+    parameters_before, parameters_after = record["parameters"]
+    kept_layers = ", ".join(map(str, record["kept"]))
+    lines = [
+        f"{folder}: {parameters_after:,} of {parameters_before:,} parameters; layers {kept_layers} of {record['layers']}"
+    ]
     heal = f"dstune train task=distillation model.path={folder} task.teacher={record['model']} data.train=FILE"
     return "\n".join([*lines, f"heal it: {heal}"])

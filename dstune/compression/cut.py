@@ -49,9 +49,11 @@ def influences_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[flo
     def measure(
         number: int, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
     ) -> None:
-        before = arguments[0] if arguments else keywords["hidden_states"]
-        after = output[0] if isinstance(output, tuple) else output
-        turned[number] += torch.cosine_similarity(before.float(), after.float(), dim=-1).double().sum().cpu()
+        states_before = arguments[0] if arguments else keywords["hidden_states"]
+        states_after = output[0] if isinstance(output, tuple) else output
+        turned[number] += (
+            torch.cosine_similarity(states_before.float(), states_after.float(), dim=-1).double().sum().cpu()
+        )
 
     with _hooks(
         block.register_forward_hook(partial(measure, number), with_kwargs=True) for number, block in enumerate(blocks)
@@ -87,44 +89,44 @@ def activations_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[Te
 
 def feed_forward_of(block: nn.Module) -> Any:
     """The one gated feed-forward block of a layer. Raises UserError."""
-    found = [
+    blocks = [
         module
         for module in block.modules()
         if all(isinstance(getattr(module, name, None), nn.Linear) for name in GATED)
     ]
-    if len(found) != 1:
-        reason = f"a layer has {len(found)} feed-forward blocks with {', '.join(GATED)}"
+    if len(blocks) != 1:
+        reason = f"a layer has {len(blocks)} feed-forward blocks with {', '.join(GATED)}"
         raise UserError(Problem("--feed-forward", reason, "leave it out, or a model as Llama, Qwen, Gemma or Mistral"))
-    return found[0]
+    return blocks[0]
 
 
-def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
+def keep_layers(model: PreTrainedModel, numbers: Sequence[int]) -> None:
     """Leave only the layers of these numbers, and what its configuration says of each layer."""
     blocks = blocks_of(model)
-    before = len(blocks)
-    remaining = [blocks[number] for number in kept]
+    layer_count = len(blocks)
+    remaining = [blocks[number] for number in numbers]
     del blocks[:]
     blocks.extend(remaining)
     config = model.config.get_text_config(decoder=True)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == before:
-            setattr(config, name, [value[number] for number in kept])
-    config.num_hidden_layers = len(kept)
+        if isinstance(value, list) and len(value) == layer_count:
+            setattr(config, name, [value[number] for number in numbers])
+    config.num_hidden_layers = len(numbers)
 
 
 def keep_neurons(model: PreTrainedModel, activations: Sequence[Tensor], count: int) -> None:
     """Leave the `count` most active neurons of each feed-forward block. activations: of the layers that there are."""
     for block, active in zip(blocks_of(model), activations, strict=True):
-        kept = active.topk(count).indices.sort().values
+        indices = active.topk(count).indices.sort().values
         feed_forward = feed_forward_of(block)
         for name in GATED:
             linear = getattr(feed_forward, name)
             rows = name != "down_proj"
             weight = linear.weight.detach()
-            weight = weight[kept.to(weight.device)] if rows else weight[:, kept.to(weight.device)]
+            weight = weight[indices.to(weight.device)] if rows else weight[:, indices.to(weight.device)]
             linear.weight = nn.Parameter(weight.clone())
             if linear.bias is not None and rows:
-                linear.bias = nn.Parameter(linear.bias.detach()[kept.to(weight.device)].clone())
+                linear.bias = nn.Parameter(linear.bias.detach()[indices.to(weight.device)].clone())
             linear.out_features, linear.in_features = weight.shape
         if hasattr(feed_forward, "intermediate_size"):
             feed_forward.intermediate_size = count
