@@ -224,8 +224,8 @@ def _configuration(
     if arguments.grader:
         config = replace(config, task=_with_graders(config.task, arguments.grader))
     data = config.data
-    given = any(word.startswith(f"data.{arguments.split}=") for word in arguments.overrides)
-    if stored is not None and given and arguments.split != "train":
+    names_rows = any(word.startswith(f"data.{arguments.split}=") for word in arguments.overrides)
+    if stored is not None and names_rows and arguments.split != "train":
         data = replace(data, train=None, mixture={})  # rows of their own; those of the training are nothing to them
     if not data.train and not data.mixture:
         # Data are prepared with training rows; here they are the ones to be measured, so they are no leak.
@@ -252,8 +252,10 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
     """`config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
     if config.trainer.micro_batch_size is not Automatic.auto:
         return config
-    found = (records.read_result(run) or {}).get("micro_batch") or {}
-    return replace(config, trainer=replace(config.trainer, micro_batch_size=found.get("rows", config.trainer.rows)))
+    micro_batch = (records.read_result(run) or {}).get("micro_batch") or {}
+    return replace(
+        config, trainer=replace(config.trainer, micro_batch_size=micro_batch.get("rows", config.trainer.rows))
+    )
 
 
 def _with_graders(task: TaskConfig, files: list[str]) -> TaskConfig:
@@ -319,11 +321,13 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
         _print_confusion(result["labels"], result["confusion"])
     if result.get("by_type"):
         _print_table("by type", result["by_type"])
-    for column, found in result.get("slices", {}).items():
+    for column, slice_result in result.get("slices", {}).items():
         gap = (
-            f", {found['metric']}: worst {found['worst']}, gap {found['gap']:.4f}" if found["worst"] is not None else ""
+            f", {slice_result['metric']}: worst {slice_result['worst']}, gap {slice_result['gap']:.4f}"
+            if slice_result["worst"] is not None
+            else ""
         )
-        _print_table(f"by {column}{gap}", found["values"])
+        _print_table(f"by {column}{gap}", slice_result["values"])
     if result.get("counterfactual"):
         changes = dict(result["counterfactual"])
         by_term = changes.pop("by_term")
@@ -348,7 +352,7 @@ def _cell(value: Any) -> str:
 def _print_prompted(target: str, result: dict[str, Any]) -> None:
     """A column for each number of examples."""
     print(f"{result['asked']}, untuned: {result['rows']:,} {result['split']} rows of {target}")
-    columns = [(f"{one['shots']} examples", one["metrics"]) for one in result["prompted"]]
+    columns = [(f"{prompted['shots']} examples", prompted["metrics"]) for prompted in result["prompted"]]
     names = list(columns[0][1])
     print(" " * (2 + max(map(len, names))) + "".join(f"{head:>14}" for head, _ in columns))
     for name in names:

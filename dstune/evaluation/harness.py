@@ -54,7 +54,7 @@ def run(
 
     model = HFLM(pretrained=folder, device=accelerator.kind(), **options)
     try:
-        found = simple_evaluate(
+        outcome = simple_evaluate(
             model,
             tasks=list(tasks),
             num_fewshot=shots,
@@ -67,8 +67,8 @@ def run(
         reason = f"its rows cannot be had: {first_line(error)}"
         fix = "run it once where the model hub is reachable, or give tasks with local rows (--harness-path FOLDER)"
         raise UserError(Problem("--harness", reason, fix, ",".join(tasks))) from error
-    assert found is not None, "there is one process"
-    return {name: _plain(metrics) for name, metrics in found["results"].items()}
+    assert outcome is not None, "there is one process"
+    return {name: _plain(metrics) for name, metrics in outcome["results"].items()}
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:

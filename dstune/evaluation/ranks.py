@@ -98,10 +98,12 @@ def evaluate(
         prompted = baseline.measure_prompted(
             config, data, engine, head, tokenizer, world, part, shots, progress=progress
         )
-        metrics = [{"shots": one.shots, "metrics": one.evaluation.metrics} for one in prompted]
+        metrics = [{"shots": answers.shots, "metrics": answers.evaluation.metrics} for answers in prompted]
         measured = {"asked": format_value(config.model.path), "prompted": metrics}
         row_results = [
-            {"shots": one.shots, **row} for one in prompted for row in placed(one.evaluation, part, config, data.labels)
+            {"shots": answers.shots, **row}
+            for answers in prompted
+            for row in placed(answers.evaluation, part, config, data.labels)
         ]
     if world.is_main:
         rows = count_rows(limited(part, config.evaluate.max_rows, config.task), config.task)
