@@ -78,14 +78,14 @@ def _batches(lines: Path) -> Iterator[list[dict[str, Any]]]:
         yield batch
 
 
-def _common_type(known: Any, values: list[Any]) -> Any:
-    """The Arrow type of values that are all of one type, and of `known`; None where there is none."""
+def _common_type(earlier_type: Any, values: list[Any]) -> Any:
+    """The Arrow type of values that are all of one type, and of `earlier_type`; None where there is none."""
     import pyarrow as pa
 
-    if known is None:
+    if earlier_type is None:
         return None
     try:
-        kinds = [pa.schema([("", known)]), pa.schema([("", pa.array(values).type)])]
+        kinds = [pa.schema([("", earlier_type)]), pa.schema([("", pa.array(values).type)])]
         return pa.unify_schemas(kinds, promote_options="permissive").field(0).type
     except (pa.ArrowException, OverflowError):
         return None

@@ -27,8 +27,8 @@ from dstune.protocols import DATA_SOURCES
 from dstune.protocols.data_source import WritesAddresses
 
 
-def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> None:
-    """The flags of a command that answers rows. what: what is computed together."""
+def add_flags(parser: argparse.ArgumentParser, unit: str, batch_size: int) -> None:
+    """The flags of a command that answers rows. unit: what is computed together."""
     parser.add_argument(
         "--output",
         type=_place,
@@ -41,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser, what: str, batch_size: int) -> No
         type=int,
         default=batch_size,
         metavar="N",
-        help=f"{what} computed together (default {batch_size})",
+        help=f"{unit} computed together (default {batch_size})",
     )
     parser.add_argument("--checkpoint", default="last", help="of a run: a step, `best` or `last` (default)")
 
@@ -58,18 +58,20 @@ def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, 
         refuse_place(place, force, TABLES)
 
         def put(file: Path) -> str:
-            with as_named(file, place.suffix) as named:
-                copied.copy(named, place)
+            with as_named(file, place.suffix) as suffixed:
+                copied.copy(suffixed, place)
             return str(place)
 
         return AnswersElsewhere(str(place), put, requested, batch_size, force=force)
     source = registered_source(place)
     if not isinstance(source, WritesAddresses):
-        known = ", ".join(
+        places = ", ".join(
             f"{name}://" for name, kind in DATA_SOURCES.classes().items() if issubclass(kind, WritesAddresses)
         )
         raise UserError(
-            Problem("--output", "nothing is known to write there", f"a file, or {known}" if known else "a file", place)
+            Problem(
+                "--output", "nothing is known to write there", f"a file, or {places}" if places else "a file", place
+            )
         )
     source.check_output(place)
 
@@ -129,8 +131,8 @@ class AnswersFile:
         with self._part.open("rb") as source, whole.open("wb") as target:
             source.readline()
             shutil.copyfileobj(source, target)
-        with as_named(whole, self.path.suffix) as named:
-            named.replace(self.path)
+        with as_named(whole, self.path.suffix) as suffixed:
+            suffixed.replace(self.path)
         whole.unlink(missing_ok=True)
         self._part.unlink()
 
@@ -169,7 +171,7 @@ class AnswersElsewhere(AnswersFile):
         try:
             self.written = self._bring(self.path)
         except UserError as error:
-            raise UserError(replace(one, fix=f"{one.fix}; {where}") for one in error.problems) from None
+            raise UserError(replace(problem, fix=f"{problem.fix}; {where}") for problem in error.problems) from None
         except OSError as error:
             reason, fix = f"cannot be written: {error.strerror or error}", f"another place; {where}"
             raise UserError(Problem("--output", reason, fix, self.written)) from None

@@ -57,7 +57,9 @@ def _turn(writer: Writer, history: Messages, text: str) -> Messages:
 def _switch(writer: Writer, name: str) -> str:
     if name in writer.names:
         writer.active = name
-    listed = ", ".join(f"[{known}]" if known == writer.active else known for known in writer.names)
+    listed = ", ".join(
+        f"[{adapter_name}]" if adapter_name == writer.active else adapter_name for adapter_name in writer.names
+    )
     return listed if not name or name in writer.names else f"there is no adapter {name}; there are {listed}"
 
 
@@ -72,8 +74,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         noted = True
 
-    before = signal.signal(signal.SIGINT, note)
+    handler_before = signal.signal(signal.SIGINT, note)
     try:
         yield lambda: noted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler_before)

@@ -173,9 +173,9 @@ def _registry_of(address: str) -> ModelRegistry:
     """The model registry whose scheme the address has. Raises UserError where there is none."""
     registry = MODEL_REGISTRIES.find(address.partition(":/")[0])
     if registry is None:
-        known = ", ".join(other.addresses for other in MODEL_REGISTRIES.classes().values())
-        reason = "is no place in a model registry" if known else "this installation knows no model registry"
-        raise UserError(Problem("--register", reason, known, address))
+        addresses = ", ".join(other.addresses for other in MODEL_REGISTRIES.classes().values())
+        reason = "is no place in a model registry" if addresses else "this installation knows no model registry"
+        raise UserError(Problem("--register", reason, addresses, address))
     return registry()
 
 

@@ -103,12 +103,12 @@ def _check(arguments: argparse.Namespace) -> dict[str, str]:
     if not arguments.temperature and (arguments.top_p != 1 or arguments.top_k):
         problems.append(Problem("--temperature", "greedy answers draw nothing", "--temperature 0.7", "0"))
     adapters: dict[str, str] = {}
-    for given in arguments.adapter:
-        name, equals, path = given.partition("=")
+    for text in arguments.adapter:
+        name, equals, path = text.partition("=")
         if not equals or not name or not path or not name.replace("-", "_").isidentifier():
-            problems.append(Problem("--adapter", "is not NAME=PATH", "--adapter mine=runs/mine", given))
+            problems.append(Problem("--adapter", "is not NAME=PATH", "--adapter mine=runs/mine", text))
         elif name in adapters or name in (BASE, OWN):
-            problems.append(Problem("--adapter", "this name is taken", "give it another name", given))
+            problems.append(Problem("--adapter", "this name is taken", "give it another name", text))
         adapters[name] = path
     if problems:
         raise UserError(problems)
@@ -136,8 +136,13 @@ def _output(
 
     newest = store.newest(Path(arguments.model))
     parts = [
-        [one.formatted, one.messages, one.adapter, *filter(None, (one.tools, one.arguments, _digests(one)))]
-        for one in requests
+        [
+            request.formatted,
+            request.messages,
+            request.adapter,
+            *filter(None, (request.tools, request.arguments, _digests(request))),
+        ]
+        for request in requests
     ]
     text = json.dumps(parts)
     requested = {

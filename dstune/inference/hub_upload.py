@@ -110,13 +110,13 @@ def _is_public(hub: Any, name: str) -> bool:
         return False
 
 
-def _ask(name: str, question: Callable[[], Any], *, there: Path | None = None) -> Any:
-    """The hub's answer. there: the finished export, if there is one. Raises UserError in place of what the hub's client raises."""
+def _ask(name: str, question: Callable[[], Any], *, export: Path | None = None) -> Any:
+    """The hub's answer. export: the finished export, if there is one. Raises UserError in place of what the hub's client raises."""
     try:
         return question()
     except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries
         status = getattr(getattr(error, "response", None), "status_code", None)
-        again = f"; the export is complete in {there}: add --force to the same command" if there else ""
+        again = f"; the export is complete in {export}: add --force to the same command" if export else ""
         if status == 401:
             fix = f"make a new one ({TOKENS}), then `hf auth login`{again}"
             raise UserError(

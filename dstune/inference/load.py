@@ -98,14 +98,14 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> M
     if "task" not in read_record(folder) and not _names_task(overrides):
         reason = "is an adapter of which nothing tells its task"
         raise UserError(Problem("MODEL", reason, "task=NAME, and its labels: task.labels=[NAME,NAME]", str(folder)))
-    given = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
-    config = _checked(compose(given).config, str(folder))
+    texts = [f"model.path={quoted(base.path)}", *recorded_overrides(folder, list(overrides)), *overrides]
+    config = _checked(compose(texts).config, str(folder))
     labels = list(task_of(config.task).given_labels)
     if task_of(config.task).has_labels and not labels:
         reason = "the adapter does not name its labels"
         raise UserError(Problem("task.labels", reason, "task.labels=[NAME,NAME] in their order"))
-    own = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
-    config = replace(config, model=resolved(own), method=METHODS.default())
+    adapter_model = replace(config.model, revision=base.revision, trust_remote_code=model.trust_remote_code)
+    config = replace(config, model=resolved(adapter_model), method=METHODS.default())
     identity = [*_files_of(folder), config.model.revision, adapter_settings(folder)["base_model_name_or_path"]]
     return ModelRequest(config, tuple(labels), identity, adapter=folder)
 
@@ -113,16 +113,16 @@ def _of_adapter(folder: Path, model: ModelConfig, overrides: Sequence[str]) -> M
 def _of_model(model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
     from dstune.models.load import model_folder
 
-    found = resolved(model)
-    folder = model_folder(found)
+    resolved_model = resolved(model)
+    folder = model_folder(resolved_model)
     recorded = recorded_overrides(folder, list(overrides))
     if not recorded and not _names_task(overrides):
         reason = "nothing tells what it was trained for"
         fix = f"dstune predict {model.path} task=NAME; a language model answers `dstune generate`"
         raise UserError(Problem("MODEL", reason, fix, model.path))
     config = _checked(compose([f"model.path={quoted(model.path)}", *recorded, *overrides]).config, model.path)
-    given = replace(config.model, revision=found.revision, trust_remote_code=found.trust_remote_code)
-    return _with_own_labels(replace(config, model=given), [*_files_of(folder), found.revision])
+    pinned = replace(config.model, revision=resolved_model.revision, trust_remote_code=resolved_model.trust_remote_code)
+    return _with_own_labels(replace(config, model=pinned), [*_files_of(folder), resolved_model.revision])
 
 
 def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
@@ -133,8 +133,8 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
     config = with_labels(replace(config, method=METHODS.default()))
     if not task_of(config.task).has_labels:
         return ModelRequest(config, (), identity)
-    own = load_config(config.model).id2label
-    labels = task_of(config.task).given_labels or [own[index] for index in sorted(own)]
+    name_by_index = load_config(config.model).id2label
+    labels = task_of(config.task).given_labels or [name_by_index[index] for index in sorted(name_by_index)]
     return ModelRequest(config, tuple(labels), identity)
 
 
@@ -217,7 +217,9 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
     with safe_open(file, "pt") as tensors:
         held = set(tensors.keys())
     # In front of a name stands what peft wraps the model with, which differs between kinds of adapters.
-    absent = [name for name in new_weights(body).parameters if not any(own.endswith(f".{name}") for own in held)]
+    absent = [
+        name for name in new_weights(body).parameters if not any(held_name.endswith(f".{name}") for held_name in held)
+    ]
     if absent:
         reason = f"the adapter does not hold {', '.join(absent[:3])}, which its base lacks: its answers would be chance"
         raise UserError(Problem("MODEL", reason, "train it with its head", str(folder)))
@@ -237,8 +239,10 @@ def _body(request: ModelRequest) -> tuple[Any, Any]:
     model, folder = request.config.model, request.adapter
     tokenizer = load_tokenizer(model)
     if folder is not None and (folder / "tokenizer_config.json").is_file():
-        own = open_tokenizer(folder, where="adapter", trust_remote_code=model.trust_remote_code, local_files_only=True)
-        tokenizer = with_padding(own)
+        adapter_tokenizer = open_tokenizer(
+            folder, where="adapter", trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
+        tokenizer = with_padding(adapter_tokenizer)
     return load_model(request.config, tokenizer, request.labels, computing_dtype(load_config(model))), tokenizer
 
 

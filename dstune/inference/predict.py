@@ -41,10 +41,10 @@ def main(argv: list[str]) -> int:
     from dstune.inference.rows import MAX_LISTED_BAD_ROWS, Rows
     from dstune.protocols import task_of
 
-    named = ModelConfig(
+    requested_model = ModelConfig(
         path=arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code
     )
-    request = find(named, arguments.checkpoint, arguments.overrides)
+    request = find(requested_model, arguments.checkpoint, arguments.overrides)
     data, task = request.config.data, task_of(request.config.task)
     if arguments.probabilities and not task.gives_probabilities:
         raise UserError(Problem("--probabilities", "only a classifier has them", "leave it out", task.name))
@@ -71,12 +71,12 @@ def main(argv: list[str]) -> int:
             answers = model.answers(block, arguments.batch_size, all_labels=arguments.probabilities)
             problems += sum("problem" in answer for answer in answers)
             cut += sum("truncated" in answer for answer in answers)
-            if more := {name for answer in answers for name in answer} - taken:  # a plugin's
-                _note_replaced(rows, more)
-                taken |= more
+            if plugin_columns := {name for answer in answers for name in answer} - taken:  # a plugin's
+                _note_replaced(rows, plugin_columns)
+                taken |= plugin_columns
             done += len(block)
             if output is not None:
-                output.append([_row(one, answer, taken) for one, answer in zip(block, answers, strict=True)])
+                output.append([_row(query, answer, taken) for query, answer in zip(block, answers, strict=True)])
                 _print_status(f"{done:,} of {rows.count:,} rows")
             else:
                 _print(block, answers, taken, as_json=arguments.json)
@@ -146,18 +146,18 @@ def _files(data: DataConfig, spec: str) -> list[DataFile]:
     from dstune.data import sources
     from dstune.launch import preflight
 
-    own = DataConfig(test=spec, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
+    test_data = DataConfig(test=spec, subset=data.subset, revision=data.revision, text_rows=data.text_rows)
     try:
-        own = preflight.resolve_rows(own, "test", _print_status)
+        test_data = preflight.resolve_rows(test_data, "test", _print_status)
     except UserError as error:
         raise UserError(replace(p, where=p.where.replace("data.test", "--input")) for p in error.problems) from error
-    return sources.of_part(own, "test", "--input")
+    return sources.of_part(test_data, "test", "--input")
 
 
 def _note_replaced(rows: Rows, taken: Set[str]) -> None:
-    own = [name for name in rows.columns() if name in taken]
-    if own:
-        _print_status(f"columns that answers have too are not kept: {', '.join(own)}")
+    replaced = [name for name in rows.columns() if name in taken]
+    if replaced:
+        _print_status(f"columns that answers have too are not kept: {', '.join(replaced)}")
 
 
 def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows, request: ModelRequest) -> AnswersFile:
@@ -176,11 +176,11 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
     return answers_file(arguments.output, requested, BLOCK, force=arguments.force)
 
 
-def _row(one: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:
+def _row(query: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:
     """Where the row is, its own columns, and its answer. taken: names that no own column keeps."""
-    own = {name: value for name, value in one.fields.items() if name not in taken}
-    found: dict[str, Any] = _plain({"row": one.place, **own, **answer})
-    return found
+    columns = {name: value for name, value in query.fields.items() if name not in taken}
+    row: dict[str, Any] = _plain({"row": query.place, **columns, **answer})
+    return row
 
 
 def _plain(value: Any) -> Any:
@@ -205,18 +205,22 @@ def _print(block: Sequence[Query], answers: Sequence[Answer], taken: Set[str], *
         for line in _lines(block, answers):
             print(line, flush=True)
         return
-    for one, answer in zip(block, answers, strict=True):
-        print(json.dumps(_row(one, answer, taken), ensure_ascii=False), flush=True)
+    for query, answer in zip(block, answers, strict=True):
+        print(json.dumps(_row(query, answer, taken), ensure_ascii=False), flush=True)
 
 
 def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
     """One line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
-    for one, answer in zip(block, answers, strict=True):
+    for query, answer in zip(block, answers, strict=True):
         report = _report(answer)
-        text = " ".join(_text(one).split())
-        left = room - len(report) - 2
-        yield report if left < 10 else f"{report}  {text if len(text) <= left else text[: left - 3] + '...'}"
+        text = " ".join(_text(query).split())
+        columns_left = room - len(report) - 2
+        yield (
+            report
+            if columns_left < 10
+            else f"{report}  {text if len(text) <= columns_left else text[: columns_left - 3] + '...'}"
+        )
 
 
 def _report(answer: Mapping[str, Any]) -> str:
@@ -229,7 +233,7 @@ def _report(answer: Mapping[str, Any]) -> str:
         case {"score": float(score)}:
             return f"{score:8.4f}"
         case {"entities": [*entities]}:
-            return "; ".join(f"{one['type']}: {one['text']}" for one in entities) or "-"
+            return "; ".join(f"{entity['type']}: {entity['text']}" for entity in entities) or "-"
         case {"predicted": [*labels], "probability": Mapping() as probabilities}:
             return ", ".join(f"{label} {_formatted(probabilities.get(label), 3)}" for label in labels) or "-"
         case {"predicted": str(label), "probability": float(probability)}:
@@ -252,8 +256,8 @@ def _formatted(value: Any, digits: int = 4) -> str:
     return str(value)
 
 
-def _text(one: Query) -> str:
-    row = one.row
+def _text(query: Query) -> str:
+    row = query.row
     for name in ("text", "anchor", "question", "prompt"):
         if name in row:
             return str(row[name])

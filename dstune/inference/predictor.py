@@ -78,14 +78,14 @@ class Predictor:
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
         good = [number for number in range(len(requested)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]
-        found = iter(
+        answers = iter(
             self._answered(samples, [requested[number] for number in good], batch_size, all_labels) if good else ()
         )
         cut = {sample.row for sample in samples if sample.truncated and not task_of(self.config.task).chunked}
         return [
             {"problem": problems[number]}
             if number in problems
-            else next(found) | ({"truncated": True} if number in cut else {})
+            else next(answers) | ({"truncated": True} if number in cut else {})
             for number in range(len(requested))
         ]
 
@@ -94,17 +94,17 @@ class Predictor:
     ) -> Iterator[Answer]:
         order = np.argsort([-len(sample.input_ids) for sample in samples], kind="stable")
         split = self._split(samples, requested)
-        kept: list[Row] = [{} for _ in samples]
+        outputs: list[Row] = [{} for _ in samples]
         device = next(self.model.parameters()).device
         for start in range(0, len(order), batch_size):
             chosen = [int(index) for index in order[start : start + batch_size]]
             micro_batch = MicroBatch(0, tuple((index,) for index in chosen))
             batch = collate(split, micro_batch, pad_token_id=self.tokenizer.pad_token_id, packing=False)
             with torch.inference_mode():
-                found = self.computed({name: tensor.to(device) for name, tensor in batch.items()})
+                computed = self.computed({name: tensor.to(device) for name, tensor in batch.items()})
             for position, index in enumerate(chosen):
-                kept[index] = {name: _array(values[position]) for name, values in found.items()}
-        return self.answers_from(split, kept, requested, all_labels=all_labels)
+                outputs[index] = {name: _array(values[position]) for name, values in computed.items()}
+        return self.answers_from(split, outputs, requested, all_labels=all_labels)
 
     # -- rows to samples
 
@@ -120,7 +120,7 @@ class Predictor:
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
         """Of all rows, in their order; a row may have several."""
         encode = RowTokenizer(self.tokenizer, self.config.task, AUTOMATIC, self.longest, self.labels)
-        return encode.samples([one.row for one in requested], list(range(len(requested))))
+        return encode.samples([query.row for query in requested], list(range(len(requested))))
 
     def _split(self, samples: Sequence[Sample], requested: Sequence[Query]) -> Split:
         """The samples as what `collate` and the metrics of evaluations read."""
@@ -130,7 +130,7 @@ class Predictor:
             columns |= {name: [self._column(sample, name) for sample in samples] for name in names}
         texts = None
         if task_of(self.config.task).metrics_read_rows:
-            texts = datasets.Dataset(pa.table({"row": [json.dumps(one.row) for one in requested]}))
+            texts = datasets.Dataset(pa.table({"row": [json.dumps(query.row) for query in requested]}))
         return Split(
             "asked",
             datasets.Dataset(pa.table(columns)),
@@ -152,9 +152,9 @@ class Predictor:
         return self.head(self.model, batch).rows
 
     def answers_from(
-        self, split: Split, kept: list[Row], rows: Sequence[Query], *, all_labels: bool
+        self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        """The answer to each row. kept: of each sample what `computed` gave."""
+        """The answer to each row. outputs: of each sample what `computed` gave."""
         raise NotImplementedError
 
 

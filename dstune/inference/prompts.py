@@ -120,5 +120,7 @@ def check_adapters(requests: Sequence[Request], names: Sequence[str]) -> None:
     """Raises UserError with every row that names an adapter which was not given."""
     unknown = [request for request in requests if request.adapter is not None and request.adapter not in names]
     if unknown:
-        known = f"the adapters are {', '.join(names)}" if names else "give --adapter NAME=PATH"
-        raise UserError(Problem(r.where, "there is no adapter of this name", known, str(r.adapter)) for r in unknown)
+        adapter_names = f"the adapters are {', '.join(names)}" if names else "give --adapter NAME=PATH"
+        raise UserError(
+            Problem(r.where, "there is no adapter of this name", adapter_names, str(r.adapter)) for r in unknown
+        )

@@ -118,11 +118,13 @@ def renew_reference(folder: Path, run_dir: Path) -> Renewal:
         raise UserError(
             Problem("--reference", "there is no export of the run", f"dstune export {run_dir}", str(folder))
         )
-    before = valid_digests(object_in(folder / REFERENCE_FILE).get("files")) or valid_digests(record.get(RECORDED))
+    digests_before = valid_digests(object_in(folder / REFERENCE_FILE).get("files")) or valid_digests(
+        record.get(RECORDED)
+    )
     try:
         made = _make(folder, run_dir, record, edited=True)
         files = made.reference["files"]
-        changes = [] if before is None else changed_files(before, files)
+        changes = [] if digests_before is None else changed_files(digests_before, files)
         earlier = object_in(folder / REFERENCE_FILE).get("edited")
         earlier = [text for text in earlier if isinstance(text, str)] if isinstance(earlier, list) else []
         if edited := list(dict.fromkeys([*earlier, *changes])):
@@ -239,7 +241,9 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
         if is_adapter and isinstance(module, peft.PeftModel):
             with module.disable_adapter():  # what the adapter changes is what an engine has to show
                 plain = [_scored(row, module)["logprobs"] for row in rows]
-            described = [row | {"base_logprobs": own} for row, own in zip(described, plain, strict=True)]
+            described = [
+                row | {"base_logprobs": base_logprobs} for row, base_logprobs in zip(described, plain, strict=True)
+            ]
     else:
         labels = tuple(store.read_state(checkpoint)["labels"])
         predictor = task.predictor()(config, module, task.head(body), served, labels)
@@ -295,16 +299,16 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any
     places = json.loads(split.places.read_text(encoding="utf-8"))[:MOST_PLACES]
     raw = _fields(config, split.name, places)
     origins = np.arange(len(split.lengths)) if split.origins is None else split.origins
-    found = 0
+    row_count = 0
     for sample, origin in enumerate(origins.tolist()):
-        if found == ROWS or origin >= len(places):
+        if row_count == ROWS or origin >= len(places):
             break
-        fields, own = raw.get(places[origin], (None, config))
+        fields, source_config = raw.get(places[origin], (None, config))
         if fields is None or np.count_nonzero(origins[: sample + 1] == origin) > 1:
             continue
-        row = _row(fields, own, split.sample(sample), tokenizer, served)
+        row = _row(fields, source_config, split.sample(sample), tokenizer, served)
         if row is not None:
-            found += 1
+            row_count += 1
             yield row
 
 
@@ -313,20 +317,22 @@ def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: A
     answers them otherwise too. Samples stand in the order of their rows, of which some were left out."""
     if config.data.streaming:
         return
-    samples, at, found = min(len(data.train.lengths), MOST_PLACES), 0, 0
+    samples, at, row_count = min(len(data.train.lengths), MOST_PLACES), 0, 0
     files = [
-        (file, own) for key, own in of_training(config).values() for file in sources.of_part(own.data, "train", key)
+        (file, source_config)
+        for key, source_config in of_training(config).values()
+        for file in sources.of_part(source_config.data, "train", key)
     ]
-    rows = ((raw, own) for file, own in files for raw in sources.read(file))
-    for raw, own in itertools.islice(rows, MOST_PLACES):
-        if found == ROWS or at == samples:
+    rows = ((raw, source_config) for file, source_config in files for raw in sources.read(file))
+    for raw, source_config in itertools.islice(rows, MOST_PLACES):
+        if row_count == ROWS or at == samples:
             return
         if raw.fields is None:
             continue
         for sample in range(at, min(at + LOOKED_AHEAD, samples)):
-            row = _row(raw.fields, own, data.train.sample(sample), tokenizer, served)
+            row = _row(raw.fields, source_config, data.train.sample(sample), tokenizer, served)
             if row is not None:
-                at, found = sample + 1, found + 1
+                at, row_count = sample + 1, row_count + 1
                 yield row
                 break
 
@@ -338,9 +344,11 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
     compared by their names where these differ.
     """
     own_part = getattr(config.data, part) is not None
-    given = [(f"data.{part}", config)] if own_part else list(of_training(config).values())
+    configs = [(f"data.{part}", config)] if own_part else list(of_training(config).values())
     files = [
-        (file, own) for key, own in given for file in sources.of_part(own.data, part if own_part else "train", key)
+        (file, source_config)
+        for key, source_config in configs
+        for file in sources.of_part(source_config.data, part if own_part else "train", key)
     ]
     by_name = len({os.path.basename(str(file)) for file, _ in files}) == len(files)
 
@@ -348,14 +356,14 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
         return os.path.basename(place) if by_name else place
 
     missing = {key_of(place): place for place in places}
-    found: dict[str, tuple[Mapping[str, Any], RunConfig]] = {}
-    for file, own in files:
+    fields_by_place: dict[str, tuple[Mapping[str, Any], RunConfig]] = {}
+    for file, source_config in files:
         for raw in sources.read(file):
             if not missing:
-                return found
+                return fields_by_place
             if raw.fields is not None and (place := missing.pop(key_of(raw.place), None)):
-                found[place] = raw.fields, own
-    return found
+                fields_by_place[place] = raw.fields, source_config
+    return fields_by_place
 
 
 def _row(
@@ -393,8 +401,8 @@ def _language_row(
     first = next((number for number, message in enumerate(messages) if message["role"] == "assistant"), 0)
     if not first:
         return None
-    kept = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
-    one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **kept}
+    template_columns = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}
+    one_turn = {"messages": [{**message, "weight": 1} for message in messages[: first + 1]], **template_columns}
     trained_turn = _rendered(one_turn, config, tokenizer)
     if trained_turn is None or trained[: len(trained_turn.prompt) + 1] != [
         *trained_turn.prompt,
@@ -405,10 +413,10 @@ def _language_row(
     if turn is None:
         return None
     requested: dict[str, Any] = {"messages": messages[:first]}
-    if "tools" in kept:
-        requested["tools"] = kept["tools"]
-    if "chat_template_kwargs" in kept:
-        requested["arguments"] = kept["chat_template_kwargs"]
+    if "tools" in template_columns:
+        requested["tools"] = template_columns["tools"]
+    if "chat_template_kwargs" in template_columns:
+        requested["arguments"] = template_columns["chat_template_kwargs"]
     if not served.chat_template:
         requested = {"text": row["prompt"]} if "prompt" in row else {"ids_only": True}
     if turn.prompt != trained_turn.prompt:
@@ -454,9 +462,9 @@ def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:
     with torch.inference_mode():
         logits = module(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
     count = len(row["target_ids"])
-    found = logits[-count - 1 : -1].float().log_softmax(-1)
-    targets = torch.tensor(row["target_ids"], device=found.device)
-    return {**row, "logprobs": found.gather(1, targets[:, None])[:, 0].tolist()}
+    logprobs = logits[-count - 1 : -1].float().log_softmax(-1)
+    targets = torch.tensor(row["target_ids"], device=logprobs.device)
+    return {**row, "logprobs": logprobs.gather(1, targets[:, None])[:, 0].tolist()}
 
 
 def _answered(predictor: Any, queries: list[Query], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -466,7 +474,7 @@ def _answered(predictor: Any, queries: list[Query], rows: list[dict[str, Any]]) 
         ids[sample.row] += sample.input_ids.tolist()
     answers = predictor.answers(queries, 8, all_labels=True)
     return [
-        {"row": row["row"], "ids": own, "answer": answer}
-        for row, own, answer in zip(rows, ids, answers, strict=True)
+        {"row": row["row"], "ids": row_ids, "answer": answer}
+        for row, row_ids, answer in zip(rows, ids, answers, strict=True)
         if "problem" not in answer
     ]

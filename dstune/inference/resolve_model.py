@@ -52,10 +52,10 @@ def adapted_modules(folder: Path) -> set[str]:
 
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
-            found = [_ADAPTED.match(name) for name in tensors.keys()]  # noqa: SIM118
+            matches = [_ADAPTED.match(name) for name in tensors.keys()]  # noqa: SIM118
     except (OSError, SafetensorError):
         return set()
-    return {match[1] for match in found if match}
+    return {match[1] for match in matches if match}
 
 
 def base_of(folder: Path, model: ModelConfig) -> ModelConfig:
@@ -90,11 +90,11 @@ def located(model: ModelConfig) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
     from dstune.models.load import local_path
 
-    found = resolved(model)
-    revision = {} if found.revision is None else {"revision": found.revision}
+    local_model = resolved(model)
+    revision = {} if local_model.revision is None else {"revision": local_model.revision}
     return {
-        "pretrained_model_name_or_path": local_path(found.path),
-        "trust_remote_code": found.trust_remote_code,
+        "pretrained_model_name_or_path": local_path(local_model.path),
+        "trust_remote_code": local_model.trust_remote_code,
         "local_files_only": True,
         **revision,
     }

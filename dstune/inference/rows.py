@@ -73,8 +73,8 @@ class Question:
         for name in formats_for(task_of(self.task)):
             form = ROW_FORMATS[name]
             needed = [role for role in form.required if role not in form.answers]
-            found = all(column_of(form, role, self.mapping, fields) in fields for role in needed)
-            if found and form.answers and self.format in (AUTOMATIC, name):
+            has_columns = all(column_of(form, role, self.mapping, fields) in fields for role in needed)
+            if has_columns and form.answers and self.format in (AUTOMATIC, name):
                 return name
         return ""
 
@@ -87,7 +87,7 @@ class Question:
     def text(self, fields: Mapping[str, Any], *roles: str) -> str:
         """The text in the first column that a row has of `roles` (default: `text`)."""
         roles = roles or ("text",)
-        column = next((own for role in roles if (own := self.mapping.get(role, role)) in fields), None)
+        column = next((column_name for role in roles if (column_name := self.mapping.get(role, role)) in fields), None)
         if column is None:
             raise RowError(self.missing(roles[0], fields))
         text: str = normalise(fields, "text", {"text": column})["text"]
@@ -178,9 +178,9 @@ class Rows:
             fix = f"'data.columns={{{self._question.role}: NAME}}' with the column's name" if missing else ""
             raise UserError(replace(report[0], fix=fix))
         if bad and not (skips and count):
-            more = f"and {bad - len(report):,} more rows; " if bad > len(report) else ""
+            further = f"and {bad - len(report):,} more rows; " if bad > len(report) else ""
             fix = "data.on_bad_row=skip leaves the others out" if count else ""
-            report.append(Problem("--input", f"{more}{count:,} rows are good", fix))
+            report.append(Problem("--input", f"{further}{count:,} rows are good", fix))
             raise UserError(report)
         if not count:
             raise UserError(

@@ -87,7 +87,7 @@ def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str,
     logging.get_logger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; it misses what nobody needs
     print(f"loading {requested.path}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
-        found = _find(requested, checkpoint, Path(scratch) / OWN, "MODEL")
+        requested_model = _find(requested, checkpoint, Path(scratch) / OWN, "MODEL")
         others = {
             name: _find(ModelConfig(path=path), "last", Path(scratch) / name, f"--adapter {name}")
             for name, path in adapters.items()
@@ -98,7 +98,7 @@ def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str,
             raise UserError(Problem(f"--adapter {name}", "is no adapter", fix, adapters[name]) for name in no_adapters)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
-            speaker = _load(found, others)
+            speaker = _load(requested_model, others)
         from dstune.zero import accelerator
 
         speaker.model.to(accelerator.kind()).eval()
@@ -146,36 +146,39 @@ def _refuse_no_writer(task: str | None, key: str, path: str) -> None:
     kind = TASKS.classes().get(task or "")
     if kind is not None and not kind.generates:
         reason = f"is a model for task={task}, no language model, so it writes no text"
-        given = "--text TEXT" if kind.predicts_from_text else "--input FILE"
-        raise UserError(Problem(key, reason, f"dstune predict {path} {given}", path))
+        input_flag = "--text TEXT" if kind.predicts_from_text else "--input FILE"
+        raise UserError(Problem(key, reason, f"dstune predict {path} {input_flag}", path))
 
 
-def _load(found: _Found, others: Mapping[str, _Found]) -> Speaker:
+def _load(main_model: _Found, others: Mapping[str, _Found]) -> Speaker:
     from dstune.models.load import vision_files
     from dstune.models.peft_import import peft
 
-    own = found.adapter_folder
-    base = found.config if own is None else base_of(own, found.config)
+    main_adapter = main_model.adapter_folder
+    base = main_model.config if main_adapter is None else base_of(main_adapter, main_model.config)
     source = located(base)
     architecture = _architecture(source, base)
     voices: dict[str, Voice] = {}
-    folders = {**({OWN: own} if own else {}), **{name: other.adapter_folder for name, other in others.items()}}
+    folders = {
+        **({OWN: main_adapter} if main_adapter else {}),
+        **{name: other.adapter_folder for name, other in others.items()},
+    }
     for name, folder in folders.items():
         assert folder is not None
         has_own = (folder / "tokenizer_config.json").is_file()
         place = {"pretrained_model_name_or_path": folder} if has_own else {}
-        adapter = found if name == OWN and own else others[name]
+        adapter = main_model if name == OWN and main_adapter else others[name]
         tokenizer = open_tokenizer(where=_key(name), **(source | place))
         voices[name] = _voice(tokenizer, adapter, architecture.is_encoder_decoder)
         _note_other_base(name, folder, base)
     plain = open_tokenizer(where="model.path", **source)
-    voices[BASE] = _voice(plain, found, architecture.is_encoder_decoder)
+    voices[BASE] = _voice(plain, main_model, architecture.is_encoder_decoder)
 
     if vision := vision_files(base, architecture):
         for voice in voices.values():
             mark_vision(voice.tokenizer, vision)
     changed = {name for folder in folders.values() if folder for name in adapted_modules(folder)}
-    model = _language_model(source, architecture, base, read_record(own) if own else {}, changed)
+    model = _language_model(source, architecture, base, read_record(main_adapter) if main_adapter else {}, changed)
     longest = max(len(voice.tokenizer) for voice in voices.values())
     if longest > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(longest, mean_resizing=False)
@@ -205,14 +208,14 @@ def voice_of(folder: Path, tokenizer: Any) -> Voice:
     return _voice(tokenizer, _from_record(ModelConfig(path=str(folder)), str(folder)), encoder_decoder=False)
 
 
-def _voice(tokenizer: Any, found: _Found, encoder_decoder: bool) -> Voice:
-    task = found.task
+def _voice(tokenizer: Any, voice_model: _Found, encoder_decoder: bool) -> Voice:
+    task = voice_model.task
     if encoder_decoder:
         mark_encoder_decoder(tokenizer)
         # A published one reads what it is given.
         task = task or next(kind.Config() for kind in TASKS.classes().values() if kind.encoder_decoder)
-    chat = found.chat and not encoder_decoder and bool(tokenizer.chat_template)
-    return Voice(tokenizer, chat, found.date, task)
+    chat = voice_model.chat and not encoder_decoder and bool(tokenizer.chat_template)
+    return Voice(tokenizer, chat, voice_model.date, task)
 
 
 def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:

@@ -210,18 +210,18 @@ class Writer:
             **(drawn if sampling.temperature else greedy),
         )
         with torch.inference_mode(), self._speaking(name):
-            model, inputs, before = generation_inputs(self._model, **padded(self._model, prompts, padding))
+            model, inputs, prompt_length = generation_inputs(self._model, **padded(self._model, prompts, padding))
             if images:
                 inputs |= placed_images(images, self._model)
             criteria = [] if interrupted is None else [_EveryRow(lambda row: interrupted())]
             if sampling.stop:
-                criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[before:])))
+                criteria.append(_EveryRow(lambda row: self._says_stop(voice, row[prompt_length:])))
             written = model.generate(
                 **inputs,
                 generation_config=settings,
                 streamer=_streamer(voice.tokenizer, show) if show else None,
                 stopping_criteria=StoppingCriteriaList(criteria),
-            )[:, before:]
+            )[:, prompt_length:]
         answers: list[list[int]] = written.tolist()
         return answers
 
@@ -248,9 +248,9 @@ class Writer:
         length = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
         ended = "end" if length and row[length - 1] in ends else "length"
         text: str = voice.tokenizer.decode(row[:length], skip_special_tokens=True)
-        found = min((text.find(stop) for stop in self._sampling.stop if stop in text), default=-1)
-        if found >= 0:
-            text, ended = text[:found], "stop"
+        stop_start = min((text.find(stop) for stop in self._sampling.stop if stop in text), default=-1)
+        if stop_start >= 0:
+            text, ended = text[:stop_start], "stop"
         elif interrupted and ended == "length":
             ended = "interrupted"
         return Answer(text.strip(), length, ended)
