@@ -112,13 +112,13 @@ def stalled(run_dir: Path, size: int, starts: Mapping[int, int]) -> str:
     elsewhere, silent = [], []
     for rank in range(size):
         lines = last_lines(log_path(run_dir, rank), starts.get(rank, 0), 400)
-        found = next((match for line in lines if (match := STALLED.match(line))), None)
-        if found is None:
+        first_match = next((match for line in lines if (match := STALLED.match(line))), None)
+        if first_match is None:
             silent.append(rank)
-        elif found[2]:
-            waiting.setdefault(f"in the collective {found[2]} ({found[1]})", []).append(rank)
+        elif first_match[2]:
+            waiting.setdefault(f"in the collective {first_match[2]} ({first_match[1]})", []).append(rank)
         else:
-            elsewhere.append(f"rank {rank} was in {found[3]}")
+            elsewhere.append(f"rank {rank} was in {first_match[3]}")
     if not waiting:
         return ""
     parts = [f"rank{'s' * (len(ranks) > 1)} {_listed(ranks)} waited {place}" for place, ranks in waiting.items()]

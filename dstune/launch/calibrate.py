@@ -36,5 +36,5 @@ def calibrate(config: RunConfig, console: Console) -> None:
         code = launcher_of(config.launch).start(request)
         if code != EXIT_DONE:
             raise TrainingFailed("the measurement did not finish; its logs are above")
-        found = json.loads((directory / "speeds.json").read_text())
-    calibration.remember(found)
+        speeds = json.loads((directory / "speeds.json").read_text())
+    calibration.remember(speeds)

@@ -91,17 +91,17 @@ def software() -> Iterator[Check]:
         last = next(iter(done.stderr.strip().splitlines()[::-1]), f"exit code {done.returncode}")
         yield Check("PyTorch", FAIL, f"importing it crashes: {last}", "reinstall torch for this machine")
         return
-    found = json.loads(line.removeprefix("FOUND "))
-    yield from _torch(found)
-    yield from _operators(found)
-    if "kernels" in found:
+    facts = json.loads(line.removeprefix("FOUND "))
+    yield from _torch(facts)
+    yield from _operators(facts)
+    if "kernels" in facts:
         yield Check(
             "kernels",
             PASS,
-            "; ".join(f"{name.replace('_', ' ')}: {kernel}" for name, kernel in found["kernels"].items()),
+            "; ".join(f"{name.replace('_', ' ')}: {kernel}" for name, kernel in facts["kernels"].items()),
         )
-    elif "kernels_error" in found:
-        yield Check("kernels", FAIL, found["kernels_error"], "reinstall torch and transformers")
+    elif "kernels_error" in facts:
+        yield Check("kernels", FAIL, facts["kernels_error"], "reinstall torch and transformers")
 
 
 def _packages() -> Iterator[Check]:
@@ -136,32 +136,32 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _torch(found: dict) -> Iterator[Check]:
-    if "torch_error" in found:
-        yield Check("PyTorch", FAIL, found["torch_error"], "reinstall torch for this machine")
+def _torch(facts: dict) -> Iterator[Check]:
+    if "torch_error" in facts:
+        yield Check("PyTorch", FAIL, facts["torch_error"], "reinstall torch for this machine")
         return
-    build = f"for {found['cuda_build']}" if found["cuda_build"] else "for CPUs"
+    build = f"for {facts['cuda_build']}" if facts["cuda_build"] else "for CPUs"
     yield Check(
-        "PyTorch", PASS, f"{_version('torch')} {build}" + (f", NCCL {found['nccl']}" if "nccl" in found else "")
+        "PyTorch", PASS, f"{_version('torch')} {build}" + (f", NCCL {facts['nccl']}" if "nccl" in facts else "")
     )
-    gpus = found["gpus"]
+    gpus = facts["gpus"]
     if gpus:
         free = ", ".join(f"{name} {free / GIB:.0f} of {total / GIB:.0f} GiB free" for name, free, total in gpus)
         taken = [name for name, free, total in gpus if free < 0.9 * total]
-        kind = "ROCm" if found.get("rocm") else found.get("kind", "cuda")
+        kind = "ROCm" if facts.get("rocm") else facts.get("kind", "cuda")
         fix = f"{SHOWS_USERS.get(kind, 'its own program')} shows who uses them" if taken else ""
         yield Check("accelerators", WARN if taken else PASS, free, fix)
         if kind != "cuda":
             reason = f"no test of dstune has run on {kind}"
             yield Check("tests", WARN, reason, "make gpu-report PART=1 shows whether it computes")
-    elif shutil.which("nvidia-smi") and not found["cuda_build"]:
+    elif shutil.which("nvidia-smi") and not facts["cuda_build"]:
         yield Check(
             "accelerators",
             WARN,
             "there is an NVIDIA driver, but PyTorch is built for CPUs",
             "install a CUDA build of torch",
         )
-    elif found["cuda_build"] and shutil.which("nvidia-smi"):
+    elif facts["cuda_build"] and shutil.which("nvidia-smi"):
         yield Check(
             "accelerators",
             WARN,
@@ -172,15 +172,15 @@ def _torch(found: dict) -> Iterator[Check]:
         yield Check("accelerators", PASS, f"none: runs train on the CPU ({count_cores()} cores)")
 
 
-def _operators(found: dict) -> Iterator[Check]:
-    if "deepspeed_error" in found:
-        yield Check("DeepSpeed", FAIL, found["deepspeed_error"], "reinstall deepspeed")
+def _operators(facts: dict) -> Iterator[Check]:
+    if "deepspeed_error" in facts:
+        yield Check("DeepSpeed", FAIL, facts["deepspeed_error"], "reinstall deepspeed")
         return
     compiler = shutil.which("c++") or shutil.which("g++")
-    missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", shutil.which("ninja"))) if not there]
-    if found.get("gpus") and not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
+    missing = [name for name, path in (("a C++ compiler", compiler), ("ninja", shutil.which("ninja"))) if not path]
+    if facts.get("gpus") and not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()):
         missing.append("nvcc")
-    works = sorted(name for name, compatible in found["ops"].items() if compatible)
+    works = sorted(name for name, compatible in facts["ops"].items() if compatible)
     detail = f"{_version('deepspeed')}; operators that can be compiled here: {', '.join(works) or 'none'}"
     if missing:
         fix = "only for zero=stage3_nvme: apt-get install g++ ninja-build libaio-dev"

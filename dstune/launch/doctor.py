@@ -34,17 +34,17 @@ def main(argv: list[str]) -> int:
     config = compose(["data.train=none", *arguments.overrides]).config
     if problems := list(check_launch(config)):
         raise UserError(problems)
-    found: list[Check] = []
+    checks: list[Check] = []
     for check in _checks(config, arguments):
-        found.append(check)
+        checks.append(check)
         if not arguments.json:
             print(_line(check), flush=True)
-    failed = [check for check in found if check.status == FAIL]
+    failed = [check for check in checks if check.status == FAIL]
     if arguments.json:
-        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in found]}))
+        print(json.dumps({"ok": not failed, "checks": [asdict(check) for check in checks]}))
     else:
-        warned = sum(check.status == WARN for check in found)
-        print(f"\n{len(found)} checks: {len(failed)} failed, {warned} warning{'s' * (warned != 1)}")
+        warned = sum(check.status == WARN for check in checks)
+        print(f"\n{len(checks)} checks: {len(failed)} failed, {warned} warning{'s' * (warned != 1)}")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -105,25 +105,25 @@ def allreduce(config: RunConfig) -> Check:
     return judge(result["allreduce"])
 
 
-def judge(found: dict) -> Check:
+def judge(measured: dict) -> Check:
     """The figures against the published speed of the link."""
-    ranks, hosts_of = found["ranks"], len(found["hosts"])
-    latency = f"latency {found['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
-    best = max((row["bus_gb_per_second"] or 0.0 for row in found["sizes"]), default=0.0)
+    ranks, hosts_of = measured["ranks"], len(measured["hosts"])
+    latency = f"latency {measured['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
+    best = max((row["bus_gb_per_second"] or 0.0 for row in measured["sizes"]), default=0.0)
     where = f"{ranks} rank{'s' * (ranks > 1)} on {hosts_of} host{'s' * (hosts_of > 1)}"
     if ranks == 1:
         return Check("all-reduce", PASS, f"{where}: {latency}; nothing to measure between ranks")
     detail = f"{where}: bus bandwidth {best:.2f} GB/s, {latency}"
-    if found.get("nccl_over_sockets"):
+    if measured.get("nccl_over_sockets"):
         fix = "is the fabric's driver there (ibv_devinfo), and launch.interface right? NCCL_DEBUG=INFO says more"
         return Check("all-reduce", WARN, f"{detail}; NCCL goes over TCP sockets", fix)
-    device = known_device(found["device"])
+    device = known_device(measured["device"])
     if device is None or hosts_of > 1:  # between nodes the network decides, which nobody has told
         return Check("all-reduce", PASS, detail)
     link = device.link
     if best < ENOUGH * link:
         fix = "nvidia-smi topo -m shows how the GPUs are connected; NCCL_DEBUG=INFO what NCCL makes of it"
-        return Check("all-reduce", WARN, f"{detail}; the link of a {found['device']} has {link:g} GB/s", fix)
+        return Check("all-reduce", WARN, f"{detail}; the link of a {measured['device']} has {link:g} GB/s", fix)
     return Check("all-reduce", PASS, f"{detail} of {link:g} GB/s")
 
 
@@ -131,6 +131,6 @@ def _line(check: Check) -> str:
     mark = {PASS: "pass", WARN: "WARN", FAIL: "FAIL", SKIP: " -- "}[check.status]
     head = f"{mark}  {check.name:<18} "
     lines = textwrap.wrap(check.detail, 100) or [""]
-    rest = [f"{'':<{len(head)}}{line}" for line in lines[1:]]
+    further_lines = [f"{'':<{len(head)}}{line}" for line in lines[1:]]
     fix = [f"{'':<{len(head)}}fix: {check.fix}"] if check.fix and check.status != PASS else []
-    return "\n".join([head + lines[0], *rest, *fix])
+    return "\n".join([head + lines[0], *further_lines, *fix])

@@ -60,7 +60,7 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
         files = sources.of_part(config.data, part, key)
     except UserError as error:
         return error.problems
-    found: list[Problem] = []
+    problems: list[Problem] = []
     format_of_part: str | None = None
     any_bad = False
     for file in files:
@@ -83,10 +83,10 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
         except RowError:
             any_bad = True
         except UserError as error:
-            found += [problem for problem in error.problems if problem not in found]
-    if any_bad and not found and format_of_part and config.data.on_bad_row is OnBadRow.error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if any_bad and not problems and format_of_part and config.data.on_bad_row is OnBadRow.error:
         return _bad_rows(config, files, format_of_part)
-    return found
+    return problems
 
 
 def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
@@ -99,13 +99,13 @@ def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
         if row.fields is None:
             continue
         try:
-            found = recognise(row.fields, config.data.columns, config.data.format, config.task, row.place)
+            format_name = recognise(row.fields, config.data.columns, config.data.format, config.task, row.place)
         except UserError as error:
             first = first or error
             if of_row(error, row.place) is None:
                 break
         else:
-            return found, first is None
+            return format_name, first is None
     assert first is not None
     raise first
 

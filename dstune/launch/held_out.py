@@ -37,8 +37,8 @@ def with_share(config: RunConfig) -> tuple[RunConfig, str]:
     share, reason = SHARE, f"{SHARE:.0%} of the rows are held out"
     if len(hashes) < MANY:
         task = task_of(config.task)
-        known = np.fromiter(hashes, np.uint64, len(hashes))
-        share, held_out = automatic_share(known, labelled=task.has_labels and not task.several_labels)
+        row_hashes = np.fromiter(hashes, np.uint64, len(hashes))
+        share, held_out = automatic_share(row_hashes, labelled=task.has_labels and not task.several_labels)
         reason = f"{held_out} of {len(hashes)} rows are held out"
     return replace(config, data=replace(data, split=replace(data.split, validation=share))), reason
 
@@ -46,9 +46,9 @@ def with_share(config: RunConfig) -> tuple[RunConfig, str]:
 def _hashes(config: RunConfig) -> Iterator[int]:
     """Those of the rows that may be held out, in the order of the files."""
     training = list(of_training(config).values())
-    for key, own in training[:1] if mixes_in(config) else training:
+    for key, source_config in training[:1] if mixes_in(config) else training:
         name: str | None = None
-        for file in sources.of_part(own.data, "train", key):
+        for file in sources.of_part(source_config.data, "train", key):
             if file.ending == ".json" and file.path.stat().st_size > WHOLE_FILE_BYTES:
                 yield from range(MANY)
                 return
@@ -56,9 +56,17 @@ def _hashes(config: RunConfig) -> Iterator[int]:
                 if row.fields is None:
                     continue
                 try:
-                    name = name or recognise(row.fields, own.data.columns, own.data.format, own.task, row.place)
-                    fields = normalise(row.fields, name, own.data.columns, own.task, input_apart=_input_apart(own))
-                    yield hash_of(fields, own.data.split.seed)
+                    name = name or recognise(
+                        row.fields, source_config.data.columns, source_config.data.format, source_config.task, row.place
+                    )
+                    fields = normalise(
+                        row.fields,
+                        name,
+                        source_config.data.columns,
+                        source_config.task,
+                        input_apart=_input_apart(source_config),
+                    )
+                    yield hash_of(fields, source_config.data.split.seed)
                 except (RowError, UserError):  # preparing the rows reports it
                     continue
 

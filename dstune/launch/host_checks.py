@@ -28,10 +28,10 @@ def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
     reached = [answer.host for answer in answers if answer.facts is not None]
     problems += hosts.check_shared_folder(reached, ssh, Path.cwd()) if reached else []
     for answer in answers:
-        own = [problem for problem in problems if problem.value == answer.host]
-        for problem in own:
+        host_problems = [problem for problem in problems if problem.value == answer.host]
+        for problem in host_problems:
             yield Check(f"host {answer.host}", FAIL, problem.reason, problem.fix)
-        if own or answer.facts is None:
+        if host_problems or answer.facts is None:
             continue
         skew = hosts.common_skew([answer]).get(answer.host)
         if skew is not None:

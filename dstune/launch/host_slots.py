@@ -61,7 +61,7 @@ def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> d
     key, text = ("launch.include", include) if include else ("launch.exclude", exclude)
     if not text:
         return slots
-    named: dict[str, list[int]] = {}
+    slots_listed: dict[str, list[int]] = {}
     problems = []
     for part in text.split("@"):
         match = re.fullmatch(r"([^:@\s]+)(?::(\d{1,6}(?:,\d{1,6})*))?", part)
@@ -76,14 +76,16 @@ def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> d
         if absent:
             reason = f"{host} has {hosts[host]} slots, numbered from 0"
             problems.append(Problem(key, reason, "name slots that it has", f"{host}:{','.join(map(str, absent))}"))
-        named[host] = sorted({*named.get(host, []), *(slots[host] if listed is None else listed)})
+        slots_listed[host] = sorted({*slots_listed.get(host, []), *(slots[host] if listed is None else listed)})
     if problems:
         raise UserError(problems)
     if include:
-        left = {host: named[host] for host in slots if host in named}
+        chosen_slots = {host: slots_listed[host] for host in slots if host in slots_listed}
     else:
-        left = {host: [n for n in own if n not in named.get(host, [])] for host, own in slots.items()}
-        left = {host: own for host, own in left.items() if own}
-    if not left:
+        chosen_slots = {
+            host: [n for n in host_slots if n not in slots_listed.get(host, [])] for host, host_slots in slots.items()
+        }
+        chosen_slots = {host: host_slots for host, host_slots in chosen_slots.items() if host_slots}
+    if not chosen_slots:
         raise UserError(Problem(key, "no slot is left", "exclude less", text))
-    return left
+    return chosen_slots

@@ -127,33 +127,35 @@ def compare(answers: Sequence[Answer], paths: Sequence[str]) -> list[Problem]:
         if answer.facts is None
     ]
     good = [answer for answer in answers if answer.facts is not None]
-    mine = here(paths)
-    problems += _versions(good, mine)
+    local_facts = here(paths)
+    problems += _versions(good, local_facts)
     for path in paths:
         for answer in good:
             assert answer.facts is not None
-            theirs, own = answer.facts["files"].get(path), mine["files"].get(path)
-            if theirs == own:
+            remote_digest, local_digest = answer.facts["files"].get(path), local_facts["files"].get(path)
+            if remote_digest == local_digest:
                 continue
-            what = "is not there" if theirs is None else "is another one than here"
+            difference = "is not there" if remote_digest is None else "is another one than here"
             fix = "use a file system that all nodes share, or bring the same files to every node"
-            problems.append(Problem("launch.hostfile", f"{path} {what}", fix, answer.host))
+            problems.append(Problem("launch.hostfile", f"{path} {difference}", fix, answer.host))
     return problems
 
 
-def _versions(answers: Sequence[Answer], mine: Mapping[str, Any]) -> list[Problem]:
-    found = []
+def _versions(answers: Sequence[Answer], local_facts: Mapping[str, Any]) -> list[Problem]:
+    problems = []
     for answer in answers:
         assert answer.facts is not None
-        pairs = {"Python": (answer.facts["python"], mine["python"])}
-        pairs |= {name: (answer.facts["packages"].get(name), mine["packages"].get(name)) for name in PACKAGES}
+        pairs = {"Python": (answer.facts["python"], local_facts["python"])}
+        pairs |= {name: (answer.facts["packages"].get(name), local_facts["packages"].get(name)) for name in PACKAGES}
         differing = [
-            f"{name} {theirs or 'is missing'} (here {own})" for name, (theirs, own) in pairs.items() if theirs != own
+            f"{name} {remote_version or 'is missing'} (here {local_version})"
+            for name, (remote_version, local_version) in pairs.items()
+            if remote_version != local_version
         ]
         if differing:
             fix = "install the same environment on every node"
-            found.append(Problem("launch.hostfile", f"other versions: {', '.join(differing)}", fix, answer.host))
-    return found
+            problems.append(Problem("launch.hostfile", f"other versions: {', '.join(differing)}", fix, answer.host))
+    return problems
 
 
 def package_folder() -> str:

@@ -82,8 +82,8 @@ def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
         UserError: there are none.
     """
     for pattern in (WEIGHTS, ANY_WEIGHTS):
-        if found := [name for name in names if pattern.fullmatch(name)]:
-            return found
+        if files := [name for name in names if pattern.fullmatch(name)]:
+            return files
     if "adapter_config.json" in names and "config.json" not in names:
         reason, fix = "this is an adapter, not a model", "name its base model"
     elif any(name.endswith((".bin", ".pt", ".pth")) for name in names):
@@ -114,15 +114,15 @@ def _cached(config: ModelConfig, why: str) -> Path:
     )
     try:
         # Any file finds the snapshot; whether all that is needed is in it, its folder tells.
-        found = snapshot_download(
+        folder = snapshot_download(
             config.path, revision=config.revision, local_files_only=True, allow_patterns=["config.json"]
         )
     except (OSError, ValueError) as error:
         raise UserError(Problem("model.path", reason, fix, config.path)) from error
-    suffixes = {file.suffix for file in Path(found).iterdir()}
+    suffixes = {file.suffix for file in Path(folder).iterdir()}
     if config.weights is InitialWeights.pretrained and not suffixes & {".safetensors", ".bin", ".pt"}:
         raise UserError(Problem("model.path", f"{reason} whole: its weights are missing", fix, config.path))
-    return Path(found)
+    return Path(folder)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def refusal(request: HubRequest, error: Exception) -> Problem | None:
         return Problem(request.revision_key, f"{request.name} has no such revision", fix, str(request.revision))
     if isinstance(error, errors.RepositoryNotFoundError):
         # The hub answers 401 for what does not exist, as for what is private and asked for without a token.
-        here = "folder" if kind == "model" else "file or folder"
-        reason = f"the hub has no such {kind}, or it is private, and there is no such {here} either"
+        local_kind = "folder" if kind == "model" else "file or folder"
+        reason = f"the hub has no such {kind}, or it is private, and there is no such {local_kind} either"
         return Problem(key, reason, f"check {page}; if it is private, {signed_in}", request.name)
     if isinstance(error, errors.HFValidationError):
         reason = "this is neither a folder nor a hub id"

@@ -42,29 +42,31 @@ def resolve(data: DataConfig, stage: Stage) -> DataConfig:
             problems.extend(problem for problem in error.problems if problem not in problems)
             return None
 
-    found: dict[str, tuple[HubName, Prepared]] = {}
-    named = {part: name for part in PARTS if (name := hub_name(getattr(data, part) or ""))}
-    for part, name in named.items():
+    entry_by_part: dict[str, tuple[HubName, Prepared]] = {}
+    name_by_part = {part: name for part in PARTS if (name := hub_name(getattr(data, part) or ""))}
+    for part, name in name_by_part.items():
         if entry := of(name, data.revision, data.subset, f"data.{part}"):
-            found[part] = name, entry
+            entry_by_part[part] = name, entry
     mixture = dict(data.mixture)
-    for source, given in data.mixture.items():
-        if name := hub_name(given.path):
-            if entry := of(name, given.revision, given.subset, f"data.mixture.{source}.path"):
+    for source, source_config in data.mixture.items():
+        if name := hub_name(source_config.path):
+            if entry := of(name, source_config.revision, source_config.subset, f"data.mixture.{source}.path"):
                 path = str(replace(name, revision=None))
-                mixture[source] = replace(given, path=path, revision=entry.commit, subset=entry.subset)
+                mixture[source] = replace(source_config, path=path, revision=entry.commit, subset=entry.subset)
         else:
-            problems += _of_no_hub(given.revision, given.subset, f"data.mixture.{source}")
-    if not named:
+            problems += _of_no_hub(source_config.revision, source_config.subset, f"data.mixture.{source}")
+    if not name_by_part:
         problems += _of_no_hub(data.revision, data.subset, "data")
     if problems:
         raise UserError(problems)
     data = replace(data, mixture=mixture)
-    if len({(name.repository, entry.commit, entry.subset) for name, entry in found.values()}) == 1:
-        _, entry = next(iter(found.values()))
-        paths: dict[str, Any] = {part: str(replace(name, revision=None)) for part, (name, _) in found.items()}
+    if len({(name.repository, entry.commit, entry.subset) for name, entry in entry_by_part.values()}) == 1:
+        _, entry = next(iter(entry_by_part.values()))
+        paths: dict[str, Any] = {part: str(replace(name, revision=None)) for part, (name, _) in entry_by_part.items()}
         return replace(data, revision=entry.commit, subset=entry.subset, **paths)
-    pinned: dict[str, Any] = {part: str(replace(name, revision=entry.commit)) for part, (name, entry) in found.items()}
+    pinned: dict[str, Any] = {
+        part: str(replace(name, revision=entry.commit)) for part, (name, entry) in entry_by_part.items()
+    }
     return replace(data, **pinned)
 
 
@@ -149,11 +151,11 @@ def _progress(formatted: bool) -> Iterator[None]:
     """The bars of `datasets` on a terminal, and none in a log."""
     import datasets
 
-    before: Any = datasets.is_progress_bar_enabled()
+    was_enabled: Any = datasets.is_progress_bar_enabled()
     if not formatted:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if before:
+        if was_enabled:
             datasets.enable_progress_bars()

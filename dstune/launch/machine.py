@@ -43,11 +43,11 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
         fullest = min(taken or listed, key=lambda gpu: gpu.free_gib)
         free = fullest.free_gib if taken else float("inf")
         name, total = fullest.name, fullest.memory_gib
-        found = known_device(name)
-        device = replace(found or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
+        published = known_device(name)
+        device = replace(published or Device(name, total, 100, 1000, 32, 12.5), memory_gib=total)
         # Rank 0 decides the precision of all.
         device = replace(device, capability=(taken or [fullest])[0].capability)
-        return Here(Cluster(device, ranks, known=found is not None, host_gib=available_bytes() / GIB), free)
+        return Here(Cluster(device, ranks, known=published is not None, host_gib=available_bytes() / GIB), free)
     available = available_bytes() / GIB
     cpu = replace(DEVICES["CPU"], memory_gib=available / ranks)
     return Here(Cluster(cpu, ranks, known=False), float("inf") if machine.gpus else available / ranks)
@@ -62,17 +62,17 @@ def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
     names = list(map(str, range(len(listed)))) if visible is None else [name.strip() for name in visible.split(",")]
     # CUDA puts the fastest first, the driver's tool goes by the slot.
     numbered = len({gpu.name for gpu in listed}) == 1 or env.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    found = []
+    gpus = []
     for name in names[:ranks]:
-        own = [
+        matching = [
             gpu
             for number, gpu in enumerate(listed)
             if (numbered and name == str(number)) or (name.startswith("GPU-") and gpu.uuid.startswith(name))
         ]
-        if len(own) != 1:
+        if len(matching) != 1:
             return []
-        found += own
-    return found
+        gpus += matching
+    return gpus
 
 
 def gpus() -> list[Gpu]:
@@ -96,5 +96,5 @@ def _gpus(keys: str) -> list[Gpu]:
 
 def _capability(text: str = "") -> tuple[int, int] | None:
     """`7.5`, as the driver's tool has it."""
-    found = re.fullmatch(r"(\d+)\.(\d+)", text)
-    return None if found is None else (int(found[1]), int(found[2]))
+    match = re.fullmatch(r"(\d+)\.(\d+)", text)
+    return None if match is None else (int(match[1]), int(match[2]))

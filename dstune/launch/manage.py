@@ -112,18 +112,23 @@ def status(argv: list[str]) -> int:
     """`dstune status RUN [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser("status", "Where a run stands.").parse_args(argv)
     run_dir = run_directory(arguments.run)
-    found = status_of(run_dir)
+    run_status = status_of(run_dir)
     if arguments.json:
-        print(json.dumps(found.to_json(run_dir)))
+        print(json.dumps(run_status.to_json(run_dir)))
         return EXIT_DONE
-    facts = [f"{run_dir}: {found.state}" + (f" ({found.reason})" if found.reason else "")]
-    if found.state == "running" and found.launcher is not None and not found.launcher.jobs:
-        facts.append(f"process {found.launcher.pid} on {found.launcher.host}, {found.launcher.processes} rank(s)")
-    if found.group is not None and not found.group.is_over and found.state in ("running", "elsewhere"):
-        facts.append(str(found.group))
-    loss = "" if found.loss is None else f", loss {found.loss:.4f}"
-    facts.append(f"step {found.step}{loss}" + ("" if found.age_seconds is None else f", {found.age_seconds:.0f} s ago"))
-    facts.append(f"newest checkpoint {found.checkpoint.name}" if found.checkpoint else "no checkpoint yet")
+    facts = [f"{run_dir}: {run_status.state}" + (f" ({run_status.reason})" if run_status.reason else "")]
+    if run_status.state == "running" and run_status.launcher is not None and not run_status.launcher.jobs:
+        facts.append(
+            f"process {run_status.launcher.pid} on {run_status.launcher.host}, {run_status.launcher.processes} rank(s)"
+        )
+    if run_status.group is not None and not run_status.group.is_over and run_status.state in ("running", "elsewhere"):
+        facts.append(str(run_status.group))
+    loss = "" if run_status.loss is None else f", loss {run_status.loss:.4f}"
+    facts.append(
+        f"step {run_status.step}{loss}"
+        + ("" if run_status.age_seconds is None else f", {run_status.age_seconds:.0f} s ago")
+    )
+    facts.append(f"newest checkpoint {run_status.checkpoint.name}" if run_status.checkpoint else "no checkpoint yet")
     print("\n  ".join(facts))
     return EXIT_DONE
 
@@ -179,7 +184,7 @@ def _cancel_sweep(sweep: Path, *, now: bool, as_json: bool) -> int:
         raise UserError(Problem("RUN", reason, f"run `dstune cancel` on {launcher.host}", str(sweep)))
     if process is not None:
         _stop(process, now)
-    statuses = [one.status for one in read_records(sweep)]
+    statuses = [record.status for record in read_records(sweep)]
     counts = {status: statuses.count(status) for status in dict.fromkeys(statuses)}
     if as_json:
         print(json.dumps({"sweep": str(sweep), "trials": counts}))
@@ -194,9 +199,9 @@ def _cancel_jobs(launcher: records.LaunchRecord, run_dir: Path, *, now: bool, as
     jobs, queue = launcher.jobs, queue_of(launcher)
     queue.require(cancel=True)
     try:
-        while left := queue.alive(jobs):
+        while alive := queue.alive(jobs):
             if now:
-                queue.cancel([job.id for job in left])
+                queue.cancel([job.id for job in alive])
             else:
                 queue.ask_to_stop(jobs, run_dir)
             time.sleep(JOB_SECONDS)
@@ -250,8 +255,8 @@ def checkpoints(argv: list[str]) -> int:
             removed = store.prune(run_dir, arguments.prune)
         finally:
             os.close(lock)
-    found = store.listing(run_dir)
-    whole, best = [info for info in found if info.committed], store.best(run_dir)
+    infos = store.listing(run_dir)
+    whole, best = [info for info in infos if info.committed], store.best(run_dir)
     damaged: dict[Path, list[str]] = {}
     for info in whole if arguments.verify else ():
         with suppress(FileNotFoundError):  # a run that goes on has pruned it
@@ -267,13 +272,13 @@ def checkpoints(argv: list[str]) -> int:
                 "weights_only": info.weights_only,
                 **({"damaged": damaged.get(info.path, [])} if arguments.verify else {}),
             }
-            for info in found
+            for info in infos
         ]
         print(json.dumps({"checkpoints": rows, "removed": [str(path) for path in removed]}))
     else:
         for path in removed:
             print(f"removed {path.name}")
-        for info in found:
+        for info in infos:
             notes = (
                 ["best"] * (info.path == best)
                 + ["weights only"] * info.weights_only
@@ -282,7 +287,7 @@ def checkpoints(argv: list[str]) -> int:
             if info.path in damaged:
                 notes.append(f"damaged: {', '.join(damaged[info.path])}" if damaged[info.path] else "verified")
             print(f"{info.path.name}  {info.bytes / 1e6:10.1f} MB  {', '.join(notes)}".rstrip())
-        if not found:
+        if not infos:
             print(f"{run_dir} has no checkpoints")
     return EXIT_FAILED if any(damaged.values()) else EXIT_DONE
 

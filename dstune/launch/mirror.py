@@ -71,8 +71,8 @@ class Mirror:
         """Keep others out, on this machine by a lock and elsewhere by the lease, and make the working folder ready."""
         root = self.work.parent
         root.mkdir(parents=True, exist_ok=True)
-        if here := refused_operations(root):
-            reason = f"a run works here, since its own place cannot {', '.join(self.refused)}; this one cannot {', '.join(here)}"
+        if refused_here := ", ".join(refused_operations(root)):
+            reason = f"a run works here, since its own place cannot {', '.join(self.refused)}; this one cannot {refused_here}"
             raise UserError(Problem("DSTUNE_CACHE", reason, "export DSTUNE_CACHE=FOLDER on a local disk", str(root)))
         lock = files.open_plain(self.work.with_name(f"{self.work.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -82,13 +82,13 @@ class Mirror:
                 raise UserError(records.in_use(self.place, records.read_launch(self.work))) from None
             if self.work.is_dir():  # until the guard of a launcher that was killed has ended the ranks
                 os.close(records.acquire_lock(self.work))
-            lease, own = self._read_lease(), object_in(self._own)
+            lease, own_record = self._read_lease(), object_in(self._own)
             if cut_short := lease == {}:  # or being written
                 self._watch(lease)
                 if (lease := self._read_lease()) == {} and self._has_newest():
-                    lease = {"id": own.get("id")}
+                    lease = {"id": own_record.get("id")}
             last = (lease or {}).get("id")
-            if last and last in (own.get("id"), own.get("former")) and (self.work / "run.yaml").is_file():
+            if last and last in (own_record.get("id"), own_record.get("former")) and (self.work / "run.yaml").is_file():
                 self._message(f"dstune: goes on with {self.work}: what it holds was not copied to {self.place} before")
                 for run in copied.runs_in(self.work):
                     store.repair(run)
@@ -132,8 +132,11 @@ class Mirror:
 
     def _has_newest(self) -> bool:
         """Whether the newest checkpoints at the place are here, as they are there: then nobody has gone on elsewhere."""
-        found = [store.newest(run) for run in copied.runs_in(self.place)]
-        return all(one is None or _marker(one) == _marker(self.work / one.relative_to(self.place)) for one in found)
+        newest_checkpoints = [store.newest(run) for run in copied.runs_in(self.place)]
+        return all(
+            checkpoint is None or _marker(checkpoint) == _marker(self.work / checkpoint.relative_to(self.place))
+            for checkpoint in newest_checkpoints
+        )
 
     def _fetch(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -217,10 +220,10 @@ class Mirror:
                 files.write(self.work / name, "")
 
     def _renew_lease(self) -> None:
-        found = read_object(self.place / records.LEASE)
-        if found is not None and found.get("id") not in (self._id, None):
+        lease = read_object(self.place / records.LEASE)
+        if lease is not None and lease.get("id") not in (self._id, None):
             self._message(
-                f"dstune: {found.get('host')} has taken the run over: it is stopped here, and not copied any more"
+                f"dstune: {lease.get('host')} has taken the run over: it is stopped here, and not copied any more"
             )
             self._lost = True
             self._last_copy.set()
@@ -263,16 +266,18 @@ class Mirror:
         """
         if self._lost:
             return
-        here = dict(self._versions())  # a result written from here on may mean a checkpoint that is not copied below
-        changed = [name for name, version in here.items() if self._known.get(name) != version]
+        version_by_name = dict(
+            self._versions()
+        )  # a result written from here on may mean a checkpoint that is not copied below
+        changed = [name for name, version in version_by_name.items() if self._known.get(name) != version]
         results = sorted((name for name in changed if Path(name).name == RESULT), key=lambda name: name.count("/"))
         # Before `run.yaml` asks for more steps than the result that is there counts.
-        for name in (*results, *(self._known.keys() - here.keys())):
+        for name in (*results, *(self._known.keys() - version_by_name.keys())):
             copied.remove(self.place / name)
             self._known.pop(name, None)
-        self._copy_files([name for name in changed if name not in results], here)
+        self._copy_files([name for name in changed if name not in results], version_by_name)
         self._copy_checkpoints()
-        self._copy_files(results[::-1], here)  # the whole run's after those of its stages
+        self._copy_files(results[::-1], version_by_name)  # the whole run's after those of its stages
         self._copied_at = time.monotonic()
 
     def _copy_checkpoints(self) -> None:
@@ -291,13 +296,13 @@ class Mirror:
             run = self.place / checkpoint.parents[1].relative_to(self.work)
             store.prune(run, self.keep)
 
-    def _copy_files(self, changed: list[str], here: dict[str, tuple[int, int]]) -> None:
-        """here: the files of the working folder, with their versions, as `changed` was made from."""
+    def _copy_files(self, changed: list[str], version_by_name: dict[str, tuple[int, int]]) -> None:
+        """version_by_name: the files of the working folder, with their versions, as `changed` was made from."""
         exports = {Path(name).parent for name in changed if Path(name).parent.name == "export"}
         for folder in exports:  # without its description an export is none
             for description in copied.DESCRIPTIONS:
                 (self.place / folder / description).unlink(missing_ok=True)
-                if (name := (folder / description).as_posix()) in here and name not in changed:
+                if (name := (folder / description).as_posix()) in version_by_name and name not in changed:
                     changed.append(name)
         for name in sorted(
             changed, key=lambda name: (Path(name).parent in exports, Path(name).name in copied.DESCRIPTIONS)
@@ -310,7 +315,7 @@ class Mirror:
                 if (self.work / name).exists():
                     raise
                 continue
-            self._known[name] = here[name]
+            self._known[name] = version_by_name[name]
 
     def _copy_file(self, name: str, in_export: bool) -> None:
         source, target = self.work / name, self.place / name
@@ -412,5 +417,5 @@ def _marker(checkpoint: Path) -> bytes:
 
 
 def _version(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns

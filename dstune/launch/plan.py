@@ -92,13 +92,13 @@ def main(argv: list[str]) -> int:
                 Problem("--calibrate", "this machine is measured, so none can be named", "leave hardware= out")
             )
         calibrate(config, Console(sys.stderr if arguments.json else sys.stdout))
-    found = plan_of(config, arguments)
-    found = replace(found, growth=growth(config), others=other_methods(config, found.cluster, found))
+    estimate = plan_of(config, arguments)
+    estimate = replace(estimate, growth=growth(config), others=other_methods(config, estimate.cluster, estimate))
     if arguments.json:
-        print(json.dumps(as_json(found, arguments.price, config), indent=1))
+        print(json.dumps(as_json(estimate, arguments.price, config), indent=1))
     else:
         from_run = bool(arguments.rest) and is_path(arguments.rest[0])
-        print(as_text(found, arguments.price, config, None if from_run else arguments.rest))
+        print(as_text(estimate, arguments.price, config, None if from_run else arguments.rest))
     return EXIT_DONE
 
 
@@ -131,40 +131,40 @@ def _of_plan(problems: Iterable[Problem]) -> list[Problem]:
 
 def parse(argv: list[str]) -> Arguments:
     """Raises UserError: a number that is none, an unknown key of the hardware."""
-    found: dict[str, str] = {}
+    value_by_key: dict[str, str] = {}
     numbers: dict[str, float] = {}
-    rest: list[str] = []
+    other_words: list[str] = []
     problems: list[Problem] = []
     for word in argv:
         key, equals, value = word.partition("=")
         if equals and key in ("hardware", "nodes", "price"):
-            found[key] = value
+            value_by_key[key] = value
         elif equals and key.startswith("hardware."):
             name = key.removeprefix("hardware.")
             if name not in NUMBERS:
-                fix = "; ".join(f"hardware.{known}: {what}" for known, what in NUMBERS.items())
+                fix = "; ".join(f"hardware.{field_name}: {meaning}" for field_name, meaning in NUMBERS.items())
                 problems.append(Problem(key, "hardware has no such number", fix, value))
             elif (number := _number(value)) is None:
                 problems.append(Problem(key, "expected a number above 0", f"{key}=80", value))
             else:
                 numbers[name] = number
         elif word not in ("--json", "--calibrate"):
-            rest.append(word)
-    nodes, price = _number(found.get("nodes", "1")), _number(found.get("price", "1"))
+            other_words.append(word)
+    nodes, price = _number(value_by_key.get("nodes", "1")), _number(value_by_key.get("price", "1"))
     if nodes is None or nodes != int(nodes) or nodes > MOST_NODES:
-        problems.append(Problem("nodes", "expected a number of nodes", "nodes=4", found["nodes"]))
+        problems.append(Problem("nodes", "expected a number of nodes", "nodes=4", value_by_key["nodes"]))
     if price is None:
-        problems.append(Problem("price", "expected a price above 0", "price=2.5", found["price"]))
+        problems.append(Problem("price", "expected a price above 0", "price=2.5", value_by_key["price"]))
     if problems:
         raise UserError(problems)
     return Arguments(
-        hardware=found.get("hardware"),
+        hardware=value_by_key.get("hardware"),
         numbers=numbers,
-        nodes=int(nodes or 1) if "nodes" in found else None,
-        price=price if "price" in found else None,
+        nodes=int(nodes or 1) if "nodes" in value_by_key else None,
+        price=price if "price" in value_by_key else None,
         json="--json" in argv,
         calibrate="--calibrate" in argv,
-        rest=rest,
+        rest=other_words,
     )
 
 
@@ -205,10 +205,10 @@ def growth(config: RunConfig) -> Growth | None:
 
     try:
         tokenizer = load_tokenizer(config.model)
-        found = growth_of(config, tokenizer) if tokenizer.chat_template else None
+        estimate = growth_of(config, tokenizer) if tokenizer.chat_template else None
     except (UserError, OSError, ValueError):
         return None  # a plan needs no rows; a run tells what is wrong with them
-    return found if found and found.samples > found.conversations else None
+    return estimate if estimate and estimate.samples > estimate.conversations else None
 
 
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
@@ -244,52 +244,53 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
 # ---- what is shown ----
 
 
-def as_json(found: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
+def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
     """The public contract of `plan --json`, and more keys beside it."""
-    best = found.plan.recommended
+    best = estimate.plan.recommended
     return {
-        "choices": [row(choice, found, price, config) for choice in found.plan.choices],
-        "recommended": best.overrides(found.setup) if best else {},
+        "choices": [row(choice, estimate, price, config) for choice in estimate.plan.choices],
+        "recommended": best.overrides(estimate.setup) if best else {},
         "fits": best is not None,
-        "configured": row(found.plan.configured, found, price, config),
-        "stage_origin": found.stage_origin,
+        "configured": row(estimate.plan.configured, estimate, price, config),
+        "stage_origin": estimate.stage_origin,
         "hardware": {
-            "device": found.cluster.device.name,
-            "per_node": found.cluster.per_node,
-            "nodes": found.cluster.nodes,
-            "memory_gib": round(found.cluster.device.memory_gib, 2),
+            "device": estimate.cluster.device.name,
+            "per_node": estimate.cluster.per_node,
+            "nodes": estimate.cluster.nodes,
+            "memory_gib": round(estimate.cluster.device.memory_gib, 2),
         },
         "host_gib_per_node": round(_node_gib(best), 2) if best else None,
-        "methods": {name: _method_row(other) for name, other in found.others.items()},
-        "conversations": found.growth and {**asdict(found.growth), "token_factor": round(found.growth.factor, 3)},
-        "warnings": _warnings(found, config),
-        "calibrated": found.calibrated,
+        "methods": {name: _method_row(other) for name, other in estimate.others.items()},
+        "conversations": estimate.growth
+        and {**asdict(estimate.growth), "token_factor": round(estimate.growth.factor, 3)},
+        "warnings": _warnings(estimate, config),
+        "calibrated": estimate.calibrated,
         "model": {
-            "parameters": found.parameters,
-            "trained": found.trained,
-            **({"unreached": found.setup.unreached} if found.setup.unreached else {}),
-            "precision": found.precision.value,
+            "parameters": estimate.parameters,
+            "trained": estimate.trained,
+            **({"unreached": estimate.setup.unreached} if estimate.setup.unreached else {}),
+            "precision": estimate.precision.value,
         },
     }
 
 
-def _warnings(found: Planned, config: RunConfig) -> list[str]:
-    return [*fillers(config, found.cluster.ranks), *uncounted_models(config)]
+def _warnings(estimate: Planned, config: RunConfig) -> list[str]:
+    return [*fillers(config, estimate.cluster.ranks), *uncounted_models(config)]
 
 
-def _method_row(found: Planned) -> dict[str, Any]:
-    best = found.plan.recommended
-    shown = best or min(found.plan.choices, key=lambda choice: choice.memory_gib)
+def _method_row(estimate: Planned) -> dict[str, Any]:
+    best = estimate.plan.recommended
+    shown = best or min(estimate.plan.choices, key=lambda choice: choice.memory_gib)
     return {
         "fits": best is not None,
         "memory_gib_per_rank": round(shown.memory_gib, 4),
         "host_gib_per_node": round(_node_gib(shown), 2),
         "step_seconds": round(shown.time.seconds, 4),
-        "recommended": best.overrides(found.setup) if best else {},
+        "recommended": best.overrides(estimate.setup) if best else {},
     }
 
 
-def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
+def row(choice: Choice, estimate: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
     """One choice, numbers only."""
     time = choice.time
     hours = _hours(choice, config)
@@ -310,8 +311,8 @@ def row(choice: Choice, found: Planned, price: float | None, config: RunConfig) 
         "communication_gib_per_step": round(time.volume / GIB, 4),
         "hours": hours and round(hours, 3),
         "hours_per_billion_tokens": round(hours_per_billion, 2),
-        "cost": price and hours and round(price * hours * found.cluster.ranks, 2),
-        "cost_per_billion_tokens": price and round(price * hours_per_billion * found.cluster.ranks, 2),
+        "cost": price and hours and round(price * hours * estimate.cluster.ranks, 2),
+        "cost_per_billion_tokens": price and round(price * hours_per_billion * estimate.cluster.ranks, 2),
     }
 
 
@@ -320,46 +321,46 @@ def _hours(choice: Choice, config: RunConfig) -> float | None:
     return steps * choice.time.seconds / 3600 if steps else None
 
 
-def as_text(found: Planned, price: float | None, config: RunConfig, words: Sequence[str] | None = None) -> str:
+def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Sequence[str] | None = None) -> str:
     """The plan for people: whether and how it fits, other methods beside it, the run as configured part by part, then the choices.
 
     words: of the command, to which the recommended ones are added; None where there is no command.
     """
-    cluster, s = found.cluster, found.setup
-    width, hosted = _offload_width(found), _hosted(found)
+    cluster, s = estimate.cluster, estimate.setup
+    width, hosted = _offload_width(estimate), _hosted(estimate)
     nodes = f"{cluster.nodes} nodes of " if cluster.nodes > 1 else ""
     lines = [
         (
-            f"{config.model.path}: {found.parameters / 1e9:.3f}B parameters, {found.trained / 1e6:.1f}M trained "
-            f"({config.method.name}), {found.precision.value}, rows of {s.length} tokens"
+            f"{config.model.path}: {estimate.parameters / 1e9:.3f}B parameters, {estimate.trained / 1e6:.1f}M trained "
+            f"({config.method.name}), {estimate.precision.value}, rows of {s.length} tokens"
             + (f"; beside them {s.unreached / 1e9:.3f}B frozen that text never reaches" if s.unreached else "")
         ),
         *_counted(s),
         *_stored(config),
         f"{nodes}{cluster.per_node} x {cluster.device.name}, {cluster.device.memory_gib:.1f} GiB for each rank",
         "",
-        *_verdict(found, words),
-        *_compared(found),
+        *_verdict(estimate, words),
+        *_compared(estimate),
         "",
-        f"as configured ({_configured(found)}):",
-        *([f"  zero.stage=auto: {found.stage_origin}"] if found.stage_origin else []),
-        *_parts(found.plan.configured),
-        *_growth(found.growth),
-        *(f"  warning: {warning}" for warning in _warnings(found, config)),
+        f"as configured ({_configured(estimate)}):",
+        *([f"  zero.stage=auto: {estimate.stage_origin}"] if estimate.stage_origin else []),
+        *_parts(estimate.plan.configured),
+        *_growth(estimate.growth),
+        *(f"  warning: {warning}" for warning in _warnings(estimate, config)),
         "",
         (
             f"{'zero':<8}{'offload':<{width}}{'micro-batch':>11}{'GiB a rank':>12}{'on the host' if hosted else '':>{12 * hosted}}"
             f"{'fits':>6}{'step':>10}{'tokens/s':>12}{'sent a step':>13}{_time_heading(price, config)}"
         ),
-        *(_line(choice, found, price, config) for choice in found.plan.choices),
+        *(_line(choice, estimate, price, config) for choice in estimate.plan.choices),
     ]
-    lines += [*_columns(found, price, config), ""]
+    lines += [*_columns(estimate, price, config), ""]
     margin = (
         "Memory includes a margin"
-        if found.setup.on_gpu
+        if estimate.setup.on_gpu
         else "heap: what was freed before the peak, and glibc keeps, activations mostly"
     )
-    lines.append(f"{margin}; {_source_of_times(found)}")
+    lines.append(f"{margin}; {_source_of_times(estimate)}")
     return "\n".join(lines)
 
 
@@ -379,17 +380,17 @@ def _stored(config: RunConfig) -> list[str]:
     return [f"its weights are stored in {stored.name} and dequantized while they are loaded"] if stored else []
 
 
-def _verdict(found: Planned, words: Sequence[str] | None) -> list[str]:
+def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
     """Whether the run fits, what it takes, and the command that trains it so."""
-    best = found.plan.recommended
+    best = estimate.plan.recommended
     if best is None:
-        return [f"no: {_nothing_fits(found)}"]
-    cluster = found.cluster
+        return [f"no: {_nothing_fits(estimate)}"]
+    cluster = estimate.cluster
     host = _node_gib(best)
     room = "" if cluster.host_gib is None else f" of {cluster.host_gib:.0f}"
     of_node = f", and {host:.0f}{room} GiB of the memory of each node" if host >= 1 else ""
     time = f"a step of {best.time.seconds:.2f} s, {best.time.tokens_per_second:,.0f} tokens/s"
-    overrides = [f"{key}={_value(value)}" for key, value in best.overrides(found.setup).items()]
+    overrides = [f"{key}={_value(value)}" for key, value in best.overrides(estimate.setup).items()]
     lines = [
         f"yes: {best.memory_gib:.1f} of {cluster.device.memory_gib:.1f} GiB a rank{of_node}; {time}",
         f"recommended: {' '.join(overrides) or 'as configured'}",
@@ -406,12 +407,12 @@ def _node_gib(choice: Choice) -> float:
     return choice.memory.host * choice.setup.ranks_per_node / GIB
 
 
-def _compared(found: Planned) -> list[str]:
+def _compared(estimate: Planned) -> list[str]:
     """A line for each method that was planned beside the configured one."""
-    if not found.others:
+    if not estimate.others:
         return []
     lines = ["", f"{'method':<9}{'fits':<6}{'GiB a rank':>11}{'GiB of a node':>15}{'step':>11}{'tokens/s':>12}  how"]
-    for method, other in found.others.items():
+    for method, other in estimate.others.items():
         best = other.plan.recommended
         shown = best or min(other.plan.choices, key=lambda choice: choice.memory_gib)
         how = ", ".join(filter(None, [shown.zero, _offload(shown, other).removeprefix("none").lstrip("+")]))
@@ -426,18 +427,18 @@ def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> d
     """Plans of full fine-tuning, LoRA and QLoRA where the run is of one of them and generates text; else none."""
     if config.method.name not in COMPARED or not task_of(config.task).generates:
         return {}
-    found = {}
+    estimate_by_method = {}
     for name in COMPARED:
         if name == config.method.name:
-            found[name] = configured
+            estimate_by_method[name] = configured
             continue
         try:
             other = replace(config, method=METHODS.classes()[name].Config())
             if not _of_plan(find_problems(other)):
-                found[name] = planned(other, cluster)
+                estimate_by_method[name] = planned(other, cluster)
         except UserError:
             continue  # of a model that cannot be trained so
-    return found if len(found) > 1 else {}
+    return estimate_by_method if len(estimate_by_method) > 1 else {}
 
 
 COMPARED = ("full", "lora", "qlora")
@@ -453,20 +454,20 @@ def _growth(growth: Growth | None) -> list[str]:
     return [text]
 
 
-def _configured(found: Planned) -> str:
-    choice, rows = found.plan.configured, found.plan.configured.setup.micro_batch_size
+def _configured(estimate: Planned) -> str:
+    choice, rows = estimate.plan.configured, estimate.plan.configured.setup.micro_batch_size
     offload = f", offload {choice.offload}" if choice.offload != "none" else ""
     kind = "selective " if isinstance(choice.checkpointing, Selective) else ""
     checkpointing = f", {kind}activation checkpointing" if choice.checkpointing else ""
     return f"{choice.zero}{offload}{checkpointing}, micro-batch {rows}"
 
 
-def _columns(found: Planned, price: float | None, config: RunConfig) -> list[str]:
+def _columns(estimate: Planned, price: float | None, config: RunConfig) -> list[str]:
     """What the columns of the choices mean."""
     time = "hours: of the whole run" if config.trainer.max_steps else "h/1e9 tok: hours for a billion tokens"
     cost = ", and what all devices cost for as long" if price else ""
-    share = max(1, -(-found.setup.global_batch_size // found.setup.groups))
-    host = ["on the host: GiB of its memory that a rank takes;"] if _hosted(found) else []
+    share = max(1, -(-estimate.setup.global_batch_size // estimate.setup.groups))
+    host = ["on the host: GiB of its memory that a rank takes;"] if _hosted(estimate) else []
     return [
         f"micro-batch: most rows of a pass that fit, of the {share} that trainer.global_batch_size leaves a rank;",
         *host,
@@ -474,25 +475,25 @@ def _columns(found: Planned, price: float | None, config: RunConfig) -> list[str
     ]
 
 
-def _hosted(found: Planned) -> bool:
-    return any(choice.memory.host for choice in found.plan.choices)
+def _hosted(estimate: Planned) -> bool:
+    return any(choice.memory.host for choice in estimate.plan.choices)
 
 
-def _offload(choice: Choice, found: Planned) -> str:
+def _offload(choice: Choice, estimate: Planned) -> str:
     offload = choice.offload.replace("optimizer", "optimizer on disk") if choice.setup.swaps else choice.offload
-    if effort(choice.checkpointing) == effort(found.setup.checkpointing):
+    if effort(choice.checkpointing) == effort(estimate.setup.checkpointing):
         return offload
     return offload + ("+selective" if isinstance(choice.checkpointing, Selective) else "+checkpointing")
 
 
-def _offload_width(found: Planned) -> int:
-    return 2 + max(15, *(len(_offload(choice, found)) for choice in found.plan.choices))
+def _offload_width(estimate: Planned) -> int:
+    return 2 + max(15, *(len(_offload(choice, estimate)) for choice in estimate.plan.choices))
 
 
-def _source_of_times(found: Planned) -> str:
-    if found.calibrated:
+def _source_of_times(estimate: Planned) -> str:
+    if estimate.calibrated:
         return "step times come from what `dstune plan --calibrate` measured here."
-    if found.cluster.known:
+    if estimate.cluster.known:
         return "step times are estimates from data sheets."
     return "step times are rough: this hardware's speed is not known (`dstune plan --calibrate` measures this machine)."
 
@@ -516,27 +517,27 @@ def _time_heading(price: float | None, config: RunConfig) -> str:
     return f"{'h/1e9 tok':>11}" + (f"{'cost/1e9':>12}" if price else "")
 
 
-def _line(choice: Choice, found: Planned, price: float | None, config: RunConfig) -> str:
-    numbers = row(choice, found, price, config)
-    host = f"{choice.memory.host / GIB:>12.2f}" if _hosted(found) else ""
+def _line(choice: Choice, estimate: Planned, price: float | None, config: RunConfig) -> str:
+    numbers = row(choice, estimate, price, config)
+    host = f"{choice.memory.host / GIB:>12.2f}" if _hosted(estimate) else ""
     time = numbers["hours"] if numbers["hours"] is not None else numbers["hours_per_billion_tokens"]
     width = 9 if numbers["hours"] is not None else 11
     price_of = numbers["cost"] if config.trainer.max_steps else numbers["cost_per_billion_tokens"]
     cost = f"{price_of:>12,.2f}" if price_of is not None else ""
     return (
-        f"{choice.zero:<8}{_offload(choice, found):<{_offload_width(found)}}{choice.setup.micro_batch_size:>11}"
+        f"{choice.zero:<8}{_offload(choice, estimate):<{_offload_width(estimate)}}{choice.setup.micro_batch_size:>11}"
         f"{choice.memory_gib:>12.2f}{host}"
         f"{'yes' if choice.fits else 'no':>6}{choice.time.seconds:>8.2f} s{choice.time.tokens_per_second:>12.0f}"
         f"{choice.time.volume / GIB:>9.2f} GiB{time:>{width}.2f}{cost}"
     )
 
 
-def _nothing_fits(found: Planned) -> str:
-    device, host = found.cluster.device.memory_gib, found.cluster.host_gib
-    least = min(found.plan.choices, key=lambda choice: choice.memory_gib)
+def _nothing_fits(estimate: Planned) -> str:
+    device, host = estimate.cluster.device.memory_gib, estimate.cluster.host_gib
+    least = min(estimate.plan.choices, key=lambda choice: choice.memory_gib)
     takes = "more ranks, shorter rows (data.max_length) or method=lora take less"
     if host is not None and least.memory_gib <= device:
-        least = min((c for c in found.plan.choices if c.memory_gib <= device), key=lambda choice: choice.memory.host)
+        least = min((c for c in estimate.plan.choices if c.memory_gib <= device), key=lambda choice: choice.memory.host)
         of_node = least.memory.host * least.setup.ranks_per_node / GIB
         return (
             f"nothing fits: of the choices that fit the device, the least takes {of_node:.0f} GiB of a node's memory "

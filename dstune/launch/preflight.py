@@ -84,14 +84,14 @@ def resolve_run(
         fetched = True
     config, refused = table_rows.resolve(config, stage)
     problems += refused
-    for key, part, own in inputs.row_inputs(config):
-        given = getattr(own.data, part)
-        if (not fetched and hub_name(given)) or (refused and sources.data_source_of(given)):
+    for key, part, source_config in inputs.row_inputs(config):
+        spec = getattr(source_config.data, part)
+        if (not fetched and hub_name(spec)) or (refused and sources.data_source_of(spec)):
             continue  # it is among the problems
         with collected(problems):
-            check_data(key, part, own, stage)
-            found = first_row_problems(own, part, key, trains=trains)
-            problems += [problem for problem in found if problem not in problems]
+            check_data(key, part, source_config, stage)
+            row_problems = first_row_problems(source_config, part, key, trains=trains)
+            problems += [problem for problem in row_problems if problem not in problems]
     with collected(problems):
         config = _with_resolved_adapters(config)
     problems += _missing(config)
@@ -150,13 +150,13 @@ def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
     Raises:
         UserError: no such sample or file.
     """
-    given = getattr(config.data, part)
-    if samples.is_sample(given):
-        fetch_sample(key, samples.without_slice(given)[0], "data", stage)
+    spec = getattr(config.data, part)
+    if samples.is_sample(spec):
+        fetch_sample(key, samples.without_slice(spec)[0], "data", stage)
     try:
         sources.of_part(config.data, part, key)
     except UserError as error:
-        if (similar := _similar(Path(given))) and not Path(given).exists():
+        if (similar := _similar(Path(spec))) and not Path(spec).exists():
             raise UserError(replace(error.problems[0], fix=f"did you mean {similar}?")) from None
         raise
 
@@ -167,14 +167,14 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
     Raises:
         UserError: no such sample, file or data set.
     """
-    given = getattr(data, part)
-    if samples.is_sample(given):
-        fetch_sample(f"data.{part}", samples.without_slice(given)[0], "data", stage)
+    spec = getattr(data, part)
+    if samples.is_sample(spec):
+        fetch_sample(f"data.{part}", samples.without_slice(spec)[0], "data", stage)
         return data
-    if (source := sources.data_source_of(given)) is not None:
-        pinned: dict[str, Any] = {part: source.resolve(given, f"data.{part}", stage)}
+    if (source := sources.data_source_of(spec)) is not None:
+        pinned: dict[str, Any] = {part: source.resolve(spec, f"data.{part}", stage)}
         data = replace(data, **pinned)
-    return hub_data.resolve(data, stage) if hub_name(given) else replace(data, subset=None, revision=None)
+    return hub_data.resolve(data, stage) if hub_name(spec) else replace(data, subset=None, revision=None)
 
 
 def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = None) -> ModelConfig:
@@ -249,11 +249,11 @@ def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
         model = replace(config.model, path=getattr(task, further.path), revision=getattr(task, further.revision))
         keys = {"model.path": f"task.{further.path}", "model.revision": f"task.{further.revision}"}
         try:
-            found = resolve_model(replace(model, weights=InitialWeights.pretrained), stage)
+            local_model = resolve_model(replace(model, weights=InitialWeights.pretrained), stage)
         except UserError as error:
-            named = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
-            raise UserError(named) from None
-        task = replace(task, **{further.revision: found.revision})
+            renamed = [replace(problem, where=keys.get(problem.where, problem.where)) for problem in error.problems]
+            raise UserError(renamed) from None
+        task = replace(task, **{further.revision: local_model.revision})
     resolved: TaskConfig = task
     return resolved
 
@@ -404,8 +404,8 @@ _AUTO_CLASSES = {f"For{head}": f"AutoModelFor{head}" for head in _HEADS} | {
 
 def _auto_class(folder: Path) -> str:
     """The class of transformers that loads a model with its head."""
-    named = (read_object(folder / "config.json") or {}).get("architectures") or [""]
-    return next((auto for end, auto in _AUTO_CLASSES.items() if str(named[0]).endswith(end)), "AutoModel")
+    architectures = (read_object(folder / "config.json") or {}).get("architectures") or [""]
+    return next((auto for end, auto in _AUTO_CLASSES.items() if str(architectures[0]).endswith(end)), "AutoModel")
 
 
 def _no_config(folder: Path, config: ModelConfig) -> Problem:
@@ -440,5 +440,5 @@ def _similar(path: Path) -> Path | None:
         names = os.listdir(path.parent)
     except OSError:
         return None
-    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return path.with_name(found[0]) if found else None
+    matches = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return path.with_name(matches[0]) if matches else None

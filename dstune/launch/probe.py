@@ -17,7 +17,7 @@ from typing import Any
 
 def main() -> None:
     requested = json.loads(os.environ.get("DSTUNE_PROBE", "{}"))
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "time": time.time(),
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -28,7 +28,7 @@ def main() -> None:
         "gpus": gpus(),
         "memory_gib": memory(),
     }
-    print("DSTUNE_PROBE " + json.dumps(found))
+    print("DSTUNE_PROBE " + json.dumps(facts))
 
 
 def version(package: str) -> str | None:
@@ -65,15 +65,15 @@ def interfaces() -> dict[str, str]:
     import fcntl
     import struct
 
-    found: dict[str, str] = {}
+    address_by_name: dict[str, str] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name[:15].encode()))  # SIOCGIFADDR
-                found[name] = socket.inet_ntoa(answer[20:24])
+                address_by_name[name] = socket.inet_ntoa(answer[20:24])
             except OSError:
                 pass
-    return found
+    return address_by_name
 
 
 def free_port() -> int:

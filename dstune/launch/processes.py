@@ -25,13 +25,13 @@ MARK = "DSTUNE_LAUNCH_ID"  # `dstune.core.rank_env.LAUNCH_ID`, which the guard c
 def processes_of(launch_id: str, sessions: Iterable[int] = ()) -> list[psutil.Process]:
     """Live processes that carry the launch's mark, belong to one of `sessions` or descend from such a process."""
     sessions = set(sessions)
-    found: dict[int, psutil.Process] = {}
+    process_by_pid: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        if process.pid == os.getpid() or process.pid in found or not _belongs(process, launch_id, sessions):
+        if process.pid == os.getpid() or process.pid in process_by_pid or not _belongs(process, launch_id, sessions):
             continue
         for member in (process, *_descendants(process)):
-            found.setdefault(member.pid, member)
-    return list(found.values())
+            process_by_pid.setdefault(member.pid, member)
+    return list(process_by_pid.values())
 
 
 def _belongs(process: psutil.Process, launch_id: str, sessions: set[int]) -> bool:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def queue_named(launcher: str) -> Queue | None:
     """The queue of a launcher; None where it has none, or is not known here."""
-    found = LAUNCHERS.find(launcher)
-    return None if found is None else found.queue
+    launcher_class = LAUNCHERS.find(launcher)
+    return None if launcher_class is None else launcher_class.queue
 
 
 def submitter_of(launch: LaunchConfig) -> SubmitsRuns | None:

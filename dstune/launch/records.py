@@ -67,8 +67,8 @@ class LaunchRecord:
 
         try:
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < 1.0
-            alive = same and process.status() != psutil.STATUS_ZOMBIE
+            is_same = abs(process.create_time() - self.started) < 1.0
+            alive = is_same and process.status() != psutil.STATUS_ZOMBIE
             locks = (run_dir / LOCK, working_folder(run_dir) / LOCK)
             return process if alive and any(_holds(process, lock) for lock in locks if lock.exists()) else None
         except psutil.Error:
@@ -133,7 +133,7 @@ def _holds(process: psutil.Process, lock: Path) -> bool:
         return any(Path(file.path) == lock.absolute() for file in process.open_files())
     except OSError as error:
         raise psutil.AccessDenied(process.pid) from error
-    return any((one.st_dev, one.st_ino) == (expected.st_dev, expected.st_ino) for one in held)
+    return any((status.st_dev, status.st_ino) == (expected.st_dev, expected.st_ino) for status in held)
 
 
 def result_path(run_dir: Path) -> Path:
@@ -267,12 +267,12 @@ def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None
     """
     try:
         patience = min(LONGEST_SECONDS, float(files.read_plain(run_dir / DRIVER)))
-        left = min(patience, (run_dir / DRIVER).stat().st_mtime + patience - time.time())
+        seconds_left = min(patience, (run_dir / DRIVER).stat().st_mtime + patience - time.time())
     except (OSError, ValueError):
         return
-    if left > 0:
-        message(f"dstune: the launch before this one died: {left:.0f} s until its ranks have ended")
-        time.sleep(left)
+    if seconds_left > 0:
+        message(f"dstune: the launch before this one died: {seconds_left:.0f} s until its ranks have ended")
+        time.sleep(seconds_left)
 
 
 def in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:

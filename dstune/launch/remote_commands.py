@@ -59,7 +59,7 @@ class RemotePlan:
 
     @property
     def size(self) -> int:
-        return sum(len(own) for own in self.slots.values())
+        return sum(len(host_slots) for host_slots in self.slots.values())
 
 
 class HasInterface(Protocol):
@@ -88,18 +88,18 @@ def variables_of(
     Raises:
         UserError: an unset variable in `launch.export_env`.
     """
-    given = {
+    variables = {
         name: value for name, value in inherited(config, parent).items() if _travels(name, value, launch.export_env)
     }
     unseen = referenced(config, parent)  # run.yaml keeps only their names too
-    formatted = {name: value for name, value in UNLESS_SET.items() if name not in given}
+    formatted = {name: value for name, value in UNLESS_SET.items() if name not in variables}
     formatted |= {
         "OMP_NUM_THREADS": "1"
     }  # how many cores the nodes have is theirs to say: launch.export_env, or their shells
-    if python := python_path(given.get("PYTHONPATH", "")):
-        given["PYTHONPATH"] = python
+    if python := python_path(variables.get("PYTHONPATH", "")):
+        variables["PYTHONPATH"] = python
     handoff: dict[str, dict[str, str]] = {"all": {}, "first": {}}
-    for name, value in given.items():
+    for name, value in variables.items():
         if is_tracker_key(name) and name not in launch.export_env:
             handoff["first"][name] = value
         elif is_secret(name, value) or name in unseen or not PLAIN.fullmatch(value):

@@ -87,11 +87,11 @@ def rows_are_full(config: RunConfig) -> bool:
         return False
     needed = ENOUGH_ROWS * config.data.max_length * config.trainer.rows
     tokens = 0
-    for key, part, own in inputs.row_inputs(config):
+    for key, part, source_config in inputs.row_inputs(config):
         if part != "train":
             continue
         try:
-            for file in sources.of_part(own.data, part, key):
+            for file in sources.of_part(source_config.data, part, key):
                 if file.rows is not None:  # a slice: how long its rows are is not known
                     return False
                 tokens += file.path.stat().st_size // BYTES_PER_TOKEN

@@ -41,17 +41,17 @@ class Listed:
 def main(argv: list[str]) -> int:
     """`dstune runs [DIR...] [--sort METRIC] [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    found = [line for folder in arguments.folders for line in listed(folder)]
+    listed_runs = [line for folder in arguments.folders for line in listed(folder)]
     if arguments.sort:
-        known = dict.fromkeys(name for line in found for name in line.metrics)
-        if arguments.sort not in known:
-            fix = f"one of {', '.join(known)}" if known else "runs that have evaluated"
+        metric_names = dict.fromkeys(name for line in listed_runs for name in line.metrics)
+        if arguments.sort not in metric_names:
+            fix = f"one of {', '.join(metric_names)}" if metric_names else "runs that have evaluated"
             raise UserError(Problem("--sort", "none of these runs has such a metric", fix, arguments.sort))
-        found.sort(key=lambda line: best_first(line.metrics.get(arguments.sort), arguments.sort))
+        listed_runs.sort(key=lambda line: best_first(line.metrics.get(arguments.sort), arguments.sort))
     if arguments.json:
-        print(json.dumps({"runs": [asdict(line) for line in found]}))
+        print(json.dumps({"runs": [asdict(line) for line in listed_runs]}))
     else:
-        print(as_text(found, arguments.folders, arguments.sort))
+        print(as_text(listed_runs, arguments.folders, arguments.sort))
     return EXIT_DONE
 
 
@@ -120,17 +120,17 @@ def _of_trial(sweep: Path, record: Record) -> Listed:
     return Listed(str(path), record.status, record.reason, 0, {}, None, record.seconds, None, dict(record.values))
 
 
-def as_text(found: list[Listed], folders: list[Path], first: str | None = None) -> str:
+def as_text(listed_runs: list[Listed], folders: list[Path], first: str | None = None) -> str:
     """A table; the metrics are the one to look at `first` and those that most runs have, the loss before others."""
     counts: dict[str, int] = {}
-    for line in found:
+    for line in listed_runs:
         for name in line.metrics:
             counts[name] = counts.get(name, 0) + 1
     formatted = sorted(counts, key=lambda name: (name != first, name != "loss", -counts[name]))[:3]
-    keys = list(dict.fromkeys(key for line in found for key in line.values))
+    keys = list(dict.fromkeys(key for line in listed_runs for key in line.values))
     above = folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
     # An evaluation is of an earlier step where a run goes on or was stopped since.
-    earlier = ["measured at"] * any(line.measured not in (None, line.step) for line in found)
+    earlier = ["measured at"] * any(line.measured not in (None, line.step) for line in listed_runs)
     heading = ["run", "status", "step", *earlier, *formatted, *keys, "time", "began"]
     rows = [
         [
@@ -143,7 +143,7 @@ def as_text(found: list[Listed], folders: list[Path], first: str | None = None) 
             duration(line.seconds),
             "" if line.began is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(line.began)),
         ]
-        for line in found
+        for line in listed_runs
     ]
     return f"{above}\n{table(heading, rows)}"
 

@@ -34,14 +34,14 @@ def caught_signals(names: Sequence[str] = ("SIGUSR1",)) -> Iterator[list[str]]:
             received.append(signal.Signals(number).name)
         last.update(number=number, at=now)
 
-    before: dict[signal.Signals, Any] = {}
+    handler_before: dict[signal.Signals, Any] = {}
     for number in {signal.Signals[name] for name in (*SIGNALS, *names)}:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
+            handler_before[number] = signal.signal(number, note)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handler_before.items():
             signal.signal(number, handler)
 
 

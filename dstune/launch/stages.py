@@ -61,9 +61,9 @@ def free_cluster(config: RunConfig, env: Mapping[str, str] | None = None) -> Clu
     launch = from_environment(os.environ if env is None else env)
     if launch is None and not launcher_of(config.launch).here:
         return None
-    found = machine.here(config, env, launch.local_size if launch else None)
-    cluster = found.cluster
+    local = machine.here(config, env, launch.local_size if launch else None)
+    cluster = local.cluster
     if launch is not None:  # somebody else's launch: as many ranks, this node's devices
         nodes = max(1, launch.world_size // launch.local_size)
         cluster = replace(cluster, per_node=launch.local_size, nodes=nodes)
-    return replace(cluster, device=replace(cluster.device, memory_gib=found.free_gib))
+    return replace(cluster, device=replace(cluster.device, memory_gib=local.free_gib))

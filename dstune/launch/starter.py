@@ -104,17 +104,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that you know already")
     parser.add_argument("--output", type=Path, default=Path("my.yaml"), metavar="FILE", help="default my.yaml")
     parser.add_argument("--force", action="store_true", help="replace the file")
-    given = parser.parse_intermixed_args(argv)
-    _check_output(given.output, given.force)
-    rows = read_rows(given.data)
-    starter, config, cluster = starter_for(given.data, rows, given.overrides)
-    text = render(starter, given.data, cluster)
+    arguments = parser.parse_intermixed_args(argv)
+    _check_output(arguments.output, arguments.force)
+    rows = read_rows(arguments.data)
+    starter, config, cluster = starter_for(arguments.data, rows, arguments.overrides)
+    text = render(starter, arguments.data, cluster)
     try:
-        files.write(given.output, text)
+        files.write(arguments.output, text)
     except OSError as error:
         fix = "give a file in a folder of yours"
-        raise UserError(Problem("--output", f"cannot be written: {error.strerror}", fix, str(given.output))) from None
-    print(summary(starter, rows, config, given.output))
+        raise UserError(
+            Problem("--output", f"cannot be written: {error.strerror}", fix, str(arguments.output))
+        ) from None
+    print(summary(starter, rows, config, arguments.output))
     return EXIT_DONE
 
 
@@ -135,15 +137,15 @@ def _check_output(path: Path, force: bool) -> None:
 
 def read_rows(data: str) -> Rows:
     """Read the first rows of `data`, and count all. Raises UserError where there are none."""
-    found = sources.expand(data, "DATA")
-    raw = list(islice((row for file in found for row in sources.read(file)), READ_ROWS))
+    files = sources.expand(data, "DATA")
+    raw = list(islice((row for file in files for row in sources.read(file)), READ_ROWS))
     fields = [row.fields for row in raw if row.fields is not None]
     if not fields:
         reason = "has no rows that can be read" if raw else "has no rows"
         raise UserError(Problem("DATA", reason, "give a file with a row a line", data))
     lengths = sorted(_characters(row) for row in fields)
     place = next(row.place for row in raw if row.fields is not None)
-    count = len(raw) if len(raw) < READ_ROWS else sum(map(sources.count, found))
+    count = len(raw) if len(raw) < READ_ROWS else sum(map(sources.count, files))
     return Rows(count, place, fields, lengths[-1], lengths[(len(lengths) - 1) * 99 // 100])
 
 
@@ -298,15 +300,15 @@ def _add_lengths(starter: Starter, config: RunConfig, rows: Rows, cluster: Clust
 def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:
     """Add model and method: the largest that fits with ease, and the smallest where there is no GPU."""
     task = task_of(config.task)
-    named = starter.value("model") or starter.value("model.path")
+    model_name = starter.value("model") or starter.value("model.path")
     if not (task.generates or config.task.name == "reward"):
-        if not named:
+        if not model_name:
             on_gpu = "a small encoder of 2024; sample://minilm is smaller still"
             small = "a small encoder that a CPU trains in minutes; with a GPU modernbert_base"
             starter.add("model", *(("modernbert_base", on_gpu) if cluster.device.gpu else ("minilm", small)))
         starter.add("method", "full", "every weight; method=lora trains fewer")
         return
-    if not named:
+    if not model_name:
         fitting = _largest(starter, cluster) if cluster.device.gpu else None
         if fitting is None:
             starter.add(
@@ -351,13 +353,13 @@ def render(starter: Starter, data: str, cluster: Cluster) -> str:
         "# Every key: dstune train --help KEY (for example optimizer.lr), docs/configuration.md",
     ]
     for section in [*dict.fromkeys(line.key.partition(".")[0] for line in sorted(starter.lines, key=_order))]:
-        own = [line for line in starter.lines if line.key.partition(".")[0] == section]
-        choice = next((line for line in own if line.key == section), None)
-        if choice is not None and len(own) == 1:
+        section_lines = [line for line in starter.lines if line.key.partition(".")[0] == section]
+        choice = next((line for line in section_lines if line.key == section), None)
+        if choice is not None and len(section_lines) == 1:
             lines.append(_line(section, choice))
             continue
         lines.append(f"{section}:")
-        for line in own:
+        for line in section_lines:
             name = "name" if line is choice else line.key.partition(".")[2]
             lines.append(f"  {_line(name, line)}")
     rate = (
@@ -383,11 +385,11 @@ def _line(name: str, line: Line) -> str:
 
 def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> str:
     """What was found, and the commands to go on with."""
-    found = [f"{key}={starter.value(key)}" for key in ("task", "model", "model.path", "method") if starter.value(key)]
+    choices = [f"{key}={starter.value(key)}" for key in ("task", "model", "model.path", "method") if starter.value(key)]
     file = shlex.quote(str(output))
     return "\n".join(
         [
-            f"{output} is written: {', '.join(found)}, {rows.count:,} rows",
+            f"{output} is written: {', '.join(choices)}, {rows.count:,} rows",
             "",
             f"  dstune data show {file}   # the rows as the model sees them",
             f"  dstune plan {file}        # memory and time",

@@ -47,21 +47,21 @@ def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     step, last = result.get("weights_step"), result.get("steps")
     if step is None or step == last:
         return dict(result)
-    found: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
     for row in _rows(run_dir / "metrics.jsonl"):
         if row.get("step") == step:
-            found |= {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
+            evaluation |= {name.removeprefix("eval/"): value for name, value in row.items() if name.startswith("eval/")}
     note = {"weights": f"of step {step}, the best; the run ended at step {last}"}
-    return {**result, **note, "eval_final": found or result.get("eval_final")}
+    return {**result, **note, "eval_final": evaluation or result.get("eval_final")}
 
 
 def _losses(result: Mapping[str, Any]) -> list[str]:
-    before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
+    metrics_before, after = result.get("eval_initial") or {}, result.get("eval_final") or {}
     lines = []
     for name, value in after.items():
         if isinstance(value, (int, float)) and name not in COUNTS:
             label = "held-out loss" if name == "loss" else name
-            started = f"{before[name]:.4f} -> " if isinstance(before.get(name), (int, float)) else ""
+            started = f"{metrics_before[name]:.4f} -> " if isinstance(metrics_before.get(name), (int, float)) else ""
             lines.append(_entry(label, f"{started}{value:.4f}"))
     rows = result.get("held_out_rows")
     if lines and isinstance(rows, int) and rows < FEW_ROWS:
@@ -76,21 +76,21 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
         if isinstance(value, (int, float)):
             lines.append(_entry(f"test {name}", f"{value:.4f}"))
     for part in ("guard", "ood"):
-        found = result.get(part) or {}
-        before = found.get("before") or {}
-        for name, value in (found.get("after") or {}).items():
+        evaluation = result.get(part) or {}
+        metrics_before = evaluation.get("before") or {}
+        for name, value in (evaluation.get("after") or {}).items():
             if isinstance(value, (int, float)) and name not in COUNTS:
-                first = f"{before[name]:.4f} -> " if name in before else ""
+                first = f"{metrics_before[name]:.4f} -> " if name in metrics_before else ""
                 lines.append(_entry(f"{part} {name}", f"{first}{value:.4f}"))
     return lines
 
 
 def _overfitting(result: Mapping[str, Any]) -> list[str]:
     """The gap between held-out rows and those trained on, and whether the weights are past their best."""
-    found = result.get("overfitting")
-    if not found or found["gap"] is None:  # no loss was finite
+    overfitting = result.get("overfitting")
+    if not overfitting or overfitting["gap"] is None:  # no loss was finite
         return []
-    lines = [_entry("gap", f"{found['gap']:+.4f} (training loss {found['training_loss']:.4f})")]
+    lines = [_entry("gap", f"{overfitting['gap']:+.4f} (training loss {overfitting['training_loss']:.4f})")]
     best, measured = result.get("best"), result.get("weights_step")
     if best and measured and best["metric"] == "loss" and best["step"] < measured:
         advice = f"held-out loss has risen since step {best['step']}: run.export=best keeps those weights"
@@ -132,8 +132,8 @@ def _answers(run_dir: Path) -> list[str]:
     if not rows:
         return []
     prompt = rows[0]["prompt"]
-    own = sorted((row for row in rows if row["prompt"] == prompt), key=lambda row: row["step"])
-    first, last = own[0], own[-1]
+    prompt_rows = sorted((row for row in rows if row["prompt"] == prompt), key=lambda row: row["step"])
+    first, last = prompt_rows[0], prompt_rows[-1]
     lines = ["", _text("prompt", prompt)]
     if first["step"] != last["step"]:
         lines.append(_text("before", first["answer"]))
@@ -172,8 +172,8 @@ def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
     config = read_run_content(run_dir / "run.yaml")["config"]
     task, method = TASKS.classes()[config["task"]["name"]], METHODS.classes()[config["method"]["name"]]
     run = shlex.quote(_short(run_dir))
-    given = "--text '...'" if task.predicts_from_text else "--input FILE"
-    commands = [f"dstune generate {run} --prompt '...'" if task.generates else f"dstune predict {run} {given}"]
+    input_flag = "--text '...'" if task.predicts_from_text else "--input FILE"
+    commands = [f"dstune generate {run} --prompt '...'" if task.generates else f"dstune predict {run} {input_flag}"]
     if task.serves or (task.generates and not method.in_front and not is_encoder_decoder(Path(result["export"]))):
         commands.append(f"dstune serve {run}")
     return [_entry("" if position else "next", command) for position, command in enumerate(commands)]

@@ -61,11 +61,11 @@ def judge(
                 (str(error) for error in errors.values() if isinstance(error, WaitedInVain)), "the others waited"
             )
             return Verdict(EXIT_FAILED, f"rank {end.rank} was stopped (SIGSTOP, or a debugger); {waited}", end)
-    own = sorted((end for end in ended if not end.signalled_to_end), key=lambda end: end.order)
+    own_ends = sorted((end for end in ended if not end.signalled_to_end), key=lambda end: end.order)
     # The forwarded SIGTERM kills a rank that is still starting: nothing is lost by that, and the others must end too.
-    if stop_signal and own and own[0].code == -signal.SIGTERM:
+    if stop_signal and own_ends and own_ends[0].code == -signal.SIGTERM:
         return Verdict(EXIT_PREEMPTED, f"received {stop_signal} before training began")
-    bad = [end for end in own if end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
+    bad = [end for end in own_ends if end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
     if bad:
         killed = [end for end in bad if end.code < 0]
         report = [end for end in ended if end.rank in errors and end.code not in (EXIT_DONE, EXIT_PREEMPTED)]
@@ -76,7 +76,7 @@ def judge(
             error = errors[culprit.rank]
             return Verdict(EXIT_FAILED, str(error), culprit, error)
         return Verdict(EXIT_FAILED, f"rank {culprit.rank} {how(culprit.code)}", culprit)
-    preempted = [end for end in own if end.code == EXIT_PREEMPTED]
+    preempted = [end for end in own_ends if end.code == EXIT_PREEMPTED]
     if preempted:
         reasons = [str(errors[end.rank]) for end in preempted if end.rank in errors]
         return Verdict(EXIT_PREEMPTED, reasons[0] if reasons else "saved")

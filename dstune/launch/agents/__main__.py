@@ -85,10 +85,10 @@ def end_earlier(task: Task, mark: str) -> str:
 
     Returns its identity as the holder of the lease, if it is that.
     """
-    mine = {os.getpid(), *(process.pid for process in psutil.Process().parents())}  # such as a container's starter
+    own_pids = {os.getpid(), *(process.pid for process in psutil.Process().parents())}  # such as a container's starter
     for process in psutil.process_iter() if mark else ():
         with suppress(psutil.Error, OSError):
-            if process.pid not in mine and process.environ().get(AGENT) == mark:
+            if process.pid not in own_pids and process.environ().get(AGENT) == mark:
                 process.kill()
     lease = Lease(Path(task.run_dir))
     record = lease.read(lease.newest())

@@ -207,8 +207,8 @@ class Agent:
         interface = self.task.settings.interface
         address = own_address(interface)
         server = socket.create_server((address if interface else "", 0))
-        same = former if former is not None and former.launch == self.task.launch and former.attempts else None
-        attempts = same.attempts if same is not None else 0
+        earlier_term = former if former is not None and former.launch == self.task.launch and former.attempts else None
+        attempts = earlier_term.attempts if earlier_term is not None else 0
         port = server.getsockname()[1]
         record = LeaseRecord(self.holder, self.task.node, address, port, "-", self.task.launch, attempts)
         try:
@@ -225,7 +225,7 @@ class Agent:
         settings, secret = self.task.settings, self.task.secret
         # A leader that has yielded is not lost, and where it leads again it goes on waiting.
         waiting_since = self._waiting_since
-        lost_leader = same.node if same is not None and waiting_since is None else ""
+        lost_leader = earlier_term.node if earlier_term is not None and waiting_since is None else ""
         self.leader = Leader(
             self.run_dir,
             settings,

@@ -16,8 +16,8 @@ def check_agents(launch: AgentsConfig) -> Iterator[Problem]:
             yield Problem(f"launch.{key}", reason, "launch.restarts=3 with it, or leave it out", str(value))
 
 
-def check_nodes(launch: AgentsConfig, nodes: int, what: str) -> Iterator[Problem]:
-    """Problems with the number of nodes that train. what: the key that gives it."""
+def check_nodes(launch: AgentsConfig, nodes: int, key: str) -> Iterator[Problem]:
+    """Problems with the number of nodes that train. key: the key that gives it."""
     if launch.min_nodes and launch.min_nodes > nodes:
-        reason = f"{what} gives the run {nodes} node{'s' * (nodes > 1)}"
+        reason = f"{key} gives the run {nodes} node{'s' * (nodes > 1)}"
         yield Problem("launch.min_nodes", reason, f"at most {nodes}", str(launch.min_nodes))

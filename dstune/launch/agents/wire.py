@@ -105,11 +105,11 @@ class Link:
 
     def _greet(self, line: bytes) -> None:
         """Make the key of this connection from the nonces of both ends, and prove it with an empty message."""
-        mine = self._nonce.encode()
-        if len(line) != len(mine):
+        own_nonce = self._nonce.encode()
+        if len(line) != len(own_nonce):
             self.close("it sends what no agent sends")
             return
-        nonces = mine + line if self._role == LEADER else line + mine
+        nonces = own_nonce + line if self._role == LEADER else line + own_nonce
         self._key = hmac.digest(self._secret, b"dstune agents " + nonces, hashlib.sha256)
         waiting, self._waiting = self._waiting, []
         for message in ({}, *waiting):

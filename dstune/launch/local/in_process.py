@@ -62,14 +62,14 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
 def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
     """The rank has the environment that a process of its own would have; afterwards this process has its own again."""
     (variables,) = local_plan(config, run_dir).env
-    before = dict(os.environ)
+    environment_before = dict(os.environ)
     records.begin(run_dir, uuid.uuid4().hex, 1)
     os.environ.update(variables)
     try:
         yield
     finally:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment_before)
         from dstune.zero.start import leave_process_group
 
         leave_process_group()

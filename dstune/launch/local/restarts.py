@@ -71,8 +71,8 @@ class Restarts:
         if verdict.exit_code != EXIT_FAILED or self._received or not self._allowed:
             return Decision(verdict)
         # A run with a stage before its own has its progress in a folder of that stage until it is done.
-        before = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
-        stages = [records.read_metrics(folder).last for folder in (*before, self._run_dir)]
+        stage_folders = sorted(file.parent for file in self._run_dir.glob("*/metrics.jsonl"))
+        stages = [records.read_metrics(folder).last for folder in (*stage_folders, self._run_dir)]
         step = int(next((row["step"] for row in reversed(stages) if "step" in row), 0))
         failure = (cause(verdict, launch), step)
         if failure in self._failures and not is_external:
@@ -83,7 +83,7 @@ class Restarts:
         if number > self._allowed:
             tried = f"started again {self._allowed} time{'s' * (self._allowed > 1)} (launch.restarts)"
             return Decision(replace(verdict, reason=f"{verdict.reason}; {tried}"))
-        checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(before)))), None)
+        checkpoint = next(filter(None, map(store.resumable, (self._run_dir, *reversed(stage_folders)))), None)
         wait = self._next_wait(checkpoint)
         start = f"from {checkpoint.name}" if checkpoint else "from the beginning"
         when = f" in {wait:.0f} s" if wait else ""

@@ -239,11 +239,11 @@ class Launch:
 
     def _note_ends(self, signalled_to_end: bool = False) -> bool:
         """Record ranks that ended since the last look; whether one of them ended badly."""
-        known = {end.rank for end in self.ended}
+        noted_ranks = {end.rank for end in self.ended}
         new = [
             Ended(rank, code, len(self.ended), signalled_to_end)
             for rank, process in enumerate(self.ranks, self.first_rank)
-            if rank not in known and (code := process.poll()) is not None
+            if rank not in noted_ranks and (code := process.poll()) is not None
         ]
         self.ended += new
         return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new)
@@ -288,9 +288,9 @@ class Launch:
             self.ended.append(Ended(rank, -signal.SIGKILL, len(self.ended), signalled_to_end=True))
 
     def _end_leftovers(self) -> None:
-        left = end_all(self.id, self._sessions(), polite_seconds=LEFTOVER_SECONDS)
-        if left:
-            self.console.message(f"dstune: {left} process(es) of this run are stuck in the kernel and cannot be ended")
+        stuck = end_all(self.id, self._sessions(), polite_seconds=LEFTOVER_SECONDS)
+        if stuck:
+            self.console.message(f"dstune: {stuck} process(es) of this run are stuck in the kernel and cannot be ended")
 
     def _sessions(self) -> list[int]:
         return [process.pid for process in self.ranks]

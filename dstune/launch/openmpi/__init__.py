@@ -45,14 +45,14 @@ class OpenMpi(OnHosts):
         return self.config.restarts
 
     def slots(self) -> dict[str, list[int]]:
-        found = super().slots()
-        for host, own in found.items():
-            if own != list(range(len(own))):
+        slots_by_host = super().slots()
+        for host, host_slots in slots_by_host.items():
+            if host_slots != list(range(len(host_slots))):
                 key = "include" if self.config.include else "exclude"
-                reason = f"mpirun takes a host's first slots, whatever their numbers: not slots {own} of {host}"
+                reason = f"mpirun takes a host's first slots, whatever their numbers: not slots {host_slots} of {host}"
                 fix = "launch=hostfile, which starts ranks on the slots named; or give whole hosts, without numbers"
                 raise UserError(Problem(f"launch.{key}", reason, fix, getattr(self.config, key)))
-        return found
+        return slots_by_host
 
     def plan(self, run: RunConfig, run_dir: Path, launch_id: str, console: Console) -> RemotePlan:
         from dstune.launch.openmpi.nodes import plan

@@ -27,8 +27,8 @@ def mpirun_plan(
     launch = config.launch
     assert isinstance(launch, OpenMpiConfig)
     formatted, handoff = variables_of(config, run_dir, launch, launch_id, parent, on_cpu=on_cpu)
-    size = sum(len(own) for own in slots.values())
-    hosts = ",".join(f"{host}:{len(own)}" for host, own in slots.items())
+    size = sum(len(host_slots) for host_slots in slots.values())
+    hosts = ",".join(f"{host}:{len(host_slots)}" for host, host_slots in slots.items())
     agent = shlex.join(["ssh", *ssh_of(launch).options()])
     argv = [
         *(program, "-n", str(size), "--host", hosts),

@@ -50,7 +50,7 @@ def array_script(
     """The script of the array: its tasks run the scripts of the trials in `runs`."""
     whole = sweep.absolute()
     log = str(whole / "logs" / "slurm-%A_%a.log")
-    own = [
+    array_options = [
         *(
             option
             for option in options(base, launch, whole, sorted(inherited(base, env)))
@@ -62,7 +62,7 @@ def array_script(
     lines = [
         "#!/usr/bin/env bash",
         f"# {base.run.name}: made by `dstune train --multirun launch=slurm launch.wait=false`, and made anew by each start.",
-        *(f"#SBATCH {option}" for option in own),
+        *(f"#SBATCH {option}" for option in array_options),
         "",
         "runs=(",
         *(f"  {shlex.quote(str(run.absolute()))}" for run in runs),

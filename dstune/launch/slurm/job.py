@@ -33,12 +33,12 @@ SHORT_SECONDS = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    action, folder, *rest = argv
+    action, folder, *arguments = argv
     if action == "begin":
         return begin(Path(folder), os.environ["SLURM_JOB_ID"])
     if action == "run":
-        return run_agents(Path(folder), rest)
-    return end(Path(folder), int(rest[0]))
+        return run_agents(Path(folder), arguments)
+    return end(Path(folder), int(arguments[0]))
 
 
 def run_agents(run_dir: Path, command: Sequence[str]) -> int:
@@ -127,15 +127,15 @@ def _end(steps: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def begin(run_dir: Path, job: str) -> int:
     """Note that this job runs now. `NOTHING_LEFT` for a job of a chain whose run has ended already."""
-    before = records.read_launch(run_dir)
-    jobs = before.jobs if before else []
+    launch_before = records.read_launch(run_dir)
+    jobs = launch_before.jobs if launch_before else []
     result = records.read_result(run_dir)
     if job in jobs[1:] and result is not None and not _continues(result):
         print(f"dstune: {result.get('status')}: {result.get('reason') or 'nothing is left to do'}")
         return NOTHING_LEFT
-    size = before.processes if before else int(os.environ.get("SLURM_NTASKS", "1"))
+    size = launch_before.processes if launch_before else int(os.environ.get("SLURM_NTASKS", "1"))
     leave_secret(run_dir)
-    records.begin(run_dir, before.id if before else job, size, jobs if job in jobs else [job], "slurm")
+    records.begin(run_dir, launch_before.id if launch_before else job, size, jobs if job in jobs else [job], "slurm")
     return EXIT_DONE
 
 

@@ -93,25 +93,25 @@ def ask(ids: Sequence[str]) -> list[Job]:
     Raises:
         Unreachable: no answer, which says nothing about the jobs.
     """
-    found: dict[str, Job] = {}
+    job_by_id: dict[str, Job] = {}
     for number in ids:  # one by one: an unknown one would make squeue refuse all
         done = _squeue("--array", "--states=all", f"--jobs={number}", "--format=%i|%A|%T|%r|%N")
         if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
             raise Unreachable(done.stderr.strip())
         # The task of an array goes by two names, ARRAY_TASK and the number that it knows itself by; until they start, all tasks
         # have the array's for the latter, which the last one keeps.
-        named, numbered = [], []
+        named_jobs, numbered = [], []
         for line in done.stdout.splitlines():
             if line.count("|") < 4:
                 continue  # a notice of the site's own
-            own, raw, state, rest = line.split("|", 3)
-            reason, _, nodes = rest.rpartition("|")
+            array_id, raw, state, fields = line.split("|", 3)
+            reason, _, nodes = fields.rpartition("|")
             job = Job(number, state, reason if state in WAITING else nodes or reason)
-            named += [job] if own == number else []
+            named_jobs += [job] if array_id == number else []
             numbered += [job] if raw == number else []
-        if candidates := named or sorted(numbered, key=lambda job: job.is_waiting):
-            found[number] = candidates[0]
-    return [found[number] for number in ids if number in found]
+        if candidates := named_jobs or sorted(numbered, key=lambda job: job.is_waiting):
+            job_by_id[number] = candidates[0]
+    return [job_by_id[number] for number in ids if number in job_by_id]
 
 
 def alive(ids: Sequence[str]) -> list[Job]:
@@ -168,9 +168,9 @@ def probe(*, needed: bool) -> Check:
     """Whether the controller answers, and what it has."""
     from dstune.launch.checks import programs
 
-    found = programs("slurm", ("sbatch", "srun", "squeue"), "slurm-client", needed=needed)
-    if found.status != PASS:
-        return found
+    check = programs("slurm", ("sbatch", "srun", "squeue"), "slurm-client", needed=needed)
+    if check.status != PASS:
+        return check
     command = ["sinfo", "--noheader", "--format=%P %a %l %D nodes %G"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -76,7 +76,7 @@ def job_script(
 def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str]) -> list[str]:
     """Options of sbatch, in the order of its manual."""
     log = str(run / "logs" / "slurm-%j.log")
-    found = [
+    lines = [
         f"--job-name={_quoted(config.run.name)}",
         f"--nodes={launch.nodes + launch.spares}",
         f"--ntasks-per-node={launch.ranks_per_node}",
@@ -91,8 +91,8 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
         "constraint": launch.constraint,
         "time": launch.time,
     }
-    found += [f"--{name}={_quoted(str(value))}" for name, value in valued.items() if value is not None]
-    found += [
+    lines += [f"--{name}={_quoted(str(value))}" for name, value in valued.items() if value is not None]
+    lines += [
         f"--output={_quoted(log)}",
         "--open-mode=append",
         # To the ranks, which save and leave.
@@ -103,7 +103,7 @@ def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str])
         ),  # the agents see to lost nodes
         f"--export={','.join(names) or 'NIL'}",
     ]
-    return found + launch.directives
+    return lines + launch.directives
 
 
 def _variables(launch: SlurmConfig, run: Path, names: list[str], parent_env: Mapping[str, str]) -> list[str]:

@@ -110,13 +110,13 @@ def wait(
             if now - requested >= (ASK_SECONDS if now - changed < IMPATIENT_FOR or received else PATIENT_SECONDS):
                 requested = now
                 try:
-                    known = queue.ask(jobs)
+                    jobs_seen = queue.ask(jobs)
                 except Unreachable as error:
                     text = f"SLURM does not answer ({error}); still waiting"
                 else:
-                    left = [job for job in known if not job.is_over]
-                    text = str(left[0] if left else known[-1] if known else "the job is over")
-                    over = "" if left else text
+                    running = [job for job in jobs_seen if not job.is_over]
+                    text = str(running[0] if running else jobs_seen[-1] if jobs_seen else "the job is over")
+                    over = "" if running else text
                 if text != report and not over:
                     console.stage(text)
                     report, changed = text, now
