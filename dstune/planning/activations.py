@@ -145,8 +145,8 @@ def _adapters(s: Setup) -> int:
     n, p = s.tokens, s.weight_bytes
     index = s.model.layers - 1 if s.model.experts else 0  # the first ones may have no experts
     first = [tensor for tensor in s.trained if tensor.layer == index and tensor.name.endswith("lora_A.weight")]
-    own = [tensor.shape for tensor in first if ".experts." not in tensor.name]
-    rank, inputs = sum(shape[0] for shape in own), sum(shape[1] for shape in own)
+    shapes = [tensor.shape for tensor in first if ".experts." not in tensor.name]
+    rank, inputs = sum(shape[0] for shape in shapes), sum(shape[1] for shape in shapes)
     return n * p * rank + (n * inputs * (p + _noise(s)) if s.adapter_dropout else 0) + merged_experts(s)
 
 
@@ -211,13 +211,13 @@ def head(s: Setup) -> HeadActivations:
     many = targets > rows
     weight = m.vocabulary * m.hidden if trains_projection(s) else 0
     # Gradients are made in the forward pass: in fp32 for the weight where several chunks are summed.
-    kept = hidden + targets * m.hidden * p + weight * (4 if many else p)
+    kept_bytes = hidden + targets * m.hidden * p + weight * (4 if many else p)
     # On a GPU logits are in fp32, beside their gradient.
     chunk = rows * m.vocabulary * (4 + p if s.on_gpu and p < 4 else p) + max(BLOCK_ELEMENTS[s.on_gpu], m.vocabulary) * 8
     # In half precision a chunk's product is made beside the sum; in fp32 it is added in place.
-    forward = kept + chunk + (weight * p if many and p < 4 else 0)
-    backward = kept + weight * p + targets * m.hidden * 4
-    return HeadActivations(kept, max(forward, backward))
+    forward = kept_bytes + chunk + (weight * p if many and p < 4 else 0)
+    backward = kept_bytes + weight * p + targets * m.hidden * 4
+    return HeadActivations(kept_bytes, max(forward, backward))
 
 
 def chunk_rows(s: Setup) -> int:

@@ -46,9 +46,11 @@ def low_rank(
     modules = list(linear_modules(model, targets))
     check_patterns({"rank_pattern": ranks}, [module for module, _, _ in modules], "method.rank_pattern")
     for module, (outputs, inputs), layer in modules:
-        own = next((n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank)
-        yield Tensor(f"{module}.lora_A.weight", (own, inputs), layer=layer, used=1.0)
-        yield Tensor(f"{module}.lora_B.weight", (outputs, own), layer=layer, used=1.0)
+        module_rank = next(
+            (n for pattern, n in (ranks or {}).items() if re.match(rf"(.*\.)?({pattern})$", module)), rank
+        )
+        yield Tensor(f"{module}.lora_A.weight", (module_rank, inputs), layer=layer, used=1.0)
+        yield Tensor(f"{module}.lora_B.weight", (outputs, module_rank), layer=layer, used=1.0)
         if magnitudes:
             yield Tensor(f"{module}.lora_magnitude_vector.weight", (outputs,), layer=layer)
     for tensor in model.tensors if experts else ():

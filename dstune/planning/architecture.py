@@ -57,16 +57,16 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
     """
     kind = str(config.get("model_type", ""))
     if kind not in DEFAULTS:
-        known = ", ".join(sorted(DEFAULTS))
+        kinds = ", ".join(sorted(DEFAULTS))
         reason = f"the planner does not know the architecture {kind or '(config.json names none)'}"
-        raise UserError(Problem("model.path", reason, f"it knows {known}"))
+        raise UserError(Problem("model.path", reason, f"it knows {kinds}"))
     values = dict(DEFAULTS[kind]) | {key: value for key, value in config.items() if value is not None}
     if problems := size_problems(values):
         raise UserError(problems)
     try:
-        found = _BUILDERS[kind](values, head, labels)
-        if all(isinstance(length, int) for tensor in found.tensors for length in tensor.shape):
-            return found
+        built = _BUILDERS[kind](values, head, labels)
+        if all(isinstance(length, int) for tensor in built.tensors for length in tensor.shape):
+            return built
         reason = "its config.json has a size that is no whole number"
     except KeyError as missing:
         reason = f"its config.json has no {missing.args[0]}"

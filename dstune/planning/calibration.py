@@ -13,10 +13,10 @@ FILE = "calibration-2.json"
 """In the cache; another name where what is measured has another meaning."""
 
 
-def remember(found: dict[str, Any]) -> None:
+def remember(measured: dict[str, Any]) -> None:
     """Keep what `dstune.rank.calibrate` wrote, in place of an earlier measurement with as many ranks."""
     everything = _read()
-    everything[str(found["ranks"])] = found
+    everything[str(measured["ranks"])] = measured
     cache_root().mkdir(parents=True, exist_ok=True)
     files.write(cache_root() / FILE, json.dumps(everything, indent=1))
 
@@ -27,12 +27,12 @@ def speeds(ranks: int, *, on_gpu: bool, device: str | None = None, threads: int 
     device, threads: where given, a GPU's name and the threads of a CPU's rank, without which another machine that shares
     the cache, or a rank with more or fewer cores, was measured.
     """
-    found = _read().get(str(ranks), {})
+    measured = _read().get(str(ranks), {})
     try:
-        if (found["device"] == "CPU") == on_gpu:
+        if (measured["device"] == "CPU") == on_gpu:
             return {}
-        other = device not in (None, found["device"]) if on_gpu else threads not in (None, found["threads"])
-        return {} if other else {int(size): Speed(**numbers) for size, numbers in found["speeds"].items()}
+        other = device not in (None, measured["device"]) if on_gpu else threads not in (None, measured["threads"])
+        return {} if other else {int(size): Speed(**numbers) for size, numbers in measured["speeds"].items()}
     except (KeyError, TypeError, ValueError):  # nothing was measured, or by another version
         return {}
 

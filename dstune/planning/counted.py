@@ -165,11 +165,11 @@ def _tensors(c: Mapping[str, Any], inventory: Mapping[str, Any]) -> tuple[Tensor
 
 
 def _by_layer(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
-    found: list[list[Tensor]] = [[] for _ in range(layers)]
+    tensors_by_layer: list[list[Tensor]] = [[] for _ in range(layers)]
     for tensor in tensors:
         if tensor.layer is not None:
-            found[tensor.layer].append(tensor)
-    return found
+            tensors_by_layer[tensor.layer].append(tensor)
+    return tensors_by_layer
 
 
 def _is_expert(tensor: Tensor) -> bool:

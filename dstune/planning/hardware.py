@@ -142,7 +142,7 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
     if count < 1 or not re.fullmatch(r"[\w .-]+", name):
         raise UserError(Problem(key, "this names no hardware", "hardware=8xH100-80G", text or ""))
     device = DEVICES["CPU"] if name.upper() == "CPU" else known_device(name)
-    known = device is not None or {"tflops", "bandwidth"} <= set(numbers)
+    is_known = device is not None or {"tflops", "bandwidth"} <= set(numbers)
     if device is None and (size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)", name, re.IGNORECASE)):
         # By memory alone: the compute of the slowest card of its time.
         numbers = {"memory_gib": float(size[1]) * 0.98} | numbers
@@ -150,11 +150,11 @@ def parse(text: str | None, numbers: dict[str, float], nodes: int, key: str = "h
         if "memory_gib" not in numbers:
             near = difflib.get_close_matches(normalize(name), list(_BY_NORMALIZED), n=1)
             fix = f"did you mean {_BY_NORMALIZED[near[0]]}?" if near else f"known are {', '.join(DEVICES)}"
-            more = "; or describe it: hardware.memory_gib=48 hardware.tflops=180 hardware.bandwidth=900"
-            raise UserError(Problem(key, "this hardware is not in the table", fix + more, text or ""))
+            description = "; or describe it: hardware.memory_gib=48 hardware.tflops=180 hardware.bandwidth=900"
+            raise UserError(Problem(key, "this hardware is not in the table", fix + description, text or ""))
         device = Device(name, numbers["memory_gib"], 100, 1000, PCIE_4, 12.5)
     replaced: dict[str, Any] = {number: value for number, value in numbers.items() if number != "host_gib"}
-    return Cluster(replace(device, **replaced), count, nodes, known, numbers.get("host_gib"))
+    return Cluster(replace(device, **replaced), count, nodes, is_known, numbers.get("host_gib"))
 
 
 def _split_count(text: str) -> tuple[int, str]:

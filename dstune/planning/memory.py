@@ -127,8 +127,8 @@ def _partitioned(s: Setup) -> int:
 
 
 def _all(s: Setup) -> tuple:
-    own = {t.name for t in s.trained}
-    return (*s.trained, *(t for t in s.model.tensors if t.name not in own)) if s.adapter else s.model.tensors
+    trained_names = {t.name for t in s.trained}
+    return (*s.trained, *(t for t in s.model.tensors if t.name not in trained_names)) if s.adapter else s.model.tensors
 
 
 def _weights(s: Setup) -> int:
@@ -171,8 +171,8 @@ def _resident(s: Setup) -> tuple[Parts, int]:
     parts: Parts = {"weights": _weights(s)}
     host = 0
     if s.offload_optimizer:
-        kept = _swap_buffers(s) if s.swaps else master + states
-        host = kept + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
+        kept_bytes = _swap_buffers(s) if s.swaps else master + states
+        host = kept_bytes + 4 * share + (s.weight_bytes * share if s.stage < 3 else 0)
         # Gradients on their way to the host.
         parts["gradient sums"] = 2 * max((t.count for t in s.trained), default=0) * s.weight_bytes if s.stage < 3 else 0
     else:
@@ -236,8 +236,8 @@ def _running_gradients(s: Setup, done: int) -> int:
     if s.stage == 1 and p == 2 and s.on_gpu and not s.own_sums:  # added to their sums at once
         return p * min(done, s.model.layer_parameters)
     if s.stage < 2:
-        kept = p == 4 and s.micro_batches > 1  # from the second micro-batch on they are all there
-        return p * (s.trained_count if kept else done)
+        accumulates = p == 4 and s.micro_batches > 1  # from the second micro-batch on they are all there
+        return p * (s.trained_count if accumulates else done)
     if s.on_gpu:  # in the bucket's buffer already, but for those of the layer
         return p * min(done, s.model.layer_parameters)
     return p * min(done, max(s.reduce_bucket, s.model.layer_parameters))
@@ -245,12 +245,12 @@ def _running_gradients(s: Setup, done: int) -> int:
 
 def _at_the_head(s: Setup, resident: Parts) -> Parts:
     act = activations.layer(s)
-    kept = s.model.layers * act.kept_bytes(s.checkpointing) + activations.shared(s)
+    kept_bytes = s.model.layers * act.kept_bytes(s.checkpointing) + activations.shared(s)
     # At stage 2 they are made by the first reduction and freed by the step: not there in the first forward pass.
     sums = 0 if s.stage == 2 and s.micro_batches == 1 else resident["gradient sums"]
     return resident | {
         "gathered": gathered(s),
-        "activations": kept,
+        "activations": kept_bytes,
         "logits": activations.head(s).peak,
         "gradient sums": sums,
         "gradients": _running_gradients(s, 0),

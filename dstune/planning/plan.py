@@ -50,21 +50,23 @@ class Choice:
 
     def overrides(self, configured: Setup) -> dict[str, object]:
         """What to write behind `dstune train` to get it, beside what was given."""
-        found: dict[str, object] = {}
+        overrides: dict[str, object] = {}
         if configured.stage != self.setup.stage:
-            found["zero.stage"] = self.setup.stage
-        own, other = self.setup, configured
-        if (other.offload_optimizer, other.swaps) != (own.offload_optimizer, own.swaps):
-            found["zero.offload_optimizer"] = "nvme" if own.swaps else "cpu" if own.offload_optimizer else "none"
+            overrides["zero.stage"] = self.setup.stage
+        chosen, other = self.setup, configured
+        if (other.offload_optimizer, other.swaps) != (chosen.offload_optimizer, chosen.swaps):
+            overrides["zero.offload_optimizer"] = (
+                "nvme" if chosen.swaps else "cpu" if chosen.offload_optimizer else "none"
+            )
         if configured.offload_param != self.setup.offload_param:
-            found["zero.offload_param"] = "cpu" if self.setup.offload_param else "none"
+            overrides["zero.offload_param"] = "cpu" if self.setup.offload_param else "none"
         if configured.weight_bytes != self.setup.weight_bytes:
-            found["trainer.precision"] = "fp32" if self.setup.weight_bytes == 4 else "bf16"
+            overrides["trainer.precision"] = "fp32" if self.setup.weight_bytes == 4 else "bf16"
         if configured.checkpointing != self.checkpointing:
-            found["trainer.activation_checkpointing"] = as_word(self.checkpointing)
+            overrides["trainer.activation_checkpointing"] = as_word(self.checkpointing)
         if configured.micro_batch_size != self.setup.micro_batch_size:
-            found["trainer.micro_batch_size"] = self.setup.micro_batch_size
-        return found
+            overrides["trainer.micro_batch_size"] = self.setup.micro_batch_size
+        return overrides
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,11 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
 
     as_configured = (largest if any_rows else choice)(configured, f"stage{configured.stage}", _offload(configured))
     choices = list(variants(configured.checkpointing))
-    for more in (Selective.selective, True):
-        if configured.tiles > 1 and isinstance(more, Selective):
+    for more_checkpointing in (Selective.selective, True):
+        if configured.tiles > 1 and isinstance(more_checkpointing, Selective):
             continue  # not trained beside feed-forward layers in pieces
-        if effort(more) > effort(configured.checkpointing) and not _plainly_fits(choices):
-            choices += variants(more)
+        if effort(more_checkpointing) > effort(configured.checkpointing) and not _plainly_fits(choices):
+            choices += variants(more_checkpointing)
     return Plan(as_configured, tuple(choices), _best(choices, cluster))
 
 
@@ -117,15 +119,15 @@ def cheapest_stage(
     """The run at the stage to take, all else as configured, and at each of `stages` that it can be trained at. Where none
     fits it is the one that takes the least memory."""
     offload = _offload(configured)
-    found = []
+    choices = []
     for stage in stages:
         setup = variant(configured, f"stage{stage}", offload)
         # In another precision the numbers of the run would depend on what fits.
         if setup is not None and setup.weight_bytes == configured.weight_bytes:
-            found.append(_choice(setup, cluster, speeds, f"stage{stage}", offload))
-    if not found:
-        found = [_choice(configured, cluster, speeds, f"stage{configured.stage}", offload)]
-    return _best(found, cluster) or min(found, key=lambda choice: choice.memory.total), found
+            choices.append(_choice(setup, cluster, speeds, f"stage{stage}", offload))
+    if not choices:
+        choices = [_choice(configured, cluster, speeds, f"stage{configured.stage}", offload)]
+    return _best(choices, cluster) or min(choices, key=lambda choice: choice.memory.total), choices
 
 
 def _choice(setup: Setup, cluster: Cluster, speeds: dict[int, Speed], zero: str, offload: str) -> Choice:

@@ -81,7 +81,9 @@ def _t5(hidden: int, inner: int, layers: int, heads: int, *, gated: bool = False
 
 def _bart(vocabulary: int, hidden: int, inner: int, layers: int, heads: int) -> dict[str, Any]:
     sizes = {
-        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", layers), ("ffn_dim", inner))
+        f"{part}_{size_name}": n
+        for part in ("encoder", "decoder")
+        for size_name, n in (("layers", layers), ("ffn_dim", inner))
     }
     attention = {f"{part}_attention_heads": heads for part in ("encoder", "decoder")}
     fields = {"d_model": hidden, "max_position_embeddings": 1024, "dropout": 0.1}

@@ -175,7 +175,7 @@ def setup(
     trained, frozen = method.trained(model)
     weight_bytes = 4 if precision is Precision.fp32 else 2
     zero = config.zero
-    more = zero.settings.get("zero_optimization", {})
+    zero_settings = zero.settings.get("zero_optimization", {})
     length = _row_length(config, values) + added_length(method)
     values = DEFAULTS.get(model.kind, {}) | values
     ahead, live = prefetch(model) if on_gpu else (PREFETCH, LIVE)
@@ -186,7 +186,7 @@ def setup(
         stage=stage_of(zero),
         offload_optimizer=zero.offload_optimizer is not OptimizerOffload.none and stage_of(zero) > 0,
         swaps=zero.offload_optimizer is OptimizerOffload.nvme and stage_of(zero) == 3,
-        swapped_at_once=more.get("sub_group_size", SWAPPED_AT_ONCE),
+        swapped_at_once=zero_settings.get("sub_group_size", SWAPPED_AT_ONCE),
         offload_param=zero.offload_param is not Offload.none and stage_of(zero) == 3,
         weight_bytes=weight_bytes,
         frozen_bits=method.frozen_bits(weight_bytes) if isinstance(method, QuantizesWeights) else 8 * weight_bytes,
@@ -209,9 +209,9 @@ def setup(
         reduce_bucket=zero.reduce_bucket_size,
         overlaps=overlaps(config, max(1, ranks // slices), on_gpu=on_gpu),
         persistence=zero.param_persistence_threshold,
-        prefetch_bucket=_number(more, "stage3_prefetch_bucket_size", ahead),
-        max_live=_number(more, "stage3_max_live_parameters", live),
-        max_reuse=_number(more, "stage3_max_reuse_distance", 1_000_000_000),
+        prefetch_bucket=_number(zero_settings, "stage3_prefetch_bucket_size", ahead),
+        max_live=_number(zero_settings, "stage3_max_live_parameters", live),
+        max_reuse=_number(zero_settings, "stage3_max_reuse_distance", 1_000_000_000),
         evaluation_batch=config.evaluate.micro_batch_size,
         sharing=parallelism_of(config.parallel).row_ranks,
         slices=slices,
@@ -283,11 +283,11 @@ def _attention(config: RunConfig, model: Architecture, values: dict[str, Any], *
     if config.model.attention is not Attention.auto:
         return config.model.attention.value
     dropout = values.get("attention_dropout")
-    known = not (
+    is_supported = not (
         method_of(config.method).in_front or model.encoder or model.encoder_decoder or model.soft_capped or dropout
     )
     language = task_of(config.task).language
-    if not (language and known):
+    if not (language and is_supported):
         return "sdpa"
     if on_gpu:
         return "flash_attention_2" if half else "sdpa"

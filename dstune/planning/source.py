@@ -75,8 +75,8 @@ def cached_snapshot(model: ModelConfig) -> Path | None:
 
 def hub_cache() -> Path:
     """Where huggingface_hub keeps files; asked from the environment, since importing it takes longer than the plan."""
-    if own := os.environ.get("HF_HUB_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("HF_HUB_CACHE"):
+        return Path(folder).expanduser()
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(home).expanduser() / "hub"
 

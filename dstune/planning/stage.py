@@ -89,7 +89,7 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
         raise UserError(tiles_problem(model.kind, config.trainer.mlp_tiles))
     on_gpu = cluster.device.gpu
     precision = resolved_precision(config, cluster.device)
-    found = setup(
+    planned_setup = setup(
         config,
         model,
         ranks=cluster.ranks,
@@ -99,7 +99,7 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
         values=values,
     )
     held, _ = held_models(config)
-    return replace(found, unreached=source.unreached_weights(config.model, model), held=held), precision, model
+    return replace(planned_setup, unreached=source.unreached_weights(config.model, model), held=held), precision, model
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:

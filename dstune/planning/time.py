@@ -146,7 +146,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
     matmul_flops = forward + backward + again - attention_flops
     # What is kept stands for the elementwise work, which pieces of feed-forward layers do not make less.
     act = activations.layer(replace(s, tiles=1))
-    kept = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
+    kept_bytes = s.model.layers * act.saved * (1.4 if s.checkpointing or activations.tiled(s) else 1.0)
     targets = 0 if s.model.encoder else s.tokens * s.target_share * s.model.vocabulary
     volume = communication(s) if s.ranks > 1 else 0
     inside = summed_bytes(s)  # nothing can be computed meanwhile
@@ -166,7 +166,7 @@ def step_time(s: Setup, speed: Speed) -> StepTime:
         exposed += count * 2 * s.total * s.weight_bytes / s.ranks / HOST_LINK
     return StepTime(
         compute=compute,
-        elementwise=count * kept / speed.saved,
+        elementwise=count * kept_bytes / speed.saved,
         loss=count * targets / speed.logits,
         communication=exposed,
         optimizer=optimizer,
