@@ -132,15 +132,15 @@ def _vertical(values: Sequence[float], from_zero: bool, count: int) -> _Axis:
         low, high = (low, high + room) if from_zero else (low - room, high + room)
     room = 0.06 * (high - low)
     axis = _Axis(low if low == 0 else low - room, high + room)
-    found = ticks(axis.low, axis.high, count)
-    step = found[1] - found[0] if len(found) > 1 else abs(found[0])
-    axis.ticks = [(value, tick_label(value, step)) for value in found]
+    tick_values = ticks(axis.low, axis.high, count)
+    step = tick_values[1] - tick_values[0] if len(tick_values) > 1 else abs(tick_values[0])
+    axis.ticks = [(value, tick_label(value, step)) for value in tick_values]
     return axis
 
 
 def _whole_ticks(axis: _Axis) -> list[int]:
-    found = sorted({round(step) for step in ticks(axis.low, axis.high, 5)})
-    return [step for step in found if axis.low <= step <= axis.high]
+    steps = sorted({round(step) for step in ticks(axis.low, axis.high, 5)})
+    return [step for step in steps if axis.low <= step <= axis.high]
 
 
 def _drawn(line: Line, across: _Axis, up: _Axis) -> dict[str, Any]:

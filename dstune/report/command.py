@@ -60,11 +60,11 @@ def _trials(sweep: Path) -> list[Path]:
     return [path for path in paths if (path / RUN_FILE).is_file()]
 
 
-def _default_target(given: list[Path], runs: list[Path]) -> Path:
+def _default_target(folders: list[Path], runs: list[Path]) -> Path:
     """Several runs named one by one get a page where the command was given: it belongs to none of them."""
-    if len(given) > 1:
+    if len(folders) > 1:
         return Path(REPORT_FILE)
-    return (runs[0] if len(runs) == 1 and not is_sweep(given[0]) else given[0]) / REPORT_FILE
+    return (runs[0] if len(runs) == 1 and not is_sweep(folders[0]) else folders[0]) / REPORT_FILE
 
 
 def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:

@@ -42,29 +42,29 @@ class Section:
 
 def sections(run: RunFiles) -> list[Section]:
     """The resolved configuration of `run`, in the order of its `run.yaml`."""
-    given = {key_of(text) for text in run.overrides}
-    known: dict[tuple[str, str], tuple[str, str]] = {
+    given_keys = {key_of(text) for text in run.overrides}
+    default_by_key: dict[tuple[str, str], tuple[str, str]] = {
         (setting.group, setting.key): (setting.default, setting.doc) for setting in documentation()
     }
-    found = []
+    result = []
     for name, values in run.config.items():
         flat = flatten(values, str(name))
         choice = flat.pop(f"{name}.name", "") if str(name) != "run" else ""
         entries = []
         for key, value in flat.items():
-            default, meaning = known.get((f"{name}={choice}" if choice else str(name), key), (None, ""))
+            default, meaning = default_by_key.get((f"{name}={choice}" if choice else str(name), key), (None, ""))
             entries.append(
                 Entry(
                     key=key.removeprefix(f"{name}."),
                     value=value,
-                    given=_is_given(key, given),
+                    given=_is_given(key, given_keys),
                     changed=default is not None and value != default,
                     reference="${" in value,
                     meaning=meaning,
                 )
             )
-        found.append(Section(str(name), choice, str(name) in given, entries))
-    return found
+        result.append(Section(str(name), choice, str(name) in given_keys, entries))
+    return result
 
 
 def flatten(value: Any, key: str) -> dict[str, str]:
@@ -77,9 +77,9 @@ def flatten(value: Any, key: str) -> dict[str, str]:
     return {key: format_value(value)}
 
 
-def _is_given(key: str, given: set[str]) -> bool:
+def _is_given(key: str, given_keys: set[str]) -> bool:
     """Also where an override set the whole mapping that `key` is in (`data.columns={...}`)."""
-    return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given)
+    return any(key == name or (key.startswith(f"{name}.") and "." in name) for name in given_keys)
 
 
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:

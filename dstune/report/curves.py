@@ -67,18 +67,24 @@ SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second", "utilization"})
 def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[str]) -> list[Chart]:
     """One chart a metric with one line a run. With one run, its held-out loss is drawn on its training loss, where the
     distance of the two shows overfitting."""
-    names = dict.fromkeys(name for name in TITLES if any(name in own for own in curves))
-    names |= dict.fromkeys(name for own in curves for name in own if name not in NOT_DRAWN)
-    steps = [series.steps[end] for own in curves for name, series in own.items() if name in names for end in (0, -1)]
+    names = dict.fromkeys(name for name in TITLES if any(name in run_curves for run_curves in curves))
+    names |= dict.fromkeys(name for run_curves in curves for name in run_curves if name not in NOT_DRAWN)
+    steps = [
+        series.steps[end]
+        for run_curves in curves
+        for name, series in run_curves.items()
+        if name in names
+        for end in (0, -1)
+    ]
     if not steps:
         return []
     span = (min(steps), max(steps))
-    window = smoothing_span(max(len(own["loss"].steps) if "loss" in own else 0 for own in curves))
+    window = smoothing_span(max(len(run_curves["loss"].steps) if "loss" in run_curves else 0 for run_curves in curves))
     marks = _marks(runs[0]) if len(runs) == 1 else []
     if len(runs) == 1 and {"loss", "eval/loss"} <= set(names):
-        own = curves[0]
-        lines, note = _of_run(own["loss"], "training", 0, window)
-        lines.append(Line("held-out", own["eval/loss"], 1))
+        run_curves = curves[0]
+        lines, note = _of_run(run_curves["loss"], "training", 0, window)
+        lines.append(Line("held-out", run_curves["eval/loss"], 1))
         drawn = [draw("Loss", lines, span, metric="loss eval/loss", note=note, marks=marks, tall=True)]
         del names["loss"], names["eval/loss"]
     else:
@@ -86,9 +92,9 @@ def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[
     for name in names:
         lines = []
         note = ""
-        for number, (own, label) in enumerate(zip(curves, labels, strict=True)):
-            if name in own:
-                added, note = _of_run(own[name], label, number, window if name in SMOOTHED else 0)
+        for number, (run_curves, label) in enumerate(zip(curves, labels, strict=True)):
+            if name in run_curves:
+                added, note = _of_run(run_curves[name], label, number, window if name in SMOOTHED else 0)
                 # Unsmoothed values of several runs would hide each other.
                 lines += added if len(runs) == 1 else added[-1:]
         drawn.append(

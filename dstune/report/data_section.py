@@ -134,8 +134,12 @@ def _labels(counted: Mapping[str, Any], rows: Any) -> list[tuple[str, str, str]]
 def _changes(augment: Mapping[str, Any]) -> str:
     """`synonyms 20 words, swap 31 words, models 12 rows`"""
     parts = []
-    for name, of in section(dict(augment), "changed").items():
-        parts.append(f"{name} {of['words']:,} words" if of.get("words") else f"{name} {of.get('rows', 0):,} rows")
+    for name, counts_of_change in section(dict(augment), "changed").items():
+        parts.append(
+            f"{name} {counts_of_change['words']:,} words"
+            if counts_of_change.get("words")
+            else f"{name} {counts_of_change.get('rows', 0):,} rows"
+        )
     return ", ".join(parts)
 
 
@@ -187,8 +191,8 @@ def _step(name: str, entry: Mapping[str, Any], examples: list[tuple[str, str]]) 
 
 
 def _examples(counts: Mapping[str, Any], name: str) -> list[tuple[str, str]]:
-    found = section(dict(counts), "examples").get(name)
-    rows = found if isinstance(found, list) else []
+    examples = section(dict(counts), "examples").get(name)
+    rows = examples if isinstance(examples, list) else []
     formatted = [row for row in rows if isinstance(row, dict)][:MAX_EXAMPLES]
     return [(str(row.get("place", "")), str(row.get("text", ""))) for row in formatted]
 

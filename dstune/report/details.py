@@ -29,15 +29,15 @@ def details(run: RunFiles) -> list[Table]:
 def _tables(result: dict[str, Any]) -> Iterator[Table]:
     if by_type := section(result, "by_type"):
         yield _table("By type", "", by_type)
-    for column, found in section(result, "slices").items():
+    for column, entry in section(result, "slices").items():
         lead = ""
-        if found.get("worst") is not None:
-            metric = str(found.get("metric")).replace("_", " ")
-            lead = f"By {metric} the worst is {found['worst']}, {numbers.number(found['gap'])} from the best."
-        yield _table(f"By {column}", lead, section(found, "values"))
+        if entry.get("worst") is not None:
+            metric = str(entry.get("metric")).replace("_", " ")
+            lead = f"By {metric} the worst is {entry['worst']}, {numbers.number(entry['gap'])} from the best."
+        yield _table(f"By {column}", lead, section(entry, "values"))
     for part, title in WATCHED.items():
-        if found := section(result, part):
-            yield _table(title, f"Rows of data.{part}, before and after training.", found)
+        if entry := section(result, part):
+            yield _table(title, f"Rows of data.{part}, before and after training.", entry)
     if changes := section(result, "counterfactual"):
         rows = {"all": {name: value for name, value in changes.items() if name != "by_term"}}
         lead = "What changes in held-out rows where nothing but these terms does."

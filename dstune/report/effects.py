@@ -23,20 +23,20 @@ def shares(values: Sequence[Mapping[str, Any]], reached: Sequence[float]) -> dic
     the first-order part of functional ANOVA (Hutter et al. 2014) with the means of partial dependence (Greenwell et al. 2018,
     arXiv:1805.04755). Of a full grid these are the main effects. What keys do together is in no share.
     """
-    keys = list(dict.fromkeys(key for own in values for key in own))
+    keys = list(dict.fromkeys(key for trial_values in values for key in trial_values))
     if not keys or len(values) < max(4, LEAST_TRIALS * len(keys)):
         return {}
     import numpy as np
     from sklearn.ensemble import ExtraTreesRegressor
 
-    columns = [positions([own.get(key) for own in values]) for key in keys]
+    columns = [positions([trial_values.get(key) for trial_values in values]) for key in keys]
     points, target = np.array(columns, dtype=float).T, np.array(reached, dtype=float)
     if np.ptp(target) == 0:
         return {}
     forest = ExtraTreesRegressor(n_estimators=64, random_state=0).fit(points, target)
     # The variance over all combinations of the values that occur, not over the trials: a sampler prefers some of them.
     whole = []
-    found = {}
+    variance_by_key = {}
     for at, key in enumerate(keys):
         levels = np.unique(points[:, at])
         if len(levels) > MOST_LEVELS:
@@ -48,9 +48,9 @@ def shares(values: Sequence[Mapping[str, Any]], reached: Sequence[float]) -> dic
             predicted = forest.predict(moved)
             means.append(predicted.mean())
             whole.append(predicted)
-        found[key] = float(np.var(means))
+        variance_by_key[key] = float(np.var(means))
     total = float(np.var(np.concatenate(whole)))
-    ordered = sorted(found.items(), key=lambda item: -item[1])
+    ordered = sorted(variance_by_key.items(), key=lambda item: -item[1])
     return {key: (share / total if total > 0 else 0.0) for key, share in ordered}
 
 

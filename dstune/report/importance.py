@@ -44,9 +44,9 @@ def _section(report: dict[str, Any]) -> Importance:
         shape = " x ".join(map(str, row["shape"]))
         cells = [row["name"], shape, number(row["scores"][selection]), percent(row["trained"] / size)]
         rows.append(cells + ([f"{row['lost']['loss']:+.4f}"] if ablated else []))
-    what = "entries" if report["unit"] == "entries" else "whole tensors"
+    unit = "entries" if report["unit"] == "entries" else "whole tensors"
     lead = (
-        f"{percent(report['trained_share'])} of the pretrained weights are trained, {what} chosen by "
+        f"{percent(report['trained_share'])} of the pretrained weights are trained, {unit} chosen by "
         f"{selection.replace('_', ' ')} over {report['steps']} steps."
     )
     against = selection if selection in report["correlation"] else "gradient_weight"
@@ -55,7 +55,8 @@ def _section(report: dict[str, Any]) -> Importance:
         columns=columns,
         rows=rows,
         correlations=[
-            (name.replace("_", " "), f"{found['spearman']:+.2f}") for name, found in report["correlation"].items()
+            (name.replace("_", " "), f"{correlation['spearman']:+.2f}")
+            for name, correlation in report["correlation"].items()
         ],
         dots=_dots(tensors, against) if ablated else [],
     )
@@ -65,7 +66,10 @@ def _dots(tensors: list[dict[str, Any]], score: str) -> list[tuple[float, float,
     across = sorted(range(len(tensors)), key=lambda index: tensors[index]["scores"][score])
     up = sorted(range(len(tensors)), key=lambda index: tensors[index]["lost"]["loss"])
     last = max(1, len(tensors) - 1)
-    left, bottom = ({index: 100 * place / last for place, index in enumerate(order)} for order in (across, up))
+    across_place, up_place = (
+        {index: 100 * place / last for place, index in enumerate(order)} for order in (across, up)
+    )
     return [
-        (round(left[index], 2), round(100 - bottom[index], 2), tensors[index]["name"]) for index in range(len(tensors))
+        (round(across_place[index], 2), round(100 - up_place[index], 2), tensors[index]["name"])
+        for index in range(len(tensors))
     ]

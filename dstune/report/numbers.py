@@ -45,9 +45,9 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return NONE
     whole = round(seconds)
-    for size, unit, smaller, rest in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
-            return f"{whole // size} {unit} {whole % size // smaller} {rest}"
+            return f"{whole // size} {unit} {whole % size // smaller} {smaller_unit}"
     return f"{whole} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
@@ -67,11 +67,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from `low` to `high`, with 2 and 5 between them where there are fewer than three."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
-        found = [factor * 10.0**decade for decade in decades for factor in factors]
-        found = [value for value in found if low <= value <= high]
-        if len(found) >= 3:
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        ticks = [value for value in ticks if low <= value <= high]
+        if len(ticks) >= 3:
             break
-    return found[:: -(-len(found) // 6)] if found else [low, high]
+    return ticks[:: -(-len(ticks) // 6)] if ticks else [low, high]
 
 
 def tick_label(value: float, step: float) -> str:

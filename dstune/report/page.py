@@ -176,16 +176,16 @@ def _environment(run: RunFiles) -> list[tuple[str, str]]:
         *((name, str(version or "")) for name, version in section(facts, "packages").items()),
         ("Git commit", str(facts.get("git_commit") or "")),
         ("Data fingerprint", str(facts.get("data_fingerprint") or "")),
-        *(("Plugin", _plugin(one)) for one in run.plugins),
+        *(("Plugin", _plugin(plugin)) for plugin in run.plugins),
         ("Run directory", str(run.path)),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _plugin(one: dict[str, Any]) -> str:
-    adds = ", ".join(str(text) for text in one.get("registers") or [])
-    package = f"{one['distribution']} {one.get('version')}, " if one.get("distribution") else ""
-    return f"{package}{one.get('file')} (sha256 {str(one.get('sha256'))[:12]}){': ' if adds else ''}{adds}"
+def _plugin(plugin: dict[str, Any]) -> str:
+    adds = ", ".join(str(text) for text in plugin.get("registers") or [])
+    package = f"{plugin['distribution']} {plugin.get('version')}, " if plugin.get("distribution") else ""
+    return f"{package}{plugin.get('file')} (sha256 {str(plugin.get('sha256'))[:12]}){': ' if adds else ''}{adds}"
 
 
 def _parameters(model: dict[str, Any]) -> str:

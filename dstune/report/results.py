@@ -189,22 +189,22 @@ def _rough(change: float) -> str:
 
 def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """The results of all runs as columns, each cell with its text and whether it is the best of its column."""
-    names = dict.fromkeys(name for one in outcomes for name in one.metrics)
+    names = dict.fromkeys(name for outcome in outcomes for name in outcome.metrics)
     columns: list[tuple[str, list[float | None], bool | None, Any]] = [
         (
             plain_name(name),
-            [one.metrics.get(name) for one in outcomes],
+            [outcome.metrics.get(name) for outcome in outcomes],
             name not in _higher_is_better(names),
             number,
         )
         for name in names
     ]
     columns += [
-        ("steps", [one.steps for one in outcomes], None, number),
-        ("tokens", [one.tokens for one in outcomes], None, short),
-        ("tokens/s", [one.tokens_per_second for one in outcomes], False, short),
-        ("GiB a rank", [one.peak_memory_gib for one in outcomes], True, lambda value: number(value, 3)),
-        ("time", [one.seconds for one in outcomes], None, duration),
+        ("steps", [outcome.steps for outcome in outcomes], None, number),
+        ("tokens", [outcome.tokens for outcome in outcomes], None, short),
+        ("tokens/s", [outcome.tokens_per_second for outcome in outcomes], False, short),
+        ("GiB a rank", [outcome.peak_memory_gib for outcome in outcomes], True, lambda value: number(value, 3)),
+        ("time", [outcome.seconds for outcome in outcomes], None, duration),
     ]
     table = []
     for label, values, lower, formatted in columns:

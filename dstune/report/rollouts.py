@@ -82,8 +82,8 @@ def _total(row: dict[str, Any]) -> float:
     value = row.get("reward")
     if isinstance(value, int | float):
         return float(value)
-    known = [float(score) for score in row["rewards"].values() if score is not None]
-    return sum(known) if known else math.nan
+    scores = [float(score) for score in row["rewards"].values() if score is not None]
+    return sum(scores) if scores else math.nan
 
 
 def _answer(label: str, row: dict[str, Any]) -> Answer:

@@ -83,17 +83,17 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         UserError: every path that is neither.
     """
-    found: dict[Path, Path] = {}
+    run_by_path: dict[Path, Path] = {}
     problems = []
     for path in paths:
         runs = [path] if (path / RUN_FILE).is_file() else _inside(path)
         if not runs:
             problems.append(_no_run(path))
         for run in runs:
-            found.setdefault(run.resolve(), run)
+            run_by_path.setdefault(run.resolve(), run)
     if problems:
         raise UserError(problems)
-    return list(found.values())
+    return list(run_by_path.values())
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -133,7 +133,7 @@ def read(path: Path) -> RunFiles:
         path=path,
         config=section(stored, "config"),
         overrides=[str(text) for text in stored.get("overrides") or []],
-        plugins=[one for one in stored.get("plugins") or [] if isinstance(one, dict)],
+        plugins=[plugin for plugin in stored.get("plugins") or [] if isinstance(plugin, dict)],
         metrics=_rows(path / "metrics.jsonl"),
         samples=_rows(path / "samples.jsonl"),
         result=shaped_result(object_in(path / "result.json")),

@@ -22,20 +22,20 @@ class Answered:
 
 def answered(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[Answered]:
     """The prompts in their order. One run: its first and last answer; several: the first of the first, the last of each."""
-    found: dict[str, Answered] = {}
+    entry_by_prompt: dict[str, Answered] = {}
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         by_prompt: dict[str, list[dict]] = {}
         for row in sorted(run.samples, key=lambda row: row["step"]):
             by_prompt.setdefault(str(row.get("prompt", "")), []).append(row)
         for prompt, rows in by_prompt.items():
-            new = prompt not in found
-            entry = found.setdefault(prompt, Answered(prompt, str(rows[-1].get("reference") or "")))
+            new = prompt not in entry_by_prompt
+            entry = entry_by_prompt.setdefault(prompt, Answered(prompt, str(rows[-1].get("reference") or "")))
             first, last = rows[0], rows[-1]
             if new and (first["step"] == 0 or first is not last):
                 entry.answers.append(_answer("before", number if len(runs) == 1 else -1, first))
             if last is not first or last["step"] > 0:
                 entry.answers.append(_answer("after" if len(runs) == 1 else label, number, last))
-    return list(found.values())[:MAX_PROMPTS]
+    return list(entry_by_prompt.values())[:MAX_PROMPTS]
 
 
 def _answer(label: str, run: int, row: dict) -> tuple[str, int, str]:

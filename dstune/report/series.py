@@ -39,18 +39,18 @@ class Series:
 
 def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
     """Every metric with a number in some row, in the order of its first appearance. A step logged twice keeps the last."""
-    found: dict[str, dict[int, float | None]] = {}
+    points_by_name: dict[str, dict[int, float | None]] = {}
     numbers: set[str] = set()
     for row in rows:
         for name, value in row.items():
             if name == "step" or isinstance(value, (bool, str, list, dict)):
                 continue
             finite = isinstance(value, (int, float)) and math.isfinite(value)
-            found.setdefault(name, {})[row["step"]] = float(value) if finite else None
+            points_by_name.setdefault(name, {})[row["step"]] = float(value) if finite else None
             if finite:
                 numbers.add(name)
     curves = {}
-    for name, points in found.items():
+    for name, points in points_by_name.items():
         if name in numbers:
             ordered = sorted(points.items())
             curves[name] = Series(tuple(step for step, _ in ordered), tuple(value for _, value in ordered))
@@ -85,18 +85,18 @@ def thinned(series: Series, limit: int = DRAWN_POINTS) -> Series:
     count = len(series.steps)
     if count <= limit:
         return series
-    kept: list[int] = []
+    indices: list[int] = []
     stretches = limit // 2
     for number in range(stretches):
         stretch = range(number * count // stretches, (number + 1) * count // stretches)
         finite = [index for index in stretch if series.values[index] is not None]
         if not finite:
-            kept.append(stretch[0])
+            indices.append(stretch[0])
             continue
         extremes = {min(finite, key=_value(series.values)), max(finite, key=_value(series.values))}
-        kept += sorted(extremes)
-    kept = sorted({0, *kept, count - 1})
-    return Series(tuple(series.steps[index] for index in kept), tuple(series.values[index] for index in kept))
+        indices += sorted(extremes)
+    indices = sorted({0, *indices, count - 1})
+    return Series(tuple(series.steps[index] for index in indices), tuple(series.values[index] for index in indices))
 
 
 def _value(values: Sequence[float | None]) -> Any:

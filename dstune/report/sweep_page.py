@@ -69,8 +69,8 @@ class Trial:
 
 def short_name(record: Record) -> str:
     """A trial's number alone where that is in front of its name: the values stand in columns of their own."""
-    number_, _, rest = record.name.partition("-")
-    return number_ if number_.isdigit() and rest else record.name
+    number_, _, values_text = record.name.partition("-")
+    return number_ if number_.isdigit() and values_text else record.name
 
 
 @dataclass(frozen=True)
@@ -102,23 +102,23 @@ def scale(values: Sequence[Any], *, of_key: bool = False, logarithmic: bool = Fa
     """
     if not are_numbers(values):
         names = sorted({format_value(value) for value in values})
-        found = Scale([], names=names)
-        return Scale([(found.at(name), name) for name in names], names=names)
+        empty = Scale([], names=names)
+        return Scale([(empty.at(name), name) for name in names], names=names)
     low, high = float(min(values)), float(max(values))
     if is_logarithmic(values) or (logarithmic and low > 0 and low < high):
         low, high = low / 1.25, high * 1.25
-        found = Scale([], low=low, high=high, logarithmic=True)
-        marks = [(found.at(value), number(value, 2)) for value in log_ticks(low, high)]
+        empty = Scale([], low=low, high=high, logarithmic=True)
+        marks = [(empty.at(value), number(value, 2)) for value in log_ticks(low, high)]
     else:
         room = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
         low, high = low - room, high + room
-        found = Scale([], low=low, high=high)
+        empty = Scale([], low=low, high=high)
         at = ticks(low, high, 4)
         step = at[1] - at[0] if len(at) > 1 else abs(at[0])
-        marks = [(found.at(value), tick_label(value, step)) for value in at]
+        marks = [(empty.at(value), tick_label(value, step)) for value in at]
     if of_key and len(set(values)) <= MOST_MARKS:
-        marks = [(found.at(value), _value(value)) for value in sorted(set(values))]
-    return replace(found, ticks=marks)
+        marks = [(empty.at(value), _value(value)) for value in sorted(set(values))]
+    return replace(empty, ticks=marks)
 
 
 def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float], int]:
@@ -127,8 +127,8 @@ def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float],
     ordered = sorted(values)
     first, third = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     room = OUTLIER_DISTANCES * (third - first)
-    kept = [value for value in values if room == 0 or (value <= third + room if lower else value >= first - room)]
-    return kept, len(values) - len(kept)
+    inside = [value for value in values if room == 0 or (value <= third + room if lower else value >= first - room)]
+    return inside, len(values) - len(inside)
 
 
 def write(sweep: Path, target: Path) -> None:
@@ -141,11 +141,13 @@ def page(sweep: Path) -> str:
     objectives = objectives_of(sweep)
     runs = {record.name: _run(sweep, record) for record in read_records(sweep)}
     records = [_finished_trials(record, runs[record.name], objectives) for record in read_records(sweep)]
-    found = ranked(records, objectives[0])
-    front = unbeaten(found, objectives) if len(objectives) > 1 else set()
-    trials = [_trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(found)]
+    ranked_records = ranked(records, objectives[0])
+    front = unbeaten(ranked_records, objectives) if len(objectives) > 1 else set()
+    trials = [
+        _trial(record, runs[record.name], place, record.name in front) for place, record in enumerate(ranked_records)
+    ]
     placed = [trial for trial in trials if trial.value(objectives[0]) is not None]
-    keys = list(dict.fromkeys(key for record in found for key in record.values))
+    keys = list(dict.fromkeys(key for record in ranked_records for key in record.values))
     logarithmic = logarithmic_keys(sweep)
     judged = [trial for trial in placed if trial.record.status in ("completed", "stopped")]
     return render(
@@ -160,7 +162,7 @@ def page(sweep: Path) -> str:
         objectives=objectives,
         scatters=_scatters(placed, objectives, keys, logarithmic),
         parallel=_parallel(placed, objectives[0], keys, logarithmic),
-        commands=best_commands(sweep, found, objectives[0]),
+        commands=best_commands(sweep, ranked_records, objectives[0]),
         effects=[
             (key, round(100 * share, 1), f"{100 * share:.0f}{THIN_SPACE}%")
             for key, share in shares(
@@ -229,27 +231,30 @@ def _steps(trial: Trial) -> float | None:
 
 def _figures(trials: Sequence[Trial], objective: str) -> list[Figure]:
     records = [trial.record for trial in trials]
-    counts = {name: sum(one.status == name for one in records) for name in dict.fromkeys(one.status for one in records)}
-    best = next((one for one in records if one.objective and one.status in FINISHED), None)
-    found = [Figure("trials", str(len(records)), ", ".join(f"{count} {name}" for name, count in counts.items()))]
+    counts = {
+        name: sum(record.status == name for record in records)
+        for name in dict.fromkeys(record.status for record in records)
+    }
+    best = next((record for record in records if record.objective and record.status in FINISHED), None)
+    figures = [Figure("trials", str(len(records)), ", ".join(f"{count} {name}" for name, count in counts.items()))]
     if best is not None:
-        found.append(
+        figures.append(
             Figure(f"best {plain_name(objective)}", number(best.objective.get(objective)), f"trial {short_name(best)}")
         )
     values = [value for trial in trials if (value := trial.value(objective)) is not None]
     if len(values) > 1:
         worst = max(values) if less_is_better(objective) else min(values)
-        found.append(Figure("worst", number(worst), "of those with an evaluation"))
-    found.append(Figure("time", duration(sum(one.seconds for one in records)), "of all trials together"))
+        figures.append(Figure("worst", number(worst), "of those with an evaluation"))
+    figures.append(Figure("time", duration(sum(record.seconds for record in records)), "of all trials together"))
     done, planned = _work(trials)
     if planned > done:
-        found.append(
+        figures.append(
             Figure("steps", f"{done:,}", f"of {planned:,}: {percent(1 - done / planned)} never trained", good=True)
         )
     tokens = sum(trial.run.result.get("tokens") or 0 for trial in trials if trial.run)
     if tokens:
-        found.append(Figure("tokens", short(tokens)))
-    return found
+        figures.append(Figure("tokens", short(tokens)))
+    return figures
 
 
 def _work(trials: Sequence[Trial]) -> tuple[int, int]:
@@ -275,12 +280,12 @@ def _scatters(
     if len(objectives) > 1:
         both = [trial for trial in trials if trial.value(objectives[1]) is not None]
         plots.insert(0, (plain_name(objectives[1]), [trial.value(objectives[1]) for trial in both], both))
-    found = []
+    scatters = []
     for title, values, listed_trials in plots:
         if len({format_value(value) for value in values}) < 2:
             continue
-        kept, outside = without_outliers(_reached(listed_trials, objectives[0]), less_is_better(objectives[0]))
-        across, up = scale(values, of_key=title in keys, logarithmic=title in logarithmic), scale(kept)
+        inside, outside = without_outliers(_reached(listed_trials, objectives[0]), less_is_better(objectives[0]))
+        across, up = scale(values, of_key=title in keys, logarithmic=title in logarithmic), scale(inside)
         dots = [
             {
                 "x": across.at(value),
@@ -293,7 +298,7 @@ def _scatters(
         note = ", ".join(
             filter(None, ["logarithmic" * across.logarithmic, f"{outside} beyond the edge" * bool(outside)])
         )
-        found.append(
+        scatters.append(
             {
                 "title": title,
                 "note": note,
@@ -303,7 +308,7 @@ def _scatters(
                 "y_ticks": [(round(100 - at, 2), label) for at, label in up.ticks],
             }
         )
-    return found
+    return scatters
 
 
 def _reached(trials: Sequence[Trial], objective: str) -> list[float]:
@@ -325,12 +330,14 @@ def _parallel(
     at = [round(100 * column / (len(columns) - 1), 2) for column in range(len(columns))]
     lines = []
     for number_, trial in enumerate(trials):
-        heights = [100 - own.at(values[number_]) for own, (_, values) in zip(scales, columns, strict=True)]
+        heights = [
+            100 - column_scale.at(values[number_]) for column_scale, (_, values) in zip(scales, columns, strict=True)
+        ]
         path = "".join(f"{'L' if x else 'M'}{10 * x:.1f} {10 * y:.1f}" for x, y in zip(at, heights, strict=True))
         lines.append({"path": path, "trial": trial})
     axes = [
-        {"x": x, "name": name, "ticks": [(round(100 - tick, 2), label) for tick, label in own.ticks]}
-        for x, (name, _), own in zip(at, columns, scales, strict=True)
+        {"x": x, "name": name, "ticks": [(round(100 - tick, 2), label) for tick, label in column_scale.ticks]}
+        for x, (name, _), column_scale in zip(at, columns, scales, strict=True)
     ]
     return {"axes": axes, "lines": lines[::-1]}
 
@@ -339,18 +346,18 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
     """Curves of all trials together; those of the best in colour, the others behind them."""
     charts: list[Chart] = []
     for name in dict.fromkeys([*(f"eval/{name}" for name in objectives), "loss", "eval/loss"]):
-        own = [trial for trial in trials if name in trial.curves]
-        if not own:
+        drawn = [trial for trial in trials if name in trial.curves]
+        if not drawn:
             continue
         # What a trial reached is compared with that of others which ended too, not with those that are on their way.
         ended = {
             trial.record.name: last
-            for trial in own
+            for trial in drawn
             if trial.record.status in ("completed", "stopped") and (last := trial.curves[name].last) is not None
         }
-        kept, diverged = without_outliers(list(ended.values()), less_is_better(name.removeprefix("eval/")))
-        own = [trial for trial in own if ended.get(trial.record.name) in (None, *kept)]
-        window = smoothing_span(max(len(trial.curves[name].steps) for trial in own)) if name == "loss" else 0
+        inside, diverged = without_outliers(list(ended.values()), less_is_better(name.removeprefix("eval/")))
+        drawn = [trial for trial in drawn if ended.get(trial.record.name) in (None, *inside)]
+        window = smoothing_span(max(len(trial.curves[name].steps) for trial in drawn)) if name == "loss" else 0
         lines = [
             Line(
                 trial.record.name,
@@ -358,7 +365,7 @@ def _charts(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Chart]:
                 trial.place,
                 faint=not trial.is_coloured,
             )
-            for trial in reversed(own)
+            for trial in reversed(drawn)
         ]
         steps = [line.series.steps[end] for line in lines for end in (0, -1)]
         notes = [f"smoothed over {window} steps" * bool(window), f"{diverged} diverged, not drawn" * bool(diverged)]
