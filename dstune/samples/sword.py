@@ -23,7 +23,7 @@ class Files(Protocol):
 
 def verses(files: Files) -> dict[str, str]:
     """Texts without markup, notes and headings, by names such as `Gen.1.1`, in the module's order."""
-    found: dict[str, str] = {}
+    text_by_verse: dict[str, str] = {}
     for testament in ("ot", "nt"):
         chapter, number = "", 0
         for entry in _entries(files, testament):
@@ -33,8 +33,8 @@ def verses(files: Files) -> dict[str, str]:
             elif chapter:
                 number += 1
                 if text := _plain(entry):
-                    found[f"{chapter}.{number}"] = text
-    return found
+                    text_by_verse[f"{chapter}.{number}"] = text
+    return text_by_verse
 
 
 def _entries(files: Files, testament: str) -> Iterator[str]:
