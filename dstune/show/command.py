@@ -50,8 +50,8 @@ def main(argv: list[str]) -> int:
         return EXIT_DONE
     if argv[0] != "show":
         raise UserError(Problem("data", "there is no such command", "dstune data show", argv[0]))
-    options, rest = _parse(argv[1:])
-    command = train.parse(rest)
+    options, words = _parse(argv[1:])
+    command = train.parse(words)
     if command.flags.shows:
         return train.show_configuration(command)
     config = train.configuration(command, Use.rows).config
@@ -77,10 +77,10 @@ def _parse(argv: list[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--row", metavar="FILE:LINE", help="show this row alone")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    known, rest = parser.parse_known_args(argv)
-    if known.rows < 0:
-        raise UserError(Problem("--rows", "must be at least 0", "--rows 4", str(known.rows)))
-    return Options(known.rows, known.split, known.html, known.row, known.json), rest
+    options, words = parser.parse_known_args(argv)
+    if options.rows < 0:
+        raise UserError(Problem("--rows", "must be at least 0", "--rows 4", str(options.rows)))
+    return Options(options.rows, options.split, options.html, options.row, options.json), words
 
 
 def located(config: RunConfig, console: Console) -> RunConfig:
@@ -90,8 +90,8 @@ def located(config: RunConfig, console: Console) -> RunConfig:
         UserError: everything that is missing, listed together.
     """
     without_weights = replace(config, model=replace(config.model, weights=InitialWeights.random))
-    found = preflight.resolve_run(without_weights, console.stage, trains=False)
-    return replace(found, model=replace(found.model, weights=config.model.weights))
+    resolved = preflight.resolve_run(without_weights, console.stage, trains=False)
+    return replace(resolved, model=replace(resolved.model, weights=config.model.weights))
 
 
 def _format(config: RunConfig, options: Options, console: str) -> Preview:

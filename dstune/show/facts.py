@@ -154,16 +154,16 @@ def show(config: RunConfig, split: str, count: int) -> Preview:
     report = data.report
     if config.data.packing:
         report = with_packing(report, {split: part.lengths}, config.data.max_length)
-    found = len(part.lengths)
+    sample_count = len(part.lengths)
     chosen: list[int] = []
     if count:
-        chosen = np.unique(np.linspace(0, found - 1, min(count, found)).round().astype(int)).tolist()
+        chosen = np.unique(np.linspace(0, sample_count - 1, min(count, sample_count)).round().astype(int)).tolist()
     samples, answers = repetitions(part, tokenizer, with_answers=task_of(config.task).language)
     return Preview(
         model=format_value(config.model.path),
         task=config.task.name,
         split=split,
-        samples=found,
+        samples=sample_count,
         rows=[_row(config, data, part, tokenizer, number) for number in chosen],
         report=report[split],
         data={"max_length": config.data.max_length, "packing": config.data.packing},
@@ -204,8 +204,8 @@ def show_row(config: RunConfig, place: str) -> Preview:
         try:
             data = prepare(config, tokenizer, ALONE, Path(scratch), trains=False)
         except UserError as error:
-            named = [replace(problem, where=problem.where.replace(f"{file}:1", place)) for problem in error.problems]
-            raise UserError(named) from None
+            renamed = [replace(problem, where=problem.where.replace(f"{file}:1", place)) for problem in error.problems]
+            raise UserError(renamed) from None
         rows = [_row(config, data, data.train, tokenizer, number) for number in range(len(data.train.lengths))]
     values = {"max_length": config.data.max_length, "packing": config.data.packing}
     return Preview(format_value(config.model.path), config.task.name, place, len(rows), rows, {}, values)
@@ -220,13 +220,13 @@ def _as_text(value: Any) -> str:
 
 def _configuration_of(config: RunConfig, paths: set[Path]) -> RunConfig:
     """That of the source in `data.mixture` which these files are of: its task, format and columns; else the run's."""
-    for key, own in of_training(config).values():
+    for key, source_config in of_training(config).values():
         try:
-            files = sources.of_part(own.data, "train", key)
+            files = sources.of_part(source_config.data, "train", key)
         except UserError:  # a source that is not there is no reason not to show this row
             continue
         if paths & {file.path.resolve() for file in files}:
-            return own
+            return source_config
     return config
 
 
@@ -340,10 +340,10 @@ def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[lis
     COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
-    more = [name for name in part.table.column_names if name.endswith("_input_ids") or name == COLUMN]
+    further_columns = [name for name in part.table.column_names if name.endswith("_input_ids") or name == COLUMN]
     for number, (ids, labels) in enumerate(_arrays(part, len(whole), with_answers)):
-        further = part.sample(number) if more else {}
-        content = b"".join(array.tobytes() for array in (ids, *(np.asarray(further[name]) for name in more)))
+        further = part.sample(number) if further_columns else {}
+        content = b"".join(array.tobytes() for array in (ids, *(np.asarray(further[name]) for name in further_columns)))
         whole[number] = xxhash.xxh3_64_intdigest(content)
         if labels is not None:
             trained[number] = xxhash.xxh3_64_intdigest(labels[labels != NO_TARGET].tobytes())

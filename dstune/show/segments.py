@@ -36,24 +36,24 @@ class Turn:
     target: list[Segment]
 
     def to_json(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for name, pieces in (("context", self.context), ("target", self.target)):
-            found[name] = "".join(piece.text for piece in pieces)
-            found[f"{name}_tokens"] = sum(piece.tokens for piece in pieces)
-        return found
+            fields[name] = "".join(piece.text for piece in pieces)
+            fields[f"{name}_tokens"] = sum(piece.tokens for piece in pieces)
+        return fields
 
 
 def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
     """The turns of a sample, and what stands behind the last target."""
-    found: list[Turn] = []
+    turns_in_order: list[Turn] = []
     context: list[Segment] = []
     for trained, group in groupby(pieces, key=lambda piece: piece.trained):
         if trained:
-            found.append(Turn(context, list(group)))
+            turns_in_order.append(Turn(context, list(group)))
             context = []
         else:
             context = list(group)
-    return found, context
+    return turns_in_order, context
 
 
 def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Sequence[str] = ()) -> list[Segment]:
@@ -92,13 +92,13 @@ LEAST_REPEATS = 3
 
 def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
     """The pieces with runs of the same special token as one piece that says how many they are."""
-    found: list[Segment] = []
+    joined: list[Segment] = []
     for (special, text, trained), run in groupby(pieces, key=lambda piece: (piece.special, piece.text, piece.trained)):
         group = list(run)
         if special and len(group) >= LEAST_REPEATS:
             group = [Segment(f"{text} x {len(group)} ", len(group), trained, special=True)]
-        found += group
-    return found
+        joined += group
+    return joined
 
 
 def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) -> tuple[list[str], list[int]]:
@@ -110,10 +110,10 @@ def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) 
             kind, group = "", group + 1
         elif int(label) != NO_TARGET:
             tag = names[int(label)]
-            found = "" if tag == OUTSIDE else tag[2:] if is_bio([tag]) else tag
-            if not (found == kind and (tag.startswith("I-") or not found)):
+            entity_kind = "" if tag == OUTSIDE else tag[2:] if is_bio([tag]) else tag
+            if not (entity_kind == kind and (tag.startswith("I-") or not entity_kind)):
                 group += 1
-            kind = found
+            kind = entity_kind
         # A token without a label is a later part of its word.
         kinds.append(kind)
         groups.append(group)
@@ -121,10 +121,12 @@ def _entities(special: list[bool], labels: Sequence[int], names: Sequence[str]) 
 
 
 def _text(tokenizer: Any, ids: list[int], start: int, end: int, special: set[int]) -> str:
-    before = max(0, start - CONTEXT_TOKENS)
+    context_start = max(0, start - CONTEXT_TOKENS)
     # What a special token does to its surroundings is its own affair; only plain text in front matters.
-    before = next((at + 1 for at in range(start - 1, before - 1, -1) if ids[at] in special), before)
-    context, whole = _decode(tokenizer, ids[before:start]), _decode(tokenizer, ids[before:end])
+    context_start = next(
+        (at + 1 for at in range(start - 1, context_start - 1, -1) if ids[at] in special), context_start
+    )
+    context, whole = _decode(tokenizer, ids[context_start:start]), _decode(tokenizer, ids[context_start:end])
     # A character cut in two by the boundary decodes to another text alone.
     return whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, ids[start:end])
 

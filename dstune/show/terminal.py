@@ -107,9 +107,9 @@ def _turns(row: Row, style: Style, tags: list[str]) -> list[str]:
         return [_text(row.segments, style, tags)]
     lines = []
     for number, turn in enumerate(row.turns, start=1):
-        for what, pieces in (("context", turn.context), ("target", turn.target)):
+        for name, pieces in (("context", turn.context), ("target", turn.target)):
             count = sum(piece.tokens for piece in pieces)
-            lines += [style.paint(f"turn {number}, {what} of {count:,} tokens:", QUIET), _text(pieces, style, tags)]
+            lines += [style.paint(f"turn {number}, {name} of {count:,} tokens:", QUIET), _text(pieces, style, tags)]
     if row.rest:
         lines += [style.paint("behind it:", QUIET), _text(row.rest, style, tags)]
     return lines
@@ -211,9 +211,9 @@ def _sources(described: Part, style: Style) -> list[str]:
     return lines
 
 
-def _repeated(title: str, found: list[Repeated], style: Style) -> list[str]:
-    if not found:
+def _repeated(title: str, repetitions: list[Repeated], style: Style) -> list[str]:
+    if not repetitions:
         return []
-    width = len(f"{found[0].count:,}")
-    rows = [f"  {repeated.count:>{width},} x  {visible(repeated.text)}" for repeated in found]
+    width = len(f"{repetitions[0].count:,}")
+    rows = [f"  {repeated.count:>{width},} x  {visible(repeated.text)}" for repeated in repetitions]
     return ["", style.paint(title, STRONG), *rows]
