@@ -78,22 +78,27 @@ def submit(sweep: Sweep, grid: Grid, common: Sequence[str], console: Console) ->
                 prepared.before.restore()
             raise
         for job, (trial, _) in zip(jobs, ready, strict=True):
-            before = read_record(record_path(sweep.path, trial.name))
-            _record(sweep.path, trial, place=f"{queue.name} job {job}", starts=(before.starts if before else 0) + 1)
+            record_before = read_record(record_path(sweep.path, trial.name))
+            _record(
+                sweep.path,
+                trial,
+                place=f"{queue.name} job {job}",
+                starts=(record_before.starts if record_before else 0) + 1,
+            )
     return [trial for trial, _ in ready]
 
 
 def _prepared(sweep: Sweep, trial: Trial, common: Sequence[str], console: Console) -> Prepared:
-    own = [f"run.dir={quoted(str(sweep.path / trial.name))}", f"run.name={quoted(trial.name)}"]
+    trial_overrides = [f"run.dir={quoted(str(sweep.path / trial.name))}", f"run.name={quoted(trial.name)}"]
     overrides = [word for word in common if "=" in word and not word.startswith("--")]
-    flags = Flags(overrides=[*overrides, *trial.overrides, *own], config_dirs=sweep.config_dirs)
+    flags = Flags(overrides=[*overrides, *trial.overrides, *trial_overrides], config_dirs=sweep.config_dirs)
     return prepare(Command(None, flags, json=False), console)
 
 
 def _record(sweep: Path, trial: Trial, **changes: Any) -> None:
-    before = read_record(record_path(sweep, trial.name)) or Record(trial.name, trial.number, dict(trial.values))
+    record_before = read_record(record_path(sweep, trial.name)) or Record(trial.name, trial.number, dict(trial.values))
     fresh: dict[str, Any] = {"status": "running", "reason": "", "objective": {}}
-    write_record(sweep, replace(before, **(fresh | changes)))
+    write_record(sweep, replace(record_before, **(fresh | changes)))
 
 
 @contextmanager

@@ -66,11 +66,11 @@ def main(argv: list[str]) -> int:
     sweep, longer = prepare(command, console)
     names = compared_by(sweep.base)
     code = run(sweep, names, longer, console)
-    found = read_records(sweep.path)
+    records = read_records(sweep.path)
     if command.json:
-        print(json.dumps(as_json(sweep.path, names, found)))
+        print(json.dumps(as_json(sweep.path, names, records)))
     else:
-        print(as_text(sweep.path, names, found))
+        print(as_text(sweep.path, names, records))
     return code
 
 
@@ -92,12 +92,12 @@ def parse(argv: list[str]) -> Command:
             words.remove(word)
     flags = hydra_flags(words, may_sweep=True)
     if sweep is not None:
-        before, folders = directory.given_before(sweep)
+        overrides_before, folders = directory.given_before(sweep)
         again = {key_of(text) for text in flags.overrides}
-        kept = [text for text in before if key_of(text) not in again]
+        remaining = [text for text in overrides_before if key_of(text) not in again]
         flags = replace(
             flags,
-            overrides=[*kept, *flags.overrides, f"sweep.dir={quoted(str(sweep))}"],
+            overrides=[*remaining, *flags.overrides, f"sweep.dir={quoted(str(sweep))}"],
             config_dirs=flags.config_dirs or folders,
         )
     with_groups = probes.groups(flags.config_dirs, flags.overrides)
@@ -113,13 +113,13 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
     """
     flags = command.flags
     folders = [str(Path(folder).resolve()) for folder in flags.config_dirs]
-    found = command.split
-    base = compose([*found.fixed, *first(found.axes).overrides], folders).config
-    found = with_space(found, base.sweep.space, probes.groups(folders, flags.overrides))
-    if not found.axes:
+    parts = command.split
+    base = compose([*parts.fixed, *first(parts.axes).overrides], folders).config
+    parts = with_space(parts, base.sweep.space, probes.groups(folders, flags.overrides))
+    if not parts.axes:
         fix = "give a key several values: optimizer.lr=1e-5,1e-4 (or sweep.space in an experiment)"
         raise UserError(Problem("--multirun", "nothing varies", fix))
-    problems = [*probes.of_axes(base.sweep, found.axes), *array.problems(base, found.axes)]
+    problems = [*probes.of_axes(base.sweep, parts.axes), *array.problems(base, parts.axes)]
     problems += [
         Problem(
             "run.dir",
@@ -127,24 +127,24 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
             "sweep.dir=FOLDER for that of the sweep",
             text.partition("=")[2],
         )
-        for text in found.fixed
+        for text in parts.fixed
         if key_of(text) == "run.dir"
     ]
     if problems:
         raise UserError(problems)
-    configs = probes.configurations(found, folders)
+    configs = probes.configurations(parts, folders)
     for config in configs:
         validate(config)
     base = configs[0]
-    own = [text for text in found.fixed if not _is_sweep_key(text)]
-    for warning in (*ignored_settings(base, own), *ignored_in_sweep(base, found.fixed)):
+    run_overrides = [text for text in parts.fixed if not _is_sweep_key(text)]
+    for warning in (*ignored_settings(base, run_overrides), *ignored_in_sweep(base, parts.fixed)):
         console.message(f"dstune: warning: {warning}")
     ranks = sorted({launcher_of(config.launch).ranks for config in configs}, key=str)
     devices.slots(base, devices.here(), ranks)
     # Each trial chooses its stage itself, when it starts.
     resolved = replace(preflight.resolve_run(base, console.stage), zero=base.zero)
     overrides = [text for text in flags.overrides if key_of(text) != "sweep.dir"]
-    sweep = Sweep(directory.sweep_path(base, found.axes), resolved, overrides, folders, found.axes)
+    sweep = Sweep(directory.sweep_path(base, parts.axes), resolved, overrides, folders, parts.axes)
     publish(str(sweep.path))
     return directory.continued(sweep)
 
@@ -152,10 +152,10 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
 def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
     """What follows `dstune train` for every trial, without its values."""
     flags = [word for folder in sweep.config_dirs for word in ("--config-dir", folder)]
-    kept = [text for text in fixed if not _is_sweep_key(text)]
+    run_overrides = [text for text in fixed if not _is_sweep_key(text)]
     group = [] if sweep.base.tracking.group else [f"tracking.group={quoted(group_name(sweep))}"]
     flags += [FLAG, plugins.KEY] if is_believed_by_command(plugins.KEY) else []
-    return [*flags, *kept, *directory.frozen(sweep.base, sweep.axes), *group]
+    return [*flags, *run_overrides, *directory.frozen(sweep.base, sweep.axes), *group]
 
 
 def group_name(sweep: Sweep) -> str:
@@ -205,11 +205,11 @@ def run(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> i
     finally:
         os.close(lock)
     leave_behind(path, console.message)
-    found = read_records(path)
-    if received or any(one.status in ("preempted", "running") for one in found):
+    trial_records = read_records(path)
+    if received or any(record.status in ("preempted", "running") for record in trial_records):
         console.message(f"dstune: continue with: dstune train --multirun {path}")
         return EXIT_PREEMPTED
-    return EXIT_FAILED if any(one.status == "failed" for one in found) else EXIT_DONE
+    return EXIT_FAILED if any(record.status == "failed" for record in trial_records) else EXIT_DONE
 
 
 def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console) -> Source:
@@ -220,8 +220,10 @@ def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console
             fix = "the length of before, or another sweep.dir"
             raise UserError(Problem("trainer.max_steps", reason, fix, str(sweep.base.trainer.max_steps)))
         study = Study(sweep, names)
-        before = f", {study.done} of them before" if study.done else ""
-        console.stage(f"sweep {sweep.path}: {study.expected} trials chosen by Optuna{before}, {parallel} at a time")
+        finished_text = f", {study.done} of them before" if study.done else ""
+        console.stage(
+            f"sweep {sweep.path}: {study.expected} trials chosen by Optuna{finished_text}, {parallel} at a time"
+        )
         return study
     grid = Grid(sweep.path, sweep.base, sweep.axes, names, again=longer)
     done = len(grid.finished)
@@ -233,35 +235,36 @@ def source_of(sweep: Sweep, names: Sequence[str], longer: bool, console: Console
 # ---- what it says at the end ----
 
 
-def as_json(path: Path, names: Sequence[str], found: Sequence[Record]) -> dict[str, object]:
-    order = ranked(found, names[0])
-    trials = [{**vars(one), "run": str(path / one.name)} for one in order]
+def as_json(path: Path, names: Sequence[str], records: Sequence[Record]) -> dict[str, object]:
+    order = ranked(records, names[0])
+    trials = [{**vars(record), "run": str(path / record.name)} for record in order]
     best = trials[0] if trials and order[0].objective else None
-    commands = best_commands(path, found, names[0])
+    commands = best_commands(path, records, names[0])
     return {"sweep": str(path), "objective": list(names), "best": best, "commands": commands, "trials": trials}
 
 
-def as_text(path: Path, names: Sequence[str], found: Sequence[Record]) -> str:
+def as_text(path: Path, names: Sequence[str], records: Sequence[Record]) -> str:
     """A table of the trials, best first."""
-    order = ranked(found, names[0])
-    keys = list(dict.fromkeys(key for one in order for key in one.values))
+    order = ranked(records, names[0])
+    keys = list(dict.fromkeys(key for record in order for key in record.values))
     heading = ["trial", "status", *names, *keys, "seconds"]
     rows = [
         [
-            one.name,
-            one.status,
-            *(f"{one.objective[name]:.4g}" if name in one.objective else "-" for name in names),
-            *(cell(one.values.get(key)) for key in keys),
-            f"{one.seconds:.0f}",
+            record.name,
+            record.status,
+            *(f"{record.objective[name]:.4g}" if name in record.objective else "-" for name in names),
+            *(cell(record.values.get(key)) for key in keys),
+            f"{record.seconds:.0f}",
         ]
-        for one in order
+        for record in order
     ]
     counts = {
-        status: sum(one.status == status for one in found) for status in dict.fromkeys(one.status for one in found)
+        status: sum(record.status == status for record in records)
+        for status in dict.fromkeys(record.status for record in records)
     }
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-    lines = [f"\n{table(heading, rows)}", "", f"{len(found)} trials: {summary}", f"sweep  {path}"]
+    lines = [f"\n{table(heading, rows)}", "", f"{len(records)} trials: {summary}", f"sweep  {path}"]
     lines.append(f"report {path / 'report.html'}")
-    for title, command in zip(("best   ", "export "), best_commands(path, found, names[0]), strict=False):
+    for title, command in zip(("best   ", "export "), best_commands(path, records, names[0]), strict=False):
         lines.append(f"{title}{command}")
     return "\n".join(lines)

@@ -66,23 +66,23 @@ def slots(config: RunConfig, devices: Devices, ranks: Sequence[int | None] = (No
         fits = len(things) // each
         fix = f"sweep.parallel={fits}" if fits else f"launch.processes={len(things)} with sweep.parallel=1"
         raise UserError(Problem("sweep.parallel", reason, fix, str(parallel)))
-    found = []
+    slot_list = []
     for number in range(parallel):
         cores = share(devices.cores, number, parallel)
         if not devices.gpus:
             label = f"{host}, core{'s' * (len(cores) > 1)} {','.join(map(str, cores))}"
-            found.append(Slot(label, cores=cores))
+            slot_list.append(Slot(label, cores=cores))
             continue
-        own = devices.gpus[number * each : (number + 1) * each]
-        label = f"{host}, GPU {','.join(own)}"
-        found.append(Slot(label, {"CUDA_VISIBLE_DEVICES": ",".join(own)}, cores))
-    return found
+        slot_gpus = devices.gpus[number * each : (number + 1) * each]
+        label = f"{host}, GPU {','.join(slot_gpus)}"
+        slot_list.append(Slot(label, {"CUDA_VISIBLE_DEVICES": ",".join(slot_gpus)}, cores))
+    return slot_list
 
 
 def share(cores: Sequence[int], number: int, parallel: int) -> tuple[int, ...]:
     """The cores of slot `number`, as equal as it goes; all of them where there are too few to divide."""
     if len(cores) < parallel:
         return ()
-    first, rest = divmod(len(cores), parallel)
-    start = number * first + min(number, rest)
-    return tuple(cores[start : start + first + (number < rest)])
+    first, remainder = divmod(len(cores), parallel)
+    start = number * first + min(number, remainder)
+    return tuple(cores[start : start + first + (number < remainder)])

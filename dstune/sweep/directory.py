@@ -108,8 +108,8 @@ def write_sweep(sweep: Sweep, objectives: Sequence[str]) -> None:
         "config": to_dict(sweep.base),
     }
     content = redacted(content)
-    of = statement(content) | {OVERRIDES: signing.digest([content["overrides"], content["config_dirs"]])}
-    files.write(sweep.path / SWEEP_FILE, dump(content | {SIGNATURE: signing.sign(of)}))
+    digests = statement(content) | {OVERRIDES: signing.digest([content["overrides"], content["config_dirs"]])}
+    files.write(sweep.path / SWEEP_FILE, dump(content | {SIGNATURE: signing.sign(digests)}))
 
 
 def _interval(axis: Axis) -> str:
@@ -120,7 +120,7 @@ def _interval(axis: Axis) -> str:
 def given_before(path: Path) -> tuple[list[str], list[str]]:
     """Overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
     content = _content(path)
-    texts, folders = ([str(one) for one in content.get(name) or []] for name in ("overrides", "config_dirs"))
+    texts, folders = ([str(text) for text in content.get(name) or []] for name in ("overrides", "config_dirs"))
     check_overrides(texts, folders, content.get(SIGNATURE), path / SWEEP_FILE)
     return texts, folders
 
@@ -159,10 +159,10 @@ def continued(sweep: Sweep) -> tuple[Sweep, bool]:
     if not sweep.base.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(path / SWEEP_FILE), plugins.used_by(sweep.base))
     old = read_run_beside(path / SWEEP_FILE, sweep.base, decided=True)
-    before = set(_content(path).get("axes") or {})
+    axes_before = set(_content(path).get("axes") or {})
     now = {axis.key for axis in sweep.axes}
-    if before != now:
-        reason = f"the sweep in {path} varies {', '.join(sorted(before))}, not {', '.join(sorted(now))}"
+    if axes_before != now:
+        reason = f"the sweep in {path} varies {', '.join(sorted(axes_before))}, not {', '.join(sorted(now))}"
         raise UserError(Problem("sweep.dir", reason, "give another sweep.dir", str(path)))
     tree, stored = to_dict(sweep.base), to_dict(old.config)
     varied = {axis.key.lstrip("+") for axis in sweep.axes}
@@ -192,7 +192,7 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
     """Overrides that give every trial what the first start froze, whenever it begins."""
     varied = {axis.key.lstrip("+") for axis in axes}
     tree = to_dict(base)
-    found = []
+    overrides = []
     for key in frozen_at_start():
         section, name = key.split(".")
         value = tree[section].get(name)
@@ -200,8 +200,8 @@ def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
         # Composing a trial would resolve what somebody may have written into sweep.yaml.
         is_reference = isinstance(value, str) and may_refer(value) and not refers(value)
         if value is not None and not whole_varied and not is_reference:
-            found.append(f"{key}={value}")
-    return found
+            overrides.append(f"{key}={value}")
+    return overrides
 
 
 # ---- records of trials ----

@@ -20,7 +20,8 @@ class Grid:
     def __init__(self, sweep: Path, config: RunConfig, axes: Sequence[Axis], objectives: Sequence[str], *, again: bool):
         self._sweep, self._config, self._objectives = sweep, config, objectives
         self.trials = [
-            Trial(trial_name(one), number, one.overrides, one.plain) for number, one in enumerate(grid(axes))
+            Trial(trial_name(assignment), number, assignment.overrides, assignment.plain)
+            for number, assignment in enumerate(grid(axes))
         ]
         self.finished = [] if again else [trial for trial in self.trials if self._is_finished(trial)]
         self._left = [trial for trial in self.trials if trial not in self.finished]

@@ -46,19 +46,19 @@ def _format(axis: Axis) -> str:
     return f"interval({axis.low:g},{axis.high:g})"
 
 
-def configurations(found: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
+def configurations(parts: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
     """The configuration of every combination, or of every value where there are too many; the first one first.
 
     Raises:
         UserError: every problem with names and types of the values; `validate` is for the caller.
     """
-    chosen = [axis for axis in found.axes if not _is_value(axis)]
-    values = [axis for axis in found.axes if _is_value(axis)]
+    chosen = [axis for axis in parts.axes if not _is_value(axis)]
+    values = [axis for axis in parts.axes if _is_value(axis)]
     problems: dict[Problem, None] = {}
     configs = []
     for groups_chosen in _assignments(chosen):
         # Groups take Hydra, half a second each time; single values do not.
-        start = [*found.fixed, *groups_chosen.overrides, *first(values).overrides]
+        start = [*parts.fixed, *groups_chosen.overrides, *first(values).overrides]
         try:
             base = compose(start, config_dirs).config
         except UserError as error:

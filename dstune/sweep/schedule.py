@@ -128,19 +128,19 @@ class Schedule:
         if self._received:  # while it was waiting: the sweep's next start finds the trial as it is
             self._free.append(slot)
             return
-        before = read_record(record_path(self._sweep, trial.name))
+        record_before = read_record(record_path(self._sweep, trial.name))
         record = replace(
-            before or Record(trial.name, trial.number, dict(trial.values)),
+            record_before or Record(trial.name, trial.number, dict(trial.values)),
             status="running",
             reason="",
             place=slot.label,
-            starts=(before.starts if before else 0) + 1,
+            starts=(record_before.starts if record_before else 0) + 1,
         )
         write_record(self._sweep, record)
         (run_dir / PRUNE_FILE).unlink(missing_ok=True)
-        own = [*trial.overrides, f"run.dir={quoted(str(run_dir))}", f"run.name={quoted(trial.name)}"]
+        trial_overrides = [*trial.overrides, f"run.dir={quoted(str(run_dir))}", f"run.name={quoted(trial.name)}"]
         cores = ",".join(map(str, slot.cores)) or "all"
-        command = [*ENTRY, str(os.getpid()), cores, *self._common, *own]
+        command = [*ENTRY, str(os.getpid()), cores, *self._common, *trial_overrides]
         env = child_environment({**os.environ, **self._variables, **slot.env})
         with files.append(log) as output:
             start = output.seek(0, os.SEEK_END)
@@ -154,9 +154,9 @@ class Schedule:
     def _wait_for_earlier(self, trial: Trial, run_dir: Path) -> None:
         """A sweep that was killed leaves trials that are still saving, and one directory takes one launch at a time."""
         report = False
-        while not self._received and (before := records.read_launch(run_dir)) and before.process(run_dir) is not None:
+        while not self._received and (earlier := records.read_launch(run_dir)) and earlier.process(run_dir) is not None:
             if not report:
-                self._console.message(f"dstune: {trial.name} still runs as process {before.pid}: waiting for its end")
+                self._console.message(f"dstune: {trial.name} still runs as process {earlier.pid}: waiting for its end")
                 report = True
             self._obey_signals()
             for running in list(self._running):
@@ -166,8 +166,8 @@ class Schedule:
     def _obey_signals(self) -> None:
         if len(self._received) > self._report:
             self._report = len(self._received)
-            what = "trials save and stop; again to stop at once" if self._report == 1 else "trials stop at once"
-            self._console.message(f"dstune: received {self._received[-1]}: {what}")
+            consequence = "trials save and stop; again to stop at once" if self._report == 1 else "trials stop at once"
+            self._console.message(f"dstune: received {self._received[-1]}: {consequence}")
         for running in self._running:
             while running.requested < min(self._report, 2):
                 # Two different ones: the same signal within a moment counts once (`launch.signals`).

@@ -79,15 +79,15 @@ class Study:
         if time.monotonic() - self._requests < ASK_EVERY:
             return None
         states = self._optuna.trial.TrialState
-        known = self._study.get_trials(deepcopy=False)
-        for frozen in known:
+        trials = self._study.get_trials(deepcopy=False)
+        for frozen in trials:
             skipped = frozen.number in self._mine or frozen.number in self._put_off
             if frozen.state is states.RUNNING and not skipped and self._is_free(frozen):
                 again = self._begin(self._optuna.Trial(self._study, frozen._trial_id))
                 if status_in(self._sweep / again.name) not in FINISHED:
                     return again
                 self._wait_for_results(again)  # it had ended when the sweep was killed
-        counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in known)
+        counted = sum(frozen.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for frozen in trials)
         if counted + self._failed >= self._expected:
             self._requests = time.monotonic()
             return None
@@ -103,46 +103,48 @@ class Study:
         self._show_life()
         if self._settings.pruner is Pruner.none:
             return ""
-        own, name = self._mine[trial.number], f"eval/{self._objectives[0]}"
-        known = self._study._storage.get_trial(own._trial_id).intermediate_values
+        trial_of_study, name = self._mine[trial.number], f"eval/{self._objectives[0]}"
+        reported = self._study._storage.get_trial(trial_of_study._trial_id).intermediate_values
         for row in rows:
-            if name not in row or row["step"] == 0 or row["step"] in known:
+            if name not in row or row["step"] == 0 or row["step"] in reported:
                 continue
             value = row[name]
-            own.report(math.nan if value is None else float(value), row["step"])
-            if own.should_prune():
+            trial_of_study.report(math.nan if value is None else float(value), row["step"])
+            if trial_of_study.should_prune():
                 formatted = "not finite" if value is None else f"{value:.4g}"
                 return f"pruned ({self._settings.pruner.name}) at step {row['step']}: {self._objectives[0]} {formatted}"
         return ""
 
     def ended(self, trial: Trial, status: str, run_dir: Path) -> dict[str, float]:
         states = self._optuna.trial.TrialState
-        own = self._mine.pop(trial.number)
+        trial_of_study = self._mine.pop(trial.number)
         self._requests = -math.inf
         if status == "preempted":
-            own.set_user_attr(OWNER, "")
+            trial_of_study.set_user_attr(OWNER, "")
             self._put_off.add(trial.number)
             return {}
-        found = reached(run_dir, self._config, self._objectives)
+        objectives_reached = reached(run_dir, self._config, self._objectives)
         if status == "pruned":
             self._study.tell(trial.number, state=states.PRUNED)
-            return found or self._last_seen(run_dir)
-        if status in FINISHED and len(found) == len(self._objectives):
-            self._study.tell(trial.number, [found[name] for name in self._objectives])
-            return found
+            return objectives_reached or self._last_seen(run_dir)
+        if status in FINISHED and len(objectives_reached) == len(self._objectives):
+            self._study.tell(trial.number, [objectives_reached[name] for name in self._objectives])
+            return objectives_reached
         self._failed += 1
         self._study.tell(trial.number, state=states.FAIL)
-        return found if status in FINISHED else {}
+        return objectives_reached if status in FINISHED else {}
 
     # ---- inside ----
 
-    def _begin(self, own: optuna.Trial) -> Trial:
-        self._mine[own.number] = own
-        own.set_user_attr(OWNER, self._me)
-        own.set_user_attr(SEEN, time.time())
-        values = tuple(axis.value(own.params[axis.key]) for axis in self._axes)
+    def _begin(self, trial_of_study: optuna.Trial) -> Trial:
+        self._mine[trial_of_study.number] = trial_of_study
+        trial_of_study.set_user_attr(OWNER, self._me)
+        trial_of_study.set_user_attr(SEEN, time.time())
+        values = tuple(axis.value(trial_of_study.params[axis.key]) for axis in self._axes)
         assignment = Assignment(tuple(self._axes), values)
-        return Trial(trial_name(assignment, own.number), own.number, assignment.overrides, assignment.plain)
+        return Trial(
+            trial_name(assignment, trial_of_study.number), trial_of_study.number, assignment.overrides, assignment.plain
+        )
 
     def _wait_for_results(self, trial: Trial) -> None:
         run_dir, status = self._sweep / trial.name, status_in(self._sweep / trial.name)
@@ -173,8 +175,8 @@ class Study:
         if self._settings.storage is None or time.monotonic() - self._report < SEEN_EVERY:
             return
         self._report = time.monotonic()
-        for own in self._mine.values():
-            own.set_user_attr(SEEN, time.time())
+        for trial_of_study in self._mine.values():
+            trial_of_study.set_user_attr(SEEN, time.time())
 
     def _open(self) -> optuna.Study:
         settings, optuna_ = self._settings, self._optuna
@@ -208,12 +210,12 @@ class Study:
     def _check(self) -> None:
         """Raises UserError where the study that was found has other objectives or another space."""
         study, optuna_ = self._study, self._optuna
-        before = study.user_attrs.get(OBJECTIVES)
-        if before is None:
+        objectives_before = study.user_attrs.get(OBJECTIVES)
+        if objectives_before is None:
             study.set_user_attr(OBJECTIVES, self._objectives)
-        elif before != self._objectives:
-            fix = f"sweep.objective=[{','.join(before)}], or another sweep.dir (with a storage: another sweep.study)"
-            reason = f"the study {study.study_name} compares trials by {', '.join(before)}"
+        elif objectives_before != self._objectives:
+            fix = f"sweep.objective=[{','.join(objectives_before)}], or another sweep.dir (with a storage: another sweep.study)"
+            reason = f"the study {study.study_name} compares trials by {', '.join(objectives_before)}"
             raise UserError(Problem("sweep.objective", reason, fix, f"[{','.join(self._objectives)}]"))
         problems: dict[str, Problem] = {}
         for trial in study.get_trials(deepcopy=False):
@@ -243,8 +245,8 @@ class Study:
     def _enqueue_all(self) -> int:
         """`sweep.sampler=grid`: every combination waits in the study, once. (Optuna's own grid sampler ends the study from
         inside, which its ask-and-tell interface does not allow.)"""
-        combinations = [one.plain for one in grid(self._axes)]
-        known = [
+        combinations = [assignment.plain for assignment in grid(self._axes)]
+        enqueued = [
             frozen.params or frozen.system_attrs.get("fixed_params")
             for frozen in self._study.get_trials(deepcopy=False)
             if frozen.state is not self._optuna.trial.TrialState.FAIL
@@ -252,7 +254,7 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for values in combinations:
-                if values not in known:
+                if values not in enqueued:
                     self._study.enqueue_trial(values)
         return len(combinations)
 
