@@ -92,8 +92,8 @@ def _same_weights(resumed: Path, undisturbed: Path) -> list[str]:
     files = sorted(undisturbed.glob("*.safetensors"))
     assert files, f"there are no weights in {undisturbed}"
     for file in files:
-        same = file.read_bytes() == (resumed / file.name).read_bytes()
-        assert same, f"the weights of a resumed run differ from those of an undisturbed one: {file.name}"
+        are_equal = file.read_bytes() == (resumed / file.name).read_bytes()
+        assert are_equal, f"the weights of a resumed run differ from those of an undisturbed one: {file.name}"
     return [file.name for file in files]
 
 
@@ -107,7 +107,7 @@ def _evaluated(run: Any) -> dict[str, Any]:
     return measured
 
 
-def _same(what: str, found: Sequence[float], expected: Sequence[float], tolerance: float) -> None:
-    pairs = zip(found, expected, strict=True)
-    same = all(math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance) for one, other in pairs)
-    assert same, f"{what} differ: {list(found)}, expected {list(expected)}"
+def _same(name: str, values: Sequence[float], expected: Sequence[float], tolerance: float) -> None:
+    pairs = zip(values, expected, strict=True)
+    are_equal = all(math.isclose(value, other, rel_tol=tolerance, abs_tol=tolerance) for value, other in pairs)
+    assert are_equal, f"{name} differ: {list(values)}, expected {list(expected)}"

@@ -62,8 +62,8 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _texts(one)
+        for part in value.values():
+            yield from _texts(part)
     elif isinstance(value, Sequence):
-        for one in value:
-            yield from _texts(one)
+        for part in value:
+            yield from _texts(part)
