@@ -190,13 +190,13 @@ class Activities(logging.Handler):
 def console_activities(console: Console) -> Iterator[None]:
     """While open, `console` shows what dstune's own modules report."""
     logger = logging.getLogger("dstune")
-    before = logger.handlers, logger.level, logger.propagate
+    settings_before = logger.handlers, logger.level, logger.propagate
     show_activities(console)
     try:
         yield
     finally:
         console.close()
-        logger.handlers, logger.level, logger.propagate = before
+        logger.handlers, logger.level, logger.propagate = settings_before
 
 
 def show_activities(console: Console) -> None:

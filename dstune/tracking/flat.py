@@ -16,8 +16,8 @@ def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that are numbers; `skipped`, a text, as 1."""
-    found = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-    return found | ({"skipped": 1.0} if "skipped" in metrics else {})
+    number_by_name = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
+    return number_by_name | ({"skipped": 1.0} if "skipped" in metrics else {})
 
 
 def indented(text: str) -> str:

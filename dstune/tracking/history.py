@@ -27,22 +27,25 @@ class History:
 
     def rows(self) -> Iterator[Row]:
         """One row a step, in the order of the steps."""
-        answers = {step: tuple(found) for step, found in groupby(self._samples, key=lambda row: row["step"])}
-        left = self._seconds
+        answers = {
+            step: tuple(answers_of_step)
+            for step, answers_of_step in groupby(self._samples, key=lambda row: row["step"])
+        }
+        seconds_left = self._seconds
         report: tuple[dict[str, Any], ...] = ()
 
         def answered(step: int, metrics: dict[str, Any]) -> Row:
             nonlocal report
             new = answers.pop(step, ())
             report += new
-            return Row(step, metrics, self._now - left, report if new else ())
+            return Row(step, metrics, self._now - seconds_left, report if new else ())
 
         for step, rows in groupby(_lines(self._metrics, self._metrics_size), key=lambda row: row["step"]):
             for earlier in sorted(other for other in answers if other < step):
                 yield answered(earlier, {})
             metrics: dict[str, Any] = {}
             for row in rows:
-                left -= _seconds(row)
+                seconds_left -= _seconds(row)
                 metrics |= {name: value for name, value in row.items() if name != "step"}
             yield answered(step, metrics)
         for step in sorted(answers):
@@ -58,5 +61,5 @@ def _lines(path: Path, size: int) -> Iterator[dict[str, Any]]:
 
 
 def _seconds(row: dict[str, Any]) -> float:
-    found = (row.get("step_seconds"), row.get("eval/seconds"))
-    return sum(one for one in found if isinstance(one, int | float) and abs(one) < 2**53)
+    values = (row.get("step_seconds"), row.get("eval/seconds"))
+    return sum(value for value in values if isinstance(value, int | float) and abs(value) < 2**53)

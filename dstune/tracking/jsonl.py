@@ -59,8 +59,8 @@ def rewind(path: Path, step: int) -> None:
     Raises UserError where there are rows to keep and the file is a link, or none.
     """
     lines = files.read_plain(path).splitlines(keepends=True) if step >= 0 else []
-    kept = [line for line in lines if _is_row_until(line, step)]
-    files.write(path, b"".join(kept), sync=True)
+    kept_lines = [line for line in lines if _is_row_until(line, step)]
+    files.write(path, b"".join(kept_lines), sync=True)
 
 
 def rows_of(path: Path, step: int) -> list[dict[str, Any]]:
@@ -73,8 +73,8 @@ def _is_row_until(line: bytes, step: int) -> bool:
     if not line.endswith(b"\n"):
         return False
     try:
-        found = parse_json(line)["step"]
-        return type(found) is int and found <= step
+        row_step = parse_json(line)["step"]
+        return type(row_step) is int and row_step <= step
     except (ValueError, KeyError, TypeError):
         # A crash of the machine can leave a block of zeros where a line was being written.
         return False

@@ -46,9 +46,9 @@ class RunLog:
         files = run_dir / "metrics.jsonl", run_dir / "samples.jsonl"
         self._metrics, self._samples = (JsonLines(file, keep_until=resumed_at_step) for file in files)
         # What an earlier launch wrote behind its last save, and this one comes to again: a killed run's last evaluations.
-        there = [[] if resumed_at_step is None else rows_of(file, resumed_at_step) for file in files]
-        self._measured = {(row["step"], frozenset(row)) for row in there[0]}
-        self._answered = {(row["step"], row.get("prompt")) for row in there[1]}
+        rows_by_file = [[] if resumed_at_step is None else rows_of(file, resumed_at_step) for file in files]
+        self._measured = {(row["step"], frozenset(row)) for row in rows_by_file[0]}
+        self._answered = {(row["step"], row.get("prompt")) for row in rows_by_file[1]}
         self._row: Row | None = None
         """The step that is not with the trackers yet: they get it once, with its evaluation and answers."""
         self._answers: tuple[Mapping[str, Any], ...] = ()

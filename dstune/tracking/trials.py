@@ -60,32 +60,32 @@ def record_path(sweep: Path, name: str) -> Path:
 
 def read_record(path: Path) -> Record | None:
     """None where the file is absent, torn or of something else."""
-    known = {one.name for one in fields(Record)}
+    names = {record_field.name for record_field in fields(Record)}
     try:
         content = parse_json(read_file(path))
-        found = Record(**{name: value for name, value in content.items() if name in known})
-        return found if _is_record(found) else None
+        record = Record(**{name: value for name, value in content.items() if name in names})
+        return record if _is_record(record) else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def _is_record(found: Any) -> bool:
+def _is_record(record: Any) -> bool:
     """Whether the values of a Record are of the kinds that a sweep writes."""
-    texts = (found.name, found.status, found.reason, found.place)
-    if not all(isinstance(value, str) for value in texts) or "/" in found.name or found.name in ("", ".", ".."):
+    texts = (record.name, record.status, record.reason, record.place)
+    if not all(isinstance(value, str) for value in texts) or "/" in record.name or record.name in ("", ".", ".."):
         return False
-    if not isinstance(found.values, dict) or not isinstance(found.objective, dict):
+    if not isinstance(record.values, dict) or not isinstance(record.objective, dict):
         return False
-    numbers = (found.number, found.seconds, found.starts, *found.objective.values())
+    numbers = (record.number, record.seconds, record.starts, *record.objective.values())
     if not all(isinstance(value, float) or (type(value) is int and abs(value) < 2**63) for value in numbers):
         return False
-    return 0 <= found.seconds < MAX_SECONDS  # which NaN is not
+    return 0 <= record.seconds < MAX_SECONDS  # which NaN is not
 
 
 def read_records(sweep: Path) -> list[Record]:
     """All trials, by their number."""
-    found = [read_record(path) for path in (sweep / RECORDS).glob("*.json")]
-    return sorted((one for one in found if one is not None), key=lambda one: (one.number, one.name))
+    records = [read_record(path) for path in (sweep / RECORDS).glob("*.json")]
+    return sorted((record for record in records if record is not None), key=lambda record: (record.number, record.name))
 
 
 def objectives_of(sweep: Path) -> list[str]:
@@ -119,14 +119,14 @@ def _is_logarithmic(values: Any) -> bool:
     return min(factors) > 1.5 and max(factors) < 1.2 * min(factors)
 
 
-def ranked(found: Sequence[Record], objective: str) -> list[Record]:
+def ranked(records: Sequence[Record], objective: str) -> list[Record]:
     """Best first; a pruned trial behind those that ran to their end, and then those that have no end."""
 
-    def key(one: Record) -> tuple[int, bool, float]:
-        rank = 2 if one.status not in FINISHED else 1 if one.status == "pruned" else 0
-        return (rank, *best_first(one.objective.get(objective), objective))
+    def key(record: Record) -> tuple[int, bool, float]:
+        rank = 2 if record.status not in FINISHED else 1 if record.status == "pruned" else 0
+        return (rank, *best_first(record.objective.get(objective), objective))
 
-    return sorted(found, key=key)
+    return sorted(records, key=key)
 
 
 def best_first(value: float | None, objective: str) -> tuple[bool, float]:
@@ -136,15 +136,20 @@ def best_first(value: float | None, objective: str) -> tuple[bool, float]:
     return (False, value if less_is_better(objective) else -value)
 
 
-def unbeaten(found: Sequence[Record], objectives: Sequence[str]) -> set[str]:
+def unbeaten(records: Sequence[Record], objectives: Sequence[str]) -> set[str]:
     """Names of the finished trials that no other beats in all objectives (the Pareto front)."""
-    whole = [one for one in found if one.status in ("completed", "stopped") and set(objectives) <= set(one.objective)]
-    costs = {one.name: tuple(best_first(one.objective[name], name)[1] for name in objectives) for one in whole}
+    whole = [
+        record
+        for record in records
+        if record.status in ("completed", "stopped") and set(objectives) <= set(record.objective)
+    ]
+    costs = {record.name: tuple(best_first(record.objective[name], name)[1] for name in objectives) for record in whole}
 
     def beaten(name: str) -> bool:
-        own = costs[name]
+        trial_costs = costs[name]
         return any(
-            all(theirs <= mine for theirs, mine in zip(other, own, strict=True)) and other != own
+            all(other_cost <= trial_cost for other_cost, trial_cost in zip(other, trial_costs, strict=True))
+            and other != trial_costs
             for other in costs.values()
         )
 
@@ -167,15 +172,15 @@ def reached(
         at_best = [row for row in rows if row["step"] == best.get("step") and f"eval/{best.get('metric')}" in row]
         if at_best:
             evaluated = {name.removeprefix("eval/"): value for name, value in at_best[-1].items()}
-    found = {}
+    objective_values = {}
     for name in objectives:
         if name == TRAINING_LOSS:
             value = _training_loss(rows)
         else:
             value = result.get(name) if name in COSTS else evaluated.get(name)
         if isinstance(value, (int, float)) and math.isfinite(value):
-            found[name] = float(value)
-    return found
+            objective_values[name] = float(value)
+    return objective_values
 
 
 def _training_loss(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -195,8 +200,12 @@ def finished_trials(
     status = str(result.get("status") or "")
     if record.status != "running" or not status:
         return record
-    found = reached(result, rows, objectives, of_best=of_best) if status in FINISHED else {}
+    objective_values = reached(result, rows, objectives, of_best=of_best) if status in FINISHED else {}
     seconds = record.seconds or float(result.get("seconds") or 0.0)
     return replace(
-        record, status=status, reason=str(result.get("reason") or ""), objective=found, seconds=round(seconds, 1)
+        record,
+        status=status,
+        reason=str(result.get("reason") or ""),
+        objective=objective_values,
+        seconds=round(seconds, 1),
     )

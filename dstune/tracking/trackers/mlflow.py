@@ -86,10 +86,12 @@ class Mlflow(Tracker):
                 "mlflow", SKIP, "the package mlflow is not installed", "pip install '.[mlflow]' in a clone of dstune"
             )
             return
-        found = ", ".join(
-            f"{one.name} {one.version}" for one in distributions() if one.name in ("mlflow", "mlflow-skinny")
+        versions = ", ".join(
+            f"{distribution.name} {distribution.version}"
+            for distribution in distributions()
+            if distribution.name in ("mlflow", "mlflow-skinny")
         )
-        yield Check("mlflow", PASS, f"{found}; never run on Databricks itself, see docs/registry.md")
+        yield Check("mlflow", PASS, f"{versions}; never run on Databricks itself, see docs/registry.md")
 
     def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, fresh: bool):
         super().__init__(config, run_dir, warn, fresh=fresh)
@@ -156,8 +158,8 @@ class Mlflow(Tracker):
 
         tracking = self._config.tracking
         name = experiment_of(str(tracking.project), str(tracking.mlflow.uri))
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        existing = self._client.get_experiment_by_name(name)
+        experiment = existing.experiment_id if existing else self._client.create_experiment(name)
         tags = {f"dstune.tag.{number}": tag for number, tag in enumerate(to_dict(tracking.tags))}
         if tracking.group is not None:
             tags["dstune.group"] = tracking.group

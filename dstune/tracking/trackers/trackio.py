@@ -45,8 +45,8 @@ class Trackio(Tracker):
             if earlier.name == name:
                 earlier.delete()
         settings = {key: value for key, value in flat(to_dict(self._config)).items() if value is not None}
-        given = {"group": tracking.group, "config": settings, "embed": False}
-        self._run = trackio.init(tracking.project, name=name, auto_log_gpu=False, auto_log_cpu=False, **given)
+        options = {"group": tracking.group, "config": settings, "embed": False}
+        self._run = trackio.init(tracking.project, name=name, auto_log_gpu=False, auto_log_cpu=False, **options)
         self._markdown = trackio.Markdown
         for row in past:
             self.write(row)

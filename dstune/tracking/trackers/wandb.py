@@ -74,8 +74,8 @@ class Wandb(Tracker):
 
     @classmethod
     def names(cls, tracking: TrackingConfig) -> Mapping[str, str | None]:
-        own = tracking.wandb
-        return {"tracking.wandb.entity": own.entity, "tracking.wandb.name": own.name, "tracking.wandb.id": own.id}
+        wandb = tracking.wandb
+        return {"tracking.wandb.entity": wandb.entity, "tracking.wandb.name": wandb.name, "tracking.wandb.id": wandb.id}
 
     @classmethod
     def needs_variables(cls, tracking: TrackingConfig) -> bool:
@@ -97,10 +97,10 @@ class Wandb(Tracker):
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
         file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
         try:
-            known = file.is_file() and netrc.netrc(file).authenticators(host) is not None
+            has_key = file.is_file() and netrc.netrc(file).authenticators(host) is not None
         except (netrc.NetrcParseError, OSError):
-            known = False
-        if known:
+            has_key = False
+        if has_key:
             yield Check("W&B", PASS, f"a key for {host} in {file}")
         else:
             yield Check("W&B", SKIP, "not logged in; tracking.wandb.mode=offline needs no key", "wandb login")
@@ -212,9 +212,9 @@ class Wandb(Tracker):
         )
 
     def _run_id(self) -> str:
-        given = self._config.tracking.wandb.id
-        if given is not None or not self._id.exists():
-            files.write(self._id, given or secrets.token_hex(8))
+        chosen_id = self._config.tracking.wandb.id
+        if chosen_id is not None or not self._id.exists():
+            files.write(self._id, chosen_id or secrets.token_hex(8))
         return files.read_plain(self._id).decode().strip()
 
     def _remove_older(self) -> None:
