@@ -24,6 +24,20 @@ HELD_OUT = "held_out.npy"
 
 
 @dataclass(frozen=True)
+class TargetStates:
+    """A vector for each target of each row of a table."""
+
+    values: np.ndarray
+    """[targets of all rows, size of a vector], float32, or the bits of numbers of two bytes as int16."""
+    starts: np.ndarray
+    """Where those of each row begin, int64 [rows + 1]."""
+
+    def of(self, row: int) -> np.ndarray:
+        """[targets of the row, size of a vector]."""
+        return self.values[self.starts[row] : self.starts[row + 1]]
+
+
+@dataclass(frozen=True)
 class Split:
     """Samples of one part (train, validation or test)."""
 
@@ -44,6 +58,8 @@ class Split:
     """Which row of `table` each sample is, where the split is a part of it; None for all rows in order."""
     reference: np.ndarray | None = None
     """What the reference model says of each row of `table`: log-probabilities, float32 [rows, answers]."""
+    target_states: TargetStates | None = None
+    """What another model makes of each row's targets."""
     origins: np.ndarray | None = None
     """Number of the row that each sample is of, int32 [samples], from 0 in the split's order; validation and test only."""
     texts: datasets.Dataset | None = None

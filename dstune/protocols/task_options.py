@@ -170,8 +170,10 @@ class ComparesAnswers(Protocol):
 class KeepsFurtherModels(Protocol):
     """A task whose further models stay in memory while the model trains: a plan counts them."""
 
-    resident_models: ClassVar[tuple[FurtherModel, ...]] = ()
-    """At stage 3 partitioned, beside a whole copy of their vocabulary projection; else whole on every rank."""
+    @property
+    def resident_models(self) -> tuple[FurtherModel, ...]:
+        """At stage 3 partitioned, beside a whole copy of their vocabulary projection; else whole on every rank."""
+        return ()
 
 
 @runtime_checkable

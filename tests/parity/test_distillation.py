@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from parity.reference import descend
@@ -45,10 +46,12 @@ KINDS = {
     "projection": ["task.beta=0.3", "method=lora", "method.rank=4", "method.target_modules=[q_proj,lm_head]"],
     "capped": ["task.beta=0.5", "model.path={folder}/capped", "task.teacher={folder}/scaled", "data.packing=false"],
     "own": ["task.beta=0.5", "task.on_policy=0.765", "task.max_new_tokens=9", "trainer.global_batch_size=3"],
+    "kept": ["task.beta=0.5", "task.teacher_cache=true", "trainer.global_batch_size=3"],
+    "kept-padded": ["task.beta=0.3", "task.teacher_cache=true", "data.packing=false", "method=lora", "method.rank=4"],
     "text": ["task.beta=0", "data.train={folder}/texts.jsonl", "trainer.global_batch_size=3"],
 }
 CELLS = {
-    1: [("forward", 0), ("capped", 2), ("text", 0)],
+    1: [("forward", 0), ("capped", 2), ("text", 0), ("kept", 0)],
     2: [
         ("forward", 3),
         ("reverse", 1),
@@ -60,12 +63,14 @@ CELLS = {
         ("capped", 3),
         ("own", 0),
         ("own", 3),
+        ("kept", 3),
+        ("kept-padded", 2),
         ("itself", 3),
         ("itself", 0),
     ],
-    3: [("between", 3), ("lora", 2), ("packed", 0), ("own", 2)],
+    3: [("between", 3), ("lora", 2), ("packed", 0), ("own", 2), ("kept-padded", 3)],
 }
-RESUMED = {"packed": 3, "lora": 2, "own": 2}
+RESUMED = {"packed": 3, "lora": 2, "own": 2, "kept": 2}
 
 
 def save_capped(folder: Path) -> None:
@@ -205,6 +210,14 @@ def test_a_share_of_the_steps_is_on_own_answers(workshop):
 def test_resumed_equals_uninterrupted_to_the_bit(workshop, kind):
     assert workshop.result(f"{kind}-cut")["status"] == "completed"
     assert workshop.rows(f"{kind}-whole") == workshop.rows(f"{kind}-cut")
+
+
+def test_what_a_teacher_says_is_kept_for_later_runs(workshop):
+    (entry,) = (entry for entry in (workshop.folder / "cache" / "teachers").iterdir() if entry.is_dir())
+    states = np.load(entry / "train.npy")
+    assert states.dtype == np.float32 and states.shape[1] == 48 and np.abs(states).max(axis=1).min() > 0
+    later = workshop.folder / "kept-whole" / "run.yaml"
+    assert (entry / "train.npy").stat().st_mtime < later.stat().st_mtime
 
 
 def test_evaluations_tell_the_text_from_the_teacher(workshop, capsys):

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dstune.protocols import task
 from dstune.protocols.task import FurtherModel, TaskConfig
-from dstune.protocols.task_options import KeepsFurtherModels, NeedsReference, TrainsOnRollouts
+from dstune.protocols.task_options import BuildsBatches, KeepsFurtherModels, NeedsReference, TrainsOnRollouts
 from dstune.tasks.chat import Chat
 from dstune.tasks.distillation import rules
 from dstune.tasks.distillation.config import DistillationConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedModel
 
     from dstune.config.schema import Precision, RunConfig
     from dstune.core.distributed import World
     from dstune.core.errors import Problem
     from dstune.data.prepared import PreparedData, Split
+    from dstune.data.sampler import MicroBatch
     from dstune.data.tokenize.sample import Encoder
     from dstune.models.heads import Head, Rows
     from dstune.tasks.distillation.rollout import OwnAnswers
@@ -32,7 +34,7 @@ TEXTS = ("text", "tokens")
 
 
 @task
-class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
+class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, TrainsOnRollouts):
     Config = DistillationConfig
     config: DistillationConfig
 
@@ -45,7 +47,6 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
     frozen_keys: ClassVar[tuple[str, ...]] = ("template_date", "teacher_revision")
     unrecorded: ClassVar[tuple[str, ...]] = ("teacher", "teacher_revision")  # a path of this machine, perhaps
     further_models = (FurtherModel("teacher", "teacher_revision"),)
-    resident_models = further_models
     metrics: ClassVar[tuple[str, ...]] = ("loss", "text_loss", "perplexity", "token_accuracy", "bits_per_byte")
 
     def __init__(self, config: Any):
@@ -53,6 +54,10 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
         self._teacher: Teacher | None = None
         # Without a teacher of its own the model goes through each micro-batch twice.
         self.one_pass = config.teacher is not None
+
+    @property
+    def resident_models(self) -> tuple[FurtherModel, ...]:
+        return () if self.config.teacher_cache else self.further_models
 
     @property
     def whole_batch_loss(self) -> bool:
@@ -87,11 +92,23 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, TrainsOnRollouts):
     def before_loading(
         self, run: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
     ) -> PreparedData:
+        from dstune.tasks.distillation.cached_teacher import with_cached_teacher
         from dstune.tasks.distillation.teacher import load_teacher
 
-        if self.config.teacher is not None:
+        if self.config.teacher_cache:
+            data, self._teacher = with_cached_teacher(run, data, tokenizer, world, precision)
+        elif self.config.teacher is not None:
             self._teacher = load_teacher(run, tokenizer, world, precision)
         return data
+
+    def collate(
+        self, run: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool
+    ) -> dict[str, np.ndarray] | None:
+        from dstune.tasks.distillation.cached_teacher import batch_with_states
+
+        if split.target_states is None:
+            return None
+        return batch_with_states(run, split, micro_batch, pad_token_id, with_index=with_index)
 
     def head(self, model: PreTrainedModel, rows: Rows | None = None) -> Head:
         from dstune.tasks.distillation.head import DistillationHead

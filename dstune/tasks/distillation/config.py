@@ -18,6 +18,9 @@ class DistillationConfig(ChatConfig):
     When not given, the model itself with its new adapter switched off, which holds a run with `text_weight` near its start."""
     teacher_revision: str | None = None
     """Branch, tag or commit of `teacher` on the hub; resolved to a commit before the ranks start."""
+    teacher_cache: bool = False
+    """Let the teacher read all rows once, before the model is loaded, and keep its hidden states of their targets in the cache
+    (`DSTUNE_CACHE`): it is not in memory beside the model, and neither later epochs nor later runs on the same rows run it."""
     beta: float = setting(0.5, at_least=0.0, at_most=1.0)
     """Which divergence: 0 is the forward KL of the student from the teacher, 1 the reverse KL, between them the generalised
     Jensen-Shannon divergence (TRL's GKD: `beta`)."""

@@ -19,7 +19,7 @@ from dstune.models.divergence import (
     measured_divergence,
     projected_divergence,
 )
-from dstune.models.heads.base import Batch, Forward, HeadOutput, Rows, inputs_of
+from dstune.models.heads.base import Batch, Forward, HeadOutput, Rows
 from dstune.models.heads.language import KEPT, TARGETS, positions_with_target
 from dstune.models.logit_transform import LogitTransform
 from dstune.tasks.distillation.config import DistillationConfig
@@ -71,7 +71,7 @@ class DistillationHead(ProbedHead):
     ) -> Taught:
         if self._teacher is None:
             return self._without_adapter(forward, inputs, positions, width)
-        return self._teacher.observe(forward, inputs_of(batch), positions, width)
+        return self._teacher.observe(forward, batch, positions, width)
 
     def _without_adapter(
         self, forward: Forward, inputs: Mapping[str, Any], positions: Tensor, width: int

@@ -32,6 +32,7 @@ def check(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
         reason = "nothing of the loss is left to the teacher"
         yield Problem("task.text_weight", reason, "less than 1, or task=chat", format_value(task.text_weight))
     yield from _check_own_answers(config, task)
+    yield from _check_cache(config, task)
     if config.model.add_tokens:
         reason = "the teacher does not have these tokens"
         fix = "model.add_tokens=[], or a model and a teacher that have them"
@@ -67,6 +68,20 @@ def _check_own_answers(config: RunConfig, task: DistillationConfig) -> Iterator[
     if isinstance(config.trainer.micro_batch_size, Automatic):
         reason = "it is measured with rows as they are, before the model has answered any prompt"
         yield Problem("trainer.micro_batch_size", reason, "trainer.micro_batch_size=8, or as many as fit", "auto")
+
+
+def _check_cache(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:
+    if not task.teacher_cache:
+        return
+    if task.teacher is None:
+        reason = "no teacher is given, and the model with its adapter switched off is in memory anyway"
+        yield Problem("task.teacher_cache", reason, f"task.teacher_cache=false, or {TEACHERS}", "true")
+    if task.on_policy:
+        reason = "the teacher has to read the model's own answers while they come"
+        yield Problem("task.teacher_cache", reason, "task.teacher_cache=false, or task.on_policy=0", "true")
+    if config.data.streaming:
+        reason = "a stream has no rows that the teacher could read before training"
+        yield Problem("data.streaming", reason, "data.streaming=false, or task.teacher_cache=false", "true")
 
 
 def _check_adapter_off(config: RunConfig, task: DistillationConfig) -> Iterator[Problem]:

@@ -15,7 +15,8 @@ from dstune.config.schema import ModelConfig, OptimizerOffload, Precision, RunCo
 from dstune.core.distributed import World
 from dstune.core.errors import Problem, UserError
 from dstune.models.cross_entropy import chunk_rows
-from dstune.models.heads.language import CausalLmHead
+from dstune.models.heads.base import Batch, inputs_of
+from dstune.models.heads.language import CausalLmHead, positions_with_target
 from dstune.models.load import load_model, load_tokenizer
 from dstune.models.logit_transform import LogitTransform, possible_transforms
 from dstune.models.packing import TOLERANCE, contamination
@@ -39,7 +40,7 @@ class Taught(Protocol):
 
 
 class Teacher(Protocol):
-    def observe(self, forward: Any, inputs: Mapping[str, Tensor], positions: Tensor, width: int) -> Taught:
+    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> Taught:
         """Return the teacher's logits at some positions, chunk by chunk. forward: of the model that trains. positions: indices
         into all rows end to end, each of `width` positions. Called without gradients; at stage 3 by every rank equally
         often."""
@@ -118,8 +119,35 @@ class LoadedTeacher:
             copies = [weight.detach().clone() if engine.stage == 3 else weight.detach() for weight in weights]
         self._weight, self._bias = copies[0], copies[1] if len(copies) > 1 else None
 
-    def observe(self, forward: Any, inputs: Mapping[str, Tensor], positions: Tensor, width: int) -> Taught:
-        hidden = self._head.hidden_states(self._engine.forward, inputs, positions, width)
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def dtype(self) -> str:
+        """That of its weights and hidden states, such as `bfloat16`."""
+        return str(self._weight.dtype).removeprefix("torch.")
+
+    @property
+    def transform(self) -> LogitTransform:
+        return self._head.transform
+
+    def projection(self) -> dict[str, Tensor]:
+        """Its `weight` and, where it has one, its `bias`, on the host."""
+        weights = {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
+        return {name: value.cpu().contiguous() for name, value in weights.items()}
+
+    @torch.no_grad()
+    def states_of(self, batch: Batch) -> Tensor:
+        """Its last hidden states in front of each target of a batch, row by row: [targets, hidden size]. At stage 3 every rank
+        calls this."""
+        labels = self._head.labels_of(batch)
+        return self._head.hidden_states(
+            self._engine.forward, inputs_of(batch), positions_with_target(labels), labels.shape[1]
+        )
+
+    def observe(self, forward: Any, batch: Batch, positions: Tensor, width: int) -> Taught:
+        hidden = self._head.hidden_states(self._engine.forward, inputs_of(batch), positions, width)
         rows = chunk_rows(hidden, len(self._weight))
         return ChunkedLogits(hidden, self._project, self._head.transform, rows)
 
@@ -136,7 +164,7 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
     Raises:
         UserError: it has other tokens than the model, no plain projection, or lets packed samples see each other.
     """
-    teacher_config = _run_of_teacher(config)
+    teacher_config = run_of_teacher(config)
     path = teacher_config.model.path
     _check_tokens(tokenizer.get_vocab(), load_tokenizer(teacher_config.model).get_vocab(), path)
     activity.info("loading the teacher %s", path)
@@ -158,7 +186,7 @@ def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Pre
     return LoadedTeacher(engine, head, projection)
 
 
-def _run_of_teacher(config: RunConfig) -> RunConfig:
+def run_of_teacher(config: RunConfig) -> RunConfig:
     """The configuration under which the teacher is the model."""
     task = config.task
     assert isinstance(task, DistillationConfig) and task.teacher is not None

@@ -53,7 +53,7 @@ def with_reference(
     if not is_cached or _other_model(config) is not None:
         return data
     assert isinstance(head, (PairHead, JudgedHead))
-    cache = _Cache(cache_root(), data, _identity(config, world), precision)
+    cache = _Cache(cache_root(), data, identity_at_start(config, world), precision)
     return cache.filled(data, world, lambda: _compute(config, data, engine, head, world, pad_token_id))
 
 
@@ -70,7 +70,7 @@ def with_reference_model(
         reason = "the reference has other tokens than the model, so their probabilities cannot be compared"
         raise UserError(Problem("task.reference_model", reason, "give a model of the same family", other.model.path))
     # Tokens that the run has added (`model.add_tokens`, a template's) get the rows that they have at the run's start.
-    identity = [*_identity(other, world), config.trainer.seed if len(model_ids) > len(reference_ids) else None]
+    identity = [*identity_at_start(other, world), config.trainer.seed if len(model_ids) > len(reference_ids) else None]
     cache = _Cache(cache_root(), data, identity, precision)
 
     def compute() -> dict[str, np.ndarray]:
@@ -161,7 +161,7 @@ def _compute(
     return logps_by_part
 
 
-def _identity(config: RunConfig, world: World) -> list[Any]:
+def identity_at_start(config: RunConfig, world: World) -> list[Any]:
     """What tells the model that `config` starts from: the bytes of its files, of which every rank reads its share."""
     model = config.model
     settings: list[Any] = [model.weights.name, model.config_overrides, model.add_tokens, model.attention.name]
