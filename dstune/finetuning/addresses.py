@@ -61,20 +61,20 @@ def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the internet, also inside of the forms that carry an IPv4 address."""
-    found = _address(address)
-    if found is None:
+    parsed = _address(address)
+    if parsed is None:
         return False
-    if isinstance(found, ipaddress.IPv6Address):
-        for inner in (found.ipv4_mapped, found.sixtofour, (found.teredo or (None, None))[1]):
+    if isinstance(parsed, ipaddress.IPv6Address):
+        for inner in (parsed.ipv4_mapped, parsed.sixtofour, (parsed.teredo or (None, None))[1]):
             if inner is not None:
                 return is_public(str(inner))
-        if found in _TRANSLATED:
-            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
-        if found not in _GLOBAL_UNICAST:
+        if parsed in _TRANSLATED:
+            return is_public(str(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)))
+        if parsed not in _GLOBAL_UNICAST:
             return False
-    if any(found in network for network in _SPECIAL):
+    if any(parsed in network for network in _SPECIAL):
         return False
-    return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or parsed.is_unspecified)
 
 
 _NUMERIC = re.compile(r"(^|\.)(\d+|0x[0-9a-f]*)\.?$")
@@ -110,9 +110,9 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
         results: list[ResolveResult] = []
-        for kind, _, protocol, _, place in found:
+        for kind, _, protocol, _, place in addresses:
             if not is_public(str(place[0])):
                 raise Refused(f"{host} is in a network that is not public")
             results.append(

@@ -114,12 +114,12 @@ class Blobs:
         """The bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
         link(self._path(blob), target)
 
-    def sweep(self, known: Iterable[str]) -> int:
+    def sweep(self, referenced: Iterable[str]) -> int:
         """Remove what no row of the database names, as a crash leaves it, when it is old enough that nobody is about to name
         it; the number of files."""
         removed = _remove_old(self._scratch.iterdir())
-        kept = set(known)
-        return removed + _remove_old(path for path in self.folder.glob("*/*") if path.name not in kept)
+        named_blobs = set(referenced)
+        return removed + _remove_old(path for path in self.folder.glob("*/*") if path.name not in named_blobs)
 
     def _path(self, blob: str) -> Path:
         return self.folder / blob[-2:].lower() / blob
@@ -165,11 +165,11 @@ class RemoteBlobs(Blobs):
     def snapshot(self, blob: str, target: Path) -> None:
         self._store.get_file(self._place(blob), str(target))
 
-    def sweep(self, known: Iterable[str]) -> int:
-        removed, kept = _remove_old(self._scratch.iterdir()), set(known)
+    def sweep(self, referenced: Iterable[str]) -> int:
+        removed, named_blobs = _remove_old(self._scratch.iterdir()), set(referenced)
         for place in self._store.find(self._root):
             blob = str(place).rsplit("/", 1)[-1]
-            if blob not in kept and time.time() - self._store.modified(place).timestamp() > STALE_SECONDS:
+            if blob not in named_blobs and time.time() - self._store.modified(place).timestamp() > STALE_SECONDS:
                 self.remove(blob)
                 removed += 1
         return removed

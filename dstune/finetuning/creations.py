@@ -38,8 +38,8 @@ class Attempt:
     @classmethod
     def of(cls, request: Request, route: str, digest: str) -> Attempt:
         """digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
-        given = request.header("idempotency-key")
-        if given and not (len(given) <= 255 and given.isprintable() and given.isascii()):
+        key = request.header("idempotency-key")
+        if key and not (len(key) <= 255 and key.isprintable() and key.isascii()):
             raise ApiError(400, "Idempotency-Key must be 1 to 255 printable characters.", param="Idempotency-Key")
         count = request.header("x-stainless-retry-count")
         return cls(
@@ -47,7 +47,7 @@ class Attempt:
             request.key.id,
             route,
             digest,
-            given or None,
+            key or None,
             repeated=is_repetition(count),
             window=3 * _timeout(request.header("x-stainless-read-timeout")),
             began=time.time() - (time.monotonic() - request.began),
@@ -57,9 +57,9 @@ class Attempt:
         """The id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
         where the same Idempotency-Key stood before another content."""
         if self.idempotency_key is not None:
-            named = Creation.idempotency_key == self.idempotency_key
+            has_this_key = Creation.idempotency_key == self.idempotency_key
             row = session.scalar(
-                select(Creation).where(Creation.project == self.project, Creation.route == self.route, named)
+                select(Creation).where(Creation.project == self.project, Creation.route == self.route, has_this_key)
             )
             if row is None:
                 return None

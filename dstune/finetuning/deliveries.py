@@ -46,7 +46,7 @@ class Deliveries:
 
     def _claim(self) -> list[tuple[Delivery, WebhookEndpoint]]:
         """Of as many endpoints as there are places, whichever: one that does not answer must not keep others waiting."""
-        now, found = time.time(), []
+        now, claimed = time.time(), []
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "deliveries")
             due = (Delivery.state == "waiting", Delivery.next_at <= now)
@@ -60,9 +60,9 @@ class Deliveries:
                         delivery.state = "dropped"
                         continue
                     delivery.next_at, delivery.attempts = now + LEASE_SECONDS, delivery.attempts + 1
-                    found.append((delivery, endpoint))
+                    claimed.append((delivery, endpoint))
             session.execute(delete(Delivery).where(Delivery.state != "waiting", Delivery.next_at < now - KEPT_SECONDS))
-        return found
+        return claimed
 
     async def _send(self, delivery: Delivery, endpoint: WebhookEndpoint) -> None:
         status = await self._webhooks.send(endpoint, delivery.id, delivery.body)

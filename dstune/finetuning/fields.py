@@ -28,8 +28,8 @@ class Body(validation.Body):
     def _refuse_unknown(cls, value: Any) -> Any:
         """Nothing that a client sets is dropped without a word."""
         if isinstance(value, dict) and (unknown := set(map(str, value)) - cls.accepted(value)):
-            known = sorted(cls.accepted(value))
-            raise PydanticCustomError(UNKNOWN, "is unknown", {"name": min(unknown), "accepted": known})
+            accepted = sorted(cls.accepted(value))
+            raise PydanticCustomError(UNKNOWN, "is unknown", {"name": min(unknown), "accepted": accepted})
         return value
 
     @classmethod
@@ -96,13 +96,13 @@ def is_text(value: object, most: int) -> TypeGuard[str]:
 
 
 def refuse_unknown(
-    given: Mapping[str, Any], accepted: Collection[str], at: str = "", elsewhere: Mapping[str, str] | None = None
+    value: Mapping[str, Any], accepted: Collection[str], at: str = "", elsewhere: Mapping[str, str] | None = None
 ) -> None:
     """Refuse fields that nothing would act on, so that no setting of a client is dropped without a word.
 
-    at: where `given` stands in the request. elsewhere: the places of fields that clients put here by mistake, by their names.
+    at: where `value` stands in the request. elsewhere: the places of fields that clients put here by mistake, by their names.
     Raises ApiError that names the first unknown field and the place that was probably meant."""
-    unknown = sorted(set(map(str, given)) - set(accepted))
+    unknown = sorted(set(map(str, value)) - set(accepted))
     if unknown:
         raise _unknown(unknown[0], accepted, at, elsewhere or {})
 
@@ -110,7 +110,9 @@ def refuse_unknown(
 def _unknown(name: str, accepted: Collection[str], at: str, elsewhere: Mapping[str, str]) -> ApiError:
     excerpt = name[:80]
     param = f"{at}.{excerpt}" if at else excerpt
-    places = {known: f"{at}.{known}" if at else known for known in accepted} | dict(elsewhere)
+    places = {accepted_name: f"{at}.{accepted_name}" if at else accepted_name for accepted_name in accepted} | dict(
+        elsewhere
+    )
     similar = [excerpt] if excerpt in places else get_close_matches(excerpt, places, n=1)
     if similar:
         hint = f"Did you mean {places[similar[0]]!r}?"

@@ -111,15 +111,15 @@ class Files:
 
     def add(
         self, session: Session, staged: Staged, *, project: str, key: str, filename: str, purpose: str,
-        seconds: int | None = None, own: bool = False,
+        seconds: int | None = None, is_server_made: bool = False,
     ) -> File:  # fmt: skip
-        """A file of bytes that are staged and closed; inside a transaction that writes. own: of the server's own making, which
-        a project without space gets all the same: its job or batch could not end. Raises ApiError where the project's space
+        """Add a file of bytes that are staged and closed; inside a transaction that writes. is_server_made: added even
+        where the project has no space left, since its job or batch could not end. Raises ApiError where the project's space
         does not suffice."""
         self._database.exclusive(session, f"blobs {project}")
         blob = session.scalar(select(Blob).where(Blob.project == project, Blob.sha256 == staged.sha256))
         if blob is None:
-            if not own:
+            if not is_server_made:
                 self.check_space(session, project, staged.size)
             blob = Blob(
                 id=staged.id, project=project, sha256=staged.sha256, bytes=staged.size, references=0,
@@ -182,9 +182,9 @@ class Files:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            before = attempt.found(session)
-            if before is not None:
-                return self.of(session, caller.project, before)
+            earlier_id = attempt.found(session)
+            if earlier_id is not None:
+                return self.of(session, caller.project, earlier_id)
             row = self.add(
                 session, staged, project=caller.project, key=caller.id, filename=filename, purpose=purpose, seconds=seconds
             )  # fmt: skip
@@ -195,8 +195,8 @@ class Files:
     def _list(self, caller: Caller, page: pages.Page, purpose: str | None) -> dict[str, Any]:
         listed = _alive() if purpose is None else [*_alive(), File.purpose == purpose]
         with self._database.session() as session:
-            rows, more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
-        return pages.listing([described_file(row) for row in rows], more, nobody="")
+            rows, has_more = pages.rows_of(session, File, page, [File.project == caller.project], *listed)
+        return pages.listing([described_file(row) for row in rows], has_more, nobody="")
 
     def _read(self, request: Request) -> File:
         with self._database.session() as session:
@@ -243,7 +243,7 @@ def described_file(row: File) -> dict[str, Any]:
         "purpose": row.purpose,
         "status": "processed",
     }
-    return {name: given for name, given in value.items() if given is not None}
+    return {name: field_value for name, field_value in value.items() if field_value is not None}
 
 
 def missing(file: str, param: str = "id") -> ApiError:
@@ -277,13 +277,13 @@ def lifetime(expiry: Mapping[str, Any] | None, purpose: str, param: str = "expir
 
 def _expiry(fields: Mapping[str, str]) -> dict[str, Any] | None:
     """`expires_after` from the fields of a form."""
-    found: dict[str, Any] = {
+    expiry: dict[str, Any] = {
         part: fields[f"expires_after[{part}]"] for part in ("anchor", "seconds") if f"expires_after[{part}]" in fields
     }
-    seconds = found.get("seconds", "")
+    seconds = expiry.get("seconds", "")
     if seconds.isascii() and seconds.isdigit() and len(seconds) < 10:
-        found["seconds"] = int(seconds)
-    return found or None
+        expiry["seconds"] = int(seconds)
+    return expiry or None
 
 
 def _alive() -> list[Any]:

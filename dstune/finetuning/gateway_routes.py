@@ -90,13 +90,13 @@ class FineTuningRoutes(Routes):
             if value < 1:
                 yield Problem(flag, "must be at least 1", value=str(value))
         if not (self.is_served(arguments) or arguments.jobs == "only"):
-            given = {
+            value_by_flag = {
                 "--presets": arguments.presets,
                 "--files": arguments.files,
                 "--allow-webhook": " ".join(arguments.allow_webhook),
             }
             reason = "the fine-tuning API, which uses it, is not served"
-            for flag, value in given.items():
+            for flag, value in value_by_flag.items():
                 if value:
                     yield Problem(flag, reason, "--fine-tuning", str(value))
         if arguments.jobs == "elsewhere" and not self.is_served(arguments):

@@ -157,15 +157,20 @@ class Organizations:
                     groups[index][tuple(_group(entry, name) for name in usage_query.group_by)].add(entry)
         data = []
         for start in range(usage_query.start, until, usage_query.width):
-            found = groups.get((start - usage_query.start) // usage_query.width, {})
+            group_totals = groups.get((start - usage_query.start) // usage_query.width, {})
             results = [
                 result(total) | dict(zip(usage_query.group_by, names, strict=True))
-                for names, total in sorted(found.items(), key=lambda one: one[0])
+                for names, total in sorted(group_totals.items(), key=lambda group: group[0])
             ]
             end = min(start + usage_query.width, usage_query.end)
             data.append({"object": "bucket", "start_time": start, "end_time": end, "results": results})
-        more = until < usage_query.end
-        return {"object": "page", "data": data, "has_more": more, "next_page": f"page_{until}" if more else None}
+        has_more = until < usage_query.end
+        return {
+            "object": "page",
+            "data": data,
+            "has_more": has_more,
+            "next_page": f"page_{until}" if has_more else None,
+        }
 
     def _answers(self, session: Session, usage_query: UsageQuery) -> Iterable[UsageEntry]:
         until = min(usage_query.end, usage_query.start + usage_query.width * usage_query.count)
@@ -212,10 +217,10 @@ class Organizations:
         if projects:
             listed.append(AuditEntry.project.in_(projects))
         with self._database.session() as session:
-            mine = [AuditEntry.organization == organization]
-            rows, more = pages.rows_of(session, AuditEntry, page, mine, *listed)
+            of_organization = [AuditEntry.organization == organization]
+            rows, has_more = pages.rows_of(session, AuditEntry, page, of_organization, *listed)
             names = {row.id: row.name for row in session.scalars(select(Project))}
-        return pages.listing([_described_entry(row, names) for row in rows], more)
+        return pages.listing([_described_entry(row, names) for row in rows], has_more)
 
     def _secrets(self, project: str) -> dict[str, Any]:
         with self._database.session() as session:

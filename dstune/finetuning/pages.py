@@ -26,11 +26,13 @@ class Page:
 
 def page_of(query: dict[str, str], *, limit: int, most: int, orders: tuple[str, str] = ("asc", "desc")) -> Page:
     """What a query asks for. limit: where it says none; orders: the words for oldest and newest first. Raises ApiError."""
-    given = query.get("limit", "")
-    if given:
-        if not (given.isdecimal() and given.isascii() and len(given) < 10 and 1 <= int(given) <= most):
+    limit_text = query.get("limit", "")
+    if limit_text:
+        if not (
+            limit_text.isdecimal() and limit_text.isascii() and len(limit_text) < 10 and 1 <= int(limit_text) <= most
+        ):
             raise ApiError(400, f"Invalid limit: must be a whole number from 1 to {most}.", param="limit")
-        limit = int(given)
+        limit = int(limit_text)
     order = query.get("order") or orders[1]
     if order not in orders:
         raise ApiError(400, f"Invalid order: must be {orders[0]} or {orders[1]}.", param="order")
@@ -41,27 +43,29 @@ def rows_of(
     session: Session,
     table: type[Row],
     page: Page,
-    mine: Sequence[ColumnElement[bool]],
+    may_name: Sequence[ColumnElement[bool]],
     *listed: ColumnElement[bool],
     options: Sequence[ExecutableOption] = (),
 ) -> tuple[list[Row], bool]:
-    """The rows of a page, and whether there are more. mine: whose rows the caller may name at all; listed: which of them are
-    listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names nothing."""
-    query = select(table).options(*options).where(*mine, *listed)
+    """Return the rows of a page, and whether there are more. may_name: conditions of the rows that the caller may name at all;
+    listed: which of them are listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names nothing."""
+    query = select(table).options(*options).where(*may_name, *listed)
     place = tuple_(table.created_at, table.number)
     if page.after is not None:
-        at = session.execute(select(table.created_at, table.number).where(*mine, table.id == page.after)).first()
+        at = session.execute(select(table.created_at, table.number).where(*may_name, table.id == page.after)).first()
         if at is None:
             raise ApiError(400, "Invalid after: there is no such object.", param="after", code="invalid_cursor")
         query = query.where(place > tuple(at) if page.ascending else place < tuple(at))
     order = (table.created_at, table.number) if page.ascending else (table.created_at.desc(), table.number.desc())
-    found = list(session.scalars(query.order_by(*order).limit(page.limit + 1)))
-    return found[: page.limit], len(found) > page.limit
+    rows = list(session.scalars(query.order_by(*order).limit(page.limit + 1)))
+    return rows[: page.limit], len(rows) > page.limit
 
 
-def listing(values: list[dict[str, Any]], more: bool, *, ids: bool = True, nobody: str | None = None) -> dict[str, Any]:
+def listing(
+    values: list[dict[str, Any]], has_more: bool, *, ids: bool = True, nobody: str | None = None
+) -> dict[str, Any]:
     """The body of a list. ids: whether it names the first and the last one; nobody: their id where the list is empty."""
-    body: dict[str, Any] = {"object": "list", "data": values, "has_more": more}
+    body: dict[str, Any] = {"object": "list", "data": values, "has_more": has_more}
     if ids:
         body |= {"first_id": values[0]["id"] if values else nobody, "last_id": values[-1]["id"] if values else nobody}
     return body

@@ -73,25 +73,25 @@ class Checked:
         if first.line == 0:
             return {"code": "invalid_n_examples", "message": first.reason, "param": param}
         message = "; ".join(str(problem) for problem in self.problems[:5])
-        more = len(self.problems) - 5
-        message += f"; and {more} more" if more > 0 else ""
+        further = len(self.problems) - 5
+        message += f"; and {further} more" if further > 0 else ""
         return {"code": f"invalid_{param}", "message": f"Invalid file {file}: {message}", "param": param}
 
 
 def check_file(path: Path, method: str, *, least: int = LEAST_ROWS, title: str = "Training") -> Checked:
     """Read all of a file. method: `supervised`, `dpo` or `reinforcement`; title: what the message about too few rows calls it."""
-    found = Checked()
-    for _, problem in _read(path, method, found):
+    checked = Checked()
+    for _, problem in _read(path, method, checked):
         if problem is not None:
-            found.problems.append(problem)
-            if len(found.problems) >= MOST_PROBLEMS:
+            checked.problems.append(problem)
+            if len(checked.problems) >= MOST_PROBLEMS:
                 break
         else:
-            found.rows += 1
-    if not found.problems and found.rows < least:
-        reason = f"{title} file has {found.rows} example(s), but must have at least {least} examples"
-        found.problems.append(RowProblem(0, "", reason))
-    return found
+            checked.rows += 1
+    if not checked.problems and checked.rows < least:
+        reason = f"{title} file has {checked.rows} example(s), but must have at least {least} examples"
+        checked.problems.append(RowProblem(0, "", reason))
+    return checked
 
 
 def write_rows(path: Path, target: Path, method: str) -> int:
@@ -107,11 +107,11 @@ def write_rows(path: Path, target: Path, method: str) -> int:
     return count
 
 
-def _read(path: Path, method: str, found: Checked) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
+def _read(path: Path, method: str, checked: Checked) -> Iterator[tuple[dict[str, Any], RowProblem | None]]:
     shape = _SHAPES[method]
     blank = 0
     for number, line in enumerate(_lines(path), start=1):
-        found.bytes += len(line)
+        checked.bytes += len(line)
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             if len(line) > LINE_BYTES and not line.endswith(b"\n"):
-                while (rest := file.readline(LINE_BYTES)) and not rest.endswith(b"\n"):
+                while (line_end := file.readline(LINE_BYTES)) and not line_end.endswith(b"\n"):
                     pass
                 yield b"\0"
             else:
@@ -194,12 +194,12 @@ def _says(message: Mapping[str, Any]) -> bool:
 
 def _dpo(row: dict[str, Any]) -> dict[str, Any]:
     _only(row, ("input", "preferred_output", "non_preferred_output"), "")
-    given = _required(row, "input")
-    if not isinstance(given, dict):
-        raise FieldError("input", f"must be an object with messages, it is {format_value(given)}")
-    _only(given, ("messages", "tools", "parallel_tool_calls"), "input.")
-    messages = _messages(_required(given, "messages", "input."), "input.messages")
-    tools = _tools(given, "input.")
+    input_value = _required(row, "input")
+    if not isinstance(input_value, dict):
+        raise FieldError("input", f"must be an object with messages, it is {format_value(input_value)}")
+    _only(input_value, ("messages", "tools", "parallel_tool_calls"), "input.")
+    messages = _messages(_required(input_value, "messages", "input."), "input.messages")
+    tools = _tools(input_value, "input.")
     _check_calls(messages, tools, "input.messages")
     if messages[-1]["role"] == "assistant":
         raise FieldError(
@@ -211,7 +211,7 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
         if len(output) != 1 or output[0]["role"] != "assistant":
             raise FieldError(name, "must be one message of the assistant")
         _check_calls(output, tools, name)
-        if given.get("parallel_tool_calls") is False and len(output[0].get("tool_calls") or ()) > 1:
+        if input_value.get("parallel_tool_calls") is False and len(output[0].get("tool_calls") or ()) > 1:
             raise FieldError(f"{name}[0].tool_calls", "has several calls, and parallel_tool_calls is false")
         answers[name] = output
     made: dict[str, Any] = {
@@ -219,8 +219,8 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
         "chosen": answers["preferred_output"],
         "rejected": answers["non_preferred_output"],
     }
-    if given.get("tools"):
-        made["tools"] = given["tools"]
+    if input_value.get("tools"):
+        made["tools"] = input_value["tools"]
     pair_row(made)
     return made
 
@@ -252,15 +252,15 @@ _SHAPES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _required(row: Mapping[str, Any], name: str, before: str = "") -> Any:
+def _required(row: Mapping[str, Any], name: str, prefix: str = "") -> Any:
     if name not in row:
-        raise FieldError(f"{before}{name}", "is missing")
+        raise FieldError(f"{prefix}{name}", "is missing")
     return row[name]
 
 
-def _only(row: Mapping[str, Any], known: Collection[str], before: str) -> None:
-    if unknown := [name for name in row if name not in known]:
-        raise FieldError(f"{before}{unknown[0][:60]}", f"is no key of this kind of row; known are {', '.join(known)}")
+def _only(row: Mapping[str, Any], keys: Collection[str], prefix: str) -> None:
+    if unknown := [name for name in row if name not in keys]:
+        raise FieldError(f"{prefix}{unknown[0][:60]}", f"is no key of this kind of row; known are {', '.join(keys)}")
 
 
 def _messages(value: Any, name: str) -> list[dict[str, Any]]:
@@ -307,19 +307,19 @@ def _message(message: Mapping[str, Any], at: str) -> None:
         raise FieldError(f"{at}.tool_calls", f"must be a list, it is {format_value(message['tool_calls'])}")
 
 
-def _tools(row: Mapping[str, Any], before: str) -> frozenset[str]:
+def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:
     """The names of a row's tools."""
     if row.get("tools") and row.get("functions"):
-        raise FieldError(f"{before}functions", "stands beside tools, which say the same")
+        raise FieldError(f"{prefix}functions", "stands beside tools, which say the same")
     names = set()
     for key in ("tools", "functions"):
         value = row.get(key)
         if value is None:
             continue
         if not isinstance(value, list):
-            raise FieldError(f"{before}{key}", f"must be a list, it is {format_value(value)}")
+            raise FieldError(f"{prefix}{key}", f"must be a list, it is {format_value(value)}")
         for number, tool in enumerate(value):
-            at = f"{before}{key}[{number}]"
+            at = f"{prefix}{key}[{number}]"
             function = tool.get("function") if isinstance(tool, dict) and key == "tools" else tool
             if key == "tools" and (not isinstance(tool, dict) or tool.get("type") != "function"):
                 raise FieldError(f"{at}.type", "must be 'function'")
@@ -329,7 +329,7 @@ def _tools(row: Mapping[str, Any], before: str) -> frozenset[str]:
                 raise FieldError(f"{at}.function.parameters", "must be a JSON schema, which is an object")
             names.add(function["name"])
     if not isinstance(row.get("parallel_tool_calls", True), bool | None):
-        raise FieldError(f"{before}parallel_tool_calls", "must be true or false")
+        raise FieldError(f"{prefix}parallel_tool_calls", "must be true or false")
     return frozenset(names)
 
 

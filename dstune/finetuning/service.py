@@ -52,15 +52,17 @@ class FineTuning:
         self.organizations = Organizations(database, self.vault)
         self.batches = Batches(database, self.files)
         deliveries = Deliveries(database, self.webhooks, self.settings.delivery_seconds)
-        given = parts or Parts()
-        given = replace(given, keys=given.keys or self._accounts, has_wandb=given.has_wandb or self._has_wandb)
-        self.job_store, self.jobs, self.models = build(database, self.files, self.folder, given)
+        job_parts = parts or Parts()
+        job_parts = replace(
+            job_parts, keys=job_parts.keys or self._accounts, has_wandb=job_parts.has_wandb or self._has_wandb
+        )
+        self.job_store, self.jobs, self.models = build(database, self.files, self.folder, job_parts)
         self.job_store.ended.append(self._job_ended)
         self.loops: list[Loop] = [
             self._sweep,
             deliveries.run,
             self.models.loop,
-            *([self.jobs.loop] if given.runs else []),
+            *([self.jobs.loop] if job_parts.runs else []),
         ]
         """What runs until the server ends."""
         self._tasks: list[asyncio.Task[None]] = []

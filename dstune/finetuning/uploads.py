@@ -114,9 +114,9 @@ class Uploads:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            before = attempt.found(session)
-            if before is not None:
-                return self._find_upload(session, caller.project, before)
+            earlier_id = attempt.found(session)
+            if earlier_id is not None:
+                return self._find_upload(session, caller.project, earlier_id)
             pending = select(func.count()).select_from(Upload)
             pending = pending.where(Upload.project == caller.project, Upload.status == "pending")
             if (session.scalar(pending) or 0) >= MOST_PENDING:
@@ -145,8 +145,8 @@ class Uploads:
     def _open(self, request: Request, session: Session | None = None) -> Upload:
         """The upload of a request. Raises ApiError where it takes no more."""
         if session is None:
-            with self._database.session() as own:
-                return self._open(request, own)
+            with self._database.session() as new_session:
+                return self._open(request, new_session)
         row = self._find_upload(session, request.key.project, request.parameters["upload"])
         if row.status != "pending":
             raise ApiError(400, f"The upload is {row.status}.", code=f"upload_{row.status}")
@@ -177,18 +177,18 @@ class Uploads:
             return self._completed(upload)
         if upload.status != "pending":
             raise ApiError(400, f"The upload is {upload.status}.", code=f"upload_{upload.status}")
-        for index, one in enumerate(ids):
-            if one not in parts:
+        for index, part_id in enumerate(ids):
+            if part_id not in parts:
                 at = f"part_ids[{index}]"
-                raise ApiError(400, f"No such part of this upload: {one[:128]}", param=at, code="part_not_found")
-        total = sum(parts[one].bytes for one in ids)
+                raise ApiError(400, f"No such part of this upload: {part_id[:128]}", param=at, code="part_not_found")
+        total = sum(parts[part_id].bytes for part_id in ids)
         if total != upload.bytes:
             message = f"The parts have {total} bytes together; the upload was announced with {upload.bytes}."
             raise ApiError(400, message, param="part_ids", code="upload_size_mismatch")
         staged = self._files.stage()
         try:
-            for one in ids:
-                for chunk in self._blobs.read(one):
+            for part_id in ids:
+                for chunk in self._blobs.read(part_id):
                     staged.write(chunk)
             staged.close()
             if md5 is not None and staged.md5 != md5.lower():

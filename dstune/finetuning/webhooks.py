@@ -180,9 +180,9 @@ class Webhooks:
         }
         try:
             url = checked_url(row.url, self.allowed)
-            own = is_allowed(urlsplit(url), self.allowed)
+            is_own_address = is_allowed(urlsplit(url), self.allowed)
             async with (
-                outward_session(allowed=own, seconds=SECONDS) as client,
+                outward_session(allowed=is_own_address, seconds=SECONDS) as client,
                 client.post(url, data=body.encode(), headers=headers, allow_redirects=False) as answer,
             ):
                 return answer.status
@@ -203,11 +203,13 @@ class Webhooks:
         secret, now = new_secret(), unix_time()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {request.key.project}")
-            if before := attempt.found(session):
-                row = self._of(session, request.key.project, before)
+            if earlier_id := attempt.found(session):
+                row = self._of(session, request.key.project, earlier_id)
                 return row, self._vault.open(row.secret)
-            mine = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
-            if (session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*mine)) or 0) >= MOST_ENDPOINTS:
+            of_project = (WebhookEndpoint.project == request.key.project, WebhookEndpoint.deleted_at.is_(None))
+            if (
+                session.scalar(select(func.count()).select_from(WebhookEndpoint).where(*of_project)) or 0
+            ) >= MOST_ENDPOINTS:
                 raise ApiError(400, f"A project has at most {MOST_ENDPOINTS} webhook endpoints.", code="too_many")
             row = WebhookEndpoint(
                 id=new_id("we_"), created_at=now, updated_at=now, project=request.key.project,
@@ -236,9 +238,11 @@ class Webhooks:
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
         with self._database.session() as session:
-            mine = [WebhookEndpoint.project == request.key.project]
-            rows, more = pages.rows_of(session, WebhookEndpoint, page, mine, WebhookEndpoint.deleted_at.is_(None))
-        return pages.listing([described_endpoint(row) for row in rows], more)
+            of_project = [WebhookEndpoint.project == request.key.project]
+            rows, has_more = pages.rows_of(
+                session, WebhookEndpoint, page, of_project, WebhookEndpoint.deleted_at.is_(None)
+            )
+        return pages.listing([described_endpoint(row) for row in rows], has_more)
 
     def _update(self, request: Request, values: dict[str, Any]) -> WebhookEndpoint:
         with self._database.writing.begin() as session:

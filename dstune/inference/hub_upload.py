@@ -83,7 +83,7 @@ def upload(folder: Path, name: str, *, public: bool) -> str:
             repo_id=name, folder_path=folder, commit_message=title, ignore_patterns=list(KEPT_HERE)
         )
 
-    return str(_ask(name, create_and_upload, there=folder).commit_url)
+    return str(_ask(name, create_and_upload, export=folder).commit_url)
 
 
 def _check_owner(name: str, account: Mapping[str, Any]) -> None:

@@ -75,8 +75,8 @@ class Batches:
         caller = request.key
         with self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            if before := attempt.found(session):
-                return self._of(session, caller.project, before)
+            if earlier_id := attempt.found(session):
+                return self._of(session, caller.project, earlier_id)
             file = self._files.of(session, caller.project, creation.input_file_id, "input_file_id")
             if file.purpose != "batch":
                 message = f"The file has the purpose {file.purpose!r}; a batch needs 'batch'."
@@ -112,8 +112,8 @@ class Batches:
 
     def _list(self, request: Request, page: pages.Page) -> dict[str, Any]:
         with self._database.session() as session:
-            rows, more = pages.rows_of(session, Batch, page, [Batch.project == request.key.project])
-        return pages.listing([described_batch(row) for row in rows], more, nobody="")
+            rows, has_more = pages.rows_of(session, Batch, page, [Batch.project == request.key.project])
+        return pages.listing([described_batch(row) for row in rows], has_more, nobody="")
 
     def _cancel(self, request: Request) -> Batch:
         with self._database.writing.begin() as session:

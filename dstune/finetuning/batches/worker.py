@@ -223,8 +223,8 @@ class BatchWorker:
                     staged[name].close()
             self._end(row, staged, ending)
         finally:
-            for one in staged.values():
-                one.discard()
+            for staged_file in staged.values():
+                staged_file.discard()
 
     def _end(self, row: Batch, staged: dict[str, Any], ending: str) -> None:
         with self._database.writing.begin() as session:
@@ -232,10 +232,10 @@ class BatchWorker:
             if current.status not in WORKED_ON:  # another server has ended it
                 return
             made = {}
-            for name, one in staged.items():
+            for name, staged_file in staged.items():
                 file = self._files.add(
-                    session, one, project=row.project, key=row.key, filename=f"{row.id}_{name.split('_')[0]}.jsonl",
-                    purpose="batch_output", seconds=row.output_seconds, own=True,
+                    session, staged_file, project=row.project, key=row.key, filename=f"{row.id}_{name.split('_')[0]}.jsonl",
+                    purpose="batch_output", seconds=row.output_seconds, is_server_made=True,
                 )  # fmt: skip
                 made[name] = file.id
             current.status = ending

@@ -61,8 +61,8 @@ def _rows(session: Session, jobs: list[Job], *, at_rest: bool) -> Iterator[str]:
     yield from (f"device {device} is given to {count} jobs" for device, count in taken.items() if count > 1)
     made = Counter(session.scalars(select(Creation.object).where(Creation.route == "fine_tuning.jobs")))
     yield from (f"{name}: was created {count} times" for name, count in made.items() if count > 1)
-    known = {job.id for job in jobs}
-    yield from (f"{name}: was answered to a client, and is not there" for name in made if name not in known)
+    job_ids = {job.id for job in jobs}
+    yield from (f"{name}: was answered to a client, and is not there" for name in made if name not in job_ids)
 
 
 def _events(session: Session, jobs: list[Job]) -> Iterator[str]:
@@ -96,25 +96,25 @@ def _models(session: Session, jobs: list[Job], folder: Path) -> Iterator[str]:
 
 
 def _folders(jobs: list[Job], folder: Path) -> Iterator[str]:
-    known = {job.id: job for job in jobs}
+    job_by_id = {job.id: job for job in jobs}
     for path in folder.glob("ftjob-*"):
-        if JOB_ID.fullmatch(path.name) and path.name not in known:
+        if JOB_ID.fullmatch(path.name) and path.name not in job_by_id:
             yield f"{path.name}: a folder without a row (removed after an hour)"
     for job in jobs:
-        own = JobFolder.of(folder, job.id)
-        if not own.path.is_dir():
+        job_folder = JobFolder.of(folder, job.id)
+        if not job_folder.path.is_dir():
             yield f"{job.id}: has no folder"
-        elif job.state not in TERMINAL and not own.snapshot("training_file").exists():
+        elif job.state not in TERMINAL and not job_folder.snapshot("training_file").exists():
             yield f"{job.id}: is {job.state}, and its training file is gone"
-        elif job.state not in HAS_PROCESS and not job.active and job.state in TERMINAL and own.is_alive():
+        elif job.state not in HAS_PROCESS and not job.active and job.state in TERMINAL and job_folder.is_alive():
             yield f"{job.id}: is {job.state}, and a process of it lives"
 
 
 def _files(session: Session, blobs: Blobs) -> Iterator[str]:
-    named = Counter(session.scalars(select(File.blob).where(File.blob.is_not(None))))
+    count_by_blob = Counter(session.scalars(select(File.blob).where(File.blob.is_not(None))))
     for blob in session.scalars(select(Blob)):
-        if blob.references != named[blob.id]:
-            yield f"{blob.id}: counts {blob.references} files, {named[blob.id]} name it"
+        if blob.references != count_by_blob[blob.id]:
+            yield f"{blob.id}: counts {blob.references} files, {count_by_blob[blob.id]} name it"
         if blobs.size(blob.id) != blob.bytes:
             yield f"{blob.id}: its bytes are not there"
 
@@ -130,10 +130,10 @@ def main(argv: list[str]) -> int:
     folder = arguments.state / "finetuning"
     blobs = RemoteBlobs(folder, arguments.files) if arguments.files else None
     with database.session() as session:
-        found = list(inconsistencies(session, folder, at_rest=arguments.at_rest, blobs=blobs))
+        lines = list(inconsistencies(session, folder, at_rest=arguments.at_rest, blobs=blobs))
         count = session.scalar(select(func.count()).select_from(Job))
-    print("\n".join(found) or f"{count} jobs, consistent")
-    return EXIT_FAILED if found else EXIT_DONE
+    print("\n".join(lines) or f"{count} jobs, consistent")
+    return EXIT_FAILED if lines else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -49,24 +49,27 @@ class Plan:
 
 def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     """The content of the job's experiment file."""
-    given = plan.hyperparameters
+    hyperparameters = plan.hyperparameters
     task: dict[str, Any] = {}
     if plan.method == "dpo":
-        task = {"loss": "dpo", "beta": float(given["beta"])}
+        task = {"loss": "dpo", "beta": float(hyperparameters["beta"])}
     evaluated: dict[str, Any] = {"every": "1 epoch" if plan.validation else 0, "at_start": False}
     if plan.method == "reinforcement":
-        samples = max(2, round(SAMPLES * float(given["compute_multiplier"])))
+        samples = max(2, round(SAMPLES * float(hyperparameters["compute_multiplier"])))
         task = {"graders": [str(folder.grader)], "samples": samples}
         if plan.validation:
-            evaluated |= {"every": int(given["eval_interval"]), "max_rows": int(given["eval_samples"])}
+            evaluated |= {
+                "every": int(hyperparameters["eval_interval"]),
+                "max_rows": int(hyperparameters["eval_samples"]),
+            }
     adaptation = {key: value for key, value in preset.adaptation.items() if key != "name"}
     model = {"path": preset.path, "revision": preset.revision, "trust_remote_code": False}
     if plan.start is not None and (Path(plan.start) / "adapter_config.json").is_file():
         adaptation["adapter"] = plan.start
     elif plan.start is not None:
         model = {"path": plan.start, "revision": None, "trust_remote_code": False}
-    rate = preset.base_rate(plan.method) * float(given["learning_rate_multiplier"])
-    own: dict[str, Any] = {
+    rate = preset.base_rate(plan.method) * float(hyperparameters["learning_rate_multiplier"])
+    job_settings: dict[str, Any] = {
         "model": model,
         "method": adaptation,
         "task": task,
@@ -79,7 +82,11 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
             "clean": {"duplicates": "keep", "leaks": False, "unicode": False},
             "on_bad_row": "error",
         },
-        "trainer": {"epochs": int(given["n_epochs"]), "global_batch_size": int(given["batch_size"]), "seed": plan.seed},
+        "trainer": {
+            "epochs": int(hyperparameters["n_epochs"]),
+            "global_batch_size": int(hyperparameters["batch_size"]),
+            "seed": plan.seed,
+        },
         "optimizer": {"lr": float(f"{rate:.12g}")},
         "checkpoint": {"every": "1 epoch", "keep": KEPT_EPOCHS + 1},
         "evaluate": evaluated,
@@ -90,21 +97,21 @@ def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
     groups = {"task": TASK_OF[plan.method], "method": str(preset.adaptation["name"]), "launch": preset.pool}
     defaults: list[Any] = [{f"override /{group}": choice} for group, choice in groups.items()]
     defaults += [{"override /data": "files"}, "_self_"]
-    merged = _merged(own, preset.settings)
+    merged = _merged(job_settings, preset.settings)
     trainer = merged["trainer"]
     rows = trainer.get("micro_batch_size", TrainerConfig().micro_batch_size)
     if isinstance(rows, int):  # a micro-batch has no more rows than the batch that the client chose
-        trainer["micro_batch_size"] = min(rows, int(given["batch_size"]))
+        trainer["micro_batch_size"] = min(rows, int(hyperparameters["batch_size"]))
     return {"defaults": defaults, **merged}
 
 
 def _launch(preset: Preset) -> dict[str, Any]:
-    found = {key: value for key, value in preset.launch.items() if key != "name"}
+    settings = {key: value for key, value in preset.launch.items() if key != "name"}
     if preset.pool == LOCAL:
-        return {"restarts": RESTARTS, **found, "processes": preset.devices}
+        return {"restarts": RESTARTS, **settings, "processes": preset.devices}
     # A job of a queue needs no process here. A launcher without the key never waits.
     launcher = LAUNCHERS[preset.pool]
-    return found | {"wait": False} if launcher.queue is not None and hasattr(launcher.Config, "wait") else found
+    return settings | {"wait": False} if launcher.queue is not None and hasattr(launcher.Config, "wait") else settings
 
 
 def _tracking(plan: Plan) -> dict[str, Any]:
@@ -126,8 +133,10 @@ def _tracking(plan: Plan) -> dict[str, Any]:
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(below)
     for key, value in above.items():
-        before = made.get(key)
-        made[key] = _merged(before, value) if isinstance(before, Mapping) and isinstance(value, Mapping) else value
+        value_before = made.get(key)
+        made[key] = (
+            _merged(value_before, value) if isinstance(value_before, Mapping) and isinstance(value, Mapping) else value
+        )
     return made
 
 

@@ -154,21 +154,21 @@ class JobFolder:
 
     def exports(self) -> dict[int, Path]:
         """Complete exports by step."""
-        found = {}
+        export_by_step = {}
         for folder in self.models.glob("step-*"):
             if (match := STEP.fullmatch(folder.name)) and folder.is_dir() and not folder.is_symlink():
-                found[int(match[1])] = folder
-        return dict(sorted(found.items()))
+                export_by_step[int(match[1])] = folder
+        return dict(sorted(export_by_step.items()))
 
     def request_stop(self, how: str) -> None:
         files.write(self.stop, how)
 
     def stop_requested(self) -> str:
         try:
-            found = self.stop.read_text()
+            request = self.stop.read_text()
         except OSError:
             return ""
-        return found if found in (SAVE, NOW) else ""
+        return request if request in (SAVE, NOW) else ""
 
 
 def _size(path: Path) -> int:

@@ -98,7 +98,7 @@ BATCH_SHARE = 0.002
 MOST_BATCH = 256
 
 
-def resolve(given: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:
+def resolve(requested: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:
     """Numbers in the place of "auto", for a training file of so many rows.
 
     ranks: processes that share a batch, of which an automatic batch size is a multiple.
@@ -111,9 +111,9 @@ def resolve(given: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, 
         "compute_multiplier": 1.0,
         "eval_samples": EVALUATED_ROWS,
     }
-    size = automatic["batch_size"] if given["batch_size"] == AUTO else given["batch_size"]
+    size = automatic["batch_size"] if requested["batch_size"] == AUTO else requested["batch_size"]
     automatic["eval_interval"] = max(1, math.ceil(rows / int(size)))  # once an epoch
-    return {name: automatic[name] if value == AUTO else value for name, value in given.items()}
+    return {name: automatic[name] if value == AUTO else value for name, value in requested.items()}
 
 
 def epochs(rows: int) -> int:

@@ -75,18 +75,18 @@ class ProcessLauncher:
         self._children = [child for child in self._children if child.poll() is None]
 
 
-def environment(given: Mapping[str, str]) -> dict[str, str]:
+def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
     """What a job's process gets of the server's environment: no key, and no address with one in it."""
     queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
     expected = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
-    kept = {
+    passed_on = {
         name: value
-        for name, value in given.items()
+        for name, value in server_environment.items()
         if (name in expected or name.startswith(EXPORTED_PREFIXES))
         and not name.startswith(NEVER_PREFIXES)
         and not is_secret(name, value)
     }
-    return child_environment(kept)
+    return child_environment(passed_on)
 
 
 def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str, str]:

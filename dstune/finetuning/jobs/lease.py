@@ -19,24 +19,24 @@ def owner() -> str:
     return f"{socket.gethostname()[:24]}/{os.getpid()}/{started:.0f}/{secrets.token_hex(4)}"
 
 
-def take(database: Database, name: str, mine: str, seconds: float) -> bool:
+def take(database: Database, name: str, owner: str, seconds: float) -> bool:
     """Whether this process has the lease, for so many seconds from now."""
     now = time.time()
     with database.writing.begin() as session:
         row = session.get(Lease, name, with_for_update=True)
         if row is None:
-            session.add(Lease(name=name, owner=mine, until=now + seconds))
+            session.add(Lease(name=name, owner=owner, until=now + seconds))
             return True
-        if row.owner != mine and now < row.until and not _is_gone(row.owner):
+        if row.owner != owner and now < row.until and not _is_gone(row.owner):
             return False
-        row.owner, row.until = mine, now + seconds
+        row.owner, row.until = owner, now + seconds
     return True
 
 
-def release(database: Database, name: str, mine: str) -> None:
+def release(database: Database, name: str, owner: str) -> None:
     with database.writing.begin() as session:
         row = session.get(Lease, name, with_for_update=True)
-        if row is not None and row.owner == mine:
+        if row is not None and row.owner == owner:
             row.until = 0.0
 
 

@@ -60,10 +60,10 @@ class Reader:
         """All steps in their order. A line that is not complete yet is left for the next time."""
         try:
             with self._file.open("rb") as stream:
-                found = os.fstat(stream.fileno())
-                if found.st_size < self._at or found.st_ino != self._inode:
+                status = os.fstat(stream.fileno())
+                if status.st_size < self._at or status.st_ino != self._inode:
                     self._at, self._newest, self.steps = 0, 0, {}
-                self._inode = found.st_ino
+                self._inode = status.st_ino
                 stream.seek(self._at)
                 data = stream.read()
         except OSError:
@@ -85,7 +85,7 @@ class Reader:
             return
         if "loss" in row and number <= self._newest:
             # The run went on from a checkpoint before that: what an earlier attempt wrote behind it comes again.
-            self.steps = {known: step for known, step in self.steps.items() if known < number}
+            self.steps = {earlier: step for earlier, step in self.steps.items() if earlier < number}
         self._newest = max(number, self._newest) if "loss" not in row else number
         step = self.steps.setdefault(number, Step(number))
         for name, public in NAMES.items():
@@ -149,6 +149,6 @@ def results_csv(steps: Iterable[Step]) -> bytes:
 
 def _rows(steps: Iterable[Step]) -> Iterator[tuple[Any, ...]]:
     for step in steps:
-        given = step.values
-        loss, accuracy = given.get("full_valid_loss", ""), given.get("full_valid_mean_token_accuracy", "")
-        yield step.number, given.get("train_loss", ""), "", loss, accuracy
+        values = step.values
+        loss, accuracy = values.get("full_valid_loss", ""), values.get("full_valid_mean_token_accuracy", "")
+        yield step.number, values.get("train_loss", ""), "", loss, accuracy

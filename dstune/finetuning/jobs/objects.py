@@ -9,7 +9,7 @@ from dstune.finetuning.jobs.tables import Job, JobCheckpoint, JobEvent
 
 
 def job(row: Job) -> dict[str, Any]:
-    given = dict(row.hyperparameters)
+    hyperparameters = dict(row.hyperparameters)
     return {
         "id": row.id,
         "object": "fine_tuning.job",
@@ -18,10 +18,10 @@ def job(row: Job) -> dict[str, Any]:
         "estimated_finish": row.estimated_finish if row.state == State.RUNNING else None,
         "fine_tuned_model": row.fine_tuned_model,
         "finished_at": row.finished_at,
-        "hyperparameters": given if row.method == "supervised" else {},
-        "integrations": [_integration(one, row.id) for one in row.integrations],
+        "hyperparameters": hyperparameters if row.method == "supervised" else {},
+        "integrations": [_integration(integration, row.id) for integration in row.integrations],
         "metadata": row.meta,
-        "method": {"type": row.method, row.method: _options(row, given)},
+        "method": {"type": row.method, row.method: _options(row, hyperparameters)},
         "model": row.model,
         "organization_id": row.organization,
         "result_files": [row.result_file] if row.result_file else [],
@@ -34,15 +34,15 @@ def job(row: Job) -> dict[str, Any]:
     }
 
 
-def _options(row: Job, given: dict[str, Any]) -> dict[str, Any]:
+def _options(row: Job, hyperparameters: dict[str, Any]) -> dict[str, Any]:
     graded = {} if row.grader is None else {"grader": row.grader}
-    return {**graded, "hyperparameters": given}
+    return {**graded, "hyperparameters": hyperparameters}
 
 
-def _integration(one: dict[str, Any], job_id: str) -> dict[str, Any]:
-    own = one["wandb"]
-    described = {"project": own["project"], "entity": own.get("entity"), "run_id": job_id}
-    return {"type": "wandb", "wandb": {**described, "name": own.get("name"), "tags": own.get("tags") or []}}
+def _integration(integration: dict[str, Any], job_id: str) -> dict[str, Any]:
+    wandb = integration["wandb"]
+    described = {"project": wandb["project"], "entity": wandb.get("entity"), "run_id": job_id}
+    return {"type": "wandb", "wandb": {**described, "name": wandb.get("name"), "tags": wandb.get("tags") or []}}
 
 
 def event(row: JobEvent) -> dict[str, Any]:

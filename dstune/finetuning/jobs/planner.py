@@ -85,17 +85,17 @@ class Planner:
                 self._asked.discard(key)
 
     def _kept(self, key: tuple[str, str]) -> Estimate | None:
-        at, found = self._known.get(key, (0.0, None))
-        return found if found is None or found.planned or time.monotonic() - at < AGAIN_SECONDS else None
+        at, estimate = self._known.get(key, (0.0, None))
+        return estimate if estimate is None or estimate.planned or time.monotonic() - at < AGAIN_SECONDS else None
 
     def _estimate(self, preset: Preset, method: str) -> Estimate:
-        given = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
-        given |= {"compute_multiplier": 1.0, "eval_interval": 1, "eval_samples": 1}
+        hyperparameters = {"n_epochs": 1, "batch_size": BATCH, "learning_rate_multiplier": 1.0, "beta": 0.1}
+        hyperparameters |= {"compute_multiplier": 1.0, "eval_interval": 1, "eval_samples": 1}
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="plan-") as name:
             folder = JobFolder(Path(name))
             folder.train.touch()
             fewest = replace(preset, devices=preset.fewest)  # a job may have to do with them
-            configuration.write(configuration.Plan(ANY_JOB, method, given, seed=0), fewest, folder)
+            configuration.write(configuration.Plan(ANY_JOB, method, hyperparameters, seed=0), fewest, folder)
             command = [sys.executable, "-m", "dstune", "plan", *configuration.arguments(folder), "--json"]
             if preset.hardware is not None:
                 command.append(f"hardware={preset.hardware}")
@@ -110,24 +110,24 @@ class Planner:
 def read(code: int, text: str) -> Estimate:
     """What `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
     try:
-        found = json.loads(text)
+        answer = json.loads(text)
     except ValueError:
-        found = _last_object(text)
-    if code != EXIT_DONE or not isinstance(found, dict) or "choices" not in found:
-        problems = ((found or {}).get("error") or {}).get("problems") or [] if isinstance(found, dict) else []
-        reasons = "; ".join(f"{one.get('where')}: {one.get('reason')}" for one in problems)
+        answer = _last_object(text)
+    if code != EXIT_DONE or not isinstance(answer, dict) or "choices" not in answer:
+        problems = ((answer or {}).get("error") or {}).get("problems") or [] if isinstance(answer, dict) else []
+        reasons = "; ".join(f"{entry.get('where')}: {entry.get('reason')}" for entry in problems)
         return Estimate(fits=not reasons, reason=reasons, planned=False)
-    chosen = next((one for one in found["choices"] if one.get("fits")), None)
-    configured = found.get("configured") or {}
+    chosen = next((entry for entry in answer["choices"] if entry.get("fits")), None)
+    configured = answer.get("configured") or {}
     choice = configured if configured.get("fits") else chosen or configured
     estimate = Estimate(
-        fits=bool(found.get("fits")) or bool(configured.get("fits")),
+        fits=bool(answer.get("fits")) or bool(configured.get("fits")),
         memory_gib=choice.get("memory_gib_per_rank"),
         row_seconds=(choice["step_seconds"] / BATCH) if choice.get("step_seconds") else None,
     )
     if estimate.fits:
         return estimate
-    hardware = found.get("hardware") or {}
+    hardware = answer.get("hardware") or {}
     reason = (
         f"a rank needs {float(estimate.memory_gib or 0):.1f} GiB at least, and {hardware.get('device', 'the device')} has "
         f"{float(hardware.get('memory_gib') or 0):.1f} GiB"
@@ -138,9 +138,9 @@ def read(code: int, text: str) -> Estimate:
 def _last_object(text: str) -> dict[str, object] | None:
     for line in reversed(text.splitlines()):
         try:
-            found = parse_json(line)
+            value = parse_json(line)
         except ValueError:
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(value, dict):
+            return value
     return None

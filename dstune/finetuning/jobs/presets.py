@@ -132,43 +132,45 @@ class Presets:
 def read(path: Path) -> Presets:
     """Raises UserError with all that is wrong."""
     try:
-        found = parse_yaml(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(Problem("--presets", f"cannot be read: {error.strerror}", value=str(path))) from None
     except Exception as error:  # whatever the parser raises for a file that is none
         raise UserError(Problem(str(path), f"is no YAML: {first_line(error)}")) from None
     problems: list[Problem] = []
-    made = _presets(found, path.name, problems)
+    made = _presets(content, path.name, problems)
     if problems:
         raise UserError(problems)
     return made
 
 
-def _presets(found: Any, file: str, problems: list[Problem]) -> Presets:
+def _presets(content: Any, file: str, problems: list[Problem]) -> Presets:
     """Everything that can be read; what cannot is added to `problems`."""
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         problems.append(Problem(file, "must be a mapping with the key `models`"))
         return Presets()
-    models = found.get("models")
-    given = {**found, "models": models if isinstance(models, Mapping) else {}}
-    given["models"] = {
+    models = content.get("models")
+    tree = {**content, "models": models if isinstance(models, Mapping) else {}}
+    tree["models"] = {
         str(name): {"name": str(name), **value} if isinstance(value, Mapping) else value
-        for name, value in given["models"].items()
+        for name, value in tree["models"].items()
     }
-    if not given["models"]:
+    if not tree["models"]:
         fix = "models: {qwen3-4b: {path: Qwen/Qwen3-4B}}"
         problems.append(Problem(f"{file}: models", "must name one model at least", fix))
-    for name in given["models"]:
+    for name in tree["models"]:
         if not NAME.fullmatch(name):
             fix = "lower case letters, digits, and . _ - within; no slash, no colon"
             problems.append(Problem(f"{file}: models.{name}", "is no public name for a model", fix))
-        problems += _references(given["models"][name], f"{file}: models.{name}")
-    keys = {one.name for cls in (Presets, Preset, QueueSettings, Limits) for one in fields(cls)} - {"name"}
-    given = {key: value for key, value in given.items() if value is not None}
-    made, wrong = read_tree(Presets, given, f"{file}: ", keys)
+        problems += _references(tree["models"][name], f"{file}: models.{name}")
+    keys = {preset_field.name for cls in (Presets, Preset, QueueSettings, Limits) for preset_field in fields(cls)} - {
+        "name"
+    }
+    tree = {key: value for key, value in tree.items() if value is not None}
+    made, wrong = read_tree(Presets, tree, f"{file}: ", keys)
     problems += wrong
     if made is None:  # what is right of it may be wrong in other ways
-        for name, value in given["models"].items():
+        for name, value in tree["models"].items():
             preset = read_tree(Preset, value, "")[0]
             problems += _preset_problems(preset, f"{file}: models.{name}") if preset is not None else ()
         return Presets()
@@ -200,7 +202,7 @@ def _preset_problems(preset: Preset, where: str) -> Iterator[Problem]:
     if preset.launch.get("name") == LOCAL and "processes" in preset.launch:
         yield Problem(f"{where}.launch.processes", "is the number of devices", "devices: N")
     for key in _keys(preset.settings):
-        if owner := next((one for one in OWNED if key == one or key.startswith(f"{one}.")), ""):
+        if owner := next((owned_key for owned_key in OWNED if key == owned_key or key.startswith(f"{owned_key}.")), ""):
             yield Problem(f"{where}.settings.{key}", f"{owner} is set by the job", "leave it out")
 
 
@@ -210,19 +212,19 @@ def _references(preset: Any, where: str) -> Iterator[Problem]:
             yield Problem(f"{where}.{key}", "is read as it is, without references", "give the value", value)
 
 
-def _keys(tree: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
-        yield f"{before}{key}"
+        yield f"{prefix}{key}"
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{before}{key}.")
+            yield from _keys(value, f"{prefix}{key}.")
 
 
-def _leaves(tree: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(tree: Any, key_above: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{before}.{key}" if before else str(key))
+            yield from _leaves(value, f"{key_above}.{key}" if key_above else str(key))
     elif isinstance(tree, list | tuple):
         for value in tree:
-            yield from _leaves(value, before)
+            yield from _leaves(value, key_above)
     else:
-        yield before, tree
+        yield key_above, tree

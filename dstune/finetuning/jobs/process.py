@@ -70,7 +70,7 @@ def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
     from dstune.finetuning import rows
 
     method, most = str(task["method"]), int(task["most_rows"])
-    found: dict[str, Any] = {"warnings": []}
+    report: dict[str, Any] = {"warnings": []}
     held_out: set[bytes] = set()
     for param, title, least in (("validation_file", "Validation", 1), ("training_file", "Training", rows.LEAST_ROWS)):
         if task.get(param) is None:
@@ -84,15 +84,15 @@ def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
         if error is not None:
             return {"error": error}
         rows.write_rows(source, target, method)
-        found[param] = {"rows": checked.rows}
+        report[param] = {"rows": checked.rows}
         if param == "validation_file":
             held_out = set(_digests(target))
         elif shared := sum(digest in held_out for digest in _digests(target)) if held_out else 0:
             text = (
                 f"{shared} example(s) of the training file are in the validation file too, whose loss will be too low"
             )
-            found["warnings"].append(text)
-    return found
+            report["warnings"].append(text)
+    return report
 
 
 def _digests(file: Path) -> Iterator[bytes]:
@@ -186,9 +186,9 @@ class Training:
         """The last object that was printed; {} where there is none."""
         for line in reversed(self._folder.report.read_bytes().splitlines()):
             with contextlib.suppress(ValueError):
-                found = parse_json(line)
-                if isinstance(found, dict):
-                    return found
+                value = parse_json(line)
+                if isinstance(value, dict):
+                    return value
         return {}
 
     # -- in the queue of a cluster, whose jobs need no process here

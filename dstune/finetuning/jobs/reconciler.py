@@ -179,9 +179,9 @@ class Reconciler:
     def _validate(self, job: Job) -> bool:
         """Whether its files are being read now; what was found in them is noted."""
         folder = self._job_folder(job)
-        found = read(folder.validated)
-        if found is not None:
-            self._validated(job, folder, found)
+        validation = read(folder.validated)
+        if validation is not None:
+            self._validated(job, folder, validation)
             return False
         if not self._launcher.is_alive(folder):
             return False
@@ -212,8 +212,8 @@ class Reconciler:
         }
         return self._launcher.start(self._job_folder(job), task, {"CUDA_VISIBLE_DEVICES": ""})
 
-    def _validated(self, job: Job, folder: JobFolder, found: Mapping[str, Any]) -> None:
-        error = found.get("error")
+    def _validated(self, job: Job, folder: JobFolder, validation: Mapping[str, Any]) -> None:
+        error = validation.get("error")
         if isinstance(error, Mapping):
             self._fail(job, str(error["code"]), str(error["message"]), error.get("param"))
             return
@@ -232,7 +232,7 @@ class Reconciler:
         except (LookupError, FileNotFoundError):
             self._fail(job, "model_not_available", f"The model {job.start} was deleted.", "model")
             return
-        rows = int(found["training_file"]["rows"])
+        rows = int(validation["training_file"]["rows"])
         resolved = hyperparameters.resolve(job.hyperparameters, rows, preset.devices)
         if int(resolved["n_epochs"]) > preset.most_epochs:
             resolved["n_epochs"] = preset.most_epochs  # of "auto" alone: a number was refused at creation
@@ -243,11 +243,11 @@ class Reconciler:
             job.seed,
             validation=job.validation_file is not None,
             start=str(folder.start) if job.start else None,
-            wandb=next((one["wandb"] for one in job.integrations), None),
+            wandb=next((integration["wandb"] for integration in job.integrations), None),
             grader=self._store.read(job.id).grader,
         )
         configuration.write(plan, preset, folder)
-        messages = [Message(text, "warn") for text in found.get("warnings", [])]
+        messages = [Message(text, "warn") for text in validation.get("warnings", [])]
         messages.append(Message("Files validated, moving job to queued state"))
         total = hyperparameters.steps(rows, resolved)[1]
         values = {
@@ -431,11 +431,11 @@ class Reconciler:
             for job in active
         ]  # fmt: skip
         used = self._store.used(now - 3600 * settings.share_hours)
-        for one, taken in choose(waiting, busy, used, settings, self.capacity()):
+        for waiting_job, taken in choose(waiting, busy, used, settings, self.capacity()):
             try:
-                self._start(one.id, taken)
+                self._start(waiting_job.id, taken)
             except Exception:
-                log.exception("job %s could not be started; it is tried again", one.id)
+                log.exception("job %s could not be started; it is tried again", waiting_job.id)
 
     def capacity(self) -> int:
         """Local devices that jobs may take."""
@@ -450,8 +450,8 @@ class Reconciler:
 
     def _offered(self, job: Job) -> Preset | None:
         """Its preset; None where the operator has taken it away, or moved it to another pool."""
-        found = self._presets().models.get(job.preset)
-        return found if found is not None and found.pool == job.pool else None
+        preset = self._presets().models.get(job.preset)
+        return preset if preset is not None and preset.pool == job.pool else None
 
     def _fits(self, job: Job) -> bool:
         """Whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
@@ -484,11 +484,11 @@ class Reconciler:
             job = self._store.locked(session, job_id)
             if job.state != State.QUEUED or job.active:
                 return  # cancelled or paused a moment ago
-            first, reached, before = job.attempt == 0, job.last_step, job.devices
+            first, reached, devices_before = job.attempt == 0, job.last_step, job.devices
             devices = len(taken) or self._devices(job)["devices"]
             text = "Fine-tuning job started" if first else f"Fine-tuning job continues after step {reached}"
-            if devices != before:
-                text += f" on {devices} device(s), not on {before}"
+            if devices != devices_before:
+                text += f" on {devices} device(s), not on {devices_before}"
             self._store.change(
                 session, job, Change.START, [Message(text)],
                 active=True, taken=taken, devices=devices, attempt=job.attempt + 1, attempt_step=reached, started_at=time.time(),
@@ -573,10 +573,10 @@ class Reconciler:
 
     def _preset(self, job: Job) -> Preset | None:
         """None where the operator has taken it away; the job has failed then."""
-        found = self._presets().models.get(job.preset)
-        if found is None:
+        preset = self._presets().models.get(job.preset)
+        if preset is None:
             self._fail(job, "model_not_available", f"The model {job.preset} is not offered any more.", "model")
-        return found
+        return preset
 
 
 def _seconds_left(job: Job) -> float | None:

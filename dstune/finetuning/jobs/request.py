@@ -159,7 +159,7 @@ def read(body: Mapping[str, Any]) -> JobRequest:
         validation_file=asked.validation_file,
         suffix=asked.suffix,
         seed=secrets.randbelow(MOST_SEED + 1) if asked.seed is None else asked.seed,
-        integrations=[one.model_dump(exclude_none=True) for one in asked.integrations or ()],
+        integrations=[integration.model_dump(exclude_none=True) for integration in asked.integrations or ()],
         metadata=asked.metadata,
         grader=_grader(asked),
     )
@@ -175,19 +175,19 @@ def _grader(asked: Creation) -> dict[str, Any] | None:
     return asked.method.reinforcement.grader
 
 
-def check_grader_of(given: JobRequest, preset: Preset) -> None:
+def check_grader_of(job_request: JobRequest, preset: Preset) -> None:
     """Apart from `read`, since it may take long: Python is parsed, where `preset` allows it. Raises ApiError."""
-    if given.grader is not None:
+    if job_request.grader is not None:
         absent = {} if preset.python_graders else {"python": f"jobs of {preset.name!r} run no code of clients"}
-        check_grader_of_job(given.grader, "method.reinforcement.grader", absent)
+        check_grader_of_job(job_request.grader, "method.reinforcement.grader", absent)
 
 
 def _places_of(method: Any) -> dict[str, str]:
     """Where the hyperparameters of a request's method stand, by their names."""
     kind = method.get("type") if isinstance(method, Mapping) else None
-    named = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
-    places = {name: f"method.{kind}.hyperparameters.{name}" for name in named}
-    if named:
+    names = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
+    places = {name: f"method.{kind}.hyperparameters.{name}" for name in names}
+    if names:
         places["hyperparameters"] = f"method.{kind}.hyperparameters"
     return hyperparameters.PLACES | places
 
@@ -210,7 +210,7 @@ def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
     return kind, values
 
 
-def _values(given: Supervised) -> dict[str, Value]:
-    values = {name: hyperparameters.AUTO if value is None else value for name, value in given}
+def _values(options: Supervised) -> dict[str, Value]:
+    values = {name: hyperparameters.AUTO if value is None else value for name, value in options}
     values.pop("reasoning_effort", None)  # it has one value
     return values

@@ -54,7 +54,13 @@ class Results:
     ) -> tuple[str, str, list[str]]:
         """Note all of a job that has succeeded: the id of its results, the name of its model, what its events say."""
         file = self._files.add(
-            session, staged, project=job.project, key=job.key, filename="step_metrics.csv", purpose=PURPOSE, own=True
+            session,
+            staged,
+            project=job.project,
+            key=job.key,
+            filename="step_metrics.csv",
+            purpose=PURPOSE,
+            is_server_made=True,
         )
         last = steps[-1].number
         messages = self._checkpoints(session, job, folder, steps, without=last)
@@ -73,11 +79,11 @@ class Results:
     def _checkpoints(
         self, session: Session, job: Job, folder: JobFolder, steps: Sequence[Step], *, without: int | None
     ) -> list[str]:
-        known = set(session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job == job.id)))
+        noted_steps = set(session.scalars(select(JobCheckpoint.step).where(JobCheckpoint.job == job.id)))
         by_number = {step.number: step for step in steps}
         messages = []
         for number, path in folder.exports().items():
-            if number in known or number == without:
+            if number in noted_steps or number == without:
                 continue
             name = self._model(session, job, path, number)
             self._checkpoint(session, job, by_number.get(number, Step(number)), name)
@@ -97,10 +103,10 @@ class Results:
 
     @staticmethod
     def _checkpoint(session: Session, job: Job, step: Step, model: str) -> None:
-        before = session.scalar(
+        earlier = session.scalar(
             select(JobCheckpoint).where(JobCheckpoint.job == job.id, JobCheckpoint.step == step.number)
         )
-        if before is None:
+        if earlier is None:
             session.add(
                 JobCheckpoint(
                     id=new_id("ftckpt_"), created_at=unix_time(), job=job.id, step=step.number, model=model,
@@ -138,9 +144,9 @@ class Results:
             shutil.rmtree(path, ignore_errors=True)
         with self._database.session() as session:
             listed = (TunedModel.job == folder.path.name, TunedModel.deleted_at.is_(None))
-            named = set(session.scalars(select(TunedModel.folder).where(*listed)))
+            used_folders = set(session.scalars(select(TunedModel.folder).where(*listed)))
         for path in folder.exports().values():
-            if str(path.relative_to(self._jobs)) not in named:
+            if str(path.relative_to(self._jobs)) not in used_folders:
                 shutil.rmtree(path, ignore_errors=True)
         for path in folder.client_rows:  # last: `Reconciler._sweep` tidies where one is there
             if path.is_dir():

@@ -105,30 +105,30 @@ def choose(
         running["key", job.key] += 1
         room.occupied_by(job)
     queues: dict[tuple[int, str], list[Waiting]] = defaultdict(list)
-    for one in sorted(waiting, key=lambda one: one.number, reverse=True):
-        queues[one.priority, one.organization].append(one)  # the oldest last, where it is popped
+    for candidate in sorted(waiting, key=lambda candidate: candidate.number, reverse=True):
+        queues[candidate.priority, candidate.organization].append(candidate)  # the oldest last, where it is popped
     chosen: list[tuple[Waiting, list[int]]] = []
     while queues:
         priority, organization = min(
             queues, key=lambda key: (-key[0], shares.of(key[1], settings.of(key[1])), queues[key][-1].number)
         )
         queue = queues[priority, organization]
-        one = queue.pop()
+        candidate = queue.pop()
         if not queue:
             del queues[priority, organization]
         limits, key_limit = settings.of(organization), settings.key.running
         if limits.running is not None and running["organization", organization] >= limits.running:
             queues.pop((priority, organization), None)
             continue
-        if key_limit is not None and running["key", one.key] >= key_limit:
+        if key_limit is not None and running["key", candidate.key] >= key_limit:
             continue
-        taken = room.take(one)
+        taken = room.take(candidate)
         if taken is None:
             continue
-        shares.used[organization] += (len(taken) or one.devices) * one.seconds
+        shares.used[organization] += (len(taken) or candidate.devices) * candidate.seconds
         running["organization", organization] += 1
-        running["key", one.key] += 1
-        chosen.append((one, taken))
-        if all(job.pool in room.blocked for own in queues.values() for job in own):
+        running["key", candidate.key] += 1
+        chosen.append((candidate, taken))
+        if all(job.pool in room.blocked for queue_jobs in queues.values() for job in queue_jobs):
             break
     return chosen

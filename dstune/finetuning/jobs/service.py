@@ -83,9 +83,9 @@ class Jobs:
 
     async def create(self, gateway: Gateway, request: Request) -> None:
         request.query(())
-        given = requests.read(await request.json())
+        job_request = requests.read(await request.json())
         attempt = Attempt.of(request, ROUTE, request.digest)
-        made = await self._creating.run(request.key.project, self._create, request, attempt, given)
+        made = await self._creating.run(request.key.project, self._create, request, attempt, job_request)
         self._wake.set()
         await request.answer(objects.job(made))
 
@@ -100,8 +100,8 @@ class Jobs:
         bare = query.get("metadata") == "null"
         if "metadata" in query and not bare:
             raise ApiError(400, "Invalid metadata: give metadata[KEY]=VALUE, or metadata=null.", param="metadata")
-        rows, more = await asyncio.to_thread(self._store.page, request.key.project, page, metadata, bare=bare)
-        await request.answer(pages.listing([objects.job(row) for row in rows], more, ids=False))
+        rows, has_more = await asyncio.to_thread(self._store.page, request.key.project, page, metadata, bare=bare)
+        await request.answer(pages.listing([objects.job(row) for row in rows], has_more, ids=False))
 
     async def retrieve(self, gateway: Gateway, request: Request) -> None:
         request.query(())
@@ -119,14 +119,14 @@ class Jobs:
     async def events(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=20, most=MOST_PAGE)
         project, job = request.key.project, request.parameters["job"]
-        rows, more = await asyncio.to_thread(self._store.events, project, job, page)
-        await request.answer(pages.listing([objects.event(row) for row in rows], more, ids=False))
+        rows, has_more = await asyncio.to_thread(self._store.events, project, job, page)
+        await request.answer(pages.listing([objects.event(row) for row in rows], has_more, ids=False))
 
     async def checkpoints(self, gateway: Gateway, request: Request) -> None:
         page = pages.page_of(request.query(("after", "limit")), limit=10, most=MOST_PAGE)
         project, job = request.key.project, request.parameters["job"]
-        rows, more = await asyncio.to_thread(self._store.checkpoints, project, job, page)
-        await request.answer(pages.listing([objects.checkpoint(row) for row in rows], more))
+        rows, has_more = await asyncio.to_thread(self._store.checkpoints, project, job, page)
+        await request.answer(pages.listing([objects.checkpoint(row) for row in rows], has_more))
 
     # -- the loop
 
@@ -190,24 +190,24 @@ class Jobs:
         with self._database.session() as session:
             return self._store.of(session, request.key.project, request.parameters["job"])
 
-    def _create(self, request: Request, attempt: Attempt, given: JobRequest) -> Job:
+    def _create(self, request: Request, attempt: Attempt, job_request: JobRequest) -> Job:
         caller = request.key
         with self._database.session() as session:  # a repetition is answered before anything is looked at again
-            before = attempt.found(session)
-            if before is not None:
-                return self._store.of(session, caller.project, before)
-        preset, start = self._chosen(caller, given)
+            earlier_id = attempt.found(session)
+            if earlier_id is not None:
+                return self._store.of(session, caller.project, earlier_id)
+        preset, start = self._chosen(caller, job_request)
         # The first job of a preset is answered before it is planned: the reconciler refuses one that does not fit.
-        plan = self._plans.ask(preset, given.method)
+        plan = self._plans.ask(preset, job_request.method)
         if plan is not None and not plan.fits:
             raise ApiError(400, does_not_fit(preset, plan), param="model", code=DOES_NOT_FIT)
-        job = self._row(caller, given, preset, start)
+        job = self._row(caller, job_request, preset, start)
         with self._snapshots(caller, job) as folder, self._database.writing.begin() as session:
             self._database.exclusive(session, f"creations {caller.project}")
-            before = attempt.found(session)
-            if before is not None:
+            earlier_id = attempt.found(session)
+            if earlier_id is not None:
                 folder.remove()
-                return self._store.of(session, caller.project, before)
+                return self._store.of(session, caller.project, earlier_id)
             self._check_limits(session, caller)
             self._files.check_space(session, caller.project, job.bytes)
             validation = "" if job.validation_file is None else f" and validation file: {job.validation_file}"
@@ -217,10 +217,10 @@ class Jobs:
             audit.note(session, request, "fine_tuning.job.created", job.id, model=job.model)
         return job
 
-    def _chosen(self, caller: Caller, given: JobRequest) -> tuple[Preset, str | None]:
+    def _chosen(self, caller: Caller, job_request: JobRequest) -> tuple[Preset, str | None]:
         """The preset, and the tuned model that training starts from. Raises ApiError."""
         presets, start = self._presets().models, None
-        name = given.model
+        name = job_request.model
         if name.startswith("ft:"):
             tuned = self._models.find(caller, name)
             if tuned is not None and not caller.may_use(name):
@@ -230,32 +230,36 @@ class Jobs:
         preset = presets.get(name) if start or caller.may_use(name) else None
         if preset is None:
             available = ", ".join(filter(caller.may_use, presets)) or "no models"
-            message = UNAVAILABLE.format(given.model[:128], available)
+            message = UNAVAILABLE.format(job_request.model[:128], available)
             raise ApiError(400, message, param="model", code="model_not_available")
-        if given.method not in preset.methods:
-            message = f"The model {preset.name!r} is not available for fine-tuning with the method '{given.method}'."
+        if job_request.method not in preset.methods:
+            message = (
+                f"The model {preset.name!r} is not available for fine-tuning with the method '{job_request.method}'."
+            )
             raise ApiError(400, message, param="method.type", code="unsupported")
-        requests.check_grader_of(given, preset)
+        requests.check_grader_of(job_request, preset)
         if self._runs and preset.pool == LOCAL and preset.fewest > (most := self._reconciler.capacity()):
             message = TOO_MANY_DEVICES.format(preset.fewest, most)
             raise ApiError(400, message, param="model", code=DOES_NOT_FIT)
-        epochs = given.hyperparameters["n_epochs"]
+        epochs = job_request.hyperparameters["n_epochs"]
         if epochs != AUTO and int(epochs) > preset.most_epochs:
             message = f"Invalid n_epochs: the model {preset.name!r} takes {preset.most_epochs} at most."
-            raise ApiError(400, message, param=f"method.{given.method}.hyperparameters.n_epochs", code="invalid_value")
-        if given.integrations and not self._has_wandb(caller.project):
+            raise ApiError(
+                400, message, param=f"method.{job_request.method}.hyperparameters.n_epochs", code="invalid_value"
+            )
+        if job_request.integrations and not self._has_wandb(caller.project):
             message = "This project has no key of Weights & Biases; an owner stores it first."
             raise ApiError(400, message, param="integrations", code="wandb_not_set_up")
         return preset, start
 
     @staticmethod
-    def _row(caller: Caller, given: JobRequest, preset: Preset, start: str | None) -> Job:
+    def _row(caller: Caller, job_request: JobRequest, preset: Preset, start: str | None) -> Job:
         return Job(
             id=new_id("ftjob-"), created_at=unix_time(), organization=caller.organization, project=caller.project,
-            key=caller.id, model=given.model, preset=preset.name, start=start, method=given.method,
-            hyperparameters=dict(given.hyperparameters), training_file=given.training_file,
-            validation_file=given.validation_file, suffix=given.suffix, seed=given.seed, integrations=given.integrations,
-            grader=given.grader, meta=given.metadata,
+            key=caller.id, model=job_request.model, preset=preset.name, start=start, method=job_request.method,
+            hyperparameters=dict(job_request.hyperparameters), training_file=job_request.training_file,
+            validation_file=job_request.validation_file, suffix=job_request.suffix, seed=job_request.seed,
+            integrations=job_request.integrations, grader=job_request.grader, meta=job_request.metadata,
             priority=preset.priority, state=State.VALIDATING, pool=preset.pool, devices=preset.devices,
         )  # fmt: skip
 

@@ -78,8 +78,8 @@ def after(state: State, change: Change, *, repeated: bool = False) -> State | No
     """
     if state in ALREADY.get(change, ()) or (repeated and change is Change.RESUME and state in RESUMED):
         return None
-    found = TRANSITIONS.get((state, change))
-    if found is None:
+    new_state = TRANSITIONS.get((state, change))
+    if new_state is None:
         code = "job_not_paused" if change is Change.RESUME else "invalid_job_state"
         raise ApiError(400, f"A job that is {state} does not take `{change}`.", code=code)
-    return found
+    return new_state

@@ -50,9 +50,9 @@ class JobStore:
 
     def locked(self, session: Session, job: str) -> Job:
         """The row, which no other transaction changes until this one is over."""
-        found = session.scalar(select(Job).where(Job.id == job).with_for_update())
-        assert found is not None, "rows of jobs are not removed"
-        return found
+        row = session.scalar(select(Job).where(Job.id == job).with_for_update())
+        assert row is not None, "rows of jobs are not removed"
+        return row
 
     def change(
         self,
@@ -110,11 +110,11 @@ class JobStore:
     def of(self, session: Session, project: str, job: str, *, lock: bool = False) -> Job:
         """A job of a project. Raises ApiError 404."""
         query = select(Job).options(WITH_GRADER).where(Job.project == project, Job.id == job)
-        found = session.scalar(query.with_for_update() if lock else query)
-        if found is None:
+        row = session.scalar(query.with_for_update() if lock else query)
+        if row is None:
             message = f"Could not find fine tune: {job[:128]}"
             raise ApiError(404, message, param="fine_tune_id", code="fine_tune_not_found")
-        return found
+        return row
 
     def read(self, job: str) -> Job:
         with self.database.session() as session:
@@ -147,9 +147,9 @@ class JobStore:
 
     def unfinished(self) -> list[Job]:
         """Jobs of which something may have to be done; those that only wait for devices or a resume are not among them."""
-        own = (State.VALIDATING, State.RUNNING, State.PAUSING)
+        own_states = (State.VALIDATING, State.RUNNING, State.PAUSING)
         with self.database.session() as session:
-            query = select(Job).where(or_(Job.state.in_(own), Job.active.is_(True))).order_by(Job.number)
+            query = select(Job).where(or_(Job.state.in_(own_states), Job.active.is_(True))).order_by(Job.number)
             return list(session.scalars(query))
 
     def queued(self) -> list[Job]:
@@ -176,10 +176,10 @@ class JobStore:
         """Bytes of the folders of a project's jobs."""
         return session.scalar(select(func.coalesce(func.sum(Job.bytes), 0)).where(Job.project == project)) or 0
 
-    def waiting(self, session: Session, **of: str) -> int:
-        """How many jobs wait to start or to be resumed. of: `organization` or `key`."""
+    def waiting(self, session: Session, **owner: str) -> int:
+        """How many jobs wait to start or to be resumed. owner: `organization` or `key`."""
         query = select(func.count()).select_from(Job).where(Job.state.in_(WAITING))
-        for name, value in of.items():
+        for name, value in owner.items():
             query = query.where(getattr(Job, name) == value)
         return int(session.scalar(query) or 0)
 

@@ -18,6 +18,6 @@ def part(text: str | None) -> str:
 
 def new_name(base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
     """A name that nothing has: its id is drawn from 62^8."""
-    own = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
+    random_id = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
     ending = "" if step is None else f":ckpt-step-{step}"
-    return f"{PREFIX}{base}:{part(organization)}:{part(suffix)}:{own}{ending}"
+    return f"{PREFIX}{base}:{part(organization)}:{part(suffix)}:{random_id}{ending}"

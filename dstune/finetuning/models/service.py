@@ -96,13 +96,13 @@ class Models:
         request.query(())
         made = await asyncio.to_thread(self._share, request, read_body(Sharing, await request.json()).project_ids)
         self._forget()
-        await request.answer(pages.listing([_permission(row) for row in made], more=False))
+        await request.answer(pages.listing([_permission(row) for row in made], has_more=False))
 
     async def permissions(self, gateway: Gateway, request: Request) -> None:
         query = request.query((*pages.PARAMETERS, "project_id"))
         page = pages.page_of(query, limit=10, most=100, orders=ORDERS)
-        rows, more = await asyncio.to_thread(self._permissions, request, page, query.get("project_id"))
-        await request.answer(pages.listing([_permission(row) for row in rows], more))
+        rows, has_more = await asyncio.to_thread(self._permissions, request, page, query.get("project_id"))
+        await request.answer(pages.listing([_permission(row) for row in rows], has_more))
 
     async def unshare(self, gateway: Gateway, request: Request) -> None:
         request.query(())

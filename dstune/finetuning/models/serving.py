@@ -59,9 +59,9 @@ class Serving:
             self._last_used[name] = time.monotonic()
 
     async def _of(self, caller: Caller, name: str) -> TunedModel:
-        known = self._allowed.get((caller.project, name))
-        if known is not None and time.monotonic() - known[0] < ALLOWED_SECONDS:
-            return known[1]
+        cached = self._allowed.get((caller.project, name))
+        if cached is not None and time.monotonic() - cached[0] < ALLOWED_SECONDS:
+            return cached[1]
         model = await asyncio.to_thread(self._store.find, caller, name)
         if model is None:
             self._allowed.pop((caller.project, name), None)
@@ -76,8 +76,8 @@ class Serving:
             if model.name in self._fleet.models:
                 return
             try:
-                found = await asyncio.to_thread(source.resolve, model.name, str(self._store.folder(model)))
-                await self._fleet.add(found)
+                resolved = await asyncio.to_thread(source.resolve, model.name, str(self._store.folder(model)))
+                await self._fleet.add(resolved)
             except UserError as error:
                 reasons = "; ".join(problem.reason for problem in error.problems)
                 log.info("%s is not served: %s", model.name, error)

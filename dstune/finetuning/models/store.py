@@ -66,8 +66,8 @@ class ModelStore:
         self._own(session, caller, name)
         made = []
         for place, project in enumerate(dict.fromkeys(projects)):
-            found = session.get(Project, project)
-            if found is None or found.organization != caller.organization:
+            project_row = session.get(Project, project)
+            if project_row is None or project_row.organization != caller.organization:
                 message = f"No such project: {project[:128]}"
                 raise ApiError(400, message, param=f"project_ids.{place}", code="project_not_found")
             pair = (ModelPermission.model == name, ModelPermission.project == project)
@@ -99,8 +99,8 @@ class ModelStore:
 
     @staticmethod
     def _own(session: Session, caller: Caller, name: str, *, deleted: bool = False) -> TunedModel:
-        mine = (TunedModel.name == name, TunedModel.project == caller.project)
-        row = session.scalar(select(TunedModel).where(*mine).with_for_update())
+        of_caller = (TunedModel.name == name, TunedModel.project == caller.project)
+        row = session.scalar(select(TunedModel).where(*of_caller).with_for_update())
         if row is None or (row.deleted_at is not None and not deleted):
             raise missing(name)
         return row
