@@ -82,7 +82,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "config/overrides.py", " or _leaves_group(override)", ""
     ),
     "working_directory.test_a_state_folder_of_somebody_else_is_not_served": undo(
-        "serve/state.py", "if named is None and any(path.iterdir()):", "if False:"
+        "serve/state.py", "if requested is None and any(path.iterdir()):", "if False:"
     ),
     "project_plugins.test_no_verb_runs_what_the_folder_names": undo(
         "config/project.py", _CHECKED, "return requested, {}"
@@ -158,7 +158,7 @@ _BY_ATTACK: dict[str, Mutation] = {
         "importing/convert.py", "{one_line(source.name)}", "{source.name}"
     ),
     "import.test_references_are_not_carried_over": undo(
-        "importing/convert.py", "    _without_references(found)\n    _finish(found)", "    _finish(found)"
+        "importing/convert.py", "    _without_references(imported)\n    _finish(imported)", "    _finish(imported)"
     ),
     # Runs of others.
     "runs_of_others.test_code_of_a_model_does_not_run": undo(
@@ -222,8 +222,8 @@ _BY_ATTACK: dict[str, Mutation] = {
     ),
     "guard.test_what_cannot_be_read_does_not_pass_the_guard": undo(
         "guard/front.py",
-        "return [object_of(data) for data in found if data.strip() != DONE]",
-        'return [{"id": data.decode()} for data in found]',
+        "return [object_of(data) for data in data_of_events if data.strip() != DONE]",
+        'return [{"id": data.decode()} for data in data_of_events]',
     ),
     "serve.test_containers_are_counted_before_they_are_made": undo(
         "serve/gateway/request.py", "if excess := excess_of(body, self.settings.max_depth):", 'if excess := "":'
@@ -293,10 +293,12 @@ _BY_ATTACK: dict[str, Mutation] = {
         "select(Feedback).where(False)",
     ),
     "feedback.test_feedback_of_a_project_is_bounded": undo(
-        "serve/gateway/routes.py", "if row.bytes > before and stored - before + row.bytes > most:", "if False:"
+        "serve/gateway/routes.py",
+        "if row.bytes > bytes_before and stored - bytes_before + row.bytes > most:",
+        "if False:",
     ),
     "finetuning_api.test_addresses_of_clouds_and_special_networks_are_not_public": undo(
-        "finetuning/addresses.py", "if any(found in network for network in _SPECIAL):", "if False:"
+        "finetuning/addresses.py", "if any(parsed in network for network in _SPECIAL):", "if False:"
     ),
     "finetuning_api.test_graders_of_one_project_keep_no_other_one_waiting": undo(
         "finetuning/turns.py",
