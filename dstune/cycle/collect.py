@@ -71,10 +71,10 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
             continue
         held_out = _share_of(request) < settings.hold_out
         rows[digest] = Row(identity, digest, request.key or "", kind, row, held_out)
-    kept = _limited(list(rows.values()), settings.share_per_key)
-    if len(kept) < len(rows):
-        dropped["more than share_per_key of one key"] = len(rows) - len(kept)
-    return Collected(kept, dict(sorted(dropped.items())), present)
+    remaining = _limited(list(rows.values()), settings.share_per_key)
+    if len(remaining) < len(rows):
+        dropped["more than share_per_key of one key"] = len(rows) - len(remaining)
+    return Collected(remaining, dict(sorted(dropped.items())), present)
 
 
 def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
@@ -143,12 +143,12 @@ def _limited(rows: list[Row], share: float) -> list[Row]:
         return rows
     most = _most_per_key([*counts.values()], max(share, 1 / len(counts)))
     taken: Counter[str] = Counter()
-    kept = []
+    remaining = []
     for row in sorted(rows, key=lambda row: row.digest):
         if taken[row.key] < most:
             taken[row.key] += 1
-            kept.append(row)
-    return kept
+            remaining.append(row)
+    return remaining
 
 
 def _most_per_key(counts: Sequence[int], share: float) -> int:

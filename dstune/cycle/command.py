@@ -79,11 +79,11 @@ def _decide(settings: CycleSettings, action: str, by: str, reason: str) -> dict[
     registry, ledger = Registry.read(settings.folder), Ledger(settings.folder)
     number = max((version["cycle"] for version in registry.versions.values()), default=0)
     if action == "promote":
-        version, before = registry.promote(settings.alias), None
+        version, version_before = registry.promote(settings.alias), None
     else:
-        before, version = registry.roll_back(settings.alias)
+        version_before, version = registry.roll_back(settings.alias)
     registry.write()
-    ledger.append(number, action, version, reason or "no reason was given", by=by, before=before)
+    ledger.append(number, action, version, reason or "no reason was given", by=by, before=version_before)
     return _status(settings)
 
 

@@ -99,8 +99,8 @@ def judge(
             if len(steady[0]) >= FEWEST:
                 results.append(compare(f"{name}: exchanged words", steady, gates.margin, gates.bootstrap))
     for name, rows in prompts.items():
-        kept = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
-        results.append(compare(name, kept, 0.0, gates.bootstrap))
+        answers = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
+        results.append(compare(name, answers, 0.0, gates.bootstrap))
     return results
 
 
@@ -108,13 +108,13 @@ def _slices(
     name: str, column: str, rows: Sequence[Row], scores: tuple[np.ndarray, np.ndarray], gates: Gates
 ) -> list[GateResult]:
     values = np.array([json.dumps(row.get(column)) if column in row else "" for row in rows])
-    found = []
+    results = []
     for value in np.unique(values[values != ""]):
         inside = values == value
         if inside.sum() >= SLICE_ROWS:
             parts = scores[0][inside], scores[1][inside]
-            found.append(compare(f"{name}: {column}={value}", parts, gates.slice_margin, gates.bootstrap))
-    return found
+            results.append(compare(f"{name}: {column}={value}", parts, gates.slice_margin, gates.bootstrap))
+    return results
 
 
 def _steady(rows: Sequence[Row], swaps: Sequence[tuple[str, str]], version: Judge) -> np.ndarray:

@@ -72,9 +72,11 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
         device = next(speaker.model.parameters()).device
         form = recognise(rows[0], {}, AUTOMATIC, config.task, "gate")
         encode = RowTokenizer(tokenizer, config.task, form, config.data.max_length)
-        found = [normalise(row, recognise(row, {}, AUTOMATIC, config.task, "gate"), {}, config.task) for row in rows]
+        normalised = [
+            normalise(row, recognise(row, {}, AUTOMATIC, config.task, "gate"), {}, config.task) for row in rows
+        ]
         sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
-        for sample in encode.samples(found, list(range(len(rows)))):
+        for sample in encode.samples(normalised, list(range(len(rows)))):
             if sample.problem:
                 continue
             ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.long, device=device)[None]

@@ -98,13 +98,13 @@ def chosen_version(shares: Mapping[str, float], served: Mapping[str, object], na
 
     name: tells the conversation or its user. Versions that are not served leave their share to the others.
     """
-    here = {version: share for version, share in shares.items() if version in served and share > 0}
-    if not here:
+    served_shares = {version: share for version, share in shares.items() if version in served and share > 0}
+    if not served_shares:
         return None
     place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
-    place *= sum(here.values())
-    for version, share in here.items():
+    place *= sum(served_shares.values())
+    for version, share in served_shares.items():
         if place < share:
             return version
         place -= share
-    return next(reversed(here))
+    return next(reversed(served_shares))

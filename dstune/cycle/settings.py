@@ -134,14 +134,14 @@ def _located(gates: Gates, base: Path) -> Gates:
 
 
 def _values(content: Mapping[str, Any], kind: Any, prefix: str, problems: list[Problem]) -> dict[str, Any]:
-    known = {entry.name: entry for entry in fields(kind)}
+    field_by_name = {entry.name: entry for entry in fields(kind)}
     values = {}
     for name, value in content.items():
         where = f"{prefix}{name}"
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
+        if name not in field_by_name:
+            near = difflib.get_close_matches(str(name), field_by_name, n=1)
             problems.append(
-                Problem(where, "there is no such key", f"did you mean {near[0]}?" if near else ", ".join(known))
+                Problem(where, "there is no such key", f"did you mean {near[0]}?" if near else ", ".join(field_by_name))
             )
         elif name in NESTED:
             if value is None and name == "auto_promote":
@@ -152,7 +152,7 @@ def _values(content: Mapping[str, Any], kind: Any, prefix: str, problems: list[P
                 inner = _values(value, NESTED[name], f"{name}.", problems)
                 values[name] = NESTED[name](**inner)
         else:
-            values[name] = _checked(where, str(known[name].type), value, problems)
+            values[name] = _checked(where, str(field_by_name[name].type), value, problems)
     return values
 
 

@@ -110,15 +110,15 @@ class Cycle:
 
     def collect(self) -> tuple[str, str, dict[str, Any]]:
         """Take the new rows, and drop earlier ones that were deleted since."""
-        found = self._result("collect", self._collect)
-        facts = {key: found[key] for key in ("rows", "held_out", "dropped", "forgotten", "digest")}
+        result = self._result("collect", self._collect)
+        facts = {key: result[key] for key in ("rows", "held_out", "dropped", "forgotten", "digest")}
         if self.registry.challenger not in (None, self.version):
             return "waiting", f"{self.registry.challenger} waits for a person: promote it, or roll it back", facts
-        if found["rows"] < self.settings.least_rows:
-            return "nothing", f"{found['rows']} new rows, fewer than least_rows={self.settings.least_rows}", facts
-        if found["tried"]:
+        if result["rows"] < self.settings.least_rows:
+            return "nothing", f"{result['rows']} new rows, fewer than least_rows={self.settings.least_rows}", facts
+        if result["tried"]:
             return "nothing", "the same rows as those of the last candidate, which was refused", facts
-        return "trains", f"{found['rows']} new rows from version {found['start']}", facts
+        return "trains", f"{result['rows']} new rows from version {result['start']}", facts
 
     def _collect(self) -> dict[str, Any]:
         config, parts = self._base
@@ -126,13 +126,13 @@ class Cycle:
         writes = task_of(config.task).generates
         labels = training.labels_of_run(self.settings.run)
         used = {row.id for rows in earlier.values() for row in rows}
-        found = rows_of.collect(self.settings, labels, used, writes=writes)
-        forgotten = self._forget(found.present)
-        held_out = [row for row in found.rows if row.is_held_out]
+        collected = rows_of.collect(self.settings, labels, used, writes=writes)
+        forgotten = self._forget(collected.present)
+        held_out = [row for row in collected.rows if row.is_held_out]
         measured = Contamination([*self._measured(parts), *(row.row for row in held_out), *self._held_out_rows()])
-        train = [row for row in found.rows if not row.is_held_out]
+        train = [row for row in collected.rows if not row.is_held_out]
         clean = [row for row in train if not measured.touches(row.row)]
-        dropped = dict(found.dropped)
+        dropped = dict(collected.dropped)
         if len(clean) < len(train):
             dropped["shares words with rows that are measured"] = len(train) - len(clean)
         save(self._rows_file(self.number), [*clean, *held_out])
@@ -165,25 +165,25 @@ class Cycle:
         for file in sorted((self.settings.folder / ROWS).glob("*.jsonl")):
             number = int(file.stem)
             rows = load(file)
-            kept = [row for row in rows if row.id in present]
-            if len(kept) == len(rows):
+            remaining = [row for row in rows if row.id in present]
+            if len(remaining) == len(rows):
                 continue
-            gone += len(rows) - len(kept)
+            gone += len(rows) - len(remaining)
             trained = any(not row.is_held_out and row.id not in present for row in rows)
             for name, version in self.registry.versions.items():
                 if trained and number in self._ancestry(name):
                     version["holds_forgotten"] = True
             self.registry.write()
-            self._forget_copies(number, kept)
-            save(file, kept)  # last: until then a cycle that was killed finds them again
+            self._forget_copies(number, remaining)
+            save(file, remaining)  # last: until then a cycle that was killed finds them again
         return gone
 
-    def _forget_copies(self, number: int, kept: list[Row]) -> None:
+    def _forget_copies(self, number: int, remaining: list[Row]) -> None:
         """The files that a training read from.
 
         Their rows and origins are paired by digest, and origins are written last: a kill in between leaves more of them.
         """
-        rows = {digest_of_row(row.row) for row in kept}
+        rows = {digest_of_row(row.row) for row in remaining}
         for name in ("train.jsonl", "old.jsonl"):
             for place in (self.settings.folder / CYCLES).glob(f"*/{name}"):
                 lineage = place.with_name(f"lineage-{name}")
@@ -231,17 +231,19 @@ class Cycle:
     def train(self) -> tuple[str, str, dict[str, Any]]:
         """Train from the start version on new rows and old ones."""
         start = self._collected(self.number)["start"]
-        found = self._result("train", lambda: self._train(start))
-        return "trained", f"{found['steps']} steps on {found['new']} new and {found['old']} old rows", found
+        result = self._result("train", lambda: self._train(start))
+        return "trained", f"{result['steps']} steps on {result['new']} new and {result['old']} old rows", result
 
     def _train(self, start: str) -> dict[str, Any]:
         config, parts = self._base
         since = [number for number in self._passed_cycles() if number not in self._ancestry(start)]
         new = [(row, number) for number in [*since, self.number] for row in load(self._rows_file(number))]
-        before = [(row, number) for number in self._ancestry(start) if number for row in load(self._rows_file(number))]
+        rows_before = [
+            (row, number) for number in self._ancestry(start) if number for row in load(self._rows_file(number))
+        ]
         old = [
             *((row, 0) for row in parts["train"]),
-            *((row.row, number) for row, number in before if not row.is_held_out),
+            *((row.row, number) for row, number in rows_before if not row.is_held_out),
         ]
         taught = [(row.row, number) for row, number in new if not row.is_held_out]
         for name, rows in (("train", taught), ("old", old)):
@@ -271,10 +273,10 @@ class Cycle:
 
     def judge(self) -> tuple[str, str, dict[str, Any]]:
         """Hold the candidate against the current version."""
-        found = self._result("judge", self._judge)
-        failed = [gate["name"] for gate in found["gates"] if not gate["passed"]]
-        reason = f"worse on {', '.join(failed)}" if failed else f"{len(found['gates'])} gates passed"
-        return "failed" if failed else "passed", reason, found
+        result = self._result("judge", self._judge)
+        failed = [gate["name"] for gate in result["gates"] if not gate["passed"]]
+        reason = f"worse on {', '.join(failed)}" if failed else f"{len(result['gates'])} gates passed"
+        return "failed" if failed else "passed", reason, result
 
     def _judge(self) -> dict[str, Any]:
         config, parts = self._base
@@ -293,8 +295,8 @@ class Cycle:
         return {spec: _file_rows(spec) for spec in self.settings.gates.tests}
 
     def _prompts(self) -> dict[str, list[dict[str, Any]]]:
-        named = {"safety": self.settings.gates.safety, "canaries": self.settings.gates.canaries}
-        return {name: _file_rows(spec) for name, spec in named.items() if spec is not None}
+        spec_by_name = {"safety": self.settings.gates.safety, "canaries": self.settings.gates.canaries}
+        return {name: _file_rows(spec) for name, spec in spec_by_name.items() if spec is not None}
 
     # -- registry
 
