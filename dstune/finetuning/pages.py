@@ -48,7 +48,8 @@ def rows_of(
     options: Sequence[ExecutableOption] = (),
 ) -> tuple[list[Row], bool]:
     """Return the rows of a page, and whether there are more. may_name: conditions of the rows that the caller may name at all;
-    listed: which of them are listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names nothing."""
+    listed: which of them are listed. A cursor may name a row that is not listed any more. Raises ApiError for one that names
+    nothing."""
     query = select(table).options(*options).where(*may_name, *listed)
     place = tuple_(table.created_at, table.number)
     if page.after is not None:
