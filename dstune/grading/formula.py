@@ -157,11 +157,11 @@ class Formula:
 
 
 def _tokens(text: str) -> list[str]:
-    found, at = [], 0
+    tokens, at = [], 0
     while at < len(text.rstrip()):
         match = _TOKEN.match(text, at)
         if match is None:
             raise FormulaError(f"{text[at:].strip()[:1]!r} is not expected here")
-        found.append(match[1] or match[2] or match[3])
+        tokens.append(match[1] or match[2] or match[3])
         at = match.end()
-    return found
+    return tokens

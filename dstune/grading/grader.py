@@ -143,7 +143,7 @@ def kinds_in(grader: Mapping[str, Any]) -> set[str]:
 
 def render(template: str, sample: Sample) -> str:
     """A template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
-    values, rest = sample.values, MOST_RENDERED - len(template)
+    values, characters_left = sample.values, MOST_RENDERED - len(template)
 
     def value_of(match: re.Match[str]) -> str:
         path = _PATH.fullmatch(match[1])
@@ -157,15 +157,15 @@ def render(template: str, sample: Sample) -> str:
                 value = value[int(index)] if index else value[name]
             except (KeyError, IndexError, TypeError):
                 raise GraderFailed("invalid_variable_error", path[1] + path[2]) from None
-        nonlocal rest
+        nonlocal characters_left
         place = path[1] + path[2]
         text = value if isinstance(value, str) else sample.written.get(place)
         if text is None:
             text = json.dumps(value, ensure_ascii=False)
             if len(sample.written) < MOST_WRITTEN:
                 sample.written[place] = text
-        rest -= len(text)
-        if rest < 0:
+        characters_left -= len(text)
+        if characters_left < 0:
             raise GraderFailed("truncated_observation_error")
         return text
 
@@ -189,8 +189,8 @@ def _check_template(grader: Mapping[str, Any], name: str, at: str) -> None:
     if "{%" in text:
         raise _wrong(f"{at}.{name}", "a template has variables ({{ item.KEY }}), no statements ({% ... %})")
     for match in _OTHER.finditer(text):
-        found = _VARIABLE.match(text, match.start())
-        if found is None or _PATH.fullmatch(found[1]) is None:
+        match_of_variable = _VARIABLE.match(text, match.start())
+        if match_of_variable is None or _PATH.fullmatch(match_of_variable[1]) is None:
             raise _wrong(
                 f"{at}.{name}", f"{match[0]!r} begins no variable; {{{{ item.KEY }}}} and {{{{ sample.KEY }}}} are"
             )
@@ -292,29 +292,29 @@ _CHECKS = {
 def named_graders(graders: Any, at: str) -> dict[str, tuple[str, Any]]:
     """The graders of a `multi` by their names, each with its place: a map, a list or a single one. Raises GraderError."""
     if isinstance(graders, dict) and not isinstance(graders.get("type"), str):
-        found = {name: (f"{at}.{name[:60]}", grader) for name, grader in graders.items()}
+        grader_by_name = {name: (f"{at}.{name[:60]}", grader) for name, grader in graders.items()}
     else:
-        given = graders if isinstance(graders, list) else [graders]
-        found = {}
-        for index, grader in enumerate(given):
+        grader_list = graders if isinstance(graders, list) else [graders]
+        grader_by_name = {}
+        for index, grader in enumerate(grader_list):
             place = f"{at}[{index}]" if isinstance(graders, list) else at
             name = grader.get("name") if isinstance(grader, dict) else None
             if not isinstance(name, str):
                 raise _wrong(place, "must be a grader with a name")
-            if name in found:
+            if name in grader_by_name:
                 raise _wrong(f"{place}.name", "another grader has this name")
-            found[name] = (place, grader)
-    if not 0 < len(found) <= MOST_GRADERS:
+            grader_by_name[name] = (place, grader)
+    if not 0 < len(grader_by_name) <= MOST_GRADERS:
         raise _wrong(at, f"must be 1 to {MOST_GRADERS} graders")
-    return found
+    return grader_by_name
 
 
 def _wrong(param: str, reason: str, code: str = "invalid_grader") -> GraderError:
     return GraderError(f"Invalid {param}: {reason}.", param, code)
 
 
-def _refuse_unknown(given: Mapping[str, Any], accepted: Sequence[str], at: str) -> None:
-    unknown = sorted(set(map(str, given)) - set(accepted))
+def _refuse_unknown(value: Mapping[str, Any], accepted: Sequence[str], at: str) -> None:
+    unknown = sorted(set(map(str, value)) - set(accepted))
     if unknown:
         param = f"{at}.{unknown[0][:80]}"
         similar = get_close_matches(unknown[0][:80], accepted, n=1)
@@ -341,7 +341,9 @@ def _score(grader: Mapping[str, Any], sample: Sample, services: Services) -> flo
     if grader["type"] == "score_model":
         if services.ask_model is None:
             raise GraderFailed("model_grader_server_error", "there is no server of models")
-        messages = [{"role": one["role"], "content": render(_content(one), sample)} for one in grader["input"]]
+        messages = [
+            {"role": message["role"], "content": render(_content(message), sample)} for message in grader["input"]
+        ]
         low, high = grader.get("range", (0.0, 1.0))
         return min(high, max(low, services.ask_model(grader, messages)))
     text, reference = render(grader["input"], sample), render(grader["reference"], sample)
@@ -352,14 +354,14 @@ def _score(grader: Mapping[str, Any], sample: Sample, services: Services) -> flo
         return METRICS[grader["evaluation_metric"]](text, reference)
     match grader["operation"]:
         case "eq":
-            found = text == reference
+            is_match = text == reference
         case "ne" | "neq":
-            found = text != reference
+            is_match = text != reference
         case "like":
-            found = reference in text
+            is_match = reference in text
         case _:
-            found = reference.casefold() in text.casefold()
-    return float(found)
+            is_match = reference.casefold() in text.casefold()
+    return float(is_match)
 
 
 def _grade_multi(grader: Mapping[str, Any], sample: Sample, services: Services) -> Graded:
@@ -368,9 +370,9 @@ def _grade_multi(grader: Mapping[str, Any], sample: Sample, services: Services) 
         # Only what is computed here is hurried: programs and models have limits of their own.
         waits = inner["type"] in ("python", "score_model")
         late = Graded(errors={"unresponsive_reward_error": ""})
-        one = _grade_one(inner, sample, services) if waits or time.monotonic() < ends else late
-        graded.rewards[name] = one.reward
-        graded.errors |= one.errors
+        inner_grade = _grade_one(inner, sample, services) if waits or time.monotonic() < ends else late
+        graded.rewards[name] = inner_grade.reward
+        graded.errors |= inner_grade.errors
     try:
         graded.reward = Formula(grader["calculate_output"], graded.rewards)(graded.rewards)
     except FormulaError as error:

@@ -139,8 +139,8 @@ def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits)
         process.stdin.close()
     output = b""
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([process.stdout], [], [], left)[0]:
+        seconds_left = deadline - time.monotonic()
+        if seconds_left <= 0 or not select.select([process.stdout], [], [], seconds_left)[0]:
             return output, f"it took longer than {limits.seconds:g} s"
         part = os.read(process.stdout.fileno(), 2**16)
         if not part:

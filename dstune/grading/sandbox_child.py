@@ -241,10 +241,10 @@ def call(name: str, *arguments: Any) -> None:
     check(getattr(libc, name)(*arguments), name)
 
 
-def check(result: int, what: str) -> None:
+def check(result: int, operation: str) -> None:
     if result:
         code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
+        raise OSError(code, f"{operation}: {os.strerror(code)}")
 
 
 def write_line(path: str, text: str) -> None:

@@ -43,7 +43,9 @@ def gleu(text: str, reference: str) -> float:
     """The smaller one of precision and recall over one to four words at a time."""
     words, expected = text.split(), reference.split()
     matched = sum(_overlap(words, expected, size) for size in range(1, 5))
-    total = max(sum(max(len(one) - size + 1, 0) for size in range(1, 5)) for one in (words, expected))
+    total = max(
+        sum(max(len(words_of_text) - size + 1, 0) for size in range(1, 5)) for words_of_text in (words, expected)
+    )
     return matched / total if total else 0.0
 
 
@@ -84,16 +86,16 @@ def _words(text: str) -> list[str]:
 def _overlap(words: Sequence[str], expected: Sequence[str], size: int) -> int:
     """How many runs of `size` words the two have in common."""
 
-    def runs(of: Sequence[str]) -> Counter[tuple[str, ...]]:
-        return Counter(tuple(of[at : at + size]) for at in range(len(of) - size + 1))
+    def runs(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+        return Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))
 
     return (runs(words) & runs(expected)).total()
 
 
-def _f1(matched: int, given: int, expected: int) -> float:
+def _f1(matched: int, answered: int, expected: int) -> float:
     if matched == 0:
         return 0.0
-    precision, recall = matched / given, matched / expected
+    precision, recall = matched / answered, matched / expected
     return 2 * precision * recall / (precision + recall)
 
 
@@ -104,6 +106,6 @@ def _common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
         places[word] = places.get(word, 0) | 1 << at
     row = full = (1 << len(words)) - 1
     for word in expected:
-        kept = row & places.get(word, 0)
-        row = ((row + kept) | (row - kept)) & full
+        matched = row & places.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
     return len(words) - row.bit_count()
