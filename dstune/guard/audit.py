@@ -30,13 +30,15 @@ class Audit:
         moment = datetime.datetime.now(datetime.UTC)
         line: dict[str, Any] = {"time": moment.isoformat(timespec="milliseconds"), "decision": decision, **facts}
         if verdict is not None:
-            found = Counter((entry.detector, entry.level, entry.action, entry.label) for entry in verdict.detected)
+            count_by_detection = Counter(
+                (entry.detector, entry.level, entry.action, entry.label) for entry in verdict.detected
+            )
             line |= {
                 "policy": verdict.policy.name,
                 "found": [
                     {"detector": detector, "level": level, "action": action, "count": count}
                     | ({"label": label} if label else {})
-                    for (detector, level, action, label), count in sorted(found.items())
+                    for (detector, level, action, label), count in sorted(count_by_detection.items())
                 ],
                 "not_run": verdict.not_run,
                 "windows": verdict.windows,

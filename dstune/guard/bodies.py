@@ -128,7 +128,7 @@ def _chat(body: Mapping[str, Any]) -> Iterator[Placed]:
 
 def _completion(body: Mapping[str, Any]) -> Iterator[Placed]:
     prompt = body["prompt"]
-    if not isinstance(prompt, str) and not all(isinstance(one, str) for one in prompt):
+    if not isinstance(prompt, str) and not all(isinstance(part, str) for part in prompt):
         raise ApiError(400, "Token ids cannot be checked: send text.", param="prompt", code="not_checkable")
     yield from _texts(prompt, "prompt")
     yield from _texts(body.get("suffix") or [], "suffix")
@@ -156,8 +156,8 @@ def _texts(value: Any, name: str, role: str = "user") -> Iterator[Placed]:
     if isinstance(value, str):
         yield Placed((name,), Text(value, role))
     else:
-        for number, one in enumerate(value):
-            yield Placed((name, number), Text(one, role, number))
+        for number, text in enumerate(value):
+            yield Placed((name, number), Text(text, role, number))
 
 
 def _inputs(body: Mapping[str, Any]) -> Iterator[Placed]:
@@ -208,19 +208,19 @@ ANSWERED_IN_TEXT = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 def of_answer(answer: Mapping[str, Any]) -> dict[int, list[Placed]]:
     """The texts of each choice (of `/v1/responses`: of each item of the output)."""
-    found: dict[int, list[Placed]] = {}
+    texts_by_choice: dict[int, list[Placed]] = {}
     for number, choice in enumerate(answer.get("choices") or []):
-        found[number] = [
+        texts_by_choice[number] = [
             Placed(("choices", number, *where), Text(text, "assistant", number))
             for where, text in texts_in(dict(choice), but=TELLING)
         ]
     for number, item in enumerate(answer.get("output") or []):
-        found[number] = [
+        texts_by_choice[number] = [
             Placed(("output", number, *where), Text(text, "assistant", number)) for where, text in texts_in(dict(item))
         ]
     if isinstance(text := answer.get("output_text"), str):
-        found.setdefault(0, []).append(Placed(("output_text",), Text(text, "assistant", 0)))
-    return found
+        texts_by_choice.setdefault(0, []).append(Placed(("output_text",), Text(text, "assistant", 0)))
+    return texts_by_choice
 
 
 _ENVELOPE = frozenset(

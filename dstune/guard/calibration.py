@@ -69,7 +69,9 @@ class Calibration:
     def threshold(self, direction: str, windows: int, level: str) -> float:
         """The lowest score that has this level or a more certain one."""
         buckets = self.directions[direction]
-        bucket = next((one for one in buckets if one.up_to is None or windows <= one.up_to), buckets[-1])
+        bucket = next(
+            (candidate for candidate in buckets if candidate.up_to is None or windows <= candidate.up_to), buckets[-1]
+        )
         return bucket.thresholds[LEVELS[level]]
 
     def level(self, direction: str, windows: int, score: float) -> str:
@@ -164,23 +166,23 @@ def _calibration(value: Mapping[str, Any]) -> Calibration:
         raise _Wrong(*wrong)
     if not isinstance(value.get("calibrated_on"), dict) or not value["calibrated_on"]:
         raise _Wrong("calibrated_on", "must say which rows the thresholds come from")
-    given = value.get("directions")
-    if not isinstance(given, dict) or set(given) != set(DIRECTIONS):
+    directions_value = value.get("directions")
+    if not isinstance(directions_value, dict) or set(directions_value) != set(DIRECTIONS):
         raise _Wrong("directions", f"must be {', '.join(DIRECTIONS)}")
-    directions = {name: _buckets(given[name], f"directions.{name}") for name in DIRECTIONS}
+    directions = {name: _buckets(directions_value[name], f"directions.{name}") for name in DIRECTIONS}
     return Calibration(
         value["model_digest"], directions, value["calibrated_on"], *lengths[:2], value["label"], lengths[2]
     )
 
 
-def _buckets(given: Any, key: str) -> tuple[Bucket, ...]:
-    rows = given.get("by_windows") if isinstance(given, dict) else None
+def _buckets(value: Any, key: str) -> tuple[Bucket, ...]:
+    rows = value.get("by_windows") if isinstance(value, dict) else None
     if not isinstance(rows, list) or not rows:
         raise _Wrong(f"{key}.by_windows", "must be a list with at least one entry")
     buckets = tuple(_bucket(row, f"{key}.by_windows[{number}]") for number, row in enumerate(rows))
-    if any(one.up_to is None for one in buckets[:-1]):
+    if any(bucket.up_to is None for bucket in buckets[:-1]):
         raise _Wrong(f"{key}.by_windows", "only the last up_to may be null")
-    if any(later.up_to is not None and later.up_to <= (one.up_to or 0) for one, later in pairwise(buckets)):
+    if any(later.up_to is not None and later.up_to <= (bucket.up_to or 0) for bucket, later in pairwise(buckets)):
         raise _Wrong(f"{key}.by_windows", "up_to must rise")
     return buckets
 
@@ -194,12 +196,12 @@ def _bucket(row: Any, key: str) -> Bucket:
     expected = {f"{rate:g}": rate for rate in LEVELS.values()}
     if set(row["thresholds"]) != set(expected):
         raise _Wrong(f"{key}.thresholds", f"must have the rates {', '.join(expected)}")
-    found: dict[float, float] = {}
+    threshold_by_rate: dict[float, float] = {}
     for text, rate in expected.items():
         number = row["thresholds"][text]
         if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
             raise _Wrong(f"{key}.thresholds.{text}", f"must be a number, is {number!r}")
-        found[rate] = float(number)
-    if any(one < later for one, later in pairwise(found.values())):
+        threshold_by_rate[rate] = float(number)
+    if any(earlier < later for earlier, later in pairwise(threshold_by_rate.values())):
         raise _Wrong(f"{key}.thresholds", "a lower rate of false alarms must have a threshold that is not lower")
-    return Bucket(up_to, found)
+    return Bucket(up_to, threshold_by_rate)

@@ -123,16 +123,16 @@ class Verdict:
     def masks(self) -> dict[int, list[Span]]:
         """What is masked, by the number of its text: in order and disjoint. Of all texts at once, since each look for those of
         one goes through all there are."""
-        kept: dict[int, list[Span]] = {}
+        spans_by_text: dict[int, list[Span]] = {}
         for span in sorted(
             (span for span in self.spans if span.masked), key=lambda span: (span.text, span.start, -span.end)
         ):
-            own = kept.setdefault(span.text, [])
-            if not own or span.start >= own[-1].end:
-                own.append(span)
-            elif span.end > own[-1].end:  # a longer one that begins within: both are gone
-                own[-1] = replace(own[-1], end=span.end)
-        return kept
+            text_spans = spans_by_text.setdefault(span.text, [])
+            if not text_spans or span.start >= text_spans[-1].end:
+                text_spans.append(span)
+            elif span.end > text_spans[-1].end:  # a longer one that begins within: both are gone
+                text_spans[-1] = replace(text_spans[-1], end=span.end)
+        return spans_by_text
 
 
 def masked(text: str, masks: Sequence[Span]) -> str:
@@ -153,9 +153,9 @@ def estimated_windows(policy: Policy, texts: Iterable[Text]) -> int:
     read = {
         direction
         for direction, watches in policy.directions.items()
-        if any(needs_model(one.detector) for one in watches)
+        if any(needs_model(entry.detector) for entry in watches)
     }
-    return sum(1 + len(one.text) // CHARACTERS for one in texts if one.direction in read and one.text.strip())
+    return sum(1 + len(entry.text) // CHARACTERS for entry in texts if entry.direction in read and entry.text.strip())
 
 
 _JSON = re.compile(r'\s*(?:\{|\[\s*["{\[\d-])')
@@ -165,12 +165,14 @@ _QUOTE = re.compile(r'\\.|"', re.S)
 def tags(text: str, masks: Sequence[Span]) -> list[str]:
     """What stands in the place of what was masked: `<EMAIL>`. Where `text` is JSON, what was no part of a string, such as a
     number, becomes a string."""
-    found = [f"<{mask.detector.rpartition('/')[2].upper()}>" for mask in masks]
+    tags_of_masks = [f"<{mask.detector.rpartition('/')[2].upper()}>" for mask in masks]
     if not masks or not _JSON.match(text):
-        return found
-    quotes = [one.start() for one in _QUOTE.finditer(text) if one.group() == '"']
+        return tags_of_masks
+    quotes = [match.start() for match in _QUOTE.finditer(text) if match.group() == '"']
     within = [bisect_left(quotes, mask.start) % 2 for mask in masks]
-    return [replacement if inside else f'"{replacement}"' for replacement, inside in zip(found, within, strict=True)]
+    return [
+        replacement if inside else f'"{replacement}"' for replacement, inside in zip(tags_of_masks, within, strict=True)
+    ]
 
 
 @dataclass
@@ -233,18 +235,26 @@ class Checker:
             masked = {watch.detector for watch in piece.watches if watch.action == MASK}
             place = piece.start
             verdict.spans += [
-                Span(piece.number, found.start + place, found.end + place, found.detector, found.detector in masked)
-                for found in result.found
-                if found.detector in SPANS
+                Span(
+                    piece.number,
+                    finding.start + place,
+                    finding.end + place,
+                    finding.detector,
+                    finding.detector in masked,
+                )
+                for finding in result.found
+                if finding.detector in SPANS
             ]
 
 
 def entry_of(watch: Watch, result: Result, message: int = 0) -> Entry:
     """What a detector says of a text."""
     if not needs_model(watch.detector):
-        found = next((one for one in result.found if one.detector == watch.detector), None)
-        level = CONFIDENT if found else UNLIKELY
-        return Entry(watch.detector, message, watch.action, found is not None, level, found.label if found else "")
+        finding = next((candidate for candidate in result.found if candidate.detector == watch.detector), None)
+        level = CONFIDENT if finding else UNLIKELY
+        return Entry(
+            watch.detector, message, watch.action, finding is not None, level, finding.label if finding else ""
+        )
     scored = result.scores.get(watch.detector)
     if scored is None:
         return Entry(watch.detector, message, watch.action, None, NOT_RUN)
@@ -286,20 +296,22 @@ def item_of(policy: Policy, text: str, direction: str, prompts: Iterable[str] = 
 
 
 def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
-    prompts = tuple(one.text for one in texts if not one.direction and one.text.strip())
-    public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
-    for number, one in enumerate(texts):
-        for start, text, direction in _parts(policy, one):
+    prompts = tuple(placed_text.text for placed_text in texts if not placed_text.direction and placed_text.text.strip())
+    public = tuple(placed_text.text for placed_text in texts if placed_text.direction in ("input", "tool_result"))
+    for number, placed_text in enumerate(texts):
+        for start, text, direction in _parts(policy, placed_text):
             if text.strip() and (watches := policy.watches(direction)):
-                yield _Piece(item_of(policy, text, direction, prompts, public), watches, one.message, number, start)
+                yield _Piece(
+                    item_of(policy, text, direction, prompts, public), watches, placed_text.message, number, start
+                )
     # What was cut into several messages, or by documents, is read in one.
-    for direction, group in itertools.groupby(texts, lambda one: one.direction):
-        run = [one for one in group if one.text.strip()]
+    for direction, group in itertools.groupby(texts, lambda placed_text: placed_text.direction):
+        run = [placed_text for placed_text in group if placed_text.text.strip()]
         watches = tuple(watch for watch in policy.watches(direction) if watch.detector not in SPANS)
         if run and direction and watches:
-            for text, own in _joined(policy, run, watches):
-                item = _only(item_of(policy, text, direction, prompts, public), own)
-                yield _Piece(item, own, run[-1].message, None)
+            for text, watches_of_text in _joined(policy, run, watches):
+                item = _only(item_of(policy, text, direction, prompts, public), watches_of_text)
+                yield _Piece(item, watches_of_text, run[-1].message, None)
 
 
 def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
@@ -317,29 +329,29 @@ def _only(item: Item, watches: Iterable[Watch]) -> Item:
     return replace(item, detectors=detectors, decisive=item.decisive & detectors)
 
 
-def _parts(policy: Policy, one: Text) -> Iterable[tuple[int, str, str]]:
+def _parts(policy: Policy, text: Text) -> Iterable[tuple[int, str, str]]:
     """Where each part of a text begins, the part, and its direction: documents between markers are tools' results where the
     policy looks at those. Else they are as the rest of the text, or nothing would look at what is typed behind a marker."""
-    if not one.direction:
+    if not text.direction:
         return
     place = 0
-    for document in _documents(policy, one) if policy.watches("tool_result") else ():
-        yield place, one.text[place : document.start], one.direction
-        yield document.start, one.text[document.start : document.end], "tool_result"
+    for document in _documents(policy, text) if policy.watches("tool_result") else ():
+        yield place, text.text[place : document.start], text.direction
+        yield document.start, text.text[document.start : document.end], "tool_result"
         place = document.end
-    yield place, one.text[place:], one.direction
+    yield place, text.text[place:], text.direction
 
 
 def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> Iterable[tuple[str, tuple[Watch, ...]]]:
     """Neighbouring texts of one direction in one, and what looks at them: their authors' own words, and these with the
     documents among them."""
-    documents = [list(_documents(policy, one)) for one in run]
-    own = [
-        _without(one.text, [(each.opens, each.closes) for each in found])
-        for one, found in zip(run, documents, strict=True)
+    documents = [list(_documents(policy, placed_text)) for placed_text in run]
+    own_words = [
+        _without(placed_text.text, [(each.opens, each.closes) for each in documents_of_text])
+        for placed_text, documents_of_text in zip(run, documents, strict=True)
     ]
-    if sum(bool(part.strip()) for parts in own for part in parts) > 1:
-        for text in _readings(own):
+    if sum(bool(part.strip()) for parts in own_words for part in parts) > 1:
+        for text in _readings(own_words):
             yield text, watches
     # Half of an attack may stand in a document. A model would take all documents for the user's words, and what does not look
     # at documents otherwise does not here.
@@ -347,8 +359,8 @@ def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> 
     exact = tuple(watch for watch in watches if watch.detector in EXACT and watch.detector in among)
     if exact and any(documents):
         whole = [
-            _without(one.text, [place for each in found for place in each.markers])
-            for one, found in zip(run, documents, strict=True)
+            _without(placed_text.text, [place for each in documents_of_text for place in each.markers])
+            for placed_text, documents_of_text in zip(run, documents, strict=True)
         ]
         for text in _readings(whole):
             yield text, exact
@@ -365,10 +377,10 @@ def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
 
 def _readings(texts: Sequence[Sequence[str]]) -> list[str]:
     """The parts of several texts in one: end to end, and where that makes one word of two, with a space between them too."""
-    found = [" ".join("".join(parts) for parts in texts)]
-    if any(not (one[-1].isspace() or other[0].isspace()) for parts in texts for one, other in pairwise(parts)):
-        found.append(" ".join(" ".join(parts) for parts in texts))
-    return found
+    readings = [" ".join("".join(parts) for parts in texts)]
+    if any(not (first[-1].isspace() or second[0].isspace()) for parts in texts for first, second in pairwise(parts)):
+        readings.append(" ".join(" ".join(parts) for parts in texts))
+    return readings
 
 
 @dataclass(frozen=True)
@@ -387,14 +399,14 @@ class _Document:
         return (self.opens, self.start), (self.end, self.closes)
 
 
-def _documents(policy: Policy, one: Text) -> Iterable[_Document]:
+def _documents(policy: Policy, text: Text) -> Iterable[_Document]:
     """Those in what a user wrote. One without its end marker goes to the end of the text."""
-    if one.direction != "input" or not policy.document_markers:
+    if text.direction != "input" or not policy.document_markers:
         return
     ends = dict(reversed(policy.document_markers))
     opening = re.compile("|".join(map(re.escape, sorted(ends))))
     place = 0
-    while (found := opening.search(one.text, place)) is not None:
-        end = one.text.find(ends[found.group()], found.end())
-        end, place = (end, end + len(ends[found.group()])) if end >= 0 else (len(one.text), len(one.text))
-        yield _Document(found.start(), found.end(), end, place)
+    while (opening_match := opening.search(text.text, place)) is not None:
+        end = text.text.find(ends[opening_match.group()], opening_match.end())
+        end, place = (end, end + len(ends[opening_match.group()])) if end >= 0 else (len(text.text), len(text.text))
+        yield _Document(opening_match.start(), opening_match.end(), end, place)

@@ -96,10 +96,12 @@ class Guarding:
 
     def lines(self) -> Iterator[str]:
         """Once it has started: what is guarded by which policy, and the label by which each model scores."""
-        given = self.policies
-        for name in given.policies:
-            routes = [route for route, own in given.routes.items() if own == name]
-            projects = [f"project {project}" for project, own in given.projects.items() if own == name]
+        policies = self.policies
+        for name in policies.policies:
+            routes = [route for route, policy_name in policies.routes.items() if policy_name == name]
+            projects = [
+                f"project {project}" for project, policy_name in policies.projects.items() if policy_name == name
+            ]
             yield f"policy {name} for {', '.join([*routes, *projects]) or 'nothing'}"
         for detector, label in self.engine.labels.items():
             yield f"{detector} is the label {label} of {self.engine.models[detector]}"
@@ -153,27 +155,27 @@ class Guarding:
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in waits:
-                one.cancel()
-        for one in done:
-            one.result()
+            for task in waits:
+                task.cancel()
+        for task in done:
+            task.result()
         return waits[done.pop()]
 
     async def _stuck(self) -> None:
         """Returns when the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
         requests: these may all take too long where there are many, and a guard that works through them is not stuck."""
         heard = time.monotonic()
-        while (left := heard + self.patience - time.monotonic()) > 0:
-            await asyncio.sleep(min(PROBE_SECONDS, left))
+        while (seconds_left := heard + self.patience - time.monotonic()) > 0:
+            await asyncio.sleep(min(PROBE_SECONDS, seconds_left))
             with contextlib.suppress(Exception):  # whatever comes in its place, it is no answer
-                async with asyncio.timeout(max(left, PROBE_SECONDS)):
+                async with asyncio.timeout(max(seconds_left, PROBE_SECONDS)):
                     health = await self.engine.ask("GET", "/health", None)
                 heard = time.monotonic() - health["silent"]
 
     async def scan(self, items: Sequence[Item]) -> list[Result]:
         """Raises GuardDown."""
         try:
-            found = await self.engine.ask("POST", "/scan", items_to_json(items))
-            return [result_from_json(one) for one in found["results"]]
+            answer = await self.engine.ask("POST", "/scan", items_to_json(items))
+            return [result_from_json(value) for value in answer["results"]]
         except (EngineDown, DstuneError, KeyError, TypeError, RuntimeError) as error:
             raise GuardDown(f"{type(error).__name__}: {error}"[:300]) from error

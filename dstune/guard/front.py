@@ -55,7 +55,7 @@ class Guard:
         self.guarding, self.policies, self.audit = guarding, guarding.policies, audit
         self.check = Checker(guarding.scan)
         self._admission = admission
-        self.counted: Callable[[str, str], None] = lambda what, decision: None
+        self.counted: Callable[[str, str], None] = lambda direction, decision: None
 
     @property
     def is_up(self) -> bool:
@@ -70,22 +70,24 @@ class Guard:
         those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
         Raises GuardDown."""
         try:
-            found = await verdict
+            result = await verdict
         except (Late, asyncio.CancelledError):
             self.charge(request, windows * max(self.guarding.engine.window_tokens.values(), default=0))
             raise
-        self.charge(request, found.tokens)
-        return found
+        self.charge(request, result.tokens)
+        return result
 
-    def record(self, request: Request, policy: Policy, what: str, verdict: Verdict | None, reason: str = "") -> str:
+    def record(
+        self, request: Request, policy: Policy, direction: str, verdict: Verdict | None, reason: str = ""
+    ) -> str:
         """Write a decision down, and return it."""
         decision = _decision(policy, verdict)
         caller = request.caller.id if request.caller is not None else None
-        facts = {"request": request.id, "key": caller, "route": request.path, "model": request.model, "what": what}
+        facts = {"request": request.id, "key": caller, "route": request.path, "model": request.model, "what": direction}
         if reason:
             facts |= {"reason": reason, "policy": policy.name}
         self.audit.add(decision, verdict, **facts)
-        self.counted(what, decision)
+        self.counted(direction, decision)
         return decision
 
     async def request(self, request: Request, route: str, body: dict[str, Any]) -> Guarded | None:
@@ -94,10 +96,10 @@ class Guard:
         if policy is None:
             return None
         placed = of_request(route, body)
-        texts = [one.text for one in placed]
+        texts = [entry.text for entry in placed]
         changed = await self._inspected(request, policy, placed, body)
-        prompts = tuple(one.text for one in texts if not one.direction)
-        public = tuple(one.text for one in texts if one.direction in ("input", "tool_result"))
+        prompts = tuple(entry.text for entry in texts if not entry.direction)
+        public = tuple(entry.text for entry in texts if entry.direction in ("input", "tool_result"))
         return Guarded(self, policy, request, route, changed, prompts, public)
 
     async def _inspected(
@@ -105,7 +107,7 @@ class Guard:
     ) -> dict[str, Any]:
         """`body` with its masks. Raises ApiError where it is stopped."""
         try:
-            texts = [one.text for one in placed]
+            texts = [entry.text for entry in placed]
             verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
         except GuardDown as error:
             log.error("%s: the guard could not check: %s", request.id, error)
@@ -119,7 +121,7 @@ class Guard:
         if verdict.blocked:
             raise ApiError(400, f"The request was stopped by: {', '.join(verdict.blocked)}.", code=FILTERED)
         if verdict.refused:
-            reasons = {verdict.not_run.get(one, "did not run") for one in verdict.unchecked}
+            reasons = {verdict.not_run.get(entry, "did not run") for entry in verdict.unchecked}
             if any(reason.startswith("more than") for reason in reasons):
                 message = f"The request is too long to be checked: {'; '.join(sorted(reasons))}."
                 raise ApiError(413, message, code="too_long_to_check")
@@ -200,8 +202,8 @@ class Guarded:
     async def _verdict(self, placed: Sequence[Placed]) -> Verdict:
         """Of the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
-        beside = [Text(prompt, "system") for prompt in self.prompts] + [Text(one, "user") for one in self.public]
-        texts = [*(one.text for one in placed), *beside]
+        beside = [Text(prompt, "system") for prompt in self.prompts] + [Text(entry, "user") for entry in self.public]
+        texts = [*(entry.text for entry in placed), *beside]
         return await self.guard.charged(self.request, estimated_windows(policy, texts), self.guard.check(policy, texts))
 
     def _down(self, error: GuardDown) -> None:
@@ -234,13 +236,13 @@ class Guarded:
             return await self._piece(context, text, windows, total)
 
         prompts = self.body.get("prompt")
-        several = len(prompts) if isinstance(prompts, list) and not all(type(one) is int for one in prompts) else 1
+        several = len(prompts) if isinstance(prompts, list) and not all(type(token) is int for token in prompts) else 1
         return HeldBack(check, several * (self.body.get("n") or 1)).stream(chunks)
 
-    async def _piece(self, context: str, text: str, before: int, total: Verdict) -> Verdict:
+    async def _piece(self, context: str, text: str, windows_before: int, total: Verdict) -> Verdict:
         """Raises GuardDown where nothing may pass unchecked."""
         item = item_of(self.policy, text, "output", self.prompts, self.public)
-        item = replace(item, context=context, windows_before=before)
+        item = replace(item, context=context, windows_before=windows_before)
         windows = estimated_windows(self.policy, [Text(text, "assistant")])
         checked = self.guard.charged(self.request, windows, self.guard.check.piece(self.policy, item))
         return await self._counted(checked, total)
@@ -274,9 +276,9 @@ class Guarded:
             error = {"code": FILTERED, "message": f"The answer was stopped by: {', '.join(detectors)}.", "param": None}
             yield b"event: error\n" + event({"type": "error", **error})
             raise Stopped(detectors)
-        for one in events:
-            kind = str(one.get("type", ""))
-            yield (b"event: %s\n" % kind.encode() if _EVENT_NAME.fullmatch(kind) else b"") + event(one)
+        for value in events:
+            kind = str(value.get("type", ""))
+            yield (b"event: %s\n" % kind.encode() if _EVENT_NAME.fullmatch(kind) else b"") + event(value)
 
 
 _EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
@@ -284,23 +286,23 @@ _EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
 
 async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
     """Of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
-    reader, found, size = EventReader(), [], 0
+    reader, data_of_events, size = EventReader(), [], 0
     async for chunk in chunks:
         if (size := size + len(chunk)) > MOST_READ_BYTES:
             raise ClientPayloadError("the engine's answer is too large")
-        found += list(reader.feed(chunk))
-    found += list(reader.end())
-    return [object_of(data) for data in found if data.strip() != DONE]
+        data_of_events += list(reader.feed(chunk))
+    data_of_events += list(reader.end())
+    return [object_of(data) for data in data_of_events if data.strip() != DONE]
 
 
 def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
     written: dict[tuple[Any, ...], list[str]] = {}
-    for one in events:
-        if isinstance(one.get("delta"), str):
-            name = tuple(str(one.get(key)) for key in ("type", "item_id", "output_index", "content_index"))
-            written.setdefault(name, []).append(one["delta"])
-        for place, text in texts_in(one, but=TELLING):
+    for value in events:
+        if isinstance(value.get("delta"), str):
+            name = tuple(str(value.get(key)) for key in ("type", "item_id", "output_index", "content_index"))
+            written.setdefault(name, []).append(value["delta"])
+        for place, text in texts_in(value, but=TELLING):
             if text.strip() and place != ("delta",) and not is_name(place[-1], text):
                 yield text
     yield from map("".join, written.values())

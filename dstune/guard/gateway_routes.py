@@ -73,8 +73,8 @@ class GuardRoutes(Routes):
 
     def routes(self, gateway: Gateway) -> Sequence[Route]:
         assert self._guarding is not None
-        found, self._audit = guard_routes(gateway, self._guarding, self._state, self._log_days)
-        return found
+        routes, self._audit = guard_routes(gateway, self._guarding, self._state, self._log_days)
+        return routes
 
     def attach(self, gateway: Gateway) -> None:
         assert self._guarding is not None

@@ -49,7 +49,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     requested = {name: _flag(body, name) for name in ("payload", "breakdown", "dev_info")}
     policy = _policy(guard, body.get("project_id"))
     units = units or _units(request)
-    texts = [one.text for one in placed]
+    texts = [item.text for item in placed]
     everything = requested["breakdown"] or not decides
     try:
         async with gateway.admission.place(request.key, request.receive), while_connected(request.receive):
@@ -66,7 +66,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     ignored = ", ".join([*sorted(set(body) - KNOWN), *sorted(set().union(*map(media_in, body["messages"])))])[:500]
     request.note(b"x-guard-ignored", [ignored] if ignored else [])
     if verdict.refused and not verdict.blocked:
-        too_long = [one for one in verdict.not_run.values() if one.startswith("more than")]
+        too_long = [item for item in verdict.not_run.values() if item.startswith("more than")]
         if too_long:
             raise ApiError(413, f"The messages are too long to be checked: {too_long[0]}.", code="too_long_to_check")
         raise unavailable()
@@ -78,7 +78,7 @@ async def _answer(guard: Guard, gateway: Gateway, request: Request, *, decides: 
     else:
         answer["flagged"] = verdict.flagged
         if requested["breakdown"]:
-            answer["breakdown"] = [_entry(policy, body.get("project_id"), one) for one in _reported(verdict, placed)]
+            answer["breakdown"] = [_entry(policy, body.get("project_id"), item) for item in _reported(verdict, placed)]
     if requested["payload"]:
         answer["payload"] = list(_payload(verdict, placed, units))
     if requested["dev_info"]:
@@ -95,7 +95,7 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MOST_MESSAGES:
         raise ApiError(422, f"messages must be a list of 1 to {MOST_MESSAGES} messages.", param="messages")
-    found: list[Placed] = []
+    texts: list[Placed] = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or role not in ROLES:
@@ -106,13 +106,13 @@ def _placed(body: Mapping[str, Any]) -> list[Placed]:
             raise ApiError(
                 422, f"messages[{number}].content must be a text, a list of parts or null.", param="messages"
             )
-        found += islice(of_message(message, number, ("messages", number)), MOST_TEXTS + 1 - len(found))
-    for one in found:
+        texts += islice(of_message(message, number, ("messages", number)), MOST_TEXTS + 1 - len(texts))
+    for entry in texts:
         try:
-            one.text.text.encode()
+            entry.text.text.encode()
         except UnicodeEncodeError:
             raise ApiError(422, "A message is no UTF-8 text.", param="messages") from None
-    return found
+    return texts
 
 
 def _flag(body: Mapping[str, Any], name: str) -> bool:
@@ -136,17 +136,17 @@ def _policy(guard: Guard, project: Any) -> Policy:
 
 
 def _units(request: Request) -> str:
-    given = request.header("x-offsets").lower()
-    if given not in ("", "code-points", UTF_16):
+    unit = request.header("x-offsets").lower()
+    if unit not in ("", "code-points", UTF_16):
         raise ApiError(422, f"x-offsets must be code-points or {UTF_16}.", param="x-offsets")
-    return given
+    return unit
 
 
 def _nothing_ran(policy: Policy, placed: Iterable[Placed], reason: str) -> Verdict:
     verdict = Verdict(policy)
-    for one in placed:
-        for watch in policy.watches(one.text.direction):
-            verdict.entries.append(Entry(watch.detector, one.text.message, watch.action, None, NOT_RUN))
+    for placed_text in placed:
+        for watch in policy.watches(placed_text.text.direction):
+            verdict.entries.append(Entry(watch.detector, placed_text.text.message, watch.action, None, NOT_RUN))
             verdict.not_run[watch.detector] = reason
     return verdict
 
@@ -156,26 +156,26 @@ def _nothing_ran(policy: Policy, placed: Iterable[Placed], reason: str) -> Verdi
 
 def _reported(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
     """For each detector the messages in which it found something, or one entry: its most certain one."""
-    last = max((one.text.message for one in placed), default=0)
+    last = max((item.text.message for item in placed), default=0)
     order = [*LEVELS, "uncalibrated", UNLIKELY, NOT_RUN]
     by_detector: dict[str, dict[int, Entry]] = {}
     for entry in verdict.entries:
-        own = by_detector.setdefault(entry.detector, {})
-        before = own.get(entry.message)
-        if before is None or (not entry.detected, order.index(entry.level)) < (
-            not before.detected,
-            order.index(before.level),
+        entry_by_message = by_detector.setdefault(entry.detector, {})
+        earlier = entry_by_message.get(entry.message)
+        if earlier is None or (not entry.detected, order.index(entry.level)) < (
+            not earlier.detected,
+            order.index(earlier.level),
         ):
-            own[entry.message] = entry
+            entry_by_message[entry.message] = entry
     reported: list[Entry] = []
-    for own in by_detector.values():
-        detected = [entry for entry in own.values() if entry.detected]
-        unknown = [entry for entry in own.values() if entry.detected is None]
+    for entry_by_message in by_detector.values():
+        detected = [entry for entry in entry_by_message.values() if entry.detected]
+        unknown = [entry for entry in entry_by_message.values() if entry.detected is None]
         # That a detector did not run somewhere counts more than that it found nothing elsewhere.
         reported += (
             detected
             or unknown[:1]
-            or [min(own.values(), key=lambda one: (order.index(one.level), abs(last - one.message)))]
+            or [min(entry_by_message.values(), key=lambda item: (order.index(item.level), abs(last - item.message)))]
         )
     return reported
 
@@ -203,31 +203,33 @@ LABELS = {detector: kind for kind, detector in PII.items()} | {SECRETS: "SECRET"
 def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dict[str, Any]]:
     """Spans in messages. A content that is a list of parts is counted as its texts one behind the other, what stands elsewhere
     from its own beginning."""
-    before: dict[int, int] = {}
+    length_by_message: dict[int, int] = {}
     starts, wide = [], []
-    for one in placed:
-        starts.append(before.get(one.text.message, 0) if _in_content(one) else 0)
-        wide.append([place for place, sign in enumerate(one.text.text) if sign > "\uffff"] if units == UTF_16 else [])
-        if _in_content(one):
-            before[one.text.message] = starts[-1] + len(one.text.text) + len(wide[-1])
+    for placed_text in placed:
+        starts.append(length_by_message.get(placed_text.text.message, 0) if _in_content(placed_text) else 0)
+        wide.append(
+            [place for place, sign in enumerate(placed_text.text.text) if sign > "\uffff"] if units == UTF_16 else []
+        )
+        if _in_content(placed_text):
+            length_by_message[placed_text.text.message] = starts[-1] + len(placed_text.text.text) + len(wide[-1])
     for span in sorted(verdict.spans, key=lambda span: (span.text, span.start, span.end)):
-        one = placed[span.text]
+        placed_text = placed[span.text]
         start, end = (
             starts[span.text] + place + bisect_left(wide[span.text], place) for place in (span.start, span.end)
         )
         yield {
             "start": start,
             "end": end,
-            "text": one.text.text[span.start : span.end],
+            "text": placed_text.text.text[span.start : span.end],
             "detector_type": span.detector,
             "labels": [LABELS.get(span.detector, span.detector)],
-            "message_id": one.text.message,
-        } | ({} if _in_content(one) else {"field": ".".join(map(str, one.place[2:]))})
+            "message_id": placed_text.text.message,
+        } | ({} if _in_content(placed_text) else {"field": ".".join(map(str, placed_text.place[2:]))})
 
 
-def _in_content(one: Placed) -> bool:
+def _in_content(placed_text: Placed) -> bool:
     """Whether a client counts this text: a content, a part that is a text, or the text of a part; no other field of a part."""
-    match one.place[2:]:
+    match placed_text.place[2:]:
         case ("content",) | ("content", int()) | ("content", int(), "text"):
             return True
     return False

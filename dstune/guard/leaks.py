@@ -33,26 +33,26 @@ def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Seq
     """Runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public` (what
     users wrote) do not count."""
     hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
-    return max((len(hidden & _runs(one.text)) for one in readings), default=0) if hidden else 0
+    return max((len(hidden & _runs(reading.text)) for reading in readings), default=0) if hidden else 0
 
 
 def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:
     """The canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
     shared = "\n".join(public).lower() if canaries else ""
-    found = []
+    leaked = []
     for canary in canaries:
         plain = canary.lower()
         squeezed = re.sub(r"[\W_]", "", plain)
         if plain in shared:
             continue
         if any(
-            plain in one.text.lower() or (squeezed and squeezed in re.sub(r"[\W_]", "", one.text.lower()))
-            for one in readings
+            plain in reading.text.lower() or (squeezed and squeezed in re.sub(r"[\W_]", "", reading.text.lower()))
+            for reading in readings
         ):
-            found.append(canary)
-    return found
+            leaked.append(canary)
+    return leaked
 
 
 def codes_of(prompts: Sequence[str]) -> list[str]:
     """Words of letters and digits, such as passwords and internal codes."""
-    return sorted({found.group() for prompt in prompts for found in _CODE.finditer(prompt)})
+    return sorted({match.group() for prompt in prompts for match in _CODE.finditer(prompt)})

@@ -67,25 +67,25 @@ def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, in
     for active in _ACTIVE.finditer(text):
         seen.append(active.span())
         yield active.span()
-    for one in _Search(text).links():
-        seen.append((one.start, one.end))
-        if not _known(one.host, allowed):
-            yield one.start, one.start + len(text[one.start : one.end].rstrip(".,;:!?"))
+    for search_link in _Search(text).links():
+        seen.append((search_link.start, search_link.end))
+        if not _known(search_link.host, allowed):
+            yield search_link.start, search_link.start + len(text[search_link.start : search_link.end].rstrip(".,;:!?"))
     if "." not in text:
         return
     seen.sort(reverse=True)
     end = 0
-    for found in _BARE.finditer(text):
-        link = found.group().rstrip(".,;:!?")
-        while seen and seen[-1][0] <= found.start():
+    for match in _BARE.finditer(text):
+        link = match.group().rstrip(".,;:!?")
+        while seen and seen[-1][0] <= match.start():
             end = max(end, seen.pop()[1])
-        if found.start() < end:
+        if match.start() < end:
             continue
         host = _host(re.split("[/:]", link.lstrip("/\\"), maxsplit=1)[0])
         if "/" not in link or not _has_domain(host):
             continue  # `file.py` and `e.g` are no links, and neither is a name without a path: it is no click away
         if not _known(host, allowed):
-            yield found.start(), found.start() + len(link)
+            yield match.start(), match.start() + len(link)
 
 
 @dataclass(frozen=True)
@@ -103,43 +103,43 @@ class _Search:
 
     def __init__(self, text: str):
         self._text = text
-        self._stop, self._dot, self._no_host = (_Next(one, text) for one in (_STOP, _DOT, _NO_HOST))
+        self._stop, self._dot, self._no_host = (_Next(pattern, text) for pattern in (_STOP, _DOT, _NO_HOST))
         self._last_at = (-1, -1)
         """Where a host ends, and the last @ before."""
 
     def links(self) -> Iterator[_Link]:
         place = 0
-        while (found := _START.search(self._text, place)) is not None:
-            place = max(found.end(), found.start() + 1)
-            link = self._link(found)
+        while (match := _START.search(self._text, place)) is not None:
+            place = max(match.end(), match.start() + 1)
+            link = self._link(match)
             if link is not None:
                 yield link
                 place = max(link.end, place)
 
-    def _link(self, found: re.Match[str]) -> _Link | None:
+    def _link(self, match: re.Match[str]) -> _Link | None:
         """None where no host may be meant: `https://` alone, `http:80`, `// a comment`."""
-        text, (start, begin) = self._text, found.span()
+        text, (start, begin) = self._text, match.span()
         name = _matched(_NAME, text, begin)
-        rest = begin + len(name)
-        rest += len(_matched(_PORT, text, rest))
+        name_end = begin + len(name)
+        name_end += len(_matched(_PORT, text, name_end))
         stop = self._stop(begin)
-        others = [] if self._closed(start, rest) else self._other_names(begin, rest, stop)
+        others = [] if self._closed(start, name_end) else self._other_names(begin, name_end, stop)
         if not name and not others:
             return None
-        sure = found["scheme"] is not None and text[begin - 1] in "/\\"
-        if not sure and not any(_is_address(one, text[stop : stop + 1]) for one in (name, *others)):
+        sure = match["scheme"] is not None and text[begin - 1] in "/\\"
+        if not sure and not any(_is_address(host_name, text[stop : stop + 1]) for host_name in (name, *others)):
             return None
-        end = begin + len(text[begin:stop].rstrip(")>}\"'`")) if others else rest
+        end = begin + len(text[begin:stop].rstrip(")>}\"'`")) if others else name_end
         if end == stop:
             end += len(_matched(_PATH, text, stop))
         return _Link(start, end, "" if others else _host(name))
 
-    def _other_names(self, begin: int, rest: int, stop: int) -> list[str]:
-        """What a browser may take for the host, by what stands between the name, which ends at `rest`, and the next slash."""
-        if self._at_before(stop, begin) >= rest:
+    def _other_names(self, begin: int, name_end: int, stop: int) -> list[str]:
+        """What a browser may take for the host, by what stands between the name, which ends at `name_end`, and the next slash."""
+        if self._at_before(stop, begin) >= name_end:
             return [_matched(_NAME, self._text, self._at_before(stop, begin) + 1) or "@"]
         in_brackets = self._text.startswith("[", begin)
-        if in_brackets or self._dot(rest) < min(stop, self._no_host(rest)):
+        if in_brackets or self._dot(name_end) < min(stop, self._no_host(name_end)):
             tail = self._text[max(begin, stop - LONGEST_NAME) : stop]
             return [tail.rstrip(")>}\"'`,;!?")]
         return []
@@ -150,15 +150,15 @@ class _Search:
             self._last_at = stop, self._text.rfind("@", begin, stop)
         return self._last_at[1]
 
-    def _closed(self, start: int, rest: int) -> bool:
+    def _closed(self, start: int, name_end: int) -> bool:
         """Whether what follows the name closes the bracket or quote that the link stands in, and the next is no part of it."""
         text = self._text
-        rest += text.startswith("\\", rest)  # of JSON within JSON
+        name_end += text.startswith("\\", name_end)  # of JSON within JSON
         closing = _CLOSING.get(text[max(start - 1, 0) : start])
-        if closing is None or not text.startswith(closing, rest):
+        if closing is None or not text.startswith(closing, name_end):
             return False
         in_markdown = text.startswith("](", max(start - 2, 0))
-        return in_markdown or not re.match(r"[\w@.%-]", text[rest + 1 : rest + 2])
+        return in_markdown or not re.match(r"[\w@.%-]", text[name_end + 1 : name_end + 2])
 
 
 class _Next:
@@ -170,15 +170,15 @@ class _Next:
     def __call__(self, place: int) -> int:
         """The length of the text where there is none."""
         if self._found < place:
-            found = self._pattern.search(self._text, place)
-            self._found = found.start() if found else len(self._text)
+            match = self._pattern.search(self._text, place)
+            self._found = match.start() if match else len(self._text)
         return self._found
 
 
 def _matched(pattern: re.Pattern[str], text: str, place: int) -> str:
-    found = pattern.match(text, place)
-    assert found is not None, "these match nothing too"
-    return found.group()
+    match = pattern.match(text, place)
+    assert match is not None, "these match nothing too"
+    return match.group()
 
 
 def _is_address(name: str, after: str) -> bool:
@@ -206,4 +206,4 @@ def _host(name: str) -> str:
 
 
 def _known(host: str, allowed: Collection[str]) -> bool:
-    return any(host == one or host.endswith(f".{one}") for one in allowed)
+    return any(host == allowed_host or host.endswith(f".{allowed_host}") for allowed_host in allowed)

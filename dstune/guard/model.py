@@ -121,14 +121,14 @@ class GuardModel:
             near = nearest(name, predictor.labels)
             reason = f"has no label {name!r}; its labels are {', '.join(predictor.labels) or 'none'}"
             raise UserError(Problem(str(folder), reason, (near and f"did you mean {near}?") or ""))
-        own: Any = predictor.model.config
-        longest = getattr(own, "max_position_embeddings", None) or window
+        model_config: Any = predictor.model.config
+        longest = getattr(model_config, "max_position_embeddings", None) or window
         if window > longest:
             reason = f"windows of {window} tokens are longer than the {longest} that the model takes"
             raise UserError(Problem(str(folder), reason, f"--window-tokens {longest} or fewer"))
         # Windows cut the text: that the tokenizer has more tokens than the model takes is nothing to warn of.
         predictor.tokenizer.model_max_length = int(1e9)
-        several = own.problem_type == "multi_label_classification"
+        several = model_config.problem_type == "multi_label_classification"
         index = predictor.labels.index(name)
         skip_unread_positions(predictor.model)
         model = GuardModel(predictor, index, name, digest_of(folder), calibration, window, step, part, several)
@@ -137,10 +137,10 @@ class GuardModel:
             raise UserError(Problem(str(folder), reason, f"{CALIBRATES} {folder} --part-tokens 0"))
         return model
 
-    def windows(self, text: str, before: int = 0) -> list[Window]:
+    def windows(self, text: str, windows_before: int = 0) -> list[Window]:
         """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
 
-        before: windows of the same answer that were scored already.
+        windows_before: windows of the same answer that were scored already.
 
         A special token that somebody wrote is tokens of its characters, and symbols and very long words are set apart.
         """
@@ -148,7 +148,7 @@ class GuardModel:
         tokenizer: Any = self.predictor.tokenizer
         content = self.window_tokens - tokenizer.num_special_tokens_to_add(pair=False)
         with self._tokenizing:
-            found = tokenizer(
+            windows = tokenizer(
                 text,
                 truncation=True,
                 max_length=self.window_tokens,
@@ -159,7 +159,7 @@ class GuardModel:
                 return_token_type_ids=False,
             )["input_ids"]
         special = self.window_tokens - content
-        return [Window(ids, before + len(found) >= LONG) for ids in found if len(ids) > special]
+        return [Window(ids, windows_before + len(windows) >= LONG) for ids in windows if len(ids) > special]
 
     def tail(self, text: str, tokens: int) -> str:
         """The end of `text` that is so many tokens."""
@@ -182,23 +182,23 @@ class GuardModel:
         alone = self._log_odds([window.ids for window in windows])
         odds, work = list(alone), [0.0] * len(windows)
         again = [number for number, window in enumerate(windows) if window.of_long and alone[number] > 0]
-        parts = {number: own for number in again if (own := self._parts(windows[number].ids))}
-        found = iter(self._log_odds([part for own in parts.values() for part in own]))
-        for number, own in parts.items():
-            odds[number] = max((alone[number] + max(next(found) for _ in own)) / 2, 0.0)
-            work[number] = sum(map(len, own)) / self.window_tokens
+        parts = {number: window_parts for number in again if (window_parts := self._parts(windows[number].ids))}
+        part_odds = iter(self._log_odds([part for window_parts in parts.values() for part in window_parts]))
+        for number, window_parts in parts.items():
+            odds[number] = max((alone[number] + max(next(part_odds) for _ in window_parts)) / 2, 0.0)
+            work[number] = sum(map(len, window_parts)) / self.window_tokens
         values, whole = torch.tensor([odds, alone], dtype=torch.float64).sigmoid().tolist()
         return list(map(WindowScore, values, whole, work))
 
     def _parts(self, ids: list[int]) -> list[list[int]]:
         """Pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
-        before, after = self._special_tokens or (0, 0)
-        size, end = self.part_tokens, len(ids) - after
-        if not size or end - before <= size:
+        tokens_before, tokens_after = self._special_tokens or (0, 0)
+        size, end = self.part_tokens, len(ids) - tokens_after
+        if not size or end - tokens_before <= size:
             return []
         step = size // 2
-        starts = range(before, end - size + step, step)
-        return [ids[:before] + ids[start : min(start + size, end)] + ids[end:] for start in starts]
+        starts = range(tokens_before, end - size + step, step)
+        return [ids[:tokens_before] + ids[start : min(start + size, end)] + ids[end:] for start in starts]
 
     @cached_property
     def _special_tokens(self) -> tuple[int, int] | None:
@@ -226,11 +226,11 @@ class GuardModel:
             device = next(self.predictor.model.parameters()).device
             with torch.inference_mode():
                 logits = self.predictor.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double()
-            found = logits[:, self.index]
+            label_logits = logits[:, self.index]
             if not self.several_labels:
                 others = [number for number in range(logits.shape[1]) if number != self.index]
-                found = found - logits[:, others].logsumexp(dim=1)
-            for number, value in zip(chosen, found.tolist(), strict=True):
+                label_logits = label_logits - logits[:, others].logsumexp(dim=1)
+            for number, value in zip(chosen, label_logits.tolist(), strict=True):
                 odds[number] = value
         return odds
 
@@ -256,21 +256,21 @@ def skip_unread_positions(model: Any) -> bool:
         return False
     with torch.inference_mode():
         try:
-            before = _samples_logits(model)
+            logits_before = _samples_logits(model)
         except Exception:  # of a model that takes other inputs
             return False
         handle = output.register_forward_pre_hook(lambda _, states: tuple(state[:, :1] for state in states))
         try:
             after = _samples_logits(model)
-            same = all(
-                one.ndim == 2 and torch.allclose(one, other, atol=1e-6)
-                for one, other in zip(before, after, strict=True)
+            is_same = all(
+                first.ndim == 2 and torch.allclose(first, other, atol=1e-6)
+                for first, other in zip(logits_before, after, strict=True)
             )
         except Exception:  # of a head that reads further positions, in words of its own
-            same = False
-    if not same:
+            is_same = False
+    if not is_same:
         handle.remove()
-    return same
+    return is_same
 
 
 def _samples_logits(model: Any) -> list[torch.Tensor]:
@@ -278,11 +278,11 @@ def _samples_logits(model: Any) -> list[torch.Tensor]:
     import torch
 
     longest = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
-    device, found = next(model.parameters()).device, []
+    device, logits = next(model.parameters()).device, []
     for length in sorted({1, 3, longest - 1, longest} - {0}):
         ids = torch.arange(1, length + 1, device=device).remainder(model.config.vocab_size)[None]
-        found.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float())
-    return found
+        logits.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float())
+    return logits
 
 
 _NO_LETTER = re.compile(r"[^\w\s\x00-\x7f]")
@@ -299,19 +299,19 @@ def _readable_words(text: str) -> str:
 _LONG_WORD = re.compile(rf"[^\s!-/:-@\[-`{{-~]{{{LONGEST_WORD}}}(?=\S)")
 
 
-def _apart(found: re.Match[str]) -> str:
-    sign = found.group()
+def _apart(match: re.Match[str]) -> str:
+    sign = match.group()
     return f" {sign} " if unicodedata.category(sign)[0] == "S" else sign
 
 
 def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]) -> Score:
     """The score of a text from those of the windows of its readings."""
-    found = Score(0.0, sum(map(len, scores)))
+    best = Score(0.0, sum(map(len, scores)))
     for reading, windows in zip(readings, scores, strict=True):
-        value = max((one.value for one in windows), default=0.0)
-        if value > found.value:
-            found = Score(value, found.windows, reading.name)
-    return found
+        value = max((window.value for window in windows), default=0.0)
+        if value > best.value:
+            best = Score(value, best.windows, reading.name)
+    return best
 
 
 def _label_of(labels: Sequence[str], folder: Path) -> str:

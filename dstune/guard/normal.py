@@ -100,11 +100,11 @@ _BACKSLASHES = re.compile(r"\\+")
 def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
     """Parts of the text, as they are read, with their place."""
     place = 0
-    for found in _JSON_ESCAPE.finditer(text) if escapes else ():
-        yield from _written(text, place, found.start())
-        read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", found.group()) + '"')
-        yield *found.span(), _composed(read.encode("utf-8", "replace").decode())
-        place = found.end()
+    for match in _JSON_ESCAPE.finditer(text) if escapes else ():
+        yield from _written(text, place, match.start())
+        read: str = json.loads('"' + _BACKSLASHES.sub(r"\\", match.group()) + '"')
+        yield *match.span(), _composed(read.encode("utf-8", "replace").decode())
+        place = match.end()
     yield from _written(text, place, len(text))
 
 
@@ -139,7 +139,7 @@ _STANDS_FOR |= {start + code: 65 + code for start in (0x1F150, 0x1F170, 0x1F1E6)
 def _composed(cluster: str) -> str:
     piece = unicodedata.normalize("NFKC", DROPPED.sub("", cluster).translate(_STANDS_FOR))
     bare = piece[:1].isascii() or unicodedata.combining(piece[0])  # a mark alone is the rest of more than are read
-    return "".join(one for one in piece if not unicodedata.combining(one)) if bare else piece
+    return "".join(character for character in piece if not unicodedata.combining(character)) if bare else piece
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
@@ -157,12 +157,16 @@ def _latin(text: str) -> str:
     if not _FOREIGN.search(text):
         return text
     # Where other letters of these scripts stand, a word of look-alikes alone is a word of the language.
-    foreign = any("\u0370" <= one <= "\u058f" and one not in LOOK_ALIKES for one in set(text) if one.isalpha())
+    foreign = any(
+        "\u0370" <= character <= "\u058f" and character not in LOOK_ALIKES
+        for character in set(text)
+        if character.isalpha()
+    )
 
-    def change(found: re.Match[str]) -> str:
-        word = found.group()
+    def change(match: re.Match[str]) -> str:
+        word = match.group()
         latin = word.translate(TO_LATIN)
-        mixed = any(not "\u0370" <= one <= "\u058f" for one in word)  # of more than one script
+        mixed = any(not "\u0370" <= character <= "\u058f" for character in word)  # of more than one script
         return latin if latin.isascii() and (mixed or not foreign) else word
 
     return _WORD.sub(change, text)

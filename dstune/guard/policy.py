@@ -130,11 +130,15 @@ class Policies:
 
     def check_models(self, calibrated: Iterable[str]) -> None:
         """calibrated: detectors whose model has thresholds. Raises UserError where a policy would block by any other."""
-        known, problems = set(calibrated), []
+        calibrated_detectors, problems = set(calibrated), []
         for policy in self.policies.values():
             for direction, watches in policy.directions.items():
                 for watch in watches:
-                    if not needs_model(watch.detector) or watch.action == FLAG or watch.detector in known:
+                    if (
+                        not needs_model(watch.detector)
+                        or watch.action == FLAG
+                        or watch.detector in calibrated_detectors
+                    ):
                         continue
                     where = f"{self.file}: policies.{policy.name}.{direction}: {watch.detector}"
                     path = self.models.get(watch.detector)
@@ -188,20 +192,20 @@ def read(
         reason = f"cannot be read as YAML: {first_line(error)}"
         raise UserError(Problem(key, reason, "rules is a packaged policy that needs no model", str(path))) from None
     reader = _Reader(f"policy {path}" if str(path) in PACKAGED else str(path), file.parent)
-    found, problems = reader.policies(value), reader.problems
+    policies, problems = reader.policies(value), reader.problems
     if model is not None:
         if not problems and not any(
-            watch.detector == PROMPT_ATTACK for one in found.policies.values() for watch in one.all_watches
+            watch.detector == PROMPT_ATTACK for policy in policies.policies.values() for watch in policy.all_watches
         ):
             reason = f"no policy of {path} looks for {PROMPT_ATTACK}"
             problems.append(Problem("--guard-model", reason, "--guard default, or leave it out", model))
-        found = replace(found, models={**found.models, PROMPT_ATTACK: Path(model)})
-    for detector, folder in found.models.items():
+        policies = replace(policies, models={**policies.models, PROMPT_ATTACK: Path(model)})
+    for detector, folder in policies.models.items():
         of_option = detector == PROMPT_ATTACK and model is not None
-        problems += no_folder("--guard-model" if of_option else f"{found.file}: models.{detector}", folder)
+        problems += no_folder("--guard-model" if of_option else f"{policies.file}: models.{detector}", folder)
     if problems:
         raise UserError(problems)
-    return found
+    return policies
 
 
 def _looks(policy: Policy, route: str) -> bool:
@@ -295,13 +299,16 @@ class _Reader:
     def policies(self, value: Any) -> Policies:
         """Return all that can be read; what cannot is among the problems."""
         self._read(FileEntry, value, "")
-        given = (
+        content = (
             {name: part for name, part in value.items() if isinstance(part, dict)} if isinstance(value, dict) else {}
         )
-        models = dict(self._models(given.get("models", {})))
-        policies = {str(name): self._policy(str(name), one) for name, one in given.get("policies", {}).items()}
+        models = dict(self._models(content.get("models", {})))
+        policies = {
+            str(name): self._policy(str(name), policy_value)
+            for name, policy_value in content.get("policies", {}).items()
+        }
         routes = {
-            place: self._named(f"routes.{place}", name, policies) for place, name in given.get("routes", {}).items()
+            place: self._named(f"routes.{place}", name, policies) for place, name in content.get("routes", {}).items()
         }
         for place, name in routes.items():
             if place not in ROUTES:
@@ -311,7 +318,7 @@ class _Reader:
                 self._wrong(f"routes.{place}", "nothing that the policy looks for passes there", value=name)
         projects = {
             place: self._named(f"projects.{place}", name, policies, may_be_off=False)
-            for place, name in given.get("projects", {}).items()
+            for place, name in content.get("projects", {}).items()
         }
         return Policies(policies, models, routes, projects, self._file)
 
@@ -389,5 +396,5 @@ class _Reader:
             self._wrong(f"{key}.level", f"{detector} is exact: it has no level", value=level)
         if detectors[0] == LEAK and direction != "output":
             self._wrong(f"{key}.detector", "looks at answers, so it belongs under output", value=detector)
-        for one in detectors:
-            yield Watch(one, action, str(level or ""))
+        for detector_name in detectors:
+            yield Watch(detector_name, action, str(level or ""))

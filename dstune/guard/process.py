@@ -121,12 +121,12 @@ def limit_windows(prepared: Sequence[Prepared]) -> None:
     """Score nothing by a model that would have more windows of all texts of a request than the policy allows of one. What is
     remembered costs nothing, and does not count."""
     windows: Counter[str] = Counter()
-    for one in prepared:
-        windows.update({detector: sum(map(len, pieces)) for detector, pieces in one.windows.items()})
-    for one in prepared:
-        for detector in [each for each in one.windows if windows[each] > one.item.most_windows]:
-            del one.windows[detector]
-            one.not_run[detector] = f"more than {one.item.most_windows} windows"
+    for text in prepared:
+        windows.update({detector: sum(map(len, pieces)) for detector, pieces in text.windows.items()})
+    for text in prepared:
+        for detector in [each for each in text.windows if windows[each] > text.item.most_windows]:
+            del text.windows[detector]
+            text.not_run[detector] = f"more than {text.item.most_windows} windows"
 
 
 class GuardApp:
@@ -157,7 +157,7 @@ class GuardApp:
             items = items_from_json(body)
             async with while_connected(receive):
                 results = await self.scan(items)
-            await respond(send, 200, dumps({"results": [result_to_json(one) for one in results]}))
+            await respond(send, 200, dumps({"results": [result_to_json(result) for result in results]}))
         except ClientGone:
             return
         except Exception:
@@ -169,7 +169,7 @@ class GuardApp:
         request, turns = object(), asyncio.Semaphore(SEARCHES_OF_ONE)
         prepared = await asyncio.gather(*(self._searched(item, turns) for item in items))
         limit_windows(prepared)
-        return list(await asyncio.gather(*(self._scored(one, request) for one in prepared)))
+        return list(await asyncio.gather(*(self._scored(text, request) for text in prepared)))
 
     def silent(self) -> float:
         """The longest that a step of the work has taken by now: a search, or a turn of windows."""
@@ -190,7 +190,9 @@ class GuardApp:
 
     async def _scored(self, prepared: Prepared, request: object) -> Result:
         scores = {
-            detector: await self._compute.scores(detector, [one for reading in windows for one in reading], request)
+            detector: await self._compute.scores(
+                detector, [window for reading in windows for window in reading], request
+            )
             for detector, windows in prepared.windows.items()
         }
         return self.scanner.finish(prepared, scores)

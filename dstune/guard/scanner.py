@@ -121,7 +121,7 @@ class Scanner:
     def scan(self, item: Item) -> Result:
         prepared = self.prepare(item)
         scores = {
-            detector: self.models[detector].score_windows([one for reading in windows for one in reading])
+            detector: self.models[detector].score_windows([window for reading in windows for window in reading])
             for detector, windows in prepared.windows.items()
         }
         return self.finish(prepared, scores)
@@ -131,34 +131,34 @@ class Scanner:
         whole = item.context + item.text
         normal = normalised(whole)
         readings = variants_of(whole, normal)
-        found = tuple(self._exact(item, whole, normal, readings))
+        findings = tuple(self._exact(item, whole, normal, readings))
         not_run: dict[str, str] = {}
         windows: dict[str, list[list[Window]]] = {}
         remembered: dict[str, Score] = {}
-        by_model = [one for one in item.detectors if needs_model(one)]
+        by_model = [entry for entry in item.detectors if needs_model(entry)]
         key = b""
-        if by_model and not item.decisive.intersection(one.detector for one in found):
+        if by_model and not item.decisive.intersection(entry.detector for entry in findings):
             # A piece of a stream is scored with the last words before it, not with all that is searched.
             scored = readings
             if item.context:
                 tail = self._tail(item.context)
                 scored = variants_of(tail + item.text, normalised(tail + item.text))
-            text = "\0".join([str(min(item.windows_before, LONG)), *(one.text for one in scored)])
+            text = "\0".join([str(min(item.windows_before, LONG)), *(entry.text for entry in scored)])
             key = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
             for detector in by_model:
                 model = self.models.get(detector)
                 if model is None:
                     not_run[detector] = "no model"
-                elif (known := self._scores.get((detector, key))) is not None:
-                    remembered[detector] = known
+                elif (score := self._scores.get((detector, key))) is not None:
+                    remembered[detector] = score
                 else:
-                    pieces = [model.windows(one.text, item.windows_before) for one in scored]
+                    pieces = [model.windows(entry.text, item.windows_before) for entry in scored]
                     if sum(map(len, pieces)) > item.most_windows:
                         not_run[detector] = f"more than {item.most_windows} windows"
                     else:
                         windows[detector] = pieces
             readings = scored
-        return Prepared(item, found, not_run, readings, windows, remembered, key)
+        return Prepared(item, findings, not_run, readings, windows, remembered, key)
 
     def _tail(self, context: str) -> str:
         for model in self.models.values():
@@ -169,15 +169,17 @@ class Scanner:
         """scores: by detector those of all windows, in the order of `prepared.windows`."""
         item, computed, tokens = prepared.item, 0, 0.0
         scored: dict[str, Scored] = {}
-        known = dict(prepared.remembered)
+        score_by_detector = dict(prepared.remembered)
         for detector, pieces in prepared.windows.items():
             flat = iter(scores[detector])
-            known[detector] = highest(prepared.readings, [[next(flat) for _ in of_reading] for of_reading in pieces])
-            computed += known[detector].windows
-            work = known[detector].windows + sum(one.parts for one in scores[detector])
+            score_by_detector[detector] = highest(
+                prepared.readings, [[next(flat) for _ in of_reading] for of_reading in pieces]
+            )
+            computed += score_by_detector[detector].windows
+            work = score_by_detector[detector].windows + sum(window_score.parts for window_score in scores[detector])
             tokens += work * self.models[detector].window_tokens
-            self._remember(detector, prepared.key, known[detector])
-        for detector, score in known.items():
+            self._remember(detector, prepared.key, score_by_detector[detector])
+        for detector, score in score_by_detector.items():
             calibration = self.models[detector].calibration
             windows = max(score.windows + item.windows_before, 1)
             level = None
@@ -194,11 +196,11 @@ class Scanner:
     # -- exact detectors
 
     def _exact(self, item: Item, whole: str, normal: Normal, readings: Sequence[Variant]) -> Iterator[Found]:
-        before = len(item.context)
+        context_length = len(item.context)
 
         def at(detector: str, start: int, end: int, label: str = "") -> Iterator[Found]:
-            if end > before:  # what ends in the context was found with it
-                yield Found(detector, start - before, end - before, label)
+            if end > context_length:  # what ends in the context was found with it
+                yield Found(detector, start - context_length, end - context_length, label)
 
         for detector, start, end, label in self._spans(item, normal, readings):
             yield from at(detector, start, end, label)
@@ -241,27 +243,27 @@ def _encoded(
 
     seen: finds that are plain, which need no second one in the same place.
     """
-    found = set()
+    detectors_found = set()
     for part in reading.parts or (reading,):
         for detector in {kind for kind, _, _ in search(part.text)}.intersection(chosen):
-            found.add(detector)
+            detectors_found.add(detector)
             if not any(kind == detector and part.start <= start < part.end for kind, start in seen):
                 yield detector, part.start, part.end, reading.name
     if len(reading.parts) > 1:
         for glue in ("", " "):
             joined = glue.join(part.text for part in reading.parts)
-            for detector in {kind for kind, _, _ in search(joined)}.intersection(chosen) - found:
-                found.add(detector)
+            for detector in {kind for kind, _, _ in search(joined)}.intersection(chosen) - detectors_found:
+                detectors_found.add(detector)
                 yield detector, reading.start, reading.end, reading.name
 
 
 def _personal_data(text: str) -> Iterator[tuple[str, int, int]]:
     from dstune.data.clean.sensitive import find_personal_data
 
-    return ((PII[found.kind], found.start, found.end) for found in find_personal_data(text))
+    return ((PII[finding.kind], finding.start, finding.end) for finding in find_personal_data(text))
 
 
 def _secrets(text: str) -> Iterator[tuple[str, int, int]]:
     from dstune.data.clean.sensitive import find_secrets
 
-    return ((SECRETS, found.start, found.end) for found in find_secrets(text))
+    return ((SECRETS, finding.start, finding.end) for finding in find_secrets(text))

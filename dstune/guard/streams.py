@@ -82,9 +82,9 @@ class Channel:
                 raise Stopped(verdict.blocked)
             self._mask(verdict)
             self.checked = length
-        before = self.released
-        self.released = length if final else max(before, self._free(length))
-        self._keep_head(before)
+        released_before = self.released
+        self.released = length if final else max(released_before, self._free(length))
+        self._keep_head(released_before)
 
     def _mask(self, verdict: Verdict) -> None:
         """Put what was found from `released` on in the place of what was found there before."""
@@ -96,19 +96,19 @@ class Channel:
         word = _WORD.match(self.text, start) if self.head else None
         if word is not None:  # without its middle a find may not be known again: what goes on as one word is of it
             self.masks[-1] = replace(self.masks[-1], end=word.end())
-        for found in verdict.masks().get(0, []):
-            begin, end = start + max(found.start, 0), start + found.end
-            if self.masks and (begin < self.masks[-1].end or (found.start < 0 and self.masks[-1].end == start)):
+        for span in verdict.masks().get(0, []):
+            begin, end = start + max(span.start, 0), start + span.end
+            if self.masks and (begin < self.masks[-1].end or (span.start < 0 and self.masks[-1].end == start)):
                 self.masks[-1] = replace(self.masks[-1], end=max(end, self.masks[-1].end))
             else:
-                self.masks.append(replace(found, start=begin, end=end))
+                self.masks.append(replace(span, start=begin, end=end))
 
-    def _keep_head(self, before: int) -> None:
-        """Of the find that `released` stands within. before: where that stood, from where on the find was searched."""
+    def _keep_head(self, released_before: int) -> None:
+        """Of the find that `released` stands within. released_before: where that stood, from where on the find was searched."""
         within = next((mask for mask in reversed(self.masks) if mask.start < self.released), None)
         if within is None or not (within.end > self.released or within.end == self.checked):
             self.head = ""
-        elif within.start >= before or not self.head:
+        elif within.start >= released_before or not self.head:
             self.head = self.text[within.start : within.start + HEAD]
 
     def _free(self, length: int) -> int:
@@ -118,9 +118,9 @@ class Channel:
         while word > max(place - LONGEST_WORD, 0) and not self.text[word - 1].isspace():
             word -= 1
         free = word
-        for found in _SENTENCE.finditer(self.text, self.released):
-            if not any(one.isdigit() for one in self.text[max(found.start() - 24, 0) : found.end() + 2]):
-                free = max(free, found.end())
+        for match in _SENTENCE.finditer(self.text, self.released):
+            if not any(character.isdigit() for character in self.text[max(match.start() - 24, 0) : match.end() + 2]):
+                free = max(free, match.end())
         for mask in reversed(self.masks):
             if mask.end <= self.released:
                 break
@@ -194,19 +194,21 @@ class HeldBack:
             yield b"data: [DONE]\n\n"
             raise
 
-    async def _advance(self, number: int, own: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
+    async def _advance(self, number: int, choice: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
         """What may go out of a choice now. Raises Stopped where it was the last one."""
         stopped = None
         try:
-            for channel in own.channels.values():
+            for channel in choice.channels.values():
                 if (last := final(channel)) or channel.due():
                     await channel.advance(self._check, final=last)
         except Stopped as stop:
             stopped = stop
-            own.ended = own.stopped = True
-        for out in [event(self._stop(number))] if stopped else self._free(own):
+            choice.ended = choice.stopped = True
+        for out in [event(self._stop(number))] if stopped else self._free(choice):
             yield out
-        if stopped and sum(one.ended for one in self._choices.values()) >= max(self._expected, len(self._choices)):
+        if stopped and sum(other_choice.ended for other_choice in self._choices.values()) >= max(
+            self._expected, len(self._choices)
+        ):
             raise stopped
 
     def _stop(self, number: int) -> dict[str, Any]:
@@ -244,50 +246,52 @@ class HeldBack:
     async def _of_choice(self, value: dict[str, Any], choice: dict[str, Any]) -> AsyncIterator[bytes]:
         with of_its_shape():
             number = int(choice.get("index", 0))
-            own, texts = self._choices.setdefault(number, _Choice()), _texts(choice)
-        if own.stopped:
+            state, texts = self._choices.setdefault(number, _Choice()), _texts(choice)
+        if state.stopped:
             return
         ends = choice.get("finish_reason") is not None
         if not texts and not ends:  # what it tells is of text that the engine keeps back, which nobody has looked at
             _without_telling(choice)
         parts = []
-        for channel in own.channels.values():
+        for channel in state.channels.values():
             channel.elsewhere += sum(len(text) for _, text, _ in texts)
         for name, text, change in texts:
-            channel = own.channels.setdefault(name, Channel())
+            channel = state.channels.setdefault(name, Channel())
             parts.append((change, (name, len(channel.text), len(channel.text) + len(text))))
             channel.text += text
             channel.elsewhere = 0
-        own.events.append(_Event(value, parts))
-        own.finished = own.finished or ends
+        state.events.append(_Event(value, parts))
+        state.finished = state.finished or ends
         # Where another channel is written now, what waits in one may go, or all that follows would wait too.
-        async for out in self._advance(number, own, lambda channel: own.finished or channel.elsewhere >= KEPT):
+        async for out in self._advance(number, state, lambda channel: state.finished or channel.elsewhere >= KEPT):
             yield out
 
-    def _free(self, own: _Choice) -> list[bytes]:
-        found = []
-        while own.events and all(end <= own.channels[name].released for _, (name, _, end) in own.events[0].parts):
-            found.append(self._written(own, own.events.popleft()))
-        return found
+    def _free(self, choice: _Choice) -> list[bytes]:
+        chunks = []
+        while choice.events and all(
+            end <= choice.channels[name].released for _, (name, _, end) in choice.events[0].parts
+        ):
+            chunks.append(self._written(choice, choice.events.popleft()))
+        return chunks
 
-    def _written(self, own: _Choice, one: _Event) -> bytes:
-        for change, (name, start, end) in one.parts:
-            channel = own.channels[name]
+    def _written(self, state: _Choice, held_event: _Event) -> bytes:
+        for change, (name, start, end) in held_event.parts:
+            channel = state.channels[name]
             visible = channel.visible(start, end)
             if visible != channel.text[start:end]:
-                own.masked = True
+                state.masked = True
                 change(visible)
-                _without_telling(one.value["choices"][0])
-        choice = one.value["choices"][0]
-        if own.masked and not one.parts:  # the tokens of the whole answer may come with its end
+                _without_telling(held_event.value["choices"][0])
+        choice = held_event.value["choices"][0]
+        if state.masked and not held_event.parts:  # the tokens of the whole answer may come with its end
             _without_telling(choice)
-        own.ended = own.ended or choice.get("finish_reason") is not None
-        return event(one.value)
+        state.ended = state.ended or choice.get("finish_reason") is not None
+        return event(held_event.value)
 
     async def _finish(self) -> AsyncIterator[bytes]:
-        for number, own in sorted(self._choices.items()):
-            if not own.stopped:
-                async for out in self._advance(number, own, lambda channel: True):
+        for number, choice in sorted(self._choices.items()):
+            if not choice.stopped:
+                async for out in self._advance(number, choice, lambda channel: True):
                     yield out
         for out in self._closing:
             yield out
@@ -306,7 +310,7 @@ def _without_telling(choice: dict[str, Any]) -> None:
 
 def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
     """The texts of a piece of a choice: the name of its channel, the text, and how to change it."""
-    found: list[tuple[str, str, Callable[[str], None]]] = []
+    texts: list[tuple[str, str, Callable[[str], None]]] = []
     for place, text in texts_in(choice, but=TELLING):
         if not text:
             continue
@@ -317,5 +321,5 @@ def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]
             # Calls come in any order, each with its number.
             name.append(str(holder.get("index", key) if isinstance(holder, dict) and isinstance(key, int) else key))
         change = partial(setitem, holder, place[-1])
-        found.append((".".join([*name, str(place[-1])]), text, change))
-    return found
+        texts.append((".".join([*name, str(place[-1])]), text, change))
+    return texts

@@ -90,20 +90,20 @@ _STRETCH = re.compile(rb"[\x20-\x7e\r\n\t]{16,}")
 
 def _base64(text: str) -> Iterator[Variant]:
     covered: list[tuple[int, int]] = []
-    for found in _BASE64.finditer(text):
-        if len(found.group()) < 12:
+    for match in _BASE64.finditer(text):
+        if len(match.group()) < 12:
             continue
         # The end of a path or a name may stand before it, or a line that is none: `files/SWdub3Jl`.
-        breaks = [one.end() for one in islice(_IN_NAMES.finditer(found.group()), MOST_BREAKS)]
+        breaks = [variant.end() for variant in islice(_IN_NAMES.finditer(match.group()), MOST_BREAKS)]
         for start in (0, *breaks):
-            if (decoded := _of_base64(found.group()[start:])) is not None:
-                yield Variant("base64", decoded, found.start() + start, found.end())
-                covered.append((found.start() + start, found.end()))
+            if (decoded := _of_base64(match.group()[start:])) is not None:
+                yield Variant("base64", decoded, match.start() + start, match.end())
+                covered.append((match.start() + start, match.end()))
                 break
-    for one in _within_base64(text):
-        at = bisect_right(covered, (one.start + 8, len(text))) - 1
-        if at < 0 or covered[at][1] < one.end - 8:  # not the same once more, with a letter of what stands before it
-            yield one
+    for variant in _within_base64(text):
+        at = bisect_right(covered, (variant.start + 8, len(text))) - 1
+        if at < 0 or covered[at][1] < variant.end - 8:  # not the same once more, with a letter of what stands before it
+            yield variant
 
 
 def _within_base64(text: str) -> Iterator[Variant]:
@@ -118,10 +118,10 @@ def _within_base64(text: str) -> Iterator[Variant]:
             part = run[skipped:]
             part = part[: len(part) - (len(part) % 4 == 1)]
             raw = base64.b64decode(part + "=" * (-len(part) % 4))
-            for found in _STRETCH.finditer(raw):
-                stretch = found.group().decode()
-                if sum(one.isalpha() for one in stretch) >= 0.6 * len(stretch):
-                    first, last = skipped + found.start() * 4 // 3, skipped + (found.end() * 4 - 1) // 3
+            for match in _STRETCH.finditer(raw):
+                stretch = match.group().decode()
+                if sum(character.isalpha() for character in stretch) >= 0.6 * len(stretch):
+                    first, last = skipped + match.start() * 4 // 3, skipped + (match.end() * 4 - 1) // 3
                     yield Variant("base64", stretch, places[first], places[min(last, len(places) - 1)] + 1)
 
 
@@ -140,36 +140,36 @@ _BASE32 = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z2-7]{16,}|[a-z2-7]{16,})(?![A-Za-z
 
 
 def _base32(text: str) -> Iterator[Variant]:
-    for found in _BASE32.finditer(text):
-        run = found.group().upper()
+    for match in _BASE32.finditer(text):
+        run = match.group().upper()
         run = run[: len(run) - (len(run) % 8 in (1, 3, 6))]  # so many characters more are no whole byte
         try:
             raw = base64.b32decode(run + "=" * (-len(run) % 8))
         except binascii.Error:
             continue
         if (decoded := _readable(raw)) is not None:
-            yield Variant("base32", decoded, *found.span())
+            yield Variant("base32", decoded, *match.span())
 
 
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?+[0-9A-Fa-f]{2}[\s:,;-]{0,2}+){8,}+")
 
 
 def _hex(text: str) -> Iterator[Variant]:
-    for found in _HEX.finditer(text):
-        digits = re.sub(r"0x|\\x|[\s:,;-]", "", found.group())
+    for match in _HEX.finditer(text):
+        digits = re.sub(r"0x|\\x|[\s:,;-]", "", match.group())
         if (decoded := _readable(bytes.fromhex(digits))) is not None:
-            yield Variant("hex", decoded, *found.span())
+            yield Variant("hex", decoded, *match.span())
 
 
 _BINARY = re.compile(r"(?<![0-9])(?:[01]{8}[\s,;:-]{0,2}+){4,}+(?![0-9])")
 
 
 def _binary(text: str) -> Iterator[Variant]:
-    for found in _BINARY.finditer(text):
-        bits = re.sub(r"[\s,;:-]", "", found.group())
+    for match in _BINARY.finditer(text):
+        bits = re.sub(r"[\s,;:-]", "", match.group())
         raw = bytes(int(bits[place : place + 8], 2) for place in range(0, len(bits), 8))
         if (decoded := _readable(raw)) is not None:
-            yield Variant("binary", decoded, *found.span())
+            yield Variant("binary", decoded, *match.span())
 
 
 _UNICODE_ESCAPE = re.compile(r"\\u([0-9A-Fa-f]{4})")
@@ -179,12 +179,16 @@ def _escaped(text: str) -> Iterator[Variant]:
     """Percent, HTML and `\\u` escapes."""
     if not ("%" in text or "&#" in text or "\\u" in text):
         return
-    for found in _words_matching(text, _ESCAPE):
-        run = text[found[0] : found[1]]
+    for span in _words_matching(text, _ESCAPE):
+        run = text[span[0] : span[1]]
         decoded = html.unescape(unquote(run))
         decoded = _UNICODE_ESCAPE.sub(lambda code: chr(int(code[1], 16)), decoded)
-        if decoded != run and "\ufffd" not in decoded and not any("\ud800" <= one <= "\udfff" for one in decoded):
-            yield Variant("escaped", decoded, *found)
+        if (
+            decoded != run
+            and "\ufffd" not in decoded
+            and not any("\ud800" <= character <= "\udfff" for character in decoded)
+        ):
+            yield Variant("escaped", decoded, *span)
 
 
 _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|&#x?[0-9A-Fa-f]{1,6};|\\u[0-9A-Fa-f]{4}")
@@ -194,10 +198,10 @@ def _words_matching(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, 
     """Neighbouring words of which each holds `pattern`, as one part of the text, if it stands there three times."""
     begin = end = count = 0
     for word in re.finditer(r"\S+", text):
-        found = len(pattern.findall(word.group()))
-        if found:
+        matches = len(pattern.findall(word.group()))
+        if matches:
             begin = word.start() if not count else begin
-            end, count = word.end(), count + found
+            end, count = word.end(), count + matches
             continue
         if count >= 3:
             yield begin, end
@@ -213,13 +217,13 @@ _SEPARATORS = " .-_*|,/"
 
 def _spaced(text: str) -> Iterator[Variant]:
     """`i g n o r e   t h i s`: more than one separator stands between words."""
-    for found in _SPACED.finditer(text):
-        run = found.group().rstrip(_SEPARATORS)
+    for match in _SPACED.finditer(text):
+        run = match.group().rstrip(_SEPARATORS)
         wide = re.split(r"\s{2,}|[/|] ?", run) if re.search(r"\s{2,}|[/|]", run) else [run]
         words = [re.sub(r"\W|_", "", word) for word in wide]
         if sum(map(len, words)) > 4 and sum(word.isalpha() for word in words) >= 0.5 * len(words):
             joined = " ".join(_split_words(word) if len(word) > 12 else word for word in words)
-            yield Variant("spaced", joined, found.start(), found.start() + len(run))
+            yield Variant("spaced", joined, match.start(), match.start() + len(run))
 
 
 _RUN_TOGETHER = re.compile(r"[^\W\d_]{16,}+")
@@ -229,14 +233,14 @@ LONGEST_WORD = 2000
 
 def _run_together(text: str) -> Iterator[Variant]:
     """`IgnoreAllPreviousInstructions`, `ignoreallpreviousinstructions`: of these a tokenizer makes unknown words."""
-    for found in _RUN_TOGETHER.finditer(text):
-        word = found.group()[:LONGEST_WORD]
+    for match in _RUN_TOGETHER.finditer(text):
+        word = match.group()[:LONGEST_WORD]
         split = _CAMEL.sub(" ", word)
         if " " not in split:
             split = _split_words(word)
-        common = [one for one in split.lower().split() if len(one) > 3 and one in _VOCABULARY]
+        common = [part for part in split.lower().split() if len(part) > 3 and part in _VOCABULARY]
         if len(common) >= 2 and sum(map(len, common)) >= 0.5 * len(word):  # "a", "it", "in" are in any long word
-            yield Variant("joined", split, *found.span())
+            yield Variant("joined", split, *match.span())
 
 
 _MORE_TEXT = """
@@ -286,18 +290,18 @@ _ROT13 = str.maketrans(_LETTERS + _LETTERS.upper(), _TURNED + _TURNED.upper())
 
 def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
     """Neighbouring words that are common ones only once they are changed, also where plain words stand beside them."""
-    for found in _SEGMENT.finditer(text):
-        segment = found.group()
+    for match in _SEGMENT.finditer(text):
+        segment = match.group()
         if len(segment) < 8:
             continue
         words = list(_ANY_WORD.finditer(segment))
         changed = [change(word.group()).lower() in _VOCABULARY for word in words]
         plain = [word.group().lower() in _VOCABULARY for word in words]
-        gains = [one - other for one, other in zip(changed, plain, strict=True)]
+        gains = [changed_count - plain_count for changed_count, plain_count in zip(changed, plain, strict=True)]
         least = 1 if min(gains, default=0) == 0 else 2  # one word alone is no accident where nothing else can be read
         for first, last in _gaining(gains, least):
             start, end = words[first].start(), words[last].end()
-            yield Variant(name, change(segment[start:end]), found.start() + start, found.start() + end)
+            yield Variant(name, change(segment[start:end]), match.start() + start, match.start() + end)
 
 
 def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
@@ -315,13 +319,13 @@ def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
 
 def _by_segment(name: str, text: str, least: int, change: Callable[[str], str]) -> Iterator[Variant]:
     """Parts of the text that hold so many more common words once they are changed."""
-    for found in _SEGMENT.finditer(text):
-        segment = found.group()
+    for match in _SEGMENT.finditer(text):
+        segment = match.group()
         if len(segment) < 8:
             continue
         changed = change(segment)
         if changed != segment and _common(changed) >= _common(segment) + least:
-            yield Variant(name, changed, *found.span())
+            yield Variant(name, changed, *match.span())
 
 
 _LEET = str.maketrans("013457@$!|\u20ac", "oieastasile")
@@ -332,8 +336,8 @@ _LEET_SIGN = re.compile(r"[013457@$!|\u20ac](?=\w)|(?<=\w)[013457@$!|\u20ac]")
 def _unleet(text: str) -> str:
     """Words that are letters and signs, at least one of these within; numbers and plain words stay."""
 
-    def change(found: re.Match[str]) -> str:
-        word = found.group()
+    def change(match: re.Match[str]) -> str:
+        word = match.group()
         return word.translate(_LEET) if _LEET_SIGN.search(word) and _ANY_WORD.search(word) else word
 
     return _LEET_WORD.sub(change, text)
@@ -364,30 +368,32 @@ def variants(text: str) -> list[Variant]:
 
 
 def variants_of(text: str, normal: Normal) -> list[Variant]:
-    found = [
+    variants = [
         Variant("plain", normal.text, 0, len(text)),
-        *(_placed(one, normal) for one in _decoded(normal.text, DEPTH)),
+        *(_placed(variant, normal) for variant in _decoded(normal.text, DEPTH)),
     ]
-    if rest := found[MOST_VARIANTS:]:
-        found[MOST_VARIANTS - 1 :] = [_joined(SEVERAL, [found[MOST_VARIANTS - 1], *rest])]
-    return found
+    if others := variants[MOST_VARIANTS:]:
+        variants[MOST_VARIANTS - 1 :] = [_joined(SEVERAL, [variants[MOST_VARIANTS - 1], *others])]
+    return variants
 
 
-def _placed(one: Variant, normal: Normal) -> Variant:
+def _placed(variant: Variant, normal: Normal) -> Variant:
     """With its place in the original."""
-    start, end = normal.span(one.start, one.end)
-    return Variant(one.name, one.text, start, end, tuple(_placed(part, normal) for part in one.parts))
+    start, end = normal.span(variant.start, variant.end)
+    return Variant(variant.name, variant.text, start, end, tuple(_placed(part, normal) for part in variant.parts))
 
 
 def _joined(name: str, parts: Sequence[Variant]) -> Variant:
-    single = tuple(inner for one in parts for inner in one.parts or (one,))
-    text = "\n".join(one.text for one in parts)
-    return Variant(name, text, min(one.start for one in parts), max(one.end for one in parts), single)
+    single = tuple(inner for variant in parts for inner in variant.parts or (variant,))
+    text = "\n".join(variant.text for variant in parts)
+    return Variant(name, text, min(variant.start for variant in parts), max(variant.end for variant in parts), single)
 
 
 def _decoded(text: str, depth: int) -> Iterator[Variant]:
     for decode in _DECODERS:
-        parts = [Variant(one.name, normalised(one.text).text, one.start, one.end) for one in decode(text)]
+        parts = [
+            Variant(variant.name, normalised(variant.text).text, variant.start, variant.end) for variant in decode(text)
+        ]
         if not parts:
             continue
         # Parts in one encoding are one reading: an attack may be cut into several.

@@ -19,7 +19,7 @@ def items_to_json(items: Sequence[Item]) -> dict[str, Any]:
     shared: dict[tuple[str, ...], int] = {}
     made = []
     for item in items:
-        value = {one.name: getattr(item, one.name) for one in fields(item)}
+        value = {item_field.name: getattr(item, item_field.name) for item_field in fields(item)}
         value |= {name: sorted(value[name]) for name in _SETS}
         made.append(value | {name: shared.setdefault(value[name], len(shared)) for name in _SHARED})
     return {"items": made, "shared": list(shared)}
@@ -29,19 +29,19 @@ def items_from_json(value: dict[str, Any]) -> list[Item]:
     shared = [tuple(texts) for texts in value["shared"]]
     return [
         Item(
-            **one
-            | {name: frozenset(one[name]) for name in _SETS}
-            | {name: tuple(one[name]) for name in _TUPLES}
-            | {name: shared[one[name]] for name in _SHARED}
+            **entry
+            | {name: frozenset(entry[name]) for name in _SETS}
+            | {name: tuple(entry[name]) for name in _TUPLES}
+            | {name: shared[entry[name]] for name in _SHARED}
         )
-        for one in value["items"]
+        for entry in value["items"]
     ]
 
 
 def result_from_json(value: dict[str, Any]) -> Result:
-    found = tuple(Found(**one) for one in value["found"])
-    scores = {detector: Scored(**one) for detector, one in value["scores"].items()}
-    return Result(found, scores, value["not_run"], value["computed"], value["tokens"], value["variants"])
+    findings = tuple(Found(**entry) for entry in value["found"])
+    scores = {detector: Scored(**entry) for detector, entry in value["scores"].items()}
+    return Result(findings, scores, value["not_run"], value["computed"], value["tokens"], value["variants"])
 
 
 def result_to_json(result: Result) -> dict[str, Any]:

@@ -51,12 +51,12 @@ def evals(archive: Archive) -> Iterator[Text]:
 
 def _prompt(line: bytes) -> str | None:
     try:
-        given = json.loads(line).get("input")
+        prompt = json.loads(line).get("input")
     except (ValueError, AttributeError):
         return None
-    if isinstance(given, str):
-        return given
-    turns = given if isinstance(given, list) else []
+    if isinstance(prompt, str):
+        return prompt
+    turns = prompt if isinstance(prompt, list) else []
     texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") in ("system", "user")]
     return "\n".join(text for text in texts if isinstance(text, str)) or None
 
@@ -123,16 +123,16 @@ def npm_documents(files: Files) -> Iterator[Text]:
 
 def windows(texts: Iterator[Text], each: int, characters: int) -> Iterator[Text]:
     """Up to `each` parts of a text, of a third of `characters` up to all of them."""
-    for one in texts:
-        yield from _windows(one, each, characters)
+    for text in texts:
+        yield from _windows(text, each, characters)
 
 
-def _windows(one: Text, each: int, characters: int) -> Iterator[Text]:
+def _windows(text: Text, each: int, characters: int) -> Iterator[Text]:
     for number in range(each):
-        chance = place(f"{one.group}:{number}:{one.text[:80]}")
+        chance = place(f"{text.group}:{number}:{text.text[:80]}")
         size = int(characters * (1 / 3 + 2 / 3 * chance))
-        start = int(max(len(one.text) - size, 0) * place(f"start:{number}:{one.text[:80]}"))
-        start = one.text.find(" ", start) + 1 if start else 0
-        part = one.text[start : start + size].rsplit(" ", 1)[0] if len(one.text) > start + size else one.text[start:]
+        start = int(max(len(text.text) - size, 0) * place(f"start:{number}:{text.text[:80]}"))
+        start = text.text.find(" ", start) + 1 if start else 0
+        part = text.text[start : start + size].rsplit(" ", 1)[0] if len(text.text) > start + size else text.text[start:]
         if len(part) >= 40:
-            yield replace(one, text=part)
+            yield replace(text, text=part)

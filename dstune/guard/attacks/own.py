@@ -18,10 +18,10 @@ def _lines(name: str) -> Iterator[list[str]]:
 
 
 def _goals() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    goals_by_language: dict[str, list[str]] = {}
     for language, goal in _lines("goals"):
-        found.setdefault(language, []).append(goal)
-    return found
+        goals_by_language.setdefault(language, []).append(goal)
+    return goals_by_language
 
 
 def goals(language: str = "en", *, held_out: bool = False) -> list[str]:

@@ -65,7 +65,9 @@ def agent_threat_rules(files: Files) -> Iterator[Text]:
         tags, cases = rule.get("tags") or {}, rule.get("test_cases") or {}
         group, category = f"atr:{rule['id']}", str(tags.get("category"))
         topic = str(tags.get("subcategory") or "")
-        family = next((own for own, words in _FAMILIES if re.search(words, topic)), _CATEGORIES.get(category, ""))
+        family = next(
+            (family_name for family_name, words in _FAMILIES if re.search(words, topic)), _CATEGORIES.get(category, "")
+        )
         direction = "tool_result" if family == "indirect" else "input"
         is_attack = (
             category in _CATEGORIES
@@ -213,15 +215,15 @@ def _long_values(value: Any) -> Iterator[str]:
 def _constants(source: str) -> Iterator[str]:
     """Values of `GOAL` in the classes of a module: strings, and f-strings of constants."""
     tree = ast.parse(source)
-    known: dict[str, str] = {}
+    value_by_name: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            value = _text_of(node.value, known)
+            value = _text_of(node.value, value_by_name)
             if value is not None:
-                known[node.targets[0].id] = value
+                value_by_name[node.targets[0].id] = value
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
-            inside = dict(known)
+            inside = dict(value_by_name)
             for statement in node.body:
                 if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                     value = _text_of(statement.value, inside)
@@ -231,17 +233,20 @@ def _constants(source: str) -> Iterator[str]:
                             yield value
 
 
-def _text_of(node: ast.expr, known: dict[str, str]) -> str | None:
+def _text_of(node: ast.expr, value_by_name: dict[str, str]) -> str | None:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.Name):
-        return known.get(node.id)
+        return value_by_name.get(node.id)
     if isinstance(node, ast.Attribute):
-        return known.get(node.attr)
+        return value_by_name.get(node.attr)
     if isinstance(node, ast.BinOp):
-        parts = [_text_of(node.left, known), _text_of(node.right, known)]
+        parts = [_text_of(node.left, value_by_name), _text_of(node.right, value_by_name)]
     elif isinstance(node, ast.JoinedStr):
-        parts = [_text_of(part.value if isinstance(part, ast.FormattedValue) else part, known) for part in node.values]
+        parts = [
+            _text_of(part.value if isinstance(part, ast.FormattedValue) else part, value_by_name)
+            for part in node.values
+        ]
     else:
         return None
     return None if None in parts else "".join(part for part in parts if part is not None)
@@ -263,7 +268,9 @@ def spikee(files: Files, each: int = 3) -> Iterator[Text]:
         if "<INSTRUCTION>" not in frame["text"] or frame["jailbreak_type"] == "no-jailbreak":
             continue
         language = frame.get("lang", "en")
-        own_language = [one["instruction"] for one in instructions if one.get("lang", "en") == language]
+        own_language = [
+            instruction["instruction"] for instruction in instructions if instruction.get("lang", "en") == language
+        ]
         for wish in sorted(own_language, key=lambda wish: place(frame["text"] + wish))[:each]:
             text = frame["text"].replace("<INSTRUCTION>", wish)
             family = "jailbreak" if frame["jailbreak_type"] in ("dan", "no-limits", "policy-puppet") else "direct"

@@ -51,7 +51,7 @@ def place(name: str) -> float:
 
 def chosen(texts: Iterable[Text], count: int) -> list[Text]:
     """`count` of them at most, always the same ones, in an order that is as good as random."""
-    return sorted(texts, key=lambda one: place(one.text))[:count]
+    return sorted(texts, key=lambda text: place(text.text))[:count]
 
 
 def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
@@ -59,7 +59,7 @@ def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
     groups: dict[str, list[Text]] = {}
     for text in texts:
         groups.setdefault(text.group, []).append(text)
-    return chosen((text for own in groups.values() for text in chosen(own, each)), count)
+    return chosen((text for group in groups.values() for text in chosen(group, each)), count)
 
 
 def distinct(texts: Iterable[Text], letters: int | None = None) -> Iterator[Text]:
@@ -88,8 +88,8 @@ _PRONOUNCED = re.compile("[a-z]{4,}")
 
 def encoded(text: str) -> bool:
     """Whether it has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
-    for found in _UNREAD.finditer(text):
-        run = found.group()
+    for match in _UNREAD.finditer(text):
+        run = match.group()
         words = sum(map(len, _PRONOUNCED.findall(run)))
         if words < 0.4 * len(run) and re.search(r"\d", run) and re.search("[a-z]", run) and re.search("[A-Z]", run):
             return True
@@ -104,7 +104,7 @@ class Odds:
 
     def __init__(self, attacks: Iterable[Text], harmless: Iterable[Text]):
         self._attacks, self._harmless = (
-            Counter(w for one in side for w in self._words(one.text)) for side in (attacks, harmless)
+            Counter(w for text in side for w in self._words(text.text)) for side in (attacks, harmless)
         )
         self._base = math.log((sum(self._attacks.values()) + 1) / (sum(self._harmless.values()) + 1))
 
@@ -113,9 +113,9 @@ class Odds:
         words = _WORD.findall(text.lower())
         return [part for first, second in pairwise([*words, ""]) for part in (first, f"{first} {second}")]
 
-    def highest(self, one: Text) -> float:
+    def highest(self, text: Text) -> float:
         """The log-odds of the part of RUN words and pairs that has the highest."""
-        odds = [math.log((self._attacks[w] + 1) / (self._harmless[w] + 1)) - self._base for w in self._words(one.text)]
+        odds = [math.log((self._attacks[w] + 1) / (self._harmless[w] + 1)) - self._base for w in self._words(text.text)]
         sums = list(accumulate(odds, initial=0.0))
         return max(
             sums[min(start + self.RUN, len(odds))] - sums[start] for start in range(max(len(odds) - self.RUN, 0) + 1)

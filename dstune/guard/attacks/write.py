@@ -59,10 +59,10 @@ def write(target: Path, archives: Archives) -> None:
     copies = _Copies(training)
     test, dropped = copies.without(pool.test(copies))
     files = {
-        "data": [one.row() for one in training],
-        "validation": [one.row() for one in pool.validation()],
-        "calibration": [one.row() for one in pool.calibration()],
-        "test": [one.row(suite) for suite, one in test],
+        "data": [text.row() for text in training],
+        "validation": [text.row() for text in pool.validation()],
+        "calibration": [text.row() for text in pool.calibration()],
+        "test": [text.row(suite) for suite, text in test],
     }
     for name, rows in files.items():
         with (target / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
@@ -74,7 +74,7 @@ def write(target: Path, archives: Archives) -> None:
 
 def _between(texts: Iterable[Text], low: float, high: float) -> Iterator[Text]:
     """Those whose group falls between two shares of all groups."""
-    return (one for one in texts if low <= place(one.group) < high)
+    return (text for text in texts if low <= place(text.group) < high)
 
 
 TRAIN, VALIDATION, CALIBRATION = (0.0, 0.55), (0.55, 0.6), (0.6, 0.8)
@@ -90,8 +90,8 @@ class _Pool:
     def __init__(self, archives: Archives):
         self.archives = archives
         rules = list(distinct(packages.agent_threat_rules(archives["agent-threat-rules"])))
-        self.rules = [one for one in rules if one.label == ATTACK]
-        self.twins = [one for one in rules if one.label == BENIGN]
+        self.rules = [text for text in rules if text.label == ATTACK]
+        self.twins = [text for text in rules if text.label == BENIGN]
         self.armor = list(distinct(packages.prompt_armor(archives["prompt-armor"]), letters=60))
         self.pyrit = list(distinct(packages.pyrit(archives["pyrit"])))
         self.prompts = list(distinct(benign.evals(archives["evals"])))
@@ -108,21 +108,21 @@ class _Pool:
     def training(self) -> list[Text]:
         attacks, harmless = self._attacks(0.0, KNOWN[0]), self._harmless(*TRAIN)
         # The guard decodes before it scores, so encoded attacks teach only that certificates and keys are attacks.
-        attacks = [one for one in attacks if not encoded(one.text)]
+        attacks = [text for text in attacks if not encoded(text.text)]
         pieces = self._pieces(*TRAIN, 400)
         hard = self._hard_pieces(Odds(attacks, [*harmless, *pieces]))
         # Hidden attacks alone would teach that a break in a document is an attack: benign texts are hidden as well.
-        short = [one for one in attacks if len(one.text) <= 250 and one.package != "prompt-armor"]
-        plain = [one for one in harmless if len(one.text) <= 250 and one.family == "hard"]
+        short = [text for text in attacks if len(text.text) <= 250 and text.package != "prompt-armor"]
+        plain = [text for text in harmless if len(text.text) <= 250 and text.family == "hard"]
         around = chosen([*pieces, *hard], len(pieces) + len(hard))
         hidden = [*_hide(chosen(short, 1600), around, AROUND), *_hide(chosen(plain, 1000), around[::-1], AROUND)]
-        parts = [one.cut() for one in (*attacks, *harmless)]
+        parts = [text.cut() for text in (*attacks, *harmless)]
         return list(distinct([*parts, *hidden, *pieces, *hard]))
 
     def validation(self) -> list[Text]:
-        attacks = [one.cut() for one in chosen(self._attacks(*KNOWN), 250)]
+        attacks = [text.cut() for text in chosen(self._attacks(*KNOWN), 250)]
         harmless = [*self._harmless(*VALIDATION), *self._pieces(*VALIDATION, 30)]
-        return list(distinct([*attacks, *(one.cut() for one in chosen(harmless, 350))]))
+        return list(distinct([*attacks, *(text.cut() for text in chosen(harmless, 350))]))
 
     def _attacks(self, low: float, high: float) -> list[Text]:
         armor = list(_between(self.armor, low, high))
@@ -130,9 +130,9 @@ class _Pool:
         return [
             *_between(self.rules, low, high),
             *(
-                one
+                text
                 for family, count in amounts.items()
-                for one in chosen((x for x in armor if x.family == family), count)
+                for text in chosen((x for x in armor if x.family == family), count)
             ),
             *_between(self.pyrit, low, high),
             *(own.attacks(8) if low == 0.0 else own.attacks(2, held_out=True)),
@@ -152,17 +152,17 @@ class _Pool:
         """Parts of documents: `each` of e-mails, examples of commands, prose."""
         kinds = (self.emails, self.commands, self.prose)
         parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
-        return chosen((one for own_kind in parts for one in own_kind), 3 * each)
+        return chosen((text for own_kind in parts for text in own_kind), 3 * each)
 
     def _hard_pieces(self, odds: Odds) -> list[Text]:
         """Of each kind of document the parts of training that look most like attacks, and some that are encoded. People who
         write to each other tell each other what to do: of e-mails there are most."""
-        found = []
+        pieces = []
         for kind, count in ((self.emails, 700), (self.commands, 400), (self.prose, 300)):
             pool = list(benign.windows(_between(kind, *TRAIN), 12, PIECE + 40))
-            found += sorted(chosen(pool, 10 * count), key=odds.highest, reverse=True)[:count]
-            found += chosen((one for one in pool if encoded(one.text)), 100)
-        return found
+            pieces += sorted(chosen(pool, 10 * count), key=odds.highest, reverse=True)[:count]
+            pieces += chosen((text for text in pool if encoded(text.text)), 100)
+        return pieces
 
     # -- calibration: benign alone ------------------------------------------------------------------------------------
 
@@ -177,8 +177,8 @@ class _Pool:
         ]
         whole = [*_between(self.emails, low, high), *_between(self.commands, low, high)]
         taken = chosen(whole, 400)
-        left = set(whole).difference(taken)
-        documents = _documents([*(one for one in whole if one in left), *_between(self.prose, low, high)])
+        remaining = set(whole).difference(taken)
+        documents = _documents([*(text for text in whole if text in remaining), *_between(self.prose, low, high)])
         return [*short, *taken, *documents]
 
     # -- test ---------------------------------------------------------------------------------------------------------
@@ -186,39 +186,42 @@ class _Pool:
     def test(self, copies: _Copies) -> Iterator[tuple[str, Text]]:
         low, high = TEST
         unseen = [*self._unseen()]
-        attacks = [one for one in unseen if one.label == ATTACK]
-        yield from (("unseen", one) for one in attacks)
-        yield from (("known", one) for one in self._known())
-        yield from (("hard", one) for one in unseen if one.label == BENIGN and one.family == "hard")
-        yield from (("hard", one) for one in packages.prompt_armor_benign(self.archives["prompt-armor"]))
-        yield from (("hard", one) for one in chosen(_between(self.twins, low, high), 400))
-        yield from (("hard", one) for one in (*_between(self.sentences, low, high), *_between(self.notes, low, high)))
-        yield from (("natural", one) for one in spread(_between(self.prompts, low, high), 8, 700))
-        yield from (("natural", one) for one in spread(_between(self.chats, low, high), 4, 400))
-        yield from (("tool", one) for one in unseen if one.family == "tool")
+        attacks = [text for text in unseen if text.label == ATTACK]
+        yield from (("unseen", text) for text in attacks)
+        yield from (("known", text) for text in self._known())
+        yield from (("hard", text) for text in unseen if text.label == BENIGN and text.family == "hard")
+        yield from (("hard", text) for text in packages.prompt_armor_benign(self.archives["prompt-armor"]))
+        yield from (("hard", text) for text in chosen(_between(self.twins, low, high), 400))
+        yield from (("hard", text) for text in (*_between(self.sentences, low, high), *_between(self.notes, low, high)))
+        yield from (("natural", text) for text in spread(_between(self.prompts, low, high), 8, 700))
+        yield from (("natural", text) for text in spread(_between(self.chats, low, high), 4, 400))
+        yield from (("tool", text) for text in unseen if text.family == "tool")
         yield from (
-            ("tool", one) for one in chosen((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
+            ("tool", text)
+            for text in chosen((x for x in _between(self.commands, low, high) if x.family == "tool"), 100)
         )
         documents = [
             *self.guides,
             *chosen(_between(self.prose, low, high), 40),
             *chosen(_between(self.emails, low, high), 100),
         ]
-        yield from (("document", one) for one in documents)
+        yield from (("document", text) for text in documents)
         # Within a document a copy would no longer be one by its runs of words.
-        fresh = [one for one in attacks if not copies.copied(one)]
-        plain = [one for one in fresh if len(one.text) <= 400 and one.language == "en" and one.family != "obfuscated"]
-        long = [one for one in documents if len(one.text) >= HIDDEN_CHARACTERS]
+        fresh = [text for text in attacks if not copies.copied(text)]
+        plain = [
+            text for text in fresh if len(text.text) <= 400 and text.language == "en" and text.family != "obfuscated"
+        ]
+        long = [text for text in documents if len(text.text) >= HIDDEN_CHARACTERS]
         few: list[Text] = []
-        for name in dict.fromkeys(one.package for one in plain):
-            few += chosen((one for one in plain if one.package == name), 20)
-        yield from (("hidden", one) for one in _hide(few, long, HIDDEN_CHARACTERS))
+        for name in dict.fromkeys(text.package for text in plain):
+            few += chosen((text for text in plain if text.package == name), 20)
+        yield from (("hidden", text) for text in _hide(few, long, HIDDEN_CHARACTERS))
 
     def _known(self) -> Iterator[Text]:
         """Frames that training has, with goals that it does not have."""
         yield from own.attacks(1, held_out=True)
         templates = packages.pyrit(self.archives["pyrit"], held_out=True)
-        yield from chosen((one for one in templates if place(one.group) < KNOWN[0]), 150)
+        yield from chosen((text for text in templates if place(text.group) < KNOWN[0]), 150)
 
     def _unseen(self) -> Iterator[Text]:
         readers: dict[str, Callable[[Any], Iterator[Text]]] = {
@@ -232,27 +235,27 @@ class _Pool:
             yield from read(self.archives[name])
         patterns = list(packages.oubliette(self.archives["oubliette-shield"]))
         for label in (ATTACK, BENIGN):
-            yield from chosen((one for one in patterns if one.label == label), 200)
+            yield from chosen((text for text in patterns if text.label == label), 200)
 
 
 def _documents(texts: Iterable[Text]) -> list[Text]:
     """What the texts of a group say one after the other, in parts of HIDDEN_CHARACTERS."""
     groups: dict[str, list[Text]] = {}
-    for one in texts:
-        groups.setdefault(one.group, []).append(one)
+    for member in texts:
+        groups.setdefault(member.group, []).append(member)
     parts: dict[str, list[Text]] = {}
     for members in groups.values():
-        whole = "\n\n".join(one.text for one in members)
+        whole = "\n\n".join(member.text for member in members)
         for start in range(0, len(whole), HIDDEN_CHARACTERS):
             text = whole[start : start + HIDDEN_CHARACTERS].strip()
             if len(text) >= DOCUMENT_CHARACTERS:
                 parts.setdefault(members[0].package, []).append(replace(members[0], text=text, family="document"))
-    return [one for of_package in parts.values() for one in chosen(distinct(of_package), DOCUMENTS_EACH)]
+    return [member for of_package in parts.values() for member in chosen(distinct(of_package), DOCUMENTS_EACH)]
 
 
 def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[Text]:
     """Each attack inside a document, which is cut so that both together have `characters`."""
-    found = []
+    hidden = []
     for number, attack in enumerate(attacks):
         around = documents[number % len(documents)]
         room = max(characters - len(attack.text) - 2, 80)
@@ -260,8 +263,8 @@ def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[T
         at = int(len(body) * place(f"at:{attack.text}"))
         cut = body.rfind("\n", 0, at) + 1 or body.rfind(". ", 0, at) + 1 or body.rfind(" ", 0, at) + 1
         text = f"{body[:cut].rstrip()}\n{attack.text}\n{body[cut:].lstrip()}".strip()
-        found.append(replace(attack, text=text, direction="tool_result"))
-    return found
+        hidden.append(replace(attack, text=text, direction="tool_result"))
+    return hidden
 
 
 class _Copies:
@@ -269,28 +272,28 @@ class _Copies:
 
     def __init__(self, training: list[Text]):
         self._runs: set[int] = set()
-        for one in training:
-            if one.label == ATTACK:
-                self._runs |= runs(one.text)
-        self._benign = {" ".join(one.text.lower().split()) for one in training if one.label == BENIGN}
+        for text in training:
+            if text.label == ATTACK:
+                self._runs |= runs(text.text)
+        self._benign = {" ".join(text.text.lower().split()) for text in training if text.label == BENIGN}
 
     def without(self, rows: Iterable[tuple[str, Text]]) -> tuple[list[tuple[str, Text]], Counter[str]]:
         """`rows` without near copies and repetitions, and how many of each package those are. Rows of known frames are
         copies by intent."""
-        kept: list[tuple[str, Text]] = []
+        remaining: list[tuple[str, Text]] = []
         dropped: Counter[str] = Counter()
         seen: set[tuple[str, str]] = set()
-        for suite, one in rows:
-            key = " ".join(one.text.lower().split())
+        for suite, text in rows:
+            key = " ".join(text.text.lower().split())
             if (suite, key) in seen:
                 continue
             seen.add((suite, key))
-            if (suite == "unseen" and self.copied(one)) or (suite != "known" and key in self._benign):
-                dropped[one.package] += 1
+            if (suite == "unseen" and self.copied(text)) or (suite != "known" and key in self._benign):
+                dropped[text.package] += 1
             else:
-                kept.append((suite, one))
-        return kept, dropped
+                remaining.append((suite, text))
+        return remaining, dropped
 
-    def copied(self, one: Text) -> bool:
-        own_runs = runs(one.text)
+    def copied(self, text: Text) -> bool:
+        own_runs = runs(text.text)
         return len(own_runs & self._runs) > COPIED * len(own_runs)

@@ -51,7 +51,7 @@ def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str)
     check(rows, model.label, source)
     scored = list(_scores(model, rows))
     for direction in DIRECTIONS:
-        count = sum(one.direction == direction and bool(one.all) for one in scored)
+        count = sum(row.direction == direction and bool(row.all) for row in scored)
         if count < FEWEST:
             reason = f"only {count} texts with direction {direction} contain a token, and {FEWEST} are needed"
             raise UserError(Problem(source, reason, "give it texts as users and tools write them"))
@@ -61,8 +61,8 @@ def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str)
 def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
     directions, counts = {}, {}
     for direction in DIRECTIONS:
-        own = [one for one in scored if _counts(one, direction)]
-        directions[direction], used = _buckets(own)
+        rows_of_direction = [scored_row for scored_row in scored if _counts(scored_row, direction)]
+        directions[direction], used = _buckets(rows_of_direction)
         texts = [row["text"] for row in rows if row["direction"] == direction]
         counts[direction] = {
             "texts": len(texts),
@@ -74,10 +74,10 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
     return Calibration(model.digest, directions, calibrated_on, *cut_and_label)
 
 
-def _counts(one: Scored, direction: str) -> bool:
+def _counts(row: Scored, direction: str) -> bool:
     """A long answer or result counts in every direction. What users write counts in theirs alone: long requests are full of
     orders, which documents are not."""
-    return one.direction == direction or (one.direction != "input" and len(one.plain) >= LONG)
+    return row.direction == direction or (row.direction != "input" and len(row.plain) >= LONG)
 
 
 def check(rows: Sequence[Mapping[str, Any]], label: str, source: str) -> None:
@@ -101,14 +101,14 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         readings = [variants(row["text"]) for row in chunk]
-        scores = iter(model.scores([one.text for of_row in readings for one in of_row]))
+        scores = iter(model.scores([reading.text for of_row in readings for reading in of_row]))
         for row, of_row in zip(chunk, readings, strict=True):
             plain, *others = [next(scores) for _ in of_row]
             yield Scored(
                 row["direction"],
-                tuple(one.value for one in plain),
-                tuple(one.value for own in others for one in own),
-                tuple(one.alone for one in plain),
+                tuple(reading.value for reading in plain),
+                tuple(reading.value for row_scores in others for reading in row_scores),
+                tuple(reading.alone for reading in plain),
             )
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
@@ -124,28 +124,28 @@ def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, in
     """
     maxima = [sorted(_maxima(scored, above or 0, up_to)) for above, up_to in zip((0, *BUCKETS), BUCKETS, strict=False)]
     filled = [number for number, highest in enumerate(maxima) if highest]
-    found: list[Bucket] = []
+    buckets: list[Bucket] = []
     floor = dict.fromkeys(LEVELS.values(), 0.0)
     for number, up_to in enumerate(BUCKETS):
-        measured = max((one for one in filled if one <= number), default=filled[0])
+        measured = max((length for length in filled if length <= number), default=filled[0])
         share = (BUCKETS[measured] or MOST_WINDOWS) / (up_to or MOST_WINDOWS)
         for rate in floor:
-            own = rate if number <= measured else 1 - (1 - rate) ** share
-            floor[rate] = max(floor[rate], threshold_at(maxima[measured], own))
-        found.append(Bucket(up_to, dict(floor)))
+            bucket_rate = rate if number <= measured else 1 - (1 - rate) ** share
+            floor[rate] = max(floor[rate], threshold_at(maxima[measured], bucket_rate))
+        buckets.append(Bucket(up_to, dict(floor)))
     names = (f"up_to_{up_to}" if up_to else "any" for up_to in BUCKETS)
-    return tuple(found), dict(zip(names, map(len, maxima), strict=True))
+    return tuple(buckets), dict(zip(names, map(len, maxima), strict=True))
 
 
 def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
     """The highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of windows
     within longer ones."""
     length = up_to or 2 * above
-    for one in scored:
-        if above < len(one.all) <= (up_to or math.inf):
-            yield max(one.all)
-        elif len(one.plain) > length and above:  # of short texts there are enough, and a cut text is none
-            windows = one.plain if length >= LONG else one.alone
+    for row in scored:
+        if above < len(row.all) <= (up_to or math.inf):
+            yield max(row.all)
+        elif len(row.plain) > length and above:  # of short texts there are enough, and a cut text is none
+            windows = row.plain if length >= LONG else row.alone
             for start in range(0, len(windows) - length + 1, length):
                 yield max(windows[start : start + length])
 

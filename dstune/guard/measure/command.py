@@ -143,12 +143,14 @@ def _test(argv: list[str]) -> int:
         policy=arguments.policy,
         rules=arguments.rules,
     )
-    found = replay.replay(target.judge, rows, most=arguments.rows, tries=arguments.tries, rewritten=arguments.rewritten)
-    found = {"target": arguments.target, "threshold": dict(target.threshold), "data": arguments.data, **found}
+    measured = replay.replay(
+        target.judge, rows, most=arguments.rows, tries=arguments.tries, rewritten=arguments.rewritten
+    )
+    measured = {"target": arguments.target, "threshold": dict(target.threshold), "data": arguments.data, **measured}
     if arguments.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(measured, indent=1, ensure_ascii=False))
     else:
-        _print(found)
+        _print(measured)
     return EXIT_DONE
 
 
@@ -168,8 +170,8 @@ def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
                 Problem(where, "direction must be input, output or tool_result", value=str(value["direction"]))
             )
         elif labelled and value.get("label") not in ("attack", "benign"):
-            given = "" if value.get("label") is None else str(value["label"])
-            problems.append(Problem(where, "label must be attack or benign", '{"text": ..., "label": "attack"}', given))
+            label = "" if value.get("label") is None else str(value["label"])
+            problems.append(Problem(where, "label must be attack or benign", '{"text": ..., "label": "attack"}', label))
         else:
             rows.append(value)
     if problems:
@@ -191,34 +193,37 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
 def _of_suites(rows: list[dict[str, Any]], names: Sequence[str], source: str) -> list[dict[str, Any]]:
     from dstune.guard.measure.replay import OWN
 
-    known = list(dict.fromkeys(str(row.get("suite") or OWN) for row in rows))
+    suites = list(dict.fromkeys(str(row.get("suite") or OWN) for row in rows))
     for name in names:
-        if name not in known:
-            raise UserError(Problem("--suite", f"{source} has no such suite", f"one of {', '.join(known)}", name))
+        if name not in suites:
+            raise UserError(Problem("--suite", f"{source} has no such suite", f"one of {', '.join(suites)}", name))
     return [row for row in rows if not names or str(row.get("suite") or OWN) in names]
 
 
-def _print(found: Mapping[str, Any]) -> None:
+def _print(measured: Mapping[str, Any]) -> None:
     from dstune.guard.measure.replay import ATTACKS, BENIGN
     from dstune.guard.measure.report import line
 
-    print(f"target     {found['target']}")
-    print("threshold  " + ", ".join(f"{key} {value}" for key, value in found["threshold"].items()))
+    print(f"target     {measured['target']}")
+    print("threshold  " + ", ".join(f"{key} {value}" for key, value in measured["threshold"].items()))
     for part, title, words in (("recall", "caught", ATTACKS), ("false_alarms", "false alarms", BENIGN)):
-        for suite, cells in found[part].items():
+        for suite, cells in measured[part].items():
             print(f"\n{title}: {suite} ({words.get(suite, 'rows of yours')}), share with 95% interval")
             print(line("all", cells["all"]))
             for key in ("family", "package", "language", "characters"):
-                for name, one in cells[f"by_{key}"].items():
+                for name, part_cell in cells[f"by_{key}"].items():
                     if len(cells[f"by_{key}"]) > 1:
-                        print(line(f"{key} {name}", one))
+                        print(line(f"{key} {name}", part_cell))
     for key, title in (
         ("obfuscated", "the same attacks, encoded"),
         ("evasions", "attacks that are caught as they are, in other words and letters"),
         ("best_of_n", "attacks that are still caught in each of N random rewritings"),
     ):
-        if key in found:
+        if key in measured:
             print(f"\n{title}")
-            for name, one in found[key].items():
-                print(line(f"N = {name}" if key == "best_of_n" else name, one) + f"  {one.get('verdict', '')}".rstrip())
+            for name, part_cell in measured[key].items():
+                print(
+                    line(f"N = {name}" if key == "best_of_n" else name, part_cell)
+                    + f"  {part_cell.get('verdict', '')}".rstrip()
+                )
     print("\nA guard lowers the rate of known attacks; it is no boundary.")

@@ -47,15 +47,22 @@ class LocalJudge:
             prepared = [self.scanner.prepare(item) for item in items]
             computed: dict[str, Iterator[WindowScore]] = {}
             for detector, model in self.scanner.models.items():
-                windows = [w for one in prepared for reading in one.windows.get(detector, []) for w in reading]
+                windows = [
+                    w
+                    for prepared_row in prepared
+                    for reading in prepared_row.windows.get(detector, [])
+                    for w in reading
+                ]
                 computed[detector] = iter(model.score_windows(windows))
-            for row, one in zip(chunk, prepared, strict=True):
+            for row, prepared_row in zip(chunk, prepared, strict=True):
                 scores = {
                     detector: [next(computed[detector]) for reading in pieces for _ in reading]
-                    for detector, pieces in one.windows.items()
+                    for detector, pieces in prepared_row.windows.items()
                 }
-                result = self.scanner.finish(one, scores)
-                blocking = [watch for watch in self.policy.watches(one.item.direction) if watch.action == BLOCK]
+                result = self.scanner.finish(prepared_row, scores)
+                blocking = [
+                    watch for watch in self.policy.watches(prepared_row.item.direction) if watch.action == BLOCK
+                ]
                 entries = [entry_of(watch, result) for watch in blocking]
                 unchecked = any(entry.detected is None for entry in entries) and self.policy.on_failure == CLOSED
                 scored = result.scores.get(PROMPT_ATTACK)
@@ -108,8 +115,8 @@ class ServerJudge:
 
 def _progress(judged: Iterator[Judged], rows: int) -> Iterator[Judged]:
     started = reported = time.monotonic()
-    for number, one in enumerate(judged, 1):
-        yield one
+    for number, row in enumerate(judged, 1):
+        yield row
         if time.monotonic() - reported > 10:
             reported = time.monotonic()
             print(f"{number} of {rows} texts, {reported - started:.0f} s", file=sys.stderr, flush=True)
@@ -122,13 +129,13 @@ class Target:
     """What decides, in words and values: the same for every suite."""
 
 
-def target_of(given: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
-    """given: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
+def target_of(spec: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
+    """spec: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
     model, policy: of a file.
 
     Raises UserError.
     """
-    by_url, export = given.startswith(("http://", "https://")), Path(given).is_dir()
+    by_url, export = spec.startswith(("http://", "https://")), Path(spec).is_dir()
     of_export, of_file = {"--level": level, "--rules": rules}, {"--policy": policy, "--guard-model": model}
     passed_over = {**of_export, **of_file} if by_url else of_file if export else of_export
     kind = (
@@ -137,13 +144,13 @@ def target_of(given: str, *, level: str | None, model: str | None, policy: str |
     if ignored := [name for name, value in passed_over.items() if value]:
         raise UserError(Problem(name, f"does nothing to {kind}", "leave it out") for name in ignored)
     if by_url:
-        url = given.rstrip("/")
+        url = spec.rstrip("/")
         url = url if url.endswith("/guard") else f"{url}/v2/guard"
         return Target(ServerJudge(url, os.environ.get(KEY)), {"server": url, "rule": "blocked by the server's policy"})
     if export:
-        return _export(Path(given), level or LEVEL, rules)
-    policies = read(given, model, key="TARGET", kinds="a policy, an export's folder or a URL")
-    chosen = _policy(policies, policy, given)
+        return _export(Path(spec), level or LEVEL, rules)
+    policies = read(spec, model, key="TARGET", kinds="a policy, an export's folder or a URL")
+    chosen = _policy(policies, policy, spec)
     scanner = Scanner.load(policies.models)
     policies.check_models(scanner.calibrated)
     levels = {
@@ -152,7 +159,7 @@ def target_of(given: str, *, level: str | None, model: str | None, policy: str |
         }
         for direction in DIRECTIONS
     }
-    return Target(LocalJudge(chosen, scanner), {"policy": chosen.name, "file": given, "blocks": levels})
+    return Target(LocalJudge(chosen, scanner), {"policy": chosen.name, "file": spec, "blocks": levels})
 
 
 def _export(folder: Path, level: str, rules: bool) -> Target:
@@ -175,10 +182,10 @@ def _export(folder: Path, level: str, rules: bool) -> Target:
 
 
 def _policy(policies: Policies, name: str | None, file: str) -> Policy:
-    known = policies.policies
-    if name is None and len(known) == 1:
-        return next(iter(known.values()))
-    if name is None or name not in known:
+    policy_by_name = policies.policies
+    if name is None and len(policy_by_name) == 1:
+        return next(iter(policy_by_name.values()))
+    if name is None or name not in policy_by_name:
         reason = "names no policy of the file" if name else "the file has several policies"
-        raise UserError(Problem("--policy", reason, f"--policy with one of {', '.join(known)}", name or file))
-    return known[name]
+        raise UserError(Problem("--policy", reason, f"--policy with one of {', '.join(policy_by_name)}", name or file))
+    return policy_by_name[name]

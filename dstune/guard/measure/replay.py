@@ -41,65 +41,70 @@ def replay(
     suites = _suites(rows, most)
     if not suites:
         raise UserError(Problem("--data", "there are no rows", 'rows as {"text": ..., "label": "attack" or "benign"}'))
-    judged = dict(zip(suites, _split(judge([row for own in suites.values() for row in own]), suites), strict=True))
-    found: dict[str, Any] = {"recall": {}, "false_alarms": {}, "levels": {}}
-    for name, own in judged.items():
+    judged = dict(
+        zip(suites, _split(judge([row for suite_rows in suites.values() for row in suite_rows]), suites), strict=True)
+    )
+    measured: dict[str, Any] = {"recall": {}, "false_alarms": {}, "levels": {}}
+    for name, suite_rows in judged.items():
         for label, part in (("attack", "recall"), ("benign", "false_alarms")):
-            chosen = [one for one in own if one.row["label"] == label]
+            chosen = [judged_row for judged_row in suite_rows if judged_row.row["label"] == label]
             if chosen:
-                found[part][name] = breakdown(chosen)
-                if all(one.level for one in chosen):
-                    found["levels"][name] = _at_levels(chosen)
+                measured[part][name] = breakdown(chosen)
+                if all(judged_row.level for judged_row in chosen):
+                    measured["levels"][name] = _at_levels(chosen)
     base = _plain(judged, rewritten)
     if base:
-        found["obfuscated"] = _obfuscated(judge, base)
-        caught = [one.row for one in base if one.flagged]
+        measured["obfuscated"] = _obfuscated(judge, base)
+        caught = [judged_row.row for judged_row in base if judged_row.flagged]
         if caught:
-            found["evasions"] = _evasions(judge, caught)
-            found["best_of_n"] = _best_of(judge, caught, tries)
-    return found
+            measured["evasions"] = _evasions(judge, caught)
+            measured["best_of_n"] = _best_of(judge, caught, tries)
+    return measured
 
 
 def _suites(rows: Rows, most: int | None) -> dict[str, Rows]:
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    rows_by_suite: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(str(row.get("suite") or OWN), []).append(row)
-    return {name: sorted(own, key=lambda row: place(row["text"]))[:most] for name, own in found.items()}
+        rows_by_suite.setdefault(str(row.get("suite") or OWN), []).append(row)
+    return {
+        name: sorted(suite_rows, key=lambda row: place(row["text"]))[:most]
+        for name, suite_rows in rows_by_suite.items()
+    }
 
 
 def _split(judged: list[Judged], suites: Mapping[str, Rows]) -> list[list[Judged]]:
-    left = iter(judged)
-    return [[next(left) for _ in own] for own in suites.values()]
+    iterator = iter(judged)
+    return [[next(iterator) for _ in suite_rows] for suite_rows in suites.values()]
 
 
 def _at_levels(judged: Sequence[Judged]) -> dict[str, Any]:
     """What each level would flag by the model alone, from one replay."""
     order = list(LEVELS)
-    found = {}
+    cell_by_level = {}
     for number, level in enumerate(order):
-        reached = [Judged(one.row, one.level in order[: number + 1]) for one in judged]
-        found[level] = cell(reached)
-    return found
+        reached = [Judged(row.row, row.level in order[: number + 1]) for row in judged]
+        cell_by_level[level] = cell(reached)
+    return cell_by_level
 
 
 def _plain(judged: Mapping[str, list[Judged]], count: int) -> list[Judged]:
     """Short English attacks as they are, the same number of each package."""
     fitting = [
-        one
-        for own in judged.values()
-        for one in own
-        if one.row["label"] == "attack"
-        and len(one.row["text"]) <= SHORT
-        and one.row.get("language", "en") == "en"
-        and one.row.get("family") != "obfuscated"
-        and one.row.get("suite") not in ("known", "hidden")
+        row
+        for package_rows in judged.values()
+        for row in package_rows
+        if row.row["label"] == "attack"
+        and len(row.row["text"]) <= SHORT
+        and row.row.get("language", "en") == "en"
+        and row.row.get("family") != "obfuscated"
+        and row.row.get("suite") not in ("known", "hidden")
     ]
     packages: dict[str, list[Judged]] = {}
-    for one in sorted(fitting, key=lambda one: place(f"plain:{one.row['text']}")):
-        packages.setdefault(str(one.row.get("package")), []).append(one)
+    for row in sorted(fitting, key=lambda row: place(f"plain:{row.row['text']}")):
+        packages.setdefault(str(row.row.get("package")), []).append(row)
     chosen: list[Judged] = []
     for turn in range(max(map(len, packages.values()), default=0)):
-        chosen += [own[turn] for own in packages.values() if turn < len(own)]
+        chosen += [package_rows[turn] for package_rows in packages.values() if turn < len(package_rows)]
     return chosen[:count]
 
 
@@ -109,33 +114,39 @@ def _changed(row: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 def _obfuscated(judge: Judge, base: Sequence[Judged]) -> dict[str, Any]:
     """Recall on the same attacks as they are and in each encoding."""
-    rows = [_changed(one.row, encode(one.row["text"])) for encode in ENCODINGS.values() for one in base]
+    rows = [_changed(row.row, encode(row.row["text"])) for encode in ENCODINGS.values() for row in base]
     judged = judge(rows)
-    found = {"plain": cell(base)}
+    cell_by_encoding = {"plain": cell(base)}
     for number, name in enumerate(ENCODINGS):
-        found[name] = cell(judged[number * len(base) : (number + 1) * len(base)])
-    found["all_encodings"] = cell(judged)
-    return found
+        cell_by_encoding[name] = cell(judged[number * len(base) : (number + 1) * len(base)])
+    cell_by_encoding["all_encodings"] = cell(judged)
+    return cell_by_encoding
 
 
 def _evasions(judge: Judge, caught: Rows) -> dict[str, Any]:
     """Attacks that are caught as they are, written so that a reader still understands them."""
     judged = judge([_changed(row, evade(row["text"])) for evade in EVASIONS.values() for row in caught])
-    found = {}
+    cell_by_rewriting = {}
     for number, name in enumerate(EVASIONS):
-        one = cell(judged[number * len(caught) : (number + 1) * len(caught)])
-        verdict = "caught" if one["rate"] >= CAUGHT else "weakened" if one["rate"] >= WEAKENED else "missed"
-        found[name] = {**one, "verdict": verdict}
-    return found
+        rewriting_cell = cell(judged[number * len(caught) : (number + 1) * len(caught)])
+        verdict = (
+            "caught"
+            if rewriting_cell["rate"] >= CAUGHT
+            else "weakened"
+            if rewriting_cell["rate"] >= WEAKENED
+            else "missed"
+        )
+        cell_by_rewriting[name] = {**rewriting_cell, "verdict": verdict}
+    return cell_by_rewriting
 
 
 def _best_of(judge: Judge, caught: Rows, tries: int) -> dict[str, Any]:
     """How many of the caught attacks pass with one of N random rewritings, by N."""
     rows = [_changed(row, rewrite(row["text"], number)) for row in caught for number in range(tries)]
-    flagged = [one.flagged for one in judge(rows)]
+    flagged = [judged_row.flagged for judged_row in judge(rows)]
     by_attack = [flagged[start : start + tries] for start in range(0, len(flagged), tries)]
     counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < tries] + [tries]
     return {
-        str(count): cell([Judged(row, all(own[:count])) for row, own in zip(caught, by_attack, strict=True)])
+        str(count): cell([Judged(row, all(flags[:count])) for row, flags in zip(caught, by_attack, strict=True)])
         for count in counts
     }

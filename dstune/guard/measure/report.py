@@ -17,16 +17,16 @@ LENGTHS = (
 """Characters of a text."""
 
 
-def wilson(found: int, rows: int) -> tuple[float, float]:
+def wilson(flagged: int, rows: int) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
     if rows == 0:
         return 0.0, 1.0
-    share, z = found / rows, 1.959964
+    share, z = flagged / rows, 1.959964
     square = z * z
     centre = (share + square / (2 * rows)) / (1 + square / rows)
     half = z / (1 + square / rows) * math.sqrt(share * (1 - share) / rows + square / (4 * rows * rows))
     low, high = centre - half, centre + half
-    return (0.0 if found == 0 else max(low, 0.0)), (1.0 if found == rows else min(high, 1.0))
+    return (0.0 if flagged == 0 else max(low, 0.0)), (1.0 if flagged == rows else min(high, 1.0))
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Judged:
 
 def cell(judged: Iterable[Judged]) -> dict[str, Any]:
     rows = list(judged)
-    found = sum(one.flagged for one in rows)
-    low, high = wilson(found, len(rows))
+    flagged = sum(row.flagged for row in rows)
+    low, high = wilson(flagged, len(rows))
     return {
-        "flagged": found,
+        "flagged": flagged,
         "rows": len(rows),
-        "rate": round(found / len(rows), 4) if rows else None,
+        "rate": round(flagged / len(rows), 4) if rows else None,
         "low": round(low, 4),
         "high": round(high, 4),
     }
@@ -66,23 +66,23 @@ KEYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 def breakdown(judged: list[Judged]) -> dict[str, Any]:
     """All rows together, then by each key."""
-    found: dict[str, Any] = {"all": cell(judged)}
+    cells: dict[str, Any] = {"all": cell(judged)}
     for key, value_of in KEYS.items():
         groups: dict[str, list[Judged]] = {}
-        for one in judged:
-            groups.setdefault(value_of(one.row), []).append(one)
+        for row in judged:
+            groups.setdefault(value_of(row.row), []).append(row)
         order = [name for _, name in LENGTHS if name in groups] if key == "characters" else sorted(groups)
-        found[f"by_{key}"] = {name: cell(groups[name]) for name in order}
-    return found
+        cells[f"by_{key}"] = {name: cell(groups[name]) for name in order}
+    return cells
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def line(name: str, one: Mapping[str, Any]) -> str:
+def line(name: str, cell: Mapping[str, Any]) -> str:
     """A row of a table: name, share, interval, count."""
     return (
-        f"  {name:<46} {percent(one['rate']):>7}  {percent(one['low']):>6} to {percent(one['high']):>6}  "
-        f"{one['flagged']}/{one['rows']}"
+        f"  {name:<46} {percent(cell['rate']):>7}  {percent(cell['low']):>6} to {percent(cell['high']):>6}  "
+        f"{cell['flagged']}/{cell['rows']}"
     )

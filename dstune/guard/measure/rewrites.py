@@ -14,11 +14,13 @@ _LEET = str.maketrans("oieastOIEAST", "013457013457")
 
 
 def _full_width(text: str) -> str:
-    return "".join(chr(ord(one) + 0xFEE0) if "!" <= one <= "~" else one for one in text)
+    return "".join(chr(ord(character) + 0xFEE0) if "!" <= character <= "~" else character for character in text)
 
 
 def _tags(text: str) -> str:
-    return "Thanks for your help!" + "".join(chr(0xE0000 + ord(one)) for one in text if " " <= one <= "~")
+    return "Thanks for your help!" + "".join(
+        chr(0xE0000 + ord(character)) for character in text if " " <= character <= "~"
+    )
 
 
 def _spaced(text: str) -> str:
@@ -52,7 +54,7 @@ def _swapped(text: str) -> str:
 
 
 def _hyphens(text: str) -> str:
-    return re.sub(r"[A-Za-z]{5,}", lambda found: "-".join(re.findall(r".{1,3}", found[0])), text)
+    return re.sub(r"[A-Za-z]{5,}", lambda match: "-".join(re.findall(r".{1,3}", match[0])), text)
 
 
 def _pig_latin(text: str) -> str:
@@ -60,11 +62,11 @@ def _pig_latin(text: str) -> str:
 
 
 def _caesar(text: str) -> str:
-    def shift(one: str) -> str:
-        base = ord("a") if one.islower() else ord("A")
-        return chr((ord(one) - base + 7) % 26 + base)
+    def shift(character: str) -> str:
+        base = ord("a") if character.islower() else ord("A")
+        return chr((ord(character) - base + 7) % 26 + base)
 
-    return "".join(shift(one) if one.isascii() and one.isalpha() else one for one in text)
+    return "".join(shift(character) if character.isascii() and character.isalpha() else character for character in text)
 
 
 _MORSE_CODES = (
@@ -74,7 +76,9 @@ _MORSE = dict(zip("abcdefghijklmnopqrstuvwxyz", re.split(" ", _MORSE_CODES), str
 
 
 def _morse(text: str) -> str:
-    return " / ".join(" ".join(_MORSE[one] for one in word if one in _MORSE) for word in text.lower().split())
+    return " / ".join(
+        " ".join(_MORSE[character] for character in word if character in _MORSE) for word in text.lower().split()
+    )
 
 
 _SYNONYMS = {
@@ -103,7 +107,7 @@ _SYNONYMS = {
 
 
 def _synonyms(text: str) -> str:
-    return re.sub(r"[A-Za-z]+", lambda found: _SYNONYMS.get(found[0].lower(), found[0]), text)
+    return re.sub(r"[A-Za-z]+", lambda match: _SYNONYMS.get(match[0].lower(), match[0]), text)
 
 
 _POLITE = (
@@ -140,7 +144,7 @@ EVASIONS: dict[str, Callable[[str], str]] = {
 
 
 def _random_case(text: str, chance: random.Random) -> str:
-    return "".join(one.upper() if chance.random() < 0.4 else one.lower() for one in text)
+    return "".join(character.upper() if chance.random() < 0.4 else character.lower() for character in text)
 
 
 def _random_swaps(text: str, chance: random.Random) -> str:
@@ -148,17 +152,20 @@ def _random_swaps(text: str, chance: random.Random) -> str:
 
 
 def _random_drops(text: str, chance: random.Random) -> str:
-    return "".join(one for one in text if not one.isalpha() or chance.random() > 0.06)
+    return "".join(character for character in text if not character.isalpha() or chance.random() > 0.06)
 
 
 def _random_marks(text: str, chance: random.Random) -> str:
-    return "".join(one + (chance.choice("-._*'") if one.isalpha() and chance.random() < 0.08 else "") for one in text)
+    return "".join(
+        character + (chance.choice("-._*'") if character.isalpha() and chance.random() < 0.08 else "")
+        for character in text
+    )
 
 
 def _random_synonyms(text: str, chance: random.Random) -> str:
     return re.sub(
         r"[A-Za-z]+",
-        lambda found: _SYNONYMS.get(found[0].lower(), found[0]) if chance.random() < 0.7 else found[0],
+        lambda match: _SYNONYMS.get(match[0].lower(), match[0]) if chance.random() < 0.7 else match[0],
         text,
     )
 
