@@ -77,84 +77,84 @@ def check(raw: Mapping[str, Any]) -> None:
         raise UserError(Problem("process_reward_model", reason, fix, str(raw["process_reward_model"])))
 
 
-def policy_settings(found: Import, value: Any) -> None:
+def policy_settings(imported: Import, value: Any) -> None:
     """`trl`, with the names that TRL has."""
-    if found.get("rl") != POLICY:
-        found.drop("rl: grpo alone uses it", MEANINGLESS)
+    if imported.get("rl") != POLICY:
+        imported.drop("rl: grpo alone uses it", MEANINGLESS)
         return
     settings = {**policy.DEFAULTS, **{key: setting for key, setting in dict(value).items() if setting is not None}}
 
     def put(name: str, setting: tuple[str, Any]) -> None:
-        found.put(*setting)
+        imported.put(*setting)
 
     def drop(name: str, reason: str, kind: str = NOT_SUPPORTED) -> None:
         if name in value and kind != MEANINGLESS:
-            found.drop(f"trl.{name}: {reason}", kind)
+            imported.drop(f"trl.{name}: {reason}", kind)
 
-    policy.put_policy(found, settings, drop, put)
+    policy.put_policy(imported, settings, drop, put)
     for name in sorted(set(value) - {*policy.KEYS, *policy.DEFAULTS, *policy.OWN_WAY}):
-        found.drop(f"trl.{name}: {LATER}")
+        imported.drop(f"trl.{name}: {LATER}")
 
 
-def batch_size(found: Import, value: Any) -> None:
-    if found.get("rl") != POLICY:
-        common.global_batch(found, "micro_batch_size", "gradient_accumulation_steps")
+def batch_size(imported: Import, value: Any) -> None:
+    if imported.get("rl") != POLICY:
+        common.global_batch(imported, "micro_batch_size", "gradient_accumulation_steps")
         return
-    rows, steps = int(found.get("micro_batch_size", 1)), int(found.get("gradient_accumulation_steps", 1))
-    samples = (found.get("trl") or {}).get("num_generations") or policy.DEFAULTS["num_generations"]
-    policy.count_prompts(found, rows, steps, int(samples))
-    found.note("trainer.global_batch_size")
+    rows, steps = int(imported.get("micro_batch_size", 1)), int(imported.get("gradient_accumulation_steps", 1))
+    samples = (imported.get("trl") or {}).get("num_generations") or policy.DEFAULTS["num_generations"]
+    policy.count_prompts(imported, rows, steps, int(samples))
+    imported.note("trainer.global_batch_size")
 
 
-def preference_loss(found: Import, value: Any) -> None:
+def preference_loss(imported: Import, value: Any) -> None:
     if value == POLICY:
-        if not found.get("trl"):
-            policy_settings(found, {})
+        if not imported.get("trl"):
+            policy_settings(imported, {})
         return
-    found.choose("task", "preference")
-    found.put("task.loss", value)
+    imported.choose("task", "preference")
+    imported.put("task.loss", value)
 
 
-def reward_model(found: Import, value: Any) -> None:
+def reward_model(imported: Import, value: Any) -> None:
     if value:
-        found.choose("task", "reward")
+        imported.choose("task", "reward")
 
 
 def key_of_loss(loss: str, key: str) -> Rule:
     """The value is that of dstune's `key` if `rl` is `loss`."""
 
-    def rule(found: Import, value: Any) -> None:
-        if found.get("rl") == loss:
-            found.put(key, float(value))
+    def rule(imported: Import, value: Any) -> None:
+        if imported.get("rl") == loss:
+            imported.put(key, float(value))
         else:
-            found.drop(f"rl: {loss} alone uses it", MEANINGLESS)
+            imported.drop(f"rl: {loss} alone uses it", MEANINGLESS)
 
     return rule
 
 
-def beta(found: Import, value: Any) -> None:
-    if found.get("rl") not in (None, "orpo"):
-        found.put("task.beta", float(value))
+def beta(imported: Import, value: Any) -> None:
+    if imported.get("rl") not in (None, "orpo"):
+        imported.put("task.beta", float(value))
     else:
-        found.drop("this loss does not use it", MEANINGLESS)
+        imported.drop("this loss does not use it", MEANINGLESS)
 
 
-def _preference_source(found: Import, entry: Mapping[str, Any]) -> Source | None:
+def _preference_source(imported: Import, entry: Mapping[str, Any]) -> Source | None:
     """The source of pairs or, with `rl: kto`, of judged answers."""
     path, kind = str(entry.get("path", "")), entry.get("type")
     source = Source(with_split(path, entry.get("split")), subset=entry.get("name"), revision=entry.get("revision"))
     if path in ("json", "csv", "parquet") and (files := entry.get("data_files")):
         source.path = str(files[0] if isinstance(files, list) else files)
-    known = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "trust_remote_code"}
-    if found.get("rl") == POLICY:
+    keys = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "trust_remote_code"}
+    if imported.get("rl") == POLICY:
         source.format = "prompt"
         if kind:
-            found.drop(
+            imported.drop(
                 f"{path}: rows are made by Python of your own ({kind}); write rows with a column prompt", DIFFERENT
             )
         return source
     template, _, layout = str(kind or "").partition(".")
-    judged = found.get("rl") == "kto"
+    judged = imported.get("rl") == "kto"
     source.format = "feedback" if judged else "preference"
     by_layout = JUDGED_COLUMNS if judged else PAIR_COLUMNS
     if (
@@ -163,7 +163,7 @@ def _preference_source(found: Import, entry: Mapping[str, Any]) -> Source | None
         and layout in ("default", "argilla")
         and not judged
     ):
-        known |= {"field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"}
+        keys |= {"field_messages", "field_chosen", "field_rejected", "message_property_mappings", "roles"}
         roles = {"chosen": "field_chosen", "rejected": "field_rejected"}
         if layout == "default":
             roles["prompt"] = "field_messages"
@@ -172,32 +172,32 @@ def _preference_source(found: Import, entry: Mapping[str, Any]) -> Source | None
             "role": "role",
             "content": "content",
         }:
-            known.discard("message_property_mappings")
+            keys.discard("message_property_mappings")
     elif not isinstance(kind, Mapping) and template in ("chatml", "llama3") and layout in by_layout:
         source.columns = by_layout[layout]
-        found.assume(f"rows are rendered by the model's chat template; axolotl writes them as {template}")
+        imported.assume(f"rows are rendered by the model's chat template; axolotl writes them as {template}")
     elif kind == "bradley_terry.chat_template" or not kind:
         pass
     else:
-        found.drop(f"{path}: dstune has no rows of type {kind}")
+        imported.drop(f"{path}: dstune has no rows of type {kind}")
         return None
-    if ignored := sorted(set(entry) - known):
-        found.drop(f"{path}: {', '.join(ignored)} of the entry", DIFFERENT)
+    if ignored := sorted(set(entry) - keys):
+        imported.drop(f"{path}: {', '.join(ignored)} of the entry", DIFFERENT)
     return source
 
 
-def adapter(found: Import, value: Any) -> None:
+def adapter(imported: Import, value: Any) -> None:
     if value not in ("lora", "qlora"):
-        found.drop(f"dstune's adapter is LoRA; {LATER}")
+        imported.drop(f"dstune's adapter is LoRA; {LATER}")
         return
-    targets = found.get("lora_target_modules") or "all-linear"
-    if found.get("lora_target_linear"):
+    targets = imported.get("lora_target_modules") or "all-linear"
+    if imported.get("lora_target_linear"):
         targets = "all-linear"
     for name in ("lora_target_modules", "lora_target_linear"):
-        if found.get(name):
-            found.carried[name] = ["method.target_modules"]
+        if imported.get(name):
+            imported.carried[name] = ["method.target_modules"]
     common.method_of_lora(
-        found,
+        imported,
         rank="lora_r",
         targets=targets,
         save="lora_modules_to_save",
@@ -207,20 +207,20 @@ def adapter(found: Import, value: Any) -> None:
             "loraplus_lr_ratio": "method.lr_ratio",
             "lora_model_dir": "method.adapter",
         },
-        four_bits=value == "qlora" or bool(found.get("load_in_4bit")),
+        four_bits=value == "qlora" or bool(imported.get("load_in_4bit")),
     )
 
 
-def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
+def _source(imported: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
     """The source and the task that its type is for."""
-    if found.get("rl") or found.get("reward_model"):
-        compared = _preference_source(found, entry)
-        task = "reinforcement" if found.get("rl") == POLICY else "preference" if found.get("rl") else "reward"
+    if imported.get("rl") or imported.get("reward_model"):
+        compared = _preference_source(imported, entry)
+        task = "reinforcement" if imported.get("rl") == POLICY else "preference" if imported.get("rl") else "reward"
         return (compared, task) if compared else None
     kind = str(entry.get("type") or "chat_template").split(":", 1)[0].split(".", 1)[0]
     path = str(entry.get("path", ""))
     if isinstance(entry.get("type"), Mapping):
-        found.drop(f"{path}: a type of its own; map the columns with data.columns")
+        imported.drop(f"{path}: a type of its own; map the columns with data.columns")
         return None
     source = Source(with_split(path, entry.get("split")), subset=entry.get("name"), revision=entry.get("revision"))
     files = entry.get("data_files")
@@ -238,8 +238,8 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
             source.columns = {"text": str(entry["text_column"])}
     elif kind == "alpaca":
         source.format, task = "alpaca", "chat"
-        if any(other.get("type") != "alpaca" for other in found.get("datasets", [])):
-            found.assume(
+        if any(other.get("type") != "alpaca" for other in imported.get("datasets", [])):
+            imported.assume(
                 "Alpaca rows are written in the model's chat template; axolotl writes them as plain text, as "
                 "model.prompt_template=alpaca does"
             )
@@ -252,22 +252,22 @@ def _source(found: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | Non
         if (column := entry.get("field_messages", "messages")) != "messages":
             source.columns = {"messages": str(column)}
     else:
-        found.drop(f"{path}: dstune has no rows of type {entry.get('type')}")
+        imported.drop(f"{path}: dstune has no rows of type {entry.get('type')}")
         return None
-    known = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "field", "text_column"}
-    known |= {"field_messages", "message_property_mappings", "conversation", "chat_template", "trust_remote_code"}
-    left = sorted(set(entry) - known)
+    keys = {"path", "type", "split", "name", "revision", "data_files", "ds_type", "field", "text_column"}
+    keys |= {"field_messages", "message_property_mappings", "conversation", "chat_template", "trust_remote_code"}
+    unread_keys = sorted(set(entry) - keys)
     if kind == "chat_template" and mapped and mapped.get("role") not in (None, "role", "from"):
-        left.append("message_property_mappings")
+        unread_keys.append("message_property_mappings")
     if files:
-        left.append("data_files")
-    if left:
-        found.drop(f"{path}: {', '.join(left)} of the entry", DIFFERENT)
+        unread_keys.append("data_files")
+    if unread_keys:
+        imported.drop(f"{path}: {', '.join(unread_keys)} of the entry", DIFFERENT)
     return source, task
 
 
-def datasets(found: Import, value: Any) -> None:
-    pairs = [pair for entry in value if (pair := _source(found, entry))]
+def datasets(imported: Import, value: Any) -> None:
+    pairs = [pair for entry in value if (pair := _source(imported, entry))]
     tasks = {task for _, task in pairs}
     task = next(
         (task for task in ("reward", "preference", "reinforcement", "chat") if task in tasks),
@@ -275,83 +275,83 @@ def datasets(found: Import, value: Any) -> None:
     )
     others = [source.path for source, kind in pairs if kind != task]
     if others:
-        found.drop(f"{', '.join(others)}: plain text beside conversations; one run has one task", DIFFERENT)
-    if pairs or not (found.get("rl") or found.get("reward_model")):
-        found.choose("task", task)
-    put_sources(found, [source for source, kind in pairs if kind == task])
+        imported.drop(f"{', '.join(others)}: plain text beside conversations; one run has one task", DIFFERENT)
+    if pairs or not (imported.get("rl") or imported.get("reward_model")):
+        imported.choose("task", task)
+    put_sources(imported, [source for source, kind in pairs if kind == task])
     if pairs and all(entry.get("type") == "alpaca" for entry in value):
-        found.put("model.prompt_template", "alpaca")
+        imported.put("model.prompt_template", "alpaca")
 
 
-def pretraining(found: Import, value: Any) -> None:
+def pretraining(imported: Import, value: Any) -> None:
     datasets(
-        found,
+        imported,
         [
             {"type": "pretrain", **entry} if isinstance(entry, dict) else {"path": entry, "type": "pretrain"}
             for entry in (value if isinstance(value, list) else [value])
         ],
     )
-    if "data.train" in found.values and int(found.get("max_steps", -1)) > 0:
-        found.put("data.streaming", True)
+    if "data.train" in imported.values and int(imported.get("max_steps", -1)) > 0:
+        imported.put("data.streaming", True)
 
 
-def validation(found: Import, value: Any) -> None:
-    pair = _source(found, value[0])
+def validation(imported: Import, value: Any) -> None:
+    pair = _source(imported, value[0])
     if pair:
-        found.put("data.validation", pair[0].path)
-        temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
-        training = [_source(temporary, entry) for entry in found.get("datasets", [])]
-        report_lost_settings(found, pair[0], [other[0] for other in training if other])
+        imported.put("data.validation", pair[0].path)
+        temporary = Import(imported.raw, imported.ranks)  # what is wrong with the training sources is told with them
+        training = [_source(temporary, entry) for entry in imported.get("datasets", [])]
+        report_lost_settings(imported, pair[0], [other[0] for other in training if other])
     if len(value) > 1:
-        found.drop("data.validation takes one source: the first", DIFFERENT)
+        imported.drop("data.validation takes one source: the first", DIFFERENT)
 
 
-def chat_template(found: Import, value: Any) -> None:
-    types = [entry.get("type") for entry in found.get("datasets", [])]
+def chat_template(imported: Import, value: Any) -> None:
+    types = [entry.get("type") for entry in imported.get("datasets", [])]
     if types and all(kind == "alpaca" for kind in types):
-        found.drop("Alpaca rows are written as model.prompt_template=alpaca, whatever the template", MEANINGLESS)
+        imported.drop("Alpaca rows are written as model.prompt_template=alpaca, whatever the template", MEANINGLESS)
     else:
-        common.chat_template(found, value)
+        common.chat_template(imported, value)
 
 
-def precision(found: Import, value: Any) -> None:
+def precision(imported: Import, value: Any) -> None:
     if value == "auto":
-        found.put("trainer.precision", "auto")
+        imported.put("trainer.precision", "auto")
     else:
-        common.precision(found, value)
+        common.precision(imported, value)
 
 
-def wandb_project(found: Import, value: Any) -> None:
-    found.put("tracking.project", str(value))
-    found.put("tracking.wandb.mode", found.get("wandb_mode", "online"))
+def wandb_project(imported: Import, value: Any) -> None:
+    imported.put("tracking.project", str(value))
+    imported.put("tracking.wandb.mode", imported.get("wandb_mode", "online"))
 
 
-def special_tokens(found: Import, value: Any) -> None:
-    left = sorted(set(dict(value)) - {"pad_token"})
-    if left:
-        found.drop(f"{', '.join(left)}: the tokenizer's own special tokens stay")
+def special_tokens(imported: Import, value: Any) -> None:
+    other_tokens = sorted(set(dict(value)) - {"pad_token"})
+    if other_tokens:
+        imported.drop(f"{', '.join(other_tokens)}: the tokenizer's own special tokens stay")
     else:
-        found.drop("padding never counts in the loss, whatever token it is", MEANINGLESS)
+        imported.drop("padding never counts in the loss, whatever token it is", MEANINGLESS)
 
 
-def tiled_mlp(found: Import, value: Any) -> None:
+def tiled_mlp(imported: Import, value: Any) -> None:
     if value:
-        found.put("trainer.mlp_tiles", found.get("tiled_mlp_num_shards") or TILES)
+        imported.put("trainer.mlp_tiles", imported.get("tiled_mlp_num_shards") or TILES)
 
 
 TILES = 8
 """Where the file gives no number: axolotl derives one from the lengths of rows."""
 
 
-def number_of_tiles(found: Import, value: Any) -> None:
-    if found.get("tiled_mlp"):
-        found.note("trainer.mlp_tiles")
+def number_of_tiles(imported: Import, value: Any) -> None:
+    if imported.get("tiled_mlp"):
+        imported.note("trainer.mlp_tiles")
 
 
 def flag_of_attention(name: str) -> Rule:
-    def rule(found: Import, value: Any) -> None:
+    def rule(imported: Import, value: Any) -> None:
         if value:
-            common.attention(found, name)
+            common.attention(imported, name)
 
     return rule
 

@@ -52,25 +52,29 @@ def main(argv: list[str]) -> int:
             fix = f"one of {', '.join(SUPPORTED)}"
             raise UserError(Problem("--trainer", "this trainer is not supported", fix, requested.trainer))
         raw = {**raw, TRAINER_KEY: requested.trainer}
-    found = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
+    experiment = convert(raw, tool_of(raw, requested.tool, str(requested.file)), requested.file, requested.ranks)
     if requested.output is not None:
         try:
             requested.output.parent.mkdir(parents=True, exist_ok=True)
-            requested.output.write_text(found.text, encoding="utf-8")
+            requested.output.write_text(experiment.text, encoding="utf-8")
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
             raise UserError(Problem("--output", reason, "give a folder of yours", str(requested.output))) from None
     if requested.json:
         print(
             json.dumps(
-                {**asdict(found), "experiment": found.text, "output": requested.output and str(requested.output)}
+                {
+                    **asdict(experiment),
+                    "experiment": experiment.text,
+                    "output": requested.output and str(requested.output),
+                }
             )
         )
     else:
         if requested.output is None:
-            print(found.text, end="")
-        print(report(found, requested.output), file=sys.stderr if requested.output is None else sys.stdout)
-    return EXIT_USER if found.problems else EXIT_DONE
+            print(experiment.text, end="")
+        print(report(experiment, requested.output), file=sys.stderr if requested.output is None else sys.stdout)
+    return EXIT_USER if experiment.problems else EXIT_DONE
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -86,18 +90,20 @@ def _check_output(output: Path, force: bool) -> None:
         raise UserError(Problem("--output", "the file exists", "another name, or --force", str(output)))
 
 
-def report(found: Experiment, output: Path | None) -> str:
+def report(experiment: Experiment, output: Path | None) -> str:
     """What was carried, what not and why, what was assumed, and how to go on."""
-    lines = [f"{found.tool}: {len(found.carried)} keys carried, {len(found.dropped)} not or not to the letter"]
-    for key, dropped in found.dropped.items():
+    lines = [
+        f"{experiment.tool}: {len(experiment.carried)} keys carried, {len(experiment.dropped)} not or not to the letter"
+    ]
+    for key, dropped in experiment.dropped.items():
         formatted = str(dropped.value)
         formatted = formatted if len(formatted) <= 60 else f"{formatted[:57]}..."
         lines.append(f"  {key}: {formatted}\n    {dropped.kind}: {dropped.reason}")
-    if found.assumed:
-        lines += ["assumed:", *(f"  {text}" for text in found.assumed)]
-    if found.problems:
+    if experiment.assumed:
+        lines += ["assumed:", *(f"  {text}" for text in experiment.assumed)]
+    if experiment.problems:
         lines += ["to fix before it runs:"]
-        lines += [f"  {problem}".replace("\n", "\n  ") for problem in found.problems]
+        lines += [f"  {problem}".replace("\n", "\n  ") for problem in experiment.problems]
     if output is not None:
         folder = output.parent.parent if output.parent.name == "experiment" else None
         lines.append(f"written: {output}")

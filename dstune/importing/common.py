@@ -16,56 +16,58 @@ LIGER = "model.fused_activations=true and model.fused_rotary=true compile such k
 # ---- model ----
 
 
-def attention(found: Import, value: Any) -> None:
+def attention(imported: Import, value: Any) -> None:
     if value in ("sdpa", "eager", "flash_attention_2"):
-        packed = value == "flash_attention_2" and bool(found.get("sample_packing") or found.get("packing"))
+        packed = value == "flash_attention_2" and bool(imported.get("sample_packing") or imported.get("packing"))
         if packed:
-            found.drop("packed rows are told apart with sdpa only, so model.attention stays auto", DIFFERENT)
+            imported.drop("packed rows are told apart with sdpa only, so model.attention stays auto", DIFFERENT)
         else:
-            found.put("model.attention", value)
+            imported.put("model.attention", value)
     elif value not in ("auto", "fa2", "disabled"):
-        found.drop(f"dstune's attentions are sdpa, eager and flash_attention_2; {LATER}")
+        imported.drop(f"dstune's attentions are sdpa, eager and flash_attention_2; {LATER}")
 
 
-def dtype(found: Import, value: Any) -> None:
+def dtype(imported: Import, value: Any) -> None:
     short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(value))
-    if short in ("bf16", "fp16") and not (found.get("bf16") or found.get("fp16")):
-        found.put("trainer.precision", short)
+    if short in ("bf16", "fp16") and not (imported.get("bf16") or imported.get("fp16")):
+        imported.put("trainer.precision", short)
     elif short == "fp32" or value == "auto":
-        found.drop("weights are loaded in the precision of the run (trainer.precision)", MEANINGLESS)
+        imported.drop("weights are loaded in the precision of the run (trainer.precision)", MEANINGLESS)
     else:
-        found.note("trainer.precision")
+        imported.note("trainer.precision")
 
 
-def revision(found: Import, value: Any) -> None:
+def revision(imported: Import, value: Any) -> None:
     if value != "main":
-        found.put("model.revision", value)
+        imported.put("model.revision", value)
     else:
-        found.note("model.revision")
+        imported.note("model.revision")
 
 
-def chat_template(found: Import, value: Any) -> None:
+def chat_template(imported: Import, value: Any) -> None:
     """A packaged template or prompt by its name, or a file; the tokenizer's own is what dstune takes by itself."""
     text = str(value)
     name = {"mistral_v1": "mistral", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral_tekken"}.get(text, text)
     if name in NAMES or text.endswith((".jinja", ".j2")):
-        found.put("model.chat_template", name)
-    elif name in PROMPTS and found.get("stage") != "pt":
-        found.put("model.prompt_template", name)
+        imported.put("model.chat_template", name)
+    elif name in PROMPTS and imported.get("stage") != "pt":
+        imported.put("model.prompt_template", name)
     elif name == "tokenizer_default":
-        found.note("model.chat_template")
+        imported.note("model.chat_template")
     elif "{" in text:
-        found.drop("a template inside the file: save it as a Jinja file and give model.chat_template=FILE")
+        imported.drop("a template inside the file: save it as a Jinja file and give model.chat_template=FILE")
     else:
-        known = ", ".join(NAMES)
-        found.drop(f"the tokenizer's own template is used; packaged ones are {known}, others model.chat_template=FILE")
+        packaged_names = ", ".join(NAMES)
+        imported.drop(
+            f"the tokenizer's own template is used; packaged ones are {packaged_names}, others model.chat_template=FILE"
+        )
 
 
 # ---- method ----
 
 
 def method_of_lora(
-    found: Import,
+    imported: Import,
     *,
     rank: str,
     targets: Any,
@@ -74,77 +76,77 @@ def method_of_lora(
     four_bits: bool,
 ) -> None:
     """switches: keys of the other tool that say the same as one of ours."""
-    found.choose("method", "qlora" if four_bits else "lora")
-    found.put("method.rank", int(found.get(rank, 16)))
-    found.put("method.alpha", float(found.get("lora_alpha", 2 * int(found.get(rank, 16)))))
-    found.put("method.dropout", float(found.get("lora_dropout", 0.0)))
+    imported.choose("method", "qlora" if four_bits else "lora")
+    imported.put("method.rank", int(imported.get(rank, 16)))
+    imported.put("method.alpha", float(imported.get("lora_alpha", 2 * int(imported.get(rank, 16)))))
+    imported.put("method.dropout", float(imported.get("lora_dropout", 0.0)))
     for name, key in ((rank, "method.rank"), ("lora_alpha", "method.alpha"), ("lora_dropout", "method.dropout")):
-        if name in found.raw:
-            found.carried[name] = [key]
+        if name in imported.raw:
+            imported.carried[name] = [key]
     modules = [part.strip() for part in targets.split(",")] if isinstance(targets, str) else list(targets)
-    found.put("method.target_modules", ["all-linear"] if modules in (["all"], ["all-linear"]) else modules)
-    if value := found.get(save):
+    imported.put("method.target_modules", ["all-linear"] if modules in (["all"], ["all-linear"]) else modules)
+    if value := imported.get(save):
         modules = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
-        found.values["method.modules_to_save"] = modules
-        found.carried[save] = ["method.modules_to_save"]
+        imported.values["method.modules_to_save"] = modules
+        imported.carried[save] = ["method.modules_to_save"]
     for name, key in switches.items():
-        if value := found.get(name):
-            found.values[key] = value
-            found.carried[name] = [key]
+        if value := imported.get(name):
+            imported.values[key] = value
+            imported.carried[name] = [key]
 
 
-def four_bits(found: Import, value: Any) -> None:
+def four_bits(imported: Import, value: Any) -> None:
     """Looked at together with the adapter."""
-    adapters = found.get("use_peft") or found.get("adapter") or found.get("finetuning_type") == "lora"
+    adapters = imported.get("use_peft") or imported.get("adapter") or imported.get("finetuning_type") == "lora"
     if value and adapters:
-        found.note("method")
+        imported.note("method")
     elif value:
-        found.drop("weights in 4 bits are trained through adapters only")
+        imported.drop("weights in 4 bits are trained through adapters only")
 
 
-def quantized(found: Import, value: Any) -> None:
+def quantized(imported: Import, value: Any) -> None:
     if value:
-        found.drop("weights are kept in 16 bits, or in 4 (method=qlora)")
+        imported.drop("weights are kept in 16 bits, or in 4 (method=qlora)")
 
 
 # ---- batches and length ----
 
 
-def global_batch(found: Import, micro: str, accumulation: str) -> None:
+def global_batch(imported: Import, micro: str, accumulation: str) -> None:
     """Rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
-    rows, steps = int(found.get(micro, 1)), int(found.get(accumulation, 1))
-    found.values["trainer.micro_batch_size"] = "auto" if found.get("auto_find_batch_size", False) else rows
-    found.values["trainer.global_batch_size"] = rows * steps * found.ranks
+    rows, steps = int(imported.get(micro, 1)), int(imported.get(accumulation, 1))
+    imported.values["trainer.micro_batch_size"] = "auto" if imported.get("auto_find_batch_size", False) else rows
+    imported.values["trainer.global_batch_size"] = rows * steps * imported.ranks
     for name, key in ((micro, "trainer.micro_batch_size"), (accumulation, "trainer.global_batch_size")):
-        if name in found.raw:
-            found.carried[name] = [key]
-    found.assume(
-        f"{found.ranks} rank(s): trainer.global_batch_size = {rows} rows x {steps} micro-batches x {found.ranks} "
-        f"= {rows * steps * found.ranks} (--ranks N for another number)"
+        if name in imported.raw:
+            imported.carried[name] = [key]
+    imported.assume(
+        f"{imported.ranks} rank(s): trainer.global_batch_size = {rows} rows x {steps} micro-batches x {imported.ranks} "
+        f"= {rows * steps * imported.ranks} (--ranks N for another number)"
     )
 
 
-def find_batch(found: Import, value: Any) -> None:
+def find_batch(imported: Import, value: Any) -> None:
     if value:
-        found.put("trainer.micro_batch_size", "auto")
+        imported.put("trainer.micro_batch_size", "auto")
 
 
-def epochs(found: Import, value: Any) -> None:
-    if int(found.get("max_steps", -1)) > 0:
-        found.drop("max_steps is the length of the run", MEANINGLESS)
+def epochs(imported: Import, value: Any) -> None:
+    if int(imported.get("max_steps", -1)) > 0:
+        imported.drop("max_steps is the length of the run", MEANINGLESS)
     elif float(value).is_integer():
-        found.put("trainer.epochs", int(value))
+        imported.put("trainer.epochs", int(value))
     else:
-        found.put("trainer.epochs", max(1, int(float(value))))
+        imported.put("trainer.epochs", max(1, int(float(value))))
         rounded = "rounded down" if float(value) > 1 else "rounded up to one"
-        found.drop(f"a part of an epoch: {rounded}, trainer.max_steps gives any length", DIFFERENT)
+        imported.drop(f"a part of an epoch: {rounded}, trainer.max_steps gives any length", DIFFERENT)
 
 
-def max_steps(found: Import, value: Any) -> None:
+def max_steps(imported: Import, value: Any) -> None:
     if int(value) > 0:
-        found.put("trainer.max_steps", int(value))
+        imported.put("trainer.max_steps", int(value))
     else:
-        found.note("trainer.epochs")
+        imported.note("trainer.epochs")
 
 
 # ---- optimizer and schedule ----
@@ -158,25 +160,25 @@ BY_NAME = {
 }
 
 
-def optimizer(found: Import, value: Any) -> None:
+def optimizer(imported: Import, value: Any) -> None:
     name = str(value).lower()
     if name in ADAMW:
-        found.choose("optimizer", "adamw")
+        imported.choose("optimizer", "adamw")
     elif name in BY_NAME:
-        found.choose("optimizer", BY_NAME[name])
+        imported.choose("optimizer", BY_NAME[name])
     else:
-        found.choose("optimizer", "adamw")
+        imported.choose("optimizer", "adamw")
         if name in PAGED:
-            found.drop("AdamW with states in fp32; zero.offload_optimizer=cpu keeps them in host memory", DIFFERENT)
+            imported.drop("AdamW with states in fp32; zero.offload_optimizer=cpu keeps them in host memory", DIFFERENT)
         else:
-            found.drop(f"AdamW is used instead; {LATER}")
+            imported.drop(f"AdamW is used instead; {LATER}")
 
 
 def beta(place: int) -> Rule:
-    def rule(found: Import, value: Any) -> None:
-        betas = found.values.get("optimizer.betas", [0.9, 0.999])
+    def rule(imported: Import, value: Any) -> None:
+        betas = imported.values.get("optimizer.betas", [0.9, 0.999])
         betas[place] = float(value)
-        found.put("optimizer.betas", betas)
+        imported.put("optimizer.betas", betas)
 
     return rule
 
@@ -191,68 +193,68 @@ SCHEDULES = {
 }
 
 
-def schedule(found: Import, value: Any) -> None:
+def schedule(imported: Import, value: Any) -> None:
     name = SCHEDULES.get(str(value))
     if name is None:
-        found.choose("schedule", "cosine")
-        found.drop(f"cosine is used instead; {LATER}")
+        imported.choose("schedule", "cosine")
+        imported.drop(f"cosine is used instead; {LATER}")
     else:
-        found.choose("schedule", name)
+        imported.choose("schedule", name)
 
 
-def schedule_arguments(found: Import, value: Any) -> None:
+def schedule_arguments(imported: Import, value: Any) -> None:
     for name, part in dict(value).items():
         if name == "min_lr_rate":
-            found.put("schedule.min_lr_ratio", float(part))
-        elif name == "min_lr" and found.get("learning_rate"):
-            found.put("schedule.min_lr_ratio", float(part) / float(found.get("learning_rate")))
+            imported.put("schedule.min_lr_ratio", float(part))
+        elif name == "min_lr" and imported.get("learning_rate"):
+            imported.put("schedule.min_lr_ratio", float(part) / float(imported.get("learning_rate")))
         else:
-            found.drop(f"{name}: {LATER}")
+            imported.drop(f"{name}: {LATER}")
 
 
-def min_lr_ratio(found: Import, value: Any) -> None:
-    found.put("schedule.min_lr_ratio", float(value))
+def min_lr_ratio(imported: Import, value: Any) -> None:
+    imported.put("schedule.min_lr_ratio", float(value))
 
 
-def warmup(found: Import, value: Any) -> None:
+def warmup(imported: Import, value: Any) -> None:
     """`warmup_steps` wins over `warmup_ratio`; a number below 1 is a ratio."""
-    if found.get("lr_scheduler_type", found.get("lr_scheduler")) == "constant":
-        found.drop("a constant rate has no warm-up in that tool", MEANINGLESS)
-    elif found.current == "warmup_ratio" and found.get("warmup_steps"):
-        found.drop("warmup_steps is given", MEANINGLESS)
-    elif found.current == "warmup_ratio" or 0 < float(value) < 1:
-        found.put("schedule.warmup_ratio", float(value))
+    if imported.get("lr_scheduler_type", imported.get("lr_scheduler")) == "constant":
+        imported.drop("a constant rate has no warm-up in that tool", MEANINGLESS)
+    elif imported.current == "warmup_ratio" and imported.get("warmup_steps"):
+        imported.drop("warmup_steps is given", MEANINGLESS)
+    elif imported.current == "warmup_ratio" or 0 < float(value) < 1:
+        imported.put("schedule.warmup_ratio", float(value))
     else:
-        found.put("schedule.warmup_steps", int(value))
+        imported.put("schedule.warmup_steps", int(value))
 
 
 # ---- precision and memory ----
 
 
-def precision(found: Import, value: Any) -> None:
+def precision(imported: Import, value: Any) -> None:
     if value is True or value in ("true", "full"):
-        found.put("trainer.precision", found.current)
+        imported.put("trainer.precision", imported.current)
     else:
-        found.note("trainer.precision")
+        imported.note("trainer.precision")
 
 
-def checkpointing(found: Import, value: Any) -> None:
-    found.put("trainer.activation_checkpointing", bool(value))
+def checkpointing(imported: Import, value: Any) -> None:
+    imported.put("trainer.activation_checkpointing", bool(value))
     if isinstance(value, str) and value not in ("true", "True"):
-        found.drop("activations are computed again on the device", DIFFERENT)
+        imported.drop("activations are computed again on the device", DIFFERENT)
 
 
-def deepspeed(found: Import, value: Any) -> None:
+def deepspeed(imported: Import, value: Any) -> None:
     if isinstance(value, dict):
-        found.drop("a configuration inside the file: save it as JSON and give zero=file zero.path=FILE")
+        imported.drop("a configuration inside the file: save it as JSON and give zero=file zero.path=FILE")
         return
-    found.choose("zero", "file")
-    found.put("zero.path", str(value))
+    imported.choose("zero", "file")
+    imported.put("zero.path", str(value))
 
 
-def fsdp(found: Import, value: Any) -> None:
-    found.choose("zero", "stage3")
-    found.drop("ZeRO-3 partitions the same: parameters, gradients and states", DIFFERENT)
+def fsdp(imported: Import, value: Any) -> None:
+    imported.choose("zero", "stage3")
+    imported.drop("ZeRO-3 partitions the same: parameters, gradients and states", DIFFERENT)
 
 
 # ---- saving, evaluation, tracking ----
@@ -261,13 +263,13 @@ def fsdp(found: Import, value: Any) -> None:
 def steps_between(key: str, strategy: str) -> Rule:
     """Optimizer steps, or below 1 a share of the run, unless the key `strategy` says otherwise."""
 
-    def rule(found: Import, value: Any) -> None:
-        if found.get(strategy) not in (None, "steps"):
-            found.drop(f"{strategy}={found.get(strategy)} decides", MEANINGLESS)
+    def rule(imported: Import, value: Any) -> None:
+        if imported.get(strategy) not in (None, "steps"):
+            imported.drop(f"{strategy}={imported.get(strategy)} decides", MEANINGLESS)
         elif isinstance(value, (int, float)) and value >= 0:
-            found.put(key, int(value) if value >= 1 or not value else f"{100 * value:g}%")
+            imported.put(key, int(value) if value >= 1 or not value else f"{100 * value:g}%")
         else:
-            found.drop(f"give {key}: optimizer steps, passes over the rows or a share of the run")
+            imported.drop(f"give {key}: optimizer steps, passes over the rows or a share of the run")
 
     return rule
 
@@ -275,65 +277,65 @@ def steps_between(key: str, strategy: str) -> Rule:
 def strategy(key: str) -> Rule:
     """`no`, `steps` or `epoch`; `best` saves are those of `run.export=best`."""
 
-    def rule(found: Import, value: Any) -> None:
+    def rule(imported: Import, value: Any) -> None:
         words: dict[str, int | str] = {"no": 0, "epoch": "1 epoch"}
         word = "no" if value is False else str(value)
         if word in words:
-            found.put(key, words[word])
+            imported.put(key, words[word])
         else:
-            found.note(key)
+            imported.note(key)
 
     return rule
 
 
 def times_an_epoch(key: str) -> Rule:
-    def rule(found: Import, value: Any) -> None:
-        found.put(key, f"{1 / float(value):g} epoch" if value else 0)
+    def rule(imported: Import, value: Any) -> None:
+        imported.put(key, f"{1 / float(value):g} epoch" if value else 0)
 
     return rule
 
 
-def share_held_out(found: Import, value: Any) -> None:
+def share_held_out(imported: Import, value: Any) -> None:
     if 0 <= float(value) < 1:
-        found.put("data.split.validation", float(value))
+        imported.put("data.split.validation", float(value))
     else:
-        found.put("data.split.validation", 0.05)
-        found.drop(
+        imported.put("data.split.validation", 0.05)
+        imported.drop(
             "a number of rows: 5% are held out instead (data.split.validation), evaluate.max_rows caps them", DIFFERENT
         )
 
 
-def best_at_the_end(found: Import, value: Any) -> None:
+def best_at_the_end(imported: Import, value: Any) -> None:
     if value:
-        found.put("run.export", "best")
+        imported.put("run.export", "best")
 
 
-def report_to(found: Import, value: Any) -> None:
+def report_to(imported: Import, value: Any) -> None:
     names = [value] if isinstance(value, str) else list(value)
     for name in names:
         if name == "wandb":
-            found.put("tracking.wandb.mode", "online")
+            imported.put("tracking.wandb.mode", "online")
         elif name == "tensorboard":
-            found.put("tracking.tensorboard", True)
+            imported.put("tracking.tensorboard", True)
         elif name == "trackio":
-            found.put("tracking.trackio", True)
+            imported.put("tracking.trackio", True)
         elif name in ("none", "all"):
-            found.note("tracking.wandb.mode")
+            imported.note("tracking.wandb.mode")
         else:
-            found.drop(f"{name}: give tracking.mlflow.uri" if name == "mlflow" else f"{name}: {LATER}")
+            imported.drop(f"{name}: give tracking.mlflow.uri" if name == "mlflow" else f"{name}: {LATER}")
 
 
-def output_dir(found: Import, value: Any) -> None:
-    found.put("run.dir", str(value))
-    if not found.get("run_name") and not found.get("wandb_name"):
-        found.put("run.name", Path(str(value)).name or "run")
+def output_dir(imported: Import, value: Any) -> None:
+    imported.put("run.dir", str(value))
+    if not imported.get("run_name") and not imported.get("wandb_name"):
+        imported.put("run.name", Path(str(value)).name or "run")
 
 
-def resume(found: Import, value: Any) -> None:
+def resume(imported: Import, value: Any) -> None:
     if value not in (False, True, "true", "false"):
-        found.drop("a checkpoint of another tool; load its weights with model.path", MEANINGLESS)
+        imported.drop("a checkpoint of another tool; load its weights with model.path", MEANINGLESS)
     elif value:
-        found.note("run.resume")
+        imported.note("run.resume")
 
 
 HUGGING_FACE: dict[str, Rule] = {

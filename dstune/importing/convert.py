@@ -51,20 +51,22 @@ def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = No
     module.check(raw)
     defaults = module.defaults(raw)
     silent = {key: value for key, value in defaults.items() if raw.get(key) is None}
-    found = Import({**silent, **{key: value for key, value in raw.items() if value is not None}}, 1, frozenset(silent))
+    imported = Import(
+        {**silent, **{key: value for key, value in raw.items() if value is not None}}, 1, frozenset(silent)
+    )
     for key in [key for key, value in raw.items() if has_variable(value)]:
-        found.drop("a variable of the shell: write its value", key=key)
-        found.raw[key] = defaults.get(key)
-    found.ranks = ranks or _ranks(found.get("num_processes"))
-    found.raw["_file"] = str(source)
-    apply({**module.TABLE, "_file": lambda found, value: None}, found)
-    del found.raw["_file"]
-    _without_references(found)
-    _finish(found)
-    text = _text(found, tool, source)
-    carried = {key: names for key, names in found.carried.items() if key in raw and key not in found.dropped}
-    off = [key for key in raw if key not in carried and key not in found.dropped]
-    return Experiment(tool, text, carried, found.dropped, off, found.assumed, problems_of(text))
+        imported.drop("a variable of the shell: write its value", key=key)
+        imported.raw[key] = defaults.get(key)
+    imported.ranks = ranks or _ranks(imported.get("num_processes"))
+    imported.raw["_file"] = str(source)
+    apply({**module.TABLE, "_file": lambda imported, value: None}, imported)
+    del imported.raw["_file"]
+    _without_references(imported)
+    _finish(imported)
+    text = _text(imported, tool, source)
+    carried = {key: names for key, names in imported.carried.items() if key in raw and key not in imported.dropped}
+    off = [key for key in raw if key not in carried and key not in imported.dropped]
+    return Experiment(tool, text, carried, imported.dropped, off, imported.assumed, problems_of(text))
 
 
 def _ranks(processes: Any) -> int:
@@ -74,71 +76,71 @@ def _ranks(processes: Any) -> int:
     return int(processes or 1)
 
 
-def _without_references(found: Import) -> None:
+def _without_references(imported: Import) -> None:
     """Leave out what an experiment would resolve: `${oc.env:HF_TOKEN}` of somebody's file would be this user's token."""
-    for key, value in list(found.values.items()):
+    for key, value in list(imported.values.items()):
         if "${" in str(value):
-            del found.values[key]
-            _undo(found, key, "it has a reference (${...}), which would be resolved on this machine", NOT_SUPPORTED)
+            del imported.values[key]
+            _undo(imported, key, "it has a reference (${...}), which would be resolved on this machine", NOT_SUPPORTED)
 
 
-def _finish(found: Import) -> None:
+def _finish(imported: Import) -> None:
     """What several keys together allow or ask for."""
-    values = found.values
-    if "zero" not in found.choices:
-        found.choices["zero"] = "stage1"
-        found.assume("no DeepSpeed configuration: zero=stage1, which computes what data parallelism does")
+    values = imported.values
+    if "zero" not in imported.choices:
+        imported.choices["zero"] = "stage1"
+        imported.assume("no DeepSpeed configuration: zero=stage1, which computes what data parallelism does")
     if not (values.get("data.validation") or values.get("data.split.validation", 0.05)):
         for key in ("evaluate.every", "trainer.early_stopping.patience", "run.export"):
             if key in values:
                 del values[key]
-                _undo(found, key, "no rows are held out for an evaluation (data.validation, data.split.validation)")
+                _undo(imported, key, "no rows are held out for an evaluation (data.validation, data.split.validation)")
     if values.get("evaluate.every") == 0:
         for key in ("trainer.early_stopping.patience", "run.export"):
             if key in values:
                 del values[key]
-                _undo(found, key, "it needs evaluations during training (evaluate.every)")
+                _undo(imported, key, "it needs evaluations during training (evaluate.every)")
     if "trainer.length_grouping" in values and values.get("data.packing", True):
         del values["trainer.length_grouping"]
-        _undo(found, "trainer.length_grouping", "packed rows all have one length (data.packing)")
+        _undo(imported, "trainer.length_grouping", "packed rows all have one length (data.packing)")
     for section in ("task", "method", "optimizer", "schedule"):
-        choice = found.choices.get(section, USUAL[section])
+        choice = imported.choices.get(section, USUAL[section])
         for key in [key for key in values if key.startswith(f"{section}.")]:
             if key.split(".", 1)[1] not in type_hints(CHOICES[section][choice]):
                 del values[key]
-                _undo(found, key, f"{section}={choice} has no such key")
+                _undo(imported, key, f"{section}={choice} has no such key")
 
 
-def _undo(found: Import, key: str, reason: str, kind: str = MEANINGLESS) -> None:
+def _undo(imported: Import, key: str, reason: str, kind: str = MEANINGLESS) -> None:
     """A value that was put cannot stay: the keys that it came from are dropped."""
-    for theirs in [theirs for theirs, ours in found.carried.items() if key in ours]:
-        found.drop(reason, kind, key=theirs)
+    for foreign_key in [foreign_key for foreign_key, ours in imported.carried.items() if key in ours]:
+        imported.drop(reason, kind, key=foreign_key)
 
 
-def _text(found: Import, tool: str, source: Path) -> str:
+def _text(imported: Import, tool: str, source: Path) -> str:
     lines = ["# @package _global_", f"# From {one_line(source.name)} ({tool}) by `dstune import`."]
-    wished = {key: dropped for key, dropped in found.dropped.items() if dropped.kind != MEANINGLESS}
+    wished = {key: dropped for key, dropped in imported.dropped.items() if dropped.kind != MEANINGLESS}
     if wished:
         lines.append("# Not carried over, or not to the letter:")
         lines += [f"#   {one_line(key)}: {one_line(dropped.reason)}" for key, dropped in wished.items()]
-    chosen = [f"  - override /{group}: {found.choices[group]}" for group in USUAL if _differs(found, group)]
+    chosen = [f"  - override /{group}: {imported.choices[group]}" for group in USUAL if _differs(imported, group)]
     lines += ["defaults:", *chosen, "  - _self_"]
     tree: dict[str, Any] = {}
-    for key in sorted(found.values, key=list(all_keys()).index):
-        if key == RATE or found.values[key] != _usual(found, key):  # left out, the rate would be the method's
-            _nest(tree, key.split("."), found.values[key])
+    for key in sorted(imported.values, key=list(all_keys()).index):
+        if key == RATE or imported.values[key] != _usual(imported, key):  # left out, the rate would be the method's
+            _nest(tree, key.split("."), imported.values[key])
     return "\n".join(lines) + "\n" + (dump(tree) if tree else "")
 
 
-def _differs(found: Import, group: str) -> bool:
-    return found.choices.get(group, USUAL[group]) != USUAL[group]
+def _differs(imported: Import, group: str) -> bool:
+    return imported.choices.get(group, USUAL[group]) != USUAL[group]
 
 
-def _usual(found: Import, key: str) -> Any:
+def _usual(imported: Import, key: str) -> Any:
     """The default of a key, which an experiment need not repeat."""
     section, *names = key.split(".")
     classes = classes_of(section)
-    value: Any = to_dict(classes.get(found.choices.get(section, ""), next(iter(classes.values())))())
+    value: Any = to_dict(classes.get(imported.choices.get(section, ""), next(iter(classes.values())))())
     for name in names:
         value = value.get(name) if isinstance(value, dict) else None
     return value

@@ -91,28 +91,32 @@ def of_command(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(Problem("FILE", f"this is no shell script: {error}", value=where)) from None
     words = max(commands, key=lambda command: sum(word.startswith("--") for word in command), default=[])
-    found: dict[str, Any] = {}
+    value_by_key: dict[str, Any] = {}
     key = ""
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_").replace(MARK, "$")
-            found[key] = _value(value) if equals else True
+            value_by_key[key] = _value(value) if equals else True
         # The script stands behind accelerate's own arguments, and those of the shell behind all.
         elif key and not word.endswith((".py", f"{MARK}@", f"{MARK}*", "[@]}", "[*]}")):
-            before, more = found[key], _value(word)
-            if isinstance(more, Variable) and (before is not True or FLAG.match(key)):
-                found[more] = more  # further arguments, whatever they are
+            value_before, next_value = value_by_key[key], _value(word)
+            if isinstance(next_value, Variable) and (value_before is not True or FLAG.match(key)):
+                value_by_key[next_value] = next_value  # further arguments, whatever they are
                 key = ""
                 continue
-            found[key] = more if before is True else [*(before if isinstance(before, list) else [before]), more]
+            value_by_key[key] = (
+                next_value
+                if value_before is True
+                else [*(value_before if isinstance(value_before, list) else [value_before]), next_value]
+            )
         else:
             key = ""
-    if not found:
+    if not value_by_key:
         raise UserError(Problem("FILE", "no command in it has arguments", "give a YAML file or a command", where))
     if trainer := _trainer_name(words):
-        found = {TRAINER_KEY: trainer, **found}
-    return found
+        value_by_key = {TRAINER_KEY: trainer, **value_by_key}
+    return value_by_key
 
 
 def _trainer_name(words: Sequence[str]) -> str | None:
@@ -131,7 +135,7 @@ def _marked(quoted: re.Match[str]) -> str:
     text = quoted[0]
     if text == "$":
         return MARK
-    return re.sub(rf"(\\.)|{EXPANDED}", lambda found: found[1] or MARK, text) if text.startswith('"') else text
+    return re.sub(rf"(\\.)|{EXPANDED}", lambda match: match[1] or MARK, text) if text.startswith('"') else text
 
 
 def has_variable(value: Any) -> bool:
@@ -148,16 +152,16 @@ def _value(word: str) -> Any:
     return value if isinstance(value, (bool, int, float, list, dict)) else word
 
 
-def tool_of(raw: dict[str, Any], named: str | None, where: str) -> str:
+def tool_of(raw: dict[str, Any], tool_name: str | None, where: str) -> str:
     """The name of the tool whose keys these are.
 
     Raises:
-        UserError: no tool is known by these keys, or `named` is none.
+        UserError: no tool is known by these keys, or `tool_name` is none.
     """
-    if named is not None:
-        if named not in TOOLS:
-            raise UserError(Problem("--from", "there is no such tool", f"one of {', '.join(TOOLS)}", named))
-        return named
+    if tool_name is not None:
+        if tool_name not in TOOLS:
+            raise UserError(Problem("--from", "there is no such tool", f"one of {', '.join(TOOLS)}", tool_name))
+        return tool_name
     for name, tool in TOOLS.items():
         if tool.recognised(raw):
             return name

@@ -58,69 +58,69 @@ def check(raw: Mapping[str, Any]) -> None:
         raise UserError(Problem("pref_loss", "this loss is not supported", fix, str(loss)))
 
 
-def stage(found: Import, value: Any) -> None:
-    found.choose("task", TASKS[value])
+def stage(imported: Import, value: Any) -> None:
+    imported.choose("task", TASKS[value])
     if value in ("dpo", "kto", "rm"):
         if value == "kto":
-            found.put("task.loss", "kto")
-        found.put("data.packing", False)
-    elif not isinstance(found.raw.get("packing"), bool):
-        found.put("data.packing", value == "pt" or bool(found.get("neat_packing")))
+            imported.put("task.loss", "kto")
+        imported.put("data.packing", False)
+    elif not isinstance(imported.raw.get("packing"), bool):
+        imported.put("data.packing", value == "pt" or bool(imported.get("neat_packing")))
 
 
-def preference_loss(found: Import, value: Any) -> None:
-    if found.get("stage") == "dpo":
-        found.put("task.loss", LOSSES[value])
+def preference_loss(imported: Import, value: Any) -> None:
+    if imported.get("stage") == "dpo":
+        imported.put("task.loss", LOSSES[value])
         if value == "simpo":
-            found.put("task.gamma", float(found.get("simpo_gamma", 0.5)))
+            imported.put("task.gamma", float(imported.get("simpo_gamma", 0.5)))
     else:
-        found.drop("only stage: dpo has pairs", MEANINGLESS)
+        imported.drop("only stage: dpo has pairs", MEANINGLESS)
 
 
 def key_of_loss(loss: str, key: str) -> Rule:
     """The value is that of dstune's `key` if `loss` (of `task.loss`) is trained."""
 
-    def rule(found: Import, value: Any) -> None:
-        trained = "kto" if found.get("stage") == "kto" else LOSSES.get(str(found.get("pref_loss")))
-        if found.get("stage") in ("dpo", "kto") and trained == loss:
-            found.put(key, float(value))
+    def rule(imported: Import, value: Any) -> None:
+        trained = "kto" if imported.get("stage") == "kto" else LOSSES.get(str(imported.get("pref_loss")))
+        if imported.get("stage") in ("dpo", "kto") and trained == loss:
+            imported.put(key, float(value))
         else:
-            found.drop(f"task.loss={loss} alone uses it", MEANINGLESS)
+            imported.drop(f"task.loss={loss} alone uses it", MEANINGLESS)
 
     return rule
 
 
-def finetuning(found: Import, value: Any) -> None:
+def finetuning(imported: Import, value: Any) -> None:
     if value == "full":
-        found.choose("method", "full")
+        imported.choose("method", "full")
         for name in ("lora_rank", "lora_target", "lora_alpha", "lora_dropout"):
-            found.drop("finetuning_type is full", "meaningless here", key=name) if name in found.raw else None
+            imported.drop("finetuning_type is full", "meaningless here", key=name) if name in imported.raw else None
     elif value == "lora":
         common.method_of_lora(
-            found,
+            imported,
             rank="lora_rank",
-            targets=found.get("lora_target", "all"),
+            targets=imported.get("lora_target", "all"),
             save="additional_target",
             switches={"use_rslora": "method.rslora", "use_dora": "method.dora", "loraplus_lr_ratio": "method.lr_ratio"},
-            four_bits=found.get("quantization_bit") == 4,
+            four_bits=imported.get("quantization_bit") == 4,
         )
-        if found.get("pissa_init"):
-            found.values["method.init"] = "pissa"
-            found.carried["pissa_init"] = ["method.init"]
-            if found.get("pissa_iter", 16) != -1:
-                found.values["method.init_iterations"] = int(found.get("pissa_iter", 16))
-                found.carried["pissa_iter"] = ["method.init_iterations"]
-        found.carried["lora_target"] = ["method.target_modules"]
+        if imported.get("pissa_init"):
+            imported.values["method.init"] = "pissa"
+            imported.carried["pissa_init"] = ["method.init"]
+            if imported.get("pissa_iter", 16) != -1:
+                imported.values["method.init_iterations"] = int(imported.get("pissa_iter", 16))
+                imported.carried["pissa_iter"] = ["method.init_iterations"]
+        imported.carried["lora_target"] = ["method.target_modules"]
     else:
-        found.choose("method", "lora")
-        found.drop(f"LoRA is used instead; {LATER}")
+        imported.choose("method", "lora")
+        imported.drop(f"LoRA is used instead; {LATER}")
 
 
-def _described(found: Import) -> dict[str, Any]:
+def _described(imported: Import) -> dict[str, Any]:
     """dataset_info.json of `dataset_dir`, looked for from here and from the folders above the file."""
-    folder = Path(str(found.get("dataset_dir", "data")))
-    here = Path(found.raw.get("_file", ".")).absolute().parent
-    for base in (Path(), *[here, *here.parents][:4]):
+    folder = Path(str(imported.get("dataset_dir", "data")))
+    file_folder = Path(imported.raw.get("_file", ".")).absolute().parent
+    for base in (Path(), *[file_folder, *file_folder.parents][:4]):
         file = base / folder / "dataset_info.json"
         try:
             exists = file.is_file()
@@ -137,21 +137,21 @@ def _described(found: Import) -> dict[str, Any]:
     return {}
 
 
-def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
+def _source(imported: Import, name: str, info: Mapping[str, Any]) -> Source | None:
     described = info.get(name)
     if described is None:
-        found.drop(f"{name}: no dataset_info.json describes it; give data.train", DIFFERENT)
+        imported.drop(f"{name}: no dataset_info.json describes it; give data.train", DIFFERENT)
         return None
     place = described.get("hf_hub_url") or described.get("file_name")
-    ranking = found.get("stage") in ("dpo", "rm")
+    ranking = imported.get("stage") in ("dpo", "rm")
     if place is None or bool(described.get("ranking")) != ranking:
-        found.drop(f"{name}: rows of this kind or from this hub; {LATER}", DIFFERENT)
+        imported.drop(f"{name}: rows of this kind or from this hub; {LATER}", DIFFERENT)
         return None
     path = str(place) if described.get("hf_hub_url") else str(Path(info["_folder"]) / place)
     source = Source(with_split(path, described.get("split")), subset=described.get("subset"))
     columns, tags = dict(described.get("columns") or {}), dict(described.get("tags") or {})
     is_sharegpt = described.get("formatting", "alpaca") == "sharegpt"
-    if found.get("stage") in ("dpo", "rm", "kto"):
+    if imported.get("stage") in ("dpo", "rm", "kto"):
         source.format, source.columns = _preference_columns(columns, is_sharegpt=is_sharegpt, is_ranking=ranking)
     elif is_sharegpt:
         role = "messages" if tags.get("role_tag") == "role" else "conversations"
@@ -161,7 +161,7 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
         for beside in ("tools", "system"):
             if columns.get(beside, beside) != beside:
                 source.columns[beside] = columns[beside]
-    elif found.get("stage") == "pt":
+    elif imported.get("stage") == "pt":
         source.format = "text"
         if (column := columns.get("prompt", "text")) != "text":
             source.columns["text"] = column
@@ -175,18 +175,20 @@ def _source(found: Import, name: str, info: Mapping[str, Any]) -> Source | None:
             "history": "history",
         }
         source.columns = {
-            ours: columns[theirs] for theirs, ours in roles.items() if theirs in columns and columns[theirs] != ours
+            ours: columns[foreign_name]
+            for foreign_name, ours in roles.items()
+            if foreign_name in columns and columns[foreign_name] != ours
         }
-    in_pairs = found.get("stage") in ("dpo", "rm", "kto")
+    in_pairs = imported.get("stage") in ("dpo", "rm", "kto")
     media = sorted(({"videos", "audios"} | ({"images"} if in_pairs else set())) & set(columns))
     if "images" in columns and columns["images"] not in ("images", "image"):
         source.columns["images"] = columns["images"]
     if media:
-        found.drop(f"{name}: {', '.join(media)}; {LATER}", DIFFERENT)
+        imported.drop(f"{name}: {', '.join(media)}; {LATER}", DIFFERENT)
         return None
     if folder := described.get("folder"):
-        found.drop(f"{name}: its folder ({folder}); files of the whole data set are read", DIFFERENT)
-    source.max_rows = found.get("max_samples") or described.get("num_samples")
+        imported.drop(f"{name}: its folder ({folder}); files of the whole data set are read", DIFFERENT)
+    source.max_rows = imported.get("max_samples") or described.get("num_samples")
     return source
 
 
@@ -208,46 +210,48 @@ def _preference_columns(
             roles["completion"] = columns.get("response", "output")
     roles |= {role: columns[role] for role in ("system", "tools") if role in columns}
     judged = "feedback_messages" if is_sharegpt else "feedback"
-    return "preference" if is_ranking else judged, {ours: theirs for ours, theirs in roles.items() if ours != theirs}
+    return "preference" if is_ranking else judged, {
+        ours: foreign_name for ours, foreign_name in roles.items() if ours != foreign_name
+    }
 
 
 def _names(value: Any) -> list[str]:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
 
 
-def dataset(found: Import, value: Any) -> None:
+def dataset(imported: Import, value: Any) -> None:
     names = _names(value)
-    info = _described(found)
-    sources = [source for name in names if (source := _source(found, name, info))]
-    put_sources(found, sources)
-    if found.get("max_samples") and sources:
-        found.carried["max_samples"] = ["data.max_rows" if len(sources) == 1 else "data.mixture"]
+    info = _described(imported)
+    sources = [source for name in names if (source := _source(imported, name, info))]
+    put_sources(imported, sources)
+    if imported.get("max_samples") and sources:
+        imported.carried["max_samples"] = ["data.max_rows" if len(sources) == 1 else "data.mixture"]
 
 
-def eval_dataset(found: Import, value: Any) -> None:
+def eval_dataset(imported: Import, value: Any) -> None:
     names = _names(value)
-    info = _described(found)
-    source = _source(found, names[0], info)
+    info = _described(imported)
+    source = _source(imported, names[0], info)
     if source:
-        found.put("data.validation", source.path)
+        imported.put("data.validation", source.path)
         if source.max_rows:
-            found.put("evaluate.max_rows", source.max_rows)
-        temporary = Import(found.raw, found.ranks)  # what is wrong with the training sources is told with them
-        training = [_source(temporary, name, info) for name in _names(found.get("dataset", []))]
-        report_lost_settings(found, source, [other for other in training if other])
+            imported.put("evaluate.max_rows", source.max_rows)
+        temporary = Import(imported.raw, imported.ranks)  # what is wrong with the training sources is told with them
+        training = [_source(temporary, name, info) for name in _names(imported.get("dataset", []))]
+        report_lost_settings(imported, source, [other for other in training if other])
     if len(names) > 1:
-        found.drop("data.validation takes one source: the first", DIFFERENT)
+        imported.drop("data.validation takes one source: the first", DIFFERENT)
 
 
-def attention(found: Import, value: Any) -> None:
-    common.attention(found, {"fa2": "flash_attention_2", "disabled": "eager"}.get(str(value), str(value)))
+def attention(imported: Import, value: Any) -> None:
+    common.attention(imported, {"fa2": "flash_attention_2", "disabled": "eager"}.get(str(value), str(value)))
 
 
-def quantization(found: Import, value: Any) -> None:
+def quantization(imported: Import, value: Any) -> None:
     if value == 4:
-        common.four_bits(found, value)
+        common.four_bits(imported, value)
     else:
-        common.quantized(found, value)
+        common.quantized(imported, value)
 
 
 TABLE: dict[str, Rule] = {

@@ -84,12 +84,12 @@ MISSING = (
 Put = Callable[[str, Any], None]
 
 
-def put_policy(found: Import, settings: Mapping[str, Any], drop: Callable[..., None], put: Put) -> None:
+def put_policy(imported: Import, settings: Mapping[str, Any], drop: Callable[..., None], put: Put) -> None:
     """Give `task=reinforcement` what `settings` say under TRL's names. drop, put: on behalf of a key.
 
     settings: with TRL's defaults. Raises UserError for a loss that dstune does not have.
     """
-    found.choose("task", "reinforcement")
+    imported.choose("task", "reinforcement")
     sequence = settings.get("importance_sampling_level") in ("sequence", "sequence_token")
     loss = str(settings["loss_type"])
     if loss not in LOSSES:
@@ -113,7 +113,7 @@ def put_policy(found: Import, settings: Mapping[str, Any], drop: Callable[..., N
         drop("epsilon_high", reason, MEANINGLESS)
     if settings.get("mask_truncated_completions"):
         put("mask_truncated_completions", ("task.mask_truncated", True))
-    _put_rewards(found, settings, drop, put)
+    _put_rewards(imported, settings, drop, put)
     for name, reason in OWN_WAY.items():
         drop(name, reason, MEANINGLESS)
     for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
@@ -125,7 +125,7 @@ def put_policy(found: Import, settings: Mapping[str, Any], drop: Callable[..., N
         put("chat_template_kwargs", ("task.chat_template_kwargs", dict(settings["chat_template_kwargs"])))
 
 
-def _put_rewards(found: Import, settings: Mapping[str, Any], drop: Callable[..., None], put: Put) -> None:
+def _put_rewards(imported: Import, settings: Mapping[str, Any], drop: Callable[..., None], put: Put) -> None:
     functions = settings.get("reward_funcs") or []
     functions = [functions] if isinstance(functions, str) else list(functions)
     judge = settings.get("reward_model_name_or_path")
@@ -133,23 +133,23 @@ def _put_rewards(found: Import, settings: Mapping[str, Any], drop: Callable[...,
     rewards = [REWARDS[name] for name in functions if name in REWARDS]
     others = [str(name) for name in functions if name not in REWARDS]
     models = [name for name in others if "/" in name or name == judge]
-    own = [name for name in others if name not in models]
+    own_functions = [name for name in others if name not in models]
     if rewards:
         put("reward_funcs", ("task.rewards", rewards))
         if "boxed_answer" in rewards:
-            found.assume(
+            imported.assume(
                 "accuracy_reward became boxed_answer, which reads the column answer: data.columns={answer: solution}"
             )
     if models:
         put("reward_model_name_or_path", ("task.reward_models", models))
-    if own:
+    if own_functions:
         fix = "register it: @dstune.reward above the function, plugins=[./FILE.py] task.rewards=[NAME]"
-        drop("reward_funcs", f"{', '.join(own)}: Python of your own; {fix}")
-        found.assume(
+        drop("reward_funcs", f"{', '.join(own_functions)}: Python of your own; {fix}")
+        imported.assume(
             "every reward function of your own is to be registered (docs/reinforcement.md) and named in task.rewards"
         )
     weights = list(settings.get("reward_weights") or [])
-    if weights and own:
+    if weights and own_functions:
         drop("reward_weights", "some of the rewards are not carried: give task.reward_weights with them", DIFFERENT)
     elif weights and len(weights) != len(functions):
         drop(
@@ -163,12 +163,12 @@ def _put_rewards(found: Import, settings: Mapping[str, Any], drop: Callable[...,
         put("reward_weights", ("task.reward_weights", [weight for _, weight in ordered]))
 
 
-def count_prompts(found: Import, rows: int, accumulated: int, samples: int) -> None:
+def count_prompts(imported: Import, rows: int, accumulated: int, samples: int) -> None:
     """Prompts of a step, where the file counts completions."""
-    completions = rows * accumulated * found.ranks
-    found.values["trainer.micro_batch_size"] = rows
-    found.values["trainer.global_batch_size"] = max(1, completions // samples)
-    found.assume(
-        f"{found.ranks} rank(s): {rows} x {accumulated} x {found.ranks} = {completions} completions of a step are "
+    completions = rows * accumulated * imported.ranks
+    imported.values["trainer.micro_batch_size"] = rows
+    imported.values["trainer.global_batch_size"] = max(1, completions // samples)
+    imported.assume(
+        f"{imported.ranks} rank(s): {rows} x {accumulated} x {imported.ranks} = {completions} completions of a step are "
         f"{max(1, completions // samples)} prompts with {samples} each (trainer.global_batch_size, task.samples)"
     )

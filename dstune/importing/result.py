@@ -66,8 +66,8 @@ class Import:
         # What a tool does unless told otherwise is nobody's wish.
         if name in self.defaults:
             return
-        if before := self.dropped.get(name):
-            kind, reason = before.kind, f"{before.reason}; {reason}"
+        if earlier := self.dropped.get(name):
+            kind, reason = earlier.kind, f"{earlier.reason}; {reason}"
         secret = re.search(r"token|key|secret|password", name) is not None
         self.dropped[name] = Dropped(kind, reason, "..." if secret else self.raw.get(name))
 
@@ -83,24 +83,24 @@ Rule = Callable[[Import, Any], None]
 def same(key: str) -> Rule:
     """The value is that of dstune's `key`."""
 
-    def rule(found: Import, value: Any) -> None:
-        found.put(key, value)
+    def rule(imported: Import, value: Any) -> None:
+        imported.put(key, value)
 
     return rule
 
 
-def own_code(found: Import, value: Any) -> None:
+def own_code(imported: Import, value: Any) -> None:
     """The code of a model is for its user to read before it runs, whatever somebody's file says."""
     if value:
-        found.drop("it runs Python code that comes with the model: read it, then give model.trust_remote_code=true")
+        imported.drop("it runs Python code that comes with the model: read it, then give model.trust_remote_code=true")
 
 
 def missing(reason: str) -> Rule:
     """dstune has nothing like it; switched off it asks for nothing."""
 
-    def rule(found: Import, value: Any) -> None:
+    def rule(imported: Import, value: Any) -> None:
         if value not in (False, 0, "no", "none", "None"):
-            found.drop(reason)
+            imported.drop(reason)
 
     return rule
 
@@ -108,27 +108,27 @@ def missing(reason: str) -> Rule:
 def own_way(reason: str) -> Rule:
     """dstune does this on a way of its own, whatever the value."""
 
-    def rule(found: Import, value: Any) -> None:
-        found.drop(reason, MEANINGLESS)
+    def rule(imported: Import, value: Any) -> None:
+        imported.drop(reason, MEANINGLESS)
 
     return rule
 
 
-def with_others(found: Import, value: Any) -> None:
+def with_others(imported: Import, value: Any) -> None:
     """Looked at together with another key, whose rule notes what becomes of it."""
 
 
-def apply(table: Mapping[str, Rule], found: Import) -> None:
+def apply(table: Mapping[str, Rule], imported: Import) -> None:
     """Every key of the file through its rule; one that the table does not have is dropped by name."""
-    for key, value in found.raw.items():
+    for key, value in imported.raw.items():
         if value is None or value == "" or value in ([], {}):
             continue
-        found.current = key
+        imported.current = key
         if rule := table.get(key):
             try:
-                rule(found, value)
+                rule(imported, value)
             except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
-                found.drop("its value is none that the tool takes")
+                imported.drop("its value is none that the tool takes")
         else:
             similar = nearest(key, table)
-            found.drop("this import does not know the key" + (f" (did you mean {similar}?)" if similar else ""))
+            imported.drop("this import does not know the key" + (f" (did you mean {similar}?)" if similar else ""))

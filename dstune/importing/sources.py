@@ -43,26 +43,26 @@ def name_of(path: str, taken: Sequence[str]) -> str:
     return plain if plain not in taken else next(name for name in numbered if name not in taken)
 
 
-def put_sources(found: Import, sources: Sequence[Source]) -> None:
+def put_sources(imported: Import, sources: Sequence[Source]) -> None:
     """The training rows; sources of one format share `data.format`."""
     if len(sources) == 1:
         (only,) = sources
         for name, value in only.differences().items():
             if name != "weight":
-                found.put(f"data.{'train' if name == 'path' else name}", value)
+                imported.put(f"data.{'train' if name == 'path' else name}", value)
         if only.weight != 1:
-            found.drop("the weight of the only source: all of its rows come once an epoch")
+            imported.drop("the weight of the only source: all of its rows come once an epoch")
     elif sources:
         mixture: dict[str, dict[str, Any]] = {}
         for source in sources:
             mixture[name_of(source.path, list(mixture))] = source.differences()
-        found.put("data.mixture", mixture)
+        imported.put("data.mixture", mixture)
 
 
-def report_lost_settings(found: Import, source: Source, training: Sequence[Source]) -> None:
+def report_lost_settings(imported: Import, source: Source, training: Sequence[Source]) -> None:
     """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
     read_as = training[0] if len(training) == 1 else Source(source.path)
     for name in ("format", "columns", "subset", "revision"):
-        theirs, ours = getattr(source, name), getattr(read_as, name)
-        if theirs != ours:
-            found.drop(f"{source.path}: its {name} ({theirs}); it is read with data.{name}={ours}", DIFFERENT)
+        stored, used = getattr(source, name), getattr(read_as, name)
+        if stored != used:
+            imported.drop(f"{source.path}: its {name} ({stored}); it is read with data.{name}={used}", DIFFERENT)

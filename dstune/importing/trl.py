@@ -133,118 +133,123 @@ def _refuse_loss(value: Any, supported: Iterable[str]) -> NoReturn:
     raise UserError(Problem("loss_type", "this loss is not supported", f"one of {', '.join(supported)}", str(value)))
 
 
-def _set_task(found: Import) -> None:
-    trainer = trainer_for(found.raw)
+def _set_task(imported: Import) -> None:
+    trainer = trainer_for(imported.raw)
     if trainer == "grpo":
-        found.choose("task", "reinforcement")
+        imported.choose("task", "reinforcement")
         return
     if trainer == "reward":
-        found.choose("task", "reward")
+        imported.choose("task", "reward")
         return
     if trainer != "sft":
-        found.choose("task", "preference")
+        imported.choose("task", "preference")
         return
-    if column := found.get("dataset_text_field"):
-        found.choose("task", "causal_lm")
-        found.put("data.format", "text")
+    if column := imported.get("dataset_text_field"):
+        imported.choose("task", "causal_lm")
+        imported.put("data.format", "text")
         if column != "text":
-            found.put("data.columns", {"text": str(column)})
-        found.carried["dataset_text_field"] = ["task", "data.columns"]
+            imported.put("data.columns", {"text": str(column)})
+        imported.carried["dataset_text_field"] = ["task", "data.columns"]
         return
-    found.choose("task", "chat")
-    found.assume("rows are conversations or prompt and completion (task=chat); for plain text give task=causal_lm")
+    imported.choose("task", "chat")
+    imported.assume("rows are conversations or prompt and completion (task=chat); for plain text give task=causal_lm")
 
 
-def name_of_trainer(found: Import, value: Any) -> None:
-    _set_task(found)
+def name_of_trainer(imported: Import, value: Any) -> None:
+    _set_task(imported)
     if value == "grpo":
-        _set_policy(found)
+        _set_policy(imported)
     if value in ("kto", "orpo"):
-        found.put("task.loss", value)
+        imported.put("task.loss", value)
 
 
-def _set_policy(found: Import) -> None:
+def _set_policy(imported: Import) -> None:
     def put(name: str, setting: tuple[str, Any]) -> None:
         key, value = setting
-        found.values[key] = value
-        if name in found.raw:
-            found.carried[name] = [key]
+        imported.values[key] = value
+        if name in imported.raw:
+            imported.carried[name] = [key]
 
     def drop(name: str, reason: str, kind: str = NOT_SUPPORTED) -> None:
-        if found.raw.get(name) is not None:
-            found.drop(reason, kind, key=name)
+        if imported.raw.get(name) is not None:
+            imported.drop(reason, kind, key=name)
 
-    policy.put_policy(found, found.raw, drop, put)
+    policy.put_policy(imported, imported.raw, drop, put)
 
 
-def of_policy(found: Import, value: Any) -> None:
+def of_policy(imported: Import, value: Any) -> None:
     """A key of GRPO alone, which `name_of_trainer` looks at."""
-    if trainer_for(found.raw) != "grpo":
-        found.drop("training on generated answers alone uses it", MEANINGLESS)
+    if trainer_for(imported.raw) != "grpo":
+        imported.drop("training on generated answers alone uses it", MEANINGLESS)
 
 
-def completion_length(found: Import, value: Any) -> None:
-    if trainer_for(found.raw) != "grpo":
-        found.drop("data.max_length is the limit of a row")
+def completion_length(imported: Import, value: Any) -> None:
+    if trainer_for(imported.raw) != "grpo":
+        imported.drop("data.max_length is the limit of a row")
 
 
-def divergence_weight(found: Import, value: Any) -> None:
-    if trainer_for(found.raw) != "grpo":
-        found.put("task.beta", value)
+def divergence_weight(imported: Import, value: Any) -> None:
+    if trainer_for(imported.raw) != "grpo":
+        imported.put("task.beta", value)
 
 
-def batch_size(found: Import, value: Any) -> None:
-    rows, steps = int(found.get("per_device_train_batch_size", 8)), int(found.get("gradient_accumulation_steps", 1))
-    if trainer_for(found.raw) != "grpo":
-        common.global_batch(found, "per_device_train_batch_size", "gradient_accumulation_steps")
+def batch_size(imported: Import, value: Any) -> None:
+    rows, steps = (
+        int(imported.get("per_device_train_batch_size", 8)),
+        int(imported.get("gradient_accumulation_steps", 1)),
+    )
+    if trainer_for(imported.raw) != "grpo":
+        common.global_batch(imported, "per_device_train_batch_size", "gradient_accumulation_steps")
         return
-    policy.count_prompts(found, rows, steps, int(found.get("num_generations", policy.DEFAULTS["num_generations"])))
-    found.note("trainer.global_batch_size")
+    policy.count_prompts(
+        imported, rows, steps, int(imported.get("num_generations", policy.DEFAULTS["num_generations"]))
+    )
+    imported.note("trainer.global_batch_size")
 
 
-def loss_type(found: Import, value: Any) -> None:
-    trainer = trainer_for(found.raw)
+def loss_type(imported: Import, value: Any) -> None:
+    trainer = trainer_for(imported.raw)
     if trainer == "grpo":
         return
     if trainer in ("dpo", "kto"):
         (loss,) = _losses(value)
-        found.choose("task", "preference")
-        found.put("task.loss", LOSSES[trainer][loss])
+        imported.choose("task", "preference")
+        imported.put("task.loss", LOSSES[trainer][loss])
     elif trainer == "sft":
-        found.drop("next-token cross entropy, computed for trained tokens only", MEANINGLESS)
+        imported.drop("next-token cross entropy, computed for trained tokens only", MEANINGLESS)
     else:
-        found.drop(f"the loss of the trainer {trainer} is its own", MEANINGLESS)
+        imported.drop(f"the loss of the trainer {trainer} is its own", MEANINGLESS)
 
 
-def precomputed_reference(found: Import, value: Any) -> None:
+def precomputed_reference(imported: Import, value: Any) -> None:
     if value:
-        found.put("task.reference", "cached")
+        imported.put("task.reference", "cached")
 
 
-def divergence(found: Import, value: Any) -> None:
+def divergence(imported: Import, value: Any) -> None:
     if value != "reverse_kl":
-        found.drop("the divergence is the reverse KL")
+        imported.drop("the divergence is the reverse KL")
 
 
-def dataset_name(found: Import, value: Any) -> None:
-    if found.get("dataset_mixture") or found.get("datasets"):
-        found.drop("a mixture is given", MEANINGLESS)
+def dataset_name(imported: Import, value: Any) -> None:
+    if imported.get("dataset_mixture") or imported.get("datasets"):
+        imported.drop("a mixture is given", MEANINGLESS)
         return
-    source = Source(with_split(str(value), found.get("dataset_train_split")), subset=found.get("dataset_config"))
+    source = Source(with_split(str(value), imported.get("dataset_train_split")), subset=imported.get("dataset_config"))
     for name, ours in (("dataset_train_split", "data.train"), ("dataset_config", "data.subset")):
-        if found.get(name):
-            found.carried[name] = [ours]
-    put_sources(found, [source])
-    _set_task(found)
-    if str(found.get("eval_strategy", "no")) in ("steps", "epoch"):
-        split = str(found.get("dataset_test_split", "test"))
-        found.values["data.validation"] = f"{value}:{split}"
-        found.carried["dataset_test_split"] = ["data.validation"]
+        if imported.get(name):
+            imported.carried[name] = [ours]
+    put_sources(imported, [source])
+    _set_task(imported)
+    if str(imported.get("eval_strategy", "no")) in ("steps", "epoch"):
+        split = str(imported.get("dataset_test_split", "test"))
+        imported.values["data.validation"] = f"{value}:{split}"
+        imported.carried["dataset_test_split"] = ["data.validation"]
     else:
-        found.values["data.split.validation"] = 0.0
+        imported.values["data.split.validation"] = 0.0
 
 
-def mixture(found: Import, value: Any) -> None:
+def mixture(imported: Import, value: Any) -> None:
     entries = value.get("datasets", []) if isinstance(value, Mapping) else value
     sources = []
     for entry in entries:
@@ -254,65 +259,69 @@ def mixture(found: Import, value: Any) -> None:
         source.weight = float(entry.get("weight") or 1.0)
         sources.append(source)
         if entry.get("fraction") is not None:
-            found.drop(f"{path}: a share of the mixture; data.mixture.NAME.weight says how often rows come", DIFFERENT)
+            imported.drop(
+                f"{path}: a share of the mixture; data.mixture.NAME.weight says how often rows come", DIFFERENT
+            )
         if entry.get("data_files") or entry.get("data_dir"):
-            found.drop(f"{path}: data_files and data_dir; give the files as path", DIFFERENT)
-    put_sources(found, sources)
-    _set_task(found)
-    size = value.get("test_split_size") if isinstance(value, Mapping) else found.get("test_split_size")
+            imported.drop(f"{path}: data_files and data_dir; give the files as path", DIFFERENT)
+    put_sources(imported, sources)
+    _set_task(imported)
+    size = value.get("test_split_size") if isinstance(value, Mapping) else imported.get("test_split_size")
     if size is not None:
-        common.share_held_out(found, size)
+        common.share_held_out(imported, size)
     else:
-        found.values["data.split.validation"] = 0.0
+        imported.values["data.split.validation"] = 0.0
 
 
-def use_peft(found: Import, value: Any) -> None:
+def use_peft(imported: Import, value: Any) -> None:
     if value:
         common.method_of_lora(
-            found,
+            imported,
             rank="lora_r",
-            targets=found.get("lora_target_modules", "all-linear"),
+            targets=imported.get("lora_target_modules", "all-linear"),
             save="lora_modules_to_save",
             switches={"use_rslora": "method.rslora", "use_dora": "method.dora"},
-            four_bits=bool(found.get("load_in_4bit")),
+            four_bits=bool(imported.get("load_in_4bit")),
         )
-        if found.get("lora_target_modules"):
-            found.carried["lora_target_modules"] = ["method.target_modules"]
+        if imported.get("lora_target_modules"):
+            imported.carried["lora_target_modules"] = ["method.target_modules"]
         else:
-            found.assume("adapters on all linear layers (method.target_modules=[all-linear])")
-        if not found.get("lora_alpha"):
-            found.values["method.alpha"] = 32.0
-        if found.get("lora_dropout") is None:
-            found.values["method.dropout"] = 0.05
+            imported.assume("adapters on all linear layers (method.target_modules=[all-linear])")
+        if not imported.get("lora_alpha"):
+            imported.values["method.alpha"] = 32.0
+        if imported.get("lora_dropout") is None:
+            imported.values["method.dropout"] = 0.05
     else:
-        found.choose("method", "full")
+        imported.choose("method", "full")
 
 
-def lora_part(found: Import, value: Any) -> None:
-    if not found.get("use_peft"):
-        found.drop("use_peft is off", MEANINGLESS)
+def lora_part(imported: Import, value: Any) -> None:
+    if not imported.get("use_peft"):
+        imported.drop("use_peft is off", MEANINGLESS)
 
 
-def assistant_only(found: Import, value: Any) -> None:
-    if found.get("dataset_text_field") or (found.current in found.defaults and "completion_only_loss" in found.raw):
+def assistant_only(imported: Import, value: Any) -> None:
+    if imported.get("dataset_text_field") or (
+        imported.current in imported.defaults and "completion_only_loss" in imported.raw
+    ):
         return
-    found.put("task.train_on_prompt", not value)
-    if found.current in found.defaults:
-        found.assume(
+    imported.put("task.train_on_prompt", not value)
+    if imported.current in imported.defaults:
+        imported.assume(
             "TRL trains on the prompts of conversations too unless told otherwise (task.train_on_prompt=true); of rows with a "
             "prompt and a completion it trains the completion alone: give task.train_on_prompt=false for them"
         )
 
 
-def packing_strategy(found: Import, value: Any) -> None:
+def packing_strategy(imported: Import, value: Any) -> None:
     if value in ("bfd", "ffd"):
-        found.note("data.packing")
+        imported.note("data.packing")
     else:
-        found.drop("rows are packed whole, the longest first", DIFFERENT)
+        imported.drop("rows are packed whole, the longest first", DIFFERENT)
 
 
-def eos_token(found: Import, value: Any) -> None:
-    found.drop("the end of each turn is the one of the chat template, and is trained", MEANINGLESS)
+def eos_token(imported: Import, value: Any) -> None:
+    imported.drop("the end of each turn is the one of the chat template, and is trained", MEANINGLESS)
 
 
 TABLE: dict[str, Rule] = {
