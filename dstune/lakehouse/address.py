@@ -45,25 +45,25 @@ class Address:
     @property
     def moment(self) -> datetime:
         """`time` with a zone, UTC where it names none. Raises ValueError."""
-        found = datetime.fromisoformat(self.time)
-        return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+        parsed = datetime.fromisoformat(self.time)
+        return parsed if parsed.tzinfo is not None else parsed.replace(tzinfo=UTC)
 
 
 def parse(spec: str, key: str) -> Address:
     """Raises UserError."""
-    found = _ADDRESS.fullmatch(spec)
-    query = _QUERY.fullmatch((found and found["query"]) or "")
+    match = _ADDRESS.fullmatch(spec)
+    query = _QUERY.fullmatch((match and match["query"]) or "")
     fix = "SCHEME://PLACE, then @VERSION or @TIME, then ?columns=A,B&where=SQL, such as delta:///data/reviews@7?where=stars > 3"
-    if found is None or query is None:
+    if match is None or query is None:
         raise UserError(Problem(key, "cannot be read as the address of a table", fix, spec))
     columns = tuple(name.strip() for name in (query["columns"] or "").split(",") if name.strip())
-    version = None if found["version"] is None else int(found["version"])
+    version = None if match["version"] is None else int(match["version"])
     address = Address(
-        found["scheme"],
-        found["location"],
+        match["scheme"],
+        match["location"],
         version,
-        found["time"] or "",
-        found["id"] or "",
+        match["time"] or "",
+        match["id"] or "",
         columns,
         (query["where"] or "").strip(),
     )

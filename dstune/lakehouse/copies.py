@@ -32,8 +32,8 @@ def resolve(
     check_predicate(table, address, key)
     listed = files_of(table, address, key)
     listing = xxhash.xxh3_128_hexdigest(json.dumps(listed).encode())
-    if known := describe(address):
-        if known["files"] != listing:  # a copy of the table went other ways, and was put in its place
+    if record := describe(address):
+        if record["files"] != listing:  # a copy of the table went other ways, and was put in its place
             reason = f"version {address.version} of this table has other files than when its rows were read"
             raise UserError(Problem(key, reason, f"if it shall be read anew: rm -r {_folder(address)}", str(address)))
         return address
@@ -48,9 +48,9 @@ def resolve(
         written = write_ordered(scan(table, address, key), folder / ROWS, scratch, size * EXPANSION)
         shutil.rmtree(scratch)
         if not written.rows:
-            what = f"no row fulfils {address.where}" if address.where else "the table has no rows"
-            raise UserError(Problem(key, what, "another version or predicate", str(address)))
-        known = {
+            reason = f"no row fulfils {address.where}" if address.where else "the table has no rows"
+            raise UserError(Problem(key, reason, "another version or predicate", str(address)))
+        record = {
             "table": f"{address.scheme}://{address.location}",
             "id": address.table_id,
             "version": address.version,
@@ -61,7 +61,7 @@ def resolve(
             "order": ORDER,
             "files": listing,
         }
-        (folder / META).write_text(json.dumps(known, indent=1))
+        (folder / META).write_text(json.dumps(record, indent=1))
 
     cache.entry(cache_root() / "tables", _name(address), make)
     return address
@@ -69,13 +69,13 @@ def resolve(
 
 def files(address: Address, key: str) -> list[DataFile]:
     """The copy. Raises UserError where it is not on this machine."""
-    known = describe(address)
-    if not known:
+    record = describe(address)
+    if not record:
         reason = "its rows are not on this machine" if address.is_resolved else "its version is not resolved yet"
         fix = "`dstune train` reads them where it is started; ranks on other nodes need a DSTUNE_CACHE that all nodes share"
         raise UserError(Problem(key, reason, fix, str(address)))
     formatted = f"{address.scheme}://{address.location}@{address.version}"
-    return [DataFile(_folder(address) / ROWS, formatted=formatted, digest=str(known["digest"]))]
+    return [DataFile(_folder(address) / ROWS, formatted=formatted, digest=str(record["digest"]))]
 
 
 def describe(address: Address) -> dict[str, Any]:
@@ -92,5 +92,13 @@ def _folder(address: Address) -> Path:
 
 
 def _name(address: Address) -> str:
-    what = [FORMAT, address.scheme, address.location, address.table_id, address.version, address.columns, address.where]
-    return xxhash.xxh3_128_hexdigest(json.dumps(what).encode())
+    identity = [
+        FORMAT,
+        address.scheme,
+        address.location,
+        address.table_id,
+        address.version,
+        address.columns,
+        address.where,
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())

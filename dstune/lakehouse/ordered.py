@@ -44,7 +44,7 @@ def write_ordered(batches: Iterable[Any], out: Path, scratch: Path, size: int) -
     for batch in batches:
         schema = schema or plain_schema(batch.schema)
         waiting.append(_plain(batch, schema))
-        if sum(one.nbytes for one in waiting) >= PIECE_BYTES:
+        if sum(waiting_batch.nbytes for waiting_batch in waiting) >= PIECE_BYTES:
             pieces.append(_write_piece(waiting, scratch / f"{len(pieces)}.arrow", ranges))
             waiting = []
     if waiting:
@@ -95,9 +95,9 @@ def _merge(pieces: list[Path], schema: Any, out: Path, ranges: int) -> Written:
 def _taken(batches: list[Any], order: Any) -> Any:
     """The rows of `batches`, one behind the other, that `order` counts: a table of their order."""
     ends = np.cumsum([len(batch) for batch in batches])
-    of = np.searchsorted(ends, order, "right")
-    parts = [batch.take(pa.array(order[of == i] - ends[i] + len(batch))) for i, batch in enumerate(batches)]
-    back = np.argsort(np.argsort(of, kind="stable"))
+    batch_numbers = np.searchsorted(ends, order, "right")
+    parts = [batch.take(pa.array(order[batch_numbers == i] - ends[i] + len(batch))) for i, batch in enumerate(batches)]
+    back = np.argsort(np.argsort(batch_numbers, kind="stable"))
     return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back))
 
 
@@ -167,27 +167,27 @@ def plain_schema(schema: Any) -> Any:
     return pa.schema([pa.field(field.name, _plain_type(field.type), field.nullable) for field in schema])
 
 
-def _plain_type(of: Any) -> Any:
-    if pa.types.is_dictionary(of):
-        return _plain_type(of.value_type)
-    if pa.types.is_timestamp(of) and of.tz is not None:  # the same moment is the same row
-        return pa.timestamp(of.unit, "UTC")
-    if pa.types.is_string_view(of):
+def _plain_type(arrow_type: Any) -> Any:
+    if pa.types.is_dictionary(arrow_type):
+        return _plain_type(arrow_type.value_type)
+    if pa.types.is_timestamp(arrow_type) and arrow_type.tz is not None:  # the same moment is the same row
+        return pa.timestamp(arrow_type.unit, "UTC")
+    if pa.types.is_string_view(arrow_type):
         return pa.large_string()
-    if pa.types.is_binary_view(of):
+    if pa.types.is_binary_view(arrow_type):
         return pa.large_binary()
     if (
-        pa.types.is_list(of)
-        or pa.types.is_large_list(of)
-        or pa.types.is_list_view(of)
-        or pa.types.is_large_list_view(of)
+        pa.types.is_list(arrow_type)
+        or pa.types.is_large_list(arrow_type)
+        or pa.types.is_list_view(arrow_type)
+        or pa.types.is_large_list_view(arrow_type)
     ):
-        return pa.large_list(_plain_type(of.value_type))
-    if pa.types.is_struct(of):
-        return pa.struct([pa.field(field.name, _plain_type(field.type), field.nullable) for field in of])
-    if pa.types.is_map(of):
-        return pa.map_(_plain_type(of.key_type), _plain_type(of.item_type))
-    return of
+        return pa.large_list(_plain_type(arrow_type.value_type))
+    if pa.types.is_struct(arrow_type):
+        return pa.struct([pa.field(field.name, _plain_type(field.type), field.nullable) for field in arrow_type])
+    if pa.types.is_map(arrow_type):
+        return pa.map_(_plain_type(arrow_type.key_type), _plain_type(arrow_type.item_type))
+    return arrow_type
 
 
 def _plain(batch: Any, schema: Any) -> Any:

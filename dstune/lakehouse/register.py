@@ -49,12 +49,12 @@ EXAMPLE = "input_example.json"
 
 def parse(place: str) -> tuple[str, str | None]:
     """Name and alias of `models:/NAME[@ALIAS]`. Raises UserError."""
-    found = PLACE.fullmatch(place)
-    if found is None:
+    match = PLACE.fullmatch(place)
+    if match is None:
         raise UserError(Problem(KEY, "is no place in a model registry", ADDRESSES, place))
-    if found["alias"] and TAKEN.fullmatch(found["alias"]):
-        raise UserError(Problem(KEY, "MLflow keeps this alias for itself", f"models:/{found['name']}@champion", place))
-    return found["name"], found["alias"]
+    if match["alias"] and TAKEN.fullmatch(match["alias"]):
+        raise UserError(Problem(KEY, "MLflow keeps this alias for itself", f"models:/{match['name']}@champion", place))
+    return match["name"], match["alias"]
 
 
 def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
@@ -71,9 +71,9 @@ def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
     ask_no_metadata_service()
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
-    own = None if config is None else config.tracking.mlflow.uri
-    if not tracking and own:
-        tracking = located(str(own))
+    uri = None if config is None else config.tracking.mlflow.uri
+    if not tracking and uri:
+        tracking = located(str(uri))
     if not tracking:
         fix = "export MLFLOW_TRACKING_URI=http://HOST:PORT (sqlite:///FILE, databricks)"
         raise UserError(Problem(key, "no MLflow server is named", fix, name))
@@ -102,17 +102,17 @@ def register(
     client = client_for(name, config)
     digest = digest_of(export)
     with refusals_named(place):
-        known = _version_with(client, name, digest)
-        number = known or _log(
+        existing = _version_with(client, name, digest)
+        number = existing or _log(
             client, name, export, digest, _tags(export, run_dir, config), str(config.tracking.project)
         )
-        message(f"{name} version {number}" + (" has this export already" if known else " is registered"))
+        message(f"{name} version {number}" + (" has this export already" if existing else " is registered"))
         if tags_of(client, name, number).get(PROVEN) != digest:
             message("loading it back in another process")
             _prove(name, number, export)
             client.set_model_version_tag(name, number, PROVEN, digest)
-        before = _move(client, name, alias, number) if alias else None
-    return Registered(name, number, known is None, alias, before)
+        version_before = _move(client, name, alias, number) if alias else None
+    return Registered(name, number, existing is None, alias, version_before)
 
 
 def roll_back(place: str) -> Registered:
@@ -122,14 +122,17 @@ def roll_back(place: str) -> Registered:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
     client = client_for(name, None)
     with refusals_named(place):
-        now, before = version_of_alias(client, name, alias), version_of_alias(client, name, alias + PREVIOUS)
-        if before is None:
+        version_now, version_before = (
+            version_of_alias(client, name, alias),
+            version_of_alias(client, name, alias + PREVIOUS),
+        )
+        if version_before is None:
             reason = f"{alias} has not been moved: there is no {alias}{PREVIOUS}"
             raise UserError(Problem(KEY, reason, "an alias that was moved from one version to another", place))
-        client.set_registered_model_alias(name, alias, before)
-        if now is not None:
-            client.set_registered_model_alias(name, alias + PREVIOUS, now)
-    return Registered(name, before, False, alias, now)
+        client.set_registered_model_alias(name, alias, version_before)
+        if version_now is not None:
+            client.set_registered_model_alias(name, alias + PREVIOUS, version_now)
+    return Registered(name, version_before, False, alias, version_now)
 
 
 @contextmanager
@@ -161,16 +164,16 @@ def _version_with(client: Any, name: str, digest: str) -> str | None:
     page = None
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)
-        for found in page:
-            if str(found.status) == "READY" and tags_of(client, name, found.version).get(DIGEST) == digest:
-                return str(found.version)
+        for candidate in page:
+            if str(candidate.status) == "READY" and tags_of(client, name, candidate.version).get(DIGEST) == digest:
+                return str(candidate.version)
     return None
 
 
 def tags_of(client: Any, name: str, number: str) -> Mapping[str, str]:
     """Return the tags of a version."""
-    found: Mapping[str, str] = client.get_model_version(name, number).tags
-    return found
+    tags: Mapping[str, str] = client.get_model_version(name, number).tags
+    return tags
 
 
 def _log(client: Any, name: str, export: Path, digest: str, tags: Mapping[str, str], project: str) -> str:
@@ -229,13 +232,13 @@ class _WithExample:
 
 
 def _requirements() -> list[str]:
-    found = []
+    requirements = []
     for package in PACKAGES:
         try:
-            found.append(f"{package}=={version(package).partition('+')[0]}")
+            requirements.append(f"{package}=={version(package).partition('+')[0]}")
         except PackageNotFoundError:
             continue
-    return found
+    return requirements
 
 
 def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
@@ -245,8 +248,8 @@ def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
     if config.data.train is not None:
         tags["data.train"] = str(config.data.train)
     facts = object_in(run_dir / "environment.json")
-    if found := facts.get("data_fingerprint"):
-        tags["data.fingerprint"] = str(found)
+    if fingerprint := facts.get("data_fingerprint"):
+        tags["data.fingerprint"] = str(fingerprint)
     for key, table in (object_in(run_dir / "data_report.json").get("tables") or {}).items():
         tags[f"table.{key}"] = f"{table.get('table')}@{table.get('version')}#{table.get('id')} {table.get('digest')}"
     return {RESERVED.sub("_", f"dstune_{name}"): value[:TAG_VALUE] for name, value in tags.items()}
@@ -276,13 +279,13 @@ def _prove(name: str, number: str, export: Path) -> None:
 
 def _move(client: Any, name: str, alias: str, number: str) -> str | None:
     """Point `alias` to the version. Returns the version that it pointed to."""
-    before = version_of_alias(client, name, alias)
-    if before == number:
-        return before
-    if before is not None:
-        client.set_registered_model_alias(name, alias + PREVIOUS, before)
+    version_before = version_of_alias(client, name, alias)
+    if version_before == number:
+        return version_before
+    if version_before is not None:
+        client.set_registered_model_alias(name, alias + PREVIOUS, version_before)
     client.set_registered_model_alias(name, alias, number)
-    return before
+    return version_before
 
 
 def version_of_alias(client: Any, name: str, alias: str) -> str | None:

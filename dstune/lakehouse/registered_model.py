@@ -124,8 +124,8 @@ def _whole(folder, config, task_type=None, *, adapted=False, **at):
     _refuse_outside(folder)
     name = HEADS.get(task_type) or (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, None) or transformers.AutoModel
-    model, found = cls.from_pretrained(folder, config=config, output_loading_info=True, **at)
-    missing = sorted(found["missing_keys"])
+    model, loading_info = cls.from_pretrained(folder, config=config, output_loading_info=True, **at)
+    missing = sorted(loading_info["missing_keys"])
     if missing and not adapted:
         raise ValueError(f"{folder} has no weights for {', '.join(missing[:3])}")
     return model.eval()
@@ -146,9 +146,9 @@ def probe(model):
 
     size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.tensor([[(7 * place + 3) % size for place in range(12)]])
-    more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    decoder_inputs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
-        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **more)
+        output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **decoder_inputs)
     return output[0].float().numpy()
 
 

@@ -49,8 +49,8 @@ def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
             raise UserError(Problem(key, reason, "give the folder of a Delta table", str(address)))
         return str(path)
     if scheme not in CREDENTIALS:
-        known = ", ".join(f"{name}://" for name in CREDENTIALS)
-        fix = f"a path (on Databricks /Volumes/...), uc://CATALOG.SCHEMA.TABLE, or an address after {known}"
+        schemes = ", ".join(f"{name}://" for name in CREDENTIALS)
+        fix = f"a path (on Databricks /Volumes/...), uc://CATALOG.SCHEMA.TABLE, or an address after {schemes}"
         raise UserError(Problem(key, f"tables at {scheme}: are not read", fix, str(address)))
     ways = (*CREDENTIALS[scheme], METADATA_VARIABLE)
     if not any(all(os.environ.get(name) for name in way.split(" + ")) for way in ways):
@@ -114,8 +114,8 @@ def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> 
     files = PyFileSystem(DeltaStorageHandler(place, dict(options) if options else None))
     commits = {}
     for file in files.get_file_info(FileSelector("_delta_log")):
-        if found := re.fullmatch(r"(\d{20})\.json", file.base_name):
-            commits[int(found[1])] = round(file.mtime.timestamp() * 1000)
+        if match := re.fullmatch(r"(\d{20})\.json", file.base_name):
+            commits[int(match[1])] = round(file.mtime.timestamp() * 1000)
     settings = table.metadata().configuration
     in_commits = settings.get("delta.enableInCommitTimestamps", "").lower() == "true"
     since = int(settings.get("delta.inCommitTimestampEnablementVersion", 0))
@@ -138,12 +138,12 @@ def _version_at(table: Any, place: str, address: Address, key: str, options: Map
         history = _commit_times(table, place, options)
     if moment > datetime.now(UTC):
         raise UserError(Problem(key, "this time is still to come", "leave it out for the newest version", str(address)))
-    before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
-    if not before:
+    versions_before = [version for version, seconds in history.items() if seconds <= moment.timestamp()]
+    if not versions_before:
         oldest = datetime.fromtimestamp(min(history.values()), UTC) if history else None
         reason = f"the log of the table begins at {oldest:%Y-%m-%dT%H:%M:%SZ}" if oldest else "the log holds no times"
         raise UserError(Problem(key, reason, "a later time, or a version", str(address)))
-    return max(before)
+    return max(versions_before)
 
 
 def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
@@ -151,8 +151,8 @@ def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
     import pyarrow as pa
 
     with _refusals_named(key, str(address), "its log cannot be read"):
-        found = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
-    return sorted(found, key=lambda file: str(file["path"]))
+        actions = pa.table(table.get_add_actions(flatten=True)).select(["path", "size_bytes"]).to_pylist()
+    return sorted(actions, key=lambda file: str(file["path"]))
 
 
 def check_files(actions: list[dict[str, Any]], place: str, address: Address, key: str) -> int:
@@ -176,9 +176,9 @@ def check_files(actions: list[dict[str, Any]], place: str, address: Address, key
             if size != action["size_bytes"]:
                 bad.append(f"{name} is gone" if size is None else f"{name} has {size} of {action['size_bytes']} bytes")
         if bad:
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            further = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             which = f"{len(bad)} of {len(actions)} data files of version {address.version}"
-            reason = f"{which} are not whole: {'; '.join(bad[:3])}{more}"
+            reason = f"{which} are not whole: {'; '.join(bad[:3])}{further}"
             raise UserError(
                 Problem(key, reason, "VACUUM removes them after a time: give a newer version", str(address))
             )
@@ -194,7 +194,7 @@ def check_predicate(table: Any, address: Address, key: str) -> None:
         return
     with _refusals_named(key, str(address), "the predicate cannot be read"):
         table.scan(predicate=address.where)  # what the library itself refuses, in its words
-    ends = [found.start() for found in re.finditer(r"\b|\W", address.where)]
+    ends = [match.start() for match in re.finditer(r"\b|\W", address.where)]
     end = next((end for end in reversed(ends) if _is_whole(table, address.where[:end])), 0)
     leftover = address.where[end:].strip()
     reason = f"the predicate ends before position {len(address.where) - len(leftover) + 1}, and this is left over: {leftover}"
@@ -232,13 +232,13 @@ def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _refusals_named(key: str, spec: str, what: str) -> Iterator[None]:
+def _refusals_named(key: str, spec: str, action: str) -> Iterator[None]:
     """The library raises Exception, OSError, ArrowInvalid and classes of its own for the same causes."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        reason = f"{what}: {first_line(error)}"
+        reason = f"{action}: {first_line(error)}"
         fix = "look at the table, the columns and the predicate; files that VACUUM has removed need a newer version"
         raise UserError(Problem(key, reason, fix, spec)) from None

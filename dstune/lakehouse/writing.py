@@ -23,12 +23,12 @@ def write_rows(
     import pyarrow as pa
     from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
-    known = dict(options) if options else None
+    storage_options = dict(options) if options else None
     application = f"dstune-{identity}"
     earlier = None
     try:
-        if DeltaTable.is_deltatable(place, known):
-            earlier = DeltaTable(place, storage_options=known).transaction_version(application)
+        if DeltaTable.is_deltatable(place, storage_options):
+            earlier = DeltaTable(place, storage_options=storage_options).transaction_version(application)
         if earlier is not None and not replace:
             return f"{address} got these rows already: nothing is written (--force replaces its rows)"
         schema = _schema(rows)
@@ -37,13 +37,13 @@ def write_rows(
             place,
             reader,
             mode="overwrite" if replace else "append",
-            storage_options=known,
+            storage_options=storage_options,
             commit_properties=CommitProperties(
                 custom_metadata={"writtenBy": "dstune predict"},
                 app_transactions=[Transaction(application, (earlier or 0) + 1)],
             ),
         )
-        version = DeltaTable(place, storage_options=known).version()
+        version = DeltaTable(place, storage_options=storage_options).version()
     except Exception as error:
         reason = f"cannot be written: {first_line(error)}"
         fix = "another table; its columns have to be those of the answers (--force replaces its rows)"
@@ -81,16 +81,16 @@ def _table(block: list[dict[str, Any]], schema: Any) -> Any:
     return pa.Table.from_pylist([{name: row.get(name) for name in names} for row in block], schema=schema)
 
 
-def _with_values(of: Any) -> Any:
+def _with_values(arrow_type: Any) -> Any:
     import pyarrow as pa
 
-    if pa.types.is_null(of):
+    if pa.types.is_null(arrow_type):
         return pa.string()
-    if pa.types.is_list(of):
-        return pa.list_(_with_values(of.value_type))
-    if pa.types.is_struct(of):
-        return pa.struct([pa.field(field.name, _with_values(field.type)) for field in of])
-    return of
+    if pa.types.is_list(arrow_type):
+        return pa.list_(_with_values(arrow_type.value_type))
+    if pa.types.is_struct(arrow_type):
+        return pa.struct([pa.field(field.name, _with_values(field.type)) for field in arrow_type])
+    return arrow_type
 
 
 def _batches(rows: Path, schema: Any) -> Iterator[Any]:

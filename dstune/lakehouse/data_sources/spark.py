@@ -43,7 +43,7 @@ class SparkFrames(DataSource):
             return write_ordered(batches(), file, Path(scratch), 2**31).rows
 
 
-def _of_type(value: Any, of: Any) -> Any:
+def _of_type(value: Any, arrow_type: Any) -> Any:
     """A value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and maps
     as mappings."""
     from datetime import UTC
@@ -52,12 +52,14 @@ def _of_type(value: Any, of: Any) -> Any:
 
     if value is None:
         return None
-    if types.is_timestamp(of):
-        return value.astimezone(UTC) if of.tz else value
-    if types.is_list(of) or types.is_large_list(of):
-        return [_of_type(item, of.value_type) for item in value]
-    if types.is_struct(of):
-        return {field.name: _of_type(value.get(field.name), field.type) for field in of}
-    if types.is_map(of):
-        return [(_of_type(name, of.key_type), _of_type(item, of.item_type)) for name, item in value.items()]
+    if types.is_timestamp(arrow_type):
+        return value.astimezone(UTC) if arrow_type.tz else value
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+        return [_of_type(item, arrow_type.value_type) for item in value]
+    if types.is_struct(arrow_type):
+        return {field.name: _of_type(value.get(field.name), field.type) for field in arrow_type}
+    if types.is_map(arrow_type):
+        return [
+            (_of_type(name, arrow_type.key_type), _of_type(item, arrow_type.item_type)) for name, item in value.items()
+        ]
     return value

@@ -111,13 +111,13 @@ def _ask(
         headers["Authorization"] = f"Bearer {token}"
     try:
         with OPENER.open(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
-            found = json.load(answer)
+            value = json.load(answer)
     except urllib.error.HTTPError as error:
         raise UserError(Problem(key, _refusal(error), _FIXES.get(error.code, "look at the catalog"), spec)) from None
     except (OSError, ValueError) as error:
         reason = f"the catalog does not answer: {getattr(error, 'reason', error)}"
         raise UserError(Problem(key, reason, f"look at {HOST} and the network", spec)) from None
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:
@@ -153,14 +153,14 @@ def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) ->
 
 
 def _known_options(credentials: Mapping[str, Any]) -> dict[str, str]:
-    if found := credentials.get("aws_temp_credentials"):
+    if keys := credentials.get("aws_temp_credentials"):
         options = {
-            "aws_access_key_id": found["access_key_id"],
-            "aws_secret_access_key": found["secret_access_key"],
-            "aws_session_token": found["session_token"],
+            "aws_access_key_id": keys["access_key_id"],
+            "aws_secret_access_key": keys["secret_access_key"],
+            "aws_session_token": keys["session_token"],
         }
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         return options | ({"aws_region": region} if region else {})
-    if found := credentials.get("azure_user_delegation_sas"):
-        return {"azure_storage_sas_token": found["sas_token"]}
+    if keys := credentials.get("azure_user_delegation_sas"):
+        return {"azure_storage_sas_token": keys["sas_token"]}
     return {}

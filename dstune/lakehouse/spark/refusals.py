@@ -32,12 +32,12 @@ def check(hellos: Mapping[int, Mapping[str, Any]], run_dir: Path) -> None:
     if bare and len(bare) < len(hellos):
         reason = f"the tasks of ranks {', '.join(map(str, bare))} have no GPU, and others have"
         problems.append(Problem("launch", reason, "set spark.task.resource.gpu.amount=1", "spark"))
-    given = [(hello["host"], device) for hello in hellos.values() for device in hello["gpus"]]
-    if len(given) > len(hellos) or len({*given}) < len(given):
+    host_devices = [(hello["host"], device) for hello in hellos.values() for device in hello["gpus"]]
+    if len(host_devices) > len(hellos) or len({*host_devices}) < len(host_devices):
         reason = "Spark gives a task several GPUs, or several tasks one, and each rank uses one of its own"
         problems.append(Problem("launch", reason, "set spark.task.resource.gpu.amount=1", "spark"))
     unused = sorted({hello["host"] for hello in hellos.values() if hello.get("unused")})
-    if unused and not given and not hides_gpus():
+    if unused and not host_devices and not hides_gpus():
         reason = f"Spark gives the tasks none of the GPUs on {', '.join(unused)}"
         fix = "set spark.task.resource.gpu.amount=1; launch=local uses those of this machine; CUDA_VISIBLE_DEVICES= the CPU"
         problems.append(Problem("launch", reason, fix, "spark"))
@@ -49,8 +49,8 @@ def cause(text: str) -> str:
     """The line of a long error of Spark that says what happened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("An error occurred while calling")]
-    known = ("SPARK-24819", "SPARK-24942", "No module named")
-    telling = [line for line in lines if any(word in line for word in known)]
+    telling_words = ("SPARK-24819", "SPARK-24942", "No module named")
+    telling = [line for line in lines if any(word in line for word in telling_words)]
     telling += [line for line in lines if "Error:" in line]
     return f"the stage of Spark failed: {(telling or lines or ['no reason given'])[0].removeprefix(': ')[:300]}"
 

@@ -41,8 +41,8 @@ def master_of(launch: SparkConfig) -> str | None:
     if launch.master:
         return launch.master
     if (session := existing()) is not None:
-        found: str | None = session.conf.get("spark.master", None)
-        return found
+        master: str | None = session.conf.get("spark.master", None)
+        return master
     return None if _spark_is_configured() else f"local[{launch.processes or 2}]"
 
 
@@ -118,22 +118,22 @@ def wait_for_slots(context: Any, requested: int | None, received: Sequence[str])
     Workers of a new session come one by one, so a number counts when it has not changed for a while; on this machine all slots
     are there at once. Ends early when a signal was received. Raises UserError where there are too few.
     """
-    here = str(context.master).startswith("local[") or context.master == "local"
+    is_local = str(context.master).startswith("local[") or context.master == "local"
     seen, since = -1, time.monotonic()
     while True:
-        found = slots(context)
-        if found is None or received:
+        slot_count = slots(context)
+        if slot_count is None or received:
             cores = int(context.getConf().get("spark.task.cpus", "1"))
             return requested or max(1, context.defaultParallelism // cores)
-        if requested is not None and found >= requested:
+        if requested is not None and slot_count >= requested:
             return requested
-        if found != seen:
-            seen, since = found, time.monotonic()
+        if slot_count != seen:
+            seen, since = slot_count, time.monotonic()
         waited = time.monotonic() - since
-        if requested is None and found and (here or waited > QUIET_SECONDS):
-            return found
-        if here or waited > SLOTS_SECONDS:
-            reason = f"Spark has {found} slot{'s' * (found != 1)}, and all ranks have to run at once"
+        if requested is None and slot_count and (is_local or waited > QUIET_SECONDS):
+            return slot_count
+        if is_local or waited > SLOTS_SECONDS:
+            reason = f"Spark has {slot_count} slot{'s' * (slot_count != 1)}, and all ranks have to run at once"
             fix = "fewer ranks, or a larger cluster (spark.cores.max, spark.task.cpus and spark.task.resource.* count too)"
             raise UserError(Problem("launch.processes", reason, fix, str(requested or "")))
         time.sleep(POLL_SECONDS)

@@ -241,8 +241,8 @@ class Stage:
         del self._strangers[line]
         hello = messages[0]
         rank = hello.get("rank")
-        known = secrets.compare_digest(str(hello.get("token")).encode("utf-8", "replace"), self._token.encode())
-        if not known or not isinstance(rank, int) or not 0 <= rank < self.size:
+        has_token = secrets.compare_digest(str(hello.get("token")).encode("utf-8", "replace"), self._token.encode())
+        if not has_token or not isinstance(rank, int) or not 0 <= rank < self.size:
             line.close()
             return
         line.limit = LIMIT
@@ -287,8 +287,8 @@ class Stage:
         waited = time.monotonic() - present.began
         if waited > MISSING_SECONDS and not self._missing_reported:
             self._missing_reported = True
-            there = f"{len(present.tasks)} of {self.size} tasks have begun"
-            self._console.message(f"dstune: {there}: Spark has other work, or too few slots; waiting for the others")
+            begun = f"{len(present.tasks)} of {self.size} tasks have begun"
+            self._console.message(f"dstune: {begun}: Spark has other work, or too few slots; waiting for the others")
         self._gave_up = self._began and waited > RETURN_SECONDS
 
     def _dismiss_waiting(self) -> None:

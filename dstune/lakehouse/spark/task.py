@@ -54,19 +54,19 @@ class Line:
         """What came within `seconds`; `open` is false when the other side is gone."""
         if self.open and time.monotonic() - self._sent_at > PING_SECONDS:
             self.send({"ping": True})
-        found: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         try:
             if self.open and self._readable.poll(seconds * 1000):
                 data = self._connection.recv(2**16)
                 self._received_at = time.monotonic()
                 self.open = bool(data) and len(self._rest) < self.limit
                 *lines, self._rest = (self._rest + data).split(b"\n")
-                found = [message for line in lines if isinstance(message := json.loads(line), dict)]
+                messages = [message for line in lines if isinstance(message := json.loads(line), dict)]
         except (OSError, ValueError, RecursionError):
             self.open = False
         if time.monotonic() - self._received_at > SILENT_SECONDS:
             self.open = False
-        return [message for message in found if "ping" not in message]
+        return [message for message in messages if "ping" not in message]
 
     def close(self) -> None:
         self.open = False
