@@ -150,7 +150,7 @@ def run_check(sides: Sides, table: SignalTable, budget: Budget, settings: Settin
 
 
 def _test(family: Sequence[Signal], level: float, seed: int) -> tuple[JointTest, dict[str, Any]]:
-    statistics = {name: found for signal in family for name, found in signal.statistics(seed).items()}
+    statistics = {name: statistic for signal in family for name, statistic in signal.statistics(seed).items()}
     permutations = permutations_for(level, len(statistics))
     return test_jointly(statistics, family[0].is_live, permutations, seed), statistics
 
@@ -186,8 +186,8 @@ def _changes(sides: Sides, streams: Mapping[str, tuple[np.ndarray, np.ndarray]],
         return []
     times = np.array([conversation.time for conversation in sides.live], dtype=np.float64)[order]
     delta = budget.for_stream(len(streams))
-    found = [find_change(name, live, times, reference, delta) for name, (live, reference) in streams.items()]
-    return [change for change in found if change is not None]
+    changes = [find_change(name, live, times, reference, delta) for name, (live, reference) in streams.items()]
+    return [change for change in changes if change is not None]
 
 
 def _verdict(check: Check, live_rows: int) -> tuple[str, str]:

@@ -47,14 +47,17 @@ def grown_clusters(
     clusters = []
     first_live = int(np.flatnonzero(is_live)[0])
     for topic, centre in enumerate(model.cluster_centers_):
-        now, before = float(np.mean(topics[is_live] == topic)), float(np.mean(topics[~is_live] == topic))
-        change = share_change(now, len(live), before, len(vectors) - len(live))
+        live_share, reference_share = (
+            float(np.mean(topics[is_live] == topic)),
+            float(np.mean(topics[~is_live] == topic)),
+        )
+        change = share_change(live_share, len(live), reference_share, len(vectors) - len(live))
         if change.low <= 0:
             continue
         members = np.flatnonzero((topics == topic) & is_live)
         order = members[np.argsort(np.linalg.norm(vectors[members] - centre, axis=1), kind="stable")] - first_live
         words = _words(live, set((members - first_live).tolist()))
-        clusters.append(Cluster(now, before, change, tuple(order[:EXAMPLES].tolist()), words))
+        clusters.append(Cluster(live_share, reference_share, change, tuple(order[:EXAMPLES].tolist()), words))
     clusters.sort(key=lambda cluster: cluster.change.value, reverse=True)
     return clusters[:MOST_SHOWN]
 
@@ -94,7 +97,7 @@ def moment_of_change(vectors: np.ndarray, is_live: np.ndarray, order: np.ndarray
         return None
     places = np.arange(edge, len(stream) - edge)
     sums = np.cumsum(stream)
-    before, after = sums[places - 1] / places, (sums[-1] - sums[places - 1]) / (len(stream) - places)
-    sizes = (after - before) / (stream.std() * np.sqrt(1 / places + 1 / (len(stream) - places)) + 1e-12)
+    mean_before, mean_after = sums[places - 1] / places, (sums[-1] - sums[places - 1]) / (len(stream) - places)
+    sizes = (mean_after - mean_before) / (stream.std() * np.sqrt(1 / places + 1 / (len(stream) - places)) + 1e-12)
     best = int(np.argmax(sizes))
     return int(places[best]) if sizes[best] >= SHARP else None

@@ -58,16 +58,23 @@ def largest_share_change(live: np.ndarray, reference: np.ndarray) -> Effect:
     """Return the change of the category that changed most. The interval does not count for this choice."""
     names = np.unique(np.concatenate([live, reference]))
     shares = [(float(np.mean(live == name)), float(np.mean(reference == name)), str(name)) for name in names]
-    now, before, name = max(shares, key=lambda entry: (abs(entry[0] - entry[1]), entry[2]))
-    return share_change(now, len(live), before, len(reference), f"{name}: {before:.1%} -> {now:.1%}")
+    live_share, reference_share, name = max(shares, key=lambda entry: (abs(entry[0] - entry[1]), entry[2]))
+    return share_change(
+        live_share, len(live), reference_share, len(reference), f"{name}: {reference_share:.1%} -> {live_share:.1%}"
+    )
 
 
-def share_change(now: float, live_rows: int, before: float, reference_rows: int, detail: str = "") -> Effect:
+def share_change(
+    live_share: float, live_rows: int, reference_share: float, reference_rows: int, detail: str = ""
+) -> Effect:
     """Return the change of a share; interval by Newcombe's method 10 (Statistics in Medicine 17, 1998)."""
-    (low_now, high_now), (low_before, high_before) = _wilson(now, live_rows), _wilson(before, reference_rows)
-    change = now - before
-    low = change - float(np.hypot(now - low_now, high_before - before))
-    high = change + float(np.hypot(high_now - now, before - low_before))
+    (low_now, high_now), (low_before, high_before) = (
+        _wilson(live_share, live_rows),
+        _wilson(reference_share, reference_rows),
+    )
+    change = live_share - reference_share
+    low = change - float(np.hypot(live_share - low_now, high_before - reference_share))
+    high = change + float(np.hypot(high_now - live_share, reference_share - low_before))
     return Effect("share", change, low, high, detail)
 
 

@@ -83,8 +83,8 @@ class DriftGauges:
             result, name = read_result(run), run.name
             if result.get("verdict") not in VERDICTS:
                 continue
-            for known in VERDICTS:
-                verdict.add_metric([name, known], float(result["verdict"] == known))
+            for verdict_name in VERDICTS:
+                verdict.add_metric([name, verdict_name], float(result["verdict"] == verdict_name))
             for signal in _signals(result):
                 p_value.add_metric([name, signal["name"]], float(signal["corrected_p"]))
                 effect.add_metric([name, signal["name"]], float(signal["effect"]["value"]))
@@ -93,5 +93,5 @@ class DriftGauges:
 
 
 def _signals(result: dict[str, Any]) -> list[dict[str, Any]]:
-    found = result.get("signals")
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    entries = result.get("signals")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []

@@ -127,11 +127,11 @@ def read_reference(run: Path | None, spec: str | None, most: int, *, mask: bool)
         reference = Reference(rows, rows, config, f"rows of {spec}", read.left_out)
     else:
         assert run is not None
-        found = read_run_rows(run, most)
-        validation = sampled(found.validation, most)
+        run_rows = read_run_rows(run, most)
+        validation = sampled(run_rows.validation, most)
         # As many training rows as there is room for: they were drawn from the same rows.
-        train = sampled(found.train, max(most - len(validation), 0))
-        reference = Reference([*validation, *train], validation, found.config)
+        train = sampled(run_rows.train, max(most - len(validation), 0))
+        reference = Reference([*validation, *train], validation, run_rows.config)
     if not mask:
         return reference
     rows = [*redacted(reference.rows)]
@@ -161,11 +161,11 @@ def _add_model_signals(
     numbers = sorted({*chosen, *labelled})
     asked = [*held_out, *(live[number] for number in numbers)]
     try:
-        found = model_signals.measure(run, reference.config, asked)
+        values_by_signal = model_signals.measure(run, reference.config, asked)
     except UserError as error:
         table.unmeasured["model"] = error.problems[0].reason
         return
-    for name, values in found.items():
+    for name, values in values_by_signal.items():
         nothing: Any = "" if values.dtype.kind == "U" else np.nan
         of_live = np.full(len(live), nothing, dtype=values.dtype)
         of_live[numbers] = values[len(held_out) :]

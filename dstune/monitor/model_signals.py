@@ -57,7 +57,7 @@ def _readings(answers: Sequence[Mapping[str, Any]], conversations: Sequence[Conv
         "prediction": np.array(predicted),
         "loss": np.array(loss),
     }
-    return {name: found for name, found in values.items() if _is_known(found).any()}
+    return {name: reading for name, reading in values.items() if _is_known(reading).any()}
 
 
 def _number(value: Any) -> float:

@@ -52,9 +52,11 @@ def _history(records: Sequence[Mapping[str, Any]]) -> Chart | None:
     """The smallest corrected p of each check; None for the first one."""
     smallest = []
     for record in records:
-        found = record.get("signals")
+        entries = record.get("signals")
         values = (
-            [entry.get("corrected_p") for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+            [entry.get("corrected_p") for entry in entries if isinstance(entry, dict)]
+            if isinstance(entries, list)
+            else []
         )
         numbers = [float(value) for value in values if isinstance(value, int | float)]
         if numbers:

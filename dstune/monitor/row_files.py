@@ -51,11 +51,11 @@ class FileRows:
 def read_run_rows(run: Path, most: int) -> RunRows:
     """Return at most so many rows of each part, those with the lowest hashes. Raises UserError."""
     config, parts = read_run_parts(run, most)
-    found = {
+    rows_by_part = {
         part: [row for place, fields in rows if (row := conversation_of_row(fields, place)) is not None]
         for part, rows in parts.items()
     }
-    return RunRows(config, found.get("train", []), found.get("validation", []))
+    return RunRows(config, rows_by_part.get("train", []), rows_by_part.get("validation", []))
 
 
 def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[str, list[tuple[str, dict[str, Any]]]]]:
@@ -70,14 +70,14 @@ def read_run_parts(run: Path, most: int | None = None) -> tuple[RunConfig, dict[
 
     config = read_run(run / "run.yaml", use=Use.rows).config
     if config.data.streaming or config.data.mixture:
-        what = "data.streaming" if config.data.streaming else "data.mixture"
+        key = "data.streaming" if config.data.streaming else "data.mixture"
         reason = "the training rows of a stream or a mixture are not read again"
-        raise UserError(Problem(what, reason, "--reference FILE with rows as they were at training time", str(run)))
+        raise UserError(Problem(key, reason, "--reference FILE with rows as they were at training time", str(run)))
     bad = BadRows(OnBadRow.skip)
     with tempfile.TemporaryDirectory(prefix="dstune-rows-") as scratch:
         tables = {
-            part: ingest(named[""].files, named[""].config, Path(scratch) / f"{part}.arrow", bad)
-            for part, named in find_inputs(config).items()
+            part: ingest(inputs_of_part[""].files, inputs_of_part[""].config, Path(scratch) / f"{part}.arrow", bad)
+            for part, inputs_of_part in find_inputs(config).items()
             if part in ("train", "validation", "test")
         }
         parts = {}

@@ -37,5 +37,5 @@ def main(argv: list[str]) -> int:
 def _rows(spec: str, most: int) -> Reference:
     if not (Path(spec) / "run.yaml").is_file():
         return read_reference(None, spec, most, mask=False)
-    found = read_reference(Path(spec), None, most, mask=False)
-    return Reference(found.validation, found.validation, found.config, f"validation rows of {spec}")
+    reference = read_reference(Path(spec), None, most, mask=False)
+    return Reference(reference.validation, reference.validation, reference.config, f"validation rows of {spec}")

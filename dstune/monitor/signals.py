@@ -58,12 +58,14 @@ class Signal:
 
 def classifier_effect(vectors: np.ndarray, is_live: np.ndarray) -> Effect:
     """Return the AUC of the domain classifier on rows that it was not fitted on: the mean over FOLDS parts of them."""
-    found = []
+    effects_of_parts = []
     for part in folds(is_live):
         scores = fold_scores(vectors, is_live, part)
-        found.append(effects.auc(scores[is_live[part]], scores[~is_live[part]]))
-    value = float(np.mean([effect.value for effect in found]))
-    room = float(np.sqrt(np.sum([((effect.high - effect.low) / 2) ** 2 for effect in found])) / len(found))
+        effects_of_parts.append(effects.auc(scores[is_live[part]], scores[~is_live[part]]))
+    value = float(np.mean([effect.value for effect in effects_of_parts]))
+    room = float(
+        np.sqrt(np.sum([((effect.high - effect.low) / 2) ** 2 for effect in effects_of_parts])) / len(effects_of_parts)
+    )
     return Effect("auc", value, max(0.0, value - room), min(1.0, value + room))
 
 
@@ -96,17 +98,19 @@ class SignalTable:
         """reference, live: a value for each conversation of the two sides, NaN or "" where it has none."""
         values = np.concatenate([reference, live])
         is_live = np.arange(len(values)) >= len(reference)
-        known = values != "" if values.dtype.kind == "U" else np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-        counts = int(np.sum(known & is_live)), int(np.sum(known & ~is_live))
+        is_measured = (
+            values != "" if values.dtype.kind == "U" else np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        )
+        counts = int(np.sum(is_measured & is_live)), int(np.sum(is_measured & ~is_live))
         if min(counts) < FEWEST:
             self.unmeasured[name] = (
                 f"{counts[0]} live and {counts[1]} reference rows have it: it takes {FEWEST} of each"
             )
-        elif values.ndim == 1 and len(np.unique(values[known])) < 2:
-            self.unmeasured[name] = f"all rows have the same value, {values[known][0]}"
+        elif values.ndim == 1 and len(np.unique(values[is_measured])) < 2:
+            self.unmeasured[name] = f"all rows have the same value, {values[is_measured][0]}"
         else:
-            rows = tuple(np.flatnonzero(known).tolist())
-            self.signals.append(Signal(name, against, values[known], is_live[known], rows, len(reference)))
+            rows = tuple(np.flatnonzero(is_measured).tolist())
+            self.signals.append(Signal(name, against, values[is_measured], is_live[is_measured], rows, len(reference)))
 
     def families(self) -> list[list[Signal]]:
         """The signals by the rows that have them."""
@@ -122,12 +126,15 @@ def add_text_signals(
     """Lengths, turns and languages."""
     for name, reading in (("characters", _characters), ("turns", _turns)):
         table.add(
-            name, against, np.array([reading(one) for one in reference]), np.array([reading(one) for one in live])
+            name,
+            against,
+            np.array([reading(conversation) for conversation in reference]),
+            np.array([reading(conversation) for conversation in live]),
         )
     try:
         from dstune.data.clean.language import language
 
-        languages = [np.array([language(one.text)[0] for one in side]) for side in (reference, live)]
+        languages = [np.array([language(conversation.text)[0] for conversation in side]) for side in (reference, live)]
     except UserError as error:
         table.unmeasured["language"] = str(error.problems[0].reason)
         return
@@ -151,7 +158,9 @@ def add_outcomes(
 ) -> None:
     """Ratings and the guard's objections, which training rows lack."""
     for name, reading in (("rating", _rating), ("guard flags", _flag)):
-        sides = [np.array([reading(one) for one in side], dtype=np.float64) for side in (earlier, live)]
+        sides = [
+            np.array([reading(conversation) for conversation in side], dtype=np.float64) for side in (earlier, live)
+        ]
         if any(np.isfinite(side).any() for side in sides):
             table.add(name, against, *sides)
 

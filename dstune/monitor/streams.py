@@ -46,11 +46,11 @@ def find_change(
     from river.drift import ADWIN
 
     is_known = np.isfinite(values)
-    known, numbers = values[is_known], np.flatnonzero(is_known)
+    measured, numbers = values[is_known], np.flatnonzero(is_known)
     scale = np.sort(reference[np.isfinite(reference)])
-    if len(known) < FEWEST or len(scale) < FEWEST:
+    if len(measured) < FEWEST or len(scale) < FEWEST:
         return None
-    places = (np.searchsorted(scale, known, "left") + np.searchsorted(scale, known, "right")) / (2 * len(scale))
+    places = (np.searchsorted(scale, measured, "left") + np.searchsorted(scale, measured, "right")) / (2 * len(scale))
     detector = ADWIN(delta=delta)
     has_changed = False
     for place in places:
@@ -64,8 +64,8 @@ def find_change(
         signal,
         index,
         None if times is None else float(times[index]),
-        float(known[:begin].mean()),
-        float(known[begin:].mean()),
+        float(measured[:begin].mean()),
+        float(measured[begin:].mean()),
     )
 
 
@@ -73,5 +73,5 @@ def _best_split(values: np.ndarray) -> int:
     """The index at which two means leave the smallest sum of squares."""
     counts = np.arange(1, len(values))
     sums = np.cumsum(values)
-    before, after = sums[:-1], sums[-1] - sums[:-1]
-    return int(np.argmax(before**2 / counts + after**2 / (len(values) - counts))) + 1
+    sums_before, sums_after = sums[:-1], sums[-1] - sums[:-1]
+    return int(np.argmax(sums_before**2 / counts + sums_after**2 / (len(values) - counts))) + 1

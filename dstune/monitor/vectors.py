@@ -23,7 +23,9 @@ def embed(conversations: Sequence[Conversation], model: str, batch_size: int = 6
     model: `words`, or a model for task=embedding. The words are weighted and reduced by all rows together, of both sides alike, so
     that memberships can be exchanged.
     """
-    owners = np.array([number for number, one in enumerate(conversations) for _ in one.texts])
+    owners = np.array(
+        [number for number, owner_conversation in enumerate(conversations) for _ in owner_conversation.texts]
+    )
     texts = [text for conversation in conversations for text in conversation.texts]
     turns = _by_words(texts) if model == WORDS else _by_model(texts, model, batch_size)
     sums = np.zeros((len(conversations), turns.shape[1]), dtype=np.float64)
