@@ -75,17 +75,19 @@ def _other_template(adapter: Source, base: Source) -> Iterator[tuple[str, str, s
     fix = "an engine of its own, or merged: dstune export RUN --merge"
     if adapter.template is not None and base.template is not None and adapter.template != base.template:
         yield "has another chat template than the base, which this engine uses for all adapters", fix, ""
-    own, other = adapter.digest("tokenizer.json"), base.digest("tokenizer.json")
-    if own and other and _added(adapter) - _added(base):
+    adapter_digest, base_digest = adapter.digest("tokenizer.json"), base.digest("tokenizer.json")
+    if adapter_digest and base_digest and _added(adapter) - _added(base):
         yield f"adds tokens that the base lacks: {', '.join(sorted(_added(adapter) - _added(base))[:5])}", fix, ""
 
 
 def _added(source: Source) -> set[str]:
     folder = source.prompted_as or source.folder
     assert folder is not None
-    found = object_in(folder / "tokenizer.json")
-    tokens = found.get("added_tokens")
-    return {str(one.get("content")) for one in (tokens if isinstance(tokens, list) else []) if isinstance(one, dict)}
+    settings = object_in(folder / "tokenizer.json")
+    tokens = settings.get("added_tokens")
+    return {
+        str(token.get("content")) for token in (tokens if isinstance(tokens, list) else []) if isinstance(token, dict)
+    }
 
 
 def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
@@ -98,9 +100,9 @@ def _wrong_shapes(adapter: Path, base: Path) -> Iterator[tuple[str, str, str]]:
     factors: dict[str, dict[str, list[int]]] = {}
     strange = []
     for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
-        found = _FACTOR.match(name)
-        if found is not None:
-            factors.setdefault(found[1], {})[found[2]] = shape
+        match = _FACTOR.match(name)
+        if match is not None:
+            factors.setdefault(match[1], {})[match[2]] = shape
         elif "lora_" in name and "embedding" not in name and "magnitude" not in name:
             strange.append(name)
     if strange:

@@ -25,11 +25,11 @@ class ClientGone(Exception):
 
 async def respond(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
     """headers: beside the length; JSON where they name no type."""
-    given = list(headers)
-    if not any(name == b"content-type" for name, _ in given):
-        given.append(JSON)
-    given.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": given})
+    all_headers = list(headers)
+    if not any(name == b"content-type" for name, _ in all_headers):
+        all_headers.append(JSON)
+    all_headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": all_headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -52,12 +52,12 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     """What stands in it is cancelled when the client goes. Raises ClientGone then."""
     working = asyncio.current_task()
     assert working is not None
-    left = False
+    has_left = False
 
     async def watch() -> None:
-        nonlocal left
+        nonlocal has_left
         await gone(receive)
-        left = True
+        has_left = True
         working.cancel()
 
     watching = asyncio.create_task(watch())
@@ -65,7 +65,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         yield
     except BaseException as error:
         # Whatever came of being cancelled; a second request to cancel the task stands.
-        if left and working.uncancel() == 0:
+        if has_left and working.uncancel() == 0:
             raise ClientGone from error
         raise
     finally:

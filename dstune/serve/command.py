@@ -67,12 +67,12 @@ def _sources(arguments: argparse.Namespace, state: Path) -> list[Source]:
     from dstune.serve import source
     from dstune.serve.prepare import prepare, prove_base
 
-    found = []
+    sources = []
     for name, path in source.of_words(arguments.models):
         folder = prepare(Path(path), state) if source.needs_preparation(path) else None
         made = source.resolve(name, path, folder, trust_remote_code=arguments.trust_remote_code)
-        found.append(prove_base(made, state) if arguments.prove else made)
-    return source.with_neutral_labels(found, arguments.neutral_label)
+        sources.append(prove_base(made, state) if arguments.prove else made)
+    return source.with_neutral_labels(sources, arguments.neutral_label)
 
 
 def _engine_of(arguments: argparse.Namespace, state: Path, runtime: Path) -> Callable[[Source, str], Engine]:

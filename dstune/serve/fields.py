@@ -352,24 +352,24 @@ def checked(body: Mapping[str, Any], route: type[Request], acts: Collection[str]
 
     Raises ApiError for a field that is unknown or wrong, or that the engine would ignore.
     """
-    known = route.model_fields
+    model_fields = route.model_fields
     for name in body:
-        if name not in known:
+        if name not in model_fields:
             raise ApiError(400, f"Unknown field: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
     read(route, body, _refusal)
-    kept: dict[str, Any] = {}
+    accepted: dict[str, Any] = {}
     for name, value in body.items():
         if value is None:
             continue
         if name in acts:
-            kept[name] = as_trained(value) if name == route.conversation else value
+            accepted[name] = as_trained(value) if name == route.conversation else value
         elif not (name in NEUTRAL and NEUTRAL[name](value)):
             message = f"This model does not support {name!r} with this value."
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     for name in route.required:
-        if name not in kept:
+        if name not in accepted:
             raise ApiError(400, f"Missing required field: {name!r}.", param=name, code="missing_required_parameter")
-    return kept
+    return accepted
 
 
 def _refusal(mistake: Mapping[str, Any]) -> ApiError:

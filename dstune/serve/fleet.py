@@ -123,7 +123,7 @@ class Fleet:
             raise UserError(Problem("--base-name", reason, "NAME=PATH names a model", self._named_base))
         groups: list[_Group] = []
         by_base: dict[tuple[str, ...], _Group] = {}
-        for source in sorted(sources, key=lambda one: one.adapter):  # whole models first: one may be a base
+        for source in sorted(sources, key=lambda entry: entry.adapter):  # whole models first: one may be a base
             shared = source.adapter and source.generates
             requested = (source.template or "") if self._one_template else ""
             place = source.base if shared else str(source.folder or source.path)
@@ -132,7 +132,7 @@ class Fleet:
             if group is None:
                 base = source
                 if shared:
-                    taken = [*names, *(one.base for one in groups)]
+                    taken = [*names, *(entry.base for entry in groups)]
                     if self._named_base in taken:
                         raise UserError(Problem("--base-name", "the name is taken", value=self._named_base))
                     name = self._named_base or self._base_name(source.base, taken)
@@ -205,9 +205,9 @@ class Fleet:
         return proof
 
     def _list(self, model: Model) -> None:
-        before = self.models.get(model.source.name)
-        if before is not None:
-            model.created = before.created
+        listed_before = self.models.get(model.source.name)
+        if listed_before is not None:
+            model.created = listed_before.created
         self.models[model.source.name] = model
 
     def _check_started(self) -> None:
@@ -238,9 +238,9 @@ class Fleet:
                 problems += error.problems
                 continue
             async with group.busy:
-                known = self.models.get(source.name)
-                again = known is not None and known.failed and source.name in group.adapters
-                if not again and (known or any(source.name in other.adapters for other in self._groups)):
+                listed_model = self.models.get(source.name)
+                again = listed_model is not None and listed_model.failed and source.name in group.adapters
+                if not again and (listed_model or any(source.name in other.adapters for other in self._groups)):
                     fix = '"replace": true gives its name to another adapter'
                     raise UserError(Problem("name", "a model has this name already", fix, source.name))
                 await self._load(group, source.name, source)
@@ -257,14 +257,14 @@ class Fleet:
             raise UserError(Problem("name", "is no adapter that is served", value=source.name))
         adapters.check(source, group.engine.source, one_template=self._one_template)
         async with group.busy:
-            before = group.adapters.get(source.name)
+            earlier = group.adapters.get(source.name)
             listed = self.models.get(source.name)
-            if before is None or listed is None or not listed.ready:
+            if earlier is None or listed is None or not listed.ready:
                 raise UserError(Problem("name", "is not served now, so it can be removed and added", value=source.name))
             proof = await self._try(group, source)
             settled = self._replacing[source.name] = asyncio.Event()
             try:
-                await self._change(group, before, source)
+                await self._change(group, earlier, source)
                 group.adapters[source.name] = source
                 self._list(Model(source, group.engine, proof, parent=group.base))
             finally:
@@ -284,13 +284,13 @@ class Fleet:
                 await group.engine.unload_adapter(trial)
 
     @staticmethod
-    async def _change(group: _Group, before: Source, source: Source) -> None:
-        assert source.folder is not None and before.folder is not None
+    async def _change(group: _Group, earlier: Source, source: Source) -> None:
+        assert source.folder is not None and earlier.folder is not None
         try:
             await group.engine.replace_adapter(source.name, source.folder)
         except BaseException:
             with contextlib.suppress(DstuneError, EngineDown, Unprovable):
-                await group.engine.load_adapter(before.name, before.folder)
+                await group.engine.load_adapter(earlier.name, earlier.folder)
             raise
 
     async def settled(self, name: str) -> None:
@@ -333,12 +333,12 @@ class Fleet:
             self._unready(engine)
             if time.monotonic() - began > 60:
                 pause = FIRST_PAUSE
-            what = (
+            symptom = (
                 "has ended; it is started again"
                 if engine.starts_process
                 else "is away or was replaced; it is asked again"
             )
-            log.error("the engine %s of %s %s in %g s", engine.name, group.base, what, pause)
+            log.error("the engine %s of %s %s in %g s", engine.name, group.base, symptom, pause)
             try:
                 await engine.stop(0)
                 await asyncio.sleep(pause)

@@ -196,12 +196,12 @@ def _message_as_trained(message: dict[str, Any]) -> dict[str, Any]:
             for part in content
         ]
         content = parts if len(parts) > 1 else "".join(part["text"] for part in parts)
-    kept = {name: value for name, value in message.items() if name != "refusal"}
+    trained = {name: value for name, value in message.items() if name != "refusal"}
     if refusal or "content" in message:
-        kept["content"] = refusal or content
+        trained["content"] = refusal or content
     if message.get("tool_calls"):
-        kept["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
-    return kept
+        trained["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    return trained
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:

@@ -83,15 +83,15 @@ def read_reference(folder: Path | None) -> dict[str, Any] | None:
     if path is None or not path.is_file():
         return None
     try:
-        found = parse_json(read_file(path, MOST_BYTES))
-        rows = found["rows"]
-        if found["format"] not in (1, 2) or not rows or not all(isinstance(row, dict) for row in list(rows)):
+        reference = parse_json(read_file(path, MOST_BYTES))
+        rows = reference["rows"]
+        if reference["format"] not in (1, 2) or not rows or not all(isinstance(row, dict) for row in list(rows)):
             raise ValueError("has another format, or no rows")
-        if found["format"] == 2 and valid_digests(found["files"]) is None:
+        if reference["format"] == 2 and valid_digests(reference["files"]) is None:
             raise ValueError("its digests of files are none")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refused(f"{path} cannot be read: {error}; `dstune export` writes a new one") from None
-    return dict(found)
+    return dict(reference)
 
 
 async def prove(engine: Engine, name: str, source: Source, base: str | None = None) -> Proof:
@@ -158,9 +158,9 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
     largest, effect = 0.0, None if base is None else Effect(rows, engine.dtype)
     for number, row in enumerate(rows, 1):
         tokens = row["prompt_ids"], row["target_ids"]
-        found = await engine.logprobs(name, *tokens)
-        compared += bool(found)
-        different = _difference(found, row["logprobs"][: len(found)], engine.dtype)
+        logprobs = await engine.logprobs(name, *tokens)
+        compared += bool(logprobs)
+        different = _difference(logprobs, row["logprobs"][: len(logprobs)], engine.dtype)
         if not different <= bound:
             raise Refused(
                 f"{name} is not the model that was trained: the log-probabilities of row {number} of its reference are "
@@ -169,7 +169,7 @@ async def _language(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]
             )
         largest = max(largest, different)
         if effect is not None and base is not None and effect.needs(row):
-            effect.take(row, found, await engine.logprobs(base, *tokens))
+            effect.take(row, logprobs, await engine.logprobs(base, *tokens))
     if compared < max(LEAST_COMPARED * len(rows), 1):
         raise Unprovable(f"the engine reports log-probabilities of {compared} of {len(rows)} rows of the reference")
     if effect is not None and (reason := effect.problem()):
@@ -198,14 +198,16 @@ class Effect:
     def needs(self, row: Mapping[str, Any]) -> bool:
         if not self._expected:
             return self.largest < EFFECT * BOUNDS[self._dtype]
-        return any(row is one for one in self._probed)
+        return any(row is probed_row for probed_row in self._probed)
 
-    def take(self, row: Mapping[str, Any], found: Sequence[float], plain: Sequence[float]) -> None:
-        self.largest = max(self.largest, _difference(found, plain, self._dtype))
+    def take(self, row: Mapping[str, Any], logprobs: Sequence[float], plain: Sequence[float]) -> None:
+        self.largest = max(self.largest, _difference(logprobs, plain, self._dtype))
         if self._expected:
-            expected = [one - other for one, other in zip(row["logprobs"], row["base_logprobs"], strict=True)]
+            expected = [adapted - base for adapted, base in zip(row["logprobs"], row["base_logprobs"], strict=True)]
             self._length += sum(value * value for value in expected)
-            self._along += sum(value * (one - other) for value, one, other in zip(expected, found, plain, strict=True))
+            self._along += sum(
+                value * (adapted - base) for value, adapted, base in zip(expected, logprobs, plain, strict=True)
+            )
 
     def problem(self) -> str:
         """Empty where it has the effect that it had in training."""
@@ -224,14 +226,16 @@ class Effect:
 
 
 def _changed(row: Mapping[str, Any]) -> float:
-    return sum((one - other) ** 2 for one, other in zip(row["logprobs"], row["base_logprobs"], strict=True))
+    return sum((adapted - base) ** 2 for adapted, base in zip(row["logprobs"], row["base_logprobs"], strict=True))
 
 
 async def _encoder(engine: Engine, name: str, rows: Sequence[Mapping[str, Any]]) -> Proof:
     bound = _bound(engine)
-    found = await engine.answers([row["row"] for row in rows])
+    engine_answer = await engine.answers([row["row"] for row in rows])
     largest = 0.0
-    for number, (row, ids, answer) in enumerate(zip(rows, found["ids"], found["answers"], strict=True), 1):
+    for number, (row, ids, answer) in enumerate(
+        zip(rows, engine_answer["ids"], engine_answer["answers"], strict=True), 1
+    ):
         _refuse_other_ids(name, number, ids, row["ids"])
         numbers, expected = _numbers(answer), _numbers(row["answer"])
         if len(numbers) != len(expected):
@@ -270,9 +274,9 @@ def _words(answer: Mapping[str, Any], dtype: str) -> Any:
     return None if _numbers(answer) else answer.get("predicted")
 
 
-def _difference(found: Sequence[float], expected: Sequence[float], dtype: str) -> float:
+def _difference(logprobs: Sequence[float], expected: Sequence[float], dtype: str) -> float:
     """NaN where any number is none."""
-    differences = [abs(one - other) for one, other in zip(found, expected, strict=True)]
+    differences = [abs(first - second) for first, second in zip(logprobs, expected, strict=True)]
     if any(math.isnan(value) for value in differences):
         return math.nan
     if not differences:
@@ -280,19 +284,22 @@ def _difference(found: Sequence[float], expected: Sequence[float], dtype: str) -
     return max(differences) if dtype == "float32" else sum(differences) / len(differences)
 
 
-def _distance(found: Sequence[float], expected: Sequence[float]) -> float:
+def _distance(vector: Sequence[float], expected: Sequence[float]) -> float:
     """Of two vectors, as a share of the expected one's length: single numbers of long vectors are small in any model."""
-    return math.dist(found, expected) / (math.hypot(*expected) or 1.0)
+    return math.dist(vector, expected) / (math.hypot(*expected) or 1.0)
 
 
-def _refuse_other_ids(name: str, row: int, found: Sequence[int], expected: Sequence[int]) -> None:
-    if list(found) == list(expected):
+def _refuse_other_ids(name: str, row: int, engine_ids: Sequence[int], expected: Sequence[int]) -> None:
+    if list(engine_ids) == list(expected):
         return
-    pairs = zip(found, expected, strict=False)
-    at = next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(found), len(expected)))
+    pairs = zip(engine_ids, expected, strict=False)
+    at = next(
+        (number for number, (engine_id, trained_id) in enumerate(pairs) if engine_id != trained_id),
+        min(len(engine_ids), len(expected)),
+    )
     raise Refused(
         f"{name} is asked with another prompt than in training: row {row} of its reference has {len(expected)} tokens, the "
-        f"engine makes {len(found)}, and they differ from token {at} on ({_around(found, at)}, in training "
+        f"engine makes {len(engine_ids)}, and they differ from token {at} on ({_around(engine_ids, at)}, in training "
         f"{_around(expected, at)}). Another chat template or tokenizer is loaded."
     )
 

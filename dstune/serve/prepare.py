@@ -75,9 +75,9 @@ def main(run: Path, scratch: Path) -> int:
             # The same step may have been saved again since, by a run that went on from an earlier one.
             if not made.is_file() or made.stat().st_mtime_ns < saved.stat().st_mtime_ns:
                 export_checkpoint(run, checkpoint, folder, force=True)
-        known = (folder / REFERENCE_FILE).is_file()
+        is_prepared = (folder / REFERENCE_FILE).is_file()
         note = add_reference(folder, run)
-        if not known and not note:
+        if not is_prepared and not note:
             note = (
                 f"{folder / REFERENCE_FILE} holds held-out rows of your data: leave it out where you publish the folder"
             )

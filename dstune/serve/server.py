@@ -69,8 +69,8 @@ class BoundedHttp(HttpToolsProtocol):
     @property
     def _idle(self) -> dict[BoundedHttp, None]:
         """Connections of this server without a request, or whose head has not come; that which waits longest is the first."""
-        found: dict[BoundedHttp, None] = self.server_state.__dict__.setdefault("idle", {})
-        return found
+        idle: dict[BoundedHttp, None] = self.server_state.__dict__.setdefault("idle", {})
+        return idle
 
     def connection_lost(self, error: Exception | None) -> None:
         self._idle.pop(self, None)
@@ -134,7 +134,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._late = None
 
 
-def configured(app: Any, **given: Any) -> uvicorn.Config:
+def configured(app: Any, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=BoundedHttp,
@@ -144,7 +144,7 @@ def configured(app: Any, **given: Any) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         ws="none",
-        **given,
+        **options,
     )
 
 

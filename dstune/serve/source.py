@@ -99,20 +99,20 @@ class Source:
 def chat_templates(folder: Path) -> dict[str, str]:
     """By name, as transformers writes them: files, or in older folders an entry of `tokenizer_config.json`."""
     files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    if (own := folder / "chat_template.jinja").is_file():
-        files[DEFAULT] = own
+    if (template_file := folder / "chat_template.jinja").is_file():
+        files[DEFAULT] = template_file
     if files:
         return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
-    found = object_in(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(found, str):
-        return {DEFAULT: found}
-    named = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-    return {str(one.get("name")): str(one.get("template")) for one in named}
+    template = object_in(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, str):
+        return {DEFAULT: template}
+    templates = [entry for entry in template if isinstance(entry, dict)] if isinstance(template, list) else []
+    return {str(entry.get("name")): str(entry.get("template")) for entry in templates}
 
 
 def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
     """Name and path of each `PATH` or `NAME=PATH`. Raises UserError with all that is wrong."""
-    problems, found = [], []
+    problems, pairs = [], []
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or "/" in name:
@@ -121,10 +121,10 @@ def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
             problems.append(Problem("MODEL", "there is no path behind the name", "NAME=RUN", word))
         elif name and not NAME.fullmatch(name):
             problems.append(Problem("MODEL", "is no name for a model", "letters, digits, and . _ : - within", name))
-        found.append((name, path))
+        pairs.append((name, path))
     if problems:
         raise UserError(problems)
-    return found
+    return pairs
 
 
 def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list[Source]:
@@ -132,7 +132,7 @@ def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list
     labels: dict[str, list[str]] = {source.name: [] for source in sources if "classify" in source.serves}
     problems = []
     for word in words:
-        name = max((known for known in labels if word.startswith(f"{known}=")), key=len, default="")
+        name = max((label for label in labels if word.startswith(f"{label}=")), key=len, default="")
         if name and word != f"{name}=":
             labels[name].append(word[len(name) + 1 :])
             continue
@@ -151,8 +151,8 @@ def needs_preparation(path: str) -> bool:
     """Whether a run has no export of its newest checkpoint, or none with a reference."""
     if not is_run(path):
         return False
-    found = current_export(Path(path))
-    return found is None or not (found / REFERENCE_FILE).is_file()
+    export = current_export(Path(path))
+    return export is None or not (export / REFERENCE_FILE).is_file()
 
 
 def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:
@@ -165,7 +165,9 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
     if is_run(path):
         run = read_run(Path(path) / "run.yaml", use=Use.weights)
         config = run.config
-        plugins = tuple(str(Path(path).resolve() / one.copy) if one.is_file else one.name for one in run.plugins)
+        plugins = tuple(
+            str(Path(path).resolve() / plugin.copy) if plugin.is_file else plugin.name for plugin in run.plugins
+        )
         folder = folder or current_export(Path(path))
         assert folder is not None, "a run is exported before it is served"
         name = name or config.run.name
@@ -180,9 +182,9 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
         rundir.refuse_missing(Path(path))
         name = name or path.removeprefix("sample://")
     if not NAME.fullmatch(name):
-        own = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
+        usable_name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "model"
         reason = "is no name for a model: letters, digits, and . _ : / @ - within"
-        raise UserError(Problem("MODEL", reason, f"dstune serve {own}={shlex.quote(path)}", name))
+        raise UserError(Problem("MODEL", reason, f"dstune serve {usable_name}={shlex.quote(path)}", name))
     if folder is None:
         return Source(name, None, path, "chat", True, (), adapter=False, base=path, trust_remote_code=trust_remote_code)
     if not plugins:

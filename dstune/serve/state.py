@@ -22,7 +22,7 @@ MARK = "made-by.json"
 """Signed by the user who started the first server here."""
 
 
-def state_folder(named: Path | None, *, create: bool) -> Path:
+def state_folder(requested: Path | None, *, create: bool) -> Path:
     """Return the folder that `--state` names, else `STATE`.
 
     A folder that the command does not name has to be one that this user's server made: a stranger's folder may bring a database
@@ -30,21 +30,21 @@ def state_folder(named: Path | None, *, create: bool) -> Path:
 
     Raises UserError where it is a link, another user may read it, or it came from somebody else.
     """
-    path = named or Path(STATE)
+    path = requested or Path(STATE)
     if create:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except OSError:
         raise UserError(
             Problem("--state", "there is no such folder", "start `dstune serve` first", str(path))
         ) from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise UserError(Problem("--state", "is not a folder of this user", "give another one", str(path)))
-    if found.st_mode & 0o077:
+    if status.st_mode & 0o077:
         raise UserError(Problem("--state", "other users may enter it", f"chmod 700 {path}", str(path)))
     if not _is_signed(path):
-        if named is None and any(path.iterdir()):
+        if requested is None and any(path.iterdir()):
             reason = "no server of yours made this folder: whoever did may know the keys of its database"
             raise UserError(
                 Problem("--state", reason, f"--state ./{path} if it is yours, else another folder", str(path))

@@ -132,8 +132,8 @@ class Engine:
                 body["tools"] = row["tools"]
             if row.get("arguments"):
                 body["chat_template_kwargs"] = row["arguments"]
-        found = await self.ask("POST", "/tokenize", body)
-        ids: list[int] = found["tokens"]
+        answer = await self.ask("POST", "/tokenize", body)
+        ids: list[int] = answer["tokens"]
         return ids
 
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
@@ -141,11 +141,11 @@ class Engine:
         Raises Unprovable, EngineDown."""
         ids = [*prompt, *targets]
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        found = await self.ask("POST", "/v1/completions", body)
-        reported = found["choices"][0].get("prompt_logprobs")
+        answer = await self.ask("POST", "/v1/completions", body)
+        reported = answer["choices"][0].get("prompt_logprobs")
         if not reported:
             raise Unprovable("the engine tells no log-probabilities of a prompt")
-        values = [float(one[str(token)]["logprob"]) for one, token in zip(reported[1:], ids[1:], strict=True)]
+        values = [float(entry[str(token)]["logprob"]) for entry, token in zip(reported[1:], ids[1:], strict=True)]
         return values[-len(targets) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -240,11 +240,11 @@ class Engine:
     async def _healthy(self) -> bool:
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
-                found = await self.ask("GET", self.health, None)
+                answer = await self.ask("GET", self.health, None)
         except (EngineDown, Unprovable, TimeoutError):
             return False
-        self.dtype = str(found.get("dtype", self.dtype))
-        self.context = self.context_in(found)
+        self.dtype = str(answer.get("dtype", self.dtype))
+        self.context = self.context_in(answer)
         return True
 
     def context_in(self, health: Mapping[str, Any]) -> int:
@@ -322,8 +322,8 @@ class Engine:
         if status != 200:
             passing = status in (502, 503, 504)  # of what stands in front of it
             raise (EngineDown if passing else EngineFault)(f"{self.name} answers {path} with {status}")
-        found = _value(content)
-        return found if isinstance(found, dict) else {}
+        value = _value(content)
+        return value if isinstance(value, dict) else {}
 
 
 def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:
@@ -336,9 +336,9 @@ def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
     """The longest context of these models in an answer of `/v1/models`, where the server tells it (vLLM does); else 0."""
     listed = models.get("data")
     lengths = [
-        one["max_model_len"]
-        for one in (listed if isinstance(listed, list) else [])
-        if isinstance(one, dict) and one.get("id") in names and type(one.get("max_model_len")) is int
+        model["max_model_len"]
+        for model in (listed if isinstance(listed, list) else [])
+        if isinstance(model, dict) and model.get("id") in names and type(model.get("max_model_len")) is int
     ]
     return max(lengths, default=0)
 

@@ -20,14 +20,14 @@ def pattern_of(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     from dstune.data.control import ControlTokens
 
     tokenizer = open_tokenizer(folder, where="model", local_files_only=True, trust_remote_code=trust_remote_code)
-    found = ControlTokens(tokenizer).pattern
-    return {"pattern": found.pattern, "ignore_case": bool(found.flags & re.IGNORECASE)}
+    pattern = ControlTokens(tokenizer).pattern
+    return {"pattern": pattern.pattern, "ignore_case": bool(pattern.flags & re.IGNORECASE)}
 
 
 def main() -> int:
-    given = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.readline())
     try:
-        answer = pattern_of(Path(given["folder"]), trust_remote_code=given["trust_remote_code"])
+        answer = pattern_of(Path(request["folder"]), trust_remote_code=request["trust_remote_code"])
     except Exception as error:  # whatever a tokenizer's own files or code raise
         answer = {"error": first_line(error)}
     print(json.dumps(answer))

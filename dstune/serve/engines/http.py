@@ -69,15 +69,15 @@ class Upstream:
 
     def __init__(self, url: str, socket: str | None = None, headers: Mapping[str, str] | None = None):
         """url: without a path's last `/`. socket: a Unix socket that it listens on."""
-        own: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
+        options: dict[str, Any] = {"limit": 0, "keepalive_timeout": KEPT_SECONDS}
         if socket is None and url.startswith("https:"):
-            own["ssl"] = ssl.create_default_context()  # aiohttp's own reads SSL_CERT_FILE once, when it is imported
-        connector = aiohttp.UnixConnector(socket, **own) if socket else aiohttp.TCPConnector(**own)
+            options["ssl"] = ssl.create_default_context()  # aiohttp's own reads SSL_CERT_FILE once, when it is imported
+        connector = aiohttp.UnixConnector(socket, **options) if socket else aiohttp.TCPConnector(**options)
         # Bytes are passed on as they come, so none may be compressed.
-        given = {"accept-encoding": "identity", **(headers or {})}
+        session_headers = {"accept-encoding": "identity", **(headers or {})}
         self._session = aiohttp.ClientSession(
             connector=connector,
-            headers=given,
+            headers=session_headers,
             timeout=TIMEOUT,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -104,8 +104,8 @@ class Upstream:
         answer = await self.send(method, path, body)
         async with answer:
             content = await answer.content.read(MOST_READ_BYTES + 1)
-            while len(content) <= MOST_READ_BYTES and (more := await answer.content.read(MOST_READ_BYTES)):
-                content += more
+            while len(content) <= MOST_READ_BYTES and (block := await answer.content.read(MOST_READ_BYTES)):
+                content += block
             if len(content) > MOST_READ_BYTES:
                 raise aiohttp.ClientPayloadError(f"the answer has more than {MOST_READ_BYTES:,} bytes")
             return answer.status, content

@@ -75,14 +75,14 @@ class LlamaCppEngine(Engine):
             reason = "there is no program `llama-server`"
             raise UserError(Problem("--engine-python", reason, "--engine-python /path/to/llama-server", program or ""))
         place = folder / "http.sock"  # it knows a socket by this end of its name
-        own = ["--model", str(self.file), "--alias", self.base, "--host", str(place), "--jinja", "--no-webui"]
+        options = ["--model", str(self.file), "--alias", self.base, "--host", str(place), "--jinja", "--no-webui"]
         # Its own defaults cut the distribution, also where a request asks for temperature 1 and top_p 1.
-        own += ["--temp", "1", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
+        options += ["--temp", "1", "--top-k", "0", "--top-p", "1", "--min-p", "0"]
         if self.source.template is not None:
             template = folder / "chat_template.jinja"
             template.write_text(freeze_date(self.source.template, self.source.template_date), encoding="utf-8")
-            own += ["--chat-template-file", str(template)]
-        return Command([program, *own, *self.arguments], os.environ, "http://engine", str(place))
+            options += ["--chat-template-file", str(template)]
+        return Command([program, *options, *self.arguments], os.environ, "http://engine", str(place))
 
     def learn(self) -> None:
         self._special = self._special or SpecialTexts.of(self.source)
@@ -91,27 +91,27 @@ class LlamaCppEngine(Engine):
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
-        kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
-        if "messages" in kept:
-            kept["messages"] = self._in_one_text(kept["messages"])
+        request = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        if "messages" in request:
+            request["messages"] = self._in_one_text(request["messages"])
         # Older ones do not know this name, and would write without end.
-        most = kept.pop("max_completion_tokens", None)
+        most = request.pop("max_completion_tokens", None)
         if most is not None:
-            kept["max_tokens"] = most
-        if kept.get("logprobs"):  # by itself it tells 20 alternatives, and for 0 of them nothing at all
-            kept["top_logprobs"] = max(kept.get("top_logprobs", 0), 1)
-        if "seed" in kept:  # it has 32 bits for it, and draws one itself for -1
-            kept["seed"] %= 2**31 - 1
-        if isinstance(kept.get("tool_choice"), dict):
+            request["max_tokens"] = most
+        if request.get("logprobs"):  # by itself it tells 20 alternatives, and for 0 of them nothing at all
+            request["top_logprobs"] = max(request.get("top_logprobs", 0), 1)
+        if "seed" in request:  # it has 32 bits for it, and draws one itself for -1
+            request["seed"] %= 2**31 - 1
+        if isinstance(request.get("tool_choice"), dict):
             raise _unsupported(
                 "tool_choice", "must be none, auto or required: llama.cpp lets the model choose a function"
             )
-        prompt = kept.get("prompt")
+        prompt = request.get("prompt")
         if isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int):
             raise _unsupported(
                 "prompt", "must be one text or its token ids: llama.cpp counts the tokens of the first alone"
             )
-        return kept
+        return request
 
     def _in_one_text(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages without contents in parts. Raises ApiError where the template would print parts in its own way: llama.cpp has
@@ -127,8 +127,8 @@ class LlamaCppEngine(Engine):
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
         text = row.get("text")
         if text is None:
-            named = {"messages": "messages", "tools": "tools", "arguments": "chat_template_kwargs"}
-            requested = {field: row[key] for key, field in named.items() if row.get(key)}
+            field_by_key = {"messages": "messages", "tools": "tools", "arguments": "chat_template_kwargs"}
+            requested = {field: row[key] for key, field in field_by_key.items() if row.get(key)}
             try:
                 requested["messages"] = self._in_one_text(requested.get("messages", []))
             except ApiError as error:
@@ -143,7 +143,7 @@ class LlamaCppEngine(Engine):
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
         """It tells no log-probabilities of a prompt, but that of a token that it writes, before anything is added to it:
         so each target is forced in turn. A part of a character has none."""
-        found: list[float] = []
+        values: list[float] = []
         for number, target in enumerate(targets[:MOST_SCORED]):
             body = {"prompt": [*prompt, *targets[:number]], "n_predict": 1, "n_probs": 1, "temperature": 0}
             body |= {"logit_bias": [[target, FORCED]], "cache_prompt": True}
@@ -154,8 +154,8 @@ class LlamaCppEngine(Engine):
                 raise Unprovable(
                     "its tokens are those of the training; this version tells no log-probability of a token"
                 )
-            found.append(float(written[0]["logprob"]))
-        return found
+            values.append(float(written[0]["logprob"]))
+        return values
 
 
 def _unsupported(field: str, reason: str) -> ApiError:

@@ -39,35 +39,37 @@ class SpecialTexts:
         if folder is None:
             reason = f"the tokenizer of {source.load_from} is not on this machine, so control tokens in requests are not known"
             raise UserError(Problem("MODEL", reason, f"hf download {source.load_from}", source.path))
-        given = {"folder": str(folder), "trust_remote_code": source.trust_remote_code}
+        request = {"folder": str(folder), "trust_remote_code": source.trust_remote_code}
         done = subprocess.run(
             [sys.executable, "-m", "dstune.serve.engines.control_strings"],
-            input=json.dumps(given) + "\n", stdout=subprocess.PIPE, text=True, check=False,
+            input=json.dumps(request) + "\n", stdout=subprocess.PIPE, text=True, check=False,
             env=child_environment() | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         lines = done.stdout.strip().splitlines()
-        found = json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {done.returncode}"}
-        if "error" in found:
-            reason = f"its tokenizer cannot be read: {found['error']}"
+        answer = (
+            json.loads(lines[-1]) if lines else {"error": f"the process that reads it ended with {done.returncode}"}
+        )
+        if "error" in answer:
+            reason = f"its tokenizer cannot be read: {answer['error']}"
             raise UserError(Problem("MODEL", reason, "serve a folder that holds one", str(folder)))
-        return cls(re.compile(found["pattern"], re.IGNORECASE if found["ignore_case"] else 0))
+        return cls(re.compile(answer["pattern"], re.IGNORECASE if answer["ignore_case"] else 0))
 
     def refuse(self, body: Mapping[str, Any]) -> None:
         """Raises ApiError for the first field that holds such a text."""
         for name in WRITTEN:
             for text in _texts(body.get(name)):
-                if found := self._pattern.search(text):
+                if match := self._pattern.search(text):
                     reason = (
-                        f"Invalid {name}: {found.group()!r} is a control token of this model and may not be written."
+                        f"Invalid {name}: {match.group()!r} is a control token of this model and may not be written."
                     )
                     raise ApiError(400, reason, param=name, code="control_token")
 
 
 def tokenizer_folder(source: Source) -> Path | None:
     """Where the tokenizer is that the engine asks the model with; None where it is not on this machine."""
-    own = source.prompted_as or source.folder
-    if own is not None and any((own / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return own
+    folder = source.prompted_as or source.folder
+    if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return folder
     return hub_folder(source)
 
 

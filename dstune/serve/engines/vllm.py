@@ -100,8 +100,8 @@ class VllmEngine(Engine):
     @cached_property
     def parser(self) -> str:
         """The name of what reads tool calls; empty where the template shows none."""
-        if given := self._given("--tool-call-parser"):
-            return given
+        if chosen := self._given("--tool-call-parser"):
+            return chosen
         template = self.source.template or ""
         return next((name for mark, name in PARSERS if mark in template and "tools" in template), "")
 
@@ -130,36 +130,36 @@ class VllmEngine(Engine):
             fix = "name the Python of an environment in which `pip install vllm` was run"
             raise UserError(Problem("--engine-python", "there is no program `vllm` beside it", fix, self.python))
         source = self.source
-        own = ["serve", source.load_from, "--uds", str(folder / "http"), "--served-model-name", self.base]
+        options = ["serve", source.load_from, "--uds", str(folder / "http"), "--served-model-name", self.base]
         if source.load_revision:
-            own += ["--revision", source.load_revision]
+            options += ["--revision", source.load_revision]
         if source.prompted_as is not None:
-            own += ["--tokenizer", str(source.prompted_as)]
+            options += ["--tokenizer", str(source.prompted_as)]
         template = source.template
         if template is not None and source.generates:
             file = folder / "chat_template.jinja"
             file.write_text(freeze_date(template, source.template_date), encoding="utf-8")
-            own += ["--chat-template", str(file)]
+            options += ["--chat-template", str(file)]
             if not self._given(CONTENT_FORMAT):  # vLLM's versions judge macros differently
-                own += [CONTENT_FORMAT, "openai" if reads_parts(template) else "string"]
+                options += [CONTENT_FORMAT, "openai" if reads_parts(template) else "string"]
         if self.number_format:
-            own += ["--dtype", self.number_format]
+            options += ["--dtype", self.number_format]
         if self.max_rank:
-            own += ["--enable-lora", "--max-lora-rank", str(self.max_rank)]
+            options += ["--enable-lora", "--max-lora-rank", str(self.max_rank)]
         if self.parser and "--tool-call-parser" not in self.arguments:
-            own += ["--enable-auto-tool-choice", "--tool-call-parser", self.parser]
+            options += ["--enable-auto-tool-choice", "--tool-call-parser", self.parser]
         if source.trust_remote_code:
-            own.append("--trust-remote-code")
-        own += ["--shutdown-timeout", str(self.limits.drain_seconds)]
+            options.append("--trust-remote-code")
+        options += ["--shutdown-timeout", str(self.limits.drain_seconds)]
         environment = {name: value for name, value in os.environ.items() if name not in _KEPT_ENVIRONMENT}
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
-        argv = [str(program), *own, *self.arguments]
+        argv = [str(program), *options, *self.arguments]
         return Command(argv, environment, "http://engine", str(folder / "http"))
 
     def learn(self) -> None:
         """vLLM tells neither its number format nor its control tokens. Its model is in the hub's cache by now."""
-        given = self._given("--dtype") or self.number_format
-        self.dtype = DTYPES.get(given, given) or self._stored_dtype()
+        dtype_name = self._given("--dtype") or self.number_format
+        self.dtype = DTYPES.get(dtype_name, dtype_name) or self._stored_dtype()
         if not self.dtype:
             reason = (
                 f"the configuration of {self.source.load_from} is not on this machine, so its number format is unknown"
@@ -186,24 +186,24 @@ class VllmEngine(Engine):
         try:
             async with asyncio.timeout(HEALTH_SECONDS):
                 listed = (await self.ask("GET", "/v1/models", None))["data"]
-            places = {one["id"]: one.get("root") for one in listed if one["id"] in self._loaded}
+            places = {model["id"]: model.get("root") for model in listed if model["id"] in self._loaded}
         except (EngineDown, Unprovable, UserError, TimeoutError, LookupError, TypeError, AttributeError):
             return True  # it does not say
-        known = {name: place for name, place in self._places.items() if name in self._loaded}
-        self._places = places | known
-        return all(name in places and places[name] == place for name, place in known.items())
+        place_by_name = {name: place for name, place in self._places.items() if name in self._loaded}
+        self._places = places | place_by_name
+        return all(name in places and places[name] == place for name, place in place_by_name.items())
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         assert self._special is not None, "requests come after the start"
         self._special.refuse(body)
-        kept = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
-        kept |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
+        request = {name: value for name, value in body.items() if name not in ("user", "safety_identifier")}
+        request |= {"messages": _with_reasoning(body["messages"])} if isinstance(body.get("messages"), list) else {}
         # vLLM would keep an answer under an id that any client may ask for.
-        return kept | ({"store": False} if path == "/v1/responses" else {})
+        return request | ({"store": False} if path == "/v1/responses" else {})
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
-        given = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
-        return await super().prompt_ids(model, given)
+        request = {**row, "messages": _with_reasoning(row["messages"])} if "messages" in row else row
+        return await super().prompt_ids(model, request)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         most = int(self._given("--max-lora-rank") or self.max_rank)

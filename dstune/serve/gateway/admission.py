@@ -180,7 +180,7 @@ class Admission:
     def _make_room(self, key: str) -> None:
         """Of a full queue the key that has most in it loses the newest. Raises ApiError where that is this one."""
         busy = "The server is busy: too many requests wait."
-        most = max(self._line, key=lambda one: len(self._line[one]), default=key)
+        most = max(self._line, key=lambda waiting_key: len(self._line[waiting_key]), default=key)
         if len(self._line.get(most, ())) <= len(self._line.get(key, ())) + 1:
             self._refuse(busy, 1)
         place = self._line[most][-1]
@@ -194,6 +194,6 @@ class Admission:
             del self._line[key]
         self._count_waiting(-1)
 
-    def _count_waiting(self, more: int) -> None:
-        self._waiting += more
+    def _count_waiting(self, change: int) -> None:
+        self._waiting += change
         self._metrics.queued.set(self._waiting)

@@ -50,7 +50,7 @@ class Inference:
         body = await request.json()
         name = body.get("model")
         if self.resolve_alias is not None and isinstance(name, str):
-            ready = {own: model for own, model in self.fleet.models.items() if model.ready}
+            ready = {served_name: model for served_name, model in self.fleet.models.items() if model.ready}
             version = self.resolve_alias(name, body, ready)
             if version is not None:
                 request.alias, name = name, version
@@ -65,13 +65,13 @@ class Inference:
                 404, f"The model {model.source.name!r} does not serve {path}; it serves {served}.", param="model"
             )
         request.model = model.source.name
-        given, engine, most = body, model.engine, request.settings.max_output_tokens
+        checked_body, engine, max_tokens = body, model.engine, request.settings.max_output_tokens
 
         def prepared() -> dict[str, Any]:
-            taken = fields.checked(given, route, acts)
-            request.refuse_halves(taken)
-            check_context(path, taken, engine)
-            return bounded(path, taken, engine, most)
+            accepted = fields.checked(checked_body, route, acts)
+            request.refuse_halves(accepted)
+            check_context(path, accepted, engine)
+            return bounded(path, accepted, engine, max_tokens)
 
         with self._charge_unread_prompt(request.key, engine):
             await self._answer(request, path, await request.apart(prepared))
@@ -134,8 +134,8 @@ class Inference:
         engine = model.engine
 
         def outgoing() -> bytes:
-            own = {"client": request.key.id} if engine.knows_clients else {}
-            return dumps(engine.outgoing(path, sent) | own)
+            client_fields = {"client": request.key.id} if engine.knows_clients else {}
+            return dumps(engine.outgoing(path, sent) | client_fields)
 
         content = await request.apart(outgoing)
         try:
@@ -220,10 +220,10 @@ def _tells_usage(event: bytes) -> bool:
     if not _NO_CHOICES.search(event):
         return False
     try:
-        found = object_of(data_of(event))
+        value = object_of(data_of(event))
     except FAILURES:
         return False
-    return found.get("choices") == [] and bool(found.get("usage"))
+    return value.get("choices") == [] and bool(value.get("usage"))
 
 
 async def _bounded(answer: aiohttp.ClientResponse) -> bytes:

@@ -57,6 +57,6 @@ def _count(text: bytes, most_deep: int) -> tuple[int, int, int]:
         marks = _STRING.sub(b"", marks)
         members += _members(marks)
         values += marks.count(b",")
-        levels = [level, *accumulate((_STEP[one] for one in marks.translate(None, b",:")), initial=level)]
+        levels = [level, *accumulate((_STEP[mark] for mark in marks.translate(None, b",:")), initial=level)]
         deepest, level = max(deepest, *levels), levels[-1]
     return members, values, deepest

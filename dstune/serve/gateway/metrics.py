@@ -14,24 +14,26 @@ SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self._registry}
-        self.requests = Counter("dstune_requests", "Requests", ["route", "model", "status"], **own)
+        options: dict[str, Any] = {"registry": self._registry}
+        self.requests = Counter("dstune_requests", "Requests", ["route", "model", "status"], **options)
         self.seconds = Histogram(
-            "dstune_request_seconds", "Until the last byte", ["route", "model"], buckets=SECONDS, **own
+            "dstune_request_seconds", "Until the last byte", ["route", "model"], buckets=SECONDS, **options
         )
         self.first_byte = Histogram(
-            "dstune_first_byte_seconds", "Until the first byte", ["route", "model"], buckets=SECONDS, **own
+            "dstune_first_byte_seconds", "Until the first byte", ["route", "model"], buckets=SECONDS, **options
         )
-        self.tokens = Counter("dstune_tokens", "Tokens of prompts and answers, as engines count", ["model"], **own)
-        self.active = Gauge("dstune_active_requests", "Requests that engines work on", **own)
-        self.queued = Gauge("dstune_queued_requests", "Requests that wait for a place", **own)
-        self.guarded = Counter("dstune_guard_decisions", "What the guard decided", ["what", "decision"], **own)
+        self.tokens = Counter("dstune_tokens", "Tokens of prompts and answers, as engines count", ["model"], **options)
+        self.active = Gauge("dstune_active_requests", "Requests that engines work on", **options)
+        self.queued = Gauge("dstune_queued_requests", "Requests that wait for a place", **options)
+        self.guarded = Counter("dstune_guard_decisions", "What the guard decided", ["what", "decision"], **options)
         self._proven = Gauge(
-            "dstune_model_proven", "1: held against its training; 0: not, see status", ["model", "status"], **own
+            "dstune_model_proven", "1: held against its training; 0: not, see status", ["model", "status"], **options
         )
-        self._difference = Gauge("dstune_model_difference", "Largest difference from the reference", ["model"], **own)
-        self._ready = Gauge("dstune_model_ready", "1: its engine runs", ["model"], **own)
-        self._restarts = Gauge("dstune_engine_restarts", "Since the start", ["model"], **own)
+        self._difference = Gauge(
+            "dstune_model_difference", "Largest difference from the reference", ["model"], **options
+        )
+        self._ready = Gauge("dstune_model_ready", "1: its engine runs", ["model"], **options)
+        self._restarts = Gauge("dstune_engine_restarts", "Since the start", ["model"], **options)
 
     def add_collector(self, collector: Any) -> None:
         """Show what a collector of `prometheus_client` yields, too."""

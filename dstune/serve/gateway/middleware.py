@@ -234,11 +234,11 @@ def check_host(request: Request, name: str) -> None:
 
 def _check_tenant(request: Request, caller: Caller) -> None:
     """A client may say whom it asks for; a key is of one project, so that it can only agree."""
-    for header, own, word in (
+    for header, caller_value, word in (
         ("openai-organization", caller.organization, "organization"),
         ("openai-project", caller.project, "project"),
     ):
         requested = request.header(header)
-        if requested and requested != own:
+        if requested and requested != caller_value:
             message = f"This key is of another {word} than the header {header} names."
             raise ApiError(403, message, code=f"{word}_mismatch")

@@ -52,8 +52,8 @@ class Record:
     def take(self, chunk: bytes) -> None:
         if self._first:
             self._first = False
-            found = _ID.search(chunk[:1024])
-            self.response = found[1].decode("utf-8", "replace") if found else None
+            match = _ID.search(chunk[:1024])
+            self.response = match[1].decode("utf-8", "replace") if match else None
         seen = self._carried + chunk
         self.events += seen.count(b"data:") - self._carried.count(b"data:")
         if b'_tokens"' in seen:
@@ -135,11 +135,11 @@ class Recorder:
         return removed
 
     def _remove(self, user: str) -> int:
-        own = AnswerRow.user == user
+        of_user = AnswerRow.user == user
         with self._database.writing.begin() as session:
-            session.execute(delete(Feedback).where(Feedback.answer.in_(select(AnswerRow.id).where(own))))
+            session.execute(delete(Feedback).where(Feedback.answer.in_(select(AnswerRow.id).where(of_user))))
             # Whoever asked most has more rows than a statement may name.
-            return session.connection().execute(delete(AnswerRow).where(own)).rowcount
+            return session.connection().execute(delete(AnswerRow).where(of_user)).rowcount
 
     async def used(self, key: str, since: int) -> int:
         """Tokens of the answers of a key since then, in seconds of the epoch: those of all gateways of the database."""
@@ -149,8 +149,8 @@ class Recorder:
     def _sum(self, key: str, since: int) -> int:
         begin = datetime.datetime.fromtimestamp(since, datetime.UTC)
         with self._database.session() as session:
-            found = select(func.sum(AnswerRow.tokens)).where(AnswerRow.key == key, AnswerRow.created >= begin)
-            return int(session.scalar(found) or 0)
+            query = select(func.sum(AnswerRow.tokens)).where(AnswerRow.key == key, AnswerRow.created >= begin)
+            return int(session.scalar(query) or 0)
 
     async def flush(self) -> None:
         """What was answered until now is in the database."""
@@ -161,10 +161,10 @@ class Recorder:
             try:
                 await asyncio.to_thread(self._write, rows)
             except Exception:
-                kept = [*rows, *self._rows]
-                if lost := kept[:-MOST_ROWS]:
+                unwritten = [*rows, *self._rows]
+                if lost := unwritten[:-MOST_ROWS]:
                     log.error("%d records of answers are lost: the database cannot be written", len(lost))
-                self._rows = kept[-MOST_ROWS:]
+                self._rows = unwritten[-MOST_ROWS:]
                 raise
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -136,45 +136,45 @@ class Request(requests.Request):
 
     def header(self, name: str) -> str:
         """The value; empty where there is none. Raises ApiError where there are several."""
-        found = self._values.get(name.encode(), [])
-        if len(found) > 1:
+        values = self._values.get(name.encode(), [])
+        if len(values) > 1:
             raise ApiError(400, f"The header {name} is there more than once.")
-        return found[0].decode("latin-1") if found else ""
+        return values[0].decode("latin-1") if values else ""
 
     def query(
-        self, known: Collection[str], *, families: Collection[str] = (), lists: Collection[str] = ()
+        self, names: Collection[str], *, families: Collection[str] = (), lists: Collection[str] = ()
     ) -> dict[str, str]:
-        """The parameters behind `?`, of the names in `known` and, for families, of the form `NAME[KEY]`; those of the form
+        """The parameters behind `?`, of the names in `names` and, for families, of the form `NAME[KEY]`; those of the form
         `NAME[]`, of lists, are for `query_values`. Raises ApiError for others, and for one that comes twice."""
-        found: dict[str, str] = {}
+        value_by_name: dict[str, str] = {}
         for name, value in self._parameters():
             family = name.partition("[")[0] if name.endswith("]") else None
             if name.endswith("[]") and name[:-2] in lists:
                 continue
-            if name not in known and (family not in families or name.endswith("[]")):
+            if name not in names and (family not in families or name.endswith("[]")):
                 raise ApiError(400, f"Unknown parameter: {name[:80]!r}.", param=name[:80], code="unknown_parameter")
-            if name in found:
+            if name in value_by_name:
                 raise ApiError(400, f"The parameter {name[:80]!r} is there twice.", param=name[:80])
-            found[name] = value
-        return found
+            value_by_name[name] = value
+        return value_by_name
 
     def query_values(self, name: str) -> list[str]:
         """The values of a parameter that may come several times."""
-        return [value for given, value in self._parameters() if given == name]
+        return [value for parameter, value in self._parameters() if parameter == name]
 
     def _parameters(self) -> list[tuple[str, str]]:
         try:
-            found = parse_qsl(
+            parameters = parse_qsl(
                 self.scope.get("query_string", b"").decode(),
                 keep_blank_values=True,
                 max_num_fields=100,
                 errors="strict",
             )
         except ValueError:
-            found = [("\0", "")]
-        if any("\0" in name or "\0" in value for name, value in found):
+            parameters = [("\0", "")]
+        if any("\0" in name or "\0" in value for name, value in parameters):
             raise ApiError(400, "The query is not valid.")
-        return found
+        return parameters
 
     # -- body
 
@@ -189,7 +189,7 @@ class Request(requests.Request):
         the client sees the answer and keeps the connection."""
         lengths = self._values.get(b"content-length", [b""])
         if b"expect" in self._values or any(
-            len(one) > 12 or (one.isdigit() and int(one) > UNREAD_BYTES) for one in lengths
+            len(length) > 12 or (length.isdigit() and int(length) > UNREAD_BYTES) for length in lengths
         ):
             self._unread = 0
         await self._discard(1.0)
@@ -290,8 +290,8 @@ class Request(requests.Request):
 
     def note(self, header: bytes, values: Iterable[str]) -> None:
         """Tell the client something in a header, each value once; without effect once the answer has begun."""
-        own = self._notes.setdefault(header, [])
-        own += [value for value in dict.fromkeys(values) if value not in own]
+        header_values = self._notes.setdefault(header, [])
+        header_values += [value for value in dict.fromkeys(values) if value not in header_values]
 
     @property
     def send(self) -> Send:
@@ -301,13 +301,13 @@ class Request(requests.Request):
         """Raises SlowReader."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
-            own += [
+            own_headers = [(b"x-request-id", self.id.encode()), *self._service(), *SECURITY]
+            own_headers += [
                 (name, _NO_HEADER.sub("?", ", ".join(values)).encode())
                 for name, values in self._notes.items()
                 if values
             ]
-            message = {**message, "headers": [*message["headers"], *own]}
+            message = {**message, "headers": [*message["headers"], *own_headers]}
         elif self.first_byte is None and message.get("body"):
             self.first_byte = time.monotonic() - self.began
         try:

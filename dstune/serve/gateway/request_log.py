@@ -124,13 +124,13 @@ class RequestLog:
             others = pc.not_equal(table["user_hash"], self._hash(user))
         else:  # written before there was one: all whose name was masked in the same way
             others = pc.not_equal(table["user"], self._redact(user))
-        kept = table.filter(pc.fill_null(others, True))
-        if len(kept) == len(table):
+        remaining = table.filter(pc.fill_null(others, True))
+        if len(remaining) == len(table):
             return 0
-        if len(kept):
-            self._write_table(kept, modified=file.stat().st_mtime_ns)  # its retention goes on
+        if len(remaining):
+            self._write_table(remaining, modified=file.stat().st_mtime_ns)  # its retention goes on
         file.unlink()
-        return len(table) - len(kept)
+        return len(table) - len(remaining)
 
     @cached_property
     def _key(self) -> bytes:

@@ -113,8 +113,8 @@ async def feedback(gateway: Gateway, request: Request) -> None:
     request.refuse_halves(body)  # no database keeps them, and PostgreSQL no NUL
     if unknown := sorted(set(body) - set(FEEDBACK)):
         raise ApiError(400, f"Unknown field: {unknown[0][:80]!r}.", param=unknown[0][:80], code="unknown_parameter")
-    given, rating = body.get("id"), body.get("rating")
-    if not isinstance(given, str) or not 0 < len(given) <= 128 or "\0" in given:
+    answer_id, rating = body.get("id"), body.get("rating")
+    if not isinstance(answer_id, str) or not 0 < len(answer_id) <= 128 or "\0" in answer_id:
         raise ApiError(400, "Missing required field: 'id', of an answer or its request.", param="id")
     number = isinstance(rating, int | float) and not isinstance(rating, bool)
     if rating is not None and not (number and -1 <= rating <= 1):
@@ -142,9 +142,9 @@ def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any])
     """Note the fields that are given, in the place of those that were said of this answer before; None where the caller was given
     no such answer. Raises ApiError where the project has said too much."""
     with gateway.database.writing.begin() as session:
-        own = AnswerRow.key == request.key.id
-        named = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
-        answer = session.scalar(select(AnswerRow).where(own, named))
+        of_caller = AnswerRow.key == request.key.id
+        has_this_id = or_(AnswerRow.id == body["id"], AnswerRow.response == body["id"])
+        answer = session.scalar(select(AnswerRow).where(of_caller, has_this_id))
         if answer is None:
             return None
         gateway.database.exclusive(session, f"feedback {request.key.project}")
@@ -154,11 +154,11 @@ def _store_feedback(gateway: Gateway, request: Request, body: Mapping[str, Any])
         for name in FEEDBACK[1:]:
             if body.get(name) is not None:
                 setattr(row, name, body[name])
-        before, row.bytes = row.bytes, sum(len(text.encode()) for text in (row.label, row.correction) if text)
+        bytes_before, row.bytes = row.bytes, sum(len(text.encode()) for text in (row.label, row.correction) if text)
         keys = select(Key.id).where(Key.project == request.key.project)
         stored = session.scalar(select(func.coalesce(func.sum(Feedback.bytes), 0)).where(Feedback.key.in_(keys))) or 0
         most = gateway.settings.feedback_bytes
-        if row.bytes > before and stored - before + row.bytes > most:
+        if row.bytes > bytes_before and stored - bytes_before + row.bytes > most:
             message = f"What this project says of its answers would have more than {most} bytes."
             headers = {"retry-after": "3600", "x-should-retry": "false"}
             raise ApiError(429, message, code="insufficient_quota", headers=headers)

@@ -61,8 +61,10 @@ class Route(routing.Route):
         checks = [Middleware(HostCheck, any_host=any_host), Middleware(OriginCheck)]
         if scope != "public":
             checks.append(Middleware(Authentication, role=scope))
-        named = re.sub(r"\{(\w+)(\+?)\}", lambda found: f"{{{found[1]}:{'remainder' if found[2] else 'part'}}}", path)
-        super().__init__(named, _Endpoint(handler), methods=[method], middleware=checks)
+        starlette_path = re.sub(
+            r"\{(\w+)(\+?)\}", lambda match: f"{{{match[1]}:{'remainder' if match[2] else 'part'}}}", path
+        )
+        super().__init__(starlette_path, _Endpoint(handler), methods=[method], middleware=checks)
         self.path, self.method, self.handler = path, method, handler
         self.scope, self.plain_errors = scope, plain_errors
         self.methods = {method}  # without HEAD

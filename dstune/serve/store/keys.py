@@ -78,10 +78,10 @@ class Keys:
         assert role in ROLES
         if not re.fullmatch(r"[\w.@ -]{1,128}", name):
             raise UserError(Problem("NAME", "must be 1 to 128 letters, digits, spaces and . _ @ -", value=name))
-        own, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
-        key = f"{PREFIX}-{own}-{secret}"
+        key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+        key = f"{PREFIX}-{key_id}-{secret}"
         row = Key(
-            id=own,
+            id=key_id,
             name=name,
             hash=_hash(key),
             admin=admin,
@@ -102,19 +102,19 @@ class Keys:
 
     def find(self, key: str) -> Caller | None:
         """The caller of a key; None where there is no such key, or it is revoked."""
-        if (known := self.remembered(key)) is not None:
-            return known
-        found = self._found(key, digest := _hash(key))
+        if (remembered := self.remembered(key)) is not None:
+            return remembered
+        caller = self._found(key, digest := _hash(key))
         if len(self._remembered) > 4096:
             self._remembered.clear()
-        if found is not None:
-            self._remembered[digest] = (time.monotonic(), found)
-        return found
+        if caller is not None:
+            self._remembered[digest] = (time.monotonic(), caller)
+        return caller
 
     def remembered(self, key: str) -> Caller | None:
         """The caller of a key that was found a moment ago, without asking the database."""
-        known = self._remembered.get(_hash(key))
-        return known[1] if known is not None and time.monotonic() - known[0] < REMEMBERED_SECONDS else None
+        entry = self._remembered.get(_hash(key))
+        return entry[1] if entry is not None and time.monotonic() - entry[0] < REMEMBERED_SECONDS else None
 
     def _found(self, key: str, digest: str) -> Caller | None:
         form = _FORM.fullmatch(key)
@@ -124,15 +124,15 @@ class Keys:
                 row = session.get(Key, form[1])
                 project = None if row is None else session.get(Project, row.project)
         # Compared in constant time, with a hash that nothing has where there is no such key.
-        same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
-        if row is None or not same or row.revoked is not None or project is None:
+        is_same = hmac.compare_digest(row.hash if row is not None else _NOBODY, digest)
+        if row is None or not is_same or row.revoked is not None or project is None:
             return None
         return _caller(row, project)
 
-    def by_id(self, own: str) -> Caller | None:
+    def by_id(self, key_id: str) -> Caller | None:
         """The caller whose key has this id; None where it was revoked."""
         with self._database.session() as session:
-            row = session.get(Key, own)
+            row = session.get(Key, key_id)
             project = None if row is None else session.get(Project, row.project)
         return None if row is None or project is None or row.revoked is not None else _caller(row, project)
 
@@ -145,13 +145,13 @@ class Keys:
                 owner = Organization(id=f"org-{secrets.token_hex(12)}", name=organization, created_at=int(time.time()))
                 session.add(owner)
                 session.flush()
-            named = (Project.organization == owner.id, Project.name == name)
-            found = session.scalar(select(Project).where(*named))
-            if found is None:
+            of_this_name = (Project.organization == owner.id, Project.name == name)
+            row = session.scalar(select(Project).where(*of_this_name))
+            if row is None:
                 made = f"proj_{secrets.token_hex(12)}"
-                found = Project(id=made, organization=owner.id, name=name, created_at=int(time.time()))
-                session.add(found)
-            return found.id
+                row = Project(id=made, organization=owner.id, name=name, created_at=int(time.time()))
+                session.add(row)
+            return row.id
 
     def organizations(self) -> dict[str, str]:
         """The ids of organizations by those of their projects."""

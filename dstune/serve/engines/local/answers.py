@@ -46,12 +46,12 @@ class Choice:
         if self.tools is not None:
             piece.text = self.tools.push(piece.text)
             if piece.finish:
-                rest, calls = self.tools.finish()
+                last_text, calls = self.tools.finish()
                 if calls and all(call["function"]["name"] in self.names for call in calls):
                     self.calls = calls
                     piece.finish = "tool_calls" if piece.finish == "stop" else piece.finish
                 else:
-                    piece.text += rest or self.tools.unread
+                    piece.text += last_text or self.tools.unread
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish = piece.finish
@@ -85,24 +85,24 @@ class Answers:
         body, limit = self.body, self.model.limit
         if length + (most or 1) > limit:
             raise _too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
-        given = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
+        values = dict(self.model.defaults()) | {name: body[name] for name in SAMPLING if name in body}
         stop = body.get("stop") or ()
         seed = body.get("seed")
-        given["top_k"] = max(int(given.get("top_k", 0)), 0)
+        values["top_k"] = max(int(values.get("top_k", 0)), 0)
         return Sampling(
             max_tokens=most or min(DEFAULT_MAX_TOKENS, limit - length),
             seed=secrets.randbits(63) if seed is None else (int(seed) + index) % 2**63,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             logit_bias=self._bias(body.get("logit_bias") or {}),
             logprobs=self.logprobs(),
-            **given,
+            **values,
         )
 
     def logprobs(self) -> int | None:
         raise NotImplementedError
 
-    def _bias(self, given: Mapping[str, float]) -> dict[int, float]:
-        bias = {int(token): float(value) for token, value in given.items()}
+    def _bias(self, bias_by_text: Mapping[str, float]) -> dict[int, float]:
+        bias = {int(token): float(value) for token, value in bias_by_text.items()}
         if unknown := [token for token in bias if token >= self.model.vocabulary]:
             raise ApiError(400, f"Invalid logit_bias: there is no token {unknown[0]}.", param="logit_bias")
         return bias
@@ -266,19 +266,19 @@ class ChatAnswers(Answers):
         return [self._chunk(choice.index, {"role": "assistant", "content": ""}) for choice in self.choices]
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
-        found = []
+        chunks = []
         logprobs = None if self.logprobs() is None else {"content": self._content(piece.tokens), "refusal": None}
         if piece.text or piece.tokens:
-            found.append(self._chunk(choice.index, {"content": piece.text}, logprobs))
+            chunks.append(self._chunk(choice.index, {"content": piece.text}, logprobs))
         if choice.calls:
             calls = [{"index": number, **call} for number, call in enumerate(choice.calls)]
-            found.append(self._chunk(choice.index, {"tool_calls": calls}))
+            chunks.append(self._chunk(choice.index, {"tool_calls": calls}))
         if piece.finish:
             last = self._chunk(choice.index, {}, finish=piece.finish)
             if self.body.get("return_token_ids"):
                 last["choices"][0]["token_ids"] = choice.ids
-            found.append(last)
-        return found
+            chunks.append(last)
+        return chunks
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
@@ -292,17 +292,17 @@ class ChatAnswers(Answers):
             message["tool_calls"] = choice.calls
             message["content"] = choice.text.strip() or None
         logprobs = None if self.logprobs() is None else {"content": self._content(choice.tokens), "refusal": None}
-        found = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
-        return found | ({"token_ids": choice.ids} if self.body.get("return_token_ids") else {})
+        value = {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
+        return value | ({"token_ids": choice.ids} if self.body.get("return_token_ids") else {})
 
     async def answer(self) -> dict[str, Any]:
-        found = await super().answer()
-        return found | ({"prompt_token_ids": self.prompt} if self.body.get("return_token_ids") else {})
+        answer = await super().answer()
+        return answer | ({"prompt_token_ids": self.prompt} if self.body.get("return_token_ids") else {})
 
     def _content(self, tokens: list[Chosen]) -> list[dict[str, Any]]:
         return [
-            self._token(one.token, one.logprob) | {"top_logprobs": [self._token(*other) for other in one.top]}
-            for one in tokens
+            self._token(drawn.token, drawn.logprob) | {"top_logprobs": [self._token(*other) for other in drawn.top]}
+            for drawn in tokens
         ]
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
@@ -345,10 +345,10 @@ class TextAnswers(Answers):
         """Raises ApiError."""
         super().__init__(model, scheduler, body)
         self.id = f"cmpl-{secrets.token_hex(12)}"
-        prompts = [self._ids(one) for one in prompts_of(body["prompt"])]
-        most = body.get("max_tokens", 16)
+        prompts = [self._ids(text) for text in prompts_of(body["prompt"])]
+        max_tokens = body.get("max_tokens", 16)
         for number, prompt in enumerate(prompts):
-            samplings = [self.sampling(len(prompt), index, most) for index in range(self.n)]
+            samplings = [self.sampling(len(prompt), index, max_tokens) for index in range(self.n)]
             choices = [Choice(number * self.n + index, prompt) for index in range(self.n)]
             self.requested.append((prompt, samplings, choices))
 
@@ -359,36 +359,36 @@ class TextAnswers(Answers):
         return ids
 
     def logprobs(self) -> int | None:
-        found: int | None = self.body.get("logprobs")
-        return found
+        count: int | None = self.body.get("logprobs")
+        return count
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.name}
 
     def chunks(self, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         start = len(choice.text) - len(piece.text)
-        one = self._choice(choice, piece.text, piece.tokens, start, piece.finish)
+        value = self._choice(choice, piece.text, piece.tokens, start, piece.finish)
         if piece.finish and self.body.get("return_token_ids"):
-            one |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
-        return [{**self.head(chunk=True), "choices": [one]}]
+            value |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
+        return [{**self.head(chunk=True), "choices": [value]}]
 
     def final(self, choice: Choice) -> dict[str, Any]:
-        one = self._choice(choice, choice.text, choice.tokens, 0, choice.finish)
+        value = self._choice(choice, choice.text, choice.tokens, 0, choice.finish)
         if self.body.get("return_token_ids"):
-            one |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
-        return one
+            value |= {"token_ids": choice.ids, "prompt_token_ids": choice.prompt}
+        return value
 
     def _choice(
         self, choice: Choice, text: str, tokens: list[Chosen], start: int, finish: str | None
     ) -> dict[str, Any]:
         logprobs: dict[str, Any] | None = None
         if self.logprobs() is not None:
-            texts = [self.token_text(one.token) for one in tokens]
+            texts = [self.token_text(drawn.token) for drawn in tokens]
             offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=start))[: len(texts)]
             logprobs = {
                 "tokens": texts,
-                "token_logprobs": [max(one.logprob, -9999.0) for one in tokens],
-                "top_logprobs": [{self.token_text(t): max(v, -9999.0) for t, v in one.top} for one in tokens],
+                "token_logprobs": [max(drawn.logprob, -9999.0) for drawn in tokens],
+                "top_logprobs": [{self.token_text(t): max(v, -9999.0) for t, v in drawn.top} for drawn in tokens],
                 "text_offset": offsets,
             }
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish}

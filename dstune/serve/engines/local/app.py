@@ -36,9 +36,9 @@ class EngineApp:
             if handler is None:
                 raise ApiError(404, "There is no such route.")
             body = await read_body(receive, MOST_BYTES)
-            given = json.loads(body or b"{}")
-            CLIENT.set(str(given.pop("client", "")))
-            await self.handle(handler, given, receive, send)
+            request = json.loads(body or b"{}")
+            CLIENT.set(str(request.pop("client", "")))
+            await self.handle(handler, request, receive, send)
         except ApiError as error:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             await respond(send, error.status, error.body(), headers)
@@ -135,15 +135,15 @@ class LanguageApp(EngineApp):
         if isinstance(ids, str):
             text = ids
             ids = await self._rendered(lambda: self.model.text_ids(name, text))
-        found = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
-        reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], found, strict=True))]
+        logprobs = await asyncio.wrap_future(self.scheduler.call(lambda: self.model.logprobs(name, ids)))
+        reported = [None, *({str(token): {"logprob": value}} for token, value in zip(ids[1:], logprobs, strict=True))]
         return {"choices": [{"index": 0, "text": "", "prompt_logprobs": reported, "prompt_token_ids": ids}]}
 
     async def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
         name = self._known(body)
         if "messages" in body:
-            given = (body["messages"], body.get("tools"), body.get("chat_template_kwargs"))
-            ids = await self._rendered(lambda: chat_prompt(self.model, name, *given))
+            parts = (body["messages"], body.get("tools"), body.get("chat_template_kwargs"))
+            ids = await self._rendered(lambda: chat_prompt(self.model, name, *parts))
         else:
             ids = await self._rendered(lambda: self.model.text_ids(name, body["prompt"]))
         return {"tokens": ids, "count": len(ids), "max_model_len": self.model.limit}

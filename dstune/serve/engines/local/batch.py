@@ -85,7 +85,7 @@ class _Prompt:
     @property
     def tokens(self) -> int:
         """Most that these answers will take in the cache."""
-        return sum(len(self.ids) + one.sampler.sampling.max_tokens for one in self.sequences)
+        return sum(len(self.ids) + sequence.sampler.sampling.max_tokens for sequence in self.sequences)
 
 
 class _Batch:
@@ -104,20 +104,20 @@ class _Batch:
             width = max(length, self.mask.shape[1])
             self.cache = _joined(_widened(self.cache, width), _widened(cache, width))
             pad = torch.nn.functional.pad
-            rows = [pad(one, (width - one.shape[1], 0)) for one in (self.mask, mask)]
+            rows = [pad(part_mask, (width - part_mask.shape[1], 0)) for part_mask in (self.mask, mask)]
             self.mask = torch.cat(rows)
         self.sequences.append(sequence)
 
     def leave(self) -> None:
         """Without the sequences that are done."""
-        kept = [number for number, sequence in enumerate(self.sequences) if not sequence.done]
-        if len(kept) == len(self.sequences):
+        remaining = [number for number, sequence in enumerate(self.sequences) if not sequence.done]
+        if len(remaining) == len(self.sequences):
             return
-        self.sequences = [self.sequences[number] for number in kept]
-        if not kept:
+        self.sequences = [self.sequences[number] for number in remaining]
+        if not remaining:
             self.cache = None
             return
-        rows = torch.tensor(kept)
+        rows = torch.tensor(remaining)
         self.mask = self.mask[rows]
         first = int(self.mask.argmax(-1).min())  # columns that are padding for all
         self.mask = self.mask[:, first:]
@@ -168,12 +168,18 @@ class Scheduler:
             )
         with self._changed:
             if len(self._waiting) >= self._max_waiting:  # those whose clients have left take no place
-                self._waiting = deque(one for one in self._waiting if not all(each.done for each in one.sequences))
-            own = [one.turn for one in self._waiting if one.client == client]
-            if self._stopped or len(self._waiting) >= self._max_waiting or len(own) * 4 >= self._max_waiting * 3:
+                self._waiting = deque(
+                    waiting for waiting in self._waiting if not all(each.done for each in waiting.sequences)
+                )
+            client_turns = [waiting.turn for waiting in self._waiting if waiting.client == client]
+            if (
+                self._stopped
+                or len(self._waiting) >= self._max_waiting
+                or len(client_turns) * 4 >= self._max_waiting * 3
+            ):
                 raise QueueFull
-            prompt.turn = own[-1] + 1 if own else self._waiting[0].turn if self._waiting else 0
-            place = sum(one.turn <= prompt.turn for one in self._waiting)
+            prompt.turn = client_turns[-1] + 1 if client_turns else self._waiting[0].turn if self._waiting else 0
+            place = sum(waiting.turn <= prompt.turn for waiting in self._waiting)
             self._waiting.insert(place, prompt)
             self._changed.notify()
 
@@ -264,13 +270,15 @@ class Scheduler:
     def _held(self) -> tuple[int, int]:
         """Sequences and tokens that are, or may come to be, in the caches."""
         running = [sequence for batch in self._batches.values() for sequence in batch.sequences]
-        return len(running), sum(len(one.prompt) + one.sampler.sampling.max_tokens for one in running)
+        return len(running), sum(
+            len(running_sequence.prompt) + running_sequence.sampler.sampling.max_tokens for running_sequence in running
+        )
 
     def _read_prompt(self) -> None:
         """One chunk of the prompt that is being read, or the first of the next one that there is room for."""
         if self._reading is None:
             with self._changed:
-                while self._waiting and all(one.done for one in self._waiting[0].sequences):
+                while self._waiting and all(waiting_sequence.done for waiting_sequence in self._waiting[0].sequences):
                     self._waiting.popleft()
                 if not self._waiting:
                     return
@@ -283,7 +291,7 @@ class Scheduler:
                     return
                 self._reading = self._waiting.popleft()
         prompt = self._reading
-        if all(one.done for one in prompt.sequences):
+        if all(waiting_sequence.done for waiting_sequence in prompt.sequences):
             self._reading = None
             return
         try:
@@ -342,12 +350,12 @@ class Scheduler:
     def _forward(self, adapter: str, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Logits of the last position, float [batch, vocabulary] on the CPU; the cache grows by `ids`, [batch, new]."""
         device = next(self._model.parameters()).device
-        given: dict[str, Any] = {self._cache: cache}
+        inputs: dict[str, Any] = {self._cache: cache}
         if mask is not None:
-            given["attention_mask"] = mask.to(device)
-            given["position_ids"] = (mask.sum(-1, keepdim=True) - 1).to(device)
+            inputs["attention_mask"] = mask.to(device)
+            inputs["position_ids"] = (mask.sum(-1, keepdim=True) - 1).to(device)
         with self._speaking(adapter):
-            output = self._model(input_ids=ids.to(device), use_cache=True, **given)
+            output = self._model(input_ids=ids.to(device), use_cache=True, **inputs)
         return output.logits[:, -1].float().cpu()
 
 

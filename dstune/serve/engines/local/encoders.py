@@ -76,13 +76,13 @@ class Batcher:
         try:
             for job in jobs:
                 self._jobs.put(CLIENT.get(), job)
-            found = [await asyncio.wrap_future(job.future) for job in jobs]
+            parts = [await asyncio.wrap_future(job.future) for job in jobs]
         finally:
             self._requests -= 1
             for job in jobs:
                 if job.future.cancel():
                     self._jobs.remove(CLIENT.get(), job)
-        return [answered for part in found for answered in part]
+        return [answered for part in parts for answered in part]
 
     def _run(self) -> None:
         while True:
@@ -105,8 +105,8 @@ class Batcher:
                 log.exception("rows could not be answered")
                 jobs[0].future.set_exception(ApiError(500, f"The engine failed: {error}.", code="engine_error"))
             return alone
-        for job, own in zip(jobs, answers, strict=True):
-            job.future.set_result(own)
+        for job, job_answers in zip(jobs, answers, strict=True):
+            job.future.set_result(job_answers)
         return True
 
     def _answered(self, rows: list[Query]) -> list[Answered]:
@@ -198,17 +198,17 @@ class EncoderApp(EngineApp):
             except RowError as error:
                 raise ApiError(400, f"Invalid {param}[{number}]: {error}.", param=param) from None
         answered = await self._batcher.answers(queries)
-        for number, one in enumerate(answered):
-            if "problem" in one.answer:
-                raise ApiError(400, f"Invalid {param}[{number}]: {one.answer['problem']}.", param=param)
-            if whole and one.cut:
+        for number, answer in enumerate(answered):
+            if "problem" in answer.answer:
+                raise ApiError(400, f"Invalid {param}[{number}]: {answer.answer['problem']}.", param=param)
+            if whole and answer.cut:
                 reason = (
-                    f"it has {one.length} tokens, this model reads at most {self.predictor.longest}, as in training"
+                    f"it has {answer.length} tokens, this model reads at most {self.predictor.longest}, as in training"
                 )
                 raise ApiError(
                     400, f"Invalid {param}[{number}]: {reason}.", param=param, code="context_length_exceeded"
                 )
-        tokens = sum(len(one.ids) for one in answered)
+        tokens = sum(len(answer.ids) for answer in answered)
         return answered, {"prompt_tokens": tokens, "total_tokens": tokens}
 
     def _texts(self, value: Any) -> list[dict[str, Any]]:
@@ -218,27 +218,27 @@ class EncoderApp(EngineApp):
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
         """Tokens and answers of rows as in training."""
         queries = [self._row_reader.query(row, str(number)) for number, row in enumerate(body["rows"])]
-        found = await self._batcher.answers(queries)
-        return {"ids": [one.ids for one in found], "answers": [one.answer for one in found]}
+        answered = await self._batcher.answers(queries)
+        return {"ids": [answer.ids for answer in answered], "answers": [answer.answer for answer in answered]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
         """A vector stands for a complete text: one that is too long is refused, as OpenAI does."""
         answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
-        vectors = [one.answer["vector"] for one in answered]
+        vectors = [item.answer["vector"] for item in answered]
         if body.get("encoding_format") == "base64":
             data: list[Any] = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
         else:
             data = vectors
-        items = [{"object": "embedding", "index": number, "embedding": one} for number, one in enumerate(data)]
+        items = [{"object": "embedding", "index": number, "embedding": item} for number, item in enumerate(data)]
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
         """Of a text that is too long the model reads the beginning, as in training, and the answer says so."""
         answered, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
-        for number, one in enumerate(answered):
-            answer = one.answer
-            item = {"index": number, "label": answer["predicted"], **one.cut}
+        for number, row_answer in enumerate(answered):
+            answer = row_answer.answer
+            item = {"index": number, "label": answer["predicted"], **row_answer.cut}
             if "probabilities" in answer:
                 item |= {"probs": list(answer["probabilities"].values()), "num_classes": len(self.predictor.labels)}
                 item["labels"] = list(answer["probabilities"])
@@ -263,7 +263,7 @@ class EncoderApp(EngineApp):
             raise ApiError(400, f"This model does not moderate: {reason}.", param="model", code="neutral_label_unknown")
         answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
         results = []
-        for answer in (one.answer for one in answered):
+        for answer in (row_answer.answer for row_answer in answered):
             if "probabilities" not in answer:
                 raise ApiError(400, "A regression has no categories.", param="model")
             predicted = answer["predicted"] if isinstance(answer["predicted"], list) else [answer["predicted"]]
@@ -274,13 +274,13 @@ class EncoderApp(EngineApp):
         return {"id": f"modr-{secrets.token_hex(12)}", "model": self.name, "results": results, "usage": usage}
 
     async def tag(self, body: dict[str, Any]) -> dict[str, Any]:
-        given = body["input"] if isinstance(body["input"], list) else [body["input"]]
-        places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in given]
+        rows = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        places = [_words(row) if isinstance(row, str) else [(word, None, None) for word in row] for row in rows]
         column = self._row_reader.text_column or "tokens"
         answered, usage = await self._answers([{column: [word for word, _, _ in row]} for row in places], "input")
         items = []
-        for number, (one, words) in enumerate(zip(answered, places, strict=True)):
-            answer = one.answer
+        for number, (row_answer, words) in enumerate(zip(answered, places, strict=True)):
+            answer = row_answer.answer
             entities = []
             for entity in answer.get("entities", []):
                 start, end = words[entity["start"]][1], words[entity["end"] - 1][2]
@@ -297,22 +297,25 @@ class EncoderApp(EngineApp):
         items = [
             {"index": number, "answer": answer["predicted"]}
             | {key: answer[key] for key in ("no_answer",) if key in answer}
-            for number, answer in enumerate(one.answer for one in answered)
+            for number, answer in enumerate(row_answer.answer for row_answer in answered)
         ]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def reward(self, body: dict[str, Any]) -> dict[str, Any]:
         """How good the last turn of each conversation is."""
-        given = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
-        for number, messages in enumerate(given):
+        conversations = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
+        for number, messages in enumerate(conversations):
             if messages[-1]["role"] != "assistant":
                 reason = (
                     f"Invalid messages[{number}]: a reward is of an answer, so the last turn must be the assistant's."
                 )
                 raise ApiError(400, reason, param="messages")
         column = self._row_reader.mapping.get("messages", "messages")
-        answered, usage = await self._answers([{column: messages} for messages in given], "messages")
-        items = [{"index": number, "score": one.answer["score"], **one.cut} for number, one in enumerate(answered)]
+        answered, usage = await self._answers([{column: messages} for messages in conversations], "messages")
+        items = [
+            {"index": number, "score": row_answer.answer["score"], **row_answer.cut}
+            for number, row_answer in enumerate(answered)
+        ]
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def score(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +348,7 @@ class EncoderApp(EngineApp):
                 for n in order
             ]
             return {"items": visible[: body.get("top_n")], "usage": usage}
-        found = [
+        ranked = [
             {"index": number, "document": {"text": texts[number]}, "relevance_score": scores[number].value}
             | scores[number].cut
             for number in order
@@ -354,7 +357,7 @@ class EncoderApp(EngineApp):
             "id": f"rerank-{secrets.token_hex(12)}",
             "model": self.name,
             "usage": usage,
-            "results": found[: body.get("top_n")],
+            "results": ranked[: body.get("top_n")],
         }
 
     async def _scores(self, first: Sequence[str], second: Sequence[str]) -> tuple[list[Score], dict[str, int]]:
@@ -404,18 +407,18 @@ def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> fro
     return frozenset(label for label in labels if re.sub("[_-]", " ", label.casefold()) in NEUTRAL_LABELS)
 
 
-def _paired(body: Mapping[str, Any], one: str, other: str) -> tuple[list[str], list[str]]:
+def _paired(body: Mapping[str, Any], first_key: str, second_key: str) -> tuple[list[str], list[str]]:
     """Two lists of texts of one length; a single text goes with all of the other list."""
-    first, second = ([value] if isinstance(value, str) else value for value in (body[one], body[other]))
+    first, second = ([value] if isinstance(value, str) else value for value in (body[first_key], body[second_key]))
     if len(first) != len(second) and 1 not in (len(first), len(second)):
-        raise ApiError(400, f"{one} must be one text, or as many as {other}.", param=one)
+        raise ApiError(400, f"{first_key} must be one text, or as many as {second_key}.", param=first_key)
     longest = max(len(first), len(second))
     return (first * longest if len(first) == 1 else first), (second * longest if len(second) == 1 else second)
 
 
 def _words(text: str) -> list[tuple[str, int | None, int | None]]:
     """The words of a text with their first character and the one behind them."""
-    return [(found.group(), found.start(), found.end()) for found in re.finditer(r"\S+", text)]
+    return [(match.group(), match.start(), match.end()) for match in re.finditer(r"\S+", text)]
 
 
 def _cosine(first: Sequence[float], second: Sequence[float]) -> float:

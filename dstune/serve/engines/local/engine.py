@@ -83,8 +83,8 @@ class LocalEngine(Engine):
         return Command(argv, child_environment(), url, str(folder / "http"), stdin)
 
     async def replace_adapter(self, name: str, folder: Path) -> None:
-        given = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
-        await self.ask("POST", "/v1/load_lora_adapter", given)
+        request = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+        await self.ask("POST", "/v1/load_lora_adapter", request)
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return await self.ask("POST", "/parity", {"rows": list(rows)})

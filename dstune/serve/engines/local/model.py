@@ -36,8 +36,8 @@ class _Tongue:
 class LocalModel:
     """A decoder of transformers. Only the computing thread may call what changes adapters."""
 
-    def __init__(self, speaker: Speaker, own: str, trained: str | None):
-        """own: name under which the model is served. trained: name of the adapter that its own folder is, if it is one."""
+    def __init__(self, speaker: Speaker, served_name: str, trained: str | None):
+        """served_name: name under which the model is served. trained: name of the adapter that its own folder is, if it is one."""
         from dstune.models.peft_import import peft
 
         model = speaker.model
@@ -45,14 +45,14 @@ class LocalModel:
         self.model = model.get_base_model() if self._peft is not None else model
         if self.model.config.is_encoder_decoder:
             reason = "is an encoder-decoder, which the local engine does not serve"
-            raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", own))
+            raise UserError(Problem("MODEL", reason, "dstune generate answers files of prompts", served_name))
         self._tongues: dict[str, _Tongue] = {}
         self._base = speaker.voices[BASE].tokenizer
         for name, voice in speaker.voices.items():
             if name == OWN and trained is not None:
                 self._know(trained, voice, OWN)
             elif name == BASE:
-                self._know(own, voice, "")
+                self._know(served_name, voice, "")
         self._refuse_prompts()
         self._numbers = itertools.count()
         self._retired: set[str] = set()
@@ -80,11 +80,11 @@ class LocalModel:
 
     def defaults(self) -> Mapping[str, Any]:
         """What the model's own generation settings say about sampling."""
-        own = self.model.generation_config
-        if not own.do_sample:
+        generation = self.model.generation_config
+        if not generation.do_sample:
             return {}
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
-        return {name: value for name in names if (value := getattr(own, name, None)) is not None}
+        return {name: value for name in names if (value := getattr(generation, name, None)) is not None}
 
     # -- adapters
 
@@ -113,8 +113,8 @@ class LocalModel:
             reason = f"does not fit the model: {first_line(error)}"
             raise UserError(Problem(name, reason, value=str(folder))) from error
         self.model.eval()
-        if (before := self._tongues.get(name)) is not None:
-            self._retired.add(before.adapter)
+        if (earlier := self._tongues.get(name)) is not None:
+            self._retired.add(earlier.adapter)
         self._know(name, voice, adapter)
 
     def forget_retired(self, used: Collection[str]) -> None:

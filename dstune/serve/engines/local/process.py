@@ -79,11 +79,11 @@ def _encoder(settings: dict[str, Any]) -> Any:
     from dstune.serve.engines.local.encoders import EncoderApp
 
     set_threads(settings)
-    named = ModelConfig(
+    model = ModelConfig(
         path=settings["folder"], revision=settings["revision"], trust_remote_code=settings["trust_remote_code"]
     )
     plugins = settings["plugins"]
-    expected = find(named, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
+    expected = find(model, "last", [f"plugins=[{','.join(map(quoted, plugins))}]"] if plugins else [])
     predictor = load(expected, Path(settings["scratch"]))
     compute_in(settings["dtype"], predictor.model)
     return EncoderApp(settings["base"], predictor, settings["neutral_labels"])

@@ -98,6 +98,6 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
     if sampling.top_p < 1:
         ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        logits = logits.index_fill(0, order[before >= sampling.top_p], -torch.inf)
+        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.index_fill(0, order[mass_before >= sampling.top_p], -torch.inf)
     return logits

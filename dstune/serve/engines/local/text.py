@@ -49,11 +49,11 @@ class TextStream:
         self._ids.append(chosen.token)
         self._waiting.append((chosen, len(self._held)))
         self._held += self._new_text()
-        found = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
-        if found >= 0:
+        stop_start = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
+        if stop_start >= 0:
             self.finished = True
-            kept = [token for token, before in self._waiting if before < found]
-            return Piece(self._held[:found], kept, "stop")
+            tokens = [token for token, text_length in self._waiting if text_length < stop_start]
+            return Piece(self._held[:stop_start], tokens, "stop")
         if self.count >= self._limit:
             return self._end("length")
         safe = len(self._held) - self._overlap()
@@ -63,28 +63,28 @@ class TextStream:
             piece.tokens = [token for token, _ in self._waiting]
             self._waiting = []
         elif safe:
-            piece.tokens = [token for token, before in self._waiting if before < safe]
-            self._waiting = [(token, before - safe) for token, before in self._waiting if before >= safe]
+            piece.tokens = [token for token, text_length in self._waiting if text_length < safe]
+            self._waiting = [(token, text_length - safe) for token, text_length in self._waiting if text_length >= safe]
         return piece
 
     def _end(self, finish: str) -> Piece:
         self.finished = True
         self._held += self._new_text(last=True)
-        found = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
-        if found >= 0:
-            finish, self._held = "stop", self._held[:found]
+        stop_start = min((at for stop in self._stop if (at := self._held.find(stop)) >= 0), default=-1)
+        if stop_start >= 0:
+            finish, self._held = "stop", self._held[:stop_start]
         return Piece(self._held, [token for token, _ in self._waiting], finish)
 
     def _new_text(self, *, last: bool = False) -> str:
-        before = self._decode(self._ids[self._start : self._decoded])
+        text_before = self._decode(self._ids[self._start : self._decoded])
         now = self._decode(self._ids[self._start :])
         # A character has four bytes at most. What has still no text then (bytes that are none, control tokens) never gets one, and
         # decoding more and more of it with each token would take the square of the answer.
-        unfinished = len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}")
+        unfinished = len(now) <= len(text_before) or now.endswith("\N{REPLACEMENT CHARACTER}")
         if not last and unfinished and len(self._ids) - self._decoded < MOST_UNFINISHED:
             return ""
         self._start, self._decoded = self._decoded, len(self._ids)
-        return now[len(before) :]
+        return now[len(text_before) :]
 
     def _overlap(self) -> int:
         """Characters at the end of what is held that a stop text may begin with."""
