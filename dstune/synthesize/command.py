@@ -70,16 +70,16 @@ def read_items(spec: str, key: str) -> list[Item]:
     from dstune.data import sources
     from dstune.data.files import place
 
-    found: list[Item] = []
+    items: list[Item] = []
     for file in sources.expand(spec, key):
         for row in sources.read(file):
             where = place(file, row.line)
             if row.fields is None:
                 raise UserError(Problem(key, f"{where}: {row.error}", "repair the row, or leave it out", spec))
-            found.append(Item(len(found), where, row.fields))
-    if not found:
+            items.append(Item(len(items), where, row.fields))
+    if not items:
         raise UserError(Problem(key, "there are no rows", "give another file", spec))
-    return found
+    return items
 
 
 def read_texts(specs: Sequence[str]) -> list[str]:
@@ -170,19 +170,19 @@ def _interruptible(stop: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handler_by_signal = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask_no_more(number: int, frame: Any) -> None:
         stop.set()
-        for number_, handler in before.items():
+        for number_, handler in handler_by_signal.items():
             signal.signal(number_, handler)
 
-    for number in before:
+    for number in handler_by_signal:
         signal.signal(number, ask_no_more)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handler_by_signal.items():
             signal.signal(number, handler)
 
 

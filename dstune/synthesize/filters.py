@@ -36,54 +36,54 @@ class Judged:
 
 
 def staying(judged: Iterable[Judged]) -> Iterator[Judged]:
-    return (one for one in judged if not one.reason)
+    return (row for row in judged if not row.reason)
 
 
 def leave_out_refusals(judged: Sequence[Judged]) -> None:
-    for one in staying(judged):
-        if REFUSALS.match(one.draft.answer):
-            one.reason = "refusal"
+    for row in staying(judged):
+        if REFUSALS.match(row.draft.answer):
+            row.reason = "refusal"
 
 
 def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> None:
     """Answers in another language than these (ISO 639). Needs the extra `clean`."""
     from dstune.data.clean.language import SURE, language
 
-    for one in staying(judged):
-        code, probability = language(one.draft.answer)
-        one.scores["language"] = round(probability, 4)
+    for row in staying(judged):
+        code, probability = language(row.draft.answer)
+        row.scores["language"] = round(probability, 4)
         if code not in languages and probability >= SURE:
-            one.reason = f"language {code}"
+            row.reason = f"language {code}"
 
 
 def leave_out_low_scores(
     judged: Sequence[Judged], name: str, scores: Sequence[float | None], least: float | None
 ) -> None:
     """scores: of those that stay, in their order; None where the grader could not tell."""
-    for one, score in zip(list(staying(judged)), scores, strict=True):
+    for row, score in zip(list(staying(judged)), scores, strict=True):
         if score is None:
-            one.reason = f"{name} could not score it"
+            row.reason = f"{name} could not score it"
             continue
-        one.scores[name] = score
+        row.scores[name] = score
         if least is not None and score < least:
-            one.reason = f"{name} {score:.4g} below {least:g}"
+            row.reason = f"{name} {score:.4g} below {least:g}"
 
 
 def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
     """Of several answers to a request only the first of those that most agree with, if their share is at least `least`."""
     groups: dict[int, list[Judged]] = {}
-    for one in staying(judged):
-        groups.setdefault(one.draft.item.number, []).append(one)
+    for row in staying(judged):
+        groups.setdefault(row.draft.item.number, []).append(row)
     for group in groups.values():
-        counts = Counter(final_answer(one.draft.answer) for one in group)
+        counts = Counter(final_answer(row.draft.answer) for row in group)
         most, count = counts.most_common(1)[0]
         share, chosen = count / len(group), False
-        for one in group:
-            one.scores["agreement"] = round(counts[final_answer(one.draft.answer)] / len(group), 4)
+        for row in group:
+            row.scores["agreement"] = round(counts[final_answer(row.draft.answer)] / len(group), 4)
             if share < least:
-                one.reason = f"agreement {share:.2g} below {least:g}"
-            elif final_answer(one.draft.answer) != most or chosen:
-                one.reason = "another answer stands for it"
+                row.reason = f"agreement {share:.2g} below {least:g}"
+            elif final_answer(row.draft.answer) != most or chosen:
+                row.reason = "another answer stands for it"
             else:
                 chosen = True
 
@@ -102,10 +102,10 @@ def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
     (the extra `clean`)."""
     rows = list(staying(judged))
     seen: set[str] = set()
-    for one in rows:
-        text = comparable(one.draft)
+    for row in rows:
+        text = comparable(row.draft)
         if text in seen:
-            one.reason = "duplicate"
+            row.reason = "duplicate"
         seen.add(text)
     if near is None:
         return
@@ -114,12 +114,12 @@ def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
     from dstune.data.clean.near import SIGNATURE_NUMBERS, NearCopies, signature
 
     rows = list(staying(judged))
-    texts = [comparable(one.draft) for one in rows]
+    texts = [comparable(row.draft) for row in rows]
     signatures = np.frombuffer(b"".join(map(signature, texts)), dtype=np.uint32).reshape(-1, SIGNATURE_NUMBERS)
-    copies = NearCopies(signatures, texts.__getitem__, lambda one, two: np.ones(len(one), dtype=bool), near).find()
-    for one, original in zip(rows, copies.tolist(), strict=True):
+    copies = NearCopies(signatures, texts.__getitem__, lambda row, two: np.ones(len(row), dtype=bool), near).find()
+    for row, original in zip(rows, copies.tolist(), strict=True):
         if original >= 0:
-            one.reason = "near duplicate"
+            row.reason = "near duplicate"
 
 
 def comparable(draft: Draft) -> str:
@@ -151,12 +151,12 @@ class HeldOut:
 
 def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
     """Rows with a prompt, an answer or a source that a held-out text has too."""
-    for one in staying(judged):
-        source = one.draft.row.get("source")
-        texts = [one.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
+    for row in staying(judged):
+        source = row.draft.row.get("source")
+        texts = [row.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
         # Many questions have "yes" for an answer, which gives none of them away.
-        if held_out.meets(one.draft.prompt, whole=True) or any(map(held_out.meets, texts)):
-            one.reason = "contamination"
+        if held_out.meets(row.draft.prompt, whole=True) or any(map(held_out.meets, texts)):
+            row.reason = "contamination"
 
 
 def texts_in(value: Any) -> Iterator[str]:

@@ -65,9 +65,11 @@ class Journal:
             temporary.write_text(text, encoding="utf-8")
             temporary.rename(path)
             return
-        before = parse_json(path.read_bytes())
-        before = before if isinstance(before, dict) else {}
-        if changed := sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name)):
+        settings_before = parse_json(path.read_bytes())
+        settings_before = settings_before if isinstance(settings_before, dict) else {}
+        if changed := sorted(
+            name for name in {*settings_before, *settings} if settings_before.get(name) != settings.get(name)
+        ):
             reason = f"it has answers to other requests: {', '.join(changed)} changed"
             fix = "another folder, or the settings of before (synthesis.json)"
             raise UserError(Problem("--output", reason, fix, str(path.parent)))

@@ -34,8 +34,8 @@ class Settings:
             from dstune.data.clean.language import check_languages
 
             check_languages(list(languages))
-        own = HeldOut(held_out) if arguments.held_out else None
-        return cls(arguments.keep_refusals, languages, own, arguments.agreement, arguments.near)
+        held_out_rows = HeldOut(held_out) if arguments.held_out else None
+        return cls(arguments.keep_refusals, languages, held_out_rows, arguments.agreement, arguments.near)
 
 
 @dataclass
@@ -76,17 +76,17 @@ def make_rows(
     if kind.compares:
         judged = _paired(judged, graders)
         filters.leave_out_duplicates(judged, settings.near)
-    for one in judged:
-        provenance = _provenance(one, answers)
-        if one.reason:
-            made.reasons[_shortened(one.reason)] += 1
-            made.left_out.append({"reason": one.reason, **one.draft.row, SYNTHETIC: provenance})
+    for row in judged:
+        provenance = _provenance(row, answers)
+        if row.reason:
+            made.reasons[_shortened(row.reason)] += 1
+            made.left_out.append({"reason": row.reason, **row.draft.row, SYNTHETIC: provenance})
         else:
-            made.rows.append({**one.draft.row, SYNTHETIC: provenance})
+            made.rows.append({**row.draft.row, SYNTHETIC: provenance})
     if settings.held_out is not None:
-        still = [Judged(one.draft) for one in filters.staying(judged)]
+        still = [Judged(row.draft) for row in filters.staying(judged)]
         filters.leave_out_contaminated(still, settings.held_out)
-        made.contaminated = sum(bool(one.reason) for one in still)
+        made.contaminated = sum(bool(row.reason) for row in still)
     return made
 
 
@@ -98,11 +98,11 @@ def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compa
     if settings.held_out is not None:
         filters.leave_out_contaminated(judged, settings.held_out)
     for name, least in graders.least.items():
-        drafts = [one.draft for one in filters.staying(judged)]
+        drafts = [row.draft for row in filters.staying(judged)]
         # Of a pair the worse answer may be as bad as it is.
         filters.leave_out_low_scores(judged, name, graders.score(name, drafts), None if compares else least)
     if graders.reward_model is not None:
-        drafts = [one.draft for one in filters.staying(judged)]
+        drafts = [row.draft for row in filters.staying(judged)]
         least = None if compares else graders.reward_least
         filters.leave_out_low_scores(judged, "reward_model", graders.score_by_model(drafts), least)
     if settings.agreement is not None:
@@ -114,14 +114,14 @@ def _filter(judged: list[Judged], settings: Settings, graders: Graders, *, compa
 def _paired(judged: Sequence[Judged], graders: Graders) -> list[Judged]:
     """The best and the worst answer to each prompt, by the sum of their scores; those that were left out before come as well."""
     names = [*graders.least, *(["reward_model"] if graders.reward_model is not None else [])]
-    pairs: list[Judged] = [one for one in judged if one.reason]
+    pairs: list[Judged] = [judged_row for judged_row in judged if judged_row.reason]
     groups: dict[int, list[Judged]] = {}
-    for one in filters.staying(judged):
-        groups.setdefault(one.draft.item.number, []).append(one)
+    for judged_row in filters.staying(judged):
+        groups.setdefault(judged_row.draft.item.number, []).append(judged_row)
     for group in groups.values():
-        ordered = sorted(group, key=lambda one: -sum(one.scores[name] for name in names))
+        ordered = sorted(group, key=lambda judged_row: -sum(judged_row.scores[name] for name in names))
         best, worst = ordered[0], ordered[-1]
-        totals = [sum(one.scores[name] for name in names) for one in (best, worst)]
+        totals = [sum(judged_row.scores[name] for name in names) for judged_row in (best, worst)]
         *prompt, chosen = best.draft.row["messages"]
         row = {"prompt": prompt, "chosen": [chosen], "rejected": [worst.draft.row["messages"][-1]]}
         draft = Draft(
@@ -135,17 +135,17 @@ def _paired(judged: Sequence[Judged], graders: Graders) -> list[Judged]:
     return pairs
 
 
-def _provenance(one: Judged, answers: Mapping[str, Answer]) -> dict[str, Any]:
-    item = one.draft.item
-    used = [answers[f"{item.number}/{sample}"] for sample in one.draft.samples]
+def _provenance(row: Judged, answers: Mapping[str, Answer]) -> dict[str, Any]:
+    item = row.draft.item
+    used = [answers[f"{item.number}/{sample}"] for sample in row.draft.samples]
     return {
         "model": used[0].model,
         "version": used[0].version,
         "input": item.place,
         "item": item.number,
-        "samples": list(one.draft.samples),
+        "samples": list(row.draft.samples),
         "seeds": [answer.seed for answer in used],
-        "scores": one.scores,
+        "scores": row.scores,
     }
 
 

@@ -108,8 +108,8 @@ def prompt_of(item: Item) -> Messages | None:
     for name in ("prompt", "messages", "question", "instruction", "query", "text"):
         value = fields.get(name)
         if isinstance(value, str) and value.strip():
-            if name == "instruction" and isinstance(more := fields.get("input"), str) and more.strip():
-                value = f"{value}\n\n{more}"
+            if name == "instruction" and isinstance(input_text := fields.get("input"), str) and input_text.strip():
+                value = f"{value}\n\n{input_text}"
             return [{"role": "user", "content": value}]
         if isinstance(value, list) and value and all(isinstance(turn, dict) and "role" in turn for turn in value):
             while value and value[-1].get("role") == "assistant":
@@ -213,12 +213,12 @@ class Questions(Kind):
     """Characters."""
 
     def items(self, rows: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-        found: list[Item] = []
+        items: list[Item] = []
         for row in rows:
             for start, passage in passages(text_of(row), self.PASSAGE):
                 fields = {"text": passage, "start": start}
-                found.append(Item(len(found), row.place, fields))
-        return found[:count]
+                items.append(Item(len(items), row.place, fields))
+        return items[:count]
 
     def messages(self, item: Item, rows: Sequence[Item], seed: int) -> Messages:
         ask = (
