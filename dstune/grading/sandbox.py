@@ -2,8 +2,8 @@
 
 A program sees an empty file system with the interpreter and the system's libraries, read-only; no network, no process but its own,
 no variable of the environment. Time, memory, processes, files and output are limited; when its time is over, everything that it
-has started is killed. It needs Linux 5.12 and user namespaces that this user may make (`sandbox_child.py`): without them there is
-no sandbox, and what needs one is refused.
+has started is killed. The kernel refuses system calls that no such program needs (`system_calls.py`). It needs Linux 5.12 and user
+namespaces that this user may make (`sandbox_child.py`): without them there is no sandbox, and what needs one is refused.
 """
 
 from __future__ import annotations

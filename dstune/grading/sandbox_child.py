@@ -4,7 +4,7 @@ It stands alone (standard library, Linux): the process that starts it is `dstune
 
 - the outer one makes the namespaces (users, mounts, processes, network, messages between processes, host name) and waits,
 - the first process inside builds the file system: empty, with the interpreter and the system's libraries read-only,
-- the second one gives up every privilege, takes its limits and runs the program.
+- the second one gives up every privilege, takes its limits, has its system calls filtered (`system_calls.py`) and runs the program.
 
 When the first one ends, the kernel kills whatever the program has started.
 """
@@ -15,9 +15,11 @@ import ctypes
 import json
 import os
 import resource
+import runpy
 import signal
 import struct
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -35,6 +37,7 @@ UNAVAILABLE = 71
 """Exit code where there is no sandbox; the reason is on standard error, and `stands` of the limits, a pipe, ends without a byte."""
 OUT_OF_TIME = 124
 """Exit code where the program had to be ended; a program that ends with it ends with 1."""
+SYSTEM_CALLS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "system_calls.py")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -44,13 +47,15 @@ def main() -> None:
     limits = json.loads(sys.argv[1])
     limit(resource.RLIMIT_FSIZE, limits["disk_bytes"])  # standard error is a file of the machine
     program = json.loads(sys.stdin.buffer.read())
+    # By its path, and before the file system is another one: this process has no way to the package.
+    deny_system_calls = runpy.run_path(SYSTEM_CALLS)["deny_system_calls"]
     try:
         enter_namespaces()
     except OSError as error:
         give_up(error)
     first = os.fork()
     if first == 0:
-        run_first_process(limits, program)
+        run_first_process(limits, program, deny_system_calls)
     os.close(limits["stands"])
     _, status = os.waitpid(first, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -88,7 +93,9 @@ def enter_namespaces() -> None:
         raise OSError(code, f"users cannot be mapped ({os.strerror(code)})")
 
 
-def run_first_process(limits: dict[str, Any], program: dict[str, Any]) -> NoReturn:
+def run_first_process(
+    limits: dict[str, Any], program: dict[str, Any], deny_system_calls: Callable[[], bool]
+) -> NoReturn:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     libc.prctl(PR_SET_DUMPABLE, 0)  # the program may not look into this process
     try:
@@ -101,6 +108,7 @@ def run_first_process(limits: dict[str, Any], program: dict[str, Any]) -> NoRetu
         try:
             give_up_privileges()
             take_limits(limits)
+            deny_system_calls()
         except OSError as error:
             give_up(error)
         os.write(limits["stands"], b"x")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +142,73 @@ def test_a_program_has_its_libraries_and_no_variables(monkeypatch):
     monkeypatch.setenv("MY_VARIABLE", "mine")
     source = "import os, sys, numpy; print(numpy.arange(3).sum(), sys.stdin.read(), 'MY_VARIABLE' in os.environ)"
     assert sandbox.run_program(source, "given", Limits(seconds=20)).output == "3 given False\n"
+
+
+FILTERED = """
+import ctypes, errno, os, socket, sys
+sys.path.insert(0, "/work")
+libc = ctypes.CDLL(None, use_errno=True)
+def fails(number, *arguments):
+    ctypes.set_errno(0)
+    assert libc.syscall(number, *arguments) == -1, number
+    return errno.errorcode[ctypes.get_errno()]
+place, numbers = 0 if os.uname().machine == "x86_64" else 1, {numbers}
+print({{fails(pair[place], 0, 0, 0, 0, 0) for pair in numbers.values() if pair[place] is not None}})
+print(fails({clone}[place], 0x10000000, 0, 0, 0, 0), fails({clone3}[place], 0, 0))
+for family in (socket.AF_NETLINK, 38):
+    try:
+        socket.socket(family, socket.SOCK_RAW)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+socket.socketpair(), os.waitpid(os.fork() or os._exit(0), 0)
+import subprocess, threading
+threading.Thread(target=print, args=("thread",)).start()
+print(subprocess.run([sys.executable, "-c", "import os; print(os.uname().sysname)"], capture_output=True, text=True).stdout)
+"""
+
+
+@needs_sandbox
+@pytest.mark.parametrize("user", ["this user", "an ordinary user"])
+def test_the_kernel_does_for_a_program_what_programs_need(user, tmp_path):
+    """Calls that attacks on the kernel begin with are refused, also those that an ordinary user may make elsewhere."""
+    from dstune.grading import system_calls
+
+    source = FILTERED.format(numbers=system_calls.DENIED, clone=system_calls.CLONE, clone3=system_calls.CLONE3)
+    if user == "this user":
+        outcome = sandbox.run_program(source, "", Limits(seconds=20))
+    else:
+        if os.geteuid():
+            pytest.skip("only root can start a process of another user")
+        outcome = run_as_nobody(source, tmp_path)
+    assert not outcome.failure, outcome
+    assert outcome.output.split() == ["{'EPERM'}", "EPERM", "ENOSYS", "EAFNOSUPPORT", "EAFNOSUPPORT", "thread", "Linux"]
+
+
+def run_as_nobody(source: str, folder: Path) -> sandbox.Outcome:
+    """The same by a process of `nobody`, whose interpreter is one that everybody may read."""
+    for name in ("__init__", "sandbox", "sandbox_child", "system_calls"):
+        package = folder / "dstune" / "grading"
+        package.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(sandbox.__file__).with_name(f"{name}.py"), package)
+    (folder / "dstune" / "__init__.py").write_text("")
+    for path in (folder, folder.parent, folder.parent.parent):  # pytest's own are for this user alone
+        path.chmod(0o755)
+    program = "import dataclasses, json, sys; from dstune.grading.sandbox import Limits, run_program\n"
+    program += "print(json.dumps(dataclasses.asdict(run_program(sys.stdin.read(), '', Limits(seconds=20)))))"
+    interpreters = [f"{sys.base_prefix}/bin/python3", "/usr/bin/python3"]
+    python = next((path for path in interpreters if is_readable_by_all(Path(path).resolve())), None)
+    if python is None:
+        pytest.skip("no interpreter that everybody may read")
+    done = subprocess.run(
+        [python, "-c", program], input=source, cwd=folder, user=65534, group=65534, extra_groups=[],
+        env={"TMPDIR": "/tmp"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return sandbox.Outcome(**json.loads(done.stdout))
+
+
+def is_readable_by_all(file: Path) -> bool:
+    return file.exists() and all(path.stat().st_mode & 0o001 for path in (file, *file.parents))
 
 
 HOSTILE = """

@@ -1,0 +1,139 @@
+"""A filter of system calls for programs of strangers: a kernel does for them what programs need, and nothing else that could be
+attacked through it.
+
+It stands alone (standard library, Linux), since `sandbox_child.py` loads it by its path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+DENIED = {
+    # name: its number on (x86_64, aarch64); None where an architecture has none
+    "acct": (163, 89),
+    "add_key": (248, 217),
+    "adjtimex": (159, 171),
+    "bpf": (321, 280),
+    "chroot": (161, 51),
+    "clock_adjtime": (305, 266),
+    "clock_settime": (227, 112),
+    "delete_module": (176, 106),
+    "fanotify_init": (300, 262),
+    "finit_module": (313, 273),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "init_module": (175, 105),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "ioperm": (173, None),
+    "iopl": (172, None),
+    "kcmp": (312, 272),
+    "kexec_file_load": (320, 294),
+    "kexec_load": (246, 104),
+    "keyctl": (250, 219),
+    "lookup_dcookie": (212, 18),
+    "mbind": (237, 235),
+    "memfd_secret": (447, 447),
+    "migrate_pages": (256, 238),
+    "modify_ldt": (154, None),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "move_pages": (279, 239),
+    "name_to_handle_at": (303, 264),
+    "nfsservctl": (180, 42),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "open_tree_attr": (467, 467),
+    "perf_event_open": (298, 241),
+    "personality": (135, 92),
+    "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41),
+    "process_madvise": (440, 440),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "reboot": (169, 142),
+    "request_key": (249, 218),
+    "set_mempolicy": (238, 237),
+    "setdomainname": (171, 162),
+    "sethostname": (170, 161),
+    "setns": (308, 268),
+    "settimeofday": (164, 170),
+    "swapoff": (168, 225),
+    "swapon": (167, 224),
+    "syslog": (103, 116),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+    "vhangup": (153, 58),
+}
+"""What no program under test needs, and what attacks on the kernel begin with. They fail with EPERM."""
+CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+NEW_NAMESPACES = 0x7E020000
+"""CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET."""
+FAMILIES = (1, 2, 10)
+"""AF_UNIX, AF_INET, AF_INET6: what sockets may be of, in a namespace without a network."""
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""By machine: the place of its numbers above, and AUDIT_ARCH."""
+X32 = 0x40000000
+"""Bit of the numbers of another set of calls, which x86_64 has too."""
+NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
+"""Offsets in `struct seccomp_data`; of an argument the lower half, on little-endian machines."""
+LOAD, EQUALS, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+PR_SET_SECCOMP, FILTER = 22, 2
+
+Instruction = tuple[int, int, int, int]
+"""Code, instructions to skip where a comparison holds, and where not, operand: `struct sock_filter`."""
+
+
+def deny_system_calls() -> bool:
+    """Install the filter in this process, for itself and all that it starts; whether the kernel has filters.
+
+    The process must have given up the right to gain privileges (no_new_privs).
+
+    Raises:
+        OSError: the kernel has filters and refuses this one.
+    """
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES:
+        return False
+    instructions = filter_of(machine)
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_SECCOMP, FILTER, ctypes.c_char_p(program), 0, 0) == 0:
+        return True
+    code_of_error = ctypes.get_errno()
+    if code_of_error in (errno.EINVAL, errno.ENOSYS):  # built without it
+        return False
+    raise OSError(code_of_error, f"seccomp: {os.strerror(code_of_error)}")
+
+
+def filter_of(machine: str) -> list[Instruction]:
+    """The filter as a program of the kernel's packet filters."""
+    place, architecture = ARCHITECTURES[machine]
+    program: list[Instruction] = [(LOAD, 0, 0, ARCHITECTURE), (EQUALS, 1, 0, architecture), (RETURN, 0, 0, KILL)]
+    program += [(LOAD, 0, 0, NUMBER), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]
+    for numbers in DENIED.values():
+        if (number := numbers[place]) is not None:
+            program += [(EQUALS, 0, 1, number), (RETURN, 0, 0, FAIL | errno.EPERM)]
+    # Its flags are behind a pointer, where no filter can look: the C library then takes `clone`.
+    program += [(EQUALS, 0, 1, CLONE3[place]), (RETURN, 0, 0, FAIL | errno.ENOSYS)]
+    program += [(EQUALS, 0, 4, CLONE[place]), (LOAD, 0, 0, FIRST_ARGUMENT)]
+    program += [(ANY_BIT, 0, 1, NEW_NAMESPACES), (RETURN, 0, 0, FAIL | errno.EPERM), (RETURN, 0, 0, ALLOW)]
+    program += [(EQUALS, 0, 2 + len(FAMILIES), SOCKET[place]), (LOAD, 0, 0, FIRST_ARGUMENT)]
+    program += [(EQUALS, len(FAMILIES) - number, 0, family) for number, family in enumerate(FAMILIES)]
+    program += [(RETURN, 0, 0, FAIL | errno.EAFNOSUPPORT)]
+    return [*program, (RETURN, 0, 0, ALLOW)]
