@@ -46,7 +46,7 @@ def file_of(callback: type) -> Path:
 
 
 def source_of(callback: type) -> str:
-    """The text of such a file. Raises UserError."""
+    """Return the text of such a file. Raises UserError."""
     name = callback.__name__
     fix = f"write it into a file (%%writefile my_callback.py), and pass callbacks=['./my_callback.py:{name}']"
     try:

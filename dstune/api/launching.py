@@ -73,7 +73,7 @@ def check_overrides(overrides: Sequence[Any]) -> None:
 
 
 def words_of(overrides: Sequence[Any]) -> tuple[str, ...]:
-    """The overrides as texts: mappings and configuration files as what they stand for, where no text repeats it.
+    """Return the overrides as texts: mappings and configuration files as what they stand for, where no text repeats it.
 
     Raises:
         UserError: a mapping or a file that is no configuration.

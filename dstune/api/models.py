@@ -23,7 +23,7 @@ Path_ = str | os.PathLike[str]
 def predict(
     model: Any, rows: Any, *overrides: str, checkpoint: str | int = "last", **options: Any
 ) -> list[dict[str, Any]]:
-    """Labels, tags, answers, scores or vectors of rows that have none: one mapping for each row, in order.
+    """Return labels, tags, answers, scores or vectors of rows that have none: one mapping for each row, in order.
 
     Args:
         model: a `Run`, the directory of a run or checkpoint, an export, a hub id or `sample://NAME`.
@@ -40,7 +40,7 @@ def predict(
 
 
 def generate(model: Any, prompt: Any, *, checkpoint: str | int = "last", **options: Any) -> Any:
-    """Text from a language model: a string for one prompt, a list of strings for several.
+    """Return text from a language model: a string for one prompt, a list of strings for several.
 
     Args:
         model: a `Run`, the directory of a run or checkpoint, an export, a hub id or `sample://NAME`.
@@ -56,7 +56,7 @@ def generate(model: Any, prompt: Any, *, checkpoint: str | int = "last", **optio
 
 
 def evaluate(model: Any, *overrides: str, split: str = "validation", checkpoint: str | int = "last") -> dict[str, Any]:
-    """Metrics of a run, an export or a model on held-out rows, on as many ranks as training uses.
+    """Return metrics of a run, an export or a model on held-out rows, on as many ranks as training uses.
 
     Args:
         model: a `Run`, the directory of a run, an export, a hub id or `sample://NAME`.
@@ -153,7 +153,7 @@ class Plan(dict[str, Any]):
 def plan(
     *overrides: str, hardware: str | None = None, nodes: int | None = None, price: float | None = None, run: Any = None
 ) -> Plan:
-    """Memory of a rank and time of a step for every ZeRO choice, before anything runs.
+    """Return memory of a rank and time of a step for every ZeRO choice, before anything runs.
 
     Args:
         overrides: as for `dstune.train`: `"model=llama3_8b"`, `"method=lora"`, ...

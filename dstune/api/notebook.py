@@ -11,14 +11,14 @@ COLUMNS = 100
 
 
 def console(progress: bool = True) -> Console:
-    """The console of this process: a notebook's, a terminal's or a plain one; one that prints nothing without `progress`."""
+    """Return the console of this process: a notebook's, a terminal's or a plain one; one that prints nothing without `progress`."""
     if not progress:
         return Silent()
     return Notebook() if in_notebook() else Console()
 
 
 def in_notebook() -> bool:
-    """Whether this is a kernel of Jupyter. Imports nothing: a kernel has loaded IPython already."""
+    """Return whether this is a kernel of Jupyter. Imports nothing: a kernel has loaded IPython already."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return type(shell).__name__ == "ZMQInteractiveShell"

@@ -29,12 +29,12 @@ FOLDER = "data"
 
 
 def is_file(rows: Any) -> bool:
-    """Whether `rows` names files (as `data.train` does) instead of holding rows."""
+    """Return whether `rows` names files (as `data.train` does) instead of holding rows."""
     return isinstance(rows, (str, os.PathLike))
 
 
 def file_name(rows: Any, split: str) -> str:
-    """Below the run directory, where `rows` of the split are written."""
+    """Return the file below the run directory where `rows` of the split are written."""
     if _holder(rows) is not None:
         return f"{FOLDER}/{split}.parquet"
     table = _table(rows, split)
@@ -175,7 +175,7 @@ def _write_lines(rows: Any, file: Path, key: str) -> int:
 
 
 def plain_row(row: Any) -> dict[str, Any]:
-    """A row as JSON holds it. Raises ValueError for what it cannot hold."""
+    """Return a row as JSON holds it. Raises ValueError for what it cannot hold."""
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a mapping of columns, not {type(row).__name__}")
     return {str(name): _plain(value, str(name)) for name, value in row.items()}
@@ -198,7 +198,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def each(rows: Any) -> Iterator[Mapping[str, Any] | str]:
-    """The rows or texts of `rows` one by one, to be predicted. Raises UserError: `rows` holds none."""
+    """Yield the rows or texts of `rows` one by one, to be predicted. Raises UserError: `rows` holds none."""
     table = _table(rows, "rows")
     if table is not None:
         yield from table.to_pylist()

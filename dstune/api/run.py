@@ -83,21 +83,21 @@ class Run:
     def predict(
         self, rows: Any, *overrides: str, checkpoint: str | int = "last", **options: Any
     ) -> list[dict[str, Any]]:
-        """`dstune.predict` with this run; the model stays in memory between calls."""
+        """Run `dstune.predict` with this run; the model stays in memory between calls."""
         return self._models.predict(rows, overrides, checkpoint=checkpoint, **options)
 
     def generate(self, prompt: Any, *, checkpoint: str | int = "last", **options: Any) -> Any:
-        """`dstune.generate` with this run; the model stays in memory between calls."""
+        """Run `dstune.generate` with this run; the model stays in memory between calls."""
         return self._models.generate(prompt, checkpoint=checkpoint, **options)
 
     def evaluate(self, *overrides: str, split: str = "validation", checkpoint: str | int = "last") -> dict[str, Any]:
-        """`dstune.evaluate` with this run."""
+        """Run `dstune.evaluate` with this run."""
         from dstune.api.models import evaluate
 
         return evaluate(self.dir, *overrides, split=split, checkpoint=checkpoint)
 
     def export(self, path: str | Path, **options: Any) -> Path:
-        """`dstune.export` with this run; `options` are those of `dstune.export`."""
+        """Run `dstune.export` with this run; `options` are those of `dstune.export`."""
         from dstune.api.models import export
 
         return export(self.dir, path, **options)
@@ -156,7 +156,7 @@ def _number(value: Any) -> str:
 
 
 def load_run(path: str | Path, *, trust: Sequence[str] = ()) -> Run:
-    """The run in the directory `path`, whoever started it: `dstune.load_run("runs/sentiment/2026-01-31_10-00-00")`.
+    """Return the run in the directory `path`, whoever started it: `dstune.load_run("runs/sentiment/2026-01-31_10-00-00")`.
 
     trust: keys of its `run.yaml` that run code or reach out, and are believed although you have not signed them, such as
         `["model.trust_remote_code"]` (docs/security.md).
