@@ -114,7 +114,7 @@ class Case:
 
 
 def all_cases(kinds: list[str] | None, part: str | None, every: bool) -> list[Case]:
-    """The first combination of every kind, then the second of every kind, and so on.
+    """Return the first combination of every kind, then the second of every kind, and so on.
 
     kinds: GROUP:KIND or KIND. part: `3/8` is the third
     of eight."""
@@ -145,7 +145,7 @@ def every_combination(group: str) -> tuple[tuple[str, bool, int], ...]:
 
 
 def model_class_of(case: Case, config: Any) -> Any:
-    """The class that a published checkpoint of this configuration names."""
+    """Return the class that a published checkpoint of this configuration names."""
     from transformers import (
         AutoModelForCausalLM,
         AutoModelForMultimodalLM,
@@ -168,7 +168,7 @@ def note(state: Path, case: Case, result: dict[str, Any]) -> None:
 
 
 def read_state(state: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each case, by its name."""
+    """Return the last line of each case, by its name."""
     lines = state.read_text().splitlines() if state.is_file() else []
     entries = [json.loads(line) for line in lines]
     return {Case(**entry["case"]).name: entry for entry in entries}

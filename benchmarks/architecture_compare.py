@@ -88,7 +88,7 @@ def load_export(case: Case, folder: Path, export: Path) -> Any:
 
 
 def samples_of(config: Any) -> Iterator[list[dict[str, Any]]]:
-    """The samples of each step."""
+    """Yield the samples of each step."""
     from dstune.core.paths import cache_root
     from dstune.core.rank_env import RankEnv
     from dstune.data.build import prepare
@@ -126,7 +126,7 @@ def loss_of(case: Case, model: Any, sample: dict[str, Any]) -> tuple[Any, int]:
 def train_plainly(
     case: Case, config: Any, folder: Path, adapter: Path
 ) -> tuple[Any, dict[str, Any], list[float], list[float]]:
-    """Two steps of SGD, each sample alone: the model, its weights at the start, losses and gradient norms."""
+    """Train two steps of SGD, each sample alone; return the model, its weights at the start, losses and gradient norms."""
     import peft
     import torch
 
@@ -168,7 +168,7 @@ def logits_apart(case: Case, config: Any, plain: Any, exported: Any) -> float:
 
 
 def named_as_checkpoint(folder: Path, export: Path) -> float:
-    """Share of the adapter's modules that the base's files have a weight of under the same name, as servers look them up."""
+    """Return share of the adapter's modules that the base's files have a weight of under the same name, as servers look them up."""
     from safetensors.torch import load_file
 
     adapter = load_file(export / "adapter_model.safetensors")

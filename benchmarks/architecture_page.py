@@ -47,7 +47,7 @@ def in_order(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def rounded(value: Any) -> Any:
-    """Without what differs from run to run, and with two digits of each number."""
+    """Drop what differs from run to run, and keep two digits of each number."""
     if isinstance(value, dict):
         return {
             key: rounded(part)
@@ -62,7 +62,7 @@ def rounded(value: Any) -> Any:
 
 
 def page(table: dict[str, Any]) -> str:
-    """docs/architectures.md, of the JSON file's table."""
+    """Return docs/architectures.md, of the JSON file's table."""
     cases = table["cases"]
     count = {word: sum(WORDS[entry["status"]] == word for entry in cases) for word in dict.fromkeys(WORDS.values())}
     kinds = {(entry["case"]["group"], entry["case"]["kind"]) for entry in cases}
@@ -109,7 +109,7 @@ def combination(entry: dict[str, Any]) -> tuple[int, str]:
 
 
 def plainly(reason: str) -> str:
-    """A reason without what belongs to one architecture, for a list of those that share it."""
+    """Return a reason without what belongs to one architecture, for a list of those that share it."""
     reason = re.sub(r"attention of \S+ crosses", "attention crosses", reason)
     reason = re.sub(r"\(logits differ by [^)]*\)", "(logits differ)", reason)
     return reason.replace("|", "\\|").replace("\n", " ")

@@ -22,7 +22,7 @@ class Unbuilt(Exception):
 
 
 def checkpoint(case: Case, folder: Path) -> Path:
-    """The tiny checkpoint of a kind."""
+    """Return the tiny checkpoint of a kind."""
     from support.tiny import save_tokenizer
     from tiny_architectures import build, save_letters, small_config
     from transformers import AutoTokenizer
@@ -155,7 +155,7 @@ def disturbed_adapters(folder: Path) -> Iterator[None]:
 
 
 def rank_main(arguments: list[str]) -> None:
-    """On each rank: the cases of a file, one after another; rank 0 notes each in the state."""
+    """Run the cases of a file on each rank, one after another; rank 0 notes each in the state."""
     import warnings
 
     warnings.filterwarnings("ignore")

@@ -32,7 +32,7 @@ ATTACKS = (*PROCESSES, *CODE, *RUNS_OF_OTHERS, *SERVER, *FILES, *HANGS)
 
 
 def table() -> str:
-    """The attacks as a Markdown table."""
+    """Return the attacks as a Markdown table."""
     lines = ["| attack | where | how it is held | test | undone in |", "| --- | --- | --- | --- | --- |"]
     for one in ATTACKS:
         file, _, name = one.test.partition(".")

@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def masked(width: int, length: int) -> Callable[..., torch.Tensor]:
-    """As transformers calls torch's fused attention: heads of keys repeated, a mask of all positions with all others."""
+    """Attend as transformers calls torch's fused attention: heads of keys repeated, a mask of all positions with all others."""
     sample = torch.arange(width) // length
     mask = ((sample[:, None] == sample) & torch.ones(width, width, dtype=torch.bool).tril()).expand(2, 1, -1, -1)
 

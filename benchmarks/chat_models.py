@@ -129,7 +129,7 @@ class Model:
     """The template for conversations without tools, where it has one of its own."""
 
     def tokenizer(self, template: str | None = None) -> Any:
-        """A tokenizer with the model's vocabulary, and with another template where one is given."""
+        """Return a tokenizer with the model's vocabulary, and with another template where one is given."""
         tokenizer = tokenizer_for(self.name, self.template, self.ends, self.tokens)
         both = {"default": self.without_tools, "tool_use": self.template} if self.without_tools else self.template
         tokenizer.chat_template = template or both
@@ -137,7 +137,7 @@ class Model:
 
 
 def models(repositories: Path) -> Iterator[Model]:
-    """Those of the list whose repository is there. A text with another digest ends the program."""
+    """Yield those of the list whose repository is there. A text with another digest ends the program."""
     for entry in json.loads(LIST.read_text(encoding="utf-8")):
         if not (repositories / entry["repository"]).exists():
             print(f"{entry['model']}: no clone of {entry['repository']}", file=sys.stderr)
@@ -197,7 +197,7 @@ OPENINGS = {"<think>": "</think>", "[THINK]": "[/THINK]", "<|START_THINKING|>": 
 
 
 def bare(text: str) -> str:
-    """`text` without white space and empty thoughts."""
+    """Return `text` without white space and empty thoughts."""
     return re.sub(r"\s", "", THOUGHTS.sub("", text))
 
 
@@ -227,7 +227,7 @@ class Reference:
         return str(text)
 
     def ways(self, messages: list[dict[str, Any]]) -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
-        """The messages as clients send them, and the arguments with which they may ask for the template."""
+        """Yield the messages as clients send them, and the arguments with which they may ask for the template."""
         switches: list[dict[str, Any]] = [{}]
         switches += [{name: value} for name in ("enable_thinking", "thinking") for value in (True, False)]
         has_calls = any("tool_calls" in message for message in messages)
@@ -295,7 +295,7 @@ class Reference:
         return sent
 
     def judge(self, dialogue: dict[str, Any], samples: list[Any]) -> tuple[str, int]:
-        """(what is wrong, turns that are not trained since no way of asking shows their reasoning)."""
+        """Return (what is wrong, turns that are not trained since no way of asking shows their reasoning)."""
         messages, tools = dialogue["messages"], dialogue.get("tools")
         left, expected = 0, 0
         for number, message in enumerate(messages):
@@ -437,7 +437,7 @@ class Attempt:
 
 
 def remedies(reason: str, tried: Attempt) -> Iterator[Attempt]:
-    """What a refusal proposes and keeps all of the row, its own template first."""
+    """Yield what a refusal proposes and keeps all of the row, its own template first."""
     if "task.reasoning=inline" in reason and not tried.inline:
         given = re.search(r"task\.reasoning_marks='?\[([^],]+),([^],]+)\]", reason)
         yield Attempt(tried.packaged, (given[1], given[2]) if given else None, True, tried.arguments)
@@ -476,7 +476,7 @@ def attempt(model: Model, dialogue: dict[str, Any], tried: Attempt, *, show: boo
 
 
 def cell(model: Model, dialogue: dict[str, Any], *, show: bool = False) -> Cell:
-    """With the model's own template, else with what its refusal names, and what the refusal of that names."""
+    """Try the model's own template, else what its refusal names, and what the refusal of that names."""
     first = attempt(model, dialogue, Attempt(), show=show)
     if first.state != "-":
         return first
@@ -498,7 +498,7 @@ def cell(model: Model, dialogue: dict[str, Any], *, show: bool = False) -> Cell:
 
 
 def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
-    """What servers make of a conversation that is refused: those that render the model's template as transformers does."""
+    """Return what servers make of a conversation that is refused: those that render the model's template as transformers does."""
     reference = Reference(model.tokenizer(), model.ends)
     messages, tools = dialogue["messages"], dialogue.get("tools")
     ways = [way for way in reference.ways(messages) if not any("<think>" in str(of.get("content")) for of in way[0])]
@@ -522,7 +522,7 @@ def of_servers(model: Model, dialogue: dict[str, Any]) -> str:
 
 
 def table(chosen: list[Model], show: str | None = None) -> tuple[list[str], list[str], dict[str, Counter[str]]]:
-    """Lines of Markdown, what is wrong, and by dialogue how many of the forty are in each state."""
+    """Return lines of Markdown, what is wrong, and by dialogue how many of the forty are in each state."""
     lines = ["| model | " + " | ".join(DIALOGUES) + " |", "| --- " * (len(DIALOGUES) + 1) + "|"]
     notes: dict[str, int] = {}
     wrong: list[str] = []
@@ -587,7 +587,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "chat-models.md"
 
 
 def block_of(page: str, name: str) -> list[str]:
-    """The lines between the marks of a table."""
+    """Return the lines between the marks of a table."""
     return page.partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0].splitlines()
 
 

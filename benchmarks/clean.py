@@ -23,7 +23,7 @@ from dstune.data.clean.unicode import clean_unicode
 
 
 def best(rounds: int, work: Callable[[], object]) -> float:
-    """Seconds of the fastest round."""
+    """Return seconds of the fastest round."""
     seconds = []
     for _ in range(rounds):
         began = time.process_time()

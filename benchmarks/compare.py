@@ -132,7 +132,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def speed(run: dict[str, Any]) -> float:
-    """Tokens a second of all ranks, padding left out, by the median of the timed steps."""
+    """Return tokens a second of all ranks, padding left out, by the median of the timed steps."""
     rates = [count / seconds for count, seconds in zip(run["tokens"], run["seconds"], strict=True)]
     return statistics.median(rates[UNTIMED:])
 
@@ -168,7 +168,7 @@ def report(results: dict[str, Any]) -> None:
 
 
 def table(results: dict[str, Any]) -> None:
-    """A line for each cell: how many times as fast dstune is as each rival, and what all sides take."""
+    """Print a line for each cell: how many times as fast dstune is as each rival, and what all sides take."""
     print(
         "| cell | tokens/s | x DeepSpeed | x TRL | x Trainer | peak GiB a rank | to the first step, s | loss at the end |"
     )
@@ -198,7 +198,7 @@ def table(results: dict[str, Any]) -> None:
 
 
 def rounds(results: dict[str, Any], cell: str, side: str) -> dict[int, dict[str, Any]]:
-    """The runs of a side in a cell, by round."""
+    """Return the runs of a side in a cell, by round."""
     found = {name.split("/")[1]: run for name, run in results["runs"].items() if name.split("/")[::2] == [cell, side]}
     return {int(number): run for number, run in found.items()}
 

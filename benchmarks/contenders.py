@@ -62,7 +62,7 @@ class Job:
         ]
 
     def settings(self, tensors: Path) -> dict[str, Any]:
-        """For the scripts of the other sides."""
+        """Return the job for the scripts of the other sides."""
         return {
             "tensors": str(tensors),
             "model": str(samples.resolve("sample://smollm2", fetch=False)),
@@ -94,7 +94,7 @@ class Failed(Exception):
 
 
 def write_tensors(job: Job, path: Path) -> list[int]:
-    """The very rows that dstune will train, as one file of tensors [steps, ranks, batch, sequence]; returns how many
+    """Return the very rows that dstune will train, as one file of tensors [steps, ranks, batch, sequence]; returns how many
     tokens, padding left out, each step has."""
     import torch
 
@@ -170,7 +170,7 @@ def run_script(
 
 
 def run_dstune(job: Job, folder: Path, more: tuple[str, ...] = ()) -> Measured:
-    """`dstune train`, as a user runs it: data path, logging, checks and final save included."""
+    """Run `dstune train`, as a user runs it: data path, logging, checks and final save included."""
     run_dir = folder / "run"
     shutil.rmtree(run_dir, ignore_errors=True)
     command = [sys.executable, "-m", "dstune", "train", *job.overrides(), *more, f"run.dir={run_dir}"]

@@ -27,7 +27,7 @@ STEPS = 600
 
 
 def write_digits(folder: Path) -> None:
-    """`train.jsonl` and `asked.jsonl` beside the scans, each enlarged to 32 x 32 pixels."""
+    """Write `train.jsonl` and `asked.jsonl` beside the scans, each enlarged to 32 x 32 pixels."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -49,7 +49,7 @@ def write_digits(folder: Path) -> None:
 
 
 def save_model(folder: Path) -> None:
-    """A LLaVA of random weights that sees 32 x 32 pixels in patches of 8."""
+    """Save a LLaVA of random weights that sees 32 x 32 pixels in patches of 8."""
     import torch
     from transformers import (
         CLIPImageProcessor,
@@ -82,7 +82,7 @@ def save_model(folder: Path) -> None:
 
 
 def share_named(model: Path, folder: Path) -> float:
-    """The share of the held-out digits that `dstune generate` names."""
+    """Return the share of the held-out digits that `dstune generate` names."""
     from dstune.cli import main
 
     output = folder / f"answers-{time.time_ns()}.jsonl"
@@ -94,7 +94,7 @@ def share_named(model: Path, folder: Path) -> float:
 
 
 def measure(folder: Path, steps: int = STEPS) -> tuple[float, float, float]:
-    """Share of held-out digits named before and after training, and its seconds."""
+    """Return share of held-out digits named before and after training, and its seconds."""
     from dstune.cli import main
 
     os.environ.setdefault("DSTUNE_CACHE", str(folder / "cache"))

@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Peaks in MiB by vocabulary."""
+    """Measure peaks in MiB by vocabulary."""
     rows = []
     for vocabulary in arguments.vocabularies:
         row: dict[str, Any] = {"vocabulary": vocabulary}
@@ -110,7 +110,7 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_students(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Held-out cross entropies by seed."""
+    """Train students; return held-out cross entropies by seed."""
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     common = [

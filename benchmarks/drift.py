@@ -63,7 +63,7 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 
 
 def talk(generator: np.random.Generator, conversations: int) -> np.ndarray:
-    """Turns of conversations, each about a topic of its own mixture [conversations, TURNS, DIMENSIONS]."""
+    """Draw turns of conversations, each about a topic of its own mixture [conversations, TURNS, DIMENSIONS]."""
     topics = np.random.default_rng(7).normal(size=(TOPICS, DIMENSIONS))
     chosen = topics[generator.integers(TOPICS, size=conversations)]
     speaker = generator.normal(scale=0.7, size=(conversations, DIMENSIONS))
@@ -97,7 +97,7 @@ def conversations(generator: np.random.Generator, count: int, begin: float) -> l
 
 
 def null_check(trial: int, size: int, *, streams: bool) -> Any:
-    """A check of two sides from the same distribution, with every kind of signal that a check has."""
+    """Return a check of two sides from the same distribution, with every kind of signal that a check has."""
     generator = np.random.default_rng([2, trial])
     vectors = normalised(talk(generator, 2 * size).mean(axis=1))
     sides = Sides(conversations(generator, size, 0.0), conversations(generator, size, 1e6), vectors)
@@ -145,7 +145,7 @@ def streams(trials: int) -> Iterator[dict[str, Any]]:
 
 
 def pools() -> dict[str, np.ndarray]:
-    """Vectors of MiniLM by kind of text; made once."""
+    """Return vectors of MiniLM by kind of text; made once."""
     if not CACHE.is_file():
         from dstune import samples
         from dstune.monitor.vectors import embed
@@ -174,7 +174,7 @@ Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, Callable[[SignalTa
 
 
 def drifts(pool: dict[str, np.ndarray]) -> dict[str, Draw]:
-    """By name: vectors of both sides, and what else differs."""
+    """Return drifts by name: vectors of both sides, and what else differs."""
 
     def mixed(base: str, other: str, share: float) -> Draw:
         def draw(generator: np.random.Generator, size: int) -> tuple[np.ndarray, Callable[[SignalTable, str], None]]:

@@ -93,7 +93,8 @@ class Trainer:
         self._text = RowTokenizer(self._tokenizer, TEXT, "text", LONGEST)
 
     def texts(self, row: dict[str, Any]) -> tuple[str, str]:
-        """What the model sees of a normalised row, and what of it is trained (of a pair, of both answers). Raises RowError."""
+        """Return what the model sees of a normalised row, and what of it is trained (of a pair, of both answers). Raises
+        RowError."""
         rows = [as_chat(row, answer) for answer in ANSWERS] if "chosen" in row else [row]
         seen, trained = [], []
         for one in rows:
@@ -142,7 +143,7 @@ def row_of(name: str, reading: Reading) -> str:
 
 
 def read(file: Path, trainer: Trainer, compared: int, shown: int) -> Reading:
-    """The file under the first task that reads it; under task=chat where none does."""
+    """Return the file under the first task that reads it; under task=chat where none does."""
     first: Reading | None = None
     for name, task in TASKS.items():
         try:
@@ -196,7 +197,7 @@ def _read(file: Path, name: str, task: TaskConfig, trainer: Trainer, compared: i
 
 
 def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str, trained: str) -> str:
-    """A text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
+    """Return a text of the file that the model does not see, or of the assistant that is not trained; empty where there is none."""
     given = {key: value for key, value in fields.items() if key not in unread.rows}
     for text in (*leaves(given), *schemas(given)):
         if _flat(text) not in _flat(seen):
@@ -216,7 +217,7 @@ def lost(fields: dict[str, Any], unread: Unread, row: dict[str, Any], seen: str,
 
 
 def leaves(value: Any) -> Iterator[str]:
-    """Every text in a row of a file. What is JSON as text is looked into: templates print it in their own way."""
+    """Yield every text in a row of a file. What is JSON as text is looked into: templates print it in their own way."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in NOT_SEEN:
@@ -237,7 +238,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 
 def schemas(fields: dict[str, Any]) -> Iterator[str]:
-    """The function of each tool of a row, as JSON has it."""
+    """Yield the function of each tool of a row, as JSON has it."""
     tools = fields.get("tools") or fields.get("functions") or []
     for tool in json.loads(tools) if isinstance(tools, str) else tools:
         function = json.loads(tool) if isinstance(tool, str) else tool

@@ -105,7 +105,7 @@ class Measured:
 
 
 def spent() -> float:
-    """Processor time of this process and its children that have ended."""
+    """Return processor time of this process and its children that have ended."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
@@ -121,7 +121,7 @@ def _place(error: BaseException) -> str:
 
 
 def fuzz(parser: Parser, inputs: int, number: int, root: Path) -> dict[str, Any]:
-    """A round in a process of its own: `inputs` inputs that follow from `number`."""
+    """Run a round in a process of its own: `inputs` inputs that follow from `number`."""
     answer = root / "answer.json"
     answer.unlink(missing_ok=True)
     child = os.fork()
@@ -172,7 +172,7 @@ def _round(parser: Parser, inputs: int, number: int, root: Path) -> Measured:
 
 
 def scratch() -> Path | None:
-    """A file system in memory, where there is one."""
+    """Return a file system in memory, where there is one."""
     place = Path("/dev/shm")
     return place if os.access(place, os.W_OK) else None
 

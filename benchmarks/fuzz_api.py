@@ -192,7 +192,7 @@ class Fuzzer:
         return pick.choice((b"application/json",) * 9 + (b"text/plain", b"", b"application/json; charset=x")), body
 
     def changed(self, value: Any) -> Any:
-        """The value with one or a few of its parts replaced, removed or added."""
+        """Return the value with one or a few of its parts replaced, removed or added."""
         for _ in range(self.random.choice((0, 1, 1, 1, 2, 4))):
             value = self._changed(value)
         return value

@@ -25,7 +25,7 @@ def jsonl(rows: list[Any]) -> bytes:
 
 
 def later(make: Callable[[], Make]) -> Make:
-    """Of an example that takes long to make."""
+    """Delay an example that takes long to make."""
     made = cache(make)
     return st.deferred(lambda: made())  # hypothesis takes a function alone
 

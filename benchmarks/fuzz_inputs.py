@@ -112,7 +112,7 @@ def mapped(make: Make, change: Callable[[Any], Any]) -> Make:
 
 
 def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where something can be replaced in a value of JSON."""
+    """Yield where something can be replaced in a value of JSON."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -120,7 +120,7 @@ def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def replaced(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
-    """`value` with what stands at `path` replaced by `new`, removed, wrapped, or with `new` beside it."""
+    """Return `value` with what stands at `path` replaced by `new`, removed, wrapped, or with `new` beside it."""
     if not path:
         return {"replace": new, "wrap": [value], "beside": {"x": new, "value": value}}.get(how, new)
     copy = dict(value) if isinstance(value, dict) else list(value)
@@ -135,7 +135,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any, how: str) -> Any:
 
 @st.composite
 def like(draw: Draw, example: Any) -> Any:
-    """`example` with one to four changes."""
+    """Return `example` with one to four changes."""
     for _ in range(draw(st.integers(1, 4))):
         path = draw(st.sampled_from(list(places_in(example))))
         how = draw(st.sampled_from(("replace", "remove", "wrap", "beside")))
@@ -150,7 +150,7 @@ def as_json(given: Any) -> str:
 
 @contextmanager
 def digits() -> Iterator[None]:
-    """Numbers of any length can be written; parsers have Python's own limit."""
+    """Allow numbers of any length to be written, within the block; parsers have Python's own limit."""
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -161,7 +161,7 @@ def digits() -> Iterator[None]:
 
 @st.composite
 def damaged(draw: Draw, content: bytes) -> bytes:
-    """`content` with bytes replaced, cut out, doubled or put in."""
+    """Return `content` with bytes replaced, cut out, doubled or put in."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -185,7 +185,7 @@ def json_bytes(given: Any) -> bytes:
 
 
 def json_file(example: Any) -> Make:
-    """A file of JSON like `example`: changed as a value, or damaged as text."""
+    """Return a file of JSON like `example`: changed as a value, or damaged as text."""
     return one_of(mapped(like(example), json_bytes), damaged(json.dumps(example).encode()), mapped(value, json_bytes))
 
 

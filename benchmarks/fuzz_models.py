@@ -27,7 +27,7 @@ def model_folder(content: bytes, folder: Path) -> None:
 
 
 def opened_model(files: dict[str, bytes], folder: Path) -> None:
-    """Tokenizer and architecture as transformers reads them."""
+    """Open tokenizer and architecture as transformers reads them."""
     from dstune.config.schema import ModelConfig
     from dstune.core.errors import DstuneError
     from dstune.models.load import load_config, load_tokenizer
@@ -68,7 +68,7 @@ def record(content: bytes, folder: Path) -> None:
 
 
 def weights(content: bytes, folder: Path) -> None:
-    """The header of a safetensors file, and the index of several."""
+    """Read the header of a safetensors file, and the index of several."""
     from dstune.core.errors import DstuneError
     from dstune.methods._peft.files import tensors_of
     from dstune.models.base_weights import tensor_files
@@ -83,7 +83,7 @@ def weights(content: bytes, folder: Path) -> None:
 
 
 def reference(content: bytes, folder: Path) -> None:
-    """The reference of an export, and an engine that answers."""
+    """Read the reference of an export, and ask an engine that answers."""
     import asyncio
     from types import SimpleNamespace
 

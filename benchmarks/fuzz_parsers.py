@@ -120,7 +120,7 @@ class Parser:
 
 
 def prepare() -> None:
-    """What takes seconds once, so that no round pays for it: heavy imports, and examples that are made."""
+    """Prepare what takes seconds once, so that no round pays for it: heavy imports, and examples that are made."""
     import datasets  # noqa: F401
     import pyarrow.parquet  # noqa: F401
     import transformers  # noqa: F401

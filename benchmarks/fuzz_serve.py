@@ -84,7 +84,7 @@ def engines() -> list[Any]:
 
 
 def taken(given: tuple[str, bytes], folder: Path) -> None:
-    """As the gateway takes a request, until an engine would get it."""
+    """Take a request as the gateway does, until an engine would get it."""
     from dstune.serve.fields import checked
     from dstune.serve.gateway.output_bound import bounded
     from dstune.serve.gateway.request import Request
@@ -116,7 +116,7 @@ def events() -> Make:
 
 
 def streamed(content: bytes, folder: Path) -> None:
-    """A stream of an engine elsewhere, through all that reads it."""
+    """Read a stream of an engine elsewhere, through all that reads it."""
     from dstune.guard.check import Verdict
     from dstune.guard.policy import Policy
     from dstune.guard.streams import HeldBack
@@ -144,7 +144,7 @@ def streamed(content: bytes, folder: Path) -> None:
 
 
 def answered(content: bytes, folder: Path) -> None:
-    """An answer of an engine elsewhere as the guard and the log take it, and its list of models."""
+    """Read an answer of an engine elsewhere as the guard and the log take it, and its list of models."""
     from dstune.guard.bodies import of_answer
     from dstune.serve.engines.base import context_of
     from dstune.serve.engines.http import object_of, of_its_shape
@@ -175,7 +175,7 @@ def uploads(chat: Any, pair: Any) -> Make:
 
 
 def table_log(content: bytes, folder: Path) -> None:
-    """The log of a Delta table, before the library opens it."""
+    """Check the log of a Delta table, before the library opens it."""
     from dstune.lakehouse.address import parse
     from dstune.lakehouse.inside import refuse_outside
     from dstune.lakehouse.tables import _refusals_named, check_files
@@ -214,7 +214,7 @@ def choice_of_tensors(content: bytes, folder: Path) -> None:
 
 
 def continued(content: bytes, folder: Path) -> None:
-    """The metrics of a run that goes on, as its trackers get them."""
+    """Read the metrics of a run that goes on, as its trackers get them."""
     from dstune.tracking.history import History
     from dstune.tracking.jsonl import JsonLines
 

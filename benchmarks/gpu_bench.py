@@ -61,7 +61,7 @@ class Bench:
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def milliseconds(self, action: Callable[[], object]) -> float:
-        """Median of several calls, after two that are not timed."""
+        """Return median of several calls, after two that are not timed."""
         times = []
         for number in range(self.size(12, 3)):
             self.accelerator.synchronize()
@@ -89,7 +89,7 @@ class Bench:
         return folder if folder.exists() else save_decoder(folder)
 
     def shape(self, name: str, **values: int) -> Path:
-        """A folder with a `config.json` of this shape, without weights; the tokenizer is the tiny one's."""
+        """Return a folder with a `config.json` of this shape, without weights; the tokenizer is the tiny one's."""
         folder = self.folder / name
         if not folder.exists():
             model = self.tiny_model()
@@ -104,7 +104,8 @@ class Bench:
         return folder
 
     def weights(self, folder: Path) -> Path:
-        """Random ones beside the `config.json` in `folder`, drawn on the device: a CPU draws 8B of them for a minute or more."""
+        """Write random weights beside the `config.json` in `folder`, drawn on the device: a CPU draws 8B of them for a minute or
+        more."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -124,7 +125,7 @@ class Bench:
         return file if file.exists() else write_dialogues(file, count)
 
     def packed(self, shape: dict[str, int], name: str, *, steps: int, rows: int, micro: int | str = 2) -> list[str]:
-        """The words of a run of `steps` steps of as many rows of 4k, packed, so that no step has fewer."""
+        """Return the words of a run of `steps` steps of as many rows of 4k, packed, so that no step has fewer."""
         length = self.size(4096, 64)
         return [
             *(f"model.path={self.weights(self.shape(name, **shape))}", f"data.train={self.long_rows(steps, rows)}"),
@@ -135,13 +136,13 @@ class Bench:
         ]
 
     def long_rows(self, steps: int, rows: int) -> Path:
-        """Dialogues that fill so many steps of packed rows of 4k, and one more."""
+        """Write dialogues that fill so many steps of packed rows of 4k, and one more."""
         return self.dialogues((steps + 1) * rows * self.size(4096, 64) // TOKENS_OF_A_DIALOGUE)
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
     def run(self, name: str, *words: str, on_cpu: bool = False) -> dict[str, Any]:
-        """A run of one rank in a process of its own, and what its files say. Raises Failed."""
+        """Return a run of one rank in a process of its own, and what its files say. Raises Failed."""
         flags = ["--simulate"] * (self.simulate and not on_cpu) + ["--cpu"] * on_cpu
         own = {word.partition("=")[0] for word in words}
         common = ["data=files", "launch.processes=1", "run.export=none", "data.max_length=64", "trainer.epochs=100"]
@@ -160,7 +161,7 @@ class Bench:
         return result(self.folder / name)
 
     def reported(self, name: str, *words: str) -> dict[str, Any]:
-        """`run`, and a row of what it reached, or of why it failed; empty where it did."""
+        """Return `run`, and a row of what it reached, or of why it failed; empty where it did."""
         try:
             found = self.run(name, *words)
         except Failed as error:
@@ -173,7 +174,7 @@ class Bench:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What the files of a run say."""
+    """Return what the files of a run say."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "loss" in row]
     ended = json.loads((folder / "result.json").read_text())

@@ -27,7 +27,7 @@ EIGHT_LAYERS = ONE_AND_A_HALF | {"num_hidden_layers": 8}
 
 @case
 def imports(bench: Bench) -> None:
-    """Seconds that each library takes to import, its version, and what dstune requires and the machine has not."""
+    """Measure seconds that each library takes to import, its version, and what dstune requires and the machine has not."""
     import subprocess
 
     for name in (
@@ -54,7 +54,7 @@ def imports(bench: Bench) -> None:
 
 @case
 def losses(bench: Bench) -> None:
-    """Losses and gradient norms at each stage beside those of the CPU in fp32."""
+    """Compare losses and gradient norms at each stage with those of the CPU in fp32."""
     words = (f"model.path={bench.tiny_model()}", "trainer.precision=fp32", "optimizer.lr=1e-3")
     expected = bench.run("cpu", *words, "zero=stage2", on_cpu=True)
     for stage in ("stage2", "stage3", "stage1"):
@@ -71,7 +71,7 @@ def losses(bench: Bench) -> None:
 
 @case
 def packed_step(bench: Bench) -> None:
-    """Steps of packed rows of 4k, and how often each line of a step waits for the device."""
+    """Time steps of packed rows of 4k, and count how often each line of a step waits for the device."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
     waits = bench.folder / "waits.json"
     os.environ["WAITS"] = str(waits)
@@ -83,8 +83,8 @@ def packed_step(bench: Bench) -> None:
 
 @case
 def trace(bench: Bench) -> None:
-    """Where two steps of full 1.5B spend their time, by kind of kernel, and how much of what is copied and reduced at ZeRO-2 runs
-    beside the computation."""
+    """Trace where two steps of full 1.5B spend their time, by kind of kernel, and how much of what is copied and reduced at
+    ZeRO-2 runs beside the computation."""
     words = bench.packed(ONE_AND_A_HALF, "one-and-a-half", steps=5, rows=4)
     if not bench.reported("traced", *words, "zero=stage2", "trainer.profile_steps=2"):
         return
@@ -95,7 +95,7 @@ def trace(bench: Bench) -> None:
 
 @case
 def whole_steps(bench: Bench) -> None:
-    """The fused kernels, each switched alone, in whole steps of packed rows: tokens a second and peak beside the default."""
+    """Time the fused kernels, each switched alone, in whole steps of packed rows: tokens a second and peak beside the default."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=6, rows=4)
     plain = bench.reported("none fused", *words, "zero=stage2", *(f"model.{name}=false" for name in SWITCHES))
     for switch in SWITCHES:
@@ -108,7 +108,7 @@ def whole_steps(bench: Bench) -> None:
 
 @case
 def recompute(bench: Bench) -> None:
-    """ZeRO-3, and which activations are computed again."""
+    """Measure ZeRO-3 by which activations are computed again."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=5, rows=4, micro=1)
     words = [word for word in words if not word.startswith("trainer.activation_checkpointing")]
     for setting in ("true", "selective", "false"):
@@ -117,7 +117,7 @@ def recompute(bench: Bench) -> None:
 
 @case
 def plan(bench: Bench) -> None:
-    """The planner's memory beside the allocator's peak, which has neither the CUDA context nor other libraries in it."""
+    """Compare the planner's memory with the allocator's peak, which has neither the CUDA context nor other libraries in it."""
     from dstune.config.compose import compose
     from dstune.config.schema import Precision
     from dstune.planning.architecture import architecture
@@ -140,7 +140,7 @@ def plan(bench: Bench) -> None:
 
 @case
 def out_of_memory(bench: Bench) -> None:
-    """`trainer.micro_batch_size=auto`, and what a run says that does not fit."""
+    """Try `trainer.micro_batch_size=auto`, and show what a run says that does not fit."""
     words = bench.packed(EIGHT_LAYERS, "eight-layers", steps=2, rows=bench.size(64, 8), micro="auto")
     bench.reported("auto", *words, "zero=stage2")
     if bench.simulate:
@@ -187,7 +187,7 @@ def half(bench: Bench) -> None:
 
 @case
 def deterministic(bench: Bench) -> None:
-    """Two runs of the same words, and whether they are equal to the bit."""
+    """Run twice with the same words, and show whether the runs are equal to the bit."""
     words = (f"model.path={bench.tiny_model()}", "trainer.precision=bf16", "trainer.deterministic=true", "zero=stage2")
     first, second = bench.reported("first", *words), bench.reported("second", *words)
     if first and second:
@@ -196,7 +196,7 @@ def deterministic(bench: Bench) -> None:
 
 @case
 def resume(bench: Bench) -> None:
-    """Half of the steps with saves in the background, then the rest, beside a run without a stop."""
+    """Run half of the steps with saves in the background, then the rest, beside a run without a stop."""
     if bench.simulate:
         bench.row(run="resume", failed="the simulated device has no memory of its own that a checkpoint could copy")
         return

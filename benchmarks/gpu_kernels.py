@@ -10,7 +10,7 @@ from benchmarks.gpu_bench import Bench, case
 
 @case
 def attention(bench: Bench) -> None:
-    """A forward and backward pass of packed rows by each kernel, and by sdpa with a mask."""
+    """Time a forward and backward pass of packed rows by each kernel, and by sdpa with a mask."""
     import torch
     import torch.nn.functional as functional
 
@@ -58,7 +58,7 @@ def attention(bench: Bench) -> None:
 
 @case
 def cross_entropy(bench: Bench) -> None:
-    """The loss of 4,096 targets: chunks, the plain way, Liger's where it is installed."""
+    """Time the loss of 4,096 targets: chunks, the plain way, Liger's where it is installed."""
     import torch
     import torch.nn.functional as functional
     from torch import nn
@@ -94,7 +94,7 @@ def cross_entropy(bench: Bench) -> None:
 
 @case
 def norms(bench: Bench) -> None:
-    """RMS norms of a Llama: transformers' chain, dstune's, torch's kernel; and whether the proof takes it."""
+    """Time RMS norms of a Llama: transformers' chain, dstune's, torch's kernel; and whether the proof takes it."""
     import torch
     import torch.nn.functional as functional
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -118,7 +118,7 @@ def norms(bench: Bench) -> None:
 
 @case
 def elementwise(bench: Bench) -> None:
-    """SwiGLU and rotary positions as transformers has them and compiled, with what the proof says; SwiGLU by Liger where
+    """Time SwiGLU and rotary positions as transformers has them and compiled, with what the proof says; SwiGLU by Liger where
     installed."""
     import torch
     import torch.nn.functional as functional

@@ -82,8 +82,8 @@ def outdated(present: dict[str, str | None], needed: Sequence[Requirement]) -> s
 
 
 def is_enough(name: str, resolved: str, present: dict[str, str | None]) -> bool:
-    """Whether the machine needs no wheel of a package: it is there in the resolved version or a newer one, is large and there in a
-    version that is not known, or comes with the machine's torch."""
+    """Return whether the machine needs no wheel of a package: it is there in the resolved version or a newer one, is large and
+    there in a version that is not known, or comes with the machine's torch."""
     if "torch" in present and re.match("nvidia-|cuda-|triton", name):
         return True
     if name not in present:

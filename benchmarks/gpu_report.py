@@ -73,12 +73,12 @@ def versions() -> dict[str, str]:
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What figures depend on: one that was measured under others is not that of this report."""
+    """Return what figures depend on: one that was measured under others is not that of this report."""
     return {"versions": versions(), "simulated": options.simulate, "gpus": options.gpus, "host": socket.gethostname()}
 
 
 def run_case(name: str, seconds: float, out: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the case measured, or why it did not."""
+    """Return what the case measured, or why it did not."""
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(CASES), name, str(folder)]
@@ -149,7 +149,7 @@ def write_archive(options: argparse.Namespace) -> None:
 
 
 def report(part: int, results: list[dict[str, Any]], *, simulate: bool) -> str:
-    """Markdown to paste: the machine, and a table for each case."""
+    """Return Markdown to paste: the machine, and a table for each case."""
     machine = next(
         (row["machine"] for result in results for row in result["rows"] if "machine" in row), "unknown device"
     )

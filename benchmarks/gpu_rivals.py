@@ -33,8 +33,8 @@ def lora_8b(bench: Bench) -> None:
 
 @case
 def handwritten_1_5b(bench: Bench) -> None:
-    """A DeepSpeed loop on random tokens that are ready in memory, at the same shape, lengths, accumulation and stage. Its rows are
-    one sample each, so it needs no boundaries between samples."""
+    """Time a DeepSpeed loop on random tokens that are ready in memory, at the same shape, lengths, accumulation and stage. Its
+    rows are one sample each, so it needs no boundaries between samples."""
     import torch
 
     folder, length = bench.weights(bench.shape("one-and-a-half", **ONE_AND_A_HALF)), bench.size(4096, 64)
@@ -75,7 +75,7 @@ def free_port() -> int:
 
 @case
 def trl_full_1_5b(bench: Bench) -> None:
-    """In fp32 weights and bf16 products, as SFTTrainer loads a model: dstune's have an fp32 copy too."""
+    """Time TRL in fp32 weights and bf16 products, as SFTTrainer loads a model: dstune's have an fp32 copy too."""
     by_trl(bench, ONE_AND_A_HALF, "one-and-a-half", lora=False)
 
 
@@ -85,7 +85,7 @@ def trl_lora_8b(bench: Bench) -> None:
 
 
 def by_trl(bench: Bench, shape: dict[str, int], name: str, *, lora: bool) -> None:
-    """TRL's SFTTrainer on the same shape, rows and lengths: sdpa, and flash attention and Liger where installed."""
+    """Time TRL's SFTTrainer on the same shape, rows and lengths: sdpa, and flash attention and Liger where installed."""
     if bench.simulate or importlib.util.find_spec("trl") is None:
         bench.row(run=f"TRL {name}", failed="not on a simulated device" if bench.simulate else "TRL is not installed")
         return

@@ -11,7 +11,7 @@ from benchmarks.gpu_bench import Bench, case, result
 
 
 def on_all_gpus(bench: Bench, name: str, *words: str) -> None:
-    """A row of a run with a rank on each GPU: what it reached, or why it failed."""
+    """Report a run with a rank on each GPU: what it reached, or why it failed."""
     gpus = int(os.environ.get("GPUS", "1"))
     if bench.simulate or gpus == 1:
         bench.row(run=name, failed="needs several GPUs: GPUS=8")
@@ -31,7 +31,7 @@ def on_all_gpus(bench: Bench, name: str, *words: str) -> None:
 
 @case
 def nccl(bench: Bench) -> None:
-    """What `dstune doctor` says: NCCL and the bandwidth between all GPUs among it."""
+    """Report what `dstune doctor` says: NCCL and the bandwidth between all GPUs among it."""
     if bench.simulate:
         bench.row(run="nccl", failed="needs several GPUs: GPUS=8")
         return

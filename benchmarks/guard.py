@@ -119,7 +119,8 @@ def rows_of(uri: str) -> list[dict[str, Any]]:
 
 
 def print_family(family: str, folder: Path, overrides: Sequence[str]) -> None:
-    """Attacks of the family are in no row of the training, alone or hidden in documents."""
+    """Print the figures of a model trained without a family: its attacks are in no row of the training, alone or hidden in
+    documents."""
     rows = rows_of("sample://attacks")
     kept = [one for one in rows if one["label"] == "benign" or one["family"] != family]
     data = folder / f"without-{family}.jsonl"
@@ -159,7 +160,7 @@ def _others(cells: Mapping[str, Any], family: str) -> dict[str, Any]:
 
 
 def print_linear(families: Sequence[str]) -> None:
-    """What is left when a family is left out, for a model of words: a lower bound that costs no training."""
+    """Print what is left when a family is left out, for a model of words: a lower bound that costs no training."""
     import numpy as np
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -41,7 +41,7 @@ WORDS = "the a of house river light when they came over small and green to find 
 
 
 def stand_in(folder: Path) -> Path:
-    """MiniLM's architecture with random weights and thresholds that nothing reaches."""
+    """Save MiniLM's architecture with random weights and thresholds that nothing reaches."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -64,7 +64,7 @@ def stand_in(folder: Path) -> Path:
 
 
 def everything() -> dict[str, Any]:
-    """A policy that looks for all that there is, in both directions."""
+    """Return a policy that looks for all that there is, in both directions."""
     exact = [{"detector": one, "action": "flag"} for one in ("prompt_attack/rules", "pii", "secrets", "unknown_links")]
     model = [{"detector": "prompt_attack", "level": "l2_very_likely", "action": "block"}]
     leak = [{"detector": "system_prompt_leak", "action": "flag"}]
@@ -73,7 +73,7 @@ def everything() -> dict[str, Any]:
 
 @asynccontextmanager
 async def behind_guard(model: Path, folder: Path):
-    """A gateway over a stub, and a switch that takes the guard away."""
+    """Start a gateway over a stub, and yield a switch that takes the guard away."""
     from dstune.guard.engine import Guarding
     from dstune.guard.gateway_routes import guard_routes
     from dstune.guard.policy import read
@@ -99,7 +99,7 @@ async def behind_guard(model: Path, folder: Path):
 
 
 def prose(characters: int, seed: int) -> str:
-    """Words that no cache has seen."""
+    """Return words that no cache has seen."""
     draw, words = random.Random(seed), WORDS.split()
     text = ""
     while len(text) < characters:
@@ -167,7 +167,7 @@ async def measure_stream(model: Path, streams: int) -> None:
 
 
 def conversations(rows: int) -> Iterator[list[dict[str, str]]]:
-    """The first ones of the packaged dialogues: the model's training reads none of them (docs/guard-model.md)."""
+    """Yield the first ones of the packaged dialogues: the model's training reads none of them (docs/guard-model.md)."""
     from dstune import samples
 
     with samples.resolve("sample://chitchat").open(encoding="utf-8") as lines:
@@ -203,7 +203,7 @@ def measure_conversations(policy: str, model: Path | None, rows: int) -> None:
 
 
 def measure_rules() -> None:
-    """On the packaged attacks' test and calibration (docs/guard-model.md): the rules were written without them."""
+    """Measure the rules on the packaged attacks' test and calibration (docs/guard-model.md): they were written without them."""
     from dstune import samples
     from dstune.guard.rules import matching
     from dstune.guard.variants import variants

@@ -71,7 +71,7 @@ def quiet() -> None:
 
 
 def load(settings: dict[str, Any]) -> PreTrainedModel:
-    """The model, with adapters where the method asks for them."""
+    """Return the model, with adapters where the method asks for them."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["precision"]]
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=dtype, attn_implementation=settings.get("attention", "sdpa")

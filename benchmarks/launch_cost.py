@@ -47,7 +47,7 @@ def median(measure: Callable[[], float], rounds: int = ROUNDS) -> float:
 
 
 def of_signing() -> dict[str, float]:
-    """Seconds of a launch: the key when there is none yet, what is signed, and the look at a stored run."""
+    """Return seconds of a launch: the key when there is none yet, what is signed, and the look at a stored run."""
     from dstune.config import trust
     from dstune.config.compose import compose
     from dstune.config.run_file import read_run_content, write_run
@@ -71,7 +71,7 @@ def of_signing() -> dict[str, float]:
 
 
 def of_tokenizer() -> dict[str, float]:
-    """Seconds that a rank takes to try the patterns of a tokenizer, beside a process that has imported what ranks do."""
+    """Return seconds that a rank takes to try the patterns of a tokenizer, beside a process that has imported what ranks do."""
     import torch  # noqa: F401 (a fork has to copy its tables)
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +90,7 @@ def of_tokenizer() -> dict[str, float]:
 
 
 def rank(number: int, folder: str, kind: str) -> None:
-    """Prints what this rank measures, as JSON: one process forms one group."""
+    """Print what this rank measures, as JSON: one process forms one group."""
     import torch
     import torch.distributed as torch_dist
 
@@ -120,7 +120,7 @@ def rank(number: int, folder: str, kind: str) -> None:
 
 
 def of_ranks(kind: str) -> dict[str, float]:
-    """The slower rank's figures."""
+    """Return the slower rank's figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--rank"]
         ranks = [
@@ -147,14 +147,14 @@ RUN = (
 
 
 def write_rows(scratch: Path) -> None:
-    """The data of RUN."""
+    """Write the data of RUN."""
     texts = [f"{number} and {number + 1} and some more words" for number in range(400)]
     turns = [[{"role": role, "content": text} for role in ("user", "assistant")] for text in texts]
     (scratch / "rows.jsonl").write_text("".join(f"{json.dumps({'messages': both})}\n" for both in turns))
 
 
 def whole_run(tree: Path, scratch: Path, processors: set[int]) -> tuple[float, float]:
-    """Seconds from the command to the end of the first step, and of a step behind the tenth."""
+    """Return seconds from the command to the end of the first step, and of a step behind the tenth."""
     folder = scratch / "run"
     scratch.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -177,7 +177,7 @@ def whole_run(tree: Path, scratch: Path, processors: set[int]) -> tuple[float, f
 
 
 def beside(other: Path, rounds: int) -> None:
-    """Both trees run at the same moment: by turns, one machine's runs differ by more than the trees do (0.925 to 1.01)."""
+    """Run both trees at the same moment: by turns, one machine's runs differ by more than the trees do (0.925 to 1.01)."""
     trees = [TREE, other.resolve()]
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
@@ -243,7 +243,7 @@ class TimedRun:
         return found
 
     def wait_for(self, wanted: Callable[[int], bool]) -> float:
-        """Seconds since the command until the newest row is of a wanted step."""
+        """Return seconds since the command until the newest row is of a wanted step."""
         rows = self.folder / "metrics.jsonl"
         while True:
             lines = rows.read_text().splitlines() if rows.is_file() else []
@@ -255,7 +255,7 @@ class TimedRun:
             time.sleep(0.01)
 
     def seconds_to_train_again(self) -> float:
-        """From the kill of a rank, well after a save, to the first step after that save."""
+        """Measure the seconds from the kill of a rank, well after a save, to the first step after that save."""
         self.wait_for(lambda step: step > SAVE_EVERY)
         killed = self.ranks()[-1]
         self.wait_for(lambda step: 0.3 * SAVE_EVERY < step % SAVE_EVERY < 0.6 * SAVE_EVERY)

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write_texts(path: Path, options: argparse.Namespace) -> None:
-    """Texts of two lengths, so that rows hold one sample or several."""
+    """Write texts of two lengths, so that rows hold one sample or several."""
     choose = random.Random(0)
     with path.open("w") as stream:
         for number in range(6 * options.steps):

@@ -41,7 +41,7 @@ class Change:
     count: int = 1
 
     def applied(self, root: Path) -> str:
-        """The changed text of the file below `root`. Raises ValueError: the text is not there so many times."""
+        """Return the changed text of the file below `root`. Raises ValueError: the text is not there so many times."""
         text = (root / "dstune" / self.file).read_text(encoding="utf-8")
         if text.count(self.old) != self.count:
             raise ValueError(f"{self.file} has {text.count(self.old)} times, not {self.count}: {self.old}")
@@ -70,7 +70,7 @@ def undo(
 
 @contextlib.contextmanager
 def mutated(root: Path, mutation: Mutation) -> Iterator[None]:
-    """The tree at `root` with the changes, which are taken back at the end."""
+    """Make the changes in the tree at `root`, and take them back at the end."""
     before: dict[Path, tuple[str, os.stat_result]] = {}
     try:
         for change in mutation.changes:
@@ -88,7 +88,7 @@ def mutated(root: Path, mutation: Mutation) -> Iterator[None]:
 
 
 def copied(folder: Path) -> Path:
-    """The files of the tree as git knows them, in a folder of their own."""
+    """Return the files of the tree as git knows them, in a folder of their own."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in filter(None, names.decode().split("\0")):
         if (ROOT / name).is_file():
@@ -113,8 +113,8 @@ class Counted:
 
 
 def run(root: Path, test: str, case: str) -> dict[str, Any] | None:
-    """The outcomes of a test in the tree at `root`, in a fork of this process, which has imported the large packages; None
-    where it did not end."""
+    """Return the outcomes of a test in the tree at `root`, in a fork of this process, which has imported the large packages;
+    None where it did not end."""
     answer = root / "answer.json"
     answer.unlink(missing_ok=True)
     child = os.fork()

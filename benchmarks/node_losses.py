@@ -75,7 +75,7 @@ class Nodes:
         self.login, self.machines, self.slurm = login, machines, slurm
 
     def processes(self, node: str) -> list[psutil.Process]:
-        """All processes on a machine."""
+        """Return all processes on a machine."""
         place = _host_names(self.machines.first_process(node))
         return [process for process in psutil.process_iter() if _host_names(process.pid) == place]
 
@@ -87,7 +87,7 @@ class Nodes:
         ]
 
     def agent(self, node: str) -> psutil.Process | None:
-        """The process that starts ranks, not the one that keeps it."""
+        """Return the process that starts ranks, not the one that keeps it."""
         agents = [process for process in self.processes(node) if _is_agent(process)]
         return next((process for process in agents if process.ppid() in {other.pid for other in agents}), None)
 
@@ -97,11 +97,11 @@ class Nodes:
         self.slurm.start_node(node)
 
     def slurm_log(self) -> str:
-        """The last lines of SLURM's controller."""
+        """Return the last lines of SLURM's controller."""
         return "\n".join((self.slurm.root / "log" / "slurmctld.log").read_text().splitlines()[-25:])
 
     def left_over(self) -> list[str]:
-        """Processes of dstune that are left on any node."""
+        """Return processes of dstune that are left on any node."""
         commands = (" ".join(_words(process)) for node in self.machines.names for process in self.processes(node))
         return [command for command in commands if "dstune" in command]
 
@@ -154,7 +154,7 @@ class Campaign:
         return ["train", *overrides(self.run_dir.name), *launch, *self.further, "launch.restarts=50", *further]
 
     def chosen(self, kinds: list[str]) -> list[str]:
-        """Those of `kinds` that this run can meet."""
+        """Return those of `kinds` that this run can meet."""
         fitting = [kind for kind in kinds if (kind in CUTS) == (self.mode == "cut")]
         if self.launcher == "hostfile":
             return [kind for kind in fitting if not kind.startswith("batch node")]
@@ -202,7 +202,7 @@ class Campaign:
         }
 
     def past(self, more: int = 2) -> bool:
-        """Whether the run has trained on since the last strike."""
+        """Return whether the run has trained on since the last strike."""
         done = self.figures[-1]["step"] if self.figures else 0
         return last_step(self.run_dir) >= done + more
 
@@ -259,12 +259,12 @@ class Campaign:
         print(f"{self.launcher} {self.mode}: {figure}", flush=True)
 
     def batch_node(self) -> str:
-        """The node that runs the script of the job."""
+        """Return the node that runs the script of the job."""
         shown = self.nodes.slurm.call("scontrol", "show", "job", self.job())
         return re.findall(r"BatchHost=(\S+)", shown)[0]
 
     def job(self) -> str:
-        """The number of the run's job in SLURM's queue."""
+        """Return the number of the run's job in SLURM's queue."""
         return self.nodes.slurm.call("squeue", "-h", "-o", "%A").split()[0]
 
     def status(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ class Campaign:
         return (self.run_dir / "logs" / "launch.log").read_text()
 
     def starts(self) -> int:
-        """How often all ranks were started."""
+        """Return how often all ranks were started."""
         return self.messages().count("dstune: starting ")
 
     def until(
@@ -297,7 +297,7 @@ class Campaign:
 
 
 def pauses(nodes: Nodes, launcher: str) -> list[dict[str, Any]]:
-    """A node that is stopped for 10 s, and a step of a minute: nothing may start again."""
+    """Return a node that is stopped for 10 s, and a step of a minute: nothing may start again."""
     campaign = Campaign(nodes, launcher, "spare")
     campaign.run_dir = campaign.run_dir.with_name(f"{launcher}-pauses")
     command = nodes.login.start(*campaign.words("trainer.max_steps=80"))

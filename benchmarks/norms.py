@@ -63,7 +63,7 @@ def now(device: torch.device) -> float:
 
 
 def kept(norm: torch.nn.Module, rows: torch.Tensor) -> float:
-    """Bytes between the passes, for an element of `rows`."""
+    """Return bytes between the passes, for an element of `rows`."""
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ CHOICES = {
 
 
 def train(folder: Path, name: str, overrides: list[str], steps: int) -> dict[str, float]:
-    """Peak memory of a rank in GiB, the median seconds of a step and its last loss."""
+    """Return peak memory of a rank in GiB, the median seconds of a step and its last loss."""
     run = folder / name.rpartition("=")[2].replace(" ", "-")
     command = [
         *(sys.executable, "-m", "dstune", "train", "model=smollm2", "data=chitchat", "data.max_length=256"),

@@ -169,7 +169,7 @@ def main() -> None:
 
 
 def write_model(folder: Path, config: dict[str, Any]) -> None:
-    """`config.json` and a word-level tokenizer: all that `model.weights=random` needs."""
+    """Write `config.json` and a word-level tokenizer: all that `model.weights=random` needs."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -185,7 +185,7 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_rows(path: Path, case: Case) -> None:
-    """Twice as many full rows as the run reads."""
+    """Write twice as many full rows as the run reads."""
     choose = random.Random(0)
     rows = 2 * STEPS * 8 * case.micro_batch
     with path.open("w") as stream:
@@ -212,7 +212,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
 
 def predict(name: str, scratch: Path) -> float:
-    """GiB of a rank, by the planner on as many CPU ranks."""
+    """Return giB of a rank, by the planner on as many CPU ranks."""
     case = CASES[name]
     folder = scratch / f"{name}-plan"
     folder.mkdir()
@@ -241,7 +241,7 @@ def report(rows: list[tuple[str, float, float]]) -> None:
 
 
 def plot(rows: list[tuple[str, float, float]]) -> str:
-    """Predicted against measured, both axes in GiB, with the diagonal and 10% beside it."""
+    """Plot predicted against measured, both axes in GiB, with the diagonal and 10% beside it."""
     size, edge = 360, 44
     most = 1.1 * max(max(predicted, actual) for _, predicted, actual in rows)
 

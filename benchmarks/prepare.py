@@ -48,7 +48,7 @@ WORDS = [
 
 
 def generate(path: Path, rows: int) -> None:
-    """Rows of a few words and a number, nearly all of them different; about 60 bytes each."""
+    """Write rows of a few words and a number, nearly all of them different; about 60 bytes each."""
     choose = random.Random(0)
     with path.open("w") as stream:
         for number in range(rows):
@@ -56,7 +56,7 @@ def generate(path: Path, rows: int) -> None:
 
 
 def prepare(kind: str, file: Path, folder: Path, rows: int) -> dict[str, Any]:
-    """One preparation, run in a process of its own; imports are done before the time starts."""
+    """Time one preparation, run in a process of its own; imports are done before the time starts."""
     from dstune import samples
     from dstune.config.compose import compose
     from dstune.core.rank_env import RankEnv
@@ -97,7 +97,7 @@ def prepare(kind: str, file: Path, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def anonymous(process: psutil.Process) -> int:
-    """Bytes of memory that no file stands behind, of this process; what it shares with others counts in parts, so that
+    """Return bytes of memory that no file stands behind, of this process; what it shares with others counts in parts, so that
     the sum over a process and its forks is what they take together."""
     try:
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
@@ -118,7 +118,7 @@ def size_of(folder: Path) -> int:
 
 
 def measure(kind: str, rows: int, folder: Path) -> dict[str, Any]:
-    """One size: what the process says, and what was seen of it and its children."""
+    """Measure one size: what the process says, and what was seen of it and its children."""
     file, cache = folder / "rows.jsonl", folder / "prepared"
     generate(file, rows)
     command = [sys.executable, __file__, "--one", kind, str(file), str(cache), str(rows)]

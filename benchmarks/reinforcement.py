@@ -100,7 +100,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 
 def times_of(folder: Path) -> list[float]:
-    """Processor seconds of each step but the first."""
+    """Return processor seconds of each step but the first."""
     ends = [json.loads(line)["seconds"] for line in (folder / "processor_time.jsonl").read_text().splitlines()]
     return [after - before for before, after in itertools.pairwise(ends)]
 
@@ -187,7 +187,7 @@ def beside_trl(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_trl(arguments: argparse.Namespace) -> None:
-    """One run of TRL's GRPOTrainer on the rows in the working directory."""
+    """Run TRL's GRPOTrainer once on the rows in the working directory."""
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -237,7 +237,7 @@ def run_trl(arguments: argparse.Namespace) -> None:
 
 
 def learn_words(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A verifiable task that a small model can do in part: so many words, no more and no less."""
+    """Return a verifiable task that a small model can do in part: so many words, no more and no less."""
     questions = [f"{prompt}? Answer in {words} words." for prompt in PROMPTS for words in (3, 5, 8)]
     counts = [words for _ in PROMPTS for words in (3, 5, 8)]
     write_rows(

@@ -40,7 +40,7 @@ SOAK_MODES = {"sync": [], "async": ["checkpoint.mode=async"]}
 
 
 def soak(scene: Scene, kills: int, mode: str, seed: int) -> dict[str, Any]:
-    """Random kills at random moments, start-up and saves included, until as many have struck; then the run may end.
+    """Kill at random moments, start-up and saves included, until as many kills have struck; then the run may end.
 
     Kept in `soak-MODE.json` after every kill, so that the soak itself can be killed."""
     run_dir, notes = scene.folder / f"soak-{mode}", scene.folder / f"soak-{mode}.json"
@@ -163,7 +163,7 @@ def ended_soaks(folder: Path) -> list[str]:
 
 
 def note_commit(folder: Path) -> str:
-    """The commit at which the work in `folder` began."""
+    """Return the commit at which the work in `folder` began."""
     note = folder / "commit.txt"
     if not note.exists():
         done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)

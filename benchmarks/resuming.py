@@ -29,12 +29,12 @@ SAVING_RANKS = 2
 
 
 def bytes_read() -> int:
-    """What read() and the like have returned to this process."""
+    """Return what read() and the like have returned to this process."""
     return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
 
 
 def mapped_bytes(folder: Path) -> int:
-    """The memory of this process that is pages of files in `folder`."""
+    """Return the memory of this process that is pages of files in `folder`."""
     size, counts = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -55,7 +55,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def rank(run_yaml: Path, action: str) -> dict[str, float] | None:
-    """What each rank does: save a checkpoint, or resume and measure."""
+    """Return what each rank does: save a checkpoint, or resume and measure."""
     import torch
     from support.ranks import start_rank
 

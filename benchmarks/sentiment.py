@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def plain_loop(run_dir: Path) -> dict[str, float]:
-    """What one would write by hand; takes the rows that dstune split and tokenized."""
+    """Return what one would write by hand; takes the rows that dstune split and tokenized."""
     import torch
     from sklearn.metrics import f1_score
     from torch.nn.functional import cross_entropy

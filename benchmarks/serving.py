@@ -177,7 +177,7 @@ class Processes:
         return float(times.user + times.system)
 
     def stop(self) -> int:
-        """The exit code of the gateway."""
+        """Return the exit code of the gateway."""
         gateway = self.running.pop("gateway")[0]
         gateway.send_signal(signal.SIGTERM)
         code = gateway.wait(30)
@@ -270,7 +270,7 @@ async def _throughput(client: httpx2.AsyncClient, streams: int) -> float:
 
 
 async def cpu(tree: Path, requests: int, rounds: int) -> dict[str, Any]:
-    """CPU time of a request's gateway, in ms: that of the tree, of this one, and what this one takes more."""
+    """Compare CPU time of a request's gateway, in ms: that of the tree, of this one, and what this one takes more."""
     new = Processes("stub", "gateway")
     old = Processes("gateway", tree=tree.resolve(), stub=new.url("stub"))
     sides, used = {"old": old, "new": new}, {"old": [], "new": []}
@@ -433,7 +433,7 @@ class Served:
         return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=600, trust_env=False)
 
     async def stream(self, client: httpx2.AsyncClient, tokens: int) -> tuple[float, int]:
-        """Seconds to the first text, and tokens of the answer."""
+        """Return seconds to the first text, and tokens of the answer."""
         asked = {
             "model": self.model,
             "messages": [{"role": "user", "content": "Tell me about the sea."}],
@@ -458,7 +458,7 @@ WORST_BYTES = (8 << 20) - 512
 
 
 def worst_bodies(choose: random.Random) -> Iterator[tuple[str, bytes]]:
-    """Without end, in no order: what takes longest for its size, and what a fuzzer makes of each route's requests."""
+    """Yield bodies without end, in no order: what takes longest for its size, and what a fuzzer makes of each route's requests."""
     from benchmarks import fuzz_serve
 
     def filled(start: bytes, part: bytes, end: bytes) -> bytes:
@@ -504,7 +504,7 @@ def worst_bodies(choose: random.Random) -> Iterator[tuple[str, bytes]]:
 
 
 async def send_worst(url: str, key: str, model: str, seconds: float, streams: int) -> None:
-    """What a process of its own does to the server."""
+    """Send the worst bodies to the server from a process of its own."""
     ends, counts = time.monotonic() + seconds, dict[str, int]()
 
     async def one(number: int) -> None:

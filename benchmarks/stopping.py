@@ -28,7 +28,8 @@ BATCH = 25
 
 
 def split(folder: Path, rows: int) -> tuple[Path, list[list[dict[str, str]]]]:
-    """A training file with `rows` dialogues, and the openings of held-out ones: one, three or five turns, the user's last."""
+    """Return a training file with `rows` dialogues, and the openings of held-out ones: one, three or five turns, the user's
+    last."""
     lines = samples.resolve("sample://chitchat").read_text(encoding="utf-8").splitlines()
     train = folder / "train.jsonl"
     train.write_text("\n".join(lines[:rows]) + "\n", encoding="utf-8")
@@ -47,7 +48,7 @@ def dstune(*arguments: str) -> None:
 def share_stopped(
     folder: str, template_of: str, prompts: list[Any], new_tokens: int, decoding: dict[str, Any]
 ) -> tuple[float, list[str]]:
-    """Share of `prompts` whose answer ends with an end token of the model's own settings; and the answers.
+    """Return share of `prompts` whose answer ends with an end token of the model's own settings; and the answers.
 
     template_of: folder of the tokenizer, with its template; its generation settings serve the base too.
     """

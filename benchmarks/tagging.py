@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def split(folder: Path) -> tuple[Path, Path]:
-    """Every sixth tweet is held out, HELD_OUT of them; the others are trained on."""
+    """Return every sixth tweet is held out, HELD_OUT of them; the others are trained on."""
     rows = samples.resolve("sample://ner", fetch=True).read_text(encoding="utf-8").splitlines()
     held = set(range(0, 6 * HELD_OUT, 6))
     train, validation = folder / "train.jsonl", folder / "held.jsonl"
@@ -93,7 +93,7 @@ def pair(
 
 
 def trainer(config: RunConfig, files: tuple[Path, Path], folder: Path) -> dict[str, Any]:
-    """The recipe of the transformers documentation: words split into sub-words, the first one with the label."""
+    """Return the recipe of the transformers documentation: words split into sub-words, the first one with the label."""
     import numpy as np
     import torch
     from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score

@@ -156,7 +156,7 @@ TEXT_TAGS = {
 
 
 def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tuple[str, ...] = ()) -> Any:
-    """A byte-level tokenizer with the control tokens that `template` prints.
+    """Return a byte-level tokenizer with the control tokens that `template` prints.
 
     ends: those of the generation settings, where they are not told by the name; more: control tokens of the vocabulary beside.
     """
@@ -194,7 +194,7 @@ def tokenizer_for(name: str, template: str, ends: tuple[str, ...] = (), more: tu
 
 
 def family_of(name: str) -> str:
-    """The name under which ENDS has the family of a template."""
+    """Return the name under which ENDS has the family of a template."""
     known = name.removeprefix("dstune/").lower()
     if "hermes" in known:
         return "hermes"
@@ -202,8 +202,8 @@ def family_of(name: str) -> str:
 
 
 def listed_templates(file: Path) -> dict[str, str]:
-    """The templates that a list of models has (`FAMILY_FILE`), each text once, under the first model with it. A template that
-    is not the one that was measured is reported."""
+    """Return the templates that a list of models has (`FAMILY_FILE`), each text once, under the first model with it. A template
+    that is not the one that was measured is reported."""
     found: dict[str, str] = {}
     for model in json.loads(file.read_text(encoding="utf-8")):
         name, text = model["model_name"].replace("/", "_"), model.get("chat_template")
@@ -217,7 +217,7 @@ def listed_templates(file: Path) -> dict[str, str]:
 
 
 def templates(folder: Path | None = None, *, marked: bool = False) -> dict[str, str]:
-    """Templates by name: those in `folder`, else of TRL (without those that it changed for training, or these alone) and
+    """Return templates by name: those in `folder`, else of TRL (without those that it changed for training, or these alone) and
     dstune's own."""
     if folder is not None:
         return {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.rglob("*.jinja"))}
@@ -319,7 +319,7 @@ DIALOGUES: dict[str, dict[str, Any]] = {
 
 
 def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
-    """As a row of a file is read and stored; an answer that says nothing may be learned here. Raises RowError."""
+    """Read and store a row as one of a file; an answer that says nothing may be learned here. Raises RowError."""
     messages = conversation_of(dialogue["messages"], "messages")
     return dict(json.loads(json_text(conversation_row(messages, dialogue, needs_answer=True, silence=True))))
 
@@ -327,7 +327,7 @@ def prepared(dialogue: dict[str, Any]) -> dict[str, Any]:
 def cell(
     tokenizer: Any, dialogue: dict[str, Any], *, show: bool = False, reasoning: Reasoning = Reasoning.keep
 ) -> tuple[str, str]:
-    """What the table shows, and a refusal's reason or what is wrong."""
+    """Return what the table shows, and a refusal's reason or what is wrong."""
     try:
         row = prepared(dialogue)
         marks = ["<think>", "</think>"] if reasoning is Reasoning.inline else []
@@ -374,7 +374,7 @@ def cell(
 
 
 def marked_cell(tokenizer: Any, dialogue: dict[str, Any]) -> tuple[str, str]:
-    """Whether the template's own marks train what the rule does."""
+    """Return whether the template's own marks train what the rule does."""
     try:
         row = prepared(dialogue)
         task = ChatConfig(template_date=DATE, turns=Turns.all)

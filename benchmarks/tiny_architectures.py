@@ -224,7 +224,7 @@ def _cut(values: Mapping[str, Any], layers: int | None) -> list[int]:
 
 
 def shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a configuration, with small sizes."""
+    """Return the values of a configuration, with small sizes."""
     layers = _layers_of(values)
     kept = _cut(values, layers)
     found: dict[str, Any] = {}
@@ -264,7 +264,7 @@ def _token(value: Any) -> Any:
 
 
 def small_config(kind: str) -> Any:
-    """The configuration of a kind with small sizes."""
+    """Return the configuration of a kind with small sizes."""
     from transformers import CONFIG_MAPPING
 
     config_class: Any = CONFIG_MAPPING[kind]
@@ -281,7 +281,7 @@ def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(model_class: Any, config: Any, seed: int = 0) -> Any:
-    """A model of random weights; what transformers begins at zero is small noise, so that no part is without effect."""
+    """Return a model of random weights; what transformers begins at zero is small noise, so that no part is without effect."""
     import torch
 
     torch.manual_seed(seed)
@@ -300,7 +300,7 @@ def build(model_class: Any, config: Any, seed: int = 0) -> Any:
 
 
 def save_letters(folder: Path) -> None:
-    """A byte-level tokenizer of at most VOCABULARY tokens for lower-case words, with ChatML as its chat template."""
+    """Save a byte-level tokenizer of at most VOCABULARY tokens for lower-case words, with ChatML as its chat template."""
     from support.tiny import WORDS
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

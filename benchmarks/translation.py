@@ -56,7 +56,7 @@ def dstune(*arguments: str) -> None:
 
 
 def rows_of(path: Path, target: str, *arguments: str) -> list[dict[str, Any]]:
-    """What the model writes for each row."""
+    """Return what the model writes for each row."""
     if not path.is_file():
         dstune("evaluate", target, *arguments, "--output", str(path))
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

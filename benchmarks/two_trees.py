@@ -105,14 +105,15 @@ class Side:
 def measured(
     trees: tuple[Path, Path], job: Job, more: list[str], turns: int, steps: int, rounds: int
 ) -> list[list[Pair]]:
-    """The pairs of turns of `steps` steps of `trees`, old and new: `turns` of each of `rounds` pairs of fresh runs."""
+    """Return the pairs of turns of `steps` steps of `trees`, old and new: `turns` of each of `rounds` pairs of fresh runs."""
     last = UNTIMED + turns * steps + 1  # a run does not come to its end within its last turn
     overrides = [*replace(job, steps=last).overrides(), *more]
     return [one_round(trees, overrides, turns, steps, number % 2) for number in range(rounds)]
 
 
 def one_round(trees: tuple[Path, Path], overrides: list[str], turns: int, steps: int, first: int) -> list[Pair]:
-    """first: which tree starts first, and has the first turn of the first pair; the other has that of the second, ..."""
+    """Run one round of pairs. first: which tree starts first, and has the first turn of the first pair; the other has that of
+    the second, ..."""
     folder = Path(tempfile.mkdtemp(prefix="dstune-benchmark-"))
     sides: dict[int, Side] = {}
     try:
@@ -132,7 +133,7 @@ def one_round(trees: tuple[Path, Path], overrides: list[str], turns: int, steps:
 
 
 def interval(rounds: list[list[float]]) -> tuple[float, float, float]:
-    """The geometric mean of the rounds' median ratios, and the ends of its 95% interval by resampling within each round."""
+    """Return the geometric mean of the rounds' median ratios, and the ends of its 95% interval by resampling within each round."""
     draws = random.Random(0)
     resampled = ([draws.choices(ratios, k=len(ratios)) for ratios in rounds] for _ in range(2000))
     means = sorted(map(mean_of_medians, resampled))

@@ -37,7 +37,7 @@ def head(host: str, port: int, key: str, size: int) -> bytes:
 
 
 def upload(host: str, port: int, key: str, megabytes: int) -> tuple[bytes, int, str]:
-    """The answer, how many bytes of the file were sent, and their digest."""
+    """Return the answer, how many bytes of the file were sent, and their digest."""
     before = (
         b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
@@ -83,7 +83,7 @@ def download(host: str, port: int, key: str, file: str) -> str:
 
 
 def peak(pid: int) -> float:
-    """The largest resident memory of a process since the last call, in MiB."""
+    """Return the largest resident memory of a process since the last call, in MiB."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     assert found is not None
