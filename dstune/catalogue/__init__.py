@@ -87,7 +87,7 @@ class Model:
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises UserError; returns the exit code."""
+    """Run the verb. Raises UserError; returns the exit code."""
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
         return EXIT_DONE
