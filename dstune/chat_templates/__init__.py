@@ -18,12 +18,12 @@ NAMES = tuple(sorted({path.stem for path in FOLDER.glob("*.jinja")} - {*PROMPTS}
 
 
 def template_path(value: str) -> Path:
-    """The file of `model.chat_template`: a packaged template by its name, else the path that was given."""
+    """Return the file of `model.chat_template`: a packaged template by its name, else the path that was given."""
     return FOLDER / f"{value}.jinja" if value in NAMES else Path(value)
 
 
 def prompt_path(name: str) -> Path:
-    """The file of `model.prompt_template`, one of PROMPTS."""
+    """Return the file of `model.prompt_template`, one of PROMPTS."""
     return FOLDER / f"{name}.jinja"
 
 
@@ -45,7 +45,7 @@ OF_TOOLS = ("[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]")
 
 
 def packaged_for(template: str, vocabulary: Collection[str]) -> str | None:
-    """The packaged template that speaks in the control tokens of `template`, if the vocabulary has all of its own."""
+    """Return the packaged template that speaks in the control tokens of `template`, if the vocabulary has all of its own."""
     if "[INST]" in template and {*OF_TOOLS} <= {*vocabulary}:
         return "mistral" if "[INST] " in template else "mistral_tekken"
     fitting = [name for name, tokens in CONTROL_TOKENS.items() if {*tokens} <= {*vocabulary} and tokens[0] in template]
@@ -53,5 +53,5 @@ def packaged_for(template: str, vocabulary: Collection[str]) -> str | None:
 
 
 def control_tokens(value: str | None) -> tuple[str, ...]:
-    """Control tokens of the packaged template `value`; those of a user's own Jinja file are not known."""
+    """Return control tokens of the packaged template `value`; those of a user's own Jinja file are not known."""
     return CONTROL_TOKENS.get(value or "", ())
