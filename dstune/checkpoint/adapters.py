@@ -17,7 +17,7 @@ ADAPTED = "base_model.model."
 
 
 def adapters_by_module(names: Iterable[str], marks: Sequence[str]) -> dict[str, list[str]]:
-    """Names of the tensors of each adapter, by the module that it is on. marks: `tensor_marks` of the method."""
+    """Return names of the tensors of each adapter, by the module that it is on. marks: `tensor_marks` of the method."""
     names_by_module: dict[str, list[str]] = {}
     for name in names:
         for mark in marks:
@@ -38,7 +38,7 @@ def fill(module: nn.Module, prefix: str, names: Iterable[str], trained: Mapping[
 
 
 def merged(layer: Any, weight: Tensor) -> Tensor:
-    """The weight of an adapted module with its adapter in it: computed in fp32, to be rounded once."""
+    """Return the weight of an adapted module with its adapter in it: computed in fp32, to be rounded once."""
     base = layer.get_base_layer()
     bias, base.bias = getattr(base, "bias", None), None
     base.weight = nn.Parameter(weight.float(), requires_grad=False)
@@ -50,7 +50,8 @@ def merged(layer: Any, weight: Tensor) -> Tensor:
 
 
 def merged_parameter(layer: Any, weight: Tensor) -> Tensor:
-    """`weight` of a module that is no linear layer (stacked experts, their router) with the adapter `layer` in it, in fp32."""
+    """Return `weight` of a module that is no linear layer (stacked experts, their router) with the adapter `layer` in it, in
+    fp32."""
     base, name = layer.get_base_layer(), layer.parameter_name
     on_meta = base._parameters[name]
     base._parameters[name] = nn.Parameter(weight.float(), requires_grad=False)  # peft computes where and as it is

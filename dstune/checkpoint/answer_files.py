@@ -61,7 +61,7 @@ Digest = dict[str, Any]
 
 
 def base_folder(path: str, revision: str | None) -> Path | None:
-    """The folder of a base model: a local one, or what the hub's cache holds of it; None if it is not on this machine."""
+    """Return the folder of a base model: a local one, or what the hub's cache holds of it; None if it is not on this machine."""
     path = fetched_path(path)
     if Path(path).is_dir():
         return Path(path)
@@ -76,7 +76,7 @@ def base_folder(path: str, revision: str | None) -> Path | None:
 
 
 def digest_files(folder: Path, base: Path | None = None) -> dict[str, Digest]:
-    """By name, the digest of every file in `folder` that decides answers. base: of an adapter, the folder of its base."""
+    """Return by name the digest of every file in `folder` that decides answers. base: of an adapter, the folder of its base."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*")) if _is_decisive(path, FILES)]
     for inner in sorted(folder.glob("*/")):
         if FOLDERS.fullmatch(inner.name):
@@ -89,7 +89,7 @@ def digest_files(folder: Path, base: Path | None = None) -> dict[str, Digest]:
 
 
 def changed_files(before: Mapping[str, Digest], after: Mapping[str, Digest]) -> list[str]:
-    """What differs, a text for each file. Files of a base that only one of both has seen are not compared."""
+    """Return what differs, a text for each file. Files of a base that only one of both has seen are not compared."""
     both_have_base = all(any(name.startswith(BASE) for name in digests) for digests in (before, after))
     changes = []
     for name in sorted({*before, *after}):
@@ -111,7 +111,7 @@ def record_files(folder: Path) -> None:
 
 
 def valid_digests(value: Any) -> dict[str, Digest] | None:
-    """Digests that were read from a file; None if it holds something else."""
+    """Return digests that were read from a file; None if it holds something else."""
     if not isinstance(value, dict):
         return None
     for digest in value.values():

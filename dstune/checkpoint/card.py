@@ -85,7 +85,7 @@ class Export:
         return ", ".join(self.state["labels"])
 
     def loading(self, kind: str, outputs: int | None = None) -> list[str]:
-        """Lines that load `model` and `tokenizer`. kind: as in `AutoModelForKIND`. outputs: of an adapter's new head."""
+        """Return lines that load `model` and `tokenizer`. kind: as in `AutoModelForKIND`. outputs: of an adapter's new head."""
         if kind == "CausalLM" and (name := self._whole_class()):
             return self._loading_whole(name)
         library, loader = (

@@ -29,13 +29,13 @@ KEY = "contents"
 
 
 def describe_contents(folder: Path) -> dict[str, Any]:
-    """What an export that has just been written holds, for `missing_contents`."""
+    """Return what an export that has just been written holds, for `missing_contents`."""
     names = _tensor_names(folder)
     return {"tensors": len(names), "names": _digest(names), "processor": _processor_files(folder)}
 
 
 def missing_contents(folder: Path, record: Mapping[str, Any], base: Path | None) -> str:
-    """What the folder of a whole model lacks; empty where it is known to lack nothing.
+    """Return what the folder of a whole model lacks; empty where it is known to lack nothing.
 
     record: its `dstune.json`. base: folder of the model that it was trained from, where that is on this machine.
     """
@@ -79,8 +79,8 @@ def _is_among(name: str, names: set[str]) -> bool:
 
 
 def layouts_of(name: str) -> tuple[str, ...]:
-    """The names that a tensor or module of a language model inside a larger model has in published files: with `model` outside of
-    `language_model`, as modules of transformers are called, or inside."""
+    """Return the names that a tensor or module of a language model inside a larger model has in published files: with `model`
+    outside of `language_model`, as modules of transformers are called, or inside."""
     for first, second in (("model.language_model.", "language_model.model."), ("lm_head", "language_model.lm_head")):
         for prefix, other_prefix in ((first, second), (second, first)):
             if name.startswith(prefix):
@@ -89,7 +89,7 @@ def layouts_of(name: str) -> tuple[str, ...]:
 
 
 def is_composite(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is of a model with a language model and other parts."""
+    """Return whether a `config.json` is of a model with a language model and other parts."""
     parts = {name for name, part in config.items() if name.endswith("_config") and isinstance(part, dict)}
     return "text_config" in parts and bool(parts & {"vision_config", "audio_config", "image_config", "speech_config"})
 
@@ -107,7 +107,7 @@ def _digest(names: Iterable[str]) -> str:
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """By the header of a safetensors file. Raises UserError where it is none."""
+    """Return the shapes by the header of a safetensors file. Raises UserError where it is none."""
     try:
         with file.open("rb") as stream:
             (size,) = struct.unpack("<Q", stream.read(8))

@@ -36,7 +36,7 @@ TEMPORARY = (INCOMPLETE, store.REPLACED, store.DAMAGED, SPARE)
 
 
 def names_in(run: Path) -> Iterator[str]:
-    """Files below `run` that are copied, relative to it: neither links, nor what is being written, nor checkpoints."""
+    """Yield files below `run` that are copied, relative to it: neither links, nor what is being written, nor checkpoints."""
     for folder, folders, files in os.walk(run):
         folders[:] = [name for name in folders if name != CHECKPOINTS and not name.endswith(TEMPORARY)]
         for name in files:
@@ -46,7 +46,7 @@ def names_in(run: Path) -> Iterator[str]:
 
 
 def runs_in(run: Path) -> list[Path]:
-    """`run` and the stages below it that have checkpoints."""
+    """Return `run` and the stages below it that have checkpoints."""
     return sorted(folder.parent for folder in run.rglob(CHECKPOINTS) if folder.is_dir())
 
 
@@ -69,14 +69,14 @@ def copy(source: Path, target: Path, *, end: bytes = b"", digest: xxhash.xxh3_64
 
 
 def emptied(target: Path) -> BinaryIO:
-    """`target` open for writing, without what it held; a link in its place goes, what it led to stays."""
+    """Return `target` open for writing, without what it held; a link in its place goes, what it led to stays."""
     if target.is_symlink():
         target.unlink()
     return target.open("wb")
 
 
 def spare_of(target: Path) -> Path:
-    """Where `copy_twice` writes first. It is left behind only where the copy was cut short."""
+    """Return where `copy_twice` writes first. It is left behind only where the copy was cut short."""
     return target.with_name(f".{target.name}{SPARE}")
 
 
@@ -87,7 +87,7 @@ def remove(target: Path) -> None:
 
 
 def copy_twice(source: Path, target: Path) -> None:
-    """`target` is replaced by the content of `source`; cut short at any point, `read_back` gives the old or the new."""
+    """Replace `target` by the content of `source`; cut short at any point, `read_back` gives the old or the new."""
     spare = spare_of(target)
     copy(source, spare, digest=xxhash.xxh3_64())
     size = spare.stat().st_size - DIGEST_BYTES
@@ -110,7 +110,7 @@ def read_back(source: Path, target: Path) -> None:
 
 
 def is_whole(spare: Path) -> bool:
-    """Whether the digest at the end of `spare` is that of its content."""
+    """Return whether the digest at the end of `spare` is that of its content."""
     try:
         bytes_left = spare.stat().st_size - DIGEST_BYTES
         if bytes_left < 0:
@@ -183,8 +183,8 @@ def fetch(place: Path, work: Path) -> None:
 
 @contextmanager
 def folder_for(out: Path) -> Iterator[Path]:
-    """The folder that an export to `out` is made in: `out` itself, or where that place cannot rename or change modes, one on
-    this machine's disk that is copied when the block ends."""
+    """Yield the folder that an export to `out` is made in: `out` itself, or where that place cannot rename or change modes, one
+    on this machine's disk that is copied when the block ends."""
     if not refused_operations(out):
         yield out
         return

@@ -127,7 +127,7 @@ def export_gguf(run_dir: Path, checkpoint: Path, out: Path, kind: str, *, force:
 
 
 def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool = False) -> Path:
-    """The folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
+    """Return the folder with what a run has learnt up to a checkpoint, `which`: a step, `best` or `last`. It is the run's `export/`
     if that can be used (`current_export`), else an export of it into `scratch`. With `merge` it is a whole model, never an adapter.
 
     Raises UserError where the run has saved no such checkpoint, or its files are damaged.
@@ -141,7 +141,8 @@ def exported(run_dir: Path, scratch: Path, *, which: str = "last", merge: bool =
 
 
 def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
-    """The run's `model` read from `folder`, with the configuration, tokenizer and chat template that the run trained with."""
+    """Return the run's `model` read from `folder`, with the configuration, tokenizer and chat template that the run trained
+    with."""
     return replace(
         model,
         path=str(folder),
@@ -154,8 +155,8 @@ def model_of_export(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -> Path | None:
-    """The run's `export/`, if it was made of that very checkpoint, or is all that was kept, and carries no code but that of the
-    base model. Raises UserError as `exported`."""
+    """Return the run's `export/`, if it was made of that very checkpoint, or is all that was kept, and carries no code but that
+    of the base model. Raises UserError as `exported`."""
     folder = run_dir / "export"
     config = read_run(run_dir / "run.yaml", use=Use.weights).config
     foreign = config.model.trust_remote_code and not is_of_base(folder, config.model)
@@ -239,7 +240,7 @@ def refuse_unmergeable(flag: str, config: MethodConfig) -> None:
 
 
 def run_directory(path: Path) -> Path:
-    """`path` if it is the directory of a run. Raises UserError."""
+    """Return `path` if it is the directory of a run. Raises UserError."""
     if not (path / "run.yaml").is_file():
         reason = "has no run.yaml, so it is no run directory" if path.is_dir() else "there is no such run directory"
         raise UserError(
@@ -249,7 +250,7 @@ def run_directory(path: Path) -> Path:
 
 
 def find_checkpoint(run_dir: Path, which: str) -> Path:
-    """The whole checkpoint of a step, the `best` or the `last` one. Raises UserError."""
+    """Return the whole checkpoint of a step, the `best` or the `last` one. Raises UserError."""
     whole = [info for info in store.listing(run_dir) if info.committed]
     checkpoint = store.newest(run_dir) if which == "last" else store.best(run_dir) if which == "best" else None
     if which.isdigit():

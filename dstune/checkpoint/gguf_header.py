@@ -19,7 +19,7 @@ _LEAST_OF_A_TENSOR = 24
 
 
 def matrix_types(file: Path) -> set[int]:
-    """The numbers of the types (GGMLQuantizationType) of all tensors that have more than one dimension.
+    """Return the numbers of the types (GGMLQuantizationType) of all tensors that have more than one dimension.
 
     Raises ValueError where the file is no GGUF of version 2 or 3, or ends too early.
     """
@@ -28,7 +28,7 @@ def matrix_types(file: Path) -> set[int]:
 
 
 def metadata_digests(file: Path) -> dict[str, str]:
-    """By key, a digest of each value beside the tensors: architecture, vocabulary, control tokens, template.
+    """Return by key a digest of each value beside the tensors: architecture, vocabulary, control tokens, template.
 
     Without `general.*` and `quantize.*`, which describe the file. Raises ValueError as `matrix_types`.
     """

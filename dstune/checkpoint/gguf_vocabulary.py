@@ -33,7 +33,7 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """The vocabulary of a fast tokenizer, filled up to the `size` rows that the model has.
+    """Return the vocabulary of a fast tokenizer, filled up to the `size` rows that the model has.
 
     Raises UserError where GGUF has no name for how the tokenizer works.
     """

@@ -13,7 +13,7 @@ from dstune.core.parsing import object_in
 
 
 def is_of_base(folder: Path, base: ModelConfig) -> bool:
-    """Whether the model in `folder` would run no other code than its base, which must be on this machine, and dstune's own.
+    """Return whether the model in `folder` would run no other code than its base, which must be on this machine, and dstune's own.
 
     `model.trust_remote_code` of a run consents to the code of its base model alone. An adapter names its base itself.
     """

@@ -142,7 +142,7 @@ def refuse_rows_beside(trained: Iterable[str], method: str) -> None:
 
 
 def parameter_names(model: Any) -> set[str]:
-    """Every name of every parameter: at stage 0 a checkpoint has a tied weight under each."""
+    """Return every name of every parameter: at stage 0 a checkpoint has a tied weight under each."""
     return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
@@ -198,7 +198,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[
 
 
 def plain(config: RunConfig) -> RunConfig:
-    """Any attention has the same weights; eager is there for every model, on a machine without GPU too."""
+    """Return any attention has the same weights; eager is there for every model, on a machine without GPU too."""
     return replace(
         config,
         model=replace(config.model, attention=Attention.eager),
@@ -379,7 +379,7 @@ def _in_files(config: ModelConfig, built: _Built, expected: Mapping[str, torch.S
 
 
 def dropped_sources(config: ModelConfig, model: Any, state: Mapping[str, Tensor]) -> dict[str, Source]:
-    """The tensors of the base's files that transformers does not load into `model`, by their keys in the files.
+    """Return the tensors of the base's files that transformers does not load into `model`, by their keys in the files.
 
     state: its `state_dict` without adapters.
 
@@ -538,8 +538,8 @@ def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, lis
 
 
 def base_name(config: ModelConfig) -> str:
-    """The base model as others find it: a folder's whole path, the hub id (also of a folder in the hub's cache), or what stands
-    for a value of the environment, which `generate` resolves again."""
+    """Return the base model as others find it: a folder's whole path, the hub id (also of a folder in the hub's cache), or what
+    stands for a value of the environment, which `generate` resolves again."""
     if isinstance(config.path, EnvironmentText):
         return config.path.reference
     local = local_path(config.path)
@@ -549,7 +549,7 @@ def base_name(config: ModelConfig) -> str:
 
 
 def base_revision(config: ModelConfig) -> str | None:
-    """The commit of the base model: `model.revision`, or that of a folder in the hub's cache."""
+    """Return the commit of the base model: `model.revision`, or that of a folder in the hub's cache."""
     if config.revision is not None or isinstance(config.path, EnvironmentText):
         return config.revision
     snapshot = _snapshot(Path(local_path(config.path)))

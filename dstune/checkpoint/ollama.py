@@ -14,7 +14,7 @@ _SYSTEM, _USER, _ANSWER, _AGAIN = "zqsystem", "zquser", "zqanswer", "zqagain"
 
 
 def modelfile(gguf: str, tokenizer: Any, stops: list[int], date: str | None) -> str:
-    """stops: tokens that end an answer. date: what the template takes for today."""
+    """Write Ollama's Modelfile. stops: tokens that end an answer. date: what the template takes for today."""
     lines = [f"FROM ./{gguf}"]
     template = go_template(tokenizer, date) if tokenizer.chat_template else None
     if template is not None:
@@ -28,8 +28,8 @@ def modelfile(gguf: str, tokenizer: Any, stops: list[int], date: str | None) -> 
 
 
 def go_template(tokenizer: Any, date: str | None) -> str | None:
-    """None where the turns do not all look alike, or hold what ends a text of this file. Raises UserError where the chat template
-    does not end."""
+    """Translate the chat template into Ollama's; None where the turns do not all look alike, or hold what ends a text of this
+    file. Raises UserError where the chat template does not end."""
     template = ChatTemplate(tokenizer, date)
 
     def render(*turns: tuple[str, str], prompt: bool = False) -> str:

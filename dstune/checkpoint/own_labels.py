@@ -15,7 +15,7 @@ from dstune.protocols.task_options import ReadsArchitecture
 
 
 def with_labels(config: RunConfig) -> RunConfig:
-    """`config` with what the model itself says of its task: its labels in their order, whether a row may have several.
+    """Return `config` with what the model itself says of its task: its labels in their order, whether a row may have several.
 
     Raises UserError where the model has no trained head for the task.
     """
@@ -31,7 +31,7 @@ def with_labels(config: RunConfig) -> RunConfig:
 
 
 def name_labels(run: RunConfig, architecture: PretrainedConfig, **values: Any) -> RunConfig:
-    """`run` with the labels of the model, where they have names, and with these `values` of its task.
+    """Return `run` with the labels of the model, where they have names, and with these `values` of its task.
 
     Raises UserError where `task.labels` are not as many.
     """

@@ -76,7 +76,7 @@ def _head(architecture: PretrainedConfig) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record in `folder`, as far as it is of the kind that is written; empty where there is none that can be read."""
+    """Return the record in `folder`, as far as it is of the kind that is written; empty where there is none that can be read."""
     record = object_in(folder / NAME)
     task, data = record.get("task"), record.get("data")
     if not isinstance(task, dict) or not isinstance(task.get("name"), str):
@@ -87,8 +87,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
-    """The configuration of the task `kind` that the record in `folder` holds. Raises UserError where a key or value is none of
-    that task's, or refers to the environment of this machine."""
+    """Return the configuration of the task `kind` that the record in `folder` holds. Raises UserError where a key or value is
+    none of that task's, or refers to the environment of this machine."""
     task = read_record(folder)["task"]
     _refuse_references(folder, {f"task.{key}": value for key, value in task.items()}, [])
     config: TaskConfig = build(kind.Config, task, f"{folder / NAME}: task")
@@ -96,7 +96,7 @@ def recorded_task(folder: Path, kind: type[Task]) -> TaskConfig:
 
 
 def recorded_overrides(folder: Path, command_overrides: list[str]) -> list[str]:
-    """The export's task and data settings as overrides; without the task's where `command_overrides` chooses another.
+    """Return the export's task and data settings as overrides; without the task's where `command_overrides` chooses another.
 
     A folder without a record gives the task that the head in its config.json is for, or its sentence-transformers files.
     The plugins of the project and of `command_overrides` are active afterwards, since a task may be one's.
@@ -143,7 +143,7 @@ def _refuse_references(folder: Path, recorded: dict[str, Any], overrides: list[s
 
 
 def public_name(path: str) -> str:
-    """A hub id or sample as it is, and of a local folder the name only: its path is nobody else's business."""
+    """Return a hub id or sample as it is, and of a local folder the name only: its path is nobody else's business."""
     if isinstance(path, EnvironmentText):
         return path.reference
     if path.startswith("sample://"):
@@ -152,7 +152,7 @@ def public_name(path: str) -> str:
 
 
 def task_of_head(folder: Path) -> str | None:
-    """The task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
+    """Return the task that the head named in the folder's config.json is for; None where it has none, or there is no such file."""
     architectures = object_in(folder / "config.json").get("architectures")
     if not isinstance(architectures, list):
         return None

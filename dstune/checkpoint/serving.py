@@ -18,7 +18,7 @@ ADAPTER_ENDINGS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_e
 
 
 def vllm_problems(folder: Path) -> list[str]:
-    """Why vLLM would not serve the model or adapter in `folder`; empty where nothing speaks against it."""
+    """Return why vLLM would not serve the model or adapter in `folder`; empty where nothing speaks against it."""
     adapter = object_in(folder / "adapter_config.json")
     problems = _adapter_problems(folder, adapter) if adapter else _model_problems(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

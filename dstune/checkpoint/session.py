@@ -76,8 +76,8 @@ class Checkpoints(OfRun):
         return TrainState.from_dict(saved["train"])
 
     def remembered(self, name: str) -> Any:
-        """What the run that will be continued has in `TrainState.results` since its start; None where it has not, or where
-        there is none."""
+        """Return what the run that will be continued has in `TrainState.results` since its start; None where it has not, or
+        where there is none."""
         source = self._source()
         checkpoint = store.resumable(source) if self._world.is_main else None
         result = store.read_state(checkpoint)["train"]["results"].get(name) if checkpoint is not None else None

@@ -83,23 +83,23 @@ class Shards:
         return self._layout.shapes
 
     def read(self, name: str, kind: str = WEIGHT, start: int = 0, count: int | None = None) -> Tensor:
-        """Elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
+        """Return elements [start, start + count) of a flattened parameter, or of the optimizer's tensor `kind` for it."""
         size = math.prod(self.shapes[name])
         return self._layout.read(name, kind, start, size - start if count is None else count)
 
     def kinds(self, name: str) -> tuple[str, ...]:
-        """The optimizer's tensors of the parameter's size: `exp_avg` and `exp_avg_sq` of AdamW, ..."""
+        """Return the optimizer's tensors of the parameter's size: `exp_avg` and `exp_avg_sq` of AdamW, ..."""
         state = self._layout.state(name)
         return tuple(key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0)
 
     def scalars(self, name: str) -> dict[str, Any]:
-        """What else the optimizer keeps for a parameter: `step` of AdamW."""
+        """Return what else the optimizer keeps for a parameter: `step` of AdamW."""
         kinds = self.kinds(name)
         return {key: value for key, value in self._layout.state(name).items() if key not in kinds}
 
 
 def in_pieces(checkpoint: Path) -> bool:
-    """Whether DeepSpeed cannot read the checkpoint by itself."""
+    """Return whether DeepSpeed cannot read the checkpoint by itself."""
     return any(checkpoint.glob(weights_file("*")))
 
 
@@ -302,7 +302,7 @@ def _pieces_by_slice(files: list[Path]) -> list[_Pieces]:
 
 
 def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
-    """Elements [start, start + count) of the one-dimensional `pieces` laid end to end, as a new tensor [count]."""
+    """Return elements [start, start + count) of the one-dimensional `pieces` laid end to end, as a new tensor [count]."""
     parts = []
     for piece in pieces:
         first, last = max(start, 0), min(start + count, piece.numel())

@@ -120,8 +120,8 @@ def repair(run_dir: Path) -> None:
 
 
 def quarantine(checkpoint: Path) -> None:
-    """Rename a checkpoint whose files are not what was written, so that it neither counts as the newest nor keeps a whole
-    one from being kept. It is pruned with the others."""
+    """Rename a checkpoint whose files are not what was written, so that it neither counts as the newest nor keeps a whole one
+    from being kept. It is pruned with the others."""
     temporary = checkpoint.with_name(checkpoint.name + DAMAGED)
     if temporary.exists():
         shutil.rmtree(temporary)
@@ -129,7 +129,7 @@ def quarantine(checkpoint: Path) -> None:
 
 
 def is_committed(checkpoint: Path) -> bool:
-    """Whether every file that was committed is there with its size."""
+    """Return whether every file that was committed is there with its size."""
     return not incomplete_reasons(checkpoint)
 
 
@@ -139,7 +139,7 @@ def _is_inside(name: str) -> bool:
 
 
 def incomplete_reasons(checkpoint: Path) -> list[str]:
-    """What makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
+    """Return what makes a folder no checkpoint, in words: its marker or files that are not there, or not with their size."""
     try:
         files = parse_json(read_file(checkpoint / COMMITTED))["files"]
         sizes = {name: entry["bytes"] for name, entry in files.items()}
@@ -163,7 +163,7 @@ def incomplete_reasons(checkpoint: Path) -> list[str]:
 def damaged_files(
     checkpoint: Path, names: Collection[str] | None = None, hashes: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """Names of committed files that are absent or differ from what was written, by their hash.
+    """Return names of committed files that are absent or differ from what was written, by their hash.
 
     names: the files to look at; all when not given. hashes: of files that have been read already.
 
@@ -184,12 +184,12 @@ def damaged_files(
 
 
 def committed_files(checkpoint: Path) -> list[str]:
-    """Names of the files that were committed. Raises FileNotFoundError where its run has pruned it."""
+    """Return names of the files that were committed. Raises FileNotFoundError where its run has pruned it."""
     return list(parse_json(read_file(checkpoint / COMMITTED))["files"])
 
 
 def share_of_files(names: Iterable[str], rank: int, ranks: int) -> set[str]:
-    """The files that one of several ranks looks at.
+    """Return the files that one of several ranks looks at.
 
     Files that differ in numbers alone are dealt out in their order, in stretches of neighbours: in these is most of what the
     rank needs of a checkpoint of another number of ranks (`dstune.zero.restore`).
@@ -224,12 +224,12 @@ def _held(checkpoint: Path) -> bool:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is (or would be) a checkpoint of a run."""
+    """Return whether `path` is (or would be) a checkpoint of a run."""
     return path.parent.name == "checkpoints" and (path.parent.parent / "run.yaml").is_file()
 
 
 def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
-    """The run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
+    """Return the run that a checkpoint is of, and its step. Raises UserError for what a torn save has left."""
     run_dir, step = checkpoint.parent.parent, re.fullmatch(r"step-(\d+)", checkpoint.name)
     if step is None:
         fix = f"give {run_dir}, which is its newest whole checkpoint, or {run_dir}/checkpoints/step-N"
@@ -238,7 +238,7 @@ def run_and_step(checkpoint: Path, key: str) -> tuple[Path, str]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of `state.json`, in the present format. Raises UserError where it cannot be read, or is newer."""
+    """Return the content of `state.json`, in the present format. Raises UserError where it cannot be read, or is newer."""
     try:
         return upgrade_state(_state_object(checkpoint))
     except ValueError as error:
@@ -259,7 +259,7 @@ def _state_object(checkpoint: Path) -> dict[str, Any]:
 
 
 def listing(run_dir: Path) -> list[CheckpointInfo]:
-    """All checkpoint folders of a run, oldest first, torn ones included."""
+    """Return all checkpoint folders of a run, oldest first, torn ones included."""
     infos = []
     for path in sorted(folder(run_dir).glob("step-*")):
         number = path.name.removeprefix("step-")
@@ -281,19 +281,19 @@ def listing(run_dir: Path) -> list[CheckpointInfo]:
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """Return the newest whole checkpoint of a run."""
     whole = [info.path for info in listing(run_dir) if info.committed]
     return whole[-1] if whole else None
 
 
 def resumable(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint that a run can be continued from."""
+    """Return the newest whole checkpoint that a run can be continued from."""
     whole = [info.path for info in listing(run_dir) if info.committed and not info.weights_only]
     return whole[-1] if whole else None
 
 
 def best(run_dir: Path) -> Path | None:
-    """The newest checkpoint that was the best one when it was saved."""
+    """Return the newest checkpoint that was the best one when it was saved."""
     whole = [info.path for info in listing(run_dir) if info.committed and info.best]
     return whole[-1] if whole else None
 

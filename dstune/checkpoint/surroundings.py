@@ -35,7 +35,7 @@ class Surroundings:
 
     @classmethod
     def of(cls, config: ModelConfig, trained: Any) -> Surroundings | None:
-        """None where `trained` is of the class of the base's files, or of one with another head."""
+        """Build the surroundings; None where `trained` is of the class of the base's files, or of one with another head."""
         from transformers import AutoModelForCausalLM
 
         architecture = load_config(config)
@@ -51,12 +51,12 @@ class Surroundings:
         return cls(model, trained.base_model_prefix, bodies[0]) if bodies else None
 
     def name(self, name: str) -> str:
-        """The name in `model` of what is `name` in the class that was trained."""
+        """Return the name in `model` of what is `name` in the class that was trained."""
         inside = f"{self.body}."
         return f"{self.place}.{name.removeprefix(inside)}" if name.startswith(inside) else name
 
     def sources(self, config: ModelConfig, trained: Mapping[str, Source]) -> dict[str, Source]:
-        """All tensors of `model`: those of the language model, `trained`, under their names in it, and the base's others."""
+        """Return all tensors of `model`: those of the language model, `trained`, under their names in it, and the base's others."""
         source_by_name = {self.name(name): source for name, source in trained.items()}
         others = {
             name: tensor.shape for name, tensor in saved_tensors(self.model).items() if name not in source_by_name

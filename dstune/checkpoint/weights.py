@@ -49,14 +49,14 @@ def write_safetensors(folder: Path, sources: Mapping[str, Source], max_shard_siz
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a model saves: parameters (a tied one once, by its first name), persistent buffers."""
+    """Return what a model saves: parameters (a tied one once, by its first name), persistent buffers."""
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return parameters | {name: tensor for name, tensor in model.state_dict().items() if name not in every}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of tied parameters, each with the first, under which it is saved."""
+    """Return the further names of tied parameters, each with the first, under which it is saved."""
     first: dict[int, str] = {}
     names = (
         (name, first.setdefault(id(tensor), name)) for name, tensor in model.named_parameters(remove_duplicate=False)
