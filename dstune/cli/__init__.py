@@ -97,7 +97,7 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """Dispatch to the verb. Raises DstuneError."""
+    """Run the verb of the command line. Raises DstuneError."""
     verb, *other_words = arguments or ["--help"]
     if other_words and f"{verb} {other_words[0]}" in VERBS.without_installed():  # of a wing, such as `data shift`
         verb, *other_words = f"{verb} {other_words[0]}", *other_words[1:]
@@ -134,12 +134,12 @@ def _run_verb(name: str, words: list[str]) -> int:
 
 
 def find_verb(name: str) -> type[Verb] | None:
-    """The verb, or None. Plugins are loaded only for one that is not built in."""
+    """Return the verb, or None. Plugins are loaded only for one that is not built in."""
     return VERBS.without_installed().get(name) or all_verbs().get(name)
 
 
 def all_verbs() -> Mapping[str, type[Verb]]:
-    """The built-in verbs, and those of installed plugins and of `dstune.yaml` as far as the user trusts them."""
+    """Return the built-in verbs, and those of installed plugins and of `dstune.yaml` as far as the user trusts them."""
     if os.path.lexists(PROJECT_FILE):
         from dstune.config.plugins import activate_requested
         from dstune.config.project import optional_plugins
@@ -191,7 +191,7 @@ def print_error(error: DstuneError, *, as_json: bool) -> None:
 
 
 def flush() -> None:
-    """Flush, so that a reader that went away (`| head`) does not become an error at the interpreter's end."""
+    """Flush the output, so that a reader that went away (`| head`) does not become an error at the interpreter's end."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -9,7 +9,7 @@ from dstune.core.verb import Words
 
 
 def with_hardware(words: Words, words_before: Sequence[str]) -> Words:
-    """`words`, and the names of hardware where the first word behind the verb is asked for."""
+    """Return `words`, and the names of hardware where the first word behind the verb is asked for."""
     if words_before:
         return words
     from dstune.planning.hardware import DEVICES

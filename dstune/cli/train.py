@@ -43,6 +43,6 @@ class Train(Verb):
 
 
 def is_sweep(words: Sequence[str]) -> bool:
-    """Whether `dstune train WORDS` is about several runs."""
+    """Return whether `dstune train WORDS` is about several runs."""
     flagged = any(word in ("-m", "--multirun") for word in words)
     return flagged or any("=" not in word and os.path.isfile(os.path.join(word, "sweep.yaml")) for word in words[:1])

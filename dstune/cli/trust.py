@@ -25,7 +25,7 @@ class Trust(Verb):
 
 
 def main(argv: list[str]) -> int:
-    """`dstune trust [FOLDER] [--yes | --list | --remove]`. Raises UserError; returns 1 where the user says no."""
+    """Run `dstune trust [FOLDER] [--yes | --list | --remove]`. Raises UserError; returns 1 where the user says no."""
     from dstune.config import project
     from dstune.core.arguments import VerbParser
 
