@@ -33,7 +33,7 @@ The result is worse than what it was cut from until it is healed: dstune train t
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises UserError; returns the exit code of the public contract."""
+    """Run the verb. Raises UserError; returns the exit code of the public contract."""
     arguments, overrides = _parse(argv)
     config = _configuration(arguments, overrides)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -18,19 +18,19 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def evenly_spaced(layers: int, count: int) -> list[int]:
-    """Numbers of `count` of the layers, the first and the last among them."""
+    """Return numbers of `count` of the layers, the first and the last among them."""
     if count == 1:
         return [0]
     return [round(number * (layers - 1) / (count - 1)) for number in range(count)]
 
 
 def most_influential(influences: Sequence[float], count: int) -> list[int]:
-    """Numbers of the `count` layers that change their input most, in order."""
+    """Return numbers of the `count` layers that change their input most, in order."""
     return sorted(sorted(range(len(influences)), key=lambda layer: -influences[layer])[:count])
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers. Raises UserError where the model is no plain decoder."""
+    """Return the decoder's layers. Raises UserError where the model is no plain decoder."""
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     if len(lists) != 1 or model.config.is_encoder_decoder:
@@ -41,8 +41,8 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
 @torch.no_grad()
 def influences_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[float]:
-    """How much each layer turns the hidden states of the samples: 1 - the mean cosine of what goes in and what comes out (block
-    influence: Men et al. 2024, arXiv:2403.03853, equation 1). samples: token ids [tokens]."""
+    """Return how much each layer turns the hidden states of the samples: 1 - the mean cosine of what goes in and what comes out
+    (block influence: Men et al. 2024, arXiv:2403.03853, equation 1). samples: token ids [tokens]."""
     blocks = blocks_of(model)
     turned, count = torch.zeros(len(blocks), dtype=torch.float64), 0
 
@@ -66,8 +66,8 @@ def influences_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[flo
 
 @torch.no_grad()
 def activations_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[Tensor]:
-    """For each layer the mean magnitude of each feed-forward neuron over the samples (Muralidharan et al. 2024, arXiv:2407.14679,
-    section 2.2), fp64 [neurons].
+    """Return for each layer the mean magnitude of each feed-forward neuron over the samples (Muralidharan et al. 2024,
+    arXiv:2407.14679, section 2.2), fp64 [neurons].
 
     Raises:
         UserError: a layer has no gated feed-forward block.
@@ -88,7 +88,7 @@ def activations_of(model: PreTrainedModel, samples: Iterable[Tensor]) -> list[Te
 
 
 def feed_forward_of(block: nn.Module) -> Any:
-    """The one gated feed-forward block of a layer. Raises UserError."""
+    """Return the one gated feed-forward block of a layer. Raises UserError."""
     blocks = [
         module
         for module in block.modules()
