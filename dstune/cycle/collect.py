@@ -183,7 +183,7 @@ class Contamination:
             self._grams.update(zip(*(words[offset:] for offset in range(GRAM)), strict=False))
 
     def touches(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row asks what a measured row asks, or shares GRAM words in a row with one."""
+        """Return whether a row asks what a measured row asks, or shares GRAM words in a row with one."""
         words = words_of(row)
         grams = zip(*(words[offset:] for offset in range(GRAM)), strict=False)
         return " ".join(words) in self._texts or any(gram in self._grams for gram in grams)

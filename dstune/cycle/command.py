@@ -17,7 +17,7 @@ ACTIONS = ("run", "status", "promote", "rollback", "schedule")
 
 
 def main(argv: list[str]) -> int:
-    """`dstune cycle CONFIG [ACTION]`. Raises UserError, Preempted, TrainingFailed; returns the exit code."""
+    """Run `dstune cycle CONFIG [ACTION]`. Raises UserError, Preempted, TrainingFailed; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.action != "schedule" and (arguments.scheduler or arguments.output):
         raise UserError(Problem("--for", "is for `schedule` alone", "dstune cycle CONFIG schedule --for cron"))
