@@ -17,7 +17,7 @@ Answer = dict[str, Any]
 
 
 def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
-    """`rows` of JSON, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
+    """Yield `rows` of JSON, those of SQuAD's own form (articles, paragraphs, questions) as one row for each question.
 
     They are all called by the line where the article, or the whole file, begins; what is not of that form stays as it is.
     """
@@ -33,7 +33,7 @@ def flat(rows: Iterable[RawRow]) -> Iterator[RawRow]:
 
 
 def is_nested(fields: Mapping[str, Any]) -> bool:
-    """Whether a row of JSON stands for several questions, as `flat` gives them."""
+    """Return whether a row of JSON stands for several questions, as `flat` gives them."""
     return _articles(fields) is not None
 
 
@@ -79,7 +79,7 @@ def _listed(value: Any, key: str, default: Any = None) -> Any:
 
 
 def answers_of(value: Any) -> list[Answer]:
-    """Answers of a row: `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`; as JSON in a CSV file.
+    """Return answers of a row: `{text: [...], answer_start: [...]}`, or a list of `{text, answer_start}`; as JSON in a CSV file.
 
     Without repetitions. Raises RowError.
     """

@@ -13,7 +13,7 @@ FIRST_ROWS = 100
 
 
 def of_row(error: UserError, place: str) -> str | None:
-    """What an error says of the row at `place`; None where it says something about other things too."""
+    """Return what an error says of the row at `place`; None where it says something about other things too."""
     reasons = [problem.reason for problem in error.problems if problem.where == place]
     return reasons[0] if len(reasons) == len(error.problems) == 1 else None
 
@@ -45,7 +45,7 @@ class BadRows:
             self._problems.append(Problem(where=place, reason=reason))
 
     def first(self, since: int = 0) -> list[dict[str, str]]:
-        """The first bad rows, of those behind the first `since` ones, by place and reason, as far as they are kept."""
+        """Return the first bad rows, of those behind the first `since` ones, by place and reason, as far as they are kept."""
         return [{"place": problem.where, "text": problem.reason} for problem in self._problems[since:]]
 
     def raise_if_any(self) -> None:

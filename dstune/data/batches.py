@@ -19,7 +19,7 @@ from dstune.protocols.task_options import BuildsBatches
 def batch_of(
     config: RunConfig, split: Split, micro_batch: MicroBatch, pad_token_id: int, *, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """What the head of the run's task gets of `micro_batch`; with_index: and `index` [rows], the numbers of its samples,
+    """Return what the head of the run's task gets of `micro_batch`; with_index: and `index` [rows], the numbers of its samples,
     where rows have a loss of their own."""
     task, arrays = task_of(config.task), None
     if isinstance(task, BuildsBatches):
@@ -31,7 +31,7 @@ def batch_of(
 
 
 def pair_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask`, `labels` [2 pairs, sequence], the better answers first; `counted` [pairs]; and
+    """Return `input_ids`, `attention_mask`, `labels` [2 pairs, sequence], the better answers first; `counted` [pairs]; and
     `reference` [2 pairs] where the split has it. Of reward models without labels, and with `margin` [pairs]."""
     samples = [split.sample(index) for index in micro_batch.samples]
     answers = [sample[name] for name in ("input_ids", "rejected_input_ids") for sample in samples]
@@ -55,7 +55,7 @@ def counted(micro_batch: MicroBatch) -> np.ndarray:
 
 
 def padded(ids: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, pad: int) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask` and, where given, `labels`: int64 [rows, longest row rounded up to a multiple of 8]."""
+    """Return `input_ids`, `attention_mask` and, where given, `labels`: int64 [rows, longest row rounded up to a multiple of 8]."""
     width = -(-max(len(row) for row in ids) // PAD_MULTIPLE) * PAD_MULTIPLE
     arrays = {
         "input_ids": np.full((len(ids), width), pad, dtype=np.int64),

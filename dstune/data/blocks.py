@@ -129,7 +129,7 @@ class Blocks:
         return _block(number, load_split(folder, "train"), begin, stream["end"], (stream["begun"], stream["passes"]))
 
     def keep_from(self, first: int, block: Block, *, ahead: bool) -> None:
-        """No rank needs blocks before number `first` any more: remove them. With `ahead` prepare the one behind `block`."""
+        """Remove the blocks before number `first`, which no rank needs any more. With `ahead` prepare the one behind `block`."""
         if not self._leader:
             return
         kept_names = [] if block.begin is None else [self._name(block.number, block.begin)]

@@ -38,7 +38,7 @@ MOST_TRIES = 5
 
 
 def prepare(config: RunConfig, tokenizer: Any, env: RankEnv, cache_root: Path, *, trains: bool = True) -> PreparedData:
-    """The samples of `config` as `tokenizer` (of transformers, template applied) cuts them, memory-mapped.
+    """Prepare the samples of `config` as `tokenizer` (of transformers, template applied) cuts them, memory-mapped.
 
     Every rank calls this. One process per node does the work under a file lock while the others wait without any
     collective; the result is found again by content, tokenizer, settings and code. Rows of validation and test come in

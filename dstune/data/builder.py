@@ -58,7 +58,7 @@ def block_builder(
     shards: list[list[str]],
     arguments: Mapping[str, Any],
 ) -> Builder:
-    """Makes the samples of the block of the stream `data.train` that starts at `begin`.
+    """Make the builder of the block of the stream `data.train` that starts at `begin`.
 
     held_out: hashes of the rows that are left out, sorted uint64. shards: what the first block was read from
     (`StreamStart.shards`). Raises UserError where they are others now, since `begin` would mean other rows. arguments: of the
@@ -296,7 +296,7 @@ class Builder:
         return record | {"shards": shards} if self._held_out is None else record
 
     def refuse_changed_shards(self) -> list[list[str]]:
-        """The shards as they are now. Raises UserError where they are not those of the first block."""
+        """Return the shards as they are now. Raises UserError where they are not those of the first block."""
         source = self._inputs["train"][""]
         assert source.stream is not None
         shards = source.stream.shards()
@@ -416,7 +416,7 @@ def prove_samples(
     evidence_file: Path,
     images: ImageFiles | None = None,
 ) -> Proof:
-    """The proof of the samples in `table`, of which the rows in `evidence_file` are some. Raises UserError."""
+    """Prove the samples in `table`, of which the rows in `evidence_file` are some. Raises UserError."""
     if not tokenizer.chat_template:
         return Proof()
     formats = ["messages"] * len(tasks_of(config))

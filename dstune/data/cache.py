@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
-    """The folder `root/key`, made by `make(folder)` if it is not there yet.
+    """Return the folder `root/key`, made by `make(folder)` if it is not there yet.
 
     Any number of processes may call this at once: one makes the entry, the others wait. The lock is the operating
     system's, so a killed maker leaves none behind and the next one starts over. Raises what `make` raises; a UserError
@@ -55,7 +55,7 @@ def entry(root: Path, key: str, make: Callable[[Path], None]) -> Path:
 
 
 def is_made(root: Path, key: str, since: float) -> bool:
-    """Whether another process has made the entry. Raises the UserError that it met after `since` (seconds of `time`)."""
+    """Return whether another process has made the entry. Raises the UserError that it met after `since` (seconds of `time`)."""
     if (root / key).is_dir():
         return True
     _raise_failure_since(root / f"{key}.error", since)

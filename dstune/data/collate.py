@@ -52,7 +52,7 @@ def refuse_unknown_columns(task: Task, columns: Iterable[str]) -> None:
 def collate(
     split: Split, micro_batch: MicroBatch, *, pad_token_id: int, packing: bool, with_index: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors of `micro_batch`, int64 or float32. What a batch holds follows from what the samples hold.
+    """Build the tensors of `micro_batch`, int64 or float32. What a batch holds follows from what the samples hold.
 
     Packed: `input_ids`, `labels`, `position_ids`, each [rows, longest row]. Positions restart at 0 with every sample,
     padding included, and there is no attention mask: from the restarts transformers keeps samples apart.

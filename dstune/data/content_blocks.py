@@ -8,7 +8,7 @@ from dstune.data.problems import RowError, format_value
 
 
 def without_blocks(message: Any) -> list[Any]:
-    """`message` with its `tool_use` blocks as parts of the type `tool_call`, and behind a message of its own for each
+    """Return `message` with its `tool_use` blocks as parts of the type `tool_call`, and behind a message of its own for each
     `tool_result`; anything else as it is. Raises RowError for results behind other blocks."""
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list) or not {"tool_use", "tool_result"}.intersection(map(_type, content)):
@@ -21,7 +21,7 @@ def without_blocks(message: Any) -> list[Any]:
 
 
 def with_parameters(tool: dict[str, Any]) -> dict[str, Any]:
-    """A tool whose `input_schema` is called `parameters`."""
+    """Return a tool whose `input_schema` is called `parameters`."""
     if "input_schema" not in tool or "parameters" in tool or "function" in tool:
         return tool
     return {"parameters" if key == "input_schema" else key: value for key, value in tool.items()}

@@ -55,7 +55,7 @@ NO_CONTENT = (
 
 @cache
 def content_names() -> frozenset[str]:
-    """Names of columns that look like content: those that some format reads, and usual ones."""
+    """Return names of columns that look like content: those that some format reads, and usual ones."""
     names = {*MORE, *COLUMNS}
     for form in ROW_FORMATS.classes().values():
         names |= {*form.required, *form.optional, *(name for others in form.other_names.values() for name in others)}

@@ -74,15 +74,15 @@ class Defused:
     pattern: re.Pattern[str]
 
     def restore(self, text: str) -> tuple[str, list[int]]:
-        """A text that was rendered from `value` with the strings put back, and where control tokens begin in it that
-        are not the value's but the template's."""
+        """Return a text that was rendered from `value` with the strings put back, and where control tokens begin in it that are
+        not the value's but the template's."""
         control_starts = [match.start() for match in self.pattern.finditer(text)]
         for number, string in enumerate(self.strings):
             text = text.replace(chr(self.first + number) * len(string), string)
         return text, control_starts
 
     def left(self) -> re.Pattern[str]:
-        """Matches what is left of stand-ins in a text that `restore` returned: the template cut or escaped them."""
+        """Return a pattern of what is left of stand-ins in a text that `restore` returned: the template cut or escaped them."""
         last = self.first + max(0, len(self.strings) - 1)
         codes = "|".join(json.dumps(chr(code))[1:-1].replace("\\", r"\\") for code in range(self.first, last + 1))
         return re.compile(f"(?:[{chr(self.first)}-{chr(last)}]|{codes})+")
@@ -119,7 +119,7 @@ class ControlTokens:
         self._unknown = self._ids.intersection(self._without_added_tokens(_UNKNOWN) if tokenizer.is_fast else [])
 
     def first(self, value: Any) -> str:
-        """The first control token in the strings of `value` (a text, a row, messages), or nothing."""
+        """Return the first control token in the strings of `value` (a text, a row, messages), or nothing."""
         return next((match.group() for text in _strings(value) if (match := self.pattern.search(text))), "")
 
     def refuse_across_parts(self, value: Any) -> None:
@@ -130,7 +130,7 @@ class ControlTokens:
                 raise RenderError(f"the parts of a content put together write the control token {written!r}")
 
     def defuse(self, value: Any) -> Defused:
-        """`value` with stand-ins for the control tokens in its strings. Raises RenderError as `refuse_across_parts`."""
+        """Return `value` with stand-ins for the control tokens in its strings. Raises RenderError as `refuse_across_parts`."""
         self.refuse_across_parts(value)
         control_texts = (match.group() for text in _strings(value) for match in self.pattern.finditer(text))
         strings = tuple(dict.fromkeys(control_texts))
@@ -143,7 +143,7 @@ class ControlTokens:
         return Defused(replaced, strings, first, self.pattern)
 
     def encode(self, text: str, control_starts: list[int] | None = None) -> tuple[list[int], np.ndarray]:
-        """Tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
+        """Return tokens of `text`, without special tokens around it, and their characters, int64 [tokens, 2].
 
         control_starts: where control tokens begin that are meant as such, in order; all others become text. A tokenizer that
         cannot tell which characters a token stands for gives the tokens of a text as it is, and no characters.
@@ -173,7 +173,7 @@ class ControlTokens:
         return kept_ids, np.array(kept_offsets, dtype=np.int64).reshape(-1, 2)
 
     def ids(self, text: str, control_starts: list[int] | None = None) -> list[int]:
-        """Tokens of `text` without special tokens around it, none of them a control token but those that begin at
+        """Return tokens of `text` without special tokens around it, none of them a control token but those that begin at
         `control_starts`."""
         if not self.first(text):
             return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -201,9 +201,9 @@ class ControlTokens:
         raise UserError(Problem("model.path", reason, "convert it to a tokenizer.json (a fast tokenizer)"))
 
     def sequence(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], int]:
-        """Tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most
-        `max_length` (the longer text first); to which text each belongs (`token_type_ids`, zeros where the tokenizer
-        has none); and how many tokens there were before."""
+        """Return tokens of one text or of a pair with the special tokens that the tokenizer puts around them, cut to at most
+        `max_length` (the longer text first); to which text each belongs (`token_type_ids`, zeros where the tokenizer has none);
+        and how many tokens there were before."""
         parts = [self.ids(text) for text in texts]
         frame = Frame.of(self._tokenizer, len(texts))
         length = frame.size + sum(map(len, parts))
@@ -213,7 +213,7 @@ class ControlTokens:
         return ids, types, length
 
     def continued(self, text: str) -> list[int]:
-        """Tokens of a text without added tokens that goes on from another one: no space is put in front of it."""
+        """Return tokens of a text without added tokens that goes on from another one: no space is put in front of it."""
         return self._without_added_tokens(text)
 
     def _as_text(self, text: str) -> list[int]:

@@ -78,25 +78,25 @@ class RawRow:
 
 
 def place(file: DataFile | Path | str, line: int) -> str:
-    """`FILE:LINE`, the form in which messages name a row."""
+    """Return `FILE:LINE`, the form in which messages name a row."""
     return f"{file}:{line}"
 
 
 def ending_of(name: str) -> str:
-    """The ending of a file's name, in lower case and without that of a compression."""
+    """Return the ending of a file's name, in lower case and without that of a compression."""
     path = Path(name)
     return Path(path.stem).suffix.lower() if path.suffix.lower() in COMPRESSIONS else path.suffix.lower()
 
 
 def is_readable(name: str) -> bool:
-    """Whether a file of this name holds rows that can be read."""
+    """Return whether a file of this name holds rows that can be read."""
     ending = ending_of(name)
     compressed = Path(name).suffix.lower() in COMPRESSIONS
     return ending in TEXTS if compressed else ending in ENDINGS
 
 
 def fingerprint(file: DataFile) -> str:
-    """Digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
+    """Return digest of the file's bytes and of what decides how they are read (128 bit, hexadecimal, and the endings)."""
     how = file.member + file.ending + file.compression + (file.text_rows.name if file.ending in DOCUMENTS else "")
     how += "" if file.rows is None else f"[{file.rows[0]}:{file.rows[1]}]"
     if file.digest:
@@ -106,7 +106,7 @@ def fingerprint(file: DataFile) -> str:
 
 @contextmanager
 def opened(file: DataFile) -> Iterator[BinaryIO]:
-    """The bytes of a text file, decompressed. Raises UserError where they cannot be had, also while they are read."""
+    """Open a text file for its bytes, decompressed. Raises UserError where they cannot be had, also while they are read."""
     try:
         with _bytes(file) as stream:
             yield stream
@@ -145,7 +145,7 @@ def _decompressed(stream: Any, compression: str) -> Any:
 
 
 def members(archive: Path) -> list[str]:
-    """Names of the files with rows in a zip archive, sorted. Raises UserError if it is none."""
+    """Return names of the files with rows in a zip archive, sorted. Raises UserError if it is none."""
     try:
         with zipfile.ZipFile(archive) as opened_archive:
             names = opened_archive.namelist()

@@ -31,7 +31,7 @@ from dstune.protocols import ROW_FORMATS, RowFormat, Task, task_of
 
 
 def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
-    """Digest of all that the samples depend on. The weights of a mixture are not among it: they decide the order."""
+    """Return digest of all that the samples depend on. The weights of a mixture are not among it: they decide the order."""
     data = config.data
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     # What the last call of the tokenizer left behind, not what it is.

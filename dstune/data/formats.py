@@ -18,7 +18,7 @@ from dstune.protocols.task import TaskConfig
 
 
 def column_of(form: type[RowFormat], role: str, mapping: Mapping[str, str], columns: Collection[str]) -> str:
-    """The column of a file that holds `role`: as `data.columns` says, else of the role's own or another usual name."""
+    """Return the column of a file that holds `role`: as `data.columns` says, else of the role's own or another usual name."""
     if role in mapping:
         return mapping[role]
     if role not in columns:
@@ -29,17 +29,18 @@ def column_of(form: type[RowFormat], role: str, mapping: Mapping[str, str], colu
 
 
 def columns_read(form: type[RowFormat], mapping: Mapping[str, str], columns: Collection[str]) -> set[str]:
-    """The columns of a file that the format reads."""
+    """Return the columns of a file that the format reads."""
     return {column_of(form, role, mapping, columns) for role in (*form.required, *form.optional)} & set(columns)
 
 
 def shape_of(fmt: str) -> str:
-    """The format whose encoder reads the rows of the format `fmt`."""
+    """Return the format whose encoder reads the rows of the format `fmt`."""
     return (ROW_FORMATS[fmt].shape if fmt in ROW_FORMATS else "") or fmt
 
 
 def shape_of_all(formats: Collection[str], task: TaskConfig) -> str:
-    """The format whose encoder reads rows of all `formats` in one run: the first that the task reads, `messages` before it."""
+    """Return the format whose encoder reads rows of all `formats` in one run: the first that the task reads, `messages` before
+    it."""
     shapes = {shape_of(fmt) for fmt in formats}
     return next((name for name in ("messages", *task_of(task).read_formats) if name in shapes), AUTOMATIC)
 
@@ -65,7 +66,7 @@ def check_columns(mapping: Mapping[str, str]) -> None:
 def recognise(
     columns: Collection[str], mapping: Mapping[str, str], format_name: str, task: TaskConfig, where: str
 ) -> str:
-    """The format of a file with these `columns` under this task.
+    """Return the format of a file with these `columns` under this task.
 
     `format_name` is `data.format`; `where` (`FILE:LINE`) is the row that the columns were read from.
     Raises UserError that lists the columns found and what was expected.
@@ -127,7 +128,7 @@ def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Col
 
 
 def content_left_out(form: type[RowFormat], mapping: Mapping[str, str], columns: Collection[str]) -> list[str]:
-    """The columns that look like content, hold something, and are not read by this format."""
+    """Return the columns that look like content, hold something, and are not read by this format."""
     read = columns_read(form, mapping, columns)
     names = content_names()
     return [

@@ -19,7 +19,7 @@ class Frame:
 
     @classmethod
     def of(cls, tokenizer: Any, texts: int) -> Frame:
-        """Of a text alone, or of a pair (`texts` = 2)."""
+        """Make the frame of a text alone, or of a pair (`texts` = 2)."""
         example = tokenizer(*["a"] * texts)
         types = example.get("token_type_ids", [0] * len(example["input_ids"]))
         remaining = list(zip(example["input_ids"], types, strict=True))
@@ -40,7 +40,7 @@ class Frame:
         return sum(map(len, self.between))
 
     def around(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of all, their types, and where each text begins."""
+        """Return token ids of all, their types, and where each text begins."""
         tokens: Tokens = list(self.between[0])
         starts = []
         for ids, kind, behind in zip(texts, self.kinds, self.between[1:], strict=True):
@@ -51,7 +51,7 @@ class Frame:
 
 
 def chunks(length: int, size: int, stride: int, starts: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Where chunks of at most `size` tokens begin and end that cover `length` tokens, neighbours having `stride` in common.
+    """Return where chunks of at most `size` tokens begin and end that cover `length` tokens, neighbours having `stride` in common.
 
     starts: places where a chunk may begin, ascending (words); the next one is taken, and any place where none is near.
     """

@@ -20,7 +20,7 @@ PARAMETERS = ("parameters", "parametersJsonSchema", "parameters_json_schema")
 
 
 def messages_of_contents(value: Any, column: str) -> list[Message]:
-    """The messages of a list of contents: parts of text, thoughts (`thought: true`), `functionCall` and `functionResponse`.
+    """Return the messages of a list of contents: parts of text, thoughts (`thought: true`), `functionCall` and `functionResponse`.
 
     Raises RowError, also for parts that are none of these.
     """
@@ -33,7 +33,7 @@ def messages_of_contents(value: Any, column: str) -> list[Message]:
 
 
 def system_text(value: Any, column: str) -> str:
-    """The text of a `systemInstruction`: a text, or a content with parts of text. Raises RowError."""
+    """Return the text of a `systemInstruction`: a text, or a content with parts of text. Raises RowError."""
     if isinstance(value, str):
         return value
     content = without_none(value)
@@ -45,7 +45,8 @@ def system_text(value: Any, column: str) -> str:
 
 
 def tools_of_declarations(value: Any) -> Any:
-    """The tools of `[{functionDeclarations: [...]}]`; those of OpenAI's form stay. Raises RowError for tools that Google runs."""
+    """Return the tools of `[{functionDeclarations: [...]}]`; those of OpenAI's form stay. Raises RowError for tools that Google
+    runs."""
     if isinstance(value, str):
         value = from_json(value, "tools are not JSON")
     groups = without_none([value] if isinstance(value, dict) else value)

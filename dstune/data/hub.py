@@ -37,7 +37,7 @@ class HubName:
 
 
 def hub_name(spec: str) -> HubName | None:
-    """What `spec` names on the hub; None if it is a path of this machine (which wins) or no such name."""
+    """Return what `spec` names on the hub; None if it is a path of this machine (which wins) or no such name."""
     match = _NAME.fullmatch(spec)
     if match is None or Path(spec).exists() or Path(match["repository"]).exists() or is_readable(match["repository"]):
         return None
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepared(repository: str) -> list[Prepared]:
-    """What the cache of `datasets` has of a repository, newest first."""
+    """Return what the cache of `datasets` has of a repository, newest first."""
     import datasets.config
     from datasets.naming import camelcase_to_snakecase
 
@@ -75,7 +75,7 @@ def prepared(repository: str) -> list[Prepared]:
 
 
 def cached(name: HubName, subset: str | None, key: str, why: str = "it was not prepared before") -> Prepared:
-    """The data set in the cache: at the commit `name.revision`, or the one prepared last if there is none given.
+    """Return the data set in the cache: at the commit `name.revision`, or the one prepared last if there is none given.
 
     key: where the name came from. why: why the hub cannot be asked.
     Raises UserError where it is not there, or it has several configurations and none is named.
@@ -104,7 +104,7 @@ def cached(name: HubName, subset: str | None, key: str, why: str = "it was not p
 
 
 def subset_key(key: str) -> str:
-    """The key of the configuration that goes with the key of a path: `data.subset` with `data.train`."""
+    """Return the key of the configuration that goes with the key of a path: `data.subset` with `data.train`."""
     section = key.rsplit(".", 1)[0]
     return f"{section}.subset"
 
@@ -115,7 +115,7 @@ def _refuse_subset(key: str, subset: str | None, entries: list[Prepared]) -> lis
 
 
 def subset_problem(key: str, subset: str | None, names: list[str], these: str = "are there") -> Problem:
-    """A configuration that a data set lacks, or that has to be named because it has several."""
+    """Return a configuration that a data set lacks, or that has to be named because it has several."""
     listed = ", ".join(names)
     if subset is None:
         reason = f"the data set has several configurations, and one has to be named; {listed} {these}"
@@ -126,7 +126,7 @@ def subset_problem(key: str, subset: str | None, names: list[str], these: str = 
 
 
 def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataFile]:
-    """The Arrow files of a split, in order. Raises UserError if there is no such split."""
+    """Return the Arrow files of a split, in order. Raises UserError if there is no such split."""
     info = entry.info
     splits = info.get("splits") or {}
     if split not in splits:
@@ -144,7 +144,7 @@ def files_of(entry: Prepared, name: HubName, split: str, key: str) -> list[DataF
 
 
 def split_problem(key: str, path: str, split: str, splits: list[str]) -> Problem:
-    """A split that is not there, with those that are."""
+    """Return a split that is not there, with those that are."""
     close = difflib.get_close_matches(split, splits, n=1, cutoff=0.4)
     other = close[0] if close else splits[0] if splits else "SPLIT"
     reason = f"there is no split {split!r}; the splits are {', '.join(splits) or 'none'}"

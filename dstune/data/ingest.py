@@ -79,12 +79,12 @@ class Table:
         return np.arange(len(self.hashes)) if self.kept is None else np.flatnonzero(self.kept)
 
     def place(self, number: int) -> str:
-        """`FILE:LINE` of a row."""
+        """Return `FILE:LINE` of a row."""
         fields = self.data[int(number)]
         return sources.place(self.files[fields["file"]], fields["line"])
 
     def places(self, numbers: np.ndarray) -> list[str]:
-        """`FILE:LINE` of each of these rows."""
+        """Return `FILE:LINE` of each of these rows."""
         origins = self.data.select(numbers).select_columns(["file", "line"])[:]
         return [
             sources.place(self.files[file], line) for file, line in zip(origins["file"], origins["line"], strict=True)
@@ -125,7 +125,7 @@ def ingest(
 def load_table(
     target: Path, files: list[sources.DataFile], config: RunConfig, fmt: str, rows_read: int, bad_rows: int
 ) -> Table:
-    """The rows that were written to `target`."""
+    """Return the rows that were written to `target`."""
     data = datasets.Dataset.from_file(str(target))
     columns = data.data.table
     hashes = numbers_on_disk(columns["hash"], Path(f"{target}.hashes"))
@@ -139,7 +139,7 @@ def load_table(
 
 
 def numbers_on_disk(column: pa.ChunkedArray, file: Path) -> np.ndarray:
-    """A column of numbers without gaps, memory-mapped from `file` so that memory holds none of them: [rows]."""
+    """Return a column of numbers without gaps, memory-mapped from `file` so that memory holds none of them: [rows]."""
     kind = column.type.to_pandas_dtype()
     with file.open("wb") as stream:
         for chunk in column.chunks:

@@ -14,7 +14,7 @@ PARTS = ("train", "validation", "test", "guard", "ood")
 
 
 def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
-    """The configuration under which `source` alone would be the training data."""
+    """Return the configuration under which `source` alone would be the training data."""
     data = replace(
         config.data,
         train=source.path,
@@ -28,8 +28,8 @@ def of_source(config: RunConfig, source: SourceConfig) -> RunConfig:
 
 
 def of_training(config: RunConfig) -> dict[str, tuple[str, RunConfig]]:
-    """What the training rows are read from: by name (empty without a mixture) the key that says so, and the
-    configuration in which `data.train` is that source."""
+    """Return what the training rows are read from: by name (empty without a mixture) the key that says so, and the configuration
+    in which `data.train` is that source."""
     if not config.data.mixture:
         return {"": ("data.train", config)}
     return {

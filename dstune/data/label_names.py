@@ -18,7 +18,7 @@ _WORDS = re.compile(r"[\W_]+")
 
 
 def suspicious(counts: Mapping[str, int]) -> list[str]:
-    """What looks like a slip among labels, each with its training rows: one sentence for each.
+    """Return what looks like a slip among labels, each with its training rows: one sentence for each.
 
     Marks of entities (`B-`, `I-`) are no part of a name: `B-PER` and `I-PER` are one.
     """

@@ -39,7 +39,7 @@ class ChosenRows:
 
 
 def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: BadRows) -> tuple[str, ...]:
-    """Label names by index; rows of the other parts with a label that training lacks are bad and left out."""
+    """Return label names by index; rows of the other parts with a label that training lacks are bad and left out."""
     task = task_of(config.task)
     if not task.has_labels:
         return ()
@@ -76,7 +76,7 @@ def labels_of_training(chosen: dict[str, ChosenRows], config: RunConfig, bad: Ba
 
 
 def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) -> dict[str, int]:
-    """How many rows have each of `labels`; a row with several of them counts for each. Empty for tasks without labels."""
+    """Return how many rows have each of `labels`; a row with several of them counts for each. Empty for tasks without labels."""
     if not labels or rows.table.labels is None:
         return {}
     count_by_label = dict.fromkeys(labels, 0)
@@ -88,7 +88,7 @@ def rows_by_label(rows: ChosenRows, config: RunConfig, labels: tuple[str, ...]) 
 
 
 def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows) -> tuple[float, ...]:
-    """How much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
+    """Return how much a row of each class counts in the loss; empty where all count alike. Raises UserError for unknown names."""
     counts = partial(rows_by_label, train, config, labels)
     task = task_of(config.task)
     weights = task.class_weights(labels, counts, len(train.indices)) if isinstance(task, WeighsClasses) else ()

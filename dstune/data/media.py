@@ -79,7 +79,8 @@ def _texts(content: Any) -> list[str]:
 
 
 def marker_in(text: str) -> str:
-    """The first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted as code."""
+    """Return the first marker of media in `text`, if any: not one that is closed as an element of XML or HTML is, or is quoted
+    as code."""
     for match in _MARKER.finditer(text):
         marker = match.group().strip()
         is_element = marker != "<img>" and f"</{marker[1:]}" in text[match.end() :]
@@ -90,7 +91,7 @@ def marker_in(text: str) -> str:
 
 
 def holds_something(value: Any) -> bool:
-    """Whether a value says anything: Parquet gives every row the columns of all of them."""
+    """Return whether a value says anything: Parquet gives every row the columns of all of them."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, Mapping):

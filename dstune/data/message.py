@@ -78,7 +78,7 @@ _PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
 
 
 def message_of(number: int, message: Any) -> Message:
-    """The message that is called `number`, its keys in the order of the file. Raises RowError."""
+    """Return the message that is called `number`, its keys in the order of the file. Raises RowError."""
     if not isinstance(message, dict):
         raise RowError(f"message {number} must be an object with role and content")
     message = without_none(message, GIVEN)
@@ -138,30 +138,30 @@ def _refuse_two_reasonings(number: int, message: Message, content: Content | Non
 
 
 def content_text(content: Any) -> str:
-    """The content of a message as one text, empty if there is none."""
+    """Return the content of a message as one text, empty if there is none."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content if "text" in part)
     return content or ""
 
 
 def content_start(content: Any) -> str:
-    """The text with which a content begins: of several parts the first one, empty if that is no text."""
+    """Return the text with which a content begins: of several parts the first one, empty if that is no text."""
     return content[0].get("text", "") if isinstance(content, list) and content else content_text(content)
 
 
 def with_start(content: Any, text: str) -> Content:
-    """`content` that begins with `text` in place of `content_start`."""
+    """Return `content` that begins with `text` in place of `content_start`."""
     return [{**content[0], "text": text}, *content[1:]] if isinstance(content, list) and content else text
 
 
 def joined(message: Mapping[str, Any]) -> Message:
-    """`message` with its content as one text."""
+    """Return `message` with its content as one text."""
     content = message.get("content")
     return {**message, "content": content_text(content)} if isinstance(content, list) else dict(message)
 
 
 def is_call(message: Any) -> bool:
-    """Whether a message of a file is itself a call, by its role."""
+    """Return whether a message of a file is itself a call, by its role."""
     return isinstance(message, dict) and (message.get("role") or message.get("from")) in NAMES_OF_CALLS
 
 
@@ -294,7 +294,7 @@ def _call(number: int, call: Any) -> dict[str, Any]:
 
 
 def from_json(text: str, complaint: str) -> Any:
-    """The value that `text` holds. Raises RowError, which begins with `complaint`."""
+    """Return the value that `text` holds. Raises RowError, which begins with `complaint`."""
     try:
         return parse_json(text)
     except json.JSONDecodeError as error:
@@ -306,7 +306,7 @@ def from_json(text: str, complaint: str) -> Any:
 
 
 def inline_reasoning(content: str) -> tuple[str, str] | None:
-    """The reasoning with which a content begins, and the answer behind it; a prompt may have opened it (`<think>`).
+    """Return the reasoning with which a content begins, and the answer behind it; a prompt may have opened it (`<think>`).
 
     Tags further on belong to what is said: "<think> opens, </think> closes" has no reasoning.
     """
@@ -320,7 +320,7 @@ GIVEN = ("arguments", "parameters")
 
 
 def without_none(value: Any, but: Collection[str] = ()) -> Any:
-    """`value` without the keys whose value is None, which say nothing. but: keys below which they do."""
+    """Return `value` without the keys whose value is None, which say nothing. but: keys below which they do."""
     if isinstance(value, dict):
         filled = {key: item for key, item in value.items() if item is not None}
         return {key: item if key in but else without_none(item, but) for key, item in filled.items()}

@@ -58,7 +58,7 @@ BESIDE_CONVERSATION = "the column {!r} stands beside a prompt that is a conversa
 
 
 def conversation_of(value: Any, column: str) -> list[Message]:
-    """The messages of a list of `{role, content}` (OpenAI), `{from, value}` (ShareGPT) or `{human, assistant}`, each of
+    """Return the messages of a list of `{role, content}` (OpenAI), `{from, value}` (ShareGPT) or `{human, assistant}`, each of
     which is a question and its answer. Raises RowError."""
     if isinstance(value, str):  # CSV and many Parquet files hold the conversation as JSON text
         value = from_json(value, f"column {column!r} is text but not JSON")
@@ -78,7 +78,7 @@ def conversation_of(value: Any, column: str) -> list[Message]:
 
 
 def is_list_of_messages(value: Any) -> bool:
-    """Whether a value is a list of objects that each say who speaks."""
+    """Return whether a value is a list of objects that each say who speaks."""
     is_list = isinstance(value, list) and bool(value)
     return is_list and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
 
@@ -109,13 +109,13 @@ def _of_exchange(item: Any) -> list[Any]:
 
 
 def exchange(prompt: str, answer: str) -> list[Message]:
-    """A question and its answer."""
+    """Return a question and its answer."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
 def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Message]:
-    """The messages of an Alpaca row (Taori et al. 2023): `instruction` with `input` on the line below, `output`,
-    and optionally `history`. input_apart: the input is a key of the question's message instead. Raises RowError."""
+    """Return the messages of an Alpaca row (Taori et al. 2023): `instruction` with `input` on the line below, `output`, and
+    optionally `history`. input_apart: the input is a key of the question's message instead. Raises RowError."""
     input_text = text_or_nothing(fields.get("input"), "input") if input_apart else ""
     question = fields["instruction"] if input_text else with_input(fields["instruction"], fields.get("input"))
     requested, answered = exchange(question, fields["output"])
@@ -127,7 +127,7 @@ def alpaca(fields: Mapping[str, Any], *, input_apart: bool = False) -> list[Mess
 
 
 def with_input(question: Any, value: Any) -> Any:
-    """A question with the text of the column `input`, if there is any, on the line below. Raises RowError."""
+    """Return a question with the text of the column `input`, if there is any, on the line below. Raises RowError."""
     input_text = text_or_nothing(value, "input")
     if not input_text:
         return question
@@ -137,7 +137,7 @@ def with_input(question: Any, value: Any) -> Any:
 
 
 def history_of(value: Any) -> list[Message]:
-    """The messages of the column `history`: pairs of a question and its answer. Raises RowError."""
+    """Return the messages of the column `history`: pairs of a question and its answer. Raises RowError."""
     if isinstance(value, str) and value.strip():
         value = from_json(value, "column 'history' is text but not JSON")
     if not isinstance(value or [], list):
@@ -151,7 +151,7 @@ def history_of(value: Any) -> list[Message]:
 
 
 def after_history(prompt: Any, value: Any) -> Any:
-    """The prompt, behind the exchanges of the column `history` if there are any. Raises RowError."""
+    """Return the prompt, behind the exchanges of the column `history` if there are any. Raises RowError."""
     history = history_of(value)
     if not history:
         return prompt
@@ -161,8 +161,8 @@ def after_history(prompt: Any, value: Any) -> Any:
 
 
 def prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
-    """The messages of a prompt and a completion of which one at least is a list of messages. Only those of the
-    completion are trained. Raises RowError."""
+    """Return the messages of a prompt and a completion of which one at least is a list of messages. Only those of the completion
+    are trained. Raises RowError."""
     requested = exchange(prompt, "")[:1] if isinstance(prompt, str) else conversation_of(prompt, "prompt")
     answered = (
         exchange("", completion)[1:] if isinstance(completion, str) else conversation_of(completion, "completion")
@@ -182,7 +182,7 @@ def refuse_continued(requested: list[Message], answered: list[Message]) -> None:
 
 
 def with_system(messages: list[Message], system: Any) -> list[Message]:
-    """`messages` under the text of a `system` column, if there is any. Raises RowError."""
+    """Return `messages` under the text of a `system` column, if there is any. Raises RowError."""
     text = text_or_nothing(system, "system")
     if not text:
         return messages
@@ -194,15 +194,15 @@ def with_system(messages: list[Message], system: Any) -> list[Message]:
 
 
 def text_or_nothing(value: Any, column: str) -> str:
-    """The text of a column that may be absent or blank. Raises RowError for anything else."""
+    """Return the text of a column that may be absent or blank. Raises RowError for anything else."""
     if value is not None and not isinstance(value, str):
         raise RowError(f"column {column!r} must be text, it is {type(value).__name__}")
     return value if value and value.strip() else ""
 
 
 def tools_of(value: Any) -> list[dict[str, Any]]:
-    """JSON schemas of the tools that a conversation may call, each as templates and servers take it:
-    `{type: function, function: {name, description, parameters}}`, also where only the inner object is given. Raises RowError."""
+    """Return JSON schemas of the tools that a conversation may call, each as templates and servers take it: `{type: function,
+    function: {name, description, parameters}}`, also where only the inner object is given. Raises RowError."""
     is_text = isinstance(value, str)
     if is_text:
         value = from_json(value, "tools are not JSON")
@@ -247,7 +247,7 @@ def _parameters(tool: dict[str, Any]) -> Any:
 
 
 def without_strange_nulls(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    """`messages` without arguments that are null and that their function does not have, as far as `tools` say what it takes.
+    """Return `messages` without arguments that are null and that their function does not have, as far as `tools` say what it takes.
 
     JSON that was a table once gives every call the arguments of all.
     """
@@ -290,8 +290,8 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 def conversation_row(
     messages: list[Message], fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False
 ) -> dict[str, Any]:
-    """A chat row of these messages, with the tools that the row gives. silence: an answer that says nothing may be learned
-    from. Raises RowError."""
+    """Return a chat row of these messages, with the tools that the row gives. silence: an answer that says nothing may be
+    learned from. Raises RowError."""
     tools = tools_of(fields["tools"]) if fields.get("tools") else []
     messages = without_strange_nulls(messages, tools)
     parallel = fields.get("parallel_tool_calls")
@@ -309,7 +309,7 @@ def conversation_row(
 
 
 def template_arguments(value: Any) -> dict[str, Any]:
-    """The arguments that a row gives to the chat template. Raises RowError."""
+    """Return the arguments that a row gives to the chat template. Raises RowError."""
     if isinstance(value, str):
         value = from_json(value, "chat_template_kwargs is text but not JSON")
     if value is not None and not isinstance(value, dict):
@@ -321,7 +321,7 @@ def template_arguments(value: Any) -> dict[str, Any]:
 
 
 def plain_exchange(fields: Mapping[str, Any], *, needs_answer: bool, silence: bool = False) -> dict[str, Any]:
-    """A chat row of a prompt and its completion: as they are where both are texts and nothing stands beside them, else as
+    """Return a chat row of a prompt and its completion: as they are where both are texts and nothing stands beside them, else as
     messages. Raises RowError."""
     prompt, completion = fields["prompt"], fields["completion"]
     earlier = history_of(fields.get("history"))
@@ -361,7 +361,7 @@ def check_conversation(messages: list[Message], *, needs_answer: bool, parallel_
 
 
 def first_unusual(messages: list[Message]) -> int | None:
-    """The number of the first message, from 0, whose role does not usually follow the role before it."""
+    """Return the number of the first message, from 0, whose role does not usually follow the role before it."""
     previous = "start"
     for number, message in enumerate(messages):
         if message["role"] not in USUAL_FOLLOWERS[previous]:

@@ -19,7 +19,7 @@ from dstune.data.split import lowest
 
 
 def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table:
-    """The rows of all sources (by name, in the order of `data.mixture`) in one table at `target`.
+    """Return the rows of all sources (by name, in the order of `data.mixture`) in one table at `target`.
 
     Each source keeps `max_rows` rows at most. Rows are numbered anew.
     """
@@ -49,7 +49,7 @@ def merge(tables: Mapping[str, Table], config: RunConfig, target: Path) -> Table
 
 
 def source_weights(config: RunConfig, rows: Sequence[int]) -> list[float]:
-    """How often the rows of each source of `data.mixture` come in an epoch. rows: how many each has.
+    """Return how often the rows of each source of `data.mixture` come in an epoch. rows: how many each has.
 
     With `forgetting.replay` the general rows make up that share of an epoch in which each row of the task comes once.
     """
@@ -72,7 +72,7 @@ def add_shares(counted: dict[str, dict[str, Any]], config: RunConfig) -> None:
 
 
 def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
-    """Which rows of a source are used: bool [rows].
+    """Return which rows of a source are used: bool [rows].
 
     Chosen by another hash of the row's hash: the split takes rows with low hashes, and from those with the lowest
     alone it would hold out all of them.

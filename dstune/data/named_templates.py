@@ -8,7 +8,8 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 
 def joined(templates: Mapping[str, str]) -> str:
-    """One template that renders as transformers does, which takes the one named `tool_use` where a conversation has tools."""
+    """Join templates into one that renders as transformers does, which takes the one named `tool_use` where a conversation has
+    tools."""
     default = templates.get(
         DEFAULT, "{{ raise_exception('this model has a chat template for conversations with tools alone') }}"
     )

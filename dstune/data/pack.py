@@ -8,7 +8,7 @@ import numpy as np
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row that each sample goes to: int64 [samples], rows numbered from 0.
+    """Return the row that each sample goes to: int64 [samples], rows numbered from 0.
 
     Best-fit decreasing (Johnson 1974): samples from the longest to the shortest, each into the row whose free room is
     the smallest that still holds it, else into a new row. The number of rows depends on the lengths only, not on
@@ -92,7 +92,7 @@ class _StartedRows:
 
 
 def group(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Samples sorted by row, and where each row starts: (int64 [samples], int64 [rows + 1]).
+    """Group samples by row: return the sorted samples, and where each row starts: (int64 [samples], int64 [rows + 1]).
 
     Row r holds `samples[starts[r]:starts[r + 1]]`.
     """

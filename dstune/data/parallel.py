@@ -42,8 +42,8 @@ def map_rows(
     workers: int,
     doing: str,
 ) -> datasets.Dataset:
-    """What `function` gives for batches of `rows`, in order, memory-mapped from `target` (several files beside it where
-    several processes ran); the columns of `rows` are not kept.
+    """Map `function` over batches of `rows`, in order, memory-mapped from `target` (several files beside it where several processes
+    ran); the columns of `rows` are not kept.
 
     workers: processes; 0 is one per core that this process may use. doing: what it is, for those who wait.
     """

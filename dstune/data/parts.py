@@ -17,7 +17,7 @@ from dstune.protocols import task_of
 
 
 def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]:
-    """Which rows make up each part: those of its own file, or those held out from the training file."""
+    """Choose which rows make up each part: those of its own file, or those held out from the training file."""
     train, split = ChosenRows(tables["train"], tables["train"].rows), config.data.split
     target_rows = np.arange(len(train.indices))
     if mixes_in(config):  # general rows are there to be trained on; what is measured is the task
@@ -50,13 +50,13 @@ def choose(tables: dict[str, Table], config: RunConfig) -> dict[str, ChosenRows]
 
 
 def of_task(rows: ChosenRows) -> np.ndarray:
-    """With `forgetting.replay`, which rows are those of the task, bool [rows]."""
+    """Return which rows are those of the task with `forgetting.replay`, bool [rows]."""
     assert rows.table.sources is not None
     return np.asarray(rows.table.sources[rows.indices] == 0)
 
 
 def limited(rows: ChosenRows, config: RunConfig) -> ChosenRows:
-    """`data.max_rows` of the training rows; general rows are not counted."""
+    """Return `data.max_rows` of the training rows; general rows are not counted."""
     if config.data.max_rows is None:
         return rows
     if not mixes_in(config):

@@ -37,8 +37,8 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def pair_row(fields: Mapping[str, Any]) -> Row:
-    """A normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools`, `chat_template_kwargs` and
-    `margin` where given.
+    """Return a normalised pair: `prompt`, `chosen`, `rejected` as texts or all as messages, with `tools`, `chat_template_kwargs`
+    and `margin` where given.
 
     `input` and `history` belong to a prompt that is a text, as in Alpaca rows. Raises RowError.
     """
@@ -78,26 +78,26 @@ def pair_row(fields: Mapping[str, Any]) -> Row:
 
 
 def is_dialogue(text: str) -> bool:
-    """Whether a text is a conversation as in hh-rlhf (Bai et al. 2022): `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    """Return whether a text is a conversation as in hh-rlhf (Bai et al. 2022): `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
     return text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 
 def dialogue_of(text: str) -> list[Message]:
-    """The messages of such a text."""
+    """Return the messages of such a text."""
     parts = _SPEAKER.split("\n\n" + text.lstrip())
     turns = zip(parts[1::2], parts[2::2], strict=True)
     return [{"role": ROLE_NAMES[speaker.lower()], "content": text.strip()} for speaker, text in turns]
 
 
 def parted(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """A conversation before its last message, and that message, which is the assistant's. Raises RowError."""
+    """Return a conversation before its last message, and that message, which is the assistant's. Raises RowError."""
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise RowError("the last message is judged, so the assistant has to say it, in answer to another one")
     return messages[:-1], messages[-1:]
 
 
 def is_verdict(value: Any) -> bool:
-    """Whether a value reads like the verdict on an answer."""
+    """Return whether a value reads like the verdict on an answer."""
     if value is None:
         return False
     try:
@@ -108,7 +108,7 @@ def is_verdict(value: Any) -> bool:
 
 
 def verdict_of(value: Any, column: str) -> bool:
-    """Whether an answer is a good one: true or false, 1 or 0, or these as text. Raises RowError."""
+    """Return whether an answer is a good one: true or false, 1 or 0, or these as text. Raises RowError."""
     if isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     if isinstance(value, (bool, int, float)) and value in (0, 1):
@@ -117,7 +117,7 @@ def verdict_of(value: Any, column: str) -> bool:
 
 
 def as_chat(row: Row, answer: str) -> Row:
-    """The chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
+    """Return the chat row in which the prompt of the pair `row` is answered by its `chosen` or `rejected`; what the assistant
     says in the prompt is no target."""
     beside: Row = {key: row[key] for key in ("tools", "chat_template_kwargs") if key in row}
     if isinstance(row["prompt"], str):

@@ -88,7 +88,7 @@ class Split:
         return self.table.with_format("numpy", columns=numbers)
 
     def select(self, samples: np.ndarray) -> Split:
-        """The split with some of its samples, int [samples]."""
+        """Return the split with some of its samples, int [samples]."""
         return replace(
             self,
             lengths=self.lengths[samples],
@@ -99,30 +99,30 @@ class Split:
         )
 
     def column(self, name: str) -> np.ndarray:
-        """A value of each sample, [samples]."""
+        """Return a value of each sample, [samples]."""
         values = np.asarray(self.table.select_columns([name]).with_format("numpy")[:][name])
         return values if self.rows is None else values[self.rows]
 
     def tokens(self) -> dict[str, np.ndarray]:
-        """Tokens of each sample in each column that has some, [samples] by column."""
+        """Return tokens of each sample in each column that has some, [samples] by column."""
         names = [name for name in self.table.column_names if name.endswith(TOKENS)]
         counts = {name: pc.list_value_length(self.table.data.column(name)).to_numpy() for name in names}
         return counts if self.rows is None else {name: count[self.rows] for name, count in counts.items()}
 
     def sample(self, index: int) -> dict[str, Any]:
-        """One sample as numpy arrays, without texts."""
+        """Return one sample as numpy arrays, without texts."""
         return self._arrays[self.row(index)]
 
     def row(self, index: int) -> int:
-        """The row of `table` that the sample `index` is."""
+        """Return the row of `table` that the sample `index` is."""
         return index if self.rows is None else int(self.rows[index])
 
     def neighbour(self, index: int, distance: int = 1) -> dict[str, Any]:
-        """The sample of the row of `table` so far behind that of `index`; behind the last row comes the first."""
+        """Return the sample of the row of `table` so far behind that of `index`; behind the last row comes the first."""
         return self._arrays[(self.row(index) + distance) % len(self.table)]
 
     def source_and_target(self, index: int) -> dict[str, str]:
-        """The texts of a seq2seq sample: `source` and `target`."""
+        """Return the texts of a seq2seq sample: `source` and `target`."""
         row = self.table[self.row(index)]
         return {name: row[name] for name in TEXTS}
 
@@ -200,7 +200,7 @@ class PreparedData:
 
 
 def load_split(folder: Path, part: str) -> Split:
-    """The samples that were written to `folder`; nothing but their pages in use is in memory."""
+    """Return the samples that were written to `folder`; nothing but their pages in use is in memory."""
     table, images = datasets.Dataset.from_file(str(folder / f"{part}.arrow")), ImageFiles.of(folder)
     lengths, weights = (np.load(folder / f"{part}.{name}.npy", mmap_mode="r") for name in ("lengths", "weights"))
     sources_file, origins_file, texts, places = (

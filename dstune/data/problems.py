@@ -12,18 +12,18 @@ class RowError(ValueError):
 
 
 def format_value(value: Any) -> str:
-    """A value in a message: short, and a word where there is none."""
+    """Write a value in a message: short, and a word where there is none."""
     return "empty" if value is None or value == "" else f"{value!r:.60}"
 
 
 def listing(columns: Collection[str]) -> str:
-    """Column names for a message, the first twelve of them."""
+    """List column names for a message, the first twelve of them."""
     quoted_columns = [repr(column) for column in list(columns)[:12]]
     return ", ".join(quoted_columns) + (", ..." if len(columns) > 12 else "")
 
 
 def unprinted(fields: str, fix: str) -> str:
-    """What is said of a row with fields that the chat template never prints."""
+    """Return what is said of a row with fields that the chat template never prints."""
     return f"the chat template does not print {fields}, which this row has; {fix}"
 
 
@@ -31,6 +31,6 @@ _UNPRINTED = re.compile(r"the chat template does not print (.+?), which this row
 
 
 def unprinted_in(reason: str) -> tuple[str, str] | None:
-    """The fields and the fix in a text of `unprinted`: no fault of the row, but of the template."""
+    """Return the fields and the fix in a text of `unprinted`: no fault of the row, but of the template."""
     match = _UNPRINTED.fullmatch(reason)
     return (match.group(1), match.group(2)) if match else None

@@ -35,7 +35,7 @@ def prompt_count(config: RunConfig) -> int:
 def sample_prompts(
     encode: RowTokenizer, table: Table, indices: np.ndarray, count: int, max_length: int
 ) -> list[SamplePrompt]:
-    """The first `count` different prompts of at most `max_length` tokens among the rows `indices`."""
+    """Return the first `count` different prompts of at most `max_length` tokens among the rows `indices`."""
     prompts: dict[tuple[int, ...], SamplePrompt] = {}
     for index in indices:
         row = json.loads(table.data[int(index)]["row"])

@@ -18,7 +18,7 @@ MAX_BATCH_BYTES = 2**30
 
 
 def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> Iterator[RawRow]:
-    """The rows behind the first `skip` ones; row groups before them are not read.
+    """Yield the rows behind the first `skip` ones; row groups before them are not read.
 
     rows: read at a time; a page of a few bytes may stand for gigabytes, then it is fewer. Raises UserError where the file is
     broken.
@@ -48,7 +48,7 @@ def read_parquet(file: DataFile, skip: int = 0, rows: int = ROWS_PER_BATCH) -> I
 
 
 def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
-    """As `read_parquet`, of an Arrow file, an Arrow stream (as `datasets` writes them) or a Feather file."""
+    """Read as `read_parquet`, of an Arrow file, an Arrow stream (as `datasets` writes them) or a Feather file."""
     import pyarrow as pa
 
     try:
@@ -62,7 +62,7 @@ def read_arrow(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
 
 def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator[Any]:
-    """The batches; each may take `most` bytes to unpack, or half of the memory that is free here. Raises TooMuch."""
+    """Yield the batches; each may take `most` bytes to unpack, or half of the memory that is free here. Raises TooMuch."""
     remaining = iter(batches)
     while True:
         with limited(None, most or available_bytes() / 2):
@@ -86,7 +86,7 @@ def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
 
 
 def count_rows(file: DataFile) -> int | None:
-    """How many rows a Parquet or Arrow file has; None for a file of another kind. Raises UserError where it is broken."""
+    """Return how many rows a Parquet or Arrow file has; None for a file of another kind. Raises UserError where it is broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -13,7 +13,7 @@ CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "depre
 
 
 def read_tagged(file: DataFile) -> Iterator[RawRow]:
-    """Sentences as the columns `tokens` (the first on a line), `tags` (the last), and `column_1`, `column_2`, ...
+    """Yield sentences as the columns `tokens` (the first on a line), `tags` (the last), and `column_1`, `column_2`, ...
 
     Of a .conllu file `tokens` are the forms, `tags` the universal parts of speech, and the others have their own names.
     Words are separated by tabs where a line has any, else by white space. A line of `-DOCSTART-` and, in a .conllu file,

@@ -57,7 +57,7 @@ class Lines:
 
 
 def read_jsonl(file: DataFile) -> Iterator[RawRow]:
-    """One JSON object a line; blank lines are skipped."""
+    """Yield one JSON object a line; blank lines are skipped."""
     return iter(Lines(file))
 
 
@@ -87,13 +87,13 @@ def _line(number: int, raw: bytes) -> bytes:
 
 
 def lines_of(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Lines with their numbers from 1, without their ends; None for one that is too long for a row."""
+    """Yield lines with their numbers from 1, without their ends; None for one that is too long for a row."""
     for number, (raw, _) in enumerate(lines_within(stream, MAX_ROW_BYTES), start=1):
         yield number, None if raw is None else _line(number, raw)
 
 
 def decoded(raw: bytes | None) -> tuple[str, str]:
-    """The text of a line, and what is wrong with it."""
+    """Return the text of a line, and what is wrong with it."""
     if raw is None:
         return "", f"the line has more than {MAX_ROW_BYTES >> 20} MiB"
     try:
@@ -103,7 +103,7 @@ def decoded(raw: bytes | None) -> tuple[str, str]:
 
 
 def read_json(file: DataFile) -> Iterator[RawRow]:
-    """An array of objects, or objects one after the other (also one a line: many call such a file `.json`)."""
+    """Yield an array of objects, or objects one after the other (also one a line: many call such a file `.json`)."""
     with opened(file) as stream:
         content = stream.read(MAX_JSON_BYTES + 1).removeprefix(BYTE_ORDER_MARK)
     if len(content) > MAX_JSON_BYTES:
@@ -229,7 +229,7 @@ def _kind(value: Any) -> str:
 
 
 def read_csv(file: DataFile) -> Iterator[RawRow]:
-    """Rows under a header line, separated by what separates the header. A quoted field may span lines."""
+    """Yield rows under a header line, separated by what separates the header. A quoted field may span lines."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 kB is shorter than a long document
     with opened(file) as stream:
         lines = _CsvLines(stream)
@@ -301,8 +301,8 @@ class _CsvLines:
 
 
 def separator(header: str) -> str:
-    """What stands between the fields of a CSV file: a comma, or where its header has none outside of quotes, the most frequent
-    of those that spreadsheets write where a comma is the decimal point."""
+    """Return what stands between the fields of a CSV file: a comma, or where its header has none outside of quotes, the most
+    frequent of those that spreadsheets write where a comma is the decimal point."""
     bare = "".join(header.split('"')[::2])
     if "," in bare:
         return ","
@@ -332,7 +332,7 @@ def _not_utf8(values: list[str]) -> str:
 
 
 def read_text(file: DataFile) -> Iterator[RawRow]:
-    """Plain text as the column `text`: a row is a line, a paragraph (up to a blank line) or the whole document."""
+    """Yield plain text as the column `text`: a row is a line, a paragraph (up to a blank line) or the whole document."""
     with opened(file) as stream:
         if file.text_rows is TextRows.line:
             blocks: Iterator[tuple[int, list[bytes | None]]] = (

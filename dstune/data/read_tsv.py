@@ -20,7 +20,7 @@ Line = tuple[int, bytes | None]
 
 
 def read_tsv(file: DataFile) -> Iterator[RawRow]:
-    """Rows under a header line.
+    """Yield rows under a header line.
 
     A line that begins with `#` and has no tab is a comment, unless there is one column only; a `#` in front of the header is
     taken off. A field in quotes may hold tabs and span lines; a quote that is not closed within the row is text.

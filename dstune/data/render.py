@@ -144,14 +144,14 @@ class ChatRenderer:
         return self._template.arguments
 
     def has_marks(self, tools: Tools | None) -> bool:
-        """Whether the template says itself what is trained (`{% generation %}`)."""
+        """Return whether the template says itself what is trained (`{% generation %}`)."""
         return self._template.has_marks(tools)
 
     def _obeys_marks(self, tools: Tools | None) -> bool:
         return self.choice.turns == "auto" and self._template.has_marks(tools)
 
     def holds_control_tokens(self, row: Mapping[str, Any]) -> bool:
-        """Whether somebody wrote what reads like a control token."""
+        """Return whether somebody wrote what reads like a control token."""
         return bool(self._control.first(dict(row)))
 
     @cached_property
@@ -175,7 +175,7 @@ class ChatRenderer:
         arguments: Mapping[str, Any] | None = None,
         answer: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Tokens of the conversation so far and of the generation prompt: where the assistant is to speak next.
+        """Return tokens of the conversation so far and of the generation prompt: where the assistant is to speak next.
 
         arguments: of the row. answer: the message that was written there, which decides whether the model is to think; where
         none was, an export's template does.
@@ -189,7 +189,7 @@ class ChatRenderer:
         )
 
     def arguments_for(self, message: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""
+        """Return the template's arguments for a turn: those of its row, and whether the model is to think where nobody says."""
         switch = self.facts.switch
         thinks = {} if switch is None else {switch: has_reasoning(message)}
         return thinks | self._template.arguments | dict(row or {})
@@ -197,7 +197,7 @@ class ChatRenderer:
     def passages(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
     ) -> list[Passage]:
-        """The texts to train on, and in them what the assistant writes.
+        """Return the texts to train on, and in them what the assistant writes.
 
         Raises RenderError if the template refuses the conversation, drops a part of it, or its targets cannot be told.
         """
@@ -279,7 +279,7 @@ class ChatRenderer:
     def whole_and_untrained(
         self, messages: Messages, *, tools: Tools | None = None, arguments: Mapping[str, Any] | None = None
     ) -> list[tuple[Passage, list[Span]]]:
-        """The passages, the whole conversation among them, each with the characters of turns that have the weight 0.
+        """Return the passages, the whole conversation among them, each with the characters of turns that have the weight 0.
 
         Raises RenderError as `passages` does, and where such a turn cannot be found again.
         """
@@ -310,7 +310,7 @@ class ChatRenderer:
         return result
 
     def note_of_code(self, row: Mapping[str, Any]) -> str | None:
-        """What servers that render by code make of a row's conversation, where it may be another text."""
+        """Return what servers that render by code make of a row's conversation, where it may be another text."""
         return None if self._is_packaged_mistral else note_of(self._template.source(row.get("tools")), row["messages"])
 
     @property
@@ -320,7 +320,7 @@ class ChatRenderer:
         return any(source == template_path(name).read_text(encoding="utf-8") for name in ("mistral", "mistral_tekken"))
 
     def trained(self, messages: Messages) -> list[int]:
-        """The numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
+        """Return the numbers of the assistant's messages that are trained; `messages` are as `expected` gives them.
 
         Where the template prints the reasoning of some turns and hides that of others, the latter are context: trained without
         it, they would teach the model not to think. A row whose reasoning it never prints keeps them, and is refused.
@@ -333,7 +333,7 @@ class ChatRenderer:
         return shown if any(number and has_reasoning(messages[number]) for number in shown) else numbers
 
     def count_hidden(self, messages: Messages) -> int:
-        """How many turns of a row are context since the template hides their reasoning."""
+        """Return how many turns of a row are context since the template hides their reasoning."""
         messages = self.expected(messages)
         trained = self.trained(messages)
         return sum(self._hides(message) and number not in trained for number, message in enumerate(messages))
@@ -448,8 +448,8 @@ class ChatRenderer:
         return Passage(text, (Place(trained[0], start, len(text), len(text), ((start, len(text)),)),))
 
     def expected(self, messages: Messages, tools: Tools | None = None) -> Messages:
-        """`messages` without what `task.reasoning` drops, and with what it writes into contents; contents are as the template
-        reads them."""
+        """Return `messages` without what `task.reasoning` drops, and with what it writes into contents; contents are as the
+        template reads them."""
         messages = with_call_ids(in_format(messages, self._template.source(tools)), self.facts.call_ids)
         if self.choice.drop_reasoning:
             return [without_reasoning(message) for message in messages]
@@ -576,7 +576,7 @@ def _is_described(tool: Mapping[str, Any]) -> bool:
 
 
 def known_stops(tokenizer: Any) -> frozenset[str]:
-    """The tokens that end an answer whatever the template prints: of the generation settings and of the tokenizer."""
+    """Return the tokens that end an answer whatever the template prints: of the generation settings and of the tokenizer."""
     ids = {*marked_stops(tokenizer), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
     added = tokenizer.added_tokens_decoder
     return frozenset(added[number].content for number in ids if number in added)

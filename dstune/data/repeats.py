@@ -33,7 +33,7 @@ class Repeats:
         return all(weight.denominator == 1 for weight in self._weights)
 
     def samples(self, epoch: int) -> np.ndarray:
-        """The samples of `epoch`, as often as they come in it, in no order that means anything: int64."""
+        """Return the samples of `epoch`, as often as they come in it, in no order that means anything: int64."""
         parts: list[np.ndarray] = []
         for source, (members, weight) in enumerate(zip(self._members, self._weights, strict=True)):
             count = len(members)

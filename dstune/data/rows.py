@@ -43,7 +43,7 @@ def normalise(
     input_apart: bool = False,
     answered: bool = True,
 ) -> dict[str, Any]:
-    """The row in the one shape that the rest of the code reads; columns that the format does not know are dropped.
+    """Bring the row into the one shape that the rest of the code reads; columns that the format does not know are dropped.
 
     Keys: `messages` (and `tools` where the row has any), `prompt` and `completion`, `source` and `target`, `text`, or `text` with
     `text_pair` where it has one and `label` (a string, in a regression a number) or `labels` (of a multi-label task: sorted
@@ -92,7 +92,7 @@ def json_text(row: Mapping[str, Any]) -> str:
 
 
 def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with the parts of each content joined: rows keep their place in a split however a template prints parts."""
+    """Return the row with the parts of each content joined: rows keep their place in a split however a template prints parts."""
     return {
         key: [joined(message) if isinstance(message, dict) else message for message in value]
         if isinstance(value, list) and key in CONVERSATIONS
@@ -102,7 +102,7 @@ def with_joined_parts(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical(row: Mapping[str, Any]) -> bytes:
-    """The row as JSON bytes that depend on its content only. Raises RowError for text that UTF-8 cannot hold."""
+    """Return the row as JSON bytes that depend on its content only. Raises RowError for text that UTF-8 cannot hold."""
     try:
         return json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -115,19 +115,20 @@ def canonical(row: Mapping[str, Any]) -> bytes:
 
 
 def hash_of(row: Mapping[str, Any], seed: int) -> int:
-    """The 64 bits by which a row is held out or not. Raises RowError."""
+    """Return the 64 bits by which a row is held out or not. Raises RowError."""
     return content_hash(canonical(for_hash(with_joined_parts(row))), seed)
 
 
 def labels_of(row: Mapping[str, Any]) -> list[str]:
-    """The labels of a normalised row: one, with `multi_label` any number, of words those that occur."""
+    """Return the labels of a normalised row: one, with `multi_label` any number, of words those that occur."""
     if "tags" in row:
         return sorted(set(row["tags"]))
     return list(row["labels"]) if "labels" in row else [row["label"]] if "label" in row else []
 
 
 def sort_labels(labels: Collection[str]) -> tuple[str, ...]:
-    """Label names in the order of their indices: by value where all are integers (2 before 10, 01 before 1), else by name."""
+    """Return label names in the order of their indices: by value where all are integers (2 before 10, 01 before 1), else by
+    name."""
     try:
         return tuple(sorted(set(labels), key=lambda label: (int(label), label)))
     except ValueError:

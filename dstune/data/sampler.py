@@ -102,7 +102,7 @@ class TrainingOrder:
         self._first_steps = [0]
 
     def steps_in(self, epoch: int) -> int:
-        """Optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
+        """Return optimizer steps in this epoch; 0 where the weights of a mixture leave it without samples."""
         # Best fit needs as many rows in any order of the same samples.
         cached_epoch = 0 if self._constant else epoch
         if cached_epoch not in self._steps_in:
@@ -115,7 +115,7 @@ class TrainingOrder:
         return len(self._repeats.samples(epoch))
 
     def steps(self, epochs: int) -> int:
-        """Optimizer steps in the first `epochs` epochs."""
+        """Return optimizer steps in the first `epochs` epochs."""
         if self._constant:
             return epochs * self.steps_in(0)
         while len(self._first_steps) <= epochs:
@@ -123,7 +123,7 @@ class TrainingOrder:
         return self._first_steps[epochs]
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Epoch and step of the optimizer step `step`, counted from 0."""
+        """Return epoch and step of the optimizer step `step`, counted from 0."""
         if self._constant:
             return divmod(step, self.steps_in(0))
         while self._first_steps[-1] <= step:
@@ -132,7 +132,7 @@ class TrainingOrder:
         return epoch, step - self._first_steps[epoch]
 
     def global_batch(self, epoch: int, index: int) -> GlobalBatch:
-        """Global batch `index` of `epoch`, both from 0."""
+        """Return global batch `index` of `epoch`, both from 0."""
         assert 0 <= index < self.steps_in(epoch), f"epoch {epoch} has no global batch {index}"
         plan = self._plan(epoch)
         first = index * self._global
@@ -146,12 +146,12 @@ class TrainingOrder:
         return GlobalBatch(micro_batches, self._weights[samples].sum().item(), int(self._lengths[samples].sum()))
 
     def rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of this epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`. Returns (samples, starts)."""
+        """Return the rows of this epoch in order: row r holds `samples[starts[r]:starts[r + 1]]`. Returns (samples, starts)."""
         plan = self._plan(epoch)
         return plan.samples, plan.starts
 
     def efficiency(self) -> float:
-        """Share of the positions computed in the first epoch that hold a token instead of padding."""
+        """Return share of the positions computed in the first epoch that hold a token instead of padding."""
         plan = self._plan(0)
         row_lengths = np.add.reduceat(self._lengths[plan.samples], plan.starts[:-1])
         rows = len(row_lengths)
@@ -219,7 +219,7 @@ class TrainingOrder:
 
 
 def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> list[MicroBatch]:
-    """The micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
+    """Return the micro-batches that `rank` of `world` computes: those whose position is `rank` modulo `world`.
 
     Every rank gets equally many: the rest is filled with copies of the first one that count for nothing, each with an
     index of its own.
@@ -235,7 +235,7 @@ def share(work: GlobalBatch | Sequence[MicroBatch], rank: int, world: int) -> li
 
 
 def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
-    """Micro-batches of an evaluation in which every sample has a row of its own."""
+    """Return micro-batches of an evaluation in which every sample has a row of its own."""
     size = config.evaluate.micro_batch_size or config.trainer.rows
     return evaluation_batches(lengths, micro_batch_size=size, max_length=config.data.max_length, packing=False)
 
@@ -243,7 +243,7 @@ def padded_batches(lengths: np.ndarray, config: RunConfig) -> list[MicroBatch]:
 def evaluation_batches(
     lengths: np.ndarray, *, micro_batch_size: int, max_length: int, packing: bool
 ) -> list[MicroBatch]:
-    """Micro-batches that hold every sample exactly once; without packing sorted by length, the longest first.
+    """Return micro-batches that hold every sample exactly once; without packing sorted by length, the longest first.
 
     lengths: tokens of each sample, [samples]. The longest come first so that a lack of memory shows at once.
     """

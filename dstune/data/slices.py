@@ -28,13 +28,14 @@ class SplitSlice:
     sliced: bool = False
 
     def bounds(self, count: int) -> Rows:
-        """The numbers [first, last) of the rows, of `count`. Bounds in percent are rounded to the nearest row."""
+        """Return the numbers [first, last) of the rows, of `count`. Bounds in percent are rounded to the nearest row."""
         first, last = (_absolute(bound, count) for bound in (self.first or "0", self.last or str(count)))
         return first, max(first, last)
 
 
 def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
-    """The slices that `text` names, behind the colon of `spec`; one nameless whole split where it is None. Raises UserError."""
+    """Return the slices that `text` names, behind the colon of `spec`; one nameless whole split where it is None. Raises
+    UserError."""
     parts = []
     for part in (text or "").split("+"):
         matched = _SLICE.fullmatch(part)
@@ -52,7 +53,7 @@ def parse(text: str | None, key: str, spec: str) -> list[SplitSlice]:
 def apply(
     chosen: SplitSlice, files: Sequence[DataFile], count_rows: Callable[[DataFile], int], key: str, spec: str
 ) -> list[DataFile]:
-    """`files`, which are one split, without the rows outside of the slice. Raises UserError where no row is left."""
+    """Return `files`, which are one split, without the rows outside of the slice. Raises UserError where no row is left."""
     if not chosen.sliced:
         return list(files)
     counts = [count_rows(file) for file in files]

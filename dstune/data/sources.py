@@ -58,7 +58,7 @@ KNOWN = (
 
 
 def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
-    """Rows of `file` in order, without the first `skip` ones (which count bad ones too).
+    """Yield rows of `file` in order, without the first `skip` ones (which count bad ones too).
 
     Raises UserError where the file as a whole is no such file (a broken Parquet file).
     """
@@ -86,7 +86,7 @@ def read(file: DataFile, skip: int = 0) -> Iterator[RawRow]:
 
 
 def count(file: DataFile) -> int:
-    """How many rows a file has, bad ones too. Raises UserError where it cannot be read."""
+    """Return how many rows a file has, bad ones too. Raises UserError where it cannot be read."""
     return _count(file, file.path.stat().st_mtime_ns)
 
 
@@ -101,7 +101,7 @@ def _count(file: DataFile, changed: int) -> int:
 
 
 def has_lines(file: DataFile) -> bool:
-    """Whether the rows of `file` are lines that `Lines` can enter anywhere."""
+    """Return whether the rows of `file` are lines that `Lines` can enter anywhere."""
     is_plain = file.ending in (".jsonl", ".ndjson") and not file.compression and not file.member
     return is_plain and not _holds_articles(file, file.path.stat().st_mtime_ns)
 
@@ -114,7 +114,7 @@ def _holds_articles(file: DataFile, changed: int) -> bool:
 
 
 def of_part(data: DataConfig, part: str, key: str | None = None) -> list[DataFile]:
-    """The files of `data.train` or another part; empty where it is not given. Of a data set with several splits, rows of
+    """Return the files of `data.train` or another part; empty where it is not given. Of a data set with several splits, rows of
     `data.guard` and `data.ood` are those of its test split where none is named.
 
     key: the key that problems name, where it is another one. Raises UserError as `expand` does.
@@ -140,7 +140,7 @@ def expand(
     revision: str | None = None,
     text_rows: TextRows = TextRows.line,
 ) -> list[DataFile]:
-    """The files that `spec` names, sorted: a path, a glob, a folder, a hub id at a commit, or a `sample://` URI.
+    """Return the files that `spec` names, sorted: a path, a glob, a folder, a hub id at a commit, or a `sample://` URI.
 
     key: the configuration key that `spec` came from. split: taken from a folder or data set with several, where `spec`
     names none after a colon. subset, revision: of a data set on the hub, which has to be in the cache of `datasets`.
@@ -184,13 +184,13 @@ def expand(
 
 
 def data_source_of(spec: str | None) -> ReadsAddresses | None:
-    """The source whose scheme the address has, to read from; None where it is a path, or of none."""
+    """Return the source whose scheme the address has, to read from; None where it is a path, or of none."""
     source = registered_source(spec)
     return source if isinstance(source, ReadsAddresses) else None
 
 
 def registered_source(spec: str | None) -> object:
-    """The source whose scheme the address has, whatever it can do (`protocols.data_source`); None where there is none."""
+    """Return the source whose scheme the address has, whatever it can do (`protocols.data_source`); None where there is none."""
     scheme, colon, _ = (spec or "").partition("://")
     return DATA_SOURCES[scheme]() if colon and scheme in DATA_SOURCES else None
 

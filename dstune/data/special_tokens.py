@@ -9,12 +9,12 @@ import numpy as np
 
 
 def end_of_target(tokenizer: Any) -> int | None:
-    """The token that ends a target: of end of text, or of encoders the separator."""
+    """Return the token that ends a target: of end of text, or of encoders the separator."""
     return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
 
 def first_special_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
+    """Return what the tokenizer puts in front of a text by itself (a beginning-of-sequence token), often nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
@@ -24,7 +24,7 @@ def first_special_tokens(tokenizer: Any) -> list[int]:
 
 
 def decoder_prompt(sample: Mapping[str, Any], ignored: int) -> list[int]:
-    """The tokens of a sample up to its first target: what the model is to go on from."""
+    """Return the tokens of a sample up to its first target: what the model is to go on from."""
     if "target_ids" in sample:
         return np.asarray(sample["input_ids"]).tolist()
     targets = np.flatnonzero(np.asarray(sample["labels"]) != ignored)

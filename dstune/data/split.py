@@ -15,7 +15,7 @@ MANY = int(FEWEST / SHARE)
 
 
 def automatic_share(hashes: np.ndarray, *, labelled: bool) -> tuple[float, int]:
-    """The share of `data.split.validation=auto`, and how many of the rows it holds out.
+    """Return the share of `data.split.validation=auto`, and how many of the rows it holds out.
 
     hashes: uint64 [rows]; equal rows count once. Of rows without labels the share is the place, among all hashes, between the
     last row that is held out and the next one: it holds out the same rows when others are added.
@@ -31,12 +31,12 @@ def automatic_share(hashes: np.ndarray, *, labelled: bool) -> tuple[float, int]:
 
 
 def content_hash(content: bytes, seed: int) -> int:
-    """64-bit hash of a row's content under the split's seed."""
+    """Return 64-bit hash of a row's content under the split's seed."""
     return xxhash.xxh3_64_intdigest(content, seed=seed & 0xFFFFFFFFFFFFFFFF)
 
 
 def assign(hashes: np.ndarray, labels: np.ndarray | None, *, validation: float, test: float) -> np.ndarray:
-    """Which part each row belongs to: TRAIN, VALIDATION or TEST, int8 [rows].
+    """Return which part each row belongs to: TRAIN, VALIDATION or TEST, int8 [rows].
 
     hashes: uint64 [rows], from `content_hash`; labels: any dtype [rows], or None. Shares are in [0, 1).
 
@@ -85,6 +85,6 @@ def _hold_out_one(parts: np.ndarray, hashes: np.ndarray, labels: np.ndarray, par
 
 
 def lowest(hashes: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` rows with the lowest hashes, in their old order: a sample that is always the same."""
+    """Return indices of the `count` rows with the lowest hashes, in their old order: a sample that is always the same."""
     chosen = np.argsort(hashes, kind="stable")[:count]
     return np.sort(chosen)

@@ -21,7 +21,7 @@ def _bounds() -> np.ndarray:
 
 
 def histogram(lengths: np.ndarray) -> dict[int, int]:
-    """Number of rows by length: upper bound of a class (inclusive) -> rows in it, in rising order.
+    """Return number of rows by length: upper bound of a class (inclusive) -> rows in it, in rising order.
 
     lengths: tokens [rows]. The classes are always the same, so histograms of parts add up (`merged`). Powers of two are
     bounds, so the rows longer than one are counted exactly.
@@ -31,7 +31,7 @@ def histogram(lengths: np.ndarray) -> dict[int, int]:
 
 
 def merged(parts: Iterable[Mapping[int, int]]) -> dict[int, int]:
-    """The histogram of all rows of `parts`."""
+    """Return the histogram of all rows of `parts`."""
     total: dict[int, int] = {}
     for part in parts:
         for bound, count in part.items():
@@ -40,7 +40,7 @@ def merged(parts: Iterable[Mapping[int, int]]) -> dict[int, int]:
 
 
 def classes(counted: Mapping[int, int]) -> list[tuple[int, int]]:
-    """(upper bound, rows) of every class from the shortest to the longest row, empty ones included."""
+    """Return (upper bound, rows) of every class from the shortest to the longest row, empty ones included."""
     if not counted:
         return []
     bounds = _bounds()
@@ -48,14 +48,14 @@ def classes(counted: Mapping[int, int]) -> list[tuple[int, int]]:
 
 
 def longer_than(counted: Mapping[int, int], limit: int) -> int:
-    """Rows of more than `limit` tokens, exact where `limit` is a power of two, else from the next class on."""
+    """Return rows of more than `limit` tokens, exact where `limit` is a power of two, else from the next class on."""
     return sum(count for bound, count in counted.items() if bound > limit)
 
 
 def with_packing(
     report: Mapping[str, dict[str, Any]], lengths: Mapping[str, np.ndarray], max_length: int
 ) -> dict[str, dict[str, Any]]:
-    """`report` (of PreparedData) with the packing efficiency of each part in `lengths` (tokens of its samples)."""
+    """Return `report` (of PreparedData) with the packing efficiency of each part in `lengths` (tokens of its samples)."""
     return {
         part: {**counts, "packing": packing(lengths[part], max_length)} if part in lengths else counts
         for part, counts in report.items()
@@ -63,7 +63,7 @@ def with_packing(
 
 
 def packing(lengths: np.ndarray, max_length: int) -> float | None:
-    """Share of positions that hold a token when samples of `lengths` tokens are packed into rows of `max_length`; None
+    """Return share of positions that hold a token when samples of `lengths` tokens are packed into rows of `max_length`; None
     for no sample. Above PACKED_SAMPLE samples an estimate."""
     if not len(lengths):
         return None

@@ -10,7 +10,7 @@ from dstune.data.render import ChatRenderer
 
 
 def stop_token_ids(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> list[int]:
-    """The tokenizer's end-of-text token, and the tokens with which its chat template ends an assistant's turn.
+    """Return the tokenizer's end-of-text token, and the tokens with which its chat template ends an assistant's turn.
 
     They differ in many chat models (Llama 3: `<|end_of_text|>` and `<|eot_id|>`); one that stops at the first only
     goes on to write the user's next message.

@@ -42,19 +42,19 @@ class Shard(Protocol):
     """A part of the stream that is read from its start to its end."""
 
     def rows(self, row: int, mark: dict[str, Any] | None) -> Iterator[sources.RawRow]:
-        """The rows behind the first `row` ones."""
+        """Yield the rows behind the first `row` ones."""
 
     def mark(self) -> dict[str, Any] | None:
-        """How to find the row behind the one that `rows` gave last."""
+        """Return how to find the row behind the one that `rows` gave last."""
 
     def share(self, position: Position) -> float:
-        """How much of it is before `position`, from 0 to 1; 0 where that is not known without reading."""
+        """Return how much of it is before `position`, from 0 to 1; 0 where that is not known without reading."""
 
     def name(self) -> str:
-        """What messages call it."""
+        """Return what messages call it."""
 
     def identity(self) -> str:
-        """Changes with the shard, and takes no reading of all of it."""
+        """Return a text that changes with the shard, and takes no reading of all of it."""
 
 
 class FileShard:
@@ -100,7 +100,7 @@ class Stream:
         """Where the next block begins."""
 
     def take(self, begin: Position, count: int) -> Iterator[tuple[int, sources.RawRow]]:
-        """Up to `count` rows from `begin`, each with the number of its shard; fewer at the end of a pass.
+        """Yield up to `count` rows from `begin`, each with the number of its shard; fewer at the end of a pass.
 
         Afterwards `position` is behind the last of them. Nothing comes only where a whole pass has no row.
         """
@@ -130,12 +130,12 @@ class Stream:
                     return
 
     def order(self, number: int) -> list[int]:
-        """The shards of pass `number` in their order."""
+        """Return the shards of pass `number` in their order."""
         generator = np.random.MT19937(np.random.SeedSequence([self._seed, number, SHARDS_SEED]))
         return np.random.RandomState(generator).permutation(len(self._shards)).tolist()
 
     def share(self, position: Position) -> float:
-        """Passes up to `position`, by shards: 1.5 is half of the second pass."""
+        """Return passes up to `position`, by shards: 1.5 is half of the second pass."""
         inside = self._shards[self.order(position.passes)[position.shard]].share(position)
         return position.passes + (position.shard + inside) / len(self._shards)
 
@@ -144,7 +144,7 @@ class Stream:
         return [[shard.name(), shard.identity()] for shard in self._shards]
 
     def identity(self) -> str:
-        """Digest of what the shards are, whatever folder they lie in."""
+        """Return digest of what the shards are, whatever folder they lie in."""
         return identity_of(self.shards())
 
 
@@ -153,7 +153,7 @@ def identity_of(shards: list[list[str]]) -> str:
 
 
 def difference(before: list[list[str]], now: list[list[str]]) -> str:
-    """How the shards differ, in words; empty where they do not. Each is given by its name and identity."""
+    """Return how the shards differ, in words; empty where they do not. Each is given by its name and identity."""
     if before == now:
         return ""
     old, new = dict(before), dict(now)

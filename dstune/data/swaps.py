@@ -32,7 +32,7 @@ class Swaps:
 
     @classmethod
     def read(cls, path: str) -> Swaps:
-        """From a file of rows with the columns `from` and `to`. Raises UserError."""
+        """Read swaps from a file of rows with the columns `from` and `to`. Raises UserError."""
         return cls(read_pairs(path, KEY, {"from": "he", "to": "she"}))
 
     def text(self, text: str) -> str:
@@ -44,12 +44,12 @@ class Swaps:
         return match.group() if other is None else cased(other, match.group())
 
     def row(self, row: Row) -> Row | None:
-        """The normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
+        """Return the normalised `row` with its terms swapped; None where it has none, or an answer got lost."""
         swapped = map_texts(row, self.text)
         return None if swapped == row or swapped.get("context") == "" else swapped
 
     def names(self, row: Row) -> list[str]:
-        """What is swapped in `row`: `he -> she`, sorted."""
+        """Return what is swapped in `row`: `he -> she`, sorted."""
         terms = {
             match.group().lower() for text in row.get("tokens", texts(row)) for match in self._pattern.finditer(text)
         }
@@ -57,7 +57,7 @@ class Swaps:
 
 
 def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, str]]:
-    """From a file of rows with the two columns of `example`. Raises UserError."""
+    """Read pairs from a file of rows with the two columns of `example`. Raises UserError."""
     first, second = example
     columns = f"the columns {first!r} and {second!r}"
     pairs, problems = [], []
@@ -77,14 +77,14 @@ def read_pairs(path: str, key: str, example: dict[str, str]) -> list[tuple[str, 
 
 
 def cased(term: str, like: str) -> str:
-    """`term` with a capital at the beginning, or in capitals, where `like` has them."""
+    """Return `term` with a capital at the beginning, or in capitals, where `like` has them."""
     if len(like) > 1 and like.isupper():
         return term.upper()
     return term[:1].upper() + term[1:] if like[:1].isupper() else term
 
 
 def slice_values(fields: dict[str, Any], columns: Sequence[str]) -> dict[str, str | None]:
-    """The value of each column that rows are measured apart by, as text; None where the row has none."""
+    """Return the value of each column that rows are measured apart by, as text; None where the row has none."""
     value_by_column: dict[str, str | None] = {}
     for column in columns:
         value = fields.get(column)

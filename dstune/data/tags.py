@@ -24,17 +24,17 @@ AS_BIO = {"S": "B", "U": "B", "E": "I", "L": "I", "M": "I"}
 
 
 def is_bio(tags: Collection[str]) -> bool:
-    """Whether all of `tags` are `O` or the mark of an entity's word (BIO, or BIOES and BILOU)."""
+    """Return whether all of `tags` are `O` or the mark of an entity's word (BIO, or BIOES and BILOU)."""
     return all(tag == OUTSIDE or _MARKED.fullmatch(tag) for tag in tags)
 
 
 def marks_entities(labels: Collection[str], scheme: TagScheme) -> bool:
-    """Whether entities are measured: the tags look like marks of them, and are not said to be tags of single words."""
+    """Return whether entities are measured: the tags look like marks of them, and are not said to be tags of single words."""
     return scheme is not TagScheme.plain and is_bio(labels)
 
 
 def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, repair: bool) -> list[str]:
-    """The tags of one sentence; those of entities in BIO (IOB2: every entity begins with B-).
+    """Return the tags of one sentence; those of entities in BIO (IOB2: every entity begins with B-).
 
     Marks of BIOES and BILOU become B- and I-. With `repair` an I- tag that continues no entity of its type becomes B-,
     which turns IOB1 into IOB2. Raises RowError.
@@ -66,7 +66,7 @@ def checked(tags: Sequence[str], tokens: Sequence[str], scheme: TagScheme, *, re
 
 
 def completed(labels: Sequence[str]) -> tuple[str, ...]:
-    """`labels` with both marks of every entity's type and `O`, where they are of entities: O, B-x, I-x, B-y, I-y, ..."""
+    """Return `labels` with both marks of every entity's type and `O`, where they are of entities: O, B-x, I-x, B-y, I-y, ..."""
     if not is_bio(labels):
         return tuple(labels)
     kinds = sorted({label[2:] for label in labels if label != OUTSIDE})

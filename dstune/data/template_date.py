@@ -8,7 +8,7 @@ _DATE_DIRECTIVES = "aAbBcCdDeFgGhHIjklmMprRSTuUVwWxXyYzZ"
 
 
 def freeze_date(template: str, date: str | None) -> str:
-    """`template` with `strftime_now` replaced by one that always tells `date` (`YYYY-MM-DD`, at midnight; None: today).
+    """Return `template` with `strftime_now` replaced by one that always tells `date` (`YYYY-MM-DD`, at midnight; None: today).
 
     A template that prints the current date would give other tokens (and another cache) each day. The replacement is a
     macro, since transformers lets no Python function through to a template. A template with a date of its own

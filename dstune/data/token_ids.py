@@ -16,7 +16,7 @@ MASKED = -100
 
 
 def numbers(value: Any, column: str) -> list[int]:
-    """A list of whole numbers with something in it. Raises RowError."""
+    """Return a list of whole numbers with something in it. Raises RowError."""
     if not isinstance(value, list) or not value:
         raise RowError(f"column {column!r} must be a list of token ids, it is {format_value(value)}")
     for number in value:
@@ -26,7 +26,7 @@ def numbers(value: Any, column: str) -> list[int]:
 
 
 def token_row(values: dict[str, Any]) -> dict[str, Any]:
-    """`input_ids`, and `labels` where not all of them count: each the token itself or MASKED. Raises RowError."""
+    """Return `input_ids`, and `labels` where not all of them count: each the token itself or MASKED. Raises RowError."""
     ids, labels, mask = values["input_ids"], values.get("labels"), values.get("attention_mask")
     if mask is not None and (len(mask) != len(ids) or not all(mask)):
         raise RowError(

@@ -36,7 +36,7 @@ def text_or_messages(value: Any, column: str) -> Any:
 
 
 def text_or_texts(value: Any, column: str) -> str | list[str]:
-    """A text or a list of texts, which may be empty; in a CSV file a JSON list."""
+    """Return a text or a list of texts, which may be empty; in a CSV file a JSON list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             value = parse_json(value)
@@ -46,7 +46,8 @@ def text_or_texts(value: Any, column: str) -> str | list[str]:
 
 
 def messages_in(value: Any, column: str) -> Any:
-    """`value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python wrote them."""
+    """Return `value`, or the messages that it holds as JSON text: CSV files have no other way. Raises RowError where Python
+    wrote them."""
     match = _MESSAGES.match(value) if isinstance(value, str) else None
     if match is None:
         return value
@@ -89,7 +90,7 @@ def number(value: Any, column: str) -> float:
 
 
 def labels_of_row(value: Any, column: str) -> list[str]:
-    """Any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
+    """Return any number of labels: a list, in a CSV file a JSON list or names with commas between them."""
     if isinstance(value, str):
         if value.strip().startswith("["):
             try:
@@ -107,7 +108,7 @@ def labels_of_row(value: Any, column: str) -> list[str]:
 
 
 def listed(value: Any, column: str) -> list[Any]:
-    """A list with something in it; in a CSV file a JSON list, or words with spaces between them."""
+    """Return a list with something in it; in a CSV file a JSON list, or words with spaces between them."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             value = parse_json(value)

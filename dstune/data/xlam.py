@@ -24,7 +24,7 @@ _ITEMS = re.compile(r"(list|tuple|set)\[([a-z]+)\]")
 
 
 def call_messages(query: str, answers: Any) -> list[Message]:
-    """The question and the calls that answer it. Raises RowError."""
+    """Return the question and the calls that answer it. Raises RowError."""
     if isinstance(answers, str):
         answers = from_json(answers, "answers are not JSON")
     if not isinstance(answers, list):
@@ -36,7 +36,7 @@ def call_messages(query: str, answers: Any) -> list[Message]:
 
 
 def schemas(tools: Any) -> Any:
-    """`tools` whose parameters are given by name as JSON Schema; others as they are. Raises RowError."""
+    """Return `tools` whose parameters are given by name as JSON Schema; others as they are. Raises RowError."""
     if isinstance(tools, str):
         tools = from_json(tools, "tools are not JSON")
     return [_schema(tool) for tool in tools] if isinstance(tools, list) else tools

@@ -59,7 +59,7 @@ class Announced:
 def augmented(
     train: ChosenRows, held_out: Iterable[ChosenRows], copied_places: np.ndarray, config: RunConfig, work: Path
 ) -> tuple[ChosenRows, dict[str, Any]]:
-    """The training rows with their copies behind them, and what to report.
+    """Return the training rows with their copies behind them, and what to report.
 
     copied_places: places in `train` of the rows that are copied, int64. work: folder for the new table.
     """

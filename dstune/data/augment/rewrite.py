@@ -20,7 +20,7 @@ TEXTS_AT_ONCE = 16
 
 
 def rewritten(texts: Sequence[str], settings: AugmentConfig) -> list[str]:
-    """What the models of `settings` make of each text, one after another; an empty text where one says nothing.
+    """Rewrite each text by the models of `settings`, one after another; an empty text where one says nothing.
 
     Texts of a batch are padded to the longest, so results may differ in the last bits of the arithmetic with the others of
     the batch; the order of `texts` is part of the input. Raises UserError where a model is not on this machine.
@@ -103,7 +103,7 @@ def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
 
 
 def identity(path: str) -> list[Any]:
-    """What tells a model from another of the same name: its files by size and time, or the commit in the hub's cache."""
+    """Return what tells a model from another of the same name: its files by size and time, or the commit in the hub's cache."""
     folder = samples.resolve(path, fetch=False) if samples.is_sample(path) else Path(path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache

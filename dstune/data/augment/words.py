@@ -16,7 +16,7 @@ _CORE = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)
 
 
 def pieces(text: str) -> list[str]:
-    """Words and the white space between them in turn, the first and the last a word: `"a  b"` gives `["a", "  ", "b"]`."""
+    """Return words and the white space between them in turn, the first and the last a word: `"a b"` gives `["a", " ", "b"]`."""
     return re.split(r"(\s+)", text)
 
 
@@ -25,7 +25,7 @@ def _words(parts: Sequence[str]) -> list[int]:
 
 
 def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
-    """`text` without the words that a coin of this chance takes, one word at least left; and how many it took."""
+    """Return `text` without the words that a coin of this chance takes, one word at least left; and how many it took."""
     parts = pieces(text)
     places = _words(parts)
     taken = {place for place in places if choose.random() < chance}
@@ -38,7 +38,7 @@ def deleted(text: str, chance: float, choose: Random) -> tuple[str, int]:
 
 
 def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
-    """`text` after so many swaps of two words as `share` of its words, one at least; and how many."""
+    """Return `text` after so many swaps of two words as `share` of its words, one at least; and how many."""
     parts = pieces(text)
     places = _words(parts)
     if len(places) < 2:
@@ -51,7 +51,7 @@ def swapped(text: str, share: float, choose: Random) -> tuple[str, int]:
 
 
 def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, choose: Random) -> tuple[str, int]:
-    """`text` with a synonym for `share` of its words, one at least, as far as it has such that are known; and how many."""
+    """Return `text` with a synonym for `share` of its words, one at least, as far as it has such that are known; and how many."""
     parts = pieces(text)
     places = _words(parts)
     cores = {place: _CORE.fullmatch(parts[place]) for place in places}
@@ -66,7 +66,8 @@ def replaced(text: str, synonyms: Mapping[str, Sequence[str]], share: float, cho
 
 
 def read_synonyms(path: str) -> dict[str, list[str]]:
-    """From a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises UserError."""
+    """Read synonyms from a file of rows with the columns `word` and `synonym`, which may name a word several times. Raises
+    UserError."""
     synonyms: dict[str, list[str]] = defaultdict(list)
     for word, synonym in read_pairs(path, KEY, {"word": "big", "synonym": "large"}):
         synonyms[word.lower()].append(synonym)

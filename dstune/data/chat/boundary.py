@@ -30,7 +30,7 @@ class Boundaries:
     def clean(
         self, text: str, ids: np.ndarray, offsets: np.ndarray, start: int, control_starts: list[int] | None
     ) -> bool:
-        """Whether `ids` begin with the tokens of `text[:start]` alone."""
+        """Return whether `ids` begin with the tokens of `text[:start]` alone."""
         count = int(np.searchsorted(offsets[:, 1], start, side="right"))
         # Tokens of white space may have no characters of their own; they belong to what stands in front of them.
         if count < len(ids) and offsets[count, 0] < start:
@@ -45,15 +45,15 @@ class Boundaries:
 
     @staticmethod
     def cuts(offsets: np.ndarray, at: int) -> bool:
-        """Whether a token stands for characters on both sides of `at`."""
+        """Return whether a token stands for characters on both sides of `at`."""
         first = int(np.searchsorted(offsets[:, 1], at, side="right"))
         return first < len(offsets) and bool(offsets[first, 0] < at)
 
     def until(
         self, text: str, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int] | None:
-        """Tokens of `text[:end]`, their characters, and how many those of `text[:start]` are; nothing where they do not begin
-        them."""
+        """Return tokens of `text[:end]`, their characters, and how many those of `text[:start]` are; nothing where they do not
+        begin them."""
         ids, offsets = self._encode(text[:end], control_starts)
         head, _ = self._encode(text[:start], control_starts)
         if ids[: len(head)] != head:
@@ -63,7 +63,7 @@ class Boundaries:
     def apart(
         self, text: str, ids: np.ndarray, start: int, end: int, control_starts: list[int] | None
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Tokens of `text[:start]` and of `text[start:end]` one behind the other, their characters, and how many the
+        """Return tokens of `text[:start]` and of `text[start:end]` one behind the other, their characters, and how many the
         first has. `ids` are those of the whole. Raises BoundaryError where they read differently."""
         head, head_offsets = self._encode(text[:start], control_starts)
         whole = self._read(ids.tolist())

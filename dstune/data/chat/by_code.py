@@ -13,7 +13,7 @@ PAGE = "docs/decisions/rendered-by-code.md"
 
 
 def note_of(template: str, messages: Iterable[Mapping[str, Any]]) -> str | None:
-    """What to tell a run whose rows have `messages`, or nothing where servers with code render them as `template` does."""
+    """Return what to tell a run whose rows have `messages`, or nothing where servers with code render them as `template` does."""
     roles = {message["role"] for message in messages}
     if "<|channel|>" in template and "<|start|>" in template and roles & {"system", "tool"}:
         return _note("vLLM renders gpt-oss by code (Harmony)", "a system text and the results of tools")

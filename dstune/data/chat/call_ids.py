@@ -24,7 +24,7 @@ _FORMS = {CallIds.nine: re.compile(r"[a-zA-Z0-9]{9}"), CallIds.functions: re.com
 
 
 def with_call_ids(messages: Sequence[Message], form: CallIds) -> list[Message]:
-    """`messages` with ids of that form in calls and results; those that have it stay.
+    """Return `messages` with ids of that form in calls and results; those that have it stay.
 
     An id follows from what stands in front of it alone, so that a conversation and its beginning have the same ids. Results
     without an id belong to the calls in front of them, in their order.

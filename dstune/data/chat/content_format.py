@@ -24,7 +24,7 @@ _LONGEST_CHAIN = 100
 
 @lru_cache(maxsize=64)
 def reads_parts(source: str) -> bool:
-    """Whether the template (Jinja text) loops over the content of a message. False for a text that is no template."""
+    """Return whether the template (Jinja text) loops over the content of a message. False for a text that is no template."""
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         tree = environment.parse(_GENERATION.sub("", source))
@@ -41,7 +41,7 @@ def reads_parts(source: str) -> bool:
 
 @lru_cache(maxsize=64)
 def reads_only_parts(source: str) -> bool:
-    """Whether the template loops over the content of a message and never asks whether it is a text (LLaVA, Idefics 3)."""
+    """Return whether the template loops over the content of a message and never asks whether it is a text (LLaVA, Idefics 3)."""
     if not reads_parts(source):
         return False
     tree = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
@@ -50,8 +50,8 @@ def reads_only_parts(source: str) -> bool:
 
 
 def in_format(messages: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """`messages` with the contents that the template `source` reads: several parts as a list, or joined; a text as one part where
-    it reads nothing else."""
+    """Return `messages` with the contents that the template `source` reads: several parts as a list, or joined; a text as one
+    part where it reads nothing else."""
     contents = [message.get("content") for message in messages]
     if any(isinstance(content, list) for content in contents) and not reads_parts(source):
         return [joined(message) for message in messages]

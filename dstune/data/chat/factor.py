@@ -34,7 +34,8 @@ class Growth:
 
 
 def growth_of(config: RunConfig, tokenizer: Any) -> Growth:
-    """Of the first rows of each source of the training data. Raises UserError where they cannot be read or rendered."""
+    """Measure the growth of the first rows of each source of the training data. Raises UserError where they cannot be read or
+    rendered."""
     growth = Growth(0, 0, 0, 0)
     for key, source_config in of_training(config).values():
         encode: RowTokenizer | None = None

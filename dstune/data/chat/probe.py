@@ -76,7 +76,7 @@ class Facts:
     """Of which turns it prints reasoning under that name: of those that call tools (True), of others (False)."""
 
     def adapted(self, message: dict[str, Any]) -> dict[str, Any]:
-        """`message` as the template reads it; equal to it where it does already."""
+        """Return `message` as the template reads it; equal to it where it does already."""
         changed, content = dict(message), message.get("content")
         split = not self.splits_reasoning and message["role"] == "assistant"
         if split and (inline := _INLINE.match(content_start(content))):
@@ -101,7 +101,7 @@ class Facts:
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str | None:
-    """What stands in a field of its own as the reasoning of a message."""
+    """Return what stands in a field of its own as the reasoning of a message."""
     reasoning = next((message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)), "")
     return reasoning if reasoning.strip() else None
 
@@ -204,8 +204,8 @@ def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
 
 
 def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) -> frozenset[bool]:
-    """In which turns the template prints reasoning that begins their content, between `marks`: in those that call tools (True),
-    in others (False)."""
+    """Return in which turns the template prints reasoning that begins their content, between `marks`: in those that call tools
+    (True), in others (False)."""
     requested = facts.adapted(
         {"role": "assistant", "tool_calls": [_call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")]}
     )

@@ -23,7 +23,7 @@ def prompt_ids(
     most: int | None = None,
     place_images: Callable[[str], str] | None = None,
 ) -> list[int]:
-    """Tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
+    """Return tokens of `messages` and of the generation prompt. What somebody wrote stays text, even if it reads like the end of a
     turn, also in an argument of the template.
 
     most: tokens that are of use. place_images: puts what stands for images into the rendered text (`images.expand`). Raises
@@ -71,7 +71,7 @@ class ChatPrompts:
         most: int | None = None,
         place_images: Callable[[str], str] | None = None,
     ) -> list[int]:
-        """Tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly more than
-        `most`."""
+        """Return tokens of `messages` and of the generation prompt. Raises RenderError, TooManyTokens where there are certainly
+        more than `most`."""
         parts = (self.template, self._control, self._facts)
         return prompt_ids(*parts, messages, tools=tools, arguments=arguments, most=most, place_images=place_images)

@@ -77,7 +77,7 @@ class Server:
     """The model's, where the row has images."""
 
     def turns(self, row: Mapping[str, Any], numbers: Iterable[int] | None = None) -> list[Served]:
-        """The assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
+        """Return the assistant's turns of `row` (`messages`, `tools`, `chat_template_kwargs`) that are not of weight 0.
 
         numbers: of the messages, where not all of them are wanted.
         """
@@ -91,7 +91,7 @@ class Server:
         ]
 
     def whole(self, row: Mapping[str, Any]) -> list[int]:
-        """Tokens of the whole conversation."""
+        """Return tokens of the whole conversation."""
         messages = self._messages(row)
         last: dict[str, Any] = next((message for message in reversed(messages) if message["role"] == "assistant"), {})
         variables = {**self._thinks(last), **self.arguments, **(row.get("chat_template_kwargs") or {})}
@@ -102,7 +102,8 @@ class Server:
         return [self.facts.adapted(message) for message in unweighted]
 
     def marks(self, row: Mapping[str, Any], ids: list[int], max_length: int) -> list[bool] | None:
-        """Which tokens of a sample the template marks (`{% generation %}`), where it is the conversation or a beginning of it."""
+        """Return which tokens of a sample the template marks (`{% generation %}`), where it is the conversation or a beginning
+        of it."""
         messages = self._messages(row)
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         for end in dict.fromkeys([len(messages), *(number + 1 for number in answers)]):
@@ -132,8 +133,8 @@ class Server:
         return None
 
     def counted(self, turn: Served, marks: list[bool]) -> list[bool]:
-        """Which tokens of the target and of the stop behind it count. Marks that leave out nothing but tags and white space
-        at the end mean the stop as well."""
+        """Return which tokens of the target and of the stop behind it count. Marks that leave out nothing but tags and white
+        space at the end mean the stop as well."""
         start, length = len(turn.prompt), len(turn.target) + 1
         inside = [*marks[start : start + length], *[False] * length][:length]
         if True not in inside:
@@ -276,7 +277,7 @@ def difference(
     all_trained: bool = False,
     counted: Sequence[Sequence[bool] | None] | None = None,
 ) -> str | None:
-    """Why no sample trains `turn` as it is served, or nothing.
+    """Return why no sample trains `turn` as it is served, or nothing.
 
     samples: those of the row, each with `input_ids` and `labels`. One that `max_length` cut holds as much of the turn as it
     has place for. all_trained: the context counts as well (`task.train_on_prompt`). counted: of a template with marks, for

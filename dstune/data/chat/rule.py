@@ -104,13 +104,13 @@ class Passage:
 
 
 def alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
-    """A pattern of any of `tokens`, the longest first; of none, one that never matches."""
+    """Return a pattern of any of `tokens`, the longest first; of none, one that never matches."""
     ordered = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: bool = False) -> Turn:
-    """The turn whose P is `prompt` and whose F is `answered`. Raises RuleError."""
+    """Return the turn whose P is `prompt` and whose F is `answered`. Raises RuleError."""
     if not answered.startswith(prompt):
         raise RuleError(_not_a_beginning(prompt, answered))
     start = len(prompt)
@@ -127,7 +127,7 @@ def turn_of(number: int, prompt: str, answered: str, stops: Stops, *, calls: boo
 
 
 def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> str | None:
-    """What F adds to P, told from what they print behind the last message in front of the turn; None where it is ambiguous.
+    """Return what F adds to P, told from what they print behind the last message in front of the turn; None where it is ambiguous.
 
     prompt, answered: what P and F print there. closed: what C prints, which is P without the generation prompt. thinks: whether
     the turn has reasoning.
@@ -155,7 +155,7 @@ def behind_message(prompt: str, answered: str, closed: str, *, thinks: bool) -> 
 
 
 def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> list[Passage]:
-    """The texts that hold the targets of `turns`, in the order of their first turns.
+    """Return the texts that hold the targets of `turns`, in the order of their first turns.
 
     whole: the whole conversation; it is preferred, since all turns share it unless the template rewrites the history.
     special: matches the tokens that may stand in the place of a stop. Example, Qwen 3 with reasoning in both turns:
@@ -182,7 +182,7 @@ def passages(whole: str, turns: Sequence[Turn], special: re.Pattern[str]) -> lis
 
 
 def place_in(text: str, turn: Turn, special: re.Pattern[str]) -> Place | None:
-    """Where `text` holds the target behind the very context in which a server asks for it, if it does."""
+    """Return where `text` holds the target behind the very context in which a server asks for it, if it does."""
     if not text.startswith(turn.prompt) or not text.startswith(turn.body, turn.start):
         return None
     at = turn.body_end
@@ -195,7 +195,7 @@ def place_in(text: str, turn: Turn, special: re.Pattern[str]) -> Place | None:
 
 
 def only_marked(passage: Passage, marks: Sequence[Span]) -> Passage:
-    """`passage` without what its template does not mark (`{% generation %}`): whole turns, or parts of them."""
+    """Return `passage` without what its template does not mark (`{% generation %}`): whole turns, or parts of them."""
     places = (replace(place, spans=_marked(passage.text, place, marks)) for place in passage.places)
     return Passage(passage.text, tuple(place for place in places if place.spans))
 
@@ -222,7 +222,7 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def in_common(first: str, second: str) -> int:
-    """How many characters the two have in common at the start."""
+    """Return how many characters the two have in common at the start."""
     different = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(different, min(len(first), len(second)))
 

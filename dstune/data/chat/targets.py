@@ -24,7 +24,7 @@ def require_offsets(tokenizer: Any) -> None:
 
 
 def target_mask(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
-    """Which tokens hold characters of a span: bool [tokens].
+    """Return which tokens hold characters of a span: bool [tokens].
 
     offsets: first and last character (exclusive) of each token, [tokens, 2]; spans: sorted and disjoint. A token that
     reaches over the edge of a span counts: leaving it out would lose characters that the assistant wrote.

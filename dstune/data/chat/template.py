@@ -74,7 +74,7 @@ class ChatTemplate:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Within it, all conversations have `OPENING_SECONDS` together."""
+        """Give all conversations within the block `OPENING_SECONDS` together."""
         self._left = OPENING_SECONDS
         try:
             yield
@@ -82,7 +82,7 @@ class ChatTemplate:
             self._left = None
 
     def source(self, tools: Tools | None) -> str:
-        """The Jinja text; a tokenizer may have one of its own for conversations with tools."""
+        """Return the Jinja text; a tokenizer may have one of its own for conversations with tools."""
         has_tools = bool(tools)
         if has_tools not in self._sources:
             source = freeze_date(self.tokenizer.get_chat_template(tools=tools or None), self.date)
@@ -91,7 +91,7 @@ class ChatTemplate:
         return self._sources[has_tools]
 
     def has_marks(self, tools: Tools | None) -> bool:
-        """Whether the template says itself what is trained (`{% generation %}`)."""
+        """Return whether the template says itself what is trained (`{% generation %}`)."""
         return bool(_GENERATION_TAG.search(self.source(tools)))
 
     def text(
@@ -102,7 +102,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> str:
-        """The rendered conversation, with the generation prompt behind it if `prompt`. Raises RenderError.
+        """Return the rendered conversation, with the generation prompt behind it if `prompt`. Raises RenderError.
 
         arguments: beside those of the run, which they replace.
         """
@@ -170,7 +170,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> str:
-        """As `text`, but without copying and checking the messages: 3 times as fast, and equal for rows of plain JSON.
+        """Render as `text`, but without copying and checking the messages: 3 times as fast, and equal for rows of plain JSON.
 
         A conversation of ten exchanges is rendered 20 times; `agrees` compares the two once for each row.
         """
@@ -190,7 +190,7 @@ class ChatTemplate:
         return str(rendered)
 
     def agrees(self, messages: Messages, *, tools: Tools | None, arguments: Mapping[str, Any] | None) -> bool:
-        """Whether `direct` renders a conversation as transformers does. Raises RenderError as `text` does."""
+        """Return whether `direct` renders a conversation as transformers does. Raises RenderError as `text` does."""
         expected = self.text(messages, tools=tools, arguments=arguments)
         try:
             return self.direct(messages, tools=tools, arguments=arguments) == expected
@@ -205,7 +205,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
         prompt: bool = False,
     ) -> list[Span]:
-        """What the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
+        """Return what the template marks with `{% generation %}`: characters of `text`. Raises RenderError."""
         variables = {**self.tokenizer.special_tokens_map, **self.arguments, **dict(arguments or {})}
         source = self.source(tools)
         with self._as_row_error():
@@ -221,7 +221,7 @@ class ChatTemplate:
 
 
 def seen(messages: Messages, source: str) -> Messages:
-    """What the template `source` gets to see of `messages`."""
+    """Return what the template `source` gets to see of `messages`."""
     visible = [{key: value for key, value in message.items() if key not in UNSEEN} for message in messages]
     return in_format(visible, source)
 
@@ -232,7 +232,7 @@ def _untamed(reason: str) -> Problem:
 
 
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
-    """`template` that renders as with `arguments` where it gets none of their names."""
+    """Return `template` that renders as with `arguments` where it gets none of their names."""
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}\n"
         for name, value in sorted(arguments.items())
@@ -264,7 +264,7 @@ _INLINING = """\
 
 
 def with_inlined_reasoning(template: str, marks: tuple[str, str], turns: Collection[bool]) -> str:
-    """`template` that writes reasoning from a field at the beginning of the content, between `marks`.
+    """Return `template` that writes reasoning from a field at the beginning of the content, between `marks`.
 
     turns: of those that call tools (True), of others (False). A client may send reasoning back in a field of its own, where the
     model wrote it into the content; the template knows no such field and would drop it.

@@ -25,34 +25,34 @@ _CLOSED = re.compile(
 
 
 def is_closed(text: str) -> bool:
-    """Whether `text` is white space, or reasoning that is opened and closed, and nothing else."""
+    """Return whether `text` is white space, or reasoning that is opened and closed, and nothing else."""
     return not text.strip() or _CLOSED.fullmatch(text) is not None
 
 
 def ends_thought(prompt: str, text: str) -> bool:
-    """Whether `text`, with which `prompt` ends, closes reasoning that nothing opened behind the last answer."""
+    """Return whether `text`, with which `prompt` ends, closes reasoning that nothing opened behind the last answer."""
     return any(text.strip() == closing and opening not in prompt for opening, closing in MARKS)
 
 
 def opens(text: str) -> bool:
-    """Whether `text` begins with the mark that opens reasoning."""
+    """Return whether `text` begins with the mark that opens reasoning."""
     return text.lstrip().startswith(tuple(opening for opening, _ in MARKS))
 
 
 def is_open(prompt: str) -> bool:
-    """Whether a prompt ends behind the mark that opens reasoning."""
+    """Return whether a prompt ends behind the mark that opens reasoning."""
     return prompt.rstrip().endswith(tuple(opening for opening, _ in MARKS))
 
 
 def marks_of(template: str, tokens: Collection[str]) -> tuple[str, str] | None:
-    """The marks that a chat template names, else those that are `tokens` of the vocabulary, else nothing."""
+    """Return the marks that a chat template names, else those that are `tokens` of the vocabulary, else nothing."""
     in_template = (marks for marks in MARKS if marks[1] in template)
     in_vocabulary = (marks for marks in MARKS if all(mark in tokens for mark in marks))
     return next(in_template, None) or next(in_vocabulary, None)
 
 
 def inlined(content: str, reasoning: str, marks: tuple[str, str]) -> str:
-    """A content that begins with its reasoning between `marks`, each of `<think>` and its like on a line of its own."""
+    """Return a content that begins with its reasoning between `marks`, each of `<think>` and its like on a line of its own."""
     opening, closing = marks
     if opening.startswith("<") and opening[1:-1].isalpha():
         return f"{opening}\n{reasoning.strip()}\n{closing}\n" + (f"\n{content}" if content else "")

@@ -35,7 +35,7 @@ class ToolForm:
 
 
 def form_of(template: ChatTemplate) -> ToolForm | None:
-    """The form of the calls that the template renders; None where it shows neither tools nor calls, or in no known form."""
+    """Return the form of the calls that the template renders; None where it shows neither tools nor calls, or in no known form."""
     user = {"role": "user", "content": "q"}
     calls = [{"type": "function", "id": "123456789", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}]
     try:
@@ -107,7 +107,7 @@ class ToolText:
         self._calling = False
 
     def push(self, text: str) -> str:
-        """What of the text can be shown."""
+        """Return what of the text can be shown."""
         self._held += text
         if self._calling:
             return ""
@@ -123,7 +123,7 @@ class ToolText:
         return visible
 
     def finish(self) -> tuple[str, list[Call]]:
-        """The rest of the text, and the calls. What cannot be read as calls is text."""
+        """Return the rest of the text, and the calls. What cannot be read as calls is text."""
         calls = self._form.parse(self._held) if self._calling else None
         return ("", calls) if calls else (self._held, [])
 

@@ -20,7 +20,7 @@ END_MARKER = "qzmessageend"
 
 
 def has_reasoning(message: Mapping[str, Any]) -> bool:
-    """Whether a message has reasoning, in a field of its own or at the start of its content."""
+    """Return whether a message has reasoning, in a field of its own or at the start of its content."""
     if reasoning_of(message) is not None:
         return True
     inline = inline_reasoning(content_start(message.get("content")))
@@ -28,7 +28,7 @@ def has_reasoning(message: Mapping[str, Any]) -> bool:
 
 
 def reasoning_marks(template: ChatTemplate) -> tuple[str, str] | None:
-    """The marks of reasoning that a template, the tokenizer's settings of answers or its vocabulary have."""
+    """Return the marks of reasoning that a template, the tokenizer's settings of answers or its vocabulary have."""
     tokens = {token.content for token in template.tokenizer.added_tokens_decoder.values()}
     # How transformers reads an answer apart: patterns with the marks in them.
     schema = json.dumps(getattr(template.tokenizer, "response_schema", None), ensure_ascii=False, default=str)
@@ -45,7 +45,7 @@ def without_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
-    """What the assistant says, thinks or calls and the template does not write for it, if there is anything."""
+    """Return what the assistant says, thinks or calls and the template does not write for it, if there is anything."""
     content = message.get("content")
     start = content_start(content)
     reasoning = reasoning_of(message)
@@ -64,7 +64,7 @@ def unprinted_part(turn: Turn, message: Mapping[str, Any]) -> str | None:
 def text_behind_prompt(
     messages: Messages, prompt: str, answered: str, arguments: Mapping[str, Any], tools: Tools | None, render: Render
 ) -> str | None:
-    """What the last of `messages` adds to a prompt that does not begin the conversation, or nothing where it is ambiguous.
+    """Return what the last of `messages` adds to a prompt that does not begin the conversation, or nothing where it is ambiguous.
 
     A marker at the end of the message before it shows where prompt and conversation have both printed that message.
     """
@@ -90,7 +90,7 @@ def text_behind_prompt(
 
 
 def with_text_at_end(content: Any, text: str) -> Any:
-    """A content that ends with `text`."""
+    """Return a content that ends with `text`."""
     if isinstance(content, list):
         if "text" not in content[-1]:  # an image
             return [*content, {"type": "text", "text": text}]

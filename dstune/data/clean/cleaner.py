@@ -73,7 +73,7 @@ class Cleaner:
             sensitive.check_personal_data()
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
-        """For rows as JSON text (column `row`) the columns of `features`."""
+        """Compute the columns of `features` for rows as JSON text (column `row`)."""
         results = [self.clean(json.loads(row)) for row in batch["row"]]
         rows = [
             result.row if result.changed and not result.removed else None
@@ -109,7 +109,7 @@ class Cleaner:
         )
 
     def clean(self, row: Row) -> Cleaned:
-        """One normalised row through all steps that need no other row."""
+        """Take one normalised row through all steps that need no other row."""
         result = Cleaned(row)
         if self._config.unicode:
             self._change(result, "unicode", clean_unicode)
@@ -124,7 +124,7 @@ class Cleaner:
         return result
 
     def formatted(self, row: Row) -> str:
-        """The beginning of a row for a report: in one line, without what it hides."""
+        """Return the beginning of a row for a report: in one line, without what it hides."""
         text = " / ".join(part for part in texts(row) if part.strip())
         text = text[: 20 * EXCERPT_CHARACTERS]  # finding what to hide in a whole document would take long
         for _, _, find in self._searches():

@@ -33,7 +33,7 @@ def _needed(config: CleanConfig) -> dict[str, dict[str, str]]:
 
 
 def missing(config: CleanConfig) -> Iterator[Problem]:
-    """What has to be installed for `config`, told without importing it."""
+    """Yield what has to be installed for `config`, told without importing it."""
     for key, packages in _needed(config).items():
         for module in packages:
             if find_spec(module) is None:
@@ -41,13 +41,13 @@ def missing(config: CleanConfig) -> Iterator[Problem]:
 
 
 def versions(config: CleanConfig) -> dict[str, str]:
-    """Versions of the packages that decide what cleaning under `config` does."""
+    """Return versions of the packages that decide what cleaning under `config` does."""
     return {name: _version(name) for packages in _needed(config).values() for name in packages.values()}
 
 
 @cache
 def require(module: str, key: str) -> Any:
-    """The imported `module`. Raises UserError, naming the setting `key` that needs it, where it is missing."""
+    """Return the imported `module`. Raises UserError, naming the setting `key` that needs it, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -39,5 +39,5 @@ def check_languages(languages: list[str]) -> None:
 
 
 def language(text: str) -> tuple[str, float]:
-    """The most probable language of `text` (ISO 639, `zxx`: none at all) and its probability."""
+    """Return the most probable language of `text` (ISO 639, `zxx`: none at all) and its probability."""
     return _identifier().classify(text[:LOOKED_AT])

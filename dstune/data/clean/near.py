@@ -38,7 +38,7 @@ Allowed = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def signature(text: str) -> bytes:
-    """256 numbers (uint32) of `text`; needs the extra `clean`."""
+    """Return 256 numbers (uint32) of `text`; needs the extra `clean`."""
     minhash = require("rensa", "data.clean.duplicates").RMinHash
     hashes = _runs(text)
     offsets = np.array([0, len(hashes)], dtype=np.uint64)
@@ -60,14 +60,14 @@ def _runs(text: str) -> np.ndarray:
 
 
 def open_signatures(file: Path, rows: int) -> np.ndarray:
-    """The signatures written to `file` one after the other, memory-mapped: uint32 [rows, 256]."""
+    """Return the signatures written to `file` one after the other, memory-mapped: uint32 [rows, 256]."""
     if not rows:
         return np.empty((0, SIGNATURE_NUMBERS), dtype=np.uint32)
     return np.memmap(file, dtype=np.uint32, mode="r", shape=(rows, SIGNATURE_NUMBERS))
 
 
 def similarity(first: str, second: str, threshold: float) -> float:
-    """1 - edit distance / length of the longer text (Levenshtein 1966), or 0 where it is below `threshold`."""
+    """Return 1 - edit distance / length of the longer text (Levenshtein 1966), or 0 where it is below `threshold`."""
     distance = require("rapidfuzz.distance", "data.clean.duplicates").Levenshtein
     return distance.normalized_similarity(first, second, score_cutoff=threshold)
 
@@ -92,7 +92,7 @@ class NearCopies:
         self._failed: set[tuple[int, int]] = set()
 
     def find(self) -> np.ndarray:
-        """The earlier row that each row is a copy of, or -1: int64 [rows]. No row that is itself a copy is named, so
+        """Return the earlier row that each row is a copy of, or -1: int64 [rows]. No row that is itself a copy is named, so
         where copies of copies drift away from the first row, the ones that are too far from it stay."""
         original = np.full(len(self._signatures), -1, dtype=np.int64)
         for first in range(0, SIGNATURE_NUMBERS, GROUP_NUMBERS):

@@ -43,7 +43,7 @@ class Report:
         return len(self.examples.get(step, [])) < MAX_EXAMPLES
 
     def example(self, step: str, place: str, text: str, note: str = "") -> None:
-        """A row by its place and the beginning of its text; `note` says what the step found."""
+        """Keep a row as an example by its place and the beginning of its text; `note` says what the step found."""
         formatted = f"{note}: {text}" if note else text
         self.examples.setdefault(step, []).append({"place": place, "text": formatted})
 
@@ -56,7 +56,7 @@ class Report:
 
 
 def summary(counts: dict[str, dict[str, int]]) -> str:
-    """What the steps removed, changed and flagged in one line; empty if that is nothing.
+    """Return what the steps removed, changed and flagged in one line; empty if that is nothing.
 
     counts: `clean` of one part in the data report. Example: `left out 60 duplicates, 3 too short; changed 2 Unicode`.
     """

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def map_texts(row: Row, change: Callable[[str], str]) -> Row:
-    """`row` with every text replaced by `change(text)`; answers that are parts of a context stay where it has them."""
+    """Return `row` with every text replaced by `change(text)`; answers that are parts of a context stay where it has them."""
     changed = {key: value if key in NO_TEXT else _mapped(value, change) for key, value in row.items()}
     if row.get("answers") and "context" in row and changed["context"] != row["context"]:
         answers = [_moved(answer, row["context"], changed["context"], change) for answer in row["answers"]]
@@ -57,7 +57,7 @@ def _mapped(value: Any, change: Callable[[str], str], no_text: Collection[str] =
 
 
 def texts(row: Row) -> Iterator[str]:
-    """The texts of a row in order: columns, words as one text, or what the messages say; system prompts are not among
+    """Yield the texts of a row in order: columns, words as one text, or what the messages say; system prompts are not among
     them, since many rows share one and it says little about the row."""
     for key, value in row.items():
         if key == "messages":
@@ -83,7 +83,7 @@ def _texts(value: Any, no_text: Collection[str] = NO_TEXT) -> Iterator[str]:
 
 
 def is_empty(row: Row) -> bool:
-    """Whether a column that has to hold text holds none, or no message says anything."""
+    """Return whether a column that has to hold text holds none, or no message says anything."""
     if "messages" in row:
         calls = any(message.get("tool_calls") for message in row["messages"])
         return not calls and not any(text.strip() for text in texts(row))
@@ -91,7 +91,7 @@ def is_empty(row: Row) -> bool:
 
 
 def comparable(text: str) -> str:
-    """`text` as texts are compared: runs of white space are one space; case counts."""
+    """Return `text` as texts are compared: runs of white space are one space; case counts."""
     return " ".join(text.split())
 
 
@@ -108,10 +108,10 @@ def row_hashes(row: Row) -> tuple[int, int]:
 
 
 def image_digests(row: Row) -> list[str]:
-    """Digests of the images that a conversation shows: with other images it is another row, whatever its texts say."""
+    """Return digests of the images that a conversation shows: with other images it is another row, whatever its texts say."""
     return [image["digest"] for image in row.get("images") or () if isinstance(image, dict)]
 
 
 def near_text(row: Row) -> str:
-    """The text by which near duplicates are found: case and white space count for nothing."""
+    """Return the text by which near duplicates are found: case and white space count for nothing."""
     return " ".join(" ".join([*texts(row), *image_digests(row)]).casefold().split())

@@ -30,7 +30,7 @@ class Finding:
 def mask(
     text: str, findings: list[Finding], tag: Callable[[Finding], str] = lambda finding: f"<{finding.kind}>"
 ) -> str:
-    """`text` with a tag such as `<EMAIL>` in place of each finding (sorted and disjoint, as `find_...` give them)."""
+    """Return `text` with a tag such as `<EMAIL>` in place of each finding (sorted and disjoint, as `find_...` give them)."""
     parts, end = [], 0
     for finding in findings:
         parts += [text[end : finding.start], tag(finding)]
@@ -83,7 +83,7 @@ def _secret_detectors() -> list[Any]:
 
 
 def find_secrets(text: str) -> list[Finding]:
-    """Credentials in `text`, by the patterns of detect-secrets and a few more."""
+    """Return credentials in `text`, by the patterns of detect-secrets and a few more."""
     return _disjoint(_secrets(text))
 
 
@@ -131,7 +131,7 @@ PHONE_REGIONS = ("US", "GB")
 
 
 def find_personal_data(text: str) -> list[Finding]:
-    """E-mail addresses, phone numbers, IBANs, cards, IP addresses and US social security numbers in `text`."""
+    """Return e-mail addresses, phone numbers, IBANs, cards, IP addresses and US social security numbers in `text`."""
     return _disjoint(_personal_data(text))
 
 

@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 10_000
 
 
 def active_steps(config: CleanConfig) -> list[str]:
-    """The steps that `config` asks for, in their order."""
+    """Return the steps that `config` asks for, in their order."""
     expected = {
         "unicode": config.unicode,
         "control_tokens": True,
@@ -70,7 +70,7 @@ class Cleaning:
         self.reports: dict[str, Report] = {}
 
     def rows(self, part: str, table: Table) -> Table:
-        """`table` with cleaned texts; `kept` says which rows are left.
+        """Return `table` with cleaned texts; `kept` says which rows are left.
 
         Duplicates are removed from the training rows alone, which may be split afterwards: in a file that was given as
         validation or test they are counted (`flagged`), since a metric is of that file.
@@ -109,7 +109,7 @@ class Cleaning:
         return table
 
     def leaks(self, train: Chosen, held_out: Sequence[Chosen]) -> np.ndarray:
-        """The training rows of `train` whose text is not among the rows held out, in order."""
+        """Return the training rows of `train` whose text is not among the rows held out, in order."""
         table, rows = train
         if not self._config.leaks or not held_out:
             return rows

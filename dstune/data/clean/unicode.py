@@ -29,7 +29,7 @@ _SOUTH_EAST_ASIAN = re.compile("[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\
 
 
 def clean_unicode(text: str) -> str:
-    """`text` in NFC with LF line ends and without control and stray invisible characters; clean text as it is."""
+    """Return `text` in NFC with LF line ends and without control and stray invisible characters; clean text as it is."""
     if text.isascii():
         if not _ASCII_SUSPECTS.search(text):
             return text

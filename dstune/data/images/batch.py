@@ -29,7 +29,7 @@ Rows = Sequence[Sequence[Mapping[str, Any]]]
 def with_images_everywhere(
     micro_batches: Sequence[MicroBatch], split: Split, *, needed: bool, trained: bool = False
 ) -> list[MicroBatch]:
-    """The micro-batches of a step or an evaluation, all marked to have an image where one of them has.
+    """Return the micro-batches of a step or an evaluation, all marked to have an image where one of them has.
 
     Ranks that gather the weights of a tower part by part wait for one that has no use for it. All of them know the global batch,
     so none has to ask. needed: whether a tower is gathered in this way, or trained. trained: whether it is trained by this step:
@@ -45,7 +45,7 @@ def with_images_everywhere(
 
 
 def blank_sample(split: Split, like: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample with a small image and no target, with the columns of `like`."""
+    """Return a sample with a small image and no target, with the columns of `like`."""
     ids, _ = _processor(split).blank
     count = len(ids)
     per_token = {name: np.zeros(count, np.int64) for name, value in like.items() if np.ndim(value) == 1}
@@ -59,8 +59,8 @@ def blank_sample(split: Split, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, packing: bool) -> dict[str, Tensor]:
-    """The inputs of a model that sees: those of the images in the order of rows and samples, which tokens are theirs, and for
-    packed rows of a model that counts time, height and width apart `position_ids` [4, rows, width], the text's own first.
+    """Return the inputs of a model that sees: those of the images in the order of rows and samples, which tokens are theirs, and
+    for packed rows of a model that counts time, height and width apart `position_ids` [4, rows, width], the text's own first.
 
     Raises UserError where an image is not what it was when the rows were prepared.
     """
@@ -81,7 +81,7 @@ def image_inputs(split: Split, rows: Rows, tensors: Mapping[str, Tensor], *, pac
 
 
 def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> dict[str, Tensor]:
-    """What a model gets of the images of one prompt beside its tokens; empty where it shows none."""
+    """Return what a model gets of the images of one prompt beside its tokens; empty where it shows none."""
     if not numbers:
         return {}
     row = [{"input_ids": np.array(ids), COLUMN: np.array(numbers)}]
@@ -89,7 +89,7 @@ def prompt_inputs(split: Split, ids: Sequence[int], numbers: Sequence[int]) -> d
 
 
 def request_inputs(processor: ImageProcessor, ids: Sequence[int], images: Sequence[Any]) -> dict[str, Tensor]:
-    """What a model gets of `images` (of PIL) beside the tokens of one prompt that shows them."""
+    """Return what a model gets of `images` (of PIL) beside the tokens of one prompt that shows them."""
     inputs = processor.inputs(images)
     if processor.family.types:
         inputs[processor.family.types] = torch.from_numpy(np.isin([list(ids)], processor.image_tokens)).long()

@@ -26,13 +26,13 @@ class Expanded:
     """By how many characters the text is longer behind it."""
 
     def moved(self, at: int) -> int:
-        """Where the character `at` of the text before is now."""
+        """Return where the character `at` of the text before is now."""
         passed = bisect_right(self.ends, at)
         return at + (self.grown[passed - 1] if passed else 0)
 
 
 def expand(text: str, placeholder: str, expansions: Sequence[str], expected: Sequence[int]) -> Expanded:
-    """`text` with the first of `expansions` in place of the first `placeholder`, and so on.
+    """Return `text` with the first of `expansions` in place of the first `placeholder`, and so on.
 
     expected: how many the text may have: it may end behind any message. Raises RowError where it has another number.
     """
@@ -59,7 +59,7 @@ def expand(text: str, placeholder: str, expansions: Sequence[str], expected: Seq
 
 
 def count_to(messages: Sequence[Mapping[str, Any]], last: int) -> list[int]:
-    """How many images stand in a text that ends behind message `last` or a later one."""
+    """Return how many images stand in a text that ends behind message `last` or a later one."""
     counts = [
         sum(map(is_place, content)) if isinstance(content := message.get("content"), list) else 0
         for message in messages

@@ -37,19 +37,19 @@ _ADDRESS = re.compile(r"\s*(?:https?|ftp|s3|gs)://", re.I)
 
 
 def is_place(part: Any) -> bool:
-    """Whether a part of a content stands for an image."""
+    """Return whether a part of a content stands for an image."""
     return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def part_of_image(part: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The part of a file's message as a place, with what it shows as `image` where it says so itself. Raises RowError."""
+    """Return the part of a file's message as a place, with what it shows as `image` where it says so itself. Raises RowError."""
     image_keys = {key: value for key, value in part.items() if key != "text"}
     reference = _reference(image_keys, where)
     return dict(PLACE) if reference is None else {**PLACE, "image": reference}
 
 
 def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any]:
-    """The normalised `row` with a place in its messages for each of its images, and these as `images` (`Reference`).
+    """Return the normalised `row` with a place in its messages for each of its images, and these as `images` (`Reference`).
 
     column: the value of the column `images`, which the places without an image of their own take in order. Where no message has a
     place, each marker `<image>` becomes one; where there is none either, all images stand in front of the first question.
@@ -80,7 +80,7 @@ def with_images(row: dict[str, Any], column: Any, *, sees: str) -> dict[str, Any
 
 
 def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row as JSON can write it: images that are bytes by their digest."""
+    """Return the row as JSON can write it: images that are bytes by their digest."""
     if COLUMN not in row:
         return row
     image_names = [xxhash.xxh3_128_hexdigest(image) if isinstance(image, bytes) else image for image in row[COLUMN]]

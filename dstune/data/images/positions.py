@@ -6,7 +6,7 @@ import numpy as np
 
 
 def three_positions(is_image: np.ndarray, grids: np.ndarray, merge: int) -> np.ndarray:
-    """Positions of one sample, int64 [3, tokens]: of time, height and width.
+    """Return positions of one sample, int64 [3, tokens]: of time, height and width.
 
     is_image: which tokens are of an image, bool [tokens]. grids: patches of each image, int [images, 3] (time, height, width);
     merge x merge of them are one token. Text counts on in all three from the largest position before it. Example, an image

@@ -75,7 +75,7 @@ INPUTS = (
 
 
 def refusal(vision: VisionFiles | None, model: str) -> str:
-    """Why the model is not trained on images; empty where it is. model: its name for the message."""
+    """Return why the model is not trained on images; empty where it is. model: its name for the message."""
     families = ", ".join(sorted(FAMILIES))
     if vision is None:
         return f"{model} sees none: it has no tower for them (models with one: {families})"
@@ -90,7 +90,7 @@ def refusal(vision: VisionFiles | None, model: str) -> str:
 
 @lru_cache(maxsize=2)
 def processor_of(vision: VisionFiles) -> ImageProcessor:
-    """The processor of a model, loaded once in a process. Raises UserError."""
+    """Return the processor of a model, loaded once in a process. Raises UserError."""
     require_pillow("model.path")
     return ImageProcessor(vision)
 
@@ -127,7 +127,7 @@ class ImageProcessor:
 
     @lru_cache(maxsize=4096)  # noqa: B019  (it lives as long as the process)
     def expansion(self, width: int, height: int) -> str:
-        """The text for an image of this size in place of `placeholder`. It depends on nothing else of the image.
+        """Return the text for an image of this size in place of `placeholder`. It depends on nothing else of the image.
 
         Raises RowError where the processor takes no image of this size.
         """
@@ -149,8 +149,8 @@ class ImageProcessor:
         return text
 
     def inputs(self, images: Sequence[Any]) -> Inputs:
-        """What the model gets of `images` (of PIL, RGB), in their order, by the names of INPUTS. Each one is processed alone, so
-        that it does not depend on the others."""
+        """Return what the model gets of `images` (of PIL, RGB), in their order, by the names of INPUTS. Each one is processed
+        alone, so that it does not depend on the others."""
         return self.join([self._inputs_of(image) for image in images])
 
     def _inputs_of(self, image: Any) -> Inputs:
@@ -160,7 +160,7 @@ class ImageProcessor:
         return {name: processed[name] for name in INPUTS if name in processed}
 
     def join(self, of_images: Sequence[Inputs]) -> Inputs:
-        """The inputs of several images as those of one batch; smaller images are filled up with zeros, right and bottom."""
+        """Return the inputs of several images as those of one batch; smaller images are filled up with zeros, right and bottom."""
         return {name: _joined([each[name] for each in of_images], self._along(name)) for name in of_images[0]}
 
     def _along(self, name: str) -> int:
@@ -175,8 +175,8 @@ class ImageProcessor:
         return ids, self._inputs_of(Image.new("RGB", BLANK))
 
     def tokens(self, text: str, images: Sequence[Any], tokenizer: Any) -> list[int]:
-        """Tokens of a rendered conversation as a server makes them: all by the processor itself, with another tokenizer than that
-        of its files."""
+        """Return tokens of a rendered conversation as a server makes them: all by the processor itself, with another tokenizer
+        than that of its files."""
         if not images:
             ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids

@@ -64,7 +64,7 @@ def require_pillow(where: str = "data.train") -> None:
 
 
 def decode(content: bytes) -> Any:
-    """The image in these bytes as RGB, turned as its EXIF data say: a PIL image. Raises RowError."""
+    """Return the image in these bytes as RGB, turned as its EXIF data say: a PIL image. Raises RowError."""
     from PIL import Image, ImageOps
 
     try:
@@ -87,7 +87,7 @@ def decode(content: bytes) -> Any:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Width and height of the image in these bytes as `decode` gives it, without decoding it. Raises RowError."""
+    """Return width and height of the image in these bytes as `decode` gives it, without decoding it. Raises RowError."""
     from PIL import Image
 
     try:
@@ -138,7 +138,7 @@ def _refuse_size(size: tuple[int, int]) -> None:
 
 
 def root_of_images(image_folder: str | None, file: Path) -> Path:
-    """Where relative paths of images begin in the rows of `file`."""
+    """Return where relative paths of images begin in the rows of `file`."""
     return (Path(image_folder).expanduser() if image_folder else file.parent).resolve()
 
 
@@ -160,7 +160,7 @@ class ImageWriter:
         return len(self._lines)
 
     def take(self, row: dict[str, Any], file: Path) -> dict[str, Any]:
-        """`row` with `{digest, number, size}` for each of its images. file: that the row is from. Raises RowError."""
+        """Return `row` with `{digest, number, size}` for each of its images. file: that the row is from. Raises RowError."""
         if self._refused:
             raise RowError(f"the row holds an image; {self._refused}")
         require_pillow()
@@ -228,7 +228,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, folder: Path) -> ImageFiles | None:
-        """None where the entry has no images."""
+        """Open the images of an entry; None where it has none."""
         return cls(folder) if (folder / FILE).is_file() else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -243,11 +243,11 @@ class ImageFiles:
         return len(self._table)
 
     def line(self, number: int) -> dict[str, Any]:
-        """By the names of SCHEMA."""
+        """Return the record of an image, by the names of SCHEMA."""
         return {name: self._table[name][int(number)].as_py() for name in SCHEMA.names}
 
     def content(self, number: int) -> bytes:
-        """The bytes of an image's file. Raises RowError where its file is not what it was when the rows were prepared."""
+        """Return the bytes of an image's file. Raises RowError where its file is not what it was when the rows were prepared."""
         line = self.line(number)
         if not line["path"]:
             with (self.folder / BYTES).open("rb") as stream:
@@ -259,15 +259,16 @@ class ImageFiles:
         return content
 
     def image(self, number: int) -> Any:
-        """An image as `decode` gives it. Raises RowError."""
+        """Return an image as `decode` gives it. Raises RowError."""
         return decode(self.content(number))
 
     def digest(self) -> str:
-        """Digest of what all images show, in order."""
+        """Return digest of what all images show, in order."""
         return xxhash.xxh3_128_hexdigest(" ".join(self._table["digest"].to_pylist()).encode())
 
     def state(self) -> str:
-        """Digest of what the file system says of the images that lie beside the rows: it changes as soon as one of them does."""
+        """Return digest of what the file system says of the images that lie beside the rows: it changes as soon as one of them
+        does."""
         digest = xxhash.xxh3_64()
         for path in self._table["path"].to_pylist():
             if path:
@@ -275,7 +276,7 @@ class ImageFiles:
         return digest.hexdigest()
 
     def are_as_prepared(self) -> bool:
-        """Whether all files still have the size and the time that they had."""
+        """Return whether all files still have the size and the time that they had."""
         columns = (self._table[name].to_pylist() for name in ("path", "bytes", "changed"))
         return all(
             not path or _stat(path) == f"{size} {changed}".encode()
@@ -292,8 +293,8 @@ def _stat(path: str) -> bytes:
 
 
 def path_within(reference: str, root: Path) -> Path:
-    """The file that a path of a row names. Raises RowError where it lies outside of `root`: rows may be a stranger's, and could
-    have any file of this machine read."""
+    """Return the file that a path of a row names. Raises RowError where it lies outside of `root`: rows may be a stranger's, and
+    could have any file of this machine read."""
     text = unquote(reference[7:]) if reference.startswith("file://") else reference
     try:
         path = (root / Path(text).expanduser()).resolve() if "\0" not in text else None
@@ -318,7 +319,7 @@ def _blobs_of(root: Path) -> Path | None:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises RowError."""
+    """Return the bytes of an image file. Raises RowError."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise RowError(f"has more than {MAX_BYTES:,} bytes")
@@ -330,7 +331,7 @@ def read_file(path: Path) -> bytes:
 
 
 def content_of(reference: Reference, root: Path | None) -> bytes:
-    """The bytes of an image of a request. root: where paths begin; None where a client has none. Raises RowError."""
+    """Return the bytes of an image of a request. root: where paths begin; None where a client has none. Raises RowError."""
     if isinstance(reference, bytes):
         return reference
     if _is_data(reference):
@@ -345,7 +346,7 @@ def _is_data(reference: str) -> bool:
 
 
 def content_of_data_url(url: str) -> bytes:
-    """The bytes in a data URL (RFC 2397) of an image. Raises RowError."""
+    """Return the bytes in a data URL (RFC 2397) of an image. Raises RowError."""
     head, comma, body = url.partition(",")
     if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise RowError("is a data URL of another kind than data:image/...;base64,...")

@@ -75,13 +75,13 @@ class RowTokenizer:
         refuse_unknown_columns(self._task, self._encoder.columns)
 
     def use_images(self, images: ImageFiles | None) -> None:
-        """Where rows find the images that they name by number; samples have a column `images` then."""
+        """Set where rows find the images that they name by number; samples have a column `images` then."""
         for tokenizer in (self, *self._of_source):
             tokenizer._encoder.images = images
         refuse_unknown_columns(self._task, self._encoder.columns)
 
     def __call__(self, batch: dict[str, list]) -> pa.Table:
-        """A table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
+        """Return a table of samples for `batch` with the columns `row` (JSON text) and `number`; see `table_of`."""
         rows = [json.loads(row) for row in batch["row"]]
         return self.table_of(self.samples(rows, batch["number"]))
 
@@ -117,7 +117,7 @@ class RowTokenizer:
         )
 
     def images_of(self, row: dict[str, Any]) -> list[Any]:
-        """The images that a row shows, in order: of PIL. Raises RowError."""
+        """Return the images that a row shows, in order: of PIL. Raises RowError."""
         return self._encoder.images_of(row)
 
     @property
@@ -126,7 +126,7 @@ class RowTokenizer:
         return self._encoder.trains_on_prompt
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        """The conversations of a row, to be compared with its samples."""
+        """Return the conversations of a row, to be compared with its samples."""
         return self._encoder.exchanges(row)
 
     @property
@@ -135,19 +135,19 @@ class RowTokenizer:
         return self._encoder.sources
 
     def plain_prompt_ids(self, text: str) -> list[int]:
-        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""
         return self._encoder.plain_prompt_ids(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids` without special tokens."""
+        """Return the text of `ids` without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def samples(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        """Samples of normalised `rows`, in order; `numbers` is how their rows are called."""
+        """Make samples of normalised `rows`, in order; `numbers` is how their rows are called."""
         return self._encoder(rows, numbers)
 
     def table_of(self, samples: list[Sample]) -> pa.Table:
-        """`samples` as columns: `input_ids`, what the task's encoder adds, and those of COUNTED."""
+        """Return `samples` as columns: `input_ids`, what the task's encoder adds, and those of COUNTED."""
         columns: dict[str, list[Any]] = {
             "input_ids": [sample.input_ids for sample in samples],
             **{name: [sample.columns[name] for sample in samples] for name in self._encoder.columns},

@@ -63,7 +63,7 @@ class Language(Encoder):
         return {"labels": numbers, "bytes": datasets.Value("int64")} | ({COLUMN: numbers} if self.images else {})
 
     def plain_prompt_ids(self, text: str) -> list[int]:
-        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""
         ids = self._control.ids(text, self._own_tokens(text, end=None))
         return [*self._missing_prefix(ids), *ids]
 
@@ -193,7 +193,7 @@ class ChatEncoder(Language):
         return samples
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        """The conversations of a row, to be compared with its samples."""
+        """Return the conversations of a row, to be compared with its samples."""
         return [self._exchange(row)]
 
     def _exchange(self, row: dict[str, Any], prefix: str = "", sample: int | None = None) -> Exchange:
@@ -329,7 +329,7 @@ class ChatEncoder(Language):
 
 
 def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a chat row; a prompt and its completion are one exchange. Of a pair those of the better answer."""
+    """Return the messages of a chat row; a prompt and its completion are one exchange. Of a pair those of the better answer."""
     if "chosen" in row:
         row = as_chat(row, "chosen")
     if "messages" in row:

@@ -42,13 +42,13 @@ class SourcePrompts(Protocol):
     """Asks for the target of a source, where rows are sources and targets."""
 
     def requested(self, source: str) -> str:
-        """The prompt with the source in it."""
+        """Return the prompt with the source in it."""
 
     def prompt_ids(
         self, source: str, arguments: Mapping[str, Any] | None = None, target: str | None = None
     ) -> list[int]:
-        """What the model reads before it writes the target. arguments: of the row, for a chat template. target: as far as it is
-        known.
+        """Return what the model reads before it writes the target. arguments: of the row, for a chat template. target: as far as it
+        is known.
 
         Raises RenderError where the chat template refuses it."""
 
@@ -66,7 +66,7 @@ class Encoder:
     """Where rows with images find them; None where no row has any."""
 
     def images_of(self, row: dict[str, Any]) -> list[Any]:
-        """The images that a row shows, in order: of PIL. Raises RowError."""
+        """Return the images that a row shows, in order: of PIL. Raises RowError."""
         numbered = row.get(COLUMN) or []
         assert self.images is not None or not numbered, "images of which nobody knows the files"
         return [self.images.image(image["number"]) for image in numbered] if self.images else []
@@ -77,13 +77,13 @@ class Encoder:
         raise NotImplementedError
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        """Samples of `rows`, those of one row one behind the other; `numbers` is how the rows are called."""
+        """Make samples of `rows`, those of one row one behind the other; `numbers` is how the rows are called."""
         raise NotImplementedError
 
     def exchanges(self, row: dict[str, Any]) -> list[Exchange]:
-        """The conversations of a row, to be compared with its samples."""
+        """Return the conversations of a row, to be compared with its samples."""
         raise NotImplementedError("only conversations are rendered")
 
     def plain_prompt_ids(self, text: str) -> list[int]:
-        """Tokens of a text that the model is to continue: with the first special tokens, without an end."""
+        """Return tokens of a text that the model is to continue: with the first special tokens, without an end."""
         raise NotImplementedError("only a language model continues a text")
