@@ -44,13 +44,13 @@ from dstune.tracking.jsonl import json_text
 
 
 def main(argv: list[str]) -> int:
-    """`dstune evaluate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    """Run `dstune evaluate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     code = ask(argv)
     return EXIT_FAILED if code == EXIT_PREEMPTED else code  # there is nothing saved to go on from
 
 
 def ask(argv: list[str]) -> int:
-    """As `main`, with EXIT_PREEMPTED where a signal ended it."""
+    """Run as `main`, with EXIT_PREEMPTED where a signal ended it."""
     arguments = parse(argv)
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
@@ -65,7 +65,7 @@ def ask(argv: list[str]) -> int:
 
 
 def measure(arguments: argparse.Namespace, console: Console) -> tuple[int, dict[str, Any] | None]:
-    """The exit code of the ranks, and what they measured. Raises UserError."""
+    """Return the exit code of the ranks, and what they measured. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="dstune-") as scratch:
         directory = Path(scratch)
         config, checkpoint = _configuration(arguments, directory, console.stage)

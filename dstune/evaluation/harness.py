@@ -26,7 +26,7 @@ def require() -> None:
 def run(
     config: RunConfig, folder: str, tasks: Sequence[str], task_files: Path | None, shots: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Metrics by task of the model in `folder` (or of the adapter there).
+    """Return metrics by task of the model in `folder` (or of the adapter there).
 
     config: `model` and `evaluate.max_rows`, `evaluate.micro_batch_size` count. task_files: a folder with tasks of the
     user's own. shots: worked examples; as each task has it when not given.
@@ -81,7 +81,7 @@ def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(target: str, results: dict[str, dict[str, Any]], message: Callable[[str], None] = print) -> None:
-    """A table for people."""
+    """Print a table for people."""
     message(f"{target}: lm-evaluation-harness")
     rows = [(task, name, value) for task, metrics in results.items() for name, value in metrics.items()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]

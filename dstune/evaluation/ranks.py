@@ -174,8 +174,8 @@ def _measure(
 
 
 def placed(evaluation: Evaluation, part: Split, config: RunConfig, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """What became of each row with where it is, `row` as FILE:LINE, in the order of the files; where that is not known (rows
-    of training, and a cache that an earlier version made), as the rows were evaluated."""
+    """Return what became of each row with where it is, `row` as FILE:LINE, in the order of the files; where that is not known
+    (rows of training, and a cache that an earlier version made), as the rows were evaluated."""
     results = evaluation.row_results(labels)
     seen = limited(part, config.evaluate.max_rows, config.task)
     if evaluation.generated:
