@@ -25,7 +25,7 @@ class Refused(OSError):
 
 
 def checked_url(url: object, allowed: Collection[str]) -> str:
-    """allowed: `HOST[:PORT]` or `http://HOST:PORT` of the operator's own network. Raises ApiError."""
+    """Check a URL. allowed: `HOST[:PORT]` or `http://HOST:PORT` of the operator's own network. Raises ApiError."""
     if not isinstance(url, str) or not 0 < len(url) <= MOST_CHARACTERS or not url.isprintable() or " " in url:
         raise _refused(f"must be a URL of at most {MOST_CHARACTERS} characters")
     try:
@@ -52,7 +52,7 @@ def checked_url(url: object, allowed: Collection[str]) -> str:
 
 
 def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
-    """Whether the operator names the host of a URL."""
+    """Return whether the operator names the host of a URL."""
     host, netloc = (parts.hostname or "").lower(), parts.netloc.lower()
     if parts.scheme == "https":
         return host in allowed or netloc in allowed
@@ -60,7 +60,7 @@ def is_allowed(parts: SplitResult, allowed: Collection[str]) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet, also inside of the forms that carry an IPv4 address."""
+    """Return whether an IP address is one of the internet, also inside of the forms that carry an IPv4 address."""
     parsed = _address(address)
     if parsed is None:
         return False
@@ -128,7 +128,7 @@ class PublicResolver(AbstractResolver):
 
 
 def outward_session(*, allowed: bool, seconds: float) -> aiohttp.ClientSession:
-    """A client for one address that `checked_url` has let through. allowed: whether the operator names its host."""
+    """Return a client for one address that `checked_url` has let through. allowed: whether the operator names its host."""
     connector = aiohttp.TCPConnector(
         resolver=None if allowed else PublicResolver(), use_dns_cache=False, force_close=True, limit=1
     )

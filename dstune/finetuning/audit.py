@@ -12,7 +12,7 @@ from dstune.serve.gateway.request import Request
 
 
 def note(session: Session, request: Request, action: str, subject: str, **detail: Any) -> None:
-    """action: `file.created`; subject: the id of what it was done to."""
+    """Note an action in the audit log. action: `file.created`; subject: the id of what it was done to."""
     caller = request.key
     session.add(
         AuditEntry(

@@ -51,7 +51,7 @@ class Staged:
             view = view[self._file.write(view) :]
 
     def close(self) -> None:
-        """All of it is on the disk, or in the store, after this."""
+        """Close the file: all of it is on the disk, or in the store, after this."""
         try:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -106,12 +106,12 @@ class Blobs:
                 yield chunk
 
     def size(self, blob: str) -> int | None:
-        """None where it is not there."""
+        """Return the size in bytes; None where the blob is not there."""
         path = self._path(blob)
         return path.stat().st_size if path.is_file() else None
 
     def snapshot(self, blob: str, target: Path) -> None:
-        """The bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
+        """Put the bytes under another path, where they stay when the blob is removed: a link where the disk is the same."""
         link(self._path(blob), target)
 
     def sweep(self, referenced: Iterable[str]) -> int:

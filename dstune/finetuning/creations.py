@@ -37,7 +37,7 @@ class Attempt:
 
     @classmethod
     def of(cls, request: Request, route: str, digest: str) -> Attempt:
-        """digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
+        """Read the headers of an attempt. digest: SHA-256 of all that is asked. Raises ApiError for headers that are none."""
         key = request.header("idempotency-key")
         if key and not (len(key) <= 255 and key.isprintable() and key.isascii()):
             raise ApiError(400, "Idempotency-Key must be 1 to 255 printable characters.", param="Idempotency-Key")
@@ -54,7 +54,7 @@ class Attempt:
         )
 
     def found(self, session: Session) -> str | None:
-        """The id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
+        """Return the id of what an earlier attempt has made; asked inside of the transaction that would make it. Raises ApiError
         where the same Idempotency-Key stood before another content."""
         if self.idempotency_key is not None:
             has_this_key = Creation.idempotency_key == self.idempotency_key

@@ -94,19 +94,19 @@ class Files:
     # -- for jobs and batches
 
     def of(self, session: Session, project: str, file: str, param: str = "id") -> File:
-        """A file of a project. Raises ApiError 404 where there is none, or it has expired."""
+        """Return a file of a project. Raises ApiError 404 where there is none, or it has expired."""
         row = session.scalar(select(File).where(File.project == project, File.id == file, *_alive()))
         if row is None:
             raise missing(file, param)
         return row
 
     def snapshot(self, row: File, target: Path) -> None:
-        """The bytes of a file under a path that stays when the file is deleted."""
+        """Put the bytes of a file under a path that stays when the file is deleted."""
         assert row.blob is not None
         self._blobs.snapshot(row.blob, target)
 
     def stage(self) -> Staged:
-        """A file that the server itself writes; `close` it, then `add` it, then `discard` it."""
+        """Return a file that the server itself writes; `close` it, then `add` it, then `discard` it."""
         return self._blobs.stage()
 
     def add(
@@ -149,7 +149,7 @@ class Files:
             raise ApiError(429, message, code="insufficient_quota", headers=headers)
 
     def has_space(self, project: str) -> bool:
-        """Whether a project may store more."""
+        """Return whether a project may store more."""
         with self._database.session() as session:
             return self._used(session, project) <= self._settings.project_bytes
 
@@ -170,7 +170,7 @@ class Files:
         self._remove(unused)
 
     def known(self) -> list[str]:
-        """What of the disk belongs to files."""
+        """Return what of the disk belongs to files."""
         with self._database.session() as session:
             return list(session.scalars(select(Blob.id)))
 
@@ -232,7 +232,7 @@ class Files:
 
 
 def described_file(row: File) -> dict[str, Any]:
-    """Without the fields that have no value: the public contract has none that are null."""
+    """Describe a file without the fields that have no value: the public contract has none that are null."""
     value = {
         "id": row.id,
         "object": "file",
@@ -262,7 +262,7 @@ def checked_purpose(purpose: object) -> str:
 
 
 def lifetime(expiry: Mapping[str, Any] | None, purpose: str, param: str = "expires_after") -> int | None:
-    """Seconds that a file lives; None for ever. expiry: of a request, in which it is called `param`. Raises ApiError."""
+    """Return seconds that a file lives; None for ever. expiry: of a request, in which it is called `param`. Raises ApiError."""
     if expiry is None:
         return BATCH_SECONDS if purpose == "batch" else None
     if not isinstance(expiry, Mapping) or expiry.get("anchor") != "created_at":

@@ -40,8 +40,8 @@ class Form:
 async def read_form(
     request: Request, blobs: Blobs, *, file: str, fields: Collection[str], most: int, prefix: str = "blob-"
 ) -> Form:
-    """The body of a request. file: the name of the part that is one; most: its bytes; prefix: of the id under which they are
-    stored. Raises ApiError, ClientGone; the disk is as before then."""
+    """Return the body of a request. file: the name of the part that is one; most: its bytes; prefix: of the id under which they
+    are stored. Raises ApiError, ClientGone; the disk is as before then."""
     kind, options = parse_options_header(request.header("content-type"))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:

@@ -103,7 +103,7 @@ class FineTuningRoutes(Routes):
             yield Problem("--jobs", "no jobs are created without the API", "--fine-tuning", arguments.jobs)
 
     def run_instead(self, arguments: argparse.Namespace, state: Path) -> int | None:
-        """`--jobs only`: look after jobs until SIGTERM; they go on without this process."""
+        """Look after jobs until SIGTERM (`--jobs only`); they go on without this process."""
         if arguments.jobs != "only":
             return None
         _require_extra()

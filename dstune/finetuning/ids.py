@@ -10,10 +10,10 @@ _LETTERS = string.ascii_letters + string.digits
 
 
 def new_id(prefix: str, length: int = 24) -> str:
-    """`file-` and the like with `length` random letters and digits."""
+    """Return `file-` and the like with `length` random letters and digits."""
     return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length))
 
 
 def unix_time() -> int:
-    """Whole seconds, as `created_at`."""
+    """Return the time in whole seconds, as `created_at`."""
     return int(time.time())

@@ -25,7 +25,7 @@ class Page:
 
 
 def page_of(query: dict[str, str], *, limit: int, most: int, orders: tuple[str, str] = ("asc", "desc")) -> Page:
-    """What a query asks for. limit: where it says none; orders: the words for oldest and newest first. Raises ApiError."""
+    """Return what a query asks for. limit: where it says none; orders: the words for oldest and newest first. Raises ApiError."""
     limit_text = query.get("limit", "")
     if limit_text:
         if not (
@@ -65,7 +65,7 @@ def rows_of(
 def listing(
     values: list[dict[str, Any]], has_more: bool, *, ids: bool = True, nobody: str | None = None
 ) -> dict[str, Any]:
-    """The body of a list. ids: whether it names the first and the last one; nobody: their id where the list is empty."""
+    """Return the body of a list. ids: whether it names the first and the last one; nobody: their id where the list is empty."""
     body: dict[str, Any] = {"object": "list", "data": values, "has_more": has_more}
     if ids:
         body |= {"first_id": values[0]["id"] if values else nobody, "last_id": values[-1]["id"] if values else nobody}

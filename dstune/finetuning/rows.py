@@ -66,7 +66,7 @@ class Checked:
     problems: list[RowProblem] = field(default_factory=list)
 
     def error(self, file: str, param: str) -> dict[str, Any] | None:
-        """The `error` of a job; None where the file is good. file: its id; param: `training_file` or `validation_file`."""
+        """Return the `error` of a job; None where the file is good. file: its id; param: `training_file` or `validation_file`."""
         if not self.problems:
             return None
         first = self.problems[0]
@@ -95,8 +95,8 @@ def check_file(path: Path, method: str, *, least: int = LEAST_ROWS, title: str =
 
 
 def write_rows(path: Path, target: Path, method: str) -> int:
-    """The rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises ValueError
-    where the file is not good."""
+    """Return the rows of a good file as dstune reads them, one a line, so that line numbers stay; their number. Raises
+    ValueError where the file is not good."""
     count = 0
     with target.open("w", encoding="utf-8", newline="\n") as written:
         for row, problem in _read(path, method, Checked()):

@@ -27,8 +27,8 @@ class Turns:
         self._waiting: Counter[str] = Counter()
 
     async def run(self, project: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a function that runs in a thread, after those that the project asked for before. Raises ApiError 429 where
-        too many wait."""
+        """Return the result of a function that runs in a thread, after those that the project asked for before. Raises ApiError
+        429 where too many wait."""
         if self._waiting[project] >= MOST_WAITING:
             message = "Too many requests of this project wait here."
             raise ApiError(429, message, code="rate_limit_exceeded", headers={"retry-after": "1"})

@@ -247,7 +247,7 @@ class Uploads:
         self._remove(unused)
 
     def known(self) -> list[str]:
-        """What of the disk belongs to uploads."""
+        """Return what of the disk belongs to uploads."""
         with self._database.session() as session:
             return list(session.scalars(select(Part.id)))
 

@@ -49,6 +49,6 @@ class Vault:
         session.add(Secret(project=project, name=name, value=self.seal(value), created_at=unix_time()))
 
     def read(self, session: Session, project: str, name: str) -> str | None:
-        """The secret of a project, such as its W&B key; None where there is none."""
+        """Return the secret of a project, such as its W&B key; None where there is none."""
         row = session.scalar(select(Secret).where(Secret.project == project, Secret.name == name))
         return None if row is None else self.open(row.value)

@@ -161,7 +161,7 @@ class Webhooks:
                 )  # fmt: skip
 
     async def send(self, row: WebhookEndpoint, event: str, body: str) -> int | None:
-        """The status that a receiver answers with; None where it cannot be reached, or must not."""
+        """Return the status that a receiver answers with; None where it cannot be reached, or must not."""
         timestamp = str(unix_time())
         sealed = [row.secret]
         if row.old_secret is not None and (row.old_until or 0) > unix_time():

@@ -24,7 +24,7 @@ PAUSE_SECONDS = 1.0
 
 
 async def ask(gateway: Gateway, caller: Caller, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The `response` of a batch's line: status, request and body."""
+    """Return the `response` of a batch's line: status, request and body."""
     while True:
         request, answer = _request(gateway, caller, path, body)
         try:

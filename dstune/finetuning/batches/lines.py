@@ -34,7 +34,7 @@ class LineError:
 
 
 def check_lines(path: Path, endpoint: str) -> tuple[int, list[LineError]]:
-    """How many requests a file has, and what is wrong with it."""
+    """Return how many requests a file has, and what is wrong with it."""
     count, errors, seen = 0, [], set()
     for line in read_lines(path, endpoint):
         count += 1

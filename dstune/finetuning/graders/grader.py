@@ -31,7 +31,8 @@ MOST_BYTES = 256_000
 
 
 def check_grader_of_job(grader: Any, at: str, absent: Mapping[str, str]) -> None:
-    """absent: types that this job cannot have beside `IN_JOBS`, with the reason. Raises ApiError that names the field."""
+    """Check a job's grader. absent: types that this job cannot have beside `IN_JOBS`, with the reason. Raises ApiError that
+    names the field."""
     if len(json.dumps(grader).encode()) > MOST_BYTES:
         message = f"Invalid {at}: must be at most {MOST_BYTES // 1000} kB of JSON."
         raise ApiError(400, message, param=at, code="invalid_grader")
@@ -47,7 +48,7 @@ def check_grader(grader: Any, at: str = "grader", absent: Mapping[str, str] = AB
 
 
 def run_grader(grader: Mapping[str, Any], sample: Sample) -> dict[str, Any]:
-    """The body of an answer for a grader that `check_grader` has let through."""
+    """Return the body of an answer for a grader that `check_grader` has let through."""
     began = time.perf_counter()
     graded = graders.grade(grader, sample, Services())
     errors: dict[str, Any] = {name: name in graded.errors for name in ERRORS}

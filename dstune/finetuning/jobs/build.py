@@ -39,7 +39,7 @@ class Parts:
 
 
 def build(database: Database, files: Files, folder: Path, parts: Parts) -> tuple[JobStore, Jobs, Models]:
-    """folder: of the fine-tuning API. Raises UserError for a `models.yaml` that is wrong."""
+    """Build the stores and services of jobs. folder: of the fine-tuning API. Raises UserError for a `models.yaml` that is wrong."""
     jobs, scratch = folder / "jobs", folder / "plans"
     for path in (jobs, scratch):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

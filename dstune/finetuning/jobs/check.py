@@ -26,8 +26,8 @@ HAS_PROCESS = (State.RUNNING, State.PAUSING)
 def inconsistencies(
     session: Session, folder: Path, *, at_rest: bool = False, blobs: Blobs | None = None
 ) -> Iterator[str]:
-    """folder: of the fine-tuning API. at_rest: every job should have come to an end or a pause. blobs: where the bytes of
-    files lie, if not in the folder."""
+    """Yield what does not agree. folder: of the fine-tuning API. at_rest: every job should have come to an end or a pause.
+    blobs: where the bytes of files lie, if not in the folder."""
     jobs = list(session.scalars(select(Job)))
     yield from _rows(session, jobs, at_rest=at_rest)
     yield from _events(session, jobs)

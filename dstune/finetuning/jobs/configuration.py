@@ -48,7 +48,7 @@ class Plan:
 
 
 def experiment(plan: Plan, preset: Preset, folder: JobFolder) -> dict[str, Any]:
-    """The content of the job's experiment file."""
+    """Return the content of the job's experiment file."""
     hyperparameters = plan.hyperparameters
     task: dict[str, Any] = {}
     if plan.method == "dpo":
@@ -141,7 +141,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def write(plan: Plan, preset: Preset, folder: JobFolder) -> None:
-    """Into the job's folder, where `arguments` finds it."""
+    """Write the experiment into the job's folder, where `arguments` finds it."""
     file = _file(folder)
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if plan.method == "reinforcement":  # a file of its own: what a client wrote is no configuration
@@ -167,5 +167,5 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def arguments(folder: JobFolder) -> list[str]:
-    """What follows a verb of dstune to compose the job's configuration."""
+    """Return what follows a verb of dstune to compose the job's configuration."""
     return ["--config-dir", str(folder.configuration), f"experiment={EXPERIMENT}"]

@@ -15,7 +15,7 @@ from dstune.finetuning.jobs.metrics import epoch_ends
 
 
 def visible_checkpoints(folder: JobFolder) -> list[Path]:
-    """Checkpoints that clients see: those of the last epochs, and the newest one: the end, or where a pause began."""
+    """Return checkpoints that clients see: those of the last epochs, and the newest one: the end, or where a pause began."""
     complete = {info.step: info.path for info in store.listing(folder.run) if info.committed}
     if not complete:
         return []

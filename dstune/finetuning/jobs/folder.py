@@ -54,11 +54,11 @@ class JobFolder:
         return self.path / "validation.jsonl"
 
     def snapshot(self, param: str) -> Path:
-        """param: `training_file` or `validation_file`."""
+        """Return the snapshot of a file. param: `training_file` or `validation_file`."""
         return self.path / param
 
     def of_param(self, param: str) -> Path:
-        """What dstune reads in place of it."""
+        """Return what dstune reads in place of it."""
         return self.train if param == "training_file" else self.validation
 
     @property
@@ -135,11 +135,11 @@ class JobFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def acquire(self) -> int | None:
-        """The descriptor of the lock; None while a process of the job lives. Whoever inherits it keeps the lock held."""
+        """Return the descriptor of the lock; None while a process of the job lives. Whoever inherits it keeps the lock held."""
         return files.try_lock(files.open_plain(self.lock, os.O_RDWR | os.O_CREAT, 0o600))
 
     def is_alive(self) -> bool:
-        """Whether a process of the job lives, one that was begun by an earlier server too."""
+        """Return whether a process of the job lives, one that was begun by an earlier server too."""
         if not self.path.is_dir():
             return False
         descriptor = self.acquire()
@@ -149,11 +149,11 @@ class JobFolder:
         return False
 
     def size(self) -> int:
-        """Bytes of its files; one that has another name elsewhere counts like a copy."""
+        """Return bytes of its files; one that has another name elsewhere counts like a copy."""
         return sum(_size(Path(folder, name)) for folder, _, names in os.walk(self.path) for name in names)
 
     def exports(self) -> dict[int, Path]:
-        """Complete exports by step."""
+        """Return complete exports by step."""
         export_by_step = {}
         for folder in self.models.glob("step-*"):
             if (match := STEP.fullmatch(folder.name)) and folder.is_dir() and not folder.is_symlink():
@@ -179,7 +179,7 @@ def _size(path: Path) -> int:
 
 
 def link(source: str | Path, target: str | Path) -> None:
-    """The bytes of a file under another path, where they stay when it is removed."""
+    """Link the bytes of a file under another path, where they stay when it is removed."""
     try:
         os.link(source, target)
     except OSError:  # another disk
@@ -187,7 +187,7 @@ def link(source: str | Path, target: str | Path) -> None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Complete or not at all, and there after a loss of power."""
+    """Write the file complete or not at all, and there after a loss of power."""
     files.write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n", mode=0o600, sync=True)
 
 

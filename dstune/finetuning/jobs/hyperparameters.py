@@ -34,7 +34,7 @@ class Range:
         return f"'auto' or {kind} of {' and '.join(bounds)}" if bounds else f"'auto' or {kind}"
 
     def read(self, value: Any) -> Value | None:
-        """The value, whole floats as integers; None where it is outside."""
+        """Return the value, whole floats as integers; None where it is outside."""
         if value == AUTO and isinstance(value, str):
             return AUTO
         if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST_NUMBER < value < MOST_NUMBER:
@@ -99,7 +99,7 @@ MOST_BATCH = 256
 
 
 def resolve(requested: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[str, Value]:
-    """Numbers in the place of "auto", for a training file of so many rows.
+    """Return numbers in the place of "auto", for a training file of so many rows.
 
     ranks: processes that share a batch, of which an automatic batch size is a multiple.
     """
@@ -117,7 +117,8 @@ def resolve(requested: Mapping[str, Value], rows: int, ranks: int = 1) -> dict[s
 
 
 def epochs(rows: int) -> int:
-    """3, more for fewer than 34 rows, fewer for more than 8,333: the rule of the vendor's public notebook on data preparation."""
+    """Return 3 epochs, more for fewer than 34 rows, fewer for more than 8,333: the rule of the vendor's public notebook on data
+    preparation."""
     if rows * EPOCHS < FEWEST_ROWS:
         return min(MOST_AUTOMATIC_EPOCHS, FEWEST_ROWS // max(1, rows))
     if rows * EPOCHS > MOST_ROWS:
@@ -126,7 +127,7 @@ def epochs(rows: int) -> int:
 
 
 def batch_size(rows: int, ranks: int = 1) -> int:
-    """0.2% of the rows, from 1 to 256, as a multiple of the ranks where the rows allow it."""
+    """Return 0.2% of the rows, from 1 to 256, as a multiple of the ranks where the rows allow it."""
     size = min(MOST_BATCH, max(1, round(rows * BATCH_SHARE)))
     if ranks > 1 and rows >= ranks:
         size = min(max(ranks, round(size / ranks) * ranks), MOST_BATCH // ranks * ranks or size)
@@ -134,6 +135,6 @@ def batch_size(rows: int, ranks: int = 1) -> int:
 
 
 def steps(rows: int, resolved: Mapping[str, Value]) -> tuple[int, int]:
-    """Optimizer steps of an epoch and of the job: a step never spans epochs."""
+    """Return optimizer steps of an epoch and of the job: a step never spans epochs."""
     per_epoch = math.ceil(rows / int(resolved["batch_size"]))
     return per_epoch, per_epoch * int(resolved["n_epochs"])

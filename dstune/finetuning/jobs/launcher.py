@@ -76,7 +76,7 @@ class ProcessLauncher:
 
 
 def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
-    """What a job's process gets of the server's environment: no key, and no address with one in it."""
+    """Return what a job's process gets of the server's environment: no key, and no address with one in it."""
     queues = (room.queue for room in LAUNCHERS.classes().values() if room.queue is not None)
     expected = EXPORTED_NAMES.union(*(queue.variables for queue in queues))
     passed_on = {
@@ -90,7 +90,8 @@ def environment(server_environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def device_environment(devices: Sequence[int], names: Sequence[str]) -> dict[str, str]:
-    """names: of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them; none on a machine without."""
+    """Return the variables that give a job its devices. names: of this machine's GPUs, as CUDA_VISIBLE_DEVICES has them; none on
+    a machine without."""
     if not names:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[device] for device in devices if device < len(names))}

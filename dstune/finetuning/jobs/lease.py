@@ -14,13 +14,13 @@ from dstune.serve.store.database import Database
 
 
 def owner() -> str:
-    """Of this process, so that another one on this machine sees when it is gone."""
+    """Return a name of this process, so that another one on this machine sees when it is gone."""
     started = psutil.Process().create_time()
     return f"{socket.gethostname()[:24]}/{os.getpid()}/{started:.0f}/{secrets.token_hex(4)}"
 
 
 def take(database: Database, name: str, owner: str, seconds: float) -> bool:
-    """Whether this process has the lease, for so many seconds from now."""
+    """Return whether this process has the lease, for so many seconds from now."""
     now = time.time()
     with database.writing.begin() as session:
         row = session.get(Lease, name, with_for_update=True)

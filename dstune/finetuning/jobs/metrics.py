@@ -57,7 +57,7 @@ class Reader:
         self.steps: dict[int, Step] = {}
 
     def read(self) -> list[Step]:
-        """All steps in their order. A line that is not complete yet is left for the next time."""
+        """Return all steps in their order. A line that is not complete yet is left for the next time."""
         try:
             with self._file.open("rb") as stream:
                 status = os.fstat(stream.fileno())
@@ -107,7 +107,8 @@ def epoch_ends(run: Path) -> list[int]:
 
 
 def steps_per_epoch(steps: Iterable[Step]) -> int | None:
-    """By the run itself: conversations of some templates become several samples, so that rows do not tell."""
+    """Return the steps of an epoch as the run itself tells them: conversations of some templates become several samples, so that
+    rows do not tell."""
     for step in steps:
         if step.epoch > 0:
             return max(1, round(step.number / step.epoch))
@@ -115,13 +116,13 @@ def steps_per_epoch(steps: Iterable[Step]) -> int | None:
 
 
 def becomes_event(step: int, total: int, *, ends_epoch: bool) -> bool:
-    """Whether a step is told: every one, or of a long job every n-th and the ends of epochs."""
+    """Return whether a step is told: every one, or of a long job every n-th and the ends of epochs."""
     every = -(-total // MOST_EVENTS)
     return every <= 1 or step % every == 0 or ends_epoch or step == total
 
 
 def message_of(step: Step, total: int) -> str:
-    """As published logs have it."""
+    """Write the message of a step as published logs have it."""
     if "train_mean_reward" in step.values:
         text = f"Step {step.number}/{total} , train mean reward={step.values['train_mean_reward']:.2f}"
         if "full_valid_mean_reward" in step.values:
@@ -138,7 +139,7 @@ def data_of(step: Step, total: int) -> dict[str, Any]:
 
 
 def results_csv(steps: Iterable[Step]) -> bytes:
-    """One row a step; cells are empty where nothing was measured."""
+    """Write one row a step; cells are empty where nothing was measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

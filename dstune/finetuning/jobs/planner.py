@@ -108,7 +108,7 @@ class Planner:
 
 
 def read(code: int, text: str) -> Estimate:
-    """What `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
+    """Return what `dstune plan --json` printed. A plan that cannot be made for want of knowledge refuses nothing."""
     try:
         answer = json.loads(text)
     except ValueError:

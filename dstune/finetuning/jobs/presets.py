@@ -79,7 +79,7 @@ class Preset:
         return self.devices if self.fewest_devices is None else self.fewest_devices
 
     def base_rate(self, method: str) -> float:
-        """The learning rate at the multiplier 1."""
+        """Return the learning rate at the multiplier 1."""
         if method in self.learning_rate:
             return float(self.learning_rate[method])
         rate = METHODS.classes()[str(self.adaptation["name"])].learning_rate

@@ -66,7 +66,7 @@ def _end_on_stop(folder: JobFolder) -> None:
 
 
 def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
-    """The rows of the files, or the error of a failed job."""
+    """Return the rows of the files, or the error of a failed job."""
     from dstune.finetuning import rows
 
     method, most = str(task["method"]), int(task["most_rows"])

@@ -57,7 +57,7 @@ class Machine:
     gpus: Sequence[str] = ()
 
     def capacity(self, requested: int | None) -> int:
-        """Devices that jobs may take. requested: by `queue.devices`; a GPU is not given to two jobs."""
+        """Return the devices that jobs may take. requested: by `queue.devices`; a GPU is not given to two jobs."""
         if requested is None:
             return self.devices
         return min(requested, len(self.gpus)) if self.gpus else requested
@@ -104,7 +104,7 @@ class Reconciler:
         """Of every training on this machine that has no control group of its own."""
 
     def step(self) -> None:
-        """One look at everything that is not over."""
+        """Look once at everything that is not over."""
         self._launcher.reap()
         self.leads = lease.take(self._store.database, LEASE, self._owner, LEASE_SECONDS)
         if not self.leads:
@@ -438,7 +438,7 @@ class Reconciler:
                 log.exception("job %s could not be started; it is tried again", waiting_job.id)
 
     def capacity(self) -> int:
-        """Local devices that jobs may take."""
+        """Return local devices that jobs may take."""
         return self._machine.capacity(self._presets().queue.devices)
 
     def _devices(self, job: Job) -> dict[str, int]:

@@ -104,7 +104,7 @@ class Method(Body):
 
     @classmethod
     def accepted(cls, value: Mapping[str, Any]) -> set[str]:
-        """Options of the other method may be null."""
+        """Return options of the other method may be null."""
         return {"type", str(value.get("type")), *(name for name in hyperparameters.METHODS if value.get(name) is None)}
 
 
@@ -176,7 +176,7 @@ def _grader(asked: Creation) -> dict[str, Any] | None:
 
 
 def check_grader_of(job_request: JobRequest, preset: Preset) -> None:
-    """Apart from `read`, since it may take long: Python is parsed, where `preset` allows it. Raises ApiError."""
+    """Check the grader apart from `read`, since it may take long: Python is parsed, where `preset` allows it. Raises ApiError."""
     if job_request.grader is not None:
         absent = {} if preset.python_graders else {"python": f"jobs of {preset.name!r} run no code of clients"}
         check_grader_of_job(job_request.grader, "method.reinforcement.grader", absent)

@@ -37,7 +37,7 @@ class Results:
 
     @contextmanager
     def staged(self, steps: Sequence[Step]) -> Iterator[Staged]:
-        """The file of the results, on the disk."""
+        """Stage the file of the results on the disk."""
         content = metrics.results_csv(steps)
         if self._presets().results == "base64":
             content = base64.b64encode(content)
@@ -130,7 +130,7 @@ class Results:
         )  # fmt: skip
 
     def folder_of(self, model: str) -> Path:
-        """Of the export of a tuned model that is there. Raises LookupError."""
+        """Return the folder of the export of a tuned model that is there. Raises LookupError."""
         with self._database.session() as session:
             row = session.scalar(select(TunedModel).where(TunedModel.name == model, TunedModel.deleted_at.is_(None)))
         if row is None or not (self._jobs / row.folder).is_dir():

@@ -90,8 +90,8 @@ class _Room:
 def choose(
     waiting: Iterable[Waiting], busy: Iterable[Busy], used: Mapping[str, float], settings: QueueSettings, devices: int
 ) -> list[tuple[Waiting, list[int]]]:
-    """The jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices: how
-    many local ones there are.
+    """Return the jobs to start with their devices, in order. used: device-seconds of jobs that are over, by organization; devices:
+    how many local ones there are.
 
     A job takes all devices that it can use, down to its fewest. One whose turn it is and that needs more than are free keeps
     those that come free from jobs behind it: a large job is not passed for ever.

@@ -69,7 +69,7 @@ RESUMED = frozenset({State.QUEUED, State.RUNNING})
 
 
 def after(state: State, change: Change, *, repeated: bool = False) -> State | None:
-    """The state that a change leads to; None where a client's wish is fulfilled already.
+    """Return the state that a change leads to; None where a client's wish is fulfilled already.
 
     repeated: whether the client says that it has sent this request before.
 

@@ -49,7 +49,7 @@ class JobStore:
             note(session, job, Message(text))
 
     def locked(self, session: Session, job: str) -> Job:
-        """The row, which no other transaction changes until this one is over."""
+        """Return the row, which no other transaction changes until this one is over."""
         row = session.scalar(select(Job).where(Job.id == job).with_for_update())
         assert row is not None, "rows of jobs are not removed"
         return row
@@ -64,7 +64,8 @@ class JobStore:
         repeated: bool = False,
         **values: Any,
     ) -> bool:
-        """The only place where the state of a job changes. Whether it did: a client may wish for what it has already.
+        """Change the state of a job: the only place where that happens. Returns whether it did: a client may wish for what it has
+        already.
 
         Raises ApiError where the state does not take the change."""
         state = after(State(job.state), change, repeated=repeated)
@@ -90,8 +91,8 @@ class JobStore:
         self, project: str, job: str, change: Change, *, repeated: bool, message: str,
         also: Callable[[Session], None] = lambda session: None,
     ) -> Job:  # fmt: skip
-        """What a client asks of a job: cancel, pause, resume. also: done in the same transaction where it changes the job.
-        Raises ApiError."""
+        """Return what a client asks of a job: cancel, pause, resume. also: done in the same transaction where it changes the
+        job. Raises ApiError."""
         with self.database.writing.begin() as session:
             row = self.of(session, project, job, lock=True)
             if self.change(session, row, change, [Message(message)], repeated=repeated):
@@ -108,7 +109,7 @@ class JobStore:
     # -- reading
 
     def of(self, session: Session, project: str, job: str, *, lock: bool = False) -> Job:
-        """A job of a project. Raises ApiError 404."""
+        """Return a job of a project. Raises ApiError 404."""
         query = select(Job).options(WITH_GRADER).where(Job.project == project, Job.id == job)
         row = session.scalar(query.with_for_update() if lock else query)
         if row is None:
@@ -123,7 +124,7 @@ class JobStore:
     def page(
         self, project: str, page: pages.Page, metadata: Mapping[str, str] | None, *, bare: bool = False
     ) -> tuple[list[Job], bool]:
-        """Jobs with all these pairs of metadata. bare: those without any."""
+        """List jobs with all these pairs of metadata. bare: those without any."""
         filters = []
         for name, value in (metadata or {}).items():
             pair = select(JobMetadata.job).where(JobMetadata.name == name, JobMetadata.value == value)
@@ -146,7 +147,7 @@ class JobStore:
     # -- for the reconciler
 
     def unfinished(self) -> list[Job]:
-        """Jobs of which something may have to be done; those that only wait for devices or a resume are not among them."""
+        """Return jobs of which something may have to be done; those that only wait for devices or a resume are not among them."""
         own_states = (State.VALIDATING, State.RUNNING, State.PAUSING)
         with self.database.session() as session:
             query = select(Job).where(or_(Job.state.in_(own_states), Job.active.is_(True))).order_by(Job.number)
@@ -158,12 +159,12 @@ class JobStore:
             return list(session.scalars(query))
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """The state of each job, and the bytes of its folder (0: never measured)."""
+        """Return the state of each job, and the bytes of its folder (0: never measured)."""
         with self.database.session() as session:
             return {row.id: (row.state, row.bytes) for row in session.execute(select(Job.id, Job.state, Job.bytes))}
 
     def used(self, since: float) -> dict[str, float]:
-        """Device-seconds by organization, of attempts that are over, of jobs that ran after `since`."""
+        """Return device-seconds by organization, of attempts that are over, of jobs that ran after `since`."""
         query = select(Job.organization, func.sum(Job.device_seconds)).where(Job.started_at >= since)
         with self.database.session() as session:
             return {
@@ -173,11 +174,11 @@ class JobStore:
 
     @staticmethod
     def bytes_of(session: Session, project: str) -> int:
-        """Bytes of the folders of a project's jobs."""
+        """Return bytes of the folders of a project's jobs."""
         return session.scalar(select(func.coalesce(func.sum(Job.bytes), 0)).where(Job.project == project)) or 0
 
     def waiting(self, session: Session, **owner: str) -> int:
-        """How many jobs wait to start or to be resumed. owner: `organization` or `key`."""
+        """Return how many jobs wait to start or to be resumed. owner: `organization` or `key`."""
         query = select(func.count()).select_from(Job).where(Job.state.in_(WAITING))
         for name, value in owner.items():
             query = query.where(getattr(Job, name) == value)

@@ -12,12 +12,12 @@ PREFIX = "ft:"
 
 
 def part(text: str | None) -> str:
-    """Text as it stands in a name: lower case letters, digits and single hyphens; whatever else there is becomes one."""
+    """Return text as it stands in a name: lower case letters, digits and single hyphens; whatever else there is becomes one."""
     return re.sub(r"[^a-z0-9]+", "-", (text or "").lower()).strip("-")[:64]
 
 
 def new_name(base: str, organization: str, suffix: str | None, step: int | None = None) -> str:
-    """A name that nothing has: its id is drawn from 62^8."""
+    """Return a name that nothing has: its id is drawn from 62^8."""
     random_id = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
     ending = "" if step is None else f":ckpt-step-{step}"
     return f"{PREFIX}{base}:{part(organization)}:{part(suffix)}:{random_id}{ending}"

@@ -28,31 +28,31 @@ class ModelStore:
         return self._jobs / model.folder
 
     def find(self, caller: Caller, name: str) -> TunedModel | None:
-        """A model that is there, and that the caller's project may use."""
+        """Return a model that is there, and that the caller's project may use."""
         with self._database.session() as session:
             return session.scalar(select(TunedModel).where(TunedModel.name == name, *_usable(caller)))
 
     def usable(self, caller: Caller) -> list[TunedModel]:
-        """All of them, the oldest first."""
+        """Return all of them, the oldest first."""
         with self._database.session() as session:
             return list(session.scalars(select(TunedModel).where(*_usable(caller)).order_by(TunedModel.number)))
 
     def final(self, most: int) -> list[TunedModel]:
-        """The newest models of all projects that jobs ended with."""
+        """Return the newest models of all projects that jobs ended with."""
         query = select(TunedModel).where(TunedModel.deleted_at.is_(None), TunedModel.step.is_(None))
         with self._database.session() as session:
             return list(session.scalars(query.order_by(TunedModel.number.desc()).limit(most)))
 
     def delete(self, session: Session, caller: Caller, name: str, *, repeated: bool) -> tuple[TunedModel, bool]:
-        """The model, and whether it was there still. repeated: whether it may have been deleted by the same request before.
-        Raises ApiError where the caller's own project has no such model."""
+        """Return the model, and whether it was there still. repeated: whether it may have been deleted by the same request
+        before. Raises ApiError where the caller's own project has no such model."""
         row = self._own(session, caller, name, deleted=repeated)
         was_there = row.deleted_at is None
         row.deleted_at = row.deleted_at or unix_time()
         return row, was_there
 
     def remove_files(self, model: TunedModel) -> None:
-        """A model of which nothing is listed any more; its last step may be listed as a checkpoint too."""
+        """Remove the files of a model of which nothing is listed any more; its last step may be listed as a checkpoint too."""
         with self._database.session() as session:
             others = select(TunedModel.id).where(TunedModel.folder == model.folder, TunedModel.deleted_at.is_(None))
             if session.scalar(others) is None:
