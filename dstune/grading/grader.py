@@ -128,21 +128,21 @@ def check_grader(grader: Any, at: str = "grader", *, absent: Mapping[str, str] =
 
 
 def grade(grader: Mapping[str, Any], sample: Sample, services: Services) -> Graded:
-    """The score of a grader that `check_grader` has let through: 0 where it failed, with the reason in `errors`."""
+    """Return the score of a grader that `check_grader` has let through: 0 where it failed, with the reason in `errors`."""
     if grader["type"] == "multi":
         return _grade_multi(grader, sample, services)
     return _grade_one(grader, sample, services)
 
 
 def kinds_in(grader: Mapping[str, Any]) -> set[str]:
-    """The types of a grader and of those inside of it."""
+    """Return the types of a grader and of those inside of it."""
     if grader["type"] != "multi":
         return {grader["type"]}
     return {"multi"} | {inner["type"] for _, inner in named_graders(grader["graders"], "").values()}
 
 
 def render(template: str, sample: Sample) -> str:
-    """A template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
+    """Return a template with its variables replaced; a value that is no text as JSON. Raises GraderFailed."""
     values, characters_left = sample.values, MOST_RENDERED - len(template)
 
     def value_of(match: re.Match[str]) -> str:
@@ -290,7 +290,7 @@ _CHECKS = {
 
 
 def named_graders(graders: Any, at: str) -> dict[str, tuple[str, Any]]:
-    """The graders of a `multi` by their names, each with its place: a map, a list or a single one. Raises GraderError."""
+    """Return the graders of a `multi` by their names, each with its place: a map, a list or a single one. Raises GraderError."""
     if isinstance(graders, dict) and not isinstance(graders.get("type"), str):
         grader_by_name = {name: (f"{at}.{name[:60]}", grader) for name, grader in graders.items()}
     else:

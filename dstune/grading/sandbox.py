@@ -118,7 +118,7 @@ def _failure(code: int, error: str) -> str:
 
 @functools.cache
 def missing_reason() -> str:
-    """Why there is no sandbox on this machine; empty where there is one."""
+    """Return why there is no sandbox on this machine; empty where there is one."""
     if sys.platform != "linux":
         return "it needs Linux"
     try:

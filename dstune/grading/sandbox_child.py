@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def enter_namespaces() -> None:
-    """Users inside are this one alone; started by root, also `nobody`, whose processes the kernel counts."""
+    """Enter new namespaces. Users inside are this one alone; started by root, also `nobody`, whose processes the kernel counts."""
     user, group = os.geteuid(), os.getegid()
     users = "0 0 1\n65534 65534 1\n" if user == 0 else f"{user} {user} 1\n"
     groups = "0 0 1\n65534 65534 1\n" if user == 0 else f"{group} {group} 1\n"
@@ -126,7 +126,8 @@ def run_first_process(
 
 
 def forbid_more_namespaces() -> None:
-    """Of this user namespace and those in it: what a program could try out on the kernel is reached through new ones."""
+    """Forbid more namespaces in this user namespace and those in it: what a program could try out on the kernel is reached
+    through new ones."""
     with suppress(OSError):  # without it, the mounts stay as they are all the same
         write_line("/proc/sys/user/max_user_namespaces", "0")
 
@@ -214,7 +215,7 @@ def limit(kind: int, amount: int) -> None:
 
 
 def run_program(program: dict[str, Any]) -> NoReturn:
-    """Its standard input is `stdin`; what it prints goes to this process's standard output."""
+    """Run the program with `stdin` as its standard input; what it prints goes to this process's standard output."""
     reading, writing = os.pipe()
     feeder = os.fork()
     if feeder == 0:

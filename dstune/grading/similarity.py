@@ -26,7 +26,7 @@ def fuzzy_match(text: str, reference: str) -> float:
 
 
 def bleu(text: str, reference: str) -> float:
-    """Of up to four words at a time, as many as the shorter text has; a precision of 0 counts as 0.1 matches."""
+    """Compute BLEU of up to four words at a time, as many as the shorter text has; a precision of 0 counts as 0.1 matches."""
     words, expected = text.split(), reference.split()
     longest = min(4, len(words), len(expected))
     if not longest or not _overlap(words, expected, 1):
@@ -40,7 +40,7 @@ def bleu(text: str, reference: str) -> float:
 
 
 def gleu(text: str, reference: str) -> float:
-    """The smaller one of precision and recall over one to four words at a time."""
+    """Return the smaller one of precision and recall over one to four words at a time."""
     words, expected = text.split(), reference.split()
     matched = sum(_overlap(words, expected, size) for size in range(1, 5))
     total = max(
@@ -50,7 +50,7 @@ def gleu(text: str, reference: str) -> float:
 
 
 def rouge(size: int) -> Callable[[str, str], float]:
-    """F1 of so many words at a time."""
+    """Return the function that computes the F1 of so many words at a time."""
 
     def measure(text: str, reference: str) -> float:
         words, expected = _words(text), _words(reference)
@@ -61,7 +61,7 @@ def rouge(size: int) -> Callable[[str, str], float]:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence."""
+    """Compute the F1 of the longest common subsequence."""
     words, expected = _words(text), _words(reference)
     return _f1(_common_subsequence(words, expected), len(words), len(expected))
 
