@@ -25,8 +25,8 @@ class Audit:
         self._file: tuple[str, int] | None = None
 
     def add(self, decision: str, verdict: Verdict | None, **facts: Any) -> None:
-        """decision: `passed`, `flagged`, `masked`, `blocked`, `unchecked` or `refused`. facts: ids and names, no text of a
-        client."""
+        """Write a decision into the log. decision: `passed`, `flagged`, `masked`, `blocked`, `unchecked` or `refused`. facts:
+        ids and names, no text of a client."""
         moment = datetime.datetime.now(datetime.UTC)
         line: dict[str, Any] = {"time": moment.isoformat(timespec="milliseconds"), "decision": decision, **facts}
         if verdict is not None:

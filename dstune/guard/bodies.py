@@ -24,12 +24,12 @@ class Placed:
 
 
 def of_request(route: str, body: Mapping[str, Any]) -> list[Placed]:
-    """At most one more than are checked. Raises ApiError where a request holds what cannot be read here."""
+    """Return at most one more than are checked. Raises ApiError where a request holds what cannot be read here."""
     return list(islice(_OF_ROUTE[route](body), MOST_TEXTS + 1))
 
 
 def put(body: Any, changes: Mapping[Place, str]) -> Any:
-    """`body` with other texts."""
+    """Return `body` with other texts."""
     if not changes:
         return body
     changed = copy.deepcopy(body)
@@ -62,19 +62,19 @@ _SPACE = re.compile(r"\s")
 
 
 def of_message(message: Mapping[str, Any], number: int, place: Place = ()) -> Iterator[Placed]:
-    """All texts of a message, wherever they stand in it: a template or a model elsewhere may print any of them."""
+    """Yield all texts of a message, wherever they stand in it: a template or a model elsewhere may print any of them."""
     role = str(message.get("role", "user"))
     for where, text in texts_in(message):
         yield Placed((*place, *where), Text(text, role, number))
 
 
 def texts_in(value: Any, but: Collection[str] = ()) -> Iterator[tuple[Place, str]]:
-    """Each text of a JSON value and where it stands. but: keys that are left out."""
+    """Yield each text of a JSON value and where it stands. but: keys that are left out."""
     return ((where, text) for where, text, media in _texts_in(value, but=but) if not media)
 
 
 def media_in(value: Any) -> set[str]:
-    """Types of the parts of a message of which something is left out."""
+    """Return types of the parts of a message of which something is left out."""
     return {media for _, _, media in _texts_in(value) if media}
 
 
@@ -207,7 +207,7 @@ ANSWERED_IN_TEXT = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def of_answer(answer: Mapping[str, Any]) -> dict[int, list[Placed]]:
-    """The texts of each choice (of `/v1/responses`: of each item of the output)."""
+    """Return the texts of each choice (of `/v1/responses`: of each item of the output)."""
     texts_by_choice: dict[int, list[Placed]] = {}
     for number, choice in enumerate(answer.get("choices") or []):
         texts_by_choice[number] = [
@@ -230,7 +230,7 @@ _NAME = re.compile(r"[\w./:@+-]{0,128}")
 
 
 def is_name(key: str | int, text: str) -> bool:
-    """Whether a text of an event names the answer, its model or its server, as each event of a stream does."""
+    """Return whether a text of an event names the answer, its model or its server, as each event of a stream does."""
     return key in _ENVELOPE and _NAME.fullmatch(text) is not None
 
 
@@ -239,7 +239,7 @@ TELLING = ("logprobs", "token_ids", "prompt_token_ids", "prompt_logprobs", "stop
 
 
 def withheld(answer: dict[str, Any], number: int) -> dict[str, Any]:
-    """An answer without one of its choices' text."""
+    """Return an answer without one of its choices' text."""
     changed = copy.deepcopy(answer)
     if changed.get("choices"):
         choice = changed["choices"][number]
@@ -253,7 +253,7 @@ def withheld(answer: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def without_telling(answer: dict[str, Any], number: int) -> dict[str, Any]:
-    """An answer of which a choice was masked: what tells its text otherwise is gone."""
+    """Return an answer of which a choice was masked: what tells its text otherwise is gone."""
     changed = copy.deepcopy(answer)
     if changed.get("choices"):
         for name in TELLING:

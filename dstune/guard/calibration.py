@@ -67,7 +67,7 @@ class Calibration:
     """Of the parts in which a suspicious window was read again; 0 where it was not."""
 
     def threshold(self, direction: str, windows: int, level: str) -> float:
-        """The lowest score that has this level or a more certain one."""
+        """Return the lowest score that has this level or a more certain one."""
         buckets = self.directions[direction]
         bucket = next(
             (candidate for candidate in buckets if candidate.up_to is None or windows <= candidate.up_to), buckets[-1]
@@ -75,7 +75,7 @@ class Calibration:
         return bucket.thresholds[LEVELS[level]]
 
     def level(self, direction: str, windows: int, score: float) -> str:
-        """The most certain level that `score` reaches."""
+        """Return the most certain level that `score` reaches."""
         return next((name for name in LEVELS if score >= self.threshold(direction, windows, name)), UNLIKELY)
 
     def save(self, folder: Path) -> Path:
@@ -101,7 +101,8 @@ class Calibration:
 
     @staticmethod
     def load(folder: Path) -> Calibration | None:
-        """None where the export was not calibrated. Raises UserError for a file that is damaged, or of other weights."""
+        """Load the calibration; None where the export was not calibrated. Raises UserError for a file that is damaged, or of
+        other weights."""
         file = folder / NAME
         if not file.is_file():
             return None
@@ -120,7 +121,7 @@ def _written(bucket: Bucket) -> dict[str, Any]:
 
 
 def digest_of(folder: Path) -> str:
-    """SHA-256 of what decides the scores of an export: weights, configuration, tokenizer."""
+    """Return the SHA-256 of what decides the scores of an export: weights, configuration, tokenizer."""
     digest = hashlib.sha256()
     names = ("*.safetensors", "config.json", "tokenizer.json", "vocab.txt", "spiece.model", "spm.model")
     for file in sorted({file for pattern in names for file in folder.glob(pattern) if file.is_file()}):
@@ -144,7 +145,7 @@ def _read(value: Mapping[str, Any], where: str) -> Calibration:
 
 
 def wrong_windows(window: Any, stride: Any, part: Any) -> tuple[str, str] | None:
-    """The first of the three lengths that cannot be, by its key, and why."""
+    """Return the first of the three lengths that cannot be, by its key, and why."""
     if type(window) is not int or not 16 <= window <= 8192:
         return "window_tokens", f"must be a whole number from 16 to 8192, is {window!r}"
     if type(stride) is not int or not 1 <= stride <= window - 2:

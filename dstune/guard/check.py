@@ -121,8 +121,8 @@ class Verdict:
         return bool(self.unchecked) and self.policy.on_failure == CLOSED
 
     def masks(self) -> dict[int, list[Span]]:
-        """What is masked, by the number of its text: in order and disjoint. Of all texts at once, since each look for those of
-        one goes through all there are."""
+        """Return what is masked, by the number of its text: in order and disjoint. Of all texts at once, since each look for
+        those of one goes through all there are."""
         spans_by_text: dict[int, list[Span]] = {}
         for span in sorted(
             (span for span in self.spans if span.masked), key=lambda span: (span.text, span.start, -span.end)
@@ -136,7 +136,7 @@ class Verdict:
 
 
 def masked(text: str, masks: Sequence[Span]) -> str:
-    """`text` with tags in the place of its masks, which are in order and disjoint."""
+    """Return `text` with tags in the place of its masks, which are in order and disjoint."""
     parts, end = [], 0
     for span, replacement in zip(masks, tags(text, masks), strict=True):
         parts += [text[end : max(span.start, 0)], replacement]
@@ -149,7 +149,7 @@ CHARACTERS = 384
 
 
 def estimated_windows(policy: Policy, texts: Iterable[Text]) -> int:
-    """About how many windows of the texts models were to score: what is known of the work where no answer tells it."""
+    """Return about how many windows of the texts models were to score: what is known of the work where no answer tells it."""
     read = {
         direction
         for direction, watches in policy.directions.items()
@@ -163,8 +163,8 @@ _QUOTE = re.compile(r'\\.|"', re.S)
 
 
 def tags(text: str, masks: Sequence[Span]) -> list[str]:
-    """What stands in the place of what was masked: `<EMAIL>`. Where `text` is JSON, what was no part of a string, such as a
-    number, becomes a string."""
+    """Return what stands in the place of what was masked: `<EMAIL>`. Where `text` is JSON, what was no part of a string, such as
+    a number, becomes a string."""
     tags_of_masks = [f"<{mask.detector.rpartition('/')[2].upper()}>" for mask in masks]
     if not masks or not _JSON.match(text):
         return tags_of_masks
@@ -180,7 +180,7 @@ class Checker:
     scan: Scan
 
     async def __call__(self, policy: Policy, texts: Sequence[Text], *, everything: bool = False) -> Verdict:
-        """everything: ask all detectors, also after one has found enough to block.
+        """Check the texts of a request. everything: ask all detectors, also after one has found enough to block.
 
         Raises GuardDown, Late.
         """
@@ -201,7 +201,7 @@ class Checker:
         return verdict
 
     async def piece(self, policy: Policy, item: Item) -> Verdict:
-        """Of one piece of an answer."""
+        """Check one piece of an answer."""
         verdict = Verdict(policy)
         if item.detectors:
             (result,) = await self.scanned(policy, [item])
@@ -248,7 +248,7 @@ class Checker:
 
 
 def entry_of(watch: Watch, result: Result, message: int = 0) -> Entry:
-    """What a detector says of a text."""
+    """Return what a detector says of a text."""
     if not needs_model(watch.detector):
         finding = next((candidate for candidate in result.found if candidate.detector == watch.detector), None)
         level = CONFIDENT if finding else UNLIKELY

@@ -66,8 +66,8 @@ class Guard:
             self._admission.charge(request.caller, tokens)
 
     async def charged(self, request: Request, windows: int, verdict: Awaitable[Verdict]) -> Verdict:
-        """The verdict, whose windows are charged to the key as tokens. Where it comes too late or nobody waits for it any more,
-        those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
+        """Return the verdict, whose windows are charged to the key as tokens. Where it comes too late or nobody waits for it any
+        more, those that were asked for are, at the length of the longest: whoever gives up early would be checked for nothing.
         Raises GuardDown."""
         try:
             result = await verdict
@@ -91,7 +91,7 @@ class Guard:
         return decision
 
     async def request(self, request: Request, route: str, body: dict[str, Any]) -> Guarded | None:
-        """The request as an engine may see it; None where no policy is for this route. Raises ApiError."""
+        """Return the request as an engine may see it; None where no policy is for this route. Raises ApiError."""
         policy = self.policies.of_route(route)
         if policy is None:
             return None
@@ -177,7 +177,7 @@ class Guarded:
         return bool(self.policy.watches("output")) and self.route in ANSWERED_IN_TEXT
 
     async def answer(self, content: bytes) -> bytes:
-        """An answer that is not a stream. Raises ApiError where it could not be checked."""
+        """Return an answer that is not a stream. Raises ApiError where it could not be checked."""
         changed = answer = object_of(content)
         with of_its_shape():
             choices = sorted(of_answer(answer).items())
@@ -215,7 +215,7 @@ class Guarded:
         note_unchecked(self.request)
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
+        """Yield the events of an answer, each when it was checked. It ends with `content_filter` where it is stopped, with an
         error where it could not be checked."""
         total, decided, reason = Verdict(self.policy), True, ""
         try:
@@ -296,7 +296,7 @@ async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
 
 
 def texts_of_events(events: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
+    """Yield every text of the events of `/v1/responses`. Those that are written piece by piece are whole."""
     written: dict[tuple[Any, ...], list[str]] = {}
     for value in events:
         if isinstance(value.get("delta"), str):

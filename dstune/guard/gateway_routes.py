@@ -103,7 +103,7 @@ def guard_routes(gateway: Gateway, guarding: Guarding, state: Path, log_days: fl
 
 
 async def warn_of_unguarded(gateway: Gateway, guarding: Guarding) -> None:
-    """Which routes the engines have is known when they run."""
+    """Warn of routes without a policy; which routes the engines have is known when they run."""
     await gateway.fleet.started.wait()
     served = {path for model in gateway.fleet.models.values() for path in model.engine.routes}
     if unguarded := sorted(path for path in served if guarding.policies.of_route(path) is None):

@@ -30,14 +30,14 @@ def _hidden(prompts: tuple[str, ...], public: tuple[str, ...]) -> frozenset[tupl
 
 
 def leaked_runs(readings: Sequence[Variant], prompts: Sequence[str], public: Sequence[str]) -> int:
-    """Runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public` (what
-    users wrote) do not count."""
+    """Count the runs of words that a reading of the answer shares with `prompts`, the most of any. Those that stand in `public`
+    (what users wrote) do not count."""
     hidden = _hidden(tuple(prompts), tuple(public)) if prompts else ()
     return max((len(hidden & _runs(reading.text)) for reading in readings), default=0) if hidden else 0
 
 
 def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Sequence[str]) -> list[str]:
-    """The canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
+    """Return the canaries that stand in any reading of an answer, also spelled out with separators, and not in `public`."""
     shared = "\n".join(public).lower() if canaries else ""
     leaked = []
     for canary in canaries:
@@ -54,5 +54,5 @@ def canaries_in(readings: Sequence[Variant], canaries: Sequence[str], public: Se
 
 
 def codes_of(prompts: Sequence[str]) -> list[str]:
-    """Words of letters and digits, such as passwords and internal codes."""
+    """Return words of letters and digits, such as passwords and internal codes."""
     return sorted({match.group() for prompt in prompts for match in _CODE.finditer(prompt)})

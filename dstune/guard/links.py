@@ -58,7 +58,7 @@ def check_installed() -> None:
 
 
 def unknown_links(text: str, allowed: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Where links stand whose host is none of `allowed` or below one.
+    """Yield where links stand whose host is none of `allowed` or below one.
 
     Never known are addresses without a name (`http://0x7f.1/`), links that run code, and those with a user before the host
     (`https://example.com@evil.com`) or with a sign after which it goes on (`https://example.com'.evil.com`).

@@ -89,7 +89,7 @@ class GuardModel:
         part_tokens: int | None = None,
         calibrated: bool = True,
     ) -> GuardModel:
-        """The model in a folder, with what its `guard.json` says of label, windows and parts unless it is given here.
+        """Return the model in a folder, with what its `guard.json` says of label, windows and parts unless it is given here.
 
         calibrated: whether to read `guard.json`; a model is loaded without it to be calibrated anew.
         Raises UserError where there is no classifier, or its `guard.json` is damaged or of other weights.
@@ -138,7 +138,7 @@ class GuardModel:
         return model
 
     def windows(self, text: str, windows_before: int = 0) -> list[Window]:
-        """Pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
+        """Cut pieces of `window_tokens` tokens that begin `stride` tokens apart. None of a text without tokens.
 
         windows_before: windows of the same answer that were scored already.
 
@@ -162,7 +162,7 @@ class GuardModel:
         return [Window(ids, windows_before + len(windows) >= LONG) for ids in windows if len(ids) > special]
 
     def tail(self, text: str, tokens: int) -> str:
-        """The end of `text` that is so many tokens."""
+        """Return the end of `text` that is so many tokens."""
         text = text[-40 * tokens :]
         tokenizer = self.predictor.tokenizer
         with self._tokenizing:
@@ -170,7 +170,7 @@ class GuardModel:
         return text[places[-tokens][0] :] if len(places) > tokens else text
 
     def score_windows(self, windows: Sequence[Window]) -> list[WindowScore]:
-        """The score of each window: the probability of the label.
+        """Return the score of each window: the probability of the label.
 
         A window of a long text that has more than 0.5 is read again in parts that overlap by half. Its score is then the sigmoid
         of the mean of two log-odds, of the whole and of the part that looks most like an attack, and at least 0.5, so that it
@@ -235,7 +235,7 @@ class GuardModel:
         return odds
 
     def scores(self, texts: Sequence[str]) -> list[list[WindowScore]]:
-        """The score of each window of each text, as the texts are: neither normalised nor decoded."""
+        """Return the score of each window of each text, as the texts are: neither normalised nor decoded."""
         windows = [self.windows(text) for text in texts]
         flat = iter(self.score_windows([window for of_text in windows for window in of_text]))
         return [[next(flat) for _ in of_text] for of_text in windows]
@@ -305,7 +305,7 @@ def _apart(match: re.Match[str]) -> str:
 
 
 def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]) -> Score:
-    """The score of a text from those of the windows of its readings."""
+    """Return the score of a text from those of the windows of its readings."""
     best = Score(0.0, sum(map(len, scores)))
     for reading, windows in zip(readings, scores, strict=True):
         value = max((window.value for window in windows), default=0.0)

@@ -51,7 +51,7 @@ class Normal:
     """And their place in the original."""
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """The part of the original that became `text[start:end]`."""
+        """Return the part of the original that became `text[start:end]`."""
         if self._starts is None:
             return start, end
         return self._origin(start)[0], self._origin(max(end - 1, start))[1]
@@ -69,9 +69,9 @@ class Normal:
 
 
 def normalised(text: str) -> Normal:
-    """`text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC), marks
-    over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have no
-    other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
+    """Return `text` without what nobody sees: tag characters as the letters that they stand for, compatibility forms (NFKC),
+    marks over Latin letters that make no other letter of them, and Latin letters in the place of look-alikes in words that have
+    no other letters. Strings in JSON are as they are read: `\\nIgnore` is no word."""
     escapes = "\\" in text and _JSON_STRING.search(text) is not None
     if not escapes and text.isascii() and not DROPPED.search(text):
         return Normal(text)

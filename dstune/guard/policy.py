@@ -115,7 +115,7 @@ class Policies:
         return None if name == OFF else self.policies[name]
 
     def of_project(self, project: str | None) -> Policy | None:
-        """None where there is no such project."""
+        """Return the policy of a project; None where there is no such project."""
         if project is None:
             return self.of_route("/v2/guard")
         name = self.projects.get(project)
@@ -129,7 +129,8 @@ class Policies:
             raise UserError(Problem(f"{self.file}: routes", reason, fix))
 
     def check_models(self, calibrated: Iterable[str]) -> None:
-        """calibrated: detectors whose model has thresholds. Raises UserError where a policy would block by any other."""
+        """Check that every blocking model has thresholds. calibrated: detectors whose model has thresholds. Raises UserError
+        where a policy would block by any other."""
         calibrated_detectors, problems = set(calibrated), []
         for policy in self.policies.values():
             for direction, watches in policy.directions.items():
@@ -161,7 +162,7 @@ def _model_of(detector: str) -> str:
 
 
 def no_folder(key: str, folder: Path) -> list[Problem]:
-    """Why there is no model of a guard."""
+    """Return why there is no model of a guard."""
     if folder.is_dir():
         return []
     reason = "there is no such folder; a guard's model is an export or a folder of a classifier"
@@ -176,8 +177,8 @@ def read(
     key: str = "--guard",
     kinds: str = "a file of policies, rules or default",
 ) -> Policies:
-    """The policies in a file; `default` and `rules` name packaged ones. model: of `prompt_attack`, in the place of the file's.
-    key: what gave the path. kinds: what may be given there.
+    """Return the policies in a file; `default` and `rules` name packaged ones. model: of `prompt_attack`, in the place of the
+    file's. key: what gave the path. kinds: what may be given there.
 
     Raises UserError with all that is wrong.
     """

@@ -55,7 +55,7 @@ class Compute:
             threading.Thread(target=self._run, name="compute", daemon=True).start()
 
     async def scores(self, detector: str, windows: Sequence[Window], request: object) -> list[WindowScore]:
-        """request: what all texts share that take turns as one."""
+        """Score windows in turn. request: what all texts share that take turns as one."""
         if not windows:
             return []
         job = _Job(windows, Future())
@@ -67,7 +67,7 @@ class Compute:
         return await asyncio.wrap_future(job.future)
 
     def silent(self) -> float:
-        """Seconds for which windows have waited without a turn that ended."""
+        """Return seconds for which windows have waited without a turn that ended."""
         with self._changed:
             return time.monotonic() - self._moved if self._lines else 0.0
 
@@ -165,14 +165,14 @@ class GuardApp:
             await respond(send, 500, b'{"error":{"message":"the guard failed"}}')
 
     async def scan(self, items: Sequence[Item]) -> list[Result]:
-        """Of the texts of one request."""
+        """Scan the texts of one request."""
         request, turns = object(), asyncio.Semaphore(SEARCHES_OF_ONE)
         prepared = await asyncio.gather(*(self._searched(item, turns) for item in items))
         limit_windows(prepared)
         return list(await asyncio.gather(*(self._scored(text, request) for text in prepared)))
 
     def silent(self) -> float:
-        """The longest that a step of the work has taken by now: a search, or a turn of windows."""
+        """Return the longest that a step of the work has taken by now: a search, or a turn of windows."""
         now = time.monotonic()
         return max([self._compute.silent(), *(now - since for since in list(self._searching.values()))])
 

@@ -197,7 +197,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def matching(text: str, *, tool_result: bool) -> Iterator[Rule]:
-    """The rules that find something in `text`."""
+    """Yield the rules that find something in `text`."""
     for rule in RULES:
         if (tool_result or not rule.tool_result_only) and rule.pattern.search(text):
             yield rule

@@ -166,7 +166,7 @@ class Scanner:
         return context
 
     def finish(self, prepared: Prepared, scores: Mapping[str, Sequence[WindowScore]]) -> Result:
-        """scores: by detector those of all windows, in the order of `prepared.windows`."""
+        """Put a text's scores together. scores: by detector those of all windows, in the order of `prepared.windows`."""
         item, computed, tokens = prepared.item, 0, 0.0
         scored: dict[str, Scored] = {}
         score_by_detector = dict(prepared.remembered)

@@ -130,7 +130,7 @@ class Channel:
         return free
 
     def visible(self, start: int, end: int) -> str:
-        """What a reader gets of `text[start:end]`."""
+        """Return what a reader gets of `text[start:end]`."""
         parts, place = [], start
         first = bisect_right(self.masks, start, key=lambda mask: mask.end)
         masks = list(takewhile(lambda mask: mask.start < end, self.masks[first:]))
@@ -177,7 +177,7 @@ class HeldBack:
         self._closing: list[bytes] = []
 
     async def stream(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
+        """Yield events as they may go out. A stop is an event with `content_filter`, after which that choice says nothing; where
         all have ended, the stream does. Raises Stopped then, and GuardDown."""
         reader = EventReader()
         try:

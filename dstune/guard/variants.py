@@ -363,7 +363,7 @@ DECODED = frozenset({"base64", "base32", "hex", "escaped", "binary", SEVERAL})
 
 
 def variants(text: str) -> list[Variant]:
-    """The normalised text, then what its encoded parts say: at most MOST_VARIANTS."""
+    """Return the normalised text, then what its encoded parts say: at most MOST_VARIANTS."""
     return variants_of(text, normalised(text))
 
 

@@ -34,7 +34,7 @@ _ROWS_EACH = 40
 
 
 def evals(archive: Archive) -> Iterator[Text]:
-    """System and user turns of evaluation tasks; a group is a task."""
+    """Yield system and user turns of evaluation tasks; a group is a task."""
     for name in archive.namelist():
         parts = name.split("/")
         if not (name.startswith("evals/registry/data/") and name.endswith(".jsonl")):
@@ -62,7 +62,7 @@ def _prompt(line: bytes) -> str | None:
 
 
 def chitchat(archive: Archive, first: int) -> Iterator[Text]:
-    """Turns of chats, and three user turns in a row: from conversation number `first` on. Those before it are left for
+    """Yield turns of chats, and three user turns in a row: from conversation number `first` on. Those before it are left for
     whoever measures a guard on conversations. A group is a conversation."""
     with archive.open("chitchat_dataset/dataset.json") as file:
         conversations = json.load(file)
@@ -79,7 +79,7 @@ def chitchat(archive: Archive, first: int) -> Iterator[Text]:
 
 
 def emails(files: Files) -> Iterator[Text]:
-    """Bodies of wanted e-mails of 2002, with sender and subject; a group is a subject."""
+    """Yield bodies of wanted e-mails of 2002, with sender and subject; a group is a subject."""
     for name in files.namelist():
         if not (name.startswith("data/") and "ham" in name and name.endswith(".json")):
             continue
@@ -93,7 +93,7 @@ def emails(files: Files) -> Iterator[Text]:
 
 
 def awscli(archive: Archive) -> Iterator[Text]:
-    """Examples of a command line with what it answers; a group is a service."""
+    """Yield examples of a command line with what it answers; a group is a service."""
     for name in archive.namelist():
         parts = name.split("/")
         if name.startswith("awscli/examples/") and name.endswith(".rst") and len(parts) == 4:
@@ -104,7 +104,7 @@ def awscli(archive: Archive) -> Iterator[Text]:
 
 
 def brown(files: Files) -> Iterator[Text]:
-    """American prose of 1961, 2,000 words each; a group is a document."""
+    """Yield American prose of 1961, 2,000 words each; a group is a document."""
     for name in files.namelist():
         if re.fullmatch(r"c[a-r]\d\d", name):
             words = re.sub(r"(\S+)/\S+", r"\1", files.read(name).decode("latin-1"))
@@ -113,7 +113,7 @@ def brown(files: Files) -> Iterator[Text]:
 
 
 def npm_documents(files: Files) -> Iterator[Text]:
-    """Documentation in Markdown; a group is a file."""
+    """Yield documentation in Markdown; a group is a file."""
     for name in files.namelist():
         if name.endswith(".md") and not re.search(r"licen[cs]e|contributing", name, re.IGNORECASE):
             text = files.read(name).decode("utf-8", errors="replace").strip()
@@ -122,7 +122,7 @@ def npm_documents(files: Files) -> Iterator[Text]:
 
 
 def windows(texts: Iterator[Text], each: int, characters: int) -> Iterator[Text]:
-    """Up to `each` parts of a text, of a third of `characters` up to all of them."""
+    """Yield up to `each` parts of a text, of a third of `characters` up to all of them."""
     for text in texts:
         yield from _windows(text, each, characters)
 

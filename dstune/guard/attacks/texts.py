@@ -34,7 +34,7 @@ class Text:
         return {**asdict(self), **({"suite": suite} if suite else {})}
 
     def cut(self, characters: int = WINDOW_CHARACTERS) -> Text:
-        """Its beginning, up to the last space before `characters`."""
+        """Return its beginning, up to the last space before `characters`."""
         return replace(self, text=shorten(self.text, characters))
 
 
@@ -45,17 +45,17 @@ def shorten(text: str, characters: int) -> str:
 
 
 def place(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone."""
+    """Return a number in [0, 1) that depends on `name` alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
 
 def chosen(texts: Iterable[Text], count: int) -> list[Text]:
-    """`count` of them at most, always the same ones, in an order that is as good as random."""
+    """Return `count` of them at most, always the same ones, in an order that is as good as random."""
     return sorted(texts, key=lambda text: place(text.text))[:count]
 
 
 def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
-    """At most `each` of a group, `count` together."""
+    """Return at most `each` of a group, `count` together."""
     groups: dict[str, list[Text]] = {}
     for text in texts:
         groups.setdefault(text.group, []).append(text)
@@ -63,7 +63,7 @@ def spread(texts: Iterable[Text], each: int, count: int) -> list[Text]:
 
 
 def distinct(texts: Iterable[Text], letters: int | None = None) -> Iterator[Text]:
-    """Without those whose text, or first `letters`, came before (case and white space apart)."""
+    """Yield texts without those whose text, or first `letters`, came before (case and white space apart)."""
     seen: set[str] = set()
     for text in texts:
         key = " ".join(text.text.lower().split())[:letters]
@@ -76,7 +76,7 @@ _WORD = re.compile(r"\w+")
 
 
 def runs(text: str) -> set[int]:
-    """Hashes of the runs of RUN_WORDS words in `text`; of the whole text where it is shorter."""
+    """Return hashes of the runs of RUN_WORDS words in `text`; of the whole text where it is shorter."""
     words = _WORD.findall(text.lower())
     last = max(len(words) - RUN_WORDS, 0)
     return {hash(tuple(words[start : start + RUN_WORDS])) for start in range(last + 1)}
@@ -87,7 +87,7 @@ _PRONOUNCED = re.compile("[a-z]{4,}")
 
 
 def encoded(text: str) -> bool:
-    """Whether it has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
+    """Return whether it has a long run of letters, digits and signs that is neither words nor a path: base64, a key."""
     for match in _UNREAD.finditer(text):
         run = match.group()
         words = sum(map(len, _PRONOUNCED.findall(run)))
@@ -114,7 +114,7 @@ class Odds:
         return [part for first, second in pairwise([*words, ""]) for part in (first, f"{first} {second}")]
 
     def highest(self, text: Text) -> float:
-        """The log-odds of the part of RUN words and pairs that has the highest."""
+        """Return the log-odds of the part of RUN words and pairs that has the highest."""
         odds = [math.log((self._attacks[w] + 1) / (self._harmless[w] + 1)) - self._base for w in self._words(text.text)]
         sums = list(accumulate(odds, initial=0.0))
         return max(
@@ -146,7 +146,7 @@ _COMMON_WORDS = {name: frozenset(words.split()) for name, words in _COMMON.items
 
 
 def language_of(text: str) -> str:
-    """By script, else by common words; `en` where nothing says otherwise."""
+    """Guess the language by script, else by common words; `en` where nothing says otherwise."""
     for name, characters in _SCRIPTS:
         if len(re.findall(f"[{characters}]", text)) > 0.15 * len(text):
             return name

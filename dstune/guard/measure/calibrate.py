@@ -44,7 +44,8 @@ class Scored:
 
 
 def calibrate(model: GuardModel, rows: Sequence[Mapping[str, Any]], source: str) -> Calibration:
-    """rows: benign texts that the model was not trained on, with `text` and `direction`. source: what they are called.
+    """Calibrate the thresholds. rows: benign texts that the model was not trained on, with `text` and `direction`. source: what
+    they are called.
 
     Raises UserError where a direction has too few with a token, or a row is an attack.
     """
@@ -151,14 +152,14 @@ def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator
 
 
 def needed(rate: float) -> int:
-    """Texts from which on `threshold_at` keeps a rate by more than the highest score of all."""
+    """Return texts from which on `threshold_at` keeps a rate by more than the highest score of all."""
     return math.ceil(1 / rate) - 1
 
 
 def threshold_at(highest: Sequence[float], rate: float) -> float:
-    """The lowest threshold at which at most `rate` of texts like these are alarms: the score after the k-th lowest of m with
-    k = ceil((m + 1) (1 - rate)), as in conformal prediction (arXiv:2107.07511). Where m is too small for that, the score
-    after the highest.
+    """Return the lowest threshold at which at most `rate` of texts like these are alarms: the score after the k-th lowest of m with
+    k = ceil((m + 1) (1 - rate)), as in conformal prediction (arXiv:2107.07511). Where m is too small for that, the score after the
+    highest.
 
     highest: in rising order, at least one.
     """

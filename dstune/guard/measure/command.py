@@ -21,7 +21,7 @@ CALIBRATION, TEST = "sample://attacks:calibration", "sample://attacks:test"
 
 
 def main(argv: list[str]) -> int:
-    """`dstune guard calibrate EXPORT` or `dstune guard test TARGET`. Raises UserError; returns the exit code."""
+    """Run `dstune guard calibrate EXPORT` or `dstune guard test TARGET`. Raises UserError; returns the exit code."""
     if argv[:1] == ["calibrate"]:
         return _calibrate(argv[1:])
     if argv[:1] == ["test"]:

@@ -130,7 +130,7 @@ class Target:
 
 
 def target_of(spec: str, *, level: str | None, model: str | None, policy: str | None, rules: bool) -> Target:
-    """spec: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
+    """Choose what is tested. spec: a URL, an export's folder, a file of policies, `rules` or `default`. level, rules: of an export.
     model, policy: of a file.
 
     Raises UserError.

@@ -36,8 +36,8 @@ Rows = Sequence[Mapping[str, Any]]
 def replay(
     judge: Judge, rows: Rows, *, most: int | None = None, tries: int = 16, rewritten: int = 40
 ) -> dict[str, Any]:
-    """most: rows of a suite. tries: rewritings of an attack, of which one has to pass. rewritten: attacks that are encoded and
-    rewritten. Raises UserError where there is nothing to put."""
+    """Replay attacks and benign texts. most: rows of a suite. tries: rewritings of an attack, of which one has to pass.
+    rewritten: attacks that are encoded and rewritten. Raises UserError where there is nothing to put."""
     suites = _suites(rows, most)
     if not suites:
         raise UserError(Problem("--data", "there are no rows", 'rows as {"text": ..., "label": "attack" or "benign"}'))

@@ -18,7 +18,7 @@ LENGTHS = (
 
 
 def wilson(flagged: int, rows: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
+    """Return the 95% interval of a share (Wilson 1927): within [0, 1] for any count, and not empty at 0 or at all of them."""
     if rows == 0:
         return 0.0, 1.0
     share, z = flagged / rows, 1.959964
@@ -65,7 +65,7 @@ KEYS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def breakdown(judged: list[Judged]) -> dict[str, Any]:
-    """All rows together, then by each key."""
+    """Return all rows together, then by each key."""
     cells: dict[str, Any] = {"all": cell(judged)}
     for key, value_of in KEYS.items():
         groups: dict[str, list[Judged]] = {}
@@ -81,7 +81,7 @@ def percent(value: float | None) -> str:
 
 
 def line(name: str, cell: Mapping[str, Any]) -> str:
-    """A row of a table: name, share, interval, count."""
+    """Return a row of a table: name, share, interval, count."""
     return (
         f"  {name:<46} {percent(cell['rate']):>7}  {percent(cell['low']):>6} to {percent(cell['high']):>6}  "
         f"{cell['flagged']}/{cell['rows']}"

@@ -191,7 +191,7 @@ _REWRITES = (_random_case, _random_swaps, _random_drops, _random_marks, _random_
 
 
 def rewrite(text: str, number: int) -> str:
-    """Rewriting number `number` of `text`: two random changes, always the same for the same numbers (after best-of-N
+    """Return rewriting number `number` of `text`: two random changes, always the same for the same numbers (after best-of-N
     jailbreaking, arXiv:2412.03556)."""
     chance = random.Random(f"0:{number}:{text}")
     for change in chance.sample(_REWRITES, 2):
