@@ -78,7 +78,7 @@ def check(raw: Mapping[str, Any]) -> None:
 
 
 def policy_settings(imported: Import, value: Any) -> None:
-    """`trl`, with the names that TRL has."""
+    """Read `trl`, with the names that TRL has."""
     if imported.get("rl") != POLICY:
         imported.drop("rl: grpo alone uses it", MEANINGLESS)
         return
@@ -121,7 +121,7 @@ def reward_model(imported: Import, value: Any) -> None:
 
 
 def key_of_loss(loss: str, key: str) -> Rule:
-    """The value is that of dstune's `key` if `rl` is `loss`."""
+    """Return the value is that of dstune's `key` if `rl` is `loss`."""
 
     def rule(imported: Import, value: Any) -> None:
         if imported.get("rl") == loss:

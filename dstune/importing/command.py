@@ -40,7 +40,7 @@ def _parser() -> VerbParser:
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises UserError; returns the exit code of the public contract."""
+    """Run the verb. Raises UserError; returns the exit code of the public contract."""
     requested = _parser().parse_args(argv)
     if requested.ranks is not None and requested.ranks < 1:
         raise UserError(Problem("--ranks", "expected a whole number of at least 1", value=str(requested.ranks)))
@@ -91,7 +91,7 @@ def _check_output(output: Path, force: bool) -> None:
 
 
 def report(experiment: Experiment, output: Path | None) -> str:
-    """What was carried, what not and why, what was assumed, and how to go on."""
+    """Return what was carried, what not and why, what was assumed, and how to go on."""
     lines = [
         f"{experiment.tool}: {len(experiment.carried)} keys carried, {len(experiment.dropped)} not or not to the letter"
     ]

@@ -45,7 +45,7 @@ def revision(imported: Import, value: Any) -> None:
 
 
 def chat_template(imported: Import, value: Any) -> None:
-    """A packaged template or prompt by its name, or a file; the tokenizer's own is what dstune takes by itself."""
+    """Carry a packaged template or prompt by its name, or a file; the tokenizer's own is what dstune takes by itself."""
     text = str(value)
     name = {"mistral_v1": "mistral", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral_tekken"}.get(text, text)
     if name in NAMES or text.endswith((".jinja", ".j2")):
@@ -75,7 +75,7 @@ def method_of_lora(
     switches: Mapping[str, str],
     four_bits: bool,
 ) -> None:
-    """switches: keys of the other tool that say the same as one of ours."""
+    """Carry the settings of LoRA. switches: keys of the other tool that say the same as one of ours."""
     imported.choose("method", "qlora" if four_bits else "lora")
     imported.put("method.rank", int(imported.get(rank, 16)))
     imported.put("method.alpha", float(imported.get("lora_alpha", 2 * int(imported.get(rank, 16)))))
@@ -96,7 +96,7 @@ def method_of_lora(
 
 
 def four_bits(imported: Import, value: Any) -> None:
-    """Looked at together with the adapter."""
+    """Note a key that is looked at together with the adapter."""
     adapters = imported.get("use_peft") or imported.get("adapter") or imported.get("finetuning_type") == "lora"
     if value and adapters:
         imported.note("method")
@@ -113,7 +113,7 @@ def quantized(imported: Import, value: Any) -> None:
 
 
 def global_batch(imported: Import, micro: str, accumulation: str) -> None:
-    """Rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
+    """Count the rows of a step: the tools multiply what a rank does by the number of ranks; dstune's number stays."""
     rows, steps = int(imported.get(micro, 1)), int(imported.get(accumulation, 1))
     imported.values["trainer.micro_batch_size"] = "auto" if imported.get("auto_find_batch_size", False) else rows
     imported.values["trainer.global_batch_size"] = rows * steps * imported.ranks
@@ -217,7 +217,7 @@ def min_lr_ratio(imported: Import, value: Any) -> None:
 
 
 def warmup(imported: Import, value: Any) -> None:
-    """`warmup_steps` wins over `warmup_ratio`; a number below 1 is a ratio."""
+    """Carry the warm-up: `warmup_steps` wins over `warmup_ratio`; a number below 1 is a ratio."""
     if imported.get("lr_scheduler_type", imported.get("lr_scheduler")) == "constant":
         imported.drop("a constant rate has no warm-up in that tool", MEANINGLESS)
     elif imported.current == "warmup_ratio" and imported.get("warmup_steps"):
@@ -261,7 +261,7 @@ def fsdp(imported: Import, value: Any) -> None:
 
 
 def steps_between(key: str, strategy: str) -> Rule:
-    """Optimizer steps, or below 1 a share of the run, unless the key `strategy` says otherwise."""
+    """Return optimizer steps, or below 1 a share of the run, unless the key `strategy` says otherwise."""
 
     def rule(imported: Import, value: Any) -> None:
         if imported.get(strategy) not in (None, "steps"):
@@ -275,7 +275,7 @@ def steps_between(key: str, strategy: str) -> Rule:
 
 
 def strategy(key: str) -> Rule:
-    """`no`, `steps` or `epoch`; `best` saves are those of `run.export=best`."""
+    """Return `no`, `steps` or `epoch`; `best` saves are those of `run.export=best`."""
 
     def rule(imported: Import, value: Any) -> None:
         words: dict[str, int | str] = {"no": 0, "epoch": "1 epoch"}

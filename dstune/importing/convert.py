@@ -40,7 +40,7 @@ class Experiment:
 
 
 def convert(raw: dict[str, Any], tool: str, source: Path, ranks: int | None = None) -> Experiment:
-    """The experiment for the keys `raw` of `tool`, read from `source`.
+    """Return the experiment for the keys `raw` of `tool`, read from `source`.
 
     ranks: by which batches of one rank are multiplied; what the file says, else one.
 
@@ -153,7 +153,7 @@ def _nest(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def problems_of(text: str) -> list[Problem]:
-    """What is wrong with an experiment, found by composing it."""
+    """Return what is wrong with an experiment, found by composing it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "experiment"
         place.mkdir()

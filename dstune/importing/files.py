@@ -35,7 +35,7 @@ QUOTED = re.compile(rf"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|#.*|{EXPANDED}""")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file, or of the command line in a shell script.
+    """Return the keys of a YAML file, or of the command line in a shell script.
 
     Raises:
         UserError: the file cannot be read, or holds neither.
@@ -80,7 +80,7 @@ def _text_of(path: Path, where: str) -> str:
 
 
 def of_command(text: str, where: str) -> dict[str, Any]:
-    """The arguments of the training command in a script: `--key value`, `--key=value`, `--flag`, `--list a b`.
+    """Return the arguments of the training command in a script: `--key value`, `--key=value`, `--flag`, `--list a b`.
 
     Raises:
         UserError: no command in it has such arguments.
@@ -153,7 +153,7 @@ def _value(word: str) -> Any:
 
 
 def tool_of(raw: dict[str, Any], tool_name: str | None, where: str) -> str:
-    """The name of the tool whose keys these are.
+    """Return the name of the tool whose keys these are.
 
     Raises:
         UserError: no tool is known by these keys, or `tool_name` is none.

@@ -164,7 +164,7 @@ def _put_rewards(imported: Import, settings: Mapping[str, Any], drop: Callable[.
 
 
 def count_prompts(imported: Import, rows: int, accumulated: int, samples: int) -> None:
-    """Prompts of a step, where the file counts completions."""
+    """Count the prompts of a step, where the file counts completions."""
     completions = rows * accumulated * imported.ranks
     imported.values["trainer.micro_batch_size"] = rows
     imported.values["trainer.global_batch_size"] = max(1, completions // samples)

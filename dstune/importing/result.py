@@ -42,7 +42,7 @@ class Import:
     """The key that is being looked at."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The other tool's value; `default` where it is absent or empty."""
+        """Return the other tool's value; `default` where it is absent or empty."""
         value = self.raw.get(key)
         return default if value is None or value == "" else value
 
@@ -61,7 +61,7 @@ class Import:
             names.append(key)
 
     def drop(self, reason: str, kind: str = NOT_SUPPORTED, key: str | None = None) -> None:
-        """The current key (or `key`) cannot be carried, or not to the letter."""
+        """Drop the current key (or `key`), which cannot be carried, or not to the letter."""
         name = self.current if key is None else key
         # What a tool does unless told otherwise is nobody's wish.
         if name in self.defaults:
@@ -81,7 +81,7 @@ Rule = Callable[[Import, Any], None]
 
 
 def same(key: str) -> Rule:
-    """The value is that of dstune's `key`."""
+    """Return the value is that of dstune's `key`."""
 
     def rule(imported: Import, value: Any) -> None:
         imported.put(key, value)
@@ -90,13 +90,13 @@ def same(key: str) -> Rule:
 
 
 def own_code(imported: Import, value: Any) -> None:
-    """The code of a model is for its user to read before it runs, whatever somebody's file says."""
+    """Leave the code of a model to its user to read before it runs, whatever somebody's file says."""
     if value:
         imported.drop("it runs Python code that comes with the model: read it, then give model.trust_remote_code=true")
 
 
 def missing(reason: str) -> Rule:
-    """dstune has nothing like it; switched off it asks for nothing."""
+    """Return the rule of a key that dstune has nothing like; switched off it asks for nothing."""
 
     def rule(imported: Import, value: Any) -> None:
         if value not in (False, 0, "no", "none", "None"):
@@ -106,7 +106,7 @@ def missing(reason: str) -> Rule:
 
 
 def own_way(reason: str) -> Rule:
-    """dstune does this on a way of its own, whatever the value."""
+    """Return the rule of a key that dstune handles on a way of its own, whatever the value."""
 
     def rule(imported: Import, value: Any) -> None:
         imported.drop(reason, MEANINGLESS)
@@ -115,11 +115,11 @@ def own_way(reason: str) -> Rule:
 
 
 def with_others(imported: Import, value: Any) -> None:
-    """Looked at together with another key, whose rule notes what becomes of it."""
+    """Leave a key to another one that it is looked at together with, whose rule notes what becomes of it."""
 
 
 def apply(table: Mapping[str, Rule], imported: Import) -> None:
-    """Every key of the file through its rule; one that the table does not have is dropped by name."""
+    """Apply to every key of the file its rule; one that the table does not have is dropped by name."""
     for key, value in imported.raw.items():
         if value is None or value == "" or value in ([], {}):
             continue

@@ -23,20 +23,20 @@ class Source:
     max_rows: int | None = None
 
     def differences(self) -> dict[str, Any]:
-        """What is not the default."""
+        """Return what is not the default."""
         plain = asdict(Source(self.path))
         return {name: value for name, value in asdict(self).items() if name == "path" or value != plain[name]}
 
 
 def with_split(path: str, split: str | None) -> str:
-    """A hub id with its split behind a colon; `train` is what training rows have by themselves."""
+    """Return a hub id with its split behind a colon; `train` is what training rows have by themselves."""
     if not split or split == "train" or re.search(r"\.\w+$", path.rsplit("/", 1)[-1]):
         return path
     return f"{path}:{split}"
 
 
 def name_of(path: str, taken: Sequence[str]) -> str:
-    """A name for a source: the last part of its path, with a number where it is taken."""
+    """Return a name for a source: the last part of its path, with a number where it is taken."""
     stem = re.sub(r"\W+", "_", path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".jsonl").removesuffix(".json"))
     plain = stem.strip("_").lower() or "rows"
     numbered = (f"{plain}_{number}" for number in range(2, 1000))
@@ -44,7 +44,7 @@ def name_of(path: str, taken: Sequence[str]) -> str:
 
 
 def put_sources(imported: Import, sources: Sequence[Source]) -> None:
-    """The training rows; sources of one format share `data.format`."""
+    """Carry the training rows; sources of one format share `data.format`."""
     if len(sources) == 1:
         (only,) = sources
         for name, value in only.differences().items():
@@ -60,7 +60,8 @@ def put_sources(imported: Import, sources: Sequence[Source]) -> None:
 
 
 def report_lost_settings(imported: Import, source: Source, training: Sequence[Source]) -> None:
-    """Validation rows are read as those of the only training source, or with the defaults beside a mixture."""
+    """Report settings that validation rows lose: they are read as those of the only training source, or with the defaults beside
+    a mixture."""
     read_as = training[0] if len(training) == 1 else Source(source.path)
     for name in ("format", "columns", "subset", "revision"):
         stored, used = getattr(source, name), getattr(read_as, name)

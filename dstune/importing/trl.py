@@ -178,7 +178,7 @@ def _set_policy(imported: Import) -> None:
 
 
 def of_policy(imported: Import, value: Any) -> None:
-    """A key of GRPO alone, which `name_of_trainer` looks at."""
+    """Note a key of GRPO alone, which `name_of_trainer` looks at."""
     if trainer_for(imported.raw) != "grpo":
         imported.drop("training on generated answers alone uses it", MEANINGLESS)
 
