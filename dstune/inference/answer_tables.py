@@ -16,7 +16,7 @@ ROWS_AT_ONCE = 1024
 
 @contextmanager
 def as_named(lines: Path, ending: str) -> Iterator[Path]:
-    """The file of JSON lines itself, or for the ending of a table a file beside it that has the same rows as a table."""
+    """Yield the file of JSON lines itself, or for the ending of a table a file beside it that has the same rows as a table."""
     ending = ending.lower()
     if ending not in TABLES:
         yield lines

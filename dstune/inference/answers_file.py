@@ -28,7 +28,7 @@ from dstune.protocols.data_source import WritesAddresses
 
 
 def add_flags(parser: argparse.ArgumentParser, unit: str, batch_size: int) -> None:
-    """The flags of a command that answers rows. unit: what is computed together."""
+    """Add the flags of a command that answers rows. unit: what is computed together."""
     parser.add_argument(
         "--output",
         type=_place,
@@ -51,7 +51,7 @@ def _place(text: str) -> Path | str:
 
 
 def answers_file(place: Path | str, requested: dict[str, Any], batch_size: int, *, force: bool) -> AnswersFile:
-    """Of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
+    """Open the answers of a file, or of a table. Raises UserError: see `AnswersFile`; no such table."""
     if isinstance(place, Path):
         if not refused_operations(place):
             return AnswersFile(place, requested, batch_size, force=force)

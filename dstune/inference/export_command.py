@@ -37,7 +37,7 @@ from dstune.protocols import MODEL_REGISTRIES, ModelRegistry, method_of
 
 
 def main(argv: list[str]) -> int:
-    """`dstune export RUN`. Raises UserError; returns the exit code."""
+    """Run `dstune export RUN`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.rollback:
         _refuse_other_options(arguments, "rollback")

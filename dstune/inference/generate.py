@@ -21,7 +21,7 @@ from dstune.inference.writer import Answer, Sampling, Writer
 
 
 def main(argv: list[str]) -> int:
-    """`dstune generate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    """Run `dstune generate RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     adapters = _check(arguments)
     asks = bool(arguments.prompt) or arguments.input is not None

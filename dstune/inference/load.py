@@ -54,7 +54,7 @@ class ModelRequest:
 
 
 def find(model: ModelConfig, which: str, overrides: Sequence[str]) -> ModelRequest:
-    """What `model.path` means. which: a step of a run, `best` or `last`.
+    """Return what `model.path` means. which: a step of a run, `best` or `last`.
 
     Raises UserError where it cannot be had, or its task is to write text.
     """
@@ -160,7 +160,7 @@ def _files_of(folder: Path) -> list[Any]:
 
 
 def load(request: ModelRequest, scratch: Path) -> Predictor:
-    """scratch: an empty folder, where a run's adapter may be merged into its base.
+    """Load the predictor. scratch: an empty folder, where a run's adapter may be merged into its base.
 
     Raises UserError where files are damaged, or weights are missing.
     """

@@ -32,7 +32,7 @@ BLOCK = 512
 
 
 def main(argv: list[str]) -> int:
-    """`dstune predict RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
+    """Run `dstune predict RUN|CHECKPOINT|EXPORT|MODEL`. Raises UserError; returns the exit code."""
     arguments = _parse(argv)
     _print_status(f"reading {arguments.model}")
     from dstune.config.data_schema import OnBadRow

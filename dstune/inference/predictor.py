@@ -64,7 +64,7 @@ class Predictor:
     """Whether batches hold more of a sample than its tokens."""
 
     def answers(self, requested: Sequence[Query], batch_size: int, *, all_labels: bool = False) -> list[Answer]:
-        """The answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
+        """Return the answer to each row, or the `problem` that it has none for. Rows of about the same length are computed
         together, at most `batch_size` at a time.
 
         all_labels: the probability of every label, not only of those that were predicted.
@@ -74,7 +74,7 @@ class Predictor:
     def answers_of(
         self, samples: list[Sample], requested: Sequence[Query], batch_size: int, *, all_labels: bool = False
     ) -> list[Answer]:
-        """The same, of rows that are samples already."""
+        """Return the same, of rows that are samples already."""
         problems = {sample.row: sample.problem for sample in samples if sample.problem}
         good = [number for number in range(len(requested)) if number not in problems]
         samples = [sample for sample in samples if sample.row not in problems]
@@ -118,7 +118,7 @@ class Predictor:
         return longest if limit is None else min(longest, limit - trained_prompt)
 
     def samples(self, requested: Sequence[Query]) -> list[Sample]:
-        """Of all rows, in their order; a row may have several."""
+        """Make samples of all rows, in their order; a row may have several."""
         encode = RowTokenizer(self.tokenizer, self.config.task, AUTOMATIC, self.longest, self.labels)
         return encode.samples([query.row for query in requested], list(range(len(requested))))
 
@@ -148,13 +148,13 @@ class Predictor:
     # -- samples to answers
 
     def computed(self, batch: Batch) -> Mapping[str, Any]:
-        """What the answers need of each sample of a batch, by name."""
+        """Return what the answers need of each sample of a batch, by name."""
         return self.head(self.model, batch).rows
 
     def answers_from(
         self, split: Split, outputs: list[Row], rows: Sequence[Query], *, all_labels: bool
     ) -> Iterator[Answer]:
-        """The answer to each row. outputs: of each sample what `computed` gave."""
+        """Yield the answer to each row. outputs: of each sample what `computed` gave."""
         raise NotImplementedError
 
 

@@ -34,7 +34,7 @@ class Request:
 
 
 def read_file(path: Path, key: str = "--input") -> list[Request]:
-    """The prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
+    """Return the prompts of a file, one for each line that is not blank: text, or in a `.jsonl` file rows with `prompt` or
     `messages` (and `adapter`, `tools`, `chat_template_kwargs`). Raises UserError with every bad line."""
     try:
         # A line ends with a line feed: Python's splitlines would also end it within a text, at U+2028 for example.
@@ -83,8 +83,8 @@ def _from_row(line: str, where: str, root: Path) -> Request:
 
 
 def request_of(messages: Any, where: str, *, column: Any = None, **beside: Any) -> Request:
-    """What to answer in a conversation, which is read as rows of a training file are. column: images for its places. Raises
-    ValueError."""
+    """Return what to answer in a conversation, which is read as rows of a training file are. column: images for its places.
+    Raises ValueError."""
     from dstune.data.images.places import COLUMN, with_images
     from dstune.data.message import content_text
     from dstune.data.messages import conversation_of
@@ -109,7 +109,7 @@ def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_system(request: Request, system: str | None) -> Request:
-    """`request` as a conversation that begins with the system message `system`, unless it has one of its own."""
+    """Return `request` as a conversation that begins with the system message `system`, unless it has one of its own."""
     messages = request.messages or [{"role": "user", "content": request.formatted}]
     if not system or messages[0]["role"] == "system":
         return request

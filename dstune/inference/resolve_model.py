@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What peft wrote of an adapter. Raises UserError."""
+    """Return what peft wrote of an adapter. Raises UserError."""
     file = folder / "adapter_config.json"
     try:
         settings = parse_json(read_file(file))
@@ -36,8 +36,8 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_adapter(folder: Path, model: Any, where: str) -> None:
-    """Before peft puts the adapter in `folder` into `model`. Raises UserError where its patterns do not end, or where it asks for
-    larger matrices than it has."""
+    """Check the adapter in `folder` before peft puts it into `model`. Raises UserError where its patterns do not end, or where
+    it asks for larger matrices than it has."""
     settings = adapter_settings(folder)
     check_patterns(settings, [name for name, _ in model.named_modules()], where, str(folder))
     check_sizes(settings, folder, where)
@@ -47,7 +47,7 @@ _ADAPTED = re.compile(r"base_model\.model\.(.+?)\.(?:lora_|ia3_|oft_|vera_|token
 
 
 def adapted_modules(folder: Path) -> set[str]:
-    """Names of the modules that the adapter in `folder` changes, by its tensors; empty where there are none to be read."""
+    """Return names of the modules that the adapter in `folder` changes, by its tensors; empty where there are none to be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -87,7 +87,7 @@ def resolved(model: ModelConfig) -> ModelConfig:
 
 
 def located(model: ModelConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
+    """Return arguments of `from_pretrained` for a model that is on this machine by now. Raises UserError."""
     from dstune.models.load import local_path
 
     local_model = resolved(model)
@@ -101,7 +101,7 @@ def located(model: ModelConfig) -> dict[str, Any]:
 
 
 def computing_dtype(architecture: Any) -> torch.dtype:
-    """The number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
+    """Return the number format to compute in: the stored one on a GPU, and on a CPU what it computes fast."""
     import torch
 
     from dstune.zero import accelerator

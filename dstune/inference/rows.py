@@ -56,7 +56,7 @@ class Question:
         return self.mapping.get("text", "text")
 
     def row(self, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """What the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
+        """Return what the task's encoder reads, with a label that means nothing where it needs one. Raises RowError."""
         return {"text": self.text(fields)}
 
     def query(self, fields: Mapping[str, Any], place: str) -> Query:
@@ -85,7 +85,7 @@ class Question:
         return shape.row(normalise(fields, form, self.mapping, self.task, answered=False), place)
 
     def text(self, fields: Mapping[str, Any], *roles: str) -> str:
-        """The text in the first column that a row has of `roles` (default: `text`)."""
+        """Return the text in the first column that a row has of `roles` (default: `text`)."""
         roles = roles or ("text",)
         column = next((column_name for role in roles if (column_name := self.mapping.get(role, role)) in fields), None)
         if column is None:
@@ -128,17 +128,17 @@ class Rows:
         self.count, self.bad = self._check(skips=on_bad is OnBadRow.skip)
 
     def blocks(self, size: int, skip: int = 0) -> Iterator[list[Query]]:
-        """The rows behind the first `skip` ones, `size` at a time."""
+        """Yield the rows behind the first `skip` ones, `size` at a time."""
         rows = islice((requested for requested, _ in self._requests() if requested is not None), skip, None)
         while block := list(islice(rows, size)):
             yield block
 
     def bad_rows(self) -> Iterator[Problem]:
-        """What is wrong with rows that are left out."""
+        """Yield what is wrong with rows that are left out."""
         return (problem for _, problem in self._requests() if problem is not None)
 
     def columns(self) -> list[str]:
-        """Columns of the first row."""
+        """Return columns of the first row."""
         return next((list(fields) for _, fields, _ in self._read() if fields is not None), [])
 
     def _read(self) -> Iterator[ReadRow]:

@@ -74,7 +74,7 @@ class _Found:
 
 @contextmanager
 def open_speaker(requested: ModelConfig, checkpoint: str, adapters: Mapping[str, str]) -> Iterator[Speaker]:
-    """The model `requested.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) in memory.
+    """Load the model `requested.path` (a run, a checkpoint of one, an export, a folder, a hub id or a sample) into memory.
 
     checkpoint: which one of a run: a step, `best` or `last`. adapters: further ones by name, each a run or an export.
 
@@ -201,7 +201,7 @@ def _key(name: str) -> str:
 
 
 def voice_of(folder: Path, tokenizer: Any) -> Voice:
-    """How the adapter in `folder`, an export, is spoken to on a model that is in memory. tokenizer: of that model, for an
+    """Return how the adapter in `folder`, an export, is spoken to on a model that is in memory. tokenizer: of that model, for an
     adapter without one. Raises UserError where it writes no text."""
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = open_tokenizer(folder, where="adapter", local_files_only=True)

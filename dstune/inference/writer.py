@@ -67,7 +67,7 @@ class Writer:
         return self._voices[name].chat and not self._plain
 
     def prompt_ids(self, request: Request) -> list[int]:
-        """The tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
+        """Return the tokens that the model goes on from. Raises UserError where the template refuses the conversation."""
         from dstune.data.chat.template import RenderError
 
         name = request.adapter or self.active
@@ -131,7 +131,7 @@ class Writer:
         return ids, request_inputs(processor, ids, images)
 
     def answer(self, requests: Sequence[Request], number: int = 0) -> list[Answer]:
-        """The answers to `requests`, computed together, in their order.
+        """Return the answers to `requests`, computed together, in their order.
 
         number: of this batch; with the seed it decides what is drawn. Requests of one adapter share a forward pass, padded on
         the left; one whose answer the model's length cuts shorter than asked has a pass of its own.
@@ -167,7 +167,7 @@ class Writer:
     def stream(
         self, request: Request, show: Callable[[str], None], interrupted: Callable[[], bool] = lambda: False
     ) -> Answer:
-        """The answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
+        """Return the answer to one request; `show` gets its text piece by piece. interrupted: asked after every token."""
         name = request.adapter or self.active
         prompt = self.prompt_ids(request)
         images = self._prompt_with_images(request, name)[1] if request.images else None
