@@ -27,7 +27,7 @@ EXPANSION = 6
 def resolve(
     place: str, address: Address, key: str, stage: Callable[[str], None], options: Mapping[str, str] | None = None
 ) -> Address:
-    """The resolved address; its rows are in the cache then. Raises UserError."""
+    """Return the resolved address; its rows are in the cache then. Raises UserError."""
     table, address = open_table(place, address, key, options)
     check_predicate(table, address, key)
     listed = files_of(table, address, key)
@@ -68,7 +68,7 @@ def resolve(
 
 
 def files(address: Address, key: str) -> list[DataFile]:
-    """The copy. Raises UserError where it is not on this machine."""
+    """Return the copy. Raises UserError where it is not on this machine."""
     record = describe(address)
     if not record:
         reason = "its rows are not on this machine" if address.is_resolved else "its version is not resolved yet"
@@ -79,7 +79,7 @@ def files(address: Address, key: str) -> list[DataFile]:
 
 
 def describe(address: Address) -> dict[str, Any]:
-    """What is known of the rows; empty where they are not here."""
+    """Return what is known of the rows; empty where they are not here."""
     return object_in(_folder(address) / META) if address.is_resolved else {}
 
 

@@ -35,7 +35,7 @@ def pin(address: str, key: str) -> str:
 
 
 def origin() -> str:
-    """Of MLFLOW_REGISTRY_URI or MLFLOW_TRACKING_URI, without credentials."""
+    """Return the origin of MLFLOW_REGISTRY_URI or MLFLOW_TRACKING_URI, without credentials."""
     uri = os.environ.get("MLFLOW_REGISTRY_URI") or os.environ.get("MLFLOW_TRACKING_URI") or ""
     return _CREDENTIALS.sub("//", uri)
 

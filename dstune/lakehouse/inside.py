@@ -48,7 +48,7 @@ _ODD = re.compile(r"[\x00-\x1f\x7f\\\\?#]|^ | $")
 
 
 def path_inside(name: str, inside: Path) -> Path | None:
-    """The file that a log names, where it certainly lies in the folder `inside`, which is resolved; else None."""
+    """Return the file that a log names, where it certainly lies in the folder `inside`, which is resolved; else None."""
     if _ODD.search(name) or (_ADDRESS.match(name) and not name.startswith("file:///")):
         return None
     path = Path(inside, unquote(name.removeprefix("file://")))
@@ -56,7 +56,7 @@ def path_inside(name: str, inside: Path) -> Path | None:
 
 
 def is_elsewhere(name: str, place: str) -> bool:
-    """Whether a log at the address `place` names a file of another kind of store, such as one of this machine."""
+    """Return whether a log at the address `place` names a file of another kind of store, such as one of this machine."""
     scheme = _ADDRESS.match(name.strip())
     return _ODD.search(name) is not None or (scheme is not None and scheme[0].lower() != f"{place.partition(':')[0]}:")
 

@@ -108,14 +108,14 @@ _KEYS = np.dtype([("high", ">u8"), ("low", ">u8")])
 
 
 def row_keys(table: Any) -> Any:
-    """A key for each row of a table: [rows] of two big-endian numbers."""
+    """Return a key for each row of a table: [rows] of two big-endian numbers."""
     digests = b"".join(row_key(row) for batch in table.to_batches(max_chunksize=1024) for row in batch.to_pylist())
     return np.frombuffer(digests, _KEYS).astype([("high", np.uint64), ("low", np.uint64)])
 
 
 def row_key(row: Mapping[str, Any]) -> bytes:
-    """16 bytes that tell rows with different values apart. A column or a field of a struct without a value counts as none, so
-    that one which is added to a table moves no row."""
+    """Return 16 bytes that tell rows with different values apart. A column or a field of a struct without a value counts as
+    none, so that one which is added to a table moves no row."""
     values = _without_absent(row)
     text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_other)
     return xxhash.xxh3_128_digest(text.encode())
@@ -163,7 +163,7 @@ def _from_column(column: Any) -> Any:
 
 
 def plain_schema(schema: Any) -> Any:
-    """`schema` without views and dictionaries, which Parquet files do not keep."""
+    """Return `schema` without views and dictionaries, which Parquet files do not keep."""
     return pa.schema([pa.field(field.name, _plain_type(field.type), field.nullable) for field in schema])
 
 

@@ -58,8 +58,8 @@ def parse(place: str) -> tuple[str, str | None]:
 
 
 def client_for(name: str, config: RunConfig | None, key: str = KEY) -> Any:
-    """MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`. key: what problems
-    name.
+    """Return MLflow's client: of MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, else of the run's `tracking.mlflow.uri`. key: what
+    problems name.
 
     Raises UserError where there is none.
     """
@@ -116,7 +116,7 @@ def register(
 
 
 def roll_back(place: str) -> Registered:
-    """Point an alias to where it pointed before it was moved last; again, and it points back. Raises UserError."""
+    """Return point an alias to where it pointed before it was moved last; again, and it points back. Raises UserError."""
     name, alias = parse(place)
     if alias is None:
         raise UserError(Problem(KEY, "names no alias to roll back", f"models:/{name}@ALIAS", place))
@@ -148,7 +148,7 @@ def refusals_named(place: str, key: str = KEY) -> Iterator[None]:
 
 
 def digest_of(export: Path) -> str:
-    """Of all files that make the model, and of the task of an adapter, whose labels stand in its record alone."""
+    """Return the digest of all files that make the model, and of the task of an adapter, whose labels stand in its record alone."""
     digest = hashlib.sha256()
     if (export / "adapter_config.json").exists():
         digest.update(json.dumps(read_record(export).get("task"), sort_keys=True).encode())

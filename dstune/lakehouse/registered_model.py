@@ -64,7 +64,7 @@ def base_of(model):
 
 
 def load_export(folder):
-    """Tokenizer and model of an export; an adapter on its base. Raises ValueError where weights are missing."""
+    """Load tokenizer and model of an export; an adapter on its base. Raises ValueError where weights are missing."""
     from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -141,7 +141,7 @@ def _refuse_outside(folder):
 
 
 def probe(model):
-    """The model's first output for fixed tokens, as an array: equal for equal weights."""
+    """Return the model's first output for fixed tokens, as an array: equal for equal weights."""
     import torch
 
     size = model.get_input_embeddings().weight.shape[0]

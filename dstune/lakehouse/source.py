@@ -15,7 +15,7 @@ from dstune.protocols.data_source import DataSource
 
 class Table(DataSource):
     def locate(self, address: Address, key: str, *, to_write: bool = False) -> tuple[Address, str, dict[str, str]]:
-        """The address as it is recorded, where the table is, and what the reader needs to open it. Raises UserError."""
+        """Return the address as it is recorded, where the table is, and what the reader needs to open it. Raises UserError."""
         raise NotImplementedError
 
     def resolve(self, spec: str, key: str, stage: Callable[[str], None]) -> str:

@@ -39,7 +39,7 @@ def require_library(key: str, spec: str) -> None:
 
 
 def place_of(address: Address, key: str, *, to_write: bool = False) -> str:
-    """Where the table of a `delta://` address is, as the library takes it. Raises UserError."""
+    """Return where the table of a `delta://` address is, as the library takes it. Raises UserError."""
     location = address.location.removeprefix("file://")
     scheme, colon, _ = location.partition(":")
     if not colon or "/" in scheme:
@@ -69,7 +69,7 @@ def refuse_parts(address: Address) -> None:
 
 
 def open_table(place: str, address: Address, key: str, options: Mapping[str, str] | None = None) -> tuple[Any, Address]:
-    """The table at the version that `address` names (the newest where it names none), and the resolved address.
+    """Return the table at the version that `address` names (the newest where it names none), and the resolved address.
 
     Raises:
         UserError: no table, no such version (any more), or another table than the one that is named.
@@ -147,7 +147,7 @@ def _version_at(table: Any, place: str, address: Address, key: str, options: Map
 
 
 def files_of(table: Any, address: Address, key: str) -> list[dict[str, Any]]:
-    """`path` and `size_bytes` of every data file of the version, as its log has them. Raises UserError."""
+    """Return `path` and `size_bytes` of every data file of the version, as its log has them. Raises UserError."""
     import pyarrow as pa
 
     with _refusals_named(key, str(address), "its log cannot be read"):
@@ -221,7 +221,7 @@ def _enclosed(predicate: str) -> str:
 
 
 def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
-    """Batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
+    """Yield batches (of pyarrow) of the chosen columns and rows, in no order. Raises UserError, also while they are read."""
     import pyarrow as pa
 
     with _refusals_named(key, str(address), f"version {address.version} cannot be read"):

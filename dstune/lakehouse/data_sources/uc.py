@@ -59,7 +59,7 @@ class UnityCatalog(Table):
 
 
 def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, str]]:
-    """Where the table is, and what the reader needs to open it. Raises UserError."""
+    """Return where the table is, and what the reader needs to open it. Raises UserError."""
     spec = str(replace(address, table_id=""))
     if NAME.fullmatch(address.location) is None:
         raise UserError(Problem(key, "a table has three names", "uc://CATALOG.SCHEMA.TABLE", spec))

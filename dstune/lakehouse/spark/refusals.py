@@ -13,7 +13,7 @@ from dstune.lakehouse.spark.task import digest_of
 
 
 def hides_gpus() -> bool:
-    """Whether the user hid all GPUs."""
+    """Return whether the user hid all GPUs."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") == ""
 
 
@@ -46,7 +46,7 @@ def check(hellos: Mapping[int, Mapping[str, Any]], run_dir: Path) -> None:
 
 
 def cause(text: str) -> str:
-    """The line of a long error of Spark that says what happened."""
+    """Return the line of a long error of Spark that says what happened."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith("An error occurred while calling")]
     telling_words = ("SPARK-24819", "SPARK-24942", "No module named")

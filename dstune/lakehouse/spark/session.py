@@ -24,7 +24,7 @@ SLOTS_SECONDS = 60.0
 
 
 def existing() -> Any | None:
-    """The session of this process, whichever thread made it; None where there is none."""
+    """Return the session of this process, whichever thread made it; None where there is none."""
     if "pyspark" not in sys.modules:
         return None
     from pyspark.sql import SparkSession
@@ -37,7 +37,7 @@ def existing() -> Any | None:
 
 
 def master_of(launch: SparkConfig) -> str | None:
-    """Where the tasks run; None where Spark itself was told (spark-submit, spark-defaults.conf)."""
+    """Return where the tasks run; None where Spark itself was told (spark-submit, spark-defaults.conf)."""
     if launch.master:
         return launch.master
     if (session := existing()) is not None:
@@ -60,7 +60,7 @@ def _spark_is_configured() -> bool:
 
 @contextlib.contextmanager
 def session_of(launch: SparkConfig, console: Console) -> Iterator[Any]:
-    """The session that is there, which stays; else one that ends with the launch. Raises UserError."""
+    """Yield the session that is there, which stays; else one that ends with the launch. Raises UserError."""
     from pyspark.sql import SparkSession
 
     session = existing()
@@ -104,7 +104,7 @@ def _refuse_without_context(session: Any) -> None:
 
 
 def slots(context: Any) -> int | None:
-    """How many tasks Spark can run at once now; None where this Spark does not say."""
+    """Return how many tasks Spark can run at once now; None where this Spark does not say."""
     try:
         inner = context._jsc.sc()
         return int(inner.maxNumConcurrentTasks(inner.resourceProfileManager().defaultResourceProfile()))
@@ -113,7 +113,7 @@ def slots(context: Any) -> int | None:
 
 
 def wait_for_slots(context: Any, requested: int | None, received: Sequence[str]) -> int:
-    """The number of ranks: `requested`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
+    """Return the number of ranks: `requested`, else as many as Spark runs at once. Spark itself would wait for ten minutes.
 
     Workers of a new session come one by one, so a number counts when it has not changed for a while; on this machine all slots
     are there at once. Ends early when a signal was received. Raises UserError where there are too few.

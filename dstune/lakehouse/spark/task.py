@@ -51,7 +51,7 @@ class Line:
             self.open = False
 
     def receive(self, seconds: float) -> list[dict[str, Any]]:
-        """What came within `seconds`; `open` is false when the other side is gone."""
+        """Return what came within `seconds`; `open` is false when the other side is gone."""
         if self.open and time.monotonic() - self._sent_at > PING_SECONDS:
             self.send({"ping": True})
         messages: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def free_port(address: str) -> int:
 
 
 def run_task(batches: Iterable[Any], *, driver: str, port: int, token: str, run_dir: str) -> Iterator[Any]:
-    """What `mapInArrow` runs: one row for the rank that this task was, with its exit code."""
+    """Yield what `mapInArrow` runs: one row for the rank that this task was, with its exit code."""
     import pyarrow as pa
     from pyspark import BarrierTaskContext
 
