@@ -21,7 +21,7 @@ def log_path(run_dir: Path, rank: int) -> Path:
 
 
 def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
-    """What ranks said about their end, by rank."""
+    """Return what ranks said about their end, by rank."""
     errors: dict[int, DstuneError] = {}
     for rank in range(size):
         try:
@@ -32,12 +32,12 @@ def read_errors(run_dir: Path, size: int) -> dict[int, DstuneError]:
 
 
 def size(log: Path) -> int:
-    """Bytes of a log; 0 where there is none yet."""
+    """Return bytes of a log; 0 where there is none yet."""
     return log.stat().st_size if log.exists() else 0
 
 
 def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
-    """The end of `log` behind its byte `start`."""
+    """Return the end of `log` behind its byte `start`."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(start, stream.seek(0, os.SEEK_END) - 65536))
@@ -48,7 +48,7 @@ def last_lines(log: Path, start: int = 0, count: int = TAIL_LINES) -> list[str]:
 
 
 def of_files(run_dir: Path, size: int, otherwise: str) -> Verdict:
-    """Why ranks ended that nobody here waited for. otherwise: the reason where they did not say any."""
+    """Return why ranks ended that nobody here waited for. otherwise: the reason where they did not say any."""
     errors = read_errors(run_dir, size)
     for rank, error in sorted(errors.items()):
         if isinstance(error, UserError):
@@ -104,7 +104,7 @@ STALLED = re.compile(
 
 
 def stalled(run_dir: Path, size: int, starts: Mapping[int, int]) -> str:
-    """Who waited for whom, from the last words of ranks that made no progress; empty where none of them says so.
+    """Say who waited for whom, from the last words of ranks that made no progress; empty where none of them says so.
 
     starts: where this launch began in the log of each rank, in bytes.
     """

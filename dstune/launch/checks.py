@@ -74,7 +74,7 @@ SHOWS_USERS = {"cuda": "nvidia-smi", "ROCm": "rocm-smi", "xpu": "xpu-smi", "hpu"
 
 
 def software() -> Iterator[Check]:
-    """Python, the packages that dstune needs in their ranges, PyTorch with its devices, DeepSpeed with its operators."""
+    """Yield Python, the packages that dstune needs in their ranges, PyTorch with its devices, DeepSpeed with its operators."""
     enough = sys.version_info >= (3, 11)
     fix = "" if enough else "install Python 3.11 or newer"
     yield Check("Python", PASS if enough else FAIL, f"{platform.python_version()} at {sys.executable}", fix)
@@ -192,7 +192,7 @@ def _operators(facts: dict) -> Iterator[Check]:
 
 
 def machine() -> Iterator[Check]:
-    """Memory, shared memory, open files, the clock."""
+    """Yield memory, shared memory, open files, the clock."""
     memory = psutil.virtual_memory()
     short = memory.available < 4 * GIB
     detail = f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB available, {count_cores()} cores"
@@ -211,7 +211,7 @@ def machine() -> Iterator[Check]:
 
 
 def places() -> Iterator[Check]:
-    """Room and permission where runs, samples and the hub's files go, and the quota where there is one."""
+    """Yield room and permission where runs, samples and the hub's files go, and the quota where there is one."""
     hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     for name, folder in (("runs", Path.cwd()), ("cache", cache_root()), ("hub cache", hub)):
         existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -232,7 +232,7 @@ def places() -> Iterator[Check]:
 
 
 def network(*, hub: bool) -> Iterator[Check]:
-    """The loopback with a free port, this machine's name, the hub."""
+    """Yield the loopback with a free port, this machine's name, the hub."""
     try:
         yield Check("ports", PASS, f"the loopback works, port {free_port()} is free")
     except UserError as error:
@@ -270,13 +270,13 @@ def _hub() -> Check:
 
 
 def launchers(*, needed: str) -> Iterator[Check]:
-    """What starts ranks elsewhere. needed: the choice of `launch`, whose absence is a failure and not a remark."""
+    """Yield what starts ranks elsewhere. needed: the choice of `launch`, whose absence is a failure and not a remark."""
     for name, room in LAUNCHERS.classes().items():
         yield from room.probe(needed=name == needed)
 
 
 def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) -> Check:
-    """Whether the programs of a launcher are installed. packages: those of Debian that have them."""
+    """Return whether the programs of a launcher are installed. packages: those of Debian that have them."""
     absent = [name for name in names if shutil.which(name) is None]
     if absent:
         fix = f"for launch={choice}: Debian's {packages}"
@@ -285,12 +285,12 @@ def programs(choice: str, names: Sequence[str], packages: str, *, needed: bool) 
 
 
 def trackers() -> Iterator[Check]:
-    """Whether the services of trackers can be used, as far as this machine tells."""
+    """Yield whether the services of trackers can be used, as far as this machine tells."""
     for tracker in TRACKERS.classes().values():
         yield from tracker.probe()
 
 
 def data_sources() -> Iterator[Check]:
-    """Whether tables can be read, as far as this machine tells."""
+    """Yield whether tables can be read, as far as this machine tells."""
     for source in DATA_SOURCES.classes().values():
         yield from source.probe()

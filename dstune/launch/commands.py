@@ -95,7 +95,7 @@ def local_plan(
     port: int | None = None,
     console: str = "plain",
 ) -> LaunchPlan:
-    """The ranks of a run on this machine.
+    """Return the ranks of a run on this machine.
 
     A pure function of its arguments; the environment, hardware and a free port are looked up where not given.
     `console` tells rank 0 what it prints to: `tty:WIDTH` or `plain`.
@@ -134,7 +134,7 @@ def local_plan(
 
 
 def number_of_ranks(config: RunConfig, machine: Machine) -> int:
-    """`launch.processes`, else one rank a GPU, else two (one on a single core).
+    """Return `launch.processes`, else one rank a GPU, else two (one on a single core).
 
     Raises:
         UserError: there are GPUs, but fewer than processes, or far more processes than cores.
@@ -158,12 +158,12 @@ def number_of_ranks(config: RunConfig, machine: Machine) -> int:
 
 
 def on_this_machine(launch: LaunchConfig) -> LaunchConfig:
-    """`launch`, or the default launcher, whichever has its ranks here."""
+    """Return `launch`, or the default launcher, whichever has its ranks here."""
     return launch if launcher_of(launch).here else LAUNCHERS[next(iter(LAUNCHERS))].Config()
 
 
 def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
-    """The part of `env` that ranks inherit: the built-in list without keys and tokens, and the names in `further`.
+    """Return the part of `env` that ranks inherit: the built-in list without keys and tokens, and the names in `further`.
 
     Raises:
         UserError: a name in `further` is not set.
@@ -182,7 +182,7 @@ def exported(env: Mapping[str, str], further: list[str]) -> dict[str, str]:
 
 
 def inherited(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
-    """Everything of `env` that the ranks of another launcher get, keys of trackers included: which of them is rank 0 is
+    """Return everything of `env` that the ranks of another launcher get, keys of trackers included: which of them is rank 0 is
     decided elsewhere.
 
     Raises:
@@ -192,12 +192,12 @@ def inherited(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def interface_variables(interface: str | None) -> dict[str, str]:
-    """What makes NCCL and gloo use one network interface."""
+    """Return what makes NCCL and gloo use one network interface."""
     return {} if interface is None else {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
 
 
 def is_tracker_key(name: str) -> bool:
-    """Whether the variable is a secret that rank 0 alone needs."""
+    """Return whether the variable is a secret that rank 0 alone needs."""
     trackers = TRACKERS.classes().values()
     return is_secret(name) and any(name.startswith(tracker.variables) for tracker in trackers if tracker.variables)
 
@@ -210,13 +210,13 @@ def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def referenced(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
-    """Variables that `run.yaml` refers to instead of holding their value; the ranks resolve them again."""
+    """Return variables that `run.yaml` refers to instead of holding their value; the ranks resolve them again."""
     names = re.findall(r"\$\{oc\.env:\s*(\w+)", to_yaml(config))
     return {name: env[name] for name in names if name in env}
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at 127.0.0.1 now.
+    """Return a TCP port that nobody listens on at 127.0.0.1 now.
 
     Raises:
         UserError: 127.0.0.1 cannot be reached, where ranks would wait for each other until a time-out.
@@ -238,7 +238,7 @@ def this_machine(env: Mapping[str, str]) -> Machine:
 
 
 def count_gpus(env: Mapping[str, str], kfd: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> int:
-    """GPUs of NVIDIA, or of AMD where torch is built for them, that a rank would see; without importing torch (2 s)."""
+    """Count the GPUs of NVIDIA, or of AMD where torch is built for them, that a rank would see; without importing torch (2 s)."""
     rocm = "rocm" in _torch_version()
     names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if rocm else ()
     visible = [_listed(env[name]) for name in (*names, "CUDA_VISIBLE_DEVICES") if name in env]
@@ -259,7 +259,7 @@ def count_gpus(env: Mapping[str, str], kfd: Path = Path("/sys/class/kfd/kfd/topo
 
 
 def idle_gpus(env: Mapping[str, str]) -> Iterator[str]:
-    """What to tell of GPUs that a run leaves alone, because PyTorch is built for CPUs."""
+    """Yield what to tell of GPUs that a run leaves alone, because PyTorch is built for CPUs."""
     version = _torch_version()
     if version.endswith("+cpu") and (gpus := count_gpus(env)):
         yield (
@@ -292,7 +292,7 @@ def _computes(node: Path) -> bool:
 
 
 def count_cores(cgroup_limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores this process may use: its affinity, and the quota of its container (at least 1)."""
+    """Count the cores that this process may use: its affinity, and the quota of its container (at least 1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = cgroup_limit.read_text().split()

@@ -42,17 +42,17 @@ class Console:
         return f"tty:{width(self._out)}" if self._is_terminal(self._out) else "plain"
 
     def stage(self, text: str) -> None:
-        """A step of the launch with the seconds since the command started."""
+        """Report a step of the launch with the seconds since the command started."""
         self.message(f"dstune [{time.monotonic() - self._started:5.1f} s] {text}")
 
     def message(self, text: str) -> None:
-        """A line of the launcher's own, on stderr."""
+        """Print a line of the launcher's own on stderr."""
         with self._lock:
             self._clear()
             self._write(sys.stderr, f"{text}\n".encode())
 
     def forward(self, data: bytes) -> None:
-        """Whole segments of rank 0's output: a line, or a transient line that a terminal alone shows."""
+        """Forward whole segments of rank 0's output: a line, or a transient line that a terminal alone shows."""
         with self._lock:
             for segment in SEGMENT.findall(data):
                 transient = segment.endswith(b"\r")
@@ -96,7 +96,7 @@ class Console:
 
 
 def width(terminal: TextIO) -> int:
-    """Columns of this very terminal. An exported COLUMNS may be that of another one, or of before a resize, so it counts
+    """Return columns of this very terminal. An exported COLUMNS may be that of another one, or of before a resize, so it counts
     only where the terminal does not know."""
     with contextlib.suppress(OSError, ValueError):
         if columns := os.get_terminal_size(terminal.fileno()).columns:
@@ -134,7 +134,7 @@ class Splitter:
         self._console.forward(whole)
 
     def end(self) -> None:
-        """The output is over: an unfinished last line counts as a line."""
+        """Flush the output, which is over: an unfinished last line counts as a line."""
         if self._rest:
             self.feed(b"\n")
 

@@ -29,7 +29,7 @@ ENOUGH = 0.8
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises UserError for what was asked; returns 1 where a check fails."""
+    """Run the verb. Raises UserError for what was asked; returns 1 where a check fails."""
     arguments = _parse(argv)
     config = compose(["data.train=none", *arguments.overrides]).config
     if problems := list(check_launch(config)):
@@ -83,7 +83,7 @@ def _checks(config: RunConfig, arguments: argparse.Namespace) -> Iterator[Check]
 
 
 def allreduce(config: RunConfig) -> Check:
-    """Bus bandwidth and latency between all ranks, started as a run would start them."""
+    """Measure bus bandwidth and latency between all ranks, started as a run would start them."""
     launcher = launcher_of(config.launch)
     quiet = Console(sys.stderr)
     # Where the nodes look for it too: the folder of this command, when there are several.
@@ -106,7 +106,7 @@ def allreduce(config: RunConfig) -> Check:
 
 
 def judge(measured: dict) -> Check:
-    """The figures against the published speed of the link."""
+    """Return the figures against the published speed of the link."""
     ranks, hosts_of = measured["ranks"], len(measured["hosts"])
     latency = f"latency {measured['latency_seconds'] * 1e6:,.0f} us (4 KiB)"
     best = max((row["bus_gb_per_second"] or 0.0 for row in measured["sizes"]), default=0.0)

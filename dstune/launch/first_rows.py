@@ -32,7 +32,7 @@ SCANNED_ROWS = 100_000
 
 
 def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
-    """What `gpus` devices cannot compute."""
+    """Yield what `gpus` devices cannot compute."""
     if config.trainer.precision is Precision.fp16 and not gpus:
         reason = "fp16 is trained on GPUs only, and there is none here: a CPU has no fp16 kernels for several layers"
         yield Problem("trainer.precision", reason, "trainer.precision=fp32", "fp16")
@@ -42,7 +42,7 @@ def hardware_problems(config: RunConfig, gpus: int) -> Iterator[Problem]:
 
 
 def task_problems(config: RunConfig) -> Iterator[Problem]:
-    """What the tasks of the run miss on this machine."""
+    """Yield what the tasks of the run miss on this machine."""
     tasks = (config.task, *tasks_of(config).values())
     for task in map(task_of, {task.name: task for task in tasks}.values()):
         if isinstance(task, NeedsPackages):
@@ -50,8 +50,8 @@ def task_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool = True) -> list[Problem]:
-    """What is wrong with the first rows of the files of `data.train`, `data.validation` or `data.test` (`part`), whose
-    files are there. With `data.on_bad_row=skip` only columns that fit no format count.
+    """Return what is wrong with the first rows of the files of `data.train`, `data.validation` or `data.test` (`part`), whose files
+    are there. With `data.on_bad_row=skip` only columns that fit no format count.
 
     key: what problems name as the source of the rows. trains: whether they are to be trained on.
     """

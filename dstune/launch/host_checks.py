@@ -14,7 +14,7 @@ from dstune.protocols.launcher import FAIL, PASS, WARN, Check
 
 
 def host_checks(launch: OnHostsConfig) -> Iterator[Check]:
-    """Each host: reached, the same versions and files, the clock."""
+    """Yield each host: reached, the same versions and files, the clock."""
     assert launch.hostfile is not None
     try:
         names = list(chosen(read(launch.hostfile), launch.include, launch.exclude))

@@ -17,7 +17,7 @@ HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")
 
 
 def read(path: str) -> dict[str, int]:
-    """Slots by host, in the order of the file.
+    """Read slots by host, in the order of the file.
 
     Raises:
         UserError: no such file, or every line that is wrong.
@@ -52,7 +52,7 @@ def read(path: str) -> dict[str, int]:
 
 
 def chosen(hosts: dict[str, int], include: str | None, exclude: str | None) -> dict[str, list[int]]:
-    """The numbers of the slots that the run takes, by host in the order of the file.
+    """Return the numbers of the slots that the run takes, by host in the order of the file.
 
     Raises:
         UserError: a host or slot that the file does not have, or nothing is left.

@@ -34,7 +34,7 @@ class Ssh:
     port: int | None = None
 
     def options(self) -> list[str]:
-        """Never a question, and a host that goes silent is given up after 15 s."""
+        """Return options of ssh: it asks nothing, and a host that goes silent is given up after 15 s."""
         settings = {
             "BatchMode": "yes",
             "ConnectTimeout": CONNECT_SECONDS,
@@ -70,7 +70,7 @@ def ask(hosts: Sequence[str], ssh: Ssh, paths: Sequence[str]) -> list[Answer]:
 
 
 def here(paths: Sequence[str]) -> dict[str, Any]:
-    """The same facts of this machine."""
+    """Return the same facts of this machine."""
     variables = {"DSTUNE_PROBE": _question(paths), **SAFE_PATH}
     done = subprocess.run([sys.executable, "-"], input=_probe(), capture_output=True, text=True, env=variables)
     return _facts(done.stdout) or {}
@@ -97,7 +97,7 @@ def _ask(host: str, ssh: Ssh, paths: Sequence[str]) -> Answer:
 
 
 def explain(host: str, code: int, message: str) -> tuple[str, str]:
-    """What ssh's or the remote shell's words mean: reason and fix."""
+    """Return what ssh's or the remote shell's words mean: reason and fix."""
     text = message.lower()
     last = next((line.strip() for line in reversed(message.splitlines()) if line.strip()), f"exit code {code}")
     if "could not resolve" in text or "name or service not known" in text:
@@ -120,7 +120,7 @@ def explain(host: str, code: int, message: str) -> tuple[str, str]:
 
 
 def compare(answers: Sequence[Answer], paths: Sequence[str]) -> list[Problem]:
-    """What keeps the hosts from running one program together: each thing once, with the hosts that it is about."""
+    """Return what keeps the hosts from running one program together: each thing once, with the hosts that it is about."""
     problems = [
         Problem("launch.hostfile", answer.problem, answer.fix, answer.host)
         for answer in answers
@@ -189,7 +189,7 @@ def check_shared_folder(hosts: Sequence[str], ssh: Ssh, folder: Path) -> list[Pr
 
 
 def common_skew(answers: Sequence[Answer]) -> dict[str, float]:
-    """Seconds by which clocks of hosts are off, where it is more than the measurement can be wrong."""
+    """Return seconds by which clocks of hosts are off, where it is more than the measurement can be wrong."""
     return {
         answer.host: answer.skew
         for answer in answers

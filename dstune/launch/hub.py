@@ -25,7 +25,7 @@ CODE = re.compile(r".+\.py")
 def fetch(
     config: ModelConfig, stage: Callable[[str], None], check_description: Callable[[Path], None]
 ) -> tuple[str, Path]:
-    """The commit that `config.revision` (the main branch when None) stands for, and the folder of its files.
+    """Return the commit that `config.revision` (the main branch when None) stands for, and the folder of its files.
 
     Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it. check_description: called with the folder
     before the weights are downloaded into it; may raise UserError.
@@ -52,7 +52,7 @@ def fetch(
 
 
 def is_offline() -> bool:
-    """Whether the user forbids contact with the hub."""
+    """Return whether the user forbids contact with the hub."""
     words = (os.environ.get("HF_HUB_OFFLINE", ""), os.environ.get("TRANSFORMERS_OFFLINE", ""))
     return any(word.upper() in ("1", "ON", "YES", "TRUE") for word in words)
 
@@ -76,7 +76,7 @@ def _download(
 
 
 def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
-    """The weights to download: `model*.safetensors`, else whatever safetensors there are.
+    """Return the weights to download: `model*.safetensors`, else whatever safetensors there are.
 
     Raises:
         UserError: there are none.
@@ -95,7 +95,7 @@ def weight_files(config: ModelConfig, names: Sequence[str]) -> list[str]:
 
 
 def page(config: ModelConfig) -> str:
-    """Where a person looks the model up."""
+    """Return where a person looks the model up."""
     return f"https://huggingface.co/{config.path}"
 
 
@@ -144,7 +144,7 @@ class HubRequest:
 
 
 def refusal(request: HubRequest, error: Exception) -> Problem | None:
-    """The hub's answer as something to do; None if it gave none."""
+    """Return the hub's answer as something to do; None if it gave none."""
     from huggingface_hub import errors
 
     key, kind, page = request.key, request.kind, request.page
@@ -176,7 +176,8 @@ def refusal(request: HubRequest, error: Exception) -> Problem | None:
 
 
 def is_connection_problem(error: BaseException) -> bool:
-    """Whether the connection failed: time-outs, refused connections, failing name servers, the hub's own failures (5xx, 429)."""
+    """Return whether the connection failed: time-outs, refused connections, failing name servers, the hub's own failures (5xx,
+    429)."""
     chain: list[Any] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)

@@ -21,7 +21,7 @@ Stage = Callable[[str], None]
 
 
 def resolve(data: DataConfig, stage: Stage) -> DataConfig:
-    """`data` with every revision of a hub data set as a commit, and its configuration by name; both in the cache.
+    """Return `data` with every revision of a hub data set as a commit, and its configuration by name; both in the cache.
 
     One repository for all parts: `data.revision` and `data.subset` hold them. Where the parts come from several, each
     path gets its own commit (`OWNER/NAME@COMMIT:SPLIT`).
@@ -80,7 +80,7 @@ def _of_no_hub(revision: str | None, subset: str | None, section: str) -> list[P
 
 
 def fetch(name: HubName, subset: str | None, key: str, stage: Stage) -> Prepared:
-    """The data set at the commit that `name.revision` (the main branch when None) stands for, in the cache.
+    """Return the data set at the commit that `name.revision` (the main branch when None) stands for, in the cache.
 
     Offline (HF_HUB_OFFLINE=1, or no connection) the cache has to hold it.
     key: where the name came from. Raises UserError.

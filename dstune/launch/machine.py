@@ -31,7 +31,7 @@ class Here:
 
 
 def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | None = None) -> Here:
-    """The ranks that `dstune train` would start here, and what each of them has.
+    """Return the ranks that `dstune train` would start here, and what each of them has.
 
     ranks: how many there are, where another launcher has started them. Raises UserError for more processes than GPUs.
     """
@@ -54,7 +54,7 @@ def here(config: RunConfig, env: Mapping[str, str] | None = None, ranks: int | N
 
 
 def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
-    """Those of all GPUs that `ranks` ranks take: the driver's tool lists the hidden ones too, which others may fill.
+    """Return those of all GPUs that `ranks` ranks take: the driver's tool lists the hidden ones too, which others may fill.
 
     Empty where that is not certain: CUDA_VISIBLE_DEVICES names parts of GPUs, or CUDA counts them in another order.
     """
@@ -76,7 +76,7 @@ def used(listed: list[Gpu], env: Mapping[str, str], ranks: int) -> list[Gpu]:
 
 
 def gpus() -> list[Gpu]:
-    """Each GPU that the driver's tool lists, by its number; none where there is no such tool."""
+    """Return each GPU that the driver's tool lists, by its number; none where there is no such tool."""
     keys = "name,uuid,memory.total,memory.free"
     return _gpus(f"{keys},compute_cap") or _gpus(keys)  # drivers before 510 refuse the whole query for the last one
 

@@ -109,7 +109,7 @@ def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
 
 
 def status(argv: list[str]) -> int:
-    """`dstune status RUN [--json]`. Raises UserError; returns the exit code."""
+    """Run `dstune status RUN [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser("status", "Where a run stands.").parse_args(argv)
     run_dir = run_directory(arguments.run)
     run_status = status_of(run_dir)
@@ -134,7 +134,7 @@ def status(argv: list[str]) -> int:
 
 
 def cancel(argv: list[str]) -> int:
-    """`dstune cancel RUN|SWEEP [--now] [--json]`: ask it to save and stop, and wait until it has. Raises UserError."""
+    """Run `dstune cancel RUN|SWEEP [--now] [--json]`: ask it to save and stop, and wait until it has. Raises UserError."""
     parser = _parser("cancel", "Ask a run to save at the end of this step and stop; wait until it has.")
     parser.add_argument("--now", action="store_true", help="stop at once, without saving")
     arguments = parser.parse_args(argv)
@@ -237,7 +237,7 @@ def _stop(process: psutil.Process, now: bool) -> None:
 
 
 def checkpoints(argv: list[str]) -> int:
-    """`dstune checkpoints RUN [--verify] [--prune KEEP] [--json]`. Raises UserError; 1 when a file is damaged."""
+    """Run `dstune checkpoints RUN [--verify] [--prune KEEP] [--json]`. Raises UserError; 1 when a file is damaged."""
     parser = _parser("checkpoints", "List, verify or prune the checkpoints of a run.")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its checksum")
     parser.add_argument("--prune", type=int, metavar="KEEP", help="keep the newest KEEP and the best, remove the rest")

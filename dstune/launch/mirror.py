@@ -174,8 +174,8 @@ class Mirror:
     # -- while the run goes on ----------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """From now on show that this launch lives, and copy: in a thread each, since a copy may take longer than others wait
-        for a sign of life."""
+        """Show from now on that this launch lives, and copy: in a thread each, since a copy may take longer than others wait for
+        a sign of life."""
         works = (
             (self._released, self._show_life, "lease of the run"),
             (self._last_copy, self._copy_if_due, "copies of the run"),
@@ -384,7 +384,7 @@ class Mirror:
 
 
 def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
-    """The mirror of a run whose directory cannot be worked in; None where it can.
+    """Return the mirror of a run whose directory cannot be worked in; None where it can.
 
     Raises:
         UserError: somebody works on the run, or it cannot be brought here.

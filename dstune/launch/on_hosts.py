@@ -32,7 +32,7 @@ class OnHosts(Launcher, ChecksMachines):
         return bool(self.config.hostfile)
 
     def slots(self) -> dict[str, list[int]]:
-        """The slots that the hostfile, include and exclude give, by host. Raises UserError."""
+        """Return the slots that the hostfile, include and exclude give, by host. Raises UserError."""
         config = self.config
         return host_slots.chosen(host_slots.read(config.hostfile), config.include, config.exclude)
 
@@ -57,7 +57,7 @@ class OnHosts(Launcher, ChecksMachines):
         return remote.run(run, run_dir, self.config, plan_attempt, console, self.restarts)
 
     def checks(self) -> Iterator[Check]:
-        """Each host: reached, the same versions and files, the clock."""
+        """Yield each host: reached, the same versions and files, the clock."""
         if self.config.hostfile is None:
             return
         from dstune.launch.host_checks import host_checks

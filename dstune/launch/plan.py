@@ -77,7 +77,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises UserError; returns the exit code."""
+    """Run the verb. Raises UserError; returns the exit code."""
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
         return EXIT_DONE
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
 
 
 def configuration(arguments: Arguments) -> RunConfig:
-    """What is to be planned. Raises UserError for what `train` refuses too."""
+    """Return what is to be planned. Raises UserError for what `train` refuses too."""
     words, run = list(arguments.rest), None
     if words and is_path(words[0]):
         run = rundir.run_directory(Path(words.pop(0)))
@@ -193,8 +193,8 @@ class Planned:
 
 
 def growth(config: RunConfig) -> Growth | None:
-    """How many samples and tokens the run's conversations become, where model and rows are on this machine and a chat template
-    makes several samples of some."""
+    """Return how many samples and tokens the run's conversations become, where model and rows are on this machine and a chat
+    template makes several samples of some."""
     if not task_of(config.task).splits_conversations or not (config.data.train or config.data.mixture):
         return None
     if not Path(config.model.path).is_dir():
@@ -212,7 +212,7 @@ def growth(config: RunConfig) -> Growth | None:
 
 
 def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
-    """The plan of a run on the hardware that the arguments name, or on this machine."""
+    """Return the plan of a run on the hardware that the arguments name, or on this machine."""
     cluster = cluster_of(config, arguments)
     if arguments.hardware is not None or arguments.numbers or cluster.nodes > 1:
         return planned(config, cluster)
@@ -220,7 +220,7 @@ def plan_of(config: RunConfig, arguments: Arguments) -> Planned:
 
 
 def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
-    """The hardware that the arguments name, or this machine. Raises UserError."""
+    """Return the hardware that the arguments name, or this machine. Raises UserError."""
     nodes = arguments.nodes or launcher_of(config.launch).nodes()
     if arguments.hardware is not None or arguments.numbers:
         return hardware.parse(arguments.hardware, arguments.numbers, nodes)
@@ -228,7 +228,7 @@ def cluster_of(config: RunConfig, arguments: Arguments) -> Cluster:
 
 
 def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | None = None) -> Planned:
-    """measured: speeds by the bytes of a weight, in place of the hardware table's.
+    """Plan a run. measured: speeds by the bytes of a weight, in place of the hardware table's.
 
     Raises UserError where the model's architecture is not known."""
     origin = None
@@ -245,7 +245,7 @@ def planned(config: RunConfig, cluster: Cluster, measured: dict[int, Speed] | No
 
 
 def as_json(estimate: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
-    """The public contract of `plan --json`, and more keys beside it."""
+    """Return the public contract of `plan --json`, and more keys beside it."""
     best = estimate.plan.recommended
     return {
         "choices": [row(choice, estimate, price, config) for choice in estimate.plan.choices],
@@ -291,7 +291,7 @@ def _method_row(estimate: Planned) -> dict[str, Any]:
 
 
 def row(choice: Choice, estimate: Planned, price: float | None, config: RunConfig) -> dict[str, Any]:
-    """One choice, numbers only."""
+    """Return one choice, numbers only."""
     time = choice.time
     hours = _hours(choice, config)
     hours_per_billion = 1e9 / time.tokens_per_second / 3600
@@ -322,7 +322,8 @@ def _hours(choice: Choice, config: RunConfig) -> float | None:
 
 
 def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Sequence[str] | None = None) -> str:
-    """The plan for people: whether and how it fits, other methods beside it, the run as configured part by part, then the choices.
+    """Return the plan for people: whether and how it fits, other methods beside it, the run as configured part by part, then the
+    choices.
 
     words: of the command, to which the recommended ones are added; None where there is no command.
     """
@@ -424,7 +425,7 @@ def _compared(estimate: Planned) -> list[str]:
 
 
 def other_methods(config: RunConfig, cluster: Cluster, configured: Planned) -> dict[str, Planned]:
-    """Plans of full fine-tuning, LoRA and QLoRA where the run is of one of them and generates text; else none."""
+    """Plan full fine-tuning, LoRA and QLoRA where the run is of one of them and generates text; else none."""
     if config.method.name not in COMPARED or not task_of(config.task).generates:
         return {}
     estimate_by_method = {}

@@ -16,7 +16,7 @@ from dstune.protocols.task_options import TrainsOnRollouts
 
 
 def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConfig:
-    """`config` with `data.max_length` cut to what the model takes. stage: told where it is.
+    """Return `config` with `data.max_length` cut to what the model takes. stage: told where it is.
 
     Raises UserError where the model's `config.json` is not on this machine, or where what is written behind a row has no room.
     """
@@ -35,7 +35,7 @@ def within_positions(config: RunConfig, stage: Callable[[str], None]) -> RunConf
 
 
 def truncate_as_before(before: RunConfig, config: RunConfig) -> RunConfig:
-    """`config`, which asks for longer rows than the model of the run `before` takes, with those that this run got."""
+    """Return `config`, which asks for longer rows than the model of the run `before` takes, with those that this run got."""
     limit = None
     with suppress(UserError):
         limit = _limit(before)

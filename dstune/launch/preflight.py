@@ -63,8 +63,8 @@ TOKENIZER_FILES = (
 def resolve_run(
     config: RunConfig, stage: Stage = lambda text: None, *, trains: bool = True, origins: dict[str, str] | None = None
 ) -> RunConfig:
-    """`config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and
-    downloaded; model folder, the first rows of the data files and the hardware checked; a ZeRO stage in place of `auto`.
+    """Return `config` with everything in place that it names: samples fetched, a hub revision resolved to a commit and downloaded;
+    model folder, the first rows of the data files and the hardware checked; a ZeRO stage in place of `auto`.
 
     stage: told what is being done where it may take long. trains: whether there has to be memory to train. origins: gets where
     a value comes from that is chosen here, by key.
@@ -162,7 +162,7 @@ def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:
 
 
 def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
-    """`data` with the files of one part in place: a sample fetched, a data set of the hub at a commit and downloaded.
+    """Return `data` with the files of one part in place: a sample fetched, a data set of the hub at a commit and downloaded.
 
     Raises:
         UserError: no such sample, file or data set.
@@ -178,7 +178,7 @@ def resolve_rows(data: DataConfig, part: str, stage: Stage) -> DataConfig:
 
 
 def resolve_model(config: ModelConfig, stage: Stage, run: RunConfig | None = None) -> ModelConfig:
-    """The model with its `revision` resolved to a commit where it comes from the hub.
+    """Return the model with its `revision` resolved to a commit where it comes from the hub.
 
     run: where it is to be trained; what its task cannot train is refused.
 
@@ -236,7 +236,7 @@ def _tell_stored_format(folder: Path, config: ModelConfig, stage: Stage) -> None
 
 
 def resolve_further_models(config: RunConfig, stage: Stage) -> TaskConfig:
-    """The task with its further models (a reference) in place, and their revisions resolved to commits.
+    """Return the task with its further models (a reference) in place, and their revisions resolved to commits.
 
     Raises:
         UserError: as `resolve_model`, about the keys of the task.
@@ -275,7 +275,7 @@ def augment_problems(config: RunConfig, stage: Stage) -> list[Problem]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether `path` cannot be a hub id (`NAME` or `OWNER/NAME`)."""
+    """Return whether `path` cannot be a hub id (`NAME` or `OWNER/NAME`)."""
     if not HUB_ID.fullmatch(path) or Path(path).exists():
         return True
     folder = Path(path).parent  # `runs/mistyped` has the form of a hub id, and runs beside it tell
@@ -313,7 +313,7 @@ def check_folder(folder: Path, config: ModelConfig, run: RunConfig | None = None
 
 
 def description_problems(folder: Path, config: ModelConfig, run: RunConfig | None = None) -> list[Problem]:
-    """What is wrong with the files that describe the model (the weights may not be there yet), for `run` if it is given."""
+    """Return what is wrong with the files that describe the model (the weights may not be there yet), for `run` if it is given."""
     architecture = read_object(folder / "config.json")
     if architecture is None:
         return [_no_config(folder, config)]
@@ -345,7 +345,7 @@ def description_problems(folder: Path, config: ModelConfig, run: RunConfig | Non
 
 
 def sharing_problems(architecture: dict[str, Any], run: RunConfig | None) -> list[Problem]:
-    """Why ranks cannot share the weights of a model, where `run` wants them to."""
+    """Return why ranks cannot share the weights of a model, where `run` wants them to."""
     return [] if run is None else parallelism_of(run.parallel).weights_problems(architecture)
 
 
@@ -355,7 +355,7 @@ def _refuse(problems: list[Problem]) -> None:
 
 
 def needs_remote_code(architecture: dict[str, Any]) -> bool:
-    """Whether transformers has no code of its own for this architecture (many models carry both)."""
+    """Return whether transformers has no code of its own for this architecture (many models carry both)."""
     if not architecture.get("auto_map"):
         return False
     installed = importlib.util.find_spec("transformers")

@@ -41,7 +41,7 @@ def version(package: str) -> str | None:
 
 
 def fingerprint(path: str) -> str | None:
-    """Digest of a file, or of all Python and YAML files below a folder; None where it is absent."""
+    """Return digest of a file, or of all Python and YAML files below a folder; None where it is absent."""
     digest = hashlib.sha256()
     if os.path.isfile(path):
         with open(path, "rb") as stream:
@@ -61,7 +61,7 @@ def fingerprint(path: str) -> str | None:
 
 
 def interfaces() -> dict[str, str]:
-    """IPv4 addresses by interface."""
+    """Return IPv4 addresses by interface."""
     import fcntl
     import struct
 

@@ -23,7 +23,7 @@ MARK = "DSTUNE_LAUNCH_ID"  # `dstune.core.rank_env.LAUNCH_ID`, which the guard c
 
 
 def processes_of(launch_id: str, sessions: Iterable[int] = ()) -> list[psutil.Process]:
-    """Live processes that carry the launch's mark, belong to one of `sessions` or descend from such a process."""
+    """Return live processes that carry the launch's mark, belong to one of `sessions` or descend from such a process."""
     sessions = set(sessions)
     process_by_pid: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
@@ -81,7 +81,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether the kernel does not let the process run: SIGSTOP, or a debugger."""
+    """Return whether the kernel does not let the process run: SIGSTOP, or a debugger."""
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:

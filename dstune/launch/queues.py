@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def queue_named(launcher: str) -> Queue | None:
-    """The queue of a launcher; None where it has none, or is not known here."""
+    """Return the queue of a launcher; None where it has none, or is not known here."""
     launcher_class = LAUNCHERS.find(launcher)
     return None if launcher_class is None else launcher_class.queue
 
 
 def submitter_of(launch: LaunchConfig) -> SubmitsRuns | None:
-    """The launcher that `launch` chooses, where it leaves runs to its queue and returns; None where it waits for them."""
+    """Return the launcher that `launch` chooses, where it leaves runs to its queue and returns; None where it waits for them."""
     launcher = launcher_of(launch)
     return launcher if isinstance(launcher, SubmitsRuns) and not launcher.waits else None
 
 
 def queue_of(record: LaunchRecord) -> Queue:
-    """The queue of a record with jobs.
+    """Return the queue of a record with jobs.
 
     Raises:
         UserError: no launcher of this name has a queue: it is a plugin's, or the record is a stranger's.

@@ -57,7 +57,7 @@ class LaunchRecord:
         return self.host == socket.gethostname()
 
     def process(self, run_dir: Path) -> psutil.Process | None:
-        """The process that launched the run in `run_dir` and holds its lock, if it is alive on this machine.
+        """Return the process that launched the run in `run_dir` and holds its lock, if it is alive on this machine.
 
         A record may come from a stranger and name any process of this user: one that does not hold the lock is not it.
         """
@@ -76,7 +76,7 @@ class LaunchRecord:
 
 
 def working_folder(place: Path) -> Path:
-    """Where a run whose directory `place` cannot be worked in works on this machine (`dstune.launch.mirror`)."""
+    """Return where a run whose directory `place` cannot be worked in works on this machine (`dstune.launch.mirror`)."""
     return cache_root() / "runs" / hashlib.sha256(str(place.absolute()).encode()).hexdigest()[:16]
 
 
@@ -148,8 +148,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 def write_result(
     run_dir: Path, status: str, reason: str, world_size: int, failure: dict[str, Any] | None = None
 ) -> None:
-    """The result of a run whose ranks could not write it: from the rows that they logged, and from the newest
-    checkpoint what those do not tell. failure: the `rank`, `node` and `cause` of one on several nodes."""
+    """Write the result of a run whose ranks could not write it: from the rows that they logged, and from the newest checkpoint
+    what those do not tell. failure: the `rank`, `node` and `cause` of one on several nodes."""
     logged = read_metrics(run_dir)
     checkpoint = store.newest(run_dir)
     state = _train_state(checkpoint)
@@ -196,7 +196,7 @@ class Logged:
 
 
 def read_metrics(run_dir: Path) -> Logged:
-    """The rows of `metrics.jsonl`; a torn last line is passed over."""
+    """Return the rows of `metrics.jsonl`; a torn last line is passed over."""
     logged = Logged()
     try:
         with open_file(run_dir / "metrics.jsonl") as stream:
@@ -261,7 +261,7 @@ def acquire_lock(run_dir: Path, *, shared: bool = False) -> int:
 
 
 def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None:
-    """Where a launcher died whose ranks are on machines that nobody else watches: wait until none can be there any more.
+    """Wait, where a launcher died whose ranks are on machines that nobody else watches, until none can be there any more.
 
     Raises UserError where its file is a link or none.
     """
@@ -276,7 +276,7 @@ def wait_for_former_ranks(run_dir: Path, message: Callable[[str], None]) -> None
 
 
 def in_use(run_dir: Path, record: LaunchRecord | None) -> Problem:
-    """What is wrong where another launch uses the directory."""
+    """Return what is wrong where another launch uses the directory."""
     who = f"process {record.pid} on {record.host}" if record else "another process"
     fix = f"wait for it, stop it with `dstune cancel {run_dir}`, or give another run.dir"
     return Problem("run.dir", f"{who} is running here", fix, str(run_dir))

@@ -210,11 +210,11 @@ class RemoteLaunch:
         return attempt.of_files(self.run_dir, self.plan.size, f"the launcher {how(code)}")
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
-        """The end of what `rank` wrote during this launch."""
+        """Return the end of what `rank` wrote during this launch."""
         return attempt.last_lines(log_path(self.run_dir, rank), self.starts.get(rank, 0), count)
 
     def show_launcher(self) -> None:
-        """The last lines of what the launcher itself said."""
+        """Show the last lines of what the launcher itself said."""
         self.console.message(f"last lines of {self.log}:")
         for line in attempt.last_lines(self.log, self._log_start) or ["(it wrote nothing)"]:
             self.console.message(f"  | {line}")

@@ -76,14 +76,14 @@ def ssh_of(launch: OnHostsConfig) -> Ssh:
 
 
 def path_of(parent: Mapping[str, str]) -> str:
-    """`PATH` with the programs beside this Python in front."""
+    """Return `PATH` with the programs beside this Python in front."""
     return f"{Path(sys.executable).parent}:{parent.get('PATH', '/usr/bin:/bin')}"
 
 
 def variables_of(
     config: RunConfig, run_dir: Path, launch: HasInterface, launch_id: str, parent: Mapping[str, str], *, on_cpu: bool
 ) -> tuple[dict, dict]:
-    """What every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
+    """Return what every rank gets, apart by how: (shown on command lines, handed over unseen). on_cpu: the nodes have no GPU.
 
     Raises:
         UserError: an unset variable in `launch.export_env`.

@@ -27,7 +27,7 @@ ENOUGH_ROWS = 32
 
 
 def memory_problems(config: RunConfig) -> list[Problem]:
-    """What keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
+    """Return what keeps `config` from fitting on this machine; nothing where the planner does not know the model."""
     if config.run.force:
         return []
     try:
@@ -68,7 +68,7 @@ def _fix(plan: Planned) -> str:
 
 
 def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int:
-    """Bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
+    """Return bytes that a rank needs whatever its rows are; with `full` rows their activations too."""
     always = ("weights", "optimizer", "offloaded", *(held.name for held in setup.held))
     sums = memory.moments["step"]["gradient sums"] if setup.stage else 0
     moments = []
@@ -82,7 +82,7 @@ def least(setup: Setup, memory: Memory, *, full: bool, config: RunConfig) -> int
 
 
 def rows_are_full(config: RunConfig) -> bool:
-    """Whether micro-batches of `data.max_length` tokens are certain: packed rows of enough data."""
+    """Return whether micro-batches of `data.max_length` tokens are certain: packed rows of enough data."""
     if not config.data.packing or config.data.max_rows is not None or config.data.mixture:
         return False
     needed = ENOUGH_ROWS * config.data.max_length * config.trainer.rows

@@ -121,7 +121,7 @@ class Prepared:
 
 
 def path_of(config: RunConfig, run: Path | None = None, now: datetime | None = None) -> Path:
-    """The directory of a run: the one named on the command line, `run.dir`, or a new one.
+    """Return the directory of a run: the one named on the command line, `run.dir`, or a new one.
 
     Raises:
         UserError: it holds something else.
@@ -142,7 +142,7 @@ def choose(
     place: Path | None = None,
     work: Path | None = None,
 ) -> Composed:
-    """The configuration for the directory that it will run in, before anything is written.
+    """Return the configuration for the directory that it will run in, before anything is written.
 
     run: directory of an existing run that was named on the command line (its `run.yaml` is part of `composed`).
     given: the overrides of this command; those of `composed` hold the ones of the run's earlier starts too.
@@ -172,12 +172,12 @@ def choose(
 
 
 def new_directory(config: RunConfig, now: datetime | None = None) -> Path:
-    """The directory of a run that names none: `runs/NAME/DATE_TIME`, which nobody has taken yet."""
+    """Return the directory of a run that names none: `runs/NAME/DATE_TIME`, which nobody has taken yet."""
     return _fresh(Path("runs") / config.run.name, now or datetime.now())
 
 
 def before_launch(composed: Composed, work: Path | None = None) -> Before:
-    """The chosen run directory as it is now. work: see `choose`."""
+    """Return the chosen run directory as it is now. work: see `choose`."""
     if work is not None:
         return Before.of(work)
     assert composed.config.run.dir is not None, "choose() sets it"
@@ -246,7 +246,7 @@ def _refuse_running_job(path: Path) -> None:
 
 
 def checkpoint_of(run: str) -> Path:
-    """The newest whole checkpoint of the run at `run`.
+    """Return the newest whole checkpoint of the run at `run`.
 
     Raises:
         UserError: no such directory, or no whole checkpoint in it.
@@ -276,7 +276,7 @@ def _weights_alone(key: str, path: Path) -> Problem:
 
 
 def run_directory(path: Path) -> Path:
-    """`path`, if it is the directory of a run.
+    """Return `path`, if it is the directory of a run.
 
     Raises:
         UserError: it is none.

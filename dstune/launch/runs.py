@@ -39,7 +39,7 @@ class Listed:
 
 
 def main(argv: list[str]) -> int:
-    """`dstune runs [DIR...] [--sort METRIC] [--json]`. Raises UserError; returns the exit code."""
+    """Run `dstune runs [DIR...] [--sort METRIC] [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     listed_runs = [line for folder in arguments.folders for line in listed(folder)]
     if arguments.sort:
@@ -70,7 +70,7 @@ def _parser() -> VerbParser:
 
 
 def listed(folder: Path) -> list[Listed]:
-    """The runs below `folder`, the newest first; of a sweep all trials, the best first. Raises UserError."""
+    """Return the runs below `folder`, the newest first; of a sweep all trials, the best first. Raises UserError."""
     if is_sweep(folder):
         return [_of_trial(folder, record) for record in ranked(read_records(folder), objectives_of(folder)[0])]
     lines = [_of_any(path) for path in find_runs([folder])]
@@ -121,7 +121,7 @@ def _of_trial(sweep: Path, record: Record) -> Listed:
 
 
 def as_text(listed_runs: list[Listed], folders: list[Path], first: str | None = None) -> str:
-    """A table; the metrics are the one to look at `first` and those that most runs have, the loss before others."""
+    """Return a table; the metrics are the one to look at `first` and those that most runs have, the loss before others."""
     counts: dict[str, int] = {}
     for line in listed_runs:
         for name in line.metrics:
@@ -155,12 +155,12 @@ def _below(run: str, folder: Path) -> str:
 
 
 def cell(value: object) -> str:
-    """A metric or a setting in a column of `table`."""
+    """Return a metric or a setting in a column of `table`."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell."""
+    """Return columns as wide as their widest cell."""
     widths = [max(len(row[at]) for row in (heading, *rows)) for at in range(len(heading))]
     lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in (heading, *rows))
     return "\n".join(line.rstrip() for line in lines)

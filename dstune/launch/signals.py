@@ -23,8 +23,8 @@ to the command's group, which delivers it twice."""
 
 @contextmanager
 def caught_signals(names: Sequence[str] = ("SIGUSR1",)) -> Iterator[list[str]]:
-    """Collects names of requests to stop instead of acting on them. Signals that the parent ignores stay ignored
-    (`nohup`, background jobs of a script)."""
+    """Collect names of requests to stop instead of acting on them. Signals that the parent ignores stay ignored (`nohup`,
+    background jobs of a script)."""
     received: list[str] = []
     last = {"number": 0, "at": 0.0}
 
@@ -56,7 +56,7 @@ class StopFile:
         """Whether a second one came: to end at once."""
 
     def look(self, received: Sequence[str]) -> None:
-        """received: what `caught_signals` collects."""
+        """Look for the stop file. received: what `caught_signals` collects."""
         if received and self.signal is None:
             self.signal = received[0]
             files.write(self._file, "")

@@ -54,7 +54,7 @@ def named_cluster(config: RunConfig) -> Cluster | None:
 
 
 def free_cluster(config: RunConfig, env: Mapping[str, str] | None = None) -> Cluster | None:
-    """The ranks of a run that starts here, with the memory that is free now; None where they are on other machines.
+    """Return the ranks of a run that starts here, with the memory that is free now; None where they are on other machines.
 
     Raises UserError for more processes than GPUs.
     """

@@ -92,7 +92,7 @@ def _literal(line: Line) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`dstune init DATA [key=value ...]`. Raises UserError; returns the exit code."""
+    """Run `dstune init DATA [key=value ...]`. Raises UserError; returns the exit code."""
     parser = VerbParser(
         prog="dstune init",
         usage="dstune init DATA [key=value ...] [--output my.yaml] [--force]",
@@ -158,7 +158,7 @@ def _characters(value: Any) -> int:
 
 
 def recognised_task(rows: Rows, mapping: Mapping[str, str]) -> Iterator[Line]:
-    """The task that reads these columns, and how its rows are to be read.
+    """Yield the task that reads these columns, and how its rows are to be read.
 
     Raises:
         UserError: no task reads them.
@@ -233,7 +233,7 @@ def _guessed_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
 
 
 def starter_for(data: str, rows: Rows, overrides: Sequence[str]) -> tuple[Starter, RunConfig, Cluster]:
-    """The settings for rows and machine, with their configuration.
+    """Return the settings for rows and machine, with their configuration.
 
     Raises:
         UserError: an override is wrong, or the rows do not suit the task that is asked for.
@@ -345,7 +345,7 @@ def _add_name(starter: Starter, data: str) -> None:
 
 
 def render(starter: Starter, data: str, cluster: Cluster) -> str:
-    """The text of the file."""
+    """Return the text of the file."""
     device = f"{cluster.per_node} x {cluster.device.name}"
     lines = [
         f"# Written by `dstune init {one_line(shlex.quote(data))}` on {device} with {cluster.device.memory_gib:.1f} GiB each.",
@@ -384,7 +384,7 @@ def _line(name: str, line: Line) -> str:
 
 
 def summary(starter: Starter, rows: Rows, config: RunConfig, output: Path) -> str:
-    """What was found, and the commands to go on with."""
+    """Return what was found, and the commands to go on with."""
     choices = [f"{key}={starter.value(key)}" for key in ("task", "model", "model.path", "method") if starter.value(key)]
     file = shlex.quote(str(output))
     return "\n".join(

@@ -23,7 +23,8 @@ MAX_CHARACTERS = 600
 
 
 def summary(run_dir: Path, *, commands: bool = True) -> str:
-    """What a finished run achieved, one answered prompt, and where everything is. commands: end with those that come next."""
+    """Return what a finished run achieved, one answered prompt, and where everything is. commands: end with those that come
+    next."""
     result = records.read_result(run_dir) or {}
     lines = [""]
     for section in (

@@ -14,7 +14,7 @@ from dstune.data.sources import data_source_of
 
 
 def resolve(config: RunConfig, stage: Callable[[str], None]) -> tuple[RunConfig, list[Problem]]:
-    """`config` with resolved addresses, and what keeps others from being resolved. stage: told what takes long."""
+    """Return `config` with resolved addresses, and what keeps others from being resolved. stage: told what takes long."""
     problems: list[Problem] = []
     resolved: dict[str, str] = {}
     """The same table is the same version everywhere, even if somebody writes to it meanwhile."""

@@ -64,7 +64,7 @@ def nothing_to_do(run_dir: Path) -> str:
 
 
 def train(argv: list[str]) -> int:
-    """The verb. Raises UserError; returns the exit code of the public contract."""
+    """Run the verb. Raises UserError; returns the exit code of the public contract."""
     env = from_environment(os.environ)
     if env is not None:
         return _as_rank(argv, env)
@@ -112,7 +112,7 @@ def launched(command: Command, console: Console, write_rows: WriteRows | None = 
 
 
 def leave_behind(run_dir: Path, message: Callable[[str], None]) -> None:
-    """The report of a run that has ended."""
+    """Write the report of a run that has ended."""
     from dstune.report.command import leave_behind
 
     leave_behind(run_dir, message)
@@ -210,7 +210,7 @@ def _prepare(
 
 
 def configuration(command: Command, use: Use = Use.everything) -> Composed:
-    """What the command asks for, not validated yet. use: what it does with a stored run. Raises UserError."""
+    """Return what the command asks for, not validated yet. use: what it does with a stored run. Raises UserError."""
     if command.run is None:
         return compose(command.flags.overrides, command.flags.config_dirs)
     file = command.run / rundir.RUN_FILE
@@ -236,7 +236,7 @@ def _as_rank(argv: list[str], env: RankEnv) -> int:
 
 
 def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | None]], *, prints: bool = True) -> Outcome:
-    """One rank inside somebody else's launch: rank 0 prepares the run, and every rank gets it or the error.
+    """Run one rank inside somebody else's launch: rank 0 prepares the run, and every rank gets it or the error.
 
     requested: called on rank 0 alone. prints: see `worker.main_inside`.
     """
@@ -279,7 +279,7 @@ def as_rank(env: RankEnv, requested: Callable[[], tuple[Command, WriteRows | Non
 
 
 def conclude(command: Command, run_dir: Path, code: int, console: Console) -> None:
-    """The last words of the command: what was achieved, or how to go on."""
+    """Print the last words of the command: what was achieved, or how to go on."""
     result = records.read_result(run_dir) or {}
     if command.json:
         print(json_text(result))
@@ -290,7 +290,7 @@ def conclude(command: Command, run_dir: Path, code: int, console: Console) -> No
 
 
 def show_configuration(command: Command) -> int:
-    """`--cfg`, `--help` and the like; with the PATH of a run, `--cfg` shows that run's configuration."""
+    """Print what `--cfg`, `--help` and the like ask for; with the PATH of a run, `--cfg` shows that run's configuration."""
     if command.run is None or not command.flags.cfg:
         return show(command.flags)
     print(to_yaml(configuration(command).config), end="")

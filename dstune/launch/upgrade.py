@@ -23,7 +23,7 @@ from dstune.trainer.state import FORMAT
 
 
 def main(argv: list[str]) -> int:
-    """`dstune upgrade RUN [--json]`. Raises UserError where a launch uses the run, or its format is not known here."""
+    """Run `dstune upgrade RUN [--json]`. Raises UserError where a launch uses the run, or its format is not known here."""
     parser = VerbParser(prog="dstune upgrade", description="Bring the files of a run to the present format.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory, for example runs/NAME/DATE_TIME")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

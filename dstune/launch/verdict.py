@@ -39,7 +39,7 @@ def judge(
     forced: bool,
     stopped: Collection[int] = (),
 ) -> Verdict:
-    """What the ends of all ranks mean.
+    """Return what the ends of all ranks mean.
 
     ended: every rank. errors: what ranks left in `logs/rank-N.error`. stop_signal: name of the signal that was
     forwarded to the ranks, if any. forced: a second signal ended them at once. stopped: ranks that the kernel did not let
@@ -84,7 +84,7 @@ def judge(
 
 
 def how(code: int) -> str:
-    """`code` in words: an exit code, or minus a signal's number."""
+    """Return `code` in words: an exit code, or minus a signal's number."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:

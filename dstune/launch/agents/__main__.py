@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def task_in_step(argv: Sequence[str]) -> Task:
-    """The task of an agent that srun started; each node of the step has one."""
+    """Return the task of an agent that srun started; each node of the step has one."""
     run_dir, settings, ranks, *command = argv
     secret = files.read_own(Path(run_dir) / SECRET_FILE).decode()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()

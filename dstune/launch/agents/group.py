@@ -120,12 +120,12 @@ class Group:
         self._expects_return = False
 
     def expect_soon(self) -> None:
-        """The nodes have been there before: those that do not come back in a moment are lost."""
+        """Expect the nodes that have been there before: those that do not come back in a moment are lost."""
         self._expects_return = True
         self._settle_seconds, self._give_up_seconds, self._expected = REJOIN_SECONDS, self._rejoin_seconds, 0
 
     def join(self, member: Member) -> None:
-        """An agent has connected; its node runs no rank."""
+        """Note that an agent has connected; its node runs no rank."""
         if self.attempt is not None and member.node in self.attempt.running:
             self.lose(member.node, "its agent was started again")
         self.members[member.node] = member
@@ -139,7 +139,7 @@ class Group:
             self._message(f"dstune: {node} was lost ({cause})")
 
     def report(self, node: str, ended: Sequence[Ended], stopped: Sequence[int]) -> None:
-        """All ranks of `node` have ended."""
+        """Note that all ranks of `node` have ended."""
         if self.attempt is None or node not in self.attempt.running:
             return
         for end in ended:
@@ -148,12 +148,12 @@ class Group:
         self.attempt.running.discard(node)
 
     def fail(self, node: str) -> None:
-        """A rank of `node` ended badly; its others are being ended."""
+        """Note that a rank of `node` ended badly; its others are being ended."""
         if self.attempt is not None and node in self.attempt.running:
             self._end_nodes()
 
     def stop(self, signal_name: str) -> None:
-        """Somebody asks the run to stop: the first time to save and leave, the second time at once."""
+        """Ask the run to stop: the first time to save and leave, the second time at once."""
         self.forced = self.stop_signal is not None
         self.stop_signal = self.stop_signal or signal_name
         for node in sorted(self.attempt.running) if self.attempt is not None else ():
@@ -180,7 +180,7 @@ class Group:
         self.expect_soon()
 
     def lacks_nodes(self, now: float, seconds: float) -> bool:
-        """Whether too few of the nodes that were there before have been there for `seconds`."""
+        """Return whether too few of the nodes that were there before have been there for `seconds`."""
         is_waiting = self.attempt is None and not self.is_over and self.stop_signal is None
         waited = now - self.waiting_since
         lacks = self._expects_return and len(self.members) < self.min_nodes

@@ -212,7 +212,7 @@ class Leader(Orders):
         return self.group.waiting_since
 
     def sockets(self) -> list[Any]:
-        """What to wait on for events."""
+        """Return what to wait on for events."""
         return [self._server, *(peer.link for peer in self.peers if not peer.link.closed)]
 
     def close(self) -> None:
@@ -348,7 +348,7 @@ class Leader(Orders):
         return int(records.read_metrics(self.run_dir).last.get("step", 0))
 
     def last_lines(self, rank: int, count: int = attempts.TAIL_LINES) -> list[str]:
-        """The end of what `rank` wrote during this attempt."""
+        """Return the end of what `rank` wrote during this attempt."""
         return attempts.last_lines(attempts.log_path(self.run_dir, rank), self._log_starts.get(rank, 0), count)
 
     def _judge(self, attempt: Attempt, stop_signal: str | None, forced: bool) -> Verdict:

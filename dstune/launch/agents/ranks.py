@@ -68,19 +68,19 @@ class NodeLaunch(Launch):
         return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in self.ended)
 
     def end_soon(self) -> None:
-        """From another thread: ranks elsewhere are gone."""
+        """End the launch from another thread: ranks elsewhere are gone."""
         self.grace_seconds = min(self.grace_seconds, ENDING_SECONDS)
         self.ends_others = True
 
     def all_ends(self) -> list[Ended]:
-        """The ends of all ranks of this node, also where starting them failed."""
+        """Return the ends of all ranks of this node, also where starting them failed."""
         ended = {end.rank for end in self.ended}
         ranks = range(self.first_rank, self.first_rank + self.plan.size)
         return [*self.ended, *(Ended(rank, -signal.SIGKILL, 0) for rank in ranks if rank not in ended)]
 
 
 def node_plan(task: Task, parent: Mapping[str, str], first_rank: int, world_size: int) -> LaunchPlan:
-    """The command lines and environments of this node's ranks."""
+    """Return the command lines and environments of this node's ranks."""
     dropped = {*OF_ONE_START, FORK_SERVER, *task.unset}
     shared = {name: value for name, value in parent.items() if name not in dropped} | task.variables
     shared |= {

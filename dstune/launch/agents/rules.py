@@ -9,7 +9,7 @@ from dstune.launch.agents.config import AgentsConfig
 
 
 def check_agents(launch: AgentsConfig) -> Iterator[Problem]:
-    """Problems of the keys by themselves."""
+    """Yield problems of the keys by themselves."""
     for key in ("min_nodes", "spares"):
         if (value := getattr(launch, key)) and not launch.restarts:
             reason = "without launch.restarts a run ends when it loses a node"
@@ -17,7 +17,7 @@ def check_agents(launch: AgentsConfig) -> Iterator[Problem]:
 
 
 def check_nodes(launch: AgentsConfig, nodes: int, key: str) -> Iterator[Problem]:
-    """Problems with the number of nodes that train. key: the key that gives it."""
+    """Yield problems with the number of nodes that train. key: the key that gives it."""
     if launch.min_nodes and launch.min_nodes > nodes:
         reason = f"{key} gives the run {nodes} node{'s' * (nodes > 1)}"
         yield Problem("launch.min_nodes", reason, f"at most {nodes}", str(launch.min_nodes))

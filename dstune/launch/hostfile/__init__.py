@@ -33,7 +33,7 @@ class Hostfile(OnHosts):
         return self.config.restarts
 
     def slots(self) -> dict[str, list[int]]:
-        """The slots of all hosts, spares included. Raises UserError where too few hosts would train."""
+        """Return the slots of all hosts, spares included. Raises UserError where too few hosts would train."""
         slots, launch = super().slots(), self.config
         problems = []
         if launch.spares >= len(slots):

@@ -28,7 +28,7 @@ def host_tasks(
     command: Sequence[str] = ("dstune.worker",),
     saves: bool = True,
 ) -> list[Task]:
-    """The tasks of the hosts in `slots`, the last `launch.spares` of which wait.
+    """Return the tasks of the hosts in `slots`, the last `launch.spares` of which wait.
 
     on_cpu: the hosts have no GPU. command: the module that each rank runs, and its arguments before the run directory's.
 

@@ -191,7 +191,7 @@ READY = "ready"
 def start_rank(
     request: Mapping[str, Any], streams: Sequence[int], places: forking.Places, keeper: int, report: int
 ) -> None:
-    """What the forked process does: become the rank, say so, run the module, end."""
+    """Become the rank in the forked process, say so, run the module, end."""
     try:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != keeper:
@@ -214,7 +214,7 @@ def start_rank(
 
 
 def run_module(argv: Sequence[str]) -> None:
-    """As `python -u -m MODULE ARGUMENT...`, and the end of this process without freeing what was imported."""
+    """Run as `python -u -m MODULE ARGUMENT...`, and end this process without freeing what was imported."""
     module = argv[argv.index("-m") + 1]
     sys.argv[:] = argv[argv.index("-m") + 1 :]
     sys.orig_argv[:] = argv

@@ -31,7 +31,7 @@ SIGNALS = sorted(signal.valid_signals() - PYTHON_SIGNALS - C_SIGNALS - {signal.S
 
 
 def describe(cwd: str | None = None) -> dict[str, Any]:
-    """What a child of this process would inherit, as JSON has it."""
+    """Return what a child of this process would inherit, as JSON has it."""
     return {
         "cwd": os.path.abspath(cwd or os.getcwd()),
         "umask": _umask(),
@@ -44,7 +44,7 @@ def describe(cwd: str | None = None) -> dict[str, Any]:
 
 
 def context() -> dict[str, Any]:
-    """What a fork has in common with the process that it comes from, whatever was requested."""
+    """Return what a fork has in common with the process that it comes from, whatever was requested."""
     return {
         "user": [os.getresuid(), os.getresgid(), sorted(os.getgroups())],
         "control group": Path("/proc/self/cgroup").read_text(),
@@ -56,7 +56,7 @@ def context() -> dict[str, Any]:
 
 
 def initial_environment() -> dict[str, str]:
-    """The variables that this process was started with."""
+    """Return the variables that this process was started with."""
     entries = Path("/proc/self/environ").read_bytes().split(b"\0")
     return dict(os.fsdecode(entry).split("=", 1) for entry in entries if b"=" in entry)
 
@@ -138,5 +138,5 @@ class Places:
 
 
 def padding() -> dict[str, str]:
-    """The variable that goes in front of all others in the environment of the process that is forked."""
+    """Return the variable that goes in front of all others in the environment of the process that is forked."""
     return {ROOM_VARIABLE: "x" * ENVIRONMENT_ROOM}

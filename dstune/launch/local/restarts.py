@@ -50,7 +50,7 @@ class Restarts:
         """The newest complete checkpoint at the last failure."""
 
     def consider(self, verdict: Verdict, launch: HasLog) -> tuple[Verdict, bool]:
-        """The verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
+        """Return the verdict, with the diagnosis where failures repeat, and whether to start again (after the wait)."""
         decision = self.decide(verdict, launch)
         if decision.wait is None:
             return decision.verdict, False
@@ -106,7 +106,7 @@ class Restarts:
 
 
 def cause(verdict: Verdict, launch: HasLog) -> str:
-    """What tells one failure from another: the exception, or the signal that killed the rank."""
+    """Return what tells one failure from another: the exception, or the signal that killed the rank."""
     if verdict.error is not None or verdict.culprit is None or verdict.culprit.code < 0:
         return verdict.reason
     lines = [line.strip() for line in launch.last_lines(verdict.culprit.rank) if line.strip()]

@@ -168,7 +168,7 @@ class Launch:
         return {LAUNCH_ID: self.id, STORE: str(Path(meeting) / "store"), GROUP_SECRET: secrets.token_hex(32)}
 
     def shows_output(self, rank: int) -> bool:
-        """Whether the output of `rank` goes to the console too."""
+        """Return whether the output of `rank` goes to the console too."""
         return rank == 0
 
     def _start(self, stack: ExitStack, guard: Guard) -> threading.Thread | None:
@@ -299,5 +299,5 @@ class Launch:
         return attempt.log_path(self.run_dir, rank)
 
     def last_lines(self, rank: int, count: int = attempt.TAIL_LINES) -> list[str]:
-        """The end of what `rank` wrote during this launch."""
+        """Return the end of what `rank` wrote during this launch."""
         return attempt.last_lines(self._log_path(rank), self.log_starts[rank], count)

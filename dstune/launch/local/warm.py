@@ -254,7 +254,7 @@ def rank_imports(config: RunConfig) -> tuple[str, ...]:
 def fork_server(
     imports: Sequence[str], message: Callable[[str], None], *, warm: bool, restarts: int
 ) -> Iterator[ForkServer | None]:
-    """What forks the ranks of a run: the server that is offered to this process, or its own where the run may start again;
+    """Yield what forks the ranks of a run: the server that is offered to this process, or its own where the run may start again;
     None for cold starts.
 
     imports: modules beside those of every rank. message: gets a line why a rank starts cold. warm, restarts: the keys of
@@ -279,7 +279,7 @@ def fork_server(
 
 
 def import_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """The part of a rank's environment that imports may read: not what is its own, its trackers' or a secret.
+    """Return the part of a rank's environment that imports may read: not what is its own, its trackers' or a secret.
 
     Which GPUs it sees is read when the first one is used; whether it sees any, by imports too.
     """

@@ -45,7 +45,7 @@ def plan(launcher: OnHosts, run: RunConfig, run_dir: Path, launch_id: str, conso
 
 
 def probe(*, needed: bool) -> Check:
-    """Whether mpirun and mpi4py are there, of one MPI."""
+    """Return whether mpirun and mpi4py are there, of one MPI."""
     try:
         program = mpirun_path("mpirun")
     except UserError as error:
@@ -55,7 +55,7 @@ def probe(*, needed: bool) -> Check:
 
 
 def mpirun_path(mpirun: str) -> str:
-    """The path of mpirun, if it and mpi4py belong together.
+    """Return the path of mpirun, if it and mpi4py belong together.
 
     Raises:
         UserError: either is missing, or they are of different MPIs, where every rank would be alone.

@@ -47,7 +47,7 @@ def submit(
 def array_script(
     base: RunConfig, launch: SlurmConfig, sweep: Path, runs: Sequence[Path], env: Mapping[str, str]
 ) -> str:
-    """The script of the array: its tasks run the scripts of the trials in `runs`."""
+    """Return the script of the array: its tasks run the scripts of the trials in `runs`."""
     whole = sweep.absolute()
     log = str(whole / "logs" / "slurm-%A_%a.log")
     array_options = [

@@ -88,7 +88,7 @@ def submit(script: Path, content: str, env: Mapping[str, str], after: str | None
 
 
 def ask(ids: Sequence[str]) -> list[Job]:
-    """The jobs among `ids` that SLURM still knows, in this order.
+    """Return the jobs among `ids` that SLURM still knows, in this order.
 
     Raises:
         Unreachable: no answer, which says nothing about the jobs.
@@ -115,12 +115,12 @@ def ask(ids: Sequence[str]) -> list[Job]:
 
 
 def alive(ids: Sequence[str]) -> list[Job]:
-    """Those that wait or run. Raises Unreachable."""
+    """Return those that wait or run. Raises Unreachable."""
     return [job for job in ask(ids) if not job.is_over]
 
 
 def named(name: str) -> list[str]:
-    """The numbers of this user's jobs of a name that are not over. Raises Unreachable."""
+    """Return the numbers of this user's jobs of a name that are not over. Raises Unreachable."""
     done = _squeue("--me", f"--name={name}", "--format=%A")
     if done.returncode != 0:
         raise Unreachable(done.stderr.strip())
@@ -165,7 +165,7 @@ def _reason(run_dir: Path) -> str:
 
 
 def probe(*, needed: bool) -> Check:
-    """Whether the controller answers, and what it has."""
+    """Return whether the controller answers, and what it has."""
     from dstune.launch.checks import programs
 
     check = programs("slurm", ("sbatch", "srun", "squeue"), "slurm-client", needed=needed)

@@ -30,7 +30,7 @@ NOTHING_LEFT = 10
 def job_script(
     config: RunConfig, launch: SlurmConfig, run_dir: Path, parent_env: Mapping[str, str], module: str = "dstune.worker"
 ) -> str:
-    """The whole script. Values of variables that the ranks inherit are not in it, only their names.
+    """Return the whole script. Values of variables that the ranks inherit are not in it, only their names.
 
     module: what each rank runs with the directory as its argument.
 
@@ -74,7 +74,7 @@ def job_script(
 
 
 def options(config: RunConfig, launch: SlurmConfig, run: Path, names: list[str]) -> list[str]:
-    """Options of sbatch, in the order of its manual."""
+    """Return options of sbatch, in the order of its manual."""
     log = str(run / "logs" / "slurm-%j.log")
     lines = [
         f"--job-name={_quoted(config.run.name)}",

@@ -93,7 +93,7 @@ def submit(config: RunConfig, launch: SlurmConfig, run_dir: Path, module: str = 
 def wait(
     jobs: Sequence[str], run_dir: Path, size: int, followers: Sequence[Follower], console: Console
 ) -> Verdict | None:
-    """Until the last job is over. None where the terminal went away: the jobs do not need this process."""
+    """Wait until the last job is over. None where the terminal went away: the jobs do not need this process."""
     report, changed, requested, over = "", time.monotonic(), 0.0, ""
     with caught_signals() as received:
         answered = 0
