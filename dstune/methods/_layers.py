@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def rates_of_layers(module: nn.Module, decay: float) -> Callable[[str], float]:
-    """By name, the factors on the learning rate where a layer has `decay` times the rate of the one above it."""
+    """Return by name the factors on the learning rate where a layer has `decay` times the rate of the one above it."""
     if decay == 1:
         return lambda name: 1.0
     from transformers import PreTrainedModel

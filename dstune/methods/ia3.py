@@ -69,7 +69,8 @@ class Ia3(ModuleAdapter):
         return True
 
     def added(self, model: Architecture) -> tuple[Tensor, ...]:
-        """Exact where the modules are known; where peft has no choice of its own for the architecture, a guess."""
+        """Return the tensors that are added, exact where the modules are known; where peft has no choice of its own for the
+        architecture, a guess."""
         from dstune.planning.adapters import low_rank
 
         if self.config.target_modules or model.kind in MODULES:

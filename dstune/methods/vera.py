@@ -70,7 +70,7 @@ class Vera(ModuleAdapter):
             yield Tensor(f"{module}.vera_lambda_d", (self.config.rank,), layer=layer)
 
     def fill(self, module: nn.Module, trained: Mapping[str, torch.Tensor]) -> None:
-        """The two matrices that all modules share."""
+        """Fill in the two matrices that all modules share."""
         for inner in module.modules():
             for buffer in ("vera_A", "vera_B"):
                 if hasattr(inner, buffer):

@@ -49,7 +49,7 @@ class Adapter(Method, StartsFromAdapters):
         return with_settings_of(self.config, self.peft_type, self.renamed, ("name", "adapter", *self.ours_alone))
 
     def added(self, model: Architecture) -> tuple[Tensor, ...]:
-        """The tensors that the adapter adds, from the configuration alone."""
+        """Return the tensors that the adapter adds, from the configuration alone."""
         raise NotImplementedError
 
     def trained(self, model: Architecture) -> tuple[tuple[Tensor, ...], int]:
@@ -72,7 +72,7 @@ class Adapter(Method, StartsFromAdapters):
         return finish(self.config, self.add(model, run), model)
 
     def add(self, model: PreTrainedModel, run: RunConfig) -> nn.Module:
-        """The model with the adapter around it, its values as they are when nothing is said."""
+        """Return the model with the adapter around it, its values as they are when nothing is said."""
         raise NotImplementedError
 
     def without_paths(self, public_name: Callable[[str], str]) -> MethodConfig:
@@ -113,7 +113,7 @@ class ModuleAdapter(Adapter, MergesAdapter):
         return adapt(model, self.settings(common_settings(self.config, model, run)), self.refused_by_peft, [], run)
 
     def settings(self, common: dict[str, Any]) -> Any:
-        """peft's configuration. common: the arguments that every adapter on modules has."""
+        """Return peft's configuration. common: the arguments that every adapter on modules has."""
         raise NotImplementedError
 
     def refused_by_peft(self, reason: str) -> Problem:
@@ -181,7 +181,7 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
         return adapted
 
     def settings(self, task_type: Any) -> Any:
-        """peft's configuration."""
+        """Return peft's configuration."""
         raise NotImplementedError
 
     def start(self, adapted: Any, run: RunConfig) -> None:
@@ -189,6 +189,6 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
 
 
 def linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a linear layer."""
+    """Yield names and shapes of a linear layer."""
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)

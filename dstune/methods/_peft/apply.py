@@ -30,7 +30,7 @@ def refuse_tokens(name: str, model: PreTrainedModel) -> None:
 
 
 def finish(method: AdapterConfig, adapted: nn.Module, model: PreTrainedModel) -> nn.Module:
-    """`adapted` with the values of the adapter that it starts from."""
+    """Put into `adapted` the values of the adapter that it starts from."""
     if method.adapter and model.device.type != "meta":  # an export, which takes all weights from the checkpoint
         load_adapter(adapted, Path(method.adapter))
     return adapted
@@ -60,7 +60,7 @@ def load_adapter(adapted: Any, folder: Path) -> None:
 
 
 def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config: RunConfig) -> dict[str, Any]:
-    """Arguments of peft's configurations of adapters on modules."""
+    """Return arguments of peft's configurations of adapters on modules."""
     from dstune.models.peft_import import peft
 
     targets, whole, kind = _targets(method), _modules_to_save(method, new_weights(model)), task_type(config, model)
@@ -119,7 +119,7 @@ def adapt(
     whole: list[nn.Parameter],
     config: RunConfig,
 ) -> Any:
-    """The model with peft's adapters on its modules. Raises UserError where it has no such modules.
+    """Return the model with peft's adapters on its modules. Raises UserError where it has no such modules.
 
     refused: the problem behind what peft says. whole: parameters that peft needs all of.
     """
@@ -137,7 +137,7 @@ def adapt(
 
 
 def task_type(config: RunConfig, model: PreTrainedModel) -> Any:
-    """peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
+    """Return peft's name of the task: which head is trained beside the adapter, and which class wraps the model."""
     from dstune.models.peft_import import peft
 
     if name := task_of(config.task).peft_type:

@@ -34,7 +34,7 @@ UNSUPPORTED = {
 
 
 def adapter_folder(path: str, key: str) -> Path:
-    """The folder with the adapter: `path`, or `export/` in it where it is a run. Raises UserError."""
+    """Return the folder with the adapter: `path`, or `export/` in it where it is a run. Raises UserError."""
     folder = Path(path)
     adapter = next((each for each in (folder, folder / "export") if (each / "adapter_config.json").is_file()), None)
     if adapter is None:
@@ -48,7 +48,7 @@ def adapter_folder(path: str, key: str) -> Path:
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:
-    """`adapter_config.json`. Raises UserError."""
+    """Return `adapter_config.json`. Raises UserError."""
     try:
         settings = parse_json(read_file(folder / "adapter_config.json"))
     except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
 
 
 def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:
-    """The folders of finished adapters, all of peft's kind `kind`. Raises UserError."""
+    """Return the folders of finished adapters, all of peft's kind `kind`. Raises UserError."""
     folders = [adapter_folder(path, key) for path in paths]
     for folder in folders:
         _refuse_other_kind(read_settings(folder, key), kind, key, folder)
@@ -70,7 +70,7 @@ def adapter_folders(paths: Sequence[str], key: str, kind: str) -> list[Path]:
 def with_settings_of(
     method: AdapterConfig, kind: str, renamed: Mapping[str, str], ours_alone: Collection[str]
 ) -> AdapterConfig:
-    """`method` with the folder of the adapter that it starts from, and with the settings of that adapter.
+    """Return `method` with the folder of the adapter that it starts from, and with the settings of that adapter.
 
     kind: peft's. renamed: peft's names of keys that are called otherwise here. ours_alone: keys that say nothing of an
     adapter's form.
@@ -139,7 +139,7 @@ def _value(settings: dict[str, Any], name: str, ours: Any) -> Any:
 
 
 def tensors_of(folder: Path, key: str) -> dict[str, Tensor]:
-    """The tensors in the folder of an adapter. key: that names it. Raises UserError."""
+    """Return the tensors in the folder of an adapter. key: that names it. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

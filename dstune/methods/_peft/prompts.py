@@ -19,7 +19,7 @@ merges are learnt in the order of their frequency (Lester et al. 2021 draw from 
 
 
 def add_prompt(name: str, settings: Any, positions: int, model: PreTrainedModel, config: RunConfig) -> nn.Module:
-    """The frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
+    """Return the frozen model behind a trained prompt. Every rank must call it. Raises UserError where the model takes none."""
     from dstune.models.peft_import import peft
 
     new = [

@@ -19,9 +19,8 @@ RANKED = 20
 
 
 def classical_results(config: RunConfig, method: FeaturesConfig, data: PreparedData) -> dict[str, dict[str, Any]]:
-    """Metrics of each classifier that `method` asks for, by its name and by part; of a forest also `ranking`: the features
-    by mean decrease in impurity (Breiman 2001), the most important first.
-    """
+    """Return metrics of each classifier that `method` asks for, by its name and by part; of a forest also `ranking`: the
+    features by mean decrease in impurity (Breiman 2001), the most important first."""
     chosen = {"logistic_regression": method.logistic_regression, "random_forest": method.random_forest}
     if not any(chosen.values()):
         return {}
@@ -80,6 +79,6 @@ def _metrics(config: RunConfig, names: tuple[str, ...], model: Any, split: Split
 
 
 def matrix(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """All vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
+    """Return all vectors of a part, float32 [rows, hidden], and labels [rows] or [rows, labels]."""
     table = split.table.with_format("numpy")
     return np.stack(list(table["features"][:])).astype(np.float32), np.asarray(list(table["label"][:]))

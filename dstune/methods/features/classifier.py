@@ -21,13 +21,13 @@ class FeatureClassifier(PreTrainedModel):
         self.post_init()
 
     def forward(self, features: torch.Tensor, **unused: Any) -> SequenceClassifierOutput:
-        """features: [batch, hidden]. logits: [batch, classes]."""
+        """Classify feature vectors. features: [batch, hidden]. logits: [batch, classes]."""
         return SequenceClassifierOutput(logits=self.classifier(features.to(self.classifier.output.weight.dtype)))
 
 
 def feature_classifier(architecture: PretrainedConfig, dtype: torch.dtype, seed: int) -> FeatureClassifier:
-    """architecture: that of the whole model (`load.trained_config`). Partitioned where `zero.parts.partitioned_loading`
-    is open."""
+    """Build the classifier. architecture: that of the whole model (`load.trained_config`). Partitioned where
+    `zero.parts.partitioned_loading` is open."""
     model = FeatureClassifier._from_config(architecture, dtype=dtype)
     assert isinstance(model, FeatureClassifier)
     initialize_weights(model, [name for name, _ in model.named_parameters()], seed)

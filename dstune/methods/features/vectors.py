@@ -92,7 +92,7 @@ def features_of(
     world: World,
     cache_root: Path,
 ) -> Vectors:
-    """The vectors of all parts of `data`, from the cache where it has them. Every rank must call it."""
+    """Return the vectors of all parts of `data`, from the cache where it has them. Every rank must call it."""
     folder = cache_root / "features" / world.broadcast(_key(config, method, data, precision) if world.is_main else "")
     seconds = 0.0
     if world.any(not (folder / META).is_file()):

@@ -9,7 +9,7 @@ import torch
 
 
 def chosen_tensors(scores: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
-    """The names with the highest scores whose sizes sum to at most `share` of all; one that does not fit is passed over.
+    """Return the names with the highest scores whose sizes sum to at most `share` of all; one that does not fit is passed over.
 
     The highest one is taken in any case.
     """
@@ -24,14 +24,14 @@ def chosen_tensors(scores: Mapping[str, float], sizes: Mapping[str, int], share:
 
 
 def sortable(scores: torch.Tensor) -> torch.Tensor:
-    """int32 keys in the order of fp32 scores, so that a threshold is found bit by bit; the bits of a negative float fall
+    """Return int32 keys in the order of fp32 scores, so that a threshold is found bit by bit; the bits of a negative float fall
     as it rises."""
     bits = scores.float().contiguous().view(torch.int32)
     return torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
 
 
 def threshold(count_from: Callable[[int], int], target: int) -> int:
-    """The lowest key for which `count_from(key)`, how many entries of all ranks have it or a higher one, is at most
+    """Return the lowest key for which `count_from(key)`, how many entries of all ranks have it or a higher one, is at most
     `target`. Entries with equal scores are taken together or not at all."""
     low, high = -(2**31), 2**31
     while low < high:
@@ -44,7 +44,7 @@ def threshold(count_from: Callable[[int], int], target: int) -> int:
 
 
 def rank_correlation(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any]:
-    """Spearman's rank correlation of two scores of the same tensors, and the probability of one as far from 0 by chance."""
+    """Compute Spearman's rank correlation of two scores of the same tensors, and the probability of one as far from 0 by chance."""
     from scipy.stats import spearmanr
 
     names = sorted(first)

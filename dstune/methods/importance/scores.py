@@ -68,7 +68,7 @@ class Choice(Preparation):
     selected: Selected
 
     def restrict(self, module: nn.Module, new: NewWeights) -> None:
-        """A tensor without a trained entry costs neither gradients nor states."""
+        """Freeze tensors without a trained entry, so that they cost neither gradients nor states."""
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in self.selected.tensors or name in new.parameters)
 

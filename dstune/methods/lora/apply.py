@@ -25,7 +25,7 @@ from dstune.zero.parts import full_count, full_shape, is_partitioned
 def add_lora(
     lora: LoraConfig, model: PreTrainedModel, config: RunConfig, refused: Callable[[str], Problem]
 ) -> nn.Module:
-    """The model with the adapters on it. refused: the problem behind what peft says."""
+    """Add adapters to the model. refused: the problem behind what peft says."""
     from dstune.models.peft_import import peft
 
     new = new_weights(model)
@@ -71,7 +71,7 @@ def _layers_gathered(model: nn.Module) -> Iterator[None]:
 
 
 def experts_without_adapters(module: nn.Module) -> float:
-    """Share of the weights that are in stacked experts, where there are any and none of them has an adapter; else 0."""
+    """Return share of the weights that are in stacked experts, where there are any and none of them has an adapter; else 0."""
     parameters = dict(module.named_parameters())
     inside = {name: parameter for name, parameter in parameters.items() if ".experts." in name}
     if any(".lora_" in name for name in inside):

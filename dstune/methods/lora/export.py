@@ -14,7 +14,7 @@ from dstune.methods.lora.start import SHIFT_A, SHIFT_B, lora_layers
 
 
 def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of what was added to each frozen weight (`start.shift`), A [rank, in] and B [out, rank]."""
+    """Return the factors of what was added to each frozen weight (`start.shift`), A [rank, in] and B [out, rank]."""
     shifts = {}
     for name in trained:
         owner, _, leaf = name.rpartition(".")
@@ -25,12 +25,12 @@ def shifts_by_module(trained: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, T
 
 
 def shifted(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """`weight` [out, in] with what was added to it, in fp32."""
+    """Return `weight` [out, in] with what was added to it, in fp32."""
     return weight.float() + b @ a
 
 
 def plain_lora(adapted: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one plain adapter, by their names in its file, where weights were split or stand on finished adapters;
+    """Return the tensors of one plain adapter, by their names in its file, where weights were split or stand on finished adapters;
     empty where neither is so.
 
     adapted: the PeftModel, whose settings get the new ranks and modules. The sum of two products of low rank is one:

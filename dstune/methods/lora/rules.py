@@ -39,7 +39,7 @@ def check_lora(config: LoraConfig) -> Iterator[Problem]:
 
 
 def splits(config: LoraConfig) -> bool:
-    """Whether each weight is split into the adapter and a frozen rest."""
+    """Return whether each weight is split into the adapter and a frozen rest."""
     return config.init in (LoraInit.pissa, LoraInit.olora, LoraInit.qr)
 
 
@@ -55,7 +55,7 @@ def check_sharded_weights(config: LoraConfig) -> Iterator[Problem]:
 
 
 def adapted_experts_problem(config: LoraConfig) -> Problem | None:
-    """What peft's adapters of stacked experts cannot do and the configuration asks for."""
+    """Return what peft's adapters of stacked experts cannot do and the configuration asks for."""
     for key, value, off in (("dropout", config.dropout, "0"), ("dora", config.dora, "false")):
         if value:
             reason = "the experts of this model are stacked weights, whose adapters cannot have it"

@@ -97,7 +97,7 @@ def shift(base: nn.Linear, a: Tensor, b: Tensor) -> None:
 
 
 def lora_layers(adapted: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The layers with a LoRA adapter, by the name of the module that they replace."""
+    """Yield the layers with a LoRA adapter, by the name of the module that they replace."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in adapted.named_modules():

@@ -17,7 +17,7 @@ KEPT = ("lm_head", "embed_out", "classifier", "pre_classifier", "score", "pooler
 
 
 def quantization(method: QloraConfig, stage: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that round linear layers to NF4 while they are read.
+    """Return arguments of `from_pretrained` that round linear layers to NF4 while they are read.
 
     dtype: of the products, and of what holds the packed values: ZeRO-3 partitions parameters of one floating type only, so
     the bytes travel under its name (`quant_storage`).
@@ -27,7 +27,7 @@ def quantization(method: QloraConfig, stage: int, dtype: torch.dtype) -> dict[st
 
 
 def rounding(dtype: torch.dtype, *, double: bool, storage: torch.dtype = torch.uint8) -> Any:
-    """transformers' settings of the rounding that `method=qlora` trains on."""
+    """Return transformers' settings of the rounding that `method=qlora` trains on."""
     from transformers import BitsAndBytesConfig
 
     import dstune.models.peft_import  # noqa: F401  # before transformers imports bitsandbytes
@@ -64,7 +64,8 @@ def refuse_rounded_vocabulary(model: Any) -> None:
 
 
 def quantized_modules(model: nn.Module) -> list[str]:
-    """Names of the linear layers that `quantization` rounds, in a model that was loaded without it; adapters on them or not."""
+    """Return names of the linear layers that `quantization` rounds, in a model that was loaded without it; adapters on them or
+    not."""
     names = []
     for name, module in model.named_modules():
         inner = name.removesuffix(".base_layer")
@@ -79,7 +80,7 @@ def is_adapter_part(name: str) -> bool:
 
 
 def rounded(weight: Tensor, *, double: bool) -> Tensor:
-    """`weight` [out, in] as training had it: through 4 bits and back, in its own dtype."""
+    """Return `weight` [out, in] as training had it: through 4 bits and back, in its own dtype."""
     import bitsandbytes
 
     packed, state = bitsandbytes.functional.quantize_4bit(

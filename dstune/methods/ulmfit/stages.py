@@ -16,7 +16,7 @@ FOLDER = "language_model"
 
 
 def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path) -> RunConfig:
-    """The first stage: the texts of the classifier's rows, all layers with discriminative rates (section 3.2 of
+    """Return the first stage: the texts of the classifier's rows, all layers with discriminative rates (section 3.2 of
     arXiv:1801.06146)."""
     columns = {role: name for role, name in config.data.columns.items() if role == "text"}
     off = AugmentConfig()
@@ -36,7 +36,7 @@ def language_model_stage(method: UlmfitConfig, config: RunConfig, run_dir: Path)
 
 
 def classifier_stage(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The second stage: the run itself, from what the first one exported."""
+    """Return the second stage: the run itself, from what the first one exported."""
     model = replace(
         config.model,
         path=str(run_dir / FOLDER / "export"),

@@ -31,16 +31,16 @@ class Unfreezing:
                 self._engine.unfreeze(part, fresh=True)
 
     def trained_layers(self, step: int) -> int:
-        """How many parts are trained in `step`."""
+        """Return how many parts are trained in `step`."""
         return sum(begin <= step for begin, _ in self._begins)
 
     def waiting(self, total_steps: int) -> int:
-        """How many parts never train in a run of so many steps."""
+        """Return how many parts never train in a run of so many steps."""
         return sum(begin >= total_steps for begin, _ in self._begins)
 
 
 def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], data_loader: DataLoader) -> list[tuple[int, Part]]:
-    """The step with which each part begins to train, from the top down. parts: from the bottom up."""
+    """Return the step with which each part begins to train, from the top down. parts: from the bottom up."""
     top, *below = reversed(parts)
     at_once = method.layers_at_once
     chunks = [top, *(sum(below[first : first + at_once], ()) for first in range(0, len(below), at_once))]
