@@ -8,13 +8,13 @@ from dstune.protocols import METRICS
 
 
 def is_lower_better(metric: str) -> bool:
-    """Whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
+    """Return whether less of `metric` is better; that of one task of several (`NAME/METRIC`) is as it is elsewhere."""
     name = metric.rpartition("/")[2]
     return name in METRICS and METRICS[name].lower_is_better
 
 
 def improves(metric: str, value: float, best: float | None, min_delta: float = 0.0) -> bool:
-    """Whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
+    """Return whether `value` beats `best` by more than `min_delta`; a value that is not finite beats nothing."""
     if not math.isfinite(value):
         return False
     if best is None:

@@ -6,7 +6,7 @@ import math
 
 
 def language_model_metrics(loss_sum: float, weight: float, correct: float, size: int = 0) -> dict[str, float]:
-    """Mean loss in nats per target token, its exponential, and the share of targets predicted.
+    """Return mean loss in nats per target token, its exponential, and the share of targets predicted.
 
     size: bytes of the text that the targets stand for. `bits_per_byte` are the bits of all targets, ends of turns and of
     documents included, over them; unlike the others it can be compared between tokenizers.
