@@ -13,7 +13,8 @@ SIZES = ("r", "init_r", "target_r", "num_virtual_tokens", "token_dim", "num_laye
 
 
 def check_sizes(settings: Mapping[str, Any], folder: Path, where: str) -> None:
-    """settings: of the adapter in `folder`. Raises UserError for a size beyond any that its file has."""
+    """Check the sizes of an adapter. settings: of the adapter in `folder`. Raises UserError for a size beyond any that its file
+    has."""
     from safetensors import SafetensorError, safe_open
 
     file = folder / "adapter_model.safetensors"

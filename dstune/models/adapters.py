@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """`model` as it was before its adapters, and without dropout.
+    """Switch off the adapters of `model`, and dropout, within the block.
 
     The flags of peft's layers alone are set: its own `disable_adapter` sets `requires_grad` of what is trained as well,
     which the optimizer of a running step must not see.

@@ -38,7 +38,7 @@ class SpanAttention:
     """Whether a rank has all positions of its rows."""
 
     def boundaries(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int] | None:
-        """Where samples begin, for an attention that is told so by tensors."""
+        """Return where samples begin, for an attention that is told so by tensors."""
         return None
 
     def install(self, model: PreTrainedModel) -> None:
@@ -50,7 +50,7 @@ class SpanAttention:
 
     @contextmanager
     def temporary(self) -> Iterator[None]:
-        """Within, the model attends as it was loaded."""
+        """Let the model attend as it was loaded, within the block."""
         self._model.set_attn_implementation(self._before)
         yield
         self._model.set_attn_implementation(self.NAME)
@@ -70,11 +70,11 @@ class SpanAttention:
         return attend(query, key, value, spans, dropout=dropout, scale=scale, window=window)
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Query, key and value [rows, heads, positions, size] as this rank attends with them."""
+        """Return query, key and value [rows, heads, positions, size] as this rank attends with them."""
         return states
 
     def redistribute_outputs(self, attended: torch.Tensor) -> torch.Tensor:
-        """What is attended, [rows, heads, positions, size], as the layer goes on with it."""
+        """Return what is attended, [rows, heads, positions, size], as the layer goes on with it."""
         return attended
 
     def _attention(
@@ -111,7 +111,8 @@ class SamplesApart(SpanAttention):
 
     @classmethod
     def of(cls, config: RunConfig, model: PreTrainedModel) -> SamplesApart | None:
-        """Where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it fits.
+        """Return where `model.attention=auto` computes samples one by one, else None: on a CPU, for models and methods that it
+        fits.
 
         GPUs have kernels for packed rows (`models.packed_attention`), and would wait for the launch of one after the other here.
         """
@@ -132,7 +133,7 @@ class SamplesApart(SpanAttention):
     def model_inputs(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels. See `spans_of`; boundaries are of another attention."""
+        """Return the model's inputs and the labels. See `spans_of`; boundaries are of another attention."""
         return with_spans(inputs, labels, spans_of(inputs)), labels
 
     def refuse(self, reason: str) -> str:
@@ -153,8 +154,7 @@ def attend(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention of each sample on its own, [rows, heads, positions, size]; zeros
-    behind the last one.
+    """Attend causally within each sample on its own, [rows, heads, positions, size]; zeros behind the last one.
 
     window: how far back a position looks, itself included. A longer sample goes in pieces of so many positions, each of which
     sees as many again before it, so that a mask has at most 2 x window^2 elements.

@@ -23,7 +23,7 @@ from dstune.core.weight_index import INDEX, check_indexes
 
 
 def original_weights(config: ModelConfig, prefix: str, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """`BaseWeights`. Raises UserError where the files have other names than the model's parameters."""
+    """Return `BaseWeights`. Raises UserError where the files have other names than the model's parameters."""
     try:
         return BaseWeights(config, prefix, expected)
     except LookupError as error:
@@ -119,7 +119,7 @@ class Loading:
 
     @classmethod
     def of(cls, model: PreTrainedModel, state: Mapping[str, Tensor], keys: Iterable[str]) -> Loading:
-        """As `from_pretrained` loads files with `keys` into `model`, which may be on the meta device.
+        """Plan the loading that `from_pretrained` does of files with `keys` into `model`, which may be on the meta device.
 
         state: its `state_dict` without adapters.
         """
@@ -148,7 +148,7 @@ def metadata_folder(config: ModelConfig) -> Path:
 
 
 def tensor_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor; of several files the one that transformers would take.
+    """Return the file of each tensor; of several files the one that transformers would take.
 
     Raises:
         LookupError: there is none. UserError: the index names files outside of the folder.

@@ -39,7 +39,7 @@ def use_compiled(module: nn.Module, config: ModelConfig) -> Iterator[str]:
 
 
 def compiled_functions(module: nn.Module) -> dict[str, bool]:
-    """Which of the two are computed as here, in any layer of `module`."""
+    """Return which of the two are computed as here, in any layer of `module`."""
     computing = {
         module_part.forward.func for module_part in module.modules() if isinstance(module_part.forward, partial)
     }

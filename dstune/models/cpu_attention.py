@@ -23,7 +23,7 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def computes(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel takes these states."""
+    """Return whether the kernel takes these states."""
     formats = (torch.bfloat16, torch.float32, torch.float64)
     return query.device.type == "cpu" and query.dtype in formats and query.shape[-1] == value.shape[-1]
 

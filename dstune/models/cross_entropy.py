@@ -44,7 +44,7 @@ class CrossEntropy(NamedTuple):
 def projected_cross_entropy(
     projection: nn.Module, project: Project, hidden: torch.Tensor, targets: torch.Tensor
 ) -> CrossEntropy:
-    """Cross entropy of `project(hidden)`, to be called inside the forward pass of `projection`.
+    """Compute the cross entropy of `project(hidden)`, to be called inside the forward pass of `projection`.
 
     projection: the module that `project` is the forward of. A linear layer without bias takes the short way; any other
     (an adapter on the projection, trained token rows) computes the logits of a chunk again in the backward pass.
@@ -68,8 +68,8 @@ def projected_cross_entropy(
 def projected_log_probabilities(
     projection: nn.Module, project: Project, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets], to be called inside the
-    forward pass of `projection`.
+    """Compute log-probabilities of `targets` under softmax(`project(hidden)` / temperature), fp32 [targets], to be called inside
+    the forward pass of `projection`.
 
     The logits of a chunk are computed again in the backward pass. hidden: [targets, hidden size]; targets: [targets].
     """
@@ -92,7 +92,7 @@ def _of_each(project: Project, hidden: torch.Tensor, targets: torch.Tensor, temp
 
 
 def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
-    """Targets whose logits are made at a time; None for all of them."""
+    """Return targets whose logits are made at a time; None for all of them."""
     # ZeRO-3 gathers the weights inside a wrapped projection at every call, and ranks have chunks in unequal numbers.
     if not _plain_linear(projection) and any(is_partitioned(weight) for weight in projection.parameters()):
         return None
@@ -100,7 +100,7 @@ def rows_at_once(projection: nn.Module, hidden: torch.Tensor) -> int | None:
 
 
 def is_multiplied_once(projection: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether training makes the logits of hidden states in `dtype` once, and their gradients with them."""
+    """Return whether training makes the logits of hidden states in `dtype` once, and their gradients with them."""
     # fp16's loss scale reaches a gradient in the backward pass only: too late for small ones that are made before.
     return _plain_linear(projection) and dtype is not torch.float16
 
@@ -110,7 +110,7 @@ def _plain_linear(projection: nn.Module) -> bool:
 
 
 def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
-    """Targets whose logits are made at a time."""
+    """Return targets whose logits are made at a time."""
     if hidden.is_cpu:
         return max(1, CHUNK_BYTES // (hidden.element_size() * vocabulary))
     return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * vocabulary) // TILE_ROWS * TILE_ROWS)
@@ -118,8 +118,8 @@ def chunk_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 @cache
 def wide_products(device: str, dtype: torch.dtype) -> bool:
-    """Whether a product of matrices in half precision can be had in fp32, as it was summed: torch 2.8 and newer on CUDA. Its
-    operation has no derivative, and a CPU no kernel for it."""
+    """Return whether a product of matrices in half precision can be had in fp32, as it was summed: torch 2.8 and newer on CUDA.
+    Its operation has no derivative, and a CPU no kernel for it."""
     if device == "cpu" or dtype is torch.float32:
         return False
     some = torch.ones(16, 16, device=device, dtype=dtype)
@@ -149,7 +149,7 @@ def _block_rows(logits: torch.Tensor) -> int:
 
 
 def vocabulary_size(projection: nn.Module) -> int:
-    """Number of logits: rows of the largest weight in a projection, however it is wrapped."""
+    """Return number of logits: rows of the largest weight in a projection, however it is wrapped."""
     return max(full_shape(weight)[0] for weight in projection.parameters())
 
 
@@ -157,7 +157,7 @@ class BlockLoss(Protocol):
     """A loss of logits, and its gradient, a block of rows at a time."""
 
     def __call__(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of the losses, scalar fp32; gradient of that sum, fp32 [rows, vocabulary]). logits: of the targets `rows`."""
+        """Return (sum of the losses, scalar fp32; gradient of that sum, fp32 [rows, vocabulary]). logits: of the targets `rows`."""
 
 
 class BlockCrossEntropy(NamedTuple):
@@ -177,7 +177,7 @@ class LinearLoss(torch.autograd.Function):
     def forward(
         context: Any, hidden: torch.Tensor, weight: torch.Tensor, block_loss: BlockLoss, rows: int
     ) -> torch.Tensor:
-        """hidden: [targets, hidden size], weight: [vocabulary, hidden size]; rows: of a chunk."""
+        """Compute the loss block by block. hidden: [targets, hidden size], weight: [vocabulary, hidden size]; rows: of a chunk."""
         of_hidden, of_weight, _, _ = context.needs_input_grad
         hidden_gradient = torch.empty_like(hidden) if of_hidden else None
         weight_gradient: torch.Tensor | None = None

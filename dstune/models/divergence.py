@@ -72,7 +72,7 @@ class BlockDivergence:
 
 
 def divergence_and_gradient(student_logits: Tensor, taught: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """(sum of the divergences, scalar; its gradient for `student_logits`). Both logits: fp32 [targets, vocabulary]."""
+    """Return (sum of the divergences, scalar; its gradient for `student_logits`). Both logits: fp32 [targets, vocabulary]."""
     beta, temperature = objective.beta, objective.temperature
     log_s = torch.log_softmax(student_logits / temperature, dim=-1)
     log_t = torch.log_softmax(taught / temperature, dim=-1)
@@ -115,7 +115,7 @@ class _OfLogits(torch.autograd.Function):
 def projected_divergence(
     projection: nn.Module, project: Project, hidden: Tensor, block_loss: BlockDivergence
 ) -> Tensor:
-    """The sum of the losses of `project(hidden)`, scalar fp32, to be called inside the forward pass of `projection` (see
+    """Return the sum of the losses of `project(hidden)`, scalar fp32, to be called inside the forward pass of `projection` (see
     `cross_entropy.projected_cross_entropy`). hidden: [targets, hidden size]."""
     rows = rows_at_once(projection, hidden) or max(1, len(hidden))
     if torch.is_grad_enabled() and is_multiplied_once(projection, hidden.dtype):
@@ -138,7 +138,7 @@ def _projected(project: Project, hidden: Tensor, block_loss: BlockDivergence, fi
 
 
 def divergence_of_logits(logits: Tensor, block_loss: BlockDivergence, first: int = 0) -> Tensor:
-    """The sum of the losses of logits that exist already. first: number of their first target."""
+    """Return the sum of the losses of logits that exist already. first: number of their first target."""
     loss_sum: Tensor = _OfLogits.apply(logits, block_loss, first)
     return loss_sum
 
@@ -146,7 +146,7 @@ def divergence_of_logits(logits: Tensor, block_loss: BlockDivergence, first: int
 def measured_divergence(
     project: Project, hidden: Tensor, block_loss: BlockDivergence, rows: int
 ) -> tuple[Tensor, Measured]:
-    """The sum of the losses without gradients, and what an evaluation reports beside it. rows: of a chunk."""
+    """Return the sum of the losses without gradients, and what an evaluation reports beside it. rows: of a chunk."""
     loss_sum = hidden.new_zeros((), dtype=torch.float32)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden.device)
     first = 0

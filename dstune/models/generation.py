@@ -14,8 +14,8 @@ from dstune.core.errors import Problem, UserError
 
 
 def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
-    """Tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError where the settings have
-    something else."""
+    """Return tokens that end a text: those of the model's generation settings, and `stops`. Raises UserError where the settings
+    have something else."""
     configured = model.generation_config.eos_token_id
     several = configured if isinstance(configured, list) else [configured]
     tokens = {token for token in [*several, *stops] if token is not None}
@@ -28,7 +28,8 @@ def end_tokens(model: Any, stops: Iterable[int]) -> list[int]:
 def generation_inputs(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> tuple[Any, dict[str, Any], int]:
-    """(the model whose `generate` is to be called, its inputs, length of what stands in front of the new tokens in its answer)
+    """Return (the model whose `generate` is to be called, its inputs, length of what stands in front of the new tokens in its
+    answer)
 
     input_ids, attention_mask: [batch, sequence], as `padded` gives them.
 
@@ -68,7 +69,7 @@ def generate_answers(
     one_line: bool = False,
     images: Sequence[Mapping[str, torch.Tensor]] = (),
 ) -> list[str]:
-    """The most probable answer to each prompt (token ids), token by token, without special tokens.
+    """Return the most probable answer to each prompt (token ids), token by token, without special tokens.
 
     Greedy, so the same weights give the same text; `batch_size` prompts share a forward pass. in_step: all ranks run this
     with equally many prompts, and go on with a batch until all of them are done with theirs (for partitioned weights).
@@ -110,7 +111,7 @@ def generate_answers(
 
 
 def placed_images(inputs: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a model gets of images where it computes, and pixels in its own type."""
+    """Return what a model gets of images where it computes, and pixels in its own type."""
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     return {name: value.to(device, dtype if name == "pixel_values" else value.dtype) for name, value in inputs.items()}
@@ -129,7 +130,7 @@ class _LineEnds:
 
 
 def padded(model: Any, prompts: Sequence[list[int]], padding: int) -> dict[str, torch.Tensor]:
-    """Prompts as tensors: on the left of what a decoder goes on from, on the right of what an encoder reads."""
+    """Pad prompts to tensors: on the left of what a decoder goes on from, on the right of what an encoder reads."""
     width = max(map(len, prompts))
     pads_left = not model.config.is_encoder_decoder
     rows, masks = [], []

@@ -38,7 +38,7 @@ CLASSES = {CLASSIFIER: AutoModelForSequenceClassification, TOKEN_CLASSIFIER: Aut
 
 
 def inventory(values: Mapping[str, Any], head: str, labels: int) -> dict[str, Any]:
-    """Names, shapes and kinds of the tensors that text reaches, and how many weights it does not reach.
+    """Return names, shapes and kinds of the tensors that text reaches, and how many weights it does not reach.
 
     values: a whole `config.json`. Raises what transformers raises where it has no such model.
     """

@@ -32,7 +32,8 @@ def use_kernels(module: nn.Module, config: ModelConfig, message: Callable[[str],
 
 
 def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Optimizer) -> dict[str, str]:
-    """By operation, as a run has chosen it and the proofs at its start have left it. model: transformers' within `module`."""
+    """Describe what computes each operation, as a run has chosen it and the proofs at its start have left it. model:
+    transformers' within `module`."""
     rows = getattr(head, "rows", None)
     loaded = getattr(getattr(model, "config", None), "_attn_implementation", None)  # features have no model
     parts = {"attention": str(loaded) if rows is None else rows.title}
@@ -48,7 +49,7 @@ def of_run(module: nn.Module, model: Any, head: Any, optimizer: torch.optim.Opti
 
 
 def of_machine() -> dict[str, str]:
-    """What a chat run of Llama 3 8B would be computed by here, in the precision that `trainer.precision=auto` takes."""
+    """Return what a chat run of Llama 3 8B would be computed by here, in the precision that `trainer.precision=auto` takes."""
     dtype = torch.bfloat16 if fast_bf16() else torch.float16 if accelerator.capability() else torch.float32
     parts = {"attention": SamplesApart.title}
     if accelerator.present():

@@ -31,7 +31,7 @@ class Layers:
 
 
 def layers_of(model: PreTrainedModel) -> Layers:
-    """The layers of `model`. Its blocks are the members of the outermost lists of modules in its body that have as many
+    """Return the layers of `model`. Its blocks are the members of the outermost lists of modules in its body that have as many
     parameters as half of the largest one: a list of small modules (of projections, of poolers) is none of blocks."""
     blocks = list(_blocks(model))
     block_of = {id(parameter): number for number, block in enumerate(blocks) for parameter in block.parameters()}
@@ -77,6 +77,6 @@ def _outermost_lists(module: nn.Module, left_out: set[nn.Module]) -> Iterator[nn
 
 
 def decayed_rates(layers: Layers, decay: float) -> dict[str, float]:
-    """Factor on the learning rate of each parameter: 1 for the top, `decay` times that of the part above for the others
+    """Return factor on the learning rate of each parameter: 1 for the top, `decay` times that of the part above for the others
     (Howard and Ruder 2018, section 3.2)."""
     return {name: decay**depth for depth, part in enumerate(reversed(layers.parts)) for name in part}

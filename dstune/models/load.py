@@ -47,13 +47,13 @@ from dstune.zero.parts import all_ranks_hold, gathered, keep_parts, partitioning
 
 
 def local_path(path: str) -> str:
-    """What transformers can load: the folder of a sample or a registered version, or the path itself (a folder or an id in the
-    hub's cache)."""
+    """Return what transformers can load: the folder of a sample or a registered version, or the path itself (a folder or an id
+    in the hub's cache)."""
     return str(samples.resolve(path, fetch=False)) if samples.is_sample(path) else fetched_path(path)
 
 
 def model_folder(config: ModelConfig) -> Path:
-    """Where the files of a model that is on this machine are."""
+    """Return where the files of a model that is on this machine are."""
     path = Path(local_path(config.path))
     if path.is_dir():
         return path
@@ -65,7 +65,7 @@ def model_folder(config: ModelConfig) -> Path:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with `model.chat_template` applied, its control tokens added, and a padding token.
+    """Load the model's tokenizer with `model.chat_template` applied, its control tokens added, and a padding token.
 
     Raises UserError where the files are missing or the template cannot be read.
     """
@@ -103,7 +103,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionFiles | None:
-    """What turns images into the model's inputs; None for a model without a tower for them."""
+    """Return what turns images into the model's inputs; None for a model without a tower for them."""
     vision = getattr(architecture, "vision_config", None)
     if text_config_of(architecture) is None or vision is None:
         return None
@@ -131,7 +131,7 @@ def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a padding token, where it had none."""
+    """Return the tokenizer with a padding token, where it had none."""
     if tokenizer.pad_token_id is None:
         # Targets are chosen by position, never by comparing with the padding token, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -148,7 +148,7 @@ def _architecture(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's architecture with `model.config_overrides` and `model.rope` applied.
+    """Load the model's architecture with `model.config_overrides` and `model.rope` applied.
 
     Raises UserError for a value that the architecture does not have.
     """
@@ -202,14 +202,14 @@ class NewWeights:
 
 
 def new_weights(model: PreTrainedModel) -> NewWeights:
-    """What `load_model` added to the model; no parameters where all weights are new (`model.weights=random`)."""
+    """Return what `load_model` added to the model; no parameters where all weights are new (`model.weights=random`)."""
     weights = getattr(model, "dstune_new_weights", NewWeights())
     assert isinstance(weights, NewWeights)
     return weights
 
 
 def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...]) -> PretrainedConfig:
-    """The architecture of a run's model with what the task and the method add to it. See `load_model`."""
+    """Return the architecture of a run's model with what the task and the method add to it. See `load_model`."""
     architecture, task = load_config(config.model), task_of(config.task)
     if architecture.is_encoder_decoder:
         if not task.encoder_decoder:
@@ -231,7 +231,7 @@ def trained_config(config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels
 def load_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model of a run, in parts where `zero.parts.partitioned_loading` is open.
+    """Load the model of a run, in parts where `zero.parts.partitioned_loading` is open.
 
     labels: names of the classes, empty for language models. New weights (a classification head, random initial weights)
     depend on `trainer.seed` and their name only, so they are the same at every ZeRO stage and number of ranks.

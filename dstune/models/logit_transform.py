@@ -31,14 +31,14 @@ class LogitTransform:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def before(self, gradient: Tensor, transformed: Tensor) -> Tensor:
-        """The gradient for what goes in, of that for what comes out."""
+        """Return the gradient for what goes in, of that for what comes out."""
         if self.cap is not None:
             gradient = gradient * (1 - (transformed / self.cap).square())
         return gradient * self.scale if self.scale != 1.0 else gradient
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """Within, the model hands out the logits of its projection as they are."""
+        """Hand out the logits of the projection as they are, within the block."""
         values = [(owner, name, getattr(owner, name)) for owner, name, _ in self.switches]
         for owner, name, neutral in self.switches:
             setattr(owner, name, neutral)
@@ -50,7 +50,7 @@ class LogitTransform:
 
 
 def possible_transforms(model: Any) -> list[LogitTransform]:
-    """What the settings of `model` may mean; only a probe can tell which of them holds."""
+    """Return what the settings of `model` may mean; only a probe can tell which of them holds."""
     config = model.config
     text = config.get_text_config(decoder=True)
     owners = [model, config] if text is config else [model, config, text]

@@ -33,8 +33,8 @@ class Mapped:
 
     @classmethod
     def of(cls, config: ModelConfig, architecture: PretrainedConfig) -> Mapped | None:
-        """None where the files hold several types or quantized weights, where transformers joins tensors while it loads them, as
-        those of experts, and for a model's own code, whose buffers nothing else may know how to make."""
+        """Plan to map the files; None where they hold several types or quantized weights, where transformers joins tensors while
+        it loads them, as those of experts, and for a model's own code, whose buffers nothing else may know how to make."""
         changes = get_checkpoint_conversion_mapping(architecture.get_text_config().model_type) or ()
         joined = any(isinstance(change, WeightConverter) for change in changes)
         own_code = config.trust_remote_code and getattr(architecture, "auto_map", None)

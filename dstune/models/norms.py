@@ -117,8 +117,8 @@ CLOSE = 1.05
 
 @cache
 def is_as_exact(kind: Kind, epsilon: float, width: int, dtype: torch.dtype) -> bool:
-    """Whether torch's kernel on this accelerator is no further away from fp64 than the model's norm, in its output and in both
-    gradients."""
+    """Return whether torch's kernel on this accelerator is no further away from fp64 than the model's norm, in its output and in
+    both gradients."""
     if kind in NO_KERNEL or dtype not in (torch.bfloat16, torch.float16):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ def _forward(norm: nn.Module, epsilon: float, kind: Kind, kernel: bool, hidden_s
 
 
 def lean_norm(rows: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Kind) -> torch.Tensor:
-    """The norm of the last dimension of `rows`, [..., width], by `weight`, [width]."""
+    """Return the norm of the last dimension of `rows`, [..., width], by `weight`, [width]."""
     output: torch.Tensor = _LeanNorm.apply(rows, weight, epsilon, kind)
     return output
 

@@ -66,7 +66,7 @@ def _number(module: nn.Module, name: str) -> int:
 
 
 def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple[Kernel | None, list[str]]:
-    """The first kernel that computes these heads on this rank's device, and why those before it do not."""
+    """Return the first kernel that computes these heads on this rank's device, and why those before it do not."""
     given_up: list[str] = []
     for kernel in kernels:
         tried = (problem_of(kernel, heads, size, window, dtype) for size in heads.sizes for window in heads.windows)
@@ -77,8 +77,8 @@ def choose(kernels: Iterable[Kernel], heads: Heads, dtype: torch.dtype) -> tuple
 
 
 def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtype: torch.dtype) -> str:
-    """How the kernel differs from attention by its definition, in its output or a gradient, or what it raises; empty if it computes
-    two samples as it has to."""
+    """Return how the kernel differs from attention by its definition, in its output or a gradient, or what it raises; empty if
+    it computes two samples as it has to."""
     generator = torch.Generator().manual_seed(0)
     counts = (heads.queries, heads.keys, heads.keys, heads.queries)
     drawn = [torch.randn(sum(LENGTHS), count, size, generator=generator).to(dtype) for count in counts]
@@ -114,7 +114,7 @@ def _with_gradients(compute: Callable[..., torch.Tensor], tensors: list[torch.Te
 def by_definition(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: list[int], scale: float, window: int | None
 ) -> torch.Tensor:
-    """Causal attention of each sample on its own, [positions, heads, size]."""
+    """Attend causally within each sample on its own by the definition, [positions, heads, size]."""
     groups = query.shape[1] // key.shape[1]
     outputs = []
     for begin, end in pairwise(starts):
@@ -139,7 +139,7 @@ class PackedAttention(SpanAttention):
     def of(
         cls, config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
     ) -> PackedAttention | None:
-        """Where an accelerator has a kernel for the rows of this run, the same on all ranks, else None.
+        """Return where an accelerator has a kernel for the rows of this run, the same on all ranks, else None.
 
         Every rank calls it. `message` gets what a user does not expect."""
         requested = config.model.attention
@@ -172,7 +172,7 @@ class PackedAttention(SpanAttention):
         labels: torch.Tensor,
         boundaries: tuple[torch.Tensor, int] | None = None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels. boundaries: as the loader has made them."""
+        """Return the model's inputs and the labels. boundaries: as the loader has made them."""
         spans = boundaries_of(inputs) if boundaries is None else Boundaries(*boundaries)
         return with_spans(inputs, labels, spans), labels
 
@@ -213,6 +213,6 @@ def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
 def attention_of_samples(
     config: RunConfig, model: PreTrainedModel, world: World, message: Callable[[str], None]
 ) -> PackedAttention | SamplesApart | None:
-    """How samples of a row attend each on its own, in this run and on this device; None where masks keep them apart. Every rank
-    calls it."""
+    """Return how samples of a row attend each on its own, in this run and on this device; None where masks keep them apart.
+    Every rank calls it."""
     return PackedAttention.of(config, model, world, message) or SamplesApart.of(config, model)

@@ -16,7 +16,7 @@ Forward = Callable[..., Any]
 
 
 def contamination(forward: Forward, vocabulary: int, device: torch.device) -> tuple[float, torch.dtype]:
-    """Largest logit difference of a sample behind another one in a packed row against the sample alone.
+    """Measure the largest logit difference of a sample behind another one in a packed row against the sample alone.
 
     Relative to the largest logit. `forward` is in evaluation mode; at ZeRO-3 every rank must call this.
     """

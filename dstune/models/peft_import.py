@@ -20,7 +20,7 @@ __all__ = ["peft"]
 
 @contextmanager
 def compiled_when_called() -> Iterator[None]:
-    """While open, `torch.compile` of a function compiles it when it is first called."""
+    """Let `torch.compile` of a function compile it when it is first called, within the block."""
     torch_compile = torch.compile
 
     def compile_later(model: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:

@@ -43,7 +43,7 @@ class PooledForSequenceClassification(PreTrainedModel):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: Any
     ) -> PooledOutput:
-        """input_ids, attention_mask: [batch, sequence]. logits: [batch, classes]."""
+        """Classify pooled rows. input_ids, attention_mask: [batch, sequence]. logits: [batch, classes]."""
         inputs.pop("labels", None)
         hidden = self.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -52,7 +52,7 @@ class PooledForSequenceClassification(PreTrainedModel):
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """One vector for each row, [batch, hidden]: of its first token, of its last one, or their mean.
+    """Pool one vector for each row, [batch, hidden]: of its first token, of its last one, or their mean.
 
     hidden: [batch, sequence, hidden]. mask: [batch, sequence], 1 for tokens and 0 for padding on either side.
     """
@@ -78,7 +78,7 @@ class DenseHead(nn.Module):
         self.output = nn.Linear(width, config.num_labels)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        """pooled: [batch, hidden] -> [batch, classes]."""
+        """Project pooled vectors: [batch, hidden] -> [batch, classes]."""
         for layer in self.layers:
             pooled = torch.tanh(layer(self.dropout(pooled)))
         return self.output(self.dropout(pooled))

@@ -20,12 +20,12 @@ def keep_layout(model: nn.Module) -> None:
 
 
 def is_quantized(layer: Any) -> bool:
-    """Whether an adapted layer stands on a weight in 4 bits."""
+    """Return whether an adapted layer stands on a weight in 4 bits."""
     return getattr(layer.get_base_layer().weight, "quant_state", None) is not None
 
 
 def dequantized(weight: Any) -> Tensor:
-    """The values of a 4-bit weight, [out, in]."""
+    """Return the values of a 4-bit weight, [out, in]."""
     import bitsandbytes
 
     values: Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)

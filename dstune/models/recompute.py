@@ -36,7 +36,7 @@ many as the layer that it is beside, out of `rank` numbers for each position."""
 
 
 def checkpointing_options(chosen: bool | Selective) -> dict[str, Any]:
-    """What transformers hands to `torch.utils.checkpoint` for every layer."""
+    """Return what transformers hands to `torch.utils.checkpoint` for every layer."""
     options: dict[str, Any] = {"use_reentrant": False}
     if isinstance(chosen, Selective):
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
@@ -44,7 +44,7 @@ def checkpointing_options(chosen: bool | Selective) -> dict[str, Any]:
 
 
 def policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
-    """Whether the output of one operation is kept. It depends on shapes alone, which are the same both times."""
+    """Return whether the output of one operation is kept. It depends on shapes alone, which are the same both times."""
     name = operation.name().split(".")[0]
     if name in ATTENTION:
         return CheckpointPolicy.MUST_SAVE

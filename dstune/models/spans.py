@@ -20,8 +20,8 @@ Spans = tuple[tuple[tuple[int, int], ...], ...]
 
 
 def spans_of(inputs: Mapping[str, torch.Tensor]) -> Spans:
-    """inputs: input_ids [rows, width] with position_ids of packed rows, which restart at 0 with each sample, or with
-    attention_mask, whose padding is behind the tokens and belongs to no sample."""
+    """Find the spans of samples. inputs: input_ids [rows, width] with position_ids of packed rows, which restart at 0 with each
+    sample, or with attention_mask, whose padding is behind the tokens and belongs to no sample."""
     rows, width = inputs["input_ids"].shape
     if "position_ids" not in inputs:
         return tuple(((0, length),) for length in inputs["attention_mask"].sum(dim=1).tolist())
@@ -32,13 +32,13 @@ def spans_of(inputs: Mapping[str, torch.Tensor]) -> Spans:
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """The attention_mask of a forward pass that is told spans: of four dimensions, so that it is taken as it is, and none of the
-    model's own is made."""
+    """Return the attention_mask of a forward pass that is told spans: of four dimensions, so that it is taken as it is, and none
+    of the model's own is made."""
     return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: Any) -> dict[str, Any]:
-    """The inputs of a model whose attention finds its samples by `spans`. labels: [rows, width]"""
+    """Return the inputs of a model whose attention finds its samples by `spans`. labels: [rows, width]"""
     model_inputs = dict(inputs) | {"attention_mask": no_mask(labels.device), SPANS: spans}
     if "position_ids" not in inputs:  # some models would make them of the mask
         rows, width = labels.shape
@@ -47,8 +47,8 @@ def with_spans(inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, spans: 
 
 
 def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: dict[str, Any]) -> Spans | None:
-    """Takes the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError where
-    layers of the model have not handed them on."""
+    """Take the spans out of the keywords of an attention function; None for a forward pass that tells none. Raises UserError
+    where layers of the model have not handed them on."""
     spans = keywords.pop(SPANS, None)
     if spans is None and mask is not None and mask.shape == (1, 1, 1, 1):
         reason = f"the layers of this model do not tell {type(module).__name__} where samples begin"
@@ -57,7 +57,8 @@ def known_spans(module: torch.nn.Module, mask: torch.Tensor | None, keywords: di
 
 
 def window_of(module: torch.nn.Module, keywords: Mapping[str, Any]) -> int | None:
-    """How far back positions of an attention layer look, itself included. keywords: of transformers' call of its attention."""
+    """Return how far back positions of an attention layer look, itself included. keywords: of transformers' call of its
+    attention."""
     # What is passed counts: EXAONE's layers all hold a window, and those without one pass None.
     return keywords["sliding_window"] if "sliding_window" in keywords else getattr(module, "sliding_window", None)
 
@@ -67,7 +68,7 @@ SILENT = {"nemotron"}
 
 
 def attention_problem(model: PreTrainedModel) -> str | None:
-    """Why attention of this model cannot be computed for each sample on its own, if so."""
+    """Return why attention of this model cannot be computed for each sample on its own, if so."""
     architecture = model.config.get_text_config()
     if not (getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)):
         return "its attention in transformers cannot be replaced"
@@ -91,7 +92,7 @@ CHANGES_SCORES = ("s_aux", "sinks", "position_bias", "attention_bias", "alibi", 
 
 
 def refuse_unknown(module: torch.nn.Module, keywords: Mapping[str, Any]) -> None:
-    """Of what a model does with its scores nothing may be left out silently. Raises UserError."""
+    """Refuse a model that does with its scores what would be left out silently. Raises UserError."""
     unknown = [name for name in CHANGES_SCORES if keywords.get(name) is not None]
     causal = keywords.get("is_causal")
     if causal is False or (causal is None and getattr(module, "is_causal", True) is False):

@@ -44,7 +44,7 @@ class SequenceCut(SpanAttention):
 
     @classmethod
     def of(cls, parts: int, world: World) -> SequenceCut | None:
-        """A cut for groups of `parts` ranks, None where each has whole rows; from then on the groups of `world` read the
+        """Return a cut for groups of `parts` ranks, None where each has whole rows; from then on the groups of `world` read the
         rows."""
         cut = cls(world, parts) if parts > 1 else None
         world.read_in_groups(parts)
@@ -58,7 +58,7 @@ class SequenceCut(SpanAttention):
     def model_inputs(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor, boundaries: Any = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The model's inputs and the labels of this rank's positions.
+        """Return the model's inputs and the labels of this rank's positions.
 
         inputs: input_ids [rows, positions] with position_ids of packed rows or attention_mask (padding behind the tokens).
         labels: what each position is to predict, [rows, positions].
@@ -89,7 +89,7 @@ class SequenceCut(SpanAttention):
         raise UserError(Problem("parallel", reason, "parallel=none, or another model", "ulysses"))
 
     def redistribute_inputs(self, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Some heads with all positions, of all heads with this rank's own."""
+        """Exchange all heads of this rank's own positions for some heads with all positions."""
         query, key, value = states
         repeats = repeats_of_keys(key.shape[1], self.parts)
         if repeats > 1:
@@ -152,7 +152,7 @@ def refuse(model: PreTrainedModel, parts: int) -> None:
 
 
 def rope_types(architecture: PretrainedConfig) -> set[str]:
-    """The kinds of rotary positions in a model's configuration; some have one for each kind of layer."""
+    """Return the kinds of rotary positions in a model's configuration; some have one for each kind of layer."""
     parameters = getattr(architecture, "rope_parameters", None) or getattr(architecture, "rope_scaling", None) or {}
     each = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
     return {str(values.get("rope_type", values.get("type", "default"))) for values in each}

@@ -24,13 +24,13 @@ KEY = "model.unreached_parts"
 
 
 def text_config_of(architecture: PretrainedConfig) -> PretrainedConfig | None:
-    """The configuration of the language model inside a model that has other parts too; None for any other model."""
+    """Return the configuration of the language model inside a model that has other parts too; None for any other model."""
     parts = {key: part for key in architecture.sub_configs if (part := getattr(architecture, key, None)) is not None}
     return parts.get("text_config") if len(parts) > 1 else None
 
 
 def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:
-    """The class to load a model with, where a task has `chosen` one for all architectures.
+    """Return the class to load a model with, where a task has `chosen` one for all architectures.
 
     `AutoModelForCausalLM` loads only the language model of some vision-language checkpoints (Qwen 3.5) and refuses others
     (Mistral 3). Servers load the class that the checkpoint names, and adapters carry the names of its modules.
@@ -43,7 +43,7 @@ def whole_class(chosen: Any, architecture: PretrainedConfig) -> Any:
 
 
 def class_of_adapters(chosen: Any, architecture: PretrainedConfig, names: Iterable[str]) -> Any:
-    """As `whole_class`, for a model that adapters are put on. names: of the modules that they change.
+    """Return the class as `whole_class`, for a model that adapters are put on. names: of the modules that they change.
 
     Adapters of earlier versions have the names of the language model's own class.
     """
@@ -56,7 +56,7 @@ def class_of_adapters(chosen: Any, architecture: PretrainedConfig, names: Iterab
 
 
 def find_unreached(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the outermost modules, and of parameters beside them, that no row of text reaches."""
+    """Return names of the outermost modules, and of parameters beside them, that no row of text reaches."""
     text = text_config_of(model.config)
     if text is None:
         return ()
@@ -99,13 +99,13 @@ def freeze_unreached(model: PreTrainedModel, config: ModelConfig) -> None:
 
 
 def vision_parts(model: nn.Module) -> tuple[str, ...]:
-    """Names of the tower and the projector that `model.train_vision` trains; empty without it."""
+    """Return names of the tower and the projector that `model.train_vision` trains; empty without it."""
     names: tuple[str, ...] = getattr(model, "dstune_vision_parts", ())
     return names
 
 
 def unreached_parts(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules and parameters that `freeze_unreached` froze."""
+    """Return names of the modules and parameters that `freeze_unreached` froze."""
     names: tuple[str, ...] = getattr(model, "dstune_unreached", ())
     return names
 
@@ -117,7 +117,7 @@ def keep_frozen(model: PreTrainedModel) -> None:
 
 
 def unreached_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters of the frozen parts, but for those that a reached part shares."""
+    """Return names and parameters of the frozen parts, but for those that a reached part shares."""
     names = unreached_parts(model)
     if not names:
         return []
@@ -131,12 +131,12 @@ def unreached_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter
 
 
 def is_within(name: str, parts: tuple[str, ...]) -> bool:
-    """Whether `name` is that of one of `parts`, or of something inside one."""
+    """Return whether `name` is that of one of `parts`, or of something inside one."""
     return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def count_by_part(model: PreTrainedModel, count: Callable[[nn.Parameter], int] = full_count) -> dict[str, int]:
-    """Parameters of each frozen part."""
+    """Return parameters of each frozen part."""
     counts = dict.fromkeys(unreached_parts(model), 0)
     for name, parameter in unreached_parameters(model):
         counts[next(part for part in counts if is_within(name, (part,)))] += count(parameter)

@@ -61,7 +61,7 @@ class Kernel:
 
 
 def torch_varlen() -> Kernel | None:
-    """`torch.nn.attention.varlen`, whose arguments have changed with each version since 2.10."""
+    """Return `torch.nn.attention.varlen`, whose arguments have changed with each version since 2.10."""
     try:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
@@ -154,7 +154,7 @@ def _flash(function: Callable[..., Any]) -> Compute:
 
 
 def flex() -> Kernel | None:
-    """Flex attention, compiled where there is a compiler for the device; its mask is made anew for each micro-batch."""
+    """Prepare flex attention, compiled where there is a compiler for the device; its mask is made anew for each micro-batch."""
     try:
         module = importlib.import_module("torch.nn.attention.flex_attention")
         attention, make_mask = module.flex_attention, module.create_block_mask

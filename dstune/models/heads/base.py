@@ -43,7 +43,7 @@ class HeadOutput:
 
 
 def sums_of(output: HeadOutput) -> dict[str, torch.Tensor]:
-    """All sums of a batch by name, `loss_sum`, `weight` and `correct` among them."""
+    """Return all sums of a batch by name, `loss_sum`, `weight` and `correct` among them."""
     return {"loss_sum": output.loss_sum, "weight": output.weight, "correct": output.correct, **output.sums}
 
 
@@ -60,17 +60,18 @@ class Rows(Protocol):
     def model_inputs(
         self, inputs: Batch, labels: torch.Tensor, boundaries: tuple[torch.Tensor, int] | None = None
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """What this rank's model gets of `inputs`, and the labels of its positions. boundaries: as `boundaries` found them."""
+        """Return what this rank's model gets of `inputs`, and the labels of its positions. boundaries: as `boundaries` found
+        them."""
 
     def boundaries(self, inputs: Batch) -> tuple[torch.Tensor, int] | None:
-        """Where samples begin, where the model is told so by tensors."""
+        """Return where samples begin, where the model is told so by tensors."""
 
     def temporary(self) -> AbstractContextManager[None]:
-        """Within, the model takes rows as they are."""
+        """Let the model take rows as they are, within the block."""
 
     def refuse(self, reason: str) -> str:
-        """Called where logits are not those of the same samples alone: rows go to the model as they are from now on, and what to
-        tell of it is returned. Raises UserError where they cannot."""
+        """Fall back where logits are not those of the same samples alone: rows go to the model as they are from now on, and what
+        to tell of it is returned. Raises UserError where they cannot."""
 
 
 @runtime_checkable
@@ -94,7 +95,7 @@ class IndexesBatches(Protocol):
 
 
 def indexed(head: Head, batch: Batch) -> dict[str, torch.Tensor]:
-    """The batch as `head` takes it, in host memory."""
+    """Return the batch as `head` takes it, in host memory."""
     return head.indexed(batch) if isinstance(head, IndexesBatches) else dict(batch)
 
 
@@ -114,11 +115,12 @@ class GlobalBatchHead(Protocol):
     def first_pass(self, forward: Forward, batch: Batch) -> dict[str, torch.Tensor]: ...
 
     def join(self, parts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        """parts: of all micro-batches of all ranks, in the step's order, fillers last."""
+        """Return what each micro-batch needs of the step. parts: of all micro-batches of all ranks, in the step's order, fillers
+        last."""
 
 
 def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None = None) -> dict[str, float]:
-    """The values of scalars, exact. Those on a device are read at once: each read waits for all that was started there.
+    """Return the values of scalars, exact. Those on a device are read at once: each read waits for all that was started there.
 
     read: those that are known already."""
     read = read or {}
@@ -129,11 +131,11 @@ def numbers(sums: Mapping[str, torch.Tensor], read: Mapping[str, float] | None =
 
 
 def on_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """The tensors of a batch where the model computes; without waiting for the copies of those in pinned memory. Single numbers
-    are for the host and stay there."""
+    """Return the tensors of a batch where the model computes; without waiting for the copies of those in pinned memory. Single
+    numbers are for the host and stay there."""
     return {name: value.to(device, non_blocking=True) if value.dim() else value for name, value in batch.items()}
 
 
 def inputs_of(batch: Batch) -> dict[str, torch.Tensor]:
-    """What of a batch the model itself takes."""
+    """Return what of a batch the model itself takes."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}

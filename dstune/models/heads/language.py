@@ -44,7 +44,7 @@ class CausalLmHead:
         projection.forward = self._forward
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
-        """Whether the model's output is what its projection gives. At ZeRO-3 every rank must call this."""
+        """Return whether the model's output is what its projection gives. At ZeRO-3 every rank must call this."""
         logits, probe = self._probed(forward, device)
         self._examined = logits.shape[-1:] == probe.shape and torch.equal(logits, probe.expand_as(logits))
         return self._examined
@@ -66,7 +66,8 @@ class CausalLmHead:
         return self._examined
 
     def logits(self, forward: Forward, inputs: Mapping[str, Any], is_chosen: torch.Tensor) -> torch.Tensor:
-        """Logits of some positions, [positions, vocabulary], in the order of rows. is_chosen: which, bool [rows, sequence]."""
+        """Return logits of some positions, [positions, vocabulary], in the order of rows. is_chosen: which, bool [rows,
+        sequence]."""
         self._kept = _indices(is_chosen).to(inputs["input_ids"].device), is_chosen.shape[1]
         try:
             logits: torch.Tensor = forward(**inputs, use_cache=False).logits
@@ -97,8 +98,8 @@ class CausalLmHead:
         return self._found.loss_sum
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows. With `index`
-        (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
+        """Compute the loss. batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed
+        rows. With `index` (an evaluation that tells single rows) the loss of each row is kept, which takes whole logits."""
         labels, inputs = self.labels_of(batch), inputs_of(batch)
         if "pixel_values" in inputs:  # some towers take no other type than that of their weights
             inputs["pixel_values"] = inputs["pixel_values"].to(next(self._projection.parameters()).dtype)
@@ -108,11 +109,11 @@ class CausalLmHead:
         return self._loss(forward, inputs, labels, batch)
 
     def labels_of(self, batch: Batch) -> torch.Tensor:
-        """What each position is to predict: the label of the next one; the last position predicts nothing."""
+        """Return what each position is to predict: the label of the next one; the last position predicts nothing."""
         return functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
     def indexed(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """A batch in host memory with what a device would have to be waited for: which positions have a target, and where
+        """Return a batch in host memory with what a device would have to be waited for: which positions have a target, and where
         samples begin."""
         if self.rows is not None and not self.rows.whole:
             return dict(batch)
@@ -150,7 +151,7 @@ class CausalLmHead:
 
 
 def positions_with_target(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions have a target, of all rows end to end."""
+    """Return which positions have a target, of all rows end to end."""
     return _indices(labels != IGNORED)
 
 
@@ -202,14 +203,14 @@ class EncoderDecoderHead(CausalLmHead):
         self._adds_bias = hasattr(model, "final_logits_bias")
 
     def examine(self, forward: Forward, device: torch.device) -> bool:
-        """As for every language model; but BART adds to its logits what a probe cannot see, since it is 0 at first."""
+        """Examine as for every language model; but BART adds to its logits what a probe cannot see, since it is 0 at first."""
         return False if self._adds_bias else super().examine(forward, device)
 
     def _probe_inputs(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens, "decoder_input_ids": tokens}
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, attention_mask [batch, source], labels [batch, target]."""
+        """Compute the loss. batch: input_ids, attention_mask [batch, source], labels [batch, target]."""
         # Padding follows the target, and no position attends to a later one.
         decoder = {"decoder_input_ids": self._shifted(labels=batch["labels"])}
         return self._loss(forward, inputs_of(batch) | decoder, batch["labels"], batch)
