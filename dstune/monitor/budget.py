@@ -33,14 +33,14 @@ class Budget:
         return self.alpha / self.checks
 
     def for_family(self, families: int, *, with_streams: bool) -> float:
-        """The level of each family of signals."""
+        """Return the level of each family of signals."""
         return self.level * (1 - STREAM_SHARE if with_streams else 1) / families
 
     def for_stream(self, streams: int) -> float:
         return self.level * STREAM_SHARE / streams
 
     def corrected(self, p: float, families: int, *, with_streams: bool) -> float:
-        """A family's p-value, so that it can be compared with `alpha`."""
+        """Return a family's p-value, so that it can be compared with `alpha`."""
         return min(1.0, p * self.alpha / self.for_family(families, with_streams=with_streams))
 
     def to_json(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Check:
 
 
 def iso(seconds: float | None) -> str | None:
-    """The moment as text, in UTC."""
+    """Return the moment as text, in UTC."""
     if seconds is None:
         return None
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

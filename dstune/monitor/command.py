@@ -46,7 +46,7 @@ class Outcome:
     run: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Without a word of any row."""
+        """Return the outcome as JSON, without a word of any row."""
         result = self.check.to_json()
         clusters = [
             {
@@ -81,7 +81,7 @@ class Outcome:
 
 
 def main(argv: list[str]) -> int:
-    """`dstune monitor RUN --data LOGS`. Raises UserError; returns the exit code: 3 for drift with --fail-on-drift."""
+    """Run `dstune monitor RUN --data LOGS`. Raises UserError; returns the exit code: 3 for drift with --fail-on-drift."""
     arguments = _parser().parse_args(argv)
     check_numbers(arguments)
     run = run_directory(arguments.run)
@@ -212,7 +212,7 @@ def _parser() -> VerbParser:
 
 
 def add_test_options(parser: argparse.ArgumentParser) -> None:
-    """What `dstune data shift` has too."""
+    """Add the options that `dstune data shift` has too."""
     parser.add_argument(
         "--embeddings",
         default=WORDS,

@@ -130,7 +130,7 @@ def _lot(row: Conversation, number: int) -> float:
 
 
 def conversation_of_row(row: Mapping[str, Any], place: str) -> Conversation | None:
-    """None where the row asks nothing."""
+    """Read the conversation of a row; None where the row asks nothing."""
     texts = asked_texts(row)
     if not texts:
         return None
@@ -182,7 +182,8 @@ def _one_a_conversation(rows: list[Conversation]) -> list[Conversation]:
 
 
 def redacted(conversations: list[Conversation]) -> Iterator[Conversation]:
-    """The conversations with secrets and personal data masked as a server masks its logs: else every mask were a difference."""
+    """Yield the conversations with secrets and personal data masked as a server masks its logs: else every mask were a
+    difference."""
     from dstune.data.clean.sensitive import check_personal_data, find_personal_data, find_secrets, mask
 
     check_personal_data()

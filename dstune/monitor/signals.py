@@ -40,7 +40,7 @@ class Signal:
         return "vectors" if self.values.ndim == 2 else "category" if self.values.dtype.kind == "U" else "number"
 
     def statistics(self, seed: int) -> dict[str, Statistic]:
-        """By name; the vectors have two."""
+        """Compute the statistics by name; the vectors have two."""
         if self.kind == "vectors":
             discrepancy = MeanDiscrepancy(self.values, seed)
             return {EMBEDDINGS: discrepancy, CLASSIFIER: DomainClassifier(self.values)}
@@ -95,7 +95,7 @@ class SignalTable:
         self.unmeasured: dict[str, str] = {}
 
     def add(self, name: str, against: str, reference: np.ndarray, live: np.ndarray) -> None:
-        """reference, live: a value for each conversation of the two sides, NaN or "" where it has none."""
+        """Add a signal. reference, live: a value for each conversation of the two sides, NaN or "" where it has none."""
         values = np.concatenate([reference, live])
         is_live = np.arange(len(values)) >= len(reference)
         is_measured = (
@@ -113,7 +113,7 @@ class SignalTable:
             self.signals.append(Signal(name, against, values[is_measured], is_live[is_measured], rows, len(reference)))
 
     def families(self) -> list[list[Signal]]:
-        """The signals by the rows that have them."""
+        """Return the signals by the rows that have them."""
         groups: dict[tuple[str, tuple[int, ...]], list[Signal]] = {}
         for signal in self.signals:
             groups.setdefault((signal.against, signal.rows), []).append(signal)
@@ -123,7 +123,7 @@ class SignalTable:
 def add_text_signals(
     table: SignalTable, reference: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
-    """Lengths, turns and languages."""
+    """Add lengths, turns and languages."""
     for name, reading in (("characters", _characters), ("turns", _turns)):
         table.add(
             name,
@@ -156,7 +156,7 @@ def labels(conversations: Sequence[Conversation]) -> np.ndarray:
 def add_outcomes(
     table: SignalTable, earlier: Sequence[Conversation], live: Sequence[Conversation], against: str
 ) -> None:
-    """Ratings and the guard's objections, which training rows lack."""
+    """Add ratings and the guard's objections, which training rows lack."""
     for name, reading in (("rating", _rating), ("guard flags", _flag)):
         sides = [
             np.array([reading(conversation) for conversation in side], dtype=np.float64) for side in (earlier, live)
@@ -176,7 +176,7 @@ def _flag(conversation: Conversation) -> float:
 def add_model_signals(
     table: SignalTable, reference: Mapping[str, np.ndarray], live: Mapping[str, np.ndarray], against: str
 ) -> None:
-    """reference, live: what the model made of each side, by signal."""
+    """Add what the model makes of rows. reference, live: what it made of each side, by signal."""
     for name in sorted(reference.keys() & live.keys()):
         table.add(name, against, reference[name], live[name])
 
