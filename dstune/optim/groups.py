@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def method_groups(config: RunConfig, module: nn.Module, vision_parts: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups for `module`, as `config.method` has trained it. vision_parts: names of the modules that
-    `optimizer.vision_lr` is for, in the model without adapters."""
+    """Return the optimizer's parameter groups for `module`, as `config.method` has trained it. vision_parts: names of the
+    modules that `optimizer.vision_lr` is for, in the model without adapters."""
     method, optimizer = method_of(config.method), optimizer_of(config.optimizer)
     decay, rates = config.optimizer.weight_decay, method.rates(module)
     part_of = method.parts(module) if isinstance(method, UnfreezesLater) else lambda name: 0
@@ -29,7 +29,7 @@ def method_groups(config: RunConfig, module: nn.Module, vision_parts: Collection
 
 
 def vision_share(config: RunConfig) -> float:
-    """The learning rate of a tower as a factor on `optimizer.lr`."""
+    """Return the learning rate of a tower as a factor on `optimizer.lr`."""
     rate = config.optimizer.vision_lr
     return 1.0 if rate is None or not config.optimizer.lr else rate / config.optimizer.lr
 
@@ -41,8 +41,8 @@ def parameter_groups(
     part_of: Callable[[str], int] = lambda name: 0,
     kind_of: Callable[..., str] = lambda name, shape, *, is_table: "",
 ) -> list[dict[str, Any]]:
-    """Trained parameters in groups: by their factor on the learning rate, and with weight decay or (norms, biases, other
-    vectors) without.
+    """Group trained parameters: by their factor on the learning rate, and with weight decay or (norms, biases, other vectors)
+    without.
 
     rate_of: the factor for the parameter of this name. It stays in the group as `rate`, which
     `Engine.set_learning_rate` multiplies. part_of: parameters of different parts are never in one group. kind_of:

@@ -42,7 +42,7 @@ class WarmupSchedule(Schedule):
         return 0.0
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
-        """Fraction of the peak rate for a step behind the `warmup` first ones."""
+        """Return fraction of the peak rate for a step behind the `warmup` first ones."""
         raise NotImplementedError
 
     def warmup_steps(self, total_steps: int) -> int:
@@ -88,7 +88,7 @@ class DecaySchedule(WarmupSchedule):
     """From the peak after the warm-up to `min_lr_ratio` times the peak."""
 
     def left(self, progress: float) -> float:
-        """What is left of the way down, from 1 to 0. progress: 0 at the peak, 1 at the end."""
+        """Return what is left of the way down, from 1 to 0. progress: 0 at the peak, 1 at the end."""
         raise NotImplementedError
 
     def after_warmup(self, step: int, warmup: int, total_steps: int) -> float:
