@@ -38,7 +38,7 @@ class LayerActivations:
 
 
 def layer(s: Setup) -> LayerActivations:
-    """An average layer of the model."""
+    """Return an average layer of the model."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     if m.encoder or m.encoder_decoder:
         saved = _encoder_layer(s)
@@ -74,7 +74,7 @@ def _decoder_layer(s: Setup) -> int:
 
 
 def tiled(s: Setup) -> bool:
-    """Whether feed-forward layers are computed in pieces (`dstune/models/tiles.py`); experts are not."""
+    """Return whether feed-forward layers are computed in pieces (`dstune/models/tiles.py`); experts are not."""
     return s.tiles > 1 and not s.model.experts
 
 
@@ -84,8 +84,8 @@ def _rms_norm(s: Setup, width: int) -> int:
 
 
 def masked(s: Setup) -> bool:
-    """Whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and samples
-    that attend one by one, as they do where ranks share rows, have none."""
+    """Return whether attention gets a mask: packed rows and padded ones do; flash attention is told of boundaries otherwise, and
+    samples that attend one by one, as they do where ranks share rows, have none."""
     return s.attention not in ("flash_attention_2", "samples") and s.sharing == 1
 
 
@@ -151,8 +151,8 @@ def _adapters(s: Setup) -> int:
 
 
 def merged_experts(s: Setup) -> int:
-    """Experts with adapters compute with the sum of both: a layer's weights whole once more on every rank, which partitioning
-    does not make smaller."""
+    """Return the bytes of merged experts: experts with adapters compute with the sum of both, a layer's weights whole once more
+    on every rank, which partitioning does not make smaller."""
     last = s.model.layers - 1
     if not s.adapter or not any(t.layer == last and ".experts." in t.name for t in s.trained):
         return 0
@@ -196,7 +196,7 @@ BLOCK_ELEMENTS = {False: 2**18, True: 2**24}
 
 
 def head(s: Setup) -> HeadActivations:
-    """The vocabulary projection and the cross entropy at positions with a target (`dstune/models/heads`)."""
+    """Return the vocabulary projection and the cross entropy at positions with a target (`dstune/models/heads`)."""
     m, p = s.model, s.weight_bytes
     if m.encoder or not any(tensor.shape == (m.vocabulary, m.hidden) for tensor in m.tensors):
         return HeadActivations(0, 0)
@@ -221,20 +221,20 @@ def head(s: Setup) -> HeadActivations:
 
 
 def chunk_rows(s: Setup) -> int:
-    """Targets whose logits are made at a time."""
+    """Return targets whose logits are made at a time."""
     if s.on_gpu:
         return max(TILE_ROWS, ACCELERATOR_CHUNK_BYTES // (4 * s.model.vocabulary) // TILE_ROWS * TILE_ROWS)
     return max(1, CHUNK_BYTES // (s.weight_bytes * s.model.vocabulary))
 
 
 def trains_projection(s: Setup) -> bool:
-    """Whether the vocabulary projection's weight, or the embedding that it is tied to, is trained."""
+    """Return whether the vocabulary projection's weight, or the embedding that it is tied to, is trained."""
     names = ("lm_head.weight",) if not s.model.tied else ("embed_tokens.weight", "shared.weight", "lm_head.weight")
     return any(tensor.name.endswith(names) for tensor in s.trained)
 
 
 def evaluation(s: Setup) -> int:
-    """At most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
+    """Return at most in a forward pass without gradients: one layer's tensors, then logits, the same in fp32, log-probabilities."""
     rows = s.evaluation_batch or s.micro_batch_size
     once = replace(s, micro_batch_size=rows, checkpointing=False, tiles=1)
     targets = once.tokens if s.model.soft_capped else min(once.tokens, chunk_rows(s))
@@ -243,7 +243,7 @@ def evaluation(s: Setup) -> int:
 
 
 def shared(s: Setup) -> int:
-    """Embedded tokens, the mask, sines and cosines: once for all layers."""
+    """Return the bytes of embedded tokens, the mask, sines and cosines: once for all layers."""
     m, n, p = s.model, s.tokens, s.weight_bytes
     mask = s.rows * s.length * s.length if masked(s) else 0
     return n * p * m.hidden + mask + 2 * n * p * m.head_dim + 3 * 8 * n

@@ -10,7 +10,7 @@ from dstune.planning.architecture import Architecture, Tensor
 
 
 def linear_modules(model: Architecture, targets: list[str]) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """(name, [out, in], layer) of the linear layers that `targets` names, as `low_rank` reads it."""
+    """Yield (name, [out, in], layer) of the linear layers that `targets` names, as `low_rank` reads it."""
     # peft takes these names for the experts, so that layers without experts, and shared ones, get no adapter under them.
     of_experts = {name for names in EXPERT_TARGETS.get(_pattern(model), {}).values() for name in names} - {"gate"}
     for tensor in model.tensors:
@@ -37,7 +37,7 @@ def low_rank(
     magnitudes: bool = False,
     experts: bool = True,
 ) -> Iterator[Tensor]:
-    """The two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names, and DoRA's magnitudes.
+    """Yield the two matrices of rank `rank` that LoRA puts beside each linear layer that `targets` names, and DoRA's magnitudes.
 
     targets: endings of module names; `["all-linear"]` is every linear layer except the output head, as in peft, and routers
     and experts. ranks: others than `rank`, by ending of the module's name or regular expression; the first that matches counts.

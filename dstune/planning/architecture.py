@@ -48,7 +48,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any], str, int], Architecture]] = {
 
 
 def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: int = 2) -> Architecture:
-    """The architecture that a `config.json` describes, with the head of a task.
+    """Return the architecture that a `config.json` describes, with the head of a task.
 
     head: `LANGUAGE_MODEL`, `CLASSIFIER` (of texts), `TOKEN_CLASSIFIER` or `BODY`.
 
@@ -76,14 +76,14 @@ def architecture(config: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: 
 
 
 def is_known(values: Mapping[str, Any]) -> bool:
-    """Whether there is a closed form for the architecture of this `config.json`."""
+    """Return whether there is a closed form for the architecture of this `config.json`."""
     return str(values.get("model_type", "")) in DEFAULTS
 
 
 def architecture_or_count(
     values: Mapping[str, Any], whole: Mapping[str, Any], head: str = LANGUAGE_MODEL, labels: int = 2
 ) -> Architecture:
-    """As `architecture`; where there is no closed form, counted by a child process (`planning.counted`).
+    """Build as `architecture`; where there is no closed form, counted by a child process (`planning.counted`).
 
     values: the language model's part of `whole`, a `config.json`.
 
@@ -98,7 +98,7 @@ def architecture_or_count(
 
 
 def sliced(model: Architecture, parts: int) -> Architecture:
-    """What one of `parts` ranks has of a model whose layers they share (`dstune.models.tensor`)."""
+    """Return what one of `parts` ranks has of a model whose layers they share (`dstune.models.tensor`)."""
     inward = {name for names in INWARD for name in names}
 
     def slice_of(tensor: Tensor) -> Tensor:

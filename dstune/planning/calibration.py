@@ -22,7 +22,7 @@ def remember(measured: dict[str, Any]) -> None:
 
 
 def speeds(ranks: int, *, on_gpu: bool, device: str | None = None, threads: int | None = None) -> dict[int, Speed]:
-    """What was measured here with as many ranks, by the bytes of a weight; empty where nothing was.
+    """Return what was measured here with as many ranks, by the bytes of a weight; empty where nothing was.
 
     device, threads: where given, a GPU's name and the threads of a CPU's rank, without which another machine that shares
     the cache, or a rank with more or fewer cores, was measured.

@@ -38,7 +38,7 @@ LINEAR_CHUNK = 64
 
 
 def count(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[dict[str, Any]]:
-    """The inventory of each whole `config.json`, from the cache or from one child for all that are not in it.
+    """Return the inventory of each whole `config.json`, from the cache or from one child for all that are not in it.
 
     An inventory of a model that cannot be built is `{"error": reason}`, which is not cached: a package may have been missing, or
     room in the temporary folder.
@@ -91,7 +91,7 @@ def _ask(configs: Sequence[Mapping[str, Any]], head: str, labels: int) -> list[d
 
 
 def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
-    """The architecture that a whole `config.json` without a closed form describes.
+    """Return the architecture that a whole `config.json` without a closed form describes.
 
     Raises:
         UserError: transformers has no such model.
@@ -105,7 +105,7 @@ def counted(whole: Mapping[str, Any], head: str, labels: int) -> Architecture:
 
 
 def from_inventory(inventory: Mapping[str, Any]) -> Architecture:
-    """What memory and time depend on, from the tensors and the numbers of the language model's configuration."""
+    """Return what memory and time depend on, from the tensors and the numbers of the language model's configuration."""
     c = inventory["values"]
     tensors = _tensors(c, inventory)
     layers = 1 + max((tensor.layer for tensor in tensors if tensor.layer is not None), default=-1)

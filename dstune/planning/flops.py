@@ -34,8 +34,8 @@ class Work:
 
 
 def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> Work:
-    """Of texts that do not see each other, packed or not. lengths: tokens of each, without padding. window: of sliding
-    attention, in tokens."""
+    """Count the work of texts that do not see each other, packed or not. lengths: tokens of each, without padding. window: of
+    sliding attention, in tokens."""
     lengths = list(lengths)
     return Work(
         positions=sum(lengths),
@@ -46,22 +46,23 @@ def work_of(lengths: Iterable[int], *, window: int | None, projected: float) -> 
 
 
 def micro_batch_work(s: Setup) -> Work:
-    """Of a micro-batch as it is computed: rows that are full, and windows where the attention has them."""
+    """Count the work of a micro-batch as it is computed: rows that are full, and windows where the attention has them."""
     seen = min(s.model.window or s.length, s.length) if s.attention in ("flash_attention_2", "samples") else s.length
     projected = 0 if s.model.encoder else s.tokens * s.target_share
     return Work(s.tokens, s.tokens * s.length, s.tokens * seen, projected)
 
 
 def forward_flops(s: Setup, work: Work | None = None) -> tuple[float, float, float]:
-    """Of the forward pass: linear layers, attention, vocabulary projection. work: a micro-batch of `s` when not given."""
+    """Count the operations of the forward pass: linear layers, attention, vocabulary projection. work: a micro-batch of `s` when
+    not given."""
     work = micro_batch_work(s) if work is None else work
     linear = 2.0 * sum(_weights_of_layers(s)) * work.positions
     return linear, _attention(s, 0, work), 2.0 * s.model.vocabulary * s.model.hidden * work.projected
 
 
 def backward_flops(s: Setup, work: Work | None = None) -> tuple[float, float, float]:
-    """Of the backward pass, as `forward_flops`: gradients of inputs from the lowest layer with a trained weight on, those
-    of weights where they are trained."""
+    """Count the operations of the backward pass, as `forward_flops`: gradients of inputs from the lowest layer with a trained
+    weight on, those of weights where they are trained."""
     work = micro_batch_work(s) if work is None else work
     lowest = _lowest_trained(s)
     inputs = sum(_weights_of_layers(s)[lowest:])
@@ -72,7 +73,7 @@ def backward_flops(s: Setup, work: Work | None = None) -> tuple[float, float, fl
 
 
 def step_flops(s: Setup, work: Work) -> float:
-    """Of forward and backward pass over `work`."""
+    """Count the operations of forward and backward pass over `work`."""
     return sum(forward_flops(s, work)) + sum(backward_flops(s, work))
 
 

@@ -8,12 +8,12 @@ import psutil
 
 
 def available_bytes() -> float:
-    """Bytes that processes here may still take together."""
+    """Return bytes that processes here may still take together."""
     return min(float(psutil.virtual_memory().available), container_limit())
 
 
 def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that this process's container may still take; infinite without a limit.
+    """Return bytes that this process's container may still take; infinite without a limit.
 
     Pages of files that were read count as taken until others need the room, so they are free."""
     try:
@@ -28,7 +28,7 @@ def container_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
 
 
 def fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bf16 matrices at least as fast as fp32 ones (`dstune.zero.precision.fast_bf16`)."""
+    """Return whether this CPU multiplies bf16 matrices at least as fast as fp32 ones (`dstune.zero.precision.fast_bf16`)."""
     try:
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
     except OSError:

@@ -51,7 +51,7 @@ class Memory:
 
 
 def memory(s: Setup) -> Memory:
-    """The memory of one rank of `s`."""
+    """Return the memory of one rank of `s`."""
     resident, host = _resident(s)
     moments = {
         "forward": _at_the_head(s, resident),
@@ -145,7 +145,7 @@ def _persistent(s: Setup) -> int:
 
 
 def gathered(s: Setup) -> int:
-    """Stage 3: bytes of weights that are whole while layers compute.
+    """Return the bytes of weights that are whole while layers compute, at stage 3.
 
     DeepSpeed keeps a weight that is used again within `max_reuse` elements, so that it stays whole from a forward pass to
     the backward pass where at most half as many elements lie behind it; it prefetches `prefetch_bucket` elements. Weights that

@@ -49,7 +49,7 @@ class Choice:
         return self.memory.total / GIB
 
     def overrides(self, configured: Setup) -> dict[str, object]:
-        """What to write behind `dstune train` to get it, beside what was given."""
+        """Return what to write behind `dstune train` to get it, beside what was given."""
         overrides: dict[str, object] = {}
         if configured.stage != self.setup.stage:
             overrides["zero.stage"] = self.setup.stage
@@ -79,7 +79,7 @@ class Plan:
 
 
 def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_rows: bool = False) -> Plan:
-    """All choices for one run. What is offloaded is held against the node's memory where that is known.
+    """Yield all choices for one run. What is offloaded is held against the node's memory where that is known.
 
     speeds: by the bytes of a weight. any_rows: the run finds out itself how many rows a micro-batch has.
     """
@@ -116,7 +116,7 @@ def plan(configured: Setup, cluster: Cluster, speeds: dict[int, Speed], *, any_r
 def cheapest_stage(
     configured: Setup, cluster: Cluster, speeds: dict[int, Speed], stages: Iterable[int]
 ) -> tuple[Choice, list[Choice]]:
-    """The run at the stage to take, all else as configured, and at each of `stages` that it can be trained at. Where none
+    """Return the run at the stage to take, all else as configured, and at each of `stages` that it can be trained at. Where none
     fits it is the one that takes the least memory."""
     offload = _offload(configured)
     choices = []
@@ -168,12 +168,12 @@ def _plainly_fits(rows: list[Choice]) -> bool:
 
 
 def effort(checkpointing: bool | Selective) -> int:
-    """Orders the ways of activation checkpointing by what they compute again."""
+    """Rank the ways of activation checkpointing by what they compute again."""
     return 1 if isinstance(checkpointing, Selective) else 2 * checkpointing
 
 
 def as_word(checkpointing: bool | Selective) -> bool | str:
-    """As a user writes it, and JSON takes it."""
+    """Write the way as a user writes it, and JSON takes it."""
     return checkpointing.value if isinstance(checkpointing, Selective) else checkpointing
 
 
@@ -182,7 +182,7 @@ def _fastest(rows: list[Choice]) -> float:
 
 
 def variant(setup: Setup, zero: str, offload: str) -> Setup | None:
-    """`setup` at another stage; None where it cannot be trained so."""
+    """Return `setup` at another stage; None where it cannot be trained so."""
     stage = int(zero.removeprefix("stage"))
     if stage == 3 and setup.frozen_bits == 4:
         return None  # zero.Init does not take quantized weights

@@ -12,26 +12,26 @@ it is mixed from."""
 
 
 def completions_at_once(s: Setup) -> int:
-    """Completions of a rank that are written together: all those of a micro-batch of prompts."""
+    """Return the completions of a rank that are written together: all those of a micro-batch of prompts."""
     return min(s.micro_batch_size, s.global_batch_size) * s.answers
 
 
 def cache_bytes(s: Setup) -> int:
-    """Keys and values of the completions that are written together, at their full length."""
+    """Return keys and values of the completions that are written together, at their full length."""
     m = s.model
     return completions_at_once(s) * s.length * m.layers * 2 * m.kv_heads * m.head_dim * s.weight_bytes
 
 
 def sampling_bytes(s: Setup) -> int:
-    """What is held beside the weights when the last token is drawn: the cache twice, while a token is added to it in a layer, and
-    the logits."""
+    """Return what is held beside the weights when the last token is drawn: the cache twice, while a token is added to it in a
+    layer, and the logits."""
     m = s.model
     added = cache_bytes(s) // m.layers
     return cache_bytes(s) + added + completions_at_once(s) * m.vocabulary * BYTES_PER_LOGIT
 
 
 def rollout_seconds(s: Setup, flops: float, bandwidth: float) -> float:
-    """Time to write the longest completions of a step, without what rewards take.
+    """Return time to write the longest completions of a step, without what rewards take.
 
     For every token all weights and half of the finished cache are read; the prompts are read once each. flops: operations a second;
     bandwidth: bytes a second, both of one rank.

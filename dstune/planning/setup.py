@@ -149,7 +149,7 @@ def labels_of(config: RunConfig) -> int:
 
 
 def added_length(method: Method) -> int:
-    """Positions that `method` puts in front of each row and that go through every layer."""
+    """Return positions that `method` puts in front of each row and that go through every layer."""
     return method.added_length if isinstance(method, PutsPositionsInFront) else 0
 
 
@@ -163,7 +163,8 @@ def setup(
     precision: Precision,
     values: dict[str, Any],
 ) -> Setup:
-    """The numbers of a run. `model` is the whole one, `precision` is resolved; `values` is the model's config.json (dropout).
+    """Return the numbers of a run. `model` is the whole one, `precision` is resolved; `values` is the model's config.json
+    (dropout).
 
     Raises UserError where the method cannot train this architecture.
     """
@@ -259,8 +260,8 @@ PREFETCH, LIVE = 50_000_000, 1_000_000_000
 
 
 def prefetch(model: Architecture) -> tuple[int, int]:
-    """The same by the model's size: at least a layer ahead, and room for three layers beside the embeddings. A layer of 8B has
-    218M elements: with DeepSpeed's 50M it would be waited for."""
+    """Return the same by the model's size: at least a layer ahead, and room for three layers beside the embeddings. A layer of
+    8B has 218M elements: with DeepSpeed's 50M it would be waited for."""
     layers: dict[int, int] = {}
     outside = 0
     for tensor in model.tensors:

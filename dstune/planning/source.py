@@ -17,8 +17,8 @@ from dstune.planning.towers import tower_weights
 
 
 def config_json(model: ModelConfig) -> dict[str, Any]:
-    """The model's `config.json` with `model.config_overrides` in it, of a model that sees images the language model's part; never
-    downloads.
+    """Return the model's `config.json` with `model.config_overrides` in it, of a model that sees images the language model's part;
+    never downloads.
 
     Raises:
         UserError: it is nowhere on this machine and not among the published ones; it cannot be read.
@@ -32,14 +32,14 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
 
 
 def unreached_weights(model: ModelConfig, architecture: Architecture) -> int:
-    """Weights of the parts that stay frozen because rows of text never reach them. Raises UserError as `config_json`."""
+    """Return weights of the parts that stay frozen because rows of text never reach them. Raises UserError as `config_json`."""
     if model.unreached_parts is not UnreachedParts.frozen:
         return 0
     return tower_weights(whole_config_json(model)) if architecture.unreached is None else architecture.unreached
 
 
 def whole_config_json(model: ModelConfig) -> dict[str, Any]:
-    """The model's `config.json` as it is. Raises UserError as `config_json`."""
+    """Return the model's `config.json` as it is. Raises UserError as `config_json`."""
     for file in _places(model):
         if file.is_file():
             values = _read(file, model)
@@ -66,7 +66,8 @@ def _places(model: ModelConfig) -> list[Path]:
 
 
 def cached_snapshot(model: ModelConfig) -> Path | None:
-    """Where the hub's cache has the files of `model.revision`, or of the main branch; None where it knows no commit of it."""
+    """Return where the hub's cache has the files of `model.revision`, or of the main branch; None where it knows no commit of
+    it."""
     cached = hub_cache() / f"models--{model.path.replace('/', '--')}"
     reference = cached / "refs" / (model.revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else model.revision
@@ -74,7 +75,7 @@ def cached_snapshot(model: ModelConfig) -> Path | None:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps files; asked from the environment, since importing it takes longer than the plan."""
+    """Return where huggingface_hub keeps files; asked from the environment, since importing it takes longer than the plan."""
     if folder := os.environ.get("HF_HUB_CACHE"):
         return Path(folder).expanduser()
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"

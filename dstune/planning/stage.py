@@ -23,7 +23,7 @@ from dstune.protocols.method_options import QuantizesWeights
 
 
 def is_open(config: RunConfig) -> bool:
-    """Whether no stage is chosen yet."""
+    """Return whether no stage is chosen yet."""
     return config.zero.stage is Automatic.auto
 
 
@@ -69,7 +69,7 @@ def _reason(best: Choice, compared: Sequence[Choice], cluster: Cluster) -> str:
 
 
 def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, architecture.Architecture]:
-    """What memory and time of a run depend on, its precision, and the whole model.
+    """Return what memory and time of a run depend on, its precision, and the whole model.
 
     Raises UserError where the model's architecture is not known, or cannot be trained so.
     """
@@ -103,12 +103,12 @@ def setup_on(config: RunConfig, cluster: Cluster) -> tuple[Setup, Precision, arc
 
 
 def all_speeds(cluster: Cluster, measured: dict[int, Speed] | None) -> dict[int, Speed]:
-    """By the bytes of a weight: what was measured, else the hardware table's."""
+    """Return speeds by the bytes of a weight: what was measured, else the hardware table's."""
     return {size: speed_of(cluster, size) for size in (2, 4)} | (measured or {})
 
 
 def resolved_precision(config: RunConfig, device: Device) -> Precision:
-    """What the ranks will compute in on `device`."""
+    """Return what the ranks will compute in on `device`."""
     requested = config.trainer.precision
     if requested is not Precision.auto:
         return requested

@@ -50,7 +50,7 @@ class Speed:
 
 
 def speed_of(cluster: Cluster, weight_bytes: int) -> Speed:
-    """From the hardware table. fp32 products are taken at an eighth of bf16's peak on a GPU, at half on a CPU."""
+    """Return the speed from the hardware table. fp32 products are taken at an eighth of bf16's peak on a GPU, at half on a CPU."""
     device = cluster.device
     slower = 1 if weight_bytes == 2 else (8 if device.gpu else 2)
     moved = device.bandwidth * 1e9
@@ -91,7 +91,7 @@ class StepTime:
 
 
 def communication(s: Setup) -> int:
-    """Bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
+    """Return bytes that leave a rank in one step, by ring algorithms (Rajbhandari et al. 2020, arXiv:1910.02054, section 7)."""
     around = (s.ranks - 1) / s.ranks
     p, trained = s.weight_bytes, s.trained_count
     exchanged = exchanges(s)
@@ -106,8 +106,8 @@ def communication(s: Setup) -> int:
 
 
 def exchanges(s: Setup) -> int:
-    """Bytes that leave a rank in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509, section 3):
-    queries, keys, values and what is attended, in both passes, and once more where activations are computed again."""
+    """Return bytes that leave a rank in a step for attention over rows that ranks share (Jacobs et al. 2023, arXiv:2309.14509,
+    section 3): queries, keys, values and what is attended, in both passes, and once more where activations are computed again."""
     m = s.model
     keys = m.kv_heads * repeats_of_keys(m.kv_heads, s.sharing)
     states = s.tokens * 2 * (m.heads + keys) * m.head_dim * s.weight_bytes
@@ -116,7 +116,7 @@ def exchanges(s: Setup) -> int:
 
 
 def summed_bytes(s: Setup) -> int:
-    """Bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
+    """Return bytes that leave a rank in a step for what ranks that share weights add up (Shoeybi et al. 2019, arXiv:1909.08053,
     section 3): in a layer two tensors of the hidden size in each pass, and the attention's once more where activations are
     computed again (behind the last product of the feed-forward part nothing is)."""
     hidden = s.tokens * s.model.hidden * s.weight_bytes
@@ -132,7 +132,7 @@ def _feed_forward_share(s: Setup) -> float:
 
 
 def step_time(s: Setup, speed: Speed) -> StepTime:
-    """Time of one optimizer step."""
+    """Return time of one optimizer step."""
     linear, attention, head = forward_flops(s)
     forward = linear + attention + head
     of_linear, of_attention, of_head = backward_flops(s)

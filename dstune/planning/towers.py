@@ -15,7 +15,7 @@ GATED = {"pixtral", "gemma4_vision", "qwen2_5_vl"}
 
 
 def tower_weights(config: Mapping[str, Any]) -> int:
-    """Weights of all towers and projectors of the model that a whole `config.json` describes; 0 where it has none."""
+    """Return weights of all towers and projectors of the model that a whole `config.json` describes; 0 where it has none."""
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return 0

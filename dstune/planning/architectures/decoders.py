@@ -42,7 +42,7 @@ FOUR_NORMS = ("gemma2", "gemma3_text")
 
 
 def decoder(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """Llama and its kin: Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM3; Mixtral and Qwen 3 with experts."""
+    """Describe Llama and its kin: Mistral, Qwen 2 and 3, Gemma 1 to 3, SmolLM3; Mixtral and Qwen 3 with experts."""
     kind, layers, hidden = c["model_type"], c["num_hidden_layers"], c["hidden_size"]
     heads, kv_heads, head_dim = _heads(c)
     routed = _routed_layers(c)

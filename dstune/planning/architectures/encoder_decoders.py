@@ -19,7 +19,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def t5(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """T5 (Raffel et al. 2020, arXiv:1910.10683). Layers count encoder and decoder together."""
+    """Describe T5 (Raffel et al. 2020, arXiv:1910.10683). Layers count encoder and decoder together."""
     hidden, inner, heads, width = c["d_model"], c["d_ff"], c["num_heads"], c["d_kv"]
     gated = str(c["feed_forward_proj"]).startswith("gated-")
     add = Collector()
@@ -63,7 +63,7 @@ def t5(c: dict[str, Any], head: str, labels: int) -> Architecture:
 
 
 def bart(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """BART (Lewis et al. 2020, arXiv:1910.13461). Layers count encoder and decoder together."""
+    """Describe BART (Lewis et al. 2020, arXiv:1910.13461). Layers count encoder and decoder together."""
     hidden = c["d_model"]
     add = Collector()
     add.table("model.shared", c["vocab_size"], hidden)

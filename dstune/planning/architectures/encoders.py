@@ -43,7 +43,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def bert(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """BERT and RoBERTa: learned positions, norms behind the sums."""
+    """Describe BERT and RoBERTa: learned positions, norms behind the sums."""
     roberta = c["model_type"] != "bert"
     body = "roberta" if roberta else "bert"
     hidden, inner = c["hidden_size"], c["intermediate_size"]
@@ -78,7 +78,7 @@ def _bert_rest(add: Collector, at: str, hidden: int, inner: int, index: int) -> 
 
 
 def deberta(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """DeBERTa v2 and v3 (He et al. 2021, arXiv:2006.03654): attention to content and to relative positions."""
+    """Describe DeBERTa v2 and v3 (He et al. 2021, arXiv:2006.03654): attention to content and to relative positions."""
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     add = Collector()
     at = "deberta.embeddings"
@@ -114,7 +114,7 @@ def deberta(c: dict[str, Any], head: str, labels: int) -> Architecture:
 
 
 def modernbert(c: dict[str, Any], head: str, labels: int) -> Architecture:
-    """ModernBERT (Warner et al. 2024, arXiv:2412.13663)."""
+    """Describe ModernBERT (Warner et al. 2024, arXiv:2412.13663)."""
     hidden, inner, bias = c["hidden_size"], c["intermediate_size"], bool(c["norm_bias"])
     attention_bias, mlp_bias = bool(c["attention_bias"]), bool(c["mlp_bias"])
     add = Collector()

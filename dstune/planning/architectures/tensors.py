@@ -104,7 +104,7 @@ class Collector:
         self.found.append(Tensor(f"{name}.weight", (rows, width), layer=layer))
 
     def experts(self, at: str, count: int, chosen: int, inner: int, hidden: int, *, layer: int) -> None:
-        """A router and the experts behind it, whose weights transformers stacks."""
+        """Add a router and the experts behind it, whose weights transformers stacks."""
         self.found.append(Tensor(f"{at}.gate.weight", (count, hidden), layer=layer, used=1.0))
         for name, shape in (("gate_up_proj", (count, 2 * inner, hidden)), ("down_proj", (count, hidden, inner))):
             self.found.append(Tensor(f"{at}.experts.{name}", shape, layer=layer, used=chosen / count))
