@@ -18,7 +18,7 @@ from dstune.tracking.trials import FINISHED, SWEEP_FILE, Record, ranked
 
 
 def best_commands(sweep: Path, records: Sequence[Record], objective: str) -> list[str]:
-    """What trains the best trial again by itself, and what exports it; empty where none has come to its end."""
+    """Return what trains the best trial again by itself, and what exports it; empty where none has come to its end."""
     ended = [
         record
         for record in ranked(records, objective)

@@ -89,7 +89,7 @@ def draw(
     from_zero: bool = False,
     tall: bool = False,
 ) -> Chart:
-    """The chart of `lines`. span: first and last step of the page, so that its charts stand above each other.
+    """Return the chart of `lines`. span: first and last step of the page, so that its charts stand above each other.
 
     from_zero: the axis begins at 0 (quantities whose size is the point: memory, tokens per second). tall: there is room
     for more ticks.

@@ -15,7 +15,7 @@ from dstune.tracking.trials import is_sweep, objectives_of, ranked, read_records
 
 
 def main(argv: list[str]) -> int:
-    """`dstune report RUN [RUN...] [--output FILE] [--json]`. Raises UserError; returns the exit code."""
+    """Run `dstune report RUN [RUN...] [--output FILE] [--json]`. Raises UserError; returns the exit code."""
     arguments = _parser().parse_args(argv)
     alone = arguments.runs[0] if len(arguments.runs) == 1 and is_sweep(arguments.runs[0]) else None
     # All trials of a sweep may have failed before there was a run.

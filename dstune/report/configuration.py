@@ -41,7 +41,7 @@ class Section:
 
 
 def sections(run: RunFiles) -> list[Section]:
-    """The resolved configuration of `run`, in the order of its `run.yaml`."""
+    """Return the resolved configuration of `run`, in the order of its `run.yaml`."""
     given_keys = {key_of(text) for text in run.overrides}
     default_by_key: dict[tuple[str, str], tuple[str, str]] = {
         (setting.group, setting.key): (setting.default, setting.doc) for setting in documentation()
@@ -68,7 +68,7 @@ def sections(run: RunFiles) -> list[Section]:
 
 
 def flatten(value: Any, key: str) -> dict[str, str]:
-    """The leaves of nested mappings by their dotted keys, written as one would write them on the command line."""
+    """Return the leaves of nested mappings by their dotted keys, written as one would write them on the command line."""
     if isinstance(value, dict) and value:
         leaves: dict[str, str] = {}
         for name, part in value.items():
@@ -83,7 +83,7 @@ def _is_given(key: str, given_keys: set[str]) -> bool:
 
 
 def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
-    """The keys in which `runs` differ, each with its value in every run (an empty text where a run lacks it)."""
+    """Return the keys in which `runs` differ, each with its value in every run (an empty text where a run lacks it)."""
     flat = [flatten(run.config, "") for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     rows = []
@@ -95,7 +95,7 @@ def differences(runs: Sequence[RunFiles]) -> list[tuple[str, list[str]]]:
 
 
 def one_line(run: RunFiles) -> str:
-    """What was trained how, in a few words: `sample://smollm2 · full · ZeRO-3`."""
+    """Return what was trained how, in a few words: `sample://smollm2 · full · ZeRO-3`."""
     model, task, method, zero = (run.config.get(name) or {} for name in ("model", "task", "method", "zero"))
     facts = [model.get("path"), task.get("name"), method.get("name")]
     stage = f"ZeRO-{zero['stage']}" if "stage" in zero else None

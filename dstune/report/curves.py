@@ -45,7 +45,7 @@ PARTS = {"eval": "Held-out {}", "guard": "{} on data.guard", "ood": "{} on data.
 
 
 def title_of(name: str) -> str:
-    """The title of the chart of a metric."""
+    """Return the title of the chart of a metric."""
     part, _, metric = name.rpartition("/")
     title = TITLES.get(name) or PARTS.get(part, "{}").format(plain_name(metric))
     return title[:1].upper() + title[1:]
@@ -65,7 +65,7 @@ SMOOTHED = frozenset({"loss", "grad_norm", "tokens_per_second", "utilization"})
 
 
 def charts(runs: Sequence[RunFiles], curves: Sequence[Curves], labels: Sequence[str]) -> list[Chart]:
-    """One chart a metric with one line a run. With one run, its held-out loss is drawn on its training loss, where the
+    """Draw one chart a metric with one line a run. With one run, its held-out loss is drawn on its training loss, where the
     distance of the two shows overfitting."""
     names = dict.fromkeys(name for name in TITLES if any(name in run_curves for run_curves in curves))
     names |= dict.fromkeys(name for run_curves in curves for name in run_curves if name not in NOT_DRAWN)

@@ -64,13 +64,13 @@ class Part:
 
 
 def parts(run: RunFiles) -> list[Part]:
-    """Every part that the data report of `run` describes."""
+    """Return every part that the data report of `run` describes."""
     data = section(run.config, "data")
     return [part(name, counts, data) for name in PARTS if (counts := section(run.data, name))]
 
 
 def part(name: str, counts: Mapping[str, Any], data: Mapping[str, Any]) -> Part:
-    """One part. counts: its entry of data_report.json. data: the section `data` of the configuration."""
+    """Describe one part. counts: its entry of data_report.json. data: the section `data` of the configuration."""
     max_length = data.get("max_length")
     read, rows, samples = counts.get("rows_read"), counts.get("rows"), counts.get("samples")
     tokens, targets = counts.get("tokens"), counts.get("targets")
@@ -144,7 +144,7 @@ def _changes(augment: Mapping[str, Any]) -> str:
 
 
 def histogram(counts: Mapping[str, Any], max_length: Any) -> Histogram | None:
-    """The lengths of a part's rows before they are cut; None where they were not counted."""
+    """Return the lengths of a part's rows before they are cut; None where they were not counted."""
     from dstune.data import statistics
 
     try:

@@ -15,7 +15,7 @@ LOG_RATIO = 20.0
 
 
 def shares(values: Sequence[Mapping[str, Any]], reached: Sequence[float]) -> dict[str, float]:
-    """For each key the share of the variance of the objective that it alone explains, the largest first; empty for too few
+    """Return for each key the share of the variance of the objective that it alone explains, the largest first; empty for too few
     trials or where all reached the same.
 
     A forest of extremely randomised trees is fitted to the trials. For each value of a key the prediction is averaged over all
@@ -63,7 +63,7 @@ def are_numbers(values: Sequence[Any]) -> bool:
 
 
 def positions(values: Sequence[Any]) -> list[float]:
-    """Values as numbers: themselves, their logarithm where they span much, or their place among all (by their text)."""
+    """Return values as numbers: themselves, their logarithm where they span much, or their place among all (by their text)."""
     if are_numbers(values):
         return [math.log(value) for value in values] if is_logarithmic(values) else [float(value) for value in values]
     names = sorted({str(value) for value in values})

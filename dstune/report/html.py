@@ -28,8 +28,8 @@ def _environment(package: str) -> jinja2.Environment:
 
 
 def render(template: str, *, package: str = PACKAGE, **values: Any) -> str:
-    """`template` of the folder `templates` with `values`, each escaped where it stands. package: with a folder `templates` that is
-    looked at before the report's own, whose parts its templates may use."""
+    """Return `template` of the folder `templates` with `values`, each escaped where it stands. package: with a folder
+    `templates` that is looked at before the report's own, whose parts its templates may use."""
     return _environment(package).get_template(template).render(**values)
 
 
@@ -39,7 +39,7 @@ def _format(value: Any) -> Any:
 
 
 def visible(text: str) -> str:
-    """`text` with control characters as pictures (U+2400...), line feeds and tabs as they are: a browser drops some of
+    """Return `text` with control characters as pictures (U+2400...), line feeds and tabs as they are: a browser drops some of
     them and HTML forbids others."""
     return (
         "".join(

@@ -25,7 +25,7 @@ class Importance:
 
 
 def importance(run_dir: Path) -> Importance | None:
-    """The section of a run; None where there is no whole importance.json."""
+    """Return the section of a run; None where there is no whole importance.json."""
     try:
         return _section(parse_json(read_file(run_dir / "importance.json")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -12,7 +12,7 @@ NONE = "\u2013"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """`value` with about `digits` significant digits: 3.465, 0.7821, 12,345, 1.5e-5; a dash for None."""
+    """Return `value` with about `digits` significant digits: 3.465, 0.7821, 12,345, 1.5e-5; a dash for None."""
     if value is None or not math.isfinite(value):
         return NONE
     if value == int(value) and abs(value) < 1e15:
@@ -27,7 +27,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def short(value: float | None) -> str:
-    """Large counts as people say them: 812, 12.4k, 3.1M, 2.0B."""
+    """Write large counts as people say them: 812, 12.4k, 3.1M, 2.0B."""
     if value is None:
         return NONE
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
@@ -41,7 +41,7 @@ def percent(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`48 s`, `3 min 6 s`, `2 h 5 min`, `3 d 4 h`."""
+    """Return `48 s`, `3 min 6 s`, `2 h 5 min`, `3 d 4 h`."""
     if seconds is None:
         return NONE
     whole = round(seconds)
@@ -52,7 +52,7 @@ def duration(seconds: float | None) -> str:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
     if not high > low:
         return [low]
     raw = (high - low) / max(count, 1)
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, with 2 and 5 between them where there are fewer than three."""
+    """Return powers of ten from `low` to `high`, with 2 and 5 between them where there are fewer than three."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 2, 5)):
         ticks = [factor * 10.0**decade for decade in decades for factor in factors]
@@ -75,7 +75,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_label(value: float, step: float) -> str:
-    """A tick's number with as many decimals as the distance `step` to its neighbour needs."""
+    """Return a tick's number with as many decimals as the distance `step` to its neighbour needs."""
     if value == 0:
         return "0"
     if abs(value) >= 1e5:

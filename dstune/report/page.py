@@ -57,7 +57,7 @@ def write(runs: Sequence[Path], target: Path) -> None:
 
 
 def of_foreign(make: Callable[[], str], where: str) -> str:
-    """A page of files that somebody else may have written. Raises UserError where they hold what dstune does not write."""
+    """Return a page of files that somebody else may have written. Raises UserError where they hold what dstune does not write."""
     try:
         return make()
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
@@ -66,7 +66,7 @@ def of_foreign(make: Callable[[], str], where: str) -> str:
 
 
 def report(runs: Sequence[RunFiles]) -> str:
-    """The HTML of one run, or of several side by side."""
+    """Return the HTML of one run, or of several side by side."""
     labels = _labels(runs)
     curves_of = [collect(run.metrics) for run in runs]
     formatted = [

@@ -38,7 +38,7 @@ NAMES = {
 
 
 def plain_name(metric: str) -> str:
-    """A metric as people call it."""
+    """Return a metric as people call it."""
     return NAMES.get(metric) or metric.replace("_", " ")
 
 
@@ -100,7 +100,7 @@ def outcome(run: RunFiles, curves: Curves) -> Outcome:
 
 
 def figures(run: RunFiles, curves: Curves) -> list[Figure]:
-    """The headline numbers of one run; what was never measured is left out."""
+    """Return the headline numbers of one run; what was never measured is left out."""
     reached = outcome(run, curves)
     metric = _chosen_metric(run, curves)
     formatted = []
@@ -188,7 +188,7 @@ def _rough(change: float) -> str:
 
 
 def outcomes_table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """The results of all runs as columns, each cell with its text and whether it is the best of its column."""
+    """Return the results of all runs as columns, each cell with its text and whether it is the best of its column."""
     names = dict.fromkeys(name for outcome in outcomes for name in outcome.metrics)
     columns: list[tuple[str, list[float | None], bool | None, Any]] = [
         (

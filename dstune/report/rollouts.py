@@ -41,7 +41,7 @@ class Episode:
 
 
 def story(run: Path) -> list[Episode]:
-    """Evenly spaced steps of a run, the first and the last among them; empty where it has no completions."""
+    """Return evenly spaced steps of a run, the first and the last among them; empty where it has no completions."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []

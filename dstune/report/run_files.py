@@ -72,13 +72,13 @@ class RunFiles:
 
 
 def section(mapping: Row, name: str) -> Row:
-    """`mapping[name]` if it is a mapping, else an empty one."""
+    """Return `mapping[name]` if it is a mapping, else an empty one."""
     value = mapping.get(name)
     return value if isinstance(value, dict) else {}
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories that `paths` name: each is one, or a folder that holds some (a sweep). Sorted, without doubles.
+    """Return the run directories that `paths` name: each is one, or a folder that holds some (a sweep). Sorted, without doubles.
 
     Raises:
         UserError: every path that is neither.
@@ -118,7 +118,7 @@ def _no_run(path: Path) -> Problem:
 
 
 def read(path: Path) -> RunFiles:
-    """Everything the report needs of the run at `path`.
+    """Return everything the report needs of the run at `path`.
 
     Raises:
         UserError: its `run.yaml` cannot be read.
@@ -162,7 +162,7 @@ def is_number(value: Any) -> bool:
 
 
 def shaped_result(result: Row) -> Row:
-    """`result.json` without values that dstune does not write under their keys."""
+    """Return `result.json` without values that dstune does not write under their keys."""
     shaped = {}
     for key, value in result.items():
         kinds = _RESULT.get(key)
@@ -175,7 +175,7 @@ def shaped_result(result: Row) -> Row:
 
 
 def is_odd(value: Any) -> bool:
-    """Whether a metric of this value is none: a list, a text, a number that no calculation survives."""
+    """Return whether a metric of this value is none: a list, a text, a number that no calculation survives."""
     return not (isinstance(value, dict) or is_number(value) or (isinstance(value, float) and not math.isfinite(value)))
 
 
@@ -197,7 +197,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def is_row(row: Any) -> bool:
-    """Whether this is a row of `metrics.jsonl` or `samples.jsonl`: a step, and under the keys of training numbers."""
+    """Return whether this is a row of `metrics.jsonl` or `samples.jsonl`: a step, and under the keys of training numbers."""
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**53:
         return False
     if not isinstance(row.get("skipped", ""), str) or any(

@@ -21,7 +21,7 @@ class Answered:
 
 
 def answered(runs: Sequence[RunFiles], labels: Sequence[str]) -> list[Answered]:
-    """The prompts in their order. One run: its first and last answer; several: the first of the first, the last of each."""
+    """Return the prompts in their order. One run: its first and last answer; several: the first of the first, the last of each."""
     entry_by_prompt: dict[str, Answered] = {}
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         by_prompt: dict[str, list[dict]] = {}

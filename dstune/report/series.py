@@ -38,7 +38,7 @@ class Series:
 
 
 def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """Every metric with a number in some row, in the order of its first appearance. A step logged twice keeps the last."""
+    """Return every metric with a number in some row, in the order of its first appearance. A step logged twice keeps the last."""
     points_by_name: dict[str, dict[int, float | None]] = {}
     numbers: set[str] = set()
     for row in rows:
@@ -58,12 +58,12 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
 
 
 def smoothing_span(points: int) -> int:
-    """Steps that the smoothed curve averages over: about a twentieth of the run; 0 for curves too short to smooth."""
+    """Return steps that the smoothed curve averages over: about a twentieth of the run; 0 for curves too short to smooth."""
     return max(5, round(points / 20)) if points >= SMOOTHED_FROM else 0
 
 
 def smoothed(series: Series, span: int) -> Series:
-    """Exponential moving average with the centre of mass of `span` steps, without the bias of its start.
+    """Compute the exponential moving average with the centre of mass of `span` steps, without the bias of its start.
 
     alpha = 2 / (span + 1); the sum of the weights so far divides, so the first value is not dragged towards 0
     (Kingma and Ba 2015, arXiv:1412.6980, section 3). Gaps stay gaps and weigh nothing.
@@ -81,7 +81,7 @@ def smoothed(series: Series, span: int) -> Series:
 
 
 def thinned(series: Series, limit: int = DRAWN_POINTS) -> Series:
-    """At most about `limit` points: the lowest and the highest of each stretch, so that every spike stays visible."""
+    """Return at most about `limit` points: the lowest and the highest of each stretch, so that every spike stays visible."""
     count = len(series.steps)
     if count <= limit:
         return series

@@ -68,7 +68,7 @@ class Trial:
 
 
 def short_name(record: Record) -> str:
-    """A trial's number alone where that is in front of its name: the values stand in columns of their own."""
+    """Return a trial's number alone where that is in front of its name: the values stand in columns of their own."""
     number_, _, values_text = record.name.partition("-")
     return number_ if number_.isdigit() and values_text else record.name
 
@@ -96,7 +96,7 @@ class Scale:
 
 
 def scale(values: Sequence[Any], *, of_key: bool = False, logarithmic: bool = False) -> Scale:
-    """Room for `values`: by their logarithm where they span much; texts side by side.
+    """Return room for `values`: by their logarithm where they span much; texts side by side.
 
     of_key: they were chosen, so that a few of them stand at the axis themselves. logarithmic: they were chosen by their logarithm.
     """
@@ -122,8 +122,8 @@ def scale(values: Sequence[Any], *, of_key: bool = False, logarithmic: bool = Fa
 
 
 def without_outliers(values: Sequence[float], lower: bool) -> tuple[list[float], int]:
-    """What the axis of an objective has to show, and how many trials are so much worse (they diverged) that showing them would
-    press all others into one line: more than four quartile distances behind the quartile."""
+    """Return what the axis of an objective has to show, and how many trials are so much worse (they diverged) that showing them
+    would press all others into one line: more than four quartile distances behind the quartile."""
     ordered = sorted(values)
     first, third = ordered[len(ordered) // 4], ordered[(3 * len(ordered)) // 4]
     room = OUTLIER_DISTANCES * (third - first)
