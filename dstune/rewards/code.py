@@ -41,7 +41,7 @@ class CodeTests(Reward):
 
 
 def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.inf) -> float | None:
-    """The share of tests that a completion passes; None where there is none. seconds: in which its tests begin."""
+    """Return the share of tests that a completion passes; None where there is none. seconds: in which its tests begin."""
     code = code_of(completion)
     if isinstance(tests, str) and tests.strip():
         mark = secrets.token_hex(16)
@@ -61,13 +61,13 @@ def passed(completion: str, tests: Any, limits: Limits, seconds: float = math.in
 
 
 def code_of(completion: str) -> str:
-    """The last fenced block of a completion, or the whole of it."""
+    """Return the last fenced block of a completion, or the whole of it."""
     blocks = _FENCED.findall(completion)
     return blocks[-1] if blocks else completion
 
 
 def same_output(printed: str, expected: str) -> bool:
-    """Whether the lines are the same, apart from white space at their ends and behind the last one."""
+    """Return whether the lines are the same, apart from white space at their ends and behind the last one."""
     return [line.rstrip() for line in printed.rstrip().splitlines()] == [
         line.rstrip() for line in expected.rstrip().splitlines()
     ]

@@ -43,6 +43,6 @@ class Script(Reward):
 
 
 def share_of_script(text: str, scripts: Sequence[str]) -> float:
-    """0 where there is no letter."""
+    """Return the share of letters that are of `scripts`; 0 where there is no letter."""
     letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
     return sum(name.startswith(tuple(scripts)) for name in letters) / len(letters) if letters else 0.0
