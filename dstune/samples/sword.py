@@ -22,7 +22,7 @@ class Files(Protocol):
 
 
 def verses(files: Files) -> dict[str, str]:
-    """Texts without markup, notes and headings, by names such as `Gen.1.1`, in the module's order."""
+    """Return texts without markup, notes and headings, by names such as `Gen.1.1`, in the module's order."""
     text_by_verse: dict[str, str] = {}
     for testament in ("ot", "nt"):
         chapter, number = "", 0
