@@ -24,7 +24,7 @@ class ClientGone(Exception):
 
 
 async def respond(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
-    """headers: beside the length; JSON where they name no type."""
+    """Send a whole response. headers: beside the length; JSON where they name no type."""
     all_headers = list(headers)
     if not any(name == b"content-type" for name, _ in all_headers):
         all_headers.append(JSON)
@@ -42,14 +42,14 @@ def event(value: Any) -> bytes:
 
 
 async def gone(receive: Receive) -> None:
-    """Returns when the client has closed its connection."""
+    """Wait until the client has closed its connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """What stands in it is cancelled when the client goes. Raises ClientGone then."""
+    """Cancel what stands in the block when the client goes. Raises ClientGone then."""
     working = asyncio.current_task()
     assert working is not None
     has_left = False
@@ -73,8 +73,8 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
 
 
 async def read_body(receive: Receive, limit: int, hold: Callable[[int], None] = lambda size: None) -> bytes:
-    """hold: told of the size of each part. Raises ClientGone, what `hold` raises, and ValueError where the body has more than
-    `limit` bytes."""
+    """Read the whole body. hold: told of the size of each part. Raises ClientGone, what `hold` raises, and ValueError where the
+    body has more than `limit` bytes."""
     parts, size = [], 0
     while True:
         message = await receive()

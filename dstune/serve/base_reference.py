@@ -13,7 +13,8 @@ from dstune.core.errors import EXIT_DONE, DstuneError, Problem, UserError, to_js
 
 
 def main(model: dict[str, Any], file: Path) -> int:
-    """model: path and whether its code is trusted. Prints the error where there can be no reference."""
+    """Write the reference of a base model. model: path and whether its code is trusted. Prints the error where there can be no
+    reference."""
     from dstune.config.schema import ModelConfig
     from dstune.inference.reference import NoReference, base_reference
 

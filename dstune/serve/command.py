@@ -39,7 +39,7 @@ class ServeFailed(DstuneError):
 
 
 def main(argv: list[str]) -> int:
-    """`dstune serve MODEL [NAME=MODEL ...]`. Raises UserError, Refused; returns the exit code."""
+    """Run `dstune serve MODEL [NAME=MODEL ...]`. Raises UserError, Refused; returns the exit code."""
     arguments = options.parsed(argv)
     options.check(arguments)
     extra.require()
@@ -246,7 +246,8 @@ def _request_log(arguments: argparse.Namespace, state: Path) -> Any:
 
 
 def first_keys(keys: Keys, state: Path) -> None:
-    """A key of a client and an admin's where there are none, kept in files of this user alone and printed to a terminal once."""
+    """Make a key of a client and an admin's where there are none, kept in files of this user alone and printed to a terminal
+    once."""
     names = {row.name for row in keys.all()}
     for name, file, admin in (("default", "key", False), ("admin", "admin-key", True)):
         if name in names or (admin and any(row.admin for row in keys.all())) or (not admin and names):

@@ -25,7 +25,7 @@ class EventReader:
         self._begins = True
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Of the events that end in `chunk`. Raises one of FAILURES where an event has no end."""
+        """Yield the data of the events that end in `chunk`. Raises one of FAILURES where an event has no end."""
         searched = max(len(self._buffer) - MOST_END_BYTES, 0)  # an end may begin in the piece before
         self._buffer += chunk
         if self._begins and len(self._buffer) >= len(_BYTE_ORDER_MARK):
@@ -39,19 +39,19 @@ class EventReader:
         self._buffer = within_event(self._buffer[start:])
 
     def end(self) -> Iterator[bytes]:
-        """Of an event that the stream's end has cut: the specification drops it, some clients read it."""
+        """Yield the data of an event that the stream's end has cut: the specification drops it, some clients read it."""
         if data := data_of(self._buffer.removeprefix(_BYTE_ORDER_MARK)):
             yield data
 
 
 def data_of(event: bytes) -> bytes:
-    """The lines of its data, joined by line feeds."""
+    """Return the lines of its data, joined by line feeds."""
     lines = (line.partition(b":") for line in _LINE_END.split(event))
     return b"\n".join(value.removeprefix(b" ") for name, _, value in lines if name == b"data")
 
 
 def data_in(stream: bytes) -> Iterator[bytes]:
-    """Of all events of a stream that is there as a whole."""
+    """Yield the data of all events of a stream that is there as a whole."""
     reader = EventReader()
     yield from reader.feed(stream)
     yield from reader.end()

@@ -348,7 +348,7 @@ NEUTRAL: dict[str, Callable[[Any], bool]] = {
 
 
 def checked(body: Mapping[str, Any], route: type[Request], acts: Collection[str]) -> dict[str, Any]:
-    """`body` without fields that ask for nothing, its messages as in training. acts: the fields that the engine acts on.
+    """Return `body` without fields that ask for nothing, its messages as in training. acts: the fields that the engine acts on.
 
     Raises ApiError for a field that is unknown or wrong, or that the engine would ignore.
     """

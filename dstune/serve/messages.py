@@ -181,8 +181,8 @@ ResponseInput = Annotated[
 
 
 def as_trained(value: Any) -> Any:
-    """Messages as rows of training hold them: a content of one part is a text, several stay parts, which templates print in
-    their own way; a refusal is what was said, since engines know of none."""
+    """Return messages as rows of training hold them: a content of one part is a text, several stay parts, which templates print
+    in their own way; a refusal is what was said, since engines know of none."""
     if not isinstance(value, list):
         return value
     return [as_trained(item) if isinstance(item, list) else _message_as_trained(item) for item in value]

@@ -18,8 +18,8 @@ PREFIX = "serve."
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
-    """The options, with the words behind `--` as `engine_arguments`, and what they choose from as `engine_kind` and `services`
-    (all routes beside those of the models). `check` says what is wrong with them together."""
+    """Return the options, with the words behind `--` as `engine_arguments`, and what they choose from as `engine_kind` and
+    `services` (all routes beside those of the models). `check` says what is wrong with them together."""
     words, engine_arguments = _split(argv)
     services = [service() for service in ROUTES.classes().values()]
     arguments = _parser(services).parse_args(words)
@@ -29,7 +29,7 @@ def parsed(argv: list[str]) -> argparse.Namespace:
 
 
 def served(arguments: argparse.Namespace) -> list[Routes]:
-    """The routes beside those of the models that this server has."""
+    """Return the routes beside those of the models that this server has."""
     return [service for service in arguments.services if service.is_served(arguments)]
 
 

@@ -78,7 +78,7 @@ class Proof:
 
 
 def read_reference(folder: Path | None) -> dict[str, Any] | None:
-    """None where there is none. Raises Refused where the file is none."""
+    """Read the reference; None where there is none. Raises Refused where the file is none."""
     path = None if folder is None else folder / REFERENCE_FILE
     if path is None or not path.is_file():
         return None
@@ -210,7 +210,7 @@ class Effect:
             )
 
     def problem(self) -> str:
-        """Empty where it has the effect that it had in training."""
+        """Return why the effect is not the one that it had in training; empty where it is."""
         if self._expected:
             share = self._along / self._length if self._length else 0.0
             if share >= SHARE:

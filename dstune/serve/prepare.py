@@ -18,7 +18,7 @@ from dstune.serve.source import Source
 
 
 def prepare(run: Path, state: Path) -> Path:
-    """The folder to serve. Raises UserError where the run has nothing that can be exported."""
+    """Return the folder to serve. Raises UserError where the run has nothing that can be exported."""
     print(f"dstune: exporting {run} with a reference to hold the engine against", file=sys.stderr, flush=True)
     scratch = state / "exports"
     scratch.mkdir(mode=0o700, exist_ok=True)

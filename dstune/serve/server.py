@@ -38,14 +38,14 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def allow_open_files() -> None:
-    """As many as the system lets this process have: each connection is one."""
+    """Raise the limit of open files as far as the system lets this process: each connection is one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def most_connections() -> int:
-    """Half of the files that this process may open: engines, databases and logs need some too."""
+    """Return half of the files that this process may open: engines, databases and logs need some too."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft // 2 if soft > 0 else 1 << 20
 
@@ -119,7 +119,7 @@ class BoundedHttp(HttpToolsProtocol):
             self._close_after(BODY_REST_SECONDS)
 
     def send_400_response(self, message: str) -> None:
-        """Closes alone where a response has begun: nothing may stand within it."""
+        """Close alone where a response has begun: nothing may stand within it."""
         if self.cycle is None or not (self.cycle.response_started or self.pipeline):
             super().send_400_response(message)
         else:

@@ -82,7 +82,7 @@ class Source:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def digest(self, file: str) -> str:
-        """Of a file beside the tokenizer; empty where there is none."""
+        """Return the digest of a file beside the tokenizer; empty where there is none."""
         folder = self.prompted_as or self.folder
         if folder is None or not (folder / file).is_file():
             return ""
@@ -97,7 +97,7 @@ class Source:
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """By name, as transformers writes them: files, or in older folders an entry of `tokenizer_config.json`."""
+    """Return templates by name, as transformers writes them: files, or in older folders an entry of `tokenizer_config.json`."""
     files = {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (template_file := folder / "chat_template.jinja").is_file():
         files[DEFAULT] = template_file
@@ -128,7 +128,7 @@ def of_words(words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def with_neutral_labels(sources: Sequence[Source], words: Sequence[str]) -> list[Source]:
-    """`sources` with what `--neutral-label NAME=LABEL` declares of them. Raises UserError."""
+    """Return `sources` with what `--neutral-label NAME=LABEL` declares of them. Raises UserError."""
     labels: dict[str, list[str]] = {source.name: [] for source in sources if "classify" in source.serves}
     problems = []
     for word in words:
@@ -148,7 +148,7 @@ def is_run(path: str) -> bool:
 
 
 def needs_preparation(path: str) -> bool:
-    """Whether a run has no export of its newest checkpoint, or none with a reference."""
+    """Return whether a run has no export of its newest checkpoint, or none with a reference."""
     if not is_run(path):
         return False
     export = current_export(Path(path))
@@ -156,7 +156,8 @@ def needs_preparation(path: str) -> bool:
 
 
 def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_code: bool = False) -> Source:
-    """folder: the export of a run, where it is not the run's own. Raises UserError where the model cannot be served."""
+    """Resolve a model to serve. folder: the export of a run, where it is not the run's own. Raises UserError where the model
+    cannot be served."""
     record: dict[str, Any] = {}
     plugins: tuple[str, ...] = ()
     if registry_of(path) is not None:
@@ -211,7 +212,7 @@ def resolve(name: str, path: str, folder: Path | None = None, *, trust_remote_co
 
 
 def base_source(source: Source, name: str, *, one_template: bool) -> Source:
-    """The base of an adapter as a model of its own. one_template: asked as the adapter is."""
+    """Return the base of an adapter as a model of its own. one_template: asked as the adapter is."""
     folder = Path(source.base)
     return replace(
         source,

@@ -69,7 +69,7 @@ def _sign(path: Path) -> None:
 
 
 def opened_database(state: Path | None, url: str | None, *, create: bool) -> Database:
-    """The database at `url`, or the one in the server's folder. Raises UserError."""
+    """Return the database at `url`, or the one in the server's folder. Raises UserError."""
     from dstune.serve.store.database import DATABASE, Database
 
     if url:

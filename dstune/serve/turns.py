@@ -44,7 +44,7 @@ class Turns(Generic[T]):
                     del self._waiting[client]
 
     def get(self) -> T:
-        """Waits for an item."""
+        """Wait for an item."""
         with self._changed:
             while not self._size:
                 self._changed.wait()
@@ -66,7 +66,7 @@ class TurnThreads:
             threading.Thread(target=self._run, name=name, daemon=True).start()
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
-        """What `work` returns or raises. Where nobody waits for it any more before its turn comes, it is not called."""
+        """Return what `work` returns or raises. Where nobody waits for it any more before its turn comes, it is not called."""
         future: Future[T] = Future()
         item = (future, work)
         self._turns.put(client, item)

@@ -97,7 +97,7 @@ FailsFast = _FailFast()
 
 
 def tagged_by(name: str) -> Discriminator:
-    """What an object is, by one of its fields: members of the union have the tags `#VALUE`."""
+    """Return what an object is, by one of its fields: members of the union have the tags `#VALUE`."""
 
     def tag_of(value: Any) -> str:
         return f"#{value.get(name) if isinstance(value, dict) else None}"
@@ -106,7 +106,7 @@ def tagged_by(name: str) -> Discriminator:
 
 
 def wrong(words: str) -> PydanticCustomError:
-    """An error that a validator raises. words: what is wrong, after the name of the value."""
+    """Return an error that a validator raises. words: what is wrong, after the name of the value."""
     return PydanticCustomError(INVALID, "{words}", {"words": words})
 
 
@@ -179,7 +179,7 @@ WORDS: Mapping[str, str] = {
 
 
 def words_of(mistake: Mapping[str, Any]) -> str:
-    """What is wrong with a value, after its name."""
+    """Return what is wrong with a value, after its name."""
     kind, context = mistake["type"], mistake.get("ctx", {})
     if kind == "union_tag_invalid":
         return f"has the unknown type or role {context['tag'][1:41]!r}; there are {context['expected_tags'].replace('#', '')}"
@@ -187,6 +187,6 @@ def words_of(mistake: Mapping[str, Any]) -> str:
 
 
 def place_of(loc: Loc) -> str:
-    """A place as clients know it: `messages[3].content`."""
+    """Return a place as clients know it: `messages[3].content`."""
     shown = (part for part in loc if not str(part).startswith("#"))
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown).lstrip(".")

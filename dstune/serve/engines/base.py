@@ -105,14 +105,14 @@ class Engine:
         return ""
 
     def command(self, folder: Path) -> Command:
-        """folder: an empty one of this start."""
+        """Return the command that starts the engine. folder: an empty one of this start."""
         raise NotImplementedError
 
     def expect(self, adapter: Source) -> None:
-        """An adapter that will be loaded; called before the start."""
+        """Announce an adapter that will be loaded; called before the start."""
 
     def learn(self) -> None:
-        """What has to be known of the model before a request is sent; called in a thread when the engine is healthy.
+        """Learn what has to be known of the model before a request is sent; called in a thread when the engine is healthy.
         Raises UserError where it cannot be found."""
 
     health: ClassVar[str] = "/health"
@@ -120,7 +120,7 @@ class Engine:
     """How often a server that this one has not started is asked whether it still answers."""
 
     async def prompt_ids(self, model: str, row: Mapping[str, Any]) -> list[int]:
-        """The tokens of the prompt that `row` holds as `messages` (with `tools`, `arguments`) or `text`.
+        """Return the tokens of the prompt that `row` holds as `messages` (with `tools`, `arguments`) or `text`.
 
         Raises Unprovable, EngineDown.
         """
@@ -137,7 +137,7 @@ class Engine:
         return ids
 
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """The log-probabilities of the targets after the prompt, or of as many of the first ones as the engine reports.
+        """Return the log-probabilities of the targets after the prompt, or of as many of the first ones as the engine reports.
         Raises Unprovable, EngineDown."""
         ids = [*prompt, *targets]
         body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
@@ -149,15 +149,15 @@ class Engine:
         return values[-len(targets) :]
 
     async def answers(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Tokens and answers of an encoder's rows. Raises Unprovable."""
+        """Return tokens and answers of an encoder's rows. Raises Unprovable."""
         raise Unprovable(f"{self.name} does not show the tokens of an encoder")
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
-        """Whether so many answers to a request without `max_tokens` write at most `most` tokens together."""
+        """Return whether so many answers to a request without `max_tokens` write at most `most` tokens together."""
         return 0 < answers * self.context <= most
 
     def outgoing(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A request that was checked, as the engine is sent it. Raises ApiError where it must not see it."""
+        """Return a request that was checked, as the engine is sent it. Raises ApiError where it must not see it."""
         return body
 
     async def load_adapter(self, name: str, folder: Path) -> None:
@@ -248,7 +248,7 @@ class Engine:
         return True
 
     def context_in(self, health: Mapping[str, Any]) -> int:
-        """Tokens of a prompt and its answer together, as the engine tells them; 0 where it does not."""
+        """Return tokens of a prompt and its answer together, as the engine tells them; 0 where it does not."""
         return int(health.get("context", self.context))
 
     def _failure(self) -> DstuneError | EngineDown:
@@ -265,8 +265,8 @@ class Engine:
         return not self.starts_process or (self.process is not None and self.process.poll() is None)
 
     async def ended(self) -> None:
-        """Returns when the process has ended, or a server that this one has not started is silent twice in a row: it may come
-        back with another model, and without the adapters that were loaded."""
+        """Wait until the process has ended, or a server that this one has not started is silent twice in a row: it may come back
+        with another model, and without the adapters that were loaded."""
         silent = 0
         while self.alive() and silent < 2:
             await asyncio.sleep(0.1 if self.starts_process else self.health_seconds)
@@ -281,7 +281,7 @@ class Engine:
             return True
 
     async def stop(self, patience: float) -> None:
-        """SIGTERM, then SIGKILL for the whole session after `patience` seconds."""
+        """Stop the process: SIGTERM, then SIGKILL for the whole session after `patience` seconds."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             deadline = time.monotonic() + patience
@@ -304,7 +304,7 @@ class Engine:
     # -- HTTP
 
     async def ask(self, method: str, path: str, body: Any) -> dict[str, Any]:
-        """The JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400, and for a 404
+        """Return the JSON answer. Raises EngineDown, Unprovable where there is no such route, UserError for a 400, and for a 404
         that says what it does not find: a model, or an adapter's folder."""
         if self.client is None:
             raise EngineDown(f"{self.name} is not running")
@@ -327,13 +327,13 @@ class Engine:
 
 
 def overriding_arguments(words: Sequence[str], flags: Collection[str]) -> str:
-    """Which of `flags` stand among the user's words for an engine; empty if none does."""
+    """Return which of `flags` stand among the user's words for an engine; empty if none does."""
     used = [flag for word in words if (flag := word.partition("=")[0]) in flags]
     return f"in place of the export's files: {', '.join(used)}" if used else ""
 
 
 def context_of(models: Mapping[str, Any], names: Collection[str]) -> int:
-    """The longest context of these models in an answer of `/v1/models`, where the server tells it (vLLM does); else 0."""
+    """Return the longest context of these models in an answer of `/v1/models`, where the server tells it (vLLM does); else 0."""
     listed = models.get("data")
     lengths = [
         model["max_model_len"]

@@ -35,7 +35,7 @@ _HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def object_of(content: bytes) -> dict[str, Any]:
-    """The JSON object that an engine has sent. Raises one of FAILURES where it is none."""
+    """Return the JSON object that an engine has sent. Raises one of FAILURES where it is none."""
     try:
         value = parse_json(content)
     except ValueError as error:
@@ -58,7 +58,7 @@ def of_its_shape() -> Iterator[None]:
 
 
 def within_event(buffer: bytes) -> bytes:
-    """The beginning of an event of a stream. Raises one of FAILURES where it has no end."""
+    """Return the beginning of an event of a stream. Raises one of FAILURES where it has no end."""
     if len(buffer) > MOST_EVENT_BYTES:
         raise aiohttp.ClientPayloadError(f"an event of the engine has more than {MOST_EVENT_BYTES:,} bytes")
     return buffer
@@ -91,7 +91,7 @@ class Upstream:
         return self._session.closed
 
     async def send(self, method: str, path: str, body: bytes | None = None) -> aiohttp.ClientResponse:
-        """The answer as soon as its head is there; to be closed. Redirects are answers. Raises one of FAILURES."""
+        """Return the answer as soon as its head is there; to be closed. Redirects are answers. Raises one of FAILURES."""
         if self.closed:  # a request that met an engine being replaced; aiohttp raises a RuntimeError
             raise ConnectionError("the way to the engine is closed")
         if path not in self._urls:
@@ -100,7 +100,7 @@ class Upstream:
         return await self._session.request(method, self._urls[path], data=body, headers=headers, allow_redirects=False)
 
     async def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Status and content. Raises one of FAILURES."""
+        """Ask for the status and the content. Raises one of FAILURES."""
         answer = await self.send(method, path, body)
         async with answer:
             content = await answer.content.read(MOST_READ_BYTES + 1)

@@ -141,8 +141,8 @@ class LlamaCppEngine(Engine):
         return ids
 
     async def logprobs(self, model: str, prompt: Sequence[int], targets: Sequence[int]) -> list[float]:
-        """It tells no log-probabilities of a prompt, but that of a token that it writes, before anything is added to it:
-        so each target is forced in turn. A part of a character has none."""
+        """Force each target in turn: the engine tells no log-probabilities of a prompt, but that of a token that it writes,
+        before anything is added to it. A part of a character has none."""
         values: list[float] = []
         for number, target in enumerate(targets[:MOST_SCORED]):
             body = {"prompt": [*prompt, *targets[:number]], "n_predict": 1, "n_probs": 1, "temperature": 0}
@@ -163,7 +163,8 @@ def _unsupported(field: str, reason: str) -> ApiError:
 
 
 def number_format(file: Path) -> str:
-    """By what bound a GGUF file is compared, or the names of formats without one. Raises UserError where it is no such file."""
+    """Return by what bound a GGUF file is compared, or the names of formats without one. Raises UserError where it is no such
+    file."""
     from gguf import GGMLQuantizationType
 
     try:

@@ -42,7 +42,7 @@ class RemoteEngine(Engine):
         return Command([], {}, self.address.rstrip("/").removesuffix("/v1"))
 
     def fits_without_max_tokens(self, answers: int, most: int) -> bool:
-        """One answer of an unknown length is left to the bound of the server, which may refuse a longer one."""
+        """Leave one answer of an unknown length to the bound of the server, which may refuse a longer one."""
         return answers == 1 if not self.context else super().fits_without_max_tokens(answers, most)
 
     def context_in(self, health: Mapping[str, Any]) -> int:

@@ -34,7 +34,7 @@ class SpecialTexts:
 
     @classmethod
     def of(cls, source: Source) -> SpecialTexts:
-        """Those of the tokenizer that the model is asked with. Raises UserError where it cannot be read."""
+        """Return those of the tokenizer that the model is asked with. Raises UserError where it cannot be read."""
         folder = tokenizer_folder(source)
         if folder is None:
             reason = f"the tokenizer of {source.load_from} is not on this machine, so control tokens in requests are not known"
@@ -66,7 +66,7 @@ class SpecialTexts:
 
 
 def tokenizer_folder(source: Source) -> Path | None:
-    """Where the tokenizer is that the engine asks the model with; None where it is not on this machine."""
+    """Return where the tokenizer is that the engine asks the model with; None where it is not on this machine."""
     folder = source.prompted_as or source.folder
     if folder is not None and any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return folder
@@ -74,7 +74,7 @@ def tokenizer_folder(source: Source) -> Path | None:
 
 
 def hub_folder(source: Source) -> Path | None:
-    """The files of the model that the engine loads: its folder, or what the hub's cache holds of it."""
+    """Return the files of the model that the engine loads: its folder, or what the hub's cache holds of it."""
     return base_folder(source.load_from, source.load_revision)
 
 

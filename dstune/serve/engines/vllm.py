@@ -157,7 +157,7 @@ class VllmEngine(Engine):
         return Command(argv, environment, "http://engine", str(folder / "http"))
 
     def learn(self) -> None:
-        """vLLM tells neither its number format nor its control tokens. Its model is in the hub's cache by now."""
+        """Learn the number format and the control tokens, which vLLM does not tell. Its model is in the hub's cache by now."""
         dtype_name = self._given("--dtype") or self.number_format
         self.dtype = DTYPES.get(dtype_name, dtype_name) or self._stored_dtype()
         if not self.dtype:

@@ -59,7 +59,7 @@ class Admission:
         self._per_minute = MovingWindowRateLimiter(MemoryStorage())
 
     async def check_rate(self, caller: Caller) -> None:
-        """Counts a request. Raises ApiError where it is one too many."""
+        """Count a request. Raises ApiError where it is one too many."""
         most = caller.limit.requests_per_minute
         if most is not None and not self._per_minute.hit(item := RateLimitItemPerMinute(most), caller.id):
             reset = self._per_minute.get_window_stats(item, caller.id).reset_time
@@ -108,7 +108,7 @@ class Admission:
         self._body_bytes[caller.id] += size
 
     def release(self, caller: Caller, size: int) -> None:
-        """What `hold` has counted of a request that was answered."""
+        """Give back the bytes that `hold` has counted of a request that was answered."""
         self._body_bytes[caller.id] -= size
         if not self._body_bytes[caller.id]:
             del self._body_bytes[caller.id]
@@ -120,8 +120,8 @@ class Admission:
 
     @asynccontextmanager
     async def place(self, caller: Caller, receive: Receive) -> AsyncIterator[None]:
-        """receive: of the request, whose body was read. Raises ApiError where too many wait, or this one waited for too long,
-        ClientGone."""
+        """Wait for a place. receive: of the request, whose body was read. Raises ApiError where too many wait, or this one
+        waited for too long, ClientGone."""
         most = caller.limit.concurrent
         if most is not None and self._of_key[caller.id] >= most:
             self._refuse(f"This key may have {most} requests at once.", 1)

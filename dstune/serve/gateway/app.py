@@ -68,7 +68,7 @@ class Gateway:
         return self.fleet.ready and guarded and not self.draining
 
     def add_routes(self, routes: Iterable[Route]) -> None:
-        """Of two routes of one method and path the first answers."""
+        """Add routes. Of two routes of one method and path the first answers."""
         self.routes += routes
         self._router.routes[:] = self.routes
 

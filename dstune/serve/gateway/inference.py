@@ -204,7 +204,7 @@ class WithoutUsage:
         """The beginning of an event, which is not visible yet."""
 
     def take(self, chunk: bytes) -> bytes:
-        """What of the stream may be shown now: events that are whole."""
+        """Return what of the stream may be shown now: events that are whole."""
         if not self.rest and chunk.endswith(b"\n\n") and not _NO_CHOICES.search(chunk):
             return chunk
         seen, start, visible = self.rest + chunk, 0, []

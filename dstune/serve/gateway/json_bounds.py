@@ -18,13 +18,13 @@ _STEP = {ord(b"["): 1, ord(b"{"): 1, ord(b"]"): -1, ord(b"}"): -1}
 
 
 def members_in(text: bytes) -> int:
-    """Objects, lists and members of objects in a JSON text, or in its beginning where they are more than MOST_MEMBERS."""
+    """Count objects, lists and members of objects in a JSON text, or in its beginning where they are more than MOST_MEMBERS."""
     most = _members(text)
     return most if most <= MOST_MEMBERS // 100 else _count(text, sys.maxsize)[0]
 
 
 def excess_of(text: bytes, depth: int) -> str:
-    """What a JSON text has too much of, in words; empty where it may be parsed."""
+    """Return what a JSON text has too much of, in words; empty where it may be parsed."""
     brackets = text.count(b"[") + text.count(b"{")
     if brackets <= depth and brackets + text.count(b":") <= MOST_MEMBERS and text.count(b",") <= MOST_VALUES:
         return ""  # as nearly every text, whatever stands in its strings

@@ -217,8 +217,8 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 def read_host(request: Request) -> str:
-    """The host that was asked for, without its port. Raises ApiError where the header is not `NAME` or `NAME:PORT`: proxies and
-    browsers would read another host in it."""
+    """Return the host that was asked for, without its port. Raises ApiError where the header is not `NAME` or `NAME:PORT`:
+    proxies and browsers would read another host in it."""
     match = _HOST.fullmatch(request.header("host").lower())
     if match is None:
         raise ApiError(400, "The header host is not a name, or a name and a port.", code="invalid_host")

@@ -56,7 +56,7 @@ def _characters(value: Any) -> int:
 
 
 def bounded(path: str, body: dict[str, Any], engine: Engine, most: int) -> dict[str, Any]:
-    """`body`, in which its answers write at most `most` tokens together. Raises ApiError for one that asks for more."""
+    """Return `body`, in which its answers write at most `most` tokens together. Raises ApiError for one that asks for more."""
     names = NAMES.get(path)
     if names is None:
         return body

@@ -142,7 +142,7 @@ class Recorder:
             return session.connection().execute(delete(AnswerRow).where(of_user)).rowcount
 
     async def used(self, key: str, since: int) -> int:
-        """Tokens of the answers of a key since then, in seconds of the epoch: those of all gateways of the database."""
+        """Return tokens of the answers of a key since then, in seconds of the epoch: those of all gateways of the database."""
         await self.flush()
         return await asyncio.to_thread(self._sum, key, since)
 
@@ -153,7 +153,7 @@ class Recorder:
             return int(session.scalar(query) or 0)
 
     async def flush(self) -> None:
-        """What was answered until now is in the database."""
+        """Write what was answered until now into the database."""
         async with self._writing:
             rows, self._rows = self._rows, []
             if not rows:

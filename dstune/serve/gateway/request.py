@@ -135,7 +135,7 @@ class Request(requests.Request):
         return self.caller
 
     def header(self, name: str) -> str:
-        """The value; empty where there is none. Raises ApiError where there are several."""
+        """Return the value; empty where there is none. Raises ApiError where there are several."""
         values = self._values.get(name.encode(), [])
         if len(values) > 1:
             raise ApiError(400, f"The header {name} is there more than once.")
@@ -144,8 +144,8 @@ class Request(requests.Request):
     def query(
         self, names: Collection[str], *, families: Collection[str] = (), lists: Collection[str] = ()
     ) -> dict[str, str]:
-        """The parameters behind `?`, of the names in `names` and, for families, of the form `NAME[KEY]`; those of the form
-        `NAME[]`, of lists, are for `query_values`. Raises ApiError for others, and for one that comes twice."""
+        """Return the parameters behind `?`, of the names in `names` and, for families, of the form `NAME[KEY]`; those of the
+        form `NAME[]`, of lists, are for `query_values`. Raises ApiError for others, and for one that comes twice."""
         value_by_name: dict[str, str] = {}
         for name, value in self._parameters():
             family = name.partition("[")[0] if name.endswith("]") else None
@@ -159,7 +159,7 @@ class Request(requests.Request):
         return value_by_name
 
     def query_values(self, name: str) -> list[str]:
-        """The values of a parameter that may come several times."""
+        """Return the values of a parameter that may come several times."""
         return [value for parameter, value in self._parameters() if parameter == name]
 
     def _parameters(self) -> list[tuple[str, str]]:
@@ -205,7 +205,7 @@ class Request(requests.Request):
             pass
 
     async def chunks(self, limit: int) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
+        """Yield the body as it comes. Raises ApiError for one that has more than `limit` bytes or stops coming, ClientGone."""
         too_large = ApiError(413, f"The body has more than {limit} bytes.", code="request_too_large")
         length = self.header("content-length")
         if length and (not length.isdigit() or len(length) > 18 or int(length) > limit):
@@ -232,7 +232,7 @@ class Request(requests.Request):
                 return
 
     async def json(self) -> dict[str, Any]:
-        """The body. Raises ApiError for one that is too large, too slow, too deep, or no JSON object; ClientGone."""
+        """Return the body. Raises ApiError for one that is too large, too slow, too deep, or no JSON object; ClientGone."""
         kind = self.header("content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "The body must be JSON: content-type application/json.")
@@ -258,8 +258,8 @@ class Request(requests.Request):
         self.held_bytes += size
 
     async def apart(self, work: Callable[[], T]) -> T:
-        """What `work` makes of the body: of a large one by a thread, where the work of each key has its turn. Raises what it
-        raises, ClientGone."""
+        """Return what `work` makes of the body: of a large one by a thread, where the work of each key has its turn. Raises what
+        it raises, ClientGone."""
         if self.body_bytes <= LARGE_BYTES or self._threads is None:
             return work()
         async with while_connected(self.receive):
@@ -347,7 +347,7 @@ class Request(requests.Request):
         await self.send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: ApiError) -> None:
-        """Nothing where the response has begun."""
+        """Answer with the error; do nothing where the response has begun."""
         if not self.status:
             headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
             # Clients send 408, 409 and 5xx again unless they are told not to.

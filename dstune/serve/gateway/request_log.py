@@ -56,7 +56,7 @@ class RequestLog:
         """Held while files are written or removed, so that what is being written is not missed by `forget`."""
 
     def add(self, row: Mapping[str, Any], route: str, body: Mapping[str, Any], answer: bytes, size: int = 0) -> None:
-        """row: of the table of answers. size: bytes of the body."""
+        """Write a request into the log. row: of the table of answers. size: bytes of the body."""
         record = {**row, "route": route, "request": body, "answer": answer, "bytes": size + len(answer)}
         with self._lock:
             self._rows.append(record)
@@ -189,7 +189,7 @@ _STREAM = re.compile(r"\ufeff?(?:data|event|id|retry)?:")
 
 
 def answer_value(raw: bytes) -> Any:
-    """What an answer says: its JSON, or the text of each choice of a stream."""
+    """Return what an answer says: its JSON, or the text of each choice of a stream."""
     text = raw.decode("utf-8", "replace")
     if not _STREAM.match(text):
         try:

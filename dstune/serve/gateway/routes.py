@@ -74,7 +74,7 @@ async def one_model(gateway: Gateway, request: Request) -> None:
 
 
 def describe(model: Model, key: Caller) -> dict[str, Any]:
-    """As its owner's key may see it: the base is named to those who may use it."""
+    """Describe a model as its owner's key may see it: the base is named to those who may use it."""
     proof = model.proof
     parity: dict[str, Any] = {"status": proof.status}
     if proof.detail:
@@ -108,7 +108,7 @@ MOST_LABEL, MOST_CORRECTION = 256, 100_000
 
 
 async def feedback(gateway: Gateway, request: Request) -> None:
-    """What a client says of an answer that its own key was given."""
+    """Store what a client says of an answer that its own key was given."""
     body = await request.json()
     request.refuse_halves(body)  # no database keeps them, and PostgreSQL no NUL
     if unknown := sorted(set(body) - set(FEEDBACK)):

@@ -56,7 +56,7 @@ class Database:
 
     @staticmethod
     def of_folder(folder: Path) -> Database:
-        """The SQLite file of a server's folder, which only this user may read."""
+        """Return the SQLite file of a server's folder, which only this user may read."""
         file = folder / DATABASE
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         os.fchmod(descriptor, 0o600)
@@ -84,7 +84,7 @@ class Database:
             command.upgrade(config, "head")
 
     def exclusive(self, session: Session, name: str) -> None:
-        """Nobody else is behind this call with that name until the transaction ends. SQLite has one writer anyway."""
+        """Wait until nobody else is behind this call with that name until the transaction ends. SQLite has one writer anyway."""
         if self.engine.dialect.name == "postgresql":
             session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))"), {"name": name})
 

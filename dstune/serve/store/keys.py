@@ -50,7 +50,7 @@ class Caller:
     role: str = "member"
 
     def has_role(self, role: str) -> bool:
-        """Whether it may do what `role` may."""
+        """Return whether it may do what `role` may."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
     def may_use(self, model: str) -> bool:
@@ -74,7 +74,7 @@ class Keys:
         project: str = DEFAULT_PROJECT,
         role: str = "member",
     ) -> str:
-        """A new key, which is told here only. project: its id. Raises UserError where the name is taken."""
+        """Return a new key, which is told here only. project: its id. Raises UserError where the name is taken."""
         assert role in ROLES
         if not re.fullmatch(r"[\w.@ -]{1,128}", name):
             raise UserError(Problem("NAME", "must be 1 to 128 letters, digits, spaces and . _ @ -", value=name))
@@ -101,7 +101,7 @@ class Keys:
         return key
 
     def find(self, key: str) -> Caller | None:
-        """The caller of a key; None where there is no such key, or it is revoked."""
+        """Return the caller of a key; None where there is no such key, or it is revoked."""
         if (remembered := self.remembered(key)) is not None:
             return remembered
         caller = self._found(key, digest := _hash(key))
@@ -112,7 +112,7 @@ class Keys:
         return caller
 
     def remembered(self, key: str) -> Caller | None:
-        """The caller of a key that was found a moment ago, without asking the database."""
+        """Return the caller of a key that was found a moment ago, without asking the database."""
         entry = self._remembered.get(_hash(key))
         return entry[1] if entry is not None and time.monotonic() - entry[0] < REMEMBERED_SECONDS else None
 
@@ -130,14 +130,14 @@ class Keys:
         return _caller(row, project)
 
     def by_id(self, key_id: str) -> Caller | None:
-        """The caller whose key has this id; None where it was revoked."""
+        """Return the caller whose key has this id; None where it was revoked."""
         with self._database.session() as session:
             row = session.get(Key, key_id)
             project = None if row is None else session.get(Project, row.project)
         return None if row is None or project is None or row.revoked is not None else _caller(row, project)
 
     def project(self, organization: str, name: str) -> str:
-        """The id of a project by its names; it and its organization are made where they are not there."""
+        """Return the id of a project by its names; it and its organization are made where they are not there."""
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "projects")
             owner = session.scalar(select(Organization).where(Organization.name == organization))
@@ -154,7 +154,7 @@ class Keys:
             return row.id
 
     def organizations(self) -> dict[str, str]:
-        """The ids of organizations by those of their projects."""
+        """Return the ids of organizations by those of their projects."""
         with self._database.session() as session:
             return {row.id: row.organization for row in session.scalars(select(Project))}
 

@@ -42,7 +42,7 @@ class Choice:
     count: int = 0
 
     def take(self, piece: Piece) -> Piece:
-        """`piece` with what can be shown of its text."""
+        """Return `piece` with what can be shown of its text."""
         if self.tools is not None:
             piece.text = self.tools.push(piece.text)
             if piece.finish:
@@ -81,7 +81,8 @@ class Answers:
         self.requested: list[Requested] = []
 
     def sampling(self, length: int, index: int, most: int | None) -> Sampling:
-        """Of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no room."""
+        """Return the sampling of the answer `index` to a prompt of `length` tokens. Raises ApiError where the context has no
+        room."""
         body, limit = self.body, self.model.limit
         if length + (most or 1) > limit:
             raise _too_long(limit, str(length), most or 1, "messages" if "messages" in body else "prompt")
@@ -108,8 +109,8 @@ class Answers:
         return bias
 
     def submit(self) -> None:
-        """All answers of the request. Raises ApiError where the queue is full, or the engine can never hold them; nothing of
-        the request is computed then."""
+        """Submit all answers of the request. Raises ApiError where the queue is full, or the engine can never hold them; nothing
+        of the request is computed then."""
         try:
             for prompt, samplings, choices in self.requested:
                 self._submit(prompt, samplings, choices)
@@ -167,7 +168,7 @@ class Answers:
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The lines of a stream."""
+        """Yield the lines of a stream."""
         with_usage = bool((self.body.get("stream_options") or {}).get("include_usage"))
         extra = {"usage": None} if with_usage else {}
         try:
@@ -313,7 +314,7 @@ class ChatAnswers(Answers):
 def chat_prompt(
     model: LocalModel, name: str, messages: Any, tools: Any, arguments: Mapping[str, Any] | None
 ) -> list[int]:
-    """The prompt's tokens of messages as clients write them. Raises ApiError where the template refuses them."""
+    """Return the prompt's tokens of messages as clients write them. Raises ApiError where the template refuses them."""
     try:
         conversation = conversation_of(messages, "messages")
         if any(is_place(part) for message in conversation for part in message.get("content") or ()):
@@ -326,7 +327,7 @@ def chat_prompt(
 
 
 def text_ids(model: LocalModel, name: str, text: str) -> list[int]:
-    """The tokens of a text that is continued. Raises ApiError where they are too many."""
+    """Return the tokens of a text that is continued. Raises ApiError where they are too many."""
     try:
         return model.text_ids(name, text)
     except TooManyTokens as error:
@@ -395,7 +396,7 @@ class TextAnswers(Answers):
 
 
 def prompts_of(prompt: Any) -> list[Any]:
-    """Each prompt of a completion request: text or token ids."""
+    """Return each prompt of a completion request: text or token ids."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     return list(prompt)

@@ -158,8 +158,8 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, sequences: list[Sequence], client: str = "") -> None:
-        """Answers to one prompt. Prompts of several clients are read in turn, and one client may have three quarters of those that
-        wait. Raises QueueFull, ValueError where they can never be held."""
+        """Queue the answers to one prompt. Prompts of several clients are read in turn, and one client may have three quarters
+        of those that wait. Raises QueueFull, ValueError where they can never be held."""
         prompt = _Prompt(sequences, client)
         if prompt.tokens > self._max_cached_tokens or len(sequences) > self._max_sequences:
             raise ValueError(
@@ -184,7 +184,7 @@ class Scheduler:
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """The result of `function`, which the computing thread runs between two steps."""
+        """Return the result of `function`, which the computing thread runs between two steps."""
         future: Future[Any] = Future()
         with self._changed:
             if self._stopped:
@@ -212,14 +212,14 @@ class Scheduler:
             return waiting | {adapter for adapter, _ in self._batches}
 
     def stop(self) -> None:
-        """Ends the thread after the current step. Sequences that are not done fail."""
+        """Stop the thread after the current step. Sequences that are not done fail."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
         self._thread.join()
 
     def give_up(self) -> None:
-        """For the computing thread: it ends by a fault once the present call has returned."""
+        """Give up from the computing thread: it ends by a fault once the present call has returned."""
         self._broken = True
 
     # -- the thread

@@ -216,13 +216,13 @@ class EncoderApp(EngineApp):
         return [{column: text} for text in ([value] if isinstance(value, str) else value)]
 
     async def parity(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Tokens and answers of rows as in training."""
+        """Return tokens and answers of rows as in training."""
         queries = [self._row_reader.query(row, str(number)) for number, row in enumerate(body["rows"])]
         answered = await self._batcher.answers(queries)
         return {"ids": [answer.ids for answer in answered], "answers": [answer.answer for answer in answered]}
 
     async def embed(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A vector stands for a complete text: one that is too long is refused, as OpenAI does."""
+        """Return a vector for each complete text: one that is too long is refused, as OpenAI does."""
         answered, usage = await self._answers(self._texts(body["input"]), "input", whole=True)
         vectors = [item.answer["vector"] for item in answered]
         if body.get("encoding_format") == "base64":
@@ -233,7 +233,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "data": items, "model": self.name, "usage": usage}
 
     async def classify(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Of a text that is too long the model reads the beginning, as in training, and the answer says so."""
+        """Classify texts. Of a text that is too long the model reads the beginning, as in training, and the answer says so."""
         answered, usage = await self._answers(self._texts(body["input"]), "input")
         items = []
         for number, row_answer in enumerate(answered):
@@ -253,7 +253,7 @@ class EncoderApp(EngineApp):
         }
 
     async def moderate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The labels of a classifier as categories. Those that are predicted are flagged, except neutral ones."""
+        """Return the labels of a classifier as categories. Those that are predicted are flagged, except neutral ones."""
         is_multi_label = bool(getattr(self.predictor.config.task, "multi_label", False))
         if not self._neutral and not is_multi_label and self.predictor.labels:  # one of its labels is always predicted
             listed = ", ".join(self.predictor.labels[:10])
@@ -290,7 +290,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Each answer as a part of its context; empty where a model that knows of questions without one finds none."""
+        """Return each answer as a part of its context; empty where a model that knows of questions without one finds none."""
         columns = [self._row_reader.mapping.get(role, role) for role in ("question", "context")]
         pairs = zip(*_paired(body, "question", "context"), strict=True)
         answered, usage = await self._answers([dict(zip(columns, pair, strict=True)) for pair in pairs], "question")
@@ -302,7 +302,7 @@ class EncoderApp(EngineApp):
         return {"object": "list", "model": self.name, "data": items, "usage": usage}
 
     async def reward(self, body: dict[str, Any]) -> dict[str, Any]:
-        """How good the last turn of each conversation is."""
+        """Return how good the last turn of each conversation is."""
         conversations = body["messages"] if isinstance(body["messages"][0], list) else [body["messages"]]
         for number, messages in enumerate(conversations):
             if messages[-1]["role"] != "assistant":
@@ -334,7 +334,7 @@ class EncoderApp(EngineApp):
         }
 
     async def rerank(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The shape of vLLM (`documents`), or of text-embeddings-inference (`texts`)."""
+        """Rank documents in the shape of vLLM (`documents`), or of text-embeddings-inference (`texts`)."""
         if ("documents" in body) == ("texts" in body):
             raise ApiError(400, "Give documents, or texts.", param="documents")
         texts = body["documents"] if "documents" in body else body["texts"]
@@ -397,7 +397,7 @@ NEUTRAL_LABELS = frozenset(
 
 
 def neutral_of(name: str, labels: Sequence[str], declared: Sequence[str]) -> frozenset[str]:
-    """The labels of the model `name` that moderations do not flag. Raises UserError for a declared one that it lacks."""
+    """Return the labels of the model `name` that moderations do not flag. Raises UserError for a declared one that it lacks."""
     if absent := [label for label in declared if label not in labels]:
         reason = "the model has no such label" if labels else "the model has no labels"
         fix = f"one of {', '.join(labels)}" if labels else "leave it out"

@@ -79,7 +79,7 @@ class LocalModel:
         return int(self.model.get_input_embeddings().num_embeddings)
 
     def defaults(self) -> Mapping[str, Any]:
-        """What the model's own generation settings say about sampling."""
+        """Return what the model's own generation settings say about sampling."""
         generation = self.model.generation_config
         if not generation.do_sample:
             return {}
@@ -132,12 +132,13 @@ class LocalModel:
             self._peft.delete_adapter(tongue.adapter)
 
     def adapter(self, name: str) -> str:
-        """What `speaking` makes of the model for requests to `name`: another one once the name was given to another adapter."""
+        """Return what `speaking` makes of the model for requests to `name`: another one once the name was given to another
+        adapter."""
         return self._tongues[name].adapter
 
     @contextmanager
     def speaking(self, adapter: str) -> Iterator[None]:
-        """The model is that adapter, or none."""
+        """Let the model be that adapter, or none, within the block."""
         if adapter and adapter not in self._retired and all(one.adapter != adapter for one in self._tongues.values()):
             raise ValueError("the model was removed")
         if self._peft is not None and self._active != adapter:
@@ -175,13 +176,13 @@ class LocalModel:
     def conversation_ids(
         self, name: str, messages: list[dict[str, Any]], tools: Any, arguments: Mapping[str, Any]
     ) -> list[int]:
-        """The prompt's tokens, as in training. Raises RenderError, TooManyTokens."""
+        """Return the prompt's tokens, as in training. Raises RenderError, TooManyTokens."""
         prompts = self._tongues[name].prompts
         assert prompts is not None, "only a model with a template is asked with messages"
         return prompts.ids(messages, tools=tools, arguments=arguments, most=self.limit)
 
     def text_ids(self, name: str, text: str) -> list[int]:
-        """Tokens of a text that the model is to continue. Raises TooManyTokens."""
+        """Return tokens of a text that the model is to continue. Raises TooManyTokens."""
         from dstune.data.special_tokens import first_special_tokens
 
         tongue = self._tongues[name]
@@ -196,7 +197,7 @@ class LocalModel:
         return text
 
     def logprobs(self, name: str, ids: Sequence[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it. For the computing thread."""
+        """Return the log-probability of each token but the first, given those before it. For the computing thread."""
         device = next(self.model.parameters()).device
         with torch.inference_mode(), self.speaking(self.adapter(name)):
             logits = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0]

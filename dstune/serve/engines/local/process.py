@@ -90,7 +90,8 @@ def _encoder(settings: dict[str, Any]) -> Any:
 
 
 def compute_in(dtype: str, model: Any) -> None:
-    """Parameters alone change: the frequencies of rotary positions, which are none, stay in fp32 as everywhere else."""
+    """Set the type of the parameters alone: the frequencies of rotary positions, which are none, stay in fp32 as everywhere
+    else."""
     import torch
 
     for parameter in model.parameters() if dtype else ():
@@ -99,7 +100,7 @@ def compute_in(dtype: str, model: Any) -> None:
 
 
 def set_threads(settings: dict[str, Any]) -> None:
-    """Threads that spin starve each other: beside the gateway one fewer than cores computes."""
+    """Set the number of threads: those that spin starve each other, so that beside the gateway one fewer than cores computes."""
     import torch
 
     cores = len(os.sched_getaffinity(0))

@@ -50,7 +50,7 @@ class Sampler:
         self._counts: dict[int, int] = {}
 
     def choose(self, logits: Tensor) -> Chosen:
-        """logits: float [vocabulary] of the next token, on the CPU."""
+        """Choose a token. logits: float [vocabulary] of the next token, on the CPU."""
         sampling = self.sampling
         changed = self._changed(logits)
         if sampling.temperature < COLDEST:

@@ -42,7 +42,7 @@ class TextStream:
         return [*self._ids]
 
     def push(self, chosen: Chosen) -> Piece:
-        """The piece that the next token completes; empty where nothing can be shown yet."""
+        """Return the piece that the next token completes; empty where nothing can be shown yet."""
         self.count += 1
         if chosen.token in self._ends:
             return self._end("stop")
