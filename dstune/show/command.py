@@ -44,7 +44,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """`dstune data show [RUN] [key=value ...] [flags]`. Raises UserError; returns the exit code."""
+    """Run `dstune data show [RUN] [key=value ...] [flags]`. Raises UserError; returns the exit code."""
     if argv[:1] in ([], ["--help"], ["-h"]):
         print("usage: dstune data show [RUN] [key=value ...] [flags]\n\n`dstune data show --help` explains it.")
         return EXIT_DONE
@@ -84,7 +84,7 @@ def _parse(argv: list[str]) -> tuple[Options, list[str]]:
 
 
 def located(config: RunConfig, console: Console) -> RunConfig:
-    """`config` with its data and the files of its model in place, all but the weights.
+    """Return `config` with its data and the files of its model in place, all but the weights.
 
     Raises:
         UserError: everything that is missing, listed together.

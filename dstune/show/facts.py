@@ -139,8 +139,8 @@ class Preview:
 
 
 def show(config: RunConfig, split: str, count: int) -> Preview:
-    """`count` evenly spaced samples of `split`, and figures about all of them. The samples end up in the cache, where a
-    run of the same configuration finds them.
+    """Return `count` evenly spaced samples of `split`, and figures about all of them. The samples end up in the cache, where a run
+    of the same configuration finds them.
 
     Raises:
         UserError: whatever `prepare` refuses, or there is no such split.
@@ -174,7 +174,7 @@ def show(config: RunConfig, split: str, count: int) -> Preview:
 
 
 def show_row(config: RunConfig, place: str) -> Preview:
-    """The samples that the row at `place` (FILE:LINE) alone gives.
+    """Return the samples that the row at `place` (FILE:LINE) alone gives.
 
     Raises:
         UserError: there is no such row, or it is refused; the message names `place`.
@@ -336,8 +336,8 @@ def _label(value: Any, labels: tuple[str, ...]) -> str:
 
 
 def repetitions(part: Split, tokenizer: Any, *, with_answers: bool) -> tuple[list[Repeated], list[Repeated]]:
-    """The samples, and the trained texts of different samples, that occur most often, among the first
-    COMPARED_SAMPLES. Compared by hash, so texts are decoded for the few that are shown only."""
+    """Return the samples, and the trained texts of different samples, that occur most often, among the first COMPARED_SAMPLES.
+    Compared by hash, so texts are decoded for the few that are shown only."""
     whole = np.empty(min(len(part.lengths), COMPARED_SAMPLES), np.uint64)
     trained = np.zeros(len(whole), np.uint64)
     further_columns = [name for name in part.table.column_names if name.endswith("_input_ids") or name == COLUMN]

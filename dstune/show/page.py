@@ -12,7 +12,7 @@ from dstune.show.facts import Preview
 
 
 def page(formatted: Preview) -> str:
-    """The HTML of what is shown, everything escaped, nothing from outside."""
+    """Return the HTML of what is shown, everything escaped, nothing from outside."""
     described = part(formatted.split, formatted.report, formatted.data) if formatted.report else None
     html = render(
         "show.html.j2",

@@ -44,7 +44,7 @@ class Turn:
 
 
 def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
-    """The turns of a sample, and what stands behind the last target."""
+    """Return the turns of a sample, and what stands behind the last target."""
     turns_in_order: list[Turn] = []
     context: list[Segment] = []
     for trained, group in groupby(pieces, key=lambda piece: piece.trained):
@@ -57,7 +57,7 @@ def turns(pieces: Sequence[Segment]) -> tuple[list[Turn], list[Segment]]:
 
 
 def segments(tokenizer: Any, input_ids: Sequence[int], labels: Any, names: Sequence[str] = ()) -> list[Segment]:
-    """The sample in pieces, whose texts joined are the sample's text with its special tokens.
+    """Return the sample in pieces, whose texts joined are the sample's text with its special tokens.
 
     labels: as of a sample, NO_TARGET where a token does not count; None where none does (classification).
     names: those of the tags that the labels are the indices of (token classification). Then a piece is an entity, or a
@@ -91,7 +91,7 @@ LEAST_REPEATS = 3
 
 
 def joined_repeats(pieces: Sequence[Segment]) -> list[Segment]:
-    """The pieces with runs of the same special token as one piece that says how many they are."""
+    """Return the pieces with runs of the same special token as one piece that says how many they are."""
     joined: list[Segment] = []
     for (special, text, trained), run in groupby(pieces, key=lambda piece: (piece.special, piece.text, piece.trained)):
         group = list(run)

@@ -43,7 +43,7 @@ class Style:
 
     @classmethod
     def of(cls, stream: TextIO, environ: Mapping[str, str]) -> Style:
-        """Colours on a terminal unless NO_COLOR is set (no-color.org) or TERM is dumb."""
+        """Choose the style: colours on a terminal unless NO_COLOR is set (no-color.org) or TERM is dumb."""
         plain = bool(environ.get("NO_COLOR")) or environ.get("TERM") == "dumb"
         return cls(stream.isatty() and not plain, "utf" in (stream.encoding or "").lower())
 
@@ -55,7 +55,7 @@ class Style:
 
 
 def text(formatted: Preview, style: Style) -> str:
-    """Everything that there is to see, as one text."""
+    """Return everything that there is to see, as one text."""
     key = style.paint("trained", TRAINED) if style.colours else "[[trained]]"
     lines = [
         style.paint(f"{formatted.split}: {formatted.samples:,} samples", STRONG)
@@ -143,7 +143,7 @@ def _text(segments: list[Segment], style: Style, tags: list[str]) -> str:
 
 
 def visible(value: str) -> str:
-    """`value` without characters that a terminal would obey: controls as \\x1b, line feeds and tabs as they are."""
+    """Return `value` without characters that a terminal would obey: controls as \\x1b, line feeds and tabs as they are."""
     return "".join(
         character if character in "\n\t" or character.isprintable() else character.encode("unicode_escape").decode()
         for character in value
