@@ -35,7 +35,7 @@ def is_array(config: RunConfig) -> bool:
 
 
 def problems(config: RunConfig, axes: Sequence[Axis]) -> Iterator[Problem]:
-    """Why this sweep cannot be left to the queue."""
+    """Yield why this sweep cannot be left to the queue."""
     if submitter := submitter_of(config.launch):
         if config.sweep.optuna:
             reason = "Optuna chooses the values of a trial after others have ended, so the sweep has to wait for them"

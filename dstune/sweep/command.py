@@ -50,7 +50,7 @@ class Command:
 
 
 def main(argv: list[str]) -> int:
-    """The verb `train` for a sweep. Raises UserError; returns the exit code of the public contract.
+    """Run the verb `train` for a sweep. Raises UserError; returns the exit code of the public contract.
 
     0 when every trial has an end (pruned ones included), 75 when some can be continued, 1 when some failed.
     """
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 
 def compared_by(base: RunConfig) -> list[str]:
-    """The objectives; without validation rows the training loss."""
+    """Return the objectives; without validation rows the training loss."""
     return list(base.sweep.objective) or (objectives(base) if holds_out(base) else [TRAINING_LOSS])
 
 
@@ -105,8 +105,8 @@ def parse(argv: list[str]) -> Command:
 
 
 def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
-    """Compose and validate the values of all axes, look at the first trial as `dstune train` would, and choose the
-    directory; nothing is written yet. The second value: whether its runs became longer since it began.
+    """Compose and validate the values of all axes, look at the first trial as `dstune train` would, and choose the directory;
+    nothing is written yet. The second value: whether its runs became longer since it began.
 
     Raises:
         UserError: whatever keeps a trial from starting, as far as that can be told before.
@@ -150,7 +150,7 @@ def prepare(command: Command, console: Console) -> tuple[Sweep, bool]:
 
 
 def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
-    """What follows `dstune train` for every trial, without its values."""
+    """Return what follows `dstune train` for every trial, without its values."""
     flags = [word for folder in sweep.config_dirs for word in ("--config-dir", folder)]
     run_overrides = [text for text in fixed if not _is_sweep_key(text)]
     group = [] if sweep.base.tracking.group else [f"tracking.group={quoted(group_name(sweep))}"]
@@ -159,7 +159,7 @@ def common_overrides(sweep: Sweep, fixed: Sequence[str]) -> list[str]:
 
 
 def group_name(sweep: Sweep) -> str:
-    """What trackers call the trials together."""
+    """Return what trackers call the trials together."""
     return f"{sweep.base.run.name}/{sweep.path.name}"
 
 
@@ -244,7 +244,7 @@ def as_json(path: Path, names: Sequence[str], records: Sequence[Record]) -> dict
 
 
 def as_text(path: Path, names: Sequence[str], records: Sequence[Record]) -> str:
-    """A table of the trials, best first."""
+    """Return a table of the trials, best first."""
     order = ranked(records, names[0])
     keys = list(dict.fromkeys(key for record in order for key in record.values))
     heading = ["trial", "status", *names, *keys, "seconds"]

@@ -44,7 +44,7 @@ def here(env: Mapping[str, str] | None = None) -> Devices:
 
 
 def slots(config: RunConfig, devices: Devices, ranks: Sequence[int | None] = (None,)) -> list[Slot]:
-    """A slot for each of the `sweep.parallel` trials. ranks: every `launch.processes` that some trial has.
+    """Return a slot for each of the `sweep.parallel` trials. ranks: every `launch.processes` that some trial has.
 
     Raises:
         UserError: there are fewer GPUs, or cores, than the trials need at a time.
@@ -80,7 +80,7 @@ def slots(config: RunConfig, devices: Devices, ranks: Sequence[int | None] = (No
 
 
 def share(cores: Sequence[int], number: int, parallel: int) -> tuple[int, ...]:
-    """The cores of slot `number`, as equal as it goes; all of them where there are too few to divide."""
+    """Return the cores of slot `number`, as equal as it goes; all of them where there are too few to divide."""
     if len(cores) < parallel:
         return ()
     first, remainder = divmod(len(cores), parallel)

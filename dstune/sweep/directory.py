@@ -51,7 +51,7 @@ class Sweep:
 
 
 def identity(base: RunConfig, axes: Sequence[Axis]) -> str:
-    """Eight characters that are the same for the same settings and varied keys, whatever their values: a command with
+    """Return eight characters that are the same for the same settings and varied keys, whatever their values: a command with
     more of them continues the sweep."""
     tree = to_dict(base)
     for name in NOT_IDENTITY:
@@ -74,7 +74,7 @@ def sweep_path(base: RunConfig, axes: Sequence[Axis]) -> Path:
 
 
 def trial_name(assignment: Assignment, number: int | None = None) -> str:
-    """`lr=1e-05,rank=8`, with the number in front where values may come again: a folder's name."""
+    """Return `lr=1e-05,rank=8`, with the number in front where values may come again: a folder's name."""
     names = short_names(assignment.axes)
     parts = [
         f"{names[axis.key]}={_rounded(value) if axis.is_interval else value.short}"
@@ -118,7 +118,7 @@ def _interval(axis: Axis) -> str:
 
 
 def given_before(path: Path) -> tuple[list[str], list[str]]:
-    """Overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
+    """Return overrides and folders of groups with which the sweep at `path` began. Raises UserError."""
     content = _content(path)
     texts, folders = ([str(text) for text in content.get(name) or []] for name in ("overrides", "config_dirs"))
     check_overrides(texts, folders, content.get(SIGNATURE), path / SWEEP_FILE)
@@ -142,7 +142,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def continued(sweep: Sweep) -> tuple[Sweep, bool]:
-    """`sweep` with what the first start froze, where its directory holds one; whether its runs became longer.
+    """Return `sweep` with what the first start froze, where its directory holds one; whether its runs became longer.
 
     Raises:
         UserError: the directory holds something else, or a sweep whose other settings differ.
@@ -189,7 +189,7 @@ def _copy(source: dict[str, Any], target: dict[str, Any], key: str) -> None:
 
 
 def frozen(base: RunConfig, axes: Sequence[Axis]) -> list[str]:
-    """Overrides that give every trial what the first start froze, whenever it begins."""
+    """Return overrides that give every trial what the first start froze, whenever it begins."""
     varied = {axis.key.lstrip("+") for axis in axes}
     tree = to_dict(base)
     overrides = []
@@ -214,5 +214,5 @@ def write_record(sweep: Path, record: Record) -> None:
 
 
 def status_in(run_dir: Path) -> str:
-    """The status in the trial's result.json; empty without one."""
+    """Return the status in the trial's result.json; empty without one."""
     return str((records.read_result(run_dir) or {}).get("status") or "")

@@ -22,7 +22,7 @@ class Metrics:
         self._file: int | None = None
 
     def new(self) -> list[dict[str, Any]]:
-        """The whole rows since the last call."""
+        """Return the whole rows since the last call."""
         try:
             with self._path.open("rb") as stream:
                 status = self._path.stat()
@@ -46,6 +46,6 @@ class Metrics:
 
 
 def reached(run_dir: Path, config: RunConfig, objectives: Sequence[str]) -> dict[str, float]:
-    """The value of each objective that the run has (see `trials.reached`)."""
+    """Return the value of each objective that the run has (see `trials.reached`)."""
     result = records.read_result(run_dir) or {}
     return trials.reached(result, Metrics(run_dir).new(), objectives, of_best=config.run.export is Export.best)

@@ -20,7 +20,7 @@ MOST_COMBINATIONS = 512
 
 
 def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    """The choices of each group where one is to be matched by `glob()`; reading them takes a while otherwise."""
+    """Return the choices of each group where one is to be matched by `glob()`; reading them takes a while otherwise."""
     if not any("glob(" in text for text in overrides):
         return {}
     activate_requested(overrides, config_dirs)
@@ -29,7 +29,7 @@ def groups(config_dirs: Sequence[str], overrides: Sequence[str]) -> Mapping[str,
 
 
 def of_axes(sweep: SweepConfig, axes: Sequence[Axis]) -> list[Problem]:
-    """What the sweeper cannot do with an axis."""
+    """Return what the sweeper cannot do with an axis."""
     problems = []
     for axis in axes:
         if axis.is_interval and sweep.optuna is None:
@@ -47,7 +47,7 @@ def _format(axis: Axis) -> str:
 
 
 def configurations(parts: Split, config_dirs: Sequence[str]) -> list[RunConfig]:
-    """The configuration of every combination, or of every value where there are too many; the first one first.
+    """Return the configuration of every combination, or of every value where there are too many; the first one first.
 
     Raises:
         UserError: every problem with names and types of the values; `validate` is for the caller.

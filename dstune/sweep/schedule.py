@@ -69,7 +69,7 @@ class Source(Protocol):
     """Where trials come from: every combination, or Optuna."""
 
     def next(self) -> Trial | None:
-        """The next one to start; None where there is none now (`exhausted`: and will not be)."""
+        """Return the next one to start; None where there is none now (`exhausted`: and will not be)."""
         ...
 
     @property
