@@ -12,7 +12,7 @@ from dstune.synthesize.pipeline import Made
 
 
 def write_card(arguments: argparse.Namespace, made: Made, journal: Journal, requests: int) -> str:
-    """Markdown."""
+    """Write the card as Markdown."""
     models = Counter((answer.model, answer.version) for answer in journal.answers.values())
     lines = [
         f"# {arguments.output.name}",

@@ -25,7 +25,7 @@ from dstune.synthesize.teacher import Address, Teacher, TeacherUnreachable, chec
 
 
 def main(argv: list[str]) -> int:
-    """The verb. Raises DstuneError; returns the exit code of the public contract."""
+    """Run the verb. Raises DstuneError; returns the exit code of the public contract."""
     arguments = options.make_parser().parse_args(argv)
     options.check(arguments)
     kind = KINDS[arguments.kind]
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_items(spec: str, key: str) -> list[Item]:
-    """The rows of a file, folder, glob or sample. Raises UserError for bad rows."""
+    """Return the rows of a file, folder, glob or sample. Raises UserError for bad rows."""
     from dstune.data import sources
     from dstune.data.files import place
 
@@ -83,7 +83,7 @@ def read_items(spec: str, key: str) -> list[Item]:
 
 
 def read_texts(specs: Sequence[str]) -> list[str]:
-    """All texts of held-out rows."""
+    """Return all texts of held-out rows."""
     from dstune.synthesize.filters import texts_in
 
     return [text for spec in specs for item in read_items(spec, "--held-out") for text in texts_in(item.fields)]
@@ -144,7 +144,7 @@ def ask_all(arguments: argparse.Namespace, requests: Sequence[Ask], journal: Jou
 
 
 def answer_of(teacher: Teacher, arguments: argparse.Namespace, ask: Ask) -> Answer:
-    """What the teacher writes to one request. Raises TeacherUnreachable, UserError."""
+    """Ask the teacher one request; return what it writes. Raises TeacherUnreachable, UserError."""
     body = {
         "messages": ask.messages,
         "temperature": arguments.temperature,

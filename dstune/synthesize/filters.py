@@ -46,7 +46,7 @@ def leave_out_refusals(judged: Sequence[Judged]) -> None:
 
 
 def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> None:
-    """Answers in another language than these (ISO 639). Needs the extra `clean`."""
+    """Leave out answers in another language than these (ISO 639). Needs the extra `clean`."""
     from dstune.data.clean.language import SURE, language
 
     for row in staying(judged):
@@ -59,7 +59,7 @@ def leave_out_languages(judged: Sequence[Judged], languages: Sequence[str]) -> N
 def leave_out_low_scores(
     judged: Sequence[Judged], name: str, scores: Sequence[float | None], least: float | None
 ) -> None:
-    """scores: of those that stay, in their order; None where the grader could not tell."""
+    """Leave out rows below a score. scores: of those that stay, in their order; None where the grader could not tell."""
     for row, score in zip(list(staying(judged)), scores, strict=True):
         if score is None:
             row.reason = f"{name} could not score it"
@@ -70,7 +70,7 @@ def leave_out_low_scores(
 
 
 def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
-    """Of several answers to a request only the first of those that most agree with, if their share is at least `least`."""
+    """Keep of several answers to a request only the first of those that most agree with, if their share is at least `least`."""
     groups: dict[int, list[Judged]] = {}
     for row in staying(judged):
         groups.setdefault(row.draft.item.number, []).append(row)
@@ -89,7 +89,7 @@ def leave_out_disagreeing(judged: Sequence[Judged], least: float) -> None:
 
 
 def final_answer(text: str) -> str:
-    """What of an answer is compared: a box, else its last number, else all of its words."""
+    """Return what of an answer is compared: a box, else its last number, else all of its words."""
     if (content := boxed(text)) is not None:
         return re.sub(r"\s+", "", content)
     if (number := last_number(text)) is not None:
@@ -98,8 +98,8 @@ def final_answer(text: str) -> str:
 
 
 def leave_out_duplicates(judged: Sequence[Judged], near: float | None) -> None:
-    """All but the first of rows that are alike: in their words, and with `near` by that share of their characters at least
-    (the extra `clean`)."""
+    """Leave out all but the first of rows that are alike: in their words, and with `near` by that share of their characters at
+    least (the extra `clean`)."""
     rows = list(staying(judged))
     seen: set[str] = set()
     for row in rows:
@@ -127,7 +127,7 @@ def comparable(draft: Draft) -> str:
 
 
 def normal(text: str) -> str:
-    """Its words in lower case."""
+    """Return its words in lower case."""
     return " ".join(WORDS.findall(text.casefold()))
 
 
@@ -144,13 +144,13 @@ class HeldOut:
             self._runs.update(_runs(words))
 
     def meets(self, text: str, *, whole: bool = False) -> bool:
-        """Whether `text` has a run of `RUN` words of a held-out text; whole: or is a shorter one itself."""
+        """Return whether `text` has a run of `RUN` words of a held-out text; whole: or is a shorter one itself."""
         words = WORDS.findall(text.casefold())
         return (whole and tuple(words) in self._short) or any(run in self._runs for run in _runs(words))
 
 
 def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
-    """Rows with a prompt, an answer or a source that a held-out text has too."""
+    """Leave out rows with a prompt, an answer or a source that a held-out text has too."""
     for row in staying(judged):
         source = row.draft.row.get("source")
         texts = [row.draft.answer, *([source["text"]] if isinstance(source, Mapping) else [])]
@@ -160,7 +160,7 @@ def leave_out_contaminated(judged: Sequence[Judged], held_out: HeldOut) -> None:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """All texts of a row, however deep, without roles of messages."""
+    """Yield all texts of a row, however deep, without roles of messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

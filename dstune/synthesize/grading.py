@@ -59,7 +59,7 @@ class Graders:
         return cls(least, model, arguments.reward_least, graders)
 
     def score(self, name: str, drafts: Sequence[Draft]) -> list[float | None]:
-        """Of the reward `name`. Raises UserError where it can score none of the drafts."""
+        """Score drafts by the reward `name`. Raises UserError where it can score none of the drafts."""
         if self._process is None:
             rewards = [name for name in self.least if name in REWARDS]
             config = ReinforcementConfig(rewards=rewards, graders=self.grader_files, reward_seconds=GRADER_SECONDS)
@@ -83,7 +83,7 @@ class Graders:
         return scores
 
     def score_by_model(self, drafts: Sequence[Draft]) -> list[float | None]:
-        """Of the reward model. Raises TeacherUnreachable, UserError."""
+        """Score drafts by the reward model. Raises TeacherUnreachable, UserError."""
         assert self.reward_model is not None
         scores: list[float | None] = []
         for start in range(0, len(drafts), AT_ONCE):

@@ -73,19 +73,19 @@ class Kind:
     """Whether a row is made of several answers to the same request."""
 
     def items(self, rows: Sequence[Item], count: int | None, seed: int) -> list[Item]:
-        """What is asked about, one after the other."""
+        """Return what is asked about, one after the other."""
         return list(rows[:count])
 
     def messages(self, item: Item, rows: Sequence[Item], seed: int) -> Messages:
         raise NotImplementedError
 
     def drafts(self, item: Item, text: str, sample: int) -> Iterator[Draft]:
-        """The rows in an answer. Raises Unusable."""
+        """Yield the rows in an answer. Raises Unusable."""
         raise NotImplementedError
 
 
 def seed_of(seed: int, item: int, sample: int) -> int:
-    """Of one request, below 2**31: servers take no larger ones."""
+    """Return the seed of one request, below 2**31: servers take no larger ones."""
     digest = hashlib.blake2b(f"{seed}/{item}/{sample}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") & 0x7FFFFFFF
 
@@ -93,7 +93,7 @@ def seed_of(seed: int, item: int, sample: int) -> int:
 def asks(
     kind: Kind, items: Sequence[Item], rows: Sequence[Item], samples: int, seed: int, system: str
 ) -> Iterator[Ask]:
-    """All requests, in order."""
+    """Yield all requests, in order."""
     for item in items:
         messages = kind.messages(item, rows, seed)
         if system and messages[0]["role"] != "system":
@@ -103,7 +103,7 @@ def asks(
 
 
 def prompt_of(item: Item) -> Messages | None:
-    """The conversation up to where an answer is due; None where the row has none."""
+    """Return the conversation up to where an answer is due; None where the row has none."""
     fields = item.fields
     for name in ("prompt", "messages", "question", "instruction", "query", "text"):
         value = fields.get(name)
@@ -119,7 +119,7 @@ def prompt_of(item: Item) -> Messages | None:
 
 
 def text_of(item: Item) -> str:
-    """The document or text of a row; empty where it has none."""
+    """Return the document or text of a row; empty where it has none."""
     for name in ("text", "document", "context", "content", "answer", "completion", "output"):
         value = item.fields.get(name)
         if isinstance(value, str) and value.strip():
@@ -128,7 +128,7 @@ def text_of(item: Item) -> str:
 
 
 def shown(messages: Messages) -> str:
-    """The texts of a conversation, one below the other."""
+    """Return the texts of a conversation, one below the other."""
     return "\n".join(str(turn["content"]) for turn in messages if turn["role"] != "system")
 
 
@@ -242,7 +242,7 @@ KINDS: dict[str, Kind] = {
 
 
 def passages(text: str, most: int) -> Iterator[tuple[int, str]]:
-    """(first character, passage) of paragraphs that are put together to at most `most` characters."""
+    """Yield (first character, passage) of paragraphs that are put together to at most `most` characters."""
     start, end = 0, 0
     for match in re.finditer(r"[^\n].*?(?=\n\s*\n|\Z)", text, flags=re.DOTALL):
         if end > start and match.end() - start > most:
@@ -259,7 +259,7 @@ def passages(text: str, most: int) -> Iterator[tuple[int, str]]:
 
 
 def json_in(text: str) -> Any:
-    """The JSON that an answer holds, perhaps within a fence or between words. Raises Unusable."""
+    """Return the JSON that an answer holds, perhaps within a fence or between words. Raises Unusable."""
     fenced = re.search(r"```(?:json)?\s*(.*?)```", text, flags=re.DOTALL)
     candidates = [fenced.group(1)] if fenced else []
     candidates.append(text)
@@ -286,5 +286,5 @@ def _filled(value: Any, name: str) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Of settings or a request: equal for equal ones."""
+    """Return the digest of settings or a request: equal for equal ones."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, ensure_ascii=False).encode(), digest_size=12).hexdigest()

@@ -46,7 +46,8 @@ class Address:
 
 
 def check_address(flag: str, url: str) -> str:
-    """The address without a `/` at its end. Raises UserError where it is none, or where keys and prompts would go in the clear."""
+    """Return the address without a `/` at its end. Raises UserError where it is none, or where keys and prompts would go in the
+    clear."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise UserError(Problem(flag, "is no address of a server", "https://HOST[:PORT]/v1", url))
@@ -84,7 +85,7 @@ class Teacher:
         self._closing.set()
 
     def ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The JSON object that is answered.
+        """Return the JSON object that is answered.
 
         Raises:
             TeacherUnreachable: no answer came in `attempts`.
