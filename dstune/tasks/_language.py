@@ -28,11 +28,11 @@ class WritingTask(Task):
         return AutoModelForCausalLM
 
     def example_prompt(self, export: Export) -> str:
-        """What the example of a model card asks."""
+        """Return what the example of a model card asks."""
         return "Hello" if self.conversational else "Once"
 
     def asks_by_chat(self, export: Export) -> bool:
-        """Whether the example goes through the chat template."""
+        """Return whether the example goes through the chat template."""
         return self.conversational
 
     def usage(self, export: Export) -> list[str]:

@@ -42,7 +42,7 @@ class ConversationFormat(RowFormat):
     other_names: ClassVar = {"tools": ("functions",), "images": ("image",)}
 
     def messages(self, values: dict[str, Any]) -> list[dict[str, Any]]:
-        """The conversation in the values of a row."""
+        """Return the conversation in the values of a row."""
         messages: list[dict[str, Any]] = values[self.required[0]]
         return messages
 
@@ -67,7 +67,7 @@ class Messages(ConversationFormat):
     checks: ClassVar[dict[str, Check]] = {"messages": conversation_of}
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The only column that looks like content is `messages`, whatever its name, if it is a list of messages."""
+        """Return the only column that looks like content is `messages`, whatever its name, if it is a list of messages."""
         if not fields.keys().isdisjoint(content_names()):
             return fields
         lists = [value for value in fields.values() if is_list_of_messages(value)]

@@ -85,7 +85,7 @@ class MultiLabelHead:
 
 
 def regression_head(forward: Forward, batch: Batch) -> HeadOutput:
-    """Squared error. batch: input_ids, attention_mask [batch, sequence], labels [batch], NaN in a filler."""
+    """Compute the squared error. batch: input_ids, attention_mask [batch, sequence], labels [batch], NaN in a filler."""
     labels = batch["labels"]
     counted = ~labels.isnan()
     predictions = forward(**inputs_of(batch)).logits.float()[:, 0]
@@ -106,7 +106,7 @@ def regression_head(forward: Forward, batch: Batch) -> HeadOutput:
 
 
 def focal(losses: torch.Tensor, gamma: float) -> torch.Tensor:
-    """`(1 - p)^gamma * -log(p)` from `-log(p)`, elementwise (Lin et al. 2017, arXiv:1708.02002)."""
+    """Return `(1 - p)^gamma * -log(p)` from `-log(p)`, elementwise (Lin et al. 2017, arXiv:1708.02002)."""
     if not gamma:
         return losses
     # Where p rounds to 1 the power's slope would be infinite for a gamma below 1.

@@ -14,7 +14,7 @@ from dstune.trainer.measure import Evaluation, Row, Totals
 def classification_metrics(
     predictions: Sequence[int], labels: Sequence[int], probabilities: np.ndarray
 ) -> tuple[dict[str, float], list[list[int]]]:
-    """Metrics of scikit-learn, and the confusion matrix [true class, predicted class]. probabilities: [rows, classes].
+    """Return metrics of scikit-learn, and the confusion matrix [true class, predicted class]. probabilities: [rows, classes].
 
     `f1_macro` is the mean over the classes that a row is of or was taken for, as there: a class without any says nothing.
     `auroc` is that of the second of two classes, of more the mean over the classes, each against all others.
@@ -38,8 +38,8 @@ def classification_metrics(
 def multi_label_metrics(
     predictions: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], probabilities: np.ndarray
 ) -> dict[str, float]:
-    """Metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right, `auroc` the
-    mean over the labels. probabilities: [rows, labels]."""
+    """Return metrics of scikit-learn for rows of 0 and 1, [rows][labels]; `accuracy` is the share of rows with all right,
+    `auroc` the mean over the labels. probabilities: [rows, labels]."""
     from sklearn.metrics import accuracy_score, f1_score
 
     # For one label alone, scikit-learn takes 0 and 1 for two classes and means over both; it is the 1 that counts.
@@ -71,7 +71,7 @@ def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
 
 def regression_metrics(predictions: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
-    """Errors, and correlations by scipy; 0 where one side is the same for all rows, which correlates with nothing."""
+    """Compute errors, and correlations by scipy; 0 where one side is the same for all rows, which correlates with nothing."""
     from scipy.stats import pearsonr, spearmanr
 
     predicted, true = np.array(predictions, dtype=np.float64), np.array(labels, dtype=np.float64)

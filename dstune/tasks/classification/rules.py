@@ -54,7 +54,7 @@ def check(config: RunConfig, task: ClassificationConfig) -> Iterator[Problem]:
 def class_weights(
     task: ClassificationConfig, labels: tuple[str, ...], counts: Callable[[], Mapping[str, int]], rows: int
 ) -> list[float]:
-    """As `Task.class_weights`."""
+    """Weigh labels as `Task.class_weights`."""
     if not (task.class_weights or task.balanced):
         return []
     unknown = [name for name in task.class_weights if name not in labels]

@@ -67,7 +67,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, Trai
         return rules.check(run, self.config)
 
     def resolve(self, today: str) -> TaskConfig:
-        """With the export of the run whose directory the teacher is."""
+        """Return the configuration with the export of the run whose directory the teacher is."""
         config = super().resolve(today)
         assert isinstance(config, DistillationConfig)
         folder = Path(config.teacher or "")
@@ -76,7 +76,7 @@ class Distillation(Chat, NeedsReference, KeepsFurtherModels, BuildsBatches, Trai
         return config
 
     def row_key(self) -> dict[str, Any]:
-        """As `task=chat`: what the loss makes of samples does not change them."""
+        """Return the settings as `task=chat`: what the loss makes of samples does not change them."""
         names = ("train_on_prompt", "turns", "reasoning", "reasoning_marks", "chat_template_kwargs")
         return {"name": self.name, **{name: value for name, value in super().row_key().items() if name in names}}
 

@@ -62,7 +62,7 @@ class OwnAnswers:
         self._sums: dict[str, float] = {}
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """The rows of the step, or their prompts with the model's own answers."""
+        """Return the rows of the step, or their prompts with the model's own answers."""
         self._sums = {"own_answers": 0.0, "own_tokens": 0.0}
         if not self._is_own(step.number):
             return step.batch

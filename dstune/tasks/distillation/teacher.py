@@ -36,7 +36,7 @@ class Taught(Protocol):
     """The teacher's logits of a batch's targets, as they are asked for."""
 
     def __call__(self, rows: slice) -> Tensor:
-        """fp32 [targets of `rows`, vocabulary]."""
+        """Return the logits, fp32 [targets of `rows`, vocabulary]."""
 
 
 class Teacher(Protocol):
@@ -57,7 +57,7 @@ class ProbedHead(CausalLmHead):
         self.transform = LogitTransform()
 
     def examine(self, forward: Any, device: torch.device) -> bool:
-        """Whether the logits are those of the projection, apart from `transform`, which is found here."""
+        """Return whether the logits are those of the projection, apart from `transform`, which is found here."""
         for transform in possible_transforms(self._described):
             with transform.switched_off():
                 is_plain = super().examine(forward, device)
@@ -159,7 +159,7 @@ class LoadedTeacher:
 
 
 def load_teacher(config: RunConfig, tokenizer: Any, world: World, precision: Precision) -> LoadedTeacher:
-    """`task.teacher`, on this rank together with the others.
+    """Load `task.teacher`, on this rank together with the others.
 
     Raises:
         UserError: it has other tokens than the model, no plain projection, or lets packed samples see each other.

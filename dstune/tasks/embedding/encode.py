@@ -75,9 +75,8 @@ class ContrastiveEncoder(Encoder):
 
 
 def contrastive_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask` [texts, sequence]: anchors, positives, and the negatives of the pairs that have one,
-    whose numbers are `negative_owner`; `anchor_key`, `positive_key`, `negative_key`, equal for equal texts; `counted`
-    [pairs]."""
+    """Return `input_ids`, `attention_mask` [texts, sequence]: anchors, positives, and the negatives of the pairs that have one,
+    whose numbers are `negative_owner`; `anchor_key`, `positive_key`, `negative_key`, equal for equal texts; `counted` [pairs]."""
     samples = [split.sample(index) for index in micro_batch.samples]
     texts = {kind: [sample[name] for sample in samples] for kind, name in COLUMNS.items() if kind != "negative"}
     of_pairs = [np.split(sample[COLUMNS["negative"]], np.cumsum(sample[LENGTHS])[:-1]) for sample in samples]

@@ -17,7 +17,7 @@ KINDS = ("anchor", "positive", "negative")
 
 
 def pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """One vector of length 1 for each row, fp32 [rows, hidden]. hidden: [rows, sequence, hidden]; mask: 1 at tokens."""
+    """Pool one vector of length 1 for each row, fp32 [rows, hidden]. hidden: [rows, sequence, hidden]; mask: 1 at tokens."""
     hidden = hidden.float()
     match pooling:
         case Pooling.mean:
@@ -76,8 +76,9 @@ class EmbeddingHead:
         return [*shares, *fillers]
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, attention_mask [texts, sequence] in the order of KINDS; a key of each text, equal for equal
-        texts; counted [pairs], 0 in a filler; and what `join` adds. Without that the vectors are all it gives."""
+        """Compute vectors and loss. batch: input_ids, attention_mask [texts, sequence] in the order of KINDS; a key of each
+        text, equal for equal texts; counted [pairs], 0 in a filler; and what `join` adds. Without that the vectors are all it
+        gives."""
         vectors = self._vectors(forward, batch)
         counted = batch["counted"]
         nothing = torch.zeros_like(counted.sum())
@@ -109,7 +110,7 @@ def _rows(vectors: Tensor, batch: Batch) -> dict[str, list[Tensor]]:
 def contrastive_losses(
     vectors: Sequence[Tensor], keys: Sequence[Tensor], temperature: float, *, symmetric: bool = False
 ) -> Tensor:
-    """The loss of each pair [pairs]. vectors: anchors, positives [pairs, hidden] and negatives [any number, hidden], of
+    """Return the loss of each pair [pairs]. vectors: anchors, positives [pairs, hidden] and negatives [any number, hidden], of
     length 1; keys: of their texts, [pairs], [pairs], [any number].
 
     A candidate that is the same text as the pair's own positive, or that belongs to the same anchor, is none (keys are equal

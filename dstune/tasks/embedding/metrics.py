@@ -13,7 +13,7 @@ ANCHORS_AT_ONCE = 1024
 
 
 def embedding_metrics(rows: Sequence[dict[str, Any]], temperature: float) -> dict[str, float]:
-    """Mean InfoNCE loss, recall at 1, 5 and 10, and the mean reciprocal rank (MRR).
+    """Return mean InfoNCE loss, recall at 1, 5 and 10, and the mean reciprocal rank (MRR).
 
     Candidates of an anchor are the positives and negatives of all rows, each text once. Of several positives of one anchor
     the others are no candidates. A candidate that is as near as the positive counts as nearer, so that vectors that are

@@ -45,5 +45,5 @@ class Bge(Contrastive):
 
 
 def texts_of(value: str | list[str] | None) -> list[str]:
-    """The texts of a column that holds one, several or none."""
+    """Return the texts of a column that holds one, several or none."""
     return [value] if isinstance(value, str) else list(value or ())

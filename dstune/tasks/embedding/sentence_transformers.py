@@ -30,7 +30,7 @@ def write_modules(folder: Path, task: EmbeddingConfig, hidden_size: int, max_len
 
 
 def embedding_overrides(folder: Path) -> list[str]:
-    """What the files of an embedding model say of its task and lengths, as overrides; empty where they are of none.
+    """Return what the files of an embedding model say of its task and lengths, as overrides; empty where they are of none.
 
     Raises UserError for a pooling, or a layer behind it, that dstune does not have.
     """

@@ -132,7 +132,7 @@ class Preference(WritingTask):
         return with_reference(run, data, engine, head, world, pad_token_id, precision)
 
     def for_evaluation(self, run: RunConfig) -> TaskConfig:
-        """With the model that the run began with as the reference."""
+        """Return the configuration with the model that the run began with as the reference."""
         task, model = self.config, run.model
         if not task.compares or task.reference_model is not None:
             return task

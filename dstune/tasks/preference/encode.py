@@ -51,9 +51,8 @@ class JudgedEncoder(ChatEncoder):
 
 
 def judged_batch(split: Split, micro_batch: MicroBatch, pad: int, max_length: int) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with an answer to another
-    prompt in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has
-    them."""
+    """Return `input_ids`, `attention_mask`, `labels` [rows, sequence]; the same after `other_` with an answer to another prompt
+    in place of the row's own; `desirable` and `counted` [rows]; `reference`, `other_reference` [rows] where the split has them."""
     samples = [split.sample(index) for index in micro_batch.samples]
     others = [
         _of_another_prompt(split, index, sample) for index, sample in zip(micro_batch.samples, samples, strict=True)

@@ -45,7 +45,8 @@ class TargetLogits:
         return (hidden[is_target], *other_inputs)
 
     def __call__(self, forward: Forward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids of packed rows.
+        """Return the logits of the targets. batch: input_ids, labels [batch, sequence], and either attention_mask or position_ids
+        of packed rows.
 
         Returns logits [targets, vocabulary] in fp32, targets [targets], and the row of each [targets].
         """
@@ -68,8 +69,8 @@ class LogProbabilities:
         self._logits = TargetLogits(model)
 
     def __call__(self, forward: Forward, batch: Batch, prefix: str = "") -> tuple[Tensor, Tensor]:
-        """batch: PREFIX + input_ids, attention_mask, labels, each [rows, sequence]. Returns the sum over the targets of
-        each row, fp32 [rows], and their number [rows]."""
+        """Sum log-probabilities over the targets of each row. batch: PREFIX + input_ids, attention_mask, labels, each [rows,
+        sequence]. Returns the sums, fp32 [rows], and their numbers of targets [rows]."""
         inputs = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
         logits, targets, rows = self._logits(forward, inputs)
         each = -functional.cross_entropy(logits, targets, reduction="none")
@@ -77,8 +78,8 @@ class LogProbabilities:
         return zeros.index_add(0, rows, each), zeros.index_add(0, rows, torch.ones_like(each.detach()))
 
     def reference(self, forward: Forward, batch: Batch, prefix: str = "") -> Tensor:
-        """Those of the reference, without a graph: from the batch where they were computed before training, else of the
-        model with its adapters switched off. fp32 [rows]."""
+        """Return the log-probabilities of the reference, without a graph: from the batch where they were computed before
+        training, else of the model with its adapters switched off. fp32 [rows]."""
         if f"{prefix}reference" in batch:
             return batch[f"{prefix}reference"]
         with torch.no_grad(), without_adapters(self._model):
@@ -102,12 +103,12 @@ class PairHead:
         self._log_probabilities = LogProbabilities(model)
 
     def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
-        """Of the better and the worse answer of each pair, fp32 [pairs, 2]."""
+        """Return log-probabilities of the better and the worse answer of each pair, fp32 [pairs, 2]."""
         return self._log_probabilities(forward, batch)[0].view(2, -1).T
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, attention_mask, labels [2 pairs, sequence], the better answers first; counted [pairs], 0 in a
-        filler; reference [2 pairs] where it was computed before."""
+        """Compute the loss. batch: input_ids, attention_mask, labels [2 pairs, sequence], the better answers first; counted
+        [pairs], 0 in a filler; reference [2 pairs] where it was computed before."""
         # First, so that no activations of the other pass are in memory meanwhile.
         compared = self._log_probabilities.reference(forward, batch).view(2, -1) if self._task.compares else None
         summed, tokens = (part.view(2, -1) for part in self._log_probabilities(forward, batch))
@@ -129,7 +130,7 @@ class PairHead:
 def pair_losses(
     task: PreferenceConfig, summed: Tensor, tokens: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each pair [pairs], and the rewards of its better and its worse answer [2, pairs].
+    """Return the loss of each pair [pairs], and the rewards of its better and its worse answer [2, pairs].
 
     summed: log-probabilities of the answers, tokens: their lengths, reference: the log-probabilities under the reference
     model; each [2, pairs], the better answers first.
@@ -178,7 +179,7 @@ class JudgedHead:
         self._log_probabilities = LogProbabilities(model)
 
     def log_probabilities(self, forward: Forward, batch: Batch) -> Tensor:
-        """Of the answer of each row, and of the one that belongs to another prompt, fp32 [rows, 2]."""
+        """Return log-probabilities of the answer of each row, and of the one that belongs to another prompt, fp32 [rows, 2]."""
         answers = [self._log_probabilities(forward, batch, prefix)[0] for prefix in ("", "other_")]
         return torch.stack(answers, dim=1)
 
@@ -193,8 +194,8 @@ class JudgedHead:
         return [{"reference_point": torch.as_tensor(moved / rows).clamp(min=0).float()}] * len(parts)
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference [rows] where it
-        was computed before; and what `join` adds. The same names after `other_` belong to the first pass."""
+        """Compute the loss. batch: input_ids, attention_mask, labels [rows, sequence]; desirable, counted [rows]; reference
+        [rows] where it was computed before; and what `join` adds. The same names after `other_` belong to the first pass."""
         compared = self._log_probabilities.reference(forward, batch)
         summed, _ = self._log_probabilities(forward, batch)
         rewards = self._beta * (summed - compared)
@@ -212,8 +213,8 @@ class JudgedHead:
 
 
 def judged_losses(task: PreferenceConfig, rewards: Tensor, good: Tensor, reference_point: Tensor) -> Tensor:
-    """The loss of each answer [rows]: beta times its log-probability ratio (`rewards`), whether it is `good`, and the mean
-    ratio of answers that belong to other prompts."""
+    """Return the loss of each answer [rows]: beta times its log-probability ratio (`rewards`), whether it is `good`, and the
+    mean ratio of answers that belong to other prompts."""
     above = rewards - beta_of(task) * reference_point
     weight = torch.where(good, task.desirable_weight, task.undesirable_weight)
     return weight * (1 - torch.sigmoid(torch.where(good, above, -above)))

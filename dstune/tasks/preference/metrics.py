@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def preference_metrics(loss_sum: float, weight: float, correct: float, sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean loss of a pair (with `kto` of an answer), share of them that the rewards get right, mean reward and
+    """Return mean loss of a pair (with `kto` of an answer), share of them that the rewards get right, mean reward and
     log-probability of the better and the worse answers, and how far the rewards are apart.
 
     sums: of rewards and log-probabilities, and the numbers `chosen` and `rejected` of both kinds of answers.

@@ -46,7 +46,7 @@ def with_reference(
     pad_token_id: int,
     precision: Precision,
 ) -> PreparedData:
-    """`data` with what the model that training starts from says of every row. Every rank calls this, before anything is
+    """Return `data` with what the model that training starts from says of every row. Every rank calls this, before anything is
     trained or loaded from a checkpoint, so a continued run that finds the cache empty computes the same once more."""
     task = task_of(config.task)
     is_cached = isinstance(task, NeedsReference) and task.caches_reference(config)
@@ -60,7 +60,7 @@ def with_reference(
 def with_reference_model(
     config: RunConfig, data: PreparedData, tokenizer: Any, world: World, precision: Precision
 ) -> PreparedData:
-    """`data` with what `task.reference_model` says of every row; it is loaded for that and given back before the model
+    """Return `data` with what `task.reference_model` says of every row; it is loaded for that and given back before the model
     that is trained is loaded. Raises UserError where it has other tokens."""
     other = _other_model(config)
     if other is None:

@@ -34,8 +34,8 @@ class PreferenceFormat(RowFormat):
     }
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As ms-swift has pairs: what was answered in `messages` or `response`, the worse answer in `rejected_response`, or the
-        conversation with it in `rejected_messages`."""
+        """Return the pair in columns of ms-swift (what was answered in `messages` or `response`, the worse answer in
+        `rejected_response`, or the conversation with it in `rejected_messages`) as columns of this format."""
         worse, messages = fields.get("rejected_response"), fields.get("messages")
         if "rejected" in fields or "chosen" in fields:
             return fields

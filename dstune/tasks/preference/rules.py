@@ -58,7 +58,7 @@ def check(config: RunConfig, task: PreferenceConfig) -> Iterator[Problem]:
 
 
 def caches_reference(config: RunConfig, task: PreferenceConfig) -> bool:
-    """Whether the reference's log-probabilities are computed before training, instead of by the model with its new
+    """Return whether the reference's log-probabilities are computed before training, instead of by the model with its new
     adapter switched off."""
     if not task.compares:
         return False

@@ -33,7 +33,8 @@ def exact_match(predicted: str, right: str) -> float:
 
 
 def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
-    """no_answer: as the script of SQuAD 2 has it, two answers without a word are equal; that of SQuAD 1.1 says 0."""
+    """Compute the F1 of the words of two answers. no_answer: as the script of SQuAD 2 has it, two answers without a word are
+    equal; that of SQuAD 1.1 says 0."""
     words, expected = normalized(predicted).split(), normalized(right).split()
     if no_answer and not (words and expected):
         return float(words == expected)
@@ -45,7 +46,7 @@ def word_f1(predicted: str, right: str, *, no_answer: bool) -> float:
 
 
 def scores(predicted: str, right: Sequence[str], *, no_answer: bool) -> tuple[float, float]:
-    """Exact match and F1 of one answer. right: all texts that count as right; none where there is no answer."""
+    """Compute exact match and F1 of one answer. right: all texts that count as right; none where there is no answer."""
     if no_answer:
         right = [text for text in right if normalized(text)] or [""]
     return (
@@ -60,7 +61,7 @@ def answer_metrics(
     margins: Sequence[float] | None = None,
     threshold: float = 0.0,
 ) -> dict[str, float]:
-    """Exact match and F1 over all questions.
+    """Compute exact match and F1 over all questions.
 
     margins: for questions that may have no answer (SQuAD 2), how much better than the best span having none scores; above
     `threshold` none is predicted. Then `predicted` are the best spans, and the metrics say besides how the questions with and
@@ -108,7 +109,7 @@ def measure(task: QuestionAnsweringConfig, split: Split, totals: Totals, outputs
 
 
 def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[float]]:
-    """Of each question the text of the best span of all chunks, and how much better having no answer scores."""
+    """Return for each question the text of the best span of all chunks, and how much better having no answer scores."""
     spans, margins = [], []
     for chunks, row in zip(rows_of(split, outputs), texts_of(split), strict=True):
         best = max(chunks, key=lambda chunk: float(chunk["score"]))
@@ -122,7 +123,7 @@ def best_spans(split: Split, outputs: Sequence[Row]) -> tuple[list[str], list[fl
 def swapped_answers(
     task: QuestionAnsweringConfig, run: RunConfig, before: Evaluated, after: Evaluated
 ) -> tuple[list[str], list[str]]:
-    """The answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
+    """Return the answers before the swap of terms, with the terms of the answers swapped too, and those after it."""
     assert run.evaluate.counterfactual is not None
     swaps = Swaps.read(run.evaluate.counterfactual)
     earlier, later = _given(task, *before), _given(task, *after)

@@ -47,7 +47,8 @@ def sample_continuously(
     keys: tuple[int, int],
     device: torch.device,
 ) -> list[Completion]:
-    """`samples` completions of each prompt (number, tokens), those of one prompt one after the other, at most `rows` at a time.
+    """Return `samples` completions of each prompt (number, tokens), those of one prompt one after the other, at most `rows` at a
+    time.
 
     Raises:
         UserError: the model keeps more than keys and values of all tokens (a sliding window, a state).

@@ -51,14 +51,15 @@ class PromptEncoder(ChatEncoder):
 
 
 def prompt_batch(split: Split, micro_batch: MicroBatch, pad: int) -> dict[str, np.ndarray]:
-    """`input_ids`, `attention_mask` [prompts, longest prompt], padded on the left, and `sample` [prompts], numbers in `split`."""
+    """Return `input_ids`, `attention_mask` [prompts, longest prompt], padded on the left, and `sample` [prompts], numbers in
+    `split`."""
     prompts = [split.sample(index)["input_ids"] for index in micro_batch.samples]
     arrays = left_padded(prompts, pad)
     return {**arrays, "sample": np.array(micro_batch.samples, dtype=np.int64)}
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad: int) -> dict[str, np.ndarray]:
-    """`input_ids` and `attention_mask`, int64 [prompts, longest prompt]."""
+    """Return `input_ids` and `attention_mask`, int64 [prompts, longest prompt]."""
     width = max(map(len, prompts))
     ids = np.full((len(prompts), width), pad, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)

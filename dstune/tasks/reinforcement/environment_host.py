@@ -32,7 +32,7 @@ class EnvironmentHost:
         return observations
 
     def call(self, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """What the tool `name` of the environment `key` returns for its `arguments`, one after the other."""
+        """Return what the tool `name` of the environment `key` returns for its `arguments`, one after the other."""
         return [self._call(**call) for call in calls]
 
     def rewards(self, keys: Sequence[str]) -> list[float | None]:
@@ -54,7 +54,7 @@ class EnvironmentHost:
 
 
 def finished(value: Any) -> Any:
-    """`value`, or what it becomes where it is awaited."""
+    """Return `value`, or what it becomes where it is awaited."""
     return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
 
 

@@ -21,8 +21,8 @@ from dstune.trainer.measure import Evaluation
 def evaluate_rewards(
     evaluator: Evaluator, task: ReinforcementConfig, split: Split, progress: Callable[[int, int], None] | None
 ) -> Evaluation:
-    """The rewards of one completion of each prompt of `split`, sampled as in training with noise of its own, the same in every
-    evaluation."""
+    """Return the rewards of one completion of each prompt of `split`, sampled as in training with noise of its own, the same in
+    every evaluation."""
     config, world = evaluator.config, evaluator.world
     assert isinstance(evaluator.head, PolicyHead)
     stops = stop_token_ids(evaluator.tokenizer, task.chat_template_kwargs)

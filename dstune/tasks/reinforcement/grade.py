@@ -68,7 +68,7 @@ class Graders:
         return frozenset(self._graders)
 
     def score(self, name: str, completions: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> list[float | None]:
-        """A grade for each completion; None where the grader failed."""
+        """Return a grade for each completion; None where the grader failed."""
         grader = self._graders[name]
         items = [{column: values[number] for column, values in columns.items()} for number in range(len(completions))]
         samples = [Sample(text, item) for text, item in zip(completions, items, strict=True)]
@@ -115,18 +115,18 @@ class Graders:
 
 
 def asks_others(grader: Mapping[str, Any]) -> bool:
-    """Whether it, or one inside of it, runs a program or asks a model."""
+    """Return whether it, or one inside of it, runs a program or asks a model."""
     return bool(kinds_in(grader) & {"python", "score_model"})
 
 
 def is_failure(kind: str, details: str) -> bool:
-    """Whether an error leaves a completion without a grade. One that is the completion's fault makes its grade 0: it is no JSON, or
-    not with what the grader compares."""
+    """Return whether an error leaves a completion without a grade. One that is the completion's fault makes its grade 0: it is
+    no JSON, or not with what the grader compares."""
     return kind != "sample_parse_error" and not (kind == "invalid_variable_error" and details.startswith("sample"))
 
 
 def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -> Any:
-    """The JSON that a server answers. Raises OSError or ValueError."""
+    """Return the JSON that a server answers. Raises OSError or ValueError."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(address, json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=seconds) as answer:
@@ -134,7 +134,7 @@ def post(address: str, body: Mapping[str, Any], seconds: float, key: str = "") -
 
 
 def read_grader(path: str) -> dict[str, Any]:
-    """The grader in a file. Raises UserError."""
+    """Return the grader in a file. Raises UserError."""
     fix = "a JSON file with one grader of the fine-tuning API: docs/reinforcement.md has examples"
     try:
         grader = json.loads(Path(path).read_text(encoding="utf-8"))

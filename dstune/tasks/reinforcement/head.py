@@ -35,12 +35,13 @@ class PolicyHead(CausalLmHead):
         turn_off_dropout(model)
 
     def indexed(self, batch: Batch) -> dict[str, Tensor]:
-        """Batches of prompts as they are: what trains of a step is known after its rollout."""
+        """Return batches of prompts as they are: what trains of a step is known after its rollout."""
         return dict(batch)
 
     def __call__(self, forward: Forward, batch: Batch) -> HeadOutput:
-        """batch: input_ids, attention_mask, labels [completions, sequence] (the sampled tokens), sampled [completions, sequence]
-        (the sampler's log-probability of each label), advantages [completions]; old [targets] from the second update on."""
+        """Compute the loss. batch: input_ids, attention_mask, labels [completions, sequence] (the sampled tokens), sampled
+        [completions, sequence] (the sampler's log-probability of each label), advantages [completions]; old [targets] from the
+        second update on."""
         labels, inputs = self.labels_of(batch), inputs_of(batch)
         positions = (labels != IGNORED).flatten().nonzero().squeeze(1)
         targets = labels.flatten().index_select(0, positions)
@@ -115,7 +116,7 @@ def turn_off_dropout(model: nn.Module) -> None:
 
 @contextmanager
 def kept_log_probabilities(head: PolicyHead) -> Iterator[list[Tensor]]:
-    """Within, the log-probabilities of each micro-batch are kept, in order."""
+    """Keep the log-probabilities of each micro-batch within the block, in order."""
     logps: list[Tensor] = []
     head.kept_old = logps
     try:

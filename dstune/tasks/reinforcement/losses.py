@@ -34,8 +34,8 @@ class PolicyLossOutput:
 
 
 def denominator(config: ReinforcementConfig, lengths: Sequence[int]) -> float:
-    """What the losses of a step are divided by. lengths: trained tokens of each completion of the global batch, without those that
-    do not count."""
+    """Return what the losses of a step are divided by. lengths: trained tokens of each completion of the global batch, without
+    those that do not count."""
     if config.loss in BY_COMPLETION:
         return float(len(lengths))
     if config.loss is PolicyLoss.dr_grpo:  # Liu et al. 2025, arXiv:2503.20783
@@ -53,7 +53,7 @@ def policy_loss(
     reference: Tensor | None = None,
     correction: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """The loss of the sampled tokens of a micro-batch.
+    """Return the loss of the sampled tokens of a micro-batch.
 
     correction: a factor of each token, [tokens], of `importance_factors`.
 
@@ -97,13 +97,13 @@ def policy_loss(
 
 
 def importance_factors(old: Tensor, sampled: Tensor, cap: float) -> Tensor:
-    """How much more probable the model that trains makes each token than the sampler did, at most `cap` (Yao et al. 2025,
+    """Return how much more probable the model that trains makes each token than the sampler did, at most `cap` (Yao et al. 2025,
     truncated importance sampling). old, sampled: log-probabilities, [tokens]."""
     return (old - sampled).exp().clamp(max=cap)
 
 
 def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tensor:
-    """Estimates of a token's KL divergence from the reference, of any shape."""
+    """Estimate a token's KL divergence from the reference, of any shape."""
     difference = logps - reference
     match estimator:
         case KlEstimator.k1:
@@ -115,8 +115,8 @@ def divergence(estimator: KlEstimator, logps: Tensor, reference: Tensor) -> Tens
 
 
 def advantages_of(config: ReinforcementConfig, rewards: Tensor) -> Tensor:
-    """Advantages, float64 [prompts, samples]. rewards: the same shape; not a number where no reward could be computed, which
-    gives the advantage 0 and no share in the others."""
+    """Return advantages, float64 [prompts, samples]. rewards: the same shape; not a number where no reward could be computed,
+    which gives the advantage 0 and no share in the others."""
     has_reward = ~rewards.isnan()
     count = has_reward.sum(dim=1, keepdim=True)
     values = torch.where(has_reward, rewards, 0.0)

@@ -15,7 +15,7 @@ LOGGED = "logged/"
 
 
 def reinforcement_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of a step or an evaluation. sums: of `rollout_sums`, and in training those of `PolicyHead`."""
+    """Return the metrics of a step or an evaluation. sums: of `rollout_sums`, and in training those of `PolicyHead`."""
     completions, rewarded = sums["completions"], sums["rewarded"]
     ended, tokens = sums["ended"], sums["length_sum"]
     metrics = {
@@ -57,7 +57,7 @@ def _ratio(value: float, count: float) -> float:
 
 
 def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) -> dict[str, float]:
-    """What the metrics of a rollout are made of."""
+    """Return what the metrics of a rollout are made of."""
     completions = [scored for group in groups for scored in group]
     lengths = [len(scored.completion.ids) for scored in completions]
     ended = [len(scored.completion.ids) for scored in completions if scored.completion.ended]
@@ -93,7 +93,7 @@ def rollout_sums(task: ReinforcementConfig, groups: Sequence[Sequence[Scored]]) 
 
 
 def weighted_reward(scores: Sequence[float | None], weights: Sequence[float]) -> float:
-    """The reward of a completion; not a number where nothing could score it."""
+    """Return the reward of a completion; not a number where nothing could score it."""
     weighted = [score * weight for score, weight in zip(scores, weights, strict=True) if score is not None]
     return sum(weighted) if weighted else math.nan
 

@@ -61,7 +61,7 @@ def write_records(
 
 
 def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
-    """The lines that were written of a step; none where there is no file."""
+    """Return the lines that were written of a step; none where there is no file."""
     try:
         lines = record_path(folder, step).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def read_records(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None:
-    """A line of such a file, or None where it is of other rewards."""
+    """Return a line of such a file, or None where it is of other rewards."""
     try:
         return unpack_scored({**row, "scores": [row["rewards"][name] for name in rewards]})
     except (KeyError, TypeError):
@@ -78,7 +78,7 @@ def from_record(row: Mapping[str, Any], rewards: Sequence[str]) -> Scored | None
 
 
 def pack_scored(scored: Scored) -> dict[str, Any]:
-    """All but the advantage, as JSON; what is empty in most completions is left out where it is."""
+    """Return all but the advantage, as JSON; what is empty in most completions is left out where it is."""
     completion = asdict(scored.completion)
     for name in ("prompt_ids", "read"):
         if not completion[name]:
@@ -90,7 +90,7 @@ def pack_scored(scored: Scored) -> dict[str, Any]:
 
 
 def unpack_scored(row: Mapping[str, Any]) -> Scored:
-    """The inverse of `pack_scored`."""
+    """Return the inverse of `pack_scored`."""
     needed = {name: row[name] for name in ("prompt", "sample", "ids", "logps", "entropy", "ended")}
     optional = {name: row[name] for name in ("prompt_ids", "read") if name in row}
     further = {name: row[name] for name in ("messages", "extra", "calls", "failed_calls") if name in row}
@@ -102,5 +102,5 @@ def place_of(completion: Completion) -> str:
 
 
 def identity_of(completion: Completion) -> str:
-    """Prompt, sample and tokens of a completion."""
+    """Return a text of prompt, sample and tokens of a completion."""
     return f"{place_of(completion)}/{','.join(map(str, completion.ids))}"

@@ -80,7 +80,7 @@ def end(code: int) -> NoReturn:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """The living processes below `ancestor`; none where there is no /proc."""
+    """Return the living processes below `ancestor`; none where there is no /proc."""
     if sys.platform != "linux":
         return []
     parents: dict[int, int] = {}
@@ -123,7 +123,8 @@ def answer_requests() -> None:
 
 
 def import_members(modules: Sequence[Sequence[Any]]) -> None:
-    """modules: (name, module, file of a module that Python does not find by its name), as `reward_process.module_of`."""
+    """Import the modules of members. modules: (name, module, file of a module that Python does not find by its name), as
+    `reward_process.module_of`."""
     for name, module, file in modules:
         if module not in sys.modules:
             if file is None:
@@ -138,7 +139,7 @@ def import_members(modules: Sequence[Sequence[Any]]) -> None:
 
 
 def run_reward(request: Mapping[str, Any], graders: Graders, host: EnvironmentHost) -> dict[str, Any]:
-    """`scores`, and what the reward logged: `extra` (columns of the completions) and `metrics`."""
+    """Return `scores`, and what the reward logged: `extra` (columns of the completions) and `metrics`."""
     name, completions, columns = request["reward"], request["completions"], dict(request["columns"])
     if name in graders.names:
         return {"scores": graders.score(name, completions, columns)}
@@ -171,7 +172,7 @@ async def awaited(scores: Any) -> Any:
 
 
 def as_messages(prompt: Any, completion: Any) -> Any:
-    """Of a conversation, the answer as messages."""
+    """Return the answer of a conversation as messages."""
     if isinstance(prompt, str) or not isinstance(completion, str):
         return completion
     return [{"role": "assistant", "content": completion}]

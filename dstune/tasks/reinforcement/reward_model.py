@@ -35,11 +35,11 @@ class RewardModel(ABC):
 
     @abstractmethod
     def __call__(self, conversations: Sequence[Conversation]) -> list[float | None]:
-        """A score for each; None for one that cannot be scored, with `last_error` saying why."""
+        """Return a score for each; None for one that cannot be scored, with `last_error` saying why."""
 
 
 def load_reward_model(path: str, model: ModelConfig, seconds: float) -> RewardModel:
-    """The reward model at `path` (see `task.reward_models`); one in memory is shared. seconds: for one answer of a server.
+    """Return the reward model at `path` (see `task.reward_models`); one in memory is shared. seconds: for one answer of a server.
 
     Raises:
         UserError: there is none.
@@ -136,7 +136,7 @@ def _load_local(path: str, trust_remote_code: bool) -> RewardModel:
 
 
 def conversation_of(prompt: Any, completion: str, columns: Mapping[str, Any]) -> Conversation:
-    """What a reward model reads: the prompt's messages and the answer."""
+    """Return what a reward model reads: the prompt's messages and the answer."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system := columns.get("system"):
         messages = [{"role": "system", "content": system}, *messages]

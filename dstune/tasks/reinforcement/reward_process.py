@@ -78,7 +78,7 @@ class RewardProcess:
         state: Mapping[str, Any] | None = None,
         environments: Sequence[str] = (),
     ) -> Scores:
-        """The scores of `completions`; None for all of them where the reward failed, with `last_error` saying why.
+        """Return the scores of `completions`; None for all of them where the reward failed, with `last_error` saying why.
 
         state: what `trainer_state` of TRL's functions has. environments: that of each completion, where there are any.
 
@@ -113,7 +113,7 @@ class RewardProcess:
         )
 
     def ask(self, request: Mapping[str, Any], seconds: float, key: str) -> dict[str, Any]:
-        """The child's answer, or an `error`. key: the setting that the time is from. Raises UserError."""
+        """Return the child's answer, or an `error`. key: the setting that the time is from. Raises UserError."""
         if self._child is None:
             self._start()
         return self._ask(request, seconds, key)
@@ -202,7 +202,7 @@ class RewardProcess:
 
 
 def module_of(registry: Registry[Any], name: str) -> tuple[str, str, str | None]:
-    """(name of a member, its module, the file of a module that Python does not find by its name)."""
+    """Return (name of a member, its module, the file of a module that Python does not find by its name)."""
     module = registry[name].__module__
     file = getattr(sys.modules.get(module), "__file__", None)
     return name, module, file if module.startswith("dstune_plugins.") or module == "__main__" else None

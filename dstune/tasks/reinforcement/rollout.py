@@ -93,7 +93,7 @@ class Rollouts:
         return self._task.updates
 
     def begin_step(self, run: RolloutRun, step: RolloutStep) -> RankBatch:
-        """The completions of a step's prompts, as the micro-batches that train."""
+        """Return the completions of a step's prompts, as the micro-batches that train."""
         prompts = [(part, batch) for part, batch in step.batch.batches]
         recorded = self._recorded(step.number)
         if recorded is None:
@@ -130,7 +130,7 @@ class Rollouts:
 
     @contextmanager
     def several_updates(self) -> Iterator[Callable[[int], Sequence[Mapping[str, torch.Tensor]]]]:
-        """Of every update but the first, each micro-batch gets the log-probabilities that its tokens had at the first."""
+        """Give each micro-batch, in every update but the first, the log-probabilities that its tokens had at the first."""
         if self.updates == 1:
             yield lambda number: ()
             return
@@ -138,7 +138,7 @@ class Rollouts:
             yield lambda number: [{"old": logps} for logps in old_logps] if number else ()
 
     def end_step(self, step: RolloutStep, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sums of the rollout, to be added to those of this rank's head (`sums`).
+        """Return sums of the rollout, to be added to those of this rank's head (`sums`).
 
         Raises:
             UserError: the sampler's log-probabilities are not those of the model that trains, on any rank; on all of them alike.
@@ -157,7 +157,7 @@ class Rollouts:
     def complete(
         self, prompts: Sequence[tuple[MicroBatch, Mapping[str, torch.Tensor]]], step: int, samples: int | None = None
     ) -> list[list[Scored]]:
-        """This rank's completions, of each micro-batch of prompts (`encode.prompt_batch`)."""
+        """Generate this rank's completions, of each micro-batch of prompts (`encode.prompt_batch`)."""
         task, world, by_batch = self._task, self._world, []
         keys = self._config.trainer.seed, step
         with speaking(self._engine, world) as (module, in_step):

@@ -29,7 +29,7 @@ class Prompt(RowFormat):
     checks: ClassVar[dict[str, Check]] = {"prompt": text_or_messages}
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The fields with all of them in `columns` too."""
+        """Return the fields with all of them in `columns` too."""
         columns = {name: value for name, value in fields.items() if value is not None}
         return {**fields, "columns": columns}
 

@@ -94,7 +94,7 @@ def _check_rewards(task: ReinforcementConfig) -> Iterator[Problem]:
 
 
 def check_machine(task: ReinforcementConfig) -> Iterator[Problem]:
-    """What this machine lacks to run programs."""
+    """Yield what this machine lacks to run programs."""
     from dstune.grading.sandbox import missing_reason
 
     is_python = "python" in _kinds_of_graders(task)[0]

@@ -56,7 +56,7 @@ def sample_completions(
     keys: tuple[int, int],
     goes_on: Callable[[bool], bool],
 ) -> list[Completion]:
-    """`samples` completions of each prompt, those of one prompt one after the other.
+    """Return `samples` completions of each prompt, those of one prompt one after the other.
 
     input_ids, attention_mask: [prompts, sequence], padded on the left; prompts: their numbers. ends: tokens after which a
     completion is over. keys: of the noise, beside prompt, sample and position (the run's seed, and the step). goes_on: given
@@ -201,7 +201,7 @@ def _continued(
 
 
 def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, its log-probability, entropy of the distribution), each [rows].
+    """Return (token, its log-probability, entropy of the distribution), each [rows].
 
     logits: [rows, vocabulary]; keys: int64 [rows], one for each draw.
     """
@@ -215,7 +215,7 @@ def draw(logits: Tensor, temperature: float, keys: Tensor) -> tuple[Tensor, Tens
 
 
 def exponential(keys: Tensor, count: int) -> Tensor:
-    """Exponential noise of mean 1, fp32 [rows, count]. keys: int64 [rows]."""
+    """Draw exponential noise of mean 1, fp32 [rows, count]. keys: int64 [rows]."""
     bits = mixed(keys[:, None], torch.arange(count, device=keys.device)[None])
     # 53 bits, and a half of the last one, so that it is never 0.
     uniform = bits.bitwise_right_shift_(11).bitwise_and_(2**53 - 1).double().add_(0.5).mul_(2.0**-53)
@@ -223,7 +223,7 @@ def exponential(keys: Tensor, count: int) -> Tensor:
 
 
 def mixed(keys: Tensor, number: Tensor | int) -> Tensor:
-    """Keys of which any two that differ in `keys` or `number` are unrelated: SplitMix64's output function, int64."""
+    """Return keys of which any two that differ in `keys` or `number` are unrelated: SplitMix64's output function, int64."""
     golden, first, second = (odd - 2**64 if odd >= 2**63 else odd for odd in _ODD)
     value = (keys ^ _shifted(keys, 32)) * second + (torch.as_tensor(number, device=keys.device) + 1) * golden
     value.bitwise_xor_(_shifted(value, 30)).mul_(first)
@@ -237,17 +237,17 @@ def _shifted(value: Tensor, bits: int) -> Tensor:
 
 
 def configuration_of(model: Any) -> Any:
-    """The configuration of the text model below adapters."""
+    """Return the configuration of the text model below adapters."""
     return model.config.get_text_config(decoder=True)
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Of each token in its row, which padding does not count in, [rows, sequence]."""
+    """Return the position of each token in its row, which padding does not count in, [rows, sequence]."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def last_logits(model: nn.Module, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """Logits behind the last token of each row, [rows, vocabulary]."""
+    """Return logits behind the last token of each row, [rows, vocabulary]."""
     parameters = _parameters(model)
     keys_and_values = "cache" if "cache" in parameters else "past_key_values"  # of transformers before 5.24
     further = {keys_and_values: cache} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})

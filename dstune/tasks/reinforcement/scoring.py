@@ -33,12 +33,12 @@ class Scorer:
         """What rewards logged since it was emptied, by name."""
 
     def columns_of(self, prompt: int) -> dict[str, Any]:
-        """The columns of a prompt's row."""
+        """Return the columns of a prompt's row."""
         columns: dict[str, Any] = json.loads(self._split.table[self._split.row(prompt)]["columns"])
         return columns
 
     def question_of(self, prompt: int) -> str:
-        """The text of a prompt, of a conversation its last message."""
+        """Return the text of a prompt, of a conversation its last message."""
         question = self.columns_of(prompt).get("prompt")
         return question if isinstance(question, str) else str((question or [{}])[-1].get("content", ""))
 

@@ -80,7 +80,7 @@ class Environments:
         *,
         in_step: bool,
     ) -> list[Scored]:
-        """`samples` completions of each of the prompts (numbers), on this rank. in_step: whether ranks compute together.
+        """Return `samples` completions of each of the prompts (numbers), on this rank. in_step: whether ranks compute together.
 
         Raises:
             UserError: a prompt does not fit, or an environment cannot be made. On all ranks alike.
@@ -217,7 +217,7 @@ class Environments:
         episode.results = []
 
     def suffix(self, history: Messages, results: Messages, arguments: dict[str, Any]) -> list[int]:
-        """Tokens between the end token of the last answer in `history` and the next answer, `results` in them.
+        """Return tokens between the end token of the last answer in `history` and the next answer, `results` in them.
 
         Raises:
             UserError: the template prints what came before in another way once there are results.
@@ -258,7 +258,7 @@ class Environments:
 
 
 def tool_schemas(name: str) -> list[dict[str, Any]]:
-    """JSON schemas of the tools of an environment, from their signatures and docstrings.
+    """Describe the tools of an environment as JSON schemas, from their signatures and docstrings.
 
     Raises:
         UserError: a docstring does not describe a tool.

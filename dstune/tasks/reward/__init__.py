@@ -102,7 +102,7 @@ class Reward(Task):
         return pair_batch(split, micro_batch, pad_token_id)
 
     def as_query(self, fields: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """The better answer of a pair."""
+        """Return the better answer of a pair."""
         from dstune.data.tokenize import conversation
 
         template_columns = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key)}

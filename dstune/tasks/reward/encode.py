@@ -32,7 +32,7 @@ class RewardEncoder(PairEncoder):
         return {"rejected_input_ids": TOKENS, "margin": datasets.Value("float64")}
 
     def of_answers(self, rows: Rows, numbers: list[int]) -> list[Sample]:
-        """Samples of chat rows, each with one answer to be scored; of weight 0 where nothing of it is within `max_length`."""
+        """Make samples of chat rows, each with one answer to be scored; of weight 0 where nothing of it is within `max_length`."""
         return ChatEncoder.__call__(self, rows, numbers)
 
     def __call__(self, rows: Rows, numbers: list[int]) -> list[Sample]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def reward_metrics(loss_sum: float, weight: float, correct: float, sums: Mapping[str, float]) -> dict[str, float]:
-    """Mean loss of a pair, share of the pairs whose better answer has the higher score, and the mean scores."""
+    """Return mean loss of a pair, share of the pairs whose better answer has the higher score, and the mean scores."""
     better, worse = (sums[f"reward_{kind}"] / weight for kind in ("chosen", "rejected"))
     return {
         "loss": loss_sum / weight,

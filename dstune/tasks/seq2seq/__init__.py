@@ -86,7 +86,7 @@ class Seq2Seq(LanguageTask):
         one_line: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Evaluation:
-        """Targets that the model generates, and their metrics."""
+        """Return targets that the model generates, and their metrics."""
         if evaluator.config.evaluate.generate_rows == 0:
             return measured
         from dstune.tasks.seq2seq.metrics import generate_and_measure
@@ -101,7 +101,8 @@ class Seq2Seq(LanguageTask):
             )
 
     def preflight(self, run: RunConfig) -> Iterator[Problem]:
-        """What has to be installed first where the run is decided by a score of generated targets; other scores are left out."""
+        """Yield what has to be installed first where the run is decided by a score of generated targets; other scores are left
+        out."""
         deciding: dict[str, list[str | None]] = {
             "trainer.early_stopping.metric": [run.trainer.early_stopping.metric],
             "sweep.objective": list(run.sweep.objective),

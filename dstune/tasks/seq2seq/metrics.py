@@ -38,7 +38,7 @@ def generate_and_measure(
     one_line: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Evaluation:
-    """`measured` with what the model generates for `evaluate.generate_rows` rows. See `Task.extra_evaluation`."""
+    """Return `measured` with what the model generates for `evaluate.generate_rows` rows. See `Task.extra_evaluation`."""
     config, world = evaluator.config, evaluator.world
     rows = limited(split, config.evaluate.generate_rows, config.task)
     generated = generate_targets(
@@ -59,7 +59,7 @@ def generate_targets(
     one_line: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
-    """The model's greedy target for every row of `split`, in the order of the rows, on all ranks.
+    """Return the model's greedy target for every row of `split`, in the order of the rows, on all ranks.
 
     context: tokens in front of every prompt (worked examples). one_line: end an answer with its first line, unless a target
     has more of them. progress: told how many of this rank's batches are done. Rows are dealt out in batches of similar
@@ -99,7 +99,7 @@ def generate_targets(
 
 
 def generation_metrics(rows: Sequence[Generated]) -> dict[str, float]:
-    """BLEU, chrF and TER of sacrebleu (percent), and ROUGE F1 of rouge-score meaned over the rows (0 to 1).
+    """Compute BLEU, chrF and TER of sacrebleu (percent), and ROUGE F1 of rouge-score meaned over the rows (0 to 1).
 
     All with the libraries' defaults: BLEU (Papineni et al. 2002) with tokenizer 13a, chrF (Popović 2015) of characters up to
     6, TER (Snover et al. 2006), ROUGE (Lin 2004), whose tokens are Latin letters and digits without accents. A package that is

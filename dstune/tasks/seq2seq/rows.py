@@ -28,7 +28,7 @@ class SourceTarget(RowFormat):
         return {**values, "chat_template_kwargs": arguments} if arguments else values
 
     def expand(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A column `translation` may hold a text for each language (`{"en": ..., "es": ...}`)."""
+        """Return a column `translation` may hold a text for each language (`{"en": ..., "es": ...}`)."""
         texts = fields.get("translation")
         return {**texts, **fields} if isinstance(texts, Mapping) else fields
 

@@ -16,7 +16,7 @@ PLACE = "{source}"
 
 
 def prompt_of(task: Seq2SeqConfig, source: str) -> str:
-    """`task.prompt` with the source in it."""
+    """Return `task.prompt` with the source in it."""
     return task.prompt.replace(PLACE, source)
 
 
@@ -35,7 +35,7 @@ class Sources:
         self._end = end_of_target(tokenizer)
 
     def conversation(self, source: str, target: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A row of `task=chat` in which a decoder answers the source with the target.
+        """Return a row of `task=chat` in which a decoder answers the source with the target.
 
         arguments: those that the row gives to the chat template.
         """
@@ -46,14 +46,14 @@ class Sources:
         return {"messages": messages, **({"chat_template_kwargs": arguments} if arguments else {})}
 
     def requested(self, source: str) -> str:
-        """The prompt of the task with the source in it."""
+        """Return the prompt of the task with the source in it."""
         return prompt_of(self._task, source)
 
     def prompt_ids(
         self, source: str, arguments: Mapping[str, Any] | None = None, target: str | None = None
     ) -> list[int]:
-        """What the model reads before it writes the target, as far as that is known. Raises RenderError where the chat template
-        refuses it."""
+        """Return what the model reads before it writes the target, as far as that is known. Raises RenderError where the chat
+        template refuses it."""
         prompt = self.requested(source)
         if self.encoder_decoder:
             return self.encoder_ids(prompt, sys.maxsize)[0]
@@ -66,8 +66,8 @@ class Sources:
         return ids if ids[: len(first)] == first else [*first, *ids]
 
     def encoder_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
-        """Tokens of a text with the special tokens that the tokenizer puts around it, cut to `max_length`; how many
-        there were before."""
+        """Return tokens of a text with the special tokens that the tokenizer puts around it, cut to `max_length`; how many there
+        were before."""
         if self._control.first(text):
             ids, _, length = self._control.sequence([text], max_length)
             return ids, length
@@ -77,8 +77,8 @@ class Sources:
         return ids, len(ids)
 
     def target_ids(self, text: str, max_length: int) -> tuple[list[int], int]:
-        """Tokens that the decoder writes for a target, its end included, cut to `max_length`; how many there were
-        before. A cut target has no end, which would teach the model to stop there."""
+        """Return tokens that the decoder writes for a target, its end included, cut to `max_length`; how many there were before.
+        A cut target has no end, which would teach the model to stop there."""
         if self._control.first(text):
             ids, _, _ = self._control.sequence([text], sys.maxsize)
         else:
@@ -88,7 +88,7 @@ class Sources:
         return ids[:max_length], len(ids)
 
     def shortened(self, source: str, tokens: int) -> str:
-        """`source` without its last `tokens` tokens; empty where it has no more than these."""
+        """Return `source` without its last `tokens` tokens; empty where it has no more than these."""
         ids_and_places = self._tokenizer(source, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         spans = ids_and_places["offset_mapping"][: max(0, len(ids_and_places["input_ids"]) - tokens)]
         return source[: spans[-1][1]].rstrip() if spans else ""

@@ -11,7 +11,7 @@ from dstune.models.heads.base import IGNORED, Batch, Forward, HeadOutput, inputs
 
 
 def token_classification_head(forward: Forward, batch: Batch) -> HeadOutput:
-    """Cross entropy over the tags of the tokens that have one.
+    """Compute the cross entropy over the tags of the tokens that have one.
 
     batch: input_ids, attention_mask, labels [batch, sequence]; with `word_start` (0 or 1) the words' first tokens are
     told from others that have labels too. Of each row an evaluation keeps the tags of its words' first tokens.

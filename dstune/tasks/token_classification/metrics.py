@@ -19,8 +19,8 @@ def token_metrics(
     labels: Sequence[str],
     scheme: TagScheme = TagScheme.auto,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
-    """Share of words with the right tag and, over whole entities (equal in type, first and last word), precision, recall
-    and F1; for tags that are no marks of entities, or with `scheme=plain`, macro F1 instead. With them the same of each type.
+    """Return share of words with the right tag and, over whole entities (equal in type, first and last word), precision, recall and
+    F1; for tags that are no marks of entities, or with `scheme=plain`, macro F1 instead. With them the same of each type.
 
     predicted, true: tags of each word, [sentences][words]. A predicted I- tag without a beginning begins an entity, as
     in the script of CoNLL 2000.
@@ -52,7 +52,7 @@ def token_metrics(
 
 
 def entity_report(true: list[list[str]], predicted: list[list[str]]) -> dict[str, Any]:
-    """seqeval's report; empty where nothing is or should be an entity, for which it raises."""
+    """Return seqeval's report; empty where nothing is or should be an entity, for which it raises."""
     from seqeval.metrics import classification_report
 
     if all(tag == OUTSIDE for tags in (*true, *predicted) for tag in tags):

@@ -51,7 +51,7 @@ class TaggingPredictor(Predictor):
 
 
 def entities(words: Sequence[str], tags: Sequence[str]) -> list[dict[str, Any]]:
-    """The entities that `tags` mark (BIO, BIOES, BILOU): `type`, `text`, and `start` and `end` (exclusive), the numbers of
+    """Return the entities that `tags` mark (BIO, BIOES, BILOU): `type`, `text`, and `start` and `end` (exclusive), the numbers of
     their words.
 
     A tag that continues no entity of its type begins one, as metrics of entities count it.
