@@ -228,7 +228,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    """`dstune init plugin KIND FILE`. Raises UserError; returns the exit code."""
+    """Run `dstune init plugin KIND FILE`. Raises UserError; returns the exit code."""
     parser = VerbParser(prog="dstune init", description="Write a plugin that works, to begin from (docs/plugins.md).")
     parser.add_argument("what", metavar="plugin", choices=["plugin"], help="what to begin")
     parser.add_argument(

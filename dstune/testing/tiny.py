@@ -17,7 +17,7 @@ CHATML = (
 
 
 def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool, seed: int = 0) -> None:
-    """Two layers and a word-level tokenizer with ChatML as its chat template."""
+    """Save two layers and a word-level tokenizer with ChatML as its chat template."""
     import torch
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +38,7 @@ def save_model(folder: Path, rows: Sequence[Mapping[str, Any]], *, decoder: bool
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Words between spaces are tokens, beside the first ones, SPECIAL; ChatML is its chat template."""
+    """Return words between spaces are tokens, beside the first ones, SPECIAL; ChatML is its chat template."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
