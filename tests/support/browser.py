@@ -27,7 +27,7 @@ QUIET = (
 
 
 def browser() -> str:
-    """The browser's program; the test that asks is skipped where there is none."""
+    """Return the browser's program; the test that asks is skipped where there is none."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
@@ -35,7 +35,7 @@ def browser() -> str:
 
 
 def run(page: Path, profile: Path, *flags: str, width: int = 1280, height: int = 900, dark: bool = False) -> str:
-    """What the browser prints for `page` with `flags`."""
+    """Return what the browser prints for `page` with `flags`."""
     command = [browser(), *QUIET, f"--user-data-dir={profile}", f"--window-size={width},{height}", *flags]
     if dark:
         command.append("--blink-settings=preferredColorScheme=0")
@@ -47,7 +47,7 @@ def run(page: Path, profile: Path, *flags: str, width: int = 1280, height: int =
 def probe(
     page: Path, script: str, folder: Path, *, width: int = 1280, height: int = 900, dark: bool = False
 ) -> dict[str, Any]:
-    """What `script` (JavaScript that fills the object `found`) sees on a copy of `page` after it has loaded.
+    """Return what `script` (JavaScript that fills the object `found`) sees on a copy of `page` after it has loaded.
 
     width, height: of the window in CSS pixels. The page is shown in a frame of that size: the window itself is never
     narrower than 500 pixels.

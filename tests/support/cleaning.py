@@ -24,7 +24,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ,."
 
 
 def edited(text: str, share: float, random_source: random.Random) -> str:
-    """`text` with random substitutions, insertions and deletions, one for each 1 / `share` characters."""
+    """Return `text` with random substitutions, insertions and deletions, one for each 1 / `share` characters."""
     characters = list(text)
     for _ in range(max(1, round(share * len(text)))):
         place = random_source.randrange(len(characters))
@@ -39,7 +39,7 @@ def edited(text: str, share: float, random_source: random.Random) -> str:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein's distance by the textbook's table, a row at a time: what the library is held against."""
+    """Compute Levenshtein's distance by the textbook's table, a row at a time: what the library is held against."""
     one, two = (np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in (first, second))
     places = np.arange(len(two) + 1)
     costs = places.copy()
@@ -71,7 +71,7 @@ class Cleaned:
         return self.cleaning.reports[part].to_dict()
 
     def counts(self, part: str = "train") -> dict[str, dict[str, int]]:
-        """What the steps found, without those that found nothing."""
+        """Return what the steps found, without those that found nothing."""
         return {
             step: {kind: number for kind, number in counts.items() if number}
             for step, counts in self.report(part)["clean"].items()
@@ -88,5 +88,5 @@ def left(table: Table) -> list[int]:
 
 
 def texts_of(table: Table) -> list[dict[str, Any]]:
-    """The rows that are left."""
+    """Return the rows that are left."""
     return [json.loads(table.data[number]["row"]) for number in left(table)]

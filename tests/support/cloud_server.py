@@ -62,7 +62,8 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text()[-4000:])
 
     def kill(self) -> None:
-        """The server and all of its session, as a service manager does it to a control group; jobs have sessions of their own."""
+        """Kill the server and all of its session, as a service manager does it to a control group; jobs have sessions of their
+        own."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -95,7 +96,7 @@ class Server:
 
 
 def job_processes(state: Path) -> list[psutil.Process]:
-    """Processes of jobs, and of their trainings."""
+    """Return processes of jobs, and of their trainings."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -105,7 +106,7 @@ def job_processes(state: Path) -> list[psutil.Process]:
 
 
 def wait_for(client: openai.OpenAI, job: str, *states: str, seconds: float = 1500.0) -> Any:
-    """The job when it is in one of these states. Fails where it comes to another end."""
+    """Return the job when it is in one of these states. Fails where it comes to another end."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = client.fine_tuning.jobs.retrieve(job)

@@ -64,7 +64,7 @@ def at_step(run_dir: Path, step: int) -> bool:
 
 
 def overrides_of_run(name: str, steps: int, *further: str) -> list[str]:
-    """A run of a tiny model on 300 conversations, both in the folder, that saves every 5 steps and evaluates every 10."""
+    """Return a run of a tiny model on 300 conversations, both in the folder, that saves every 5 steps and evaluates every 10."""
     return [
         "model.path=model",
         "data.train=dialogues.jsonl",
@@ -89,7 +89,7 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 
 def exact(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without times and memory: equal for equal trajectories."""
+    """Return the rows of metrics.jsonl without times and memory: equal for equal trajectories."""
     volatile = {"tokens_per_second", "step_seconds", "peak_memory_gib", "eval/seconds"}
     volatile |= {"positions_per_second", "targets_per_second", "utilization"}
     volatile |= {f"{part}_seconds" for part in ("data", "forward", "backward", "update")}
@@ -107,7 +107,8 @@ def wait_until(condition: Callable[[], Any], timeout: float = 120) -> Any:
 
 
 def family_of(pid: int) -> list[psutil.Process]:
-    """The living descendants of a command, but for the twin of a warm one (`warm_start`), which ends by itself when it ends."""
+    """Return the living descendants of a command, but for the twin of a warm one (`warm_start`), which ends by itself when it
+    ends."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # ended meanwhile
@@ -116,7 +117,7 @@ def family_of(pid: int) -> list[psutil.Process]:
 
 
 def ranks_of(run_dir: Path) -> list[psutil.Process]:
-    """The living worker processes of a run, in no order."""
+    """Return the living worker processes of a run, in no order."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []

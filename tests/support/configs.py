@@ -13,7 +13,8 @@ from dstune.tasks.chat.config import ChatConfig
 
 
 def run_config(**sections: Any) -> schema.RunConfig:
-    """Defaults of every section; pass a whole section to replace it: `run_config(zero=ZeroConfig(stage=2))`."""
+    """Return a configuration with defaults of every section; pass a whole section to replace it:
+    `run_config(zero=ZeroConfig(stage=2))`."""
     defaults: dict[str, Any] = {
         "model": schema.ModelConfig(),
         "data": schema.DataConfig(train="train.jsonl"),

@@ -40,7 +40,7 @@ def _add(path: Path, rows: int, **more: Any) -> dict[str, Any]:
 
 
 def mapped_table(table: Path, rows: list[dict[str, str]]) -> Path:
-    """Columns have other names in the files than in the table (column mapping by name)."""
+    """Return columns have other names in the files than in the table (column mapping by name)."""
     table.mkdir(parents=True)
     physical = {"text": "col-5f4", "label": "col-a1b"}
     file = table / "part-0.parquet"
@@ -66,7 +66,7 @@ def mapped_table(table: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def table_with_deletions(table: Path, rows: list[dict[str, str]], deleted: list[int]) -> Path:
-    """Some rows of the file are deleted by a deletion vector in the log."""
+    """Write a table of which some rows are deleted by a deletion vector in the log."""
     table.mkdir(parents=True)
     file = table / "part-0.parquet"
     pq.write_table(pa.Table.from_pylist(rows), file)

@@ -52,7 +52,7 @@ class Dropping:
 
 @contextmanager
 def dropping(url: str, drops: int) -> Iterator[tuple[str, Dropping]]:
-    """The proxy and its address, in a thread, for clients in other processes. url: of a server, with `/v1`."""
+    """Yield the proxy and its address, in a thread, for clients in other processes. url: of a server, with `/v1`."""
     loop, proxy = asyncio.new_event_loop(), Dropping(url.removesuffix("/v1"), drops)
     thread = threading.Thread(target=loop.run_forever)
     thread.start()

@@ -46,7 +46,7 @@ TOGETHER = (
 
 
 def prepare(folder: Path) -> None:
-    """A tiny encoder, rows with labels, rows with stars, and the plugins."""
+    """Write a tiny encoder, rows with labels, rows with stars, and the plugins."""
     save_encoder(folder / "encoder")
     labels = ("low", "middle", "high")
     labelled = [{"text": f"w{n % 5} w{n % 7} w{n % 3}", "label": labels[n % 3]} for n in range(60)]
@@ -58,7 +58,7 @@ def prepare(folder: Path) -> None:
 
 
 def overrides(case: tuple[list[str], list[str]], run: str, steps: int, *further: str) -> list[str]:
-    """What follows `dstune train`."""
+    """Return what follows `dstune train`."""
     files, settings = case
     plugins = f"plugins=[{','.join(f'{name}.py' for name in files)}]"
     return [plugins, *SETTINGS, *settings, f"trainer.max_steps={steps}", f"run.dir={run}", *further]

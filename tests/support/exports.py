@@ -54,7 +54,7 @@ def in_bf16(folder: Path) -> Path:
 
 
 def without_pooler(folder: Path) -> Path:
-    """As many published encoders are: transformers draws a pooler for them."""
+    """Save a copy without a pooler, as many published encoders are: transformers draws a pooler for them."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -117,7 +117,7 @@ class Shelf:
         write_run(self.run(name) / "run.yaml", composed)
 
     def whole(self, name: str, step: int = 3) -> dict[str, torch.Tensor]:
-        """The trained weights as the ranks had them."""
+        """Return the trained weights as the ranks had them."""
         return torch.load(self.run(name) / f"whole-step-{step:08d}.pt")
 
 
@@ -135,7 +135,7 @@ def filled_shelf(folder: Path) -> Shelf:
 
 
 def load(folder: Path, kind: str = "CausalLM", **settings):
-    """As anyone would load it; nothing may be missing."""
+    """Load an export as anyone would; nothing may be missing."""
     import transformers
 
     loader = getattr(transformers, f"AutoModelFor{kind}")
@@ -154,7 +154,7 @@ def logits(model) -> torch.Tensor:
 
 
 def with_weights(model, weights: dict[str, torch.Tensor]):
-    """`model` with the named weights in place of its own."""
+    """Return `model` with the named weights in place of its own."""
     report = model.load_state_dict(weights, strict=False)
     assert not report.unexpected_keys
     model.eval()

@@ -38,7 +38,7 @@ def to_command(*what: signal.Signals, pause: float = 0.5) -> Strike:
 
 
 def ctrl_c_twice(command: subprocess.Popen, run_dir: Path) -> None:
-    """The second one while the first is obeyed: so small a run saves in 0.3 s, so a rank is held back."""
+    """Press Ctrl-C twice, the second time while the first is obeyed: so small a run saves in 0.3 s, so a rank is held back."""
     to_rank(1, signal.SIGSTOP)(command, run_dir)
     to_command(signal.SIGINT, signal.SIGINT)(command, run_dir)
 
@@ -48,7 +48,7 @@ def touch(name: str) -> Strike:
 
 
 def during_save(command: subprocess.Popen, run_dir: Path) -> None:
-    """Kills everything at the moment when a save is being written."""
+    """Kill everything at the moment when a save is being written."""
     wait_until(lambda: list(store.folder(run_dir).glob(f"*{store.INCOMPLETE}")) or command.poll() is not None)
     for process in [*ranks_of(run_dir), command]:
         with contextlib.suppress(psutil.Error):
@@ -66,7 +66,8 @@ def fill_for_a_while(command: subprocess.Popen, run_dir: Path) -> None:
 
 
 def read_only(command: subprocess.Popen, run_dir: Path) -> None:
-    """A file system with files open for writing cannot become read-only, but a second mount of it can hide the first."""
+    """Hide the run directory by a second, read-only mount: a file system with files open for writing cannot become read-only
+    itself."""
     subprocess.run(["mount", "--bind", str(run_dir), str(run_dir)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(run_dir)], check=True)
 
@@ -119,7 +120,7 @@ def moved(name: str, *again: str, stage: int = 2) -> Fault:
 
 
 def micro_batches(step: int) -> int:
-    """Calls of `Engine.accumulate` on a rank before that of `step`: 8 rows in micro-batches of 2 on 2 ranks."""
+    """Count the calls of `Engine.accumulate` on a rank before that of `step`: 8 rows in micro-batches of 2 on 2 ranks."""
     return 2 * (step - 1) + 1
 
 

@@ -66,7 +66,7 @@ async def cloud(
     models: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncIterator[Cloud]:
-    """api: changes of its settings; models: names that a stub answers to."""
+    """Yield a cloud. api: changes of its settings; models: names that a stub answers to."""
     folder.chmod(0o700)
     database = database or Database.of_folder(folder)
     service = FineTuning(database, folder, ApiSettings(**(api or {})), parts)

@@ -43,7 +43,7 @@ class Asking:
             return self.server.start([*ARGV, *words], self.env | variables, stdout=None, stderr=log)
 
     def ask(self, *words: str, **variables: str) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """What the rank has in common with other ranks, what is its own, and its exit code. Fails where it is not forked."""
+        """Return what the rank has in common with other ranks, what is its own, and its exit code. Fails where it is not forked."""
         process = self.fork(*words, **variables)
         assert process is not None, self.messages
         return outcome(process)
@@ -61,7 +61,7 @@ class Asking:
         return outcome(process)
 
     def declines(self, **variables: str) -> str:
-        """Why the rank starts cold."""
+        """Return why the rank starts cold."""
         before = len(self.messages)
         assert self.fork(**variables) is None
         assert len(self.messages) == before + 1 and "\n" not in self.messages[-1]

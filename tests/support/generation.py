@@ -17,7 +17,7 @@ from dstune.inference import generate
 
 
 def expected(folder: Path, prompt: str, *, chat: bool = True, count: int = 8) -> str:
-    """What transformers alone answers, greedily."""
+    """Return what transformers alone answers, greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -42,7 +42,7 @@ def refusal(*arguments: object) -> str:
 
 
 def saved_run(folder: Path, model: Path, *overrides: str) -> Path:
-    """A run directory with one checkpoint at stage 0, whose weights are twice the base model's."""
+    """Return a run directory with one checkpoint at stage 0, whose weights are twice the base model's."""
     run_dir = folder / "run"
     run_dir.mkdir()
     write_run(run_dir / "run.yaml", compose([f"model.path={model}", "data=files", "data.train=x.jsonl", *overrides]))
@@ -51,7 +51,7 @@ def saved_run(folder: Path, model: Path, *overrides: str) -> Path:
 
 
 def save_step(run_dir: Path, model: Path, step: int, *, factor: float) -> Path:
-    """Another checkpoint, whose weights are `factor` times the model's."""
+    """Save another checkpoint, whose weights are `factor` times the model's."""
     from transformers import AutoModelForCausalLM
 
     written = store.folder(run_dir) / f"{store.tag(step)}.incomplete"

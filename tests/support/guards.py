@@ -21,7 +21,7 @@ from dstune.guard.scanner import Item, Result, Scanner
 def calibrate(
     folder: Path, threshold: float, *, window_tokens: int = 16, stride: int = 12, part_tokens: int = 0
 ) -> Path:
-    """`guard.json` with one threshold for all levels."""
+    """Return `guard.json` with one threshold for all levels."""
     bucket = Bucket(None, dict.fromkeys(LEVELS.values(), threshold))
     directions = dict.fromkeys(DIRECTIONS, (bucket,))
     made_of = {"input": {"rows": 1, "digest": "0"}}
@@ -31,7 +31,7 @@ def calibrate(
 
 
 def calibrated_between(folder: Path, low: str, high: str) -> Path:
-    """A threshold between the scores of two texts. Raises AssertionError where `low` has not the lower one."""
+    """Return a threshold between the scores of two texts. Raises AssertionError where `low` has not the lower one."""
     model = GuardModel.load(folder, window_tokens=16, stride=12)
     first, second = (max(one.value for one in scores) for scores in model.scores([low, high]))
     assert first < second
@@ -55,7 +55,7 @@ class InProcess:
 
 
 def write_policies(folder: Path, policy: Mapping[str, Any], **more: Any) -> Path:
-    """A file with one policy for all routes."""
+    """Return a file with one policy for all routes."""
     routes = dict.fromkeys(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v2/guard"), "own")
     value = {"format": 1, "policies": {"own": dict(policy)}, "routes": routes, **more}
     file = folder / "guard.yaml"

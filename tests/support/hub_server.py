@@ -165,7 +165,7 @@ def _form(text: str) -> list[str]:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """What makes a process ask this hub, with a cache of its own."""
+    """Return what makes a process ask this hub, with a cache of its own."""
     return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),

@@ -87,7 +87,7 @@ class Bench:
         self.reconciler = self.another()
 
     def another(self) -> Reconciler:
-        """One more process that looks after the same jobs, as after a restart."""
+        """Start one more process that looks after the same jobs, as after a restart."""
         results = Results(self.database, self.files, self.folder, lambda: self.presets)
         return Reconciler(
             self.store,
@@ -139,7 +139,7 @@ class Bench:
         return JobFolder.of(self.folder, job)
 
     def train(self, job: str, first: int, last: int, per_epoch: int = 4) -> None:
-        """Rows of metrics as a training appends them."""
+        """Append rows of metrics as a training does."""
         file = self.of(job).run / "metrics.jsonl"
         file.parent.mkdir(exist_ok=True)
         with file.open("a") as stream:
@@ -154,7 +154,7 @@ class Bench:
                 stream.write(json.dumps(row) + "\n")
 
     def end(self, job: str, code: int, *, exports: tuple[int, ...] = (), **values: Any) -> None:
-        """The process of a job ends by itself."""
+        """End the process of a job by itself."""
         folder = self.of(job)
         for step in exports:
             (folder.models / f"step-{step}").mkdir(parents=True, exist_ok=True)

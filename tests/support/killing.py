@@ -49,7 +49,7 @@ ROW = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assis
 
 
 def serve(folder: Path, port: int) -> None:
-    """One life of the server."""
+    """Run one life of the server."""
     asyncio.run(_serve(folder, port))
 
 
@@ -73,7 +73,7 @@ async def _serve(folder: Path, port: int) -> None:
 
 @contextmanager
 def stub_server(folder: Path) -> Iterator[tuple[str, str]]:
-    """The address and an owner's key of a server whose jobs are stubs."""
+    """Yield the address and an owner's key of a server whose jobs are stubs."""
     (folder / "models.yaml").write_text("models: {tiny: {path: base}}\n")
     database = Database.of_folder(folder)
     key = Keys(database).add("owner", role="owner")
@@ -116,7 +116,7 @@ class Report:
 
 
 def run(folder: Path, kills: int, *, seed: int = 0, clients: int = 3, rest_seconds: float = 120.0) -> Report:
-    """folder: empty, of this user alone."""
+    """Kill the server again and again. folder: empty, of this user alone."""
     draw = random.Random(seed)
     (folder / "models.yaml").write_text("models: {tiny: {path: base}}\n")
     database = Database.of_folder(folder)

@@ -75,7 +75,7 @@ class Launch:
             )
 
     def note(self, name: str, rank: int) -> str:
-        """What `rank` wrote under `name`, once it has."""
+        """Return what `rank` wrote under `name`, once it has."""
         path = self.run_dir / f"note-{name}-{rank}"
         wait_for(path.exists, f"rank {rank} to note {name}; the launcher says {self.stderr()!r}")
         return path.read_text()
@@ -91,7 +91,7 @@ class Launch:
         return json.loads((self.run_dir / "result.json").read_text())
 
     def survivors(self) -> list[psutil.Process]:
-        """Processes that still have the run directory on their command line or in their environment."""
+        """Return processes that still have the run directory on their command line or in their environment."""
         marks = str(self.run_dir)
         found = []
         for process in psutil.process_iter():

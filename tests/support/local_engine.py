@@ -67,7 +67,7 @@ def body(text="w1 w2", **fields) -> dict:
 
 
 def greedy(folder):
-    """Greedy text of transformers alone."""
+    """Return greedy text of transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -176,7 +176,7 @@ class Table:
         )
 
     def run(self, cells: list[tuple[str, int]], resumed_stages: dict[int, int] | None = None) -> list[dict]:
-        """What `matrix_ranks.py` found in each cell, and in those that others stand on."""
+        """Return what `matrix_ranks.py` found in each cell, and in those that others stand on."""
         needed = [(AFTER[name][0], stage) for name, stage in cells if name in AFTER]
         ordered = list(dict.fromkeys([*needed, *cells]))
         cases, directories = [], {}
@@ -213,7 +213,7 @@ NOTHING_FROZEN_AT_THE_END = {"full", "ulmfit", "ulmfit of a classifier", "featur
 
 
 def refusals(config: schema.RunConfig) -> list[Problem]:
-    """What a start of this run on CPUs would say."""
+    """Return what a start of this run on CPUs would say."""
     return [*find_problems(config), *hardware_problems(config, gpus=0)]
 
 
@@ -243,7 +243,7 @@ def possible(name: str, stage: int) -> bool:
 
 
 def check_stage(table: Table, stage: int) -> None:
-    """All cells of a stage; half of the runs are resumed at another one."""
+    """Check all cells of a stage; half of the runs are resumed at another one."""
     cells = [(name, stage) for name in METHODS if possible(name, stage)]
     wrong = []
     for result in table.run(cells, {0: 3, 2: 3, 3: 2}):

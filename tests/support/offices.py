@@ -84,7 +84,7 @@ class Office:
 
 @asynccontextmanager
 async def office(folder: Path, devices: int = 2, **settings: Any) -> AsyncIterator[Office]:
-    """settings: of the fine-tuning API."""
+    """Yield an office. settings: of the fine-tuning API."""
     folder.mkdir(exist_ok=True)
     presets = folder / "models.yaml"
     presets.write_text(json.dumps(PRESETS))

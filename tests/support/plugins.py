@@ -22,7 +22,7 @@ SIGNUM = ROOT / "examples" / "plugins" / "signum.py"
 
 
 def folder_of_plugins(tmp_path, monkeypatch):
-    """The working directory of a test, without plugins before and after it."""
+    """Enter the working directory of a test, without plugins before and after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
     yield tmp_path
@@ -47,7 +47,7 @@ def problems(*overrides: str) -> list[tuple[str, str, str]]:
 
 
 def install(folder: Path, version: str, old: str = "", new: str = "") -> None:
-    """`mysignum`, an installed package with an entry point."""
+    """Install `mysignum`, a package with an entry point."""
     site = folder / "site"
     shutil.rmtree(site, ignore_errors=True)
     copy(str(site / "mysignum" / "__init__.py"), old, new)
@@ -58,7 +58,7 @@ def install(folder: Path, version: str, old: str = "", new: str = "") -> None:
 
 
 def in_a_process(folder: Path, program: str) -> str:
-    """What `program` prints where `install` is in effect, in a process of its own: packages are looked for once."""
+    """Return what `program` prints where `install` is in effect, in a process of its own: packages are looked for once."""
     env = os.environ | {"PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}"}
     imports = "from dstune.config.compose import compose\nfrom dstune.config.run_file import read_run, write_run\n"
     start = imports + textwrap.dedent(program)

@@ -16,7 +16,7 @@ import pytest
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """The URL of an empty database. Skips the test where PostgreSQL is not installed."""
+    """Yield the URL of an empty database. Skips the test where PostgreSQL is not installed."""
     (programs,) = glob.glob("/usr/lib/postgresql/*/bin")[-1:] or [""]
     if not programs:
         pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")

@@ -48,7 +48,7 @@ DATA = {
 
 
 def metrics_rows(steps: int, *, every: int = 10) -> list[dict[str, Any]]:
-    """A falling loss with an evaluation before the first and after every tenth step."""
+    """Return a falling loss with an evaluation before the first and after every tenth step."""
     rows: list[dict[str, Any]] = []
     for step in range(steps + 1):
         if step:
@@ -81,7 +81,7 @@ def write_run_directory(
     samples: Sequence[Mapping[str, Any]] = (),
     **files: Mapping[str, Any],
 ) -> Path:
-    """A run with `run.yaml`, `metrics.jsonl` (40 steps when not given), `samples.jsonl`, and `files` as NAME.json."""
+    """Return a run with `run.yaml`, `metrics.jsonl` (40 steps when not given), `samples.jsonl`, and `files` as NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = run_config(optimizer=AdamWConfig(lr=lr), run=RunSection(name=name, dir=str(folder)))
     write_run(folder / "run.yaml", Composed(config, list(overrides)))
@@ -93,7 +93,7 @@ def write_run_directory(
 
 
 def full_run(folder: Path, **changes: Any) -> Path:
-    """A completed run of 40 steps that was resumed once, with every file; `changes` as for `write_run_directory`."""
+    """Return a completed run of 40 steps that was resumed once, with every file; `changes` as for `write_run_directory`."""
     given: dict[str, Any] = {
         "result": RESULT,
         "data_report": DATA,
@@ -115,8 +115,8 @@ def full_run(folder: Path, **changes: Any) -> Path:
 def write_sweep_directory(
     folder: Path, trials: Sequence[Mapping[str, Any]], objective: Sequence[str] = ("loss",), **changes: Any
 ) -> Path:
-    """A sweep with a run for each of `trials`, whose keys are those of `trials/NAME.json`; `run=False` for one that failed
-    before it had a directory. changes: of every run, as for `write_run_directory`."""
+    """Return a sweep with a run for each of `trials`, whose keys are those of `trials/NAME.json`; `run=False` for one that
+    failed before it had a directory. changes: of every run, as for `write_run_directory`."""
     (folder / "trials").mkdir(parents=True)
     (folder / "sweep.yaml").write_text(json.dumps({"objective": list(objective), "overrides": [], "config": {}}))
     for number, given in enumerate(trials):

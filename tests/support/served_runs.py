@@ -24,7 +24,7 @@ def save_run(
     scale: float = 0.2,
     labels: tuple[str, ...] = (),
 ) -> Path:
-    """A run directory whose trained parameters differ from the model's by normal numbers times `scale`."""
+    """Return a run directory whose trained parameters differ from the model's by normal numbers times `scale`."""
     folder.mkdir(parents=True)
     held_out = "data.split.validation=0.3"
     given = [f"model.path={model}", "data=files", f"data.train={data}", held_out, "data.max_length=128", *overrides]

@@ -38,7 +38,7 @@ from dstune.serve.store.database import Database
 
 
 def write_reference(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """`reference.json` with these rows, and digests of the files that are in `folder`."""
+    """Write `reference.json` with these rows, and digests of the files that are in `folder`."""
     (folder / "reference.json").write_text(json.dumps({"format": 2, "files": digest_files(folder), "rows": list(rows)}))
 
 
@@ -126,7 +126,7 @@ class StubApp:
 
 @asynccontextmanager
 async def listening(app: Any, uds: Path | None = None) -> AsyncIterator[str]:
-    """`app` behind uvicorn; the URL, or nothing where it listens on a Unix socket."""
+    """Run `app` behind uvicorn; yields the URL, or nothing where it listens on a Unix socket."""
     own = socket.socket(socket.AF_UNIX if uds else socket.AF_INET, socket.SOCK_STREAM)
     own.bind(str(uds) if uds else ("127.0.0.1", 0))
     own.listen(2048)
@@ -272,7 +272,7 @@ async def served(
 
 
 def closed_paths() -> dict[str, str]:
-    """What opens the routes of wings, by the beginning of their paths."""
+    """Return what opens the routes of wings, by the beginning of their paths."""
     return {path: option for kind in protocols.ROUTES.classes().values() for path, option in kind.closed.items()}
 
 
@@ -281,7 +281,7 @@ def chat(text: str = "hello there", **changes: Any) -> dict[str, Any]:
 
 
 def run(test, tmp_path, **settings):
-    """The result of `test(served)`."""
+    """Return the result of `test(served)`."""
 
     async def main():
         async with served(tmp_path, **settings) as found:

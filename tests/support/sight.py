@@ -43,7 +43,7 @@ def language(tokenizer: Any, **changes: Any) -> dict[str, Any]:
 
 
 def tokenizer_with(tokens: dict[str, str], place: str, words: list[str] = WORDS, more: tuple[str, ...] = ()) -> Any:
-    """tokens: by the attribute under which a processor asks for it (`image_token`)."""
+    """Make a tokenizer with control tokens. tokens: by the attribute under which a processor asks for it (`image_token`)."""
     added = [*dict.fromkeys(tokens.values()), *more]
     tokenizer = word_tokenizer([*SPECIAL, *words, "\n\n"])
     tokenizer.add_special_tokens({"additional_special_tokens": added}, replace_extra_special_tokens=False)
@@ -287,7 +287,8 @@ FAMILIES: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
 
 
 def save(kind: str, folder: Path, **options: Any) -> Path:
-    """The checkpoint of a family, every weight of which is random: fresh projectors and norms may be zero, and hide a fault."""
+    """Return the checkpoint of a family, every weight of which is random: fresh projectors and norms may be zero, and hide a
+    fault."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -305,7 +306,7 @@ def save(kind: str, folder: Path, **options: Any) -> Path:
 
 
 def draw(seed: int, size: tuple[int, int] = (32, 32)) -> Any:
-    """An image of random blocks of colour."""
+    """Return an image of random blocks of colour."""
     import numpy as np
     from PIL import Image
 
@@ -320,7 +321,7 @@ def write_rows(
     images: Callable[[int], int] = lambda row: 1,
     sizes: tuple[tuple[int, int], ...] = ((32, 32),),
 ) -> Path:
-    """Rows as TRL has them: `messages` whose contents have places, and the paths of `images` (so many in row number ...)."""
+    """Return rows as TRL has them: `messages` whose contents have places, and the paths of `images` (so many in row number ...)."""
     folder.mkdir(parents=True, exist_ok=True)
     choose, number = random.Random(0), 0
     with (folder / "rows.jsonl").open("w") as stream:

@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def pairs(count: int = 24) -> list[tuple[str, str]]:
-    """Questions and answers of a few words."""
+    """Return questions and answers of a few words."""
     choose = random.Random(7)
     return [tuple(" ".join(choose.choices(WORDS, k=choose.randint(1, 9))) for _ in "qa") for _ in range(count)]  # type: ignore[misc]
 
@@ -71,7 +71,7 @@ def write_arrow_file(path: Path, rows: Rows) -> Path:
 
 
 def write_cached_hub(cache: Path, repository: str, splits: dict[str, Rows], subset: str = "default") -> None:
-    """What `datasets` leaves in its cache of a data set of the hub at COMMIT."""
+    """Write what `datasets` leaves in its cache of a data set of the hub at COMMIT."""
     owner, name = repository.split("/")
     folder = cache / f"{owner}___{name}" / subset / "0.0.0" / COMMIT
     folder.mkdir(parents=True)
@@ -85,7 +85,7 @@ def write_cached_hub(cache: Path, repository: str, splits: dict[str, Rows], subs
 
 
 def chat_sources(folder: Path) -> dict[str, str]:
-    """`data.train` by kind of source; each holds CHATS."""
+    """Return `data.train` by kind of source; each holds CHATS."""
     half = len(CHATS) // 2
     table = pa.Table.from_pylist(CHATS)
 
@@ -150,7 +150,7 @@ def chat_sources(folder: Path) -> dict[str, str]:
 
 
 def chat_formats(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """(`data.train`, further overrides) by format of the rows; each says the same as CHATS."""
+    """Return (`data.train`, further overrides) by format of the rows; each says the same as CHATS."""
     parts = {
         "openai content parts": [
             {
@@ -183,7 +183,7 @@ def chat_formats(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def text_sources(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """(`data.train`, further overrides) of plain texts; each holds TEXTS."""
+    """Return (`data.train`, further overrides) of plain texts; each holds TEXTS."""
     lines = "\n".join(row["text"] for row in TEXTS)
     (folder / "texts.txt").write_text(lines + "\n")
     (folder / "texts.txt.gz").write_bytes(gzip.compress(lines.encode()))
@@ -202,7 +202,7 @@ def text_sources(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
 
 def label_sources(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """(`data.train`, further overrides) of labelled texts; each holds LABELLED."""
+    """Return (`data.train`, further overrides) of labelled texts; each holds LABELLED."""
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["odd", "even"])}
     )

@@ -165,7 +165,7 @@ def resumed(scene: Scene, run_dir: Path, outcome: Outcome, fault: Fault) -> Outc
 
 
 def check(fault: Fault, outcome: Outcome) -> list[str]:
-    """What is not as it should be."""
+    """Return what is not as it should be."""
     wrong = []
     if outcome.exit_code != fault.exit_code:
         wrong.append(f"exit code {outcome.exit_code}, not {fault.exit_code}")
@@ -217,7 +217,7 @@ def _last_written(run_dir: Path) -> float:
 
 
 def message(log: str, patterns: str | tuple[str, ...]) -> str:
-    """The last lines of the command in which the patterns are found."""
+    """Return the last lines of the command in which the patterns are found."""
     lines = [line.strip().removeprefix("| ").removeprefix("dstune: ") for line in log.splitlines() if line.strip()]
     found = []
     for pattern in as_patterns(patterns):
@@ -230,7 +230,7 @@ def as_patterns(says: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: float = 1e-5) -> bool:
-    """Every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
+    """Return every metric of every row within a relative `bound`; the norm of the gradient, a difference of large sums, within
     1e-4, and the gap, a difference of two losses, within as much of 1."""
 
     def agrees(key: str, left: Any, right: Any) -> bool:
@@ -245,7 +245,7 @@ def near(rows: list[dict[str, Any]], reference: list[dict[str, Any]], bound: flo
 
 
 def left_of(run_dir: Path) -> list[psutil.Process]:
-    """Living processes that have the run directory on their command line."""
+    """Return living processes that have the run directory on their command line."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []

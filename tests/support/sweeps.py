@@ -60,6 +60,6 @@ class Scripted:
         return grid
 
     def starts(self, name: str) -> list[str]:
-        """A line for each start of the trial: time, cores, slot."""
+        """Return a line for each start of the trial: time, cores, slot."""
         file = self.path / name / "starts"
         return file.read_text().splitlines() if file.exists() else []

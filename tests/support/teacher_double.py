@@ -15,7 +15,7 @@ Write = Callable[[dict[str, Any]], str]
 
 
 def words_of(body: dict[str, Any]) -> str:
-    """Words that prompt and seed decide."""
+    """Return words that prompt and seed decide."""
     digest = hashlib.sha256(json.dumps([body["messages"], body["seed"]]).encode()).hexdigest()
     return " ".join(digest[start : start + 5] for start in range(0, 40, 5))
 
@@ -48,7 +48,7 @@ class Double:
 
 @contextmanager
 def serving(double: Double, port: int = 0) -> Iterator[str]:
-    """Yields its address, up to /v1."""
+    """Serve the double; yields its address, up to /v1."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

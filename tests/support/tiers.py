@@ -104,7 +104,7 @@ OTHERWISE = 20
 
 
 def part_of(files: Mapping[str, object] | set[str], parts: int) -> dict[str, int]:
-    """The part, counted from 1, that each file belongs to: the longest first, each into the part that has least so far."""
+    """Return the part, counted from 1, that each file belongs to: the longest first, each into the part that has least so far."""
     filled = [0] * parts
     found = {}
     for file in sorted(files, key=lambda file: (-SECONDS.get(file, OTHERWISE), file)):

@@ -13,7 +13,7 @@ WORDS = [f"w{number}" for number in range(96)]
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer of about 100 tokens with ChatML as its chat template."""
+    """Save a word-level tokenizer of about 100 tokens with ChatML as its chat template."""
     word_tokenizer(SPECIAL + WORDS).save_pretrained(folder)
 
 
@@ -28,7 +28,7 @@ def _saved(folder: Path, seed: int, model_class: Any, config: Any) -> Path:
 
 
 def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: object) -> Path:
-    """A two-layer Llama of about 30,000 parameters."""
+    """Return a two-layer Llama of about 30,000 parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = {
@@ -49,7 +49,7 @@ def save_decoder(folder: Path, *, tied: bool = False, seed: int = 0, **changes: 
 
 
 def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """A two-layer BERT body (no classification head) of about 30,000 parameters."""
+    """Return a two-layer BERT body (no classification head) of about 30,000 parameters."""
     from transformers import BertConfig, BertModel
 
     settings = {
@@ -66,7 +66,7 @@ def save_encoder(folder: Path, *, seed: int = 0, **changes: object) -> Path:
 
 
 def save_classifier(folder: Path) -> Path:
-    """The same with a head of random weights."""
+    """Return the same with a head of random weights."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -82,7 +82,7 @@ SEQ2SEQ_TOKENS = {"pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 4, "deco
 
 
 def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """A T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
+    """Return a T5 of two layers on each side and about 45,000 parameters, its vocabulary shared three times."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2}
@@ -91,7 +91,7 @@ def save_t5(folder: Path, *, seed: int = 0, **changes: object) -> Path:
 
 
 def save_bart(folder: Path, **changes: object) -> Path:
-    """A BART of two layers on each side and about 60,000 parameters."""
+    """Return a BART of two layers on each side and about 60,000 parameters."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     settings = {"vocab_size": len(SPECIAL) + len(WORDS), "d_model": 32, "max_position_embeddings": 128}
@@ -102,7 +102,7 @@ def save_bart(folder: Path, **changes: object) -> Path:
 
 
 def save_joined_encoders(folder: Path, encoder: Path) -> Path:
-    """An `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
+    """Return an `EncoderDecoderModel` of twice the same encoder, with new cross attention."""
     import torch
     from transformers import EncoderDecoderModel
 
@@ -113,7 +113,7 @@ def save_joined_encoders(folder: Path, encoder: Path) -> Path:
 
 
 def write_pairs(path: Path, rows: int) -> Path:
-    """Sources of words; a target is, for some of the first words, the word that follows it: w5 w7 w9 gives w6 w8."""
+    """Write sources of words; a target is, for some of the first words, the word that follows it: w5 w7 w9 gives w6 w8."""
     choose = random.Random(0)
     with path.open("w") as stream:
         for _ in range(rows):
@@ -125,7 +125,7 @@ def write_pairs(path: Path, rows: int) -> Path:
 
 
 def write_dialogues(path: Path, rows: int, *, seed: int = 0, turns: tuple[int, int] = (1, 3)) -> Path:
-    """Dialogues whose answers differ much in length, so that targets are spread unevenly over micro-batches."""
+    """Write dialogues whose answers differ much in length, so that targets are spread unevenly over micro-batches."""
     choose = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):
@@ -139,7 +139,7 @@ def write_dialogues(path: Path, rows: int, *, seed: int = 0, turns: tuple[int, i
 
 
 def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Texts of two classes that differ in which half of the words they prefer."""
+    """Return texts of two classes that differ in which half of the words they prefer."""
     choose = random.Random(seed)
     half = len(WORDS) // 2
     with path.open("w") as stream:
@@ -152,7 +152,7 @@ def write_labelled(path: Path, rows: int, *, seed: int = 0) -> Path:
 
 
 def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Prompts with two answers of very different lengths; the better one prefers the first half of the words."""
+    """Write prompts with two answers of very different lengths; the better one prefers the first half of the words."""
     choose = random.Random(seed)
     half = len(WORDS) // 2
 
@@ -170,7 +170,7 @@ def write_preferences(path: Path, rows: int, *, seed: int = 0) -> Path:
 
 
 def write_contrastive(path: Path, rows: int) -> Path:
-    """Texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
+    """Return texts that share words with their positive; every third row has a negative that does not. One anchor comes twice."""
     choose = random.Random(0)
 
     def text(words: list[str], count: int) -> str:
@@ -191,7 +191,7 @@ def write_contrastive(path: Path, rows: int) -> Path:
 
 
 def write_tagged(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Sentences in which some words begin an entity that the next few continue."""
+    """Write sentences in which some words begin an entity that the next few continue."""
     choose = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):
@@ -209,7 +209,8 @@ def write_tagged(path: Path, rows: int, *, seed: int = 0) -> Path:
 
 
 def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float = 0.0) -> Path:
-    """Texts in which the words of the last sixth of the vocabulary are the answer; with `unanswered`, a share that has none."""
+    """Return texts in which the words of the last sixth of the vocabulary are the answer; with `unanswered`, a share that has
+    none."""
     choose = random.Random(seed)
     words, answers = WORDS[:80], WORDS[80:]
     with path.open("w") as stream:
@@ -227,7 +228,7 @@ def write_questions(path: Path, rows: int, *, seed: int = 0, unanswered: float =
 
 
 def write_scored(path: Path, rows: int, *, seed: int = 0) -> Path:
-    """Texts whose label is the share of words of the second half of the vocabulary."""
+    """Return texts whose label is the share of words of the second half of the vocabulary."""
     choose = random.Random(seed)
     with path.open("w") as stream:
         for _ in range(rows):

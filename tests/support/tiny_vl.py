@@ -128,7 +128,7 @@ PROCESSOR_FILES = {
 
 
 def build(kind: str) -> Any:
-    """The model of a kind, with weights of a seed, as `AutoModelForImageTextToText` makes it."""
+    """Return the model of a kind, with weights of a seed, as `AutoModelForImageTextToText` makes it."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -142,7 +142,7 @@ def build(kind: str) -> Any:
 
 
 def save(kind: str, folder: Path) -> Path:
-    """A checkpoint of a kind with tokenizer and processor files; of Qwen 3.5 with a head for several tokens, in bf16."""
+    """Return a checkpoint of a kind with tokenizer and processor files; of Qwen 3.5 with a head for several tokens, in bf16."""
     import torch
     from safetensors.torch import load_file, save_file
 

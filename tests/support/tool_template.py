@@ -12,5 +12,5 @@ TEMPLATE = (
 
 
 def call_of(name: str) -> str:
-    """The word that calls a tool without arguments."""
+    """Return the word that calls a tool without arguments."""
     return f'<tool_call>{{"name":"{name}","arguments":{{}}}}</tool_call>'

@@ -90,7 +90,7 @@ class Shelf:
         write_run(self.run(name) / "run.yaml", composed)
 
     def whole(self, name: str, step: int = 2) -> dict[str, torch.Tensor]:
-        """The weights as the ranks had them, frozen ones included."""
+        """Return the weights as the ranks had them, frozen ones included."""
         return torch.load(self.run(name) / f"whole-step-{step:08d}.pt")
 
 

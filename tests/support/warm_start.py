@@ -55,7 +55,7 @@ USUAL = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": 
 
 
 def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozenset[str]) -> bool:
-    """Whether a process with `env` would have imported what one with `base` has. also: what ranks are given beside it."""
+    """Return whether a process with `env` would have imported what one with `base` has. also: what ranks are given beside it."""
     path = set(env.get("PYTHONPATH", "").split(os.pathsep))
     if "DSTUNE_FAULT" in env or not path <= {"", str(ROOT), str(ROOT / "tests")}:
         return False
@@ -66,7 +66,7 @@ def same_imports(env: Mapping[str, str], base: Mapping[str, str], also: frozense
 
 
 def program(argv: Sequence[str]) -> list[str] | None:
-    """`-m MODULE ...` or `FILE ...` after the interpreter and its `-u`, where that may start warm."""
+    """Return `-m MODULE ...` or `FILE ...` after the interpreter and its `-u`, where that may start warm."""
     if not argv or argv[0] != sys.executable:
         return None
     words = [str(word) for word in argv[1 + _unbuffered(argv) :]]
@@ -89,7 +89,7 @@ class Source:
         self.lock, self.owner = threading.Lock(), os.getpid()
 
     def start(self, words: Sequence[str], fds: Sequence[int], **how: Any) -> int:
-        """The pid of the new child of this process. Raises OSError where there is none, then and later."""
+        """Return the pid of the new child of this process. Raises OSError where there is none, then and later."""
         request = json.dumps({"words": words, "parent": os.getpid(), **how}).encode()
         with self.lock:
             if self.owner != os.getpid():
@@ -154,7 +154,7 @@ class Popen(_OwnPopen):  # type: ignore[type-arg]
 
 
 def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[Any]:
-    """`subprocess.run` of what may start warm."""
+    """Return `subprocess.run` of what may start warm."""
     input, timeout = options.pop("input", None), options.pop("timeout", None)
     if options.pop("capture_output", False):
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -51,7 +51,7 @@ class Results:
     folder: Path
 
     def written(self, name: str, composed: Composed, directory: str | None = None) -> dict[str, str]:
-        """A case of `parity/train_cases.py`."""
+        """Return a case of `parity/train_cases.py`."""
         path = self.folder / f"{name}.yaml"
         write_run(path, composed)
         return {"run_yaml": str(path), "run_dir": str(self.folder / (directory or name))}
@@ -76,18 +76,18 @@ class Workshop(Results):
         return compose([*AT_THE_END, *self._base, *overrides])
 
     def case(self, name: str, *overrides: str, directory: str | None = None) -> dict[str, str]:
-        """A case of `parity/train_cases.py`."""
+        """Return a case of `parity/train_cases.py`."""
         composed = self.config(f"run.dir={self.folder / (directory or name)}", *overrides)
         return self.written(name, composed, directory)
 
     def cells(
         self, size: int, kinds: Mapping[str, Sequence[str]], cells: Sequence[tuple[str, int]]
     ) -> list[dict[str, str]]:
-        """KIND-sSTAGE-nSIZE for each kind and ZeRO stage of `cells`."""
+        """Return KIND-sSTAGE-nSIZE for each kind and ZeRO stage of `cells`."""
         return [self.case(f"{kind}-s{stage}-n{size}", *kinds[kind], f"zero=stage{stage}") for kind, stage in cells]
 
     def stopped_and_continued(self, name: str, *overrides: str) -> list[dict[str, str]]:
-        """NAME-whole without a stop, and NAME-cut that is stopped after its first step and then continued."""
+        """Run NAME-whole without a stop, and NAME-cut that is stopped after its first step and then continued."""
         limit = "run.time_limit=0.000001"  # over after the first step of each launch
         return [
             self.case(f"{name}-whole", *overrides),
@@ -96,5 +96,5 @@ class Workshop(Results):
         ]
 
     def rows(self, name: str) -> list[dict]:
-        """Metrics rows, without times and memory."""
+        """Return metrics rows, without times and memory."""
         return [{key: value for key, value in row.items() if key not in VOLATILE} for row in super().rows(name)]
