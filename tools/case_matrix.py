@@ -99,7 +99,7 @@ VARIANTS: dict[str, list[str]] = {
 
 
 def pairs(only: Sequence[str], stages: Sequence[int], ranks: int, folder: Path, *, rotate: bool) -> Iterator[Case]:
-    """Every task x method x stage, and the variants; `only` keeps the names that contain one of its words."""
+    """Yield every task x method x stage, and the variants; `only` keeps the names that contain one of its words."""
     number = 0
     for task, of_task in TASKS.items():
         for method, of_method in METHODS.items():
@@ -143,7 +143,7 @@ def wrong_configurations() -> Iterator[Case]:
 
 
 def make_inputs(folder: Path) -> None:
-    """Tiny models and rows, once for both trees, with the makers of the tests."""
+    """Write tiny models and rows, once for both trees, with the makers of the tests."""
     if (folder / "inputs-made").exists():
         return
     from tests.support import tiny

@@ -200,7 +200,7 @@ def wait(child: int, deadline: float) -> int:
 
 
 def read_run(run: Path, outcome: Outcome) -> None:
-    """What the run directory shows of the computation."""
+    """Read what the run directory shows of the computation."""
     for name in ("metrics", "samples"):
         file = run / f"{name}.jsonl"
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -225,7 +225,7 @@ def without_clocks(value: Any) -> Any:
 
 
 def tensors(file: Path) -> Iterator[tuple[str, str]]:
-    """(name, hash of dtype, shape and bytes) of every tensor, without reading them through a library."""
+    """Yield (name, hash of dtype, shape and bytes) of every tensor, without reading them through a library."""
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
     for name, entry in sorted(json.loads(content[8 : 8 + length]).items()):
@@ -237,7 +237,7 @@ def tensors(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def machine() -> str:
-    """What two processes must have in common to compute the same bits: processor and libraries."""
+    """Return what two processes must have in common to compute the same bits: processor and libraries."""
     from importlib.metadata import version
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -25,7 +25,7 @@ def render() -> str:
 
 
 def entries() -> Iterator[list[str]]:
-    """A command line and the problems that it has, a list of lines each."""
+    """Yield a command line and the problems that it has, a list of lines each."""
     from dstune import UserError
     from dstune.config.compose import compose
     from dstune.config.validate import validate

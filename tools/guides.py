@@ -55,7 +55,7 @@ as if you had typed it, so read the files of others first. A file has at most 25
 
 
 def markdown_table() -> str:
-    """All keys as a Markdown table."""
+    """Return all keys as a Markdown table."""
     lines = ["| key | default | values | meaning |", "| --- | --- | --- | --- |"]
     for setting in merged():
         only = f" ({setting.group})" if "=" in setting.group else ""
@@ -66,7 +66,7 @@ def markdown_table() -> str:
 
 
 def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
-    """Groups with their choices and keys as a Markdown table."""
+    """Write groups with their choices and keys as a Markdown table."""
     keys: dict[str, list[str]] = {}
     for setting in merged():
         section, _, key = setting.key.partition(".")
@@ -85,7 +85,7 @@ def groups_table(groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def configuration_page() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     from dstune.config.hydra_session import group_options, session
 
     with session() as hydra:

@@ -50,12 +50,12 @@ class Loaded:
     """Those of the package, relative to it."""
 
     def by_room(self) -> Counter[str]:
-        """Modules of the package in each room."""
+        """Count modules of the package in each room."""
         return Counter(map(room, self.files))
 
     def of_unused_rooms(self) -> list[str] | None:
-        """The files that only runs of other tasks and methods need; None of a tree without rooms. A name that starts with `_` is a
-        base of several rooms."""
+        """Return the files that only runs of other tasks and methods need; None of a tree without rooms. A name that starts with
+        `_` is a base of several rooms."""
         in_rooms = [path for path in self.files if path.parts[0] in ("tasks", "methods") and len(path.parts) > 2]
         if not in_rooms:
             return None
@@ -67,7 +67,7 @@ class Loaded:
 
 
 def room(path: Path) -> str:
-    """What a module (relative to the package) is counted for: its folder, or its room in a folder of rooms."""
+    """Return what a module (relative to the package) is counted for: its folder, or its room in a folder of rooms."""
     folder = path.parts[0]
     if folder in ("tasks", "methods", "launch") and len(path.parts) > 2:
         return "/".join(path.parts[:2])
@@ -75,7 +75,7 @@ def room(path: Path) -> str:
 
 
 def loaded(tree: Path) -> dict[str, Loaded]:
-    """Modules of the `launcher`, the process of `dstune train`, and of its `rank`. Raises: SystemExit if the run fails."""
+    """Return modules of the `launcher`, the process of `dstune train`, and of its `rank`. Raises: SystemExit if the run fails."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         recorder = home / "recorder"
@@ -108,7 +108,7 @@ def make_inputs(home: Path) -> None:
 
 
 def largest(recorder: Path, role: str, package: Path) -> Loaded:
-    """The process of a role with the most modules: helpers that it forks, or starts for a question, have fewer."""
+    """Return the process of a role with the most modules: helpers that it forks, or starts for a question, have fewer."""
     records = [json.loads(path.read_text()) for path in recorder.glob(f"{role}-*.json")]
     files = max(records, key=len)
     return Loaded(len(files), [Path(file).relative_to(package) for file in files if file.startswith(f"{package}/")])

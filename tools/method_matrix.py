@@ -17,7 +17,7 @@ STAGES = (0, 1, 2, 3)
 
 
 def example(method: str, task: str, stage: int) -> RunConfig:
-    """A run of the method with everything else as it is when nothing is said; rows are not packed."""
+    """Return a run of the method with everything else as it is when nothing is said; rows are not packed."""
     sections: dict[str, Any] = {section: cls() for section, cls in default_classes().items()}
     sections["data"] = replace(sections["data"], train="rows.jsonl", packing=False)
     sections["zero"] = replace(sections["zero"], stage=stage)
@@ -26,12 +26,12 @@ def example(method: str, task: str, stage: int) -> RunConfig:
 
 
 def tasks_of(method: str) -> list[str]:
-    """The tasks that the method trains."""
+    """Return the tasks that the method trains."""
     return [task for task in TASKS if not _about(find_problems(example(method, task, 2)), "method")]
 
 
 def packs(method: str) -> bool:
-    """Whether the method trains packed rows, in the tasks that pack any."""
+    """Return whether the method trains packed rows, in the tasks that pack any."""
     for task in tasks_of(method):
         config = example(method, task, 2)
         packed = replace(config, data=replace(config.data, packing=True))
@@ -51,7 +51,7 @@ def _about(problems: list[Problem], key: str) -> list[Problem]:
 
 
 def matrix_table() -> str:
-    """The table in Markdown, with a note for each cell that is refused."""
+    """Return the table in Markdown, with a note for each cell that is refused."""
     lines = [
         "| `method=` | ZeRO 0 | 1 | 2 | 3 | packed rows | activation checkpointing | `export --merge` | tasks |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -44,7 +44,7 @@ dstune train method=full data.train=rows.jsonl forgetting.general=general.jsonl 
 
 
 def methods_page(root: Path) -> str:
-    """The text of docs/methods.md. root: of the repository."""
+    """Return the text of docs/methods.md. root: of the repository."""
     measured = _measured(root / "benchmarks" / "methods.json")
     parts = [HEAD, *_table(measured), MATRIX, matrix_table()]
     for name, cls in METHODS.configs().items():

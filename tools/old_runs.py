@@ -45,7 +45,7 @@ DROPPED = ("checkpoints/step-00000004", "export", "result.json", "report.html", 
 
 
 def make_inputs(folder: Path) -> None:
-    """As those of side_by_side, and smaller: what is committed is mostly their weights and the optimizer's."""
+    """Write inputs as those of side_by_side, and smaller: what is committed is mostly their weights and the optimizer's."""
     from tests.support import tiny
 
     models, data = folder / "models", folder / "data"

@@ -31,14 +31,14 @@ by_name = attrgetter("stem")
 
 
 def what_it_is(path: Path) -> str:
-    """The part of an experiment's comment in front of its arithmetic, without the sentence that announces a command."""
+    """Return the part of an experiment's comment in front of its arithmetic, without the sentence that announces a command."""
     text = description(path).split(" Memory", 1)[0]
     sentences = text.replace("e.g. ", "e.g.").split(". ")
     return ". ".join(sentence for sentence in sentences if not sentence.endswith(":")).rstrip(".") + "."
 
 
 def presets_page(folders: Sequence[Path]) -> str:
-    """The text of docs/presets.md for the folders with dstune's own choices (`config_folders()`)."""
+    """Return the text of docs/presets.md for the folders with dstune's own choices (`config_folders()`)."""
     files = {group: [path for folder in folders for path in folder.glob(f"{group}/*.yaml")] for group in GROUPS}
     models = ["| `model=` | path | with | |", "| --- | --- | --- | --- |"]
     for path in sorted(files["model"], key=by_name):

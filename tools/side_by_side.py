@@ -91,7 +91,7 @@ class Tree:
 
 
 def deviations(old: Outcome, new: Outcome) -> list[str]:
-    """A line for each thing that differs and may not."""
+    """Return a line for each thing that differs and may not."""
     found: list[str] = []
     if old.exit_code not in (0, 2):  # it had no result
         return [f"fails still: {last_lines(new.log)}"] * (new.exit_code not in (0, 2))
@@ -112,14 +112,14 @@ def deviations(old: Outcome, new: Outcome) -> list[str]:
 
 
 def without_gained(old: Any, new: Any) -> Any:
-    """`new` with the keys of `old` only, wherever both are mappings."""
+    """Return `new` with the keys of `old` only, wherever both are mappings."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return new
     return {key: without_gained(old[key], value) for key, value in new.items() if key in old}
 
 
 def gained(old: Any, new: Any, above: str = "") -> set[str]:
-    """Names of the keys that `new` has and `old` has not, wherever both are mappings."""
+    """Return names of the keys that `new` has and `old` has not, wherever both are mappings."""
     names: set[str] = set()
     if isinstance(old, dict) and isinstance(new, dict):
         for key, value in new.items():
@@ -141,7 +141,7 @@ def last_lines(log: str) -> str:
 
 
 def wording(case: Case, old: Outcome, new: Outcome) -> str:
-    """The changed texts of errors and of model cards, as a diff."""
+    """Return the changed texts of errors and of model cards, as a diff."""
 
     def lines(outcome: Outcome) -> list[str]:
         reported = [

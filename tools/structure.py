@@ -75,7 +75,7 @@ def loose_modules(tree: Path) -> list[str]:
 
 
 def import_graph(tree: Path, parsed: dict[Path, ast.Module]) -> dict[str, set[str]]:
-    """Which module imports which, also inside functions, but not for annotations alone."""
+    """Return which module imports which, also inside functions, but not for annotations alone."""
     names = {path: ".".join(path.relative_to(tree).with_suffix("").parts).removesuffix(".__init__") for path in parsed}
     modules = set(names.values())
     graph: dict[str, set[str]] = {name: set() for name in modules}
@@ -99,7 +99,7 @@ def import_graph(tree: Path, parsed: dict[Path, ast.Module]) -> dict[str, set[st
 
 
 def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """`ast.walk` without the bodies of `if TYPE_CHECKING:`."""
+    """Yield `ast.walk` without the bodies of `if TYPE_CHECKING:`."""
     pending = [node]
     while pending:
         for child in ast.iter_child_nodes(pending.pop()):
@@ -109,7 +109,7 @@ def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected groups of at least two modules (Tarjan 1972)."""
+    """Find strongly connected groups of at least two modules (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -139,7 +139,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def table(title: str, before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> str:
-    """The sections of a tree beside those of `before`; rows of either."""
+    """Return the sections of a tree beside those of `before`; rows of either."""
     rows = [("", title, "now")]
     for heading, counts in now.items():
         earlier = before.get(heading, {})
@@ -153,7 +153,7 @@ def table(title: str, before: dict[str, dict[str, int]], now: dict[str, dict[str
 
 
 def sections(structure: Structure, run: dict[str, Loaded]) -> dict[str, dict[str, int]]:
-    """What the table prints of a tree, by heading."""
+    """Return what the table prints of a tree, by heading."""
     printed = {"": structure.numbers()}
     for role, process in run.items():
         if (unused := process.of_unused_rooms()) is not None:
