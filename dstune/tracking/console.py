@@ -188,7 +188,7 @@ class Activities(logging.Handler):
 
 @contextmanager
 def console_activities(console: Console) -> Iterator[None]:
-    """While open, `console` shows what dstune's own modules report."""
+    """Let `console` show what dstune's own modules report, within the block."""
     logger = logging.getLogger("dstune")
     settings_before = logger.handlers, logger.level, logger.propagate
     show_activities(console)

@@ -9,17 +9,17 @@ from dstune.config.convert import dotted
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
-    """Nested mappings as dotted keys; lists as text."""
+    """Flatten nested mappings to dotted keys; lists become text."""
     plain = (bool, int, float, str, type(None))
     return {key: value if isinstance(value, plain) else str(value) for key, value in dotted(values)}
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers; `skipped`, a text, as 1."""
+    """Return the metrics that are numbers; `skipped`, a text, as 1."""
     number_by_name = {name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
     return number_by_name | ({"skipped": 1.0} if "skipped" in metrics else {})
 
 
 def indented(text: str) -> str:
-    """A code block of Markdown, which shows `text` as it is."""
+    """Return a code block of Markdown, which shows `text` as it is."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -26,7 +26,7 @@ class History:
         self._seconds = sum(_seconds(row) for row in _lines(metrics, self._metrics_size))
 
     def rows(self) -> Iterator[Row]:
-        """One row a step, in the order of the steps."""
+        """Yield one row a step, in the order of the steps."""
         answers = {
             step: tuple(answers_of_step)
             for step, answers_of_step in groupby(self._samples, key=lambda row: row["step"])

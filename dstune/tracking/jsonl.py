@@ -64,7 +64,7 @@ def rewind(path: Path, step: int) -> None:
 
 
 def rows_of(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of `step` in a file that `JsonLines` has opened."""
+    """Return the rows of `step` in a file that `JsonLines` has opened."""
     rows = map(json.loads, path.read_bytes().splitlines())
     return [row for row in rows if row["step"] == step]
 
@@ -81,12 +81,12 @@ def _is_row_until(line: bytes, step: int) -> bool:
 
 
 def json_text(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """`value` as JSON that other programs read, which `json.dumps` alone does not promise: it writes NaN."""
+    """Return `value` as JSON that other programs read, which `json.dumps` alone does not promise: it writes NaN."""
     return json.dumps(plain(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's types: numpy and torch scalars as numbers, null for what is not finite (JSON has no NaN)."""
+    """Return `value` in JSON's types: numpy and torch scalars as numbers, null for what is not finite (JSON has no NaN)."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

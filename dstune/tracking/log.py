@@ -70,7 +70,7 @@ class RunLog:
             ]
 
     def log(self, step: int, metrics: Metrics, rows: int | None = None) -> None:
-        """One row of metrics.jsonl. Rows named eval/NAME are shown on the console too. rows: how many were measured."""
+        """Log one row of metrics.jsonl. Rows named eval/NAME are shown on the console too. rows: how many were measured."""
         if (step, frozenset(metrics) | {"step"}) not in self._measured:
             self._metrics.append({"step": step, **metrics})
         if self._trackers:
@@ -79,7 +79,7 @@ class RunLog:
             self._console.evaluation(step, metrics, self._leading, rows)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-        """Answers to held-out prompts, each with the keys prompt, reference and answer, into samples.jsonl."""
+        """Log answers to held-out prompts, each with the keys prompt, reference and answer, into samples.jsonl."""
         new = [{"step": step, **{column: row.get(column, "") for column in SAMPLE_COLUMNS}} for row in rows]
         for row in new:
             if (step, row["prompt"]) not in self._answered:
@@ -89,8 +89,8 @@ class RunLog:
             self._collect(step, {}, answered=True)
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`. The files lose what came after; trackers, whose steps only rise, keep it, and get
-        the rows again from the first new step on."""
+        """Go back to `step`. The files lose what came after; trackers, whose steps only rise, keep it, and get the rows again
+        from the first new step on."""
         self._send()
         self._measured, self._answered = set(), set()
         for file in (self._metrics, self._samples):
@@ -101,11 +101,11 @@ class RunLog:
         self._console.progress(step, total_steps, metrics)
 
     def message(self, text: str) -> None:
-        """A line for the reader of the console and of logs/rank-0.log."""
+        """Write a line for the reader of the console and of logs/rank-0.log."""
         self._console.message(text)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """The run's result (the keys of result.json) for the trackers' summaries."""
+        """Write the run's result (the keys of result.json) for the trackers' summaries."""
         formatted = redacted(plain(values))
         for tracker in self._trackers:
             tracker.summary(formatted)

@@ -27,7 +27,7 @@ TRAINING_LOSS = "training_loss"
 
 
 def less_is_better(objective: str) -> bool:
-    """Whether less is better of a metric, of TRAINING_LOSS or of a cost."""
+    """Return whether less is better of a metric, of TRAINING_LOSS or of a cost."""
     return is_lower_better(objective) or objective in (TRAINING_LOSS, *LOWER_COSTS)
 
 
@@ -59,7 +59,7 @@ def record_path(sweep: Path, name: str) -> Path:
 
 
 def read_record(path: Path) -> Record | None:
-    """None where the file is absent, torn or of something else."""
+    """Read the record of a trial; None where the file is absent, torn or of something else."""
     names = {record_field.name for record_field in fields(Record)}
     try:
         content = parse_json(read_file(path))
@@ -83,13 +83,13 @@ def _is_record(record: Any) -> bool:
 
 
 def read_records(sweep: Path) -> list[Record]:
-    """All trials, by their number."""
+    """Return all trials, by their number."""
     records = [read_record(path) for path in (sweep / RECORDS).glob("*.json")]
     return sorted((record for record in records if record is not None), key=lambda record: (record.number, record.name))
 
 
 def objectives_of(sweep: Path) -> list[str]:
-    """What `sweep.yaml` says that trials are compared by."""
+    """Return what `sweep.yaml` says that trials are compared by."""
     try:
         content = parse_yaml(read_file(sweep / SWEEP_FILE).decode())
         return [str(name) for name in content["objective"]] or ["loss"]
@@ -98,7 +98,7 @@ def objectives_of(sweep: Path) -> list[str]:
 
 
 def logarithmic_keys(sweep: Path) -> set[str]:
-    """The keys whose values `sweep.yaml` draws by their logarithm, or lists in steps of one factor: 8, 16, 32."""
+    """Return the keys whose values `sweep.yaml` draws by their logarithm, or lists in steps of one factor: 8, 16, 32."""
     try:
         axes = parse_yaml(read_file(sweep / SWEEP_FILE).decode())["axes"]
         return {str(key).lstrip("+") for key, values in axes.items() if _is_logarithmic(values)}
@@ -120,7 +120,7 @@ def _is_logarithmic(values: Any) -> bool:
 
 
 def ranked(records: Sequence[Record], objective: str) -> list[Record]:
-    """Best first; a pruned trial behind those that ran to their end, and then those that have no end."""
+    """Sort the best first; a pruned trial behind those that ran to their end, and then those that have no end."""
 
     def key(record: Record) -> tuple[int, bool, float]:
         rank = 2 if record.status not in FINISHED else 1 if record.status == "pruned" else 0
@@ -130,14 +130,14 @@ def ranked(records: Sequence[Record], objective: str) -> list[Record]:
 
 
 def best_first(value: float | None, objective: str) -> tuple[bool, float]:
-    """A key that sorts what was reached: the best first, what has no value last."""
+    """Return a key that sorts what was reached: the best first, what has no value last."""
     if value is None:
         return (True, 0.0)
     return (False, value if less_is_better(objective) else -value)
 
 
 def unbeaten(records: Sequence[Record], objectives: Sequence[str]) -> set[str]:
-    """Names of the finished trials that no other beats in all objectives (the Pareto front)."""
+    """Return names of the finished trials that no other beats in all objectives (the Pareto front)."""
     whole = [
         record
         for record in records
@@ -162,7 +162,7 @@ def unbeaten(records: Sequence[Record], objectives: Sequence[str]) -> set[str]:
 def reached(
     result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], objectives: Sequence[str], *, of_best: bool
 ) -> dict[str, float]:
-    """The value of each objective that a run has: of the last evaluation, or of the best one.
+    """Return the value of each objective that a run has: of the last evaluation, or of the best one.
 
     result: its result.json. rows: those of its metrics.jsonl. of_best: whether its best weights are what it exports.
     """
@@ -196,7 +196,7 @@ def finished_trials(
     objectives: Sequence[str],
     of_best: bool,
 ) -> Record:
-    """`record` with the end of its run, where no sweep waited for it (jobs of an array, a sweep that was killed)."""
+    """Return `record` with the end of its run, where no sweep waited for it (jobs of an array, a sweep that was killed)."""
     status = str(result.get("status") or "")
     if record.status != "running" or not status:
         return record

@@ -33,12 +33,12 @@ STATUS = {"completed": "FINISHED", "stopped": "FINISHED", "pruned": "KILLED", "p
 
 
 def located(uri: str) -> str:
-    """A store as MLflow takes it: a folder by its whole path."""
+    """Return a store as MLflow takes it: a folder by its whole path."""
     return uri if "://" in uri or uri == DATABRICKS else str(Path(uri).absolute())
 
 
 def experiment_of(project: str, uri: str) -> str:
-    """An experiment's name: Databricks has them in folders of the workspace."""
+    """Return an experiment's name: Databricks has them in folders of the workspace."""
     return f"/Shared/{project}" if uri.startswith(DATABRICKS) and not project.startswith("/") else project
 
 
@@ -115,7 +115,7 @@ class Mlflow(Tracker):
             self.write(row)
 
     def write(self, row: Row) -> None:
-        """The store has the steps up to `_sent`: a resumed run repeats them, bit for bit."""
+        """Write the row unless the store has it: it has the steps up to `_sent`, and a resumed run repeats them, bit for bit."""
         from mlflow.entities import Metric, RunTag
 
         if row.step <= self._sent:

@@ -59,7 +59,7 @@ class Trackio(Tracker):
             self._run.log({f"samples/{number}": self._markdown(text)}, step=row.step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Trackio has no place for the result of a run: `result.json` has it."""
+        """Write nothing: Trackio has no place for the result of a run, `result.json` has it."""
 
     def finish(self, status: str) -> None:
         self._run.finish()

@@ -88,7 +88,7 @@ class Wandb(Tracker):
 
     @classmethod
     def probe(cls) -> Iterator[Check]:
-        """Whether a key is found, as a run would find it."""
+        """Yield whether a key is found, as a run would find it."""
         if os.environ.get("WANDB_API_KEY"):
             yield Check("W&B", PASS, "a key in WANDB_API_KEY")
             return
@@ -143,7 +143,8 @@ class Wandb(Tracker):
             self._remove_older()
 
     def write(self, row: Row) -> None:
-        """The server has the steps before `_next_step`: a resumed run repeats them, bit for bit."""
+        """Write the row unless the server has it: it has the steps before `_next_step`, and a resumed run repeats them, bit for
+        bit."""
         if row.step < self._next_step:
             return
         values = {"step": row.step, **row.metrics, "_timestamp": row.time}
