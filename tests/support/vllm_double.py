@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--enable-auto-tool-choice", action="store_true")
     parser.add_argument("--tool-call-parser")
     parser.add_argument("--shutdown-timeout", type=int)
+    parser.add_argument("--chat-template-content-format", choices=["auto", "string", "openai"])
     arguments = parser.parse_args()
     uvicorn.run(Double(arguments), uds=arguments.uds, log_level="warning", lifespan="off")
 
