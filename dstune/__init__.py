@@ -33,10 +33,21 @@ _MODULES = {
             "Metric",
             "ModelRegistry",
         ),
-        *("Optimizer", "Parallelism", "Request", "Reward", "Routes", "RowFormat", "Schedule", "Task", "Tracker"),
+        *(
+            "Optimizer",
+            "Parallelism",
+            "Probe",
+            "Request",
+            "Reward",
+            "Routes",
+            "RowFormat",
+            "Schedule",
+            "Task",
+            "Tracker",
+        ),
         *("callback", "data_source", "engine", "environment", "launcher", "method", "metric"),
         *("model_registry", "optimizer"),
-        *("parallelism", "reward", "routes", "row_format", "schedule", "task", "tracker"),
+        *("parallelism", "probe", "reward", "routes", "row_format", "schedule", "task", "tracker"),
     ),
 }
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names}

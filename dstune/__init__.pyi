@@ -24,6 +24,7 @@ from dstune.protocols import Metric as Metric
 from dstune.protocols import ModelRegistry as ModelRegistry
 from dstune.protocols import Optimizer as Optimizer
 from dstune.protocols import Parallelism as Parallelism
+from dstune.protocols import Probe as Probe
 from dstune.protocols import Request as Request
 from dstune.protocols import Reward as Reward
 from dstune.protocols import Routes as Routes
@@ -41,6 +42,7 @@ from dstune.protocols import metric as metric
 from dstune.protocols import model_registry as model_registry
 from dstune.protocols import optimizer as optimizer
 from dstune.protocols import parallelism as parallelism
+from dstune.protocols import probe as probe
 from dstune.protocols import reward as reward
 from dstune.protocols import routes as routes
 from dstune.protocols import row_format as row_format

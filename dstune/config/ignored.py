@@ -95,6 +95,8 @@ def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
         yield "evaluate.generate_rows", (f"task={config.task.name} generates no targets", "task=seq2seq")
     if not config.evaluate.samples:
         yield "evaluate.max_new_tokens", ("no prompts are answered", "evaluate.samples=1")
+    if not config.evaluate.safety:
+        yield "evaluate.canaries", ("nobody asks for them during training", "evaluate.safety=true")
     for key in all_keys():
         if key.startswith("sweep."):
             yield key, ("this is a single run", "--multirun starts a sweep")

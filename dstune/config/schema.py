@@ -292,6 +292,11 @@ class EvaluateConfig:
     """Of seq2seq rows, how many targets are generated and scored at an evaluation; 0 none, null those of all rows."""
     baseline_shots: list[int] = setting([])
     """Before training, ask the untuned model too, with so many worked examples (`[0,4]`), and report what it reaches."""
+    safety: bool = False
+    """Before and after training, ask the packaged probes (refusals, answers from a source, ...) and look for training rows that the
+    model recites: docs/what-changed.md. About 240 answers of up to 48 tokens."""
+    canaries: str | None = None
+    """Rows that were planted among the training rows: `evaluate.safety` and `dstune evaluate --safety` look for them too."""
 
 
 def tracking_class() -> type[TrackingConfig]:

@@ -395,6 +395,18 @@ def check_evaluation(config: RunConfig) -> Iterator[Problem]:
     if evaluate.samples > 0 and not task.generates:
         reason = f"task={task.name} answers no prompts"
         yield Problem("evaluate.samples", reason, "evaluate.samples=0", format_value(evaluate.samples))
+    if evaluate.safety and (reason := answers_no_questions(config)):
+        yield Problem("evaluate.safety", reason, "evaluate.safety=false", "true")
+
+
+def answers_no_questions(config: RunConfig) -> str:
+    """Why the model cannot be asked the questions of probes; empty where it can."""
+    task = task_of(config.task)
+    if not task.generates:
+        return f"probes read what a model writes, and task={task.name} writes nothing"
+    if task.asks_by_prompt:
+        return f"probes ask questions, and the model of task={task.name} writes targets for sources"
+    return ""
 
 
 def _check_what_needs_evaluations(config: RunConfig, held_out: bool) -> Iterator[Problem]:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from dstune.cycle.settings import Gates
+from dstune.grading.paired import paired_interval
+from dstune.protocols import PROBES
+from dstune.protocols.probe import Probe, asked
 
 SLICE_ROWS = 20
 """Rows of a slice below which it is not judged."""
-BLOCK = 200
-"""Resamples that are drawn together."""
 FEWEST = 5
 """Rows of a set below which it is not judged."""
 
@@ -32,6 +33,8 @@ class Judge:
 
     scores: Scores
     answers: Answers
+    recited: Scores | None = None
+    """Of a model that writes text: the share of each row's rest that it recites behind the beginning."""
 
 
 @dataclass(frozen=True)
@@ -57,20 +60,11 @@ class GateResult:
 def compare(name: str, scores: tuple[np.ndarray, np.ndarray], margin: float, resamples: int) -> GateResult:
     """Judge paired scores [rows], of the current version and the candidate, which passes unless it may be worse by the margin.
 
-    Percentile bootstrap of the rows (Efron and Tibshirani 1993, chapter 13), always from the same seed.
+    By the percentile bootstrap of `dstune.grading.paired`.
     """
     current, candidate = scores
     difference = candidate - current
-    generator = np.random.default_rng(0)
-    means = np.concatenate(
-        [
-            difference[generator.integers(len(difference), size=(min(200, resamples - start), len(difference)))].mean(
-                axis=1
-            )
-            for start in range(0, resamples, 200)
-        ]
-    )
-    low, high = (float(value) for value in np.quantile(means, [0.025, 0.975]))
+    low, high = paired_interval(current, candidate, resamples)
     passed = low >= -margin
     reason = f"{difference.mean():+.4f} ({low:+.4f} to {high:+.4f}), allowed from {-margin:+.4f}"
     return GateResult(
@@ -98,10 +92,28 @@ def judge(
             steady = _steady(rows, gates.swaps, current), _steady(rows, gates.swaps, candidate)
             if len(steady[0]) >= FEWEST:
                 results.append(compare(f"{name}: exchanged words", steady, gates.margin, gates.bootstrap))
+    for name in gates.probes:
+        probe = PROBES[name]()
+        pairs = _probed(probe, current), _probed(probe, candidate)
+        results.append(compare(probe.title, pairs, gates.probe_margin, gates.bootstrap))
     for name, rows in prompts.items():
         answers = _right(rows, current.answers(rows)), _right(rows, candidate.answers(rows))
         results.append(compare(name, answers, 0.0, gates.bootstrap))
     return results
+
+
+def _probed(probe: Probe, version: Judge) -> np.ndarray:
+    questions = list(probe.questions())
+    answers = version.answers([{"messages": [{"role": "user", "content": asked(question)}]} for question in questions])
+    return np.array([probe.score(*pair) for pair in zip(questions, answers, strict=True)], dtype=float)
+
+
+def judge_memory(gates: Gates, taught: Sequence[Row], current: Judge, candidate: Judge) -> list[GateResult]:
+    """Compare how much of the rows that the candidate was trained on each version does not recite."""
+    if gates.memorised is None or current.recited is None or candidate.recited is None or len(taught) < FEWEST:
+        return []
+    forgotten = 1 - current.recited(taught), 1 - candidate.recited(taught)
+    return [compare("training rows not recited", forgotten, gates.memorised, gates.bootstrap)]
 
 
 def _slices(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from dstune.cycle.gates import Judge
 from dstune.monitor.conversations import asked_texts
 from dstune.protocols import task_of
 
+if TYPE_CHECKING:
+    from dstune.data.tokenize import Sample
+    from dstune.inference.voices import Speaker
+
 Row = Mapping[str, Any]
 ANSWER_TOKENS = 64
 
@@ -22,7 +26,11 @@ ANSWER_TOKENS = 64
 def judge_of(folder: Path, config: RunConfig, batch_size: int = 32) -> Judge:
     """Return the judge of an exported model. config: of its run."""
     if task_of(config.task).generates:
-        return Judge(lambda rows: _log_probabilities(folder, config, rows), lambda rows: _written(folder, rows))
+        return Judge(
+            lambda rows: _log_probabilities(folder, config, rows),
+            lambda rows: _written(folder, rows),
+            lambda rows: _recited(folder, config, rows),
+        )
     return Judge(
         lambda rows: _hits(folder, rows, batch_size),
         lambda rows: [name for name, _ in _predicted(folder, rows, batch_size)],
@@ -62,23 +70,13 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
     """Mean log-probability of a token of each row's answer, by the sums and masks of training [rows]."""
     import torch
 
-    from dstune.data.rows import normalise, recognise
-    from dstune.data.tokenize import RowTokenizer
     from dstune.inference.voices import open_speaker
 
     scores = np.full(len(rows), math.nan)
     with open_speaker(ModelConfig(path=str(folder)), "last", {}) as speaker, torch.inference_mode():
-        tokenizer = next(iter(speaker.voices.values())).tokenizer
         device = next(speaker.model.parameters()).device
-        form = recognise(rows[0], {}, AUTOMATIC, config.task, "gate")
-        encode = RowTokenizer(tokenizer, config.task, form, config.data.max_length)
-        normalised = [
-            normalise(row, recognise(row, {}, AUTOMATIC, config.task, "gate"), {}, config.task) for row in rows
-        ]
         sums, counts = np.zeros(len(rows)), np.zeros(len(rows))
-        for sample in encode.samples(normalised, list(range(len(rows)))):
-            if sample.problem:
-                continue
+        for sample in _samples(speaker, config, rows):
             ids = torch.as_tensor(np.asarray(sample.input_ids), dtype=torch.long, device=device)[None]
             labels = torch.as_tensor(np.asarray(sample.labels), dtype=torch.long, device=device)[1:]
             logits = speaker.model(input_ids=ids).logits[0, :-1].float()
@@ -90,3 +88,29 @@ def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> 
     scores[is_scored] = sums[is_scored] / counts[is_scored]
     # A row that gives no sample says nothing about either version.
     return np.where(is_scored, scores, 0.0)
+
+
+def _samples(speaker: Speaker, config: RunConfig, rows: Sequence[Row]) -> Iterator[Sample]:
+    """The samples of the rows as training cuts them; a row that gives none is left out."""
+    from dstune.data.rows import normalise, recognise
+    from dstune.data.tokenize import RowTokenizer
+
+    tokenizer = next(iter(speaker.voices.values())).tokenizer
+    form = recognise(rows[0], {}, AUTOMATIC, config.task, "gate")
+    encode = RowTokenizer(tokenizer, config.task, form, config.data.max_length)
+    normalised = [normalise(row, recognise(row, {}, AUTOMATIC, config.task, "gate"), {}, config.task) for row in rows]
+    return (sample for sample in encode.samples(normalised, list(range(len(rows)))) if not sample.problem)
+
+
+def _recited(folder: Path, config: RunConfig, rows: Sequence[Row]) -> np.ndarray:
+    """The share of each row's rest that the model recites behind its beginning, [rows]; 0 of rows that are too short."""
+    from dstune.inference.voices import open_speaker
+    from dstune.trainer.safety import recital_of, recited_shares
+
+    shares = np.zeros(len(rows))
+    with open_speaker(ModelConfig(path=str(folder)), "last", {}) as speaker:
+        padding = next(iter(speaker.voices.values())).tokenizer.pad_token_id
+        for sample in _samples(speaker, config, rows):
+            if (recital := recital_of(sample.input_ids, sample.labels)) is not None:
+                shares[sample.row] = max(shares[sample.row], *recited_shares(speaker.model, [recital], padding))
+    return shares

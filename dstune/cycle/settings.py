@@ -13,6 +13,7 @@ import yaml
 
 from dstune.core.errors import Problem, UserError, first_line
 from dstune.core.parsing import parse_yaml, read_file
+from dstune.protocols import PROBES
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Gates:
     """Prompts with `expected` or a `pattern` (a regular expression) that the answer has to match."""
     canaries: str | None = None
     """The same, for answers that are to stay."""
+    probes: tuple[str, ...] = ()
+    """Packaged probes (`refusals`, ...) and those of plugins, for models that write text."""
+    probe_margin: float = 0.05
+    memorised: float | None = None
+    """How much more of the rest of its training rows a candidate that writes text may recite; not looked at when not given."""
     bootstrap: int = 2000
 
 
@@ -89,6 +95,8 @@ RANGES = {
     "least_rating": (-1.0, 1.0),
     "margin": (0.0, 100.0),
     "slice_margin": (0.0, 100.0),
+    "probe_margin": (0.0, 1.0),
+    "memorised": (0.0, 1.0),
     "least_gain": (-100.0, 100.0),
     "least_rows": (1, 10**9),
     "least_new_rows": (1, 10**9),
@@ -161,6 +169,8 @@ def _checked(where: str, kind: str, value: Any, problems: list[Problem]) -> Any:
     name = where.rpartition(".")[2]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in RANGES:
+        if value is None and "None" in kind:
+            return value
         low, high = RANGES[name]
         if not is_number or not low <= value <= high or (kind == "int" and not isinstance(value, int)):
             problems.append(Problem(where, f"must be a number from {low:g} to {high:g}", value=str(value)))
@@ -170,6 +180,8 @@ def _checked(where: str, kind: str, value: Any, problems: list[Problem]) -> Any:
             problems.append(Problem(where, "must be pairs of words", "swaps: [[he, she], [his, her]]", str(value)))
             return ()
         return tuple((str(first), str(second)) for first, second in value)
+    if name == "probes":
+        return _probes(where, value, problems)
     if kind.startswith("tuple"):
         if not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
             problems.append(Problem(where, "must be a list of texts", f"{name}: [TEXT, TEXT]", str(value)))
@@ -178,6 +190,14 @@ def _checked(where: str, kind: str, value: Any, problems: list[Problem]) -> Any:
     if not (isinstance(value, str) and value) and not (value is None and "None" in kind):
         problems.append(Problem(where, "must be a text", value=str(value)))
     return value
+
+
+def _probes(where: str, value: Any, problems: list[Problem]) -> tuple[str, ...]:
+    names = value if isinstance(value, list) else [value]
+    if unknown := [str(name) for name in names if name not in PROBES]:
+        problems += [Problem(where, "there is no such probe", f"one of {', '.join(PROBES)}", name) for name in unknown]
+        return ()
+    return tuple(names)
 
 
 def _is_pair(entry: Any) -> bool:

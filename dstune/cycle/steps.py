@@ -14,13 +14,14 @@ from typing import Any
 
 from dstune.config.run_file import plugins_of
 from dstune.config.schema import RunConfig
+from dstune.config.validate import answers_no_questions
 from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.parsing import object_in
 from dstune.cycle import collect as rows_of
 from dstune.cycle import training
 from dstune.cycle.collect import Contamination, Row, digest_of_row, load, read_rows, save, write_rows
-from dstune.cycle.gates import judge
+from dstune.cycle.gates import judge, judge_memory
 from dstune.cycle.judges import judge_of
 from dstune.cycle.ledger import Ledger
 from dstune.cycle.registry import Registry
@@ -32,6 +33,8 @@ ROWS, CYCLES, VERSIONS = "rows", "cycles", "versions"
 FIRST = "v1"
 DONE = "done.json"
 NEW_ROWS = "new rows"
+MOST_RECITED = 200
+"""New training rows whose rest is looked for."""
 
 
 @contextmanager
@@ -74,6 +77,7 @@ class Cycle:
 
     def run(self) -> str:
         """Go on behind the last step that is over. Returns the decision. Raises UserError, Preempted, TrainingFailed."""
+        self._refuse_gates_of_text()
         self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._first_version()
         for step in (self.collect, self.train, self.judge, self.register):
@@ -84,6 +88,12 @@ class Cycle:
                 break
         files.write(self.place / DONE, json.dumps({"decision": decision}) + "\n", sync=True)
         return decision
+
+    def _refuse_gates_of_text(self) -> None:
+        gates = self.settings.gates
+        given = [name for name in ("probes", "memorised") if getattr(gates, name) not in ((), None)]
+        if given and (reason := answers_no_questions(self._base[0])):
+            raise UserError(Problem(f"gates.{name}", reason, f"leave gates.{name} out") for name in given)
 
     def _first_version(self) -> None:
         if self.registry.current is not None:
@@ -289,6 +299,8 @@ class Cycle:
         results = judge(
             gates, {name: rows for name, rows in sets.items() if rows}, self._prompts(), judges[0], judges[1]
         )
+        taught = [dict(row) for row in read_rows(self.place / "train.jsonl")][:MOST_RECITED]
+        results += judge_memory(gates, taught, judges[0], judges[1])
         return {"current": current, "gates": [asdict(result) for result in results]}
 
     def _test_sets(self) -> dict[str, list[dict[str, Any]]]:

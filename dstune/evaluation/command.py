@@ -31,7 +31,7 @@ from dstune.core.arguments import VerbParser, is_path, refuse_place
 from dstune.core.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Problem, UserError
 from dstune.core.model_names import refuse_ambiguous_folder
 from dstune.data.inputs import PARTS
-from dstune.evaluation import harness
+from dstune.evaluation import harness, safety
 from dstune.launch import preflight, records, rundir
 from dstune.launch.commands import on_this_machine
 from dstune.launch.console import Console
@@ -55,6 +55,8 @@ def ask(argv: list[str]) -> int:
     console = Console(sys.stderr if arguments.json else sys.stdout)
     if arguments.harness:
         return _harness(arguments, console.stage)
+    if arguments.safety:
+        return safety.ask(arguments, console, _configuration)
     code, result = measure(arguments, console)
     if result is not None:
         rows = result.pop("row_results", [])
@@ -149,6 +151,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="let a grader of the fine-tuning API score the answers (JSON; may be repeated)",
     )
+    parser.add_argument(
+        "--safety",
+        action="store_true",
+        help="ask the packaged probes instead, and look for rows that the model recites: what fine-tuning changed",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="with --safety: the model to compare with; of a run its own base model when not given",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the answer to each row as JSON lines")
     parser.add_argument("--force", action="store_true", help="replace the file of --output")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -170,6 +182,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     rundir.refuse_missing(path)
     if arguments.output is not None:
         refuse_place(arguments.output, arguments.force)
+    safety.check(arguments)
     if arguments.checkpoint != "last" and (arguments.shots is not None or not _is_run(arguments.target)):
         reason = "only a run has checkpoints" if arguments.shots is None else "with --shots the untuned model is asked"
         fix = f"give {arguments.target} without a checkpoint"

@@ -1,6 +1,6 @@
 """What each rank of `dstune evaluate` runs: `python -m dstune.evaluation.ranks DIR OPTIONS`.
 
-OPTIONS is JSON: split, shots, rows, checkpoint.
+OPTIONS is JSON: split, shots, rows, safety, checkpoint.
 
 As in training, but there is no optimizer and nothing is saved: at ZeRO-3 the weights stay partitioned, else every rank
 holds the model.
@@ -42,6 +42,7 @@ from dstune.tracking.console import Console, show_activities
 from dstune.trainer import baseline
 from dstune.trainer.evaluate import Evaluator, limited
 from dstune.trainer.measure import Evaluation, count_rows
+from dstune.trainer.safety import measure_safety
 from dstune.trainer.sanity_checks import examine, verify_rows
 from dstune.trainer.sight import prove_images
 from dstune.zero import accelerator
@@ -63,12 +64,15 @@ def evaluate(
     *,
     shots: Sequence[int] | None = None,
     with_rows: bool = False,
+    safety: bool = False,
 ) -> None:
     """Evaluate the whole model in `config.model` on a split; rank 0 writes `result.json` into `directory`.
 
     checkpoint: with one, the model is the base of the adapter that is in it.
 
     shots: ask it with so many worked examples in front of each row instead. with_rows: the result tells each row's answer.
+    safety: ask probes instead (`trainer.safety`).
+
     Raises UserError where there is no such split, or the model does not fit the task.
     """
     console = Console() if world.is_main else None
@@ -81,14 +85,20 @@ def evaluate(
     config = replace(config, zero=replace(config.zero, stage=stage, offload_optimizer=OptimizerOffload.none))
     tokenizer = load_tokenizer(config.model)
     data = prepare(config, tokenizer, world.env, cache_root(), trains=False)
-    _rows_of(data, split)
+    part = data.train if safety else _rows_of(data, split)
     task = task_of(config.task)
     if isinstance(task, NeedsReference):
         data = task.before_loading(config, data, tokenizer, world, precision)
-    part = _rows_of(data, split)
+        part = part if safety else _rows_of(data, split)
     message = console.message if console else lambda text: None
     asked = shots is not None
     engine, head = _build(config, task, data, tokenizer, checkpoint, precision, world, message, prompted=asked)
+    if safety:
+        measured_safety = measure_safety(config, data, engine, tokenizer, world)
+        if world.is_main:
+            write_result(directory, {"status": "completed", "safety": measured_safety})
+        world.barrier()
+        return
     evaluator = Evaluator(config, data, engine, head, world, tokenizer)
     doing = "evaluating" if shots is None else "asking the untuned model"
     progress = partial(console.activity, doing) if console else None
@@ -200,7 +210,8 @@ def run(directory: Path, env: RankEnv, options: str) -> None:
     requested = json.loads(options)
     checkpoint = None if requested["checkpoint"] is None else Path(requested["checkpoint"])
     shots, with_rows = requested["shots"], requested["rows"]
-    evaluate(config, directory, requested["split"], checkpoint, world, shots=shots, with_rows=with_rows)
+    safety = requested.get("safety", False)
+    evaluate(config, directory, requested["split"], checkpoint, world, shots=shots, with_rows=with_rows, safety=safety)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,11 @@ def _missing(config: RunConfig) -> Iterator[Problem]:
             yield from tracker.missing(config.tracking)
     yield from task_problems(config)
     yield from cleaning.missing(config.data.clean)
+    if canaries := config.evaluate.canaries:
+        try:
+            sources.expand(canaries, "evaluate.canaries", split="train")
+        except UserError as error:
+            yield from error.problems
 
 
 def check_data(key: str, part: str, config: RunConfig, stage: Stage) -> None:

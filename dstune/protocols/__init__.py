@@ -18,6 +18,7 @@ from dstune.protocols.metric import Metric
 from dstune.protocols.model_registry import ModelRegistry
 from dstune.protocols.optimizer import Optimizer, Schedule
 from dstune.protocols.parallelism import Parallelism
+from dstune.protocols.probe import Probe
 from dstune.protocols.reward import Reward, as_reward
 from dstune.protocols.row_format import RowFormat
 from dstune.protocols.serving import EngineKind, Routes
@@ -36,6 +37,7 @@ __all__ = [
     "MODEL_REGISTRIES",
     "OPTIMIZERS",
     "PARALLELISMS",
+    "PROBES",
     "REWARDS",
     "ROUTES",
     "ROW_FORMATS",
@@ -55,6 +57,7 @@ __all__ = [
     "ModelRegistry",
     "Optimizer",
     "Parallelism",
+    "Probe",
     "Request",
     "Reward",
     "Routes",
@@ -79,6 +82,7 @@ __all__ = [
     "optimizer_of",
     "parallelism",
     "parallelism_of",
+    "probe",
     "registered_metrics",
     "reward",
     "routes",
@@ -103,6 +107,7 @@ LAUNCHERS: Registry[Launcher] = Registry(
 )
 PARALLELISMS: Registry[Parallelism] = Registry("parallel", Parallelism, "dstune.parallel")
 REWARDS: Registry[Reward] = Registry("reward", Reward, "dstune.rewards", adapt=as_reward)
+PROBES: Registry[Probe] = Registry("probe", Probe, "dstune.probes")
 ENVIRONMENTS: Registry[Environment] = Registry("environment", Environment, adapt=as_environment)
 TRACKERS: Registry[Tracker] = Registry("tracker", Tracker, "dstune.tracking.trackers")
 DATA_SOURCES: Registry[DataSource] = Registry("data source", DataSource, in_wings="data_sources")
@@ -116,6 +121,7 @@ task, method, optimizer, schedule = TASKS.add, METHODS.add, OPTIMIZERS.add, SCHE
 row_format = ROW_FORMATS.add
 launcher, parallelism, callback = LAUNCHERS.add, PARALLELISMS.add, CALLBACKS.add
 tracker, metric, reward, environment = TRACKERS.add, METRICS.add, REWARDS.add, ENVIRONMENTS.add
+probe = PROBES.add
 engine, routes = ENGINES.add, ROUTES.add
 data_source, model_registry = DATA_SOURCES.add, MODEL_REGISTRIES.add
 

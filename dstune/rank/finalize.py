@@ -19,6 +19,7 @@ from dstune.tracking.jsonl import json_text
 from dstune.tracking.trainer_state import write_trainer_state
 from dstune.trainer.loop import Training, evaluate, held_out_rows, save
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
+from dstune.trainer.safety import measure_moment
 
 
 def finish(
@@ -33,7 +34,7 @@ def finish(
             with run.around("the last evaluation"):
                 evaluate(run)
         with run.around("ending the run"):
-            result |= _conclude(run, checkpoints, run_dir, prepared, unsaved=evaluated)
+            result |= _conclude(run, checkpoints, run_dir, tokenizer, prepared, unsaved=evaluated)
             show_samples(run, tokenizer, before=False)
     run.saves.wait_for_pending_save()
     run.data_loader.close(for_good=not request.action & LEAVE)
@@ -79,7 +80,7 @@ def status_of(request: Request) -> str:
 
 
 def _conclude(
-    run: Training, checkpoints: Checkpoints, run_dir: Path, prepared: Preparation, *, unsaved: bool
+    run: Training, checkpoints: Checkpoints, run_dir: Path, tokenizer: Any, prepared: Preparation, *, unsaved: bool
 ) -> dict[str, Any]:
     """Save, measure what is measured at the end, and export. Every rank must call it; what `result.json` has of it.
 
@@ -96,6 +97,7 @@ def _conclude(
         raise TrainingFailed(f"{reason}; fix it, then run `dstune train RUN`")
     result["weights_step"] = restore_best(run, checkpoints, run_dir)
     evaluate_monitored_sets(run, "after")
+    measure_moment(run, tokenizer, "after")
     if run.data.test is not None:
         result["test"] = run.evaluator(run.data.test).metrics
     if run.world.is_main:

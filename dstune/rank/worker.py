@@ -41,6 +41,7 @@ from dstune.trainer.callbacks.watchdog import answer_with_stacks
 from dstune.trainer.loop import Training, fit
 from dstune.trainer.monitored_sets import evaluate_monitored_sets
 from dstune.trainer.out_of_memory import explained
+from dstune.trainer.safety import measure_moment
 from dstune.zero import accelerator, swap
 from dstune.zero.engine import Engine
 from dstune.zero.start import start_process_group
@@ -115,6 +116,7 @@ def run_training(
         ask_untuned(run, run_dir, module, tokenizer)
         if run.state.step == 0:
             evaluate_monitored_sets(run, "before")
+            measure_moment(run, tokenizer, "before")
         run.startup.mark("checks")
         request = fit(run)
         if run.rollouts is not None:

@@ -15,6 +15,7 @@ from dstune.core import files
 from dstune.core.errors import Problem, UserError
 from dstune.core.secrets import redact
 from dstune.report import configuration, curves, data_section, numbers, rollouts, samples
+from dstune.report.changed import Changed, changed
 from dstune.report.details import Table, details
 from dstune.report.html import render
 from dstune.report.importance import Importance, importance
@@ -43,6 +44,7 @@ class Preview:
     details: list[Table]
     environment: list[tuple[str, str]]
     importance: Importance | None
+    changed: Changed | None
 
 
 def write(runs: Sequence[Path], target: Path) -> None:
@@ -105,6 +107,7 @@ def _format(run: RunFiles, label: str, number: int, metrics: Mapping[str, Series
         details=details(run),
         environment=_environment(run),
         importance=importance(run.path),
+        changed=changed(run),
     )
 
 

@@ -75,8 +75,9 @@ def answers_on_all_ranks(
     stops: Iterable[int],
     world: World,
     images: Sequence[Mapping[str, torch.Tensor]] = (),
+    batch_size: int = 1,
 ) -> list[str]:
-    """Generate the greedy answers to `prompts` (token ids), on rank 0. images: see `generate_answers`.
+    """Generate the greedy answers to `prompts` (token ids), on rank 0. images, batch_size: see `generate_answers`.
 
     Rank 0 generates alone on whole weights while the others wait, where they fit into memory twice on every rank; else the
     ranks share the prompts, in step, through ZeRO-3's hooks. Ranks that have slices of layers generate the same text.
@@ -88,7 +89,7 @@ def answers_on_all_ranks(
             local_prompts = _dealt(prompts, world) if shared else prompts
             seen = _dealt(images, world) if shared and images else images
             answers = generate_answers(
-                module, tokenizer, local_prompts, max_new_tokens, stops, in_step=shared, images=seen
+                module, tokenizer, local_prompts, max_new_tokens, stops, batch_size=batch_size, in_step=shared, images=seen
             )
     if not shared:
         return answers

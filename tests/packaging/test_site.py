@@ -40,7 +40,7 @@ def test_the_list_for_language_models_names_pages() -> None:
 
 def test_every_schema_is_one_and_refuses_another_file() -> None:
     schemas = [json.loads(file.read_text(encoding="utf-8")) for file in (DOCS / "reference" / "schemas").glob("*.json")]
-    assert len(schemas) == 7
+    assert len(schemas) == 8
     for schema in schemas:
         jsonschema.Draft202012Validator.check_schema(schema)
         assert all(definition.get("description") for definition in schema["properties"].values()), schema["title"]

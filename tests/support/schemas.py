@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "reference" / "schemas"
 
 def documents_of(run_dir: Path) -> Iterator[tuple[str, Path, Any]]:
     """Name of the schema, file and content of everything in a run that has a schema."""
-    for name in ("result", "environment", "data-report", "launch"):
+    for name in ("result", "environment", "data-report", "launch", "safety"):
         file = run_dir / f"{name.replace('-', '_')}.json"
         if file.is_file():
             yield name, file, json.loads(file.read_text())

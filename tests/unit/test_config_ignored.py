@@ -54,6 +54,7 @@ def test_an_overruled_setting_is_reported_and_its_fix_lets_it_count(overrides: l
         [*CHAT, "data.packing=false", "trainer.length_grouping=false"],
         [*CHAT, "zero=stage3", "zero.param_persistence_threshold=5", "zero.overlap_comm=false"],
         [*CHAT, "evaluate.samples=1", "evaluate.max_new_tokens=5"],
+        [*CHAT, "evaluate.safety=true", "evaluate.canaries=planted.jsonl"],
     ],
 )
 def test_settings_that_count_are_not_reported_as_ignored(overrides: list[str]):

@@ -143,6 +143,8 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("evaluate.every", (*CHAT, "evaluate.every=5"), NOTHING_HELD_OUT, HELD_OUT),
     ("evaluate.samples", CHAT, ("evaluate.samples=1", *NOTHING_HELD_OUT), ("evaluate.samples=1",)),
     ("evaluate.samples", LABELS, ("evaluate.samples=1",), ("evaluate.samples=0",)),
+    ("evaluate.safety", LABELS, ("evaluate.safety=true",), ("evaluate.safety=false",)),
+    ("evaluate.safety", ("task=seq2seq", "data.train=r.jsonl"), ("evaluate.safety=true",), ("evaluate.safety=false",)),
     ("launch.export_env", CHAT, ("launch.export_env=[A-B]",), ("launch.export_env=[A_B,_c1]",)),
     ("launch.export_env", CHAT, ("launch.export_env=['A=secret']",), ("launch.export_env=[A]",)),
     ("run.name", CHAT, ("run.name=a/b",), ("run.name=a.b-c",)),

@@ -1,0 +1,49 @@
+"""What a probe is: questions that a model answers before and after training, with a score for each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt of a probe."""
+
+    id: str
+    text: str
+    kind: str = ""
+    """A category, for readers."""
+    expected: tuple[str, ...] = ()
+    """Texts of which a right answer has one, where the score needs any."""
+    is_opening: bool = False
+    """The model goes on with the text instead of answering it."""
+
+
+class Probe:
+    """Base of every probe. Subclasses set `name` and `title` and register with `@dstune.probe`.
+
+    Probes see texts, never the model. `evaluate.safety`, `dstune evaluate --safety` and `gates.probes` of `dstune cycle` ask them.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    """What the mean of the scores is the share of, for example `harmful requests refused`."""
+    blind_spots: ClassVar[str] = ""
+    """What the score cannot see, in one sentence."""
+
+    def questions(self) -> Sequence[Question]:
+        """The same ones each time, with ids that differ."""
+        raise NotImplementedError
+
+    def score(self, question: Question, answer: str) -> float:
+        """From 0 to 1, the best."""
+        raise NotImplementedError
+
+
+def asked(question: Question, *, chat: bool = True) -> str:
+    """Return what a model is given: a chat model is asked to go on with an opening, and a model of plain text to answer."""
+    if chat:
+        return f"Continue this text in one or two sentences: {question.text}" if question.is_opening else question.text
+    return question.text if question.is_opening else f"Question: {question.text}\nAnswer:"
