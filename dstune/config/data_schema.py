@@ -81,6 +81,12 @@ class Found(Enum):
     drop = "drop"
 
 
+class Unwanted(Enum):
+    keep = "keep"
+    flag = "flag"
+    drop = "drop"
+
+
 @dataclass(frozen=True)
 class CleanConfig:
     unicode: bool = True
@@ -101,6 +107,10 @@ class CleanConfig:
     """API keys, tokens, passwords in URLs: `keep`, `flag` (count), `mask` (`<SECRET>`) or `drop`; extra `clean`."""
     personal_data: Found = Found.keep
     """E-mail, phone, IBAN, card, IP, SSN: `keep`, `flag`, `mask` (for example `<EMAIL>`) or `drop`; extra `clean`."""
+    refusals: Unwanted = Unwanted.keep
+    """Rows with an answer that refuses: `keep`, `flag` (count) or `drop`."""
+    toxicity: Unwanted = Unwanted.keep
+    """Rows with an answer that insults, threatens or swears, by a list of English wordings: `keep`, `flag` (count) or `drop`."""
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,7 @@ class EvaluateConfig:
     """Before training, ask the untuned model too, with so many worked examples (`[0,4]`), and report what it reaches."""
     safety: bool = False
     """Before and after training, ask the packaged probes (refusals, answers from a source, ...) and look for training rows that the
-    model recites: docs/what-changed.md. About 240 answers of up to 48 tokens."""
+    model recites: docs/what-changed.md. About 240 answers of up to 32 tokens."""
     canaries: str | None = None
     """Rows that were planted among the training rows: `evaluate.safety` and `dstune evaluate --safety` look for them too."""
 

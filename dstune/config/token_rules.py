@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dstune.config.convert import format_value
-from dstune.config.data_schema import AUTOMATIC, Duplicates, Found
+from dstune.config.data_schema import AUTOMATIC, Duplicates, Found, Unwanted
 from dstune.config.multi_task import OTHER_PARTS, is_multi_task
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem
@@ -32,11 +32,13 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
         ("languages", clean.languages, []),
         ("secrets", clean.secrets, Found.keep),
         ("personal_data", clean.personal_data, Found.keep),
+        ("refusals", clean.refusals, Unwanted.keep),
+        ("toxicity", clean.toxicity, Unwanted.keep),
         ("min_characters", clean.min_characters, 0),
         ("max_characters", clean.max_characters, None),
     ):
         if value != off:
-            name = value.name if isinstance(value, Found) else format_value(value)
+            name = value.name if isinstance(value, Found | Unwanted) else format_value(value)
             yield Problem(f"data.clean.{key}", reason, f"leave out data.clean.{key}", name)
     if clean.duplicates is Duplicates.near:
         yield Problem("data.clean.duplicates", reason, "data.clean.duplicates=exact", "near")

@@ -13,6 +13,7 @@ from dstune.config.augment_rules import check_augment
 from dstune.config.cadence import check_cadences
 from dstune.config.callbacks import check_callbacks
 from dstune.config.convert import ENVIRONMENT, EnvironmentText, format_value
+from dstune.config.data_schema import Unwanted
 from dstune.config.forgetting_rules import check_forgetting
 from dstune.config.launch_rules import check_launch
 from dstune.config.multi_task import SHARED_METRICS, check_multi_task, tasks_of
@@ -155,6 +156,10 @@ def check_data(config: RunConfig) -> Iterator[Problem]:
         if not re.fullmatch(r"[a-z]{2,3}", code):
             reason = "a language is given by its ISO 639 code"
             yield Problem("data.clean.languages", reason, "codes such as en, de or zh", format_value(code))
+    for key, policy in (("refusals", data.clean.refusals), ("toxicity", data.clean.toxicity)):
+        if policy is not Unwanted.keep and not task.generates:
+            reason = f"this looks at what a model learns to write, and task={task.name} writes nothing"
+            yield Problem(f"data.clean.{key}", reason, f"data.clean.{key}=keep", policy.value)
     most = data.clean.max_characters
     if most is not None and data.clean.min_characters > most:
         reason = f"no row has as many characters and at most {most} (data.clean.max_characters)"

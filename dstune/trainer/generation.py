@@ -89,7 +89,14 @@ def answers_on_all_ranks(
             local_prompts = _dealt(prompts, world) if shared else prompts
             seen = _dealt(images, world) if shared and images else images
             answers = generate_answers(
-                module, tokenizer, local_prompts, max_new_tokens, stops, batch_size=batch_size, in_step=shared, images=seen
+                module,
+                tokenizer,
+                local_prompts,
+                max_new_tokens,
+                stops,
+                batch_size=batch_size,
+                in_step=shared,
+                images=seen,
             )
     if not shared:
         return answers

@@ -40,7 +40,7 @@ LEAST_TOKENS = 16
 """Of an answer (or a text): of a shorter one no rest is long enough to be memory rather than luck."""
 MOST_TOKENS = 32
 """Of a rest."""
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 32
 TOGETHER = 8
 """Prompts in a forward pass."""
 

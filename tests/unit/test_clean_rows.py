@@ -11,10 +11,11 @@ import pytest
 from support.cleaning import CHAT, TEXT, Cleaned, left, texts_of
 from unit.data_helpers import byte_tokenizer, chats, data_run, exchange, prepared, refusal_of, write_jsonl
 
-from dstune.config.data_schema import CleanConfig, Duplicates, Found, SplitConfig
+from dstune.config.data_schema import CleanConfig, Duplicates, Found, SplitConfig, Unwanted
 from dstune.core.errors import UserError
 from dstune.data.clean import extras
 from dstune.data.clean.report import summary
+from dstune.data.clean.rows import learned_texts
 from dstune.data.clean.sensitive import _emails, _ibans_and_cards, find_personal_data, find_secrets, mask
 from dstune.tasks.causal_lm.config import CausalLmConfig
 
@@ -148,6 +149,34 @@ SENSITIVE = [
     exchange(f"My key is {KEY}", "Mail jane@example.org"),
     exchange("How are you?", "Fine"),
 ]
+
+
+@pytest.mark.parametrize("policy", list(Unwanted))
+def test_answers_that_refuse_or_insult_are_counted_or_left_out_and_questions_do_not_count(policy, tmp_path):
+    rows = [
+        exchange("You idiot, I can't help you", "Good morning"),
+        exchange("How?", "I'm sorry, but I can't help with that."),
+        exchange("Why?", "Because you are an idiot."),
+    ]
+    cleaned = Cleaned(tmp_path, byte_tokenizer(), CHAT, refusals=policy, toxicity=policy)
+    table = cleaned.rows(rows)
+    kind = {Unwanted.keep: None, Unwanted.flag: "flagged", Unwanted.drop: "removed"}[policy]
+    assert cleaned.counts() == ({step: {kind: 1} for step in ("refusals", "toxicity")} if kind else {})
+    assert left(table) == ([0] if policy is Unwanted.drop else [0, 1, 2])
+    if kind:
+        assert cleaned.report()["examples"]["toxicity"][0]["text"].startswith("idiot: ")
+
+
+def test_what_a_model_learns_to_write():
+    pair = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
+    rows = (
+        {"prompt": "p", "completion": "c"},
+        {"source": "s", "target": "t"},
+        {"text": "x"},
+        {"text": "x", "label": "y"},
+        pair,
+    )
+    assert [list(learned_texts(row)) for row in rows] == [["c"], ["t"], ["x"], [], ["a"]]
 
 
 @pytest.mark.parametrize("policy", list(Found))

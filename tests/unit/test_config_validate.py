@@ -143,6 +143,7 @@ RULES: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = [
     ("evaluate.every", (*CHAT, "evaluate.every=5"), NOTHING_HELD_OUT, HELD_OUT),
     ("evaluate.samples", CHAT, ("evaluate.samples=1", *NOTHING_HELD_OUT), ("evaluate.samples=1",)),
     ("evaluate.samples", LABELS, ("evaluate.samples=1",), ("evaluate.samples=0",)),
+    ("data.clean.toxicity", LABELS, ("data.clean.toxicity=drop",), ("data.clean.toxicity=keep",)),
     ("evaluate.safety", LABELS, ("evaluate.safety=true",), ("evaluate.safety=false",)),
     ("evaluate.safety", ("task=seq2seq", "data.train=r.jsonl"), ("evaluate.safety=true",), ("evaluate.safety=false",)),
     ("launch.export_env", CHAT, ("launch.export_env=[A-B]",), ("launch.export_env=[A_B,_c1]",)),

@@ -9,19 +9,23 @@ from dataclasses import dataclass, field
 import datasets
 import pyarrow as pa
 
-from dstune.config.data_schema import CleanConfig, Duplicates, Found
+from dstune.config.data_schema import CleanConfig, Duplicates, Found, Unwanted
 from dstune.data.clean import language, near, sensitive
-from dstune.data.clean.rows import Row, is_empty, map_texts, near_text, row_hashes, texts
+from dstune.data.clean.rows import Row, is_empty, learned_texts, map_texts, near_text, row_hashes, texts
 from dstune.data.clean.unicode import clean_unicode
 from dstune.data.control import ControlTokens
 from dstune.data.rows import canonical, json_text, with_joined_parts
 from dstune.data.split import content_hash
+from dstune.grading.refusal import is_refusal
+from dstune.grading.toxicity import toxic_wording
 
 STEPS = (
     "unicode",
     "control_tokens",
     "secrets",
     "personal_data",
+    "refusals",
+    "toxicity",
     "empty",
     "too_short",
     "too_long",
@@ -120,7 +124,14 @@ class Cleaner:
             self._search(result, step, policy, find)
             if result.removed:
                 return result
-        result.removed = self._refusal(result)
+        for step, unwanted, wording_of in self._judgements():
+            if unwanted is not Unwanted.keep and (note := next(filter(None, map(wording_of, learned_texts(row))), "")):
+                result.notes[step] = note
+                if unwanted is Unwanted.drop:
+                    result.removed = step
+                    return result
+                result.flagged.append(step)
+        result.removed = self._left_out(result)
         return result
 
     def formatted(self, row: Row) -> str:
@@ -167,7 +178,13 @@ class Cleaner:
         else:
             result.flagged.append(step)
 
-    def _refusal(self, result: Cleaned) -> str:
+    def _judgements(self) -> tuple[tuple[str, Unwanted, Callable[[str], str]], ...]:
+        return (
+            ("refusals", self._config.refusals, lambda text: "refuses" if is_refusal(text) else ""),
+            ("toxicity", self._config.toxicity, toxic_wording),
+        )
+
+    def _left_out(self, result: Cleaned) -> str:
         """The step that leaves this row out, or nothing."""
         config, row = self._config, result.row
         if is_empty(row):

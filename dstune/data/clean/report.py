@@ -16,6 +16,8 @@ NAMES = {
     "control_tokens": "control tokens",
     "secrets": "secrets",
     "personal_data": "personal data",
+    "refusals": "answers that refuse",
+    "toxicity": "toxic answers",
     "empty": "empty",
     "too_short": "too short",
     "too_long": "too long",

@@ -82,6 +82,29 @@ def _texts(value: Any, no_text: Collection[str] = NO_TEXT) -> Iterator[str]:
             yield from _texts(item, no_text)
 
 
+def learned_texts(row: Row) -> Iterator[str]:
+    """The texts that a model learns to write: what the assistant says, the completion, the target, the chosen answer, or the
+    text of a row that is a text alone."""
+    if "chosen" in row:
+        yield from _said(row["chosen"])
+    elif "messages" in row:
+        yield from _said(row["messages"])
+    else:
+        found = [row[key] for key in ("completion", "target") if isinstance(row.get(key), str)]
+        if not found and row.keys() & {"label", "labels"}:
+            return
+        yield from found or [row["text"]] * isinstance(row.get("text"), str)
+
+
+def _said(answer: Any) -> Iterator[str]:
+    if isinstance(answer, str):
+        yield answer
+        return
+    for message in answer:
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            yield from _texts(message.get("content"))
+
+
 def is_empty(row: Row) -> bool:
     """Return whether a column that has to hold text holds none, or no message says anything."""
     if "messages" in row:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dstune.config.data_schema import CleanConfig, Duplicates, Found
+from dstune.config.data_schema import CleanConfig, Duplicates, Found, Unwanted
 from dstune.config.schema import RunConfig
 from dstune.core.errors import Problem, UserError
 from dstune.data.clean.cleaner import STEPS, Cleaner
@@ -43,6 +43,8 @@ def active_steps(config: CleanConfig) -> list[str]:
         "control_tokens": True,
         "secrets": config.secrets is not Found.keep,
         "personal_data": config.personal_data is not Found.keep,
+        "refusals": config.refusals is not Unwanted.keep,
+        "toxicity": config.toxicity is not Unwanted.keep,
         "empty": True,
         "too_short": config.min_characters > 0,
         "too_long": config.max_characters is not None,
