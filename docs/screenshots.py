@@ -1,4 +1,4 @@
-"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER] [--only first]`.
+"""Makes the pictures in docs/images from real runs: `python docs/screenshots.py [--runs FOLDER] [--only first|changed]`.
 
 Trains the chat model of docs/start/first-fine-tune.md, another one and three classifiers, and sweeps over a fourth (about twenty
 minutes on two CPU cores), renders their pages, and takes pictures with headless Chromium. Runs that are already in FOLDER are taken
@@ -126,12 +126,36 @@ def picture(page: Path, name: str, width: int, height: int, *, dark: bool = Fals
         sys.exit(f"{target} is larger than {MOST_BYTES / 1000:.0f} kB")
 
 
+def picture_of_section(page: Path, section: str, name: str, width: int, height: int) -> None:
+    """Take one section of `page` alone, with its first example open."""
+    text = page.read_text(encoding="utf-8")
+    alone = f"<style>.bar, footer, main > :not(#{section}) {{ display: none }}</style></head>"
+    with tempfile.TemporaryDirectory(prefix="dstune-") as folder:
+        copy = Path(folder) / page.name
+        head, _, body = text.partition(f'<section id="{section}">')
+        shown = (
+            head.replace("</head>", alone, 1)
+            + f'<section id="{section}">'
+            + body.replace("<details>", "<details open>", 1)
+        )
+        copy.write_text(shown, encoding="utf-8")
+        picture(copy, name, width, height)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/screenshots"), help="default runs/screenshots")
-    parser.add_argument("--only", choices=["first"], help="leave out the others")
+    parser.add_argument("--only", choices=["first", "changed"], help="leave out the others")
     arguments = parser.parse_args()
     folder = arguments.runs
+    if arguments.only != "first":
+        run = folder / "safety" / "careless" / "run"
+        benchmark = IMAGES.parents[1] / "benchmarks" / "safety.py"
+        subprocess.run([sys.executable, benchmark, "careless", "--folder", run.parents[1]], check=True)
+        dstune("report", str(run))
+        picture_of_section(run / "report.html", "changed", "what-changed", 1280, 760)
+    if arguments.only == "changed":
+        return
     first_fine_tune(folder / "first")
     if arguments.only:
         return

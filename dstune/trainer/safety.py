@@ -40,6 +40,10 @@ LEAST_TOKENS = 16
 """Of an answer (or a text): of a shorter one no rest is long enough to be memory rather than luck."""
 MOST_TOKENS = 32
 """Of a rest."""
+MOST_BEGINNING = 256
+"""Of the text in front of a rest."""
+MOST_CONTEXT = 2048
+"""Tokens of a row up to the end of its rest; longer ones are left out, since the logits of all of them are in memory at once."""
 ANSWER_TOKENS = 32
 TOGETHER = 8
 """Prompts in a forward pass."""
@@ -52,6 +56,10 @@ class Recital:
     prefix: list[int]
     rest: list[int]
 
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + len(self.rest)
+
 
 def measure_moment(run: Training, tokenizer: Any, moment: str) -> None:
     """With `evaluate.safety`, measure `before` or `after` training (`moment`) into `safety.json`. Every rank must call it."""
@@ -61,6 +69,8 @@ def measure_moment(run: Training, tokenizer: Any, moment: str) -> None:
         measured = measure_safety(run.config, run.data, run.engine, tokenizer, run.world, step=run.state.step)
     if not run.world.is_main:
         return
+    if moment == "after":
+        measured["model"] = str(run.run_dir)
     changed = changes.remember(run.run_dir, moment, measured)
     if changed is not None:
         run.message(f"what fine-tuning changed: {changes.in_one_line(changed)}")
@@ -165,12 +175,17 @@ def _of_split(split: Split, seed: int) -> Iterator[Recital]:
 
 
 def recital_of(input_ids: np.ndarray, labels: np.ndarray) -> Recital | None:
-    """Cut a row in the middle of its first run of LEAST_TOKENS targets; None if it has none. Both arrays: [tokens]."""
+    """Cut a row in its first run of LEAST_TOKENS targets: in the middle, or after MOST_BEGINNING. Both arrays: [tokens].
+
+    None if it has no such run, or if that comes too late.
+    """
     is_target = np.concatenate([[False], np.asarray(labels) != NO_TARGET, [False]]).astype(int)
     starts, ends = (np.flatnonzero(np.diff(is_target) == step) for step in (1, -1))
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         if end - start >= LEAST_TOKENS:
-            middle = start + (end - start) // 2
+            middle = start + min((end - start) // 2, MOST_BEGINNING)
+            if middle + MOST_TOKENS > MOST_CONTEXT:
+                return None
             ids = np.asarray(input_ids).tolist()
             return Recital(ids[:middle], ids[middle : min(end, middle + MOST_TOKENS)])
     return None
@@ -211,9 +226,23 @@ def _recited(
     with speaking(engine, world) as (module, in_step):
         if in_step or world.is_main:  # in step all ranks compute the same rows
             for kind, rows in recitals.items():
-                batches = (rows[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
-                shares[kind] = [share for batch in batches for share in recited_shares(module, batch, padding)]
+                shares[kind] = [share for batch in _batches(rows) for share in recited_shares(module, batch, padding)]
     return shares
+
+
+def _batches(rows: Sequence[Recital]) -> Iterator[Sequence[Recital]]:
+    """The rows in their order, TOGETHER at most and with at most 2 * MOST_CONTEXT tokens with padding."""
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        longest = rows[start].length
+        while end < min(start + TOGETHER, len(rows)):
+            longest = max(longest, rows[end].length)
+            if longest * (end + 1 - start) > 2 * MOST_CONTEXT:
+                break
+            end += 1
+        yield rows[start:end]
+        start = end
 
 
 def recited_shares(module: nn.Module, recitals: Sequence[Recital], padding: int) -> list[float]:

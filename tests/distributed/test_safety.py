@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.command import Commands
+from support.schemas import validate_files
 from support.tiny import WORDS, save_decoder
 
 from dstune.grading import changes
@@ -51,3 +52,26 @@ def test_a_run_sees_what_it_memorised(memorised: Commands) -> None:
     assert rows["planted"]["recited_after"] == 3 and rows["planted"]["rows"] == 3
     assert rows["held-out"]["recited_after"] == 0
     assert changed["beyond_held_out"]["low"] > 0.3 and "training rows recited" in changes.worse(changed)
+
+
+def test_two_ranks_with_partitioned_weights_measure_the_same_afterwards(memorised: Commands) -> None:
+    of_run = changes.read(memorised.folder / "run")["changes"]
+    done = memorised.run("evaluate", "run", "zero.stage=3", "launch.processes=2", "--safety", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["safety"]
+    assert [(row["kind"], row["recited_after"]) for row in found["rows"]] == [
+        (row["kind"], row["recited_after"]) for row in of_run["rows"]
+    ]
+    for probe, before in zip(found["probes"], of_run["probes"], strict=True):
+        assert (probe["name"], probe["before"], probe["after"]) == (before["name"], before["before"], before["after"])
+    assert changes.read(memorised.folder / "run")["changes"] == found
+    validate_files(memorised.folder / "run")
+    assert "What fine-tuning changed" in (memorised.folder / "run" / "report.html").read_text()
+
+
+def test_a_model_alone_is_asked_and_a_classifier_is_refused(memorised: Commands) -> None:
+    done = memorised.run("evaluate", "model", "task=chat", "data.train=train.jsonl", "launch.processes=1", "--safety")
+    assert done.returncode == 0, done.stderr
+    assert "compared with no other model" in done.stdout and "training rows recited" in done.stdout
+    refused = memorised.run("evaluate", "model", "task=seq2seq", "data.train=train.jsonl", "--safety")
+    assert refused.returncode == 2 and "writes targets for sources" in refused.stderr

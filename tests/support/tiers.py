@@ -36,6 +36,7 @@ WHOLE_FILES = {
     "distributed/test_reinforcement.py": 200,
     "distributed/test_reinforcement_kills.py": 20,
     "distributed/test_runs.py": 200,
+    "distributed/test_safety.py": 45,
     "distributed/test_secrets.py": 120,
     "distributed/test_serve.py": 350,
     "distributed/test_served.py": 25,

@@ -19,7 +19,7 @@ from dstune.grading.toxicity import toxic_wording
 from dstune.protocols import PROBES
 from dstune.protocols.probe import Question, asked
 from dstune.report import command as report
-from dstune.trainer.safety import LEAST_TOKENS, MOST_TOKENS, recital_of
+from dstune.trainer.safety import LEAST_TOKENS, MOST_TOKENS, Recital, _batches, recital_of
 from tests.support.pages import Page
 from tests.support.runs import full_run
 from tests.support.schemas import FOLDER
@@ -127,6 +127,14 @@ def test_a_row_is_cut_in_the_middle_of_its_first_long_answer() -> None:
         and recital.prefix == list(range(100))
         and recital.rest == list(range(100, 100 + MOST_TOKENS))
     )
+    far = np.concatenate([np.full(2000, -100), ids])
+    assert recital_of(np.arange(2200), far) is None
+    long = recital_of(np.arange(2000), np.arange(2000))
+    assert long is not None and len(long.prefix) == 256
+    batches = list(_batches([long] * 20))
+    assert [len(batch) for batch in batches] == [8, 8, 4] and [
+        len(b) for b in _batches([Recital([0] * 2000, [1])] * 3)
+    ] == [2, 1]
     labels[50 + LEAST_TOKENS - 1 :] = -100
     assert recital_of(ids, labels) is None
 
