@@ -75,7 +75,7 @@ def source_of(callback: type) -> str:
 
 
 def _source(callback: type) -> str:
-    """The text of the class with its decorators. Raises OSError or TypeError."""
+    """Return the text of the class with its decorators. Raises OSError or TypeError."""
     codes = [method.__code__ for method in vars(callback).values() if inspect.isfunction(method)]
     for (
         code
@@ -90,7 +90,7 @@ def _source(callback: type) -> str:
 
 
 def _free_names(tree: ast.Module) -> set[str]:
-    """Names that the code reads and does not define anywhere itself."""
+    """Return names that the code reads and does not define anywhere itself."""
     read: set[str] = set()
     defined: set[str] = set()
     for node in ast.walk(tree):
@@ -108,7 +108,7 @@ def _free_names(tree: ast.Module) -> set[str]:
 
 
 def _definition(name: str, value: Any) -> str | None:
-    """A line that gives `name` its value in another process; None where there is none."""
+    """Return a line that gives `name` its value in another process; None where there is none."""
     if isinstance(value, ModuleType):
         return f"import {value.__name__} as {name}" if value.__name__ != "__main__" else None
     if isinstance(value, PLAIN):
@@ -126,7 +126,7 @@ def _definition(name: str, value: Any) -> str | None:
 
 @cache
 def _folder() -> Path:
-    """A folder of this process alone; the run directory has its own copy of each plugin."""
+    """Return a folder of this process alone; the run directory has its own copy of each plugin."""
     folder = tempfile.mkdtemp(prefix="dstune-callbacks-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)

@@ -47,7 +47,7 @@ def run_to_end(requested: Callable[[], tuple[Command, WriteRows | None]], progre
 
 
 def _ended(run_dir: Path, code: int) -> Path:
-    """The run directory. Raises Preempted or TrainingFailed where it did not end as planned."""
+    """Return the run directory. Raises Preempted or TrainingFailed where it did not end as planned."""
     if code == EXIT_DONE:
         return run_dir
     from dstune.launch.records import read_result

@@ -284,7 +284,7 @@ def _check_batch_size(size: Any, default: int) -> None:
 
 
 def _columns(row: Any) -> str | dict[str, Any] | ValueError:
-    """A text or the columns of a row, or what is wrong with it, so that bad rows of every kind are listed together."""
+    """Return a text or the columns of a row, or what is wrong with it, so that bad rows of every kind are listed together."""
     from dstune.api.rows import plain_row
 
     try:

@@ -81,8 +81,8 @@ def _refuse_other_rows(target: Path, new: Path, key: str) -> None:
 
 
 def _table(rows: Any, key: str) -> Any:
-    """A pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame of columns whose values are of
-    several types. Neither library is imported for the question.
+    """Return a pyarrow table of a Dataset or DataFrame; None for everything else, and for a DataFrame of columns whose values are
+    of several types. Neither library is imported for the question.
 
     Raises UserError for a DataFrame with two columns of one name.
     """
@@ -107,13 +107,13 @@ def refuse_doubles(columns: list[Any], key: str) -> None:
 
 
 def _frame(rows: Any) -> Any:
-    """`rows` if it is a DataFrame of pandas, else None."""
+    """Return `rows` if it is a DataFrame of pandas, else None."""
     pandas = sys.modules.get("pandas")
     return rows if pandas is not None and isinstance(rows, pandas.DataFrame) else None
 
 
 def _records(frame: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a DataFrame; what is missing in a cell is None."""
+    """Yield the rows of a DataFrame; what is missing in a cell is None."""
     import pandas
 
     for row in frame.to_dict("records"):
@@ -124,7 +124,7 @@ def _records(frame: Any) -> Iterator[dict[str, Any]]:
 
 
 def _has_empty_objects(kind: Any) -> bool:
-    """Whether a schema or type of Arrow has objects without any key, as tools without parameters are: Parquet has none."""
+    """Return whether a schema or type of Arrow has objects without any key, as tools without parameters are: Parquet has none."""
     import pyarrow as pa
 
     if isinstance(kind, pa.Schema):
@@ -146,7 +146,7 @@ def _write_table(table: Any, file: Path, *, as_parquet: bool) -> int:
 
 
 def _holder(rows: Any) -> HoldsRows | None:
-    """The data source that knows rows of this class."""
+    """Return the data source that knows rows of this class."""
     if isinstance(rows, (list, tuple, Iterator)):  # no need to ask
         return None
     sources = (source() for source in DATA_SOURCES.classes().values())

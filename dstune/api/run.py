@@ -119,7 +119,7 @@ class Run:
         return Loaded(self.dir)
 
     def _repr_html_(self) -> str:
-        """A short table, for notebooks."""
+        """Return a short table, for notebooks."""
         result = self.result
         metrics_before, metrics_after = result.get("eval_initial") or {}, result.get("eval_final") or {}
         names = [name for name, value in metrics_after.items() if isinstance(value, (int, float))][:MAX_METRICS]

@@ -92,7 +92,7 @@ def train(
 def _with_plugins(
     overrides: Sequence[str], callbacks: Sequence[str | type], plugins: Sequence[str | os.PathLike[str]]
 ) -> list[str]:
-    """The overrides with `plugins` and `trainer.callbacks`. Raises UserError: a callback that cannot reach the ranks."""
+    """Return the overrides with `plugins` and `trainer.callbacks`. Raises UserError: a callback that cannot reach the ranks."""
     from dstune.config.overrides import key_of, quoted
     from dstune.core.plugins import activate, load_built_ins
 
@@ -111,7 +111,7 @@ def _with_plugins(
 
 
 def _importable(callback: Any) -> str:
-    """The module and class of a callback, as ranks import it."""
+    """Return the module and class of a callback, as ranks import it."""
     if isinstance(callback, str):
         if ":" in callback:
             return callback
@@ -126,7 +126,7 @@ def _importable(callback: Any) -> str:
 
 
 def _registered(spec: str) -> str:
-    """The name under which a callback is registered; its plugin is active."""
+    """Return the name under which a callback is registered; its plugin is active."""
     from dstune.core.plugins import members_of
     from dstune.protocols import CALLBACKS
 
@@ -140,7 +140,7 @@ def _registered(spec: str) -> str:
 def _with_rows(
     overrides: list[str], config_dirs: Sequence[str], splits: dict[str, Any]
 ) -> tuple[list[str], WriteRows | None]:
-    """The overrides with a key for each split, and what writes rows from memory into the run directory.
+    """Return the overrides with a key for each split, and what writes rows from memory into the run directory.
 
     Raises:
         UserError: a split is given twice, or the run directory cannot be determined since the overrides are wrong.
