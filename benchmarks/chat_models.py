@@ -337,7 +337,7 @@ class Reference:
         number: int,
         samples: list[Any],
     ) -> int:
-        """How many tokens a sample trains as this way of asking has them written, if one does."""
+        """Return how many tokens a sample trains as this way of asking has them written, if one does."""
         sent, given = way
         prompt = self.render(sent[:number], tools, given, prompt=True)
         answered = self.render(sent[: number + 1], tools, given, prompt=False)
@@ -361,7 +361,7 @@ class Reference:
         return 0
 
     def _reads(self, body: str, prompt: str, answered: str, messages: list[dict[str, Any]], number: int) -> bool:
-        """Whether `body` is what the conversation shows behind the prompt, and says all that the message says."""
+        """Return whether `body` is what the conversation shows behind the prompt, and says all that the message says."""
         message = messages[number]
         says_first = [message.get("reasoning_content") or "", message["content"] or ""]
         calls = [

@@ -246,7 +246,7 @@ def schemas(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _flat(text: str) -> str:
-    """Without white space and the escapes of JSON, in which a template may write a text."""
+    """Return the text without white space and the escapes of JSON, in which a template may write a text."""
     return re.sub(r"[\s\\]+", "", text)
 
 

@@ -81,7 +81,7 @@ class Measured:
             raise Slow
 
     def _parse(self, given: Any) -> float:
-        """Seconds of the processor."""
+        """Return seconds of the processor."""
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             began = spent()
             try:
@@ -115,7 +115,7 @@ def _give_up(number: int, frame: Any) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """The last line of dstune in a traceback."""
+    """Return the last line of dstune in a traceback."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if "/dstune/" in frame.filename]
     return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].name}" if own else "elsewhere"
 

@@ -454,7 +454,7 @@ def compare_families(folder: Path | None) -> None:
 def _turn_of(
     family: str, template: str, tokens: str, row: dict[str, Any], number: int
 ) -> tuple[str, str | None] | None:
-    """Context and answer of a turn: no answer where the conversation does not begin with the context, nothing where the
+    """Return context and answer of a turn: no answer where the conversation does not begin with the context, nothing where the
     template drops a part of them."""
     tokenizer = tokenizer_for(family, tokens)
     tokenizer.chat_template = template

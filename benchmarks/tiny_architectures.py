@@ -211,7 +211,7 @@ def _layers_of(values: Mapping[str, Any]) -> int | None:
 
 
 def _cut(values: Mapping[str, Any], layers: int | None) -> list[int]:
-    """Which layers are left: at least two, and each value of each list of layers at least once."""
+    """Return which layers are left: at least two, and each value of each list of layers at least once."""
     chosen = [0, 1]
     for value in values.values():
         if isinstance(value, list) and layers and layers > 2 and len(value) == layers:
