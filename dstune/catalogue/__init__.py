@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
 
 
 def _all(folders: Sequence[str], words: str | None) -> Iterator[Model]:
-    """Every model once, under the shortest way to choose it."""
+    """Yield every model once, under the shortest way to choose it."""
     model_by_path: dict[str, Model] = {}
     hub_models = _on_hub(words) if words else []
     for model in (*_samples(), *_presets(), *_published(), *_cached(), *_folders(folders), *hub_models):
@@ -204,13 +204,13 @@ def _on_hub(words: str) -> list[Model]:
 
 
 def _snapshot(path: str) -> Path | None:
-    """The folder of a hub model in the cache with weights in it."""
+    """Return the folder of a hub model in the cache with weights in it."""
     folder = source.cached_snapshot(ModelConfig(path=path))
     return folder if folder is not None and any(folder.glob("*.safetensors")) else None
 
 
 def _licence(folder: Path | None) -> str:
-    """What the model card's front matter says."""
+    """Return what the model card's front matter says."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8") if folder else ""
     except (OSError, UnicodeDecodeError):
@@ -325,8 +325,8 @@ def _probe(models: list[Model], config: RunConfig, overrides: list[str], data: s
 
 
 def _requests(model: Model, config: RunConfig, overrides: list[str], data: str, rows: int) -> dict[str, float]:
-    """The metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt). Raises
-    UserError where it cannot be asked, DstuneError where a signal has stopped it."""
+    """Return the metrics of the untuned model, as `dstune evaluate MODEL --shots 0` has them (an embedding needs no prompt).
+    Raises UserError where it cannot be asked, DstuneError where a signal has stopped it."""
     words = [*overrides, f"data.validation={quoted(data)}", f"evaluate.max_rows={rows}", "data.packing=false"]
     if not config.data.train:
         words.append("data.clean.leaks=false")
