@@ -148,7 +148,7 @@ def _digest(path: Path) -> Digest:
 
 
 def _flattened(content: Mapping[str, Any], ignored: frozenset[str]) -> list[tuple[str, Any]]:
-    """Keys and values, two levels deep: `eos_token_id`, `model.vocab`."""
+    """Return keys and values, two levels deep: `eos_token_id`, `model.vocab`."""
     pairs = []
     for key, value in content.items():
         if key in ignored:

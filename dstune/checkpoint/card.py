@@ -107,7 +107,8 @@ class Export:
         ]
 
     def _whole_class(self) -> str:
-        """The auto class of a model that has more parts than its language model; empty where `AutoModelForCausalLM` is right."""
+        """Return the auto class of a model that has more parts than its language model; empty where `AutoModelForCausalLM` is
+        right."""
         from transformers import AutoModelForCausalLM
 
         from dstune.models.load import load_config
@@ -235,7 +236,7 @@ def _text(value: Any) -> str:
 
 
 def _hub_name(path: str) -> str | None:
-    """The model's id on the hub; None for a folder of the user's own."""
+    """Return the model's id on the hub; None for a folder of the user's own."""
     if samples.is_sample(path):
         sample = samples.catalogue().get(path.removeprefix(samples.SCHEME))
         return sample.origin if sample else None
@@ -243,7 +244,7 @@ def _hub_name(path: str) -> str | None:
 
 
 def _licence(path: str) -> str | None:
-    """The licence that the base model's own card names, where its card is on this machine."""
+    """Return the licence of the base model, by its card or by the catalogue of samples, where either is on this machine."""
     from huggingface_hub import ModelCard
 
     if samples.is_sample(path):
@@ -266,7 +267,7 @@ def _sources(config: RunConfig) -> list[str]:
 
 
 def _datasets(config: RunConfig) -> list[str]:
-    """Ids of the data sets that come from the hub."""
+    """Return ids of the data sets that come from the hub."""
     names = [path.partition(":")[0] for path in _sources(config) if not samples.is_sample(path)]
     return [
         name
@@ -276,7 +277,7 @@ def _datasets(config: RunConfig) -> list[str]:
 
 
 def _data_name(config: RunConfig) -> str:
-    """What the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
+    """Return what the rows are called in public: samples and hub ids whole, of files and addresses the last part."""
     hub = _datasets(config)
     formatted = []
     for path in _sources(config):

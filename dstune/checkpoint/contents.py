@@ -72,7 +72,7 @@ def _missing_of_base(config: Mapping[str, Any], names: set[str], base: Path) -> 
 
 
 def _is_among(name: str, names: set[str]) -> bool:
-    """Whether a tensor is there, under a name with or without the outermost module's."""
+    """Return whether a tensor is there, under a name with or without the outermost module's."""
     starts = {name_in_file.partition(".")[0] for name_in_file in names}
     other = {*layouts_of(name), name.partition(".")[2], *(f"{start}.{name}" for start in starts)}
     return bool(other & names)

@@ -180,7 +180,7 @@ def current_export(run_dir: Path, *, which: str = "last", merge: bool = False) -
 
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` when the block ends without an error."""
+    """Yield a new folder that becomes `out` when the block ends without an error."""
     folder = out.with_name(f"{out.name}{INCOMPLETE}")
     if folder.exists():
         shutil.rmtree(folder)
@@ -195,7 +195,7 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what DeepSpeed, bitsandbytes and torch say of themselves while peft imports them: nothing of it is about the
+    """Silence what DeepSpeed, bitsandbytes and torch say of themselves while peft imports them: nothing of it is about the
     export."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if importlib.util.find_spec("deepspeed") is not None:

@@ -107,7 +107,7 @@ def _bytes(gguf: Any, shape: list[int], stored: str) -> int:
 
 
 def _arranged(weight: np.ndarray, name: str, config: Any) -> np.ndarray:
-    """`weight` as llama.cpp has it."""
+    """Return `weight` as llama.cpp has it."""
     if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
         return weight + 1
     if ARCHITECTURES[config.model_type] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -119,13 +119,13 @@ def _arranged(weight: np.ndarray, name: str, config: Any) -> np.ndarray:
 
 
 def _rope(config: Any) -> dict[str, Any]:
-    """The rotary embedding's parameters; of several kinds of layers those of full attention."""
+    """Return the rotary embedding's parameters; of several kinds of layers those of full attention."""
     parameters: dict[str, Any] = config.rope_parameters or {}
     return parameters.get("full_attention", parameters)
 
 
 def _rope_factors(config: Any) -> np.ndarray | None:
-    """By what Llama 3 divides each frequency of the rotary embedding: float32 [head size / 2]; None for other models."""
+    """Return by what Llama 3 divides each frequency of the rotary embedding: float32 [head size / 2]; None for other models."""
     if _rope(config).get("rope_type") != "llama3":
         return None
     import torch

@@ -67,14 +67,14 @@ class _Header:
         return types
 
     def _start(self) -> tuple[int, int]:
-        """The numbers of tensors and of values."""
+        """Return the numbers of tensors and of values."""
         magic, version, tensors, entries = self._take("<4sIQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ValueError("it does not begin as GGUF of version 2 or 3 does")
         return tensors, entries
 
     def _range(self, skip: Callable[[], None]) -> bytes:
-        """The bytes that `skip` passes over."""
+        """Return the bytes that `skip` passes over."""
         start = self._stream.tell()
         skip()
         end = self._stream.tell()
@@ -111,7 +111,8 @@ class _Header:
         self._stream.seek(size, 1)
 
     def _count(self, size: int) -> None:
-        """Each step takes bytes off, so that no count in the file is worked through longer than the file is."""
+        """Check that as many entries can follow: each step takes bytes off, so that no count in the file is worked through
+        longer than the file is."""
         if size > self._left:
             raise ValueError("it is shorter than it says")
         self._left -= size

@@ -68,7 +68,7 @@ _PREPENDED = {"type": "Prepend", "prepend": "▁"}
 
 
 def _space_prefix(state: dict[str, Any]) -> bool:
-    """Whether a tokenizer of SentencePiece's kind puts a space in front of a text.
+    """Return whether a tokenizer of SentencePiece's kind puts a space in front of a text.
 
     Spaces become ▁ in the normalizer, with a ▁ prepended (Llama 2) or not (Gemma); or in the pre-tokenizer Metaspace, which
     says when it prepends. `first` and `always` differ behind a control token only, where llama.cpp always prepends.

@@ -37,7 +37,8 @@ def is_of_base(folder: Path, base: ModelConfig) -> bool:
 
 
 def _maps(file: Path) -> Iterator[str]:
-    """What a `config.json` or `tokenizer_config.json` names as classes of its own: `module.Class` or `OWNER/NAME--module.Class`."""
+    """Yield what a `config.json` or `tokenizer_config.json` names as classes of its own: `module.Class` or
+    `OWNER/NAME--module.Class`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

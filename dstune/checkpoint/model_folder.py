@@ -246,14 +246,14 @@ class _Sources:
         }
 
     def _stored_dtype(self, name: str) -> torch.dtype | None:
-        """That of the base's file where the run left the tensor as it is there."""
+        """Return the type in the base's file where the run left the tensor as it is there."""
         saved = self._saved(name)
         if self._changes(name) or not isinstance(self._base, _Base):
             return None
         return self._base.stored_dtype(saved)
 
     def _changes(self, name: str) -> bool:
-        """Whether the exported tensor `name` is not the base's."""
+        """Return whether the exported tensor `name` is not the base's."""
         if name in self._whole or name in self.untied:
             return True
         owner, _, leaf = name.rpartition(".")
@@ -262,16 +262,17 @@ class _Sources:
         return self._built.adapted and (adapted or self._around(owner, leaf) is not None)
 
     def _saved(self, name: str) -> str:
-        """The name under which the base model saves the tensor `name`."""
+        """Return the name under which the base model saves the tensor `name`."""
         return self._built.tied.get(name, name)
 
     def _has_own(self, name: str) -> bool:
-        """Whether the run trained more of `name` than rows of new tokens, which peft trains for all names of a tied weight."""
+        """Return whether the run trained more of `name` than rows of new tokens, which peft trains for all names of a tied
+        weight."""
         owner = name.rpartition(".")[0]
         return bool(self._trained_name(name)) or owner in self._adapters or owner in self._trained_on
 
     def _trained_name(self, name: str) -> str:
-        """The name under which the run trained the whole tensor `name`; empty where it did not."""
+        """Return the name under which the run trained the whole tensor `name`; empty where it did not."""
         if not self._built.adapted:
             return name if name in self._trained else ""
         parts = name.split(".")
@@ -310,7 +311,7 @@ class _Sources:
         return weight if self._merging is None else self._merging.merged_bias(layer, weight)
 
     def _filled(self, place: str) -> Any:
-        """The adapted module with all that its adapter computes with in memory."""
+        """Return the adapted module with all that its adapter computes with in memory."""
         layer = self._built.model.get_submodule(place)
         fill(layer, f"{ADAPTED}{place}.", self._adapters[place], self._trained)
         if self._merging is not None:
@@ -318,8 +319,8 @@ class _Sources:
         return layer
 
     def _around(self, owner: str, leaf: str) -> str | None:
-        """Where the adapter of the parameter `owner.leaf` is, if it has one of its own: peft puts one wrapper around another
-        where a module has several such parameters."""
+        """Return where the adapter of the parameter `owner.leaf` is, if it has one of its own: peft puts one wrapper around
+        another where a module has several such parameters."""
         place = owner
         while place in self._adapters:
             layer = self._built.model.get_submodule(place)
@@ -365,12 +366,12 @@ class _Base(Mapping[str, Tensor]):
         return len(self._files.keys() | self._loaded.keys())
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """Of the tensor in the files; None where it is not there as it is."""
+        """Return the type of the tensor in the files; None where it is not there as it is."""
         return self._files.dtype(name) if isinstance(self._files, BaseWeights) and name in self._files else None
 
 
 def _in_files(config: ModelConfig, built: _Built, expected: Mapping[str, torch.Size]) -> Mapping[str, Tensor]:
-    """What of `expected` the base's files hold as it is."""
+    """Return what of `expected` the base's files hold as it is."""
     try:
         keys = Loading.of(built.model, built.state, BaseFiles(config)).keys
         return BaseWeights(config, built.model.base_model_prefix, expected, keys, partial=True)
@@ -426,7 +427,7 @@ def _untie(model: Any, names: Mapping[str, str], method: str) -> None:
 def _save_adapter(
     config: RunConfig, built: _Built, trained: Weights, folder: Path, surroundings: Surroundings | None
 ) -> None:
-    """In fp32: adapters are small, and peft computes them in fp32."""
+    """Save the adapter in fp32: adapters are small, and peft computes them in fp32."""
     method = method_of(config.method)
     plain = method.plain_adapter(built.module, trained) if isinstance(method, ShiftsFrozenWeights) else {}
     if method.in_front:  # what is saved is what the encoder gives
@@ -455,7 +456,8 @@ def _save_whole(
     folder: Path,
     max_shard_size: int | str,
 ) -> None:
-    """sources: of the model's tensors, by their names in it. dropped: of others, by their names in the files."""
+    """Save a whole model. sources: of the model's tensors, by their names in it. dropped: of others, by their names in the
+    files."""
     from transformers.dynamic_module_utils import custom_object_save
 
     model.config.architectures = [type(model).__name__]
@@ -473,7 +475,7 @@ def _save_whole(
 
 
 def _as_stored(model: Any, sources: Mapping[str, Source]) -> Mapping[str, Source]:
-    """`sources` under the names, and in the form, in which transformers saves the architecture."""
+    """Return `sources` under the names, and in the form, in which transformers saves the architecture."""
     from transformers.core_model_loading import revert_weight_conversion
 
     marks = {name: torch.empty(source.shape, device="meta") for name, source in sources.items()}
@@ -512,7 +514,7 @@ def _set_generation(config: ModelConfig, model: Any, stops: list[int], pad_token
 
 
 def _valid_settings(generation: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """`generation` as transformers agrees to save it, and the settings that it lacks.
+    """Return `generation` as transformers agrees to save it, and the settings that it lacks.
 
     Some published models have a temperature and do not sample. Sampling stays off then: the export answers like its base.
     """
@@ -557,7 +559,8 @@ def base_revision(config: ModelConfig) -> str | None:
 
 
 def _snapshot(folder: Path) -> tuple[str, str] | None:
-    """The hub id and the commit of a folder in the hub's cache, which other machines have elsewhere; None for other folders."""
+    """Return the hub id and the commit of a folder in the hub's cache, which other machines have elsewhere; None for other
+    folders."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).absolute()

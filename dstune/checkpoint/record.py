@@ -71,7 +71,7 @@ def write_record(
 
 
 def _head(architecture: PretrainedConfig) -> dict[str, Any]:
-    """What builds the head of an adapter's base again without the code of the task (`lakehouse.registered_model`)."""
+    """Return what builds the head of an adapter's base again without the code of the task (`lakehouse.registered_model`)."""
     return {"outputs": architecture.num_labels, "problem_type": architecture.problem_type}
 
 
@@ -161,7 +161,7 @@ def task_of_head(folder: Path) -> str | None:
 
 
 def _value(value: Any) -> str:
-    """`value` in the grammar of overrides."""
+    """Return `value` in the grammar of overrides."""
     if isinstance(value, list):
         return f"[{','.join(map(_value, value))}]"
     if isinstance(value, dict):

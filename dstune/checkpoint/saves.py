@@ -115,7 +115,7 @@ class Saves(OfRun):
         return not self.refusal
 
     def _prepare(self, step: int, weights_only: bool) -> Path | None:
-        """The empty folder that a checkpoint is written into; None where there is no room for it."""
+        """Return the empty folder that a checkpoint is written into; None where there is no room for it."""
         folder = store.folder(self._run_dir) / (store.tag(step) + INCOMPLETE)
         refusal = ""
         if self._world.is_main:
@@ -157,7 +157,7 @@ class Saves(OfRun):
         }
 
     def _commit(self, folder: Path, described: dict[str, Any], entries: dict[str, Any]) -> str:
-        """By rank 0. Returns why it could not be done."""
+        """Commit a save, on rank 0. Returns why it could not be done."""
         try:
             refuse_if_superseded()
             store.commit(folder, described, entries)
@@ -170,7 +170,7 @@ class Saves(OfRun):
         return ""
 
     def _work_off(self, save: Save, folder: Path, described: dict[str, Any], state: TrainState, began: float) -> None:
-        """The thread of a save in the background."""
+        """Finish a save in the background, in a thread."""
         assert self._pending is not None
         try:
             save.work_off()
@@ -202,7 +202,7 @@ class Saves(OfRun):
         state.save_seconds = time.monotonic() - began
 
     def _part_of(self, folder: Path, rank: int) -> dict[str, Any]:
-        """What `rank` says of its part of a save. A rank that died says nothing: then this process is ended soon."""
+        """Return what `rank` says of its part of a save. A rank that died says nothing: then this process is ended soon."""
         report = _report(folder, rank)
         while True:
             if report.exists():

@@ -84,7 +84,7 @@ class Checkpoints(OfRun):
         return self._world.broadcast(result)
 
     def _source(self) -> Path:
-        """The run whose newest checkpoint is continued. Every rank must call it."""
+        """Return the run whose newest checkpoint is continued. Every rank must call it."""
         if self._world.is_main:
             store.repair(self._run_dir)
         if self._world.broadcast(store.resumable(self._run_dir)) is None and self._config.run.resume not in (
@@ -120,13 +120,14 @@ class Checkpoints(OfRun):
             self._engine.restore(Shards(checkpoint))
 
     def _has_same_shards(self, checkpoint: Path, saved: dict[str, Any]) -> bool:
-        """Whether each rank loads the shards that a rank in its place saved."""
+        """Return whether each rank loads the shards that a rank in its place saved."""
         now, saved_facts = OF_EARLIER_VERSIONS | self._facts, OF_EARLIER_VERSIONS | saved
         is_same_layout = all(saved_facts.get(fact) == now.get(fact) for fact in LAYOUT)
         return is_same_layout and not self._engine.swaps and not in_pieces(checkpoint)
 
     def _newest_undamaged(self, run_dir: Path) -> Path | None:
-        """Each rank hashes its share of the files; all come to the same answer. What it loads as it is, it has read then."""
+        """Find the newest undamaged checkpoint. Each rank hashes its share of the files; all come to the same answer. What it
+        loads as it is, it has read then."""
         damage_by_name: dict[str, str] = {}
         absent: set[Path] = set()
         while (checkpoint := self._newest_but(run_dir, damage_by_name)) is not None:
@@ -158,7 +159,8 @@ class Checkpoints(OfRun):
         return self._world.broadcast(newest)
 
     def _damaged_files(self, checkpoint: Path) -> list[str] | None:
-        """None where the run that it belongs to goes on and has removed it: there is a newer one."""
+        """Return the damaged files; None where the run that the checkpoint belongs to goes on and has removed it: there is a
+        newer one."""
         hashes: dict[str, str] | None = None
         with suppress(FileNotFoundError), store.hold(checkpoint):
             is_same = self._has_same_shards(checkpoint, store.read_state(checkpoint))
@@ -212,7 +214,7 @@ class Checkpoints(OfRun):
 
 
 def _other_layout(checkpoint: str, why: str, before: dict[str, Any], now: dict[str, Any]) -> Problem:
-    """What is wrong with continuing a checkpoint whose states depend on how the weights were partitioned."""
+    """Return what is wrong with continuing a checkpoint whose states depend on how the weights were partitioned."""
 
     def layout(facts: dict[str, Any]) -> str:
         parts = facts["weight_parts"]

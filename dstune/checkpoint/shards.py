@@ -135,7 +135,7 @@ class _Layout(ABC):
 
     @abstractmethod
     def state(self, name: str) -> dict[str, Any]:
-        """What the first rank's optimizer keeps for the part of the weights with this parameter."""
+        """Return what the first rank's optimizer keeps for the part of the weights with this parameter."""
 
 
 class _Whole(_Layout):
@@ -315,7 +315,7 @@ def cut(pieces: Sequence[Tensor], start: int, count: int) -> Tensor:
 
 
 def _by_rank(checkpoint: Path, pattern: str) -> list[list[Path]]:
-    """The files of each slice, in the order of the rank in their name: rank 10 comes after rank 9."""
+    """Return the files of each slice, in the order of the rank in their name: rank 10 comes after rank 9."""
 
     def numbers(path: Path) -> tuple[int, int]:
         matches = (re.search(form, path.name) for form in (r"mp_rank_(\d+)_", r"zero_pp_rank_(\d+)_"))

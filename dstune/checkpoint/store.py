@@ -134,7 +134,7 @@ def is_committed(checkpoint: Path) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name of a marker stays in the checkpoint's folder."""
+    """Return whether a name of a marker stays in the checkpoint's folder."""
     return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
