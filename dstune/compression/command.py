@@ -73,7 +73,7 @@ def _needs_rows(arguments: argparse.Namespace) -> bool:
 
 
 def _configuration(arguments: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
-    """Model and rows, in place. Raises UserError."""
+    """Compose model and rows, in place. Raises UserError."""
     from dstune.config.compose import compose
     from dstune.config.validate import validate
     from dstune.launch import preflight
@@ -151,7 +151,7 @@ def _kept_layers(arguments: argparse.Namespace, layers: int) -> list[int]:
 
 
 def _samples(config: RunConfig, tokenizer: Any, count: int) -> Iterator[torch.Tensor]:
-    """Token ids of so many training rows, evenly spaced."""
+    """Yield token ids of so many training rows, evenly spaced."""
     import numpy as np
     import torch
 
