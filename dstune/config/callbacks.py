@@ -57,7 +57,7 @@ def check_callbacks(config: RunConfig) -> Iterator[Problem]:
 
 
 def _clash(cls: type[Callback], others: Sequence[type[Callback]], name: str, where: str) -> Problem | None:
-    """What keeps `cls` from having a state of its own, which checkpoints keep by the callback's name."""
+    """Return what keeps `cls` from having a state of its own, which checkpoints keep by the callback's name."""
     if cls in others:
         return Problem(where, "this callback is in the list already", "name it once", name)
     same_name = [
@@ -80,7 +80,7 @@ def _name_and_arguments(entry: Any, where: str) -> tuple[str, Mapping[str, Any]]
 
 
 def _find(name: str, where: str) -> type[Callback]:
-    """A registered callback, or the class that `module:Class` names (`module.Class` where Hydra reads a colon)."""
+    """Return a registered callback, or the class that `module:Class` names (`module.Class` where Hydra reads a colon)."""
     if ":" in name or "." in name:
         return _imported(name, where)
     if name not in CALLBACKS:
@@ -119,7 +119,7 @@ def _imported(name: str, where: str) -> type[Callback]:
 
 
 def _converted(cls: type[Callback], arguments: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The arguments as the types that `cls.__init__` annotates. Raises UserError where it does not take them."""
+    """Return the arguments as the types that `cls.__init__` annotates. Raises UserError where it does not take them."""
     parameters = inspect.signature(cls).parameters
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     names = [

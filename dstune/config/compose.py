@@ -115,7 +115,7 @@ def frozen_at_start() -> tuple[str, ...]:
 
 
 def _overruled(hydra: Hydra, overrides: Sequence[str], config: RunConfig) -> Iterator[Problem]:
-    """A model or data that was asked for by name while the experiment's file itself says which: its word would win unseen."""
+    """Yield a model or data that was asked for by name while the experiment's file itself says which: its word would win unseen."""
     value_by_key = {user_overrides.key_of(text): text.partition("=")[2] for text in overrides}
     if "experiment" not in value_by_key:
         return
@@ -155,7 +155,7 @@ def compose_dict_config(hydra: Hydra, overrides: list[str]) -> DictConfig:
 
 
 def _compose(hydra: Hydra, overrides: list[str]) -> tuple[DictConfig, dict[str, str]]:
-    """The same, and where these defaults come from."""
+    """Return the same, and where these defaults come from."""
     from hydra.types import RunMode
 
     composed = hydra.compose_config(ROOT_CONFIG, overrides, RunMode.RUN)
@@ -198,7 +198,7 @@ def _run_hydra(hydra: Hydra, texts: list[str], action: Callable[[list[str]], Res
 
 
 def _further_problems(hydra: Hydra, good: Sequence[Override], doubtful: set[str]) -> list[Problem]:
-    """What is wrong beside names and types, as far as the good overrides can tell."""
+    """Return what is wrong beside names and types, as far as the good overrides can tell."""
     try:
         raw = _plain(compose_dict_config(hydra, [str(override.input_line) for override in good]))
     except Exception:  # something is wrong with a file too, which is told once the overrides are right
@@ -229,7 +229,7 @@ def classes_for(hydra: Hydra, overrides: list[str]) -> dict[str, type]:
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
-    """The sections as plain values, references resolved; those to the environment become `EnvironmentText`.
+    """Return the sections as plain values, references resolved; those to the environment become `EnvironmentText`.
 
     Raises:
         UserError: all references that cannot be resolved.
@@ -275,7 +275,7 @@ def _plain_node(node: Any, path: str, root: DictConfig, problems: list[Problem])
 
 
 def _written(node: Any, key: Any) -> str:
-    """The text of a reference as it was written."""
+    """Return the text of a reference as it was written."""
     from omegaconf import OmegaConf
 
     written: Any = OmegaConf.to_container(node, resolve=False)
@@ -283,7 +283,7 @@ def _written(node: Any, key: Any) -> str:
 
 
 def _expand(text: str, where: str, root: DictConfig) -> str:
-    """A reference with those to other keys replaced by their text, so that only `${oc.env:...}` stays.
+    """Return a reference with those to other keys replaced by their text, so that only `${oc.env:...}` stays.
 
     A key that refers to a key that refers to the environment must not be saved with its value either.
     """

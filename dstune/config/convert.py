@@ -180,7 +180,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _one_of(value: Any, hints: Sequence[Any], where: str, wrong: Callable[[], UserError]) -> Any:
-    """`value` as the first of these types that takes it."""
+    """Return `value` as the first of these types that takes it."""
     for hint in hints:
         with suppress(UserError):
             return convert(value, hint, where)
@@ -240,7 +240,7 @@ def _plain_any(value: Any, where: str) -> Any:
 
 
 def _fix(value: Any, hint: Any, where: str) -> str:
-    """How to write what was probably meant, where that can be told."""
+    """Return how to write what was probably meant, where that can be told."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     words = [name for kind in kinds for name in options_of(kind)]
     if words:

@@ -142,7 +142,7 @@ SECTIONS = {
 
 
 def _other(key: str, value: Any, where: str, settings: dict[str, Any]) -> list[Problem]:
-    """A key that dstune has none for: into `settings`, or a problem."""
+    """Return a key that dstune has none for: into `settings`, or a problem."""
     if key in WITHOUT_EFFECT:
         return []
     if any(known_key.startswith(f"{key}.") for table in (OWN_KEYS, TRANSLATED, PASSED, FIXED) for known_key in table):
@@ -209,7 +209,7 @@ def _asks(value: Any) -> bool:
 
 
 def _enabled(section: Mapping[str, Any]) -> bool:
-    """Whether a section asks for something: it says so, or it does not say that it is off."""
+    """Return whether a section asks for something: it says so, or it does not say that it is off."""
     parts = [part for part in section.values() if isinstance(part, Mapping)]
     if "enabled" in section:
         return bool(section["enabled"]) and (not parts or any(_enabled(part) for part in parts))
@@ -217,7 +217,7 @@ def _enabled(section: Mapping[str, Any]) -> bool:
 
 
 def _typed(value: Any, kind: type) -> Any:
-    """`value` as `kind`, None where it is none; JSON's 5e8 is a float that means a whole number."""
+    """Return `value` as `kind`, None where it is none; JSON's 5e8 is a float that means a whole number."""
     if kind in (bool, str) or isinstance(value, (bool, str)):
         return value if type(value) is kind else None
     if not isinstance(value, (int, float)):
@@ -338,7 +338,7 @@ def _scheduler(section: Any, content: Content, where: str) -> None:
 
 
 def _same_values(content: Content, where: str) -> None:
-    """A key that two places of the file give has one value."""
+    """Check that a key that two places of the file give has one value."""
     first: dict[str, Value] = {}
     for value in content.values:
         other = first.setdefault(value.key, value)

@@ -47,7 +47,7 @@ class Setting(NamedTuple):
 
 @cache
 def _docs_in(module: str) -> dict[str, dict[str, str]]:
-    """The string below each field of each class of a module, by class and field name."""
+    """Return the string below each field of each class of a module, by class and field name."""
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if not isinstance(node, ast.ClassDef):
@@ -250,13 +250,13 @@ def _default_of(setting: Setting) -> str:
 
 
 def _bounds(setting: Setting) -> str:
-    """The range of a number in words; empty where it has none."""
+    """Return the range of a number in words; empty where it has none."""
     metadata = _metadata(setting.key, setting.group)
     return " and ".join(f"{words} {metadata[kind]:g}" for kind, (_, words) in TESTS.items() if kind in metadata)
 
 
 def _metadata(key: str, group: str) -> Mapping[str, Any]:
-    """That of the key's field. `group` as in `Setting`."""
+    """Return the metadata of the key's field. `group` as in `Setting`."""
     section, *path = key.split(".")
     choice = group.partition("=")[2].split("|")[0]
     classes = classes_of(section) if section in sections() else {}
@@ -287,7 +287,7 @@ def _choice_text(group: str, choice: str) -> str:
 
 
 def _description(group: str, choice: str) -> str:
-    """What the choice's file says of itself, or its class."""
+    """Return what the choice's file says of itself, or its class."""
     from dstune.config.presets import description_of_choice
 
     if text := description_of_choice(group, choice):
@@ -297,7 +297,7 @@ def _description(group: str, choice: str) -> str:
 
 
 def _rows(settings: Sequence[Setting], choice: bool = True) -> dict[str, str]:
-    """Keys with their defaults, and what they mean."""
+    """Return keys with their defaults, and what they mean."""
     rows = {}
     names_by_key = registered_values()
     for setting in settings:

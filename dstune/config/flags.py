@@ -133,7 +133,8 @@ def hydra_flags(argv: Sequence[str], *, may_sweep: bool = False) -> Flags:
 
 
 def _unknown_flag(flag: str, following: str) -> Problem:
-    """`--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag; `following` is the word behind it."""
+    """Return the problem of an unknown flag: `--max-steps 5` of another tool is a key here, `--cgf` a mistyped flag; `following`
+    is the word behind it."""
     name, equals, value = flag.partition("=")
     if not equals and not following.startswith("-"):
         value = following
@@ -199,13 +200,13 @@ def show(flags: Flags, verbs: Verbs | None = None) -> int:
 
 
 def _topics(words: Sequence[str]) -> list[str]:
-    """What `--help` is asked about: names, and choices of groups."""
+    """Return what `--help` is asked about: names, and choices of groups."""
     settings = (*ROOT_KEYS, "experiment", "hydra")  # what makes more groups and keys known
     return [word for word in words if word.partition("=")[0].partition(".")[0] not in settings or "=" not in word]
 
 
 def _configuration(hydra: Hydra, overrides: list[str], flags: Flags) -> str:
-    """The text of `--cfg`: what Hydra prints, with a `UserError` for a package that is not there."""
+    """Return the text of `--cfg`: what Hydra prints, with a `UserError` for a package that is not there."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import Container, OmegaConf
 

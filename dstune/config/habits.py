@@ -204,7 +204,7 @@ def answer(key: str, value: str = "") -> str | None:
 
 
 def _choice_words(group: str, value: str) -> str | None:
-    """What to type in place of `group=value`, a choice that does not exist; None where nothing is known of it."""
+    """Return what to type in place of `group=value`, a choice that does not exist; None where nothing is known of it."""
     plain = _plain(value)
     if group == "model":
         return None if Path(value).is_dir() or "/" in value or value.startswith("sample:") else model_words(value)

@@ -56,7 +56,7 @@ def ignored_in_sweep(config: RunConfig, overrides: Sequence[str]) -> list[Proble
 
 
 def _without_effect(config: RunConfig) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(key, (reason, what would let it count)) of every setting that another one overrules."""
+    """Yield (key, (reason, what would let it count)) of every setting that another one overrules."""
     data, trainer, zero = config.data, config.trainer, config.zero
     if trainer.max_steps is not None:
         yield "trainer.epochs", (f"trainer.max_steps={trainer.max_steps} is the length", "trainer.max_steps=null")

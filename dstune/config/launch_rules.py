@@ -28,7 +28,8 @@ CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def _check_characters(config: RunConfig) -> Iterator[Problem]:
-    """Values reach scripts, option lines and other machines' shells: a line break in one would be a line of its own there."""
+    """Yield a problem for each character that breaks scripts, option lines and other machines' shells: a line break would begin
+    a line of its own there."""
     values: list[tuple[str, str]] = [("run.dir", config.run.dir or ""), ("run.name", config.run.name)]
     for field in fields(config.launch):
         value = getattr(config.launch, field.name)

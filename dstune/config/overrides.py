@@ -107,7 +107,7 @@ _WORDS_OF_HYDRA = ("null", "true", "false", "nan", "inf")
 
 
 def _with_literal_name(text: str) -> str:
-    """`data.columns.text=NAME` with the name as it stands in the file, whatever it means in Hydra's grammar."""
+    """Return `data.columns.text=NAME` with the name as it stands in the file, whatever it means in Hydra's grammar."""
     match = _COLUMN.fullmatch(text)
     if match is None or _QUOTED_NAME.fullmatch(match[2]) or not match[2]:
         return text
@@ -116,7 +116,7 @@ def _with_literal_name(text: str) -> str:
 
 
 def _one_value(key: str, value: str) -> str:
-    """How several values (`a,b`) were meant for a key that takes one."""
+    """Return how several values (`a,b`) were meant for a key that takes one."""
     hint = all_keys().get(key)
     if typing.get_origin(hint) in (list, tuple):
         return f"{key}=[{value}]"
@@ -126,7 +126,7 @@ def _one_value(key: str, value: str) -> str:
 
 
 def _closed(key: str, value: str) -> str:
-    """The value with the brackets that are missing at its end, or as text with brackets in it."""
+    """Return the value with the brackets that are missing at its end, or as text with brackets in it."""
     opened: list[str] = []
     for character in value:
         if character in "[{":
@@ -137,14 +137,14 @@ def _closed(key: str, value: str) -> str:
 
 
 def _quoted_entries(key: str, value: str) -> str:
-    """A mapping whose values are quoted, as it is typed in a shell."""
+    """Return a mapping whose values are quoted, as it is typed in a shell."""
     entries = [entry.partition(":") for entry in value[1:-1].split(",")]
     inside = ", ".join(f'{name.strip()}: "{text.strip()}"' if colon else name for name, colon, text in entries)
     return f"quote its values: '{key}={{{inside}}}'"
 
 
 def _grammar_problem(text: str, previous: str) -> Problem:
-    """What is wrong with a word; `previous` is the one in front of it."""
+    """Return what is wrong with a word; `previous` is the one in front of it."""
     key, equals, value = text.partition("=")
     key = key.lstrip("+")
     if not equals:
@@ -192,7 +192,7 @@ def hydra_would_take(override: Override) -> bool:
 
 
 def _leaves_group(override: Override) -> bool:
-    """Whether a choice is a path out of the folder of its group, where Hydra would compose any file."""
+    """Return whether a choice is a path out of the folder of its group, where Hydra would compose any file."""
     value = override.value()
     return "." not in override.key_or_group and isinstance(value, str) and ".." in re.split(r"[/\\]", value)
 
@@ -363,7 +363,7 @@ def _value_problems(
 
 
 def _nested_problem(key: str, value: Any, mapping: str, hint: Any) -> Problem | None:
-    """What is wrong with a key that leads into a value of `mapping` (`data.columns.text.a`): Hydra splits names at dots."""
+    """Return what is wrong with a key that leads into a value of `mapping` (`data.columns.text.a`): Hydra splits names at dots."""
     name = key.removeprefix(f"{mapping}.")
     if "." not in name or typing.get_args(hint)[1] is Any:
         return None
@@ -372,7 +372,7 @@ def _nested_problem(key: str, value: Any, mapping: str, hint: Any) -> Problem | 
 
 
 def _entry_problems(key: str, value: Any, mapping: str, entry: type) -> list[Problem]:
-    """What is wrong with a key of one entry of a mapping of sections (`data.mixture.code.weight`).
+    """Return what is wrong with a key of one entry of a mapping of sections (`data.mixture.code.weight`).
 
     Raises:
         UserError: the value has the wrong type.
@@ -395,7 +395,7 @@ def _is_entry(key: str, mapping: str, hint: Any) -> bool:
 
 
 def _section_class(key: str, classes: Mapping[str, type]) -> type | None:
-    """The class of a section or a section inside one (`trainer.early_stopping`), None if `key` is no section."""
+    """Return the class of a section or a section inside one (`trainer.early_stopping`), None if `key` is no section."""
     first, *names_below = key.split(".")
     hint = classes.get(first)
     for name in names_below:

@@ -121,7 +121,7 @@ class _Reader:
                 yield from self._override(str(name), value, path)
 
     def _choices(self, defaults: Any) -> Iterator[tuple[str, str]]:
-        """The choices of an experiment's list of defaults."""
+        """Yield the choices of an experiment's list of defaults."""
         for entry in defaults if isinstance(defaults, list) else [defaults]:
             if entry == "_self_":
                 continue
@@ -152,7 +152,7 @@ class _Reader:
 
     @staticmethod
     def _is_section(path: Sequence[str]) -> bool:
-        """Whether some choice of the section has keys of its own there (`trainer.early_stopping`)."""
+        """Return whether some choice of the section has keys of its own there (`trainer.early_stopping`)."""
         for cls in classes_of(path[0]).values():
             hint: Any = cls
             for name in path[1:]:

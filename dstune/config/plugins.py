@@ -52,7 +52,7 @@ def _of_experiments(overrides: Sequence[str], config_dirs: Sequence[str | Path])
 
 
 def _searched(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> Iterator[Path]:
-    """Folders with groups, the first one first."""
+    """Yield folders with groups, the first one first."""
     from dstune.config.hydra_session import config_folders
 
     yield from map(Path, config_dirs)

@@ -242,7 +242,7 @@ def trusted_folders() -> dict[str, dict[str, str]]:
 
 
 def _read(file: Path) -> tuple[str, dict[str, str]] | None:
-    """The folder and the plugins of a record; None where there is none that can be read."""
+    """Return the folder and the plugins of a record; None where there is none that can be read."""
     try:
         content = parsing.parse_json(files.read_own(file))
         return str(content["folder"]), {str(place): str(digest) for place, digest in content["plugins"].items()}

@@ -41,5 +41,5 @@ def check_ranges(config: Any, prefix: str = "") -> Iterator[Problem]:
 
 
 def _default(key: str, field: Field[Any]) -> str:
-    """The one value that is right whatever the range says."""
+    """Return the one value that is right whatever the range says."""
     return "" if field.default is MISSING else f"{key}={format_value(field.default)} (the default)"

@@ -70,7 +70,7 @@ def fetch(pinned: str, key: str, stage: Callable[[str], None]) -> Path:
 
 
 def _origin_of(place: Path) -> str | None:
-    """The registry of a complete version; None where there is none."""
+    """Return the registry of a complete version; None where there is none."""
     return str(object_in(place / ORIGIN).get("origin", "")) if (place / ORIGIN).is_file() else None
 
 

@@ -83,7 +83,7 @@ OF_THIS_COMMAND = ("run.dir", "run.resume", "run.force")
 def _from_stored(
     stored: dict[str, Any], composed: dict[str, Any], prefix: str, given: Callable[[str], bool]
 ) -> dict[str, Any]:
-    """`composed` with the stored value of every key that is not given."""
+    """Return `composed` with the stored value of every key that is not given."""
     result = dict(composed)
     for name, value in stored.items():
         key = f"{prefix}{name}"
@@ -99,8 +99,8 @@ def _from_stored(
 
 
 def _newly_given(old: Composed, new: Composed) -> Callable[[str], bool]:
-    """Whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by one of
-    the user's own files."""
+    """Return whether a key, or the choice of a group, is given by the command of `new` otherwise than by that of `old`, or by
+    one of the user's own files."""
     report = {key: text for text in new.overrides if (key := user_overrides.key_of(text)) and text not in old.overrides}
     sections_given = tuple(f"{key}." for key in report)
     everything = "experiment" in report
@@ -152,7 +152,7 @@ def check_resume(old: RunConfig, new: RunConfig) -> None:
 
 
 def _length_problems(old: TrainerConfig, new: TrainerConfig) -> Iterator[Problem]:
-    """A run may become longer in the unit that its length was given in."""
+    """Yield problems with the length: a run may become longer in the unit that its length was given in."""
     if old.max_steps is None:
         longer = f"trainer.epochs={2 * old.epochs} would double it"
         if new.max_steps is not None:

@@ -31,7 +31,7 @@ def refuse_links(run: Path) -> None:
 
 
 def _links_in(folder: Path) -> Iterator[Path]:
-    """All but those of files: who writes a file replaces a link in its place, or refuses it."""
+    """Yield all links but those of files: who writes a file replaces a link in its place, or refuses it."""
     for entry in os.scandir(folder):
         if entry.is_symlink() and not os.path.isfile(entry.path):
             yield Path(entry.path)

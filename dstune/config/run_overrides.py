@@ -63,7 +63,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _single_values(config: RunConfig, section: str, choice: str) -> str:
-    """How to get what a choice of a group says without choosing it."""
+    """Return how to get what a choice of a group says without choosing it."""
     if section == "experiment":
         return "set single values"
     if section == "zero":

@@ -201,7 +201,7 @@ UNTIMED_STEPS = 2
 
 
 def _by_module(callbacks: list[Any]) -> bool:
-    """Whether any of them is imported: a registered one is a name."""
+    """Return whether any of them is imported: a registered one is a name."""
     names = [str(name) for entry in callbacks for name in (entry if isinstance(entry, Mapping) else [entry])]
     return any(":" in name or "." in name for name in names)
 
@@ -316,7 +316,7 @@ def _with_trackers(trackers: tuple[tuple[str, type, str], ...]) -> type[Tracking
 
 
 def _reduce_tracking(self: TrackingConfig) -> tuple[Callable[[dict[str, Any]], TrackingConfig], tuple[dict[str, Any]]]:
-    """For pickle, which finds no class of a module here."""
+    """Reduce for pickle, which finds no class of a module here."""
     return _tracking, ({tracking_field.name: getattr(self, tracking_field.name) for tracking_field in fields(self)},)
 
 

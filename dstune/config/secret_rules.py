@@ -31,7 +31,7 @@ def check_secrets(config: Any) -> Iterator[Problem]:
 
 
 def _texts(value: Any, key: str, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, name of the entry in a mapping or the key, text) of all texts in a configuration."""
+    """Yield (key, name of the entry in a mapping or the key, text) of all texts in a configuration."""
     if isinstance(value, str):
         yield key, name or key, value
     elif is_dataclass(value):

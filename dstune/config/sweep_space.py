@@ -169,7 +169,7 @@ def _parsed(text: str) -> Override | None:
 
 
 def _axis(override: Override, text: str, groups: Mapping[str, Sequence[str]], where: str | None = None) -> Axis:
-    """where: what problems name as their place, the key when not given."""
+    """Read an axis. where: what problems name as their place, the key when not given."""
     from hydra.core.override_parser.types import Glob, IntervalSweep, RangeSweep
 
     key, value_text = override.get_key_element(), text.partition("=")[2]
@@ -223,7 +223,7 @@ def _interval(key: str, where: str, value: Any, value_text: str) -> Axis:
 
 
 def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
-    """An axis of `sweep.space`."""
+    """Return an axis of `sweep.space`."""
     where = f"sweep.space.{key}"
     if isinstance(value, (list, tuple)):
         if not value:
@@ -237,7 +237,7 @@ def _of_file(key: str, value: Any, groups: Mapping[str, Sequence[str]]) -> Axis:
 
 
 def _element(value: Any) -> str:
-    """A value of YAML in Hydra's grammar."""
+    """Return a value of YAML in Hydra's grammar."""
     if isinstance(value, str):
         escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
         return f"'{escaped}'"
@@ -249,7 +249,7 @@ def _element(value: Any) -> str:
 
 
 def _not_varied(key: str) -> tuple[str, str] | None:
-    """Why a key cannot differ between trials, and what to do."""
+    """Return why a key cannot differ between trials, and what to do."""
     plain = key.lstrip("+~")
     section = plain.split(".", 1)[0]
     if section in ("sweep", "hydra") or plain.startswith("hydra/"):

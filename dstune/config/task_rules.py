@@ -50,7 +50,8 @@ def check_labels(labels: Sequence[str], *, least: int) -> Iterator[Problem]:
 
 
 def _check_scores(config: RunConfig) -> Iterator[Problem]:
-    """Gradients at the start weights are looked at one micro-batch at a time, and without a reference model."""
+    """Yield problems with scores: gradients at the start weights are looked at one micro-batch at a time, and without a
+    reference model."""
     reason = (
         f"gradients of task={config.task.name} alone say nothing: its loss needs the whole step, or a reference model"
     )

@@ -45,7 +45,8 @@ def check_token_ids(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_all_are(config: RunConfig) -> Iterator[Problem]:
-    """Beside texts, `bits_per_byte` would divide the loss of all rows by the bytes of the texts alone."""
+    """Yield a problem for token ids beside texts: `bits_per_byte` would divide the loss of all rows by the bytes of the texts
+    alone."""
     data = config.data
     read = {
         f"data.mixture.{name}": data.format if source.format == AUTOMATIC else source.format

@@ -140,7 +140,7 @@ def consequential(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that name repositories whose code may run."""
+    """Return the settings that name repositories whose code may run."""
     value_by_key = {key: _at(config, key) for key in CODE_OF}
     value_by_key = {key: value for key, value in value_by_key.items() if value is not None or key not in SIGNED_IF_SET}
     for section in ("task", "method"):
@@ -152,7 +152,7 @@ def _code_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any, Field[Any] | None]]:
-    """Every value that is no section with its dotted key and, where it is known, its field."""
+    """Yield every value that is no section with its dotted key and, where it is known, its field."""
     for section, values in tree.items():
         cls = None
         if section in sections():
@@ -188,7 +188,7 @@ def _refers(value: Any) -> bool:
 
 
 def _speaks(field: Field[Any], value: Any) -> bool:
-    """Whether the field runs code or reaches out with this value."""
+    """Return whether the field runs code or reaches out with this value."""
     signed = field.metadata.get(SIGNED)
     if signed is None or value in (None, False, [], ""):
         return False
@@ -297,7 +297,7 @@ def cleared_beside(
 
 
 def _doubtful(content: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """What runs code or reaches out and nobody vouches for, by key, and why it does not count as signed."""
+    """Return what runs code or reaches out and nobody vouches for, by key, and why it does not count as signed."""
     consequences = consequential(content)
     if not consequences:
         return {}, ""
@@ -329,7 +329,7 @@ _NOTHING = object()
 
 
 def _with(content: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with other values of these keys of its configuration; those of `_NOTHING` go."""
+    """Return `content` with other values of these keys of its configuration; those of `_NOTHING` go."""
 
     def changed(tree: Any, name: str) -> Any:
         if name in values:

@@ -258,7 +258,8 @@ def check_model(config: RunConfig) -> Iterator[Problem]:
 
 
 def _check_noise(config: RunConfig) -> Iterator[Problem]:
-    """Where `model.neftune_alpha` would be something else than the paper's noise, or not the same on any number of ranks."""
+    """Yield a problem where `model.neftune_alpha` would be something else than the paper's noise, or not the same on any number
+    of ranks."""
     task, method, parallelism = task_of(config.task), method_of(config.method), parallelism_of(config.parallel)
     reason = ""
     if not task.language:
@@ -415,7 +416,7 @@ def answers_no_questions(config: RunConfig) -> str:
 
 
 def _check_what_needs_evaluations(config: RunConfig, held_out: bool) -> Iterator[Problem]:
-    """Settings for which rows have to be held out, or evaluated during training."""
+    """Yield problems of settings for which rows have to be held out, or evaluated during training."""
     evaluate, stopping = config.evaluate, config.trainer.early_stopping
     every = "evaluate.every=25%, or a number of optimizer steps"
     requested = (

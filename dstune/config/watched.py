@@ -45,7 +45,7 @@ class _View:
         return _View(value, key, self._doubtful, self._seen) if is_dataclass(value) else value
 
     def _in_doubt(self, key: str, whole: bool) -> bool:
-        """Whether reading `key` reads something doubtful; of a section as such (`whole` false) only its class is read."""
+        """Return whether reading `key` reads something doubtful; of a section as such (`whole` false) only its class is read."""
         return any(
             name in ("", key) or key.startswith(f"{name}.") or (whole and name.startswith(f"{key}."))
             for name in self._doubtful

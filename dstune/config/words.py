@@ -69,7 +69,7 @@ def rejoined(texts: Sequence[str]) -> tuple[list[str], list[Problem]]:
 
 
 def _to_the_closing_bracket(value: str, following: Sequence[str]) -> int:
-    """How many of the following words belong to `value`; 0 where its bracket is never closed."""
+    """Return how many of the following words belong to `value`; 0 where its bracket is never closed."""
     opened = _opened(value)
     for number, word in enumerate(following, start=1):
         opened += _opened(word)

@@ -101,14 +101,15 @@ class _Merge:
         self.tree[group] = {**defaults, **old, "name": value.value}
 
     def _length(self, value: Value) -> None:
-        """DeepSpeed's schedules have to be told how long the run is; here a schedule is as long as the run."""
+        """Take the length of a DeepSpeed schedule, which has to be told how long the run is; here a schedule is as long as the
+        run."""
         steps = self.tree["trainer"]["max_steps"]
         if steps != value.value:
             length = "trainer.epochs" if steps is None else f"trainer.max_steps={steps}"
             self._refuse(value, f"the schedule is as long as the run, which {length} gives", 'write "auto" there')
 
     def ranks(self, content: Content) -> None:
-        """What depends on the number of ranks: their number itself, and the accumulation steps."""
+        """Take what depends on the number of ranks: their number itself, and the accumulation steps."""
         launch, trainer = self.tree["launch"], self.tree["trainer"]
         if content.processes and "processes" in launch and not self.given("launch.processes"):
             launch["processes"] = content.processes
@@ -211,7 +212,7 @@ def keys_of_own_files(hydra: Hydra, overrides: Sequence[str]) -> frozenset[str]:
 
 
 def _defaults(hydra: Hydra, texts: list[str]) -> dict[str, str]:
-    """The files of a composition in order, with the section that each fills ("" for several)."""
+    """Return the files of a composition in order, with the section that each fills ("" for several)."""
     from hydra.types import RunMode
 
     defaults = hydra.config_loader.compute_defaults_list(ROOT_CONFIG, texts, RunMode.RUN).defaults

@@ -58,7 +58,7 @@ def check_zero(config: RunConfig) -> Iterator[Problem]:
 
 
 def _of_a_disk(config: RunConfig) -> Iterator[Problem]:
-    """What does not go together with `zero.offload_optimizer=nvme`."""
+    """Yield what does not go together with `zero.offload_optimizer=nvme`."""
     if method_of(config.method).alters_updates:
         reason = f"it changes gradients and states from outside, and {STATES_ON_A_DISK}"
         yield Problem("method", reason, "zero.offload_optimizer=cpu, or method=full", config.method.name)
