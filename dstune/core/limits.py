@@ -99,8 +99,8 @@ class _Expired(BaseException):
 
 
 def _raise(number: int, frame: Any) -> None:
-    """It fires again a moment later: in a destructor nobody sees what is raised, and between the work and the end of its limits
-    nothing may be, or they would stay."""
+    """Raise the end of a limit. It fires again a moment later: in a destructor nobody sees what is raised, and between the work
+    and the end of its limits nothing may be, or they would stay."""
     if not _State.active:
         return
     signal.setitimer(signal.ITIMER_VIRTUAL, _AGAIN)
@@ -120,7 +120,7 @@ def _limit_memory(soft: int, hard: int, memory_bytes: float, *, anew: bool = Fal
 
 
 def _data_bytes() -> int:
-    """Memory of this process that RLIMIT_DATA counts."""
+    """Return memory of this process that RLIMIT_DATA counts."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
 
@@ -233,7 +233,7 @@ def readable(file: int | IO[bytes], seconds: float) -> bool:
 
 
 def _answer(reader: int, child: int, seconds: float) -> bytes:
-    """What the child wrote; nothing where it took too long. It is gone afterwards."""
+    """Return what the child wrote; nothing where it took too long. It is gone afterwards."""
     # Its processor time is limited; the wall clock is for one that sleeps, on a machine that has other things to do.
     deadline = time.monotonic() + 20 * seconds
     ready = readable(reader, max(0.0, deadline - time.monotonic()))

@@ -45,6 +45,6 @@ def _with_place(problem: Problem, places: Mapping[str, str]) -> Problem:
 
 
 def _place(problem: Problem, places: Mapping[str, str]) -> str | None:
-    """The line of the key, or of the mapping or list that it is in."""
+    """Return the line of the key, or of the mapping or list that it is in."""
     holders = [key for key in places if problem.where == key or problem.where.startswith((f"{key}.", f"{key}["))]
     return places[max(holders, key=len)] if holders else None

@@ -113,7 +113,7 @@ def _module(name: str) -> Source:
 
 
 def _origin(module: str) -> Path | None:
-    """The file of a module; the folder of a package without `__init__.py`."""
+    """Return the file of a module; the folder of a package without `__init__.py`."""
     try:
         module_spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

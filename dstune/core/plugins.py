@@ -211,7 +211,7 @@ def refuse_changes(before: Sequence[Plugin], now: Sequence[Plugin]) -> None:
 
 
 def _package_problems(plugin: Plugin) -> Iterator[Problem]:
-    """What is wrong with the installed plugin with which a run began."""
+    """Yield what is wrong with the installed plugin with which a run began."""
     now = _installed.get(plugin.name)
     fix = f"pip install {plugin.distribution}=={plugin.version}{_OR_ACCEPT}"
     if now is None:
@@ -428,7 +428,7 @@ def _is_of(member: type, module: str) -> bool:
 
 
 def _members() -> set[tuple[registry.Registry[Any], type[Any]]]:
-    """All but built-ins."""
+    """Return all but built-ins."""
     members = {(kind, member) for kind in registry.kinds() for member in kind.present()}
     return {(kind, member) for kind, member in members if not member.__module__.startswith("dstune.")}
 

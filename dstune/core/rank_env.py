@@ -127,7 +127,7 @@ def _slurm(env: Mapping[str, str]) -> RankEnv | None:
 
 
 def _tasks_on_node(listing: str, node: int, default: int) -> int:
-    """`2(x3),1` is 2, 2, 2, 1: the number at place `node`, or `default` when the listing does not reach that far."""
+    """Return `2(x3),1` is 2, 2, 2, 1: the number at place `node`, or `default` when the listing does not reach that far."""
     counts: list[int] = []
     for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", listing):
         counts += [int(count)] * int(repeat or 1)

@@ -72,13 +72,13 @@ def wing_modules(name: str | None) -> list[str]:
 
 
 def _position(member: type[Any], rooms: Sequence[str]) -> int:
-    """The place of the most specific room that holds the module of `member`; plugins come last."""
+    """Return the place of the most specific room that holds the module of `member`; plugins come last."""
     module = f"{member.__module__}."
     return max((index for index, room in enumerate(rooms) if module.startswith(f"{room}.")), default=len(rooms))
 
 
 def _calls_super(member: Any, name: str) -> bool:
-    """Whether a method or property of a class calls what a base class has under `name`."""
+    """Return whether a method or property of a class calls what a base class has under `name`."""
     function = getattr(member, "fget", None) or getattr(member, "__func__", member)
     names = getattr(getattr(function, "__code__", None), "co_names", ())
     return "super" in names and name in names
@@ -207,7 +207,7 @@ class Registry(Generic[Member]):
         return ([] if self._package is None else [self._package]) + wing_modules(self._in_wings)
 
     def _rooms(self, package: str) -> list[str]:
-        """What there is to import of a package; of a plain module that is the module."""
+        """Return what there is to import of a package; of a plain module that is the module."""
         folders = getattr(importlib.import_module(package), "__path__", ())
         folders_only = self._folders_only and package == self._package
         return [package] + [

@@ -97,7 +97,7 @@ def _wait_for_private_meeting(places: Sequence[Path], identity: str, seconds: fl
 
 
 def _place() -> str:
-    """Where numbers of processes mean the same: a machine, or a container on it."""
+    """Return where numbers of processes mean the same: a machine, or a container on it."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -211,7 +211,7 @@ def _read_secret(run_dir: Path, variables: MutableMapping[str, str]) -> None:
 
 
 def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
-    """What tells this start of the ranks from any other one in the same run directory.
+    """Return what tells this start of the ranks from any other one in the same run directory.
 
     Raises:
         UserError: nothing does, so that ranks could meet those of another start.
@@ -231,9 +231,8 @@ def _identity(env: RankEnv, variables: MutableMapping[str, str]) -> str:
 
 
 def _launcher(env: RankEnv) -> str:
-    """The process that started all ranks of this machine: the nearest ancestor that is no part of a rank itself, such as a
-    shell script around it. MPICH's mpiexec sets no variable that could be used instead. Empty where none is visible.
-    """
+    """Return the process that started all ranks of this machine: the nearest ancestor that is no part of a rank itself, such as
+    a shell script around it. MPICH's mpiexec sets no variable that could be used instead. Empty where none is visible."""
     import psutil
 
     place = {"pmi": "PMI_RANK", "openmpi": "OMPI_COMM_WORLD_RANK", "slurm": "SLURM_PROCID"}.get(env.source, "RANK")

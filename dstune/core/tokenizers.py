@@ -55,7 +55,8 @@ _SECTION = re.compile(r'"(?:normalizer|pre_tokenizer|decoder|post_processor)"\s*
 
 
 def _refuse_growing_file(file: Path) -> None:
-    """Before the library opens it, which already grows the tokens that are listed. Raises UserError."""
+    """Refuse a tokenizer whose file grows, before the library opens it, which already grows the tokens that are listed. Raises
+    UserError."""
     if not file.is_file():
         return  # of the hub, or an older form
     text, end = file.read_text(encoding="utf-8", errors="replace"), 0
@@ -91,7 +92,7 @@ def _check_growth(step: Any, file: Path | str) -> None:
 
 
 def _growth(step: Any) -> int:
-    """How many characters a part of a tokenizer, as its JSON has it, makes of one at most."""
+    """Return how many characters a part of a tokenizer, as its JSON has it, makes of one at most."""
     if isinstance(step, list):
         return _product(map(_growth, step))
     if not isinstance(step, dict):
@@ -110,7 +111,7 @@ def _growth(step: Any) -> int:
 
 
 def _product(factors: Iterable[int]) -> int:
-    """As far as it matters: of a million steps it would have millions of digits."""
+    """Multiply as far as it matters: of a million steps the product would have millions of digits."""
     product = 1
     for factor in factors:
         product *= factor
@@ -120,7 +121,8 @@ def _product(factors: Iterable[int]) -> int:
 
 
 def _texts_of(characters: Any) -> list[str]:
-    """What a map of characters, as sentencepiece writes it, puts in the place of some: behind its trie, each ended by a zero."""
+    """Return what a map of characters, as sentencepiece writes it, puts in the place of some: behind its trie, each ended by a
+    zero."""
     try:
         raw = base64.b64decode(characters)
         return raw[4 + int.from_bytes(raw[:4], "little") :].decode("utf-8", "replace").split("\0")
@@ -129,7 +131,7 @@ def _texts_of(characters: Any) -> list[str]:
 
 
 def _added(step: Any) -> int:
-    """How many tokens a post-processor, as its JSON has it, puts around a text."""
+    """Return how many tokens a post-processor, as its JSON has it, puts around a text."""
     if isinstance(step, list):
         return sum(map(_added, step))
     if not isinstance(step, dict):
@@ -174,7 +176,7 @@ def _named(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _culprit(tokenizer: Any, texts: Any) -> Any:
-    """Of several texts the one on which the library gives up."""
+    """Return of several texts the one on which the library gives up."""
     for text in texts if isinstance(texts, list) and all(isinstance(item, str) for item in texts) else ():
         try:
             tokenizer.backend_tokenizer.encode(text)
