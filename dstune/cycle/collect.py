@@ -78,7 +78,7 @@ def collect(settings: CycleSettings, labels: Sequence[str], used: set[str], *, w
 
 
 def _requests(settings: CycleSettings) -> tuple[list[Conversation], set[str]]:
-    """All requests, and the ids that there still are."""
+    """Return all requests, and the ids that there still are."""
     folder = log_folder(settings.data)
     if folder is not None:
         return read_requests(folder, 0.0, settings.store), recorded_requests(folder, settings.store)
@@ -111,7 +111,7 @@ def _name(value: Any) -> str | None:
 def _row(
     request: Conversation, least_rating: float, labels: Sequence[str], *, writes: bool
 ) -> tuple[str, dict[str, Any] | None]:
-    """The kind and the row; None, and the reason in place of the kind, where it teaches nothing."""
+    """Return the kind and the row; None, and the reason in place of the kind, where it teaches nothing."""
     if not writes:
         label = request.label or request.correction
         if label is None:
@@ -131,13 +131,13 @@ def _row(
 
 
 def _share_of(request: Conversation) -> float:
-    """Where a user (a request, where users are not known) stands between 0 and 1: held-out users stay so in all cycles."""
+    """Return where a user (a request, where users are not known) stands between 0 and 1: held-out users stay so in all cycles."""
     name = request.user or request.digest
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2.0**64
 
 
 def _limited(rows: list[Row], share: float) -> list[Row]:
-    """As many rows as can be, none of the keys with more than its share of them; of few keys each may have an equal one."""
+    """Keep as many rows as can be, none of the keys with more than its share of them; of few keys each may have an equal one."""
     counts = Counter(row.key for row in rows)
     if not rows:
         return rows
@@ -152,7 +152,7 @@ def _limited(rows: list[Row], share: float) -> list[Row]:
 
 
 def _most_per_key(counts: Sequence[int], share: float) -> int:
-    """The largest number of rows of a key that is within its share of what is then left; at least 1."""
+    """Return the largest number of rows of a key that is within its share of what is then left; at least 1."""
     for most in range(max(counts), 1, -1):
         if most <= share * sum(min(count, most) for count in counts):
             return most

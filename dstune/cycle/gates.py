@@ -130,7 +130,7 @@ def _slices(
 
 
 def _steady(rows: Sequence[Row], swaps: Sequence[tuple[str, str]], version: Judge) -> np.ndarray:
-    """Of the rows that have one of the words, 1 where the answer stays when they are exchanged."""
+    """Return 1 where the answer stays when words are exchanged, of the rows that have one of the words."""
     pairs = [(row, swapped) for row in rows if (swapped := swapped_row(row, swaps)) != dict(row)]
     if not pairs:
         return np.zeros(0)

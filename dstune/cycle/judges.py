@@ -58,7 +58,7 @@ def _written(folder: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def _prompt(row: Row) -> Any:
-    """The conversation up to its last question, or the text."""
+    """Return the conversation up to its last question, or the text."""
     messages = row.get("messages")
     if not isinstance(messages, list):
         return "\n".join(asked_texts(row))
@@ -67,7 +67,7 @@ def _prompt(row: Row) -> Any:
 
 
 def _log_probabilities(folder: Path, config: RunConfig, rows: Sequence[Row]) -> np.ndarray:
-    """Mean log-probability of a token of each row's answer, by the sums and masks of training [rows]."""
+    """Return mean log-probability of a token of each row's answer, by the sums and masks of training [rows]."""
     import torch
 
     from dstune.inference.voices import open_speaker

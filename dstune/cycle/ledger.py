@@ -21,7 +21,7 @@ class Ledger:
         self.lines = self._read()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The complete lines; a last one that was cut is removed, so that the next one does not continue it."""
+        """Return the complete lines; a last one that was cut is removed, so that the next one does not continue it."""
         try:
             content = read_file(self._path, LARGEST)
         except FileNotFoundError:

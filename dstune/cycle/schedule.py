@@ -39,7 +39,7 @@ def _cron(words: list[str], settings: CycleSettings) -> str:
 
 
 def _slurm(words: list[str], settings: CycleSettings) -> str:
-    """A job that queues its successor first, so that one that fails does not end the chain."""
+    """Return a job that queues its successor first, so that one that fails does not end the chain."""
     script = shlex.quote(str(settings.folder / NAMES["slurm"]))
     lines = [
         "#!/usr/bin/env bash",
@@ -54,7 +54,7 @@ def _slurm(words: list[str], settings: CycleSettings) -> str:
 
 
 def _databricks(words: list[str], settings: CycleSettings) -> str:
-    """A bundle: `databricks bundle validate`, then `databricks bundle deploy`. The cluster is the user's to choose."""
+    """Return a bundle: `databricks bundle validate`, then `databricks bundle deploy`. The cluster is the user's to choose."""
     job = {
         "name": "dstune-cycle",
         "max_concurrent_runs": 1,

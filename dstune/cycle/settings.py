@@ -128,7 +128,7 @@ def read_settings(path: Path) -> CycleSettings:
 
 
 def _below(base: Path, spec: str) -> str:
-    """Paths are seen from the file's folder, addresses and samples as they are."""
+    """Return paths are seen from the file's folder, addresses and samples as they are."""
     return spec if "://" in spec or Path(spec).is_absolute() else str(base / spec)
 
 
@@ -165,7 +165,7 @@ def _values(content: Mapping[str, Any], kind: Any, prefix: str, problems: list[P
 
 
 def _checked(where: str, kind: str, value: Any, problems: list[Problem]) -> Any:
-    """The value in the type of its field; what cannot be is noted."""
+    """Return the value in the type of its field; what cannot be is noted."""
     name = where.rpartition(".")[2]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if name in RANGES:

@@ -109,7 +109,7 @@ class Cycle:
         return self.settings.folder / VERSIONS / version
 
     def _result(self, step: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the step found: once, whatever is killed behind it."""
+        """Return what the step found: once, whatever is killed behind it."""
         file = self.place / f"{step}.json"
         if not file.is_file():
             self.place.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Cycle:
         return self.settings.folder / ROWS / f"{number:04d}.jsonl"
 
     def _passed_cycles(self) -> list[int]:
-        """Those whose rows are in a version that passed the gates; the rows of others are taken again."""
+        """Return those whose rows are in a version that passed the gates; the rows of others are taken again."""
         return sorted(
             version["cycle"]
             for version in self.registry.versions.values()
@@ -189,7 +189,7 @@ class Cycle:
         return gone
 
     def _forget_copies(self, number: int, remaining: list[Row]) -> None:
-        """The files that a training read from.
+        """Rewrite the files that a training read from.
 
         Their rows and origins are paired by digest, and origins are written last: a kill in between leaves more of them.
         """
@@ -206,7 +206,7 @@ class Cycle:
                     write_rows(lineage, still)
 
     def _ancestry(self, name: str | None) -> list[int]:
-        """The cycles whose rows a version was trained on, the newest first; 0 is the first run."""
+        """Return the cycles whose rows a version was trained on, the newest first; 0 is the first run."""
         cycles: list[int] = []
         while name is not None:
             version = self.registry.versions[name]
@@ -215,14 +215,14 @@ class Cycle:
         return list(dict.fromkeys(cycles))
 
     def _start(self) -> str:
-        """The version to train from: the current one, or its newest ancestor that was trained on no forgotten row."""
+        """Return the version to train from: the current one, or its newest ancestor that was trained on no forgotten row."""
         name = self.registry.current
         while name is not None and self.registry.versions[name].get("holds_forgotten"):
             name = self.registry.versions[name]["parent"]
         return name or FIRST
 
     def _measured(self, parts: Mapping[str, list[dict[str, Any]]]) -> Iterator[Mapping[str, Any]]:
-        """Rows of the first run and of the gates that are measured on."""
+        """Yield rows of the first run and of the gates that are measured on."""
         for part in ("validation", "test"):
             yield from parts.get(part, [])
         for rows in self._test_sets().values():
@@ -231,7 +231,7 @@ class Cycle:
             yield from rows
 
     def _held_out_rows(self) -> list[dict[str, Any]]:
-        """Those of all cycles, each once."""
+        """Return those of all cycles, each once."""
         files_of_rows = sorted((self.settings.folder / ROWS).glob("*.jsonl"))
         rows = {row.digest: row.row for file in files_of_rows for row in load(file) if row.is_held_out}
         return [*rows.values()]
@@ -348,7 +348,7 @@ class Cycle:
 def _without_copies(
     rows: Iterable[dict[str, Any]], removed: set[str], origins: Iterable[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """The rows with as many copies of a removed one as others of `origins` have. removed: digests."""
+    """Yield the rows with as many copies of a removed one as others of `origins` have. removed: digests."""
     copies = Counter(origin["digest"] for origin in origins)
     for row in rows:
         digest = digest_of_row(row)
@@ -360,7 +360,7 @@ def _without_copies(
 
 
 def _file_rows(spec: str) -> list[dict[str, Any]]:
-    """Rows of a file of gates. Raises UserError."""
+    """Return rows of a file of gates. Raises UserError."""
     from dstune.data import sources
 
     rows: Iterable[Any] = (
