@@ -38,7 +38,7 @@ def is_nested(fields: Mapping[str, Any]) -> bool:
 
 
 def _articles(fields: Mapping[str, Any]) -> list[Any] | None:
-    """The articles, paragraphs or questions of an object of SQuAD's form; None where it is of another form."""
+    """Return the articles, paragraphs or questions of an object of SQuAD's form; None where it is of another form."""
     data = fields.get("data")
     articles = data if isinstance(data, list) else [fields]
     pairs = [(article, paragraph) for article in articles for paragraph in _listed(article, "paragraphs", [article])]
@@ -73,7 +73,7 @@ def _is_article(value: Any) -> bool:
 
 
 def _listed(value: Any, key: str, default: Any = None) -> Any:
-    """The list that an object has under `key`."""
+    """Return the list that an object has under `key`."""
     entries = value.get(key) if isinstance(value, dict) else None
     return entries if isinstance(entries, list) else default
 

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _make(job: Job, held_out: np.ndarray, begin: Position, folder: Path) -> None:
-    """The files of the stream are looked for here, so that an error in that is one of the block."""
+    """Make a block. The files of the stream are looked for here, so that an error in that is one of the block."""
     block_builder(job.config, job.tokenizer, begin, held_out, job.shards, job.arguments)(folder)
 
 

@@ -203,7 +203,7 @@ def _remove(path: Path) -> None:
 
 
 def _start(job: Job) -> subprocess.Popen[bytes]:
-    """The preparing process, in the session of this rank so that whoever ends the rank ends it too."""
+    """Return the preparing process, in the session of this rank so that whoever ends the rank ends it too."""
     environment = child_environment() | {
         "CUDA_VISIBLE_DEVICES": ""
     }  # it computes nothing, and a context takes memory of the GPU

@@ -171,7 +171,7 @@ class Builder:
                 )
 
     def _read_all(self, work: Path, bad: BadRows) -> dict[str, dict[str, Table]]:
-        """By part, then by source. Raises UserError where rows are bad, or none is left."""
+        """Read all tables by part, then by source. Raises UserError where rows are bad, or none is left."""
         read = {part: self._read(part, work, bad) for part in self._inputs}
         if sum(table.rows_read for tables in read.values() for table in tables.values()) > ROWS_OF_BOTH_FAULTS:
             bad.raise_if_any()
@@ -206,7 +206,7 @@ class Builder:
     def _clean_and_choose(
         self, read: dict[str, dict[str, Table]], cleaning: Cleaning, work: Path
     ) -> tuple[dict[str, ChosenRows], dict[str, Table]]:
-        """The rows of each part, and the tables that they are in."""
+        """Return the rows of each part, and the tables that they are in."""
         with _no_progress_bars():
             tables = {
                 part: cleaning.rows(part, self._joined(part, tables_of_part, work))
@@ -242,7 +242,7 @@ class Builder:
     def _row_tokenizer(
         self, read: dict[str, Table], tables: dict[str, Table], labels: tuple[str, ...], weights: tuple[float, ...]
     ) -> RowTokenizer:
-        """read: the training rows by source."""
+        """Make the tokenizer of rows. read: the training rows by source."""
         return RowTokenizer(
             self._tokenizer,
             self._config.task,
@@ -282,7 +282,7 @@ class Builder:
         )
 
     def _finish_block(self, folder: Path, chosen: dict[str, ChosenRows]) -> dict[str, Any]:
-        """Where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
+        """Return where the next block starts; the first block also leaves the hashes of what later ones have to leave out."""
         stream = self._inputs["train"][""].stream
         assert stream is not None
         shards = self.refuse_changed_shards()  # while it was read
@@ -342,7 +342,7 @@ def _refuse_no_samples(part: str, counted: dict[str, Any], config: RunConfig) ->
 def _report(
     rows: ChosenRows, counts: Counts, read: dict[str, Table], further_bad_rows: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """What happened to the rows of one part. Rows read and found bad on reading are those of its whole file.
+    """Return what happened to the rows of one part. Rows read and found bad on reading are those of its whole file.
 
     further_bad_rows: the first rows in which tokenization found a fault.
     """
@@ -370,7 +370,7 @@ def _report(
 def _findings(
     report: dict[str, Any], read: dict[str, Table], by_label: dict[str, int], cleaned: Report | None
 ) -> dict[str, Any]:
-    """What a `report` of one part is completed by: columns that look like content and are not read, rows by label, and what
+    """Return what a `report` of one part is completed by: columns that look like content and are not read, rows by label, and what
     cleaning did.
 
     read: as far as the part has files of its own.
@@ -389,7 +389,7 @@ def _findings(
 
 
 def _unread(read: dict[str, Table]) -> dict[str, int]:
-    """By column that looks like content and is not read, the rows of a part in which it holds something."""
+    """Return by column that looks like content and is not read the rows of a part in which it holds something."""
     counted: Counter[str] = Counter()
     for table in read.values():
         counted.update(table.unread)
@@ -398,7 +398,7 @@ def _unread(read: dict[str, Table]) -> dict[str, int]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """`datasets` draws bars on stderr, where they would end up in the log of every rank."""
+    """Switch off the bars that `datasets` draws on stderr, where they would end up in the log of every rank."""
     formatted = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:

@@ -103,7 +103,7 @@ def collate(
 
 
 def _targets(targets: list[np.ndarray]) -> np.ndarray:
-    """Labels of a decoder beside an encoder, int64 [rows, longest target rounded up]."""
+    """Return labels of a decoder beside an encoder, int64 [rows, longest target rounded up]."""
     width = -(-max(map(len, targets)) // PAD_MULTIPLE) * PAD_MULTIPLE
     labels = np.full((len(targets), width), NO_TARGET, dtype=np.int64)
     for number, target in enumerate(targets):
@@ -117,7 +117,7 @@ def _only(row: Any) -> Any:
 
 
 def _of_rows(samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """What ROW_COLUMNS names, of the samples that have it."""
+    """Return what ROW_COLUMNS names, of the samples that have it."""
     arrays = {}
     for name, array_name in ROW_COLUMNS.items():
         if name in samples[0]:

@@ -217,7 +217,7 @@ class ControlTokens:
         return self._without_added_tokens(text)
 
     def _as_text(self, text: str) -> list[int]:
-        """Tokens of the characters of a control token."""
+        """Return tokens of the characters of a control token."""
         for cut in range(len(text)):  # in one piece if possible
             ids = [*self._without_added_tokens(text[:cut]), *self._without_added_tokens(text[cut:])]
             # A model can have the whole string in its own vocabulary (`</s>` of SentencePiece).
@@ -226,7 +226,7 @@ class ControlTokens:
         return sorted(self._unknown)
 
     def _without_added_tokens(self, text: str) -> list[int]:
-        """Tokens of `text` by the tokenizer's pipeline behind the search for added tokens."""
+        """Return tokens of `text` by the tokenizer's pipeline behind the search for added tokens."""
         if not text:
             return []
         backend = self._tokenizer.backend_tokenizer
@@ -240,13 +240,13 @@ class ControlTokens:
 
 
 def _is_tag(text: str, added: Collection[str]) -> bool:
-    """Whether a token is one of a pair such as `<think>` and `</think>`."""
+    """Return whether a token is one of a pair such as `<think>` and `</think>`."""
     other = text.replace("</", "<", 1) if text.startswith("</") else text.replace("<", "</", 1)
     return text.startswith("<") and text.endswith(">") and other in added
 
 
 def _rendered(tokenizer: Any) -> str:
-    """A conversation as the chat template prints it, or nothing."""
+    """Return a conversation as the chat template prints it, or nothing."""
     if not tokenizer.chat_template:
         return ""
     try:
@@ -269,7 +269,7 @@ def _strings(value: Any, names: Collection[str] = NO_TEXT) -> Iterator[str]:
 
 
 def _contents_in_parts(value: Any) -> Iterator[list[str]]:
-    """The texts of each list of text parts in a value."""
+    """Yield the texts of each list of text parts in a value."""
     if isinstance(value, dict):
         for item in value.values():
             yield from _contents_in_parts(item)
@@ -282,7 +282,7 @@ def _contents_in_parts(value: Any) -> Iterator[list[str]]:
 
 
 def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
-    """A match of `pattern` over the edge of two parts, as templates put them together; empty if there is none."""
+    """Return a match of `pattern` over the edge of two parts, as templates put them together; empty if there is none."""
     for texts in (parts, [part.strip() for part in parts]):
         edges, place = [], 0
         for text in texts:
@@ -295,7 +295,7 @@ def _across(pattern: re.Pattern[str], parts: Sequence[str]) -> str:
 
 
 def _is_name(key: str, value: Any, names: Collection[str]) -> bool:
-    """Whether a value is no text: in a column that is among `names`, or the role of a message."""
+    """Return whether a value is no text: in a column that is among `names`, or the role of a message."""
     return key in names or (key == "role" and value in ROLES)
 
 

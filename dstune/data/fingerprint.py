@@ -90,7 +90,7 @@ def fingerprint(config: RunConfig, tokenizer: Any, inputs: Inputs) -> str:
 
 
 def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[str, Any]:
-    """What turns images into text and inputs, of a model that sees, and where relative paths of images begin."""
+    """Return what turns images into text and inputs, of a model that sees, and where relative paths of images begin."""
     vision = vision_of(tokenizer)
     if vision is None or not vision.has_processor:
         return {}
@@ -106,7 +106,7 @@ def _vision_digest(config: RunConfig, tokenizer: Any, inputs: Inputs) -> dict[st
 
 
 def _code(config: RunConfig) -> list[Path]:
-    """Files whose code makes the samples: those of this package, and of the rooms of the run's tasks and their formats."""
+    """Return files whose code makes the samples: those of this package, and of the rooms of the run's tasks and their formats."""
     tasks = [task_of(task) for task in (config.task, *tasks_of(config).values())]
     classes = {type(task) for task in tasks} | {ROW_FORMATS[name] for task in tasks for name in task.formats}
     files = set(Path(__file__).parent.rglob("*.py"))
@@ -126,7 +126,7 @@ def _augment_digest(config: RunConfig) -> list[Any]:
 
 
 def _rows_digest(source: Input) -> list[Any]:
-    """What tells the rows of a source: the bytes of its files, or for a stream what its first block depends on."""
+    """Return what tells the rows of a source: the bytes of its files, or for a stream what its first block depends on."""
     if source.stream is None:
         return [sources.fingerprint(file) for file in source.files]
     return [source.stream.identity(), source.config.trainer.seed, source.config.data.stream_rows]

@@ -109,7 +109,8 @@ def recognise(
 
 
 def _suggestion(nearest: Sequence[str], mapping: Mapping[str, str], columns: Collection[str]) -> str:
-    """What `data.columns` may say so that one of the `nearest` formats reads these columns: one that leaves out the least."""
+    """Return what `data.columns` may say so that one of the `nearest` formats reads these columns: one that leaves out the
+    least."""
     suggested = {name: ROW_FORMATS[name]().candidates(list(columns), mapping) for name in nearest}
     good_names = [name for name in nearest if len(suggested[name]) >= len(_missing(name, mapping, columns))]
     suggestions = []
@@ -190,14 +191,14 @@ def _check_mapped(
 
 
 def _mapping(key: str, mapping: Mapping[str, str]) -> str:
-    """The mapping as it is typed in a shell, without quotes inside of quotes."""
+    """Return the mapping as it is typed in a shell, without quotes inside of quotes."""
     if all(column.replace("_", "").isalnum() and column.isascii() for column in mapping.values()):
         return f"'{key}={{{', '.join(f'{role}: {column}' for role, column in mapping.items())}}}'"
     return " ".join(shlex.quote(f"{key}.{role}={column}") for role, column in mapping.items())
 
 
 def _other_task(columns: Collection[str]) -> str:
-    """The tasks that read the format which needs the most of these columns, and what else has to be set for it."""
+    """Return the tasks that read the format which needs the most of these columns, and what else has to be set for it."""
     formats: dict[str, list[str]] = defaultdict(list)
     for name, cls in TASKS.classes().items():
         task = cls(cls.Config())

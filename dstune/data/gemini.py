@@ -79,7 +79,7 @@ def _tool(declaration: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(schema: Any, *, names: bool = False) -> Any:
-    """A schema with its types in lower case, as JSON Schema has them. names: its keys are names of arguments."""
+    """Return a schema with its types in lower case, as JSON Schema has them. names: its keys are names of arguments."""
     if isinstance(schema, list):
         return [_schema(item) for item in schema]
     if not isinstance(schema, dict):
@@ -123,7 +123,7 @@ def _messages_of(number: int, content: Any) -> list[Message]:
 
 
 def _part(number: int, role: str, part: Any) -> tuple[str, dict[str, Any]]:
-    """What a part holds, and the part (of a result the message) that stands for it in OpenAI's form. Raises RowError."""
+    """Return what a part holds, and the part (of a result the message) that stands for it in OpenAI's form. Raises RowError."""
     keys = [key for key in part if key not in (*NO_CONTENT, "thought")] if isinstance(part, dict) else []
     if set(keys) & set(MEDIA):
         raise RowError(

@@ -150,7 +150,7 @@ def numbers_on_disk(column: pa.ChunkedArray, file: Path) -> np.ndarray:
 def _report(
     files: list[sources.DataFile], rows: Iterable[tuple[int, sources.RawRow]]
 ) -> Iterator[tuple[int, sources.RawRow]]:
-    """`rows`, with a report of how many there were every thousand rows."""
+    """Yield `rows`, with a report of how many there were every thousand rows."""
     further = f" and {len(files) - 1} more files" if len(files) > 1 else ""
     for count, row in enumerate(rows, 1):
         if count % ROWS_PER_BATCH == 0:
@@ -203,7 +203,7 @@ class _Reader:
             yield _batch(waiting)
 
     def _check(self, raw: sources.RawRow) -> tuple[str, int, str | None]:
-        """The row as JSON text, its hash and its label. Raises RowError."""
+        """Bring the row into its shape; return it as JSON text, its hash and its label. Raises RowError."""
         if raw.fields is None:
             raise RowError(raw.error)
         mapping, format_name = self._data.columns, self._data.format
@@ -225,8 +225,8 @@ class _Reader:
         return json_text(row), row_hash, label
 
     def _recognise(self, raw: sources.RawRow) -> str:
-        """The format of a row that can be read. Raises RowError for one of the first rows that has no format of this task, as
-        long as a later one may have; UserError where none of them has."""
+        """Return the format of a row that can be read. Raises RowError for one of the first rows that has no format of this
+        task, as long as a later one may have; UserError where none of them has."""
         assert raw.fields is not None
         try:
             return recognise(raw.fields, self._data.columns, self._data.format, self._task, raw.place)

@@ -48,8 +48,8 @@ def _alike(names: Mapping[str, int]) -> Iterator[str]:
 
 
 def _candidates(names: Collection[str]) -> list[tuple[str, str]]:
-    """Pairs that may differ by one edit, in their order: both give the same text when one character is left out. Not all pairs:
-    there may be thousands of labels."""
+    """Return pairs that may differ by one edit, in their order: both give the same text when one character is left out. Not all
+    pairs: there may be thousands of labels."""
     by_text: dict[str, list[str]] = defaultdict(list)
     for name in names:
         compact = "".join(_WORDS.split(unicodedata.normalize("NFKC", name).casefold()))
@@ -63,7 +63,7 @@ def _rows(count: int) -> str:
 
 
 def _difference(first: str, second: str) -> str:
-    """By what the two differ, where that is little; empty where it is more."""
+    """Return by what the two differ, where that is little; empty where it is more."""
     first_name, second_name = (unicodedata.normalize("NFKC", name) for name in (first, second))
     if first_name.casefold() == second_name.casefold():
         return "case" if first_name != second_name else "the form of a character"
@@ -77,8 +77,8 @@ def _difference(first: str, second: str) -> str:
 
 
 def _is_slip(first: str, second: str) -> bool:
-    """Whether one letter too many, too few, another one, or two in the wrong order make `second` of `first`; another number, as
-    in `class10`, is no slip."""
+    """Return whether one letter too many, too few, another one, or two in the wrong order make `second` of `first`; another
+    number, as in `class10`, is no slip."""
     if min(len(first), len(second)) < SHORTEST or any(letter.isdigit() for letter in first + second):
         return False
     short, long = sorted((first, second), key=len)

@@ -97,6 +97,6 @@ def class_weights(config: RunConfig, labels: tuple[str, ...], train: ChosenRows)
 
 
 def _unknown(row: str, labels: tuple[str, ...], several: bool) -> str | None:
-    """The first label of a row that is not among `labels`."""
+    """Return the first label of a row that is not among `labels`."""
     names = json.loads(row) if several else [str(row)]
     return next((name for name in names if name not in labels), None)

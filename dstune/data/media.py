@@ -74,7 +74,7 @@ def refuse_markers(row: Mapping[str, Any]) -> None:
 
 
 def _texts(content: Any) -> list[str]:
-    """The texts of a message's content."""
+    """Return the texts of a message's content."""
     return [part.get("text", "") for part in content] if isinstance(content, list) else [content or ""]
 
 

@@ -172,8 +172,8 @@ def _text(number: int, role: str, content: Any) -> str:
 
 
 def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> Content | None:
-    """The text of a content that is given in parts, or its parts if several hold text; reasoning and calls among them become
-    fields of `message`."""
+    """Return the text of a content that is given in parts, or its parts if several hold text; reasoning and calls among them
+    become fields of `message`."""
     parts_by_kind: dict[str, list[Any]] = {kind: [] for kind in ORDER}
     last = 0
     for part in parts:
@@ -210,7 +210,7 @@ def _from_parts(number: int, role: str, parts: list[Any], message: Message) -> C
 
 
 def _image(number: int, role: str, part: Any, of_media: str) -> dict[str, Any]:
-    """The part of an image (`images.places`). Raises RowError for audio and video, and where the assistant has it."""
+    """Return the part of an image (`images.places`). Raises RowError for audio and video, and where the assistant has it."""
     if of_media != "an image":
         raise RowError(f"message {number} ({role}) holds {of_media}; {media.UNREAD}")
     if role not in SPEAKERS:
@@ -249,7 +249,7 @@ def _weight(number: int, role: str, message: Message) -> int:
 
 
 def _calls(number: int, name: str, role: str, message: Message, content: Any) -> list[dict[str, Any]]:
-    """The tool calls of a message, each `{type: function, function: {name, arguments}}` with arguments as an object."""
+    """Return the tool calls of a message, each `{type: function, function: {name, arguments}}` with arguments as an object."""
     complaint = f"message {number}: tool_calls are not JSON"
     if name in NAMES_OF_CALLS:  # ShareGPT: a turn that is the call, as JSON text
         value = from_json(content, f"message {number} ({name}) is not JSON") if isinstance(content, str) else content

@@ -84,14 +84,15 @@ def is_list_of_messages(value: Any) -> bool:
 
 
 def _from_lists(columns: dict[str, list[Any]], column: str) -> list[dict[str, Any]]:
-    """The messages of an object of lists, which is how `Sequence` of `datasets` stores a list of objects. Raises RowError."""
+    """Return the messages of an object of lists, which is how `Sequence` of `datasets` stores a list of objects. Raises
+    RowError."""
     if len({len(items) for items in columns.values()}) > 1:
         raise RowError(f"column {column!r} has lists of different lengths: {', '.join(columns)}")
     return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
 
 
 def _with_calls(message: Message, call: Message, number: int) -> Message:
-    """`message` of the assistant and the call behind it (ms-swift), which is a part of the same turn. Raises RowError."""
+    """Return `message` of the assistant and the call behind it (ms-swift), which is a part of the same turn. Raises RowError."""
     for key in ("weight", *REASONING_KEYS):
         if call.get(key) != message.get(key) and (key in call or key == "weight"):
             raise RowError(f"message {number} calls a tool in the turn of the message before it, and has another {key}")
@@ -99,7 +100,7 @@ def _with_calls(message: Message, call: Message, number: int) -> Message:
 
 
 def _of_exchange(item: Any) -> list[Any]:
-    """The messages of `{human, assistant}`; anything else as it is."""
+    """Return the messages of `{human, assistant}`; anything else as it is."""
     if not isinstance(item, dict) or "role" in item or "from" in item:
         return [item]
     exchange = without_none(item)
@@ -220,15 +221,15 @@ def tools_of(value: Any) -> list[dict[str, Any]]:
 
 
 def _without_absent(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`tools` without keys that are null and say nothing. A default that is null says something, unless null stands in these
-    schemas where JSON Schema has none: then they were in a table once, which gives each object the keys of all."""
+    """Return `tools` without keys that are null and say nothing. A default that is null says something, unless null stands in
+    these schemas where JSON Schema has none: then they were in a table once, which gives each object the keys of all."""
     tools_without_null = [_without_null_keywords(tool) for tool in tools]
     from_table = [_parameters(tool) for tool in tools_without_null] != [_parameters(tool) for tool in tools]
     return [without_none(tool) for tool in tools] if from_table else tools_without_null
 
 
 def _without_null_keywords(schema: Any, *, names: bool = False) -> Any:
-    """`schema` without keys that are null where JSON Schema has none. names: its keys are names of arguments."""
+    """Return `schema` without keys that are null where JSON Schema has none. names: its keys are names of arguments."""
     if isinstance(schema, list):
         return [_without_null_keywords(item) for item in schema]
     if not isinstance(schema, dict):

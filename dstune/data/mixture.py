@@ -85,7 +85,7 @@ def capped(hashes: np.ndarray, max_rows: int | None) -> np.ndarray:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a permutation of the 64-bit numbers, uint64 [rows]."""
+    """Return the finalizer of SplitMix64 (Steele, Lea and Flood 2014): a permutation of the 64-bit numbers, uint64 [rows]."""
     mixed = hashes.copy()
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed ^= mixed >> np.uint64(shift)

@@ -19,6 +19,6 @@ def joined(templates: Mapping[str, str]) -> str:
 
 
 def _within(template: str) -> str:
-    """`template` between two blocks. An expression keeps the white space that blocks would remove; of the end of a template Jinja
-    itself removes one line break."""
+    """Return `template` between two blocks. An expression keeps the white space that blocks would remove; of the end of a
+    template Jinja itself removes one line break."""
     return f"{{{{ '' }}}}{template.removesuffix(chr(10))}{{{{ '' }}}}"

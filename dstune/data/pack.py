@@ -70,12 +70,12 @@ class _StartedRows:
         self._rows: dict[int, list[int]] = {}
 
     def tightest(self, length: int) -> int | None:
-        """The smallest room that holds `length` tokens."""
+        """Return the smallest room that holds `length` tokens."""
         at = bisect_left(self._rooms, length)
         return self._rooms[at] if at < len(self._rooms) else None
 
     def take(self, room: int, count: int) -> list[int]:
-        """Up to `count` rows with this room, which are here no longer."""
+        """Return up to `count` rows with this room, which are here no longer."""
         waiting = self._rows[room]
         taken = waiting[-count:]
         del waiting[-len(taken) :]

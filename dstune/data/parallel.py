@@ -80,8 +80,8 @@ def _rows_per_batch(rows: datasets.Dataset) -> int:
 
 @contextmanager
 def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
-    """Threads inside the tokenizer, or processes around it, but not both: they would fight for the same cores (and
-    a process forked after the threads started would wait for them for ever)."""
+    """Let either threads work inside the tokenizer, or processes around it, but not both: they would fight for the same cores
+    (and a process forked after the threads started would wait for them for ever)."""
     name = "TOKENIZERS_PARALLELISM"
     value_before = os.environ.get(name)
     os.environ[name] = "true" if enabled else "false"
@@ -96,8 +96,8 @@ def _tokenizer_threads(*, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def _objects_left_alone() -> Iterator[None]:
-    """The garbage collector passes over the objects that there are: a full collection in a forked process would write to all of
-    them, and so copy the pages that it shares with this one (120 MiB a process, after some 100,000 rows)."""
+    """Let the garbage collector pass over the objects that there are: a full collection in a forked process would write to all
+    of them, and so copy the pages that it shares with this one (120 MiB a process, after some 100,000 rows)."""
     gc.freeze()
     try:
         yield
@@ -106,7 +106,7 @@ def _objects_left_alone() -> Iterator[None]:
 
 
 def _use_one_thread() -> None:
-    """Has torch compute in this thread alone: a forked process would wait for ever for threads that OpenMP started before the
+    """Let torch compute in this thread alone: a forked process would wait for ever for threads that OpenMP started before the
     fork, as soon as an image is scaled."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() > 1:
@@ -137,7 +137,7 @@ class _Tallied:
 
 @contextmanager
 def _report(doing: str, tally: Path, rows: int) -> Iterator[None]:
-    """Reports every second how many of the rows are done."""
+    """Report every second how many of the rows are done."""
     over = threading.Event()
     tally.touch()
 

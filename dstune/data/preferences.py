@@ -126,7 +126,7 @@ def as_chat(row: Row, answer: str) -> Row:
 
 
 def _conversations(prompt: Any, answers: dict[str, Any], system: str) -> Row:
-    """The pair with prompt and answers as messages."""
+    """Return the pair with prompt and answers as messages."""
     answered = {
         name: exchange("", answer)[1:] if isinstance(answer, str) else answer for name, answer in answers.items()
     }
@@ -183,7 +183,7 @@ def _words(text: str) -> str:
 
 
 def _common(first: list[Message], second: list[Message]) -> int:
-    """How many messages the two have in common at the start."""
+    """Return how many messages the two have in common at the start."""
     for count, (first_item, second_item) in enumerate(zip(first, second, strict=False)):
         if first_item != second_item:
             return count

@@ -66,7 +66,7 @@ def _from_source(sources: SourcePrompts, row: dict[str, Any]) -> SamplePrompt | 
 
 
 def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None:
-    """The turns up to the assistant's first one, or to the last one of a prompt without an answer."""
+    """Return the turns up to the assistant's first one, or to the last one of a prompt without an answer."""
     if "columns" in row:
         return _from_prompt(encode, row)
     messages = conversation(row)
@@ -92,7 +92,7 @@ def _from_chat(encode: RowTokenizer, row: dict[str, Any]) -> SamplePrompt | None
 def _with_images(
     encode: RowTokenizer, row: dict[str, Any], requested: list[dict[str, Any]], shown: SamplePrompt
 ) -> SamplePrompt | None:
-    """The prompt of a row with images: what its first sample holds in front of the first target, text and images."""
+    """Return the prompt of a row with images: what its first sample holds in front of the first target, text and images."""
     sample = encode.samples([row], [0])[0]
     targets = np.flatnonzero(sample.labels != NO_TARGET)
     if sample.problem or not len(targets) or encode.trains_on_prompt:

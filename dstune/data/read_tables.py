@@ -73,7 +73,7 @@ def within_memory(batches: Iterable[Any], most: float | None = None) -> Iterator
 
 
 def _batches(source: Any) -> tuple[Any, Iterable[Any]]:
-    """Schema and batches of an open Arrow file or stream."""
+    """Return schema and batches of an open Arrow file or stream."""
     import pyarrow as pa
 
     start = source.read(6)
@@ -116,7 +116,7 @@ def _too_much(file: DataFile, need: str, error: TooMuch) -> UserError:
 
 
 def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, skip: int = 0) -> Iterator[RawRow]:
-    """The rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
+    """Yield the rows of `batches` behind the first `skip` rows of the file, of which `number` come before `batches`."""
     refuse_doubled(schema.names, str(file))
     classes = _class_names(schema)
     nested = {field.name: value_of for field in schema if (value_of := _value_of(field.type))}
@@ -140,7 +140,7 @@ def _rows(file: DataFile, schema: Any, batches: Iterable[Any], number: int = 0, 
 
 
 def _values(part: Any) -> Iterator[tuple[Any, str]]:
-    """The rows of a batch as Python's values, or why one has none."""
+    """Yield the rows of a batch as Python's values, or why one has none."""
     shares = any(_shares(column.type) for column in _unfolded(part.slice(0, 0)).columns)
     if not shares:
         try:
@@ -168,8 +168,8 @@ def _values(part: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _unfolded(part: Any) -> Any:
-    """`part`, whose columns have a value of their own for each row where rows share them: a dictionary or a view of a few bytes
-    may stand for gigabytes."""
+    """Return `part`, whose columns have a value of their own for each row where rows share them: a dictionary or a view of a few
+    bytes may stand for gigabytes."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -186,7 +186,7 @@ def _unfolded(part: Any) -> Any:
 
 
 def _shares(kind: Any) -> bool:
-    """Whether values of a type of Arrow may share parts."""
+    """Return whether values of a type of Arrow may share parts."""
     import pyarrow as pa
 
     type_checks = (
@@ -200,7 +200,7 @@ def _shares(kind: Any) -> bool:
 
 
 def _length(value: Any) -> int:
-    """Characters and bytes in a value."""
+    """Return characters and bytes in a value."""
     if isinstance(value, dict):
         return sum(map(_length, value.values()))
     if isinstance(value, list | tuple):
@@ -213,7 +213,7 @@ def _bytes(part: Any) -> int:
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Names of the values of columns that `datasets` stores as numbers with names (`ClassLabel`, or lists of it)."""
+    """Return names of the values of columns that `datasets` stores as numbers with names (`ClassLabel`, or lists of it)."""
     if b"huggingface" not in (schema.metadata or {}):
         return {}
     import datasets
@@ -236,7 +236,7 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 
 def _value_of(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes of a value of this type, as pyarrow gives it, what a row of JSON would hold; None where it is that already.
+    """Return what makes of a value of this type, as pyarrow gives it, what a row of JSON would hold; None where it is that already.
 
     A table gives each object the keys of all, so that a null of an object is a key that was absent. In JSON and in a map it
     is what somebody wrote.
@@ -261,7 +261,7 @@ def _value_of(kind: Any) -> Callable[[Any], Any] | None:
 
 
 def _time_of(kind: Any) -> Callable[[Any], str] | None:
-    """What writes a date or a time that a message holds as JSON has it."""
+    """Return what writes a date or a time that a message holds as JSON has it."""
     import pyarrow as pa
 
     is_time = pa.types.is_date(kind) or pa.types.is_timestamp(kind) or pa.types.is_time(kind)
@@ -273,7 +273,7 @@ def _same(value: Any) -> Any:
 
 
 def _parsed(text: Any) -> Any:
-    """The value of JSON text; what is no JSON stays as it is."""
+    """Return the value of JSON text; what is no JSON stays as it is."""
     try:
         return parse_json(text) if isinstance(text, str) else text
     except ValueError:

@@ -62,7 +62,7 @@ def read_jsonl(file: DataFile) -> Iterator[RawRow]:
 
 
 def _row_of_json(file: DataFile, number: int, raw: bytes) -> RawRow | None:
-    """The row of a line; None where it is blank."""
+    """Return the row of a line; None where it is blank."""
     # Without the end of the line, which would count as a column and as the start of another line.
     raw = _line(number, raw)
     if not raw or raw.isspace():
@@ -82,7 +82,7 @@ def _too_long(file: DataFile, number: int) -> RawRow:
 
 
 def _line(number: int, raw: bytes) -> bytes:
-    """A line without its end and, in front of the first one, without a byte order mark."""
+    """Return a line without its end and, in front of the first one, without a byte order mark."""
     return (raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw).rstrip(b"\r\n")
 
 
@@ -166,7 +166,7 @@ def _array(file: DataFile, text: str, position: int) -> Iterator[RawRow]:
 
 
 def _objects(file: DataFile, text: str) -> Iterator[RawRow]:
-    """Objects over several lines each, with nothing but white space between them."""
+    """Yield objects over several lines each, with nothing but white space between them."""
     line, counted, position = 1, 0, _skip_space(text, 0)
     while position < len(text):
         line, counted = line + text.count("\n", counted, position), position
@@ -184,7 +184,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
 def _row_at(file: DataFile, line: int, text: str, start: int) -> tuple[RawRow, int]:
-    """The row that begins at a place of `text`, and where it ends. Raises JSONDecodeError where that cannot be told."""
+    """Return the row that begins at a place of `text`, and where it ends. Raises JSONDecodeError where that cannot be told."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         check_depth(text, start, end)
@@ -280,7 +280,7 @@ class _CsvLines:
         """Of the line that was taken last, from 1."""
 
     def peek(self) -> str:
-        """The first line, which is taken by the next call as well."""
+        """Return the first line, which is taken by the next call as well."""
         self._peeked = self._text.readline(MAX_ROW_BYTES)
         return self._peeked
 
@@ -349,7 +349,8 @@ def read_text(file: DataFile) -> Iterator[RawRow]:
 
 
 def _within_a_row(lines: Iterable[bytes | None]) -> Iterator[bytes | None]:
-    """`lines` of one row as far as they are not too long for it together: then None follows, and the others are passed over."""
+    """Yield `lines` of one row as far as they are not too long for it together: then None follows, and the others are passed
+    over."""
     total = 0
     for line in lines:
         total += MAX_ROW_BYTES + 1 if line is None else len(line) + 1

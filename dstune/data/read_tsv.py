@@ -70,7 +70,7 @@ class _Ahead:
             yield line
 
     def quoted_row(self, text: str, width: int) -> list[str] | None:
-        """The fields, still quoted, of the row that begins with the line `text`, if quotes make it a row of `width` fields.
+        """Return the fields, still quoted, of the row that begins with the line `text`, if quotes make it a row of `width` fields.
 
         A line that is a row without its quotes takes no other row in.
         """
@@ -94,7 +94,7 @@ class _Ahead:
         return [_quoted(field) for field in rows[0]]
 
     def _peek(self, index: int) -> str | None:
-        """The line `index` lines behind the next one; None where there is none, or it is no text."""
+        """Return the line `index` lines behind the next one; None where there is none, or it is no text."""
         while len(self._seen) <= index:
             line = next(self._lines, None)
             if line is None:
@@ -113,7 +113,7 @@ def _quoted(field: str) -> str:
 
 
 def _unquoted(field: str) -> str:
-    """The text of a field in quotes; a field whose quotes are text stays as it is."""
+    """Return the text of a field in quotes; a field whose quotes are text stays as it is."""
     inner = field[1:-1]
     is_quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
     return inner.replace('""', '"') if is_quoted else field

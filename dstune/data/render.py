@@ -213,7 +213,7 @@ class ChatRenderer:
             raise RenderError("".join([str(error), *(f"; {fix}" for fix in fixes)])) from None
 
     def _fixes_of_refusal(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """What to do where the template refuses a conversation: put the system text elsewhere, or take another template."""
+        """Return what to do where the template refuses a conversation: put the system text elsewhere, or take another template."""
         fixes = []
         first, *other_messages = messages
         if first["role"] == "system" and other_messages and isinstance(other_messages[0].get("content"), str):
@@ -270,7 +270,7 @@ class ChatRenderer:
         return [passage for passage in found_passages if passage.places]
 
     def _moved_marks(self, messages: Messages, turn: Turn, **options: Any) -> list[Span]:
-        """The marks of a text that is P with what F adds: those of P, and those of F from there on."""
+        """Return the marks of a text that is P with what F adds: those of P, and those of F from there on."""
         assert turn.moved is not None
         asked = self._template.marks(messages[:-1], prompt=True, **options)
         shown = ((start + turn.moved, end + turn.moved) for start, end in self._template.marks(messages, **options))
@@ -339,7 +339,7 @@ class ChatRenderer:
         return sum(self._hides(message) and number not in trained for number, message in enumerate(messages))
 
     def _hides(self, message: Mapping[str, Any]) -> bool:
-        """Whether the template drops the reasoning of a message, which stands in a field of its own."""
+        """Return whether the template drops the reasoning of a message, which stands in a field of its own."""
         return reasoning_of(message) is not None and bool(message.get("tool_calls")) not in self.facts.reasons_in
 
     def _turn(
@@ -351,7 +351,8 @@ class ChatRenderer:
         render: Render,
         expected: Mapping[str, Any] | None = None,
     ) -> Turn | None:
-        """The turn, or nothing if no context that renders precedes it. expected: what it has to say, as `expected` gives it."""
+        """Return the turn, or nothing if no context that renders precedes it. expected: what it has to say, as `expected` gives
+        it."""
         message = adapted[number]
         arguments = self.arguments_for(message, row)
         if not number:
@@ -386,8 +387,8 @@ class ChatRenderer:
         return turn
 
     def _packaged_fix(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any]) -> list[str]:
-        """What to set where the packaged template of the family prints all that the assistant says, and the last of `messages`
-        behind its prompt."""
+        """Return what to set where the packaged template of the family prints all that the assistant says, and the last of
+        `messages` behind its prompt."""
         if self._packaged is None:
             return []
         text = template_path(self._packaged).read_text(encoding="utf-8")
@@ -402,7 +403,7 @@ class ChatRenderer:
         return [f"model.chat_template={self._packaged} fixes it"] if prints else []
 
     def _mended(self, messages: Messages, tools: Tools | None, arguments: Mapping[str, Any], prompt: str) -> str:
-        """What makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
+        """Return what makes the prompt of the last of `messages` a beginning of the conversation, as far as it is known."""
         fixes = []
         if is_open(prompt) and not has_reasoning(messages[-1]):
             fixes.append("the prompt asks for reasoning, which this turn does not have: give it as reasoning_content")
@@ -438,7 +439,7 @@ class ChatRenderer:
     def _scored(
         self, adapted: Messages, tools: Tools | None, row: Mapping[str, Any] | None, trained: list[int]
     ) -> Passage:
-        """The whole conversation; what counts of it begins where the first answer to be scored does."""
+        """Return the whole conversation; what counts of it begins where the first answer to be scored does."""
         arguments = self.arguments_for(adapted[trained[-1]] if trained else {}, row)
         text = self._template.text(adapted, tools=tools, arguments=arguments)
         if not trained:
@@ -458,8 +459,8 @@ class ChatRenderer:
         return messages
 
     def _with_inline_reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
-        """`message` with its reasoning at the beginning of its content, where the template prints it there and has no field for
-        it."""
+        """Return `message` with its reasoning at the beginning of its content, where the template prints it there and has no
+        field for it."""
         reasoning = reasoning_of(message) if message["role"] == "assistant" else None
         calls = bool(message.get("tool_calls"))
         if (
@@ -489,7 +490,8 @@ class ChatRenderer:
         )
 
     def _inline_marks(self) -> tuple[str, str] | None:
-        """The marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are known."""
+        """Return the marks between which `task.reasoning=inline` writes. Raises UserError where it needs some and none are
+        known."""
         if len(self.choice.reasoning_marks) == 2 and all(self.choice.reasoning_marks):
             opening, closing = self.choice.reasoning_marks
             return opening, closing
@@ -569,7 +571,7 @@ class ChatRenderer:
 
 
 def _is_described(tool: Mapping[str, Any]) -> bool:
-    """Whether a schema says what its tool does or takes."""
+    """Return whether a schema says what its tool does or takes."""
     function = tool.get("function", tool)
     parameters = function.get("parameters") or {}
     return bool(function.get("description") or parameters.get("properties"))

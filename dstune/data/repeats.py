@@ -46,6 +46,6 @@ class Repeats:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _order(self, source: int, number: int) -> np.ndarray:
-        """The samples of a source in the order of its pass `number`."""
+        """Return the samples of a source in the order of its pass `number`."""
         generator = np.random.MT19937(np.random.SeedSequence([self._seed, source, number]))
         return self._members[source][np.random.RandomState(generator).permutation(len(self._members[source]))]

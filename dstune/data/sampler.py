@@ -191,7 +191,7 @@ class TrainingOrder:
         return _Plan(epoch, shuffled, np.arange(len(shuffled) + 1))
 
     def _grouped(self, shuffled: np.ndarray, random: np.random.RandomState) -> np.ndarray:
-        """Samples in an order in which each micro-batch holds similar lengths.
+        """Return samples in an order in which each micro-batch holds similar lengths.
 
         The epoch is laid out as slots of one micro-batch each. Slots in random order take bucket after bucket of the
         shuffled samples, sorted by length, so which lengths come when stays random.

@@ -92,7 +92,7 @@ def count(file: DataFile) -> int:
 
 @lru_cache(maxsize=1024)
 def _count(file: DataFile, changed: int) -> int:
-    """changed: when the file was written last."""
+    """Count the rows of a file. changed: when the file was written last."""
     if file.ending in (".jsonl", ".ndjson") and not _holds_articles(file, changed):
         with opened(file) as stream:
             return sum(line is None or bool(line.strip()) for _, line in lines_of(stream))
@@ -108,7 +108,7 @@ def has_lines(file: DataFile) -> bool:
 
 @lru_cache(maxsize=1024)
 def _holds_articles(file: DataFile, changed: int) -> bool:
-    """Whether the first line is several rows. changed: when the file was written last."""
+    """Return whether the first line is several rows. changed: when the file was written last."""
     first = next(iter(Lines(file)), None)
     return first is not None and is_nested(first.fields or {})
 
@@ -196,7 +196,7 @@ def registered_source(spec: str | None) -> object:
 
 
 def _local(spec: str) -> tuple[Path, str | None]:
-    """The path that `spec` names and, behind a colon, splits or slices."""
+    """Return the path that `spec` names and, behind a colon, splits or slices."""
     path = Path(spec).expanduser()
     if os.path.exists(path):  # not `Path.exists`, which raises where the name is too long
         return path, None
@@ -209,7 +209,7 @@ def _local(spec: str) -> tuple[Path, str | None]:
 
 
 def _paths(path: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
-    """The files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
+    """Return the files of a path, of the split that is named or of `split`. Raises UserError where there is none."""
     if os.path.isdir(path):
         return _of_folder(path, key, spec, split, split_name)
     if os.path.exists(path):
@@ -268,7 +268,7 @@ def _files_in(file: Path, text_rows: TextRows) -> list[DataFile]:
 
 
 def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | None) -> list[Path]:
-    """The files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
+    """Return the files of a folder: a data set that `datasets` saved, several of them, or data files by split."""
     description = folder / "dataset_dict.json"
     if description.is_file():  # DatasetDict.save_to_disk
         splits = object_in(description).get("splits")
@@ -304,7 +304,7 @@ def _of_folder(folder: Path, key: str, spec: str, split: str, split_name: str | 
 
 
 def _saved(folder: Path, key: str, spec: str) -> list[Path]:
-    """The Arrow files of `Dataset.save_to_disk`."""
+    """Return the Arrow files of `Dataset.save_to_disk`."""
     try:
         state = parse_json(read_file(folder / "state.json"))
         names = [entry["filename"] for entry in state["_data_files"]]
@@ -323,13 +323,13 @@ def _saved(folder: Path, key: str, spec: str) -> list[Path]:
 
 
 def _is_name(name: str) -> bool:
-    """Whether `name` is that of a file or folder, not a path that leads elsewhere."""
+    """Return whether `name` is that of a file or folder, not a path that leads elsewhere."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _data_files(folder: Path) -> dict[str, list[Path]]:
-    """Files with rows below `folder` by split, as `datasets` tells splits from the names of files and folders; under
-    the name "" where the names tell none."""
+    """Return files with rows below `folder` by split, as `datasets` tells splits from the names of files and folders; under the
+    name "" where the names tell none."""
     from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 
     base = str(folder.resolve())
@@ -352,6 +352,6 @@ def _holds_rows(name: str) -> bool:
 
 
 def _without_notes(files: Sequence[Path]) -> list[Path]:
-    """`files` without texts that lie beside other rows: they tell about the rows."""
+    """Return `files` without texts that lie beside other rows: they tell about the rows."""
     rows = [file for file in files if ending_of(file.name) not in DOCUMENTS]
     return rows or list(files)

@@ -16,7 +16,7 @@ PACKED_SAMPLE = 200_000
 
 @cache
 def _bounds() -> np.ndarray:
-    """Whole numbers four to an octave, every power of two among them, up to 2**40."""
+    """Return whole numbers four to an octave, every power of two among them, up to 2**40."""
     return np.unique(np.round(2.0 ** (np.arange(4 * 40 + 1) / 4))).astype(np.int64)
 
 

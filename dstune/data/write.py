@@ -96,7 +96,7 @@ def write_samples(
 
 
 def _selected(table: Table, indices: np.ndarray, file: Path) -> datasets.Dataset:
-    """The rows `indices` of `table`, the order of which is mapped from `file` where there are gaps in it.
+    """Return the rows `indices` of `table`, the order of which is mapped from `file` where there are gaps in it.
 
     `Dataset.select` would make a Python object of each number, and give every process that tokenizes a copy of its own.
     """
@@ -197,7 +197,7 @@ def _keep_good(
 
 
 def _bytes_of(column: pa.Array) -> bytes:
-    """The values of a column, one after the other, however they are spread over batches and buffers; how those of a list
+    """Return the values of a column, one after the other, however they are spread over batches and buffers; how those of a list
     belong to rows is in the lengths."""
     while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         column = column.flatten()

@@ -57,7 +57,7 @@ def _schema(tool: Any) -> Any:
 
 
 def _parameter(described: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The schema of a parameter, and whether a call may leave it out."""
+    """Return the schema of a parameter, and whether a call may leave it out."""
     kind = described.get("type")
     if not isinstance(kind, str):
         return described, "default" in described

@@ -89,7 +89,7 @@ def _keys(parts: Iterable[ChosenRows]) -> set[int]:
 def _jobs(
     train: ChosenRows, copied_places: np.ndarray, settings: AugmentConfig, report: Announced
 ) -> list[tuple[int, int]]:
-    """(place of the row, number of the copy) of every copy that is wanted."""
+    """Return (place of the row, number of the copy) of every copy that is wanted."""
     jobs = [(int(place), number) for place in copied_places for number in range(settings.copies)]
     if not settings.balance:
         return jobs
@@ -116,7 +116,8 @@ def _copies(
     report: Announced,
     split_seed: int,
 ) -> list[tuple[int, str, int]]:
-    """(place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known_keys` rows."""
+    """Return (place of the row that it is of, the copy as JSON text, its hash) of each copy that is none of the `known_keys`
+    rows."""
     synonyms = words.read_synonyms(settings.synonyms) if settings.synonyms else {}
     hashes = train.hashes
     rows = [json.loads(train.table.data[int(train.indices[place])]["row"]) for place, _ in jobs]
@@ -154,7 +155,7 @@ def _copies(
 
 
 def _by_models(rows: list[Row], settings: AugmentConfig, report: Announced) -> list[Row]:
-    """The rows with every text of theirs rewritten."""
+    """Return the rows with every text of theirs rewritten."""
     originals = [text for row in rows for text in texts(row)]
     answers = iter(rewritten(originals, settings))
     copies = [map_texts(row, lambda _: next(answers)) for row in rows]
@@ -168,7 +169,7 @@ def _by_models(rows: list[Row], settings: AugmentConfig, report: Announced) -> l
 def _changed(
     row: Row, settings: AugmentConfig, synonyms: Mapping[str, list[str]], choose: Random
 ) -> tuple[Row, dict[str, int]]:
-    """A copy of the row, and how many words each technique has changed."""
+    """Return a copy of the row, and how many words each technique has changed."""
     counts: Counter[str] = Counter()
 
     def change(text: str) -> str:
@@ -187,7 +188,8 @@ def _changed(
 
 
 def _write(train: ChosenRows, made: list[tuple[int, str, int]], target: Path) -> np.ndarray:
-    """The rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is of."""
+    """Return the rows of `train` and behind them the copies as a table of its own. Returns the place in `train` of what each is
+    of."""
     count = len(train.indices)
     origins = np.concatenate([np.arange(count), np.array([place for place, _, _ in made], dtype=np.int64)])
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:

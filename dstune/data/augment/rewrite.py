@@ -89,7 +89,7 @@ def _load(path: str) -> tuple[Any, Any]:
 
 
 def _inputs(tokenizer: Any, model: Any, prompts: list[str]) -> tuple[Any, int]:
-    """Padded prompts, and where in what is generated the answer begins."""
+    """Return padded prompts, and where in what is generated the answer begins."""
     if model.config.is_encoder_decoder:
         return tokenizer(prompts, return_tensors="pt", padding=True, truncation=True), 1
     tokenizer.padding_side = "left"

@@ -81,7 +81,7 @@ class Boundaries:
         )
 
     def _behind_token(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
-        """Tokens of a text as it is behind an added token."""
+        """Return tokens of a text as it is behind an added token."""
         anchor = self._tokenizer.eos_token
         behind = (
             None if control_starts is None else [0, *(at - start + len(anchor) for at in control_starts if at >= start)]
@@ -90,7 +90,7 @@ class Boundaries:
         return ids[1:], offsets[1:] - len(anchor)
 
     def _inside_word(self, text: str, control_starts: list[int] | None, start: int) -> tuple[list[int], np.ndarray]:
-        """Tokens of a text that goes on without the space that the tokenizer would put in front of it."""
+        """Return tokens of a text that goes on without the space that the tokenizer would put in front of it."""
         match = self._pattern.search(text)
         length = match.start() if match else len(text)
         first = self._control.continued(text[:length])
@@ -99,7 +99,8 @@ class Boundaries:
         return [*first, *tail], np.concatenate([offsets, tail_offsets + length])
 
     def _encode(self, text: str, control_starts: list[int] | None) -> tuple[list[int], np.ndarray]:
-        """Tokens of `text` and their characters. control_starts: where the template's control tokens begin; None: all are."""
+        """Return tokens of `text` and their characters. control_starts: where the template's control tokens begin; None: all
+        are."""
         if control_starts is None:
             control_starts = [match.start() for match in self._control.pattern.finditer(text)]
         return self._control.encode(text, [at for at in control_starts if at < len(text)])

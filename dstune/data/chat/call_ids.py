@@ -62,7 +62,7 @@ def with_call_ids(messages: Sequence[Message], form: CallIds) -> list[Message]:
 
 
 def _id_of(old_id: str, name: str, count: int, form: CallIds, used: set[str]) -> str:
-    """The id of the call that is number `count` of a conversation."""
+    """Return the id of the call that is number `count` of a conversation."""
     if _FORMS[form].fullmatch(old_id) and old_id not in used:
         return old_id
     if form is CallIds.functions:

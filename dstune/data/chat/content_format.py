@@ -69,7 +69,7 @@ _KINDS = ("string", "mapping", "iterable", "sequence")
 
 
 def _is_content(node: Any) -> bool:
-    """Whether an expression is named as the content of a message is."""
+    """Return whether an expression is named as the content of a message is."""
     if isinstance(node, nodes.Getitem):
         return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
     if isinstance(node, nodes.Getattr):
@@ -78,7 +78,7 @@ def _is_content(node: Any) -> bool:
 
 
 def _names_of(tree: nodes.Template, name: str) -> set[str]:
-    """`name`, and the variables to which the template assigns it or a part of it."""
+    """Return `name`, and the variables to which the template assigns it or a part of it."""
     names = {name}
     assignments = list(tree.find_all(nodes.Assign))
     while True:
@@ -93,7 +93,7 @@ def _names_of(tree: nodes.Template, name: str) -> set[str]:
 
 
 def _stands_for(node: Any, names: set[str], key: str | None = None) -> bool:
-    """Whether an expression is one of the variables (or its attribute `key`), sliced, filtered or tested."""
+    """Return whether an expression is one of the variables (or its attribute `key`), sliced, filtered or tested."""
     for _ in range(_LONGEST_CHAIN):
         is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
         if not (is_slice or isinstance(node, nodes.Filter | nodes.Test)):

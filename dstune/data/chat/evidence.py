@@ -149,7 +149,7 @@ def keep(rows: datasets.Dataset, numbers: np.ndarray, truncated: np.ndarray, enc
 
 
 def _pixels(text: str) -> int:
-    """How many pixels the images of a row (JSON text) have."""
+    """Return how many pixels the images of a row (JSON text) have."""
     if '"images"' not in text:
         return 0
     sizes = (image["size"] for image in json.loads(text).get(COLUMN) or ())
@@ -157,19 +157,19 @@ def _pixels(text: str) -> int:
 
 
 def _among(sorted_numbers: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Which of `numbers` are in `sorted_numbers`, which is sorted."""
+    """Return which of `numbers` are in `sorted_numbers`, which is sorted."""
     places = np.searchsorted(sorted_numbers, numbers)
     return np.append(sorted_numbers, -1)[places] == numbers
 
 
 def _is_plain(row: Kept, encode: Any) -> bool:
-    """Whether nobody wrote in it what reads like a control token, of which transformers would make one."""
+    """Return whether nobody wrote in the row what reads like a control token, which transformers would turn into one."""
     renderer = encode.for_row(row.number).renderer
     return renderer is not None and not renderer.holds_control_tokens(json.loads(row.text))
 
 
 def _hidden_turns(text: str, encode: Any) -> int:
-    """How many turns of a row are context since the template does not print their reasoning."""
+    """Return how many turns of a row are context since the template does not print their reasoning."""
     renderer = encode.renderer
     if renderer is None or renderer.choice.whole or not any(mark in text for mark in REASONING):
         return 0
@@ -177,7 +177,7 @@ def _hidden_turns(text: str, encode: Any) -> int:
 
 
 def _own_arguments(text: str) -> str:
-    """The template's arguments of a row (JSON text, sorted keys), as JSON text."""
+    """Return the template's arguments of a row (JSON text, sorted keys), as JSON text."""
     if not text.startswith(_ARGUMENTS):
         return "{}"
     start = len(_ARGUMENTS)
@@ -185,25 +185,27 @@ def _own_arguments(text: str) -> str:
 
 
 def _as_others(arguments_text: str) -> str:
-    """Arguments that count as different from those of the rows that are told apart."""
+    """Return arguments that count as different from those of the rows that are told apart."""
     return json.dumps({name: {"others": MOST_ARGUMENTS} for name in json.loads(arguments_text)})
 
 
 def _is_opened(text: str) -> bool:
-    """Whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write it."""
+    """Return whether the assistant begins the conversation of a row. Inside of strings quotes are escaped, so nobody can write
+    it."""
     start = len(_ARGUMENTS) + len(_own_arguments(text)) if text.startswith(_ARGUMENTS) else 0
     match = _CONVERSATION.match(text, start)
     return match is not None and json.JSONDecoder().raw_decode(text, match.end())[0]["role"] == "assistant"
 
 
 def _reasoning(text: str) -> tuple[bool, bool, bool]:
-    """Whether the assistant thinks in any trained turn of a row, in each, and in the last one."""
+    """Return whether the assistant thinks in any trained turn of a row, in each, and in the last one."""
     thought = _reasoning_of_turns(text)
     return any(thought), bool(thought) and all(thought), bool(thought) and thought[-1]
 
 
 def _reasoning_of_turns(text: str) -> list[bool]:
-    """Whether the assistant thinks in each turn of a row (JSON text) that is trained; empty where no turn can have reasoning."""
+    """Return whether the assistant thinks in each turn of a row (JSON text) that is trained; empty where no turn can have
+    reasoning."""
     if not any(mark in text for mark in REASONING):
         return []
     row = json.loads(text)
@@ -313,7 +315,7 @@ def prove(tokenizer: Any, encode: Any, table: datasets.Dataset, file: Path) -> P
 
 
 def _built_in(rendered: Sequence[Sequence[Any]], encode: Any) -> tuple[dict[str, Any], list[str]]:
-    """The arguments with which all conversations are rendered, and what is to be told of those that differ.
+    """Return the arguments with which all conversations are rendered, and what is to be told of those that differ.
 
     rendered: of rows with the same source, own arguments (JSON text) and reasoning in any, each, and the last turn: these, and
     how many they are.
@@ -370,8 +372,8 @@ def _compared(
     stops: frozenset[int],
     marked_turns: Counter[bool],
 ) -> tuple[str | None, int]:
-    """What differs, and how many turns were compared. marked_turns: counts those that a template marks, and those that it leaves
-    out."""
+    """Return what differs, and how many turns were compared. marked_turns: counts those that a template marks, and those that it
+    leaves out."""
     renderer = encoder.renderer
     if renderer.choice.whole:
         expected = server.whole(row)
@@ -412,7 +414,7 @@ def _compared(
 
 
 def _trains(sample: Mapping[str, Any], turn: Served) -> bool:
-    """Whether a token of the turn counts in a sample that holds its prompt."""
+    """Return whether a token of the turn counts in a sample that holds its prompt."""
     start, end = len(turn.prompt), turn.length
     holds = sample["input_ids"][:start].tolist() == turn.prompt
     return holds and bool(np.any(sample["labels"][start:end] != NO_TARGET))
@@ -421,7 +423,7 @@ def _trains(sample: Mapping[str, Any], turn: Served) -> bool:
 def _unmarked(
     server: Server, turns: Sequence[Served], sample: Mapping[str, Any], marks: list[bool] | None
 ) -> str | None:
-    """Why a sample trains what the template does not mark, or nothing."""
+    """Return why a sample trains what the template does not mark, or nothing."""
     if marks is None:
         return None
     ids = sample["input_ids"].tolist()

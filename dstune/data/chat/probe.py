@@ -117,7 +117,7 @@ def _text_parts(content: Any) -> list[dict[str, str]]:
 
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are JSON text."""
+    """Return a tool call whose arguments are JSON text."""
     function = call["function"]
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
@@ -168,7 +168,8 @@ def facts_of(template: ChatTemplate) -> Facts:
 def _reasoning(
     template: ChatTemplate, turns: Mapping[bool, dict[str, Any]], thinking: Mapping[str, Any]
 ) -> tuple[str | None, frozenset[bool]]:
-    """The name under which the template reads reasoning, and in which turns it prints it: `turns` by whether they call tools."""
+    """Return the name under which the template reads reasoning, and in which turns it prints it: `turns` by whether they call
+    tools."""
 
     def shows(turn: dict[str, Any], calls: bool) -> bool:
         asked: dict[str, Any] = {"tools": _TOOLS} if calls else {}
@@ -195,7 +196,7 @@ def _reasoning(
 
 
 def _reads_thoughts(template: ChatTemplate, turn: dict[str, Any]) -> bool:
-    """Whether the template prints a part of a content that is a thought, and not the list as Python writes it."""
+    """Return whether the template prints a part of a content that is a thought, and not the list as Python writes it."""
     try:
         text = template.text([_QUESTION, turn])
     except RenderError:
@@ -228,7 +229,7 @@ def prints_inline(template: ChatTemplate, facts: Facts, marks: tuple[str, str]) 
 
 
 def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
-    """Whether the prompt ends with `<think>`, and an answer that begins with its reasoning goes on from there (QwQ)."""
+    """Return whether the prompt ends with `<think>`, and an answer that begins with its reasoning goes on from there (QwQ)."""
     answer = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
     try:
         prompt = template.text([_QUESTION], arguments=thinking, prompt=True)
@@ -239,7 +240,7 @@ def _opens_thinking(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool
 
 
 def _splits(template: ChatTemplate, thinking: Mapping[str, Any]) -> bool:
-    """Whether reasoning inside of the content is printed as reasoning in a field of its own is."""
+    """Return whether reasoning inside of the content is printed as reasoning in a field of its own is."""
     apart = {**_ANSWER, "reasoning_content": "qzreasoning"}
     inline = {**_ANSWER, "content": _inline("qzreasoning", "qzanswer")}
     try:
@@ -259,7 +260,7 @@ def _prints(
     prompt: bool = False,
     refused: bool = True,
 ) -> bool:
-    """Whether the template prints the marker, or `refused`: a template that refuses the conversation will refuse the row."""
+    """Return whether the template prints the marker, or `refused`: a template that refuses the conversation will refuse the row."""
     try:
         return marker in template.text(messages, tools=tools, arguments=arguments, prompt=prompt)
     except RenderError:
@@ -267,7 +268,7 @@ def _prints(
 
 
 def _switch(template: ChatTemplate) -> str | None:
-    """The argument that changes what the template prints for a question and its answer."""
+    """Return the argument that changes what the template prints for a question and its answer."""
     thought = {**_ANSWER, "reasoning_content": "qzreasoning"}
     for name in SWITCHES:
         if name not in template.source(None) or name in template.arguments:
@@ -285,8 +286,8 @@ def _switch(template: ChatTemplate) -> str | None:
 
 
 def _calls(template: ChatTemplate) -> tuple[bool, bool, bool, CallIds]:
-    """(arguments are to be text, a content is needed, calls are printed whole, the form of their ids): the first way in which
-    they are, in a conversation that goes on if there is one."""
+    """Return (arguments are to be text, a content is needed, calls are printed whole, the form of their ids): the first way in
+    which they are, in a conversation that goes on if there is one."""
     refused = False
     ways = ((False, False), (False, True), (True, False), (True, True))
     for goes_on, form, (as_text, empty) in product((True, False), CallIds, ways):
@@ -346,7 +347,7 @@ def learn_stops(template: ChatTemplate, facts: Facts, known_tokens: frozenset[st
 def _stops_of_calls(
     template: ChatTemplate, facts: Facts, known_tokens: frozenset[str], special: Any
 ) -> Iterator[tuple[bool, str]]:
-    """(whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
+    """Yield (whether it is to be supplied, the token) that ends a turn with calls, where no known one does."""
     first = _call("qzfirst", {"qzkey": "qzvalue"}, "qzcall001")
     second = _call("qzsecond", {"qzkey": "qzvalue"}, "qzcall002")
     requested = facts.adapted({"role": "assistant", "tool_calls": [first]})
@@ -394,6 +395,6 @@ def _behind(
 
 
 def _last(text: str, special: Any) -> str:
-    """The token with which `text` ends, white space apart."""
+    """Return the token with which `text` ends, white space apart."""
     matches = list(special.finditer(text))
     return matches[-1].group() if matches and not text[matches[-1].end() :].strip() else ""

@@ -177,9 +177,9 @@ class Server:
     def _added(
         self, messages: list[dict], tools: Any, arguments: Mapping[str, Any], requested: str, answered: str
     ) -> str | None:
-        """What the last of `messages` adds to a prompt that does not begin the conversation: both go on from the message before
-        it, and the conversation repeats the generation prompt behind other white space, or leaves out an end of the prompt that
-        is white space or a thought that is closed. Nothing where it is anything else."""
+        """Return what the last of `messages` adds to a prompt that does not begin the conversation: both go on from the message
+        before it, and the conversation repeats the generation prompt behind other white space, or leaves out an end of the
+        prompt that is white space or a thought that is closed. Nothing where it is anything else."""
         *earlier, last, turn = messages
         content = last.get("content") or ""
         follows = [*content, {"type": "text", "text": _FOLLOWS}] if isinstance(content, list) else content + _FOLLOWS
@@ -204,7 +204,7 @@ class Server:
         return None
 
     def _opening(self, messages: list[dict], tools: Any, arguments: Mapping[str, Any]) -> int | None:
-        """The stop that opens the message behind `messages`, a tool's result after calls and else the user's: what ends a
+        """Return the stop that opens the message behind `messages`, a tool's result after calls and else the user's: what ends a
         turn that the template does not end. Nothing where it prints none."""
         follows: dict[str, Any] = {"role": "user", "content": _FOLLOWS}
         if calls := messages[-1].get("tool_calls"):
@@ -218,7 +218,7 @@ class Server:
         return next((token for token in reversed(ids_before) if token in self.stops), None)
 
     def _behind(self, prompt: list[int], text: str, whole: list[int]) -> list[int]:
-        """Tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.
+        """Return tokens of `text` behind a prompt that ends inside a token of the whole: those that read as it does.
 
         Some tokenizers put a space in front of every text behind an added token, which no answer has that goes on from a prompt.
         """

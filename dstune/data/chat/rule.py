@@ -232,7 +232,7 @@ def _without_space(text: str) -> str:
 
 
 def _not_a_beginning(prompt: str, answered: str) -> str:
-    """Both texts from a little before the place where they part."""
+    """Return both texts from a little before the place where they part."""
     at = in_common(prompt, answered)
     begin = max(0, at - EXCERPT_CHARACTERS // 2)
     formatted = [repr(text[begin : begin + EXCERPT_CHARACTERS]) for text in (prompt, answered)]

@@ -140,7 +140,7 @@ class ChatTemplate:
 
     @contextmanager
     def _as_row_error(self) -> Iterator[None]:
-        """A rendering within limits. Raises RenderError, whatever the template does."""
+        """Render within limits. Raises RenderError, whatever the template does."""
         began = time.process_time()
         try:
             # What is left of the opening may be a millisecond, which is no time to end a process after.
@@ -280,7 +280,7 @@ def with_inlined_reasoning(template: str, marks: tuple[str, str], turns: Collect
 
 
 def _literal(value: Any) -> str:
-    """A value of JSON as Jinja writes it."""
+    """Return a value of JSON as Jinja writes it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

@@ -185,7 +185,7 @@ class Cleaner:
         )
 
     def _left_out(self, result: Cleaned) -> str:
-        """The step that leaves this row out, or nothing."""
+        """Return the step that leaves this row out, or nothing."""
         config, row = self._config, result.row
         if is_empty(row):
             return "empty"

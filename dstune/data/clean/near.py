@@ -48,7 +48,7 @@ def signature(text: str) -> bytes:
 
 
 def _runs(text: str) -> np.ndarray:
-    """Hashes of the runs of 5 characters of `text`, uint64 [runs]; a shorter text is one run."""
+    """Return hashes of the runs of 5 characters of `text`, uint64 [runs]; a shorter text is one run."""
     characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     if len(characters) < RUN_CHARACTERS:
         characters = np.pad(characters, (0, RUN_CHARACTERS - len(characters)))
@@ -122,7 +122,7 @@ class NearCopies:
             starts, sizes = starts[sizes > place + 1], sizes[sizes > place + 1]
 
     def _group_values(self, first: int) -> np.ndarray:
-        """The numbers `first` to `first + 3` of each signature as one, uint64 [rows]."""
+        """Return the numbers `first` to `first + 3` of each signature as one, uint64 [rows]."""
         values = np.zeros(len(self._signatures), dtype=np.uint64)
         for place in range(first, first + GROUP_NUMBERS):
             values = values * np.uint64(0x9E3779B97F4A7C15) + self._signatures[:, place]

@@ -31,7 +31,7 @@ def map_texts(row: Row, change: Callable[[str], str]) -> Row:
 
 
 def _moved(answer: Row, context: str, changed: str, change: Callable[[str], str]) -> Row | None:
-    """`answer` (`text`, `start`) in the changed context; None where it is not there any more."""
+    """Return `answer` (`text`, `start`) in the changed context; None where it is not there any more."""
     text, start = change(answer["text"]), len(change(context[: answer["start"]]))
     if not text:
         return None

@@ -39,7 +39,7 @@ def mask(
 
 
 def _disjoint(findings: Iterator[Finding]) -> list[Finding]:
-    """The findings in order; of those that overlap the one that starts first, of these the longest."""
+    """Return the findings in order; of those that overlap the one that starts first, of these the longest."""
     chosen: list[Finding] = []
     for finding in sorted(findings, key=lambda finding: (finding.start, -finding.end)):
         if not chosen or finding.start >= chosen[-1].end:
@@ -163,7 +163,8 @@ def _checks(module: str) -> Any:
 
 
 def _without(text: str, findings: list[Finding]) -> str:
-    """As long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across them."""
+    """Return a text as long as `text`, with line breaks in place of the findings (sorted and disjoint): nothing is found across
+    them."""
     return mask(text, findings, lambda finding: "\n" * (finding.end - finding.start))
 
 
@@ -177,7 +178,7 @@ def _emails(text: str) -> Iterator[Finding]:
 
 
 def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
-    """Where the address that ends at `end` begins, without the quote (`b'`), the path or the key (`mail=`) before it."""
+    """Return where the address that ends at `end` begins, without the quote (`b'`), the path or the key (`mail=`) before it."""
     character_before, closing = text[max(start - 1, 0) : start], text[end : end + 1]
     opening = "{" if closing == "}" else closing
     if opening and character_before != opening and not text[end + 1 : end + 2].isalnum():
@@ -189,7 +190,7 @@ def _begin_of_local(text: str, start: int, at: int, end: int) -> int:
 
 
 def _is_person_address(text: str) -> bool:
-    """Whether it is an address of a host on the internet: private, local and documentation ranges are nobody's."""
+    """Return whether it is an address of a host on the internet: private, local and documentation ranges are nobody's."""
     try:
         return ipaddress.ip_address(text).is_global
     except ValueError:
@@ -235,7 +236,7 @@ _TWICE = bytes.maketrans(bytes(range(10)), bytes([0, 2, 4, 6, 8, 1, 3, 5, 7, 9])
 
 
 def _ibans_and_cards(text: str) -> list[Finding]:
-    """In order and disjoint. What is surer is looked for first, and nothing else within it."""
+    """Return IBANs and cards in order and disjoint. What is surer is looked for first, and nothing else within it."""
     findings: list[Finding] = []
     for kind, search in (("IBAN", _ibans), ("CARD", _grouped_cards), ("CARD", _lone_cards)):
         findings += [Finding(*span, kind) for span in search(_without(text, findings))]
@@ -253,7 +254,8 @@ def _ibans(text: str) -> Iterator[tuple[int, int]]:
 
 @cache
 def _iban_of(country: str) -> re.Pattern[str] | None:
-    """In groups of four or in one, as long as the country has them; None where it has none."""
+    """Return the pattern of a country's IBANs, in groups of four or in one, as long as the country has them; None where it has
+    none."""
     structure = _checks("stdnum.numdb").get("iban").info(country)[0][1].get("bban", "")
     signs = {"n": "[0-9]", "a": "[A-Z]", "c": "[A-Z0-9]"}
     each = [signs[kind] for length, kind in re.findall(r"(\d+)!([nac])", structure) for _ in range(int(length))]
@@ -262,7 +264,7 @@ def _iban_of(country: str) -> re.Pattern[str] | None:
 
 
 def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Cards by their grouping, wherever they stand among other groups of digits; the longest of those that begin there."""
+    """Yield cards by their grouping, wherever they stand among other groups of digits; the longest of those that begin there."""
     place = 0
     while (match := _GROUPED_CARD.search(text, place)) is not None:
         start, end = match.span()
@@ -276,7 +278,7 @@ def _grouped_cards(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _lone_cards(text: str) -> Iterator[tuple[int, int]]:
-    """Runs of digits in any groups. Where another number goes before or follows, it has to be of an issuer."""
+    """Yield runs of digits in any groups. Where another number goes before or follows, it has to be of an issuer."""
     for match in _CARD.finditer(text):
         start, end = match.span()
         alone = not _BESIDE.fullmatch(text[max(start - 2, 0) : start]) and not _BESIDE.fullmatch(text[end : end + 2])
@@ -290,7 +292,7 @@ def _is_issued(card: str) -> bool:
 
 
 def _luhn(digits: str) -> bool:
-    """ISO/IEC 7812-1, annex B. python-stdnum takes ten times longer, and a table of numbers asks for many."""
+    """Check the digits by ISO/IEC 7812-1, annex B. python-stdnum takes ten times longer, and a table of numbers asks for many."""
     values = digits.encode("ascii").translate(_VALUES)
     return (sum(values[-1::-2]) + sum(values[-2::-2].translate(_TWICE))) % 10 == 0
 

@@ -265,12 +265,12 @@ def _text_keys(table: Table) -> np.ndarray:
 
 
 def _equal(other: Table, numbers: np.ndarray, table: Table, row: int) -> np.ndarray:
-    """Which of the rows `numbers` of `other` have the text of `row`."""
+    """Return which of the rows `numbers` of `other` have the text of `row`."""
     return numbers[_text_keys(other)[numbers] == _text_keys(table)[row]]
 
 
 def _rewritten(table: Table, results: pa.Table, target: Path) -> Table:
-    """`table` with the rows and hashes of `results` where these have any, written to `target`."""
+    """Return `table` with the rows and hashes of `results` where these have any, written to `target`."""
     start = 0
     with pa.OSFile(str(target), "wb") as stream, pa.ipc.new_stream(stream, ROW_SCHEMA) as writer:
         for batch in table.data.data.table.to_batches():

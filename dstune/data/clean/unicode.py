@@ -53,7 +53,7 @@ def _has_right_to_left(text: str) -> bool:
 
 
 def _expected(text: str, position: int) -> bool:
-    """Whether the script around it needs the invisible character at `position`."""
+    """Return whether the script around it needs the invisible character at `position`."""
     character_before = text[position - 1] if position else ""
     character_after = text[position + 1] if position + 1 < len(text) else ""
     if not character_before or not character_after:

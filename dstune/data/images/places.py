@@ -90,7 +90,8 @@ def for_hash(row: Mapping[str, Any]) -> Mapping[str, Any]:
 def _filled(
     messages: Sequence[dict[str, Any]], references: Sequence[Reference]
 ) -> tuple[list[dict[str, Any]], list[Reference]]:
-    """The messages with bare places, and what each of these shows. Raises RowError where there are too few images or too many."""
+    """Return the messages with bare places, and what each of these shows. Raises RowError where there are too few images or too
+    many."""
     remaining, shown, placed, places = list(references), [], [], 0
     for message in messages:
         parts = []
@@ -112,13 +113,14 @@ def _filled(
 
 
 def _marked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with a place for each marker; nothing where there is none."""
+    """Return the messages with a place for each marker; nothing where there is none."""
     marked = [_split(message) if message["role"] in SPEAKERS else message for message in messages]
     return marked if any(is_place(part) for message in marked for part in _parts(message)) else []
 
 
 def _split(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with places for the markers in its texts. What LLaVA writes between a marker and the text, a line break, goes."""
+    """Return a message with places for the markers in its texts. What LLaVA writes between a marker and the text, a line break,
+    goes."""
     content = message.get("content")
     texts = [content] if isinstance(content, str) else [part["text"] for part in content or () if "text" in part]
     if not any(MARKER in text for text in texts):
@@ -135,7 +137,7 @@ def _split(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_front(messages: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """The messages with `count` places in front of the first question, as TRL and ms-swift put them. Raises RowError."""
+    """Return the messages with `count` places in front of the first question, as TRL and ms-swift put them. Raises RowError."""
     first = next((number for number, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None:
         raise RowError("the row has images and no question that could hold them")
@@ -151,7 +153,7 @@ def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _reference(value: Any, where: str) -> Reference | None:
-    """What an image of a file is; None where it says nothing. Raises RowError for an address and for anything else."""
+    """Return what an image of a file is; None where it says nothing. Raises RowError for an address and for anything else."""
     if isinstance(value, Mapping):
         return next((inner for key in _INSIDE if (inner := _reference(value.get(key), where)) is not None), None)
     if isinstance(value, (bytes, bytearray, memoryview)):

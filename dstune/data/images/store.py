@@ -109,7 +109,8 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def _has_second_frame(image: Any) -> bool:
-    """Whether there is one; nobody counts them, which would read a whole file of a stranger's. The image stays at the second."""
+    """Return whether there is one; nobody counts them, which would read a whole file of a stranger's. The image stays at the
+    second."""
     try:
         image.seek(1)
     except EOFError:
@@ -310,7 +311,7 @@ def path_within(reference: str, root: Path) -> Path:
 
 
 def _blobs_of(root: Path) -> Path | None:
-    """The folder that the links of a data set lead to, where `root` is in one of the cache of Hugging Face:
+    """Return the folder that the links of a data set lead to, where `root` is in one of the cache of Hugging Face:
     `REPOSITORY/snapshots/REVISION`."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and (blobs := folder.parent.parent / "blobs").is_dir():

@@ -46,7 +46,7 @@ class Language(Encoder):
 
     @staticmethod
     def _end_of(tokenizer: Any) -> int:
-        """The token behind a text."""
+        """Return the token behind a text."""
         if tokenizer.eos_token_id is None:
             raise UserError(
                 Problem(
@@ -77,8 +77,8 @@ class Language(Encoder):
         labels: np.ndarray | None = None,
         images: Sequence[tuple[int, int, int]] = (),
     ) -> Sample:
-        """sizes: bytes of text that each token stands for. labels: where a target is another token than the input. images: first
-        token, the one behind the last, and number of each."""
+        """Make a sample. sizes: bytes of text that each token stands for. labels: where a target is another token than the
+        input. images: first token, the one behind the last, and number of each."""
         targets[:1] = False  # nothing precedes the first token, so nothing predicts it
         labels = np.where(targets, input_ids if labels is None else labels, NO_TARGET).astype(np.int32)
         if not problem and not targets.any():
@@ -98,7 +98,7 @@ class Language(Encoder):
         return Sample(number, input_ids[span], columns, weight, length > self._max_length, problem, length)
 
     def _sizes(self, ids: np.ndarray, offsets: Any, text: str) -> np.ndarray:
-        """Bytes of `text` that each token stands for: those behind the token before it, to its own end."""
+        """Return bytes of `text` that each token stands for: those behind the token before it, to its own end."""
         if not len(ids) or len(offsets) != len(ids):
             return np.zeros(len(ids), dtype=np.int64)
         byte_at = np.zeros(len(text) + 1, dtype=np.int64)
@@ -111,12 +111,12 @@ class Language(Encoder):
         return sizes
 
     def _own_tokens(self, text: str, end: str | None) -> list[int]:
-        """Where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
+        """Return where a document has a first special token, or an `end`, that it would get anyway: there they are no text."""
         first = [0] if self._prefix and text.startswith(self._tokenizer.decode(self._prefix)) else []
         return [*first, *([len(text) - len(end)] if end and text.endswith(end) else [])]
 
     def _missing_prefix(self, ids: list[int]) -> list[int]:
-        """The first special tokens, unless the text brought them itself."""
+        """Return the first special tokens, unless the text brought them itself."""
         return [] if ids[: len(self._prefix)] == self._prefix else self._prefix
 
 
@@ -203,8 +203,8 @@ class ChatEncoder(Language):
     def _samples(
         self, number: int, text: _Text, ids: list[int], places: list[tuple[int, int]], earlier: list[np.ndarray]
     ) -> list[Sample]:
-        """The sample of a text, and those of its turns whose first token is one with the end of the prompt, or whose end (of a
-        template that ends turns with text) is one with what follows: a server tokenizes neither together.
+        """Return the sample of a text, and those of its turns whose first token is one with the end of the prompt, or whose end (of
+        a template that ends turns with text) is one with what follows: a server tokenizes neither together.
 
         earlier: tokens of the row's samples so far, to which these are added.
         """
@@ -248,7 +248,7 @@ class ChatEncoder(Language):
     def _of_tokens(
         self, number: int, text: _Text, input_ids: np.ndarray, offsets: np.ndarray, within: np.ndarray | None = None
     ) -> Sample:
-        """The sample of these tokens: of `text.places` what lies `within`, or (where places have no spans) that itself."""
+        """Return the sample of these tokens: of `text.places` what lies `within`, or (where places have no spans) that itself."""
         sizes = self._sizes(input_ids, offsets, text.text)
         labels = input_ids.copy()
         spans = [span for place in text.places for span in place.spans]
@@ -271,7 +271,7 @@ class ChatEncoder(Language):
         return self._sample(number, input_ids, targets, sizes, text.problem, labels, images)
 
     def _texts(self, row: dict[str, Any]) -> list[_Text]:
-        """The texts of a row, or one with what is wrong with the row."""
+        """Return the texts of a row, or one with what is wrong with the row."""
         defused: Defused | None = None
         try:
             self._control.refuse_across_parts(row)
@@ -289,8 +289,8 @@ class ChatEncoder(Language):
         return [replace(text, text=written, own=control_starts) for text, written, control_starts in restored]
 
     def _expanded(self, texts: list[_Text], row: dict[str, Any]) -> list[_Text]:
-        """`texts` with what stands for each image in its place. Raises RowError for an image that cannot be decoded, and where the
-        template prints other places than the row has."""
+        """Return `texts` with what stands for each image in its place. Raises RowError for an image that cannot be decoded, and
+        where the template prints other places than the row has."""
         vision = vision_of(self._tokenizer)
         assert self.images is not None and vision is not None, "ingest refuses images that nobody sees"
         if self.renderer is None:
@@ -338,7 +338,7 @@ def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> list[tuple[int, int, int]]:
-    """First token, the one behind the last, and number of each image that stands in the text of these tokens."""
+    """Return first token, the one behind the last, and number of each image that stands in the text of these tokens."""
     end = int(offsets[-1, 1]) if len(offsets) else 0
     starts = offsets[:, 0]
     return [
@@ -349,7 +349,7 @@ def _tokens_of(images: Sequence[tuple[int, int, int]], offsets: np.ndarray) -> l
 
 
 def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
-    """`text` with images in it: all that it says of characters is about the longer text."""
+    """Return `text` with images in it: all that it says of characters is about the longer text."""
 
     def span(old_span: Span) -> Span:
         return expanded.moved(old_span[0]), expanded.moved(old_span[1])
@@ -371,13 +371,13 @@ def _moved(text: _Text, expanded: Expanded, numbers: Sequence[int]) -> _Text:
 
 
 def _in_common(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens the two have in common at the start."""
+    """Return how many tokens the two have in common at the start."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length
 
 
 def _between(spans: list[Span], length: int) -> list[Span]:
-    """What `spans` leave of a text of `length` characters, a token without characters at its end included."""
+    """Return what `spans` leave of a text of `length` characters, a token without characters at its end included."""
     edges = [0, *(edge for span in spans for edge in span), length + 1]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]

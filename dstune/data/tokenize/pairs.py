@@ -45,8 +45,8 @@ class PairEncoder(ChatEncoder):
         return better
 
     def _with_common_prompt(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with one prompt for both answers: where one begins with reasoning and the other does not, the model is to
-        think. A score is of a conversation alone, so nothing is common there."""
+        """Return the row with one prompt for both answers: where one begins with reasoning and the other does not, the model is
+        to think. A score is of a conversation alone, so nothing is common there."""
         template_arguments = row.get("chat_template_kwargs") or {}
         if (
             self.scores
