@@ -209,7 +209,7 @@ def _is_run(target: str) -> bool:
 def _configuration(
     arguments: argparse.Namespace, scratch: Path, stage: Callable[[str], None]
 ) -> tuple[RunConfig, Path | None]:
-    """What the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
+    """Return what the ranks evaluate: a whole model, with the data of the run or of the overrides; where a run's adapter cannot
     become part of its model, the base, the method and the checkpoint to take it from. Raises UserError."""
     path, checkpoint = Path(arguments.target), None
     stored = None
@@ -262,7 +262,7 @@ def _read(run: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def _with_rows(config: RunConfig, run: Path) -> RunConfig:
-    """`config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
+    """Return `config` of `run`, with the rows of a micro-batch that it has measured in place of `auto`."""
     if config.trainer.micro_batch_size is not Automatic.auto:
         return config
     micro_batch = (records.read_result(run) or {}).get("micro_batch") or {}
@@ -272,7 +272,7 @@ def _with_rows(config: RunConfig, run: Path) -> RunConfig:
 
 
 def _with_graders(task: TaskConfig, files: list[str]) -> TaskConfig:
-    """`task` with these graders beside its rewards. Raises UserError where the model's answers are not scored."""
+    """Return `task` with these graders beside its rewards. Raises UserError where the model's answers are not scored."""
     if not hasattr(task, "graders"):
         reason = f"task={task.name} does not let the model answer prompts to be scored"
         fix = "dstune evaluate MODEL task=reinforcement data.validation=PROMPTS --grader FILE; of a run give RUN/export"
@@ -288,7 +288,7 @@ def _for_evaluation(config: RunConfig) -> TaskConfig:
 
 
 def _prompted(config: RunConfig, arguments: argparse.Namespace, stage: Callable[[str], None]) -> RunConfig:
-    """What the ranks ask: the untuned model, and training rows for the examples. Raises UserError."""
+    """Return what the ranks ask: the untuned model, and training rows for the examples. Raises UserError."""
     problems = []
     if not config.data.train and not config.data.mixture and any(arguments.shots):
         reason = "worked examples are drawn from training rows"
@@ -348,7 +348,7 @@ def _print(target: str, result: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """One line a name; columns are all values that any of them has."""
+    """Print one line a name; columns are all values that any of them has."""
     columns = list(dict.fromkeys(column for values in rows.values() for column in values))
     _print_cells(
         [
@@ -363,7 +363,7 @@ def _cell(value: Any) -> str:
 
 
 def _print_prompted(target: str, result: dict[str, Any]) -> None:
-    """A column for each number of examples."""
+    """Print a column for each number of examples."""
     print(f"{result['asked']}, untuned: {result['rows']:,} {result['split']} rows of {target}")
     columns = [(f"{prompted['shots']} examples", prompted["metrics"]) for prompted in result["prompted"]]
     names = list(columns[0][1])

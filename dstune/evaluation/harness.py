@@ -72,7 +72,7 @@ def run(
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Numbers by metric; the filter in a name is left out where it is none."""
+    """Return numbers by metric; the filter in a name is left out where it is none."""
     return {
         key.removesuffix(",none"): value
         for key, value in metrics.items()

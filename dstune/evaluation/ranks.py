@@ -147,7 +147,7 @@ def _build(
     *,
     prompted: bool,
 ) -> tuple[Engine, Head]:
-    """The engine and the head. prompted: the model is asked as the language model that it is."""
+    """Return the engine and the head. prompted: the model is asked as the language model that it is."""
     loaded = baseline.as_language_model(config) if prompted else config
     settings = deepspeed_config(config, world.size, precision, on_gpu=accelerator.present())
     activity.info("loading the model")
@@ -172,7 +172,7 @@ def _build(
 def _measure(
     evaluator: Evaluator, part: Split, config: RunConfig, labels: Sequence[str], progress: Callable[..., None] | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the result has of the metrics, and what became of each row."""
+    """Return what the result has of the metrics, and what became of each row."""
     evaluation = evaluator(part, progress)
     measured: dict[str, Any] = {"metrics": evaluation.metrics}
     changes = evaluator.counterfactual(part)
