@@ -45,7 +45,8 @@ class Deliveries:
         return len(claimed)
 
     def _claim(self) -> list[tuple[Delivery, WebhookEndpoint]]:
-        """Of as many endpoints as there are places, whichever: one that does not answer must not keep others waiting."""
+        """Claim deliveries of as many endpoints as there are places, whichever: one that does not answer must not keep others
+        waiting."""
         now, claimed = time.time(), []
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "deliveries")

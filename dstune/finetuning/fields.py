@@ -26,7 +26,7 @@ class Body(validation.Body):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        """Nothing that a client sets is dropped without a word."""
+        """Refuse what the contract does not know: nothing that a client sets is dropped without a word."""
         if isinstance(value, dict) and (unknown := set(map(str, value)) - cls.accepted(value)):
             accepted = sorted(cls.accepted(value))
             raise PydanticCustomError(UNKNOWN, "is unknown", {"name": min(unknown), "accepted": accepted})

@@ -213,7 +213,7 @@ class Files:
         self._remove(unused)
 
     def _drop(self, session: Session, row: File) -> list[str]:
-        """The blobs that nothing names any more."""
+        """Return the blobs that nothing names any more."""
         self._database.exclusive(session, f"blobs {row.project}")
         blob = session.get(Blob, row.blob) if row.blob is not None else None
         row.blob, row.filename, row.deleted_at = None, "", unix_time()
@@ -276,7 +276,7 @@ def lifetime(expiry: Mapping[str, Any] | None, purpose: str, param: str = "expir
 
 
 def _expiry(fields: Mapping[str, str]) -> dict[str, Any] | None:
-    """`expires_after` from the fields of a form."""
+    """Return `expires_after` from the fields of a form."""
     expiry: dict[str, Any] = {
         part: fields[f"expires_after[{part}]"] for part in ("anchor", "seconds") if f"expires_after[{part}]" in fields
     }

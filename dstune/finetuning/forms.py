@@ -203,7 +203,7 @@ def _text(value: bytes) -> str:
 
 
 def _label(value: bytes) -> str:
-    """A file's name, as clients write quotes and line ends into it. It is shown, and never a path. Raises ApiError."""
+    """Return a file's name, as clients write quotes and line ends into it. It is shown, and never a path. Raises ApiError."""
     name = _text(value).replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
     return checked_filename(name)
 

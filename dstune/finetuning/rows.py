@@ -129,7 +129,7 @@ def _read(path: Path, method: str, checked: Checked) -> Iterator[tuple[dict[str,
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines, of which one that is too long comes cut and so is no JSON."""
+    """Yield lines, of which one that is too long comes cut and so is no JSON."""
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES + 1):
             if len(line) > LINE_BYTES and not line.endswith(b"\n"):
@@ -226,7 +226,7 @@ def _dpo(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reinforcement(row: dict[str, Any]) -> dict[str, Any]:
-    """A conversation that a user's message ends, and whatever the grader reads as `item.KEY`."""
+    """Return a conversation that a user's message ends, and whatever the grader reads as `item.KEY`."""
     messages = _messages(_required(row, "messages"), "messages")
     _check_calls(messages, _tools(row, ""), "messages")
     if messages[-1]["role"] != "user":
@@ -308,7 +308,7 @@ def _message(message: Mapping[str, Any], at: str) -> None:
 
 
 def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:
-    """The names of a row's tools."""
+    """Return the names of a row's tools."""
     if row.get("tools") and row.get("functions"):
         raise FieldError(f"{prefix}functions", "stands beside tools, which say the same")
     names = set()
@@ -334,7 +334,7 @@ def _tools(row: Mapping[str, Any], prefix: str) -> frozenset[str]:
 
 
 def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: str) -> None:
-    """Calls name tools of the row, and answers name calls."""
+    """Check that calls name tools of the row, and answers name calls."""
     called: set[str] = set()
     for number, message in enumerate(messages):
         at = f"{name}[{number}]"
@@ -360,6 +360,6 @@ def _check_calls(messages: list[dict[str, Any]], tools: Collection[str], name: s
 
 
 def _field_of(reason: str) -> str:
-    """The field that dstune's reader speaks of, which counts messages from 1."""
+    """Return the field that dstune's reader speaks of, which counts messages from 1."""
     number = _NUMBER.search(reason)
     return f"messages[{int(number[1]) - 1}]" if number else ""

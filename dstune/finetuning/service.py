@@ -91,7 +91,7 @@ class FineTuning:
             return self.vault.read(session, project, "wandb") is not None
 
     def _accounts(self, job: Job) -> dict[str, str]:
-        """Variables of the accounts that a job uses, for its processes alone."""
+        """Return variables of the accounts that a job uses, for its processes alone."""
         if not job.integrations:
             return {}
         with self.database.session() as session:

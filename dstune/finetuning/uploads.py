@@ -143,7 +143,7 @@ class Uploads:
         return row
 
     def _open(self, request: Request, session: Session | None = None) -> Upload:
-        """The upload of a request. Raises ApiError where it takes no more."""
+        """Return the upload of a request. Raises ApiError where it takes no more."""
         if session is None:
             with self._database.session() as new_session:
                 return self._open(request, new_session)
@@ -253,7 +253,7 @@ class Uploads:
 
     @staticmethod
     def _bytes_of(session: Session, project: str) -> int:
-        """Bytes of the parts of a project that wait."""
+        """Return bytes of the parts of a project that wait."""
         parts = select(func.coalesce(func.sum(Part.bytes), 0)).join(Upload, Upload.id == Part.upload)
         return session.scalar(parts.where(Upload.project == project)) or 0
 

@@ -225,7 +225,7 @@ class Webhooks:
 
     @staticmethod
     def _of(session: Session, project: str, name: str, *, deleted: bool = False) -> WebhookEndpoint:
-        """deleted: whether it may be a deleted one. Raises ApiError where there is none."""
+        """Find an endpoint. deleted: whether it may be a deleted one. Raises ApiError where there is none."""
         query = select(WebhookEndpoint).where(WebhookEndpoint.project == project, WebhookEndpoint.id == name)
         row = session.scalar(query)
         if row is None or (row.deleted_at is not None and not deleted):

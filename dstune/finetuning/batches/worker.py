@@ -80,7 +80,7 @@ class BatchWorker:
             self._mine.discard(row.id)
 
     def _claim(self) -> Batch | None:
-        """The oldest batch that nobody works on, of a project with as few at work as any."""
+        """Return the oldest batch that nobody works on, of a project with as few at work as any."""
         now = time.time()
         with self._database.writing.begin() as session:
             self._database.exclusive(session, "batches")
@@ -100,7 +100,7 @@ class BatchWorker:
         return row
 
     def _change(self, row: Batch, status: str | None = None, event: str | None = None, **details: Any) -> Batch:
-        """One transaction: a new status, what is told of it, and the event. Nothing where another server has ended it."""
+        """Set in one transaction a new status, what is told of it, and the event. Nothing where another server has ended it."""
         with self._database.writing.begin() as session:
             current = session.get_one(Batch, row.number, with_for_update=True)
             if current.status not in WORKED_ON:
@@ -206,7 +206,7 @@ class BatchWorker:
         return row
 
     def _finalize(self, row: Batch, folder: Path) -> None:
-        """What it ends as follows from its row alone: the server may have been killed since it was answered."""
+        """End the batch as its row alone says: the server may have been killed since it was answered."""
         counts = row.details.get("request_counts") or {"total": 0, "completed": 0, "failed": 0}
         whole = counts["completed"] + counts["failed"] >= counts["total"]
         ending = "cancelled" if row.status == "cancelling" else "completed" if whole else "expired"

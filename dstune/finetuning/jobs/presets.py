@@ -145,7 +145,7 @@ def read(path: Path) -> Presets:
 
 
 def _presets(content: Any, file: str, problems: list[Problem]) -> Presets:
-    """Everything that can be read; what cannot is added to `problems`."""
+    """Return everything that can be read; what cannot is added to `problems`."""
     if not isinstance(content, Mapping):
         problems.append(Problem(file, "must be a mapping with the key `models`"))
         return Presets()

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _end_on_stop(folder: JobFolder) -> None:
-    """Nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
+    """End on a wish to stop: nobody waits for the rows of a job that was cancelled, and the next validation takes its core."""
     while folder.stop_requested() != NOW:
         time.sleep(POLL_SECONDS)
     os._exit(EXIT_PREEMPTED)
@@ -96,7 +96,7 @@ def validate(folder: JobFolder, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digests(file: Path) -> Iterator[bytes]:
-    """Of its lines."""
+    """Yield the digests of the file's lines."""
     with file.open("rb") as stream:
         for line in stream:
             yield hashlib.sha256(line).digest()[:16]
@@ -174,7 +174,7 @@ class Training:
         return code, self._report()
 
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
-        """The wish to stop, as signals of the launching process: one lets it save, a second one does not."""
+        """Pass on the wish to stop, as signals of the launching process: one lets it save, a second one does not."""
         how = self._folder.stop_requested()
         requested = 2 if how == NOW else 1 if how or self._signalled else 0
         if requested > self._signals and time.monotonic() - self._signalled_at > TWICE_SECONDS:
@@ -183,7 +183,7 @@ class Training:
             self._signals, self._signalled_at = self._signals + 1, time.monotonic()
 
     def _report(self) -> dict[str, Any]:
-        """The last object that was printed; {} where there is none."""
+        """Return the last object that was printed; {} where there is none."""
         for line in reversed(self._folder.report.read_bytes().splitlines()):
             with contextlib.suppress(ValueError):
                 value = parse_json(line)
@@ -194,8 +194,8 @@ class Training:
     # -- in the queue of a cluster, whose jobs need no process here
 
     def _in_queue(self) -> bool:
-        """Whether a job of this run waits or runs, also one whose submission was killed before it was noted. Waits until the
-        queue answers: to submit without knowing would make two."""
+        """Return whether a job of this run waits or runs, also one whose submission was killed before it was noted. Waits until
+        the queue answers: to submit without knowing would make two."""
         queue, run = LAUNCHERS[self._pool].queue, self._folder.run
         if queue is None:
             return False

@@ -177,7 +177,7 @@ class Reconciler:
     # -- files
 
     def _validate(self, job: Job) -> bool:
-        """Whether its files are being read now; what was found in them is noted."""
+        """Return whether its files are being read now; what was found in them is noted."""
         folder = self._job_folder(job)
         validation = read(folder.validated)
         if validation is not None:
@@ -194,7 +194,7 @@ class Reconciler:
         return True
 
     def _begin_validation(self, job: Job) -> bool:
-        """Whether it has begun."""
+        """Return whether it has begun."""
         self._validations[job.id] += 1
         if self._validations[job.id] > MOST_VALIDATIONS:
             self._fail(job, "server_error", INTERNAL, None)
@@ -303,7 +303,7 @@ class Reconciler:
             ask_orphan(folder, how)
 
     def _tell(self, job: Job, steps: Sequence[metrics.Step], *, ended: bool) -> None:
-        """New steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
+        """Tell new steps as events. The newest one waits for its evaluation, which comes in a row of its own."""
         self._tell_rewind(job, steps[-1].number if steps else 0, ended=ended)
         complete = steps if ended or job.validation_file is None else steps[:-1]
         new = [step for step in complete if step.number > job.last_step and "train_loss" in step.values]
@@ -329,7 +329,7 @@ class Reconciler:
         job.last_step, job.total_steps, job.step_seconds = row.last_step, total, seconds
 
     def _tell_rewind(self, job: Job, reached: int, *, ended: bool) -> None:
-        """Of a training that has fewer steps than were told: it goes on from a checkpoint, perhaps without a new attempt."""
+        """Tell that a training has fewer steps than were told: it goes on from a checkpoint, perhaps without a new attempt."""
         if reached >= job.last_step:
             self._rewound.discard(job.id)
         elif reached and not ended and job.id not in self._rewound:
@@ -339,7 +339,7 @@ class Reconciler:
                 note(session, self._store.locked(session, job.id), Message(text, "warn"))
 
     def _lost(self, job: Job, steps: Sequence[metrics.Step], why: str) -> None:
-        """Its process has ended, and the job is not over."""
+        """Handle a job whose process has ended and that is not over."""
         pausing = job.state == State.PAUSING
         if pausing:
             self._end_attempt(job, Change.HALT, [Message("The job is paused")], exports=True)
@@ -374,7 +374,7 @@ class Reconciler:
         self._results.published()
 
     def _refused(self, job: Job, ended: Mapping[str, Any], steps: Sequence[metrics.Step]) -> None:
-        """Exit 2: the client's rows, a second launch of the same directory, or the operator's preset."""
+        """Handle exit code 2: the client's rows, a second launch of the same directory, or the operator's preset."""
         problems = ended.get("problems") or []
         where = str(problems[0].get("where", "")) if problems else ""
         if where == "run.dir":
@@ -393,7 +393,7 @@ class Reconciler:
         self._fail(job, "server_error", INTERNAL, None)
 
     def _wind_down(self, job: Job) -> None:
-        """A job whose state says that it has no process any more."""
+        """Wind down a job whose state says that it has no process any more."""
         folder = self._job_folder(job)
         if self._launcher.is_alive(folder):
             self._ask(folder, NOW if job.state == State.CANCELLED else SAVE)
@@ -442,19 +442,19 @@ class Reconciler:
         return self._machine.capacity(self._presets().queue.devices)
 
     def _devices(self, job: Job) -> dict[str, int]:
-        """How many it takes, and how few are enough, as its preset says now: a job goes on with another number of them."""
+        """Return how many it takes, and how few are enough, as its preset says now: a job goes on with another number of them."""
         preset = self._offered(job)
         if preset is None:
             return {"devices": job.devices, "fewest": job.devices}
         return {"devices": preset.devices, "fewest": preset.fewest}
 
     def _offered(self, job: Job) -> Preset | None:
-        """Its preset; None where the operator has taken it away, or moved it to another pool."""
+        """Return the preset; None where the operator has taken it away, or moved it to another pool."""
         preset = self._presets().models.get(job.preset)
         return preset if preset is not None and preset.pool == job.pool else None
 
     def _fits(self, job: Job) -> bool:
-        """Whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
+        """Return whether there are its devices at all: one that waits for more (a GPU is gone) does not keep others waiting."""
         most, needed = self.capacity(), self._devices(job)["fewest"]
         if job.pool != LOCAL or needed <= most:
             return True
@@ -466,8 +466,8 @@ class Reconciler:
         return False
 
     def _may_store(self, job: Job, has_space: Callable[[str], bool]) -> bool:
-        """Whether its project has space for what it will leave. A job that has started before goes on in any case: it has its
-        space already."""
+        """Return whether its project has space for what it will leave. A job that has started before goes on in any case: it has
+        its space already."""
         if job.attempt or has_space(job.project):
             self._held.discard(job.id)
             return True
@@ -479,7 +479,8 @@ class Reconciler:
         return False
 
     def _start(self, job_id: str, taken: list[int]) -> None:
-        """The row first, then the process: a server that is killed between the two finds a running job without a process."""
+        """Start a job: the row first, then the process; a server that is killed between the two finds a running job without a
+        process."""
         with self._store.database.writing.begin() as session:
             job = self._store.locked(session, job_id)
             if job.state != State.QUEUED or job.active:
@@ -519,7 +520,7 @@ class Reconciler:
     def _end_attempt(
         self, job: Job, change: Change, messages: Sequence[Message], *, exports: bool = False, **values: Any
     ) -> bool:
-        """Whether the attempt was still this one."""
+        """Return whether the attempt was still this one."""
         with self._store.database.writing.begin() as session:
             row = self._store.locked(session, job.id)
             if row.state != job.state or row.attempt != job.attempt:
@@ -540,7 +541,8 @@ class Reconciler:
             self._over(job)
 
     def _account(self, row: Job) -> None:
-        """The end of an attempt: its devices are free, and its time is counted; not the time in the queue of a cluster."""
+        """Account for the end of an attempt: its devices are free, and its time is counted; not the time in the queue of a
+        cluster."""
         if row.active:
             ended, seconds = read(self._job_folder(row).ended) or {}, time.time() - (row.started_at or time.time())
             if ended.get("attempt") == row.attempt and ended.get("seconds") is not None:
@@ -549,7 +551,7 @@ class Reconciler:
             row.active, row.taken = False, []
 
     def _over(self, job: Job) -> None:
-        """A job that ended needs neither its files nor its optimizer states any more."""
+        """Clean up after a job that ended: it needs neither its files nor its optimizer states any more."""
         self._readers.pop(job.id, None)
         self._validations.pop(job.id, None)
         self._measured.pop(job.id, None)
@@ -560,7 +562,7 @@ class Reconciler:
             self._store.measure(job.id, folder)
 
     def _pause_of(self, job: Job) -> float:
-        """What broke its process may take a while to pass."""
+        """Return the seconds to wait before the next attempt: what broke its process may take a while to pass."""
         return min(LONGEST_PAUSE, self._pause * 2 ** (job.idle_attempts - 1)) if job.idle_attempts else 0.0
 
     # -- helpers
@@ -572,7 +574,7 @@ class Reconciler:
         return self._readers.setdefault(job.id, Reader(self._job_folder(job).run / "metrics.jsonl"))
 
     def _preset(self, job: Job) -> Preset | None:
-        """None where the operator has taken it away; the job has failed then."""
+        """Return the preset; None where the operator has taken it away, and the job has failed then."""
         preset = self._presets().models.get(job.preset)
         if preset is None:
             self._fail(job, "model_not_available", f"The model {job.preset} is not offered any more.", "model")

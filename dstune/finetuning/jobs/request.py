@@ -24,7 +24,7 @@ MOST_TAGS = 50
 
 
 def _plain(most: int) -> Any:
-    """Text that goes into a configuration: nothing in it may be read as a reference."""
+    """Return text that goes into a configuration: nothing in it may be read as a reference."""
 
     def check(value: str) -> str:
         if len(value) > most or not PLAIN.fullmatch(value) or value != value.strip():
@@ -183,7 +183,7 @@ def check_grader_of(job_request: JobRequest, preset: Preset) -> None:
 
 
 def _places_of(method: Any) -> dict[str, str]:
-    """Where the hyperparameters of a request's method stand, by their names."""
+    """Return where the hyperparameters of a request's method stand, by their names."""
     kind = method.get("type") if isinstance(method, Mapping) else None
     names = hyperparameters.METHODS.get(kind, {}) if isinstance(kind, str) else {}
     places = {name: f"method.{kind}.hyperparameters.{name}" for name in names}
@@ -193,8 +193,8 @@ def _places_of(method: Any) -> dict[str, str]:
 
 
 def _hyperparameters(asked: Creation) -> tuple[str, dict[str, Value]]:
-    """The method's name and its hyperparameters, which may come under their earlier name. Raises ApiError where both are there
-    and differ."""
+    """Return the method's name and its hyperparameters, which may come under their earlier name. Raises ApiError where both are
+    there and differ."""
     earlier = _values(asked.hyperparameters or Supervised())
     if asked.method is None:
         return "supervised", earlier

@@ -69,7 +69,7 @@ class _Room:
             self.submitted[job.pool] += 1
 
     def take(self, job: Waiting) -> list[int] | None:
-        """The devices for a job, none in another pool; None where it has to wait."""
+        """Return the devices for a job, none in another pool; None where it has to wait."""
         if job.pool in self.blocked:
             return None
         if job.pool != LOCAL:

@@ -218,7 +218,7 @@ class Jobs:
         return job
 
     def _chosen(self, caller: Caller, job_request: JobRequest) -> tuple[Preset, str | None]:
-        """The preset, and the tuned model that training starts from. Raises ApiError."""
+        """Return the preset, and the tuned model that training starts from. Raises ApiError."""
         presets, start = self._presets().models, None
         name = job_request.model
         if name.startswith("ft:"):
@@ -265,7 +265,8 @@ class Jobs:
 
     @contextmanager
     def _snapshots(self, caller: Caller, job: Job) -> Iterator[JobFolder]:
-        """The folder of a new job with the bytes of its files, which may be deleted afterwards. Gone where the job is not made."""
+        """Yield the folder of a new job with the bytes of its files, which may be deleted afterwards. Gone where the job is not
+        made."""
         folder = JobFolder.of(self._folder, job.id)
         folder.create()
         try:
