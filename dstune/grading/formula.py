@@ -75,7 +75,7 @@ class Formula:
         return self._chain("*/", self._signed)
 
     def _chain(self, signs: str, operand: Callable[[], Node]) -> Node:
-        """Operands of one rank, from left to right: in a loop, since a long chain would be a deep recursion."""
+        """Parse operands of one rank, from left to right: in a loop, since a long chain would be a deep recursion."""
         first = operand()
         others: list[tuple[Operation, Node]] = []
         while (sign := self._take(*signs)) is not None:
@@ -103,7 +103,7 @@ class Formula:
         return value
 
     def _power(self) -> Node:
-        """Binds closer than a sign before it, and to the right."""
+        """Parse a power, which binds closer than a sign before it, and to the right."""
         base = self._atom()
         if self._take("^") is None:
             return base

@@ -267,7 +267,7 @@ def _check_model(grader: Mapping[str, Any], at: str) -> None:
 
 
 def _content(message: Mapping[str, Any]) -> Any:
-    """The text of a message, which may stand in an object (`{"type": "input_text", "text": ...}`)."""
+    """Return the text of a message, which may stand in an object (`{"type": "input_text", "text": ...}`)."""
     content = message.get("content")
     return content.get("text") if isinstance(content, dict) else content
 

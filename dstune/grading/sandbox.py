@@ -103,7 +103,7 @@ def run_program(source: str, stdin: str, limits: Limits) -> Outcome:
 
 @contextmanager
 def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
-    """Its end to read from and its end to write to."""
+    """Yield the end of a pipe to read from and its end to write to."""
     reading, writing = os.pipe()
     with FileIO(reading, "r") as reader, FileIO(writing, "w") as writer:
         yield reader, writer
@@ -129,7 +129,7 @@ def missing_reason() -> str:
 
 
 def _collected(process: subprocess.Popen[bytes], request: bytes, limits: Limits) -> tuple[bytes, str]:
-    """What the program printed, and why it was ended before its end."""
+    """Return what the program printed, and why it was ended before its end."""
     assert process.stdin is not None and process.stdout is not None
     deadline = time.monotonic() + limits.seconds + START_SECONDS
     # The request is read before anything is run.

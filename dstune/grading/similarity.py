@@ -84,7 +84,7 @@ def _words(text: str) -> list[str]:
 
 
 def _overlap(words: Sequence[str], expected: Sequence[str], size: int) -> int:
-    """How many runs of `size` words the two have in common."""
+    """Return how many runs of `size` words the two have in common."""
 
     def runs(words: Sequence[str]) -> Counter[tuple[str, ...]]:
         return Counter(tuple(words[at : at + size]) for at in range(len(words) - size + 1))
@@ -100,7 +100,8 @@ def _f1(matched: int, answered: int, expected: int) -> float:
 
 
 def _common_subsequence(words: Sequence[str], expected: Sequence[str]) -> int:
-    """Its length, with a bit for each word (Hyyrö 2004): a row of the usual table is one number."""
+    """Return the length of the longest common subsequence, with a bit for each word (Hyyrö 2004): a row of the usual table is
+    one number."""
     places: dict[str, int] = {}
     for at, word in enumerate(words):
         places[word] = places.get(word, 0) | 1 << at
