@@ -81,7 +81,7 @@ def media_in(value: Any) -> set[str]:
 def _texts_in(
     value: Any, place: Place = (), but: Collection[str] = (), part: str = "", data: bool = True
 ) -> Iterator[tuple[Place, str, str]]:
-    """And the type of the part whose data a text is; empty where it is to be read.
+    """Yield texts as `texts_in`, with the type of the part whose data a text is; empty where it is to be read.
 
     part: the type of the media that this is within. data: whether all keys on the way from there are of its data.
     """
@@ -103,7 +103,7 @@ def _texts_in(
 
 
 def _names(key: str | int, text: str, part: str) -> bool:
-    """Whether a text only says what something is, or which one."""
+    """Return whether a text only says what something is, or which one."""
     return (
         (key in KINDS and _KIND.fullmatch(text) is not None)
         or (key in IDS and _ID.fullmatch(text) is not None)
@@ -112,8 +112,8 @@ def _names(key: str | int, text: str, part: str) -> bool:
 
 
 def _media(value: Mapping[str, Any], place: Place) -> str:
-    """The type of a part of a content that holds no text; empty for all else, whatever it says that it is: a template prints
-    the arguments of a call, and a model reads them."""
+    """Return the type of a part of a content that holds no text; empty for all else, whatever it says that it is: a template
+    prints the arguments of a call, and a model reads them."""
     kind = value.get("type")
     within = place != () and isinstance(place[-1], int) and all(isinstance(key, int) or key in _WITHIN for key in place)
     return kind if within and isinstance(kind, str) and kind in MEDIA else ""
@@ -145,7 +145,7 @@ def _responses(body: Mapping[str, Any]) -> Iterator[Placed]:
 
 
 def _role_of(item: Mapping[str, Any]) -> str:
-    """Who wrote an item that names no role: a tool its output, the model its calls and what it thought."""
+    """Return who wrote an item that names no role: a tool its output, the model its calls and what it thought."""
     kind = str(item.get("type", ""))
     if kind.endswith("_output"):
         return "tool"

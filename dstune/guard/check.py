@@ -315,7 +315,7 @@ def _pieces(policy: Policy, texts: Sequence[Text]) -> Iterable[_Piece]:
 
 
 def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
-    """Why there is too much to look at; empty where there is not. pieces: of single texts."""
+    """Return why there is too much to look at; empty where there is not. pieces: of single texts."""
     if len(pieces) > MOST_TEXTS:  # of few texts, which markers cut into many
         return f"more than {MOST_TEXTS} texts"
     if sum(len(piece.item.text) for piece in pieces) > policy.limits.characters:
@@ -324,14 +324,14 @@ def _beyond(policy: Policy, pieces: Sequence[_Piece]) -> str:
 
 
 def _only(item: Item, watches: Iterable[Watch]) -> Item:
-    """The item with what these look for alone."""
+    """Return the item with what these look for alone."""
     detectors = frozenset(watch.detector for watch in watches)
     return replace(item, detectors=detectors, decisive=item.decisive & detectors)
 
 
 def _parts(policy: Policy, text: Text) -> Iterable[tuple[int, str, str]]:
-    """Where each part of a text begins, the part, and its direction: documents between markers are tools' results where the
-    policy looks at those. Else they are as the rest of the text, or nothing would look at what is typed behind a marker."""
+    """Yield where each part of a text begins, the part, and its direction: documents between markers are tools' results where
+    the policy looks at those. Else they are as the rest of the text, or nothing would look at what is typed behind a marker."""
     if not text.direction:
         return
     place = 0
@@ -343,7 +343,7 @@ def _parts(policy: Policy, text: Text) -> Iterable[tuple[int, str, str]]:
 
 
 def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> Iterable[tuple[str, tuple[Watch, ...]]]:
-    """Neighbouring texts of one direction in one, and what looks at them: their authors' own words, and these with the
+    """Yield neighbouring texts of one direction in one, and what looks at them: their authors' own words, and these with the
     documents among them."""
     documents = [list(_documents(policy, placed_text)) for placed_text in run]
     own_words = [
@@ -367,7 +367,7 @@ def _joined(policy: Policy, run: Sequence[Text], watches: tuple[Watch, ...]) -> 
 
 
 def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
-    """What is left of a text beside these places, which are in order and disjoint."""
+    """Return what is left of a text beside these places, which are in order and disjoint."""
     parts, place = [], 0
     for start, end in places:
         parts.append(text[place:start])
@@ -376,7 +376,7 @@ def _without(text: str, places: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def _readings(texts: Sequence[Sequence[str]]) -> list[str]:
-    """The parts of several texts in one: end to end, and where that makes one word of two, with a space between them too."""
+    """Return the parts of several texts in one: end to end, and where that makes one word of two, with a space between them too."""
     readings = [" ".join("".join(parts) for parts in texts)]
     if any(not (first[-1].isspace() or second[0].isspace()) for parts in texts for first, second in pairwise(parts)):
         readings.append(" ".join(" ".join(parts) for parts in texts))
@@ -400,7 +400,7 @@ class _Document:
 
 
 def _documents(policy: Policy, text: Text) -> Iterable[_Document]:
-    """Those in what a user wrote. One without its end marker goes to the end of the text."""
+    """Yield those in what a user wrote. One without its end marker goes to the end of the text."""
     if text.direction != "input" or not policy.document_markers:
         return
     ends = dict(reversed(policy.document_markers))

@@ -147,7 +147,7 @@ class Guarding:
             log.info("the guard is back")
 
     async def _gone(self) -> str:
-        """Returns when the process has ended, or is stuck: which of the two."""
+        """Wait until the process has ended, or is stuck; return which of the two."""
         waits = {
             asyncio.create_task(self.engine.ended()): "has ended",
             asyncio.create_task(self._stuck()): f"has done nothing for {self.patience:g} s",
@@ -162,7 +162,7 @@ class Guarding:
         return waits[done.pop()]
 
     async def _stuck(self) -> None:
-        """Returns when the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
+        """Wait until the process does not answer, or ends no step of its work, for `patience` seconds. It is asked beside the
         requests: these may all take too long where there are many, and a guard that works through them is not stuck."""
         heard = time.monotonic()
         while (seconds_left := heard + self.patience - time.monotonic()) > 0:

@@ -105,7 +105,7 @@ class Guard:
     async def _inspected(
         self, request: Request, policy: Policy, placed: Sequence[Placed], body: dict[str, Any]
     ) -> dict[str, Any]:
-        """`body` with its masks. Raises ApiError where it is stopped."""
+        """Return `body` with its masks. Raises ApiError where it is stopped."""
         try:
             texts = [entry.text for entry in placed]
             verdict = await self.charged(request, estimated_windows(policy, texts), self.check(policy, texts))
@@ -200,7 +200,7 @@ class Guarded:
         return content if changed is answer else dumps(changed)
 
     async def _verdict(self, placed: Sequence[Placed]) -> Verdict:
-        """Of the texts of one choice."""
+        """Check the texts of one choice."""
         policy = replace(self.policy, directions={"output": self.policy.watches("output")})
         beside = [Text(prompt, "system") for prompt in self.prompts] + [Text(entry, "user") for entry in self.public]
         texts = [*(entry.text for entry in placed), *beside]
@@ -248,7 +248,7 @@ class Guarded:
         return await self._counted(checked, total)
 
     async def _counted(self, checked: Awaitable[Verdict], total: Verdict) -> Verdict:
-        """The verdict, which is added to `total`. Raises GuardDown where nothing may pass unchecked."""
+        """Return the verdict, which is added to `total`. Raises GuardDown where nothing may pass unchecked."""
         try:
             verdict = await checked
         except GuardDown as error:
@@ -265,7 +265,7 @@ class Guarded:
         return verdict
 
     async def _whole(self, chunks: AsyncIterator[bytes], total: Verdict) -> AsyncIterator[bytes]:
-        """A stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
+        """Yield a stream of `/v1/responses`: held back to its end, since its events repeat each other's text."""
         events = await _events(chunks)
         echoed = {text for _, text in texts_in(self.body)}
         texts = [text for text in dict.fromkeys(texts_of_events(events)) if text not in echoed]
@@ -285,7 +285,7 @@ _EVENT_NAME = re.compile(r"[a-z_.]{1,64}")
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> list[dict[str, Any]]:
-    """Of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
+    """Read the events of a whole stream. Raises one of FAILURES where something in it is no event that can be read."""
     reader, data_of_events, size = EventReader(), [], 0
     async for chunk in chunks:
         if (size := size + len(chunk)) > MOST_READ_BYTES:

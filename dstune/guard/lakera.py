@@ -155,7 +155,7 @@ def _nothing_ran(policy: Policy, placed: Iterable[Placed], reason: str) -> Verdi
 
 
 def _reported(verdict: Verdict, placed: list[Placed]) -> list[Entry]:
-    """For each detector the messages in which it found something, or one entry: its most certain one."""
+    """Return for each detector the messages in which it found something, or one entry: its most certain one."""
     last = max((item.text.message for item in placed), default=0)
     order = [*LEVELS, "uncalibrated", UNLIKELY, NOT_RUN]
     by_detector: dict[str, dict[int, Entry]] = {}
@@ -201,8 +201,8 @@ LABELS = {detector: kind for kind, detector in PII.items()} | {SECRETS: "SECRET"
 
 
 def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dict[str, Any]]:
-    """Spans in messages. A content that is a list of parts is counted as its texts one behind the other, what stands elsewhere
-    from its own beginning."""
+    """Yield spans in messages. A content that is a list of parts is counted as its texts one behind the other, what stands
+    elsewhere from its own beginning."""
     length_by_message: dict[int, int] = {}
     starts, wide = [], []
     for placed_text in placed:
@@ -228,7 +228,8 @@ def _payload(verdict: Verdict, placed: list[Placed], units: str) -> Iterable[dic
 
 
 def _in_content(placed_text: Placed) -> bool:
-    """Whether a client counts this text: a content, a part that is a text, or the text of a part; no other field of a part."""
+    """Return whether a client counts this text: a content, a part that is a text, or the text of a part; no other field of a
+    part."""
     match placed_text.place[2:]:
         case ("content",) | ("content", int()) | ("content", int(), "text"):
             return True

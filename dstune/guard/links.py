@@ -43,7 +43,7 @@ _BARE = re.compile(
 
 @cache
 def _suffixes() -> Any:
-    """The suffix list that the package carries; nothing is fetched."""
+    """Return the suffix list that the package carries; nothing is fetched."""
     try:
         import tldextract
     except ImportError:
@@ -117,7 +117,7 @@ class _Search:
                 place = max(link.end, place)
 
     def _link(self, match: re.Match[str]) -> _Link | None:
-        """None where no host may be meant: `https://` alone, `http:80`, `// a comment`."""
+        """Read the link of a match; None where no host may be meant: `https://` alone, `http:80`, `// a comment`."""
         text, (start, begin) = self._text, match.span()
         name = _matched(_NAME, text, begin)
         name_end = begin + len(name)
@@ -135,7 +135,8 @@ class _Search:
         return _Link(start, end, "" if others else _host(name))
 
     def _other_names(self, begin: int, name_end: int, stop: int) -> list[str]:
-        """What a browser may take for the host, by what stands between the name, which ends at `name_end`, and the next slash."""
+        """Return what a browser may take for the host, by what stands between the name, which ends at `name_end`, and the next
+        slash."""
         if self._at_before(stop, begin) >= name_end:
             return [_matched(_NAME, self._text, self._at_before(stop, begin) + 1) or "@"]
         in_brackets = self._text.startswith("[", begin)
@@ -145,13 +146,14 @@ class _Search:
         return []
 
     def _at_before(self, stop: int, begin: int) -> int:
-        """The last @ between the two places, or a place before."""
+        """Return the last @ between the two places, or a place before."""
         if self._last_at[0] != stop:  # several beginnings may have one end
             self._last_at = stop, self._text.rfind("@", begin, stop)
         return self._last_at[1]
 
     def _closed(self, start: int, name_end: int) -> bool:
-        """Whether what follows the name closes the bracket or quote that the link stands in, and the next is no part of it."""
+        """Return whether what follows the name closes the bracket or quote that the link stands in, and the next is no part of
+        it."""
         text = self._text
         name_end += text.startswith("\\", name_end)  # of JSON within JSON
         closing = _CLOSING.get(text[max(start - 1, 0) : start])
@@ -168,7 +170,7 @@ class _Next:
         self._pattern, self._text, self._found = pattern, text, -1
 
     def __call__(self, place: int) -> int:
-        """The length of the text where there is none."""
+        """Return the length of the text where there is none."""
         if self._found < place:
             match = self._pattern.search(self._text, place)
             self._found = match.start() if match else len(self._text)
@@ -182,7 +184,7 @@ def _matched(pattern: re.Pattern[str], text: str, place: int) -> str:
 
 
 def _is_address(name: str, after: str) -> bool:
-    """Whether it names a host of the internet; a number does only with a path after it, since it may be any."""
+    """Return whether it names a host of the internet; a number does only with a path after it, since it may be any."""
     name = unquote(name)
     if after in ("/", "?", "#", "\\") and _NUMBER.fullmatch(name) and not _PORT_ALONE.fullmatch(name):
         return True

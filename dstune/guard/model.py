@@ -191,7 +191,7 @@ class GuardModel:
         return list(map(WindowScore, values, whole, work))
 
     def _parts(self, ids: list[int]) -> list[list[int]]:
-        """Pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
+        """Return pieces of `part_tokens` tokens, each with the special tokens. None of a window that is no longer than one."""
         tokens_before, tokens_after = self._special_tokens or (0, 0)
         size, end = self.part_tokens, len(ids) - tokens_after
         if not size or end - tokens_before <= size:
@@ -209,7 +209,7 @@ class GuardModel:
         return (mask.index(0), mask[::-1].index(0)) if 0 in mask else None
 
     def _log_odds(self, rows: Sequence[list[int]]) -> list[float]:
-        """ln(p / (1 - p)) of the label in each row of token ids."""
+        """Return ln(p / (1 - p)) of the label in each row of token ids."""
         import torch
 
         order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
@@ -274,7 +274,7 @@ def skip_unread_positions(model: Any) -> bool:
 
 
 def _samples_logits(model: Any) -> list[torch.Tensor]:
-    """Of rows of odd and even lengths, in fp32."""
+    """Return logits of rows of odd and even lengths, in fp32."""
     import torch
 
     longest = min(16, getattr(model.config, "max_position_embeddings", None) or 16)
@@ -315,7 +315,7 @@ def highest(readings: Sequence[Variant], scores: Sequence[Sequence[WindowScore]]
 
 
 def _label_of(labels: Sequence[str], folder: Path) -> str:
-    """Of a model that is not calibrated: `attack`, or the second of two labels."""
+    """Choose the label of a model that is not calibrated: `attack`, or the second of two labels."""
     if ATTACK in labels:
         return ATTACK
     if len(labels) == 2:

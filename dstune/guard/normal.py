@@ -57,7 +57,7 @@ class Normal:
         return self._origin(start)[0], self._origin(max(end - 1, start))[1]
 
     def _origin(self, place: int) -> tuple[int, int]:
-        """Of one character."""
+        """Return the place of one character."""
         assert self._starts is not None
         number = bisect_right(self._starts, place) - 1
         first, last = self._origins[number]
@@ -98,7 +98,7 @@ _BACKSLASHES = re.compile(r"\\+")
 
 
 def _pieces(text: str, *, escapes: bool) -> Iterator[tuple[int, int, str]]:
-    """Parts of the text, as they are read, with their place."""
+    """Yield parts of the text, as they are read, with their place."""
     place = 0
     for match in _JSON_ESCAPE.finditer(text) if escapes else ():
         yield from _written(text, place, match.start())
@@ -122,7 +122,7 @@ _STANDING = re.compile("[\U000e0020-\U000e007e\U0001f150-\U0001f169\U0001f170-\U
 
 
 def _as_it_is(line: str) -> bool:
-    """Whether nothing in it is changed: character by character that takes twenty times as long to find."""
+    """Return whether nothing in it is changed: character by character that takes twenty times as long to find."""
     if DROPPED.search(line):
         return False
     if line.isascii():
@@ -143,7 +143,7 @@ def _composed(cluster: str) -> str:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Each character with the marks that combine with it, at most MOST_MARKS: putting many into order takes time by the
+    """Yield each character with the marks that combine with it, at most MOST_MARKS: putting many into order takes time by the
     square of their number."""
     start = 0
     for place in range(1, len(text) + 1):
@@ -153,7 +153,7 @@ def _clusters(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _latin(text: str) -> str:
-    """As long as `text`."""
+    """Put Latin letters in the place of look-alikes; the text stays as long."""
     if not _FOREIGN.search(text):
         return text
     # Where other letters of these scripts stand, a word of look-alikes alone is a word of the language.

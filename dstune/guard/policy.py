@@ -154,7 +154,7 @@ class Policies:
 
 
 def _model_of(detector: str) -> str:
-    """How a policy gets a model that may block."""
+    """Return how a policy gets a model that may block."""
     if detector != PROMPT_ATTACK:
         return f"{CALIBRATES} FOLDER --label LABEL, then models.{detector}: FOLDER; or action: {FLAG}"
     model = f"models.{detector}: RUN/export (or --guard-model)"
@@ -210,7 +210,7 @@ def read(
 
 
 def _looks(policy: Policy, route: str) -> bool:
-    """Whether it has detectors for what is looked at on this route."""
+    """Return whether it has detectors for what is looked at on this route."""
     results = bool(policy.document_markers) or route in WITH_DOCUMENTS
     passing = ("input", "tool_result") if results else ("input",)
     return route not in WITHOUT_ANSWERS or any(policy.watches(direction) for direction in passing)
@@ -324,7 +324,7 @@ class _Reader:
         return Policies(policies, models, routes, projects, self._file)
 
     def _named(self, key: str, name: Any, policies: Mapping[str, Policy], *, may_be_off: bool = True) -> str:
-        """The policy of a route or project."""
+        """Return the policy of a route or project."""
         name = OFF if name is False else name  # YAML reads a bare off so
         if not (isinstance(name, str) and name in policies) and not (may_be_off and name == OFF):
             fix = f"one of {', '.join(policies)}{' or off' if may_be_off else ''}"

@@ -107,7 +107,7 @@ class Compute:
 
 
 def _next(jobs: Iterable[_Job], most: int) -> Iterator[tuple[_Job, Sequence[Window]]]:
-    """The next windows of a request, and the texts that they are of."""
+    """Yield the next windows of a request, and the texts that they are of."""
     for job in jobs:
         if most <= 0:
             return

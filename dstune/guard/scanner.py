@@ -239,7 +239,7 @@ class Scanner:
 def _encoded(
     reading: Variant, search: Search, chosen: Collection[str], seen: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[str, int, int, str]]:
-    """Finds in what was decoded: the whole run goes in which one stands, or all runs where it was cut into several.
+    """Yield finds in what was decoded: the whole run goes in which one stands, or all runs where it was cut into several.
 
     seen: finds that are plain, which need no second one in the same place.
     """

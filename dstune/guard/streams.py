@@ -104,7 +104,8 @@ class Channel:
                 self.masks.append(replace(span, start=begin, end=end))
 
     def _keep_head(self, released_before: int) -> None:
-        """Of the find that `released` stands within. released_before: where that stood, from where on the find was searched."""
+        """Keep the beginning of the find that `released` stands within. released_before: where that stood, from where on the
+        find was searched."""
         within = next((mask for mask in reversed(self.masks) if mask.start < self.released), None)
         if within is None or not (within.end > self.released or within.end == self.checked):
             self.head = ""
@@ -112,7 +113,7 @@ class Channel:
             self.head = self.text[within.start : within.start + HEAD]
 
     def _free(self, length: int) -> int:
-        """Up to where nothing can change any more."""
+        """Return up to where nothing can change any more."""
         place = max(length - KEPT, 0)
         word = place
         while word > max(place - LONGEST_WORD, 0) and not self.text[word - 1].isspace():
@@ -195,7 +196,7 @@ class HeldBack:
             raise
 
     async def _advance(self, number: int, choice: _Choice, final: Callable[[Channel], bool]) -> AsyncIterator[bytes]:
-        """What may go out of a choice now. Raises Stopped where it was the last one."""
+        """Yield what may go out of a choice now. Raises Stopped where it was the last one."""
         stopped = None
         try:
             for channel in choice.channels.values():
@@ -309,7 +310,7 @@ def _without_telling(choice: dict[str, Any]) -> None:
 
 
 def _texts(choice: dict[str, Any]) -> list[tuple[str, str, Callable[[str], None]]]:
-    """The texts of a piece of a choice: the name of its channel, the text, and how to change it."""
+    """Return the texts of a piece of a choice: the name of its channel, the text, and how to change it."""
     texts: list[tuple[str, str, Callable[[str], None]]] = []
     for place, text in texts_in(choice, but=TELLING):
         if not text:

@@ -50,12 +50,12 @@ _SEGMENT = re.compile(r"[^\n\r:;\"\u201c\u201d`|]+")
 
 
 def _common(text: str) -> int:
-    """How many words of `text` are common ones."""
+    """Return how many words of `text` are common ones."""
     return sum(word in _STOP_WORDS for word in _ANY_WORD.findall(text.lower()))
 
 
 def _readable(raw: bytes) -> str | None:
-    """The text in `raw`, in UTF-8 or, as PowerShell encodes it, in UTF-16; None where it is something else."""
+    """Return the text in `raw`, in UTF-8 or, as PowerShell encodes it, in UTF-16; None where it is something else."""
     encoding = "utf-8"
     if raw.count(0) >= 0.4 * len(raw):
         encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
@@ -107,7 +107,7 @@ def _base64(text: str) -> Iterator[Variant]:
 
 
 def _within_base64(text: str) -> Iterator[Variant]:
-    """Where its beginning is not known, or spaces stand within: what is text in one of its four alignments."""
+    """Yield text in one of the four alignments of Base64, where its beginning is not known, or spaces stand within."""
     for region in _REGION.finditer(text):
         words = region.group().split()
         if sum(bool(_INSIDE.search(word, 1)) for word in words) < 0.3 * len(words):
@@ -176,7 +176,7 @@ _UNICODE_ESCAPE = re.compile(r"\\u([0-9A-Fa-f]{4})")
 
 
 def _escaped(text: str) -> Iterator[Variant]:
-    """Percent, HTML and `\\u` escapes."""
+    """Yield percent, HTML and `\\u` escapes."""
     if not ("%" in text or "&#" in text or "\\u" in text):
         return
     for span in _words_matching(text, _ESCAPE):
@@ -195,7 +195,7 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|&#x?[0-9A-Fa-f]{1,6};|\\u[0-9A-Fa-f]{4}")
 
 
 def _words_matching(text: str, pattern: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Neighbouring words of which each holds `pattern`, as one part of the text, if it stands there three times."""
+    """Yield neighbouring words of which each holds `pattern`, as one part of the text, if it stands there three times."""
     begin = end = count = 0
     for word in re.finditer(r"\S+", text):
         matches = len(pattern.findall(word.group()))
@@ -216,7 +216,7 @@ _SEPARATORS = " .-_*|,/"
 
 
 def _spaced(text: str) -> Iterator[Variant]:
-    """`i g n o r e   t h i s`: more than one separator stands between words."""
+    """Yield `i g n o r e t h i s`: more than one separator stands between words."""
     for match in _SPACED.finditer(text):
         run = match.group().rstrip(_SEPARATORS)
         wide = re.split(r"\s{2,}|[/|] ?", run) if re.search(r"\s{2,}|[/|]", run) else [run]
@@ -232,7 +232,7 @@ LONGEST_WORD = 2000
 
 
 def _run_together(text: str) -> Iterator[Variant]:
-    """`IgnoreAllPreviousInstructions`, `ignoreallpreviousinstructions`: of these a tokenizer makes unknown words."""
+    """Yield `IgnoreAllPreviousInstructions`, `ignoreallpreviousinstructions`: of these a tokenizer makes unknown words."""
     for match in _RUN_TOGETHER.finditer(text):
         word = match.group()[:LONGEST_WORD]
         split = _CAMEL.sub(" ", word)
@@ -256,7 +256,7 @@ _LONGEST = max(map(len, _VOCABULARY))
 
 
 def _split_words(text: str) -> str:
-    """Words that were run together, where common words fill the text; letters between them stay as they are."""
+    """Return words that were run together, where common words fill the text; letters between them stay as they are."""
     lower, count = text.lower(), len(text)
     cost = [0.0] * (count + 1)
     back = [0] * (count + 1)
@@ -289,7 +289,7 @@ _ROT13 = str.maketrans(_LETTERS + _LETTERS.upper(), _TURNED + _TURNED.upper())
 
 
 def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Variant]:
-    """Neighbouring words that are common ones only once they are changed, also where plain words stand beside them."""
+    """Yield neighbouring words that are common ones only once they are changed, also where plain words stand beside them."""
     for match in _SEGMENT.finditer(text):
         segment = match.group()
         if len(segment) < 8:
@@ -305,7 +305,7 @@ def _by_words(name: str, text: str, change: Callable[[str], str]) -> Iterator[Va
 
 
 def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
-    """Runs whose sum is at least `least`, with what changes nothing around them; first and last place."""
+    """Yield runs whose sum is at least `least`, with what changes nothing around them; first and last place."""
     first = total = highest = last = 0
     for place, gain in enumerate([*gains, -len(gains) - 1]):
         total += gain
@@ -318,7 +318,7 @@ def _gaining(gains: Sequence[int], least: int) -> Iterator[tuple[int, int]]:
 
 
 def _by_segment(name: str, text: str, least: int, change: Callable[[str], str]) -> Iterator[Variant]:
-    """Parts of the text that hold so many more common words once they are changed."""
+    """Yield parts of the text that hold so many more common words once they are changed."""
     for match in _SEGMENT.finditer(text):
         segment = match.group()
         if len(segment) < 8:
@@ -334,7 +334,7 @@ _LEET_SIGN = re.compile(r"[013457@$!|\u20ac](?=\w)|(?<=\w)[013457@$!|\u20ac]")
 
 
 def _unleet(text: str) -> str:
-    """Words that are letters and signs, at least one of these within; numbers and plain words stay."""
+    """Return words that are letters and signs, at least one of these within; numbers and plain words stay."""
 
     def change(match: re.Match[str]) -> str:
         word = match.group()
@@ -378,7 +378,7 @@ def variants_of(text: str, normal: Normal) -> list[Variant]:
 
 
 def _placed(variant: Variant, normal: Normal) -> Variant:
-    """With its place in the original."""
+    """Return the variant with its place in the original."""
     start, end = normal.span(variant.start, variant.end)
     return Variant(variant.name, variant.text, start, end, tuple(_placed(part, normal) for part in variant.parts))
 

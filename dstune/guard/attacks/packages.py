@@ -95,7 +95,7 @@ def _inputs(cases: list[Any]) -> Iterator[str]:
 
 
 def _is_language(text: str) -> bool:
-    """Whether most of `text` is words, not code."""
+    """Return whether most of `text` is words, not code."""
     letters = sum(character.isalpha() or character.isspace() for character in text)
     return len(text) >= 12 and letters >= 0.75 * len(text)
 
@@ -199,7 +199,7 @@ def agentdojo(files: Files) -> Iterator[Text]:
 
 
 def _unresolved(content: bytes) -> str:
-    """YAML without its `!include` tags."""
+    """Return YAML without its `!include` tags."""
     return re.sub(r"!include\s+\S+", "null", content.decode("utf-8"))
 
 
@@ -213,7 +213,7 @@ def _long_values(value: Any) -> Iterator[str]:
 
 
 def _constants(source: str) -> Iterator[str]:
-    """Values of `GOAL` in the classes of a module: strings, and f-strings of constants."""
+    """Yield values of `GOAL` in the classes of a module: strings, and f-strings of constants."""
     tree = ast.parse(source)
     value_by_name: dict[str, str] = {}
     for node in ast.walk(tree):

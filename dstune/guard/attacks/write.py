@@ -73,7 +73,7 @@ def write(target: Path, archives: Archives) -> None:
 
 
 def _between(texts: Iterable[Text], low: float, high: float) -> Iterator[Text]:
-    """Those whose group falls between two shares of all groups."""
+    """Yield those whose group falls between two shares of all groups."""
     return (text for text in texts if low <= place(text.group) < high)
 
 
@@ -149,14 +149,14 @@ class _Pool:
         ]
 
     def _pieces(self, low: float, high: float, each: int) -> list[Text]:
-        """Parts of documents: `each` of e-mails, examples of commands, prose."""
+        """Return parts of documents: `each` of e-mails, examples of commands, prose."""
         kinds = (self.emails, self.commands, self.prose)
         parts = [chosen(benign.windows(_between(kind, low, high), 3, PIECE + 40), each) for kind in kinds]
         return chosen((text for own_kind in parts for text in own_kind), 3 * each)
 
     def _hard_pieces(self, odds: Odds) -> list[Text]:
-        """Of each kind of document the parts of training that look most like attacks, and some that are encoded. People who
-        write to each other tell each other what to do: of e-mails there are most."""
+        """Choose of each kind of document the parts of training that look most like attacks, and some that are encoded. People
+        who write to each other tell each other what to do: of e-mails there are most."""
         pieces = []
         for kind, count in ((self.emails, 700), (self.commands, 400), (self.prose, 300)):
             pool = list(benign.windows(_between(kind, *TRAIN), 12, PIECE + 40))
@@ -218,7 +218,7 @@ class _Pool:
         yield from (("hidden", text) for text in _hide(few, long, HIDDEN_CHARACTERS))
 
     def _known(self) -> Iterator[Text]:
-        """Frames that training has, with goals that it does not have."""
+        """Yield frames that training has, with goals that it does not have."""
         yield from own.attacks(1, held_out=True)
         templates = packages.pyrit(self.archives["pyrit"], held_out=True)
         yield from chosen((text for text in templates if place(text.group) < KNOWN[0]), 150)
@@ -239,7 +239,7 @@ class _Pool:
 
 
 def _documents(texts: Iterable[Text]) -> list[Text]:
-    """What the texts of a group say one after the other, in parts of HIDDEN_CHARACTERS."""
+    """Return what the texts of a group say one after the other, in parts of HIDDEN_CHARACTERS."""
     groups: dict[str, list[Text]] = {}
     for member in texts:
         groups.setdefault(member.group, []).append(member)
@@ -254,7 +254,7 @@ def _documents(texts: Iterable[Text]) -> list[Text]:
 
 
 def _hide(attacks: list[Text], documents: list[Text], characters: int) -> list[Text]:
-    """Each attack inside a document, which is cut so that both together have `characters`."""
+    """Return each attack inside a document, which is cut so that both together have `characters`."""
     hidden = []
     for number, attack in enumerate(attacks):
         around = documents[number % len(documents)]
@@ -278,7 +278,7 @@ class _Copies:
         self._benign = {" ".join(text.text.lower().split()) for text in training if text.label == BENIGN}
 
     def without(self, rows: Iterable[tuple[str, Text]]) -> tuple[list[tuple[str, Text]], Counter[str]]:
-        """`rows` without near copies and repetitions, and how many of each package those are. Rows of known frames are
+        """Return `rows` without near copies and repetitions, and how many of each package those are. Rows of known frames are
         copies by intent."""
         remaining: list[tuple[str, Text]] = []
         dropped: Counter[str] = Counter()

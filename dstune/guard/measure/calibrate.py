@@ -76,8 +76,8 @@ def thresholds(scored: list[Scored], model: GuardModel, rows: Sequence[Mapping[s
 
 
 def _counts(row: Scored, direction: str) -> bool:
-    """A long answer or result counts in every direction. What users write counts in theirs alone: long requests are full of
-    orders, which documents are not."""
+    """Return whether a row counts in a direction: a long answer or result does in every one. What users write counts in theirs
+    alone: long requests are full of orders, which documents are not."""
     return row.direction == direction or (row.direction != "input" and len(row.plain) >= LONG)
 
 
@@ -117,7 +117,7 @@ def _scores(model: GuardModel, rows: Sequence[Mapping[str, Any]]) -> Iterator[Sc
 
 
 def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, int]]:
-    """The buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
+    """Return the buckets, and from how many maxima the thresholds of each come. Thresholds rise with the number of windows, also
     where chance would have it otherwise.
 
     Texts shorter than any example have the thresholds of the shortest, and longer ones those of the longest at a lower rate:
@@ -139,8 +139,8 @@ def _buckets(scored: Sequence[Scored]) -> tuple[tuple[Bucket, ...], dict[str, in
 
 
 def _maxima(scored: Iterable[Scored], above: int, up_to: int | None) -> Iterator[float]:
-    """The highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of windows
-    within longer ones."""
+    """Yield the highest scores of texts with more than `above` and at most `up_to` windows: of whole texts, and of runs of
+    windows within longer ones."""
     length = up_to or 2 * above
     for row in scored:
         if above < len(row.all) <= (up_to or math.inf):

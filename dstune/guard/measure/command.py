@@ -180,7 +180,7 @@ def _rows(source: str, *, labelled: bool = False) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers and values; None for a line that is no JSON."""
+    """Yield line numbers and values; None for a line that is no JSON."""
     with open_file(file) as stream:
         for number, (line, _) in enumerate(lines_within(stream, LONGEST_ROW), 1):
             try:

@@ -78,7 +78,7 @@ def _split(judged: list[Judged], suites: Mapping[str, Rows]) -> list[list[Judged
 
 
 def _at_levels(judged: Sequence[Judged]) -> dict[str, Any]:
-    """What each level would flag by the model alone, from one replay."""
+    """Return what each level would flag by the model alone, from one replay."""
     order = list(LEVELS)
     cell_by_level = {}
     for number, level in enumerate(order):
@@ -88,7 +88,7 @@ def _at_levels(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def _plain(judged: Mapping[str, list[Judged]], count: int) -> list[Judged]:
-    """Short English attacks as they are, the same number of each package."""
+    """Choose short English attacks as they are, the same number of each package."""
     fitting = [
         row
         for package_rows in judged.values()
@@ -113,7 +113,7 @@ def _changed(row: Mapping[str, Any], text: str) -> dict[str, Any]:
 
 
 def _obfuscated(judge: Judge, base: Sequence[Judged]) -> dict[str, Any]:
-    """Recall on the same attacks as they are and in each encoding."""
+    """Measure recall on the same attacks as they are and in each encoding."""
     rows = [_changed(row.row, encode(row.row["text"])) for encode in ENCODINGS.values() for row in base]
     judged = judge(rows)
     cell_by_encoding = {"plain": cell(base)}
@@ -124,7 +124,7 @@ def _obfuscated(judge: Judge, base: Sequence[Judged]) -> dict[str, Any]:
 
 
 def _evasions(judge: Judge, caught: Rows) -> dict[str, Any]:
-    """Attacks that are caught as they are, written so that a reader still understands them."""
+    """Measure attacks that are caught as they are, written so that a reader still understands them."""
     judged = judge([_changed(row, evade(row["text"])) for evade in EVASIONS.values() for row in caught])
     cell_by_rewriting = {}
     for number, name in enumerate(EVASIONS):
@@ -141,7 +141,7 @@ def _evasions(judge: Judge, caught: Rows) -> dict[str, Any]:
 
 
 def _best_of(judge: Judge, caught: Rows, tries: int) -> dict[str, Any]:
-    """How many of the caught attacks pass with one of N random rewritings, by N."""
+    """Return how many of the caught attacks pass with one of N random rewritings, by N."""
     rows = [_changed(row, rewrite(row["text"], number)) for row in caught for number in range(tries)]
     flagged = [judged_row.flagged for judged_row in judge(rows)]
     by_attack = [flagged[start : start + tries] for start in range(0, len(flagged), tries)]
