@@ -140,7 +140,7 @@ def beta(imported: Import, value: Any) -> None:
 
 
 def _preference_source(imported: Import, entry: Mapping[str, Any]) -> Source | None:
-    """The source of pairs or, with `rl: kto`, of judged answers."""
+    """Return the source of pairs or, with `rl: kto`, of judged answers."""
     path, kind = str(entry.get("path", "")), entry.get("type")
     source = Source(with_split(path, entry.get("split")), subset=entry.get("name"), revision=entry.get("revision"))
     if path in ("json", "csv", "parquet") and (files := entry.get("data_files")):
@@ -212,7 +212,7 @@ def adapter(imported: Import, value: Any) -> None:
 
 
 def _source(imported: Import, entry: Mapping[str, Any]) -> tuple[Source, str] | None:
-    """The source and the task that its type is for."""
+    """Return the source and the task that its type is for."""
     if imported.get("rl") or imported.get("reward_model"):
         compared = _preference_source(imported, entry)
         task = "reinforcement" if imported.get("rl") == POLICY else "preference" if imported.get("rl") else "reward"

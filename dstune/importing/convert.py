@@ -85,7 +85,7 @@ def _without_references(imported: Import) -> None:
 
 
 def _finish(imported: Import) -> None:
-    """What several keys together allow or ask for."""
+    """Carry what several keys together allow or ask for."""
     values = imported.values
     if "zero" not in imported.choices:
         imported.choices["zero"] = "stage1"
@@ -112,7 +112,7 @@ def _finish(imported: Import) -> None:
 
 
 def _undo(imported: Import, key: str, reason: str, kind: str = MEANINGLESS) -> None:
-    """A value that was put cannot stay: the keys that it came from are dropped."""
+    """Take back a value that cannot stay: the keys that it came from are dropped."""
     for foreign_key in [foreign_key for foreign_key, ours in imported.carried.items() if key in ours]:
         imported.drop(reason, kind, key=foreign_key)
 
@@ -137,7 +137,7 @@ def _differs(imported: Import, group: str) -> bool:
 
 
 def _usual(imported: Import, key: str) -> Any:
-    """The default of a key, which an experiment need not repeat."""
+    """Return the default of a key, which an experiment need not repeat."""
     section, *names = key.split(".")
     classes = classes_of(section)
     value: Any = to_dict(classes.get(imported.choices.get(section, ""), next(iter(classes.values())))())

@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _mapping(text: str, where: str) -> dict[str, Any]:
-    """The keys of a YAML text. Raises UserError."""
+    """Return the keys of a YAML text. Raises UserError."""
     content = load(text, where)
     if not isinstance(content, dict):
         raise UserError(Problem("FILE", "this is no configuration (a mapping of keys)", "give a YAML file", where))
@@ -55,8 +55,8 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
 
 
 def _with_configuration(arguments: dict[str, Any], script: Path) -> dict[str, Any]:
-    """The arguments of `trl NAME --config FILE` with the keys of FILE, which they override; FILE is looked for from
-    here and from the script's folder.
+    """Return the arguments of `trl NAME --config FILE` with the keys of FILE, which they override; FILE is looked for from here and
+    from the script's folder.
 
     Raises:
         UserError: the file cannot be read, or holds no keys.
@@ -70,7 +70,7 @@ def _with_configuration(arguments: dict[str, Any], script: Path) -> dict[str, An
 
 
 def _text_of(path: Path, where: str) -> str:
-    """The text of a file. Raises UserError."""
+    """Return the text of a file. Raises UserError."""
     try:
         return read_file(path).decode("utf-8")
     except OSError as error:
@@ -120,7 +120,7 @@ def of_command(text: str, where: str) -> dict[str, Any]:
 
 
 def _trainer_name(words: Sequence[str]) -> str | None:
-    """The trainer of TRL in `trl NAME`, `.../NAME.py` or `-m trl.scripts.NAME`, or None."""
+    """Return the trainer of TRL in `trl NAME`, `.../NAME.py` or `-m trl.scripts.NAME`, or None."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if PurePath(word).name == "trl" and re.fullmatch(r"\w[\w-]*", following):
             return following.replace("-", "_")

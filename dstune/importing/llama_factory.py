@@ -117,7 +117,7 @@ def finetuning(imported: Import, value: Any) -> None:
 
 
 def _described(imported: Import) -> dict[str, Any]:
-    """dataset_info.json of `dataset_dir`, looked for from here and from the folders above the file."""
+    """Read dataset_info.json of `dataset_dir`, looked for from here and from the folders above the file."""
     folder = Path(str(imported.get("dataset_dir", "data")))
     file_folder = Path(imported.raw.get("_file", ".")).absolute().parent
     for base in (Path(), *[file_folder, *file_folder.parents][:4]):
