@@ -65,7 +65,7 @@ def _switch(writer: Writer, name: str) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While open, the first Ctrl-C is only noted, and a second one ends the program."""
+    """Note the first Ctrl-C only, within the block; a second one ends the program."""
     noted = False
 
     def note(number: int, frame: object) -> None:

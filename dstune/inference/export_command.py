@@ -127,7 +127,7 @@ def _renew_reference(arguments: Namespace, run_dir: Path) -> int:
 
 
 def _is_current(arguments: Namespace, run_dir: Path, out: Path) -> bool:
-    """Whether the run's own export is that of the checkpoint already."""
+    """Return whether the run's own export is that of the checkpoint already."""
     if arguments.out is not None or arguments.merge:
         return False
     return current_export(run_dir, which=arguments.checkpoint) == out
@@ -170,7 +170,7 @@ def _register(arguments: Namespace, out: Path, run_dir: Path, checkpoint: Path) 
 
 
 def _registry_of(address: str) -> ModelRegistry:
-    """The model registry whose scheme the address has. Raises UserError where there is none."""
+    """Return the model registry whose scheme the address has. Raises UserError where there is none."""
     registry = MODEL_REGISTRIES.find(address.partition(":/")[0])
     if registry is None:
         addresses = ", ".join(other.addresses for other in MODEL_REGISTRIES.classes().values())
@@ -230,7 +230,7 @@ def _roll_back(arguments: Namespace) -> int:
 
 
 def _reference(folder: Path, run_dir: Path) -> str:
-    """Why the export gets no reference; empty where it has one."""
+    """Return why the export gets no reference; empty where it has one."""
     from dstune.inference.reference import add_reference
 
     note = add_reference(folder, run_dir)

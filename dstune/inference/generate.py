@@ -92,7 +92,7 @@ def _parser() -> VerbParser:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, str]:
-    """The adapters by name. Raises UserError with all that is wrong."""
+    """Return the adapters by name. Raises UserError with all that is wrong."""
     problems = []
     for flag, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
         value = getattr(arguments, flag)
@@ -156,7 +156,7 @@ def _output(
 
 
 def _digests(request: Request) -> list[Any]:
-    """What tells the images of a request."""
+    """Return what tells the images of a request."""
     return list(for_hash({COLUMN: request.images})[COLUMN]) if request.images else []
 
 

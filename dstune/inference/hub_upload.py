@@ -101,7 +101,7 @@ def _check_owner(name: str, account: Mapping[str, Any]) -> None:
 
 
 def _is_public(hub: Any, name: str) -> bool:
-    """Whether the repository exists and everybody may read it."""
+    """Return whether the repository exists and everybody may read it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -111,7 +111,8 @@ def _is_public(hub: Any, name: str) -> bool:
 
 
 def _ask(name: str, question: Callable[[], Any], *, export: Path | None = None) -> Any:
-    """The hub's answer. export: the finished export, if there is one. Raises UserError in place of what the hub's client raises."""
+    """Return the hub's answer. export: the finished export, if there is one. Raises UserError in place of what the hub's client
+    raises."""
     try:
         return question()
     except Exception as error:  # classes differ among the releases of huggingface_hub and its HTTP libraries

@@ -126,7 +126,7 @@ def _of_model(model: ModelConfig, overrides: Sequence[str]) -> ModelRequest:
 
 
 def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
-    """A whole model, which has its labels in its own configuration."""
+    """Return a whole model, which has its labels in its own configuration."""
     from dstune.checkpoint.own_labels import with_labels
     from dstune.models.load import load_config
 
@@ -139,7 +139,7 @@ def _with_own_labels(config: RunConfig, identity: list[Any]) -> ModelRequest:
 
 
 def _checked(config: RunConfig, path: str) -> RunConfig:
-    """`config`, if its task has answers of this kind and its values can be. Raises UserError."""
+    """Return `config`, if its task has answers of this kind and its values can be. Raises UserError."""
     if task_of(config.task).generates:
         reason = f"is a model for task={config.task.name}, which writes text"
         raise UserError(Problem("MODEL", reason, f"dstune generate {path}", path))
@@ -192,7 +192,7 @@ def _load_whole(request: ModelRequest) -> Predictor:
 
 
 def _load_beside(request: ModelRequest, checkpoint: Path) -> Predictor:
-    """What was trained stands in front of each row: the model is built as in training."""
+    """Return what was trained stands in front of each row: the model is built as in training."""
     from dstune.checkpoint.adapters import load_trained
 
     assert request.run is not None
@@ -233,7 +233,7 @@ def _load_adapter(request: ModelRequest, folder: Path) -> Predictor:
 
 
 def _body(request: ModelRequest) -> tuple[Any, Any]:
-    """The model of transformers, and its tokenizer: an adapter's own, where it has one."""
+    """Return the model of transformers, and its tokenizer: an adapter's own, where it has one."""
     from dstune.models.load import load_config, load_model, load_tokenizer, with_padding
 
     model, folder = request.config.model, request.adapter
@@ -247,7 +247,7 @@ def _body(request: ModelRequest) -> tuple[Any, Any]:
 
 
 def _predictor(request: ModelRequest, module: Any, body: Any, tokenizer: Any) -> Predictor:
-    """module: `body`, or what wraps it."""
+    """Make the predictor. module: `body`, or what wraps it."""
 
     from dstune.zero import accelerator
 

@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, and in `texts` place and text of those that are in no file."""
+    """Return the arguments, and in `texts` place and text of those that are in no file."""
     parser = VerbParser(
         prog="dstune predict",
         description="Labels, tags, answers, scores or vectors of rows that have none, from a trained model. Without --text "
@@ -141,7 +141,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _files(data: DataConfig, spec: str) -> list[DataFile]:
-    """The files that `--input` names, fetched where they are not on this machine, read as those of the training."""
+    """Return the files that `--input` names, fetched where they are not on this machine, read as those of the training."""
     from dstune.config.data_schema import DataConfig
     from dstune.data import sources
     from dstune.launch import preflight
@@ -177,15 +177,15 @@ def _output(arguments: argparse.Namespace, files: Sequence[DataFile], rows: Rows
 
 
 def _row(query: Query, answer: Answer, taken: Set[str]) -> dict[str, Any]:
-    """Where the row is, its own columns, and its answer. taken: names that no own column keeps."""
+    """Return where the row is, its own columns, and its answer. taken: names that no own column keeps."""
     columns = {name: value for name, value in query.fields.items() if name not in taken}
     row: dict[str, Any] = _plain({"row": query.place, **columns, **answer})
     return row
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON that any reader takes: no number that is none, no half of a character, and text for what has no form
-    there (the dates and decimals of a Parquet file)."""
+    """Return `value` as JSON that any reader takes: no number that is none, no half of a character, and text for what has no
+    form there (the dates and decimals of a Parquet file)."""
     match value:
         case None | bool() | int():
             return value
@@ -210,7 +210,7 @@ def _print(block: Sequence[Query], answers: Sequence[Answer], taken: Set[str], *
 
 
 def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
-    """One line a row: the answer, then as much of the row as there is room for."""
+    """Yield one line a row: the answer, then as much of the row as there is room for."""
     room = shutil.get_terminal_size().columns
     for query, answer in zip(block, answers, strict=True):
         report = _report(answer)
@@ -224,7 +224,7 @@ def _lines(block: Sequence[Query], answers: Sequence[Answer]) -> Iterator[str]:
 
 
 def _report(answer: Mapping[str, Any]) -> str:
-    """One line of any task's answer, a plugin's included."""
+    """Write one line of any task's answer, a plugin's included."""
     match answer:
         case {"problem": problem}:
             return f"no answer: {problem}"

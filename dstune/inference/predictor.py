@@ -123,7 +123,7 @@ class Predictor:
         return encode.samples([query.row for query in requested], list(range(len(requested))))
 
     def _split(self, samples: Sequence[Sample], requested: Sequence[Query]) -> Split:
-        """The samples as what `collate` and the metrics of evaluations read."""
+        """Return the samples as what `collate` and the metrics of evaluations read."""
         columns = {"input_ids": [sample.input_ids for sample in samples]}
         if self.reads_columns:
             names = dict.fromkeys(name for sample in samples for name in sample.columns)
@@ -142,7 +142,7 @@ class Predictor:
 
     @staticmethod
     def _column(sample: Sample, name: str) -> Any:
-        """Where texts and pairs meet, those of texts are told of no segments: all of theirs are the first."""
+        """Return where texts and pairs meet, those of texts are told of no segments: all of theirs are the first."""
         return sample.columns.get(name, np.zeros(len(sample.input_ids), dtype=np.int32))
 
     # -- samples to answers

@@ -98,7 +98,7 @@ def request_of(messages: Any, where: str, *, column: Any = None, **beside: Any) 
 
 
 def _of_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is given beside the messages. Raises ValueError."""
+    """Return what the chat template is given beside the messages. Raises ValueError."""
     from dstune.data.messages import template_arguments, tools_of
 
     tools = row.get("tools", row.get("functions"))

@@ -205,8 +205,8 @@ class _Made(NamedTuple):
 
 
 def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: bool = False) -> _Made:
-    """edited: rows are rendered by the template and tokenizer in `folder`, not by those of the run. Raises NoReference, and
-    UserError where the run's data or model are gone."""
+    """Make the reference. edited: rows are rendered by the template and tokenizer in `folder`, not by those of the run. Raises
+    NoReference, and UserError where the run's data or model are gone."""
     try:
         config = read_run(run_dir / "run.yaml", use=Use.rows).config
     except UserError as error:  # rows that are not known to be the user's
@@ -270,7 +270,7 @@ def _make(folder: Path, run_dir: Path, record: Mapping[str, Any], *, edited: boo
 
 
 def _edited_tokenizer(folder: Path, config: RunConfig, tokenizer: Any) -> Any:
-    """The tokenizer and template in `folder`. A GGUF file has its own vocabulary, so only the template beside it is read."""
+    """Return the tokenizer and template in `folder`. A GGUF file has its own vocabulary, so only the template beside it is read."""
     if (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(model_of_export(config.model, folder))
     edited = copy.deepcopy(tokenizer)
@@ -291,7 +291,7 @@ def _write(folder: Path, reference: Mapping[str, Any]) -> None:
 
 
 def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any) -> Iterator[dict[str, Any]]:
-    """The first held-out rows as a client would ask them, with the tokens that training saw; where `served` is another
+    """Yield the first held-out rows as a client would ask them, with the tokens that training saw; where `served` is another
     tokenizer than the run's, with those that it gives."""
     split = data.validation or data.test
     if split is None or split.places is None:
@@ -313,8 +313,8 @@ def _held_out(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any
 
 
 def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: Any) -> Iterator[dict[str, Any]]:
-    """The first training rows in the same way, for a run that held out none: an engine with another template, base or adapter
-    answers them otherwise too. Samples stand in the order of their rows, of which some were left out."""
+    """Yield the first training rows in the same way, for a run that held out none: an engine with another template, base or
+    adapter answers them otherwise too. Samples stand in the order of their rows, of which some were left out."""
     if config.data.streaming:
         return
     samples, at, row_count = min(len(data.train.lengths), MOST_PLACES), 0, 0
@@ -338,7 +338,7 @@ def _trained_on(config: RunConfig, data: PreparedData, tokenizer: Any, served: A
 
 
 def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tuple[Mapping[str, Any], RunConfig]]:
-    """The columns of the rows at these places, with the configuration of their source.
+    """Return the columns of the rows at these places, with the configuration of their source.
 
     Prepared rows are found again by their content, so their places may be those of files that have moved since: files are
     compared by their names where these differ.
@@ -369,7 +369,8 @@ def _fields(config: RunConfig, part: str, places: Iterable[str]) -> dict[str, tu
 def _row(
     fields: Mapping[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
 ) -> dict[str, Any] | None:
-    """None where the row cannot be asked in the same way, since training changed its text (`data.clean`) or cut it."""
+    """Build a row of the reference; None where the row cannot be asked in the same way, since training changed its text
+    (`data.clean`) or cut it."""
     task = task_of(config.task)
     try:
         fmt = recognise(fields, config.data.columns, config.data.format, config.task, "")
@@ -387,7 +388,7 @@ def _row(
 def _language_row(
     row: dict[str, Any], config: RunConfig, sample: Mapping[str, Any], tokenizer: Any, served: Any
 ) -> dict[str, Any] | None:
-    """The turns up to the assistant's first one, or a text, with the tokens of what follows."""
+    """Return the turns up to the assistant's first one, or a text, with the tokens of what follows."""
     trained = np.asarray(sample["input_ids"]).tolist()
     if "text" in row:
         if len(trained) < 2:
@@ -431,7 +432,7 @@ class _Turn(NamedTuple):
 
 
 def _rendered(one_turn: dict[str, Any], config: RunConfig, tokenizer: Any) -> _Turn | None:
-    """None where the turn is cut, or trains nothing."""
+    """Render the turn; None where it is cut, or trains nothing."""
     # Pairs of answers are not what a server is asked; the better one is a conversation.
     chats = TASKS["chat"].for_source(config.task, None)
     samples = RowTokenizer(tokenizer, chats, "messages", MOST_TOKENS).samples([one_turn], [0])
@@ -446,7 +447,7 @@ def _rendered(one_turn: dict[str, Any], config: RunConfig, tokenizer: Any) -> _T
 
 
 def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[Any, Any]:
-    """(what was trained, adapters included; the model of transformers in it), in fp32."""
+    """Return (what was trained, adapters included; the model of transformers in it), in fp32."""
     config = plain(config)
     labels = tuple(store.read_state(checkpoint)["labels"])
     body = load_model(config, tokenizer, labels, torch.float32)
@@ -456,7 +457,7 @@ def _as_trained(config: RunConfig, checkpoint: Path, tokenizer: Any) -> tuple[An
 
 
 def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:
-    """`row` with the log-probability of each target."""
+    """Return `row` with the log-probability of each target."""
     ids = [*row["prompt_ids"], *row["target_ids"]]
     device = next(module.parameters()).device
     with torch.inference_mode():
@@ -468,7 +469,7 @@ def _scored(row: dict[str, Any], module: Any) -> dict[str, Any]:
 
 
 def _answered(predictor: Any, queries: list[Query], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of an encoder with their tokens and answers; those without an answer are left out."""
+    """Return rows of an encoder with their tokens and answers; those without an answer are left out."""
     ids: list[list[int]] = [[] for _ in queries]
     for sample in predictor.samples(queries):
         ids[sample.row] += sample.input_ids.tolist()

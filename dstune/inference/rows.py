@@ -67,7 +67,7 @@ class Question:
         return Query(place, fields, row)
 
     def _form(self, fields: Mapping[str, Any]) -> str:
-        """The row format of a plugin that reads these columns without answers; empty where the task reads them itself."""
+        """Return the row format of a plugin that reads these columns without answers; empty where the task reads them itself."""
         if self.format == AUTOMATIC and (self.text_column or self.mapping.get(self.role, self.role)) in fields:
             return ""
         for name in formats_for(task_of(self.task)):
@@ -79,7 +79,7 @@ class Question:
         return ""
 
     def _shaped(self, form: str, fields: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """As `row`, of a row in a plugin's format. Raises RowError."""
+        """Shape as `row`, of a row in a plugin's format. Raises RowError."""
         shape = copy.copy(self)
         shape.mapping, shape.format = {}, ROW_FORMATS[form].shape
         return shape.row(normalise(fields, form, self.mapping, self.task, answered=False), place)
@@ -148,14 +148,14 @@ class Rows:
                 yield raw.place, self._of_text(file, raw.fields), raw.error
 
     def _of_text(self, file: sources.DataFile, fields: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """A line of plain text is the column that a text is, whatever the run calls it."""
+        """Return a line of plain text is the column that a text is, whatever the run calls it."""
         column = self._question.text_column
         if fields is None or column is None or set(fields) != {"text"} or file.ending not in DOCUMENTS:
             return fields
         return {column: fields["text"]}
 
     def _requests(self) -> Iterator[tuple[Query | None, Problem | None]]:
-        """Each row, or what is wrong with it."""
+        """Yield each row, or what is wrong with it."""
         for place, fields, error in self._read():
             try:
                 if fields is None:
@@ -165,7 +165,7 @@ class Rows:
                 yield None, Problem(place, str(problem))
 
     def _check(self, *, skips: bool) -> tuple[int, int]:
-        """Good and bad rows."""
+        """Count good and bad rows."""
         count, bad = 0, 0
         report: list[Problem] = []
         for requested, problem in self._requests():

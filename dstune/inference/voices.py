@@ -219,7 +219,7 @@ def _voice(tokenizer: Any, voice_model: _Found, encoder_decoder: bool) -> Voice:
 
 
 def _note_other_base(name: str, folder: Path, base: ModelConfig) -> None:
-    """An adapter on another base gives nonsense where the shapes fit; but the same base may have several names."""
+    """Note an adapter on another base, which gives nonsense where the shapes fit; but the same base may have several names."""
     from dstune.checkpoint.model_folder import base_name
 
     expected = adapter_settings(folder)["base_model_name_or_path"]
@@ -241,8 +241,8 @@ def _language_model(
     record: Mapping[str, Any],
     adapted: Iterable[str] = (),
 ) -> Any:
-    """record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is installed. adapted: names of
-    the modules that adapters change."""
+    """Load the language model. record: of the model's own adapter; one of 4-bit weights speaks on such, where bitsandbytes is
+    installed. adapted: names of the modules that adapters change."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from dstune.models.quantize import keep_layout

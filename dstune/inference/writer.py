@@ -101,7 +101,7 @@ class Writer:
             raise UserError(Problem(request.where, str(error))) from error
 
     def _prompt_with_images(self, request: Request, name: str) -> tuple[list[int], dict[str, Any]]:
-        """The tokens that the model goes on from, and what it gets of the images in them. Raises UserError."""
+        """Return the tokens that the model goes on from, and what it gets of the images in them. Raises UserError."""
         from dstune.config.architectures import vision_of
         from dstune.data.chat.template import RenderError
         from dstune.data.images.batch import request_inputs
@@ -185,7 +185,7 @@ class Writer:
         interrupted: Callable[[], bool] | None = None,
         images: Mapping[str, Any] | None = None,
     ) -> list[list[int]]:
-        """The tokens that follow each prompt. images: what the model gets of those in the only prompt."""
+        """Return the tokens that follow each prompt. images: what the model gets of those in the only prompt."""
         import torch
         from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -226,7 +226,8 @@ class Writer:
         return answers
 
     def _says_stop(self, voice: Voice, written: list[int]) -> bool:
-        """Whether the last tokens hold a stop text (transformers' own `stop_strings` fails on vocabularies of whole words)."""
+        """Return whether the last tokens hold a stop text (transformers' own `stop_strings` fails on vocabularies of whole
+        words)."""
         reach = (
             max(map(len, self._sampling.stop)) + 8
         )  # a token is a character at least, but one may need several bytes
@@ -234,7 +235,7 @@ class Writer:
         return any(stop in text for stop in self._sampling.stop)
 
     def _speaking(self, name: str) -> Any:
-        """Context in which the model is that adapter, or none."""
+        """Return a context in which the model is that adapter, or none."""
         if not hasattr(self._model, "peft_config"):
             return nullcontext()
         if name == BASE:
@@ -304,7 +305,7 @@ class _EveryRow:
         self._stops = stops
 
     def __call__(self, tokens: Any, scores: Any, **unused: Any) -> Any:
-        """tokens: [batch, sequence]; which rows are done: bool [batch]."""
+        """Return which rows are done: bool [batch]. tokens: [batch, sequence]."""
         import torch
 
         return torch.tensor([self._stops(row) for row in tokens.tolist()], device=tokens.device)
