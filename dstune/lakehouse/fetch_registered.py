@@ -63,7 +63,7 @@ def fetch(pinned: str, folder: Path, key: str) -> None:
 
 
 def _export_in(downloaded: Path) -> Path | None:
-    """An export of dstune, or the folder in which MLflow's flavour for transformers keeps a model."""
+    """Return an export of dstune, or the folder in which MLflow's flavour for transformers keeps a model."""
     for folder in (downloaded / "artifacts" / "export", downloaded / "model", downloaded):
         if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             return folder

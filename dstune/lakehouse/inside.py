@@ -87,8 +87,8 @@ def _refuse_growing(checkpoint: str) -> None:
 
 
 def _vectors(log: Path) -> Iterator[str]:
-    """Places of deletion vectors, or how they begin where a number follows. Raises what says that a file of the log cannot be
-    read."""
+    """Yield places of deletion vectors, or how they begin where a number follows. Raises what says that a file of the log cannot
+    be read."""
     for entry in _entries(log):
         actions: list[Any] = []
         try:

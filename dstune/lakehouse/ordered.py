@@ -93,7 +93,7 @@ def _merge(pieces: list[Path], schema: Any, out: Path, ranges: int) -> Written:
 
 
 def _taken(batches: list[Any], order: Any) -> Any:
-    """The rows of `batches`, one behind the other, that `order` counts: a table of their order."""
+    """Return the rows of `batches`, one behind the other, that `order` counts: a table of their order."""
     ends = np.cumsum([len(batch) for batch in batches])
     batch_numbers = np.searchsorted(ends, order, "right")
     parts = [batch.take(pa.array(order[batch_numbers == i] - ends[i] + len(batch))) for i, batch in enumerate(batches)]
@@ -122,7 +122,7 @@ def row_key(row: Mapping[str, Any]) -> bytes:
 
 
 def _without_absent(value: Any) -> Any:
-    """`value` without fields of structs that are null; entries of lists, and pairs of maps, keep their places."""
+    """Return `value` without fields of structs that are null; entries of lists, and pairs of maps, keep their places."""
     if isinstance(value, Mapping):
         return {name: _without_absent(part) for name, part in value.items() if part is not None}
     if isinstance(value, (list, tuple)):
@@ -143,7 +143,7 @@ def _sorted(keys: Any) -> Any:
 
 
 def _range_of(keys: Any, ranges: int) -> Any:
-    """Which of `ranges`, a power of two, each key falls into: by its first bits."""
+    """Return which of `ranges`, a power of two, each key falls into: by its first bits."""
     bits = ranges.bit_length() - 1
     return keys["high"] >> np.uint64(64 - bits) if bits else np.zeros(len(keys), np.uint64)
 

@@ -160,7 +160,7 @@ def digest_of(export: Path) -> str:
 
 
 def _version_with(client: Any, name: str, digest: str) -> str | None:
-    """The version of an equal export. Its tags are read one by one: a registry lists them without."""
+    """Return the version of an equal export. Its tags are read one by one: a registry lists them without."""
     page = None
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", page_token=None if page is None else page.token)
@@ -242,7 +242,7 @@ def _requirements() -> list[str]:
 
 
 def _tags(export: Path, run_dir: Path, config: RunConfig) -> dict[str, str]:
-    """Where the model comes from: run, step, and the versions of its data."""
+    """Return where the model comes from: run, step, and the versions of its data."""
     record = read_record(export)
     tags = {"run": config.run.name, "step": str(record.get("step", "")), "task": config.task.name}
     if config.data.train is not None:

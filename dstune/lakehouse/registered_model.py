@@ -103,7 +103,7 @@ def load_export(folder):
 
 
 def _names_whole_model(folder):
-    """Whether the adapter is for the class of a model with more parts than its language model."""
+    """Return whether the adapter is for the class of a model with more parts than its language model."""
     from safetensors import safe_open
 
     with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as tensors:

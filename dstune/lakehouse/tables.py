@@ -105,7 +105,7 @@ def open_table(place: str, address: Address, key: str, options: Mapping[str, str
 
 
 def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> dict[int, float]:
-    """The time of each version, in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
+    """Return the time of each version, in seconds, by the rule of the Delta protocol (Commit Provenance Information; In-Commit
     Timestamps): the one in the commit since the table has such, before that the time of the commit's file, at least a
     millisecond after that of the version before."""
     from deltalake.fs import DeltaStorageHandler
@@ -132,7 +132,7 @@ def _commit_times(table: Any, place: str, options: Mapping[str, str] | None) -> 
 
 
 def _version_at(table: Any, place: str, address: Address, key: str, options: Mapping[str, str] | None) -> int:
-    """The newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
+    """Return the newest version of a time. The library itself takes the first one for every earlier time. Raises UserError."""
     moment = address.moment
     with _refusals_named(key, str(address), "the times of its versions cannot be read"):
         history = _commit_times(table, place, options)
@@ -202,7 +202,7 @@ def check_predicate(table: Any, address: Address, key: str) -> None:
 
 
 def _is_whole(table: Any, predicate: str) -> bool:
-    """Whether the library reads `predicate` to its end: only then does it meet the unknown name after it.
+    """Return whether the library reads `predicate` to its end: only then does it meet the unknown name after it.
 
     In parentheses, since `n BETWEEN 1` would take that name as its bound; and without, since `n = 1) OR (n = 2` closes them.
     """
@@ -233,7 +233,8 @@ def scan(table: Any, address: Address, key: str) -> Iterator[Any]:
 
 @contextmanager
 def _refusals_named(key: str, spec: str, action: str) -> Iterator[None]:
-    """The library raises Exception, OSError, ArrowInvalid and classes of its own for the same causes."""
+    """Raise errors of the library as UserError: it raises Exception, OSError, ArrowInvalid and classes of its own for the same
+    causes."""
     try:
         yield
     except UserError:

@@ -64,7 +64,7 @@ def _lines(rows: Path) -> Iterator[list[dict[str, Any]]]:
 
 
 def _schema(rows: Path) -> Any:
-    """Of all rows together; a column without any value is text."""
+    """Return the schema of all rows together; a column without any value is text."""
     import pyarrow as pa
 
     schemas = (_table(block, None).schema for block in _lines(rows))

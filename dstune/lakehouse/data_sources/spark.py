@@ -44,8 +44,8 @@ class SparkFrames(DataSource):
 
 
 def _of_type(value: Any, arrow_type: Any) -> Any:
-    """A value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and maps
-    as mappings."""
+    """Return a value of Spark's as pyarrow takes it: Spark gives moments as times of this machine's zone without saying so, and
+    maps as mappings."""
     from datetime import UTC
 
     from pyarrow import types

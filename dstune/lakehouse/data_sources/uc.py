@@ -90,7 +90,7 @@ def locate(address: Address, key: str, operation: str) -> tuple[str, dict[str, s
 
 
 def _token(host: str, key: str, spec: str) -> str:
-    """The user's token, or one for a service principal (OAuth, client id and secret). Raises UserError."""
+    """Return the user's token, or one for a service principal (OAuth, client id and secret). Raises UserError."""
     if token := os.environ.get(TOKEN):
         return token
     client, secret = os.environ.get(CLIENT), os.environ.get(SECRET)
@@ -138,7 +138,7 @@ _FIXES = {
 
 
 def _options(credentials: Mapping[str, Any], place: str, key: str, spec: str) -> dict[str, str]:
-    """The catalog's temporary credentials in the reader's terms. Raises UserError."""
+    """Return the catalog's temporary credentials in the reader's terms. Raises UserError."""
     try:
         if options := _known_options(credentials):
             return options

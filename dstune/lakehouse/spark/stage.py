@@ -179,7 +179,7 @@ class Stage:
             self._touched = time.monotonic()
 
     def _work(self, session: Any, address: tuple[str, int]) -> None:
-        """The stage. Nothing of what it returns is used."""
+        """Run the stage. Nothing of what it returns is used."""
         context = session.sparkContext
         context.setJobGroup(self._id, "ranks of dstune", interruptOnCancel=True)
         task = partial(run_task, driver=address[0], port=address[1], token=self._token, run_dir=str(self._run_dir))
@@ -217,7 +217,7 @@ class Stage:
                 self._note(tasks[line], messages)
 
     def _note(self, task: Task, messages: Sequence[dict[str, Any]]) -> None:
-        """What a task says of its rank, or that it is gone."""
+        """Note what a task says of its rank, or that it is gone."""
         ended = self._attempt.ended
         for message in messages:
             if isinstance(message.get("ended"), int):
@@ -231,7 +231,7 @@ class Stage:
             task.lost_at = time.monotonic()
 
     def _meet(self, line: Line, messages: list[dict[str, Any]]) -> None:
-        """A connection says who it is; one that does not know the token is nobody."""
+        """Meet a connection that says who it is; one that does not know the token is nobody."""
         if not messages:
             patience = SILENT_SECONDS if len(self._strangers) < MAX_STRANGERS else CROWDED_SECONDS
             if not line.open or time.monotonic() - self._strangers[line] > patience:
@@ -292,7 +292,7 @@ class Stage:
         self._gave_up = self._began and waited > RETURN_SECONDS
 
     def _dismiss_waiting(self) -> None:
-        """Tasks that Spark started again, and whose ranks shall not start."""
+        """Dismiss tasks that Spark started again, and whose ranks shall not start."""
         for line, _ in self._waiting:
             line.send({"end": 0.0})
             line.close()
@@ -346,7 +346,7 @@ class Stage:
             self._dismiss_waiting()
 
     def _is_over(self) -> bool:
-        """Whether no rank shall be started any more."""
+        """Return whether no rank shall be started any more."""
         if self._refusal is not None or self._stop.forced or self._gave_up or self._all_ended():
             return True
         present = self._attempt
@@ -357,7 +357,7 @@ class Stage:
         return len(present.tasks) == self.size and all(task.code is not None for task in present.tasks.values())
 
     def _no_rank_left(self) -> bool:
-        """Whether no rank of this attempt can be there: each has ended, or its task lost the driver long ago."""
+        """Return whether no rank of this attempt can be there: each has ended, or its task lost the driver long ago."""
         patience = self._patience if self._attempt.running else 0.0
         now = time.monotonic()
         return all(
@@ -387,7 +387,8 @@ class Stage:
 
 
 def _listening(conf: Any) -> tuple[socket.socket, str]:
-    """A server as the driver's own are (`spark.driver.bindAddress`), and the host that workers reach it by. Raises UserError."""
+    """Return a server as the driver's own are (`spark.driver.bindAddress`), and the host that workers reach it by. Raises
+    UserError."""
     host = str(conf.get("spark.driver.host", "127.0.0.1")).strip("[]")
     place = str(conf.get("spark.driver.bindAddress", host)).strip("[]")
     try:
