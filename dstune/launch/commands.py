@@ -203,7 +203,7 @@ def is_tracker_key(name: str) -> bool:
 
 
 def _tracker_keys(config: RunConfig, env: Mapping[str, str]) -> dict[str, str]:
-    """What rank 0 alone needs to reach the servers of its trackers."""
+    """Return what rank 0 alone needs to reach the servers of its trackers."""
     trackers = TRACKERS.classes().values()
     prefixes = tuple(p for room in trackers if room.needs_variables(config.tracking) for p in room.variables)
     return {name: value for name, value in env.items() if prefixes and name.startswith(prefixes)}
@@ -276,14 +276,14 @@ def _torch_version() -> str:
 
 
 def _listed(visible: str) -> int:
-    """CUDA ignores the list from the first invalid entry on, so "-1" and "" hide all."""
+    """Count the devices that are listed. CUDA ignores the list from the first invalid entry on, so "-1" and "" hide all."""
     devices = [device.strip() for device in visible.split(",")]
     bad = next((place for place, device in enumerate(devices) if not device or device.startswith("-")), None)
     return len(devices[:bad])
 
 
 def _computes(node: Path) -> bool:
-    """Whether this node of AMD's driver is a GPU of this process: a CPU has no SIMD units, one of others cannot be read."""
+    """Return whether this node of AMD's driver is a GPU of this process: a CPU has no SIMD units, one of others cannot be read."""
     try:
         values = dict(line.split(maxsplit=1) for line in node.read_text().splitlines() if " " in line)
     except OSError:

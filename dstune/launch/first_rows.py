@@ -90,7 +90,7 @@ def first_row_problems(config: RunConfig, part: str, key: str, *, trains: bool =
 
 
 def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
-    """The format of the first row that has one of the task, and whether it is the first row of the file.
+    """Return the format of the first row that has one of the task, and whether it is the first row of the file.
 
     Raises UserError as `recognise` does for the first row, where none of the first rows has.
     """
@@ -111,7 +111,7 @@ def _recognise(config: RunConfig, file: DataFile) -> tuple[str, bool]:
 
 
 def _bad_rows(config: RunConfig, files: list[DataFile], name: str) -> list[Problem]:
-    """The first bad rows of the files, and how many there are: among their first `SCANNED_ROWS` rows."""
+    """Return the first bad rows of the files, and how many there are: among their first `SCANNED_ROWS` rows."""
     bad = BadRows(OnBadRow.error)
     for row in islice(chain.from_iterable(map(sources.read, files)), SCANNED_ROWS):
         try:

@@ -44,7 +44,7 @@ def with_share(config: RunConfig) -> tuple[RunConfig, str]:
 
 
 def _hashes(config: RunConfig) -> Iterator[int]:
-    """Those of the rows that may be held out, in the order of the files."""
+    """Yield those of the rows that may be held out, in the order of the files."""
     training = list(of_training(config).values())
     for key, source_config in training[:1] if mixes_in(config) else training:
         name: str | None = None

@@ -206,7 +206,7 @@ def _question(paths: Sequence[str]) -> str:
 
 
 def _facts(output: str) -> dict[str, Any] | None:
-    """The line of the probe among what login scripts print."""
+    """Return the line of the probe among what login scripts print."""
     for line in output.splitlines():
         if line.startswith("DSTUNE_PROBE "):
             try:

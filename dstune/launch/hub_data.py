@@ -135,7 +135,7 @@ def _unknown_subset(name: HubName, subset: str | None, commit: str, request: Hub
 
 
 def _unreadable(error: Exception, request: HubRequest) -> Problem:
-    """What keeps `datasets` from reading a repository that is there."""
+    """Return what keeps `datasets` from reading a repository that is there."""
     cause: BaseException = error.__cause__ or error
     text = first_line(cause)
     if "scripts are no longer supported" in str(error):
@@ -148,7 +148,7 @@ def _unreadable(error: Exception, request: HubRequest) -> Problem:
 
 @contextmanager
 def _progress(formatted: bool) -> Iterator[None]:
-    """The bars of `datasets` on a terminal, and none in a log."""
+    """Show the bars of `datasets` on a terminal, and none in a log."""
     import datasets
 
     was_enabled: Any = datasets.is_progress_bar_enabled()

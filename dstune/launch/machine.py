@@ -95,6 +95,6 @@ def _gpus(keys: str) -> list[Gpu]:
 
 
 def _capability(text: str = "") -> tuple[int, int] | None:
-    """`7.5`, as the driver's tool has it."""
+    """Return `7.5`, as the driver's tool has it."""
     match = re.fullmatch(r"(\d+)\.(\d+)", text)
     return None if match is None else (int(match[1]), int(match[2]))

@@ -95,7 +95,7 @@ def status_of(run_dir: Path) -> Status:
 
 
 def _jobs(launcher: records.LaunchRecord | None) -> tuple[Sequence[Job], str]:
-    """The jobs of the run that are not over, and why that cannot be told."""
+    """Return the jobs of the run that are not over, and why that cannot be told."""
     if launcher is None or not launcher.jobs:
         return [], ""
     try:

@@ -127,11 +127,11 @@ class Mirror:
                 raise UserError(Problem("run.dir", f"a launch on {host} is running here", fix, str(self.place)))
 
     def _read_lease(self) -> dict[str, Any] | None:
-        """None where there is none; empty while it is being written."""
+        """Read the lease; None where there is none; empty while it is being written."""
         return read_object(self.place / records.LEASE) or ({} if (self.place / records.LEASE).exists() else None)
 
     def _has_newest(self) -> bool:
-        """Whether the newest checkpoints at the place are here, as they are there: then nobody has gone on elsewhere."""
+        """Return whether the newest checkpoints at the place are here, as they are there: then nobody has gone on elsewhere."""
         newest_checkpoints = [store.newest(run) for run in copied.runs_in(self.place)]
         return all(
             checkpoint is None or _marker(checkpoint) == _marker(self.work / checkpoint.relative_to(self.place))
@@ -254,7 +254,7 @@ class Mirror:
         self._beaten = time.monotonic()
 
     def _new_checkpoints(self) -> list[Path]:
-        """Checkpoints here, by all stages, that are not at the place as they are."""
+        """Return checkpoints here, by all stages, that are not at the place as they are."""
         whole = [info.path for run in copied.runs_in(self.work) for info in store.listing(run) if info.committed]
         return [path for path in whole if _marker(path) not in (b"", self._markers.get(path))]
 
@@ -297,7 +297,7 @@ class Mirror:
             store.prune(run, self.keep)
 
     def _copy_files(self, changed: list[str], version_by_name: dict[str, tuple[int, int]]) -> None:
-        """version_by_name: the files of the working folder, with their versions, as `changed` was made from."""
+        """Copy files. version_by_name: the files of the working folder, with their versions, as `changed` was made from."""
         exports = {Path(name).parent for name in changed if Path(name).parent.name == "export"}
         for folder in exports:  # without its description an export is none
             for description in copied.DESCRIPTIONS:
@@ -401,7 +401,7 @@ def open_mirror(place: Path, message: Callable[[str], None]) -> Mirror | None:
 
 
 def _machine() -> str:
-    """What tells where a number of a process means the same: this start of a machine, and the container."""
+    """Return what tells where a number of a process means the same: this start of a machine, and the container."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -409,7 +409,7 @@ def _machine() -> str:
 
 
 def _marker(checkpoint: Path) -> bytes:
-    """What tells one save of a step from another; empty where the checkpoint is gone."""
+    """Return what tells one save of a step from another; empty where the checkpoint is gone."""
     try:
         return (checkpoint / store.COMMITTED).read_bytes()
     except FileNotFoundError:

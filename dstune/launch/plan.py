@@ -366,7 +366,7 @@ def as_text(estimate: Planned, price: float | None, config: RunConfig, words: Se
 
 
 def _counted(s: Setup) -> list[str]:
-    """What is estimated of a model without a closed form."""
+    """Return what is estimated of a model without a closed form."""
     if not s.model.is_counted:
         return []
     estimated = (
@@ -376,13 +376,13 @@ def _counted(s: Setup) -> list[str]:
 
 
 def _stored(config: RunConfig) -> list[str]:
-    """How the weights are stored, where that is not how they are trained."""
+    """Return how the weights are stored, where that is not how they are trained."""
     stored = stored_format(whole_config_json(config.model))
     return [f"its weights are stored in {stored.name} and dequantized while they are loaded"] if stored else []
 
 
 def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
-    """Whether the run fits, what it takes, and the command that trains it so."""
+    """Return whether the run fits, what it takes, and the command that trains it so."""
     best = estimate.plan.recommended
     if best is None:
         return [f"no: {_nothing_fits(estimate)}"]
@@ -404,12 +404,12 @@ def _verdict(estimate: Planned, words: Sequence[str] | None) -> list[str]:
 
 
 def _node_gib(choice: Choice) -> float:
-    """What the ranks of a node take of its memory together."""
+    """Return what the ranks of a node take of its memory together."""
     return choice.memory.host * choice.setup.ranks_per_node / GIB
 
 
 def _compared(estimate: Planned) -> list[str]:
-    """A line for each method that was planned beside the configured one."""
+    """Return a line for each method that was planned beside the configured one."""
     if not estimate.others:
         return []
     lines = ["", f"{'method':<9}{'fits':<6}{'GiB a rank':>11}{'GiB of a node':>15}{'step':>11}{'tokens/s':>12}  how"]
@@ -464,7 +464,7 @@ def _configured(estimate: Planned) -> str:
 
 
 def _columns(estimate: Planned, price: float | None, config: RunConfig) -> list[str]:
-    """What the columns of the choices mean."""
+    """Return what the columns of the choices mean."""
     time = "hours: of the whole run" if config.trainer.max_steps else "h/1e9 tok: hours for a billion tokens"
     cost = ", and what all devices cost for as long" if price else ""
     share = max(1, -(-estimate.setup.global_batch_size // estimate.setup.groups))

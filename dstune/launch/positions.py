@@ -52,6 +52,6 @@ def _limit(config: RunConfig) -> int | None:
 
 
 def _written(config: RunConfig) -> int:
-    """Tokens that the model writes behind a row."""
+    """Return tokens that the model writes behind a row."""
     task = task_of(config.task)
     return task.tokens_written_behind_rows if isinstance(task, TrainsOnRollouts) else 0

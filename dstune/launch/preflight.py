@@ -122,7 +122,7 @@ def _with_resolved_adapters(config: RunConfig) -> RunConfig:
 
 
 def _missing(config: RunConfig) -> Iterator[Problem]:
-    """What method, template, trackers, tasks and cleaning need and this machine does not have."""
+    """Yield what method, template, trackers, tasks and cleaning need and this machine does not have."""
     method = method_of(config.method)
     needs_gpu = config.trainer.precision is Precision.fp16
     if isinstance(method, HasRequirements):
@@ -408,7 +408,7 @@ _AUTO_CLASSES = {f"For{head}": f"AutoModelFor{head}" for head in _HEADS} | {
 
 
 def _auto_class(folder: Path) -> str:
-    """The class of transformers that loads a model with its head."""
+    """Return the class of transformers that loads a model with its head."""
     architectures = (read_object(folder / "config.json") or {}).get("architectures") or [""]
     return next((auto for end, auto in _AUTO_CLASSES.items() if str(architectures[0]).endswith(end)), "AutoModel")
 
@@ -440,7 +440,7 @@ def _no_folder(path: str) -> Problem:
 
 
 def _similar(path: Path) -> Path | None:
-    """What stands beside the absent `path` under nearly the same name."""
+    """Return what stands beside the absent `path` under nearly the same name."""
     try:
         names = os.listdir(path.parent)
     except OSError:

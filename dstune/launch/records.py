@@ -123,7 +123,7 @@ def read_launch(run_dir: Path) -> LaunchRecord | None:
 
 
 def _holds(process: psutil.Process, lock: Path) -> bool:
-    """Whether the process has this file open. Raises psutil.Error where it is another user's."""
+    """Return whether the process has this file open. Raises psutil.Error where it is another user's."""
     import psutil
 
     try:

@@ -143,7 +143,7 @@ class RemoteLaunch:
         return self._judge(launcher.returncode)
 
     def _open_nodes(self) -> None:
-        """An ssh to each node, which ends the node's ranks when it breaks. Raises UserError where one does not come up."""
+        """Open an ssh to each node, which ends the node's ranks when it breaks. Raises UserError where one does not come up."""
         environment = [f"PYTHONPATH={python_path('')}", "PYTHONSAFEPATH=1"]
         words = ["env", *environment, sys.executable, "-u", "-m", "dstune.launch.node", self.id]
         for host in self.plan.slots:
@@ -182,7 +182,7 @@ class RemoteLaunch:
             time.sleep(POLL_SECONDS)
 
     def _is_over(self) -> bool:
-        """Whether the ranks are through, or one of them died, so that the others wait for it in vain."""
+        """Return whether the ranks are through, or one of them died, so that the others wait for it in vain."""
         return records.read_result(self.run_dir) is not None or bool(attempt.read_errors(self.run_dir, self.plan.size))
 
     def _close_nodes(self) -> None:

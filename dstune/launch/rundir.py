@@ -311,7 +311,7 @@ def _holds_runs(folder: Path) -> bool:
 
 
 def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse: bool) -> Composed:
-    """The configuration with which the run at `path` goes on.
+    """Return the configuration with which the run at `path` goes on.
 
     A run that has saved nothing starts at step 0 again, so whatever was wrong with its configuration may be mended.
     """
@@ -334,7 +334,7 @@ def _continued(composed: Composed, path: Path, given: Sequence[str], may_refuse:
 
 
 def _stored(path: Path, composed: Composed, given: Sequence[str]) -> Composed:
-    """What the run at `path` began with. Raises UserError where a saved run would go on with other plugins."""
+    """Return what the run at `path` began with. Raises UserError where a saved run would go on with other plugins."""
     file = path / RUN_FILE
     if store.resumable(path) is not None and not composed.config.run.accept_plugin_changes:
         plugins.refuse_changes(plugins_of(file), composed.plugins)
@@ -353,21 +353,21 @@ def _is_done(path: Path, stored: RunConfig, config: RunConfig) -> bool:
 
 
 def _foreign(path: Path) -> bool:
-    """Whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
+    """Return whether the folder holds anything but traces of a launch that ended before it wrote its `run.yaml`."""
     if (path / records.LEASE).exists():
         return False
     return any(entry.name != records.LOCK and not entry.name.endswith(INCOMPLETE) for entry in path.iterdir())
 
 
 def _fresh(parent: Path, now: datetime) -> Path:
-    """A directory name of this second that nobody has taken yet."""
+    """Return a directory name of this second that nobody has taken yet."""
     path = parent / now.strftime("%Y-%m-%d_%H-%M-%S")
     candidates: Sequence[Path] = [path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 1000))]
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _similar(path: Path) -> str:
-    """What the user may have meant: the newest run below or beside `path`."""
+    """Return what the user may have meant: the newest run below or beside `path`."""
     places = [path, path.parent] if path.is_dir() or path.parent.is_dir() else [Path("runs")]
     runs = [file.parent for place in places for depth in ("*", "*/*") for file in place.glob(f"{depth}/{RUN_FILE}")]
     if not runs:

@@ -78,7 +78,7 @@ def listed(folder: Path) -> list[Listed]:
 
 
 def _of_any(path: Path, record: Record | None = None) -> Listed:
-    """One directory that cannot be read, which somebody else may have made, takes no other run from the list."""
+    """List a directory even if it cannot be read: one that somebody else may have made takes no other run from the list."""
     try:
         return _of_run(path, record)
     except (UserError, OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
@@ -108,7 +108,7 @@ def _of_run(path: Path, record: Record | None = None) -> Listed:
 
 
 def _seconds(value: Any) -> float | None:
-    """A number of seconds that a clock can show."""
+    """Return a number of seconds that a clock can show."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if number and 0 <= value < MAX_SECONDS else None
 

@@ -195,7 +195,7 @@ def _labels(rows: Rows, column: str) -> Iterator[Line]:
 
 
 def _guessed_task(rows: Rows, columns: list[str]) -> Iterator[Line]:
-    """The task of a table whose columns have names of their own. Raises UserError where nothing suggests one."""
+    """Yield the task of a table whose columns have names of their own. Raises UserError where nothing suggests one."""
     texts = {
         column: [str(row[column]) for row in rows.fields if isinstance(row.get(column), (str, int, bool))]
         for column in columns
@@ -324,7 +324,7 @@ def _add_model(starter: Starter, config: RunConfig, cluster: Cluster) -> None:
 
 
 def _largest(starter: Starter, cluster: Cluster) -> tuple[str, str] | None:
-    """The largest model that the plan puts onto the GPUs of this machine, and the method for it."""
+    """Return the largest model that the plan puts onto the GPUs of this machine, and the method for it."""
     methods = (starter.value("method"),) if starter.value("method") else ("lora", "qlora")
     for method in methods:
         for model in DECODERS:

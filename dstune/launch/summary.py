@@ -44,7 +44,7 @@ def summary(run_dir: Path, *, commands: bool = True) -> str:
 
 
 def _of_the_weights(run_dir: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """`result` with the metrics of the weights that were exported, where those are not the last ones (`run.export=best`)."""
+    """Return `result` with the metrics of the weights that were exported, where those are not the last ones (`run.export=best`)."""
     step, last = result.get("weights_step"), result.get("steps")
     if step is None or step == last:
         return dict(result)
@@ -87,7 +87,7 @@ def _losses(result: Mapping[str, Any]) -> list[str]:
 
 
 def _overfitting(result: Mapping[str, Any]) -> list[str]:
-    """The gap between held-out rows and those trained on, and whether the weights are past their best."""
+    """Return the gap between held-out rows and those trained on, and whether the weights are past their best."""
     overfitting = result.get("overfitting")
     if not overfitting or overfitting["gap"] is None:  # no loss was finite
         return []
@@ -119,7 +119,7 @@ def _cost(result: Mapping[str, Any]) -> list[str]:
 
 
 def _speed(result: Mapping[str, Any]) -> str:
-    """Tokens per second of the time beside them, and those of the steps alone where they are others."""
+    """Return tokens per second of the time beside them, and those of the steps alone where they are others."""
     in_steps = f"{result['tokens_per_second']:,.0f}"
     if not result.get("tokens") or not result.get("seconds"):
         return f"{in_steps} tokens/s in steps"
@@ -128,7 +128,7 @@ def _speed(result: Mapping[str, Any]) -> str:
 
 
 def _answers(run_dir: Path) -> list[str]:
-    """The first sample prompt with its answers at the first and at the last step."""
+    """Return the first sample prompt with its answers at the first and at the last step."""
     rows = _rows(run_dir / "samples.jsonl")
     if not rows:
         return []
@@ -145,7 +145,7 @@ def _answers(run_dir: Path) -> list[str]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """JSON lines that are objects; none where they cannot be read."""
+    """Read JSON lines that are objects; none where they cannot be read."""
     try:
         rows = [parse_json(line) for line in read_file(path, METRICS_BYTES).splitlines()]
     except (OSError, ValueError):
@@ -169,7 +169,7 @@ def _paths(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
-    """What can be done with the export, as one would type it."""
+    """Return what can be done with the export, as one would type it."""
     config = read_run_content(run_dir / "run.yaml")["config"]
     task, method = TASKS.classes()[config["task"]["name"]], METHODS.classes()[config["method"]["name"]]
     run = shlex.quote(_short(run_dir))
@@ -181,7 +181,7 @@ def _next(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _short(path: Path) -> str:
-    """`path` as a person in this folder would type it."""
+    """Return `path` as a person in this folder would type it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -190,7 +190,7 @@ def _entry(label: str, text: str) -> str:
 
 
 def _text(label: str, text: str) -> str:
-    """Text of a model or a data set, wrapped, without control characters that a terminal would obey."""
+    """Return text of a model or a data set, wrapped, without control characters that a terminal would obey."""
     formatted = "".join(
         character if character.isprintable() or character == "\n" else " " for character in text.strip()
     )

@@ -223,7 +223,7 @@ def configuration(command: Command, use: Use = Use.everything) -> Composed:
 
 
 def _as_rank(argv: list[str], env: RankEnv) -> int:
-    """One rank inside somebody else's launch, from the command line."""
+    """Run one rank inside somebody else's launch, from the command line."""
     with suppress(UserError):  # raised again on rank 0, so that it is reported once and every rank ends with 2
         command = parse(argv)
         if command.flags.shows:

@@ -267,7 +267,7 @@ class Leader(Orders):
             self._note_signal(message["signal"], peer.node, now)
 
     def _note_signal(self, name: str, node: str, now: float) -> None:
-        """A queue that asks a job to stop signals all its nodes. On a single one, it only takes this node away."""
+        """Note a signal. A queue that asks a job to stop signals all its nodes; on a single one, it only takes this node away."""
         earlier = self._signals.get(name, {})
         fresh = {other: when for other, when in earlier.items() if now - when < SAME_REQUEST_SECONDS}
         self._signals[name] = {node: now} | fresh
@@ -277,7 +277,7 @@ class Leader(Orders):
             self.group.stop(name)
 
     def _obey_stop_file(self) -> None:
-        """While no rank runs, nobody else looks for the file."""
+        """Obey the stop file: while no rank runs, nobody else looks for it."""
         if self.group.attempt is None and not self.group.is_over and (self.run_dir / STOP_FILE).exists():
             (self.run_dir / STOP_FILE).unlink(missing_ok=True)
             self._received.append(STOP_REASON)
@@ -339,8 +339,8 @@ class Leader(Orders):
             self._finish(Verdict(EXIT_FAILED, reason))
 
     def _goes_back_to_queue(self, attempt: Attempt | None) -> bool:
-        """Whether a job that lost nodes asks the queue for others: a node is dead, or the job has trained at all. One whose
-        agents end as soon as they start would come again for ever."""
+        """Return whether a job that lost nodes asks the queue for others: a node is dead, or the job has trained at all. One
+        whose agents end as soon as they start would come again for ever."""
         is_dead = attempt is not None and any(SILENT in cause for cause in attempt.lost.values())
         return self.settings.requeues and (is_dead or self._step() > self._first_step)
 

@@ -142,7 +142,7 @@ class AgentsOnHosts:
         self._agents[task.node], self._opened[task.node] = agent, time.monotonic()
 
     def _watch(self, followers: Sequence[Follower], received: Sequence[str]) -> None:
-        """Until the run is over and its agents have left, or a second signal asks for the end at once."""
+        """Wait until the run is over and its agents have left, or a second signal asks for the end at once."""
         deadline: float | None = None
         while True:
             for follower in followers:

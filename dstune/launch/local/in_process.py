@@ -60,7 +60,8 @@ def call(config: RunConfig, directory: Path, command: Sequence[str], console: Co
 
 @contextmanager
 def _as_rank(config: RunConfig, run_dir: Path) -> Iterator[None]:
-    """The rank has the environment that a process of its own would have; afterwards this process has its own again."""
+    """Give the rank the environment that a process of its own would have, within the block; afterwards this process has its own
+    again."""
     (variables,) = local_plan(config, run_dir).env
     environment_before = dict(os.environ)
     records.begin(run_dir, uuid.uuid4().hex, 1)

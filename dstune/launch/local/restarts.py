@@ -94,7 +94,7 @@ class Restarts:
         return Decision(verdict, wait, checkpoint)
 
     def _next_wait(self, checkpoint: Path | None) -> float:
-        """Seconds until the next start. checkpoint: the newest complete one; a new one ends the row of failures."""
+        """Return seconds until the next start. checkpoint: the newest complete one; a new one ends the row of failures."""
         former, self._checkpoint = self._checkpoint, checkpoint
         # An older one is the newest where others were found damaged.
         if checkpoint and (former is None or checkpoint.parent != former.parent or checkpoint > former):

@@ -196,7 +196,7 @@ class Launch:
     def _start_rank(
         self, argv: Sequence[str], env: Mapping[str, str], stdout: IO[bytes] | None, stderr: IO[bytes]
     ) -> subprocess.Popen[bytes] | warm.ForkedProcess:
-        """stdout: None for a pipe."""
+        """Start a rank. stdout: None for a pipe."""
         if self.server is not None:
             forked = self.server.start(argv, env, stdout=stdout, stderr=stderr, interrupted=self._is_ending)
             if forked is not None:
@@ -249,7 +249,8 @@ class Launch:
         return any(end.code not in (EXIT_DONE, EXIT_PREEMPTED) for end in new)
 
     def _end_others(self) -> None:
-        """A rank died: the others wait for it in a collective. They get a moment for their last words, then SIGKILL."""
+        """End the other ranks when one died: they wait for it in a collective. They get a moment for their last words, then
+        SIGKILL."""
         self._note_ends()
         if any(isinstance(error, Stalled) for error in attempt.read_errors(self.run_dir, self.world_size).values()):
             self._ask_for_stacks()
@@ -267,7 +268,8 @@ class Launch:
             self._kill()
 
     def _ask_for_stacks(self) -> None:
-        """A rank stalled: the others print where they are (`trainer/callbacks/watchdog.py`), one that was stopped too."""
+        """Ask the other ranks of a stalled one to print where they are (`trainer/callbacks/watchdog.py`), one that was stopped
+        too."""
         for rank, process in enumerate(self.ranks, self.first_rank):
             if process.poll() is None:
                 process.send_signal(signal.SIGQUIT)

@@ -153,7 +153,7 @@ class ForkServer:
 
     @contextmanager
     def _open(self) -> Iterator[str]:
-        """The address of the server's socket. Raises _Unusable, OSError."""
+        """Yield the address of the server's socket. Raises _Unusable, OSError."""
         folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             state = os.fstat(folder)
@@ -295,7 +295,7 @@ def import_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_module(argv: Sequence[str]) -> bool:
-    """Whether the command is `python -u -m MODULE ...`, as for all ranks that dstune starts."""
+    """Return whether the command is `python -u -m MODULE ...`, as for all ranks that dstune starts."""
     return list(argv[:3]) == [sys.executable, "-u", "-m"]
 
 
@@ -306,7 +306,7 @@ def _is_readable(descriptor: int, seconds: float = 0.0) -> bool:
 
 
 def _receive(connection: socket.socket, descriptors: list[int] | None = None) -> dict[str, Any] | None:
-    """The next message; None where the other end is gone. Its descriptors are added to `descriptors`."""
+    """Return the next message; None where the other end is gone. Its descriptors are added to `descriptors`."""
     try:
         data, received, _, _ = socket.recv_fds(connection, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
     except OSError:

@@ -174,16 +174,16 @@ def end_without_script(run_dir: Path, code: int) -> None:
 
 
 def _signalled_before_training(code: int) -> str:
-    """The signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it, and has
-    lost nothing. Empty for every other end, SIGTERM among them: srun sends it to the other ranks when one has failed, and a
-    job that fails at its start must not come again for ever."""
+    """Return the signal that ended srun, where it is one that asks a run to leave: a rank that is still importing dies of it,
+    and has lost nothing. Empty for every other end, SIGTERM among them: srun sends it to the other ranks when one has failed,
+    and a job that fails at its start must not come again for ever."""
     names = {number.value: number.name for number in signal.Signals}
     name = names.get(code - 128, "")
     return name if name in PREEMPTION_SIGNALS and name != "SIGTERM" else ""
 
 
 def _continues(result: dict[str, object]) -> bool:
-    """Whether the run was interrupted by the clock, not by somebody's wish."""
+    """Return whether the run was interrupted by the clock, not by somebody's wish."""
     return result.get("status") == "preempted" and STOP_REASON not in str(result.get("reason"))
 
 

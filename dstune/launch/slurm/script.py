@@ -176,5 +176,5 @@ def _again(launch: SlurmConfig) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """As a value in a line of sbatch's options, where `%` in a path of the user's would be a pattern."""
+    """Quote a value in a line of sbatch's options, where `%` in a path of the user's would be a pattern."""
     return f'"{value}"' if any(character.isspace() for character in value) else value
