@@ -61,7 +61,7 @@ class Vera(ModuleAdapter):
         return tuple(self._vectors(model))
 
     def _vectors(self, model: Architecture) -> Iterator[Tensor]:
-        """A number for each row of the shared matrix, and for each output."""
+        """Yield a number for each row of the shared matrix, and for each output."""
         from dstune.planning.adapters import linear_modules
         from dstune.planning.architecture import Tensor
 

@@ -97,7 +97,7 @@ class ModuleAdapter(Adapter, MergesAdapter):
             )
 
     def _has_own_choice(self) -> bool:
-        """Whether peft chooses modules where none are named."""
+        """Return whether peft chooses modules where none are named."""
         return False
 
     @property
@@ -151,7 +151,7 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
             yield Problem("method.adapter", reason, fix, format_value(self.config.adapter))
 
     def _through_network(self) -> bool:
-        """Whether a network makes the prompt, of which the export has only the result."""
+        """Return whether a network makes the prompt, of which the export has only the result."""
         return False
 
     def encoder_decoder_problem(self, kind: str) -> Problem | None:
@@ -164,11 +164,11 @@ class TrainedPrompt(Adapter, PutsPositionsInFront):
         return tuple(Tensor(f"prompt_encoder.{name}", shape) for name, shape in self._parameters(model))
 
     def _parameters(self, model: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of the prompt and of the network that makes it."""
+        """Yield names and shapes of the prompt and of the network that makes it."""
         raise NotImplementedError
 
     def _embedding(self, model: Architecture) -> tuple[int, int]:
-        """Shape of the prompt. An encoder-decoder has one for each half."""
+        """Return the shape of the prompt. An encoder-decoder has one for each half."""
         return self.positions * (2 if model.encoder_decoder else 1), model.hidden
 
     def add(self, model: PreTrainedModel, run: RunConfig) -> nn.Module:

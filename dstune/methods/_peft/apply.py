@@ -80,8 +80,8 @@ def common_settings(method: ModuleAdapterConfig, model: PreTrainedModel, config:
 def _reached_targets(
     method: ModuleAdapterConfig, targets: Any, whole: list[str], model: PreTrainedModel, parts: tuple[str, ...]
 ) -> Any:
-    """The full names of the modules that get an adapter, without those in `parts`: endings such as `q_proj` are those of a tower's
-    modules too. None where peft chooses.
+    """Return the full names of the modules that get an adapter, without those in `parts`: endings such as `q_proj` are those of a
+    tower's modules too. None where peft chooses.
 
     Raises UserError where none is left.
     """
@@ -152,7 +152,7 @@ def _targets(method: ModuleAdapterConfig) -> Any:
 
 
 def _modules_to_save(method: ModuleAdapterConfig, new: NewWeights) -> list[str]:
-    """The modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
+    """Return the modules trained whole: those asked for, and those whose weights are drawn new (a pooler, a head).
 
     An adapter's folder holds nothing else of the model, so a new weight left frozen would be another one at every load.
     """

@@ -109,7 +109,7 @@ def features_of(
 
 
 def _key(config: RunConfig, method: FeaturesConfig, data: PreparedData, precision: Precision) -> str:
-    """Digest of all that the vectors depend on: rows, body, pooling, arithmetic, code."""
+    """Return digest of all that the vectors depend on: rows, body, pooling, arithmetic, code."""
     folder = Path(local_path(config.model.path))
     body: Any = [config.model.path, config.model.revision]
     if folder.is_dir():
@@ -161,7 +161,7 @@ def _compute(
 
 
 def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_token_id: int) -> pa.Table:
-    """This rank's share of the rows of `split`."""
+    """Compute the vectors of this rank's share of the rows of `split`."""
     batches = padded_batches(split.lengths, config)
     vectors: list[np.ndarray] = []
     indices: list[int] = []
@@ -183,8 +183,8 @@ def _vectors(config: RunConfig, split: Split, engine: Engine, world: World, pad_
 
 
 def _lists(vectors: list[np.ndarray]) -> pa.ChunkedArray:
-    """vectors: float32 [rows, hidden] each. In chunks: the offsets of an array of lists have 32 bits, and all vectors of a
-    rank may be more than 2**31 numbers."""
+    """Put vectors into lists: float32 [rows, hidden] each. In chunks: the offsets of an array of lists have 32 bits, and all
+    vectors of a rank may be more than 2**31 numbers."""
     kind = pa.list_(pa.float32())
     if not vectors:
         return pa.chunked_array([], kind)
@@ -207,7 +207,7 @@ def _write(table: pa.Table, target: Path) -> None:
 
 
 def _write_whole(target: Path, content: bytes) -> None:
-    """Whole or not at all; another process may write the same at the same time."""
+    """Write whole or not at all; another process may write the same at the same time."""
     temporary = target.with_name(f"{target.name}.{os.getpid()}.incomplete")
     temporary.write_bytes(content)
     temporary.replace(target)
@@ -225,7 +225,7 @@ def _bring(file: Path, owner: int, world: World) -> None:
 
 
 def _load(split: Split, files: list[Path]) -> Split:
-    """The vectors of `split` in the order of its rows."""
+    """Return the vectors of `split` in the order of its rows."""
     shards = [datasets.Dataset.from_file(str(file)) for file in files]
     table = datasets.concatenate_datasets([shard for shard in shards if len(shard)])
     order = np.argsort(np.asarray(table.with_format("numpy")["index"][:]), kind="stable")

@@ -60,7 +60,7 @@ class Freeze(Method):
         return trained, model.parameters - sum(tensor.count for tensor in trained)
 
     def _is_frozen(self, tensor: Tensor, layers: int) -> bool:
-        """As `apply` decides, from the configuration alone."""
+        """Return whether a tensor is frozen as `apply` decides, from the configuration alone."""
         config = self.config
         if any(re.search(pattern, tensor.name) for pattern in config.trained):
             return False

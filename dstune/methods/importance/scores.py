@@ -164,7 +164,7 @@ class _Scores:
 
 
 def _random(name: str, size: int, seed: int) -> torch.Tensor:
-    """The same for an entry wherever it lies."""
+    """Return the same for an entry wherever it lies."""
     return torch.rand(size, generator=torch.Generator().manual_seed(seed * 2**32 + crc32(name.encode())))
 
 
@@ -225,7 +225,7 @@ def _score_and_choose(config: RunConfig, method: ImportanceConfig, probe: Probe,
 
 
 def _means(sums: Mapping[str, float], sizes: Mapping[str, int], world: World, stage: int) -> dict[str, float]:
-    """Mean score of the entries of each tensor over all ranks; at stage 0 every rank has all of them."""
+    """Return mean score of the entries of each tensor over all ranks; at stage 0 every rank has all of them."""
     if stage > 0:
         totals = world.sum([sums.get(name, 0.0) for name in sizes])
     else:
@@ -240,7 +240,7 @@ def _choose_entries(
     engine: Engine,
     world: World,
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Packed masks of the tensors with a chosen entry, and how many each has."""
+    """Choose entries; return packed masks of the tensors with a chosen entry, and how many each has."""
     keys = {name: (start, sortable(values)) for name, (start, values) in entries.items()}
     shared = engine.stage > 0
 
@@ -259,7 +259,7 @@ def _choose_entries(
 
 
 def _ablate(config: RunConfig, method: ImportanceConfig, probe: Probe, names: list[str]) -> dict[str, dict[str, float]]:
-    """What is lost of each metric without each tensor, positive for a worse model."""
+    """Return what is lost of each metric without each tensor, positive for a worse model."""
     assert probe.data.validation is not None
     few = replace(config, evaluate=replace(config.evaluate, max_rows=method.ablation_rows, generate_rows=0))
     evaluator = Evaluator(few, probe.data, probe.engine, probe.head, probe.world, probe.tokenizer)

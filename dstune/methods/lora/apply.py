@@ -81,12 +81,12 @@ def experts_without_adapters(module: nn.Module) -> float:
 
 
 def _number(value: float) -> float:
-    """peft types alpha as an integer but only ever divides it by the rank."""
+    """Convert alpha, which peft types as an integer but only ever divides by the rank."""
     return int(value) if value == int(value) else value
 
 
 def _token_rows(model: PreTrainedModel, new: NewWeights) -> dict[str, list[int]]:
-    """Rows to train, by the name of each module that has them (two where the vocabulary is not tied)."""
+    """Return rows to train, by the name of each module that has them (two where the vocabulary is not tied)."""
     if not new.rows:
         return {}
     weights = {id(weight) for weight in _vocabulary(model)}
@@ -111,7 +111,7 @@ def _refuse_vocabulary(lora: LoraConfig, model: PreTrainedModel) -> None:
 
 
 def _vocabulary(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The weights with a row for each token: one where they are tied, else two."""
+    """Return the weights with a row for each token: one where they are tied, else two."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = {id(module.weight): module.weight for module in modules if module is not None}
     return list(weights.values())

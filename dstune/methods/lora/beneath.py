@@ -35,7 +35,7 @@ def put_beneath(model: nn.Module, folders: list[str]) -> None:
 
 
 def _products(folder: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module, A [rank, in], B [out, rank] with the scale in it), in fp32."""
+    """Yield (module, A [rank, in], B [out, rank] with the scale in it), in fp32."""
     from dstune.models.peft_import import peft
 
     settings = read_settings(folder, "method.frozen_adapters")

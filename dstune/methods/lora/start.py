@@ -56,9 +56,8 @@ def start_lora(adapted: Any, config: LoraConfig, originals: Originals) -> None:
 
 
 def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
-    """LoftQ (Li et al. 2023, arXiv:2310.08659), its first iteration: the adapter begins as what a low rank can hold of the
-    difference between the weights and their 4-bit values. These stay those of the base, so any copy of it serves the export.
-    """
+    """Start by LoftQ (Li et al. 2023, arXiv:2310.08659), its first iteration: the adapter begins as what a low rank can hold of
+    the difference between the weights and their 4-bit values. These stay those of the base, so any copy of it serves the export."""
     layers = {name.removeprefix(ADAPTED): layer for name, layer in lora_layers(adapted) if is_quantized(layer)}
     shapes = {f"{name}.weight": layer.get_base_layer().weight.quant_state.shape for name, layer in layers.items()}
     weights = originals(adapted.get_base_model().base_model_prefix, shapes)
@@ -73,7 +72,7 @@ def _make_up_for_rounding(adapted: Any, originals: Originals) -> None:
 
 
 def _split(weight: Tensor, rank: int, config: LoraConfig) -> tuple[Tensor, Tensor]:
-    """Factors [rank, in] and [out, rank] of the part of `weight` [out, in] that the adapter takes over."""
+    """Split off factors [rank, in] and [out, rank] of the part of `weight` [out, in] that the adapter takes over."""
     if config.init in (LoraInit.olora, LoraInit.qr):
         q, r = torch.linalg.qr(weight)
         return r[:rank], q[:, :rank]

@@ -48,7 +48,7 @@ def first_steps(method: UlmfitConfig, parts: tuple[Part, ...], data_loader: Data
 
 
 def _after(method: UlmfitConfig, waits: int, data_loader: DataLoader) -> int:
-    """Steps after so many times what the method waits."""
+    """Return steps after so many times what the method waits."""
     if method.unfreeze_steps is not None:
         return waits * method.unfreeze_steps
     epochs = waits * method.unfreeze_epochs
