@@ -88,7 +88,7 @@ class SpanAttention:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention: query [rows, heads, positions, size], key and value with their own number of heads.
+        """Attend as transformers calls it: query [rows, heads, positions, size], key and value with their own number of heads.
         Returns [rows, positions, heads, size]."""
         spans = known_spans(module, attention_mask, options)
         if spans is None:  # whole rows
@@ -166,7 +166,7 @@ def attend(
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
 
     def piece(rows: slice, first: int, end: int, start: int) -> torch.Tensor:
-        """Of the positions from `first` to `end` of a sample that begins at `start`."""
+        """Attend from the positions from `first` to `end` of a sample that begins at `start`."""
         seen = start if window is None else max(start, first - window + 1)
         q, k, v = query[rows, :, first:end], key[rows, :, seen:end], value[rows, :, seen:end]
         mask = None

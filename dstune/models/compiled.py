@@ -47,7 +47,7 @@ def compiled_functions(module: nn.Module) -> dict[str, bool]:
 
 
 def _reasons(key: str, part_name: str, problems: Sequence[str]) -> Iterator[str]:
-    """problems: of each layer that was found, empty where it is taken over."""
+    """Yield why parts stay uncompiled. problems: of each layer that was found, empty where it is taken over."""
     refused = sorted(set(filter(None, problems))) if problems else [f"the model has no {part_name} of a known form"]
     yield from (f"model.{key}: {problem}; it is computed as the model has it" for problem in refused)
 
@@ -86,8 +86,8 @@ def _gated(layer: Any, kernel: Function, hidden_states: torch.Tensor) -> torch.T
 
 
 def _is_gated(layer: Any) -> bool:
-    """Whether a layer computes down(activation(gate(x)) * up(x)), as Llama's, and nothing else: found by its output, to the bit,
-    with simple functions in place of the projections."""
+    """Return whether a layer computes down(activation(gate(x)) * up(x)), as Llama's, and nothing else: found by its output, to
+    the bit, with simple functions in place of the projections."""
     activation = getattr(layer, "act_fn", None)
     has_projections = all(
         isinstance(getattr(layer, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")
@@ -202,7 +202,7 @@ def compiled_if_as_exact(
 
 
 def _dtype_of(layer: nn.Module) -> torch.dtype:
-    """That of its first weight which is no code of a quantized one."""
+    """Return the type of its first weight which is no code of a quantized one."""
     kinds = (weight.dtype for weight in layer.parameters())
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 

@@ -101,7 +101,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, int, int | None]]:
-    """(row, first position, position behind the last, first position that they see, window) of what is computed at once: a
+    """Yield (row, first position, position behind the last, first position that they see, window) of what is computed at once: a
     sample, or so much of a longer one as its window is, so that a mask has at most 2 x window^2 elements."""
     for row, of_row in enumerate(spans):
         for start, end in of_row:
@@ -113,7 +113,7 @@ def _pieces(spans: Spans, window: int | None) -> Iterator[tuple[int, int, int, i
 
 
 def _visible(scores: torch.Tensor, seen_before: int, window: int | None) -> torch.Tensor:
-    """`scores` [..., positions, what they see] with zeros for what lies ahead of a position or behind its window.
+    """Return `scores` [..., positions, what they see] with zeros for what lies ahead of a position or behind its window.
 
     seen_before: how many positions are seen that stand before the first one. Changed in place."""
     # Zeros, and not products with them: of what lies ahead the exponential may be infinite.

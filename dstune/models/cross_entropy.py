@@ -134,7 +134,7 @@ def _plain(project: Project, hidden: torch.Tensor, targets: torch.Tensor) -> tor
 
 
 def _evaluated(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and hits without gradients; log-probabilities in fp32 exist for a block of rows at a time."""
+    """Compute loss and hits without gradients; log-probabilities in fp32 exist for a block of rows at a time."""
     loss_sum = logits.new_zeros((), dtype=torch.float32)
     hits = torch.zeros((), dtype=torch.long, device=logits.device)
     block = _block_rows(logits)

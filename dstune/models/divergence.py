@@ -160,7 +160,7 @@ def measured_divergence(
 
 
 def _text_sums(student_logits: Tensor, taught: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of the student, hits, cross entropy of the teacher, float64 [3]."""
+    """Sum cross entropy of the student, hits, cross entropy of the teacher, float64 [3]."""
     expected = targets[:, None]
     losses = [-torch.log_softmax(logits, dim=-1).gather(1, expected).sum() for logits in (student_logits, taught)]
     correct = (student_logits.argmax(dim=-1) == targets).sum()

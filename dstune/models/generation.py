@@ -124,7 +124,7 @@ class _LineEnds:
         self._tokenizer, self._width = tokenizer, width
 
     def __call__(self, tokens: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
-        """tokens: [batch, sequence]; which rows are done: bool [batch]."""
+        """Return which rows are done: bool [batch]. tokens: [batch, sequence]."""
         texts = [self._tokenizer.decode(row[self._width :], skip_special_tokens=True) for row in tokens]
         return torch.tensor(["\n" in text.lstrip() for text in texts], device=tokens.device)
 

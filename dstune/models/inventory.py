@@ -67,7 +67,7 @@ def inventory(values: Mapping[str, Any], head: str, labels: int) -> dict[str, An
 
 
 def _adapted(kind: str) -> dict[str, Any]:
-    """What peft does with `all-linear` beside wrapping linear layers."""
+    """Return what peft does with `all-linear` beside wrapping linear layers."""
     return {
         "expert_pattern": _MODEL_TO_CONVERSION_PATTERN.get(kind) or "",
         "unadapted": ["out_proj"] if kind in STATE_SPACES else [],
@@ -75,7 +75,7 @@ def _adapted(kind: str) -> dict[str, Any]:
 
 
 def _config(values: Mapping[str, Any]) -> PretrainedConfig:
-    """As transformers reads it from a file, which writes infinity and the like in a way of its own."""
+    """Read the configuration as transformers reads it from a file, which writes infinity and the like in a way of its own."""
     # What is stored in few bits is trained, and counted, as what it stands for; code of a model's own is not run.
     plain = {key: value for key, value in values.items() if key not in ("quantization_config", "auto_map")}
     with TemporaryDirectory() as folder:
@@ -85,7 +85,8 @@ def _config(values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the language model's configuration says in numbers and words, with transformers' own for what its file leaves out."""
+    """Return what the language model's configuration says in numbers and words, with transformers' own for what its file leaves
+    out."""
     plain = (bool, int, str)
     return {
         key: value

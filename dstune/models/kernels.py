@@ -66,7 +66,7 @@ def of_machine() -> dict[str, str]:
 
 
 def _attention(dtype: torch.dtype) -> str:
-    """What packed rows would take; what has to be compiled first is named and not tried."""
+    """Return what packed rows would take; what has to be compiled first is named and not tried."""
     if dtype is torch.float32:
         return "sdpa"
     kernels = list(varlen.kernels())
@@ -77,7 +77,7 @@ def _attention(dtype: torch.dtype) -> str:
 
 
 def _norms(*, fused: bool, kinds: Collection[Kind] = ()) -> str:
-    """kinds: of the norms that no kernel computes."""
+    """Name what computes the norms. kinds: of the norms that no kernel computes."""
     reasons = [NO_KERNEL[kind] for kind in kinds if kind in NO_KERNEL and accelerator.present()]
     return ("torch's kernel" if fused else "blocks of rows") + "".join(f" ({reason})" for reason in reasons)
 

@@ -119,7 +119,7 @@ def vision_files(config: ModelConfig, architecture: PretrainedConfig) -> VisionF
 
 
 def _stops(config: ModelConfig, architecture: PretrainedConfig) -> list[int]:
-    """Where `generate` and servers stop by themselves: the model's generation settings, else its architecture."""
+    """Return where `generate` and servers stop by themselves: the model's generation settings, else its architecture."""
     try:
         settings: Any = GenerationConfig.from_pretrained(
             local_path(config.path), revision=config.revision or "main", local_files_only=True
@@ -139,7 +139,7 @@ def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def _architecture(config: ModelConfig) -> PretrainedConfig:
-    """Its `config.json` as transformers reads it. Raises UserError where that would never end."""
+    """Read the model's `config.json` as transformers does. Raises UserError where that would never end."""
     path = local_path(config.path)
     if problems := size_problems(object_in(Path(path) / "config.json"), value=config.path):
         raise UserError(problems)
@@ -183,7 +183,7 @@ def _extend_positions(architecture: PretrainedConfig, config: ModelConfig) -> No
 
 
 def _control_tokens(config: ModelConfig) -> tuple[str, ...]:
-    """What `model.chat_template` prints around turns, as far as it is known."""
+    """Return what `model.chat_template` prints around turns, as far as it is known."""
     return (*control_tokens(config.chat_template), *config.add_tokens)
 
 
@@ -282,7 +282,7 @@ def load_model(
 def _pretrained(
     config: RunConfig, model_class: Any, architecture: PretrainedConfig, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The pretrained model, and what transformers says of the loading.
+    """Return the pretrained model, and what transformers says of the loading.
 
     At stage 3 transformers would have rank 0 read all files, and send every weight twice. Where the files allow, each rank
     takes its part from the files instead, and holds none of the weights beside it (`benchmarks/loading.py`).
@@ -335,7 +335,7 @@ def initialize_weights(model: PreTrainedModel, names: Iterable[str], seed: int) 
 
 
 def _reset(model: PreTrainedModel, module: nn.Module, owned: list[nn.Parameter]) -> None:
-    """Initialise on the CPU where the parameters are on a GPU, whose generator draws other numbers."""
+    """Return initialise on the CPU where the parameters are on a GPU, whose generator draws other numbers."""
     in_place = [parameter.data for parameter in owned]
     for parameter in owned:
         if parameter.device.type != "cpu":
@@ -360,7 +360,7 @@ _DECODER_TOKENS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 def _complete_decoder(architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Which tokens begin, end and fill what a decoder writes, where two encoders were joined and nobody has said so."""
+    """Set which tokens begin, end and fill what a decoder writes, where two encoders were joined and nobody has said so."""
     first = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     for key, token in zip(_DECODER_TOKENS, (first, last, tokenizer.pad_token_id), strict=True):
@@ -376,7 +376,7 @@ def complete_generation(generation: GenerationConfig, architecture: PretrainedCo
 
 
 def _attention(config: RunConfig) -> str | None:
-    """What transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba).
+    """Return what transformers is asked for; None for sdpa where the architecture has it, else its own way (BLOOM, Mamba).
 
     Raises UserError for flash attention where it is not installed, or there is no GPU.
     """
@@ -397,7 +397,7 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_new_weights(config: RunConfig, model: PreTrainedModel, new: list[str]) -> None:
-    """Only a head of the task's own may be absent from pretrained weights."""
+    """Check that only a head of the task's own is absent from pretrained weights."""
     if config.model.weights is InitialWeights.random:
         return
     body = f"{model.base_model_prefix}."
@@ -441,17 +441,17 @@ class _named_errors:
 
 
 def _modules(error: BaseException) -> list[str]:
-    """Whose code was running when this was raised, from the outside in."""
+    """Return the modules whose code was running when this was raised, from the outside in."""
     return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _of_a_collective(error: BaseException) -> bool:
-    """Whether ranks were talking to each other when this was raised."""
+    """Return whether ranks were talking to each other when this was raised."""
     return any(name.startswith("torch.distributed.") for name in _modules(error))
 
 
 def _of_a_library(error: BaseException) -> bool:
-    """Whether a package met it: what is odd in a file makes it raise all kinds of errors."""
+    """Return whether a package met it: what is odd in a file makes it raise all kinds of errors."""
     return (
         isinstance(error, Exception)
         and not isinstance(error, DstuneError)

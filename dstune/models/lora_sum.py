@@ -41,7 +41,7 @@ def _is_plain(layer: Any) -> bool:
 def _forward(
     layer: Any, usual: Callable[..., torch.Tensor], x: torch.Tensor, *others: Any, **keywords: Any
 ) -> torch.Tensor:
-    """x: [..., inputs]. Without adapters, with several of them and after merging it is peft's own way."""
+    """Run the layer. x: [..., inputs]. Without adapters, with several of them and after merging it is peft's own way."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or others or keywords or len(names) != 1:
         return usual(x, *others, **keywords)

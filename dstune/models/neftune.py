@@ -37,7 +37,7 @@ def add_noise(module: nn.Module, model: PreTrainedModel, alpha: float) -> None:
 
 
 def _sample_lengths(inputs: dict[str, Any]) -> Tensor:
-    """Of each position, the tokens of its sample [rows, sequence]."""
+    """Return for each position the tokens of its sample [rows, sequence]."""
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     assert isinstance(ids, Tensor)
     if mask is not None and mask.dim() == 2:

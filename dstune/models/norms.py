@@ -67,7 +67,7 @@ def use_lean_norms(module: nn.Module, *, fused: bool = False) -> int:
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """What a norm of transformers adds to the mean square; None for a module that looks like no such norm."""
+    """Return what a norm of transformers adds to the mean square; None for a module that looks like no such norm."""
     parameters = dict(module.named_parameters())
     if len(inspect.signature(type(module).forward).parameters) != 2:  # a gate beside the rows, which may be left out
         return None
@@ -181,8 +181,8 @@ class _LeanNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """With x the normed row, w the factor and s the row's scale: the gradient of a row is s (g w - x mean(g w x)), that of the
-        weight the sum of g x over the rows; all in fp32."""
+        """Compute the gradients. With x the normed row, w the factor and s the row's scale: the gradient of a row is s (g w - x
+        mean(g w x)), that of the weight the sum of g x over the rows; all in fp32."""
         (gradient,) = gradients
         rows, weight, scales = context.saved_tensors
         of_rows, of_weight, *_ = context.needs_input_grad
@@ -209,12 +209,12 @@ class _LeanNorm(torch.autograd.Function):
 
 
 def _factor(weight: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """What a normed row is multiplied by, in fp32."""
+    """Return what a normed row is multiplied by, in fp32."""
     return 1.0 + weight.float() if kind is Kind.shifted else weight.float()
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of all tensors, as many at a time as fit a CPU's cache; on a GPU all of them."""
+    """Yield the same rows of all tensors, as many at a time as fit a CPU's cache; on a GPU all of them."""
     count = max(1, len(tensors[0]))
     if tensors[0].device.type == "cpu":
         count = max(1, BLOCK_ELEMENTS // tensors[0].shape[-1])

@@ -103,7 +103,7 @@ def problem_of(kernel: Kernel, heads: Heads, size: int, window: int | None, dtyp
 
 
 def _with_gradients(compute: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The output for queries, keys and values, and their gradients for the last of `tensors` as that of the output."""
+    """Return the output for queries, keys and values, and their gradients for the last of `tensors` as that of the output."""
     *states, incoming = tensors
     states = [part.detach().requires_grad_() for part in states]
     with torch.enable_grad():
@@ -204,7 +204,7 @@ class PackedAttention(SpanAttention):
 
 
 def _flat(states: torch.Tensor, size: int) -> torch.Tensor:
-    """[rows, heads, positions, size] -> [rows * positions, heads, size rounded up]."""
+    """Flatten states: [rows, heads, positions, size] -> [rows * positions, heads, size rounded up]."""
     flat = states.transpose(1, 2).flatten(0, 1)
     missing = -(-size // SIZES) * SIZES - states.shape[-1]
     return functional.pad(flat, (0, missing)) if missing else flat

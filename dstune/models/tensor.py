@@ -65,7 +65,8 @@ def _slice_block(name: str, block: nn.Module, inward: tuple[str, ...], outward: 
 
 
 def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
-    """Rows of a matrix [width inside, width]; an adapter's first matrix [rank, width] stays whole, and its gradient is a sum."""
+    """Slice rows of a matrix [width inside, width]; an adapter's first matrix [rank, width] stays whole, and its gradient is a
+    sum."""
     if ".lora_A." in f".{kind}":
         _sum_gradient(parameter, slices)
     else:
@@ -73,8 +74,8 @@ def _inward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> No
 
 
 def _outward(name: str, kind: str, parameter: nn.Parameter, slices: Slices) -> None:
-    """Columns of a matrix [width, width inside]; an adapter's second matrix [width, rank] stays whole, and its gradient is a
-    sum. A bias is whole, and added after the sum."""
+    """Slice columns of a matrix [width, width inside]; an adapter's second matrix [width, rank] stays whole, and its gradient is
+    a sum. A bias is whole, and added after the sum."""
     if ".lora_B." in f".{kind}":
         _sum_gradient(parameter, slices)
     elif not kind.endswith("bias"):
@@ -101,7 +102,7 @@ def _without_bias(linear: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 def _enter(
     slices: Slices, block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Of what a block is called with, the hidden states are those whose gradient the ranks sum."""
+    """Sum the gradient of the hidden states that a block is called with over the ranks."""
     if "hidden_states" in keywords:
         return arguments, keywords | {"hidden_states": _Enter.apply(keywords["hidden_states"], slices)}
     hidden, *other_arguments = arguments

@@ -39,7 +39,7 @@ def tile_feed_forward(model: nn.Module, tiles: int) -> int:
 
 
 def _tiled(forward: Forward, tiles: int, hidden: torch.Tensor) -> torch.Tensor:
-    """hidden: [rows, positions, width]."""
+    """Compute a layer in tiles. hidden: [rows, positions, width]."""
     if not torch.is_grad_enabled():
         return forward(hidden)
     pieces = hidden.tensor_split(tiles, dim=-2)

@@ -100,14 +100,14 @@ class SequenceCut(SpanAttention):
         return self._to_positions(attended)
 
     def _to_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """[rows, heads, own positions, size] -> [rows, own heads, positions, size]."""
+        """Exchange [rows, heads, own positions, size] -> [rows, own heads, positions, size]."""
         rows, heads, positions, size = states.shape
         parts = states.view(rows, self.parts, heads // self.parts, positions, size).transpose(0, 1)
         received = _Exchange.apply(parts.contiguous(), self._group)
         return received.permute(1, 2, 0, 3, 4).reshape(rows, heads // self.parts, -1, size)
 
     def _to_positions(self, states: torch.Tensor) -> torch.Tensor:
-        """[rows, own heads, positions, size] -> [rows, heads, own positions, size]."""
+        """Exchange [rows, own heads, positions, size] -> [rows, heads, own positions, size]."""
         rows, heads, positions, size = states.shape
         parts = states.view(rows, heads, self.parts, positions // self.parts, size).permute(2, 0, 1, 3, 4)
         received = _Exchange.apply(parts.contiguous(), self._group)

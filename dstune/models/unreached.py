@@ -73,7 +73,7 @@ def _is_built_from(module: nn.Module, config: PretrainedConfig) -> bool:
 
 
 def _beside(module: nn.Module, name: str, language: list[str], head: nn.Module | None) -> Iterator[str]:
-    """What of `module`, which is around a language model, is not on the way to it."""
+    """Yield what of `module`, which is around a language model, is not on the way to it."""
     prefix = f"{name}." if name else ""
     yield from (prefix + leaf for leaf, _ in module.named_parameters(recurse=False))
     for leaf, child in module.named_children():
@@ -183,7 +183,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _with_nan(output: Any) -> Any:
-    """`output` with NaN in place of its numbers."""
+    """Return `output` with NaN in place of its numbers."""
     if isinstance(output, torch.Tensor):
         return torch.full_like(output, float("nan")) if output.is_floating_point() else output
     if isinstance(output, tuple | list):

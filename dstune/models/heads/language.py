@@ -50,7 +50,7 @@ class CausalLmHead:
         return self._examined
 
     def _probed(self, forward: Forward, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's logits where its projection gives the same known ones at every position, and these."""
+        """Return the model's logits where its projection gives the same known ones at every position, and these."""
         self._probe = torch.linspace(-60.0, 60.0, vocabulary_size(self._projection), device=device)
         try:
             with torch.no_grad():
@@ -79,7 +79,7 @@ class CausalLmHead:
         return {"input_ids": tokens}
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """In place of the projection's own forward pass."""
+        """Run in place of the projection's own forward pass."""
         if self._probe is not None:
             return self._probe.to(hidden.dtype).expand(*hidden.shape[:-1], -1)
         if self._kept is None:
@@ -93,7 +93,7 @@ class CausalLmHead:
         return self._projected(hidden, self._targets)
 
     def _projected(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What the projection answers with in place of logits. hidden: [targets, hidden size]; targets: [targets]."""
+        """Return what the projection answers with in place of logits. hidden: [targets, hidden size]; targets: [targets]."""
         self._found = projected_cross_entropy(self._projection, self._project, hidden, targets)
         return self._found.loss_sum
 
@@ -126,7 +126,7 @@ class CausalLmHead:
         return dict(batch) | indices
 
     def _loss(self, forward: Forward, inputs: Mapping[str, Any], labels: torch.Tensor, batch: Batch) -> HeadOutput:
-        """labels: what each position of the projected sequence is to predict, [batch, sequence]."""
+        """Compute the loss. labels: what each position of the projected sequence is to predict, [batch, sequence]."""
         positions = batch[KEPT] if KEPT in batch else positions_with_target(labels)
         targets = batch[TARGETS] if KEPT in batch else labels.flatten().index_select(0, positions)
         by_row = "index" in batch and not torch.is_grad_enabled()
@@ -160,7 +160,7 @@ def _indices(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _by_row(row: torch.Tensor, rows: int, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Loss, weight and hits of each row, [rows]. row: which one each target is of."""
+    """Return loss, weight and hits of each row, [rows]. row: which one each target is of."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
     values = {"loss": losses, "weight": torch.ones_like(losses), "correct": logits.argmax(dim=-1) == targets}
     return {
